@@ -1,0 +1,34 @@
+# make setup   make .venv with the command togi in it
+# make demo    set up, build a small model, train it with reinforcement learning, show the result
+# make test    set up and run all tests
+# make lint    formatter, linter and type checker
+
+PYTHON ?= python3
+VENV := .venv
+SEED ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test lint bench clean
+
+setup:
+	@$(PYTHON) scripts/setup.py $(VENV)
+
+demo: setup
+	@$(VENV)/bin/python examples/demo/prepare.py
+	@$(VENV)/bin/togi rl --config examples/demo/demo.yaml --seed $(SEED)
+
+test: setup
+	@$(VENV)/bin/python examples/demo/prepare.py
+	@$(VENV)/bin/python -m pytest tests
+
+lint: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: setup
+	@$(VENV)/bin/python examples/demo/prepare.py
+	@$(VENV)/bin/python benchmarks/rl_step.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

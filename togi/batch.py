@@ -1,0 +1,152 @@
+"""The one tensor container of the trainer: flat packed tokens and a table of segments.
+
+Shape letters: T packed tokens, K tokens in the loss, S segments, N sequences.
+
+A *segment* is a run of consecutive packed tokens. A segment may continue another one (its *prefix*), as a response
+continues a prompt that several responses share; attention of a token covers the chain of prefixes of its segment and its own
+segment up to itself. A *sequence* is what has a loss and per-sequence values. In the plain layout every sequence is one
+segment without a prefix; in the shared-prefix layout a prompt is a segment of its own and every response continues it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+NO_PREFIX = -1
+NO_SOURCE = -1
+NO_SEQUENCE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Which packed tokens belong together and which segment continues which (``NO_PREFIX``: none)."""
+
+    starts_S: tuple[int, ...]
+    lengths_S: tuple[int, ...]
+    prefixes_S: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.starts_S)
+
+    def chain(self, segment: int) -> tuple[int, ...]:
+        """The prefixes of a segment, outermost first, then the segment itself."""
+        links = [segment]
+        while self.prefixes_S[links[-1]] != NO_PREFIX:
+            links.append(self.prefixes_S[links[-1]])
+        return tuple(reversed(links))
+
+    def context_length(self, segment: int) -> int:
+        """How many tokens precede the segment's first token in its own sequence."""
+        return sum(self.lengths_S[s] for s in self.chain(segment)[:-1])
+
+    @property
+    def is_plain(self) -> bool:
+        return all(prefix == NO_PREFIX for prefix in self.prefixes_S)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """A pack of sequences. Element i of every ``_T`` tensor is about token i.
+
+    ``sources_T[i]`` is the packed index of the token whose hidden state predicts token i (``NO_SOURCE`` for a first token):
+    this is the only place where the shift by one lives, see ``predecessors``.
+    ``sequences_T[i]`` is the sequence of token i (``NO_SEQUENCE`` for a shared prompt's tokens).
+    ``order_N[n]`` is the place of sequence n in the list that the batch was packed from.
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    sources_T: Tensor
+    sequences_T: Tensor
+    loss_mask_T: Tensor
+    segments: Segments
+    order_N: tuple[int, ...]
+    streams: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens_T.shape[0])
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.order_N)
+
+    @property
+    def targets_K(self) -> Tensor:
+        """Packed indices of the tokens in the loss, ascending."""
+        return self.loss_mask_T.nonzero().squeeze(-1)
+
+    @property
+    def target_sequences_K(self) -> Tensor:
+        """The sequence of each token in the loss."""
+        return self.sequences_T[self.targets_K]
+
+    def select(self, name: str) -> Tensor:
+        """Stream ``name`` at the tokens in the loss, shape K. What is masked is never read."""
+        return self.streams[name][self.targets_K]
+
+    def tokens_per_sequence_N(self) -> Tensor:
+        """How many tokens of each sequence are in the loss (int64, N)."""
+        return torch.bincount(self.target_sequences_K, minlength=self.num_sequences)
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy with every tensor on ``device``."""
+        return replace(
+            self,
+            tokens_T=self.tokens_T.to(device),
+            positions_T=self.positions_T.to(device),
+            sources_T=self.sources_T.to(device),
+            sequences_T=self.sequences_T.to(device),
+            loss_mask_T=self.loss_mask_T.to(device),
+            streams={name: stream.to(device) for name, stream in self.streams.items()},
+            values={name: value.to(device) for name, value in self.values.items()},
+        )
+
+    def validate(self) -> Batch:
+        """Check the invariants that packing must keep. Called where a batch is built; raises AssertionError."""
+        total, table = self.num_tokens, self.segments
+        for tensor in (self.positions_T, self.sources_T, self.sequences_T, self.loss_mask_T, *self.streams.values()):
+            assert tensor.shape == (total,), "a token stream has the wrong length"
+        for value in self.values.values():
+            assert value.shape == (self.num_sequences,), "a per-sequence value has the wrong length"
+        assert sum(table.lengths_S) == total, "segments do not cover the tokens"
+        assert all(length > 0 for length in table.lengths_S), "an empty segment"
+        assert all(prefix < s for s, prefix in enumerate(table.prefixes_S)), (
+            "a prefix must come before its continuation"
+        )
+        end = 0
+        for start, length in zip(table.starts_S, table.lengths_S, strict=True):
+            assert start == end, "segments must be contiguous"
+            end = start + length
+        assert torch.equal(self.sources_T.cpu(), predecessors(table)), "sources do not follow the segment table"
+        assert bool((self.sources_T[self.loss_mask_T] != NO_SOURCE).all()), (
+            "a token without a prediction is in the loss"
+        )
+        assert bool((self.sequences_T[self.loss_mask_T] != NO_SEQUENCE).all()), "a token of no sequence is in the loss"
+        return self
+
+
+def predecessors(segments: Segments) -> Tensor:
+    """For each packed token the packed index of the token before it in its own sequence, or ``NO_SOURCE``.
+
+    The first token of a continuing segment follows the last token of its prefix, wherever that lies in the pack.
+    """
+    sources = torch.arange(-1, sum(segments.lengths_S) - 1)
+    for start, prefix in zip(segments.starts_S, segments.prefixes_S, strict=True):
+        last_of_prefix = segments.starts_S[prefix] + segments.lengths_S[prefix] - 1
+        sources[start] = NO_SOURCE if prefix == NO_PREFIX else last_of_prefix
+    return sources
+
+
+def segment_positions(segments: Segments) -> Tensor:
+    """The position id of each packed token: counted from the start of its sequence through its chain of prefixes."""
+    runs = []
+    for s, length in enumerate(segments.lengths_S):
+        first = segments.context_length(s)
+        runs.append(torch.arange(first, first + length))
+    return torch.cat(runs)

@@ -1,0 +1,54 @@
+"""The ``togi`` command. Knows the names of the commands; everything else is imported when one of them runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import togi
+from togi.config.parse import nearest
+from togi.errors import UserError
+
+COMMANDS = {
+    "rl": ("togi.cli.train_ppo_ray", "online RL: PPO, GRPO, RLOO, REINFORCE++, Dr. GRPO"),
+    "chat": ("togi.cli.chat", "talk to a model in the terminal"),
+    "report": ("togi.cli.report", "write report.html of a run folder again"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"togi {togi.__version__}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        near = nearest(name, COMMANDS)
+        hint = f"; did you mean {near}?" if near else f". Commands: {', '.join(COMMANDS)}."
+        print(f"togi: unknown command {name}{hint}", file=sys.stderr)
+        return 2
+    return run(COMMANDS[name][0], rest)
+
+
+def run(module: str, argv: Sequence[str]) -> int:
+    """Run a command's ``main(argv)``. A user's mistake becomes one sentence and status 2."""
+    try:
+        importlib.import_module(module).main(list(argv))
+    except UserError as error:
+        print(f"togi: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("togi: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"togi {togi.__version__}: {(togi.__doc__ or '').splitlines()[0]}", "", "usage: togi COMMAND [flags]", ""]
+    lines += [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join([*lines, "", "togi COMMAND --help lists every flag of a command."])

@@ -1,0 +1,177 @@
+"""Contradictions between settings, found before anything heavy starts. Each message names both flags and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from togi.config.choices import AdvantageEstimator, BackendName, EngineName, KLEstimator
+from togi.config.rl import RLConfig
+from togi.errors import ConfigError
+
+Check = Callable[[RLConfig], Iterator[str]]
+
+
+def check_rl(config: RLConfig) -> None:
+    """Raise ConfigError with the first contradiction in the settings of ``togi rl``."""
+    checks: Iterable[Check] = (_required, _data, _reward, _rollout, _algorithm, _training, _placement, _output)
+    for check in checks:
+        for message in check(config):
+            raise ConfigError(message)
+
+
+def _required(c: RLConfig) -> Iterator[str]:
+    if not c.pretrain:
+        yield "--pretrain is required: the Hugging Face folder or hub name of the model to train."
+    if not c.prompt_data:
+        yield "--prompt_data is required: a JSON, JSONL, CSV, Parquet or Arrow file, a saved data set folder or a hub name."
+
+
+def _data(c: RLConfig) -> Iterator[str]:
+    if c.input_template is not None and c.apply_chat_template:
+        yield "--input_template and --apply_chat_template exclude each other: leave one of them out."
+    if c.input_template is not None and c.input_template.count("{}") != 1:
+        yield f"--input_template must contain {{}} exactly once, where the prompt goes, but is {c.input_template!r}."
+    if c.input_template is not None and "\\n" in c.input_template:
+        yield "--input_template contains a backslash followed by n: write a real line break, in bash $'...\\n...'."
+    if c.tokenizer_chat_template is not None and not c.apply_chat_template:
+        yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."
+    if c.prompt_data_probs is not None:
+        items, probs = c.prompt_data.split(","), c.prompt_data_probs.split(",")
+        if len(items) != len(probs):
+            yield (
+                f"--prompt_data_probs has {len(probs)} numbers but --prompt_data has {len(items)} sets: "
+                "give one probability per set."
+            )
+    if c.max_len is not None and c.max_len < c.prompt_max_len + c.generate_max_len:
+        yield (
+            f"--max_len {c.max_len} is less than --prompt_max_len {c.prompt_max_len} + --generate_max_len "
+            f"{c.generate_max_len}: raise the first or lower one of the others."
+        )
+
+
+def _reward(c: RLConfig) -> Iterator[str]:
+    if c.remote_rm_url is not None and not c.remote_rm_url.endswith(".py"):
+        yield f"--remote_rm_url {c.remote_rm_url}: reward servers are not supported yet; give a .py file or --reward_pretrain."
+    if c.reward_func is not None and c.remote_rm_url is not None:
+        yield "--reward_func and --remote_rm_url name the same thing: leave one of them out."
+    if c.reward_func is not None and not c.reward_func.endswith(".py"):
+        yield f"--reward_func {c.reward_func} must be a Python file that defines reward_func(queries, prompts, labels)."
+    if c.reward_file is None and c.reward_pretrain is None:
+        yield "There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, or both."
+    if c.reward_pretrain is not None and "," in c.reward_pretrain:
+        yield "--reward_pretrain takes one model: several reward models are not supported yet."
+    if c.normalize_reward and c.reward_pretrain is None:
+        yield "--normalize_reward works on a reward model: add --reward_pretrain or leave it out."
+    low, high = c.reward_clip_range
+    if not low < high:
+        yield f"--reward_clip_range {low} {high}: the first number must be below the second."
+
+
+def _rollout(c: RLConfig) -> Iterator[str]:
+    if c.top_p != 1.0:
+        yield (
+            f"--top_p {c.top_p} cannot be trained on: log-probabilities of a cut distribution differ from the model's; "
+            "use --top_p 1."
+        )
+    if c.rollout_engine is EngineName.TRANSFORMERS:
+        if c.enable_prefix_caching:
+            yield "--enable_prefix_caching needs --rollout_engine vllm: change one of them."
+        if c.enforce_eager:
+            yield "--enforce_eager needs --rollout_engine vllm: change one of them."
+
+
+def _algorithm(c: RLConfig) -> Iterator[str]:
+    estimator = c.advantage_estimator
+    if estimator.uses_groups and c.n_samples_per_prompt < 2:
+        yield (
+            f"--advantage_estimator {estimator} compares the responses to one prompt: set --n_samples_per_prompt to 2 or more."
+        )
+    if estimator.uses_groups and c.gamma != 1.0:
+        yield f"--gamma {c.gamma} has no meaning with --advantage_estimator {estimator}: use --gamma 1."
+    if not c.uses_critic:
+        if c.critic_pretrain is not None:
+            yield f"--critic_pretrain needs a critic but --advantage_estimator {estimator} has none: use gae or leave it out."
+        if c.save_value_network:
+            yield f"--save_value_network needs a critic but --advantage_estimator {estimator} has none: use gae or leave it out."
+    if c.use_kl_loss and not c.uses_reference:
+        yield "--use_kl_loss with --init_kl_coef 0 has no effect: raise the coefficient or leave --use_kl_loss out."
+    if c.kl_target is not None and not c.uses_reference:
+        yield "--kl_target needs a reference model but --init_kl_coef is 0: raise it or leave --kl_target out."
+    if c.uses_reference and c.use_kl_loss and c.kl_estimator is KLEstimator.K1:
+        yield (
+            "--kl_estimator k1 has zero expected gradient as a loss: with --use_kl_loss choose --kl_estimator k2 or k3, "
+            "or leave --use_kl_loss out."
+        )
+    if c.uses_reference and not c.use_kl_loss and c.kl_estimator is not KLEstimator.K1:
+        yield f"--kl_estimator {c.kl_estimator} belongs in the loss: add --use_kl_loss, or use --kl_estimator k1."
+    low, high = c.clip_range
+    if low <= 0 or high <= 0 or low >= 1:
+        yield f"The clip range {low} {high} must be positive and the lower one below 1."
+    if c.no_advantage_std_norm and estimator in (AdvantageEstimator.GROUP_NORM, AdvantageEstimator.DR_GRPO):
+        yield f"--no_advantage_std_norm has no effect with --advantage_estimator {estimator}: leave it out."
+
+
+def _training(c: RLConfig) -> Iterator[str]:
+    if c.backend is BackendName.DEEPSPEED:
+        yield "--backend deepspeed is not supported yet: use --backend fsdp2."
+    if c.train_batch_size > c.samples_per_rollout:
+        yield (
+            f"--train_batch_size {c.train_batch_size} is more than the {c.samples_per_rollout} samples of one rollout "
+            f"(--rollout_batch_size {c.rollout_batch_size} x --n_samples_per_prompt {c.n_samples_per_prompt}): lower it."
+        )
+    if not c.packing_samples and c.micro_train_batch_size not in ("auto", 1):
+        yield (
+            f"--micro_train_batch_size {c.micro_train_batch_size} needs packing but --no_packing_samples is set: "
+            "leave one of them out."
+        )
+    if c.gradient_checkpointing_use_reentrant and not c.gradient_checkpointing:
+        yield "--gradient_checkpointing_use_reentrant needs --gradient_checkpointing: add it or leave the first out."
+    if c.max_tokens_per_gpu < c.prompt_max_len + c.generate_max_len:
+        yield (
+            f"--max_tokens_per_gpu {c.max_tokens_per_gpu} is less than the longest sequence (--prompt_max_len "
+            f"{c.prompt_max_len} + --generate_max_len {c.generate_max_len}): raise it or lower one of the others."
+        )
+    if c.eval_at_start and c.eval_dataset is None:
+        yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
+
+
+def _placement(c: RLConfig) -> Iterator[str]:
+    roles = {
+        "actor": (c.actor_num_nodes, c.actor_num_gpus_per_node),
+        "critic": (c.critic_num_nodes, c.critic_num_gpus_per_node),
+        "ref": (c.ref_num_nodes, c.ref_num_gpus_per_node),
+        "reward": (c.reward_num_nodes, c.reward_num_gpus_per_node),
+    }
+
+    def differ(a: str, b: str) -> bool:
+        (nodes_a, gpus_a), (nodes_b, gpus_b) = roles[a], roles[b]
+        return nodes_a != nodes_b or ("auto" not in (gpus_a, gpus_b) and gpus_a != gpus_b)
+
+    def mismatch(switch: str, a: str, b: str) -> str:
+        return (
+            f"--{switch} puts {a} and {b} on the same GPUs, but --{a}_num_nodes x --{a}_num_gpus_per_node is "
+            f"{roles[a][0]} x {roles[a][1]} and the other {roles[b][0]} x {roles[b][1]}: make them equal."
+        )
+
+    if c.colocate_all_models and c.colocate_critic_reward:
+        yield "--colocate_all_models already includes --colocate_critic_reward: leave the second out."
+    if (c.colocate_actor_ref or c.colocate_all_models) and c.uses_reference and differ("actor", "ref"):
+        yield mismatch("colocate_all_models" if c.colocate_all_models else "colocate_actor_ref", "actor", "ref")
+    shares = c.colocate_critic_reward and c.uses_critic and c.reward_pretrain is not None
+    if shares and differ("critic", "reward"):
+        yield mismatch("colocate_critic_reward", "critic", "reward")
+    if c.colocate_all_models and c.uses_critic and differ("actor", "critic"):
+        yield mismatch("colocate_all_models", "actor", "critic")
+    if c.colocate_all_models and c.reward_pretrain is not None and differ("actor", "reward"):
+        yield mismatch("colocate_all_models", "actor", "reward")
+
+
+def _output(c: RLConfig) -> Iterator[str]:
+    if c.save_hf_ckpt and c.save_steps <= 0:
+        yield "--save_hf_ckpt writes with each checkpoint: set --save_steps to a positive number."
+    if c.disable_ds_ckpt and not c.save_hf_ckpt:
+        yield "--disable_ds_ckpt without --save_hf_ckpt leaves nothing to save: add the second or leave the first out."
+    if c.save_steps == 0 or c.eval_steps == 0:
+        yield "--save_steps and --eval_steps must be positive, or -1."
+    if c.max_steps == 0:
+        yield "--max_steps 0 would train nothing: give a positive number, or -1 for all episodes."

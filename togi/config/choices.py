@@ -1,0 +1,57 @@
+"""The closed sets of names that flags may take. Used by the configuration and by the code that branches on them."""
+
+from enum import StrEnum
+
+
+class AdvantageEstimator(StrEnum):
+    GAE = "gae"
+    REINFORCE = "reinforce"
+    RLOO = "rloo"
+    REINFORCE_BASELINE = "reinforce_baseline"
+    GROUP_NORM = "group_norm"
+    DR_GRPO = "dr_grpo"
+
+    @property
+    def uses_groups(self) -> bool:
+        """Whether the baseline comes from the other samples of the same prompt."""
+        return self not in (AdvantageEstimator.GAE, AdvantageEstimator.REINFORCE)
+
+
+class KLEstimator(StrEnum):
+    """Estimators of KL(policy || reference) from one sample (Schulman, "Approximating KL Divergence", 2020)."""
+
+    K1 = "k1"
+    K2 = "k2"
+    K3 = "k3"
+
+
+class Aggregation(StrEnum):
+    """How per-token losses of one optimizer step become one number.
+
+    token_mean: sum over tokens / number of tokens. sequence_mean: mean over sequences of each sequence's token mean.
+    constant: sum over tokens / (number of sequences x the generation limit), Dr. GRPO's length-unbiased form.
+    """
+
+    TOKEN_MEAN = "token_mean"
+    SEQUENCE_MEAN = "sequence_mean"
+    CONSTANT = "constant"
+
+
+class EngineName(StrEnum):
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
+
+
+class BackendName(StrEnum):
+    FSDP2 = "fsdp2"
+    DEEPSPEED = "deepspeed"
+
+
+class Scheduler(StrEnum):
+    """Learning-rate schedules by their Transformers names."""
+
+    COSINE_WITH_MIN_LR = "cosine_with_min_lr"
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+    CONSTANT_WITH_WARMUP = "constant_with_warmup"

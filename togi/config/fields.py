@@ -1,0 +1,49 @@
+"""How a setting is declared: a typed pydantic field with a help text, and whether it can be used yet."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+AUTO: Literal["auto"] = "auto"
+_LATER = "not_supported_yet"
+
+
+def _integral(value: Any) -> Any:
+    """Accept 1e8 and "1e8" where an integer is meant, as the field's habit is; 1.5 stays an error."""
+    if isinstance(value, str) and not value.lstrip("+-").isdigit():
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_integral)]
+Count = Annotated[Int, Field(ge=1)]
+CountOrAuto = Count | Literal["auto"]
+
+
+class Settings(BaseModel):
+    """Frozen and closed: an unknown name is an error and nothing changes after parsing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, validate_default=False)
+
+
+def flag(default: Any, help_text: str, **constraints: Any) -> Any:
+    """A setting that works."""
+    return Field(default, description=help_text, **constraints)
+
+
+def later(default: Any, help_text: str) -> Any:
+    """A setting of the established interface that is known but refused when set to anything but its default."""
+    return Field(default, description=help_text, json_schema_extra={_LATER: True})
+
+
+def is_later(config_class: type[BaseModel], name: str) -> bool:
+    """Whether the setting is refused for now."""
+    extra = config_class.model_fields[name].json_schema_extra
+    return isinstance(extra, dict) and _LATER in extra

@@ -1,0 +1,193 @@
+"""From YAML file and command line to a frozen configuration that knows where each value came from.
+
+argparse only splits the command line; types and limits are pydantic's, so a value from a file and one from the command line are
+judged by the same rule and refused with the same sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from togi.config.fields import Settings, is_later
+from togi.errors import ConfigError
+
+C = TypeVar("C", bound=Settings)
+
+
+class Source(StrEnum):
+    DEFAULT = "default"
+    FILE = "file"
+    COMMAND_LINE = "command line"
+    PYTHON = "python"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed(Generic[C]):
+    """A configuration and, for each of its names, where the value came from."""
+
+    config: C
+    sources: Mapping[str, Source]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message[:1].upper() + message[1:] + ".")
+
+
+def parse(config_class: type[C], argv: Sequence[str], command: str) -> Parsed[C]:
+    """Read ``--config FILE`` and the flags in ``argv``. The command line wins over the file.
+
+    Raises ConfigError with one sentence for the first thing that is wrong.
+    """
+    parser = build_parser(config_class, command)
+    known, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise ConfigError(_unknown(unknown[0], config_class, prefix="--"))
+    given = {name: value for name, value in vars(known).items() if value is not None and name != "config"}
+    from_file = read_file(Path(known.config), config_class) if known.config is not None else {}
+    sources = dict.fromkeys(from_file, Source.FILE) | dict.fromkeys(given, Source.COMMAND_LINE)
+    return build(config_class, from_file | given, sources)
+
+
+def build(config_class: type[C], values: Mapping[str, Any], sources: Mapping[str, Source]) -> Parsed[C]:
+    """Validate flat values. Used for the command line and for the Python API alike."""
+    for name in values:
+        if name not in config_class.model_fields:
+            raise ConfigError(_unknown(name, config_class, prefix=""))
+    try:
+        config = config_class(**values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, values)) from None
+    for name in values:
+        default = config_class.model_fields[name].default
+        if is_later(config_class, name) and getattr(config, name) != default:
+            raise ConfigError(f"--{name} is not supported yet; leave it out (its default is {default!r}).")
+    every = {name: sources.get(name, Source.DEFAULT) for name in config_class.model_fields}
+    return Parsed(config, every)
+
+
+def read_file(path: Path, config_class: type[Settings]) -> dict[str, Any]:
+    """The flat mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must be a mapping of flag names to values.")
+    for name in content:
+        if name not in config_class.model_fields:
+            raise ConfigError(f"In --config {path}: " + _unknown(str(name), config_class, prefix=""))
+    return content
+
+
+def build_parser(config_class: type[Settings], command: str) -> argparse.ArgumentParser:
+    """An argparse parser whose groups are the classes that make up ``config_class``."""
+    parser = _Parser(
+        prog=f"togi {command}",
+        description=config_class.__doc__,
+        allow_abbrev=False,
+        argument_default=None,
+        add_help=True,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with flag names and values; the command line wins.")
+    for title, names in groups(config_class):
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add(group, config_class, name)
+    return parser
+
+
+def groups(config_class: type[Settings]) -> Iterator[tuple[str, list[str]]]:
+    """(title, flag names) of each group, in the order of the class's bases."""
+    owner: dict[str, type] = {}
+    for cls in config_class.__mro__:
+        for name in cls.__dict__.get("__annotations__", {}):
+            if name in config_class.model_fields:
+                owner[name] = cls
+    for base in config_class.__mro__:
+        names = [name for name in config_class.model_fields if owner[name] is base]
+        if names:
+            yield (base.__doc__ or base.__name__), names
+
+
+def _add(group: argparse._ArgumentGroup, config_class: type[Settings], name: str) -> None:
+    field = config_class.model_fields[name]
+    note = " [not supported yet]" if is_later(config_class, name) else ""
+    default = "" if field.default in (None, "", False) else f" (default: {_shown(field.default)})"
+    text = ((field.description or "") + default + note).replace("%", "%%")
+    if field.annotation is bool:
+        group.add_argument(f"--{name}", dest=name, action="store_true", default=None, help=text)
+        group.add_argument(f"--no_{name}", dest=name, action="store_false", default=None, help=argparse.SUPPRESS)
+        return
+    arity = _arity(field.annotation)
+    metavar = _metavar(field.annotation, name)
+    if arity is None:
+        group.add_argument(f"--{name}", dest=name, help=text, metavar=metavar)
+    else:
+        group.add_argument(f"--{name}", dest=name, help=text, nargs=arity, metavar=metavar)
+
+
+def _arity(annotation: Any) -> int | str | None:
+    """How many words follow the flag: a fixed number for a fixed tuple, "+" for an open one, None for one."""
+    for part in (annotation, *typing.get_args(annotation)):
+        if typing.get_origin(part) is tuple:
+            items = typing.get_args(part)
+            return "+" if items[-1] is Ellipsis else len(items)
+    return None
+
+
+def _metavar(annotation: Any, name: str) -> str:
+    choices: list[str] = []
+    for part in (annotation, *typing.get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, StrEnum):
+            choices += [str(member) for member in part]
+        elif typing.get_origin(part) is typing.Literal:
+            choices += [str(value) for value in typing.get_args(part) if value != "auto"]
+    return "|".join(choices) if choices else name.rsplit("_", 1)[-1].upper()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def _unknown(word: str, config_class: type[Settings], prefix: str) -> str:
+    name = word.split("=", 1)[0]
+    if prefix and not name.startswith("-"):
+        return f"Unexpected word {word!r}: every setting is a flag such as --pretrain MODEL."
+    bare = name.lstrip("-").replace("-", "_")
+    near = nearest(bare.removeprefix("no_"), config_class.model_fields)
+    hint = f"; did you mean {prefix}{near}?" if near else "; see --help for all of them."
+    kind = "flag" if prefix else "setting"
+    return f"Unknown {kind} {prefix}{name.lstrip('-')}{hint}"
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The most similar of ``names``, or None when nothing is similar."""
+    matches = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0])
+    message = str(first["msg"]).rstrip(".")
+    given = values[name]
+    words = " ".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
+    return f"--{name} {words}: {message[:1].lower()}{message[1:]}."

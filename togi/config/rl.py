@@ -1,0 +1,204 @@
+"""The settings of ``togi rl`` (established name: ``train_ppo_ray``)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from togi.config.choices import AdvantageEstimator, Aggregation, EngineName, KLEstimator
+from togi.config.fields import Count, CountOrAuto, Int, Settings, flag, later
+from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
+
+
+class PromptSettings(Settings):
+    """Prompts"""
+
+    prompt_data: str = flag(
+        "", "Prompt sets: comma-separated files, folders or hub names, each optionally name@dir. Required."
+    )
+    prompt_data_probs: str | None = flag(
+        None, "Comma-separated sampling probabilities, one per set; default: concatenate."
+    )
+    prompt_split: str = flag("train", "Split of the prompt sets.")
+    input_key: str = flag("input", "Field with the prompt: a string or a list of chat messages.")
+    label_key: str | None = flag(None, "Field given to the reward as the label, such as the reference answer.")
+    input_template: str | None = flag(None, "Format string with one {} around the prompt, without a chat template.")
+    apply_chat_template: bool = flag(False, "Render prompts with the tokenizer's chat template.")
+    prompt_max_len: Count = flag(1024, "Prompts of more tokens are dropped and counted, never cut.")
+    max_samples: Count = flag(100_000_000, "Use at most this many prompts of the mixture.")
+
+
+class RolloutSettings(Settings):
+    """Rollout"""
+
+    rollout_engine: EngineName = flag(EngineName.VLLM, "What generates: vLLM, or Transformers (no extra install).")
+    rollout_batch_size: Count = flag(1024, "Prompts per rollout.")
+    n_samples_per_prompt: Count = flag(1, "Responses per prompt.")
+    generate_max_len: Count = flag(1024, "At most this many new tokens per response.")
+    max_len: Count | None = flag(None, "Context length of the engine; default --prompt_max_len + --generate_max_len.")
+    temperature: float = flag(1.0, "Sampling temperature; training divides the logits by the same number.", gt=0)
+    top_p: float = flag(
+        1.0, "Nucleus sampling. Only 1 can be trained on: a cut distribution has other ratios.", gt=0, le=1
+    )
+    micro_rollout_batch_size: Count | Literal["auto"] = flag(
+        "auto", "At most this many samples per scoring forward; auto: as many as --max_tokens_per_gpu allows."
+    )
+    vllm_num_engines: CountOrAuto = flag(
+        "auto", "Number of generation engines; auto: 1 without GPUs, else one per actor GPU."
+    )
+    vllm_tensor_parallel_size: Int = later(1, "GPUs per engine.")
+    vllm_gpu_memory_utilization: float = flag(0.95, "Share of a GPU's memory that vLLM may take.", gt=0, le=1)
+    vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of vLLM's key-value cache on a CPU, in GB.", gt=0)
+    enable_prefix_caching: bool = flag(False, "vLLM prefix cache; emptied at every weight update.")
+    enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
+    vllm_sync_backend: Literal["auto", "nccl", "gloo"] = later(
+        "auto", "How weights reach the engines; auto: host memory in large buckets."
+    )
+    vllm_sync_with_ray: bool = later(False, "Use Ray collectives for the weight sync.")
+    vllm_enable_sleep: bool = later(False, "Let engines give back memory while training.")
+    deepspeed_enable_sleep: bool = later(False, "Let the trainer give back memory while generating.")
+    weight_sync_timeout: float = flag(600.0, "Seconds after which an unfinished weight update is an error.", gt=0)
+
+
+class AlgorithmSettings(Settings):
+    """Algorithm"""
+
+    advantage_estimator: AdvantageEstimator = flag(AdvantageEstimator.GAE, "How rewards become advantages.")
+    gamma: float = flag(1.0, "Discount. Group estimators need 1.", gt=0, le=1)
+    lambd: float = flag(1.0, "GAE lambda.", ge=0, le=1)
+    eps_clip: float = flag(0.2, "PPO clip range of the ratio.", gt=0)
+    eps_clip_low_high: tuple[float, float] | None = flag(None, "Separate lower and upper clip; replaces --eps_clip.")
+    dual_clip: float | None = flag(None, "Dual-clip constant c > 1 for negative advantages.", gt=1)
+    value_clip: float = flag(0.2, "Clip range of the value function.", gt=0)
+    loss_aggregation: Aggregation | Literal["auto"] = flag(
+        "auto", "How token losses of a step become one number; auto: constant for dr_grpo, else token_mean."
+    )
+    init_kl_coef: float = flag(0.01, "KL coefficient; 0 starts no reference model.", ge=0)
+    kl_estimator: KLEstimator = flag(KLEstimator.K1, "k1 in the reward; k2 or k3 in the loss.")
+    use_kl_loss: bool = flag(False, "Put the KL term in the loss instead of the reward.")
+    kl_target: float | None = flag(None, "If set, adapt the KL coefficient towards this KL.", gt=0)
+    kl_horizon: Count = flag(10_000, "Horizon of the adaptive controller, in samples.")
+    reward_clip_range: tuple[float, float] = flag((-10.0, 10.0), "Clip of the scalar reward after the baseline.")
+    no_advantage_std_norm: bool = flag(False, "Advantage normalisation subtracts the mean only.")
+    share_prompts: bool = flag(True, "Compute a prompt once for all its responses in a pack (exact).")
+    freezing_actor_steps: Int = later(-1, "Skip actor updates for the first N rollouts.")
+    enable_ema: bool = later(False, "Keep and save an exponential moving average of the actor.")
+    ema_beta: float = later(0.992, "EMA decay.")
+
+
+class RLTrainSettings(Settings):
+    """RL training"""
+
+    num_episodes: Count = flag(1, "Passes over the prompt set.")
+    max_steps: Int = flag(-1, "Stop after this many rollouts; -1: after all episodes.")
+    actor_learning_rate: float = flag(1e-6, "Peak learning rate of the actor.", ge=0)
+    critic_learning_rate: float = flag(9e-6, "Peak learning rate of the critic.", ge=0)
+    critic_pretrain: str | None = flag(
+        None, "Model the critic starts from; default --reward_pretrain, else --pretrain."
+    )
+    value_head_prefix: str = flag("score", "Attribute name of the scalar head; a model's own config wins.")
+    save_value_network: bool = flag(False, "Save the critic at the end (save_path + _critic).")
+
+
+class RewardSettings(Settings):
+    """Reward"""
+
+    reward_func: str | None = flag(None, "Python file that defines reward_func(queries, prompts, labels).")
+    remote_rm_url: str | None = flag(None, "Established name: a .py path is --reward_func; URLs are not supported yet.")
+    reward_pretrain: str | None = flag(None, "Local reward model with a scalar head.")
+    normalize_reward: bool = flag(False, "Standardise the reward model's output with the mean and std of its config.")
+    reward_timeout: float = flag(60.0, "Seconds one call of the reward function may take before it is stopped.", gt=0)
+    reward_workers: Count = flag(2, "Processes that run the reward function.")
+    ref_reward_offload: bool = later(False, "Offload reference and reward models to the CPU.")
+
+
+class PlacementSettings(Settings):
+    """Placement"""
+
+    actor_num_nodes: Count = flag(1, "Nodes of the actor.")
+    actor_num_gpus_per_node: CountOrAuto = flag(
+        "auto", "GPUs per node; without GPUs: worker processes. auto: all GPUs, or 1."
+    )
+    critic_num_nodes: Count = flag(1, "Nodes of the critic.")
+    critic_num_gpus_per_node: CountOrAuto = flag("auto", "As for the actor; auto: like the actor.")
+    ref_num_nodes: Count = flag(1, "Nodes of the reference model.")
+    ref_num_gpus_per_node: CountOrAuto = flag("auto", "As for the actor; auto: like the actor.")
+    reward_num_nodes: Count = flag(1, "Nodes of the reward model.")
+    reward_num_gpus_per_node: CountOrAuto = flag("auto", "As for the actor; auto: like the actor.")
+    colocate_actor_ref: bool = flag(False, "Actor and reference share GPUs.")
+    colocate_critic_reward: bool = flag(False, "Critic and reward model share GPUs.")
+    colocate_all_models: bool = flag(False, "All models and the engines share the actor's GPUs.")
+
+
+class EvaluationSettings(Settings):
+    """Evaluation"""
+
+    eval_dataset: str | None = flag(None, "Held-out prompt sets, with the same keys as --prompt_data.")
+    eval_split: str = flag("train", "Split of the evaluation sets.")
+    eval_steps: Int = flag(-1, "Evaluate every N rollouts; -1: at the end of each episode.")
+    eval_at_start: bool = flag(False, "Also evaluate before the first update.")
+    eval_temperature: float = flag(0.6, "Sampling temperature in evaluation; 0 is greedy.", ge=0)
+    eval_n_samples_per_prompt: Count = flag(4, "Responses per prompt in evaluation.")
+
+
+class RLConfig(
+    ModelSettings,
+    PromptSettings,
+    RewardSettings,
+    RolloutSettings,
+    AlgorithmSettings,
+    RLTrainSettings,
+    TrainSettings,
+    EvaluationSettings,
+    PlacementSettings,
+    OutputSettings,
+):
+    """Online RL of a language model."""
+
+    ckpt_path: str = flag("./ckpt/checkpoints_ppo_ray", "Folder of resumable checkpoints.")
+    wandb_project: str = flag("togi_rl", "Weights & Biases project.")
+
+    @property
+    def samples_per_rollout(self) -> int:
+        """Prompts per rollout x responses per prompt."""
+        return self.rollout_batch_size * self.n_samples_per_prompt
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps on one full rollout: ceil(samples / train_batch_size) x max_epochs."""
+        return -(-self.samples_per_rollout // self.train_batch_size) * self.max_epochs
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence the engine must hold."""
+        return self.max_len if self.max_len is not None else self.prompt_max_len + self.generate_max_len
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Lower and upper clip of the ratio: it is kept within [1 - low, 1 + high]."""
+        return self.eps_clip_low_high if self.eps_clip_low_high is not None else (self.eps_clip, self.eps_clip)
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.advantage_estimator is AdvantageEstimator.GAE
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.init_kl_coef > 0
+
+    @property
+    def reward_file(self) -> str | None:
+        """Path of the reward function file, under whichever of its two names it was given."""
+        return self.reward_func if self.reward_func is not None else self.remote_rm_url
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """The named formula in use; Dr. GRPO's own is the constant divisor (Liu et al., 2025, section 3.2)."""
+        if self.loss_aggregation != "auto":
+            return self.loss_aggregation
+        is_dr_grpo = self.advantage_estimator is AdvantageEstimator.DR_GRPO
+        return Aggregation.CONSTANT if is_dr_grpo else Aggregation.TOKEN_MEAN
+
+    @property
+    def critic_source(self) -> str:
+        """Where the critic's weights come from."""
+        return self.critic_pretrain or self.reward_pretrain or self.pretrain

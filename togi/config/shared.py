@@ -1,0 +1,90 @@
+"""Settings that several commands share, in groups. One flat name each; the established names of the field are kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from togi.config.choices import BackendName, Scheduler
+from togi.config.fields import Count, Int, Settings, flag, later
+
+
+class ModelSettings(Settings):
+    """Model"""
+
+    pretrain: str = flag("", "Model to train: a Hugging Face folder or hub name. Required.")
+    bf16: bool = flag(False, "Compute in bfloat16; the master weights stay float32.")
+    flash_attn: bool = flag(
+        False, "Use FlashAttention where the device has it (CUDA); elsewhere segments run through SDPA."
+    )
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
+    gradient_checkpointing_use_reentrant: bool = flag(False, "Use the re-entrant variant of gradient checkpointing.")
+    tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")
+    trust_remote_code: bool = flag(
+        False, "Run code that comes with a model folder. Off by default: it can do anything."
+    )
+    disable_fast_tokenizer: bool = later(False, "Use the slow (Python) tokenizer.")
+    use_liger_kernel: bool = later(False, "Load the causal LM through Liger kernels.")
+    aux_loss_coef: float = later(0.0, "Weight of the MoE load-balancing loss.")
+    load_in_4bit: bool = later(False, "Load in NF4 (QLoRA).")
+    lora_rank: Int = later(0, "LoRA rank; 0 trains all weights.")
+    lora_alpha: Int = later(16, "LoRA alpha.")
+    target_modules: tuple[str, ...] = later(("all-linear",), "Modules that receive LoRA.")
+    lora_dropout: float = later(0.0, "LoRA dropout.")
+    use_ms: bool = later(False, "Use ModelScope instead of the Hugging Face hub.")
+
+
+class TrainSettings(Settings):
+    """Training"""
+
+    train_batch_size: Count = flag(128, "Samples per optimizer step, over all workers.")
+    micro_train_batch_size: Count | Literal["auto"] = flag(
+        "auto", "At most this many samples per forward and backward; auto: as many as --max_tokens_per_gpu allows."
+    )
+    max_tokens_per_gpu: Count = flag(16384, "Token budget of one packed micro-batch on one worker.")
+    packing_samples: bool = flag(
+        True, "Pack sequences without padding; --no_packing_samples runs one sequence at a time."
+    )
+    max_epochs: Count = flag(1, "Passes over the data (RL: over each rollout).")
+    max_norm: float = flag(1.0, "Clip the global gradient norm to this; 0 turns clipping off.", ge=0)
+    l2: float = flag(0.0, "AdamW weight decay (not on biases and norm weights).", ge=0)
+    adam_betas: tuple[float, float] = flag((0.9, 0.95), "AdamW betas.")
+    lr_scheduler: Scheduler = flag(Scheduler.COSINE_WITH_MIN_LR, "Learning-rate schedule, counted in optimizer steps.")
+    lr_warmup_ratio: float = flag(0.03, "Warm-up steps = ceil(ratio x total optimizer steps).", ge=0, le=1)
+    seed: Int = flag(42, "Seed of data order, sampling and initialisation.")
+    full_determinism: bool = flag(False, "Deterministic kernels; a run repeats bit for bit on the same machine.")
+    backend: BackendName = flag(BackendName.FSDP2, "Training backend.")
+    zero_stage: Int = flag(2, "0 replicates; 1, 2 shard gradients and optimizer; 3 shards weights too.", ge=0, le=3)
+    adam_offload: bool = later(False, "Keep Adam states on the CPU.")
+    zpg: Int = later(1, "ZeRO++ hierarchical partition size.")
+    grad_accum_dtype: str | None = later(None, "Dtype of gradient accumulation.")
+    overlap_comm: bool = later(False, "Overlap communication with the backward pass.")
+    deepcompile: bool = later(False, "DeepSpeed DeepCompile.")
+    ring_attn_size: Int = later(1, "Ring attention group size.")
+    ring_head_stride: Int = later(1, "Key-value heads exchanged per ring step.")
+    local_rank: Int = later(
+        -1, "Set by launchers that start one process per device; this command starts its own workers."
+    )
+
+
+class OutputSettings(Settings):
+    """Output"""
+
+    run_dir: str | None = flag(None, "Folder of everything the run leaves behind; default runs/<command>-<time>.")
+    save_path: str = flag("./ckpt", "Folder of the final model in Hugging Face format.")
+    ckpt_path: str = flag("./ckpt/checkpoints", "Folder of resumable checkpoints.")
+    save_steps: Int = flag(-1, "Write a checkpoint every N steps (RL: rollouts); -1 never.")
+    save_hf_ckpt: bool = flag(False, "With each checkpoint also write the model in Hugging Face format.")
+    disable_ds_ckpt: bool = flag(False, "Do not write the resumable part of checkpoints (needs --save_hf_ckpt).")
+    max_ckpt_num: Count = flag(3, "Keep at most this many checkpoints; the newest is never removed.")
+    max_ckpt_mem: float = flag(1e8, "Keep at most this many GB of checkpoints.", gt=0)
+    load_checkpoint: bool = flag(False, "Continue from the newest complete checkpoint in --ckpt_path, if there is one.")
+    use_ds_universal_ckpt: bool = later(False, "Load a checkpoint in DeepSpeed's universal layout.")
+    logging_steps: Count = flag(1, "Send metrics to the trackers every N steps (metrics.jsonl has every step).")
+    use_wandb: str | None = flag(
+        None, "Weights & Biases: an API key, or any word when logged in or WANDB_API_KEY is set."
+    )
+    wandb_org: str | None = flag(None, "Weights & Biases entity.")
+    wandb_group: str | None = flag(None, "Weights & Biases group.")
+    wandb_project: str = flag("togi", "Weights & Biases project.")
+    wandb_run_name: str | None = flag(None, "Weights & Biases run name; default: the run folder's name.")
+    use_tensorboard: str | None = flag(None, "TensorBoard folder.")

@@ -1,0 +1,136 @@
+"""Where the processes of a run go: plain arithmetic on the settings, checked before anything is placed.
+
+A *group* is a set of equal slots (one GPU each, or one worker process where there are none) that one or several roles share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from togi.config.parse import Parsed, Source
+from togi.config.rl import RLConfig
+from togi.errors import ConfigError
+from togi.plan.machine import Machine
+
+
+class Role(StrEnum):
+    ENGINE = "engine"
+    ACTOR = "actor"
+    CRITIC = "critic"
+    REF = "ref"
+    REWARD = "reward"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """``slots`` = nodes x per_node; each role of the group has one process in every slot."""
+
+    roles: tuple[Role, ...]
+    nodes: int
+    per_node: int
+
+    @property
+    def slots(self) -> int:
+        return self.nodes * self.per_node
+
+
+def used_roles(config: RLConfig) -> tuple[Role, ...]:
+    """The models a run really needs: nothing is loaded that the settings do not use."""
+    roles = [Role.ENGINE, Role.ACTOR]
+    if config.uses_critic:
+        roles.append(Role.CRITIC)
+    if config.uses_reference:
+        roles.append(Role.REF)
+    if config.reward_pretrain is not None:
+        roles.append(Role.REWARD)
+    return tuple(roles)
+
+
+def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
+    """Replace every ``auto`` of the placement by a number, and say so in the sources.
+
+    Without GPUs every role gets one worker. With GPUs, colocated roles get all of them and separate groups equal shares.
+    """
+    config = parsed.config
+    separate = 1 if config.colocate_all_models else len(_sharing(config))
+    share = max(1, machine.gpus // separate)
+    values: dict[str, Any] = {}
+    actor = config.actor_num_gpus_per_node
+    actor_per_node = share if actor == "auto" else actor
+    for role in ("actor", "critic", "ref", "reward"):
+        if getattr(config, f"{role}_num_gpus_per_node") == "auto":
+            values[f"{role}_num_gpus_per_node"] = actor_per_node
+            if getattr(config, f"{role}_num_nodes") == 1:
+                values[f"{role}_num_nodes"] = config.actor_num_nodes
+    if config.vllm_num_engines == "auto":
+        colocated = config.colocate_all_models
+        values["vllm_num_engines"] = actor_per_node * config.actor_num_nodes if colocated else share
+    sources = dict(parsed.sources) | dict.fromkeys(values, Source.AUTO)
+    return Parsed(config.model_copy(update=values), sources)
+
+
+def plan_groups(config: RLConfig) -> tuple[Group, ...]:
+    """The groups of a resolved configuration."""
+    sizes = _sizes(config)
+    groups = []
+    for roles in _sharing(config):
+        counts = {sizes[role] for role in roles if role is not Role.ENGINE}
+        nodes, per_node = counts.pop() if counts else sizes[Role.ENGINE]
+        if Role.ENGINE in roles and len(roles) > 1 and nodes * per_node != config.vllm_num_engines:
+            raise ConfigError(
+                f"--colocate_all_models needs one engine per actor slot, but --vllm_num_engines is {config.vllm_num_engines} "
+                f"and --actor_num_nodes x --actor_num_gpus_per_node is {nodes * per_node}: make them equal."
+            )
+        groups.append(Group(roles, nodes, per_node))
+    return tuple(groups)
+
+
+def arithmetic(groups: tuple[Group, ...], unit: str) -> str:
+    """One line that shows how the slots add up, for example "engine 1 + actor, ref 2 = 3 worker processes"."""
+    parts = [f"{', '.join(group.roles)} {group.slots}" for group in groups]
+    return f"{' + '.join(parts)} = {sum(group.slots for group in groups)} {unit}"
+
+
+def check_fits(groups: tuple[Group, ...], cluster_gpus: int) -> None:
+    """Refuse more GPUs than the cluster has. Without any GPU slots are processes and always fit."""
+    total = sum(group.slots for group in groups)
+    if cluster_gpus > 0 and total > cluster_gpus:
+        raise ConfigError(
+            f"The placement asks for {arithmetic(groups, 'GPUs')} but the cluster has {cluster_gpus}: lower *_num_gpus_per_node "
+            "or --vllm_num_engines, or let models share GPUs with --colocate_all_models."
+        )
+
+
+def _sharing(config: RLConfig) -> list[tuple[Role, ...]]:
+    roles = used_roles(config)
+    if config.colocate_all_models:
+        return [roles]
+    pairs = []
+    if config.colocate_actor_ref:
+        pairs.append((Role.ACTOR, Role.REF))
+    if config.colocate_critic_reward:
+        pairs.append((Role.CRITIC, Role.REWARD))
+    shared = [pair for pair in pairs if all(role in roles for role in pair)]
+    taken = {role for pair in shared for role in pair}
+    return [(role,) for role in roles if role not in taken] + shared
+
+
+def _sizes(config: RLConfig) -> Mapping[Role, tuple[int, int]]:
+    resolved = (
+        config.vllm_num_engines,
+        config.actor_num_gpus_per_node,
+        config.critic_num_gpus_per_node,
+        config.ref_num_gpus_per_node,
+        config.reward_num_gpus_per_node,
+    )
+    engines, actor, critic, ref, reward = (int(number) for number in resolved)
+    return {
+        Role.ENGINE: (1, engines),
+        Role.ACTOR: (config.actor_num_nodes, actor),
+        Role.CRITIC: (config.critic_num_nodes, critic),
+        Role.REF: (config.ref_num_nodes, ref),
+        Role.REWARD: (config.reward_num_nodes, reward),
+    }

@@ -1,0 +1,129 @@
+"""The records that travel between rollout, reward and training: plain Python and NumPy, no torch.
+
+``Prompt`` -> engine -> ``Generation`` -> environment -> ``Rollout`` -> reward -> ``Score`` -> ``Sample``.
+Text is tokenised once, when a ``Prompt`` is made; from there on token ids are the truth and text is for people.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class FinishReason(StrEnum):
+    """Why generation ended. Masks and penalties look at this, never at token values."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class Outcome(StrEnum):
+    """What a reward source said about one rollout: a failure is never silently a score of zero."""
+
+    SCORE = "score"
+    ABSTAIN = "abstain"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of a prompt set, rendered and tokenised.
+
+    ``id`` is unique within the mixed prompt set and stable between runs; ``label`` is the value of
+    ``--label_key`` (any JSON value; "" when the flag is not set).
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    text: str
+    label: Any = ""
+    datasource: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. ``temperature`` 0 is greedy. ``seed`` None leaves the engine's own generator in charge."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_tokens: int = 1
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What an engine returns for one request.
+
+    ``logprobs`` are of the distribution really sampled from (after temperature), one per token, in nats.
+    ``policy_version`` is that of the weights that produced the tokens.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One finished trajectory. ``response_*`` have one entry per token after the prompt.
+
+    ``response_mask`` is True where the policy chose the token (False for an environment's observation);
+    ``group_id`` is shared by the samples of one prompt in one step.
+    """
+
+    prompt: Prompt
+    group_id: str
+    response_tokens: tuple[int, ...]
+    response_mask: tuple[bool, ...]
+    response_logprobs: tuple[float, ...]
+    response_text: str
+    finish_reason: FinishReason
+    policy_version: int
+
+    def __post_init__(self) -> None:
+        n = len(self.response_tokens)
+        assert n == len(self.response_mask) == len(self.response_logprobs), "response streams differ in length"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The reward of one rollout: the sum and its named components, or why there is none."""
+
+    outcome: Outcome
+    value: float = math.nan
+    components: Mapping[str, float] = field(default_factory=dict)
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One sequence ready for packing. All arrays have length L = ``len(tokens)``.
+
+    Element i of every stream is about token i; entries where ``loss_mask`` is False are never read (they may be NaN).
+    ``prompt_length`` is how many leading tokens may be shared with other samples of the same ``group_id``.
+    """
+
+    tokens: NDArray[np.int64]
+    loss_mask: NDArray[np.bool_]
+    prompt_length: int
+    group_id: str
+    streams: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        length = len(self.tokens)
+        assert len(self.loss_mask) == length, "loss_mask and tokens differ in length"
+        assert 0 <= self.prompt_length <= length
+        assert not self.loss_mask[:1].any(), "the first token has no prediction and cannot be in the loss"
+        assert all(len(stream) == length for stream in self.streams.values()), "a stream and tokens differ in length"
