@@ -1,0 +1,69 @@
+"""Rewards for the tasks of reasoning-gym, by the package's own verifiers (``pip install reasoning-gym``).
+
+    togi train_ppo_ray --reward_func examples/rewards/reasoning_gym_reward.py --label_key label ...
+
+The label is a JSON object {"task": name, "answer": answer, "metadata": {...}}, as in rows made like this:
+
+    for row in reasoning_gym.create_dataset("chain_sum", size=100, seed=1):
+        label = {"task": "chain_sum", "answer": row["answer"], "metadata": row["metadata"]}
+        print(json.dumps({"input": row["question"], "label": label}))
+
+The answer is what stands in the response's last <answer>...</answer>, or else its last line. An empty answer gets 0.
+
+Some verifiers evaluate the answer as Python or SymPy, which a model can use to hang the worker or worse. Where plain
+arithmetic is asked for, anything else gets 0 without running the verifier; the other such tasks are refused.
+"""
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+ARITHMETIC_TASKS = {"countdown", "puzzle24"}
+EVALUATING_TASKS = {
+    "binary_matrix",
+    "intermediate_integration",
+    "n_queens",
+    "polynomial_multiplication",
+    "simple_integration",
+    "spiral_matrix",
+    "string_insertion",
+}
+PLAIN_ARITHMETIC = re.compile(r"(?!.*(\*\s*\*|/\s*/))[0-9+\-*/(). ]{1,200}")
+ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+
+
+def reward_func(
+    queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
+) -> list[float]:
+    """One score in [0, 1] per query. Most verifiers give a little for a wrong answer in the right format."""
+    return [score(answer_of(response), label) for response, label in zip(responses, labels, strict=True)]
+
+
+def answer_of(response: str) -> str:
+    """The answer that a response gives; "" if it gives none."""
+    tagged = ANSWER.findall(response)
+    if tagged:
+        return str(tagged[-1]).strip()
+    lines = response.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def score(answer: str, label: Any) -> float:
+    """The verifier's score of one answer. Raises ValueError for a label that is not as described above."""
+    if not isinstance(label, dict) or not {"task", "answer", "metadata"} <= label.keys():
+        raise ValueError(f'the label {str(label)[:80]!r} is not an object with "task", "answer" and "metadata"')
+    task = label["task"]
+    if task in EVALUATING_TASKS:
+        raise ValueError(f"the verifier of {task} evaluates what the model wrote; leave this task out")
+    if not answer or (task in ARITHMETIC_TASKS and not PLAIN_ARITHMETIC.fullmatch(answer)):
+        return 0.0
+    return float(verifier(task)(answer, label))
+
+
+@lru_cache
+def verifier(task: str) -> Callable[[str, dict[str, Any]], float]:
+    """The package's scoring function of a task, made once per worker."""
+    from reasoning_gym import get_score_answer_fn
+
+    return get_score_answer_fn(task)

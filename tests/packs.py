@@ -1,0 +1,68 @@
+"""Packs built by hand for tests, without the packing code under test elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
+
+Group = tuple[list[int], list[list[int]]]
+
+
+def make_segments(lengths: Sequence[int], prefixes: Sequence[int]) -> Segments:
+    starts = [sum(lengths[:s]) for s in range(len(lengths))]
+    return Segments(tuple(starts), tuple(lengths), tuple(prefixes))
+
+
+def plain_pack(groups: Sequence[Group]) -> Batch:
+    """Every (prompt, response) as one segment; the response is in the loss."""
+    tokens, mask, owners, lengths = [], [], [], []
+    for prompt, responses in groups:
+        for response in responses:
+            owners += [len(lengths)] * (len(prompt) + len(response))
+            lengths.append(len(prompt) + len(response))
+            tokens += prompt + response
+            mask += [False] * len(prompt) + [True] * len(response)
+    return _batch(tokens, mask, owners, make_segments(lengths, [NO_PREFIX] * len(lengths)), len(lengths))
+
+
+def shared_pack(groups: Sequence[Group]) -> Batch:
+    """Every prompt once, followed by its responses as continuations."""
+    tokens, mask, owners, lengths, prefixes, sequences = [], [], [], [], [], 0
+    for prompt, responses in groups:
+        place = len(lengths)
+        for run, prefix in [(prompt, NO_PREFIX), *((response, place) for response in responses)]:
+            is_prompt = prefix == NO_PREFIX
+            tokens += run
+            mask += [not is_prompt] * len(run)
+            owners += [NO_SEQUENCE if is_prompt else sequences] * len(run)
+            sequences += not is_prompt
+            lengths.append(len(run))
+            prefixes.append(prefix)
+    return _batch(tokens, mask, owners, make_segments(lengths, prefixes), sequences)
+
+
+def random_groups(seed: int, shapes: Sequence[tuple[int, Sequence[int]]], vocab: int = 256) -> list[Group]:
+    """Groups of random tokens; a shape is (prompt length, response lengths)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(vocab, (length,), generator=generator).tolist()
+
+    return [(draw(prompt), [draw(length) for length in responses]) for prompt, responses in shapes]
+
+
+def _batch(tokens: list[int], mask: list[bool], owners: list[int], segments: Segments, sequences: int) -> Batch:
+    return Batch(
+        tokens_T=torch.tensor(tokens),
+        positions_T=segment_positions(segments),
+        sources_T=predecessors(segments),
+        sequences_T=torch.tensor(owners),
+        loss_mask_T=torch.tensor(mask),
+        segments=segments,
+        order_N=tuple(range(sequences)),
+        streams={},
+        values={},
+    ).validate()

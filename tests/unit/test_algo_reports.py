@@ -1,0 +1,78 @@
+"""Engine-trainer mismatch, pass@k and standard errors: numbers by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from togi.algo.evaluate import Estimate, mean_with_error, pass_at_k
+from togi.algo.mismatch import mismatch
+
+
+def test_mismatch_by_hand():
+    # ratios 2, 1, 1/2
+    report = mismatch(
+        torch.tensor([-2.0, -1.0, -0.5]), torch.tensor([-2.0, -1.0, -0.5]) + torch.tensor([2.0, 1, 0.5]).log()
+    )
+    assert report.abs_log_ratio_mean == pytest.approx(2 * math.log(2) / 3, rel=1e-6)
+    assert report.abs_log_ratio_max == pytest.approx(math.log(2), rel=1e-6)
+    assert report.ratio_mean == pytest.approx(3.5 / 3, rel=1e-6)
+    assert report.ratio_p99 == report.ratio_max == pytest.approx(2, rel=1e-6)
+    # mean of r - 1 - log r: (1 - log 2 + 0 - 1/2 + log 2) / 3
+    assert report.kl == pytest.approx(0.5 / 3, rel=1e-5)
+
+
+def test_mismatch_of_equal_logprobs_is_zero():
+    logprobs = -torch.rand(100)
+    report = mismatch(logprobs, logprobs.clone())
+    assert (report.abs_log_ratio_max, report.ratio_mean, report.ratio_p99, report.kl) == (0.0, 1.0, 1.0, 0.0)
+
+
+def test_p99_is_a_rank_and_extremes_are_not_clipped():
+    # log ratios 1..1000 in thousandths and one of 200, where float32 exp would overflow
+    trainer = torch.cat([torch.arange(1, 1000) / 1000, torch.tensor([200.0])])
+    report = mismatch(torch.zeros(1000), trainer)
+    assert report.ratio_p99 == pytest.approx(math.exp(0.990), rel=1e-6)
+    assert report.ratio_max == pytest.approx(math.exp(200), rel=1e-6)
+    assert report.abs_log_ratio_max == 200.0
+
+
+def test_mismatch_kl_is_the_divergence_of_the_engine_from_the_trainer():
+    engine, trainer = (torch.log_softmax(torch.tensor(x), -1) for x in ([0.3, 1.0, -0.5], [0.0, 0.7, 0.4]))
+    exact = float((engine.exp() * (engine - trainer)).sum())
+    tokens = torch.multinomial(engine.exp(), 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    report = mismatch(engine[tokens], trainer[tokens])
+    assert report.kl == pytest.approx(exact, rel=0.02)
+    assert report.ratio_mean == pytest.approx(1, abs=0.01)
+
+
+def test_pass_at_k_by_hand():
+    # 5 samples, 2 right: of the 10 pairs the 3 without a right one fail
+    assert pass_at_k(5, 2, 2) == pytest.approx(0.7)
+    assert pass_at_k(5, 2, 1) == pytest.approx(0.4)
+    assert pass_at_k(5, 2, 4) == 1.0
+    assert pass_at_k(5, 0, 3) == 0.0
+    assert pass_at_k(10_000, 1, 5_000) == pytest.approx(0.5)
+
+
+def test_pass_at_k_equals_enumeration():
+    for n in range(1, 7):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-15)
+
+
+def test_pass_at_k_refuses_k_above_n():
+    with pytest.raises(AssertionError, match="undefined"):
+        pass_at_k(4, 2, 8)
+
+
+def test_mean_and_standard_error_by_hand():
+    # mean 2.5, unbiased variance 5/3, standard error sqrt(5/12)
+    assert mean_with_error([1, 2, 3, 4]) == Estimate(2.5, pytest.approx(math.sqrt(5 / 12)), 4)
+    single = mean_with_error([0.0])
+    assert (single.mean, single.count) == (0.0, 1)
+    assert math.isnan(single.standard_error)

@@ -1,0 +1,251 @@
+"""Data sets of every format come back as they were written, and every mistake is one sentence that names it."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import datasets
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+
+from togi.data.items import parse_item
+from togi.data.mixture import concatenate, interleave, load_mixture, parse_probs, proportional_shares
+from togi.data.precheck import check_source, check_sources
+from togi.data.source import load_source
+from togi.errors import DataError
+
+ROWS = [{"input": "1+1", "label": "2"}, {"input": 'Ü, "x"\n?', "label": "y"}, {"input": "", "label": "z"}]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_arrow(path, rows, new=pyarrow.ipc.new_stream):
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS = {
+    "a.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "lines.json": lambda path: write_jsonl(path, ROWS),
+    "bom.json": lambda path: path.write_text("\ufeff " + json.dumps(ROWS), encoding="utf-8"),
+    "a.jsonl": lambda path: write_jsonl(path, ROWS),
+    "UPPER.JSONL": lambda path: write_jsonl(path, ROWS),
+    "a.csv": lambda path: write_csv(path, ROWS),
+    "a.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path),
+    "stream.arrow": lambda path: write_arrow(path, ROWS),
+    "file.arrow": lambda path: write_arrow(path, ROWS, pyarrow.ipc.new_file),
+    "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
+    "folder": lambda path: write_jsonl(path / "part.jsonl", ROWS),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_round_trips(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    source = load_source(str(tmp_path / name))
+    assert len(source.rows) == 3
+    assert source.rows.fetch([0, 1, 2]) == ROWS
+    assert source.rows.fetch([2, 0]) == [ROWS[2], ROWS[0]]
+    check_source(str(tmp_path / name), ["input", "label"])
+    with pytest.raises(DataError, match="has no field 'lable'; it has 'input', 'label': did you mean 'label'"):
+        check_source(str(tmp_path / name), ["lable"])
+
+
+def test_json_values_are_not_unified(tmp_path):
+    rows = [{"label": {"a": 1}}, {"label": {"b": [2]}}, {"label": 3, "extra": None}]
+    assert load_source(str(write_jsonl(tmp_path / "x.jsonl", rows))).rows.fetch([0, 1, 2]) == rows
+
+
+def test_csv_cells_are_text(tmp_path):
+    (tmp_path / "x.csv").write_text("input,label\na,007\nNA,\n")
+    assert load_source(str(tmp_path / "x.csv")).rows.fetch([0, 1]) == [
+        {"input": "a", "label": "007"},
+        {"input": "NA", "label": ""},
+    ]
+
+
+def test_splits_of_folders_and_saved_sets(tmp_path):
+    for name, rows in {"train-00000-of-00002": ROWS[:1], "train-00001-of-00002": ROWS[1:], "my_test": ROWS[:2]}.items():
+        write_jsonl(tmp_path / "f" / "data" / f"{name}.jsonl", rows)
+    train, test = dict(enumerate(ROWS)), dict(enumerate(ROWS[:2]))
+    datasets.DatasetDict(
+        train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:2])
+    ).save_to_disk(tmp_path / "s")
+    for item in (f"{tmp_path}/f", f"{tmp_path}/f@data", f"{tmp_path}/s"):
+        for split, rows in {"train": train, "test": test}.items():
+            source = load_source(item, split)
+            assert dict(enumerate(source.rows.fetch(range(len(source.rows))))) == rows
+            check_source(item, ["input"], split)
+        for load in (
+            lambda item=item: load_source(item, "dev"),
+            lambda item=item: check_source(item, ["input"], "dev"),
+        ):
+            with pytest.raises(DataError, match=r"has no split 'dev': choose one of '.*', '.*'"):
+                load()
+
+
+def test_folder_mistakes(tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_jsonl(tmp_path / "mixed" / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "mixed" / "more.jsonl", ROWS)
+    write_jsonl(tmp_path / "formats" / "a.jsonl", ROWS)
+    write_csv(tmp_path / "formats" / "b.csv", ROWS)
+    for name, message in {
+        "empty": "has no data files",
+        "mixed": "more.jsonl names no split",
+        "formats": "mixes the formats .csv, .jsonl",
+        "empty@sub": "There is no folder",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            load_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"input": 1}\n\n{"input": \n', r"^Line 3 of .*a\.jsonl is not valid JSON"),
+        ("a.jsonl", '{"input": 1}\n[1]\n', r"^Line 2 of .*a\.jsonl is of type list, not an object"),
+        ("a.json", '[{"input": 1},\n{"input" 2}]', r"^Line 2 of .*a\.json is not valid JSON"),
+        ("a.json", "[1]", r"^Item 0 of the list in .*a\.json is of type int"),
+        ("a.json", "[]", "has no rows"),
+        ("a.jsonl", "\n", "has no rows"),
+        ("a.csv", "input\n", "has no rows"),
+        ("a.csv", "input,label\na,b\nc\n", r"^Line 3 of .*a\.csv has 1 cells but the first line names 2"),
+        ("a.csv", "input,input\na,b\n", "two columns of one name"),
+        ("a.parquet", "no parquet", "cannot be read"),
+        ("a.arrow", "no arrow", "cannot be read"),
+        ("a.txt", "text", "unknown extension '.txt'"),
+        ("a.py", "1/0", "loading script, which Togi never runs"),
+    ],
+)
+def test_broken_files(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    for load in (load_source, lambda item: check_source(item, ["input"])):
+        with pytest.raises(DataError, match=message) as caught:
+            load(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"input": "\xff"}\n')
+    with pytest.raises(DataError, match=r"a.jsonl is not UTF-8 text"):
+        load_source(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("item", ["no/such/file.jsonl", "./nothing", "/nothing", "a/b/c", "two words"])
+def test_missing_local_data(item):
+    for load in (load_source, lambda item: check_source(item, [])):
+        with pytest.raises(DataError, match="There is no file or folder"):
+            load(item)
+
+
+def test_hub_name_offline(monkeypatch):
+    check_source("owner/name@sub", ["input"])
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="owner/name is neither a local file or folder nor a hub data set") as caught:
+        load_source("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_items(tmp_path):
+    path = write_jsonl(tmp_path / "a@b.jsonl", ROWS)
+    assert parse_item(f" {path} ").path == path
+    assert (parse_item("owner/set@sub").location, parse_item("owner/set@sub").data_dir) == ("owner/set", "sub")
+    with pytest.raises(DataError, match="remove @x"):
+        parse_item(f"{path}@x")
+    with pytest.raises(DataError, match="empty entry"):
+        check_sources(f"{path},", ["input"])
+
+
+def test_precheck_names_the_row(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": 1}, {"p": 1}])
+    with pytest.raises(DataError, match=r"^Row 1 of .*a.jsonl has no field 'q'; it has 'p'"):
+        check_source(str(path), ["q"])
+
+
+def test_precheck_reads_only_the_head_of_a_large_list(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[" + ",\n".join(json.dumps({"input": "x" * 300_000}) for _ in range(8)) + ', {"broken')
+    check_source(str(path), ["input"])
+    path.write_text("[" + json.dumps({"input": "x" * 5_000_000}) + "]")
+    check_source(str(path), ["input"])
+    with pytest.raises(DataError, match="no field 'label'"):
+        check_source(str(path), ["label"])
+
+
+def test_precheck_imports_nothing_heavy(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    code = (
+        "import sys; from togi.data.precheck import check_source; check_source(sys.argv[1], ['input']);"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_probabilities():
+    assert parse_probs("0.25,0.75", 2) == [0.25, 0.75]
+    assert sum(parse_probs("0.333,0.333,0.333", 3)) == pytest.approx(1)
+    for text, message in {
+        "1": "1 probabilities .* for 2 data sets",
+        "0.5,0.4": "sum to 0.9",
+        "1.5,-0.5": "must all be positive",
+        "nan,1": "must all be positive",
+        "a,b": "not comma-separated numbers",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            parse_probs(text, 2)
+
+
+def test_concatenation_shares_max_samples():
+    assert proportional_shares([6, 3, 1], 10) == [6, 3, 1]
+    assert proportional_shares([60, 30, 10], 10) == [6, 3, 1]
+    assert proportional_shares([5, 5, 5], 4) == [2, 1, 1]
+    assert proportional_shares([1000, 1], 10) == [9, 1]
+    assert proportional_shares([1000, 1, 1], 2) == [2, 0, 0]
+    assert concatenate([2, 4], 3).tolist() == [[0, 0], [1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(("sizes", "probs", "seed"), [([3, 7], [0.5, 0.5], 1), ([900, 40, 1200], [0.2, 0.1, 0.7], 42)])
+def test_interleave_equals_datasets(sizes, probs, seed):
+    sets = [datasets.Dataset.from_list([{"s": s, "r": r} for r in range(size)]) for s, size in enumerate(sizes)]
+    expected = datasets.interleave_datasets(sets, probs, seed=seed, stopping_strategy="all_exhausted")
+    places = interleave(sizes, probs, seed, 10**8)
+    assert places.tolist() == [[row["s"], row["r"]] for row in expected]
+    assert interleave(sizes, probs, seed, 5).tolist() == places[:5].tolist()
+
+
+def test_mixture_of_sets_with_different_columns(tmp_path):
+    a = write_jsonl(tmp_path / "a.jsonl", [{"input": "a", "label": 1}])
+    b = write_jsonl(tmp_path / "b.jsonl", [{"input": "b", "label": {"x": []}}, {"input": "c", "label": None}])
+    plain = load_mixture(f"{a},{b}", None)
+    assert [pick.id for pick in plain.picks] == ["0:0", "1:0", "1:1"]
+    mixed = load_mixture(f"{a},{b}", "0.9,0.1", seed=0)
+    ids = [pick.id for pick in mixed.picks]
+    assert len(set(ids)) == len(ids)
+    repeats = sum(pick.source == 0 for pick in mixed.picks)
+    assert [i for i in ids if i.startswith("0:")] == ["0:0", *(f"0:0#{n}" for n in range(1, repeats))]
+    assert mixed.rows_used(0) == [0] and mixed.rows_used(1) == [0, 1]
+    with pytest.raises(DataError, match="for 2 data sets"):
+        load_mixture(f"{a},{b}", "1.0")

@@ -1,0 +1,162 @@
+"""The example reward functions, on cases made by hand and, where TOGI_SHARED_DATA points at it, on public data."""
+
+import asyncio
+import importlib.util
+import json
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from togi.reward.function import FunctionReward
+from togi.reward.pool import CallLimits
+from togi.sample import FinishReason, Prompt, Rollout
+
+FOLDER = Path(__file__).parents[2] / "examples" / "rewards"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shared_rows(name):
+    folder = os.environ.get("TOGI_SHARED_DATA")
+    if folder is None or not (Path(folder) / name).is_file():
+        pytest.skip(f"set TOGI_SHARED_DATA to the folder that holds {name}")
+    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+def score_in_worker(name, texts, labels, reason=FinishReason.STOP):
+    async def run():
+        reward = FunctionReward.from_file(FOLDER / f"{name}.py", CallLimits(workers=1))
+        group = [
+            Rollout(Prompt("p", (1,), "How many? 99 ", label), "g", (3,), (True,), (-1.0,), text, reason, 0)
+            for text, label in zip(texts, labels, strict=True)
+        ]
+        scores = await reward.score(group)
+        await reward.close()
+        return scores
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 2 + 3 = 5.", 5),
+        ("A: 64", 64),
+        ("<<66/3=22>>22 messages", 22),
+        ("$1,234,567.50 in all", Fraction("1234567.5")),
+        (r"\$80", 80),
+        ("1,000 dollars", 1000),
+        ("1,2,3", 3),
+        ("12-5", 5),
+        ("x = -5", -5),
+        ("-$5", -5),
+        ("$-5", -5),
+        ("\u22127 degrees", -7),
+        ("about .5", Fraction(1, 2)),
+        ("50%", 50),
+        ("3/4 of it", Fraction(3, 4)),
+        (r"\frac{3}{4}", Fraction(3, 4)),
+        ("1/0", None),
+        ("10{,}000", 10000),
+        ("**18**", 18),
+        ("none at all", None),
+        ("", None),
+    ],
+)
+def test_the_last_number_of_a_text(text, number):
+    assert example("math_reward").last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        (r"\boxed{1} and \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{7} then \boxed{8", "7"),
+        (r"} \boxed{3}", "3"),
+        (r"\boxed{", None),
+        ("no box", None),
+    ],
+)
+def test_the_last_box_of_a_text(text, inside):
+    assert example("math_reward").last_boxed(text) == inside
+
+
+def test_math_reward():
+    math_reward = example("math_reward")
+    responses = [r"\boxed{72}, which is 3 days", "It is 72.00 hours", "71", "no idea", "1" * 5000]
+    prompts = ["Q 72 "] * 5
+    queries = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    labels = ["72", 72, "#### 72", "3 x 24 = <<3*24=72>>72\n#### 72", 72.0]
+    returned = math_reward.reward_func(queries, prompts, labels)
+    assert returned["rewards"] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert returned["extra_logs"] == {"correct": [1.0, 1.0, 0.0, 0.0, 0.0], "boxed": [1.0, 0.0, 0.0, 0.0, 0.0]}
+    math_reward.FORMAT_WEIGHT = 0.1
+    assert math_reward.reward_func(queries, prompts, labels)["rewards"] == [1.1, 1.0, 0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="the label 'none' holds no number"):
+        math_reward.reward_func(["Q 1"], ["Q "], ["none"])
+
+
+def test_math_reward_in_a_worker():
+    scores = score_in_worker("math_reward", ["18", "19"], ["18", "18"])
+    assert [score.value for score in scores] == [1.0, 0.0]
+    assert scores[0].components == {"function": 1.0, "scores": 1.0, "correct": 1.0, "boxed": 0.0}
+
+
+def test_math_reward_agrees_with_the_reference_solutions_of_gsm8k():
+    rows, reward_func = shared_rows("gsm8k/test.jsonl"), example("math_reward").reward_func
+    returned = reward_func([row["solution"] for row in rows], [""] * len(rows), [row["target"] for row in rows])
+    assert returned["rewards"] == [1.0] * len(rows)
+
+
+def test_math_reward_agrees_with_the_judgements_of_model_solutions():
+    rows, reward_func = shared_rows("gsm8k_solutions/unpaired_test.jsonl"), example("math_reward").reward_func
+    returned = reward_func([row["completion"] for row in rows], [""] * len(rows), [row["target"] for row in rows])
+    assert returned["rewards"] == [float(row["label"]) for row in rows]
+
+
+def test_exact_match():
+    texts, labels = ["Paris", " a  b\n", "paris", "7"], ["Paris", "a b", "Paris", 7]
+    assert [score.value for score in score_in_worker("exact_match", texts, labels)] == [1.0, 1.0, 0.0, 1.0]
+
+
+def test_length_penalty():
+    texts = ["w " * 100, "w " * 150, "w " * 500]
+    scores = score_in_worker("length_penalty", texts, [""] * 3)
+    assert [score.value for score in scores] == [0.0, -0.5, -1.0]
+    assert [score.components["words"] for score in scores] == [100.0, 150.0, 500.0]
+    assert [score.components["cut_off"] for score in scores] == [0.0] * 3
+    cut = score_in_worker("length_penalty", ["short"], [""], FinishReason.LENGTH)[0]
+    assert (cut.value, cut.components["cut_off"]) == (-1.0, 1.0)
+
+
+def test_reasoning_gym_reward():
+    pytest.importorskip("reasoning_gym")
+    gym = example("reasoning_gym_reward")
+    label = {"task": "countdown", "answer": "29 + 10 + 20", "metadata": {"numbers": [29, 20, 10], "target": 59}}
+
+    def scores(*responses):
+        return gym.reward_func([""] * len(responses), [""] * len(responses), [label] * len(responses), responses)
+
+    assert scores("Let me see.\n20 + 10 + 29", "<answer>1</answer> or <answer>(29+20)+10</answer> ok") == [1.0, 1.0]
+    assert scores("29 + 20 - 10", "29 + 30") == [0.05, 0.05]
+    assert scores("", "9**9**9**9", "9* *9", "__import__('os')", "1" * 201) == [0.0] * 5
+    with pytest.raises(ValueError, match="evaluates what the model wrote"):
+        gym.score("[]", {**label, "task": "n_queens"})
+    with pytest.raises(ValueError, match="is not an object"):
+        gym.score("5", "5")
+
+
+def test_reasoning_gym_reward_agrees_with_the_reference_answers():
+    pytest.importorskip("reasoning_gym")
+    rows, gym = shared_rows("reasoning_gym/test.jsonl"), example("reasoning_gym_reward")
+    labels = [{"task": row["task"], "answer": row["target"], "metadata": row["metadata"]} for row in rows]
+    targets = [row["target"] for row in rows]
+    assert gym.reward_func(targets, targets, labels, targets) == [1.0] * len(rows)

@@ -1,0 +1,41 @@
+"""Numbers for evaluation reports: pass@k and a mean with its standard error. Plain Python, no tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over ``count`` independent units and its standard error (NaN for one unit: unknown, not zero)."""
+
+    mean: float
+    standard_error: float
+    count: int
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that at least one of ``k`` samples is right, from ``n`` samples of which ``c`` were right.
+
+    ``1 - C(n - c, k) / C(n, k)``, unbiased (Chen et al. 2021, arXiv 2107.03374); exact integers, so no overflow. Needs
+    ``0 <= c <= n`` and ``1 <= k <= n``.
+    """
+    assert 0 <= c <= n and 1 <= k <= n, f"pass@{k} is undefined for {c} right out of {n}"
+    total = math.comb(n, k)
+    return (total - math.comb(n - c, k)) / total
+
+
+def mean_with_error(values: Sequence[float]) -> Estimate:
+    """The mean and its standard error, ``sqrt(unbiased variance / count)``.
+
+    Units must be independent: with several samples of one prompt, give one number per prompt.
+    """
+    count = len(values)
+    assert count > 0, "no values to average"
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Estimate(mean, math.nan, 1)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    return Estimate(mean, math.sqrt(variance / count), count)

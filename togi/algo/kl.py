@@ -1,0 +1,113 @@
+"""Estimates of KL(policy || reference) from sampled tokens, and the controllers of its coefficient.
+
+Not here: whether the estimate goes into the reward or into the loss (never both). Placement matters, because the
+estimators agree in value and differ in gradient. With tokens drawn from the current policy, the expected gradient of
+
+* k1 is zero. As a loss it only adds noise; it belongs in the reward.
+* k2 is that of KL(policy || reference): the one for the loss.
+* k3 is that of KL(reference || policy), the other direction.
+
+With tokens from an older policy all of these are biased unless weighted by the ratio.
+Shape letter: K tokens in the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from togi.config.choices import KLEstimator
+from togi.errors import ConfigError
+
+MAX_LOG_RATIO = 20.0
+MAX_RELATIVE_ERROR = 0.2
+
+
+def kl_estimate(logprobs_K: Tensor, ref_logprobs_K: Tensor, estimator: KLEstimator) -> Tensor:
+    """One estimate per token, in nats (Schulman, "Approximating KL Divergence", 2020). Shape K, differentiable.
+
+    With ``d = logprobs - ref_logprobs``: k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, low variance),
+    k3 = exp(-d) - 1 + d (unbiased, never negative). Only k3 can overflow, so only its d is held at -20 and above: a
+    token that the policy finds more than e^20 times less likely than the reference does counts as e^20 - 21, with no
+    gradient. k1 and k2 are never changed.
+    """
+    log_ratio_K = logprobs_K - ref_logprobs_K
+    match estimator:
+        case KLEstimator.K1:
+            return log_ratio_K
+        case KLEstimator.K2:
+            return log_ratio_K.square() / 2
+        case KLEstimator.K3:
+            bounded_K = log_ratio_K.clamp(min=-MAX_LOG_RATIO)
+            # expm1: near d = 0, where training lives, exp(-d) - 1 would lose the digits that d^2 / 2 is made of.
+            return torch.expm1(-bounded_K) + bounded_K
+
+
+@dataclass(frozen=True, slots=True)
+class FixedKLController:
+    """A coefficient that stays what the flag says. ``value`` is the coefficient."""
+
+    value: float
+
+    @property
+    def state(self) -> float:
+        """What a checkpoint keeps."""
+        return self.value
+
+    def update(self, kl: float, n: int) -> FixedKLController:
+        """Itself, whatever was measured."""
+        return self
+
+    def restored(self, state: float) -> FixedKLController:
+        """Itself: a fixed coefficient is the flag's, also after a resume."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveKLController:
+    """A coefficient that steers the measured KL towards ``target`` (Ziegler et al. 2019, arXiv 1909.08593).
+
+    ``value`` is the coefficient now, ``target`` in nats per token, ``horizon`` in samples.
+    """
+
+    value: float
+    target: float
+    horizon: int
+
+    def __post_init__(self) -> None:
+        assert self.target > 0 and self.horizon > 0, "target and horizon must be positive"
+
+    @property
+    def state(self) -> float:
+        """What a checkpoint keeps; target and horizon come from the flags."""
+        return self.value
+
+    def update(self, kl: float, n: int) -> AdaptiveKLController:
+        """The controller after a step of ``n`` samples with mean KL ``kl`` over the tokens in the loss.
+
+        ``value *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon``. Raises ConfigError when a step is so large
+        against the horizon that the factor could reach zero or turn the penalty into a bonus.
+        """
+        assert math.isfinite(kl), "the measured KL is not a finite number"
+        if MAX_RELATIVE_ERROR * n >= self.horizon:
+            raise ConfigError(
+                f"--kl_horizon {self.horizon} is too short for steps of {n} samples (the KL coefficient could fall to "
+                f"zero or below in one step): set it above {MAX_RELATIVE_ERROR * n:.0f}"
+            )
+        error = min(max(kl / self.target - 1, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
+        return replace(self, value=self.value * (1 + error * n / self.horizon))
+
+    def restored(self, state: float) -> AdaptiveKLController:
+        """This controller with the coefficient of a checkpoint."""
+        return replace(self, value=state)
+
+
+KLController = FixedKLController | AdaptiveKLController
+
+
+def kl_controller(init: float, target: float | None, horizon: int) -> KLController:
+    """Adaptive when there is a target, else fixed."""
+    return FixedKLController(init) if target is None else AdaptiveKLController(init, target, horizon)

@@ -1,0 +1,53 @@
+"""How far the generation engine's log-probs are from the trainer's, for the same weights and tokens.
+
+Raw numbers, never clipped: this is the alarm, not a correction. Not here: thresholds and what to do about them.
+Shape letter: K tokens in the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOP_SHARE = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Over the tokens of a step, with ``ratio = trainer probability / engine probability`` of the sampled token.
+
+    ``abs_log_ratio_*`` in nats. ``ratio_mean`` is 1 in expectation when the tokens really come from the engine's
+    distribution. ``ratio_p99`` is the smallest ratio that at least 99 % of the tokens do not exceed. ``kl``: k3
+    estimate of KL(engine || trainer), the mean of ``ratio - 1 - log ratio``, in nats per token.
+    """
+
+    abs_log_ratio_mean: float
+    abs_log_ratio_max: float
+    ratio_mean: float
+    ratio_p99: float
+    ratio_max: float
+    kl: float
+
+
+def mismatch(rollout_logprobs_K: Tensor, logprobs_K: Tensor) -> Mismatch:
+    """Compare the log-probs under which tokens were sampled with the trainer's for the same policy version, in float64.
+
+    Both must be of the same distribution: same temperature, no truncation by top-p or top-k. K must not be 0.
+    """
+    assert rollout_logprobs_K.shape == logprobs_K.shape, "token streams differ in length"
+    assert logprobs_K.numel() > 0, "no tokens to compare"
+    log_ratio_K = logprobs_K.detach().double() - rollout_logprobs_K.detach().double()
+    ratio_K = log_ratio_K.exp()
+    rank = math.ceil(TOP_SHARE * len(ratio_K))
+    return Mismatch(
+        abs_log_ratio_mean=float(log_ratio_K.abs().mean()),
+        abs_log_ratio_max=float(log_ratio_K.abs().max()),
+        ratio_mean=float(ratio_K.mean()),
+        # torch.quantile refuses more than 16 million elements; a long step has more.
+        ratio_p99=float(torch.kthvalue(ratio_K, rank).values),
+        ratio_max=float(ratio_K.max()),
+        kl=float((torch.expm1(log_ratio_K) - log_ratio_K).mean()),
+    )

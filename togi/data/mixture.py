@@ -1,0 +1,139 @@
+"""Several data sets as one list of rows: concatenated, or drawn with probabilities.
+
+Only places are mixed, never tables: a pick is (source, row), and records are built from each source's own rows, so that
+sets with different columns cannot clash. What a row becomes is not decided here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from togi.data.items import DEFAULT_SPLIT
+from togi.data.source import Source, load_source
+from togi.errors import DataError
+
+DRAW = 1000
+PROBABILITY_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """One row of the mixture. ``repeat`` counts its earlier occurrences (0 for the first)."""
+
+    source: int
+    row: int
+    repeat: int = 0
+
+    @property
+    def id(self) -> str:
+        """Unique in the mixture and stable between runs: "source:row", then "source:row#1" when the row comes again."""
+        return f"{self.source}:{self.row}" + (f"#{self.repeat}" if self.repeat > 0 else "")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixture:
+    """Data sets and the order in which their rows are used."""
+
+    sources: tuple[Source, ...]
+    picks: tuple[Pick, ...]
+
+    def rows_used(self, source: int) -> list[int]:
+        """The distinct rows of a source that are used, ascending."""
+        return sorted({pick.row for pick in self.picks if pick.source == source})
+
+
+def load_mixture(
+    datasets: str, probs: str | None, *, split: str = DEFAULT_SPLIT, seed: int = 42, max_samples: int = 100_000_000
+) -> Mixture:
+    """Load comma-separated sets and mix them.
+
+    Without ``probs`` the sets follow each other; ``max_samples`` is then shared out in proportion to their sizes, so
+    that later sets never vanish. With ``probs`` rows are drawn until every set was used up once (short sets repeat),
+    and ``max_samples`` keeps the first of them. Raises DataError.
+    """
+    items = datasets.split(",")
+    weights = None if probs is None else parse_probs(probs, len(items))
+    sources = tuple(load_source(item, split) for item in items)
+    sizes = [len(source.rows) for source in sources]
+    places = concatenate(sizes, max_samples) if weights is None else interleave(sizes, weights, seed, max_samples)
+    return Mixture(sources, _count_repeats(places))
+
+
+def parse_probs(text: str, sets: int) -> list[float]:
+    """Comma-separated positive probabilities that sum to 1, one per set. Raises DataError."""
+    parts = text.split(",")
+    if len(parts) != sets:
+        raise DataError(f"There are {len(parts)} probabilities ({text}) for {sets} data sets: give one per set.")
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        raise DataError(
+            f"The probabilities {text!r} are not comma-separated numbers: write for example 0.7,0.3."
+        ) from None
+    if not all(value > 0 for value in values):
+        raise DataError(f"The probabilities {text} must all be positive: leave out a set that is not to be used.")
+    if abs(sum(values) - 1) > PROBABILITY_TOLERANCE:
+        raise DataError(f"The probabilities {text} sum to {sum(values):g}: make them sum to 1.")
+    return [value / sum(values) for value in values]
+
+
+def concatenate(sizes: Sequence[int], max_samples: int) -> NDArray[np.int64]:
+    """Places (source, row), shape (M, 2): the first rows of each set, as many as its share of ``max_samples``."""
+    shares = proportional_shares(sizes, max_samples)
+    sources = np.repeat(np.arange(len(sizes)), shares)
+    rows = np.concatenate([np.arange(share) for share in shares])
+    return np.stack([sources, rows], axis=1)
+
+
+def proportional_shares(sizes: Sequence[int], total: int) -> list[int]:
+    """Whole numbers that sum to min(total, sum of sizes), in proportion to the sizes by the largest-remainder method.
+
+    Every set gets at least one row if ``total`` allows it.
+    """
+    if sum(sizes) <= total:
+        return list(sizes)
+    exact = [total * size / sum(sizes) for size in sizes]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    while total >= len(sizes) and 0 in shares:
+        shares[shares.index(max(shares))] -= 1
+        shares[shares.index(0)] += 1
+    return shares
+
+
+def interleave(sizes: Sequence[int], probs: Sequence[float], seed: int, max_samples: int) -> NDArray[np.int64]:
+    """Places (source, row), shape (M, 2), drawn until every set was used up once; a set that runs out starts again.
+
+    The same order as ``datasets.interleave_datasets(..., stopping_strategy="all_exhausted")``: sources are drawn in
+    blocks of 1000 from NumPy's default generator.
+    """
+    rng = np.random.default_rng(seed)
+    blocks: list[NDArray[np.int64]] = []
+    left = np.array(sizes)
+    while (left > 0).any() and len(blocks) * DRAW < max_samples:
+        blocks.append(rng.choice(len(sizes), size=DRAW, p=probs))
+        left -= np.bincount(blocks[-1], minlength=len(sizes))
+    drawn = np.concatenate(blocks)
+    rows = np.empty_like(drawn)
+    end = 0
+    for source, size in enumerate(sizes):
+        turns = np.flatnonzero(drawn == source)
+        rows[turns] = np.arange(len(turns)) % size
+        end = max(end, int(turns[size - 1]) + 1 if len(turns) >= size else len(drawn))
+    return np.stack([drawn, rows], axis=1)[: min(end, max_samples)]
+
+
+def _count_repeats(places: NDArray[np.int64]) -> tuple[Pick, ...]:
+    seen: Counter[tuple[int, int]] = Counter()
+    picks = []
+    for source, row in places.tolist():
+        picks.append(Pick(source, row, seen[source, row]))
+        seen[source, row] += 1
+    return tuple(picks)

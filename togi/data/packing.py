@@ -1,0 +1,129 @@
+"""Samples -> ``Batch``: the plain layout (one segment a sequence) and the shared-prefix layout (one segment a prompt).
+
+Shape letters as in ``togi.batch``. Which samples go together is decided in ``partition``; here they are laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
+from togi.data.partition import micro_batches, prefix_ids, split_ranks
+from togi.sample import Sample
+
+__all__ = ["PackStats", "dummy", "micro_batches", "pack", "pack_stats", "split_ranks"]
+
+
+@dataclass(frozen=True, slots=True)
+class PackStats:
+    """Tokens in packs, and how many there would be if no prompt were shared."""
+
+    tokens: int
+    unshared_tokens: int
+
+    def __add__(self, other: PackStats) -> PackStats:
+        return PackStats(self.tokens + other.tokens, self.unshared_tokens + other.unshared_tokens)
+
+    @property
+    def saved_share(self) -> float:
+        """The share of tokens that need not be computed, 0 to 1: 1 - tokens / unshared tokens."""
+        return 1 - self.tokens / self.unshared_tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """A segment to be: tokens ``start`` to ``end`` of a sample. ``sequence`` NO_SEQUENCE marks a shared prompt."""
+
+    sample: Sample
+    start: int
+    end: int
+    prefix: int
+    sequence: int
+
+
+def pack(samples: Sequence[Sample], *, share_prefix: bool) -> Batch:
+    """Lay out samples as one Batch; all must have the same streams and values.
+
+    With ``share_prefix`` samples of one ``group_id`` whose prompts are equal token for token share one prompt segment,
+    and each response continues it. A sample without a response is never shared: its prompt is its own segment, so that
+    each sequence has tokens (none of them in the loss). Streams and values are float32.
+    """
+    assert samples, "nothing to pack"
+    pieces, order = _pieces(samples, prefix_ids(samples, share_prefix=share_prefix))
+    lengths = [piece.end - piece.start for piece in pieces]
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    table = Segments(tuple(starts), tuple(lengths), tuple(piece.prefix for piece in pieces))
+    sequences = np.repeat(np.array([piece.sequence for piece in pieces], dtype=np.int64), lengths)
+    streams = {name: _joined(pieces, [p.sample.streams[name] for p in pieces], np.float32) for name in _names(samples)}
+    return Batch(
+        tokens_T=_joined(pieces, [piece.sample.tokens for piece in pieces], np.int64),
+        positions_T=segment_positions(table),
+        sources_T=predecessors(table),
+        sequences_T=torch.from_numpy(sequences),
+        loss_mask_T=_joined(pieces, [piece.sample.loss_mask for piece in pieces], np.bool_),
+        segments=table,
+        order_N=tuple(order),
+        streams=streams,
+        values={name: torch.tensor([samples[i].values[name] for i in order]) for name in samples[0].values},
+    ).validate()
+
+
+def dummy(batch: Batch) -> Batch:
+    """The same tokens with nothing in the loss: a rank without work runs it to take part in collectives.
+
+    It has no sequences either, since it must add nothing to any sum or count.
+    """
+    return replace(
+        batch,
+        loss_mask_T=torch.zeros_like(batch.loss_mask_T),
+        sequences_T=torch.full_like(batch.sequences_T, NO_SEQUENCE),
+        order_N=(),
+        values={name: value[:0] for name, value in batch.values.items()},
+    ).validate()
+
+
+def pack_stats(batch: Batch) -> PackStats:
+    """Tokens of a batch, and what the plain layout would have."""
+    table = batch.segments
+    prefixes = set(table.prefixes_S)
+    leaves = (s for s in range(len(table)) if s not in prefixes)
+    return PackStats(batch.num_tokens, sum(table.context_length(s) + table.lengths_S[s] for s in leaves))
+
+
+def _pieces(samples: Sequence[Sample], prefixes: Sequence[int]) -> tuple[list[_Piece], list[int]]:
+    """Segments in pack order, and the sample of each sequence. Samples that share a prompt are brought together."""
+    members: dict[int, list[int]] = {}
+    for i, prefix in enumerate(prefixes):
+        members.setdefault(prefix, []).append(i)
+    pieces: list[_Piece] = []
+    order: list[int] = []
+    for indices in members.values():
+        shared, shared_segment = 0, NO_PREFIX
+        if len(indices) > 1:
+            first = samples[indices[0]]
+            shared, shared_segment = first.prompt_length, len(pieces)
+            pieces.append(_Piece(first, 0, shared, NO_PREFIX, NO_SEQUENCE))
+        for i in indices:
+            assert not samples[i].loss_mask[: samples[i].prompt_length].any(), "a token of the prompt is in the loss"
+            pieces.append(_Piece(samples[i], shared, len(samples[i].tokens), shared_segment, len(order)))
+            order.append(i)
+    return pieces, order
+
+
+def _joined(pieces: Sequence[_Piece], arrays: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> torch.Tensor:
+    runs = [array[piece.start : piece.end] for piece, array in zip(pieces, arrays, strict=True)]
+    return torch.from_numpy(np.concatenate(runs).astype(dtype, copy=False))
+
+
+def _names(samples: Sequence[Sample]) -> list[str]:
+    names, values = samples[0].streams.keys(), samples[0].values.keys()
+    for sample in samples:
+        assert sample.streams.keys() == names and sample.values.keys() == values, (
+            "samples carry different streams or values"
+        )
+    return list(names)

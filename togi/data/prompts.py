@@ -1,0 +1,220 @@
+"""Prompt sets: rows -> ``Prompt``, rendered and tokenised once, with an account of every row that is not used.
+
+Order and resuming are in ``loader``; how text is made is in ``chat``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+from typing import Any, overload
+
+from transformers import PreTrainedTokenizerBase
+
+from togi.data.chat import adds_bos, check_rendering, encode, render_prompt, visible
+from togi.data.items import DEFAULT_SPLIT
+from togi.data.mixture import Mixture, load_mixture
+from togi.data.precheck import missing_field
+from togi.data.report import DataReport, Lengths, SourceReport, loss_warning
+from togi.data.tables import Row
+from togi.errors import DataError
+from togi.sample import Prompt
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 4096
+EXAMPLES = 3
+DEFAULT_DATASOURCE = "default"
+DATASOURCE_COLUMNS = ("datasource", "data_source")
+
+
+class Drop(StrEnum):
+    """Why a prompt is not used."""
+
+    EMPTY = "empty"
+    TOO_LONG = "too long"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpec:
+    """Which prompts to load and how to render them. Fields are named as their flags.
+
+    ``prompt_max_len`` is in tokens; longer prompts are dropped and counted, never cut.
+    """
+
+    prompt_data: str
+    input_key: str = "input"
+    label_key: str | None = None
+    prompt_data_probs: str | None = None
+    split: str = DEFAULT_SPLIT
+    apply_chat_template: bool = False
+    input_template: str | None = None
+    prompt_max_len: int = 1024
+    max_samples: int = 100_000_000
+    seed: int = 42
+
+
+class PromptSet(Sequence[Prompt]):
+    """Prompts in the order of the mixture, and the report of how they came about."""
+
+    def __init__(self, prompts: Sequence[Prompt], report: DataReport) -> None:
+        self._prompts = tuple(prompts)
+        self._by_id = {prompt.id: prompt for prompt in self._prompts}
+        self.report = report
+        assert len(self._by_id) == len(self._prompts), "prompt ids are not unique"
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
+        return self._prompts[index]
+
+    def by_id(self, prompt_id: str) -> Prompt:
+        """The prompt with this id (KeyError if there is none)."""
+        return self._by_id[prompt_id]
+
+    def fingerprint(self) -> str:
+        """A digest of ids and texts: equal for the same prompts in the same order."""
+        return fingerprint(self._prompts)
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """A digest of ids and texts, so that other rows under the same ids are noticed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        text = prompt.text.encode("utf-8", "surrogatepass")
+        digest.update(f"{prompt.id}\n{len(text)}\n".encode())
+        digest.update(text)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """One distinct row: its prompt without an id, or why there is none."""
+
+    text: str
+    tokens: tuple[int, ...]
+    label: Any
+    datasource: str
+    length: int
+    drop: Drop | None
+
+
+def load_prompts(spec: PromptSpec, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """Load, mix, render and tokenise the prompts of ``spec``. Raises DataError naming set, row and field."""
+    check_rendering(tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.input_template)
+    mixture = load_mixture(
+        spec.prompt_data, spec.prompt_data_probs, split=spec.split, seed=spec.seed, max_samples=spec.max_samples
+    )
+    vocabulary = tuple(range(len(tokenizer)))
+    rendered = [dict(_render_source(mixture, s, spec, tokenizer, vocabulary)) for s in range(len(mixture.sources))]
+    prompts = []
+    for pick in mixture.picks:
+        row = rendered[pick.source][pick.row]
+        if row.drop is None:
+            prompts.append(Prompt(pick.id, row.tokens, row.text, row.label, row.datasource))
+    report = _report(mixture, rendered, prompts, spec, tokenizer)
+    if not prompts:
+        raise DataError(
+            f"No prompt of {spec.prompt_data} can be used (dropped: {report.drop_reasons()}; longest: "
+            f"{report.lengths.max} tokens): check --input_key {spec.input_key} and --prompt_max_len "
+            f"{spec.prompt_max_len}."
+        )
+    for warning in report.warnings:
+        logger.warning("%s: %s", spec.prompt_data, warning)
+    return PromptSet(prompts, report)
+
+
+def _render_source(
+    mixture: Mixture, index: int, spec: PromptSpec, tokenizer: PreTrainedTokenizerBase, vocabulary: Sequence[int]
+) -> Iterator[tuple[int, _Rendered]]:
+    """Every used row of one source, with its row number."""
+    source, fallback = mixture.sources[index], _datasource_names(mixture)[index]
+    numbers = iter(mixture.rows_used(index))
+    while chunk := list(islice(numbers, CHUNK)):
+        rows = source.rows.fetch(chunk)
+        texts = [_text(row, f"Row {n} of {source.text}", spec, tokenizer) for n, row in zip(chunk, rows, strict=True)]
+        try:
+            ids = encode(texts, tokenizer, add_special_tokens=not spec.apply_chat_template)
+        except DataError as error:
+            raise DataError(f"In {source.text}: {error}") from None
+        for number, row, text, tokens in zip(chunk, rows, texts, ids, strict=True):
+            drop = _why_dropped(text, len(tokens), spec.prompt_max_len)
+            # One int object per token id, not one per token, keeps large prompt sets small.
+            kept = tuple(map(vocabulary.__getitem__, tokens)) if drop is None else ()
+            label = "" if spec.label_key is None else row[spec.label_key]
+            yield number, _Rendered(text, kept, label, _datasource(row, fallback), len(tokens), drop)
+
+
+def _text(row: Row, where: str, spec: PromptSpec, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The rendered prompt of a row, "" if it is empty."""
+    for key in (spec.input_key, spec.label_key):
+        if key is not None and key not in row:
+            raise missing_field(where, key, row)
+    value = row[spec.input_key]
+    if value is None or (isinstance(value, str) and not value.strip()) or value == []:
+        return ""
+    try:
+        return render_prompt(
+            value, tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.input_template
+        )
+    except DataError as error:
+        raise DataError(f"{where}: the field {spec.input_key!r} {error}") from None
+
+
+def _why_dropped(text: str, length: int, limit: int) -> Drop | None:
+    if not text:
+        return Drop.EMPTY
+    return Drop.TOO_LONG if length > limit else None
+
+
+def _datasource(row: Row, fallback: str) -> str:
+    for column in DATASOURCE_COLUMNS:
+        if row.get(column) is not None:
+            return str(row[column])
+    return fallback
+
+
+def _datasource_names(mixture: Mixture) -> list[str]:
+    """What a prompt without a datasource column is called: its set's name, if there are several sets."""
+    if len(mixture.sources) == 1:
+        return [DEFAULT_DATASOURCE]
+    names = [source.name for source in mixture.sources]
+    return [s.text if names.count(s.name) > 1 else s.name for s in mixture.sources]
+
+
+def _report(
+    mixture: Mixture,
+    rendered: Sequence[Mapping[int, _Rendered]],
+    prompts: Sequence[Prompt],
+    spec: PromptSpec,
+    tokenizer: PreTrainedTokenizerBase,
+) -> DataReport:
+    sources = []
+    for index, source in enumerate(mixture.sources):
+        picks = [pick for pick in mixture.picks if pick.source == index]
+        drops = Counter(rendered[index][pick.row].drop for pick in picks)
+        kept = drops.pop(None, 0)
+        repeats = sum(pick.repeat > 0 for pick in picks)
+        dropped = {str(reason): count for reason, count in drops.items() if reason is not None}
+        sources.append(SourceReport(source.text, len(source.rows), len(picks), repeats, kept, dropped))
+    warnings = loss_warning(len(mixture.picks), len(prompts))
+    if prompts and spec.apply_chat_template and adds_bos(tokenizer) and prompts[0].tokens[0] != tokenizer.bos_token_id:
+        warnings += (f"the tokenizer starts plain text with {tokenizer.bos_token!r} but the chat template does not.",)
+    lengths = [row.length for rows in rendered for row in rows.values() if row.drop is not Drop.EMPTY]
+    return DataReport(
+        title=f"Prompts of {spec.prompt_data}",
+        sources=tuple(sources),
+        lengths=Lengths.of(lengths),
+        examples=tuple(visible(tokenizer, prompt.tokens) for prompt in prompts[:EXAMPLES]),
+        warnings=warnings,
+    )

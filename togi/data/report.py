@@ -1,0 +1,110 @@
+"""What became of every row: a record of the data for the run directory. Counting happens where rows are dropped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+LARGE_LOSS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReport:
+    """One data set: its ``rows``, those ``picked`` for the mixture (``repeats`` of them again), ``kept``, ``dropped``.
+
+    ``dropped`` counts by reason; picked = kept + sum of dropped.
+    """
+
+    name: str
+    rows: int
+    picked: int
+    repeats: int
+    kept: int
+    dropped: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        assert self.picked == self.kept + sum(self.dropped.values()), f"{self.name}: rows are unaccounted for"
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Quantiles of the lengths in tokens, before anything is dropped for its length."""
+
+    min: int
+    median: int
+    p90: int
+    p99: int
+    max: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Lengths:
+        """Quantiles that are lengths which occur (the nearest higher one); all 0 if there are no lengths."""
+        if not lengths:
+            return cls(0, 0, 0, 0, 0)
+        return cls(*(int(q) for q in np.quantile(lengths, (0, 0.5, 0.9, 0.99, 1), method="higher")))
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """What was read, kept and dropped, with examples as the model sees them (special tokens visible)."""
+
+    title: str
+    sources: tuple[SourceReport, ...]
+    lengths: Lengths
+    examples: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def picked(self) -> int:
+        return sum(source.picked for source in self.sources)
+
+    @property
+    def kept(self) -> int:
+        return sum(source.kept for source in self.sources)
+
+    def drop_reasons(self) -> str:
+        """Reasons and counts over all sources, in words: "12 too long, 1 empty"; "none" if nothing was dropped."""
+        counts: dict[str, int] = {}
+        for source in self.sources:
+            for reason, count in source.dropped.items():
+                counts[reason] = counts.get(reason, 0) + count
+        return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count > 0) or "none"
+
+    def write(self, path: Path) -> None:
+        """Write ``path`` with the endings .json and .md."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False), encoding="utf-8")
+        path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+
+    def markdown(self) -> str:
+        """The report for people."""
+        lines = [
+            f"# {self.title}",
+            "",
+            f"{self.kept} of {self.picked} rows are used; dropped: {self.drop_reasons()}.",
+            "",
+        ]
+        lines += [f"**Warning:** {warning}\n" for warning in self.warnings]
+        lines += ["| set | rows | picked | repeats | kept | dropped |", "|---|---:|---:|---:|---:|---|"]
+        for s in self.sources:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in s.dropped.items()) or "none"
+            lines.append(f"| {s.name} | {s.rows} | {s.picked} | {s.repeats} | {s.kept} | {reasons} |")
+        q = self.lengths
+        lines += ["", f"Tokens: min {q.min}, median {q.median}, p90 {q.p90}, p99 {q.p99}, max {q.max}.", ""]
+        for number, example in enumerate(self.examples, start=1):
+            fence = "`" * 3
+            while fence in example:
+                fence += "`"
+            lines += [f"## Example {number}", "", fence, example, fence, ""]
+        return "\n".join(lines)
+
+
+def loss_warning(picked: int, kept: int) -> tuple[str, ...]:
+    """A warning if more than half of the rows were dropped."""
+    if picked - kept <= LARGE_LOSS * picked:
+        return ()
+    return (f"{picked - kept} of {picked} rows were dropped: check the keys, the template and the length limit.",)
