@@ -15,7 +15,7 @@ setup:
 
 demo: setup
 	@$(VENV)/bin/python examples/demo/prepare.py
-	@$(VENV)/bin/togi rl --config examples/demo/demo.yaml --seed $(SEED)
+	@TOGI=$(VENV)/bin/togi examples/demo/run.sh --seed $(SEED)
 
 test: setup
 	@$(VENV)/bin/python examples/demo/prepare.py

@@ -29,6 +29,8 @@ CACHED_MODEL = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser() 
 def policy(arch: str, attention: str = SEGMENTS, **overrides: object) -> PolicyModel:
     hf = tiny_model(arch, dtype=torch.float64, **overrides)
     hf.set_attn_implementation(attention)
+    if arch == "mixtral":
+        hf.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
     return PolicyModel(hf, logit_transform(hf.config)).train()
 
 

@@ -5,8 +5,19 @@ import numpy as np
 import pytest
 import torch
 
-from tests.learn_tools import CPU, critic, gradients, learner, max_difference, objective, packs, policy, rollouts
-from tests.learn_tools import solo, weights
+from tests.learn_tools import (
+    CPU,
+    critic,
+    gradients,
+    learner,
+    max_difference,
+    objective,
+    packs,
+    policy,
+    rollouts,
+    solo,
+    weights,
+)
 from togi.config.choices import Aggregation, Scheduler
 from togi.learn.learner import Learner, StepOutcome
 from togi.learn.policy_objective import PolicyObjective, ValueObjective
@@ -104,7 +115,7 @@ def test_a_dummy_has_zero_loss_and_reaches_every_parameter() -> None:
     outputs = model(dummy_batch(), Needs(values=True, scores=True))
     loss = nothing(outputs)
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert all(p.grad is not None and float(p.grad.abs().max()) == 0.0 for p in model.parameters())
 
 

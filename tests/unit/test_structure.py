@@ -38,7 +38,7 @@ FENCES = {
     "vllm": ("rollout/vllm_engine.py",),
     "deepspeed": ("parallel/deepspeed.py",),
     "torch.distributed": ("parallel/", "runtime/weight_sync.py"),
-    "transformers": ("model/", "data/chat.py", "rollout/transformers_engine.py"),
+    "transformers": ("model/", "data/chat.py", "rollout/transformers_engine.py", "rollout/slot_cache.py"),
     "peft": ("model/",),
     "bitsandbytes": ("model/",),
     "wandb": ("obs/sinks.py",),

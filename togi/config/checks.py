@@ -11,12 +11,18 @@ from togi.errors import ConfigError
 Check = Callable[[RLConfig], Iterator[str]]
 
 
-def check_rl(config: RLConfig) -> None:
-    """Raise ConfigError with the first contradiction in the settings of ``togi rl``."""
+def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
+    """Raise ConfigError with the first contradiction in the settings of ``togi rl``.
+
+    ``reward_given``: the reward is a Python function passed in code, not a flag.
+    """
+    has_reward = reward_given or config.reward_file is not None or config.reward_pretrain is not None
     checks: Iterable[Check] = (_required, _data, _reward, _rollout, _algorithm, _training, _placement, _output)
     for check in checks:
         for message in check(config):
             raise ConfigError(message)
+    if not has_reward:
+        raise ConfigError("There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, or both.")
 
 
 def _required(c: RLConfig) -> Iterator[str]:
@@ -56,8 +62,6 @@ def _reward(c: RLConfig) -> Iterator[str]:
         yield "--reward_func and --remote_rm_url name the same thing: leave one of them out."
     if c.reward_func is not None and not c.reward_func.endswith(".py"):
         yield f"--reward_func {c.reward_func} must be a Python file that defines reward_func(queries, prompts, labels)."
-    if c.reward_file is None and c.reward_pretrain is None:
-        yield "There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, or both."
     if c.reward_pretrain is not None and "," in c.reward_pretrain:
         yield "--reward_pretrain takes one model: several reward models are not supported yet."
     if c.normalize_reward and c.reward_pretrain is None:
@@ -97,6 +101,11 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
         yield "--use_kl_loss with --init_kl_coef 0 has no effect: raise the coefficient or leave --use_kl_loss out."
     if c.kl_target is not None and not c.uses_reference:
         yield "--kl_target needs a reference model but --init_kl_coef is 0: raise it or leave --kl_target out."
+    if c.kl_target is not None and c.samples_per_rollout >= 5 * c.kl_horizon:
+        yield (
+            f"--kl_horizon {c.kl_horizon} is too short for --kl_target with {c.samples_per_rollout} samples a rollout: "
+            f"set it above {c.samples_per_rollout // 5}."
+        )
     if c.uses_reference and c.use_kl_loss and c.kl_estimator is KLEstimator.K1:
         yield (
             "--kl_estimator k1 has zero expected gradient as a loss: with --use_kl_loss choose --kl_estimator k2 or k3, "
@@ -148,9 +157,10 @@ def _placement(c: RLConfig) -> Iterator[str]:
         return nodes_a != nodes_b or ("auto" not in (gpus_a, gpus_b) and gpus_a != gpus_b)
 
     def mismatch(switch: str, a: str, b: str) -> str:
+        (nodes_a, gpus_a), (nodes_b, gpus_b) = roles[a], roles[b]
         return (
             f"--{switch} puts {a} and {b} on the same GPUs, but --{a}_num_nodes x --{a}_num_gpus_per_node is "
-            f"{roles[a][0]} x {roles[a][1]} and the other {roles[b][0]} x {roles[b][1]}: make them equal."
+            f"{nodes_a} x {gpus_a} and --{b}_num_nodes x --{b}_num_gpus_per_node is {nodes_b} x {gpus_b}: make them equal."
         )
 
     if c.colocate_all_models and c.colocate_critic_reward:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from togi.errors import DataError
 
 SHOWN_CHARACTERS = 80
 
 
-def load_tokenizer(path: str, *, chat_template: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, *, chat_template: str | None, trust_remote_code: bool) -> Tokenizer:
     """The tokenizer of a folder or hub name; ``chat_template`` (Jinja text) replaces its own. Raises DataError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -29,9 +30,7 @@ def load_tokenizer(path: str, *, chat_template: str | None, trust_remote_code: b
     return tokenizer
 
 
-def check_rendering(
-    tokenizer: PreTrainedTokenizerBase, *, apply_chat_template: bool, input_template: str | None
-) -> None:
+def check_rendering(tokenizer: Tokenizer, *, apply_chat_template: bool, input_template: str | None) -> None:
     """Raise DataError if prompts cannot be rendered this way, before any row is read."""
     assert not (apply_chat_template and input_template is not None), "the configuration refuses both"
     if apply_chat_template and not tokenizer.chat_template:
@@ -51,9 +50,7 @@ def check_rendering(
         )
 
 
-def render_prompt(
-    value: object, tokenizer: PreTrainedTokenizerBase, *, apply_chat_template: bool, input_template: str | None
-) -> str:
+def render_prompt(value: object, tokenizer: Tokenizer, *, apply_chat_template: bool, input_template: str | None) -> str:
     """The text of one prompt: a string is one user message, a list of messages is rendered as it is. Raises DataError.
 
     With the chat template the text ends with the generation prompt. ``input_template`` gets the string for its ``{}``.
@@ -90,7 +87,7 @@ def as_messages(value: object) -> list[dict[str, Any]]:
     return [{key: item for key, item in message.items() if item is not None or key == "content"} for message in value]
 
 
-def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[list[int]]:
+def encode(texts: Sequence[str], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[list[int]]:
     """Token ids of each text. Raises DataError if one starts with two BOS tokens."""
     if not texts:
         return []
@@ -106,13 +103,13 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_spec
     return ids
 
 
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer puts BOS before plain text, which says that its model expects one."""
     first = tokenizer("a")["input_ids"][0]
     return tokenizer.bos_token_id is not None and bool(first == tokenizer.bos_token_id)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: Tokenizer, model_path: str) -> tuple[int, ...]:
     """Every token that ends an answer: EOS of the model's generation config and of the tokenizer, ascending.
 
     Raises DataError if there is none.
@@ -125,12 +122,12 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str) -> tuple
     return tuple(sorted(found))
 
 
-def visible(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def visible(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of token ids with special tokens shown, for people."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of token ids without special tokens, for rewards."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 

@@ -14,9 +14,7 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any, overload
 
-from transformers import PreTrainedTokenizerBase
-
-from togi.data.chat import adds_bos, check_rendering, encode, render_prompt, visible
+from togi.data.chat import Tokenizer, adds_bos, check_rendering, encode, render_prompt, visible
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.mixture import Mixture, load_mixture
 from togi.data.precheck import missing_field
@@ -109,7 +107,7 @@ class _Rendered:
     drop: Drop | None
 
 
-def load_prompts(spec: PromptSpec, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
     """Load, mix, render and tokenise the prompts of ``spec``. Raises DataError naming set, row and field."""
     check_rendering(tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.input_template)
     mixture = load_mixture(
@@ -135,7 +133,7 @@ def load_prompts(spec: PromptSpec, tokenizer: PreTrainedTokenizerBase) -> Prompt
 
 
 def _render_source(
-    mixture: Mixture, index: int, spec: PromptSpec, tokenizer: PreTrainedTokenizerBase, vocabulary: Sequence[int]
+    mixture: Mixture, index: int, spec: PromptSpec, tokenizer: Tokenizer, vocabulary: Sequence[int]
 ) -> Iterator[tuple[int, _Rendered]]:
     """Every used row of one source, with its row number."""
     source, fallback = mixture.sources[index], _datasource_names(mixture)[index]
@@ -155,7 +153,7 @@ def _render_source(
             yield number, _Rendered(text, kept, label, _datasource(row, fallback), len(tokens), drop)
 
 
-def _text(row: Row, where: str, spec: PromptSpec, tokenizer: PreTrainedTokenizerBase) -> str:
+def _text(row: Row, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> str:
     """The rendered prompt of a row, "" if it is empty."""
     for key in (spec.input_key, spec.label_key):
         if key is not None and key not in row:
@@ -197,7 +195,7 @@ def _report(
     rendered: Sequence[Mapping[int, _Rendered]],
     prompts: Sequence[Prompt],
     spec: PromptSpec,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
 ) -> DataReport:
     sources = []
     for index, source in enumerate(mixture.sources):

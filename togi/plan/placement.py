@@ -108,14 +108,15 @@ def _sharing(config: RLConfig) -> list[tuple[Role, ...]]:
     roles = used_roles(config)
     if config.colocate_all_models:
         return [roles]
-    pairs = []
+    pairs: list[tuple[Role, ...]] = []
     if config.colocate_actor_ref:
         pairs.append((Role.ACTOR, Role.REF))
     if config.colocate_critic_reward:
         pairs.append((Role.CRITIC, Role.REWARD))
     shared = [pair for pair in pairs if all(role in roles for role in pair)]
     taken = {role for pair in shared for role in pair}
-    return [(role,) for role in roles if role not in taken] + shared
+    single: list[tuple[Role, ...]] = [(role,) for role in roles if role not in taken]
+    return single + shared
 
 
 def _sizes(config: RLConfig) -> Mapping[Role, tuple[int, int]]:

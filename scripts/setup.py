@@ -1,0 +1,93 @@
+"""Make the virtual environment: ``python scripts/setup.py .venv``. Standard library only.
+
+Without a GPU: the CPU build of torch and the tested versions of requirements/cpu.lock. With a GPU: the project with its vLLM
+extra from the package index. Does nothing when the environment is already made from the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCK = ROOT / "requirements" / "cpu.lock"
+TORCH = "2.13.0"
+
+
+def main() -> int:
+    target = (ROOT / sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT / ".venv"
+    if sys.version_info < (3, 11):
+        print(f"togi needs Python 3.11 or newer, this is {sys.version.split()[0]}: make setup PYTHON=python3.11")
+        return 2
+    stamp = target / "togi-setup.sha256"
+    wanted = fingerprint()
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return 0
+    start = time.monotonic()
+    gpu = shutil.which("nvidia-smi") is not None
+    say(f"making {target.name} for a machine {'with' if gpu else 'without'} a GPU (a few minutes the first time)")
+    if not (target / "bin" / "python").exists():
+        venv.create(target, with_pip=True)
+    python = target / "bin" / "python"
+    if gpu:
+        pip(python, "-e", f"{ROOT}[vllm,trackers,rewards,dev]")
+    else:
+        install_cpu(python)
+    stamp.write_text(wanted)
+    say(f"done in {time.monotonic() - start:.0f} s: {target.name}/bin/togi --help")
+    return 0
+
+
+def install_cpu(python: Path) -> None:
+    """torch's CPU build, then every other package at its tested version, then this project."""
+    say(f"installing torch {TORCH} (CPU build)")
+    if not pip(python, "--no-deps", f"torch=={TORCH}+cpu", check=False):
+        # The package index that pip asks has no CPU build; uv knows where PyTorch publishes it.
+        pip(python, "uv")
+        run(
+            python,
+            "-m",
+            "uv",
+            "pip",
+            "install",
+            "--no-deps",
+            "--torch-backend",
+            "cpu",
+            "--python",
+            str(python),
+            f"torch=={TORCH}",
+        )
+    say("installing the tested versions of all other packages")
+    pip(python, "--no-deps", "-r", str(LOCK))
+    pip(python, "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+
+
+def pip(python: Path, *arguments: str, check: bool = True) -> bool:
+    return run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments, check=check)
+
+
+def run(python: Path, *arguments: str, check: bool = True) -> bool:
+    done = subprocess.run([str(python), *arguments], capture_output=not check)
+    if check and done.returncode != 0:
+        sys.exit(f"set-up failed in: python {' '.join(arguments)}")
+    return done.returncode == 0
+
+
+def fingerprint() -> str:
+    digest = hashlib.sha256()
+    for path in (LOCK, ROOT / "pyproject.toml", Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def say(text: str) -> None:
+    print(f"[setup] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

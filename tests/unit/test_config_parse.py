@@ -1,0 +1,227 @@
+"""The settings of togi rl: parsing, files, suggestions, refusals. All without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from togi.config.checks import check_rl
+from togi.config.parse import Parsed, Source, parse
+from togi.config.rl import RLConfig
+from togi.errors import ConfigError
+from togi.plan.machine import Machine
+from togi.plan.placement import Role, arithmetic, check_fits, plan_groups, resolve
+
+ROOT = Path(__file__).parents[2]
+NEEDED = ["--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "reward.py"]
+GRPO = ["--advantage_estimator", "group_norm", "--n_samples_per_prompt", "4"]
+
+
+def rl(*flags: str) -> Parsed[RLConfig]:
+    return parse(RLConfig, list(flags), "rl")
+
+
+def test_values_and_sources(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 7\nadam_betas: [0.8, 0.9]\ntemperature: 0.5\nbf16: true\n")
+    parsed = rl(
+        "--config",
+        str(file),
+        "--temperature",
+        "0.7",
+        "--no_bf16",
+        "--max_samples",
+        "1e3",
+        "--eps_clip_low_high",
+        "0.2",
+        "0.27",
+    )
+    config = parsed.config
+    assert (config.seed, config.adam_betas, config.temperature, config.bf16) == (7, (0.8, 0.9), 0.7, False)
+    assert (config.max_samples, config.clip_range) == (1000, (0.2, 0.27))
+    assert parsed.sources["seed"] is Source.FILE
+    assert parsed.sources["temperature"] is Source.COMMAND_LINE
+    assert parsed.sources["gamma"] is Source.DEFAULT
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        rl().config.seed = 3  # type: ignore[misc]
+
+
+def test_established_defaults() -> None:
+    config = rl().config
+    assert (config.train_batch_size, config.rollout_batch_size, config.n_samples_per_prompt) == (128, 1024, 1)
+    assert (config.actor_learning_rate, config.critic_learning_rate) == (1e-6, 9e-6)
+    assert (config.init_kl_coef, config.kl_estimator, config.eps_clip, config.value_clip) == (0.01, "k1", 0.2, 0.2)
+    assert (config.reward_clip_range, config.adam_betas, config.max_norm) == ((-10.0, 10.0), (0.9, 0.95), 1.0)
+    assert (config.prompt_max_len, config.generate_max_len, config.zero_stage, config.seed) == (1024, 1024, 2, 42)
+
+
+def test_derived_numbers() -> None:
+    config = rl(
+        "--rollout_batch_size", "10", "--n_samples_per_prompt", "4", "--train_batch_size", "16", "--max_epochs", "2"
+    ).config
+    assert config.samples_per_rollout == 40
+    assert config.updates_per_rollout == 3 * 2  # ceil(40 / 16) updates, twice
+    assert rl("--advantage_estimator", "dr_grpo").config.aggregation == "constant"
+    assert rl("--advantage_estimator", "group_norm").config.aggregation == "token_mean"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--pretrian", "x"], ["--pretrian", "--pretrain"]),
+        (["--colocate_all"], ["--colocate_all", "did you mean"]),
+        (["--seed", "abc"], ["--seed abc", "integer"]),
+        (["--temperature", "0"], ["--temperature 0", "greater than 0"]),
+        (["--advantage_estimator", "grpo"], ["--advantage_estimator grpo", "group_norm"]),
+        (["--adam_betas", "0.9"], ["--adam_betas", "2 arguments"]),
+        (["--train_batch_size"], ["--train_batch_size", "one argument"]),
+        (["--lora_rank", "8"], ["--lora_rank", "not supported yet"]),
+        (["--ring_attn_size", "2"], ["--ring_attn_size", "not supported yet"]),
+        (["--load_in_4bit"], ["--load_in_4bit", "not supported yet"]),
+        (["word"], ["'word'", "flag"]),
+    ],
+)
+def test_parse_errors_name_flag_and_way_out(flags: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        rl(*flags)
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("sede: 1\n", ["sede", "seed"]),
+        ("- a\n- b\n", ["mapping"]),
+        ("a: [1\n", ["not valid YAML"]),
+        ("seed: [1, 2]\n", ["--seed", "integer"]),
+    ],
+)
+def test_file_errors(tmp_path: Path, content: str, words: list[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        rl("--config", str(file))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+CONTRADICTIONS = [
+    (["--input_template", "Q: {}", "--apply_chat_template"], ["--input_template", "--apply_chat_template"]),
+    (["--input_template", "no hole"], ["--input_template", "{}"]),
+    (["--tokenizer_chat_template", "x"], ["--tokenizer_chat_template", "--apply_chat_template"]),
+    (["--prompt_data_probs", "0.5,0.5"], ["--prompt_data_probs", "--prompt_data"]),
+    (["--max_len", "100"], ["--max_len", "--prompt_max_len"]),
+    (["--remote_rm_url", "http://localhost:5000"], ["--remote_rm_url", "not supported yet"]),
+    (["--remote_rm_url", "r.py"], ["--reward_func", "--remote_rm_url"]),
+    (["--normalize_reward"], ["--normalize_reward", "--reward_pretrain"]),
+    (["--reward_clip_range", "5", "-5"], ["--reward_clip_range"]),
+    (["--top_p", "0.9"], ["--top_p", "cut distribution"]),
+    (["--rollout_engine", "transformers", "--enforce_eager"], ["--enforce_eager", "--rollout_engine vllm"]),
+    (["--advantage_estimator", "rloo"], ["rloo", "--n_samples_per_prompt"]),
+    ([*GRPO, "--gamma", "0.9"], ["--gamma", "group_norm"]),
+    ([*GRPO, "--critic_pretrain", "m"], ["--critic_pretrain", "group_norm"]),
+    (["--use_kl_loss"], ["--kl_estimator k1", "--use_kl_loss"]),
+    (["--use_kl_loss", "--kl_estimator", "k3", "--init_kl_coef", "0"], ["--use_kl_loss", "--init_kl_coef"]),
+    (["--kl_estimator", "k3"], ["--kl_estimator k3", "--use_kl_loss"]),
+    (["--kl_target", "1", "--init_kl_coef", "0"], ["--kl_target", "--init_kl_coef"]),
+    (["--backend", "deepspeed"], ["--backend deepspeed", "not supported yet"]),
+    (["--train_batch_size", "2048"], ["--train_batch_size", "--rollout_batch_size"]),
+    (["--no_packing_samples", "--micro_train_batch_size", "4"], ["--no_packing_samples", "--micro_train_batch_size"]),
+    (["--max_tokens_per_gpu", "100"], ["--max_tokens_per_gpu", "--generate_max_len"]),
+    (["--eval_at_start"], ["--eval_at_start", "--eval_dataset"]),
+    (["--colocate_all_models", "--colocate_critic_reward"], ["--colocate_all_models", "--colocate_critic_reward"]),
+    (["--colocate_actor_ref", "--actor_num_nodes", "2"], ["--colocate_actor_ref", "--ref_num_nodes"]),
+    (["--save_hf_ckpt"], ["--save_hf_ckpt", "--save_steps"]),
+    (["--disable_ds_ckpt"], ["--disable_ds_ckpt", "--save_hf_ckpt"]),
+    (["--max_steps", "0"], ["--max_steps"]),
+    (["--kl_target", "1", "--kl_horizon", "100"], ["--kl_horizon", "--kl_target"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), CONTRADICTIONS, ids=[" ".join(flags) for flags, _ in CONTRADICTIONS])
+def test_contradictions_name_both_flags(flags: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_rl(rl(*NEEDED, *flags).config)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_sound_configuration_passes() -> None:
+    check_rl(rl(*NEEDED).config)
+    check_rl(rl(*NEEDED, *GRPO, "--use_kl_loss", "--kl_estimator", "k3", "--bf16", "--packing_samples").config)
+
+
+def test_required_flags() -> None:
+    for missing in ("--pretrain", "--prompt_data"):
+        index = NEEDED.index(missing)
+        with pytest.raises(ConfigError, match=missing):
+            check_rl(rl(*NEEDED[:index], *NEEDED[index + 2 :]).config)
+    with pytest.raises(ConfigError, match="no reward"):
+        check_rl(rl(*NEEDED[:4]).config)
+    check_rl(rl(*NEEDED[:4]).config, reward_given=True)
+
+
+def test_help_and_errors_are_fast_and_import_no_torch() -> None:
+    script = "import sys\nfrom togi.cli.main import main\ncode = main(sys.argv[1:])\nassert 'torch' not in sys.modules\nsys.exit(code)"
+    for argv, status in ((["--help"], 0), (["rl", "--pretrain"], 2), (["rll"], 2), (["rl", *NEEDED, "--seed", "x"], 2)):
+        done = subprocess.run([sys.executable, "-c", script, *argv], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_help_lists_every_flag() -> None:
+    done = subprocess.run([sys.executable, "-m", "togi", "rl", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for name in RLConfig.model_fields:
+        assert f"--{name}" in done.stdout, name
+
+
+def test_every_accepted_flag_is_read_somewhere() -> None:
+    """A flag that no code reads would be accepted and ignored. Declared and checked does not count as read."""
+    read = set()
+    for path in (ROOT / "togi").rglob("*.py"):
+        if path.name in ("checks.py", "fields.py", "shared.py", "parse.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    extra = {name: field.json_schema_extra for name, field in RLConfig.model_fields.items()}
+    accepted = {name for name in RLConfig.model_fields if not extra[name]}
+    constant = {"backend", "top_p"}  # refused by the checks unless they have the one value that works
+    assert accepted - read - constant == set()
+
+
+def test_auto_placement() -> None:
+    laptop, box = Machine(cpus=2, memory_bytes=0, gpus=0), Machine(cpus=64, memory_bytes=0, gpus=8)
+    flags = [*NEEDED, *GRPO]
+    alone = resolve(rl(*flags), laptop)
+    assert [(group.roles, group.slots) for group in plan_groups(alone.config)] == [
+        ((Role.ENGINE,), 1),
+        ((Role.ACTOR,), 1),
+        ((Role.REF,), 1),
+    ]
+    assert alone.sources["vllm_num_engines"] is Source.AUTO
+    shared = resolve(rl(*flags, "--colocate_all_models"), box).config
+    assert [(group.roles, group.slots) for group in plan_groups(shared)] == [((Role.ENGINE, Role.ACTOR, Role.REF), 8)]
+    separate = plan_groups(resolve(rl(*flags, "--init_kl_coef", "0"), box).config)
+    assert arithmetic(separate, "GPUs") == "engine 4 + actor 4 = 8 GPUs"
+
+
+def test_more_gpus_than_the_cluster_has_is_an_error() -> None:
+    config = resolve(rl(*NEEDED, *GRPO, "--actor_num_gpus_per_node", "8"), Machine(2, 0, 2)).config
+    with pytest.raises(ConfigError, match="the cluster has 2"):
+        check_fits(plan_groups(config), 2)
+    check_fits(plan_groups(config), 0)  # without GPUs slots are processes
+
+
+def test_colocated_engines_must_match_the_actor() -> None:
+    flags = [*NEEDED, *GRPO, "--colocate_all_models", "--vllm_num_engines", "2", "--actor_num_gpus_per_node", "4"]
+    with pytest.raises(ConfigError, match="--vllm_num_engines is 2"):
+        plan_groups(resolve(rl(*flags), Machine(2, 0, 0)).config)

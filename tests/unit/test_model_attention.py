@@ -1,0 +1,143 @@
+"""The segment table as attention sees it: runs, masks, keys of the varlen kernel; and what is refused."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.packs import make_segments
+from togi.batch import NO_PREFIX
+from togi.errors import ModelError
+from togi.model.attention import (
+    Run,
+    dense_attention,
+    dense_mask,
+    plan_runs,
+    segment_attention,
+    varlen_attention,
+    varlen_table,
+    visible_keys,
+)
+
+MODULE = torch.nn.Identity()
+# prompt 3 with responses 2, 2, 4; a plain 5; a prompt 2 continued by 3, itself continued by 1 and 1
+TREE = make_segments([3, 2, 2, 4, 5, 2, 3, 1, 1], [NO_PREFIX, 0, 0, 0, NO_PREFIX, NO_PREFIX, 5, 6, 6])
+
+
+def random_qkv(tokens: int, heads: int = 4, groups: int = 2, dtype: torch.dtype = torch.float64):
+    torch.manual_seed(0)
+    return [torch.randn(1, tokens, h, 8, dtype=dtype).transpose(1, 2).requires_grad_() for h in (heads, groups, groups)]
+
+
+def run(function, segments, dtype=torch.float64, **keywords):
+    """Output and gradients of q, k, v."""
+    inputs = random_qkv(sum(segments.lengths_S), dtype=dtype)
+    out, _ = function(MODULE, *inputs, None, segments=segments, **keywords)
+    (out.double() * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+    return [out, *(x.grad for x in inputs)]
+
+
+def test_neighbours_of_equal_length_and_prefix_share_a_call():
+    assert plan_runs(TREE) == (
+        Run(1, 3, ()),
+        Run(2, 2, (0,)),
+        Run(1, 4, (0,)),
+        Run(1, 5, ()),
+        Run(1, 2, ()),
+        Run(1, 3, (4,)),
+        Run(2, 1, (4, 5)),
+    )
+    assert plan_runs(make_segments([6] * 5, [NO_PREFIX] * 5)) == (Run(5, 6, ()),)
+
+
+def test_a_segment_that_others_continue_is_a_run_of_its_own():
+    segments = make_segments([2, 2, 2, 2], [NO_PREFIX, NO_PREFIX, 1, NO_PREFIX])
+    assert plan_runs(segments) == (Run(1, 2, ()), Run(1, 2, ()), Run(1, 2, (1,)), Run(1, 2, ()))
+
+
+def test_visible_keys_by_hand():
+    cpu = torch.device("cpu")
+    assert visible_keys(3, 3, None, cpu) is None
+    assert visible_keys(3, 3, 3, cpu) is None
+    assert visible_keys(2, 4, None, cpu).tolist() == [[True, True, True, False], [True, True, True, True]]
+    assert visible_keys(2, 4, 2, cpu).tolist() == [[False, True, True, False], [False, False, True, True]]
+    assert visible_keys(3, 3, 1, cpu).tolist() == torch.eye(3, dtype=torch.bool).tolist()
+
+
+def test_dense_mask_by_hand():
+    segments = make_segments([2, 1, 2, 1], [NO_PREFIX, 0, 0, NO_PREFIX])
+    rows = ["100000", "110000", "111000", "110100", "110110", "000001"]
+    assert ["".join(str(int(x)) for x in row) for row in dense_mask(segments)] == rows
+    windowed = ["100000", "110000", "011000", "010100", "000110", "000001"]
+    assert ["".join(str(int(x)) for x in row) for row in dense_mask(segments, window=2)] == windowed
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_segments_equal_dense(window, scaling):
+    one = run(segment_attention, TREE, sliding_window=window, scaling=scaling)
+    other = run(dense_attention, TREE, sliding_window=window, scaling=scaling)
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_short_bfloat16_segments_are_computed_in_float32():
+    rounded = [x.detach().bfloat16().double() for x in random_qkv(sum(TREE.lengths_S))]
+    exact, _ = dense_attention(MODULE, *rounded, None, segments=TREE)
+    out, _ = segment_attention(MODULE, *(x.bfloat16() for x in rounded), None, segments=TREE)
+    assert out.dtype == torch.bfloat16
+    # one rounding to bf16 at the very end, and float32 before
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def varlen_stand_in(q, k, v, **given):
+    """What flash-attn documents for ``flash_attn_varlen_func`` with causal=True: bottom-right alignment, in plain torch."""
+    assert given["causal"]
+    assert given["max_seqlen_q"] == max(given["cu_seqlens_q"].diff())
+    assert given["max_seqlen_k"] == max(given["cu_seqlens_k"].diff())
+    outputs = []
+    for s in range(len(given["cu_seqlens_q"]) - 1):
+        own = q[given["cu_seqlens_q"][s] : given["cu_seqlens_q"][s + 1]]
+        part = slice(given["cu_seqlens_k"][s], given["cu_seqlens_k"][s + 1])
+        keys, values = (x[part].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("lhd,mhd->hlm", own, keys) * (given["softmax_scale"] or q.shape[-1] ** -0.5)
+        if given["softcap"] > 0:
+            scores = given["softcap"] * torch.tanh(scores / given["softcap"])
+        distance = torch.arange(len(own))[:, None] + len(keys) - len(own) - torch.arange(len(keys))[None]
+        left = given["window_size"][0]
+        seen = (distance >= 0) & ((distance <= left) if left >= 0 else True)
+        outputs.append(torch.einsum("hlm,mhd->lhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"sliding_window": 3}, {"softcap": 1.5, "scaling": 0.4}])
+def test_varlen_equals_dense_with_a_stand_in_for_the_kernel(monkeypatch, keywords):
+    package = ModuleType("flash_attn")
+    package.flash_attn_varlen_func = varlen_stand_in
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    for segments in (TREE, make_segments([4, 1, 3], [NO_PREFIX] * 3)):
+        one, other = run(varlen_attention, segments, **keywords), run(dense_attention, segments, **keywords)
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_varlen_table_by_hand():
+    segments = make_segments([2, 1, 2, 1], [NO_PREFIX, 0, 0, NO_PREFIX])
+    index, starts_q, starts_k = varlen_table(segments, torch.device("cpu"))
+    assert index.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5]
+    assert starts_q.tolist() == [0, 2, 3, 5, 6]
+    assert starts_k.tolist() == [0, 2, 5, 9, 10]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"dropout": 0.1}, "attention dropout 0.1"),
+        ({"softcap": 50.0}, "attn_logit_softcapping"),
+        ({"s_aux": torch.zeros(4)}, "passes s_aux"),
+        ({"is_causal": False}, "not causal"),
+        ({"segments": None}, "segment table"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(keywords, words):
+    with pytest.raises(ModelError, match=words):
+        segment_attention(MODULE, *random_qkv(3), None, **{"segments": make_segments([3], [NO_PREFIX]), **keywords})

@@ -1,0 +1,134 @@
+"""The fused head against a plain log-softmax, in float64, and its memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from togi.model.logprob_head import LogitTransform, token_logprobs
+
+CASES = {
+    "plain": (1.0, LogitTransform(), False),
+    "temperature": (0.7, LogitTransform(), False),
+    "bias": (1.3, LogitTransform(), True),
+    "softcap": (0.7, LogitTransform(softcap=2.0), False),
+    "all": (1.7, LogitTransform(scale=0.5, softcap=3.0), True),
+}
+
+
+def naive(hidden, weight, bias, targets, temperature, transform):
+    logits = hidden @ weight.T + (0.0 if bias is None else bias)
+    logits = logits * transform.scale
+    if transform.softcap > 0:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    logp = (logits / temperature).log_softmax(-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("chunk_bytes", [1, 3 * 4 * 4096, 2**30])
+def test_values_and_gradients_equal_the_plain_formula(case, chunk_bytes):
+    temperature, transform, with_bias = CASES[case]
+    torch.manual_seed(0)
+    tokens, width, vocab = 7, 5, 4096 + 30  # two slices of the vocabulary
+    inputs = [torch.randn(tokens, width), torch.randn(vocab, width), torch.randn(vocab)]
+    ours = [x.double().requires_grad_() for x in inputs]
+    plain = [x.double().requires_grad_() for x in inputs]
+    targets = torch.tensor([0, 1, 4095, 4096, 4097, vocab - 1, 17])
+    up, up_entropy = torch.randn(2, tokens, dtype=torch.float64)
+    logprobs, entropy = token_logprobs(
+        ours[0],
+        ours[1],
+        targets,
+        bias_V=ours[2] if with_bias else None,
+        temperature=temperature,
+        transform=transform,
+        entropy=True,
+        chunk_bytes=chunk_bytes,
+    )
+    expected, expected_entropy = naive(
+        plain[0], plain[1], plain[2] if with_bias else None, targets, temperature, transform
+    )
+    assert logprobs.dtype == torch.float64
+    torch.testing.assert_close(logprobs, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(entropy, expected_entropy, rtol=1e-12, atol=1e-12)
+    (logprobs @ up + entropy @ up_entropy).backward()
+    (expected @ up + expected_entropy @ up_entropy).backward()
+    for one, other in zip(ours[: 2 + with_bias], plain, strict=False):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_without_entropy_there_is_none_and_gradients_are_the_same():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True)
+    targets = torch.randint(20, (6,))
+    logprobs, entropy = token_logprobs(hidden, weight, targets)
+    assert entropy.shape == (0,)
+    logprobs.sum().backward()
+    one = [hidden.grad.clone(), weight.grad.clone()]
+    hidden.grad = weight.grad = None
+    token_logprobs(hidden, weight, targets, entropy=True)[0].sum().backward()
+    torch.testing.assert_close(one, [hidden.grad, weight.grad], rtol=1e-6, atol=1e-6)
+
+
+def test_uniform_logits_by_hand():
+    logprobs, entropy = token_logprobs(torch.zeros(2, 3), torch.ones(8, 3), torch.tensor([0, 7]), entropy=True)
+    log8 = torch.full((2,), 2.0794415)
+    torch.testing.assert_close(logprobs, -log8)
+    torch.testing.assert_close(entropy, log8)
+
+
+def test_bfloat16_is_summed_in_float32():
+    """A logit near 5 leaves the matrix product rounded to 2^-9 of itself, 0.01; nothing after that may add to it."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(500, 32).bfloat16(), (0.3 * torch.randn(5000, 32)).bfloat16()
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    targets = torch.randint(5000, (500,))
+    logprobs, entropy = token_logprobs(*ours, targets, entropy=True)
+    expected, expected_entropy = naive(*exact, None, targets, 1.0, LogitTransform())
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert ours[0].dtype == torch.bfloat16
+    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=0.03)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=0, atol=0.03)
+    logprobs.mean().backward()
+    expected.mean().backward()
+    for one, other in zip(ours, exact, strict=True):
+        assert float((one.grad.double() - other.grad).norm() / other.grad.norm()) < 5e-3
+
+
+def test_no_tokens_give_zero_gradients():
+    hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    logprobs, entropy = token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), entropy=True)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert torch.equal(weight.grad, torch.zeros(9, 4))
+    assert hidden.grad.shape == (0, 4)
+
+
+PEAK_SCRIPT = """
+import re, torch
+from pathlib import Path
+from togi.model.logprob_head import token_logprobs
+# not ru_maxrss, which a child process inherits
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
+K, V, H = 8192, 49152, 576
+a = torch.randn(64, H).bfloat16().requires_grad_()
+token_logprobs(a, a.detach(), torch.zeros(64, dtype=torch.int64), entropy=True)[0].sum().backward()  # libraries are loaded
+hidden = torch.empty(K, H, dtype=torch.bfloat16).normal_().requires_grad_()
+weight = torch.empty(V, H, dtype=torch.bfloat16).normal_(std=0.02).requires_grad_()
+before = peak()
+token_logprobs(hidden, weight, torch.arange(K), temperature=0.9, entropy=True)[0].mean().backward()
+print(peak() - before - hidden.grad.nbytes - weight.grad.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_is_far_below_one_matrix_of_logits():
+    """8192 tokens and 49152 words: logits would be 1.6 GB in float32; the limit is 300 MB of everything but gradients."""
+    done = subprocess.run([sys.executable, "-c", PEAK_SCRIPT], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 300e6, f"{int(done.stdout) / 1e6:.0f} MB"
+    assert int(done.stdout) > 10e6, "the measurement saw nothing"

@@ -1,0 +1,36 @@
+"""How many rollouts and optimizer steps a run has: arithmetic that is shown before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from togi.config.rl import RLConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """``prompts`` of each rollout of one episode; ``rollouts`` and ``updates`` of the whole run."""
+
+    prompts: tuple[int, ...]
+    rollouts: int
+    updates: int
+
+    @classmethod
+    def of(cls, config: RLConfig, num_prompts: int) -> StepPlan:
+        """The last rollout of an episode takes the prompts that are left; none is dropped."""
+        full, rest = divmod(num_prompts, config.rollout_batch_size)
+        prompts = (config.rollout_batch_size,) * full + ((rest,) if rest > 0 else ())
+        every = prompts * config.num_episodes
+        used = every if config.max_steps < 0 else every[: config.max_steps]
+        per_update, samples = config.train_batch_size, config.n_samples_per_prompt
+        updates = sum(-(-count * samples // per_update) for count in used) * config.max_epochs
+        return cls(prompts, len(used), updates)
+
+    def describe(self, config: RLConfig) -> str:
+        """The batch arithmetic in one line."""
+        return (
+            f"{self.prompts[0]} prompts x {config.n_samples_per_prompt} samples = "
+            f"{self.prompts[0] * config.n_samples_per_prompt} samples a rollout -> "
+            f"{-(-self.prompts[0] * config.n_samples_per_prompt // config.train_batch_size) * config.max_epochs} updates of up to "
+            f"{config.train_batch_size}; {self.rollouts} rollouts, {self.updates} updates in all"
+        )

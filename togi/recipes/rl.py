@@ -1,0 +1,133 @@
+"""Online RL in one screen: generate, score, advantages, update, sync, log. See ``train`` for the order of things."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from togi.config.parse import Parsed
+from togi.config.rl import RLConfig
+from togi.obs.progress import Progress
+from togi.obs.run_dir import RunDirectory, State
+from togi.plan.machine import this_machine
+from togi.plan.placement import Role, plan_groups, resolve
+from togi.recipes import preflight
+from togi.recipes.plan import StepPlan
+from togi.recipes.rl_run import Run
+from togi.recipes.rl_setup import Material, connect_reward, open_run, prepare
+from togi.runtime.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Mean reward on the held-out prompts after ``step`` rollouts, with the standard error over prompts."""
+
+    step: int
+    reward: float
+    stderr: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Where a finished run left what. ``evaluations`` are in the order of training."""
+
+    run_dir: Path
+    report: Path
+    model: Path
+    rollouts: int
+    evaluations: tuple[Evaluation, ...]
+
+
+def run(
+    parsed: Parsed[RLConfig],
+    *,
+    argv: Sequence[str] = (),
+    reward: Callable[..., Any] | None = None,
+    announce: Callable[[str], None] = logger.info,
+) -> Result:
+    """Check everything, then train. ``reward`` replaces ``--reward_func`` by a Python function.
+
+    Raises UserError for whatever the user can mend, before a model is loaded where that is possible.
+    """
+    preflight.check(parsed.config, reward_given=reward is not None)
+    machine = this_machine()
+    parsed = resolve(parsed, machine)
+    plan_groups(parsed.config)
+    with Progress() as progress:
+        return asyncio.run(_run(parsed, argv, reward, progress, announce))
+
+
+async def _run(
+    parsed: Parsed[RLConfig],
+    argv: Sequence[str],
+    reward: Callable[..., Any] | None,
+    progress: Progress,
+    announce: Callable[[str], None],
+) -> Result:
+    config = parsed.config
+    material = await prepare(config, reward, progress)
+    try:
+        plan = StepPlan.of(config, len(material.prompts))
+        announce(plan.describe(config))
+        directory = open_run(parsed, argv, material)
+        try:
+            result = await _with_session(config, material, plan, directory, progress, announce)
+        except BaseException as error:
+            directory.write_status(State.FAILED, str(error) or type(error).__name__)
+            raise
+        directory.write_status(State.FINISHED)
+        return result
+    finally:
+        for function in material.functions:
+            await function.close()
+
+
+async def _with_session(
+    config: RLConfig,
+    material: Material,
+    plan: StepPlan,
+    directory: RunDirectory,
+    progress: Progress,
+    announce: Callable[[str], None],
+) -> Result:
+    with progress.phase("starting engines and loading models", expected_seconds=40):
+        session = await Session.start(config, this_machine(), plan.updates)
+    announce(f"placement: {session.cluster.describe()}")
+    try:
+        reward = await connect_reward(config, material, session)
+        with Run(config, material, reward, plan, session, directory, progress) as run_state:
+            evaluations = await train(run_state)
+        await session.close()
+    except BaseException:
+        session.abandon()
+        raise
+    return Result(directory.root, directory.report_path, Path(config.save_path), run_state.step, tuple(evaluations))
+
+
+async def train(run: Run) -> list[Evaluation]:
+    """The RL loop, synchronous: every rollout is made by the weights that learn from it."""
+    config, evaluations = run.config, list[Evaluation]()
+    await run.resume()
+    await run.sync()
+    if config.eval_at_start and run.step == 0:
+        evaluations.append(Evaluation(0, *await run.evaluate()))
+    while run.step < run.plan.rollouts:
+        groups = await run.generate()
+        items, samples = await run.score(groups)
+        samples = run.with_advantages(items, samples)
+        if Role.CRITIC in run.session.groups:
+            await run.update(Role.CRITIC, samples)
+        updates = await run.update(Role.ACTOR, samples)
+        await run.sync()
+        if run.evaluation_is_due:
+            evaluations.append(Evaluation(run.step, *await run.evaluate()))
+        await run.log(groups, items, samples, updates)
+        await run.checkpoint_if_due()
+    await run.save()
+    return evaluations

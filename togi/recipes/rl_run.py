@@ -1,0 +1,250 @@
+"""The state of an RL run between its phases. Each method is one line of the recipe (``togi.recipes.rl.train``)."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from togi.algo.kl import kl_controller
+from togi.config.rl import RLConfig
+from togi.data.loader import LoaderState
+from togi.errors import CheckpointError
+from togi.learn.checkpoint import CheckpointStore
+from togi.learn.policy_objective import OLD_LOGPROBS
+from togi.obs import names
+from togi.obs.metrics import StepRecord
+from togi.obs.progress import Progress
+from togi.obs.report import write_report
+from togi.obs.rollout_store import Split
+from togi.obs.run_dir import RunDirectory
+from togi.obs.sinks import Recorder, open_trackers
+from togi.obs.stall import Watchdog
+from togi.plan.placement import Role
+from togi.recipes.plan import StepPlan
+from togi.recipes.preflight import trackers
+from togi.recipes.rl_setup import Material, plain
+from togi.reward.source import Reward
+from togi.runtime import measure
+from togi.runtime.experience import ScoredGroup, Trainable, to_sample, trainable, with_advantages, with_streams
+from togi.runtime.feed import RolloutFeed
+from togi.runtime.session import Session, single_logprobs, update_metrics
+from togi.runtime.weight_sync import SyncReport
+from togi.runtime.worker_group import StepUpdate
+from togi.sample import Sample
+
+STALL_SECONDS = 1800.0
+REPORT_SECONDS = 60.0
+HF_FOLDER = "hf"
+
+
+class Run:
+    """``step`` rollouts have been trained. Use as a context manager: it closes the metric sinks and writes the report."""
+
+    def __init__(
+        self,
+        config: RLConfig,
+        material: Material,
+        reward: Reward,
+        plan: StepPlan,
+        session: Session,
+        directory: RunDirectory,
+        progress: Progress,
+    ) -> None:
+        self.config, self.plan, self.session = config, plan, session
+        self._material, self._directory, self._progress = material, directory, progress
+        self.step = 0
+        self._kl = kl_controller(config.init_kl_coef, config.kl_target, config.kl_horizon)
+        self._values: dict[str, float] = {}
+        self._probe: tuple[int, ...] = material.prompts[0].tokens
+        self._tokens_seen = 0
+        self._report_due = 0.0
+        self._store = CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
+        generate = session.engines.generate
+        self._feed = RolloutFeed(material.environment(config, config.temperature), generate, reward)
+        self._eval_feed = RolloutFeed(material.environment(config, config.eval_temperature), generate, reward)
+
+    def __enter__(self) -> Self:
+        settings = {name: plain(value) for name, value in self.config.model_dump().items()}
+        folder = self._directory.root
+        opened = open_trackers(trackers(self.config), self._directory.read_info().run_id, folder, settings)
+        self._recorder = Recorder(self._directory.metrics_path, opened)
+        self._watchdog = Watchdog(STALL_SECONDS, self._directory.stacks_path)
+        self._watchdog.beat()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watchdog.__exit__(kind, error, trace)
+        self._recorder.close()
+        write_report(self._directory.root)
+
+    async def resume(self) -> None:
+        """Go on from the newest complete checkpoint, if asked to and if there is one."""
+        found = self._store.latest() if self.config.load_checkpoint else None
+        if found is not None:
+            if not found.state["resumable"]:
+                raise CheckpointError(
+                    f"The checkpoint {found.path} was written with --disable_ds_ckpt and cannot be resumed: start without "
+                    "--load_checkpoint, with --pretrain set to its folder hf."
+                )
+            with self._progress.phase(f"loading checkpoint of step {found.step}", expected_seconds=10):
+                await self.session.load(found.path)
+            self.step = found.step
+            self._material.loader.load_state(LoaderState(**found.state["loader"]))
+            self._kl = self._kl.restored(found.state["kl"])
+            self._tokens_seen = found.state["tokens_seen"]
+        if self.config.load_checkpoint:
+            self._directory.truncate_after(self.step)
+        self._progress.start_steps(self.plan.rollouts, done=self.step)
+
+    async def sync(self) -> SyncReport:
+        """Send the weights to the engines and compare both sides on a probe text."""
+        with self._progress.phase("syncing weights", expected_seconds=3):
+            report = await self.session.sync(self.step)
+            self._values[names.MISMATCH_PROBE_MEAN_ABS] = await self.session.probe(self._probe)
+        self._values[names.WEIGHT_SYNC_RATE] = report.gb_per_second
+        return report
+
+    async def generate(self) -> list[ScoredGroup]:
+        """The next prompts' scored groups, made by the present weights."""
+        self._watchdog.beat()
+        start = time.perf_counter()
+        with self._progress.phase("generating"):
+            count, samples = self.config.rollout_batch_size, self.config.n_samples_per_prompt
+            groups = await self._feed.take(self._material.loader, count, samples, self.step + 1)
+        tokens = sum(len(rollout.response_tokens) for group in groups for rollout in group.rollouts)
+        self._values[names.THROUGHPUT_GENERATE] = tokens / (time.perf_counter() - start)
+        first = groups[0].rollouts[0]
+        self._probe = first.prompt.tokens + first.response_tokens
+        return groups
+
+    async def score(self, groups: Sequence[ScoredGroup]) -> tuple[list[Trainable], list[Sample]]:
+        """Trainable samples with the log-probs and values that the advantages need."""
+        items = trainable(groups)
+        with self._progress.phase("scoring"):
+            return items, await self.session.score([to_sample(item) for item in items])
+
+    def with_advantages(self, items: Sequence[Trainable], samples: Sequence[Sample]) -> list[Sample]:
+        """Advantages and returns over the whole step."""
+        return with_advantages(items, samples, self.config, self._kl.value)
+
+    async def update(self, role: Role, samples: Sequence[Sample]) -> list[StepUpdate]:
+        """All optimizer steps of one model on this rollout."""
+        start = time.perf_counter()
+        with self._progress.phase(f"training the {role}"):
+            updates = await self.session.update(role, self._mini_batches(samples), self._kl.value)
+        self._values |= update_metrics(role, [update.report for update in updates])
+        if role is Role.ACTOR:
+            tokens = sum(update.unshared_tokens for update in updates)
+            self._tokens_seen += tokens
+            self._values[names.THROUGHPUT_TRAIN] = tokens / (time.perf_counter() - start)
+            self._values[names.SHARED_SHARE] = 1 - sum(update.tokens for update in updates) / tokens
+            self._values[names.TOKENS_STEP] = tokens
+        self.step += role is Role.ACTOR
+        return updates
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Every ``--eval_steps`` rollouts, or at the end of each episode; always at the end of the run."""
+        if len(self._material.held_out) == 0:
+            return False
+        every = self.config.eval_steps if self.config.eval_steps > 0 else len(self.plan.prompts)
+        return self.step % every == 0 or self.step == self.plan.rollouts
+
+    async def evaluate(self) -> tuple[float, float]:
+        """Mean reward on the held-out prompts and its standard error."""
+        count = self.config.eval_n_samples_per_prompt
+        with self._progress.phase("evaluating"):
+            groups = await self._eval_feed.run(self._material.held_out, count, f"eval{self.step}")
+        self._directory.rollouts.write(self.step, Split.EVAL, measure.rows(self.step, Split.EVAL, groups))
+        metrics = measure.eval_metrics(groups, count)
+        if self.step == 0:
+            self._recorder.write(StepRecord(0, metrics, self._progress.take_seconds()))
+        else:
+            self._values |= metrics
+        return metrics[names.EVAL_REWARD], metrics[names.EVAL_REWARD_STDERR]
+
+    async def log(
+        self,
+        groups: Sequence[ScoredGroup],
+        items: Sequence[Trainable],
+        samples: Sequence[Sample],
+        updates: Sequence[StepUpdate],
+    ) -> None:
+        """Metrics, every rollout, and now and then the report."""
+        if OLD_LOGPROBS not in samples[0].streams:
+            samples = with_streams(samples, {OLD_LOGPROBS: single_logprobs(updates)})
+        self._values |= measure.rollout_metrics(groups) | measure.trainer_metrics(samples) | await self.session.memory()
+        self._values[names.TOKENS_SEEN] = self._tokens_seen
+        if names.KL_REFERENCE in self._values:
+            self._kl = self._kl.update(self._values[names.KL_REFERENCE], len(samples))
+        details = measure.StepDetails.of(items, samples)
+        self._directory.rollouts.write(self.step, Split.TRAIN, measure.rows(self.step, Split.TRAIN, groups, details))
+        self._recorder.write(StepRecord(self.step, self._values, self._progress.take_seconds()))
+        self._progress.step(self.step, f"reward {self._values[names.REWARD_MEAN]:.3f}")
+        self._values = {}
+        if time.monotonic() > self._report_due:
+            write_report(self._directory.root)
+            self._report_due = time.monotonic() + REPORT_SECONDS
+
+    async def checkpoint_if_due(self) -> None:
+        """A resumable checkpoint and, if asked for, a model folder inside it."""
+        config = self.config
+        if config.save_steps <= 0 or self.step % config.save_steps != 0:
+            return
+        resumable = not config.disable_ds_ckpt
+        state = {
+            "resumable": resumable,
+            "loader": self._material.loader.state().to_json(),
+            "kl": self._kl.state,
+            "tokens_seen": self._tokens_seen,
+        }
+        with self._progress.phase("writing a checkpoint"):
+            size = await self.session.checkpoint_bytes() if resumable else 0
+            with self._store.write(self.step, state, size) as folder:
+                if resumable:
+                    await self.session.save(folder)
+                if config.save_hf_ckpt:
+                    await self.session.save_model(Role.ACTOR, folder / HF_FOLDER)
+
+    async def save(self) -> None:
+        """The final model (and critic) in plain Hugging Face format, written aside and renamed."""
+        with self._progress.phase("saving the model", expected_seconds=5):
+            await self._save_model(Role.ACTOR, Path(self.config.save_path))
+            if self.config.save_value_network:
+                await self._save_model(Role.CRITIC, Path(self.config.save_path + "_critic"))
+
+    async def _save_model(self, role: Role, target: Path) -> None:
+        aside = target.with_name(f".{target.name}.unfinished").absolute()
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        await self.session.save_model(role, aside)
+        target.mkdir(exist_ok=True)
+        for file in aside.iterdir():
+            file.replace(target / file.name)
+        aside.rmdir()
+
+    def _mini_batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """``--train_batch_size`` samples for each optimizer step, groups in a new order in each epoch."""
+        groups: dict[str, list[Sample]] = {}
+        for sample in samples:
+            groups.setdefault(sample.group_id, []).append(sample)
+        batches = []
+        for epoch in range(self.config.max_epochs):
+            order = list(groups.values())
+            if self.plan_needs_shuffle(len(samples)):
+                random.Random(f"{self.config.seed}/{self.step}/{epoch}").shuffle(order)
+            flat = [sample for group in order for sample in group]
+            size = self.config.train_batch_size
+            batches += [flat[i : i + size] for i in range(0, len(flat), size)]
+        return batches
+
+    def plan_needs_shuffle(self, samples: int) -> bool:
+        """One update on everything has no order; keeping it lets results be read off in the order of the samples."""
+        return samples > self.config.train_batch_size or self.config.max_epochs > 1

@@ -1,0 +1,146 @@
+"""What an RL run is made of before any model is loaded: prompts, rewards, the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from togi.config.parse import Parsed
+from togi.config.rl import RLConfig
+from togi.data.chat import decode, load_tokenizer, stop_token_ids
+from togi.data.loader import PromptLoader
+from togi.data.prompts import PromptSet, PromptSpec, load_prompts
+from togi.errors import ConfigError
+from togi.obs.progress import Progress
+from togi.obs.run_dir import Resolved, RunDirectory, Source, State, default_run_dir
+from togi.plan.placement import Role
+from togi.reward.combine import SumReward
+from togi.reward.function import FunctionReward
+from togi.reward.local_model import LocalModelReward, Standardization
+from togi.reward.pool import CallLimits
+from togi.reward.source import Reward
+from togi.rollout.environment import SingleTurn
+from togi.runtime.model_reward import ModelScores
+from togi.runtime.session import Session
+from togi.sample import FinishReason, Prompt, Rollout, Sampling
+
+Decode = Callable[[Sequence[int]], str]
+COMMAND = "rl"
+UNLIMITED = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Prompts, held-out prompts (empty without ``--eval_dataset``), and the reward functions (none or one)."""
+
+    prompts: PromptSet
+    loader: PromptLoader
+    held_out: Sequence[Prompt]
+    reports: Mapping[str, PromptSet]
+    decode: Decode
+    stop_token_ids: tuple[int, ...]
+    functions: tuple[FunctionReward, ...]
+
+    def environment(self, config: RLConfig, temperature: float) -> SingleTurn:
+        """One question, one answer, at the given temperature."""
+        sampling = Sampling(config.generate_max_len, temperature, config.top_p, stop_token_ids=self.stop_token_ids)
+        return SingleTurn(self.decode, sampling)
+
+
+async def prepare(config: RLConfig, function: Callable[..., Any] | None, progress: Progress) -> Material:
+    """Load tokenizer and prompts, and call the reward function once for real, on the first prompt."""
+    functions = function_reward(config, function)  # its processes start now and import while the prompts are read
+    try:
+        with progress.phase("reading prompts", expected_seconds=8):
+            tokenizer = load_tokenizer(
+                config.pretrain,
+                chat_template=config.tokenizer_chat_template,
+                trust_remote_code=config.trust_remote_code,
+            )
+            prompts = load_prompts(spec(config, config.prompt_data, config.prompt_split), tokenizer)
+            sets = {"prompts": prompts}
+            if config.eval_dataset is not None:
+                sets["eval_prompts"] = load_prompts(spec(config, config.eval_dataset, config.eval_split), tokenizer)
+        with progress.phase("trying the reward function", expected_seconds=2):
+            for each in functions:
+                await each.check(example(prompts[0]))
+    except BaseException:
+        for each in functions:
+            await each.close()
+        raise
+    return Material(
+        prompts,
+        PromptLoader(prompts, seed=config.seed, episodes=config.num_episodes),
+        sets["eval_prompts"] if "eval_prompts" in sets else (),
+        sets,
+        partial(decode, tokenizer),
+        stop_token_ids(tokenizer, config.pretrain),
+        tuple(functions),
+    )
+
+
+async def connect_reward(config: RLConfig, material: Material, session: Session) -> Reward:
+    """All sources of reward as one: the function, the local reward model, or their sum."""
+    sources: list[Reward] = [*material.functions]
+    if Role.REWARD in session.groups:
+        group = session.groups[Role.REWARD]
+        mean, std = (await group.call_all("reward_statistics"))[0]
+        standardization = Standardization(mean, std) if config.normalize_reward else None
+        sources.append(LocalModelReward(ModelScores(group).score, standardization))
+    return sources[0] if len(sources) == 1 else SumReward(sources)
+
+
+def function_reward(config: RLConfig, function: Callable[..., Any] | None) -> list[FunctionReward]:
+    """The reward function of the run, as a list of none or one."""
+    limits = CallLimits(workers=config.reward_workers, timeout=config.reward_timeout)
+    if function is not None:
+        if config.reward_file is not None:
+            raise ConfigError("A reward function was passed and --reward_func is set: leave one of them out.")
+        return [FunctionReward.from_callable(function, limits)]
+    return [FunctionReward.from_file(config.reward_file, limits)] if config.reward_file is not None else []
+
+
+def spec(config: RLConfig, data: str, split: str) -> PromptSpec:
+    """How to read a prompt set. Probabilities and the cap belong to the training set."""
+    training = data == config.prompt_data
+    return PromptSpec(
+        prompt_data=data,
+        input_key=config.input_key,
+        label_key=config.label_key,
+        prompt_data_probs=config.prompt_data_probs if training else None,
+        split=split,
+        apply_chat_template=config.apply_chat_template,
+        input_template=config.input_template,
+        prompt_max_len=config.prompt_max_len,
+        max_samples=config.max_samples if training else UNLIMITED,
+        seed=config.seed,
+    )
+
+
+def example(prompt: Prompt) -> Rollout:
+    """A made-up answer to a real prompt, to try the reward function on."""
+    return Rollout(prompt, "trial", (0,), (True,), (0.0,), "A trial answer: 42", FinishReason.STOP, 0)
+
+
+def open_run(parsed: Parsed[RLConfig], argv: Sequence[str], material: Material) -> RunDirectory:
+    """Make the run folder, or go on with it, and write configuration and data reports into it."""
+    config = parsed.config
+    root = Path(config.run_dir) if config.run_dir is not None else default_run_dir(COMMAND)
+    values = {name: Resolved(plain(value), Source(parsed.sources[name])) for name, value in config.model_dump().items()}
+    opened = RunDirectory.resume if config.load_checkpoint else RunDirectory.create
+    directory = opened(root, COMMAND, argv, values)
+    for name, prompts in material.reports.items():
+        prompts.report.write(root / "data" / name)
+    directory.write_status(State.RUNNING)
+    return directory
+
+
+def plain(value: object) -> object:
+    """A setting as JSON knows it."""
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value

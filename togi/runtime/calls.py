@@ -1,0 +1,39 @@
+"""Waiting for Ray workers: the first failure wins, and it says who failed instead of what Ray wrapped around it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ray import ObjectRef
+from ray.exceptions import RayActorError, RayTaskError
+
+from togi.errors import UserError
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed or died. The message names the worker; the traceback of the cause is attached."""
+
+
+async def result_of(ref: ObjectRef, who: str) -> Any:
+    """The result of one remote call. Raises the user's own error as it is, anything else as WorkerError."""
+    try:
+        return await ref
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise WorkerError(f"{who} failed: {error.cause!r}\n{error.traceback_str}") from None
+    except RayActorError as error:
+        raise WorkerError(f"{who} died: {' '.join(str(error).split())}") from None
+
+
+async def results_of(refs: Sequence[ObjectRef], who: str) -> list[Any]:
+    """The results of one call on several workers, in order; raises at the first failure without waiting for the rest."""
+    names = [f"{who} {rank}" for rank in range(len(refs))]
+    tasks = [asyncio.ensure_future(result_of(ref, name)) for ref, name in zip(refs, names, strict=True)]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()

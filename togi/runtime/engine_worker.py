@@ -1,0 +1,80 @@
+"""A generation engine in a Ray worker, and the pool of them that the driver talks to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import psutil
+from ray.actor import ActorHandle
+
+from togi.config.choices import EngineName
+from togi.model.weights import Bucket, Manifest
+from togi.rollout.engine import EngineSettings, RolloutEngine, create_engine
+from togi.runtime.calls import result_of, results_of
+from togi.sample import Generation, Sampling
+
+MAX_CONCURRENT_CALLS = 4096
+
+
+class EngineWorker:
+    """Remote methods of one engine. Every call is asynchronous, so one process serves many requests at once."""
+
+    def __init__(self) -> None:
+        self._engine: RolloutEngine
+
+    async def start(self, name: EngineName, settings: EngineSettings) -> None:
+        self._engine = create_engine(name, settings)
+
+    async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
+        return await self._engine.generate(prompt_tokens, sampling)
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        return await self._engine.score(tokens)
+
+    async def begin_update(self, manifest: Manifest) -> None:
+        await self._engine.begin_update(manifest)
+
+    async def load_bucket(self, bucket: Bucket) -> None:
+        await self._engine.load_bucket(bucket)
+
+    async def finish_update(self) -> None:
+        await self._engine.finish_update()
+
+    async def memory_bytes(self) -> int:
+        return int(psutil.Process().memory_info().rss)
+
+    async def shutdown(self) -> None:
+        await self._engine.shutdown()
+
+
+class EnginePool:
+    """Sends each request to the engine with the fewest unfinished ones."""
+
+    def __init__(self, workers: Sequence[ActorHandle]) -> None:
+        self.workers = list(workers)
+        self._unfinished = [0] * len(self.workers)
+
+    async def start(self, name: EngineName, settings: Sequence[EngineSettings]) -> None:
+        pairs = zip(self.workers, settings, strict=True)
+        await results_of([worker.start.remote(name, each) for worker, each in pairs], "engine")
+
+    async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
+        """Generate on the least loaded engine."""
+        index = min(range(len(self.workers)), key=self._unfinished.__getitem__)
+        self._unfinished[index] += 1
+        try:
+            ref = self.workers[index].generate.remote(prompt_tokens, sampling)
+            generation: Generation = await result_of(ref, f"engine {index}")
+        finally:
+            self._unfinished[index] -= 1
+        return generation
+
+    async def score(self, tokens: Sequence[int]) -> list[list[float]]:
+        """Log-probs of the same tokens from every engine."""
+        return await results_of([worker.score.remote(tokens) for worker in self.workers], "engine")
+
+    async def memory_bytes(self) -> list[int]:
+        return await results_of([worker.memory_bytes.remote() for worker in self.workers], "engine")
+
+    async def shutdown(self) -> None:
+        await results_of([worker.shutdown.remote() for worker in self.workers], "engine")

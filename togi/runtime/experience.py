@@ -1,0 +1,117 @@
+"""From scored rollouts to samples with advantages: what happens between generation and the update, on the driver.
+
+Shape letters: K trained tokens of all samples in order, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from togi.algo.advantages import advantages
+from togi.algo.kl import kl_estimate
+from togi.config.choices import KLEstimator
+from togi.config.rl import RLConfig
+from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS, RETURNS
+from togi.sample import Outcome, Rollout, Sample, Score
+
+ROLLOUT_LOGPROBS = "rollout_logprobs"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """The samples of one prompt and what the rewards said, in the same order."""
+
+    rollouts: tuple[Rollout, ...]
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """One rollout that has a score and at least one token to train, with its place in the step's groups."""
+
+    rollout: Rollout
+    score: Score
+    group: int
+    index: int
+
+
+def trainable(groups: Sequence[ScoredGroup]) -> list[Trainable]:
+    """The samples that can be trained on: those with a score. An abstention leaves its siblings in place."""
+    return [
+        Trainable(rollout, score, group, index)
+        for group, scored in enumerate(groups)
+        for index, (rollout, score) in enumerate(zip(scored.rollouts, scored.scores, strict=True))
+        if score.outcome is Outcome.SCORE and any(rollout.response_mask)
+    ]
+
+
+def to_sample(item: Trainable) -> Sample:
+    """A packed-layout sample; the engine's log-probs become a stream with NaN where nothing was sampled."""
+    rollout = item.rollout
+    prompt = len(rollout.prompt.tokens)
+    tokens = np.asarray(rollout.prompt.tokens + rollout.response_tokens, dtype=np.int64)
+    mask = np.zeros(len(tokens), dtype=np.bool_)
+    mask[prompt:] = rollout.response_mask
+    logprobs = np.full(len(tokens), np.nan, dtype=np.float32)
+    logprobs[prompt:] = rollout.response_logprobs
+    return Sample(tokens, mask, prompt, rollout.group_id, {ROLLOUT_LOGPROBS: logprobs})
+
+
+def with_streams(samples: Sequence[Sample], streams: Mapping[str, Sequence[NDArray[np.float32]]]) -> list[Sample]:
+    """Add per-token results to each sample. Each array holds the sample's trained tokens only, in order."""
+    result = []
+    for n, sample in enumerate(samples):
+        added = {name: _spread(arrays[n], sample.loss_mask) for name, arrays in streams.items()}
+        result.append(replace(sample, streams={**sample.streams, **added}))
+    return result
+
+
+def with_advantages(
+    items: Sequence[Trainable], samples: Sequence[Sample], config: RLConfig, kl_coef: float
+) -> list[Sample]:
+    """Advantages and returns over the whole step, so that normalisation does not depend on ranks or micro-batches."""
+    lengths = torch.tensor([int(sample.loss_mask.sum()) for sample in samples])
+    sequences_K = torch.repeat_interleave(torch.arange(len(samples)), lengths)
+    in_reward = config.uses_reference and not config.use_kl_loss
+    result = advantages(
+        config.advantage_estimator,
+        torch.tensor([item.score.value for item in items], dtype=torch.float64),
+        torch.tensor([item.group for item in items]),
+        sequences_K,
+        reward_clip=config.reward_clip_range,
+        kl_K=_reference_kl(samples) if in_reward else None,
+        kl_coef=kl_coef if in_reward else 0.0,
+        values_K=gather(samples, OLD_VALUES) if config.uses_critic else None,
+        gamma=config.gamma,
+        lam=config.lambd,
+        no_std_norm=config.no_advantage_std_norm,
+    )
+    ends = np.cumsum(lengths.numpy())[:-1]
+    per_sample = {
+        name: np.split(flat_K.numpy().astype(np.float32), ends)
+        for name, flat_K in ((ADVANTAGES, result.advantages_K), (RETURNS, result.returns_K))
+    }
+    return with_streams(samples, per_sample)
+
+
+def gather(samples: Sequence[Sample], name: str) -> Tensor:
+    """Stream ``name`` at all trained tokens of all samples, flat (K), float64."""
+    return torch.from_numpy(
+        np.concatenate([sample.streams[name][sample.loss_mask] for sample in samples]).astype(np.float64)
+    )
+
+
+def _reference_kl(samples: Sequence[Sample]) -> Tensor:
+    return kl_estimate(gather(samples, OLD_LOGPROBS), gather(samples, REF_LOGPROBS), KLEstimator.K1)
+
+
+def _spread(values: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    stream = np.full(len(mask), np.nan, dtype=np.float32)
+    stream[mask] = values
+    return stream

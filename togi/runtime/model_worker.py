@@ -1,0 +1,241 @@
+"""A model in a Ray worker process: one rank of the actor, the critic, the reference or the reward model.
+
+Two kinds, as everywhere: a model that changes (``LearnerWorker``) and one that is only read (``ScorerWorker``). Samples come in
+from the driver; packing happens here, next to the model.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from togi.batch import Batch
+from togi.config.rl import RLConfig
+from togi.data.chat import load_tokenizer
+from togi.data.packing import pack, pack_stats
+from togi.data.partition import micro_batches
+from togi.learn.learner import Learner, UpdateReport
+from togi.learn.learner_state import expected_bytes, load_learner, save_learner
+from togi.learn.objective import Objective
+from togi.learn.policy_objective import KLInLoss, PolicyObjective, ValueObjective
+from togi.learn.schedule import Schedule
+from togi.learn.scorer import Scorer
+from togi.model.checkpoint import checkpoint_tensors, save_hf
+from togi.model.loading import load_causal_lm, load_scalar_model
+from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.weights import Bucket, Manifest, TensorSpec, pack_buckets
+from togi.parallel.backend import BackendOptions
+from togi.parallel.build import frozen, trainable
+from togi.parallel.process import Rendezvous, World, default_device, open_store
+from togi.plan.placement import Role
+from togi.sample import Sample
+
+Arrays = list[NDArray[np.float32]]
+BUCKET_BYTES = 256 << 20
+MEETING_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step on one rank: the report (equal on all ranks but for log-probs) and how much was packed."""
+
+    report: UpdateReport
+    tokens: int
+    unshared_tokens: int
+
+
+class ModelWorker:
+    """What every rank does: meet the others, load, pack, and say how much memory it took."""
+
+    def __init__(self) -> None:
+        self._world: World
+        self._config: RLConfig
+
+    def open_meeting(self) -> tuple[str, int]:
+        """Open the meeting place of the ranks, on rank 0; returns its address and port."""
+        address = ray.util.get_node_ip_address()
+        self._store = open_store(address, MEETING_TIMEOUT_S)
+        return address, self._store.port
+
+    def memory_bytes(self) -> int:
+        """The largest resident size of this process so far."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _join(self, rank: int, size: int, address: str, port: int, config: RLConfig) -> None:
+        self._config = config
+        torch.manual_seed(config.seed)
+        if config.full_determinism:
+            torch.use_deterministic_algorithms(True)
+        self._world = World.join(Rendezvous(rank, size, address, port), default_device())
+
+    def _load(self, role: Role, dtype: torch.dtype) -> PolicyModel | ScalarModel:
+        """The role's model on the CPU. A critic that starts from the policy gets a new head; others must bring one."""
+        config = self._config
+        flash_attn = config.flash_attn and self._world.device.type == "cuda"
+        trained = role in (Role.ACTOR, Role.CRITIC)
+        if role in (Role.ACTOR, Role.REF):
+            return load_causal_lm(
+                config.pretrain,
+                dtype,
+                flash_attn=flash_attn,
+                trust_remote_code=config.trust_remote_code,
+                gradient_checkpointing=trained and config.gradient_checkpointing,
+                use_reentrant=config.gradient_checkpointing_use_reentrant,
+            )
+        path = config.critic_source if role is Role.CRITIC else config.reward_pretrain
+        assert path is not None
+        return load_scalar_model(
+            path,
+            dtype,
+            flash_attn=flash_attn,
+            init_head=role is Role.CRITIC and path == config.pretrain,
+            value_head_prefix=config.value_head_prefix,
+            trust_remote_code=config.trust_remote_code,
+            gradient_checkpointing=trained and config.gradient_checkpointing,
+            use_reentrant=config.gradient_checkpointing_use_reentrant,
+        )
+
+    def _batches(self, samples: Sequence[Sample], limit: int | str) -> list[Batch]:
+        """Pack this rank's samples by the token budget; each batch remembers the samples' places in ``samples``."""
+        config = self._config
+        most = limit if isinstance(limit, int) else None
+        plans = micro_batches(
+            samples,
+            max_tokens=config.max_tokens_per_gpu,
+            max_sequences=most if config.packing_samples else 1,
+            share_prefix=config.share_prompts,
+        )
+        batches = []
+        for plan in plans:
+            batch = pack([samples[i] for i in plan], share_prefix=config.share_prompts)
+            batches.append(replace(batch, order_N=tuple(plan[n] for n in batch.order_N)))
+        return batches
+
+    def _options(self) -> BackendOptions:
+        config = self._config
+        return BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
+
+
+class ScorerWorker(ModelWorker):
+    """One rank of a frozen model."""
+
+    def start(self, rank: int, size: int, address: str, port: int, config: RLConfig, role: Role) -> None:
+        self._join(rank, size, address, port, config)
+        model = self._load(role, torch.bfloat16 if config.bf16 else torch.float32)
+        self._model = model
+        self._scorer = Scorer(frozen(model, self._world, self._options()), self._world)
+
+    def logprobs(self, samples: Sequence[Sample]) -> Arrays:
+        """Log-probs at each sample's trained tokens, of logits divided by the sampling temperature."""
+        batches = self._batches(samples, self._config.micro_rollout_batch_size)
+        return list(self._scorer.logprobs(batches, self._config.temperature))
+
+    def scores(self, samples: Sequence[Sample]) -> Arrays:
+        """The scalar head at each sample's last token, as arrays of one element."""
+        scores = self._scorer.scores(self._batches(samples, self._config.micro_rollout_batch_size))
+        return [scores[i : i + 1] for i in range(len(samples))]
+
+    def reward_statistics(self) -> tuple[float, float]:
+        """Mean and standard deviation of rewards that the model's config holds."""
+        assert isinstance(self._model, ScalarModel)
+        return self._model.reward_mean, self._model.reward_std
+
+
+class LearnerWorker(ModelWorker):
+    """One rank of a model in training."""
+
+    def start(self, rank: int, size: int, address: str, port: int, config: RLConfig, role: Role, total: int) -> None:
+        """``total``: planned optimizer steps, for the schedule."""
+        self._join(rank, size, address, port, config)
+        self._role = role
+        self._model = self._load(role, torch.float32)
+        backend = trainable(self._model, self._world, self._options())
+        peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
+        schedule = Schedule.with_warmup_ratio(config.lr_scheduler, peak, total, config.lr_warmup_ratio)
+        max_norm = config.max_norm if config.max_norm > 0 else float("inf")
+        self._learner = Learner(backend, self._objective(config.init_kl_coef), schedule, max_norm)
+        self._scorer = Scorer(backend.module, self._world)
+        self._export: Iterator[Bucket] = iter(())
+
+    def logprobs(self, samples: Sequence[Sample], temperature: float | None = None) -> Arrays:
+        """Log-probs at each sample's trained tokens, by default of logits divided by the sampling temperature."""
+        batches = self._batches(samples, self._config.micro_rollout_batch_size)
+        return list(self._scorer.logprobs(batches, self._config.temperature if temperature is None else temperature))
+
+    def values(self, samples: Sequence[Sample]) -> Arrays:
+        """Values of the states in which each sample's trained tokens were chosen."""
+        return list(self._scorer.values(self._batches(samples, self._config.micro_rollout_batch_size)))
+
+    def update(self, steps: Sequence[Sequence[Sample]], kl_coef: float) -> list[StepResult]:
+        """One optimizer step per element of ``steps``, each this rank's share of that step's samples."""
+        self._learner.objective = self._objective(kl_coef)
+        results = []
+        for samples in steps:
+            batches = self._batches(samples, self._config.micro_train_batch_size)
+            stats = [pack_stats(batch) for batch in batches]
+            report = self._learner.update(batches)
+            results.append(StepResult(report, sum(s.tokens for s in stats), sum(s.unshared_tokens for s in stats)))
+        return results
+
+    def begin_export(self, version: int) -> Manifest:
+        """What the next weight update will send; ``next_bucket`` then gives it piece by piece. On all ranks together."""
+        backend, dtype = self._learner.backend, torch.bfloat16 if self._config.bf16 else torch.float32
+        shapes = ((name, torch.empty(shape, dtype=dtype, device="meta")) for name, shape in backend.shapes().items())
+        specs = tuple(TensorSpec.of(name, tensor) for name, tensor in checkpoint_tensors(self._model, shapes))
+        self._export = pack_buckets(checkpoint_tensors(self._model, backend.full_parameters(dtype)), BUCKET_BYTES)
+        return Manifest(version, specs)
+
+    def next_bucket(self) -> tuple[int, Bucket | None]:
+        """(number of tensors, bucket); gathering takes all ranks, the bucket comes from rank 0."""
+        bucket = next(self._export)
+        return len(bucket.tensors), bucket if self._world.is_first else None
+
+    def checkpoint_bytes(self) -> int:
+        return expected_bytes(self._learner)
+
+    def save(self, folder: Path) -> None:
+        """Write the resumable state into ``folder``/<role>."""
+        save_learner(self._learner, folder / self._role, {"role": self._role})
+
+    def load(self, folder: Path) -> None:
+        """Go on from a folder that ``save`` wrote."""
+        load_learner(self._learner, folder / self._role, {"role": self._role})
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model in plain Hugging Face format, from rank 0."""
+        dtype = torch.bfloat16 if self._config.bf16 else torch.float32
+        tensors = self._learner.backend.full_parameters(dtype)
+        if self._world.is_first:
+            config = self._config
+            tokenizer = load_tokenizer(
+                config.pretrain,
+                chat_template=config.tokenizer_chat_template,
+                trust_remote_code=config.trust_remote_code,
+            )
+            save_hf(folder, self._model, tensors, tokenizer, dtype)
+        else:
+            for _ in tensors:
+                pass
+        self._world.barrier("model written")
+
+    def _objective(self, kl_coef: float) -> Objective:
+        config = self._config
+        if self._role is Role.CRITIC:
+            return ValueObjective(config.value_clip)
+        low, high = config.clip_range
+        return PolicyObjective(
+            low,
+            high,
+            config.aggregation,
+            dual_clip=config.dual_clip,
+            constant=float(config.generate_max_len),
+            kl=KLInLoss(kl_coef, config.kl_estimator) if config.uses_reference and config.use_kl_loss else None,
+            temperature=config.temperature,
+        )

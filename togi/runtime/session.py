@@ -1,0 +1,195 @@
+"""The processes of one RL run and what is asked of them: start, generate, score, update, sync, save.
+
+Only the models that the settings need are started. Each method is one phase of a step; the recipe says in which order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from togi.config.rl import RLConfig
+from togi.errors import WeightSyncError
+from togi.learn.learner import UpdateReport
+from togi.learn.policy_objective import OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS
+from togi.obs import names
+from togi.plan.machine import Machine
+from togi.plan.placement import Role, plan_groups, used_roles
+from togi.rollout.engine import EngineSettings
+from togi.runtime.cluster import Cluster, Resources, connect, disconnect
+from togi.runtime.engine_worker import MAX_CONCURRENT_CALLS, EnginePool, EngineWorker
+from togi.runtime.experience import with_streams
+from togi.runtime.model_worker import LearnerWorker, ScorerWorker
+from togi.runtime.weight_sync import SyncReport, sync_weights
+from togi.runtime.worker_group import StepUpdate, WorkerGroup
+from togi.sample import Sample
+
+LEARNERS = (Role.ACTOR, Role.CRITIC)
+PROBE_TOKENS = 512
+# bf16 engines differ from the trainer by 0.03 to 0.05 nats on average; half a nat is another set of weights.
+PROBE_LIMIT_NATS = 0.5
+
+
+class Session:
+    """All workers of a run, placed and loaded. Make one with ``start`` and end it with ``close``."""
+
+    def __init__(
+        self, config: RLConfig, cluster: Cluster, engines: EnginePool, groups: Mapping[Role, WorkerGroup]
+    ) -> None:
+        self.config = config
+        self.cluster = cluster
+        self.engines = engines
+        self.groups = groups
+
+    @classmethod
+    async def start(cls, config: RLConfig, machine: Machine, total_updates: int) -> Session:
+        """Connect, place, and load every model at once: start-up is import and disk time, which overlaps."""
+        cluster = Cluster(plan_groups(config), connect(machine))
+        share = config.share_prompts
+        workers = cluster.start(EngineWorker, Role.ENGINE, {}, concurrency=MAX_CONCURRENT_CALLS)
+        engines = EnginePool(workers)
+        groups: dict[Role, WorkerGroup] = {
+            role: WorkerGroup(role, cluster.start(_kind(role), role, {}), share_prompts=share)
+            for role in used_roles(config)
+            if role is not Role.ENGINE
+        }
+        threads = cluster.threads(len(workers))
+        settings = [engine_settings(config, index, threads, cluster.resources) for index in range(len(workers))]
+        starting = [engines.start(config.rollout_engine, settings)]
+        for role, group in groups.items():
+            starting.append(group.start(config, role, total_updates) if role in LEARNERS else group.start(config, role))
+        session = cls(config, cluster, engines, groups)
+        try:
+            await asyncio.gather(*starting)
+        except BaseException:
+            session.abandon()
+            raise
+        return session
+
+    async def score(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Add what advantages and the update need: reference and old log-probs, values."""
+        streams = {}
+        if Role.REF in self.groups:
+            streams[REF_LOGPROBS] = await self.groups[Role.REF].per_sample("logprobs", samples)
+        if Role.CRITIC in self.groups:
+            streams[OLD_VALUES] = await self.groups[Role.CRITIC].per_sample("values", samples)
+        if self.needs_old_logprobs:
+            streams[OLD_LOGPROBS] = await self.groups[Role.ACTOR].per_sample("logprobs", samples)
+        return with_streams(samples, streams)
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """A first and only update on its rollouts takes old log-probs from its own forward, unless the reward needs them."""
+        in_reward = self.config.uses_reference and not self.config.use_kl_loss
+        return self.config.updates_per_rollout > 1 or in_reward
+
+    async def update(self, role: Role, steps: Sequence[Sequence[Sample]], kl_coef: float) -> list[StepUpdate]:
+        """Optimizer steps of the actor or the critic."""
+        return await self.groups[role].update(steps, kl_coef)
+
+    async def sync(self, version: int) -> SyncReport:
+        """Give every engine the actor's weights."""
+        return await sync_weights(self.groups[Role.ACTOR], self.engines, version, self.config.weight_sync_timeout)
+
+    async def probe(self, tokens: Sequence[int]) -> float:
+        """Mean absolute difference of engine and trainer log-probs (nats) on fixed tokens, over all engines.
+
+        Raises WeightSyncError when it is so large that the engines cannot hold the trainer's weights.
+        """
+        tokens = tokens[:PROBE_TOKENS]
+        mask = np.ones(len(tokens), dtype=np.bool_)
+        mask[0] = False
+        sample = Sample(np.asarray(tokens, dtype=np.int64), mask, 0, "probe")
+        trainer = (await self.groups[Role.ACTOR].call_all("logprobs", [sample], 1.0))[0][0]
+        engines = np.array(await self.engines.score(list(tokens)))
+        difference = float(np.abs(engines - trainer).mean())
+        if not difference < PROBE_LIMIT_NATS:
+            raise WeightSyncError(
+                f"After the weight update engine and trainer disagree by {difference:.3f} nats a token on the same text "
+                f"(limit {PROBE_LIMIT_NATS}): the engines do not hold the trainer's weights."
+            )
+        return difference
+
+    async def memory(self) -> dict[str, float]:
+        """Peak resident memory in GB of each worker process, by metric name."""
+        result = {}
+        for index, nbytes in enumerate(await self.engines.memory_bytes()):
+            result[names.process_memory(f"engine{index}")] = nbytes / 1e9
+        for role, group in self.groups.items():
+            for rank, nbytes in enumerate(await group.call_all("memory_bytes")):
+                result[names.process_memory(f"{role}{rank}")] = nbytes / 1e9
+        return result
+
+    async def checkpoint_bytes(self) -> int:
+        """Size on disk of the learners' resumable state."""
+        return sum([(await group.call_all("checkpoint_bytes"))[0] for group in self._learners()])
+
+    async def save(self, folder: Path) -> None:
+        """Write every learner's resumable state."""
+        for group in self._learners():
+            await group.call_all("save", folder)
+
+    async def load(self, folder: Path) -> None:
+        """Go on from what ``save`` wrote."""
+        for group in self._learners():
+            await group.call_all("load", folder)
+
+    async def save_model(self, role: Role, folder: Path) -> None:
+        """Write one model in plain Hugging Face format."""
+        await self.groups[role].call_all("save_model", folder)
+
+    async def close(self) -> None:
+        """End every worker in an orderly way, then leave the cluster."""
+        try:
+            await self.engines.shutdown()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """End every worker at once."""
+        self.cluster.close()
+        disconnect()
+
+    def _learners(self) -> list[WorkerGroup]:
+        return [group for role, group in self.groups.items() if role in LEARNERS]
+
+
+def engine_settings(config: RLConfig, index: int, threads: int, resources: Resources) -> EngineSettings:
+    """The settings of engine ``index``; its seed differs from that of the others."""
+    return EngineSettings(
+        model=config.pretrain,
+        dtype="bfloat16" if config.bf16 else "float32",
+        max_model_len=config.context_length,
+        seed=config.seed + index,
+        enforce_eager=config.enforce_eager or resources.gpus == 0,
+        enable_prefix_caching=config.enable_prefix_caching,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        kv_cache_gb=config.vllm_cpu_kv_cache_gb,
+        threads=threads,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def single_logprobs(updates: Sequence[StepUpdate]) -> list[np.ndarray]:
+    """Log-probs of the one update's own forward, in the order of its samples."""
+    assert len(updates) == 1, "old log-probs of several updates are not those of the rollout"
+    return updates[0].logprobs
+
+
+def _kind(role: Role) -> type:
+    return LearnerWorker if role in LEARNERS else ScorerWorker
+
+
+def update_metrics(role: Role, reports: Sequence[UpdateReport]) -> dict[str, float]:
+    """Means over the optimizer steps of one rollout."""
+    grad_norm, rate = (
+        (names.POLICY_GRAD_NORM, names.POLICY_LR) if role is Role.ACTOR else (names.VALUE_GRAD_NORM, names.VALUE_LR)
+    )
+    keys = {key for report in reports for key in report.metrics}
+    means = {key: float(np.mean([report.metrics[key] for report in reports if key in report.metrics])) for key in keys}
+    means[grad_norm] = float(np.mean([report.grad_norm for report in reports]))
+    means[rate] = reports[-1].learning_rate
+    return means

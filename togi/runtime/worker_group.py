@@ -1,0 +1,100 @@
+"""The processes of one model role, addressed as one: the same call on all of them, or the samples dealt out among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from togi.data.partition import split_ranks
+from togi.learn.learner import UpdateReport
+from togi.plan.placement import Role
+from togi.runtime.calls import result_of, results_of
+from togi.runtime.model_worker import StepResult
+from togi.sample import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class StepUpdate:
+    """One optimizer step over all ranks.
+
+    ``tokens`` were computed, ``unshared_tokens`` would have been without shared prompts. ``logprobs`` are those of the
+    step's own forward, one array a sample in order; empty when the objective computes none.
+    """
+
+    report: UpdateReport
+    tokens: int
+    unshared_tokens: int
+    logprobs: list[NDArray[np.float32]]
+
+    @classmethod
+    def merged(cls, plan: Sequence[Sequence[int]], results: Sequence[StepResult], samples: int) -> StepUpdate:
+        logprobs: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * samples
+        for share, result in zip(plan, results, strict=True):
+            for index, array in zip(share, result.report.logprobs, strict=False):
+                logprobs[index] = array
+        tokens = sum(result.tokens for result in results)
+        return cls(results[0].report, tokens, sum(result.unshared_tokens for result in results), logprobs)
+
+
+class WorkerGroup:
+    """Rank i of the role is ``workers[i]``. Collective methods are called on all ranks at once, always."""
+
+    def __init__(self, role: Role, workers: Sequence[ActorHandle], *, share_prompts: bool) -> None:
+        self.role = role
+        self.workers = list(workers)
+        self._share_prompts = share_prompts
+
+    @property
+    def size(self) -> int:
+        return len(self.workers)
+
+    async def start(self, *arguments: Any) -> None:
+        """Let the ranks meet, and load the model on each of them."""
+        address, port = await result_of(self.workers[0].open_meeting.remote(), f"{self.role} 0")
+        refs = [
+            worker.start.remote(rank, self.size, address, port, *arguments) for rank, worker in enumerate(self.workers)
+        ]
+        await results_of(refs, self.role)
+
+    def start_all(self, method: str, *arguments: Any, returns: int = 1) -> list[Any]:
+        """Begin a call on every rank; one reference (or a list of ``returns`` references) per rank."""
+        return [getattr(worker, method).options(num_returns=returns).remote(*arguments) for worker in self.workers]
+
+    async def call_all(self, method: str, *arguments: Any) -> list[Any]:
+        """The results of the same call on every rank, in rank order."""
+        refs: list[ObjectRef] = self.start_all(method, *arguments)
+        return await results_of(refs, self.role)
+
+    async def per_sample(self, method: str, samples: Sequence[Sample]) -> list[NDArray[np.float32]]:
+        """Deal the samples to the ranks by tokens, call ``method`` on each share, and return the results in order."""
+        shares = split_ranks(samples, self.size, share_prefix=self._share_prompts)
+        refs = [
+            getattr(worker, method).remote([samples[i] for i in share])
+            for worker, share in zip(self.workers, shares, strict=True)
+        ]
+        answers = await results_of(refs, self.role)
+        result: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(samples)
+        for share, answer in zip(shares, answers, strict=True):
+            for index, array in zip(share, answer, strict=True):
+                result[index] = array
+        return result
+
+    async def update(self, steps: Sequence[Sequence[Sample]], kl_coef: float) -> list[StepUpdate]:
+        """One optimizer step per element of ``steps``; each step's samples are dealt to the ranks by tokens."""
+        plans = [split_ranks(step, self.size, share_prefix=self._share_prompts) for step in steps]
+        shares = [
+            [[step[i] for i in plan[rank]] for step, plan in zip(steps, plans, strict=True)]
+            for rank in range(self.size)
+        ]
+        refs = [worker.update.remote(mine, kl_coef) for worker, mine in zip(self.workers, shares, strict=True)]
+        by_rank: list[list[StepResult]] = await results_of(refs, self.role)
+        return [
+            StepUpdate.merged(plan, [results[number] for results in by_rank], len(step))
+            for number, (step, plan) in enumerate(zip(steps, plans, strict=True))
+        ]
