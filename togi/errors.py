@@ -18,8 +18,16 @@ class DataError(UserError):
     """A file or a row that cannot be used."""
 
 
+class ModelError(UserError):
+    """A model folder or an architecture that cannot be used."""
+
+
 class RewardError(UserError):
     """A reward function or reward model that failed, hung, or returned something that is not a score."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written here, or that belongs to another run."""
 
 
 class WeightSyncError(RuntimeError):
@@ -28,3 +36,7 @@ class WeightSyncError(RuntimeError):
 
 class EngineUnavailableError(UserError):
     """A generation engine whose package is not installed. The message says what to install."""
+
+
+class RolloutError(RuntimeError):
+    """An environment that failed on a prompt. The message names prompt, group and sample; the cause is chained."""

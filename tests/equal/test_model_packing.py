@@ -1,7 +1,7 @@
 """Packed = one by one, shared prefix = plain, checkpointed = not: outputs and gradients of all parameters.
 
-The references are Transformers' own forwards with its own attention and a plain log-softmax. Weights are float64; RMS norms and
-rotary tables compute in float32 inside these models, so equality is to about 1e-6, not 1e-15.
+The references are Transformers' own forwards with its own attention and a plain log-softmax. Weights are float64; RMS
+norms and rotary tables compute in float32 inside these models, so equality is to about 1e-6, not 1e-15.
 """
 
 import os

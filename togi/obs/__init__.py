@@ -1,1 +1,1 @@
-"""togi.obs"""
+"""Everything a run leaves behind: metrics, rollouts, configuration, report; progress while it runs. No torch, no Ray."""

@@ -1,0 +1,138 @@
+"""The page stands alone, shows what was stored, and nothing a model wrote can act in it."""
+
+import json
+import math
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import islice
+
+import pytest
+
+from tests.unit.test_obs_run_dir import ARGV, KEY, VALUES, row
+from togi.errors import DataError
+from togi.obs import names
+from togi.obs.metrics import StepRecord
+from togi.obs.report import Limits, spread_order, write_report
+from togi.obs.rollout_store import Split
+from togi.obs.run_dir import RunDirectory
+from togi.obs.sinks import Recorder
+
+ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- \u2028 & @@DATA@@"
+
+
+class Page(HTMLParser):
+    """Collects every element, and the text of each script."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.scripts, self._in_script = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._in_script = tag == "script"
+        if self._in_script:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._in_script = self._in_script and tag != "script"
+
+    def handle_data(self, data):
+        if self._in_script:
+            self.scripts[-1] += data
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory.create(tmp_path / "<b>run", "train_ppo_ray", ARGV, VALUES)
+    recorder = Recorder(run.metrics_path, [])
+    for step in range(1, 5):
+        values = {names.REWARD_MEAN: step / 4, names.KL_REFERENCE: math.nan if step == 2 else 0.5, "my/own": 1.0}
+        if step == 4:
+            values |= {names.EVAL_REWARD: 0.5, names.EVAL_REWARD_STDERR: 0.125}
+        recorder.write(StepRecord(step, values, {"generate": 2.0, "train": 1.0}))
+        run.rollouts.write(step, Split.TRAIN, [row(step, index, text=ATTACK) for index in range(6)])
+    recorder.close()
+    return run
+
+
+def page_of(run, limits=None):
+    text = write_report(run.root, limits).read_text()
+    page = Page(text)
+    return text, page, json.loads(page.scripts[0])
+
+
+def test_the_page_loads_nothing_and_forbids_connections(run):
+    text, page, _ = page_of(run)
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base")
+        assert not {"src", "href", "srcset", "action", "data"} & set(attributes)
+        assert not [name for name in attributes if name.startswith("on")]
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "@import" not in style and "url(" not in style
+    (policy,) = [a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'") and "http" not in policy
+    assert 4e6 < len(text) < 6e6
+
+
+def test_what_a_model_wrote_cannot_leave_its_place(run):
+    text, page, data = page_of(run)
+    assert len(page.scripts) == 3
+    assert "alert(1)</script>" not in text
+    assert "\u2028" not in page.scripts[0]
+    assert data["rollouts"][0]["rows"][0]["response"] == ATTACK
+    assert page.scripts[2].count("innerHTML") == 0 and "insertAdjacentHTML" not in page.scripts[2]
+    assert "<b>" not in text[: text.index("<style>")]
+
+
+def test_the_page_holds_the_curves_and_the_rollouts(run):
+    _, _, data = page_of(run)
+    assert data["steps"] == [1, 2, 3, 4]
+    assert data["series"][names.REWARD_MEAN] == [0.25, 0.5, 0.75, 1.0]
+    assert data["series"][names.KL_REFERENCE] == [0.5, None, 0.5, 0.5]
+    assert data["series"][names.EVAL_REWARD_STDERR] == [None, None, None, 0.125]
+    charts = {chart["title"]: chart["names"] for chart in data["charts"]}
+    assert charts["Reward"] == [names.REWARD_MEAN, names.EVAL_REWARD]
+    assert charts["Time by phase"] == ["time/generate", "time/train"]
+    assert set(data["explain"]) == set(data["series"])
+    assert data["headlines"][0] == {"name": names.REWARD_MEAN, "first": 0.25, "last": 1.0}
+    shown = data["rollouts"][3]["rows"][5]
+    # advantages 1.5, 0.0, 1.5 with the middle token not the policy's: mean 1.5, not 1.0
+    assert (shown["index"], shown["reward"], shown["tokens"], shown["advantage"]) == (5, 0.1, 3, 1.5)
+    assert shown["components"] == {"format": 1.0, "correct": -0.1}
+    assert data["notes"] == []
+
+
+def test_no_secret_reaches_the_page(run):
+    text, _, data = page_of(run)
+    assert KEY not in text and "secret-word" not in text
+    assert ["use_wandb", "<redacted>", "command line"] in data["config"]
+
+
+def test_what_is_left_out_is_said(run):
+    run.rollouts.write(9, Split.EVAL, [replace(row(9, split=Split.EVAL), response_text="x" * 5000)])
+    _, _, data = page_of(run, Limits(points=2, rollouts_per_step=4, text_characters=100, rollout_bytes=2500))
+    assert data["steps"] == [1, 3, 4]
+    shown = [part["step"] for part in data["rollouts"]]
+    assert shown[0] == 1 and shown[-1] == 9 and len(shown) < 5
+    assert all(len(part["rows"]) <= 4 for part in data["rollouts"])
+    notes = " ".join(data["notes"])
+    assert f"Rollouts of {len(shown)} of 5 files" in notes
+    assert "At most 4 rollouts" in notes and "1 texts are cut after 100 characters" in notes
+    assert "3 of 4 steps" in notes
+
+
+def test_the_order_of_steps_spreads_from_the_ends():
+    assert list(spread_order(0)) == []
+    assert list(spread_order(1)) == [0]
+    assert list(spread_order(9)) == [8, 0, 4, 2, 6, 1, 3, 5, 7]
+    assert sorted(spread_order(100)) == list(range(100))
+    assert list(islice(spread_order(1001), 5)) == [1000, 0, 500, 250, 750]
+
+
+def test_a_run_that_has_only_begun_has_a_page_and_another_folder_has_none(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", "train_sft", ARGV, VALUES)
+    _, _, data = page_of(run)
+    assert (data["steps"], data["rollouts"], data["charts"]) == ([], [], [])
+    with pytest.raises(DataError, match="is not the folder of a run"):
+        write_report(tmp_path)

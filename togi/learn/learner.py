@@ -1,0 +1,110 @@
+"""The one training loop: a model that changes, an objective, a schedule.
+
+``update`` is one optimizer step. The denominator is the sum of ``Objective.count`` over all micro-batches of all
+ranks, added up before the first forward; every micro-batch is divided by it and gradients are summed. So packing,
+accumulation and world size cannot change a gradient. Not here: batches (``togi.data``), sharding (``togi.parallel``),
+files (``learner_state``).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from togi.batch import Batch
+from togi.learn.objective import Objective
+from togi.learn.ragged import even_rounds, nothing, per_sequence
+from togi.learn.schedule import Schedule
+from togi.obs.metrics import Metric, merge, reduced
+from togi.parallel.backend import Backend
+
+logger = logging.getLogger(__name__)
+
+
+class StepOutcome(StrEnum):
+    UPDATED = "updated"
+    SKIPPED_EMPTY = "skipped_empty"
+    """Nothing was in the loss on any rank."""
+    SKIPPED_NOT_FINITE = "skipped_not_finite"
+    """The gradient norm was NaN or infinite; the weights are as before."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UpdateReport:
+    """One call of ``Learner.update``. All but ``logprobs`` is the same on every rank.
+
+    ``steps``: optimizer steps taken so far. ``learning_rate``: that of this step. ``grad_norm``: global L2 norm before
+    clipping, NaN when nothing was computed. ``count``: the denominator. ``logprobs``: this rank's log-probs at the
+    tokens in the loss before the step, one array a sequence: batch after batch, each in the order of the list it was
+    packed from.
+    """
+
+    outcome: StepOutcome
+    steps: int
+    learning_rate: float
+    grad_norm: float
+    count: float
+    metrics: Mapping[str, float]
+    logprobs: tuple[NDArray[np.float32], ...]
+
+
+class Learner:
+    """A model in training. ``max_norm``: bound on the global gradient norm; ``math.inf`` for none."""
+
+    def __init__(self, backend: Backend, objective: Objective, schedule: Schedule, max_norm: float) -> None:
+        assert max_norm > 0
+        self.backend = backend
+        self.objective = objective
+        self.schedule = schedule
+        self.max_norm = max_norm
+        self.steps = 0
+
+    def update(self, micro_batches: Sequence[Batch]) -> UpdateReport:
+        """One optimizer step on the micro-batches of all ranks; ranks may bring different numbers of them, also none.
+
+        A step without anything in the loss, or with a gradient that is not finite, is skipped, logged and reported.
+        """
+        backend, rate = self.backend, self.schedule.rate(self.steps)
+        world = backend.world
+        count = world.sum("loss count", [sum(self.objective.count(batch) for batch in micro_batches)])[0]
+        assert math.isfinite(count) and count >= 0, f"a loss count of {count}"
+        if count == 0:
+            logger.warning("optimizer step %d skipped: no token or row is in the loss", self.steps)
+            return UpdateReport(StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, {}, ())
+        metrics, logprobs = self._accumulate(micro_batches, count)
+        grad_norm = backend.clip(self.max_norm)
+        if math.isfinite(grad_norm):
+            backend.step(rate)
+            self.steps += 1
+            outcome = StepOutcome.UPDATED
+        else:
+            backend.drop_gradients()
+            logger.warning("optimizer step %d skipped: the gradient norm is %s", self.steps, grad_norm)
+            outcome = StepOutcome.SKIPPED_NOT_FINITE
+        values = self.objective.summary(reduced(merge(world.gather("metrics", metrics))))
+        return UpdateReport(outcome, self.steps, rate, grad_norm, count, values, logprobs)
+
+    def _accumulate(
+        self, micro_batches: Sequence[Batch], count: float
+    ) -> tuple[dict[str, Metric], tuple[NDArray[np.float32], ...]]:
+        """Forward and backward over this rank's micro-batches; returns its metrics and log-probs."""
+        parts: list[Mapping[str, Metric]] = []
+        logprobs: list[NDArray[np.float32]] = []
+        model = self.backend.module.train()
+        for batch, real, last in even_rounds(self.backend.world, micro_batches):
+            outputs = self.objective.forward(model, batch)
+            if real:
+                loss = self.objective.loss(outputs, batch)
+                parts.append(loss.metrics)
+                if self.objective.needs.logprobs:
+                    logprobs += per_sequence(outputs.logprobs_K, batch)
+                self.backend.backward(loss.sum / count, last)
+            else:
+                self.backend.backward(nothing(outputs), last)
+        return merge(parts), tuple(logprobs)

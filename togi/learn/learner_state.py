@@ -1,0 +1,156 @@
+"""A learner on disk: masters and moments as whole tensors in safetensors files, the step, and the random generators.
+
+Whole tensors fit any number of ranks and either backend. No pickle anywhere. Rank 0 writes, every rank reads its own
+part. Loading checks that model and parameters are the same and refuses with the differences.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from togi.errors import CheckpointError
+from togi.learn.learner import Learner
+from togi.model.weights import TensorSpec, differences
+
+logger = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 2 * 10**9
+LEARNER = "learner.json"
+GENERATORS = "generators.json"
+
+
+def expected_bytes(learner: Learner) -> int:
+    """The size on disk: a float32 master and two moments of each trained parameter."""
+    return sum(3 * spec.nbytes for spec in _specs(learner))
+
+
+def save_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) -> None:
+    """Write the learner's state into ``folder``, which rank 0 makes. Called by all ranks.
+
+    ``identity`` names what must be the same to go on (model, hash of its configuration, ...).
+    """
+    world = learner.backend.world
+    writer = _Writer(folder)
+    if world.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, tensor in learner.backend.state():
+        if world.is_first:
+            writer.add(name, tensor)
+    generators = world.gather("random generators", _generators())
+    if world.is_first:
+        writer.finish()
+        shapes = {name: list(shape) for name, shape in learner.backend.shapes().items()}
+        record = {"steps": learner.steps, "identity": dict(identity), "parameters": shapes}
+        (folder / LEARNER).write_text(json.dumps(record), encoding="utf-8")
+        (folder / GENERATORS).write_text(json.dumps(generators), encoding="utf-8")
+    world.barrier("checkpoint written")
+
+
+def load_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) -> None:
+    """Take back what ``save_learner`` wrote, on any number of ranks. Raises CheckpointError on a different model.
+
+    Random generators are restored on the ranks that existed at the save; others keep theirs.
+    """
+    record = json.loads((folder / LEARNER).read_text(encoding="utf-8"))
+    _check_identity(record, learner, identity, folder)
+    reader = _Reader(sorted(folder.glob("*.safetensors")))
+    learner.backend.load_state(reader.read, record["steps"])
+    learner.steps = record["steps"]
+    generators = json.loads((folder / GENERATORS).read_text(encoding="utf-8"))
+    world = learner.backend.world
+    if len(generators) != world.size:
+        logger.warning("checkpoint of %d ranks loaded into %d: random streams will differ", len(generators), world.size)
+    if world.rank < len(generators):
+        _restore_generators(generators[world.rank])
+
+
+class _Writer:
+    """Streams tensors into numbered files of at most about ``MAX_FILE_BYTES``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.held: dict[str, Tensor] = {}
+        self.held_bytes = 0
+        self.files = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.held and self.held_bytes + tensor.nbytes > MAX_FILE_BYTES:
+            self.finish()
+        # A copy even on the CPU: tied storage and views cannot be written.
+        self.held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self.held_bytes += tensor.nbytes
+
+    def finish(self) -> None:
+        self.files += 1
+        file = self.folder / f"tensors_{self.files:05d}.safetensors"
+        try:
+            save_file(self.held, file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} could not be written: {error}") from error
+        self.held, self.held_bytes = {}, 0
+
+
+class _Reader:
+    """Finds tensors by name over several files; one tensor in memory at a time."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.handles = [safe_open(file, framework="pt") for file in files]
+        self.where = {name: handle for handle in self.handles for name in handle.keys()}  # type: ignore[no-untyped-call] # noqa: SIM118
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self.where[name].get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor
+
+
+def _specs(learner: Learner) -> list[TensorSpec]:
+    return [TensorSpec(name, shape, "float32") for name, shape in learner.backend.shapes().items()]
+
+
+def _check_identity(record: Mapping[str, Any], learner: Learner, identity: Mapping[str, str], folder: Path) -> None:
+    saved = [TensorSpec(name, tuple(shape), "float32") for name, shape in record["parameters"].items()]
+    lines = [
+        f"{key} is {identity.get(key, 'not set')}, the checkpoint has {record['identity'].get(key, 'none')}"
+        for key in sorted(identity.keys() | record["identity"].keys())
+        if identity.get(key) != record["identity"].get(key)
+    ]
+    lines += differences(saved, _specs(learner))
+    if lines:
+        raise CheckpointError(
+            f"checkpoint {folder} belongs to another run ({'; '.join(lines)}): "
+            "start it with the same model, or choose another --ckpt_path"
+        )
+
+
+def _generators() -> dict[str, Any]:
+    """The state of every random generator of this process, as JSON."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    device = torch.accelerator.current_accelerator()
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "device": [] if device is None else torch.get_device_module(device).get_rng_state().tolist(),
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _restore_generators(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    device = torch.accelerator.current_accelerator()
+    if device is not None and states["device"]:
+        torch.get_device_module(device).set_rng_state(torch.tensor(states["device"], dtype=torch.uint8))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))

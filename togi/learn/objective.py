@@ -1,0 +1,59 @@
+"""What is minimised: an ``Objective`` asks the model for outputs and maps them and the batch to a sum and its metrics.
+
+The sum is not divided here. Its denominator, ``count``, is known before any forward, so the learner can add it up over
+micro-batches and ranks and divide once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from togi.batch import Batch
+from togi.model.outputs import Needs, Outputs
+from togi.obs.metrics import Metric, maximum, mean
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loss:
+    """``sum``: a scalar with a gradient, to be divided by the step's count. ``metrics``: this batch's part of each."""
+
+    sum: Tensor
+    metrics: Mapping[str, Metric]
+
+
+class Objective(Protocol):
+    """Inherit from this class: then ``forward`` and ``summary`` need not be written."""
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def count(self, batch: Batch) -> float:
+        """This batch's share of the denominator (tokens, sequences, pairs, ...), at least 0."""
+        ...
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Call the model. Overridden by objectives that pass it more, such as a temperature."""
+        outputs: Outputs = model(batch, self.needs)
+        return outputs
+
+    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The step's metrics after reduction; overridden to derive what is no mean of anything, such as a ratio."""
+        return dict(values)
+
+
+def token_metrics(sums: Mapping[str, Tensor], weight: float, maxima: Mapping[str, Tensor]) -> dict[str, Metric]:
+    """Metrics of the tokens of one batch: means from scalar sums over ``weight`` tokens, and maxima.
+
+    One transfer from the device for all of them.
+    """
+    with torch.no_grad():
+        numbers = torch.stack([value.detach().double() for value in (*sums.values(), *maxima.values())]).tolist()
+    means = {name: mean(number, weight) for name, number in zip(sums, numbers, strict=False)}
+    return means | {name: maximum(number) for name, number in zip(maxima, numbers[len(sums) :], strict=True)}

@@ -1,0 +1,142 @@
+"""PPO's two objectives over packed batches: the clipped policy loss and the clipped value loss.
+
+The mathematics is in ``togi.algo``; here are the streams it reads and the metrics it reports. Streams of the policy:
+``advantages``; ``old_logprobs`` when more than one update is made on the same rollouts; ``ref_logprobs`` when the KL
+to a reference is part of the loss. Streams of the critic: ``old_values``, ``returns``. Shape letter: K tokens in the
+loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from togi.algo import aggregate
+from togi.algo.kl import kl_estimate
+from togi.algo.policy_loss import policy_loss, value_loss
+from togi.batch import Batch
+from togi.config.choices import Aggregation, KLEstimator
+from togi.learn.objective import Loss, Objective, token_metrics
+from togi.model.outputs import Needs, Outputs
+from togi.obs import names
+
+ADVANTAGES = "advantages"
+OLD_LOGPROBS = "old_logprobs"
+REF_LOGPROBS = "ref_logprobs"
+OLD_VALUES = "old_values"
+RETURNS = "returns"
+
+RATIO_MAX = "policy/ratio_max"
+VALUE_RETURN = "value/return"
+EXPLAINED_VARIANCE = "value/explained_variance"
+_RETURN_SQUARED = "value/return_squared"
+_ERROR = "value/error"
+_ERROR_SQUARED = "value/error_squared"
+
+
+@dataclass(frozen=True, slots=True)
+class KLInLoss:
+    """A penalty ``coef`` x estimate of KL(policy || reference), with the aggregation of the policy loss."""
+
+    coef: float
+    estimator: KLEstimator
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyObjective(Objective):
+    """PPO's clipped surrogate, ``togi.algo.policy_loss``.
+
+    A batch without ``old_logprobs`` is the first and only update on its rollouts: the old log-probs are then the
+    forward's own, detached, the ratio is exactly 1 and a scoring pass is saved. ``constant`` is the divisor of
+    ``Aggregation.CONSTANT`` in tokens; ``temperature`` is that of sampling.
+    """
+
+    clip_low: float
+    clip_high: float
+    aggregation: Aggregation
+    dual_clip: float | None = None
+    constant: float = 1.0
+    kl: KLInLoss | None = None
+    temperature: float = 1.0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(logprobs=True, entropy=True)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        outputs: Outputs = model(batch, self.needs, self.temperature)
+        return outputs
+
+    def count(self, batch: Batch) -> float:
+        return aggregate.count(self.aggregation, batch.target_sequences_K, batch.num_sequences, self.constant)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        logprobs_K = outputs.logprobs_K
+        old_K = batch.select(OLD_LOGPROBS) if OLD_LOGPROBS in batch.streams else logprobs_K.detach()
+        terms = policy_loss(
+            logprobs_K,
+            old_K,
+            batch.select(ADVANTAGES),
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
+        )
+        weights_K = aggregate.token_weights(
+            self.aggregation, batch.target_sequences_K, batch.num_sequences, self.constant, logprobs_K.dtype
+        )
+        total = (weights_K * terms.loss_K).sum()
+        sums = {
+            names.POLICY_LOSS: terms.loss_K.sum(),
+            names.POLICY_CLIP_FRACTION: terms.clipped_K.sum(),
+            names.POLICY_PPO_KL: -terms.log_ratio_K.sum(),
+            names.ENTROPY: outputs.entropy_K.sum(),
+        }
+        if self.kl is not None:
+            kl_K = kl_estimate(logprobs_K, batch.select(REF_LOGPROBS), self.kl.estimator)
+            total = total + self.kl.coef * (weights_K * kl_K).sum()
+            sums[names.KL_REFERENCE] = kl_K.sum()
+        tokens = logprobs_K.numel()
+        maxima = {RATIO_MAX: terms.ratio_K.max()} if tokens > 0 else {}
+        return Loss(total, token_metrics(sums, tokens, maxima))
+
+
+@dataclass(frozen=True, slots=True)
+class ValueObjective(Objective):
+    """The critic's clipped squared error, ``togi.algo.policy_loss.value_loss``, a mean over the tokens of the step."""
+
+    clip: float
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(values=True)
+
+    def count(self, batch: Batch) -> float:
+        return float(batch.targets_K.numel())
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        values_K, returns_K = outputs.values_K, batch.select(RETURNS)
+        loss_K = value_loss(values_K, batch.select(OLD_VALUES), returns_K, self.clip)
+        errors_K = returns_K - values_K.detach()
+        sums: dict[str, Tensor] = {
+            names.VALUE_LOSS: loss_K.sum(),
+            names.VALUE_MEAN: values_K.sum(),
+            VALUE_RETURN: returns_K.sum(),
+            _RETURN_SQUARED: returns_K.square().sum(),
+            _ERROR: errors_K.sum(),
+            _ERROR_SQUARED: errors_K.square().sum(),
+        }
+        return Loss(loss_K.sum(), token_metrics(sums, values_K.numel(), {}))
+
+    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Adds the explained variance, ``1 - Var(return - value) / Var(return)``: 1 is a perfect critic, 0 a constant.
+
+        NaN where all returns are equal.
+        """
+        shown = dict(values)
+        error_variance = shown.pop(_ERROR_SQUARED) - shown.pop(_ERROR) ** 2
+        variance = shown.pop(_RETURN_SQUARED) - shown[VALUE_RETURN] ** 2
+        shown[EXPLAINED_VARIANCE] = 1 - error_variance / variance if variance > 0 else torch.nan
+        return shown

@@ -1,0 +1,133 @@
+"""Metrics that know how to reduce, and the record of one step in ``metrics.jsonl``.
+
+A mean travels as (sum, weight) and is divided once, at the end, so that the number of workers, micro-batches or ranks
+cannot change it. Not here: the names (``names``), the writing (``sinks``), percentiles (they do not merge; compute them
+where all values are).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from togi.errors import DataError
+
+
+class Reduction(StrEnum):
+    MEAN = "mean"
+    SUM = "sum"
+    MAX = "max"
+    MIN = "min"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One partial result. ``weight`` is what a mean is over (tokens, sequences, groups); other reductions ignore it."""
+
+    reduction: Reduction
+    total: float
+    weight: float = 1.0
+
+    @property
+    def value(self) -> float:
+        """The number to log. A mean over nothing is NaN: "not measured", never 0."""
+        if self.reduction is not Reduction.MEAN:
+            return self.total
+        return self.total / self.weight if self.weight > 0 else math.nan
+
+    def merged(self, other: Metric) -> Metric:
+        """This and another worker's part of the same metric. NaN wins over every number, in either order."""
+        assert self.reduction is other.reduction, f"one metric, two reductions: {self.reduction} and {other.reduction}"
+        if self.reduction in (Reduction.MEAN, Reduction.SUM):
+            return Metric(self.reduction, self.total + other.total, self.weight + other.weight)
+        if math.isnan(self.total) or math.isnan(other.total):
+            return Metric(self.reduction, math.nan)
+        pick = max if self.reduction is Reduction.MAX else min
+        return Metric(self.reduction, pick(self.total, other.total))
+
+
+def mean(total: float, weight: float) -> Metric:
+    """A mean, given the sum of its terms and their number (or summed weight). ``weight`` 0 is a part without terms."""
+    assert weight >= 0, f"a weight of {weight}"
+    return Metric(Reduction.MEAN, total, weight)
+
+
+def total(value: float) -> Metric:
+    return Metric(Reduction.SUM, value)
+
+
+def maximum(value: float) -> Metric:
+    return Metric(Reduction.MAX, value)
+
+
+def minimum(value: float) -> Metric:
+    return Metric(Reduction.MIN, value)
+
+
+def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """The parts of all workers as one. A worker may lack a name; it then adds nothing to it."""
+    merged: dict[str, Metric] = {}
+    for part in parts:
+        for name, metric in part.items():
+            merged[name] = merged[name].merged(metric) if name in merged else metric
+    return merged
+
+
+def reduced(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Plain numbers for a ``StepRecord``."""
+    return {name: metric.value for name, metric in metrics.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step left behind: one line of ``metrics.jsonl``. Step 0 is the state before training.
+
+    ``values`` by the names of ``names``; ``seconds`` is wall time by phase; ``time`` is when it was written, in
+    seconds since 1970.
+    """
+
+    step: int
+    values: Mapping[str, float]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    time: float = 0.0
+
+    def to_json(self) -> str:
+        """One line of strict JSON. A value that is not finite becomes null and is named under ``not_finite``."""
+        assert all(isinstance(value, int | float) for value in self.values.values()), "metric values are plain numbers"
+        record = {
+            "step": self.step,
+            "time": self.time,
+            "values": {name: value if math.isfinite(value) else None for name, value in self.values.items()},
+            "seconds": dict(self.seconds),
+            "not_finite": {name: str(value) for name, value in self.values.items() if not math.isfinite(value)},
+        }
+        return json.dumps(record, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> StepRecord:
+        """The inverse of ``to_json``. Raises ``ValueError`` or ``KeyError`` on a line that is not one."""
+        record = json.loads(line)
+        values = {**record["values"], **{name: float(text) for name, text in record["not_finite"].items()}}
+        return cls(record["step"], values, record["seconds"], record["time"])
+
+
+def read_records(path: Path) -> list[StepRecord]:
+    """All records of a ``metrics.jsonl``; none when there is no file.
+
+    A last line without its newline belongs to a process that died while writing it and is not a record. Raises
+    ``DataError`` naming any other line that cannot be read.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records.append(StepRecord.from_json(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number} is not a record of metrics ({error}); remove that line") from error
+    return records

@@ -1,0 +1,182 @@
+"""The names of the standard metrics, in one place, and one sentence about each (``explain``).
+
+Recipes log under these names, the report draws them, trackers show them as ``train/<name>`` (``eval/...``
+stays).
+Names that carry a part chosen at run time (a reward component, a phase, a process) are made by the functions below.
+"""
+
+from __future__ import annotations
+
+from togi.errors import RewardError
+
+REWARD_MEAN = "reward/mean"
+REWARD_STD = "reward/std"
+REWARD_GROUP_STD = "reward/group_std"
+REWARD_ABSTAINED = "reward/abstained_share"
+REWARD_ERRORS = "reward/error_share"
+RETURN_MEAN = "reward/return"
+REWARD_CHOSEN = "reward/chosen"
+REWARD_REJECTED = "reward/rejected"
+REWARD_MARGIN = "reward/margin"
+
+EVAL_REWARD = "eval/reward"
+EVAL_REWARD_STDERR = "eval/reward_stderr"
+EVAL_LENGTH = "eval/length"
+EVAL_TRUNCATED = "eval/truncated_share"
+EVAL_LOSS = "eval/loss"
+EVAL_ACCURACY = "eval/accuracy"
+
+LENGTH_RESPONSE = "length/response"
+LENGTH_PROMPT = "length/prompt"
+LENGTH_TOTAL = "length/total"
+LENGTH_TRUNCATED = "length/truncated_share"
+
+KL_REFERENCE = "kl/reference"
+ENTROPY = "entropy"
+
+LOSS = "loss"
+ACCURACY = "accuracy"
+GRAD_NORM = "grad_norm"
+LEARNING_RATE = "lr"
+AUX_LOSS = "aux_loss"
+
+POLICY_LOSS = "policy/loss"
+POLICY_CLIP_FRACTION = "policy/clip_fraction"
+POLICY_PPO_KL = "policy/ppo_kl"
+POLICY_GRAD_NORM = "policy/grad_norm"
+POLICY_LR = "policy/lr"
+VALUE_LOSS = "value/loss"
+VALUE_MEAN = "value/mean"
+VALUE_CLIP_FRACTION = "value/clip_fraction"
+VALUE_GRAD_NORM = "value/grad_norm"
+VALUE_LR = "value/lr"
+
+MISMATCH_MEAN_ABS = "mismatch/mean_abs"
+MISMATCH_MEAN_RATIO = "mismatch/mean_ratio"
+MISMATCH_P99_RATIO = "mismatch/p99_ratio"
+MISMATCH_MAX_RATIO = "mismatch/max_ratio"
+MISMATCH_K3 = "mismatch/k3"
+MISMATCH_PROBE_MEAN_ABS = "mismatch/probe_mean_abs"
+MISMATCH_CORRECTED_SHARE = "mismatch/corrected_share"
+
+GROUPS_ZERO_VARIANCE = "groups/zero_variance_share"
+GROUPS_DROPPED = "groups/dropped_share"
+
+TOKENS_STEP = "tokens/step"
+TOKENS_SEEN = "tokens/seen"
+PADDING_SHARE = "tokens/padding_share"
+SHARED_SHARE = "tokens/shared_share"
+
+STALENESS = "async/staleness"
+
+THROUGHPUT_GENERATE = "throughput/generated_tokens_per_second"
+THROUGHPUT_TRAIN = "throughput/trained_tokens_per_second"
+THROUGHPUT_SAMPLES = "throughput/samples_per_second"
+WEIGHT_SYNC_RATE = "throughput/weight_sync_gb_per_second"
+
+EXPLANATIONS: dict[str, str] = {
+    REWARD_MEAN: "Mean reward of the step's rollouts, before any KL penalty; the number that should rise.",
+    REWARD_STD: "Standard deviation of the reward over all rollouts of the step.",
+    REWARD_GROUP_STD: "Standard deviation of the reward inside a group, averaged; near 0 there is nothing to learn.",
+    REWARD_ABSTAINED: "Share of rollouts for which the reward source gave no opinion; they are left out of the means.",
+    REWARD_ERRORS: "Share of rollouts for which the reward source failed; should be 0.",
+    RETURN_MEAN: "Mean return: the reward after KL penalty and discounting, as the advantage estimator sees it.",
+    REWARD_CHOSEN: "Mean (implicit) reward of the preferred responses.",
+    REWARD_REJECTED: "Mean (implicit) reward of the rejected responses.",
+    REWARD_MARGIN: "Mean difference between the rewards of the preferred and the rejected response.",
+    EVAL_REWARD: "Mean reward on the evaluation prompts.",
+    EVAL_REWARD_STDERR: "Standard error of the evaluation reward: differences below twice this are noise.",
+    EVAL_LENGTH: "Mean response length on the evaluation prompts, in tokens.",
+    EVAL_TRUNCATED: "Share of evaluation responses cut off by the token limit.",
+    EVAL_LOSS: "Loss on the evaluation data.",
+    EVAL_ACCURACY: "Share of evaluation rows that are ranked or classified correctly.",
+    LENGTH_RESPONSE: "Mean response length in tokens; growth without reward is a sign of a length bias.",
+    LENGTH_PROMPT: "Mean prompt length in tokens.",
+    LENGTH_TOTAL: "Mean length of prompt and response together, in tokens.",
+    LENGTH_TRUNCATED: "Share of responses cut off by the token limit instead of ending by themselves.",
+    KL_REFERENCE: "KL of the policy from the reference model, in nats a token: how far training has moved the model.",
+    ENTROPY: "Entropy of the policy in nats a token; a fall to 0 means that it no longer explores.",
+    LOSS: "The objective that is minimised, averaged over the step.",
+    ACCURACY: "Share of rows or tokens that are ranked or predicted correctly.",
+    GRAD_NORM: "Norm of the gradient before clipping.",
+    LEARNING_RATE: "Learning rate of the step.",
+    AUX_LOSS: "Load-balancing loss of a mixture of experts, before its coefficient.",
+    POLICY_LOSS: "Policy objective; starts each step near 0 by construction, so watch the reward instead.",
+    POLICY_CLIP_FRACTION: "Share of tokens whose probability ratio was clipped; above 0.3 the updates are too large.",
+    POLICY_PPO_KL: "KL between the policy before and during the step's updates, in nats a token.",
+    POLICY_GRAD_NORM: "Norm of the policy's gradient before clipping.",
+    POLICY_LR: "Learning rate of the policy.",
+    VALUE_LOSS: "Squared error of the critic against the returns.",
+    VALUE_MEAN: "Mean value that the critic predicts.",
+    VALUE_CLIP_FRACTION: "Share of tokens whose value update was clipped.",
+    VALUE_GRAD_NORM: "Norm of the critic's gradient before clipping.",
+    VALUE_LR: "Learning rate of the critic.",
+    MISMATCH_MEAN_ABS: "Mean absolute difference of the engine's and the trainer's log-prob of a token, in nats.",
+    MISMATCH_MEAN_RATIO: "Mean of trainer probability / engine probability, before any correction; 1 is perfect.",
+    MISMATCH_P99_RATIO: "99th percentile of trainer / engine probability, before any correction; 1 is perfect.",
+    MISMATCH_MAX_RATIO: "Largest trainer probability / engine probability of the step, before any correction.",
+    MISMATCH_K3: "KL of engine and trainer (k3), in nats a token; rises when weights or sampling disagree.",
+    MISMATCH_PROBE_MEAN_ABS: "mismatch/mean_abs on fixed probes at fresh weights: numerical noise, no staleness.",
+    MISMATCH_CORRECTED_SHARE: "Share of tokens whose weight the mismatch correction truncated or masked.",
+    GROUPS_ZERO_VARIANCE: "Share of groups whose rewards are all equal: they give no gradient.",
+    GROUPS_DROPPED: "Share of generated groups that filtering left out of training.",
+    TOKENS_STEP: "Tokens processed by the trainer in this step.",
+    TOKENS_SEEN: "Tokens processed by the trainer since the start of the run.",
+    PADDING_SHARE: "Share of computed positions that carry no token.",
+    SHARED_SHARE: "Share of prompt tokens that prefix sharing did not have to compute again.",
+    STALENESS: "How many weight versions old the rollouts were when they were trained on, on average.",
+    THROUGHPUT_GENERATE: "Tokens generated a second by all engines together.",
+    THROUGHPUT_TRAIN: "Tokens trained on a second by all ranks together.",
+    THROUGHPUT_SAMPLES: "Rollouts finished a second, over the whole step.",
+    WEIGHT_SYNC_RATE: "Speed of the weight transfer from trainer to engines, in GB a second.",
+}
+
+_RESERVED_COMPONENTS = {name.removeprefix("reward/") for name in EXPLANATIONS if name.startswith("reward/")}
+
+
+def reward_component(component: str) -> str:
+    """Metric name of one named part of the reward. Raises ``RewardError`` where it would hide a standard metric."""
+    if component in _RESERVED_COMPONENTS:
+        raise RewardError(f"a reward component is called {component!r}, which is a metric of Togi's own; rename it")
+    return f"reward/{component}"
+
+
+def phase_time(phase: str) -> str:
+    """Metric name of the seconds that one phase of a step took."""
+    return f"time/{phase}"
+
+
+def process_memory(process: str) -> str:
+    """Metric name of the peak memory of one process, in GB."""
+    return f"memory/{process}"
+
+
+def eval_of(source: str, key: str) -> str:
+    """Metric name of ``key`` ("pass1", "pass1_stderr", "pass4", "length", ...) on one evaluation data source."""
+    return f"eval/{source}/{key}"
+
+
+def explain(name: str) -> str:
+    """One sentence about a metric; for a name that is not Togi's own, one that says so."""
+    if name in EXPLANATIONS:
+        return EXPLANATIONS[name]
+    family, _, rest = name.partition("/")
+    if family == "reward" and rest:
+        return f"Mean of the reward component {rest!r} over the step's rollouts."
+    if family == "time" and rest:
+        return f"Seconds of the step spent in {rest!r}."
+    if family == "memory" and rest:
+        return f"Peak memory of {rest!r} in GB."
+    if family == "eval" and "/" in rest:
+        return _explain_eval(*rest.rsplit("/", 1))
+    return f"{name!r} is not one of Togi's standard metrics; it comes from the recipe, reward function or environment."
+
+
+def _explain_eval(source: str, key: str) -> str:
+    if key == "pass1":
+        return f"Mean reward over all samples of the evaluation set {source!r}."
+    if key.removeprefix("pass").isdigit():
+        return f"Mean over prompts of {source!r} of the best reward among {key.removeprefix('pass')} samples."
+    if key.endswith("_stderr"):
+        return f"Standard error of {key.removesuffix('_stderr')!r} on the evaluation set {source!r}, over prompts."
+    return f"{key!r} on the evaluation set {source!r}."

@@ -1,0 +1,229 @@
+"""What is happening now and how long it will take, on standard error: start-up phases, steps, and the phases of a step.
+
+On a terminal one live line with a spinner; elsewhere (log files, CI) plain lines, at least one every ``interval``
+seconds. Expected times come from the run itself (median of the latest) and, before there are any, from what the caller
+says. The same phases are timed for the step record (``take_seconds``). Not here: metrics and log records.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+_WINDOW = 20
+_STEP_LINE_SECONDS = 2.0
+
+
+class Expectation:
+    """How long something will take: the median of its latest durations, else the guess given for it."""
+
+    def __init__(self) -> None:
+        self._past: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_WINDOW))
+
+    def add(self, name: str, seconds: float) -> None:
+        self._past[name].append(seconds)
+
+    def of(self, name: str, guess: float | None = None) -> float | None:
+        """Seconds, or None when nothing is known."""
+        past = self._past[name]
+        return statistics.median(past) if past else guess
+
+    def known(self, name: str) -> bool:
+        return bool(self._past[name])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activity:
+    """A phase that is running."""
+
+    name: str
+    started: float
+    expected: float | None
+
+    def describe(self, now: float) -> str:
+        elapsed = now - self.started
+        text = f"{self.name}: {duration(elapsed)}"
+        if self.expected is None:
+            return text
+        left = self.expected - elapsed
+        return f"{text}, about {duration(left)} left" if left > 0 else f"{text}, expected {duration(self.expected)}"
+
+
+@dataclass(slots=True)
+class _Steps:
+    done: int = 0
+    first: int = 0
+    total: int = 0
+    last_end: float = 0.0
+    note: str = ""
+    guess: float | None = None
+    expectation: Expectation = field(default_factory=Expectation)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 0.4 s, 12 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
+    if seconds < 9.95:
+        return f"{max(seconds, 0):.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+class Progress:
+    """Use as a context manager, in the one process that talks to the user. Phases may run in several threads.
+
+    ``quiet`` shows nothing and still keeps time; ``clock`` is in seconds and only there to be replaced in tests.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        quiet: bool = False,
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.console = console or Console(stderr=True)
+        self._clock, self._interval, self._quiet = clock, interval, quiet
+        self._lock = threading.RLock()
+        self._active: list[Activity] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._phases = Expectation()
+        self._steps = _Steps(last_end=clock())
+        self._last_line = clock()
+        self._stop = threading.Event()
+        self._timer = threading.Thread(target=self._tick, name="progress", daemon=True)
+        self._spinner = Spinner("dots")
+        self._live = Live(get_renderable=self._line, console=self.console, refresh_per_second=5, transient=True)
+
+    @property
+    def _is_live(self) -> bool:
+        return self.console.is_terminal and not self._quiet
+
+    def __enter__(self) -> Progress:
+        if self._is_live:
+            self._live.start()
+        elif not self._quiet:
+            self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._is_live:
+            self._live.stop()
+        elif not self._quiet:
+            self._timer.join()
+
+    @contextmanager
+    def phase(self, name: str, expected_seconds: float | None = None) -> Iterator[None]:
+        """Something that takes time. ``expected_seconds`` counts until the phase has been seen once."""
+        first_time = not self._phases.known(name)
+        activity = Activity(name, self._clock(), self._phases.of(name, expected_seconds))
+        with self._lock:
+            self._active.append(activity)
+        if first_time:
+            about = "" if activity.expected is None else f" (about {duration(activity.expected)})"
+            self._say(f"{name}{about}", plain_only=True)
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            seconds = self._clock() - activity.started
+            with self._lock:
+                self._active.remove(activity)
+                self._seconds[name] += seconds
+                if finished:
+                    self._phases.add(name, seconds)
+            if first_time and finished:
+                self._say(f"{name}: done in {duration(seconds)}", plain_only=False)
+
+    def start_steps(self, total: int, done: int = 0, expected_seconds: float | None = None) -> None:
+        """The steps begin now; ``done`` of ``total`` were done before (a resumed run)."""
+        with self._lock:
+            self._steps = _Steps(done=done, first=done, total=total, last_end=self._clock(), guess=expected_seconds)
+
+    def step(self, done: int, note: str = "") -> None:
+        """Step number ``done`` (from 1) is finished. ``note`` is the headline, such as "reward 0.41"."""
+        with self._lock:
+            now, steps = self._clock(), self._steps
+            assert done > steps.done, f"step {done} finished after step {steps.done}"
+            steps.expectation.add("step", (now - steps.last_end) / (done - steps.done))
+            steps.done, steps.last_end, steps.note = done, now, note
+            due = now - self._last_line >= _STEP_LINE_SECONDS or done in (steps.first + 1, steps.total)
+        if due:
+            self._say(self.describe(), plain_only=True)
+
+    def remaining_seconds(self) -> float | None:
+        """Until the last step ends, or None when nothing is known yet. What the present step has used is taken off."""
+        with self._lock:
+            steps = self._steps
+            each = steps.expectation.of("step", steps.guess)
+            if each is None or steps.total == 0:
+                return None
+            used = min(self._clock() - steps.last_end, each) if steps.done < steps.total else 0.0
+            return each * (steps.total - steps.done) - used
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds by phase since the last call, for the step record. Nested phases count in both."""
+        with self._lock:
+            taken = dict(self._seconds)
+            self._seconds.clear()
+            return taken
+
+    def describe(self) -> str:
+        """The present state in one line."""
+        with self._lock:
+            now, steps, parts = self._clock(), self._steps, []
+            if steps.total:
+                parts.append(f"step {steps.done}/{steps.total}")
+                if steps.note:
+                    parts.append(steps.note)
+                left = self.remaining_seconds()
+                if left is not None and steps.done < steps.total:
+                    parts.append(f"about {duration(left)} to go")
+            parts += [activity.describe(now) for activity in self._active]
+            return " | ".join(parts) or "waiting"
+
+    def _say(self, text: str, plain_only: bool) -> None:
+        """A line of its own; on a terminal only what should stay there."""
+        if self._quiet or (plain_only and self._is_live):
+            return
+        with self._lock:
+            self._last_line = self._clock()
+        self.console.print(Text(text), soft_wrap=True)
+
+    def _tick(self) -> None:
+        while not self._stop.wait(self._interval / 10):
+            if self._clock() - self._last_line >= self._interval * 0.9:
+                self._say(self.describe(), plain_only=True)
+
+    def _line(self) -> Table:
+        """The live line: spinner, bar while there are steps, text."""
+        grid = Table.grid(padding=(0, 1))
+        cells: list[Spinner | ProgressBar | Text] = [self._spinner]
+        if self._steps.total:
+            cells.append(ProgressBar(total=self._steps.total, completed=self._steps.done, width=24))
+        cells.append(Text(self.describe(), overflow="ellipsis", no_wrap=True))
+        grid.add_row(*cells)
+        return grid

@@ -1,0 +1,322 @@
+"""``report.html``: one page with a run's curves and rollouts that needs no network and no server.
+
+``write_report`` reads only the run directory, so the page can be refreshed during a run or made long after it. All data
+travel as JSON and are shown as text by the page's script (``report_page``), so nothing a model wrote can act as HTML.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from togi.obs import names, report_page
+from togi.obs.metrics import StepRecord, read_records
+from togi.obs.rollout_store import RolloutFile, RolloutStore
+from togi.obs.run_dir import RunDirectory, RunInfo, Status, write_atomically
+
+
+class ChartKind(StrEnum):
+    LINES = "lines"
+    LOG_LINES = "log lines"
+    STACKED = "stacked"
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """One chart. ``patterns``: metric names or shell patterns; a metric is drawn by the first chart that wants it."""
+
+    title: str
+    unit: str
+    patterns: tuple[str, ...]
+    kind: ChartKind = ChartKind.LINES
+
+
+CHARTS = (
+    Chart("Reward", "", (names.REWARD_MEAN, names.EVAL_REWARD, "eval/*/pass*")),
+    Chart("Loss", "", (names.LOSS, names.POLICY_LOSS, names.VALUE_LOSS, names.EVAL_LOSS, names.AUX_LOSS)),
+    Chart("Accuracy", "share", (names.ACCURACY, names.EVAL_ACCURACY)),
+    Chart("Preference", "reward", (names.REWARD_CHOSEN, names.REWARD_REJECTED, names.REWARD_MARGIN)),
+    Chart("Response length", "tokens", (names.LENGTH_RESPONSE, names.EVAL_LENGTH, "eval/*/length")),
+    Chart("KL from the reference", "nats a token", (names.KL_REFERENCE,)),
+    Chart("Entropy", "nats a token", (names.ENTROPY,)),
+    Chart(
+        "Mismatch of engine and trainer",
+        "nats a token",
+        (names.MISMATCH_MEAN_ABS, names.MISMATCH_K3, names.MISMATCH_PROBE_MEAN_ABS),
+    ),
+    Chart(
+        "Probability ratio of trainer and engine",
+        "ratio",
+        (names.MISMATCH_MEAN_RATIO, names.MISMATCH_P99_RATIO, names.MISMATCH_MAX_RATIO),
+        ChartKind.LOG_LINES,
+    ),
+    Chart(
+        "Shares to keep an eye on",
+        "share",
+        (
+            names.LENGTH_TRUNCATED,
+            names.GROUPS_ZERO_VARIANCE,
+            names.GROUPS_DROPPED,
+            names.POLICY_CLIP_FRACTION,
+            names.REWARD_ERRORS,
+            names.REWARD_ABSTAINED,
+            names.MISMATCH_CORRECTED_SHARE,
+        ),
+    ),
+    Chart("Reward spread", "reward", (names.REWARD_STD, names.REWARD_GROUP_STD)),
+    Chart("Reward components", "reward", ("reward/*",)),
+    Chart("Gradient norm", "", (names.GRAD_NORM, names.POLICY_GRAD_NORM, names.VALUE_GRAD_NORM), ChartKind.LOG_LINES),
+    Chart("Time by phase", "seconds a step", ("time/*",), ChartKind.STACKED),
+    Chart("Throughput", "a second", ("throughput/*",), ChartKind.LOG_LINES),
+    Chart("Memory", "GB", ("memory/*",)),
+)
+
+HEADLINES = (
+    names.REWARD_MEAN,
+    names.EVAL_REWARD,
+    names.LOSS,
+    names.ACCURACY,
+    names.LENGTH_RESPONSE,
+    names.LENGTH_TRUNCATED,
+    names.KL_REFERENCE,
+    names.ENTROPY,
+    names.MISMATCH_MEAN_ABS,
+    names.GROUPS_ZERO_VARIANCE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a page may hold. ``text_characters``: of one prompt or response; ``rollout_bytes``: of all rollouts."""
+
+    points: int = 2000
+    rollouts_per_step: int = 64
+    text_characters: int = 8000
+    rollout_bytes: int = 8_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ShownRollout:
+    """One row of the page's table."""
+
+    group: str
+    index: int
+    source: str
+    prompt: str
+    response: str
+    label: str
+    tokens: int
+    reward: float | None
+    components: dict[str, float | None]
+    advantage: float | None
+    outcome: str
+    finish: str
+    version: int
+
+
+_COLUMNS = (
+    *("group_id", "sample_index", "datasource", "prompt_text", "response_text", "label", "response_mask", "reward"),
+    *("components", "advantages", "outcome", "finish_reason", "policy_version"),
+)
+
+
+def write_report(root: Path, limits: Limits | None = None) -> Path:
+    """Write (or refresh, atomically) ``report.html`` of the run in ``root`` and return its path.
+
+    About 5 MB, most of it the plotting library. Raises ``DataError`` when the folder holds no run.
+    """
+    from plotly.offline import get_plotlyjs
+
+    limits = limits or Limits()
+    run = RunDirectory(root)
+    data = _page_data(run, limits)
+    title = html.escape(f"Togi: {root.resolve().name}")
+    text = report_page.compose(title, _embedded(data), get_plotlyjs(), nonce=secrets.token_urlsafe(16))
+    write_atomically(run.report_path, text)
+    return run.report_path
+
+
+def _page_data(run: RunDirectory, limits: Limits) -> dict[str, Any]:
+    info, status = run.read_info(), run.read_status()
+    records = read_records(run.metrics_path)
+    shown = _thinned(records, limits.points)
+    series = _series(shown)
+    rollouts, notes = _rollouts(run.rollouts, limits)
+    if len(shown) < len(records):
+        notes.append(f"The curves show {len(shown)} of {len(records)} steps, evenly chosen; all are in metrics.jsonl.")
+    return {
+        "facts": _facts(run, info, status, records),
+        "state": {"name": status.state, "message": status.message},
+        "headlines": [_headline(name, series[name]) for name in HEADLINES if name in series],
+        "steps": [record.step for record in shown],
+        "series": series,
+        "charts": _charts(series),
+        "explain": {name: names.explain(name) for name in series},
+        "rollouts": rollouts,
+        "notes": notes,
+        "config": [[name, _short(item["value"]), item["source"]] for name, item in info.values.items()],
+    }
+
+
+def _facts(run: RunDirectory, info: RunInfo, status: Status, records: Sequence[StepRecord]) -> list[list[str]]:
+    """Label and text of each line at the top; times are sent as "@seconds" and shown in the reader's time zone."""
+    model = info.values.get("pretrain", {"value": ""})["value"]
+    tokens = [record.values[names.TOKENS_SEEN] for record in records if names.TOKENS_SEEN in record.values]
+    facts = [
+        ["Command", f"togi {info.command}"],
+        ["Model", str(model or "")],
+        ["Started", f"@{info.started:.0f}"],
+        ["Last change", f"@{status.updated:.0f}"],
+        ["Steps", str(records[-1].step) if records else "0"],
+        ["Time in phases", f"{sum(sum(record.seconds.values()) for record in records) / 60:.1f} min"],
+        ["Tokens trained", f"{tokens[-1]:,.0f}" if tokens else ""],
+        ["Rollouts on disk", f"{run.rollouts.nbytes / 1e6:.1f} MB"],
+        ["Togi", f"{info.togi_version} on {info.host}"],
+    ]
+    return [fact for fact in facts if fact[1]]
+
+
+def _headline(name: str, values: Sequence[float | None]) -> dict[str, Any]:
+    measured = [value for value in values if value is not None]
+    return {"name": name, "first": measured[0], "last": measured[-1]} if measured else {"name": name}
+
+
+def _thinned(records: Sequence[StepRecord], limit: int) -> list[StepRecord]:
+    """At most about ``limit`` records: every k-th, every one with an evaluation, and the last."""
+    every = max(1, math.ceil(len(records) / limit))
+    last = len(records) - 1
+    return [
+        record
+        for index, record in enumerate(records)
+        if index % every == 0 or index == last or any(name.startswith("eval/") for name in record.values)
+    ]
+
+
+def _series(records: Sequence[StepRecord]) -> dict[str, list[float | None]]:
+    """Values by metric, one for each record; None where it was not measured or not finite."""
+    rows = [
+        {**record.values, **{names.phase_time(phase): seconds for phase, seconds in record.seconds.items()}}
+        for record in records
+    ]
+    found = dict.fromkeys(name for row in rows for name in row)
+    return {name: [_number(row.get(name, math.nan)) for row in rows] for name in found}
+
+
+def _charts(series: Mapping[str, object]) -> list[dict[str, Any]]:
+    left = [name for name in series if not name.endswith("_stderr")]
+    charts = []
+    for chart in CHARTS:
+        drawn = [name for name in left if any(fnmatchcase(name, pattern) for pattern in chart.patterns)]
+        left = [name for name in left if name not in drawn]
+        if drawn:
+            charts.append({"title": chart.title, "unit": chart.unit, "kind": chart.kind, "names": drawn})
+    return charts
+
+
+def _rollouts(store: RolloutStore, limits: Limits) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rollouts to embed, by step, and what to say about those that are not."""
+    files = store.files()
+    chosen: dict[int, dict[str, Any]] = {}
+    size = cut = 0
+    for index in spread_order(len(files)):
+        part, shortened = _step_part(store, files[index], limits)
+        size += len(_embedded(part))
+        if chosen and size > limits.rollout_bytes:
+            break
+        chosen[index] = part
+        cut += shortened
+    notes = []
+    if len(chosen) < len(files):
+        notes.append(
+            f"Rollouts of {len(chosen)} of {len(files)} files are on this page, evenly chosen to keep it small."
+        )
+    if any(part["total"] > len(part["rows"]) for part in chosen.values()):
+        notes.append(f"At most {limits.rollouts_per_step} rollouts of a step are shown.")
+    if cut:
+        notes.append(f"{cut} texts are cut after {limits.text_characters} characters.")
+    if notes:
+        notes.append("All rollouts, whole, are in the folder rollouts/ of the run.")
+    return [chosen[index] for index in sorted(chosen)], notes
+
+
+def _step_part(store: RolloutStore, file: RolloutFile, limits: Limits) -> tuple[dict[str, Any], int]:
+    """One file's part of the page, and how many texts had to be cut."""
+    records = store.read_columns(file, _COLUMNS, limits.rollouts_per_step)
+    texts = [text for record in records for text in (record["prompt_text"], record["response_text"])]
+    rows = [asdict(_shown(record, limits.text_characters)) for record in records]
+    part = {"step": file.step, "split": file.split, "total": store.count(file), "rows": rows}
+    return part, sum(len(text) > limits.text_characters for text in texts)
+
+
+def _shown(record: Mapping[str, Any], characters: int) -> ShownRollout:
+    return ShownRollout(
+        group=record["group_id"],
+        index=record["sample_index"],
+        source=record["datasource"],
+        prompt=_cut(record["prompt_text"], characters),
+        response=_cut(record["response_text"], characters),
+        label=_cut(record["label"], characters),
+        tokens=len(record["response_mask"]),
+        reward=_number(record["reward"]),
+        components={name: _number(value) for name, value in record["components"]},
+        advantage=_masked_mean(record["advantages"], record["response_mask"]),
+        outcome=record["outcome"],
+        finish=record["finish_reason"],
+        version=record["policy_version"],
+    )
+
+
+def spread_order(count: int) -> Iterator[int]:
+    """Indices below ``count``: the last, the first, then the middles of the gaps, so that any beginning is spread."""
+    if count == 0:
+        return
+    yield count - 1
+    gaps = [(-1, count - 1)]
+    if count > 1:
+        yield 0
+        gaps = [(0, count - 1)]
+    while gaps:
+        halves = []
+        for low, high in gaps:
+            if high - low >= 2:
+                middle = (low + high) // 2
+                yield middle
+                halves += [(low, middle), (middle, high)]
+        gaps = halves
+
+
+def _masked_mean(values: Sequence[float], mask: Sequence[bool]) -> float | None:
+    """Mean over the tokens that the policy chose; None where there are no values."""
+    if not values:
+        return None
+    chosen = [value for value, kept in zip(values, mask, strict=True) if kept]
+    return _number(sum(chosen) / len(chosen)) if chosen else None
+
+
+def _number(value: float) -> float | None:
+    """``value`` to seven digits, which is more than a page can show, or None where it is not finite."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def _cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else f"{text[:characters]} […]"
+
+
+def _short(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _embedded(data: object) -> str:
+    """JSON that cannot end the script element it stands in, whatever its strings hold."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

@@ -1,0 +1,189 @@
+"""Every rollout of every step on disk: ``rollouts/step_000012.parquet`` (training) and ``eval_000012.parquet``.
+
+One row a rollout, zstd. A file is written aside and renamed, so a file that exists is whole. Per-token numbers are
+float32, as engines and trainer compute them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from togi.errors import DataError
+
+
+class Split(StrEnum):
+    TRAIN = "train"
+    EVAL = "eval"
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRow:
+    """One rollout as it is stored.
+
+    ``response_*``, ``*_logprobs`` and ``advantages`` have one entry per response token; log-probs are in nats at the
+    sampling temperature, ``rollout_logprobs`` the engine's and ``trainer_logprobs`` the trainer's. All but the engine's
+    are empty where they were not computed. ``label`` is JSON text. ``reward`` is NaN unless ``outcome`` is "score".
+    ``group_id`` is shared by the samples of one prompt in one step, ``sample_index`` counts inside it.
+    """
+
+    step: int
+    group_id: str
+    prompt_id: str
+    sample_index: int
+    datasource: str
+    prompt_text: str
+    response_text: str
+    label: str
+    prompt_tokens: tuple[int, ...]
+    response_tokens: tuple[int, ...]
+    response_mask: tuple[bool, ...]
+    rollout_logprobs: tuple[float, ...]
+    trainer_logprobs: tuple[float, ...]
+    ref_logprobs: tuple[float, ...]
+    advantages: tuple[float, ...]
+    reward: float
+    components: Mapping[str, float]
+    outcome: str
+    finish_reason: str
+    policy_version: int
+    split: Split = Split.TRAIN
+
+    def __post_init__(self) -> None:
+        n = len(self.response_tokens)
+        assert n == len(self.response_mask) == len(self.rollout_logprobs), "response streams differ in length"
+        optional = (self.trainer_logprobs, self.ref_logprobs, self.advantages)
+        assert all(len(stream) in (0, n) for stream in optional), "response streams differ in length"
+
+
+_FLOATS, _TOKENS = pa.list_(pa.float32()), pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    {
+        "step": pa.int64(),
+        "group_id": pa.string(),
+        "prompt_id": pa.string(),
+        "sample_index": pa.int32(),
+        "datasource": pa.string(),
+        "prompt_text": pa.string(),
+        "response_text": pa.string(),
+        "label": pa.string(),
+        "prompt_tokens": _TOKENS,
+        "response_tokens": _TOKENS,
+        "response_mask": pa.list_(pa.bool_()),
+        "rollout_logprobs": _FLOATS,
+        "trainer_logprobs": _FLOATS,
+        "ref_logprobs": _FLOATS,
+        "advantages": _FLOATS,
+        "reward": pa.float64(),
+        "components": pa.map_(pa.string(), pa.float64()),
+        "outcome": pa.string(),
+        "finish_reason": pa.string(),
+        "policy_version": pa.int64(),
+        "split": pa.string(),
+    }
+)
+assert SCHEMA.names == [field.name for field in fields(RolloutRow)]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutFile:
+    path: Path
+    step: int
+    split: Split
+
+    @property
+    def nbytes(self) -> int:
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutStore:
+    """The folder ``rollouts/`` of a run."""
+
+    folder: Path
+
+    def write(self, step: int, split: Split, rows: Sequence[RolloutRow]) -> int:
+        """Write all rollouts of one step and split at once. Returns the size of the file in bytes.
+
+        Raises ``DataError`` naming the folder when it cannot be written (for example: disk full).
+        """
+        assert all(row.step == step and row.split is split for row in rows), "a row of another step or split"
+        columns = [pa.array([_stored(row, name) for row in rows], SCHEMA.field(name).type) for name in SCHEMA.names]
+        target = self._path(step, split)
+        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), aside, compression="zstd")
+            aside.replace(target)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # there may be no folder
+                aside.unlink()
+            raise DataError(f"rollouts of step {step} cannot be written to {self.folder}: {error}") from error
+        return target.stat().st_size
+
+    def files(self) -> list[RolloutFile]:
+        """What is stored, by step, training before evaluation."""
+        found = []
+        for path in self.folder.glob("*_*.parquet"):
+            prefix, _, number = path.stem.partition("_")
+            if prefix in _PREFIX_OF.values() and number.isdigit():
+                split = Split.TRAIN if prefix == _PREFIX_OF[Split.TRAIN] else Split.EVAL
+                found.append(RolloutFile(path, int(number), split))
+        return sorted(found, key=lambda file: (file.step, file.split is Split.EVAL))
+
+    def steps(self) -> list[int]:
+        return sorted({file.step for file in self.files()})
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files."""
+        return sum(file.nbytes for file in self.files())
+
+    def read_step(self, step: int) -> list[RolloutRow]:
+        """All rollouts of one step: training, then evaluation. Raises ``DataError`` when there are none."""
+        files = [file for file in self.files() if file.step == step]
+        if not files:
+            raise DataError(f"{self.folder} holds no rollouts of step {step}; it has {_span(self.steps())}")
+        return [_row(record) for file in files for record in self.read_columns(file, SCHEMA.names)]
+
+    def read_columns(self, file: RolloutFile, columns: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
+        """Only some columns of the first ``limit`` rows, cheaply: token streams are not read unless asked for."""
+        try:
+            table = pq.read_table(file.path, columns=list(columns))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{file.path} cannot be read as rollouts: {error}") from error
+        records: list[dict[str, Any]] = table.slice(0, limit).to_pylist()
+        return records
+
+    def count(self, file: RolloutFile) -> int:
+        """Number of rollouts in one file, from its footer."""
+        return int(pq.read_metadata(file.path).num_rows)
+
+    def _path(self, step: int, split: Split) -> Path:
+        return self.folder / f"{_PREFIX_OF[split]}_{step:06d}.parquet"
+
+
+_PREFIX_OF = {Split.TRAIN: "step", Split.EVAL: "eval"}
+
+
+def _stored(row: RolloutRow, name: str) -> Any:
+    value = getattr(row, name)
+    return list(value.items()) if isinstance(value, Mapping) else value
+
+
+def _row(record: Mapping[str, Any]) -> RolloutRow:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    values.update(components=dict(record["components"]), split=Split(record["split"]))
+    return RolloutRow(**values)
+
+
+def _span(steps: Sequence[int]) -> str:
+    return f"steps {steps[0]} to {steps[-1]}" if steps else "none at all"

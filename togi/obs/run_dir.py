@@ -1,0 +1,258 @@
+"""The folder a run leaves behind: where its parts are, the resolved configuration, and winding back on resume.
+
+    run.json        what was run: command, versions, every value with its source (for the report and for tools)
+    config.yaml     the same values, to read or to give to ``--config``; secrets are left out
+    status.json     running | finished | failed, and since when
+    metrics.jsonl   one line a step (``metrics``)
+    rollouts/       one Parquet file a step (``rollout_store``)
+    report.html     the page (``report``)
+    discarded/      what steps after a checkpoint left behind before the run was resumed from it
+
+Not here: checkpoints (``--ckpt_path``) and the final model (``--save_path``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import yaml
+
+from togi import __version__
+from togi.errors import ConfigError, DataError
+from togi.obs.metrics import read_records
+from togi.obs.redact import REDACTED, redact_argv, redact_value
+from togi.obs.rollout_store import RolloutStore
+
+
+class Source(StrEnum):
+    """Where the value of a flag came from."""
+
+    DEFAULT = "default"
+    FILE = "file"
+    COMMAND_LINE = "command line"
+    PYTHON = "python"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """One value of the configuration as the run uses it. ``value`` is JSON-like (str, number, bool, None, list)."""
+
+    value: object
+    source: Source
+
+
+class State(StrEnum):
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """``message`` is the reason of a failure, or "". Times in seconds since 1970."""
+
+    state: State
+    started: float
+    updated: float
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What ``run.json`` holds. ``values`` maps a flag to {"value", "source"}; ``run_id`` survives a resume."""
+
+    run_id: str
+    command: str
+    argv: list[str]
+    started: float
+    togi_version: str
+    python_version: str
+    host: str
+    values: dict[str, dict[str, object]]
+
+
+def default_run_dir(command: str, now: time.struct_time | None = None, parent: Path = Path("runs")) -> Path:
+    """``runs/<command>-<date>-<time>``, with a number added while that folder exists."""
+    name = f"{command}-{time.strftime('%Y%m%d-%H%M%S', now or time.localtime())}"
+    path, number = parent / name, 2
+    while path.exists():
+        path, number = parent / f"{name}-{number}", number + 1
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The paths of one run's parts. Make one with ``create`` or ``resume`` (writers) or directly (readers)."""
+
+    root: Path
+
+    @property
+    def info_path(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def config_path(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def status_path(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def report_path(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def stacks_path(self) -> Path:
+        """Where a stalled process writes its Python stacks (``stall``)."""
+        return self.root / "stacks.txt"
+
+    @property
+    def rollouts(self) -> RolloutStore:
+        return RolloutStore(self.root / "rollouts")
+
+    @property
+    def holds_run(self) -> bool:
+        return self.info_path.exists() or self.metrics_path.exists()
+
+    @classmethod
+    def create(cls, root: Path, command: str, argv: Sequence[str], values: Mapping[str, Resolved]) -> RunDirectory:
+        """A folder for a new run, with its configuration written.
+
+        Raises ``ConfigError`` when the folder already holds a run or cannot be written.
+        """
+        run = cls(root)
+        if run.holds_run:
+            raise ConfigError(
+                f"--run_dir {root} already holds a run; give another --run_dir, or go on with it by --load_checkpoint"
+            )
+        run._write_info(uuid.uuid4().hex[:12], command, argv, values)
+        return run
+
+    @classmethod
+    def resume(cls, root: Path, command: str, argv: Sequence[str], values: Mapping[str, Resolved]) -> RunDirectory:
+        """The folder of a run that goes on (or a new one, when it has none yet), with the configuration of now.
+
+        The configuration before is kept in ``discarded/``. Call ``truncate_after`` with the checkpoint's step next.
+        """
+        run = cls(root)
+        if not run.info_path.exists():
+            run._write_info(uuid.uuid4().hex[:12], command, argv, values)
+            return run
+        before = run.read_info()
+        kept = run._discard_folder("config")
+        for path in (run.info_path, run.config_path):
+            if path.exists():
+                (kept / path.name).write_bytes(path.read_bytes())
+        run._write_info(before.run_id, command, argv, values)
+        return run
+
+    def _write_info(self, run_id: str, command: str, argv: Sequence[str], values: Mapping[str, Resolved]) -> None:
+        shown = {name: Resolved(_plain(redact_value(name, item.value)), item.source) for name, item in values.items()}
+        info = RunInfo(
+            run_id=run_id,
+            command=command,
+            argv=redact_argv(argv),
+            started=time.time(),
+            togi_version=__version__,
+            python_version=platform.python_version(),
+            host=platform.node(),
+            values={name: {"value": item.value, "source": str(item.source)} for name, item in shown.items()},
+        )
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.info_path, json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n")
+            write_atomically(self.config_path, _as_yaml(command, shown))
+        except OSError as error:
+            raise ConfigError(
+                f"--run_dir {self.root} cannot be written ({error.strerror}); give a folder that can"
+            ) from error
+        self.write_status(State.RUNNING)
+
+    def read_info(self) -> RunInfo:
+        """What was run. Raises ``DataError`` when this folder holds no run."""
+        try:
+            return RunInfo(**json.loads(self.info_path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{self.root} is not the folder of a run: {self.info_path.name}: {error}") from error
+
+    def write_status(self, state: State, message: str = "") -> None:
+        status = Status(state, self.read_info().started, time.time(), message)
+        write_atomically(self.status_path, json.dumps(asdict(status), indent=2) + "\n")
+
+    def read_status(self) -> Status:
+        record = json.loads(self.status_path.read_text(encoding="utf-8"))
+        return Status(State(record["state"]), record["started"], record["updated"], record["message"])
+
+    def truncate_after(self, step: int) -> tuple[int, ...]:
+        """Move everything of steps after ``step`` into ``discarded/``, so that each step will exist exactly once.
+
+        For a resume from the checkpoint of ``step``. Returns the steps moved aside, ascending. If this is cut off
+        half-way, a second call finishes it: nothing is removed from the run before its copy is in place.
+        """
+        records = read_records(self.metrics_path)
+        late_records = [record for record in records if record.step > step]
+        late_files = [file for file in self.rollouts.files() if file.step > step]
+        if late_records or late_files:
+            folder = self._discard_folder(f"after-step-{step:06d}")
+            text = "".join(record.to_json() + "\n" for record in late_records)
+            write_atomically(folder / self.metrics_path.name, text)
+            (folder / "rollouts").mkdir(exist_ok=True)
+            for file in late_files:
+                file.path.replace(folder / "rollouts" / file.path.name)
+        if self.metrics_path.exists():
+            kept = "".join(record.to_json() + "\n" for record in records if record.step <= step)
+            write_atomically(self.metrics_path, kept)
+        return tuple(sorted({record.step for record in late_records} | {file.step for file in late_files}))
+
+    def _discard_folder(self, name: str) -> Path:
+        """A new folder for one resume; the number tells the order."""
+        parent = self.root / "discarded"
+        parent.mkdir(exist_ok=True)
+        folder = parent / f"{len(list(parent.iterdir())) + 1:03d}-{name}"
+        folder.mkdir()
+        return folder
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside, then rename: a reader sees the old text or the new, never half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def _plain(value: object) -> object:
+    """``value`` in the types that JSON and YAML share."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    return str(value)
+
+
+def _as_yaml(command: str, values: Mapping[str, Resolved]) -> str:
+    lines = [f"# togi {command}, resolved configuration; after each value: where it came from"]
+    for name, item in values.items():
+        if item.value == REDACTED:
+            lines.append(f"# {name}: not shown  # {item.source}")
+            continue
+        style = '"' if "\n" in str(item.value) else None  # quoted, a text of many lines stays on one
+        text = yaml.safe_dump(item.value, default_flow_style=True, default_style=style, width=10**9, allow_unicode=True)
+        shown = text.removesuffix("\n").removesuffix("\n...")
+        lines.append(f"{name}: {shown}  # {item.source}")
+    return "\n".join(lines) + "\n"

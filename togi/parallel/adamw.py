@@ -1,0 +1,48 @@
+"""Fused AdamW whose state is all there from the start: saving before and after the first step is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from togi.parallel.backend import BackendOptions
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def make_adamw(parameters: Mapping[str, Tensor], options: BackendOptions) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019). One-dimensional parameters (biases, norm weights) are not decayed."""
+    decayed = [p for p in parameters.values() if p.ndim > 1]
+    others = [p for p in parameters.values() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=0.0, betas=options.betas, eps=options.eps, fused=True
+    )
+    for parameter in parameters.values():
+        state = optimizer.state[parameter]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for moment in MOMENTS:
+            state[moment] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def take_step(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+    """Step at ``learning_rate`` and drop the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def fill_missing_gradients(parameters: Mapping[str, Tensor]) -> None:
+    """A parameter that took no part gets a zero gradient, so that all ranks step the same parameters."""
+    for parameter in parameters.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def clip_gradients(parameters: Mapping[str, Tensor], max_norm: float) -> Tensor:
+    """The global L2 norm before clipping; sharded gradients give a sharded norm."""
+    return torch.nn.utils.clip_grad_norm_(list(parameters.values()), max_norm)

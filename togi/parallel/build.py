@@ -1,0 +1,31 @@
+"""Which backend a model gets, and how a model that is only scored is laid out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from togi.parallel.backend import Backend, BackendOptions, cast
+from togi.parallel.fsdp2 import Sharded, shard
+from togi.parallel.process import World
+from togi.parallel.replicated import Replicated
+
+
+def trainable(module: nn.Module, world: World, options: BackendOptions) -> Backend:
+    """Make ``module`` trainable, in place. All ranks must bring the same weights.
+
+    One process never shards: there is nothing to gain, and plain PyTorch is faster.
+    """
+    if world.size == 1 or options.zero_stage == 0:
+        return Replicated(module, world, options)
+    return Sharded(module, world, options)
+
+
+def frozen(module: nn.Module, world: World, options: BackendOptions) -> nn.Module:
+    """Make ``module`` ready for scoring only: no gradients, no masters, sharded over the ranks under stage 3."""
+    module.requires_grad_(False).eval()
+    if options.bf16:
+        cast(module.parameters(), torch.bfloat16)
+    if world.size > 1 and options.zero_stage == 3:
+        shard(module, world, bf16=False, reshard_after_forward=True)
+    return module.to(world.device)

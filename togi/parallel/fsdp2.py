@@ -1,0 +1,115 @@
+"""ZeRO stages 1 to 3 with torch's FSDP2 (``fully_shard``): over nccl on accelerators, over gloo on the CPU.
+
+Sharded parameters are the float32 masters; each block gathers a bfloat16 copy when it runs. Gradients are reduced in
+float32 (bfloat16 reduction was measured to distort the norm) and summed, not averaged. Not here: tensor parallelism,
+offload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, take_step
+from togi.parallel.backend import BackendOptions, cast, check_same_weights, decoder_blocks
+from togi.parallel.process import World
+
+
+def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bool) -> None:
+    """Shard each block and the root in place.
+
+    Inputs are not cast: the segment table and float streams of a batch must arrive as they are.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32 if bf16 else None,
+        cast_forward_inputs=False,
+    )
+    mesh = world.mesh()
+    for part in (*decoder_blocks(module), module):
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            # gloo can sum, but not scale and sum in one go, which is what a factor asks of nccl.
+            part.set_force_sum_reduction_for_comms(True)
+
+
+class Sharded:
+    """The ``Backend`` of several processes that hold a part each."""
+
+    def __init__(self, module: nn.Module, world: World, options: BackendOptions) -> None:
+        assert options.zero_stage in (1, 2, 3)
+        check_same_weights(module, world)
+        if options.bf16:
+            cast(module.parameters(), torch.float32)
+        shard(module, world, options.bf16, reshard_after_forward=options.zero_stage == 3)
+        self.module = module.to(world.device)
+        self.world = world
+        self._zero_stage = options.zero_stage
+        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._optimizer = make_adamw(self._trained, options)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        assert isinstance(self.module, FSDPModule)
+        # Stage 1 keeps whole gradients until the last micro-batch; the others hand each micro-batch's shards out at
+        # once.
+        self.module.set_requires_gradient_sync(last or self._zero_stage > 1)
+        with self.world.collective("backward"):
+            torch.autograd.backward(loss)
+        if last:
+            fill_missing_gradients(self._trained)
+
+    def clip(self, max_norm: float) -> float:
+        norm = clip_gradients(self._trained, max_norm)
+        with self.world.collective("gradient norm"):
+            return float(_whole(norm))
+
+    def step(self, learning_rate: float) -> None:
+        take_step(self._optimizer, learning_rate)
+
+    def drop_gradients(self) -> None:
+        self._optimizer.zero_grad()
+
+    def full_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            # Cast before gathering: half the traffic.
+            part = parameter.detach() if dtype is None else parameter.detach().to(dtype)
+            with self.world.collective(f"full parameter {name}"):
+                whole = _whole(part)
+            yield name, whole
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._trained.items():
+            tensors = {"master": parameter.detach(), **{m: self._optimizer.state[parameter][m] for m in MOMENTS}}
+            for kind, part in tensors.items():
+                with self.world.collective(f"{kind} of {name}"):
+                    whole = _whole(part)
+                yield f"{kind}/{name}", whole
+
+    def load_state(self, read: Callable[[str], Tensor], steps: int) -> None:
+        for name, parameter in self._trained.items():
+            state = self._optimizer.state[parameter]
+            _copy_part(parameter, read(f"master/{name}"))
+            for moment in MOMENTS:
+                _copy_part(state[moment], read(f"{moment}/{name}"))
+            state["step"].fill_(steps)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self._trained.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _copy_part(target: Tensor, full: Tensor) -> None:
+    """Copy this rank's part of ``full``, which every rank has read for itself."""
+    assert isinstance(target, DTensor)
+    full = full.to(target.device)
+    target.copy_(distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None))

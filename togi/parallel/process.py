@@ -1,0 +1,146 @@
+"""Joining a group of processes, and the few collectives that the control flow needs.
+
+Here: ``World`` (who am I, on which device, with whom), through which every collective outside a backend's own
+gradient and parameter traffic goes, each with a tag, so that a stalled or failed one can be named. Not here: sharding
+(``fsdp2``) and sending weights to generation engines (``togi.runtime``). A world of one opens no sockets and no
+process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+# Control messages travel over gloo in host memory, tensors of an accelerator over its own library.
+_LIBRARIES = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+
+
+def default_device(local_rank: int = 0) -> torch.device:
+    """The accelerator of this process, or the CPU where there is none."""
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, local_rank)
+
+
+def open_store(address: str, timeout_s: float) -> TCPStore:
+    """Bind a meeting place on a free port of this machine; the others connect to its ``port``.
+
+    The port is bound before anybody is told about it, so two groups can never race for one.
+    """
+    return TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the processes of a group meet. ``timeout_s`` bounds the meeting and every later collective, in seconds."""
+
+    rank: int
+    size: int
+    address: str
+    port: int
+    timeout_s: float = 1800.0
+
+
+class World:
+    """The processes that train one model together. Collectives must be called by every rank in the same order."""
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        assert 0 <= rank < size
+        self.rank = rank
+        self.size = size
+        self.device = device
+        # The tag of the collective that this process is in, "" outside: what a stall report should print.
+        self.pending = ""
+
+    @classmethod
+    def solo(cls, device: torch.device | None = None) -> Self:
+        """A world of one."""
+        return cls(0, 1, default_device() if device is None else device)
+
+    @classmethod
+    def join(cls, meeting: Rendezvous, device: torch.device) -> Self:
+        """Meet the other ranks. Raises torch's ``DistStoreError`` when they do not come in time."""
+        if meeting.size == 1:
+            return cls.solo(device)
+        timeout = timedelta(seconds=meeting.timeout_s)
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device)
+        store = TCPStore(meeting.address, meeting.port, is_master=False, timeout=timeout)
+        dist.init_process_group(
+            _LIBRARIES[device.type],
+            store=store,
+            rank=meeting.rank,
+            world_size=meeting.size,
+            timeout=timeout,
+            device_id=None if device.type == "cpu" else device,
+        )
+        return cls(meeting.rank, meeting.size, device)
+
+    def leave(self) -> None:
+        """Close the group. The world must not be used afterwards."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def mesh(self) -> DeviceMesh:
+        """All ranks in one row, for sharding."""
+        return DeviceMesh(self.device.type, list(range(self.size)), mesh_dim_names=("data",))
+
+    @contextmanager
+    def collective(self, tag: str) -> Iterator[None]:
+        """Name the collective inside, for stall reports and for the error if it fails."""
+        self.pending = tag
+        try:
+            yield
+        except RuntimeError as error:
+            error.add_note(f"in the collective '{tag}' on rank {self.rank} of {self.size}")
+            raise
+        self.pending = ""
+
+    def sum(self, tag: str, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over ranks in float64; the same on every rank."""
+        return self._reduce(tag, values, dist.ReduceOp.SUM)
+
+    def max(self, tag: str, values: Sequence[float]) -> list[float]:
+        """Element-wise maximum over ranks in float64; the same on every rank."""
+        return self._reduce(tag, values, dist.ReduceOp.MAX)
+
+    def _reduce(self, tag: str, values: Sequence[float], op: Any) -> list[float]:
+        numbers = torch.tensor(list(values), dtype=torch.float64)
+        if self.size > 1:
+            with self.collective(tag):
+                dist.all_reduce(numbers, op=op)
+        result: list[float] = numbers.tolist()
+        return result
+
+    def gather(self, tag: str, record: T) -> list[T]:
+        """The record of every rank, by rank, on every rank. For small picklable records between our own processes."""
+        if self.size == 1:
+            return [record]
+        records: list[Any] = [None] * self.size
+        with self.collective(tag):
+            dist.all_gather_object(records, record)
+        return records
+
+    def add_up(self, tag: str, tensor: Tensor) -> None:
+        """Replace ``tensor`` on every rank by its sum over ranks."""
+        if self.size > 1:
+            with self.collective(tag):
+                dist.all_reduce(tensor)
+
+    def barrier(self, tag: str) -> None:
+        """Wait for every rank."""
+        self.sum(tag, [0.0])
