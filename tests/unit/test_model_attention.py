@@ -91,7 +91,7 @@ def test_short_bfloat16_segments_are_computed_in_float32():
 
 
 def varlen_stand_in(q, k, v, **given):
-    """What flash-attn documents for ``flash_attn_varlen_func`` with causal=True: bottom-right alignment, in plain torch."""
+    """What flash-attn documents for ``flash_attn_varlen_func``, causal and aligned bottom-right, in plain torch."""
     assert given["causal"]
     assert given["max_seqlen_q"] == max(given["cu_seqlens_q"].diff())
     assert given["max_seqlen_k"] == max(given["cu_seqlens_k"].diff())
@@ -131,9 +131,9 @@ def test_varlen_table_by_hand():
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"dropout": 0.1}, "attention dropout 0.1"),
+        ({"dropout": 0.1}, "attention_dropout to 0"),
         ({"softcap": 50.0}, "attn_logit_softcapping"),
-        ({"s_aux": torch.zeros(4)}, "passes s_aux"),
+        ({"s_aux": torch.zeros(4)}, "passes s_aux to attention"),
         ({"is_causal": False}, "not causal"),
         ({"segments": None}, "segment table"),
     ],

@@ -116,7 +116,8 @@ from togi.model.logprob_head import token_logprobs
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
 K, V, H = 8192, 49152, 576
 a = torch.randn(64, H).bfloat16().requires_grad_()
-token_logprobs(a, a.detach(), torch.zeros(64, dtype=torch.int64), entropy=True)[0].sum().backward()  # libraries are loaded
+# the first call loads libraries
+token_logprobs(a, a.detach(), torch.zeros(64, dtype=torch.int64), entropy=True)[0].sum().backward()
 hidden = torch.empty(K, H, dtype=torch.bfloat16).normal_().requires_grad_()
 weight = torch.empty(V, H, dtype=torch.bfloat16).normal_(std=0.02).requires_grad_()
 before = peak()
@@ -127,8 +128,10 @@ print(peak() - before - hidden.grad.nbytes - weight.grad.nbytes)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_is_far_below_one_matrix_of_logits():
-    """8192 tokens and 49152 words: logits would be 1.6 GB in float32; the limit is 300 MB of everything but gradients."""
-    done = subprocess.run([sys.executable, "-c", PEAK_SCRIPT], capture_output=True, text=True, env=dict(os.environ))
+    """8192 tokens, 49152 words: logits would be 1.6 GB in float32; the limit is 300 MB for all but the gradients."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_SCRIPT], capture_output=True, text=True, env=dict(os.environ), check=False
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 300e6, f"{int(done.stdout) / 1e6:.0f} MB"
     assert int(done.stdout) > 10e6, "the measurement saw nothing"

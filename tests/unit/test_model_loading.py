@@ -31,7 +31,7 @@ def load_scalar(path: Path, **keywords):
 
 
 def save(directory: Path, model, **keywords) -> Path:
-    save_hf(directory, model, model.named_parameters(), tiny_tokenizer(), torch.float32, **keywords)
+    save_hf(directory, model, model.named_parameters(), tiny_tokenizer(), dtype=torch.float32, **keywords)
     return directory
 
 
@@ -69,7 +69,7 @@ def test_shards_have_an_index_and_source_names(tmp_path):
 
 def test_saved_in_another_dtype(tmp_path):
     model = load(save_tiny_model(tmp_path / "source"))
-    save_hf(tmp_path / "saved", model, model.named_parameters(), tiny_tokenizer(), torch.bfloat16)
+    save_hf(tmp_path / "saved", model, model.named_parameters(), tiny_tokenizer(), dtype=torch.bfloat16)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
     assert again.dtype == torch.bfloat16
     assert torch.equal(again.lm_head.weight, model.hf.lm_head.weight.bfloat16())

@@ -22,11 +22,11 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outputs:
-    """Results of one forward over a ``Batch``, all float32.
+    """Results of one forward over a ``Batch``, all float32 (float64 from a float64 model).
 
     ``logprobs_K[k]``: log-probability of token ``targets_K[k]`` given its own sequence before it, of logits / temperature.
-    ``entropy_K[k]``: entropy of that distribution in nats (no gradient). ``values_K[k]``: the value head at the state in which
-    that token is chosen. ``scores_N``: the scalar head at each sequence's last token. A field that was not asked for
+    ``entropy_K[k]``: entropy of that distribution in nats (differentiable). ``values_K[k]``: the value head at the state in
+    which that token is chosen. ``scores_N``: the scalar head at each sequence's last token. A field that was not asked for
     is an empty tensor.
     """
 

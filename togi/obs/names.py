@@ -70,8 +70,10 @@ SHARED_SHARE = "tokens/shared_share"
 STALENESS = "async/staleness"
 
 THROUGHPUT_GENERATE = "throughput/generated_tokens_per_second"
+THROUGHPUT_SCORE = "throughput/scored_tokens_per_second"
 THROUGHPUT_TRAIN = "throughput/trained_tokens_per_second"
 THROUGHPUT_SAMPLES = "throughput/samples_per_second"
+WEIGHT_SYNC_SECONDS = "weights/sync_seconds"
 WEIGHT_SYNC_RATE = "throughput/weight_sync_gb_per_second"
 
 EXPLANATIONS: dict[str, str] = {
@@ -126,6 +128,8 @@ EXPLANATIONS: dict[str, str] = {
     SHARED_SHARE: "Share of prompt tokens that prefix sharing did not have to compute again.",
     STALENESS: "How many weight versions old the rollouts were when they were trained on, on average.",
     THROUGHPUT_GENERATE: "Tokens generated a second by all engines together.",
+    THROUGHPUT_SCORE: "Tokens a second in scoring: sequence tokens x models that scored them / seconds.",
+    WEIGHT_SYNC_SECONDS: "Seconds from asking for a weight update to the last engine's confirmation.",
     THROUGHPUT_TRAIN: "Tokens trained on a second by all ranks together.",
     THROUGHPUT_SAMPLES: "Rollouts finished a second, over the whole step.",
     WEIGHT_SYNC_RATE: "Speed of the weight transfer from trainer to engines, in GB a second.",

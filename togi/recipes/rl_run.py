@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,7 +14,7 @@ from typing import Self
 from togi.algo.kl import kl_controller
 from togi.config.rl import RLConfig
 from togi.data.loader import LoaderState
-from togi.errors import CheckpointError
+from togi.errors import CheckpointError, RewardError
 from togi.learn.checkpoint import CheckpointStore
 from togi.learn.policy_objective import OLD_LOGPROBS
 from togi.obs import names
@@ -43,7 +44,7 @@ HF_FOLDER = "hf"
 
 
 class Run:
-    """``step`` rollouts have been trained. Use as a context manager: it closes the metric sinks and writes the report."""
+    """``step`` rollouts have been trained. Use as a context manager: it closes the metric sinks."""
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Run:
         self.config, self.plan, self.session = config, plan, session
         self._material, self._directory, self._progress = material, directory, progress
         self.step = 0
+        self._open = ExitStack()
         self._kl = kl_controller(config.init_kl_coef, config.kl_target, config.kl_horizon)
         self._values: dict[str, float] = {}
         self._probe: tuple[int, ...] = material.prompts[0].tokens
@@ -65,24 +67,18 @@ class Run:
         self._report_due = 0.0
         self._store = CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
         generate = session.engines.generate
-        self._feed = RolloutFeed(material.environment(config, config.temperature), generate, reward)
-        self._eval_feed = RolloutFeed(material.environment(config, config.eval_temperature), generate, reward)
+        seed = config.seed if config.full_determinism else None
+        self._feed = RolloutFeed(material.environment(config, config.temperature), generate, reward, seed)
+        self._eval_feed = RolloutFeed(material.environment(config, config.eval_temperature), generate, reward, seed)
 
     def __enter__(self) -> Self:
-        settings = {name: plain(value) for name, value in self.config.model_dump().items()}
-        folder = self._directory.root
-        opened = open_trackers(trackers(self.config), self._directory.read_info().run_id, folder, settings)
-        self._recorder = Recorder(self._directory.metrics_path, opened)
-        self._watchdog = Watchdog(STALL_SECONDS, self._directory.stacks_path)
-        self._watchdog.beat()
+        self._watchdog = self._open.enter_context(Watchdog(STALL_SECONDS, self._directory.stacks_path))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watchdog.__exit__(kind, error, trace)
-        self._recorder.close()
-        write_report(self._directory.root)
+        self._open.close()
 
     async def resume(self) -> None:
         """Go on from the newest complete checkpoint, if asked to and if there is one."""
@@ -101,14 +97,23 @@ class Run:
             self._tokens_seen = found.state["tokens_seen"]
         if self.config.load_checkpoint:
             self._directory.truncate_after(self.step)
+        self._open_recorder()
         self._progress.start_steps(self.plan.rollouts, done=self.step)
+
+    def _open_recorder(self) -> None:
+        """Only after a resume has moved away what was logged beyond its checkpoint."""
+        settings = {name: plain(value) for name, value in self.config.model_dump().items()}
+        run_id, folder = self._directory.read_info().run_id, self._directory.root
+        opened = open_trackers(trackers(self.config), run_id, folder, settings, self.step)
+        self._recorder = Recorder(self._directory.metrics_path, opened)
+        self._open.callback(self._recorder.close)
 
     async def sync(self) -> SyncReport:
         """Send the weights to the engines and compare both sides on a probe text."""
         with self._progress.phase("syncing weights", expected_seconds=3):
             report = await self.session.sync(self.step)
             self._values[names.MISMATCH_PROBE_MEAN_ABS] = await self.session.probe(self._probe)
-        self._values[names.WEIGHT_SYNC_RATE] = report.gb_per_second
+        self._values |= {names.WEIGHT_SYNC_RATE: report.gb_per_second, names.WEIGHT_SYNC_SECONDS: report.seconds}
         return report
 
     async def generate(self) -> list[ScoredGroup]:
@@ -127,8 +132,17 @@ class Run:
     async def score(self, groups: Sequence[ScoredGroup]) -> tuple[list[Trainable], list[Sample]]:
         """Trainable samples with the log-probs and values that the advantages need."""
         items = trainable(groups)
+        if not items:
+            raise RewardError(
+                f"No sample of rollout {self.step + 1} can be trained: the reward abstained on all {len(groups)} prompts."
+            )
+        start = time.perf_counter()
         with self._progress.phase("scoring"):
-            return items, await self.session.score([to_sample(item) for item in items])
+            samples = await self.session.score([to_sample(item) for item in items])
+        scored = sum(len(sample.tokens) for sample in samples) * self.session.scoring_passes
+        if scored > 0:
+            self._values[names.THROUGHPUT_SCORE] = scored / (time.perf_counter() - start)
+        return items, samples
 
     def with_advantages(self, items: Sequence[Trainable], samples: Sequence[Sample]) -> list[Sample]:
         """Advantages and returns over the whole step."""

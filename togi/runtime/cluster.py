@@ -44,6 +44,8 @@ def connect(machine: Machine) -> Resources:
         "logging_level": 40,
     }
     if os.environ.get("RAY_ADDRESS", "local") == "local":
+        # Ray's own default makes workers give way to every other process of the machine.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",
             num_cpus=machine.cpus,

@@ -7,27 +7,26 @@ case. Groups are scored as they finish, while others still generate.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from togi.data.loader import PromptLoader
 from togi.reward.source import Reward
-from togi.rollout.collect import collect
-from togi.rollout.environment import Environment
+from togi.rollout.collect import collect_groups
+from togi.rollout.environment import Environment, Generate
 from togi.runtime.experience import ScoredGroup
-from togi.sample import Generation, Prompt, Rollout, Sampling
+from togi.sample import Prompt, Rollout
 
-Generate = Callable[[Sequence[int], Sampling], Awaitable[Generation]]
-MAX_GROUPS_IN_FLIGHT = 1024
+MAX_IN_FLIGHT = 4096
 
 
 class RolloutFeed:
-    """Prompts in, scored groups out."""
+    """Prompts in, scored groups out. With ``seed`` every sample has a seed of its own, whatever the timing."""
 
-    def __init__(self, environment: Environment, generate: Generate, reward: Reward) -> None:
+    def __init__(self, environment: Environment, generate: Generate, reward: Reward, seed: int | None) -> None:
         self._environment = environment
         self._generate = generate
         self._reward = reward
+        self._seed = seed
 
     async def take(self, loader: PromptLoader, count: int, samples: int, step: int) -> list[ScoredGroup]:
         """The groups of the next ``count`` prompts, ``samples`` rollouts each, in the loader's order."""
@@ -42,10 +41,17 @@ class RolloutFeed:
             scores = await self._reward.score(group)
             result[places[group[0].group_id]] = ScoredGroup(tuple(group), tuple(scores))
 
-        named = list(zip(places, prompts, strict=True))
+        groups = collect_groups(
+            zip(places, prompts, strict=True),
+            self._environment,
+            self._generate,
+            n_samples=samples,
+            max_in_flight=MAX_IN_FLIGHT,
+            seed=self._seed,
+        )
         scoring: list[asyncio.Task[None]] = []
         try:
-            async for group in collect(self._environment, named, self._generate, samples):
+            async for group in groups:
                 scoring.append(asyncio.create_task(score(group)))
                 for task in scoring:
                     if task.done():
@@ -56,9 +62,3 @@ class RolloutFeed:
                 task.cancel()
         assert all(group is not None for group in result)
         return [group for group in result if group is not None]
-
-
-def sample_seed(*parts: object) -> int:
-    """A seed for one sample that depends only on what it is, so that a run repeats whatever engine serves it."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big")

@@ -219,7 +219,7 @@ class LearnerWorker(ModelWorker):
                 chat_template=config.tokenizer_chat_template,
                 trust_remote_code=config.trust_remote_code,
             )
-            save_hf(folder, self._model, tensors, tokenizer, dtype)
+            save_hf(folder, self._model, tensors, tokenizer, dtype=dtype)
         else:
             for _ in tensors:
                 pass

@@ -86,6 +86,11 @@ class Session:
         in_reward = self.config.uses_reference and not self.config.use_kl_loss
         return self.config.updates_per_rollout > 1 or in_reward
 
+    @property
+    def scoring_passes(self) -> int:
+        """How many models read every sample before the update."""
+        return (Role.REF in self.groups) + (Role.CRITIC in self.groups) + self.needs_old_logprobs
+
     async def update(self, role: Role, steps: Sequence[Sequence[Sample]], kl_coef: float) -> list[StepUpdate]:
         """Optimizer steps of the actor or the critic."""
         return await self.groups[role].update(steps, kl_coef)

@@ -52,7 +52,7 @@ async def _send(actor: WorkerGroup, engines: EnginePool, version: int) -> Manife
     loading: list[asyncio.Future[list[None]]] = []
     sent = 0
     while sent < len(manifest.tensors):
-        refs = actor.start_all("next_bucket")
+        refs = actor.start_all("next_bucket", returns=2)
         counts: list[int] = await results_of([ref[0] for ref in refs], "actor")
         sent += counts[0]
         if loading:

@@ -1,0 +1,217 @@
+"""The main job end to end: real Ray, real engine, real trainer, a tiny model. Each run is a subprocess, as users start it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.tiny import save_tiny_model
+
+ROOT = Path(__file__).parents[2]
+REWARD = """
+def reward_func(queries, prompts, labels):
+    # more of the letter in the label is better: something that a random model can learn
+    answers = [query[len(prompt):] for query, prompt in zip(queries, prompts)]
+    return [sum(character == label for character in answer) / 8 for answer, label in zip(answers, labels)]
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, prompts and a reward function."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_model(folder / "model", arch="llama", seed=0)
+    rows = [{"prompt": f"write number {i}", "letter": "e"} for i in range(10)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def command(world: Path, run: Path, *flags: str) -> list[str]:
+    paths = ["--run_dir", run, "--save_path", run / "model", "--ckpt_path", run / "checkpoints"]
+    fixed = [
+        "--pretrain",
+        world / "model",
+        "--prompt_data",
+        world / "prompts.jsonl",
+        "--reward_func",
+        world / "reward.py",
+    ]
+    sizes = (
+        "--rollout_batch_size 4 --n_samples_per_prompt 4 --train_batch_size 16 --prompt_max_len 64 --generate_max_len 8"
+    )
+    keys = "--input_key prompt --label_key letter --apply_chat_template --actor_learning_rate 1e-3"
+    words = [sys.executable, "-m", "togi.cli.train_ppo_ray", *fixed, *paths, *sizes.split(), *keys.split(), *flags]
+    return [str(word) for word in words]
+
+
+def train(world: Path, run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(world, run, *flags), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+GRPO = ["--advantage_estimator", "group_norm", "--init_kl_coef", "0"]
+HF = ["--rollout_engine", "transformers"]
+
+
+def test_vllm_run_leaves_everything_behind(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    data = ["--eval_dataset", str(world / "prompts.jsonl"), "--eval_at_start", "--eval_n_samples_per_prompt", "2"]
+    kl = ["--advantage_estimator", "group_norm", "--use_kl_loss", "--kl_estimator", "k3", "--init_kl_coef", "1e-3"]
+    done = train(world, run, *kl, *data, "--save_steps", "2", "--save_hf_ckpt", "--enable_prefix_caching", "--bf16")
+    assert "held-out reward before training" in done.stdout
+    assert "togi chat --pretrain" in done.stdout
+    records = metrics(run)
+    assert [record["step"] for record in records] == [0, 1, 2, 3]  # 10 prompts: 4, 4 and the last 2
+    for record in records[1:]:
+        values = record["values"]
+        for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy", "mismatch/k3", "kl/reference"):
+            assert math.isfinite(values[name]), (name, values)
+        assert values["mismatch/probe_mean_abs"] < 0.05
+    assert records[1]["values"]["kl/reference"] == pytest.approx(0, abs=1e-6)  # nothing has moved yet
+    assert records[3]["values"]["kl/reference"] > 0
+    counts = {path.name: pq.read_metadata(path).num_rows for path in (run / "rollouts").glob("*.parquet")}
+    assert counts["step_000001.parquet"] == 16
+    assert counts["step_000003.parquet"] == 8
+    assert counts["eval_000000.parquet"] == 20
+    page = (run / "report.html").read_text()
+    assert "reward/mean" in page
+    loads_in_a_plain_script(run / "model")
+    loads_in_a_plain_script(run / "checkpoints" / "step_00000002" / "hf")
+
+
+def loads_in_a_plain_script(model: Path) -> None:
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert t.chat_template; assert torch.isfinite(m(**t('abc', return_tensors='pt')).logits).all()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(model)], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+ESTIMATORS = [
+    ["--advantage_estimator", "gae", "--critic_learning_rate", "1e-3", "--save_value_network"],
+    ["--advantage_estimator", "reinforce"],
+    ["--advantage_estimator", "rloo", "--train_batch_size", "8"],
+    ["--advantage_estimator", "reinforce_baseline", "--use_kl_loss", "--kl_estimator", "k2"],
+    [
+        "--advantage_estimator",
+        "group_norm",
+        "--max_epochs",
+        "2",
+        "--eps_clip_low_high",
+        "0.2",
+        "0.27",
+        "--dual_clip",
+        "3",
+    ],
+    ["--advantage_estimator", "dr_grpo", "--no_share_prompts", "--kl_target", "0.1"],
+]
+
+
+@pytest.mark.parametrize("flags", ESTIMATORS, ids=[flags[1] for flags in ESTIMATORS])
+def test_every_estimator_trains(world: Path, tmp_path: Path, flags: list[str]) -> None:
+    run = tmp_path / "run"
+    train(world, run, *flags, *HF, "--max_steps", "2", "--init_kl_coef", "0.01")
+    for record in metrics(run):
+        names = ["policy/loss", "policy/grad_norm", "reward/mean", "kl/reference"]
+        names += ["value/loss", "value/grad_norm"] if flags[1] == "gae" else []
+        assert all(math.isfinite(record["values"][name]) for name in names), record
+        assert record["values"]["mismatch/mean_abs"] < 1e-3  # float32 on both sides
+    loads_in_a_plain_script(run / "model")
+    if flags[1] == "gae":
+        assert (run / "model_critic" / "config.json").is_file()
+
+
+def test_two_workers_equal_one(world: Path, tmp_path: Path) -> None:
+    """With a seed for every sample the rollouts are the same, so losses and weights must be too."""
+    common = [*GRPO, *HF, "--max_steps", "2", "--full_determinism", "--train_batch_size", "8"]
+    runs = {}
+    for name, flags in (("one", []), ("two", ["--actor_num_gpus_per_node", "2", "--vllm_num_engines", "1"])):
+        train(world, tmp_path / name, *common, *flags)
+        runs[name] = metrics(tmp_path / name)
+    for one, two in zip(runs["one"], runs["two"], strict=True):
+        for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy"):
+            assert one["values"][name] == pytest.approx(two["values"][name], rel=2e-4, abs=1e-6), name
+
+
+def test_a_killed_run_goes_on_and_trains_every_prompt_once(world: Path, tmp_path: Path) -> None:
+    """SIGKILL at a moment that differs from run to run, then the same command again."""
+    run = tmp_path / "run"
+    flags = [
+        *GRPO,
+        *HF,
+        "--save_steps",
+        "1",
+        "--load_checkpoint",
+        "--rollout_batch_size",
+        "2",
+        "--train_batch_size",
+        "8",
+    ]
+    first = subprocess.Popen(
+        command(world, run, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    checkpoints = run / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline:
+        assert first.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+    time.sleep(int.from_bytes(os.urandom(1), "big") / 256)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    train(world, run, *flags)
+    assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4, 5]
+    trained = []
+    for path in sorted((run / "rollouts").glob("step_*.parquet")):
+        trained += sorted(set(pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist()))
+    assert sorted(trained) == sorted(f"0:{row}" for row in range(10))
+
+
+def test_resuming_equals_an_uninterrupted_run(world: Path, tmp_path: Path) -> None:
+    """Bit for bit: weights, schedule, loader and seeds all go on where they were."""
+    common = [
+        *GRPO,
+        *HF,
+        "--full_determinism",
+        "--save_steps",
+        "1",
+        "--rollout_batch_size",
+        "2",
+        "--train_batch_size",
+        "8",
+    ]
+    train(world, tmp_path / "whole", *common, "--max_steps", "3")
+    # the schedule must be that of the whole run, so the first part is stopped by removing what came after step 1
+    train(world, tmp_path / "part", *common, "--max_steps", "3")
+    for step in (2, 3):
+        folder = tmp_path / "part" / "checkpoints" / f"step_{step:08d}"
+        for file in sorted(folder.rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        folder.rmdir()
+    train(world, tmp_path / "part", *common, "--max_steps", "3", "--load_checkpoint")
+    whole, part = (model_bytes(tmp_path / name / "model") for name in ("whole", "part"))
+    assert whole == part
+    assert [r["values"]["policy/loss"] for r in metrics(tmp_path / "whole")] == [
+        r["values"]["policy/loss"] for r in metrics(tmp_path / "part")
+    ]
+
+
+def model_bytes(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()

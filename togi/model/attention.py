@@ -1,0 +1,272 @@
+"""Attention over a pack: one function per back end, registered with Transformers' attention interface.
+
+Shape letters: T packed tokens, H query heads, G key/value heads, D head size; n segments of equal length L, whose keys
+are a context of C tokens followed by their own L: M = C + L.
+
+The functions receive the ``Segments`` table as the keyword ``segments`` of the model's forward. A token sees the chain
+of prefixes of its segment and its own segment up to itself, nothing else.
+
+* ``togi_segments``: one SDPA call for each run of equal segments, any device.
+* ``togi_varlen``: FlashAttention's variable-length kernel, one call, CUDA only. The name avoids the word "flash",
+  which makes Transformers look for a kernel of that name and lets models replace it by another.
+* ``togi_dense``: the whole [T, T] mask and a plain softmax, as the reference in tests.
+
+A shared prefix is not recomputed by the layers; its keys are gathered again for every continuation. Attention itself
+costs what it does in the plain layout, less the prompt's own part: each response must read the prompt's keys anyway. So
+nothing is joined by log-sum-exp, whose gradient the public kernels do not give.
+
+Whatever a model asks of attention that a back end cannot do is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from togi.batch import Segments, segment_positions
+from togi.errors import ModelError
+
+SEGMENTS = "togi_segments"
+VARLEN = "togi_varlen"
+DENSE = "togi_dense"
+
+# On CPU the bf16 backward kernel takes three times as long as the float32 one on segments this short (measured with
+# torch 2.13 on AVX512-BF16), and float32 is the more exact of the two.
+SHORT_SEGMENT = 128
+
+# "dropout" and "is_causal" are looked at on their own
+_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "dropout", "is_causal"})
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``count`` consecutive segments of ``length`` tokens that continue the same ``chain`` of runs, outermost first."""
+
+    count: int
+    length: int
+    chain: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.count * self.length
+
+
+@lru_cache(maxsize=8)
+def plan_runs(segments: Segments) -> tuple[Run, ...]:
+    """Group neighbouring segments that one SDPA call can do. A segment that others continue is a run of its own."""
+    runs: list[Run] = []
+    run_of: dict[int, int] = {}
+    prefixes = set(segments.prefixes_S)
+    for s, length in enumerate(segments.lengths_S):
+        chain = tuple(run_of[link] for link in segments.chain(s)[:-1])
+        last = runs[-1] if runs else None
+        joins = s not in prefixes and s - 1 not in prefixes and last is not None
+        if joins and last is not None and (last.length, last.chain) == (length, chain):
+            runs[-1] = Run(last.count + 1, length, chain)
+        else:
+            runs.append(Run(1, length, chain))
+        run_of[s] = len(runs) - 1
+    return tuple(runs)
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """SDPA run by run. ``query`` is [1, H, T, D], ``key`` and ``value`` [1, G, T, D]; the result is [1, T, H, D]."""
+    table = _checked(type(module).__name__, query, attention_mask, segments, others)
+    if softcap is not None:
+        raise ModelError(
+            f"{type(module).__name__} caps its attention scores (attn_logit_softcapping), which SDPA cannot do: "
+            "use --flash_attn on a CUDA device."
+        )
+    runs = plan_runs(table)
+    sizes = [run.tokens for run in runs]
+    # split, not slices: the backward of a split is one concatenation, that of a slice a full-size tensor of zeros
+    queries, keys, values = (torch.split(x[0].transpose(0, 1), sizes) for x in (query, key, value))
+    parts: list[Tensor] = []
+    for run, own_q, own_k, own_v in zip(runs, queries, keys, values, strict=True):
+        q_nLHD = own_q.view(run.count, run.length, *own_q.shape[1:])
+        k_nMGD = _with_context(own_k, [keys[link] for link in run.chain], run)
+        v_nMGD = _with_context(own_v, [values[link] for link in run.chain], run)
+        parts.append(_attend(q_nLHD, k_nMGD, v_nMGD, scaling, sliding_window).flatten(0, 1))
+    return torch.cat(parts)[None], None
+
+
+def _with_context(own: Tensor, context: list[Tensor], run: Run) -> Tensor:
+    own_nLGD = own.view(run.count, run.length, *own.shape[1:])
+    if not context:
+        return own_nLGD
+    shared_CGD = torch.cat(context) if len(context) > 1 else context[0]
+    return torch.cat([shared_CGD.expand(run.count, *shared_CGD.shape), own_nLGD], dim=1)
+
+
+def _attend(q_nLHD: Tensor, k_nMGD: Tensor, v_nMGD: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """Causal attention, aligned so that the last query sees the last key. Returns [n, L, H, Dv]."""
+    dtype, on_cpu = q_nLHD.dtype, q_nLHD.device.type == "cpu"
+    length, total = q_nLHD.shape[1], k_nMGD.shape[1]
+    if on_cpu and dtype in (torch.bfloat16, torch.float16) and length <= SHORT_SEGMENT:
+        q_nLHD, k_nMGD, v_nMGD = q_nLHD.float(), k_nMGD.float(), v_nMGD.float()
+    mask_LM = visible_keys(length, total, window, q_nLHD.device)
+    grouped = q_nLHD.shape[2] != k_nMGD.shape[2]
+    if grouped and mask_LM is not None and not on_cpu:
+        # with a mask the fused CUDA kernels do not take grouped heads, and the fallback materialises the scores
+        k_nMGD, v_nMGD = (x.repeat_interleave(q_nLHD.shape[2] // k_nMGD.shape[2], dim=2) for x in (k_nMGD, v_nMGD))
+        grouped = False
+    out_nHLD = scaled_dot_product_attention(
+        q_nLHD.transpose(1, 2),
+        k_nMGD.transpose(1, 2),
+        v_nMGD.transpose(1, 2),
+        attn_mask=mask_LM,
+        is_causal=mask_LM is None,
+        scale=scaling,
+        enable_gqa=grouped,
+    )
+    return out_nHLD.transpose(1, 2).to(dtype)
+
+
+def visible_keys(length: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which of ``total`` keys each of the last ``length`` tokens sees (bool, [L, M]); None if plain causality says it.
+
+    ``window`` counts keys, the token itself included, as Transformers does.
+    """
+    windowed = window is not None and window < total
+    if total == length and not windowed:
+        return None
+    mask_LM = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
+    return mask_LM.triu(total - length - window + 1) if windowed and window is not None else mask_LM
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """One call of ``flash_attn_varlen_func`` (flash-attn 2.1 or newer, whose causal mask is aligned bottom-right).
+
+    Written against the documented signature and tested on CPU with a stand-in of it; the kernel itself needs CUDA.
+    """
+    from flash_attn import flash_attn_varlen_func
+
+    table = _checked(type(module).__name__, query, attention_mask, segments, others)
+    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
+    index, starts_q, starts_k = varlen_table(table, query.device)
+    if not table.is_plain:
+        k_TGD, v_TGD = k_TGD.index_select(0, index), v_TGD.index_select(0, index)
+    out_THD = flash_attn_varlen_func(
+        q_THD,
+        k_TGD,
+        v_TGD,
+        cu_seqlens_q=starts_q,
+        cu_seqlens_k=starts_k,
+        max_seqlen_q=max(table.lengths_S),
+        max_seqlen_k=max(table.context_length(s) + length for s, length in enumerate(table.lengths_S)),
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        softcap=0.0 if softcap is None else softcap,
+    )
+    return out_THD[None], None
+
+
+@lru_cache(maxsize=8)
+def varlen_table(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed index of every key (segment by segment, each with its chain); int32 bounds of queries, and of keys."""
+    keys, bounds_q, bounds_k = [], [0], [0]
+    for s, length in enumerate(segments.lengths_S):
+        for link in segments.chain(s):
+            start = segments.starts_S[link]
+            keys.append(torch.arange(start, start + segments.lengths_S[link]))
+        bounds_q.append(bounds_q[-1] + length)
+        bounds_k.append(bounds_k[-1] + segments.context_length(s) + length)
+    starts_q, starts_k = (torch.tensor(b, dtype=torch.int32, device=device) for b in (bounds_q, bounds_k))
+    return torch.cat(keys).to(device), starts_q, starts_k
+
+
+def dense_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The definition, with nothing left out and nothing fast: softmax of masked scores in the input dtype."""
+    table = _checked(type(module).__name__, query, attention_mask, segments, others)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask_TT = dense_mask(table, sliding_window).to(query.device)
+    weights = scores.masked_fill(~mask_TT, float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def dense_mask(segments: Segments, window: int | None = None) -> Tensor:
+    """Bool [T, T]: row i may attend to column j."""
+    positions = segment_positions(segments)
+    mask_TT = torch.zeros(len(positions), len(positions), dtype=torch.bool)
+    spans = [slice(a, a + n) for a, n in zip(segments.starts_S, segments.lengths_S, strict=True)]
+    for s, rows in enumerate(spans):
+        for link in segments.chain(s)[:-1]:
+            mask_TT[rows, spans[link]] = True
+        length = segments.lengths_S[s]
+        mask_TT[rows, rows] = torch.ones(length, length, dtype=torch.bool).tril()
+    return mask_TT if window is None else mask_TT & (positions[:, None] - positions[None, :] < window)
+
+
+def _checked(
+    name: str, query: Tensor, attention_mask: Tensor | None, segments: Segments | None, asked: dict[str, Any]
+) -> Segments:
+    """The segment table, once nothing is asked of the attention layer ``name`` that would be ignored."""
+    if segments is None:
+        raise ModelError(f"{name} was called without its segment table: this architecture cannot be trained packed.")
+    if asked.get("dropout", 0.0) > 0:
+        raise ModelError(f"{name} drops out attention weights: set attention_dropout to 0 in the model's config.json.")
+    if asked.get("is_causal") is False:
+        raise ModelError(f"{name} asks for attention that is not causal: use a decoder model.")
+    for key, value in asked.items():
+        if key not in _HARMLESS and value is not None and value is not False:
+            raise ModelError(f"{name} passes {key} to attention, which Togi cannot honour: use another model.")
+    assert attention_mask is None, "packed attention takes no mask"
+    assert query.shape[0] == 1 and query.shape[2] == sum(segments.lengths_S), "query and segment table differ in length"
+    return segments
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The mask is in the segment table."""
+
+
+for _name, _function in ((SEGMENTS, segment_attention), (VARLEN, varlen_attention), (DENSE, dense_attention)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, _no_mask)

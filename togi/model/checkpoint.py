@@ -1,0 +1,131 @@
+"""Writing model folders, and the names that tensors have in them.
+
+A folder is plain Hugging Face: safetensors, config, generation config, tokenizer. The same names go to generation
+engines. In memory Transformers may hold tensors in another form (experts of a layer fused in one tensor) and our modules
+add a prefix; ``checkpoint_tensors`` undoes both, a decoder layer at a time, so that a large model streams.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from togi.model.loading import HEAD, read_config, skeleton
+from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.weights import TensorSpec
+
+SHARD_BYTES = 5 * 10**9
+_PREFIX = "hf."
+_LAYER = re.compile(r"^.*?\.\d+\.")
+
+
+def checkpoint_tensors(
+    model: PolicyModel | ScalarModel, named_tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Full parameters of ``model``, by its own names, as (checkpoint name, tensor).
+
+    Tied copies are left out. The tensors of one decoder layer must come one after the other, as ``named_parameters``
+    and ``state_dict`` yield them; names are sorted within a layer. What is yielded may be views of what came in.
+    """
+    hf: Any = model.hf
+    tied = hf.all_tied_weights_keys
+    plain = ((name.removeprefix(_PREFIX), tensor) for name, tensor in named_tensors)
+    kept = ((name, tensor) for name, tensor in plain if name not in tied)
+    for _, layer in groupby(kept, key=lambda item: _layer_of(item[0])):
+        for name, tensor in sorted(revert_weight_conversion(hf, dict(layer)).items()):
+            yield _head_name(model, name), tensor
+
+
+def _layer_of(name: str) -> str:
+    match = _LAYER.match(name)
+    return match.group() if match else ""
+
+
+def _head_name(model: PolicyModel | ScalarModel, name: str) -> str:
+    if isinstance(model, ScalarModel) and name.startswith(f"{HEAD}."):
+        return f"{model.value_head_prefix}.{name.removeprefix(f'{HEAD}.')}"
+    return name
+
+
+def expected_manifest(path: str, dtype: str, trust_remote_code: bool = False) -> tuple[TensorSpec, ...]:
+    """The tensors that a causal language model of this folder sends, from its config alone; ``dtype``: "bfloat16"."""
+    kind: torch.dtype = getattr(torch, dtype)
+    config = read_config(path, trust_remote_code)
+    model = PolicyModel(skeleton(AutoModelForCausalLM, config, kind, trust_remote_code))
+    tensors = checkpoint_tensors(model, model.state_dict().items())
+    return tuple(TensorSpec(name, tuple(tensor.shape), dtype) for name, tensor in tensors)
+
+
+def save_hf(
+    directory: Path,
+    model: PolicyModel | ScalarModel,
+    named_tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a folder that plain Transformers loads. Not atomic: write aside and rename.
+
+    ``named_tensors`` are the full parameters by the names of ``model`` (which itself may be sharded and is only asked for
+    its configuration); at most ``shard_bytes`` of them are held at a time.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_shards(directory, checkpoint_tensors(model, named_tensors), dtype, shard_bytes)
+    config: Any = copy.deepcopy(model.hf.config)
+    config.dtype = dtype
+    config.architectures = [type(model.hf).__name__.removeprefix("FSDP")]
+    config.save_pretrained(directory)
+    if isinstance(model, PolicyModel) and model.hf.can_generate():
+        # to_json_file does not validate: some published generation configs would be refused
+        model.hf.generation_config.to_json_file(directory / "generation_config.json")
+    tokenizer.save_pretrained(directory)
+    source = Path(model.hf.config.name_or_path)
+    if getattr(config, "auto_map", None) and source.is_dir():
+        for module in source.glob("*.py"):
+            shutil.copy(module, directory)
+
+
+def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int) -> None:
+    files: list[list[str]] = []
+    total, size, held = 0, 0, dict[str, Tensor]()
+    for name, tensor in tensors:
+        # a copy of its own: safetensors refuses views, and a shard should not keep what the caller lets go of
+        ready = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        if held and size + ready.nbytes > shard_bytes:
+            files.append(_write_shard(directory, len(files), held))
+            size, held = 0, {}
+        held[name] = ready
+        size += ready.nbytes
+        total += ready.nbytes
+    files.append(_write_shard(directory, len(files), held))
+    if len(files) == 1:
+        _shard(directory, 0).rename(directory / "model.safetensors")
+        return
+    places = {}
+    for i, names in enumerate(files):
+        final = directory / f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        _shard(directory, i).rename(final)
+        places.update(dict.fromkeys(names, final.name))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shard(directory: Path, number: int) -> Path:
+    return directory / f"part-{number:05d}.safetensors"
+
+
+def _write_shard(directory: Path, number: int, held: dict[str, Tensor]) -> list[str]:
+    save_file(held, _shard(directory, number), metadata={"format": "pt"})
+    return list(held)

@@ -1,0 +1,175 @@
+"""Reading model folders into the two model roles.
+
+Not here: writing folders and checkpoint names (``checkpoint``), which architectures are fit (``support``), sharding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as hf_logging
+
+from togi.errors import ModelError
+from togi.model.attention import SEGMENTS, VARLEN
+from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.support import PROVEN, logit_transform, refuse_unsupported, verify_packing
+
+HEAD = "score"
+Model = TypeVar("Model", PolicyModel, ScalarModel)
+
+
+def load_causal_lm(
+    path: str,
+    dtype: torch.dtype,
+    *,
+    flash_attn: bool,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    use_reentrant: bool = False,
+) -> PolicyModel:
+    """A causal language model from a folder or hub id, on CPU, in ``dtype``, in training mode.
+
+    Raises ModelError if the folder cannot be read, lacks weights, or its architecture cannot be trained packed.
+    """
+    config = read_config(path, trust_remote_code)
+    hf = _load(AutoModelForCausalLM, _Reading(path, config, dtype, flash_attn, trust_remote_code))
+    model = PolicyModel(hf, logit_transform(config))
+    return _ready(model, gradient_checkpointing, use_reentrant)
+
+
+def load_scalar_model(
+    path: str,
+    dtype: torch.dtype,
+    *,
+    flash_attn: bool,
+    init_head: bool = False,
+    value_head_prefix: str = HEAD,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    use_reentrant: bool = False,
+) -> ScalarModel:
+    """A critic or reward model from a folder or hub id.
+
+    ``value_head_prefix`` names the head in the checkpoint; one in config.json wins. A missing head is an error unless
+    ``init_head``, which always draws a new head from a normal distribution with standard deviation 1/(hidden + 1).
+    """
+    config = read_config(path, trust_remote_code)
+    prefix = getattr(config, "value_head_prefix", value_head_prefix)
+    config.num_labels = 1
+    config.value_head_prefix = prefix
+    # Transformers calls the head "score"; a head of another name is renamed when it is read and when it is written
+    renames = {} if prefix == HEAD else {rf"^{prefix}\.": f"{HEAD}."}
+    optional = frozenset({f"{HEAD}.weight"}) if init_head else frozenset[str]()
+    read = _Reading(path, config, dtype, flash_attn, trust_remote_code, renames, optional)
+    hf = _load(AutoModelForSequenceClassification, read)
+    if init_head:
+        _init_head(hf)
+    return _ready(ScalarModel(hf, prefix), gradient_checkpointing, use_reentrant)
+
+
+def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config.json. Raises ModelError if there is none."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read a model config from {path!r}: {str(error).splitlines()[0]}") from error
+
+
+def skeleton(
+    auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model without weights, on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What to read: ``renames`` maps patterns of checkpoint names to ours, ``optional`` weights may be missing."""
+
+    path: str
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    flash_attn: bool
+    trust_remote_code: bool
+    renames: Mapping[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+
+
+def _load(auto_class: Any, read: _Reading) -> PreTrainedModel:
+    attention = _attention(read.flash_attn)
+    try:
+        refuse_unsupported(skeleton(auto_class, read.config, read.dtype, read.trust_remote_code), attention)
+    except ValueError as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{read.path!r} cannot be loaded as this kind of model: {reason}") from error
+    with _quiet():
+        model, info = auto_class.from_pretrained(
+            read.path,
+            config=read.config,
+            dtype=read.dtype,
+            attn_implementation=attention,
+            trust_remote_code=read.trust_remote_code,
+            key_mapping=dict(read.renames) or None,
+            output_loading_info=True,
+        )
+    missing = sorted(set(info["missing_keys"]) - read.optional)
+    if missing:
+        only_head = missing == [f"{HEAD}.weight"]
+        advice = "give one with a head, or ask for a new head" if only_head else "use a complete checkpoint"
+        names = ", ".join(missing[:5])
+        raise ModelError(f"the checkpoint {read.path!r} has no {names}, which would be random: {advice}.")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no report of missing weights: that is an error of ours, not a warning."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
+def _attention(flash_attn: bool) -> str:
+    if not flash_attn:
+        return SEGMENTS
+    if not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:
+        raise ModelError(
+            "--flash_attn needs a CUDA device and the flash-attn package: install them or leave the flag out."
+        )
+    return VARLEN
+
+
+def _init_head(hf: PreTrainedModel) -> None:
+    head: Any = hf.score
+    nn.init.normal_(head.weight, mean=0.0, std=1.0 / (head.in_features + 1))
+
+
+def _ready(model: Model, gradient_checkpointing: bool, use_reentrant: bool) -> Model:
+    if model.hf.config.model_type not in PROVEN:
+        verify_packing(model)
+    if gradient_checkpointing:
+        model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.train()
+    return model

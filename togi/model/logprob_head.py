@@ -1,0 +1,176 @@
+"""The fused head: log-probabilities and entropies straight from hidden states, without logits for all tokens.
+
+Shape letters: K tokens in the loss, H hidden size, V vocabulary; k and v are tiles of K and V.
+
+``[K, V]`` is never materialised. The forward walks over blocks of tokens and keeps only the log-normaliser of each
+token. The backward recomputes logits tile by tile, vocabulary in the outer loop, so that a slice of the weight's
+gradient is complete before the next one starts: no ``[V, H]`` accumulator is needed, and sums are float32.
+Matrix products run in the dtype of the weight, everything after them in float32 (float64 stays float64).
+
+Not here: choosing which tokens, which is the policy model's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 32 * 2**20
+TILE_ROWS_V = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a model does to its logits after the head's matrix product: ``cap * tanh(scale * x / cap)``.
+
+    ``softcap`` 0 means no capping. Gemma 2 caps; Granite and Cohere scale.
+    """
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def __call__(self, raw: Tensor, temperature: float) -> Tensor:
+        """Final logits / temperature, in place of ``raw`` (float32 or float64)."""
+        # each factor is a pass over the largest tensor there is: one where two would do, none where it is 1
+        if self.softcap > 0:
+            return raw.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / temperature)
+        factor = self.scale / temperature
+        return raw if factor == 1.0 else raw.mul_(factor)
+
+    def slope(self, logits: Tensor, temperature: float) -> Tensor | float:
+        """d logits / d raw, from the result of ``__call__``."""
+        factor = self.scale / temperature
+        if self.softcap > 0:
+            return (logits * (temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
+        return factor
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is when float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def token_logprobs(
+    hidden_KH: Tensor,
+    weight_VH: Tensor,
+    targets_K: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias_V: Tensor | None = None,
+    transform: LogitTransform | None = None,
+    entropy: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and, if asked for, the entropy of its distribution; in nats, float32, shape K.
+
+    The distribution is softmax(logits / temperature). Both results are differentiable; the entropy is an empty tensor
+    when not asked for. ``chunk_bytes`` bounds one float32 tile of logits; peak memory is about three tiles.
+    """
+    assert temperature > 0, "temperature must be positive"
+    assert hidden_KH.dtype == weight_VH.dtype, f"hidden is {hidden_KH.dtype}, the head's weight is {weight_VH.dtype}"
+    settings = _Settings(temperature, transform or LogitTransform(), entropy, chunk_bytes)
+    results: tuple[Tensor, Tensor] = _FusedHead.apply(hidden_KH, weight_VH, bias_V, targets_K, settings)  # type: ignore[no-untyped-call]
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    temperature: float
+    transform: LogitTransform
+    entropy: bool
+    chunk_bytes: int
+
+    def tokens(self, row_width: int) -> int:
+        return max(1, self.chunk_bytes // (4 * row_width))
+
+    def logits(self, hidden_kH: Tensor, weight_vH: Tensor, bias_v: Tensor | None) -> Tensor:
+        raw_kv = hidden_kH @ weight_vH.T
+        # .float() of a float32 product is the product itself: free to be changed in place, nobody else has it
+        wide_kv = full_precision(raw_kv)
+        if bias_v is not None:
+            wide_kv += bias_v
+        return self.transform(wide_kv, self.temperature)
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_K: Tensor, settings: _Settings
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if hidden_KH.dtype == torch.float64 else torch.float32
+        total = hidden_KH.shape[0]
+        chosen_K = torch.empty(total, dtype=wide, device=hidden_KH.device)
+        norm_K = torch.empty_like(chosen_K)
+        entropy_K = torch.empty(total if settings.entropy else 0, dtype=wide, device=hidden_KH.device)
+        step = settings.tokens(weight_VH.shape[0])
+        for start in range(0, total, step):
+            rows = slice(start, start + step)
+            logits_kV = settings.logits(hidden_KH[rows], weight_VH, bias_V)
+            chosen_K[rows] = logits_kV.gather(1, targets_K[rows, None]).squeeze(1)
+            top_k = logits_kV.amax(1)
+            below_kV = logits_kV.sub_(top_k[:, None])
+            weights_kV = below_kV.exp() if settings.entropy else below_kV.exp_()
+            sum_k = weights_kV.sum(1)
+            norm_K[rows] = top_k + sum_k.log()
+            if settings.entropy:
+                entropy_K[rows] = sum_k.log() - torch.linalg.vecdot(weights_kV, below_kV) / sum_k
+        ctx.save_for_backward(hidden_KH, weight_VH, bias_V, targets_K, norm_K, entropy_K)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        return chosen_K - norm_K, entropy_K
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden_KH, weight_VH, bias_V, targets_K, norm_K, entropy_K = ctx.saved_tensors
+        settings: _Settings = ctx.settings
+        up_K = torch.zeros_like(norm_K) if grads[0] is None else grads[0]
+        up_entropy_K = grads[1] if settings.entropy else None
+        grad_hidden_KH = torch.zeros_like(hidden_KH, dtype=norm_K.dtype)
+        grad_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
+        step = settings.tokens(TILE_ROWS_V)
+        for first in range(0, weight_VH.shape[0], TILE_ROWS_V):
+            words = slice(first, first + TILE_ROWS_V)
+            weight_vH, bias_v = weight_VH[words], None if bias_V is None else bias_V[words]
+            sum_vH = torch.zeros_like(weight_vH, dtype=norm_K.dtype)
+            for start in range(0, hidden_KH.shape[0], step):
+                rows = slice(start, start + step)
+                logits_kv = settings.logits(hidden_KH[rows], weight_vH, bias_v)
+                slope = settings.transform.slope(logits_kv, settings.temperature)
+                logp_kv = logits_kv.sub_(norm_K[rows, None])
+                if up_entropy_K is None:
+                    grad_kv = logp_kv.exp_().mul_(-up_K[rows, None])
+                else:
+                    grad_kv = _with_entropy(logp_kv, up_K[rows], up_entropy_K[rows], entropy_K[rows])
+                _add_at_targets(grad_kv, targets_K[rows] - first, up_K[rows])
+                if not (isinstance(slope, float) and slope == 1.0):
+                    grad_kv.mul_(slope)
+                if grad_bias_V is not None:
+                    grad_bias_V[words] += grad_kv.sum(0)
+                narrow_kv = grad_kv.to(hidden_KH.dtype)
+                grad_hidden_KH[rows] += narrow_kv @ weight_vH
+                if grad_weight_VH is not None:
+                    sum_vH += narrow_kv.T @ hidden_KH[rows]
+            if grad_weight_VH is not None:
+                grad_weight_VH[words] = sum_vH
+        return grad_hidden_KH.to(hidden_KH.dtype), grad_weight_VH, grad_bias_V, None, None
+
+
+def _with_entropy(logp_kv: Tensor, up_k: Tensor, up_entropy_k: Tensor, entropy_k: Tensor) -> Tensor:
+    """The gradient with respect to the logits, but for the target's own term; overwrites ``logp_kv``.
+
+    With p = softmax(l) and S its entropy: d logprob / d l = onehot - p and d S / d l = -p (log p + S).
+    """
+    probs_kv = logp_kv.exp()
+    inner_kv = logp_kv.add_(entropy_k[:, None]).mul_(-up_entropy_k[:, None]).sub_(up_k[:, None])
+    return inner_kv.mul_(probs_kv)
+
+
+def _add_at_targets(grad_kv: Tensor, targets_k: Tensor, up_k: Tensor) -> None:
+    """Add each token's upstream gradient in its target's column, where that lies in this slice of the vocabulary."""
+    inside_k = (targets_k >= 0) & (targets_k < grad_kv.shape[1])
+    columns_k = torch.where(inside_k, targets_k, 0)
+    grad_kv.scatter_add_(1, columns_k[:, None], torch.where(inside_k, up_k, 0.0)[:, None])

@@ -1,0 +1,120 @@
+"""The two model roles' forwards: a ``Batch`` in, ``Outputs`` out.
+
+Shape letters: T packed tokens, K tokens in the loss, N sequences, H hidden size.
+
+Everything happens inside the module's own ``forward``, heads included, so that a sharding back end that gathers the
+root's parameters there (FSDP2 on the root and on the decoder layers, the embedding and heads staying with the root)
+sees all uses of them. Not here: reading and writing model folders (``loading``), losses (``algo``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from togi.batch import NO_SEQUENCE, Batch
+from togi.model.logprob_head import LogitTransform, full_precision, token_logprobs
+from togi.model.outputs import Needs, Outputs
+
+
+def hidden_states(hf: PreTrainedModel, batch: Batch) -> Tensor:
+    """One forward of the body over the pack: [T, H]."""
+    output: Any = hf.base_model(
+        input_ids=batch.tokens_T[None],
+        position_ids=batch.positions_T[None],
+        attention_mask=None,
+        use_cache=False,
+        segments=batch.segments,
+    )
+    states_TH: Tensor = output.last_hidden_state[0]
+    return states_TH
+
+
+def last_tokens(batch: Batch) -> Tensor:
+    """Packed index of the last token of each sequence (int64, N)."""
+    owned = (batch.sequences_T != NO_SEQUENCE).nonzero().squeeze(-1)
+    last_N = torch.full((batch.num_sequences,), -1, device=owned.device)
+    last_N.scatter_reduce_(0, batch.sequences_T[owned], owned, "amax")
+    return last_N
+
+
+class PolicyModel(nn.Module):
+    """A causal language model that answers with log-probabilities and entropies of the tokens in the loss.
+
+    ``hf`` is the Transformers model; its attention must be one of ``togi.model.attention``.
+    """
+
+    def __init__(self, hf: PreTrainedModel, transform: LogitTransform | None = None) -> None:
+        super().__init__()
+        self.hf = hf
+        self.transform = transform or LogitTransform()
+
+    def forward(self, batch: Batch, needs: Needs, temperature: float = 1.0) -> Outputs:
+        """Only tokens in the loss pass through the LM head. A batch without any gives empty, connected results."""
+        assert not (needs.values or needs.scores), "a policy has no scalar head"
+        states_TH = hidden_states(self.hf, batch)
+        targets_K = batch.targets_K
+        empty = states_TH.new_empty(0, dtype=torch.float32)
+        if not (needs.logprobs or needs.entropy):
+            return Outputs(empty, empty, empty, empty)
+        head: Any = self.hf.get_output_embeddings()
+        logprobs_K, entropy_K = token_logprobs(
+            states_TH.index_select(0, batch.sources_T[targets_K]),
+            head.weight,
+            batch.tokens_T[targets_K],
+            temperature=temperature,
+            bias_V=head.bias,
+            transform=self.transform,
+            entropy=needs.entropy,
+        )
+        return Outputs(logprobs_K if needs.logprobs else empty, entropy_K, empty, empty)
+
+
+class ScalarModel(nn.Module):
+    """A body with one linear output: a critic (value of each state) or a reward model (score of each sequence).
+
+    ``hf`` is a Transformers sequence classification model with one label. ``value_head_prefix`` is the name of the head
+    in the checkpoint. ``reward_mean`` and ``reward_std`` are the statistics kept in the config for ``--normalize_reward``
+    (0 and 1 if never measured); the model does not apply them.
+    """
+
+    def __init__(self, hf: PreTrainedModel, value_head_prefix: str = "score") -> None:
+        super().__init__()
+        self.hf = hf
+        self.value_head_prefix = value_head_prefix
+
+    @property
+    def reward_mean(self) -> float:
+        return float(getattr(self.hf.config, "mean", 0.0))
+
+    @property
+    def reward_std(self) -> float:
+        return float(getattr(self.hf.config, "std", 1.0))
+
+    def set_reward_statistics(self, mean: float, std: float) -> None:
+        """Keep the mean and the standard deviation of rewards in the config, to be saved with the model."""
+        self.hf.config.mean, self.hf.config.std = mean, std
+
+    def forward(self, batch: Batch, needs: Needs, temperature: float = 1.0) -> Outputs:
+        """``temperature`` is ignored on purpose: a value is not a distribution."""
+        assert not (needs.logprobs or needs.entropy), "a scalar model has no token distribution"
+        states_TH = hidden_states(self.hf, batch)
+        empty = states_TH.new_empty(0, dtype=torch.float32)
+        values_K, scores_N = empty, empty
+        if needs.values:
+            values_K = self._head(states_TH.index_select(0, batch.sources_T[batch.targets_K]))
+        if needs.scores:
+            scores_N = self._head(states_TH.index_select(0, last_tokens(batch)))
+        return Outputs(empty, empty, values_K, scores_N)
+
+    def _head(self, states: Tensor) -> Tensor:
+        head: Any = self.hf.score
+        return full_precision(head(states).squeeze(-1))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many parameters there are; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())

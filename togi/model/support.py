@@ -1,0 +1,127 @@
+"""Which architectures can be trained packed, and how their logits are made.
+
+An architecture of ``PROVEN`` has passed "packed = one by one" in the test suite. Any other is refused if its class or
+config shows something that packing breaks, and is otherwise tested when it is loaded, on its own weights: a dozen tokens
+through the pack and through Transformers' own attention must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
+from togi.errors import ModelError
+from togi.model.attention import SEGMENTS
+from togi.model.logprob_head import LogitTransform
+from togi.model.outputs import Needs
+from togi.model.policy import PolicyModel, ScalarModel, hidden_states
+
+PROVEN = frozenset({"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral"})
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+def logit_transform(config: PreTrainedConfig) -> LogitTransform:
+    """What this architecture does to its logits: Gemma's capping, Granite's divisor, Cohere's factor."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    divisor = getattr(config, "logits_scaling", None)
+    factor = getattr(config, "logit_scale", None)
+    scale = (1.0 if factor is None else float(factor)) / (1.0 if divisor is None else float(divisor))
+    return LogitTransform(scale, 0.0 if softcap is None else float(softcap))
+
+
+def refuse_unsupported(model: PreTrainedModel, attention: str) -> None:
+    """Refuse what a look at the class and the config can tell. Raises ModelError.
+
+    ``model`` may be on the meta device; ``attention`` is the name of the back end that will be used.
+    """
+    config: Any = model.config
+    kind = config.model_type
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if model._is_stateful or not layer_types <= _LAYER_TYPES:
+        raise ModelError(
+            f"{kind} models have layers that carry a state or see chunks of the sequence (linear attention, Mamba), "
+            "which would leak between packed sequences: use a model with full or sliding-window attention."
+        )
+    if not model._supports_attention_backend or config.is_encoder_decoder:
+        raise ModelError(f"{kind} models cannot take Togi's packed attention: use a decoder with attention back ends.")
+    if getattr(config, "attn_logit_softcapping", None) is not None and attention == SEGMENTS:
+        raise ModelError(
+            f"This {kind} model caps its attention scores (attn_logit_softcapping): use --flash_attn on a CUDA device."
+        )
+    if (getattr(config, "attention_dropout", None) or 0.0) > 0:
+        raise ModelError(
+            f"This {kind} model has attention_dropout {config.attention_dropout}: set it to 0 in its config.json."
+        )
+
+
+def verify_packing(model: PolicyModel | ScalarModel) -> None:
+    """Compare a small pack (a shared prompt with two continuations, a plain sequence) with Transformers' own forward.
+
+    Compared are the hidden states of each sequence's own segment and, for a policy, its log-probs: the median over a
+    segment's tokens (a mixture of experts in bf16 may route single tokens differently). Raises ModelError.
+    """
+    batch = _probe_batch(model.hf.config.vocab_size).to(next(model.parameters()).device)
+    worst = 0.0
+    with torch.no_grad(), _evaluating(model):
+        packed_TH = hidden_states(model.hf, batch)
+        ours_K = model(batch, Needs(logprobs=True)).logprobs_K if isinstance(model, PolicyModel) else None
+        for own in (1, 2, 3):
+            path = torch.cat([_rows(batch.segments, s) for s in batch.segments.chain(own)])
+            tokens, length = batch.tokens_T[path], batch.segments.lengths_S[own]
+            with _stock_attention(model.hf):
+                stock: Any = model.hf.base_model(input_ids=tokens[None], use_cache=False)
+                full: Any = model.hf(input_ids=tokens[None], use_cache=False)
+            alone_lH = stock.last_hidden_state[0, -length:].float()
+            gap_l = (packed_TH[path[-length:]].float() - alone_lH).norm(dim=-1) / alone_lH.norm(dim=-1)
+            worst = max(worst, float(gap_l.median()))
+            if ours_K is not None:
+                ours_k = ours_K[batch.target_sequences_K == own - 1]
+                theirs = full.logits[0, :-1].float().log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+                worst = max(worst, float((ours_k - theirs[-len(ours_k) :]).abs().median()))
+    if not worst <= _TOLERANCE.get(packed_TH.dtype, 1e-3):
+        raise ModelError(
+            f"{model.hf.config.model_type} models give other results packed than alone (difference {worst:.2g}): "
+            f"Togi cannot train this architecture; tested ones are {', '.join(sorted(PROVEN))}."
+        )
+
+
+def _rows(segments: Segments, segment: int) -> Tensor:
+    start = segments.starts_S[segment]
+    return torch.arange(start, start + segments.lengths_S[segment])
+
+
+def _probe_batch(vocab: int) -> Batch:
+    segments = Segments((0, 5, 9, 12), (5, 4, 3, 6), (NO_PREFIX, 0, 0, NO_PREFIX))
+    sequences = torch.tensor([NO_SEQUENCE] * 5 + [0] * 4 + [1] * 3 + [2] * 6)
+    loss_mask = sequences != NO_SEQUENCE
+    loss_mask[12] = False
+    tokens = (torch.arange(18) * 7919 + 13) % vocab
+    positions, sources = segment_positions(segments), predecessors(segments)
+    return Batch(tokens, positions, sources, sequences, loss_mask, segments, (0, 1, 2), {}, {}).validate()
+
+
+@contextmanager
+def _stock_attention(hf: PreTrainedModel) -> Iterator[None]:
+    ours = hf.config._attn_implementation
+    hf.set_attn_implementation("sdpa" if hf._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        hf.set_attn_implementation(ours)
+
+
+@contextmanager
+def _evaluating(model: PolicyModel | ScalarModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
