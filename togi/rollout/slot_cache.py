@@ -1,0 +1,118 @@
+"""A key/value cache in which every running sequence has a row of its own, filled from position 0: no left padding.
+
+Shape letters: N rows in use, H key/value heads, C capacity in tokens, Q new tokens, D head size.
+
+A finished row is replaced by the last one, so the rows in use are always the first and a decode step is one plain
+batch. The layers plug into Transformers' ``Cache``; masks and positions are the caller's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+ROW_STEP = 16
+TOKEN_STEP = 64
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer, N x H x C x D each; allocated, and grown, when tokens arrive."""
+
+    is_sliding = False
+
+    def __init__(self, slots: SlotCache) -> None:
+        super().__init__()
+        self._slots = slots
+        self.buffers: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (each n x H x Q x D) where the slots say; return what attention should read."""
+        slots, new = self._slots, (key_states, value_states)
+        self._fit(new)
+        if slots.prefilling:
+            for buffer, states in zip(self.buffers, new, strict=True):
+                buffer[slots.rows, :, : states.shape[2]] = states[slots.sources]
+            return key_states, value_states
+        count, length = len(slots.rows), slots.length
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[slots.rows, :, slots.positions] = states[:, :, 0]
+        keys, values = self.buffers
+        return keys[:count, :, :length], values[:count, :, :length]
+
+    def _fit(self, new: tuple[Tensor, Tensor]) -> None:
+        rows, capacity = self._slots.size
+        if self.buffers and (self.buffers[0].shape[0], self.buffers[0].shape[2]) == (rows, capacity):
+            return
+        old, self.buffers = self.buffers, []
+        for i, states in enumerate(new):
+            # zeros, not empty: what is masked still meets a softmax weight of 0, and 0 x NaN is NaN
+            buffer = states.new_zeros(rows, states.shape[1], capacity, states.shape[3])
+            if old:
+                kept_rows, kept = min(rows, old[i].shape[0]), min(capacity, old[i].shape[2])
+                buffer[:kept_rows, :, :kept] = old[i][:kept_rows, :, :kept]
+            self.buffers.append(buffer)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length, 0) if self._slots.prefilling else (self._slots.length, 0)
+
+    def get_seq_length(self) -> int:
+        return 0 if self._slots.prefilling else self._slots.length - 1
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SlotCache:
+    """The layers of a model and, for the forward that comes next, where its tokens go."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._layers = [SlotLayer(self) for _ in range(num_layers)]
+        self.cache = Cache(layers=self._layers)
+        self.clear()
+
+    def clear(self) -> None:
+        """Free everything."""
+        for layer in self._layers:
+            layer.buffers = []
+        self.size = (0, 0)
+        self.prefilling = True
+        self.length = 0
+        self.rows = self.sources = self.positions = torch.empty(0, dtype=torch.int64)
+
+    def prefill(self, first_row: int, sources: list[int], width: int, device: torch.device) -> None:
+        """The next forward reads prompts from their start, padded on the right to ``width`` tokens.
+
+        Row ``first_row + i`` takes the states of prompt ``sources[i]``, so rows may share a prompt.
+        """
+        self.prefilling = True
+        self.rows = torch.arange(first_row, first_row + len(sources), device=device)
+        self.sources = torch.tensor(sources, device=device)
+        self.length = max(width, self.length if first_row > 0 else 0)
+        self._reserve(first_row + len(sources))
+
+    def decode(self, positions_N: Tensor) -> None:
+        """The next forward reads one token for each of the rows in use, at these positions (0-based)."""
+        self.prefilling = False
+        self.rows = torch.arange(len(positions_N), device=positions_N.device)
+        self.positions = positions_N
+        self.length = int(positions_N.max()) + 1
+        self._reserve(len(positions_N))
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row over another one."""
+        for layer in self._layers:
+            for buffer in layer.buffers:
+                buffer[target] = buffer[source]
+
+    def _reserve(self, rows: int) -> None:
+        if rows > self.size[0] or self.length > self.size[1]:
+            self.size = (_round_up(rows, ROW_STEP), _round_up(self.length, TOKEN_STEP))
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step

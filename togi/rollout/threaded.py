@@ -1,0 +1,292 @@
+"""One engine on one thread, seen from asyncio: admission, pausing, weight updates, cancellation and failure.
+
+``ThreadedEngine`` implements ``RolloutEngine`` over a ``Core``, the few synchronous things in which vLLM and
+Transformers differ. Every call of a core is made on the engine's own thread (OpenMP threads belong to the thread that
+starts them), so cores need no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol, TypeVar
+
+import torch
+
+from togi.errors import DataError, WeightSyncError
+from togi.model.weights import Bucket, Manifest, TensorSpec
+from togi.rollout.updates import UpdateLog
+from togi.sample import FinishReason, Generation, Sampling
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One finished request, as a core reports it. ``key`` is the one given to ``Core.add``."""
+
+    key: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    reason: FinishReason
+
+
+class Core(Protocol):
+    """A synchronous engine. ``add`` has checked arguments: ``sampling.max_tokens`` fits into the model's length."""
+
+    expected: tuple[TensorSpec, ...]
+
+    def add(self, key: int, prompt: tuple[int, ...], sampling: Sampling) -> None: ...
+    def abort(self, key: int) -> None: ...
+    def step(self) -> list[Finished]: ...
+    def score(self, tokens: tuple[int, ...]) -> list[float]: ...
+    def begin_update(self) -> None: ...
+    def load(self, bucket: Bucket) -> None: ...
+    def finish_update(self) -> None: ...
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    future: Future[Generation] = field(default_factory=Future)
+
+
+class ThreadedEngine:
+    """Runs a core on a thread of its own. Thread-safe; see ``RolloutEngine`` for the contract."""
+
+    def __init__(self, make_core: Callable[[], Core], max_model_len: int, threads: int = 0) -> None:
+        self._max_model_len = max_model_len
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._running: dict[int, _Request] = {}
+        self._waiting: list[_Request] = []
+        self._drained: list[Future[None]] = []
+        self._paused = self._asleep = self._stopped = False
+        self._next_key = 0
+        self._failure: Exception | None = None
+        self._door = threading.Lock()
+        started: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(make_core, threads, started), daemon=True, name="engine"
+        )
+        self._thread.start()
+        started.result()
+
+    @property
+    def version(self) -> int:
+        return self._log.version
+
+    async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
+        room = self._max_model_len - len(prompt_tokens)
+        if room < 1 or len(prompt_tokens) == 0:
+            raise DataError(
+                f"a prompt of {len(prompt_tokens)} tokens cannot be continued within --max_len {self._max_model_len}: "
+                "it needs at least one token and room for one more"
+            )
+        assert sampling.max_tokens >= 1
+        request = _Request(tuple(prompt_tokens), replace(sampling, max_tokens=min(sampling.max_tokens, room)))
+        self._send(partial(self._admit, request))
+        try:
+            return await asyncio.wrap_future(request.future)
+        except asyncio.CancelledError:
+            self._send(partial(self._abort, request))
+            raise
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        if not 1 < len(tokens) < self._max_model_len:
+            raise DataError(
+                f"{len(tokens)} tokens cannot be scored: at least 2 and fewer than {self._max_model_len} can"
+            )
+        return await self._call(partial(self._score, tuple(tokens)))
+
+    async def begin_update(self, manifest: Manifest) -> None:
+        await self._call(partial(self._begin_update, manifest))
+
+    async def load_bucket(self, bucket: Bucket) -> None:
+        await self._call(partial(self._load_bucket, bucket))
+
+    async def finish_update(self) -> None:
+        await self._call(self._finish_update)
+
+    async def pause(self) -> None:
+        drained: Future[None] = Future()
+        self._send(partial(self._pause, drained))
+        await asyncio.wrap_future(drained)
+
+    async def resume(self) -> None:
+        await self._call(self._resume)
+
+    async def sleep(self) -> None:
+        await self._call(self._sleep)
+
+    async def wake(self) -> None:
+        await self._call(self._wake)
+
+    async def shutdown(self) -> None:
+        if self._failure is None:
+            self._send(self._stop)
+        await asyncio.to_thread(self._thread.join)
+
+    # What follows but _send and _call runs on the engine's thread.
+
+    def _send(self, call: Callable[[], None]) -> None:
+        with self._door:
+            if self._failure is not None:
+                raise RuntimeError("the generation engine is not running") from self._failure
+            self._calls.put(call)
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        result: Future[T] = Future()
+
+        def call() -> None:
+            try:
+                self._check_alive()
+                result.set_result(function())
+            except Exception as error:  # noqa: BLE001 - handed to the caller, who waits on another thread
+                result.set_exception(error)
+
+        self._send(call)
+        return await asyncio.wrap_future(result)
+
+    def _run(self, make_core: Callable[[], Core], threads: int, started: Future[None]) -> None:
+        try:
+            if threads > 0:
+                torch.set_num_threads(threads)
+            self._core = make_core()
+            self._log = UpdateLog(self._core.expected)
+        except BaseException as error:  # noqa: BLE001 - the thread's edge: the constructor raises it
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        try:
+            while not self._stopped:
+                self._turn()
+            self._core.close()
+            self._fail(RuntimeError("the generation engine was shut down"))
+        except Exception as error:  # noqa: BLE001 - the thread's edge: whoever waits must hear of it
+            self._fail(error)
+
+    def _turn(self) -> None:
+        """Do what was asked, then one step. Blocks only while there is nothing to do."""
+        if not self._running:
+            self._calls.get()()
+        while not self._calls.empty():
+            self._calls.get()()
+        if self._running and not self._stopped:
+            for done in self._core.step():
+                request = self._running.pop(done.key)
+                request.future.set_result(Generation(done.tokens, done.logprobs, done.reason, self._log.version))
+        if not self._running:
+            self._release_drained()
+
+    def _admit(self, request: _Request) -> None:
+        if self._paused and self._failure is None:
+            self._waiting.append(request)
+            return
+        if not request.future.set_running_or_notify_cancel():
+            return
+        try:
+            self._check_usable()
+            self._core.add(self._next_key, request.prompt, request.sampling)
+        except Exception as error:  # noqa: BLE001 - the fault of this request only: its caller gets it
+            request.future.set_exception(error)
+            return
+        self._running[self._next_key] = request
+        self._next_key += 1
+
+    def _abort(self, request: _Request) -> None:
+        for key, running in self._running.items():
+            if running is request:
+                self._core.abort(key)
+                del self._running[key]
+                break
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError("the generation engine is not running") from self._failure
+
+    def _check_usable(self) -> None:
+        self._check_alive()
+        if self._asleep:
+            raise RuntimeError("the generation engine is asleep: call wake first")
+        if self._log.open:
+            raise WeightSyncError(f"{self._log.opening}: the engine waits for a complete update")
+
+    def _score(self, tokens: tuple[int, ...]) -> list[float]:
+        self._check_usable()
+        if self._running:
+            raise RuntimeError("score needs an idle engine: pause it first")
+        return self._core.score(tokens)
+
+    def _begin_update(self, manifest: Manifest) -> None:
+        if self._asleep:
+            raise WeightSyncError("the weights of a sleeping engine cannot be updated: call wake first")
+        if self._running:
+            raise WeightSyncError(f"{len(self._running)} requests are running: pause the engine before an update")
+        self._log.begin(manifest)
+        self._core.begin_update()
+
+    def _load_bucket(self, bucket: Bucket) -> None:
+        self._log.arrive(bucket.tensors)
+        self._core.load(bucket)
+
+    def _finish_update(self) -> None:
+        self._log.check_complete()
+        self._core.finish_update()
+        self._log.finish()
+
+    def _pause(self, drained: Future[None]) -> None:
+        if self._failure is not None:
+            drained.set_exception(self._failure)
+            return
+        self._paused = True
+        self._drained.append(drained)
+
+    def _release_drained(self) -> None:
+        for drained in self._drained:
+            if drained.set_running_or_notify_cancel():
+                drained.set_result(None)
+        self._drained.clear()
+
+    def _resume(self) -> None:
+        self._paused = False
+        waiting, self._waiting = self._waiting, []
+        for request in waiting:
+            self._admit(request)
+
+    def _sleep(self) -> None:
+        if self._running:
+            raise RuntimeError(f"{len(self._running)} requests are running: pause the engine before it sleeps")
+        if not self._asleep:
+            self._core.sleep()
+        self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._core.wake()
+        self._asleep = False
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _fail(self, error: Exception) -> None:
+        """Nobody may wait for ever: everything unfinished, and what still comes in, gets the error."""
+        with self._door:
+            self._failure = error
+        for request in [*self._running.values(), *self._waiting]:
+            if request.future.running() or request.future.set_running_or_notify_cancel():
+                request.future.set_exception(error)
+        self._running.clear()
+        self._waiting.clear()
+        for drained in self._drained:
+            drained.set_exception(error)
+        while not self._calls.empty():
+            self._calls.get()()

@@ -1,0 +1,241 @@
+"""vLLM in this process: the only file that imports it, and the only one that knows about its internals.
+
+Written for vLLM 0.32 and its V1 engine. What users of the process should know: at the start vLLM sets the global seed
+and, on CPUs, strict NUMA memory binding; requests without a seed draw from torch's global generator.
+
+Weight updates use vLLM's layerwise reload (``vllm.model_executor.model_loader.reload``), with three repairs without
+which outputs are silently wrong; ``tests/e2e/test_rollout_engines.py`` compares an updated engine with a fresh one:
+
+* a tied ``lm_head`` on a CPU has its own packed copy of the embedding, which the reload leaves old: it is packed again;
+* experts whose kernel exists already are not packed again on a CPU: the kernel is dropped before the reload;
+* an update that was given up leaves half-filled layers, which would count tensors twice: they are closed first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from togi.model.checkpoint import expected_manifest
+from togi.model.weights import Bucket
+from togi.rollout.engine import EngineSettings
+from togi.rollout.stops import end_token_ids
+from togi.rollout.threaded import Finished, ThreadedEngine
+from togi.sample import FinishReason, Sampling
+
+REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
+MADV_DONTNEED = 4
+SCORE_REQUEST = "score"
+MIN_BATCHED_TOKENS = 4096
+
+
+def start_vllm_engine(settings: EngineSettings) -> ThreadedEngine:
+    """Start vLLM on a thread of its own and wait until it is ready (about 8 s, most of it imports)."""
+    return ThreadedEngine(partial(VllmCore, settings), settings.max_model_len, settings.threads)
+
+
+class VllmCore:
+    """``Core`` over vLLM's synchronous ``LLMEngine``. All methods are called on one thread."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        _set_environment()
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.expected = expected_manifest(settings.model, settings.dtype, settings.trust_remote_code)
+        self._on_cpu = bool(current_platform.is_cpu())
+        self._ends = end_token_ids(settings.model)
+        _skip_token_ranks()
+        set_num_threads = torch.set_num_threads
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(settings, self._on_cpu)))
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a function that does nothing
+
+    def add(self, key: int, prompt: tuple[int, ...], sampling: Sampling) -> None:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        ends = frozenset() if sampling.ignore_eos else self._ends
+        params = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            min_tokens=max(0, min(sampling.min_tokens, sampling.max_tokens) - 1),  # vLLM does not count the stop token
+            stop_token_ids=sorted(ends.union(sampling.stop_token_ids)),
+            ignore_eos=True,  # the ends are in stop_token_ids: vLLM without a tokenizer would know only some of them
+            seed=sampling.seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._engine.add_request(str(key), {"prompt_token_ids": list(prompt)}, params)
+
+    def abort(self, key: int) -> None:
+        self._engine.abort_request([str(key)])
+
+    def step(self) -> list[Finished]:
+        return [_finished(output) for output in self._engine.step() if output.finished]
+
+    def score(self, tokens: tuple[int, ...]) -> list[float]:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._engine.add_request(SCORE_REQUEST, {"prompt_token_ids": list(tokens)}, params)
+        outputs: list[Any] = []
+        while not outputs:
+            outputs = self._engine.step()
+        return list(outputs[0].prompt_logprobs.logprobs)
+
+    def begin_update(self) -> None:
+        self._engine.collective_rpc(_start_reload)
+
+    def load(self, bucket: Bucket) -> None:
+        # The reload keeps references until a layer is complete, so it gets a copy that the sender cannot overwrite.
+        own = Bucket(bucket.tensors, bucket.offsets, bucket.data.copy())
+        self._engine.collective_rpc(_load, args=(list(own.unpack()),))
+
+    def finish_update(self) -> None:
+        self._engine.collective_rpc(_finish_reload)
+        self._reset_prefix_cache()
+
+    def sleep(self) -> None:
+        self._reset_prefix_cache()
+        if self._on_cpu:
+            self._engine.collective_rpc(_release_kv_pages)
+        else:
+            self._engine.sleep(level=1)
+
+    def wake(self) -> None:
+        if not self._on_cpu:  # on a CPU released pages come back, zeroed, when they are touched
+            self._engine.wake_up()
+
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
+
+    def _reset_prefix_cache(self) -> None:
+        done = self._engine.reset_prefix_cache()
+        assert done, "vLLM did not reset its prefix cache: a request still holds blocks"
+
+
+def _set_environment() -> None:
+    """What vLLM reads from the environment, before it is imported. What the user has set stays."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def _engine_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
+    shared = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "seed": settings.seed,
+        "enforce_eager": settings.enforce_eager,
+        "enable_prefix_caching": settings.enable_prefix_caching,
+        "max_num_seqs": settings.max_num_seqs,
+        "trust_remote_code": settings.trust_remote_code,
+        "skip_tokenizer_init": True,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if not on_cpu:
+        return shared | {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
+    # A prompt prefilled in chunks together with a seed fails on CPUs ("CPU Generator does not use offset"), so none is.
+    # An explicit cache size with eager execution skips the warm-up.
+    return shared | {
+        "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(settings.max_model_len, MIN_BATCHED_TOKENS),
+    }
+
+
+def _skip_token_ranks() -> None:
+    """Return zeros for the rank of each sampled token, which vLLM computes with every log-prob and Togi never reads.
+
+    The original is the one function under ``torch.compile`` here: its first use takes up to 27 s of Inductor, and each
+    use a pass over [sequences, vocabulary].
+    """
+    from vllm.v1.sample import sampler
+
+    sampler.batched_count_greater_than = _no_ranks
+
+
+def _no_ranks(logprobs_NV: Tensor, _: Tensor) -> Tensor:
+    return torch.zeros(logprobs_NV.shape[0], dtype=torch.int64, device=logprobs_NV.device)
+
+
+def _finished(output: Any) -> Finished:
+    completion = output.outputs[0]
+    return Finished(
+        key=int(output.request_id),
+        tokens=tuple(completion.token_ids),
+        logprobs=tuple(completion.logprobs.logprobs),
+        reason=REASONS[completion.finish_reason],
+    )
+
+
+# What follows runs on vLLM's worker: the argument is its Worker object.
+
+
+def _start_reload(worker: Any) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.platforms import current_platform
+
+    model = worker.model_runner.get_model()
+    with set_current_vllm_config(worker.vllm_config):
+        if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+            finalize_layerwise_reload(model, worker.model_config)
+        if current_platform.is_cpu():
+            for method in (getattr(layer, "quant_method", None) for layer in model.modules()):
+                if method is not None and getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
+        initialize_layerwise_reload(model)
+
+
+def _load(worker: Any, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(worker.vllm_config):
+        worker.model_runner.get_model().load_weights(iter(tensors))
+
+
+def _finish_reload(worker: Any) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    model = worker.model_runner.get_model()
+    with set_current_vllm_config(worker.vllm_config):
+        finalize_layerwise_reload(model, worker.model_config)
+        for layer in model.modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)
+
+
+def _release_kv_pages(worker: Any) -> None:
+    """Give the KV cache's pages back to the system: vLLM's own sleep frees nothing on CPUs, ``madvise`` does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for storage in {
+        kv.untyped_storage().data_ptr(): kv.untyped_storage() for kv in worker.model_runner.kv_caches
+    }.values():
+        start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED) != 0:
+            raise OSError(ctypes.get_errno(), "madvise could not release the pages of the KV cache")
