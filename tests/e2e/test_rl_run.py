@@ -105,38 +105,51 @@ def loads_in_a_plain_script(model: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-ESTIMATORS = [
-    ["--advantage_estimator", "gae", "--critic_learning_rate", "1e-3", "--save_value_network"],
-    ["--advantage_estimator", "reinforce"],
-    ["--advantage_estimator", "rloo", "--train_batch_size", "8"],
-    ["--advantage_estimator", "reinforce_baseline", "--use_kl_loss", "--kl_estimator", "k2"],
-    [
-        "--advantage_estimator",
-        "group_norm",
-        "--max_epochs",
-        "2",
-        "--eps_clip_low_high",
-        "0.2",
-        "0.27",
-        "--dual_clip",
-        "3",
-    ],
-    ["--advantage_estimator", "dr_grpo", "--no_share_prompts", "--kl_target", "0.1"],
-]
+# Each runnable example of the README, with what makes it tiny and one more feature on top.
+EXAMPLES = {
+    "rl_ppo.sh": ["--critic_learning_rate", "1e-3", "--kl_target", "0.1"],
+    "rl_reinforce.sh": ["--n_samples_per_prompt", "1", "--train_batch_size", "4"],
+    "rl_rloo.sh": ["--train_batch_size", "8"],
+    "rl_reinforce_baseline.sh": ["--gradient_checkpointing"],
+    "rl_grpo.sh": ["--max_epochs", "2", "--eps_clip_low_high", "0.2", "0.27", "--dual_clip", "3"],
+    "rl_dr_grpo.sh": ["--no_share_prompts"],
+}
+TINY = (
+    "--no_bf16 --rollout_batch_size 4 --train_batch_size 16 --n_samples_per_prompt 4 --generate_max_len 8 --max_steps 2"
+)
 
 
-@pytest.mark.parametrize("flags", ESTIMATORS, ids=[flags[1] for flags in ESTIMATORS])
-def test_every_estimator_trains(world: Path, tmp_path: Path, flags: list[str]) -> None:
+@pytest.mark.parametrize("script", EXAMPLES)
+def test_every_example_trains(world: Path, tmp_path: Path, script: str) -> None:
     run = tmp_path / "run"
-    train(world, run, *flags, *HF, "--max_steps", "2", "--init_kl_coef", "0.01")
-    for record in metrics(run):
-        names = ["policy/loss", "policy/grad_norm", "reward/mean", "kl/reference"]
-        names += ["value/loss", "value/grad_norm"] if flags[1] == "gae" else []
+    environment = os.environ | {
+        "MODEL": str(world / "model"),
+        "DATA": str(world / "prompts.jsonl"),
+        "LABEL_KEY": "letter",
+        "REWARD": str(world / "reward.py"),
+        "OUT": str(run),
+        "TOGI": str(Path(sys.executable).parent / "togi"),
+    }
+    flags = [*TINY.split(), "--no_enforce_eager", *HF, *EXAMPLES[script]]
+    done = subprocess.run(
+        [ROOT / "examples" / "scripts" / script, *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    records = metrics(run)
+    assert [record["step"] for record in records] == [1, 2]
+    for record in records:
+        names = ["policy/loss", "policy/grad_norm", "reward/mean", "entropy"]
+        names += ["value/loss", "value/grad_norm"] if script == "rl_ppo.sh" else []
+        names += ["kl/reference"] if script != "rl_dr_grpo.sh" else []
         assert all(math.isfinite(record["values"][name]) for name in names), record
         assert record["values"]["mismatch/mean_abs"] < 1e-3  # float32 on both sides
     loads_in_a_plain_script(run / "model")
-    if flags[1] == "gae":
-        assert (run / "model_critic" / "config.json").is_file()
+    assert (run / "model_critic" / "config.json").is_file() == (script == "rl_ppo.sh")
 
 
 def test_two_workers_equal_one(world: Path, tmp_path: Path) -> None:

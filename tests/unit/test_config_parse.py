@@ -77,9 +77,13 @@ def test_derived_numbers() -> None:
     [
         (["--pretrian", "x"], ["--pretrian", "--pretrain"]),
         (["--colocate_all"], ["--colocate_all", "did you mean"]),
-        (["--seed", "abc"], ["--seed abc", "integer"]),
+        (["--seed", "abc"], ["--seed abc", "whole number"]),
         (["--temperature", "0"], ["--temperature 0", "greater than 0"]),
         (["--advantage_estimator", "grpo"], ["--advantage_estimator grpo", "group_norm"]),
+        (["--vllm_num_engines", "0"], ["--vllm_num_engines 0", "at least 1 or auto"]),
+        (["--loss_aggregation", "mean"], ["--loss_aggregation mean", "token_mean", "auto"]),
+        (["--bf16", "true"], ["--bf16 takes no value", "--no_bf16"]),
+        (["--bf16=true"], ["--bf16 takes no value", "--no_bf16"]),
         (["--adam_betas", "0.9"], ["--adam_betas", "2 arguments"]),
         (["--train_batch_size"], ["--train_batch_size", "one argument"]),
         (["--lora_rank", "8"], ["--lora_rank", "not supported yet"]),
@@ -101,8 +105,11 @@ def test_parse_errors_name_flag_and_way_out(flags: list[str], words: list[str]) 
     [
         ("sede: 1\n", ["sede", "seed"]),
         ("- a\n- b\n", ["mapping"]),
-        ("a: [1\n", ["not valid YAML"]),
-        ("seed: [1, 2]\n", ["--seed", "integer"]),
+        ("a: [1\n", ["not valid YAML", "run.yaml", "line 2"]),
+        ("seed: [1, 2]\n", ["--seed 1 2", "whole number"]),
+        ("seed:\n", ["--seed (no value)", "whole number"]),
+        ("adam_betas: 0.9\n", ["--adam_betas 0.9", "list"]),
+        ("seed: 1\nbf16: true\nseed: 2\n", ["sets seed more than once"]),
     ],
 )
 def test_file_errors(tmp_path: Path, content: str, words: list[str]) -> None:
@@ -116,8 +123,9 @@ def test_file_errors(tmp_path: Path, content: str, words: list[str]) -> None:
 CONTRADICTIONS = [
     (["--input_template", "Q: {}", "--apply_chat_template"], ["--input_template", "--apply_chat_template"]),
     (["--input_template", "no hole"], ["--input_template", "{}"]),
-    (["--tokenizer_chat_template", "x"], ["--tokenizer_chat_template", "--apply_chat_template"]),
-    (["--prompt_data_probs", "0.5,0.5"], ["--prompt_data_probs", "--prompt_data"]),
+    (["--tokenizer_chat_template", "{{x}}"], ["--tokenizer_chat_template", "--apply_chat_template"]),
+    (["--tokenizer_chat_template", "chat.jinja", "--apply_chat_template"], ["'chat.jinja' is no Jinja", "cat FILE"]),
+    (["--adam_betas", "0.9", "1"], ["--adam_betas 0.9 1", "below 1"]),
     (["--max_len", "100"], ["--max_len", "--prompt_max_len"]),
     (["--remote_rm_url", "http://localhost:5000"], ["--remote_rm_url", "not supported yet"]),
     (["--remote_rm_url", "r.py"], ["--reward_func", "--remote_rm_url"]),
@@ -158,6 +166,12 @@ def test_a_sound_configuration_passes() -> None:
     check_rl(rl(*NEEDED, *GRPO, "--use_kl_loss", "--kl_estimator", "k3", "--bf16", "--packing_samples").config)
 
 
+def test_paths_expand_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = rl("--pretrain", "~/model", "--save_path", "~/out", "--prompt_data", "a~b").config
+    assert (config.pretrain, config.save_path, config.prompt_data) == ("/home/me/model", "/home/me/out", "a~b")
+
+
 def test_required_flags() -> None:
     for missing in ("--pretrain", "--prompt_data"):
         index = NEEDED.index(missing)
@@ -166,6 +180,8 @@ def test_required_flags() -> None:
     with pytest.raises(ConfigError, match="no reward"):
         check_rl(rl(*NEEDED[:4]).config)
     check_rl(rl(*NEEDED[:4]).config, reward_given=True)
+    with pytest.raises(ConfigError, match="A reward function was passed and --reward_func is set too"):
+        check_rl(rl(*NEEDED).config, reward_given=True)
 
 
 def test_help_and_errors_are_fast_and_import_no_torch() -> None:

@@ -12,12 +12,13 @@ import pyarrow.parquet
 import pytest
 
 from togi.data.items import parse_item
-from togi.data.mixture import concatenate, interleave, load_mixture, parse_probs, proportional_shares
-from togi.data.precheck import check_source, check_sources
+from togi.data.mixture import concatenate, interleave, load_mixture, proportional_shares
+from togi.data.precheck import check_source, check_sources, parse_probs
 from togi.data.source import load_source
 from togi.errors import DataError
 
 ROWS = [{"input": "1+1", "label": "2"}, {"input": 'Ü, "x"\n?', "label": "y"}, {"input": "", "label": "z"}]
+INPUT = {"input_key": "input"}
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +67,11 @@ def test_every_format_round_trips(tmp_path, name):
     assert len(source.rows) == 3
     assert source.rows.fetch([0, 1, 2]) == ROWS
     assert source.rows.fetch([2, 0]) == [ROWS[2], ROWS[0]]
-    check_source(str(tmp_path / name), ["input", "label"])
-    with pytest.raises(DataError, match="has no field 'lable'; it has 'input', 'label': did you mean 'label'"):
-        check_source(str(tmp_path / name), ["lable"])
+    check_source(str(tmp_path / name), {"input_key": "input", "label_key": "label"})
+    with pytest.raises(
+        DataError, match="has no field 'lable'; it has 'input', 'label': did you mean --label_key label"
+    ):
+        check_source(str(tmp_path / name), {"label_key": "lable"})
 
 
 def test_json_values_are_not_unified(tmp_path):
@@ -95,10 +98,10 @@ def test_splits_of_folders_and_saved_sets(tmp_path):
         for split, rows in {"train": train, "test": test}.items():
             source = load_source(item, split)
             assert dict(enumerate(source.rows.fetch(range(len(source.rows))))) == rows
-            check_source(item, ["input"], split)
+            check_source(item, INPUT, split)
         for load in (
             lambda item=item: load_source(item, "dev"),
-            lambda item=item: check_source(item, ["input"], "dev"),
+            lambda item=item: check_source(item, INPUT, "dev"),
         ):
             with pytest.raises(DataError, match=r"has no split 'dev': choose one of '.*', '.*'"):
                 load()
@@ -134,13 +137,13 @@ def test_folder_mistakes(tmp_path):
         ("a.csv", "input,input\na,b\n", "two columns of one name"),
         ("a.parquet", "no parquet", "cannot be read"),
         ("a.arrow", "no arrow", "cannot be read"),
-        ("a.txt", "text", "unknown extension '.txt'"),
+        ("a.txt", "text", "unknown extension .txt"),
         ("a.py", "1/0", "loading script, which Togi never runs"),
     ],
 )
 def test_broken_files(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    for load in (load_source, lambda item: check_source(item, ["input"])):
+    for load in (load_source, lambda item: check_source(item, INPUT)):
         with pytest.raises(DataError, match=message) as caught:
             load(str(tmp_path / name))
         assert "\n" not in str(caught.value)
@@ -154,13 +157,13 @@ def test_text_that_is_not_utf8(tmp_path):
 
 @pytest.mark.parametrize("item", ["no/such/file.jsonl", "./nothing", "/nothing", "a/b/c", "two words"])
 def test_missing_local_data(item):
-    for load in (load_source, lambda item: check_source(item, [])):
+    for load in (load_source, lambda item: check_source(item, {})):
         with pytest.raises(DataError, match="There is no file or folder"):
             load(item)
 
 
 def test_hub_name_offline(monkeypatch):
-    check_source("owner/name@sub", ["input"])
+    check_source("owner/name@sub", INPUT)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="owner/name is neither a local file or folder nor a hub data set") as caught:
@@ -175,29 +178,31 @@ def test_items(tmp_path):
     with pytest.raises(DataError, match="remove @x"):
         parse_item(f"{path}@x")
     with pytest.raises(DataError, match="empty entry"):
-        check_sources(f"{path},", ["input"])
+        check_sources(f"{path},", INPUT)
 
 
 def test_precheck_names_the_row(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": 1}, {"p": 1}])
-    with pytest.raises(DataError, match=r"^Row 1 of .*a.jsonl has no field 'q'; it has 'p'"):
-        check_source(str(path), ["q"])
+    with pytest.raises(
+        DataError, match=r"^Row 1 of .*a.jsonl has no field 'q'; it has 'p': set --input_key to one of these"
+    ):
+        check_source(str(path), {"input_key": "q"})
 
 
 def test_precheck_reads_only_the_head_of_a_large_list(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("[" + ",\n".join(json.dumps({"input": "x" * 300_000}) for _ in range(8)) + ', {"broken')
-    check_source(str(path), ["input"])
+    check_source(str(path), INPUT)
     path.write_text("[" + json.dumps({"input": "x" * 5_000_000}) + "]")
-    check_source(str(path), ["input"])
+    check_source(str(path), INPUT)
     with pytest.raises(DataError, match="no field 'label'"):
-        check_source(str(path), ["label"])
+        check_source(str(path), {"label_key": "label"})
 
 
 def test_precheck_imports_nothing_heavy(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     code = (
-        "import sys; from togi.data.precheck import check_source; check_source(sys.argv[1], ['input']);"
+        "import sys; from togi.data.precheck import check_source; check_source(sys.argv[1], {'input_key': 'input'});"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
@@ -208,11 +213,11 @@ def test_probabilities():
     assert parse_probs("0.25,0.75", 2) == [0.25, 0.75]
     assert sum(parse_probs("0.333,0.333,0.333", 3)) == pytest.approx(1)
     for text, message in {
-        "1": "1 probabilities .* for 2 data sets",
+        "1": "1 numbers for 2 data sets",
         "0.5,0.4": "sum to 0.9",
         "1.5,-0.5": "must all be positive",
         "nan,1": "must all be positive",
-        "a,b": "not comma-separated numbers",
+        "a,b": "must be comma-separated numbers",
     }.items():
         with pytest.raises(DataError, match=message):
             parse_probs(text, 2)

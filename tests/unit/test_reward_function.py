@@ -198,7 +198,7 @@ def test_close_reaps_the_workers_and_ends_calls_in_flight(tmp_path):
 
     async def close_while_scoring():
         call = asyncio.create_task(reward.score([rollout("a", "hang")]))
-        await reward.check(rollout("a"))
+        await reward.check([rollout("a")])
         pids = reward.worker_pids
         await reward.close()
         with pytest.raises(RewardError, match="killed by SIGKILL"):
@@ -325,7 +325,7 @@ def test_check_finds_a_bad_file_and_says_so_again(tmp_path):
     with closing(FunctionReward.from_file(write(tmp_path, "def score(): pass"), ONE)) as reward:
         for _ in range(2):
             with pytest.raises(RewardError) as refusal:
-                asyncio.run(reward.check(rollout("a")))
+                asyncio.run(reward.check([rollout("a")]))
             assert str(refusal.value) == (
                 f"reward_func in {tmp_path / 'my_reward.py'} does not exist: the file defines score; "
                 "define reward_func(queries, prompts, labels, **kwargs)."

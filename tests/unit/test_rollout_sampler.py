@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from togi.errors import ConfigError
-from togi.rollout.sampler import Choice, choose, distribution, invert_cdf, nucleus
+from togi.rollout.sampler import BLOCK, Choice, choose, distribution, invert_cdf, nucleus
 from togi.rollout.stops import end_token_ids
 
 LOG = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
@@ -40,9 +40,22 @@ def test_the_nucleus_is_the_fewest_ids_that_reach_top_p() -> None:
 
 
 def test_invert_cdf_by_hand_and_never_an_impossible_id() -> None:
-    logprobs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log().expand(4, -1)
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(4, -1)
     uniform = torch.tensor([0.0, 0.49, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert invert_cdf(logprobs, uniform).tolist() == [1, 1, 3, 3]
+    assert invert_cdf(probs, uniform).tolist() == [1, 1, 3, 3]
+
+
+def test_invert_cdf_over_several_blocks_agrees_with_one_cumulative_sum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(500, 3 * BLOCK + 7, generator=generator).log_softmax(-1).exp()
+    uniform = torch.rand(500, generator=generator, dtype=torch.float64)
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    expected = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+    # a sum in another order may move a draw that lies on an edge
+    assert (invert_cdf(probs, uniform) == expected).float().mean() > 0.99
+    last_block_only = torch.zeros(1, 2 * BLOCK)
+    last_block_only[0, BLOCK + 5] = 0.3
+    assert invert_cdf(last_block_only, torch.tensor([1 - 2**-53], dtype=torch.float64)).tolist() == [BLOCK + 5]
 
 
 def test_rows_are_chosen_each_in_its_own_way() -> None:

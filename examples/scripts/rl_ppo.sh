@@ -1,0 +1,5 @@
+#!/bin/sh
+# PPO: a critic, generalised advantage estimation, the KL to the start model in the reward (Schulman et al., 2017).
+set -eu
+. "$(dirname "$0")/common.sh"
+train --advantage_estimator gae --n_samples_per_prompt 4 --init_kl_coef 0.01 --lambd 0.95 --critic_learning_rate 1e-5 --save_value_network "$@"

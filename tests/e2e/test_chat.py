@@ -1,0 +1,117 @@
+"""togi chat, fed through standard input as a user types: what it prints is the model's own greedy text."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.tiny import STOP, save_tiny_model, tiny_model, tiny_tokenizer
+from togi.errors import ModelError
+from togi.model.generate import Answering, stream
+
+ROOT = Path(__file__).parents[2]
+BANNER = 'Type a message; "clear" starts anew, "exit" ends.'
+NEW_TOKENS = 12
+PRINTABLE = 94  # the tokenizer's first ids are the printable ASCII bytes
+
+
+def ascii_model() -> PreTrainedModel:
+    """A random model that prefers printable bytes, whose text survives a terminal; with this seed it also stops."""
+    model = tiny_model("llama", seed=4).eval()
+    with torch.no_grad():
+        model.lm_head.weight[PRINTABLE:256] = 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = save_tiny_model(tmp_path_factory.mktemp("model"))
+    ascii_model().save_pretrained(path)
+    return path
+
+
+def greedy(model: PreTrainedModel, *turns: str) -> str:
+    """The model's next answer after user and assistant ``turns``, by Transformers' own generate."""
+    tokenizer = tiny_tokenizer()
+    messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=STOP,
+        pad_token_id=STOP,
+    )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def chat(folder: Path, typed: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    words = ["-m", "togi", "chat", "--pretrain", str(folder), "--temperature", "0", "--max_len", str(NEW_TOKENS)]
+    return subprocess.run(
+        [sys.executable, *words, *flags], check=False, cwd=ROOT, input=typed, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_answers_history_clear_and_exit(folder: Path) -> None:
+    model = ascii_model()
+    first = greedy(model, "hello")
+    second = greedy(model, "hello", first, "again")
+    anew = greedy(model, "again")
+    assert len({first, second, anew}) == 3, "the history must matter"
+    done = chat(folder, "hello\n\nagain\nclear\nagain\nexit\nnever read\n")
+    assert done.returncode == 0, done.stderr
+    # An empty line asks again, and so does "clear": each leaves a bare prompt on the line of the next one.
+    assert done.stdout == f"{BANNER}\n> {first}\n> > {second}\n> > {anew}\n> "
+
+
+def test_end_of_input_and_a_message_that_is_too_long(folder: Path) -> None:
+    """The tiny model sees 512 positions; the refused message must not stay in the history."""
+    model = ascii_model()
+    first = greedy(model, "hello")
+    second = greedy(model, "hello", first, "again")
+    done = chat(folder, f"hello\n{'x' * 600}\nagain\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{BANNER}\n> {first}\n> \n> {second}\n> \n"
+    assert "togi: The conversation has 6" in done.stderr and "start anew" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_chat_template(folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    ascii_model().save_pretrained(bare)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare)
+    done = chat(bare, "hello\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"togi: The tokenizer of {bare} has no chat template: use an instruct model or give --tokenizer_chat_template.\n"
+    )
+
+
+def test_a_failure_while_generating_ends_the_stream() -> None:
+    how = Answering(max_new_tokens=4, temperature=0.0, top_p=1.0, stop_token_ids=(STOP,))
+    with pytest.raises(IndexError):
+        list(stream(ascii_model(), tiny_tokenizer(), [10_000], how))
+    with pytest.raises(ModelError, match="600 tokens"):
+        list(stream(ascii_model(), tiny_tokenizer(), [1] * 600, how))
+
+
+def test_leaving_the_stream_early_ends_the_generation() -> None:
+    how = Answering(max_new_tokens=400, temperature=1.0, top_p=1.0, stop_token_ids=(STOP,))
+    model = ascii_model()
+    with torch.no_grad():
+        model.lm_head.weight[STOP] = 0
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    pieces = stream(model, tiny_tokenizer(), [5, 6, 7], how)
+    next(pieces)
+    pieces.close()
+    assert len(calls) < 400
