@@ -1,6 +1,6 @@
 """Choosing the next token: temperature, nucleus, forbidden stops, and the log-prob of what was really sampled from.
 
-Shape letters: N sequences, V vocabulary. Pure functions of tensors; only the Transformers engine needs them.
+Shape letters: N sequences, V vocabulary, B blocks of W ids. Pure functions of tensors; only the Transformers engine needs them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,23 +35,39 @@ def choose(logits_NV: Tensor, choices: Sequence[Choice]) -> tuple[Tensor, Tensor
     the forbidden ids. A greedy choice reports the log-prob at temperature 1.
     """
     logprobs_NV = distribution(logits_NV, choices)
-    tokens_N = logprobs_NV.argmax(dim=-1)
     drawn = [row for row, choice in enumerate(choices) if choice.temperature > 0]
+    greedy = [row for row, choice in enumerate(choices) if choice.temperature <= 0]
+    tokens_N = torch.empty(len(choices), dtype=torch.int64, device=logits_NV.device)
+    if greedy:
+        tokens_N[greedy] = logprobs_NV[greedy].argmax(dim=-1)
     if drawn:
         uniform_n = torch.cat([torch.rand(1, generator=choices[row].generator, dtype=torch.float64) for row in drawn])
-        tokens_N[drawn] = invert_cdf(logprobs_NV[drawn], uniform_n.to(logprobs_NV.device))
+        chances_NV = logprobs_NV[drawn].exp_() if greedy else logprobs_NV.exp()
+        tokens_N[drawn] = invert_cdf(chances_NV, uniform_n.to(logits_NV.device))
     return tokens_N, logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
 
 
-def invert_cdf(logprobs_NV: Tensor, uniform_N: Tensor) -> Tensor:
+def invert_cdf(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
     """The first id whose cumulative probability exceeds a uniform number in [0, 1): a draw, never of an impossible id.
 
-    In float64, so that the tail of a large vocabulary keeps its probability.
+    First the block of ids, then the id in it: one sum over the vocabulary, and float64 (so that a long tail keeps its
+    probability) for little of it.
     """
-    cdf_NV = logprobs_NV.exp().cumsum(dim=-1, dtype=torch.float64)
-    total_N = cdf_NV[:, -1]
-    wanted_N = torch.minimum(uniform_N * total_N, torch.nextafter(total_N, torch.zeros_like(total_N)))
-    return torch.searchsorted(cdf_NV, wanted_N[:, None], right=True)[:, 0]
+    blocks_NBW = pad(probs_NV, (0, -probs_NV.shape[1] % BLOCK)).view(len(probs_NV), -1, BLOCK)
+    cdf_NB = blocks_NBW.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    wanted_N = uniform_N * cdf_NB[:, -1]
+    block_N = _first_above(cdf_NB, wanted_N)
+    before_N = pad(cdf_NB, (1, 0)).gather(1, block_N[:, None])[:, 0]
+    inside_NW = blocks_NBW[torch.arange(len(block_N), device=block_N.device), block_N].cumsum(
+        dim=-1, dtype=torch.float64
+    )
+    return block_N * BLOCK + _first_above(inside_NW, wanted_N - before_N)
+
+
+def _first_above(cdf_NX: Tensor, wanted_N: Tensor) -> Tensor:
+    """The first entry of each row above a number; rounding may have put the number at the row's end, so it is kept below."""
+    below_N = torch.minimum(wanted_N, torch.nextafter(cdf_NX[:, -1], torch.zeros_like(wanted_N)))
+    return torch.searchsorted(cdf_NX, below_N[:, None], right=True)[:, 0]
 
 
 def distribution(logits_NV: Tensor, choices: Sequence[Choice]) -> Tensor:

@@ -1,6 +1,6 @@
 """A key/value cache in which every running sequence has a row of its own, filled from position 0: no left padding.
 
-Shape letters: N rows in use, H key/value heads, C capacity in tokens, Q new tokens, D head size.
+Shape letters: N rows in use, H key/value heads, G query heads, C capacity in tokens, Q new tokens, L keys, D head size.
 
 A finished row is replaced by the last one, so the rows in use are always the first and a decode step is one plain
 batch. The layers plug into Transformers' ``Cache``; masks and positions are the caller's.
@@ -11,9 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+ATTENTION = "togi_slots"
 ROW_STEP = 16
 TOKEN_STEP = 64
 
@@ -116,3 +119,32 @@ class SlotCache:
 
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
+
+
+def _grouped_attention(
+    module: nn.Module,
+    query_NGQD: Tensor,
+    key_NHLD: Tensor,
+    value_NHLD: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """SDPA in which G query heads share H key heads; Transformers' own would copy the cache G/H times when there is a mask.
+
+    In a decode step (Q = 1) the query heads that share a key head are read as that many query positions.
+    """
+    heads = query_NGQD.shape[1]
+    if query_NGQD.shape[2] == 1:
+        query_NHgD = query_NGQD.view(len(query_NGQD), key_NHLD.shape[1], -1, query_NGQD.shape[3])
+        out_NHgD = scaled_dot_product_attention(
+            query_NHgD, key_NHLD, value_NHLD, attn_mask=attention_mask, scale=scaling
+        )
+        return out_NHgD.reshape(len(query_NGQD), 1, heads, -1), None
+    out_NGQD = scaled_dot_product_attention(
+        query_NGQD, key_NHLD, value_NHLD, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+    )
+    return out_NGQD.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _grouped_attention)

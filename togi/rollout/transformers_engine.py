@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from togi.errors import ConfigError
+from togi.errors import ConfigError, ModelError
 from togi.model.checkpoint import expected_manifest
 from togi.model.weights import Bucket
 from togi.rollout.engine import EngineSettings
 from togi.rollout.sampler import Choice, choose
-from togi.rollout.slot_cache import SlotCache
+from togi.rollout.slot_cache import ATTENTION, SlotCache
 from togi.rollout.stops import end_token_ids
 from togi.rollout.threaded import Finished, ThreadedEngine
 from togi.sample import FinishReason, Sampling
@@ -115,7 +115,10 @@ class TransformersCore:
     @torch.inference_mode()
     def score(self, tokens: tuple[int, ...]) -> list[float]:
         ids_1T = torch.tensor([tokens], device=self._device)
-        logits_TV = self._model(input_ids=ids_1T, use_cache=False).logits[0, :-1]
+        positions_1T = torch.arange(len(tokens), device=self._device)[None]
+        masks = self._masks.build(positions_1T, len(tokens))
+        output = self._model(input_ids=ids_1T, attention_mask=masks, position_ids=positions_1T, use_cache=False)
+        logits_TV = output.logits[0, :-1]
         scores: list[float] = []
         for start in range(0, len(logits_TV), SCORED_AT_ONCE):
             part_tV = logits_TV[start : start + SCORED_AT_ONCE].float().log_softmax(dim=-1)
@@ -154,7 +157,10 @@ class TransformersCore:
             **arguments,
         )
         if info["missing_keys"]:
-            raise ConfigError(f"the checkpoint {folder!r} lacks {', '.join(sorted(info['missing_keys'])[:5])}")
+            raise ModelError(f"the checkpoint {folder!r} lacks {', '.join(sorted(info['missing_keys'])[:5])}")
+        model.set_attn_implementation(
+            ATTENTION
+        )  # only now: Transformers refuses models that cannot use SDPA, as ours is
         loaded: PreTrainedModel = model.requires_grad_(False).eval().to(self._device)
         return loaded
 
@@ -247,6 +253,8 @@ class Masks:
                 f"--rollout_engine transformers cannot run layers of kind {', '.join(sorted(kinds - KNOWN_LAYERS))}: "
                 "use --rollout_engine vllm"
             )
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            raise ConfigError("--rollout_engine transformers cannot cap attention logits: use --rollout_engine vllm")
         window = getattr(config, "sliding_window", None) or 0
         if kinds and "sliding_attention" not in kinds:
             return cls(0, mixed=False)
