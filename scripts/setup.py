@@ -46,22 +46,14 @@ def main() -> int:
 def install_cpu(python: Path) -> None:
     """torch's CPU build, then every other package at its tested version, then this project."""
     say(f"installing torch {TORCH} (CPU build)")
-    if not pip(python, "--no-deps", f"torch=={TORCH}+cpu", check=False):
+    wanted = f"torch=={TORCH}"
+    if not pip(python, "--no-deps", f"{wanted}+cpu", check=False):
         # The package index that pip asks has no CPU build; uv knows where PyTorch publishes it.
         pip(python, "uv")
-        run(
-            python,
-            "-m",
-            "uv",
-            "pip",
-            "install",
-            "--no-deps",
-            "--torch-backend",
-            "cpu",
-            "--python",
-            str(python),
-            f"torch=={TORCH}",
-        )
+        uv = ("-m", "uv", "pip", "install", "--no-deps", "--torch-backend", "cpu", "--python", str(python), wanted)
+        if not run(python, *uv, check=False):
+            say("no CPU build of torch can be reached: taking the default build, which is several GB")
+            pip(python, wanted)
     say("installing the tested versions of all other packages")
     pip(python, "--no-deps", "-r", str(LOCK))
     pip(python, "--no-deps", "--no-build-isolation", "-e", str(ROOT))

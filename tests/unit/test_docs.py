@@ -1,0 +1,58 @@
+"""What the documentation says must be so: links lead somewhere, commands parse, targets exist, examples are tested."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_rl_run import EXAMPLES
+from togi.cli.main import COMMANDS
+from togi.config.checks import check_rl
+from togi.config.parse import parse
+from togi.config.rl import RLConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_lines(page: Path) -> list[str]:
+    """Commands of the indented code blocks, with continued lines joined."""
+    text = page.read_text().replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.startswith("    ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_real(page: Path) -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in code_lines(page):
+        words = shlex.split(line, comments=True) if line.startswith(("make ", "togi ")) else []
+        if words[:1] == ["make"]:
+            assert words[1] in targets, line
+        elif words[:1] == ["togi"]:
+            assert words[1] in COMMANDS, line
+            if words[1] == "rl" and "--help" not in words:
+                check_rl(parse(RLConfig, words[2:], "rl").config)
+
+
+def test_every_script_is_in_the_readme_and_in_the_tests() -> None:
+    scripts = {path.name for path in (ROOT / "examples" / "scripts").glob("rl_*.sh")}
+    readme = (ROOT / "README.md").read_text()
+    assert scripts == set(EXAMPLES)
+    assert all(f"examples/scripts/{name}" in readme for name in scripts)
+
+
+def test_established_flags_in_code_spans_exist() -> None:
+    """A flag that a page names in backticks is one of ours (dropped ones are written without dashes)."""
+    for page in PAGES:
+        for flag in re.findall(r"`--([a-z_]+)", page.read_text()):
+            known = flag.removeprefix("no_") in RLConfig.model_fields or flag in ("config", "help")
+            assert known, f"{page.name}: --{flag}"
