@@ -1,3 +1,72 @@
-"""Togi (研ぎ, "polishing"): train language models from human and verifiable feedback."""
+"""Togi (研ぎ, "polishing"): train language models from human and verifiable feedback.
+
+The command ``togi`` and this package are the same thing: every flag of ``togi rl`` is a keyword of ``togi.rl``.
+Importing it is light; torch comes with the first run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from togi.recipes.rl import Result
 
 __version__ = "0.1.0"
+__all__ = ["rl"]
+
+
+def rl(*, reward: Callable[..., Any] | None = None, **settings: Any) -> Result:
+    """Online RL of a language model: ``togi rl`` from Python.
+
+    ``settings`` are the flags by their flat names (``togi rl --help`` lists them); whatever is left out has its default.
+    ``reward`` is a Python function in place of ``reward_func``; its arguments are those of a reward file::
+
+        import togi
+
+        def short(queries, prompts, labels):
+            return [-len(query) / 1000 for query in queries]
+
+        result = togi.rl(
+            pretrain="HuggingFaceTB/SmolLM2-135M-Instruct",
+            prompt_data="prompts.jsonl",
+            input_key="prompt",
+            apply_chat_template=True,
+            reward=short,
+            advantage_estimator="group_norm",
+            n_samples_per_prompt=8,
+            rollout_batch_size=16,
+            init_kl_coef=0,
+        )
+        print(result.model, result.report)
+
+    Returns where the run left what (``togi.recipes.rl.Result``). Raises ``togi.errors.UserError`` with one sentence for
+    what the user can mend.
+    """
+    from togi.config.parse import Source, build
+    from togi.config.rl import RLConfig
+    from togi.errors import ConfigError
+    from togi.recipes.start import start_rl
+
+    if reward is not None and not callable(reward):
+        raise ConfigError(
+            f"reward must be a function of (queries, prompts, labels), not {type(reward).__name__}: "
+            "for a file use reward_func."
+        )
+    if _in_event_loop():
+        raise ConfigError(
+            "togi.rl cannot run inside a running event loop, as in a notebook: write "
+            "await asyncio.to_thread(togi.rl, ...) with the same arguments."
+        )
+    parsed = build(RLConfig, settings, dict.fromkeys(settings, Source.PYTHON))
+    return start_rl(parsed, reward=reward)
+
+
+def _in_event_loop() -> bool:
+    import asyncio
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -1,8 +1,8 @@
 """The errors Togi raises on purpose.
 
 A ``UserError`` is the user's mistake: its message is one clear sentence that names the flag, row or function,
-what is wrong and what to do, and the command line prints it without a traceback. Everything else that
-escapes is a defect of ours.
+what is wrong and what to do, and the command line prints it without a traceback. A ``RunError`` is a run
+that broke: the command line prints what failed first. Everything else that escapes is a defect of ours.
 """
 
 
@@ -30,7 +30,15 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written here, or that belongs to another run."""
 
 
-class WeightSyncError(RuntimeError):
+class RunError(RuntimeError):
+    """Something broke while a run was going on: the message says which process, doing what, and why."""
+
+
+class WorkerError(RunError):
+    """A worker process that failed or died. The message names it and holds its traceback."""
+
+
+class WeightSyncError(RunError):
     """A weight update that was refused or not finished: names, shapes, dtypes or the deadline differ."""
 
 
@@ -38,5 +46,5 @@ class EngineUnavailableError(UserError):
     """A generation engine whose package is not installed. The message says what to install."""
 
 
-class RolloutError(RuntimeError):
+class RolloutError(RunError):
     """An environment that failed on a prompt. The message names prompt, group and sample; the cause is chained."""

@@ -55,7 +55,13 @@ def greedy(model: PreTrainedModel, *turns: str) -> str:
 def chat(folder: Path, typed: str, *flags: str) -> subprocess.CompletedProcess[str]:
     words = ["-m", "togi", "chat", "--pretrain", str(folder), "--temperature", "0", "--max_len", str(NEW_TOKENS)]
     return subprocess.run(
-        [sys.executable, *words, *flags], check=False, cwd=ROOT, input=typed, capture_output=True, text=True, timeout=120
+        [sys.executable, *words, *flags],
+        check=False,
+        cwd=ROOT,
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 

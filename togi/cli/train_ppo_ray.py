@@ -8,19 +8,14 @@ from collections.abc import Sequence
 from togi.cli.main import run as run_module
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
+from togi.recipes.start import start_rl
 
 COMMAND = "rl"
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command. Raises UserError for the user's mistakes."""
-    parsed = parse(RLConfig, argv, COMMAND)
-    from togi.recipes import preflight
-
-    preflight.check(parsed.config, reward_given=False)
-    from togi.recipes.rl import run
-
-    result = run(parsed, argv=argv, announce=lambda line: print(line, flush=True))
+    result = start_rl(parse(RLConfig, argv, COMMAND), argv=argv, announce=lambda line: print(line, flush=True))
     for evaluation in result.evaluations:
         when = "before training" if evaluation.step == 0 else f"after {evaluation.step} rollouts"
         print(f"held-out reward {when}: {evaluation.reward:.3f} +- {evaluation.stderr:.3f} (standard error)")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from togi.config.fields import Count, Settings, flag
+from togi.config.fields import Count, PathText, Settings, flag
 
 
 class ChatConfig(Settings):
     """Talk to a model in the terminal. "clear" starts anew, "exit" ends."""
 
-    pretrain: str = flag("", "Model folder or hub name. Required.")
+    pretrain: PathText = flag("", "Model folder or hub name. Required.")
     bf16: bool = flag(False, "Run in bfloat16.")
     max_len: Count = flag(1024, "At most this many new tokens per answer.")
     temperature: float = flag(0.2, "Sampling temperature; 0 is greedy.", ge=0)

@@ -17,12 +17,20 @@ def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
     ``reward_given``: the reward is a Python function passed in code, not a flag.
     """
     has_reward = reward_given or config.reward_file is not None or config.reward_pretrain is not None
+    if reward_given and config.reward_file is not None:
+        raise ConfigError("A reward function was passed and --reward_func is set too: leave one of them out.")
     checks: Iterable[Check] = (_required, _data, _reward, _rollout, _algorithm, _training, _placement, _output)
     for check in checks:
         for message in check(config):
             raise ConfigError(message)
     if not has_reward:
         raise ConfigError("There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, or both.")
+
+
+def template_problems(input_template: str) -> Iterator[str]:
+    """What is wrong with an ``--input_template``."""
+    if input_template.count("{}") != 1:
+        yield f"--input_template must contain {{}} exactly once, where the prompt goes, but is {input_template!r}."
 
 
 def _required(c: RLConfig) -> Iterator[str]:
@@ -35,19 +43,17 @@ def _required(c: RLConfig) -> Iterator[str]:
 def _data(c: RLConfig) -> Iterator[str]:
     if c.input_template is not None and c.apply_chat_template:
         yield "--input_template and --apply_chat_template exclude each other: leave one of them out."
-    if c.input_template is not None and c.input_template.count("{}") != 1:
-        yield f"--input_template must contain {{}} exactly once, where the prompt goes, but is {c.input_template!r}."
+    if c.input_template is not None:
+        yield from template_problems(c.input_template)
     if c.input_template is not None and "\\n" in c.input_template:
         yield "--input_template contains a backslash followed by n: write a real line break, in bash $'...\\n...'."
     if c.tokenizer_chat_template is not None and not c.apply_chat_template:
         yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."
-    if c.prompt_data_probs is not None:
-        items, probs = c.prompt_data.split(","), c.prompt_data_probs.split(",")
-        if len(items) != len(probs):
-            yield (
-                f"--prompt_data_probs has {len(probs)} numbers but --prompt_data has {len(items)} sets: "
-                "give one probability per set."
-            )
+    if c.tokenizer_chat_template is not None and "{" not in c.tokenizer_chat_template:
+        yield (
+            f"--tokenizer_chat_template {c.tokenizer_chat_template!r} is no Jinja template: give its text, "
+            'in bash "$(cat FILE)".'
+        )
     if c.max_len is not None and c.max_len < c.prompt_max_len + c.generate_max_len:
         yield (
             f"--max_len {c.max_len} is less than --prompt_max_len {c.prompt_max_len} + --generate_max_len "
@@ -140,6 +146,8 @@ def _training(c: RLConfig) -> Iterator[str]:
             f"--max_tokens_per_gpu {c.max_tokens_per_gpu} is less than the longest sequence (--prompt_max_len "
             f"{c.prompt_max_len} + --generate_max_len {c.generate_max_len}): raise it or lower one of the others."
         )
+    if not all(0 <= beta < 1 for beta in c.adam_betas):
+        yield f"--adam_betas {c.adam_betas[0]:g} {c.adam_betas[1]:g} must both be at least 0 and below 1."
     if c.eval_at_start and c.eval_dataset is None:
         yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -22,9 +23,17 @@ def _integral(value: Any) -> Any:
     return value
 
 
+def _path(value: Any) -> Any:
+    """A ``pathlib`` path as text, and ~ as the home folder: a YAML file has no shell to do that."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111  an unknown ~user stays
+
+
 Int = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[Int, Field(ge=1)]
 CountOrAuto = Count | Literal["auto"]
+PathText = Annotated[str, BeforeValidator(_path)]
 
 
 class Settings(BaseModel):

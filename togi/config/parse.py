@@ -8,20 +8,38 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from togi.config.fields import Settings, is_later
 from togi.errors import ConfigError
 
 C = TypeVar("C", bound=Settings)
+SHOWN_CHARACTERS = 80
+# Pydantic's kinds of errors by the start of their names, in the words of this program.
+_RULES = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "bool_": "true or false",
+    "string_": "text",
+    "tuple_": "a list",
+    "missing": "a list with more numbers",
+    "too_long": "a list of {max_length}",
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "greater than {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "less than {lt:g}",
+}
 
 
 class Source(StrEnum):
@@ -42,7 +60,9 @@ class Parsed(Generic[C]):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message[:1].upper() + message[1:] + ".")
+        if found := re.match(r"argument --(?P<name>\w+): ignored explicit argument", message):
+            raise ConfigError(_no_value(found["name"]))
+        raise ConfigError(message.removeprefix("argument ") + ".")
 
 
 def parse(config_class: type[C], argv: Sequence[str], command: str) -> Parsed[C]:
@@ -51,7 +71,11 @@ def parse(config_class: type[C], argv: Sequence[str], command: str) -> Parsed[C]
     Raises ConfigError with one sentence for the first thing that is wrong.
     """
     parser = build_parser(config_class, command)
-    known, unknown = parser.parse_known_args(list(argv))
+    words = list(argv)
+    known, unknown = parser.parse_known_args(words)
+    for before, word in pairwise(words):
+        if word in unknown and not word.startswith("-") and _is_switch(before.removeprefix("--"), config_class):
+            raise ConfigError(_no_value(before.removeprefix("--")))
     if unknown:
         raise ConfigError(_unknown(unknown[0], config_class, prefix="--"))
     given = {name: value for name, value in vars(known).items() if value is not None and name != "config"}
@@ -72,7 +96,7 @@ def build(config_class: type[C], values: Mapping[str, Any], sources: Mapping[str
     for name in values:
         default = config_class.model_fields[name].default
         if is_later(config_class, name) and getattr(config, name) != default:
-            raise ConfigError(f"--{name} is not supported yet; leave it out (its default is {default!r}).")
+            raise ConfigError(f"--{name} is not supported yet: leave it out (its default is {_shown(default)}).")
     every = {name: sources.get(name, Source.DEFAULT) for name in config_class.model_fields}
     return Parsed(config, every)
 
@@ -80,19 +104,34 @@ def build(config_class: type[C], values: Mapping[str, Any], sources: Mapping[str
 def read_file(path: Path, config_class: type[Settings]) -> dict[str, Any]:
     """The flat mapping in a YAML file."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, names = yaml.safe_load(text), _names(text)
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from None
-    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} cannot be read ({error.strerror}): give the path of a YAML file.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path} is not UTF-8 text: give the path of a YAML file.") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        raise ConfigError(f"--config {path} is not valid YAML: {error.problem} in line {line}; correct it.") from None
+    except yaml.YAMLError as error:  # characters that YAML does not allow
         raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} must be a mapping of flag names to values.")
+        raise ConfigError(f"--config {path} must be a mapping of flag names to values, such as seed: 1.")
     for name in content:
         if name not in config_class.model_fields:
-            raise ConfigError(f"In --config {path}: " + _unknown(str(name), config_class, prefix=""))
+            raise ConfigError(f"--config {path}: " + _unknown(str(name), config_class, prefix=""))
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--config {path} sets {name} more than once: leave one of them.")
     return content
+
+
+def _names(text: str) -> list[str]:
+    """The keys of a YAML mapping as written: YAML itself lets the last of several equal ones win."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    return [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
 
 
 def build_parser(config_class: type[Settings], command: str) -> argparse.ArgumentParser:
@@ -178,6 +217,15 @@ def _unknown(word: str, config_class: type[Settings], prefix: str) -> str:
     return f"Unknown {kind} {prefix}{name.lstrip('-')}{hint}"
 
 
+def _is_switch(name: str, config_class: type[Settings]) -> bool:
+    fields = config_class.model_fields
+    return name in fields and fields[name].annotation is bool
+
+
+def _no_value(name: str) -> str:
+    return f"--{name} takes no value: write --{name} to turn it on or --no_{name} to turn it off."
+
+
 def nearest(word: str, names: Iterable[str]) -> str | None:
     """The most similar of ``names``, or None when nothing is similar."""
     matches = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
@@ -185,9 +233,24 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 
 
 def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
-    first = error.errors(include_url=False)[0]
-    name = str(first["loc"][0])
-    message = str(first["msg"]).rstrip(".")
+    """The first wrong value in words. The members of a union complain one by one; together they are one rule."""
+    errors = error.errors(include_url=False)
+    name = str(errors[0]["loc"][0])
+    rules = dict.fromkeys(_rule(each) for each in errors if each["loc"][0] == name)
     given = values[name]
-    words = " ".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
-    return f"--{name} {words}: {message[:1].lower()}{message[1:]}."
+    words = (
+        " ".join(map(str, given)) if isinstance(given, list | tuple) else "(no value)" if given is None else str(given)
+    )
+    shown = words if len(words) <= SHOWN_CHARACTERS else f"{words[:SHOWN_CHARACTERS]}..."
+    return f"--{name} {shown}: must be {' or '.join(rules)}."
+
+
+def _rule(error: ErrorDetails) -> str:
+    """What a value must be, as the end of a sentence."""
+    kind, limits = error["type"], error.get("ctx", {})
+    if kind in ("enum", "literal_error"):
+        return str(limits["expected"]).replace("'", "")
+    for start, rule in _RULES.items():
+        if kind.startswith(start):
+            return rule.format(**limits)
+    return str(error["msg"]).removeprefix("Input should be ")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 from togi.config.choices import AdvantageEstimator, Aggregation, EngineName, KLEstimator
-from togi.config.fields import Count, CountOrAuto, Int, Settings, flag, later
+from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, later
 from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
 
 
 class PromptSettings(Settings):
     """Prompts"""
 
-    prompt_data: str = flag(
+    prompt_data: PathText = flag(
         "", "Prompt sets: comma-separated files, folders or hub names, each optionally name@dir. Required."
     )
     prompt_data_probs: str | None = flag(
@@ -92,7 +92,7 @@ class RLTrainSettings(Settings):
     max_steps: Int = flag(-1, "Stop after this many rollouts; -1: after all episodes.")
     actor_learning_rate: float = flag(1e-6, "Peak learning rate of the actor.", ge=0)
     critic_learning_rate: float = flag(9e-6, "Peak learning rate of the critic.", ge=0)
-    critic_pretrain: str | None = flag(
+    critic_pretrain: PathText | None = flag(
         None, "Model the critic starts from; default --reward_pretrain, else --pretrain."
     )
     value_head_prefix: str = flag("score", "Attribute name of the scalar head; a model's own config wins.")
@@ -102,9 +102,11 @@ class RLTrainSettings(Settings):
 class RewardSettings(Settings):
     """Reward"""
 
-    reward_func: str | None = flag(None, "Python file that defines reward_func(queries, prompts, labels).")
-    remote_rm_url: str | None = flag(None, "Established name: a .py path is --reward_func; URLs are not supported yet.")
-    reward_pretrain: str | None = flag(None, "Local reward model with a scalar head.")
+    reward_func: PathText | None = flag(None, "Python file that defines reward_func(queries, prompts, labels).")
+    remote_rm_url: PathText | None = flag(
+        None, "Established name: a .py path is --reward_func; URLs are not supported yet."
+    )
+    reward_pretrain: PathText | None = flag(None, "Local reward model with a scalar head.")
     normalize_reward: bool = flag(False, "Standardise the reward model's output with the mean and std of its config.")
     reward_timeout: float = flag(60.0, "Seconds one call of the reward function may take before it is stopped.", gt=0)
     reward_workers: Count = flag(2, "Processes that run the reward function.")
@@ -132,7 +134,7 @@ class PlacementSettings(Settings):
 class EvaluationSettings(Settings):
     """Evaluation"""
 
-    eval_dataset: str | None = flag(None, "Held-out prompt sets, with the same keys as --prompt_data.")
+    eval_dataset: PathText | None = flag(None, "Held-out prompt sets, with the same keys as --prompt_data.")
     eval_split: str = flag("train", "Split of the evaluation sets.")
     eval_steps: Int = flag(-1, "Evaluate every N rollouts; -1: at the end of each episode.")
     eval_at_start: bool = flag(False, "Also evaluate before the first update.")
@@ -154,7 +156,7 @@ class RLConfig(
 ):
     """Online RL of a language model."""
 
-    ckpt_path: str = flag("./ckpt/checkpoints_ppo_ray", "Folder of resumable checkpoints.")
+    ckpt_path: PathText = flag("./ckpt/checkpoints_ppo_ray", "Folder of resumable checkpoints.")
     wandb_project: str = flag("togi_rl", "Weights & Biases project.")
 
     @property

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from togi.config.choices import BackendName, Scheduler
-from togi.config.fields import Count, Int, Settings, flag, later
+from togi.config.fields import Count, Int, PathText, Settings, flag, later
 
 
 class ModelSettings(Settings):
     """Model"""
 
-    pretrain: str = flag("", "Model to train: a Hugging Face folder or hub name. Required.")
+    pretrain: PathText = flag("", "Model to train: a Hugging Face folder or hub name. Required.")
     bf16: bool = flag(False, "Compute in bfloat16; the master weights stay float32.")
     flash_attn: bool = flag(
         False, "Use FlashAttention where the device has it (CUDA); elsewhere segments run through SDPA."
@@ -69,9 +69,9 @@ class TrainSettings(Settings):
 class OutputSettings(Settings):
     """Output"""
 
-    run_dir: str | None = flag(None, "Folder of everything the run leaves behind; default runs/<command>-<time>.")
-    save_path: str = flag("./ckpt", "Folder of the final model in Hugging Face format.")
-    ckpt_path: str = flag("./ckpt/checkpoints", "Folder of resumable checkpoints.")
+    run_dir: PathText | None = flag(None, "Folder of everything the run leaves behind; default runs/<command>-<time>.")
+    save_path: PathText = flag("./ckpt", "Folder of the final model in Hugging Face format.")
+    ckpt_path: PathText = flag("./ckpt/checkpoints", "Folder of resumable checkpoints.")
     save_steps: Int = flag(-1, "Write a checkpoint every N steps (RL: rollouts); -1 never.")
     save_hf_ckpt: bool = flag(False, "With each checkpoint also write the model in Hugging Face format.")
     disable_ds_ckpt: bool = flag(False, "Do not write the resumable part of checkpoints (needs --save_hf_ckpt).")
@@ -87,4 +87,4 @@ class OutputSettings(Settings):
     wandb_group: str | None = flag(None, "Weights & Biases group.")
     wandb_project: str = flag("togi", "Weights & Biases project.")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name; default: the run folder's name.")
-    use_tensorboard: str | None = flag(None, "TensorBoard folder.")
+    use_tensorboard: PathText | None = flag(None, "TensorBoard folder.")

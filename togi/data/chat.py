@@ -8,23 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2.exceptions import TemplateError
-from transformers import AutoTokenizer, GenerationConfig
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from togi.config.checks import template_problems
 from togi.errors import DataError
 
 SHOWN_CHARACTERS = 80
+
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 
 def load_tokenizer(path: str, *, chat_template: str | None, trust_remote_code: bool) -> Tokenizer:
     """The tokenizer of a folder or hub name; ``chat_template`` (Jinja text) replaces its own. Raises DataError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise DataError(f"No tokenizer can be loaded from {path} ({_one_line(error)}): check the path.") from None
+    except Exception as error:  # noqa: BLE001  the files are the user's, and each tokenizer class fails in its own way
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise DataError(f"No tokenizer can be loaded from {path} ({reason}): check its tokenizer files.") from None
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
@@ -38,10 +41,8 @@ def check_rendering(tokenizer: Tokenizer, *, apply_chat_template: bool, input_te
             "--apply_chat_template needs a chat template but the tokenizer has none: use an instruct model, give "
             "--tokenizer_chat_template, or leave the flag out."
         )
-    if input_template is not None and input_template.count("{}") != 1:
-        raise DataError(
-            f"--input_template must contain {{}} exactly once, where the prompt goes, but is {input_template!r}."
-        )
+    for problem in template_problems(input_template) if input_template is not None else ():
+        raise DataError(problem)
     plain = tokenizer("a")["input_ids"]
     if not apply_chat_template and plain[-1] == tokenizer.eos_token_id:
         raise DataError(

@@ -85,7 +85,7 @@ def parse_item(text: str) -> Item:
         return _folder(text, path / data_dir)
     looks_local = path.suffix.lower() in FORMATS or name[0] in "./~" or not _HUB_NAME.fullmatch(name)
     if looks_local:
-        raise DataError(f"There is no file or folder {path}: check the path of the data set {text!r}.")
+        raise DataError(f"There is no file or folder {path}: check the path.")
     return Item(text, Kind.HUB, name, data_dir)
 
 
@@ -141,7 +141,8 @@ def _file(text: str, path: Path, data_dir: str) -> Item:
     if data_dir:
         raise DataError(f"{text!r} gives a data_dir for the single file {path}: remove @{data_dir}.")
     if path.suffix.lower() not in FORMATS:
-        raise DataError(f"{path} has the unknown extension {path.suffix!r}: supported are {SUPPORTED}.")
+        problem = f"has the unknown extension {path.suffix}" if path.suffix else "has no extension"
+        raise DataError(f"{path} {problem}: data files end in {SUPPORTED}.")
     return Item(text, Kind.FILE, str(path))
 
 

@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.data.items import DEFAULT_SPLIT
+from togi.data.precheck import parse_probs
 from togi.data.source import Source, load_source
-from togi.errors import DataError
 
 DRAW = 1000
-PROBABILITY_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +61,6 @@ def load_mixture(
     sizes = [len(source.rows) for source in sources]
     places = concatenate(sizes, max_samples) if weights is None else interleave(sizes, weights, seed, max_samples)
     return Mixture(sources, _count_repeats(places))
-
-
-def parse_probs(text: str, sets: int) -> list[float]:
-    """Comma-separated positive probabilities that sum to 1, one per set. Raises DataError."""
-    parts = text.split(",")
-    if len(parts) != sets:
-        raise DataError(f"There are {len(parts)} probabilities ({text}) for {sets} data sets: give one per set.")
-    try:
-        values = [float(part) for part in parts]
-    except ValueError:
-        raise DataError(
-            f"The probabilities {text!r} are not comma-separated numbers: write for example 0.7,0.3."
-        ) from None
-    if not all(value > 0 for value in values):
-        raise DataError(f"The probabilities {text} must all be positive: leave out a set that is not to be used.")
-    if abs(sum(values) - 1) > PROBABILITY_TOLERANCE:
-        raise DataError(f"The probabilities {text} sum to {sum(values):g}: make them sum to 1.")
-    return [value / sum(values) for value in values]
 
 
 def concatenate(sizes: Sequence[int], max_samples: int) -> NDArray[np.int64]:

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from togi.data.items import DEFAULT_SPLIT, FORMATS, Item, Kind, choose_split, listed, parse_item, split_files
 from togi.data.tables import read_head
 from togi.errors import DataError
 
 HEAD_ROWS = 16
+PROBABILITY_TOLERANCE = 1e-3
 
 
-def check_sources(text: str, required_keys: Sequence[str], split: str = DEFAULT_SPLIT) -> None:
+def check_sources(text: str, required: Mapping[str, str], split: str = DEFAULT_SPLIT) -> None:
     """``check_source`` for each entry of a comma-separated list."""
     for part in text.split(","):
-        check_source(part, required_keys, split)
+        check_source(part, required, split)
 
 
-def check_source(text: str, required_keys: Sequence[str], split: str = DEFAULT_SPLIT) -> None:
-    """Raise DataError if the data set ``name[@data_dir]`` is missing, is empty or lacks a field. A hub name passes."""
+def check_source(text: str, required: Mapping[str, str], split: str = DEFAULT_SPLIT) -> None:
+    """Raise DataError if the data set ``name[@data_dir]`` is missing, is empty or lacks a field. A hub name passes.
+
+    ``required``: the field that each flag names, such as {"input_key": "question"}.
+    """
     item = parse_item(text)
     if item.kind is Kind.HUB:
         return
@@ -33,17 +38,33 @@ def check_source(text: str, required_keys: Sequence[str], split: str = DEFAULT_S
     if not rows:
         raise no_rows(item.text)
     for number, fields in enumerate(rows):
-        for key in required_keys:
+        for flag, key in required.items():
             if key not in fields:
-                raise missing_field(f"Row {number} of {item.text}", key, fields)
+                raise missing_field(f"Row {number} of {item.text}", flag, key, fields)
 
 
-def missing_field(where: str, key: str, fields: Iterable[str]) -> DataError:
-    """The error for a field that is not there: names what there is and the nearest name."""
+def missing_field(where: str, flag: str, key: str, fields: Iterable[str]) -> DataError:
+    """The error for a field that is not there: names what there is, and the nearest name for the flag."""
     names = list(fields)
     near = difflib.get_close_matches(key, names, n=1)
-    way_out = f"did you mean {near[0]!r}?" if near else "set the flag that names the field to one of these."
+    way_out = f"did you mean --{flag} {near[0]}?" if near else f"set --{flag} to one of these."
     return DataError(f"{where} has no field {key!r}; it has {listed(names)}: {way_out}")
+
+
+def parse_probs(text: str, sets: int, flag: str = "probs") -> list[float]:
+    """Comma-separated positive probabilities that sum to 1, one per set. Raises DataError, which starts with ``flag``."""
+    parts = text.split(",")
+    if len(parts) != sets:
+        raise DataError(f"{flag} {text} has {len(parts)} numbers for {sets} data sets: give one probability per set.")
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        raise DataError(f"{flag} {text} must be comma-separated numbers, such as 0.7,0.3.") from None
+    if not all(value > 0 for value in values):
+        raise DataError(f"{flag} {text} must all be positive: leave out a set that is not to be used.")
+    if abs(sum(values) - 1) > PROBABILITY_TOLERANCE:
+        raise DataError(f"{flag} {text} sum to {sum(values):g}: make them sum to 1.")
+    return [value / sum(values) for value in values]
 
 
 def no_rows(name: str) -> DataError:
@@ -104,15 +125,20 @@ def _arrow_fields(path: Path) -> list[Sequence[str]]:
 
 def _saved_fields(folder: Path, split: str) -> list[Sequence[str]]:
     """A folder written by ``save_to_disk``: one folder a split, or the rows of the only one."""
-    index = folder / "dataset_dict.json"
-    if index.is_file():
-        splits = {name: folder / name for name in json.loads(index.read_text(encoding="utf-8"))["splits"]}
-        folder = choose_split(str(folder), splits, split)
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    for file in state["_data_files"]:
+    if (folder / "dataset_dict.json").is_file():
+        names = _saved_list(folder / "dataset_dict.json", "splits")
+        folder = choose_split(str(folder), {name: folder / name for name in names}, split)
+    for file in _saved_list(folder / "state.json", "_data_files"):
         if fields := _arrow_fields(folder / file["filename"]):
             return fields
     return []
+
+
+def _saved_list(path: Path, key: str) -> list[Any]:
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))[key])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(path, error) from None
 
 
 def unreadable(path: Path | str, error: Exception) -> DataError:

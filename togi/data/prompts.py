@@ -155,9 +155,9 @@ def _render_source(
 
 def _text(row: Row, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> str:
     """The rendered prompt of a row, "" if it is empty."""
-    for key in (spec.input_key, spec.label_key):
+    for flag, key in (("input_key", spec.input_key), ("label_key", spec.label_key)):
         if key is not None and key not in row:
-            raise missing_field(where, key, row)
+            raise missing_field(where, flag, key, row)
     value = row[spec.input_key]
     if value is None or (isinstance(value, str) and not value.strip()) or value == []:
         return ""

@@ -3,46 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Event
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 from transformers.utils import logging as hf_logging
+
+from togi.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """How an answer is drawn. ``temperature`` 0 is greedy; ``top_p`` is not used then."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    stop_token_ids: tuple[int, ...]
 
 
 def load_generator(path: str, *, bf16: bool, trust_remote_code: bool) -> PreTrainedModel:
-    """A causal language model for generation, on the accelerator if there is one."""
+    """A causal language model for generation, on the accelerator if there is one. Raises ModelError."""
     hf_logging.disable_progress_bar()
     dtype = torch.bfloat16 if bf16 else torch.float32
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"No language model can be loaded from {path}: {' '.join(str(error).split())}") from None
     accelerator = torch.accelerator.current_accelerator()
     return model.eval() if accelerator is None else model.eval().to(accelerator)
 
 
 def stream(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: Sequence[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], how: Answering
 ) -> Iterator[str]:
-    """Pieces of text as they are generated. ``temperature`` 0 is greedy."""
+    """Pieces of text as they are generated, without special tokens.
+
+    Raises ModelError before the first piece if ``tokens`` leave no position for an answer; one that reaches the
+    model's last position ends there.
+    """
+    room = positions(model) - len(tokens)
+    if room < 1:
+        raise ModelError(f"The conversation has {len(tokens)} tokens, all that the model can see: start anew.")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = torch.tensor([list(tokens)], device=model.device)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
+    # What a model folder sets for sampling (top_k and the like) stays, except where it would contradict greedy.
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if how.temperature > 0:
+        sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p}
     arguments = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "streamer": streamer,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": min(how.max_new_tokens, room),
+        "eos_token_id": list(how.stop_token_ids),
+        "pad_token_id": how.stop_token_ids[0],
         **sampling,
     }
-    thread = Thread(target=model.generate, kwargs=arguments, daemon=True)
-    thread.start()
-    yield from streamer
-    thread.join()
+    stop = _Stop()
+    with ThreadPoolExecutor(1, thread_name_prefix="generate") as threads:
+        done = threads.submit(_generate, model, arguments | {"stopping_criteria": StoppingCriteriaList([stop])})
+        try:
+            yield from streamer
+        finally:
+            stop.asked.set()  # the reader may leave early, by Ctrl-C
+        done.result()
+
+
+def positions(model: PreTrainedModel) -> int:
+    """The longest sequence the model was made for, in tokens."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) else 2**31
+
+
+def _generate(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    try:
+        model.generate(**arguments)
+    except BaseException:
+        arguments["streamer"].end()  # else the reader would wait for ever
+        raise
+
+
+class _Stop(StoppingCriteria):  # type: ignore[misc]
+    """Ends the generation at its next token once ``asked`` is set."""
+
+    def __init__(self) -> None:
+        self.asked = Event()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.asked.is_set(), device=input_ids.device)

@@ -88,6 +88,12 @@ def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
         raise ModelError(f"cannot read a model config from {path!r}: {str(error).splitlines()[0]}") from error
 
 
+def check_causal_lm(path: str, *, flash_attn: bool, trust_remote_code: bool = False) -> None:
+    """Raise ModelError for what config.json alone tells about a model that cannot be trained. Loads no weights."""
+    config = read_config(path, trust_remote_code)
+    _refuse(AutoModelForCausalLM, _Reading(path, config, torch.float32, flash_attn, trust_remote_code))
+
+
 def skeleton(
     auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -110,8 +116,8 @@ class _Reading:
     optional: frozenset[str] = frozenset()
 
 
-def _load(auto_class: Any, read: _Reading) -> PreTrainedModel:
-    attention = _attention(read.flash_attn)
+def _refuse(auto_class: Any, read: _Reading) -> None:
+    attention = VARLEN if read.flash_attn else SEGMENTS
     try:
         refuse_unsupported(skeleton(auto_class, read.config, read.dtype, read.trust_remote_code), attention)
     except ValueError as error:
@@ -119,6 +125,11 @@ def _load(auto_class: Any, read: _Reading) -> PreTrainedModel:
             raise
         reason = str(error).splitlines()[0]
         raise ModelError(f"{read.path!r} cannot be loaded as this kind of model: {reason}") from error
+
+
+def _load(auto_class: Any, read: _Reading) -> PreTrainedModel:
+    attention = _attention(read.flash_attn)
+    _refuse(auto_class, read)
     with _quiet():
         model, info = auto_class.from_pretrained(
             read.path,

@@ -128,6 +128,13 @@ class RunDirectory:
     def holds_run(self) -> bool:
         return self.info_path.exists() or self.metrics_path.exists()
 
+    def check_unused(self) -> None:
+        """Raise ``ConfigError`` if the folder already holds a run."""
+        if self.holds_run:
+            raise ConfigError(
+                f"--run_dir {self.root} already holds a run: give another folder, or go on with it by --load_checkpoint."
+            )
+
     @classmethod
     def create(cls, root: Path, command: str, argv: Sequence[str], values: Mapping[str, Resolved]) -> RunDirectory:
         """A folder for a new run, with its configuration written.
@@ -135,10 +142,7 @@ class RunDirectory:
         Raises ``ConfigError`` when the folder already holds a run or cannot be written.
         """
         run = cls(root)
-        if run.holds_run:
-            raise ConfigError(
-                f"--run_dir {root} already holds a run; give another --run_dir, or go on with it by --load_checkpoint"
-            )
+        run.check_unused()
         run._write_info(uuid.uuid4().hex[:12], command, argv, values)
         return run
 
@@ -178,16 +182,18 @@ class RunDirectory:
             write_atomically(self.config_path, _as_yaml(command, shown))
         except OSError as error:
             raise ConfigError(
-                f"--run_dir {self.root} cannot be written ({error.strerror}); give a folder that can"
+                f"--run_dir {self.root} cannot be written ({error.strerror}): give a folder that can."
             ) from error
         self.write_status(State.RUNNING)
 
     def read_info(self) -> RunInfo:
         """What was run. Raises ``DataError`` when this folder holds no run."""
+        if not self.info_path.is_file():
+            raise DataError(f"{self.root} is not the folder of a run: it has no {self.info_path.name}.")
         try:
             return RunInfo(**json.loads(self.info_path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{self.root} is not the folder of a run: {self.info_path.name}: {error}") from error
+            raise DataError(f"{self.root} is not the folder of a run: {self.info_path.name}: {error}.") from error
 
     def write_status(self, state: State, message: str = "") -> None:
         status = Status(state, self.read_info().started, time.time(), message)

@@ -302,7 +302,7 @@ def check_trackers(options: TrackerOptions) -> None:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"{flag} needs the package {package}, which is not installed; `pip install {package}` or drop {flag}"
+                f"{flag} needs the package {package}, which is not installed: `pip install {package}`, or drop {flag}."
             )
 
 

@@ -24,6 +24,11 @@ def this_machine() -> Machine:
     return Machine(len(os.sched_getaffinity(0)), psutil.virtual_memory().total, _visible_gpus())
 
 
+def joins_cluster() -> bool:
+    """Whether RAY_ADDRESS (set by ``ray job submit``) names a cluster; its GPUs are then not those of this machine."""
+    return os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
 def _visible_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

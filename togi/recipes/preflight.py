@@ -1,27 +1,47 @@
 """Everything that can be found wrong with a run in under a second: no torch, no model, no Ray.
 
-Contradictions between flags come first, then files, fields, packages and folders. What needs the tokenizer or a real call of the
-reward function is checked right after, still before any model is loaded (``togi.recipes.rl``).
+Contradictions between flags come first, then placement, packages, models, data, the reward file and folders. What needs the
+tokenizer or a real call of the reward function is checked right after, still before any model is loaded (``togi.recipes.rl``).
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from togi.config.checks import check_rl
 from togi.config.choices import EngineName
+from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
-from togi.data.precheck import check_sources
-from togi.errors import ConfigError, EngineUnavailableError, RewardError
+from togi.data.items import listed, parse_items
+from togi.data.precheck import check_sources, parse_probs
+from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError
 from togi.obs.sinks import TrackerOptions, check_trackers
+from togi.plan.machine import Machine, joins_cluster
+from togi.plan.placement import check_fits, plan_groups, resolve
+
+FUNCTION = "reward_func"
+DEFAULT_PARENT = "runs"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def check(config: RLConfig, *, reward_given: bool) -> None:
-    """Raise the first UserError. ``reward_given``: the reward is a Python function passed in code."""
-    check_rl(config, reward_given=reward_given)
+def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> Parsed[RLConfig]:
+    """The settings with every ``auto`` of the placement resolved. Raises the first UserError.
+
+    ``reward_given``: the reward is a Python function passed in code.
+    """
+    check_rl(parsed.config, reward_given=reward_given)
+    parsed = resolve(parsed, machine)
+    config = parsed.config
+    groups = plan_groups(config)
+    if not joins_cluster():
+        check_fits(groups, machine.gpus)
     check_engine(config.rollout_engine)
     for flag, path in (
         ("pretrain", config.pretrain),
@@ -30,16 +50,41 @@ def check(config: RLConfig, *, reward_given: bool) -> None:
     ):
         if path is not None:
             check_model(flag, path)
-    keys = [config.input_key] + ([config.label_key] if config.label_key is not None else [])
-    check_sources(config.prompt_data, keys, config.prompt_split)
-    if config.eval_dataset is not None:
-        check_sources(config.eval_dataset, keys, config.eval_split)
+    check_context(config)
+    check_prompts(config)
     if config.reward_file is not None:
         check_reward_file(Path(config.reward_file))
     check_trackers(trackers(config))
-    for flag, folder in (("save_path", config.save_path), ("ckpt_path", config.ckpt_path), ("run_dir", config.run_dir)):
-        if folder is not None:
-            check_writable(flag, Path(folder))
+    check_folders(config)
+    return parsed
+
+
+def check_prompts(config: RLConfig) -> None:
+    """Sets, fields and probabilities."""
+    keys = {"input_key": config.input_key} | ({"label_key": config.label_key} if config.label_key is not None else {})
+    _check_sources("prompt_data", config.prompt_data, keys, config.prompt_split)
+    if config.prompt_data_probs is not None:
+        parse_probs(config.prompt_data_probs, len(parse_items(config.prompt_data)), "--prompt_data_probs")
+    if config.eval_dataset is not None:
+        _check_sources("eval_dataset", config.eval_dataset, keys, config.eval_split)
+
+
+def _check_sources(flag: str, text: str, keys: Mapping[str, str], split: str) -> None:
+    try:
+        check_sources(text, keys, split)
+    except DataError as error:
+        raise DataError(f"--{flag}: {error}") from None
+
+
+def check_folders(config: RLConfig) -> None:
+    """Everything that the run writes can be written, and the run folder is not another run's."""
+    run_dir = config.run_dir if config.run_dir is not None else DEFAULT_PARENT
+    for flag, folder in (("save_path", config.save_path), ("ckpt_path", config.ckpt_path), ("run_dir", run_dir)):
+        check_writable(flag, Path(folder))
+    if config.run_dir is not None and Path(config.run_dir).is_dir() and not config.load_checkpoint:
+        from togi.obs.run_dir import RunDirectory
+
+        RunDirectory(Path(config.run_dir)).check_unused()
 
 
 def check_engine(name: EngineName) -> None:
@@ -52,37 +97,82 @@ def check_engine(name: EngineName) -> None:
 
 
 def check_model(flag: str, path: str) -> None:
-    """A folder must hold a config.json; anything that looks like a path must exist; other words are hub names."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    """A folder must hold config.json and weights; anything else must be a hub name, in the cache if the hub is off."""
+    folder = Path(path)
+    if path and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"--{flag} {path} is a folder without config.json: give a Hugging Face model folder.")
+        if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+            raise ConfigError(f"--{flag} {path} has no weights ({', '.join(WEIGHTS)}): give a complete model folder.")
         return
-    is_hub_name = path.count("/") <= 1 and not path.startswith((".", "~", "/")) and not path.endswith("/")
-    if not is_hub_name or ("/" not in path and not _offline_is_off()):
-        raise ConfigError(f"--{flag} {path} does not exist: give a Hugging Face model folder or a hub name.")
+    if not HUB_NAME.fullmatch(path):
+        raise ConfigError(f"--{flag} {path} is not a folder: give a Hugging Face model folder or a hub name.")
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(path, "config.json"), str):
+        raise ConfigError(
+            f"--{flag} {path} is neither a folder nor in the hub cache, and HF_HUB_OFFLINE forbids to ask the hub: "
+            "give a folder, or unset HF_HUB_OFFLINE."
+        )
+
+
+def check_context(config: RLConfig) -> None:
+    """The longest sequence fits the positions that a model folder's config.json names, if nothing stretches them."""
+    file = Path(config.pretrain) / "config.json"
+    if not file.is_file():
+        return
+    try:
+        settings = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"--pretrain: {file} cannot be read ({error}): give a complete model folder.") from None
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    positions = settings.get("max_position_embeddings")
+    is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    if is_plain and isinstance(positions, int) and config.context_length > positions:
+        asked = f"--prompt_max_len {config.prompt_max_len} + --generate_max_len {config.generate_max_len}"
+        if config.max_len is not None:
+            asked = f"--max_len {config.max_len}"
+        raise ConfigError(f"{asked} is more than the {positions} positions of {config.pretrain}: lower it.")
 
 
 def check_reward_file(path: Path) -> None:
     """The file must parse and define ``reward_func``; it is not run here."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_bytes())
     except OSError as error:
-        raise RewardError(f"The reward file {path} cannot be read: {error.strerror}.") from None
+        raise RewardError(
+            f"The reward file {path} cannot be read ({error.strerror}): give --{FUNCTION} the path of a Python file."
+        ) from None
     except SyntaxError as error:
         raise RewardError(f"The reward file {path} has a syntax error in line {error.lineno}: {error.msg}.") from None
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-    assigned = {t.id for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
-    imported = {
-        alias.asname or alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names
-    }
-    if "reward_func" not in defined | assigned | imported:
-        raise RewardError(f"The reward file {path} must define reward_func(queries, prompts, labels), but it does not.")
+    except ValueError as error:
+        raise RewardError(f"The reward file {path} is not Python text: {error}.") from None
+    defined = _defined(tree)
+    if FUNCTION not in defined and "*" not in defined:
+        there = listed(sorted(defined)) or "nothing"
+        raise RewardError(
+            f"The reward file {path} must define {FUNCTION}(queries, prompts, labels, **kwargs) but defines {there}: "
+            f"add it, or rename your function to {FUNCTION}."
+        )
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """Every name that a module may define, however; "*" for what a star import brings."""
+    names = set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+    return names
 
 
 def check_writable(flag: str, folder: Path) -> None:
     """The folder, or its nearest existing parent, must be a folder that can be written."""
-    nearest = folder.expanduser().absolute()
+    nearest = folder.absolute()
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir():
@@ -104,7 +194,3 @@ def trackers(config: RLConfig) -> TrackerOptions:
         wandb_run_name=config.wandb_run_name or "",
         logging_steps=config.logging_steps,
     )
-
-
-def _offline_is_off() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0")

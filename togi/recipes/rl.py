@@ -12,10 +12,10 @@ from typing import Any
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.obs.progress import Progress
+from togi.obs.report import write_report
 from togi.obs.run_dir import RunDirectory, State
 from togi.plan.machine import this_machine
-from togi.plan.placement import Role, plan_groups, resolve
-from togi.recipes import preflight
+from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
 from togi.recipes.rl_run import Run
 from togi.recipes.rl_setup import Material, connect_reward, open_run, prepare
@@ -51,14 +51,11 @@ def run(
     reward: Callable[..., Any] | None = None,
     announce: Callable[[str], None] = logger.info,
 ) -> Result:
-    """Check everything, then train. ``reward`` replaces ``--reward_func`` by a Python function.
+    """Train with settings that ``preflight.check`` let through (``start`` calls both).
 
-    Raises UserError for whatever the user can mend, before a model is loaded where that is possible.
+    ``reward`` replaces ``--reward_func`` by a Python function. Raises UserError for what only a tokenizer, a call of the
+    reward function or a loaded model can tell.
     """
-    preflight.check(parsed.config, reward_given=reward is not None)
-    machine = this_machine()
-    parsed = resolve(parsed, machine)
-    plan_groups(parsed.config)
     with Progress() as progress:
         return asyncio.run(_run(parsed, argv, reward, progress, announce))
 
@@ -80,8 +77,10 @@ async def _run(
             result = await _with_session(config, material, plan, directory, progress, announce)
         except BaseException as error:
             directory.write_status(State.FAILED, str(error) or type(error).__name__)
+            write_report(directory.root)
             raise
         directory.write_status(State.FINISHED)
+        write_report(directory.root)
         return result
     finally:
         for function in material.functions:

@@ -14,7 +14,7 @@ from togi.config.rl import RLConfig
 from togi.data.chat import decode, load_tokenizer, stop_token_ids
 from togi.data.loader import PromptLoader
 from togi.data.prompts import PromptSet, PromptSpec, load_prompts
-from togi.errors import ConfigError
+from togi.model.loading import check_causal_lm
 from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, Source, State, default_run_dir
 from togi.plan.placement import Role
@@ -56,6 +56,7 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
     functions = function_reward(config, function)  # its processes start now and import while the prompts are read
     try:
         with progress.phase("reading prompts", expected_seconds=8):
+            check_causal_lm(config.pretrain, flash_attn=config.flash_attn, trust_remote_code=config.trust_remote_code)
             tokenizer = load_tokenizer(
                 config.pretrain,
                 chat_template=config.tokenizer_chat_template,
@@ -67,7 +68,8 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 sets["eval_prompts"] = load_prompts(spec(config, config.eval_dataset, config.eval_split), tokenizer)
         with progress.phase("trying the reward function", expected_seconds=2):
             for each in functions:
-                await each.check(example(prompts[0]))
+                await each.check([example(prompts[0])] * min(2, config.n_samples_per_prompt))
+        stops = stop_token_ids(tokenizer, config.pretrain)
     except BaseException:
         for each in functions:
             await each.close()
@@ -78,7 +80,7 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
         sets["eval_prompts"] if "eval_prompts" in sets else (),
         sets,
         partial(decode, tokenizer),
-        stop_token_ids(tokenizer, config.pretrain),
+        stops,
         tuple(functions),
     )
 
@@ -98,8 +100,7 @@ def function_reward(config: RLConfig, function: Callable[..., Any] | None) -> li
     """The reward function of the run, as a list of none or one."""
     limits = CallLimits(workers=config.reward_workers, timeout=config.reward_timeout)
     if function is not None:
-        if config.reward_file is not None:
-            raise ConfigError("A reward function was passed and --reward_func is set: leave one of them out.")
+        assert config.reward_file is None, "preflight refuses both"
         return [FunctionReward.from_callable(function, limits)]
     return [FunctionReward.from_file(config.reward_file, limits)] if config.reward_file is not None else []
 

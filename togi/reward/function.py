@@ -81,9 +81,12 @@ class FunctionReward:
             raise RewardError(self._sentence(reply, group))
         return self._scores(reply, len(group))
 
-    async def check(self, rollout: Rollout) -> None:
-        """Import the function and call it once for real, on one rollout. Raises RewardError as ``score`` does."""
-        await self.score([rollout])
+    async def check(self, group: Sequence[Rollout]) -> None:
+        """Import the function and call it once for real. Raises RewardError as ``score`` does.
+
+        Two rollouts are enough to tell a number for each from a number for all.
+        """
+        await self.score(group)
 
     async def close(self) -> None:
         """Kill and reap the worker processes. Calls in flight end with a RewardError."""

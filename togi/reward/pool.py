@@ -128,7 +128,7 @@ class Worker:
         # The same modules can be imported there as here; one busy core per worker unless the user says otherwise.
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
-        self._process = subprocess.Popen(  # noqa: S603  our own module
+        self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=STDERR_FD,

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from togi.errors import RolloutError, UserError
+from togi.errors import RolloutError, RunError, UserError
 from togi.rollout.environment import Environment, Generate
 from togi.sample import Generation, Prompt, Rollout, Sampling
 
@@ -90,7 +90,7 @@ def _jobs(prompts: Iterable[tuple[str, Prompt]], n_samples: int) -> Iterator[tup
 async def _run_one(environment: Environment, group: _Group, sample: int, generate: Generate) -> Rollout:
     try:
         return await environment.run(group.prompt, group.group_id, generate)
-    except UserError:
+    except (UserError, RunError):
         raise
     except Exception as error:
         raise RolloutError(

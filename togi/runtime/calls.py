@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import ObjectRef
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-from togi.errors import UserError
-
-
-class WorkerError(RuntimeError):
-    """A worker process failed or died. The message names the worker; the traceback of the cause is attached."""
+from togi.errors import RunError, UserError, WorkerError
 
 
 async def result_of(ref: ObjectRef, who: str) -> Any:
@@ -21,9 +17,13 @@ async def result_of(ref: ObjectRef, who: str) -> Any:
     try:
         return await ref
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
+        if isinstance(error.cause, UserError | RunError):
             raise error.cause from None
         raise WorkerError(f"{who} failed: {error.cause!r}\n{error.traceback_str}") from None
+    except OutOfMemoryError:
+        raise WorkerError(
+            f"{who} was ended because the machine ran out of memory: lower --max_tokens_per_gpu, or add --gradient_checkpointing."
+        ) from None
     except RayActorError as error:
         raise WorkerError(f"{who} died: {' '.join(str(error).split())}") from None
 

@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from togi.errors import ConfigError
-from togi.plan.machine import Machine
+from togi.plan.machine import Machine, joins_cluster
 from togi.plan.placement import Group, Role, arithmetic, check_fits
 
 OBJECT_STORE_BYTES = 1 << 30
@@ -43,7 +43,7 @@ def connect(machine: Machine) -> Resources:
         "configure_logging": True,
         "logging_level": 40,
     }
-    if os.environ.get("RAY_ADDRESS", "local") == "local":
+    if not joins_cluster():
         # Ray's own default makes workers give way to every other process of the machine.
         os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(

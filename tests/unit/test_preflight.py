@@ -1,0 +1,150 @@
+"""Checks before anything heavy starts, where a whole command would be too long a way: see also tests/e2e/test_bad_inputs.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from togi.config.parse import Parsed, parse
+from togi.config.rl import RLConfig
+from togi.errors import ConfigError, DataError, RewardError
+from togi.plan.machine import Machine
+from togi.recipes import preflight
+
+MACHINE = Machine(cpus=2, memory_bytes=0, gpus=0)
+
+
+@pytest.fixture
+def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A command without a mistake, in an empty working folder."""
+    model = tmp_path / "files" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps({"max_position_embeddings": 2048}))
+    (model / "model.safetensors").touch()
+    (tmp_path / "files" / "p.jsonl").write_text('{"input": "a", "label": "b"}\n')
+    (tmp_path / "files" / "r.py").write_text("def reward_func(queries, prompts, labels): ...\n")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    files = tmp_path / "files"
+    words = f"--pretrain {model} --prompt_data {files}/p.jsonl --reward_func {files}/r.py --rollout_engine transformers"
+    return words.split()
+
+
+def check(*flags: str, machine: Machine = MACHINE) -> Parsed[RLConfig]:
+    return preflight.check(parse(RLConfig, flags, "rl"), machine, reward_given=False)
+
+
+def test_a_sound_command_passes_resolved_and_leaves_nothing(flags: list[str]) -> None:
+    config = check(*flags).config
+    assert (config.vllm_num_engines, config.actor_num_gpus_per_node, config.critic_num_gpus_per_node) == (1, 1, 1)
+    assert list(Path().iterdir()) == []
+
+
+def test_gpus_of_this_machine_count_only_without_a_cluster(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Machine(cpus=2, memory_bytes=0, gpus=2)
+    asked = [
+        *flags,
+        "--actor_num_gpus_per_node",
+        "4",
+        "--critic_num_gpus_per_node",
+        "1",
+        "--ref_num_gpus_per_node",
+        "1",
+    ]
+    with pytest.raises(ConfigError, match=r"engine 1 \+ actor 4 \+ critic 1 \+ ref 1 = 7 GPUs but the cluster has 2"):
+        check(*asked, "--vllm_num_engines", "1", machine=two)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert check(*asked, "--vllm_num_engines", "1", machine=two).config.actor_num_gpus_per_node == 4
+
+
+def test_the_context_must_fit_the_model(flags: list[str]) -> None:
+    file = Path(flags[1]) / "config.json"
+    check(*flags)  # 1024 + 1024 are exactly the 2048 positions
+    with pytest.raises(
+        ConfigError, match=r"^--prompt_max_len 1025 \+ --generate_max_len 1024 is more than the 2048 pos"
+    ):
+        check(*flags, "--prompt_max_len", "1025")
+    with pytest.raises(ConfigError, match=r"^--max_len 4096 is more than the 2048 positions"):
+        check(*flags, "--max_len", "4096")
+    file.write_text(json.dumps({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "yarn"}}))
+    check(*flags)
+    file.write_text(json.dumps({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default"}}))
+    with pytest.raises(ConfigError, match="512 positions"):
+        check(*flags)
+    file.write_text("[1, 2]")
+    with pytest.raises(ConfigError, match=r"config.json cannot be read"):
+        check(*flags)
+
+
+@pytest.mark.parametrize("name", ["", "two words", "a/b/c", "./a", "/a", "~nobody/x", "a/", "-a"])
+def test_what_cannot_be_a_model(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"--pretrain .*is not a folder"):
+        preflight.check_model("pretrain", name)
+
+
+def test_hub_names_pass_unless_the_hub_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    preflight.check_model("pretrain", "owner/some-model_1.5b")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        ConfigError, match="--critic_pretrain owner/some-model is neither a folder nor in the hub cache"
+    ):
+        preflight.check_model("critic_pretrain", "owner/some-model")
+    saved = tmp_path / "models--owner--some-model"
+    (saved / "refs").mkdir(parents=True)
+    (saved / "refs" / "main").write_text("abc")
+    (saved / "snapshots" / "abc").mkdir(parents=True)
+    (saved / "snapshots" / "abc" / "config.json").write_text("{}")
+    preflight.check_model("critic_pretrain", "owner/some-model")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "async def reward_func(queries, prompts, labels): ...",
+        "import math as reward_func",
+        "from rewards import *",
+        "from rewards import score as reward_func",
+        "reward_func: object = print",
+        "if True:\n    reward_func = print",
+    ],
+)
+def test_every_way_to_define_a_reward_passes(tmp_path: Path, code: str) -> None:
+    (tmp_path / "r.py").write_text(code)
+    preflight.check_reward_file(tmp_path / "r.py")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "but defines nothing: add it"),
+        (b"def b(): ...\na = 1\n", "but defines 'a', 'b': add it, or rename"),
+        (b"x = '\xff'\n", "has a syntax error in line|is not Python text"),
+        (b"x = 1\0", "is not Python text|has a syntax error"),
+    ],
+)
+def test_reward_files_that_cannot_work(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "r.py").write_bytes(content)
+    with pytest.raises(RewardError, match=message) as error:
+        preflight.check_reward_file(tmp_path / "r.py")
+    assert "\n" not in str(error.value)
+
+
+def test_a_saved_set_with_broken_state(flags: list[str], tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for text in ("{", "{}", '{"_data_files": 3}'):
+        (saved / "state.json").write_text(text)
+        with pytest.raises(DataError, match=r"--eval_dataset: .*state.json cannot be read"):
+            check(*flags, "--eval_dataset", str(saved))
+
+
+def test_folders_below_a_file(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "work" / "runs").touch()
+    with pytest.raises(ConfigError, match=r"--run_dir runs: .*runs is a file"):
+        check(*flags)
+    check(*flags, "--run_dir", "elsewhere")

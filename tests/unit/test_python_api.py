@@ -1,0 +1,102 @@
+"""togi.rl from Python: names, sources, what is refused, and that importing it is light."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import togi
+from togi.config.parse import Parsed, Source
+from togi.config.rl import RLConfig
+from togi.errors import ConfigError, UserError
+from togi.recipes import start
+
+ROOT = Path(__file__).parents[2]
+
+
+def reward(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> list[float]:
+    return [0.0 for _ in queries]
+
+
+def test_importing_is_light() -> None:
+    code = (
+        "import sys, togi; assert callable(togi.rl);"
+        "print([m for m in ('torch', 'pydantic', 'yaml', 'numpy', 'asyncio', 'togi.config') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+def test_settings_reach_the_recipe_with_their_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[Parsed[RLConfig], Callable[..., Any] | None]] = []
+
+    def stop(parsed: Parsed[RLConfig], *, reward: Callable[..., Any] | None) -> None:
+        seen.append((parsed, reward))
+
+    monkeypatch.setattr(start, "start_rl", stop)
+    togi.rl(
+        pretrain=tmp_path,  # paths may be pathlib's
+        prompt_data="p.jsonl",
+        reward=reward,
+        advantage_estimator="rloo",
+        adam_betas=(0.8, 0.9),
+        max_samples=1e3,
+        bf16=True,
+    )
+    parsed, function = seen[0]
+    config = parsed.config
+    assert function is reward
+    assert (config.pretrain, config.advantage_estimator, config.adam_betas) == (str(tmp_path), "rloo", (0.8, 0.9))
+    assert (config.max_samples, config.bf16, config.gamma) == (1000, True, 1.0)
+    assert {name for name, source in parsed.sources.items() if source is Source.PYTHON} == {
+        "pretrain",
+        "prompt_data",
+        "advantage_estimator",
+        "adam_betas",
+        "max_samples",
+        "bf16",
+    }
+    assert parsed.sources["gamma"] is Source.DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"pretrian": "x"}, ["pretrian", "did you mean pretrain?"]),
+        ({"temperature": "hot"}, ["--temperature hot", "a number"]),
+        ({"prompt_data": [{"input": "x" * 1000}]}, ["--prompt_data", "must be text"]),
+        ({"lora_rank": 8}, ["--lora_rank is not supported yet"]),
+        ({}, ["--pretrain is required"]),
+        ({"pretrain": "m", "prompt_data": "p"}, ["There is no reward"]),
+        ({"reward": "reward.py"}, ["reward must be a function", "not str", "reward_func"]),
+        (
+            {"pretrain": "m", "prompt_data": "p", "reward": reward, "reward_func": "r.py"},
+            ["A reward function was passed and --reward_func is set too"],
+        ),
+        (
+            {"pretrain": "/none/model", "prompt_data": "p", "reward": reward, "n_samples_per_prompt": 2}
+            | {"advantage_estimator": "rloo", "rollout_engine": "transformers"},
+            ["--pretrain /none/model is not a folder"],
+        ),
+    ],
+)
+def test_mistakes_are_one_sentence(settings: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        togi.rl(**settings)
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message and len(message) < 300
+
+
+def test_a_running_event_loop_is_refused_with_the_way_out() -> None:
+    async def notebook() -> None:
+        togi.rl(pretrain="m", prompt_data="p", reward=reward)
+
+    with pytest.raises(ConfigError, match=r"await asyncio.to_thread"):
+        asyncio.run(notebook())

@@ -1,0 +1,37 @@
+"""The front door of the RL recipe, for the command line and for Python alike: check everything, then import and train.
+
+Imports no torch, so that a mistake is told in a moment. The recipe itself is ``togi.recipes.rl``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from togi.config.parse import Parsed
+from togi.config.rl import RLConfig
+from togi.plan.machine import this_machine
+from togi.recipes import preflight
+
+if TYPE_CHECKING:
+    from togi.recipes.rl import Result
+
+logger = logging.getLogger(__name__)
+
+
+def start_rl(
+    parsed: Parsed[RLConfig],
+    *,
+    argv: Sequence[str] = (),
+    reward: Callable[..., Any] | None = None,
+    announce: Callable[[str], None] = logger.info,
+) -> Result:
+    """Check, then run ``togi rl``. ``reward`` replaces ``--reward_func`` by a Python function.
+
+    Raises UserError for whatever the user can mend, before a model is loaded where that is possible.
+    """
+    ready = preflight.check(parsed, this_machine(), reward_given=reward is not None)
+    from togi.recipes.rl import run
+
+    return run(ready, argv=argv, reward=reward, announce=announce)
