@@ -226,7 +226,7 @@ def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -
     assert "togi: the run failed: engine 0 died" in errors
     assert "Traceback" not in errors
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
-    gone, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive, [child.cmdline() for child in alive]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
+from togi.learn.checkpoint import Checkpoint
 from togi.obs.progress import Progress
 from togi.obs.report import write_report
 from togi.obs.run_dir import RunDirectory, State
@@ -18,7 +19,7 @@ from togi.plan.machine import this_machine
 from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
 from togi.recipes.rl_run import Run
-from togi.recipes.rl_setup import Material, connect_reward, open_run, prepare
+from togi.recipes.rl_setup import Material, connect_reward, find_checkpoint, open_run, prepare
 from togi.runtime.session import Session
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,10 @@ async def _run(
     try:
         plan = StepPlan.of(config, len(material.prompts))
         announce(plan.describe(config))
+        checkpoint = find_checkpoint(config, material, progress)
         directory = open_run(parsed, argv, material)
         try:
-            result = await _with_session(config, material, plan, directory, progress, announce)
+            result = await _with_session(config, material, plan, checkpoint, directory, progress, announce)
         except BaseException as error:
             directory.write_status(State.FAILED, str(error) or type(error).__name__)
             write_report(directory.root)
@@ -91,17 +93,18 @@ async def _with_session(
     config: RLConfig,
     material: Material,
     plan: StepPlan,
+    checkpoint: Checkpoint | None,
     directory: RunDirectory,
     progress: Progress,
     announce: Callable[[str], None],
 ) -> Result:
-    with progress.phase("starting engines and loading models", expected_seconds=40):
+    with progress.phase("starting engines and loading models", expected_seconds=25):
         session = await Session.start(config, this_machine(), plan.updates)
     announce(f"placement: {session.cluster.describe()}")
     try:
         reward = await connect_reward(config, material, session)
         with Run(config, material, reward, plan, session, directory, progress) as run_state:
-            evaluations = await train(run_state)
+            evaluations = await train(run_state, checkpoint)
         await session.close()
     except BaseException:
         session.abandon()
@@ -109,10 +112,10 @@ async def _with_session(
     return Result(directory.root, directory.report_path, Path(config.save_path), run_state.step, tuple(evaluations))
 
 
-async def train(run: Run) -> list[Evaluation]:
+async def train(run: Run, checkpoint: Checkpoint | None) -> list[Evaluation]:
     """The RL loop, synchronous: every rollout is made by the weights that learn from it."""
     config, evaluations = run.config, list[Evaluation]()
-    await run.resume()
+    await run.resume(checkpoint)
     await run.sync()
     if config.eval_at_start and run.step == 0:
         evaluations.append(Evaluation(0, *await run.evaluate()))

@@ -13,9 +13,8 @@ from typing import Self
 
 from togi.algo.kl import kl_controller
 from togi.config.rl import RLConfig
-from togi.data.loader import LoaderState
-from togi.errors import CheckpointError, RewardError
-from togi.learn.checkpoint import CheckpointStore
+from togi.errors import RewardError
+from togi.learn.checkpoint import Checkpoint
 from togi.learn.policy_objective import OLD_LOGPROBS
 from togi.obs import names
 from togi.obs.metrics import StepRecord
@@ -28,7 +27,7 @@ from togi.obs.stall import Watchdog
 from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
 from togi.recipes.preflight import trackers
-from togi.recipes.rl_setup import Material, plain
+from togi.recipes.rl_setup import Material, checkpoint_store, plain
 from togi.reward.source import Reward
 from togi.runtime import measure
 from togi.runtime.experience import ScoredGroup, Trainable, to_sample, trainable, with_advantages, with_streams
@@ -65,7 +64,7 @@ class Run:
         self._probe: tuple[int, ...] = material.prompts[0].tokens
         self._tokens_seen = 0
         self._report_due = 0.0
-        self._store = CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
+        self._store = checkpoint_store(config)
         generate = session.engines.generate
         seed = config.seed if config.full_determinism else None
         self._feed = RolloutFeed(material.environment(config, config.temperature), generate, reward, seed)
@@ -80,19 +79,12 @@ class Run:
     ) -> None:
         self._open.close()
 
-    async def resume(self) -> None:
-        """Go on from the newest complete checkpoint, if asked to and if there is one."""
-        found = self._store.latest() if self.config.load_checkpoint else None
+    async def resume(self, found: Checkpoint | None) -> None:
+        """Go on from a checkpoint; the loader was put in its place before the models were loaded."""
         if found is not None:
-            if not found.state["resumable"]:
-                raise CheckpointError(
-                    f"The checkpoint {found.path} was written with --disable_ds_ckpt and cannot be resumed: start without "
-                    "--load_checkpoint, with --pretrain set to its folder hf."
-                )
             with self._progress.phase(f"loading checkpoint of step {found.step}", expected_seconds=10):
                 await self.session.load(found.path)
             self.step = found.step
-            self._material.loader.load_state(LoaderState(**found.state["loader"]))
             self._kl = self._kl.restored(found.state["kl"])
             self._tokens_seen = found.state["tokens_seen"]
         if self.config.load_checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -12,8 +13,10 @@ from typing import Any
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.data.chat import decode, load_tokenizer, stop_token_ids
-from togi.data.loader import PromptLoader
+from togi.data.loader import LoaderState, PromptLoader
 from togi.data.prompts import PromptSet, PromptSpec, load_prompts
+from togi.errors import CheckpointError
+from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.model.loading import check_causal_lm
 from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, Source, State, default_run_dir
@@ -30,6 +33,7 @@ from togi.sample import FinishReason, Prompt, Rollout, Sampling
 
 Decode = Callable[[Sequence[int]], str]
 COMMAND = "rl"
+logger = logging.getLogger(__name__)
 UNLIMITED = 2**62
 
 
@@ -138,6 +142,32 @@ def open_run(parsed: Parsed[RLConfig], argv: Sequence[str], material: Material) 
         prompts.report.write(root / "data" / name)
     directory.write_status(State.RUNNING)
     return directory
+
+
+def checkpoint_store(config: RLConfig) -> CheckpointStore:
+    """The checkpoints of this run."""
+    return CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
+
+
+def find_checkpoint(config: RLConfig, material: Material, progress: Progress) -> Checkpoint | None:
+    """With ``--load_checkpoint`` the newest complete checkpoint, with the loader put where it stood; else None.
+
+    Raises DataError when the prompts have changed and CheckpointError when it holds no resumable state.
+    """
+    if not config.load_checkpoint:
+        return None
+    with progress.phase("looking for a checkpoint", expected_seconds=5):
+        found = checkpoint_store(config).latest()
+    if found is None:
+        logger.warning("--load_checkpoint: %s has no complete checkpoint, starting anew", config.ckpt_path)
+        return None
+    if not found.state["resumable"]:
+        raise CheckpointError(
+            f"The checkpoint {found.path} was written with --disable_ds_ckpt and cannot be resumed: start without "
+            "--load_checkpoint, with --pretrain set to its folder hf."
+        )
+    material.loader.load_state(LoaderState(**found.state["loader"]))
+    return found
 
 
 def plain(value: object) -> object:
