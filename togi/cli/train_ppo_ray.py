@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from togi.cli.main import run as run_module
 from togi.config.parse import parse
@@ -22,7 +23,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"run folder:  {result.run_dir}")
     print(f"report page: {result.report}")
     print(f"model:       {result.model}")
-    print(f"talk to it:  togi chat --pretrain {result.model}")
+    program = sys.argv[0] if Path(sys.argv[0]).name == "togi" else "togi"
+    print(f"talk to it:  {program} chat --pretrain {result.model}")
 
 
 if __name__ == "__main__":
