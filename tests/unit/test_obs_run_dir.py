@@ -12,19 +12,19 @@ from togi.errors import ConfigError, DataError
 from togi.obs.metrics import StepRecord, read_records
 from togi.obs.redact import redact_argv, redact_value, scrub
 from togi.obs.rollout_store import RolloutRow, Split
-from togi.obs.run_dir import Resolved, RunDirectory, Source, State, default_run_dir
+from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.obs.sinks import Recorder
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 VALUES = {
-    "pretrain": Resolved("some/model", Source.COMMAND_LINE),
-    "learning_rate": Resolved(1e-6, Source.FILE),
-    "max_len": Resolved(None, Source.DEFAULT),
-    "prompt_data": Resolved(("a", "b"), Source.COMMAND_LINE),
-    "text": Resolved("two\nlines # and: yaml", Source.DEFAULT),
-    "zero_stage": Resolved(2, Source.AUTO),
-    "use_wandb": Resolved(KEY, Source.COMMAND_LINE),
-    "remote_rm_url": Resolved("http://me:secret-word@host/score", Source.COMMAND_LINE),
+    "pretrain": Resolved("some/model", "command line"),
+    "learning_rate": Resolved(1e-6, "file"),
+    "max_len": Resolved(None, "default"),
+    "prompt_data": Resolved(("a", "b"), "command line"),
+    "text": Resolved("two\nlines # and: yaml", "default"),
+    "zero_stage": Resolved(2, "auto"),
+    "use_wandb": Resolved(KEY, "command line"),
+    "remote_rm_url": Resolved("http://me:secret-word@host/score", "command line"),
 }
 ARGV = ["togi", "train_ppo_ray", "--use_wandb", KEY, f"--use_wandb={KEY}", "--packing_samples"]
 
@@ -108,7 +108,7 @@ def test_resume_keeps_the_identity_and_the_old_configuration(tmp_path):
     first = RunDirectory.create(tmp_path, "train_sft", ARGV, VALUES)
     first.write_status(State.FAILED, "boom")
     assert first.read_status().message == "boom"
-    changed = {**VALUES, "zero_stage": Resolved(3, Source.COMMAND_LINE)}
+    changed = {**VALUES, "zero_stage": Resolved(3, "command line")}
     run_id = first.read_info().run_id
     second = RunDirectory.resume(tmp_path, "train_sft", ARGV, changed)
     assert second.read_info().run_id == run_id

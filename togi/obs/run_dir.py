@@ -32,22 +32,15 @@ from togi.obs.redact import REDACTED, redact_argv, redact_value
 from togi.obs.rollout_store import RolloutStore
 
 
-class Source(StrEnum):
-    """Where the value of a flag came from."""
-
-    DEFAULT = "default"
-    FILE = "file"
-    COMMAND_LINE = "command line"
-    PYTHON = "python"
-    AUTO = "auto"
-
-
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """One value of the configuration as the run uses it. ``value`` is JSON-like (str, number, bool, None, list)."""
+    """One value of the configuration as the run uses it. ``value`` is JSON-like (str, number, bool, None, list).
+
+    ``source`` says in words where it came from: "default", "file", "command line", "auto", ...
+    """
 
     value: object
-    source: Source
+    source: str
 
 
 class State(StrEnum):

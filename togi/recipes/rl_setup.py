@@ -19,7 +19,7 @@ from togi.errors import CheckpointError
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.model.loading import check_causal_lm
 from togi.obs.progress import Progress
-from togi.obs.run_dir import Resolved, RunDirectory, Source, State, default_run_dir
+from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.plan.placement import Role
 from togi.reward.combine import SumReward
 from togi.reward.function import FunctionReward
@@ -135,7 +135,7 @@ def open_run(parsed: Parsed[RLConfig], argv: Sequence[str], material: Material) 
     """Make the run folder, or go on with it, and write configuration and data reports into it."""
     config = parsed.config
     root = Path(config.run_dir) if config.run_dir is not None else default_run_dir(COMMAND)
-    values = {name: Resolved(plain(value), Source(parsed.sources[name])) for name, value in config.model_dump().items()}
+    values = {name: Resolved(plain(value), parsed.sources[name]) for name, value in config.model_dump().items()}
     opened = RunDirectory.resume if config.load_checkpoint else RunDirectory.create
     directory = opened(root, COMMAND, argv, values)
     for name, prompts in material.reports.items():
