@@ -39,6 +39,7 @@ FENCES = {
     "deepspeed": ("parallel/deepspeed.py",),
     "torch.distributed": ("parallel/", "runtime/weight_sync.py"),
     "transformers": ("model/", "data/chat.py", "rollout/transformers_engine.py", "rollout/slot_cache.py"),
+    "huggingface_hub": ("model/", "recipes/preflight.py"),
     "peft": ("model/",),
     "bitsandbytes": ("model/",),
     "wandb": ("obs/sinks.py",),

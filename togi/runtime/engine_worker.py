@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import psutil
 from ray.actor import ActorHandle
 
 from togi.config.choices import EngineName
+from togi.model.hub import local_folder
 from togi.model.weights import Bucket, Manifest
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
@@ -24,7 +26,8 @@ class EngineWorker:
         self._engine: RolloutEngine
 
     async def start(self, name: EngineName, settings: EngineSettings) -> None:
-        self._engine = create_engine(name, settings)
+        # Resolved here, on the node that runs the engine: a hub name is cached on each node by itself.
+        self._engine = create_engine(name, replace(settings, model=local_folder(settings.model)))
 
     async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
         return await self._engine.generate(prompt_tokens, sampling)

@@ -1,0 +1,29 @@
+"""A model by hub name, as a folder on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from togi.errors import ModelError
+
+# Weights in pickle form are left out: Togi reads safetensors only.
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+
+
+def local_folder(model: str) -> str:
+    """The folder itself, or the hub's files in the cache (downloaded first if they are not there).
+
+    Raises ModelError when the name is unknown or the hub cannot be reached.
+    """
+    if Path(model).is_dir():
+        return model
+    try:
+        return snapshot_download(model, allow_patterns=FILES)
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"the model {model!r} is no folder and cannot be had from the hub ({reason}): check the name."
+        ) from None
