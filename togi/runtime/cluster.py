@@ -6,10 +6,10 @@ checked once more against what the cluster really has, so that nothing ever wait
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.actor import ActorClass, ActorHandle
@@ -37,24 +37,22 @@ class Resources:
 
 def connect(machine: Machine) -> Resources:
     """Join the cluster that RAY_ADDRESS names (set by ``ray job submit``), or start a private one on this machine."""
-    quiet: dict[str, Any] = {
-        "log_to_driver": False,
-        "include_dashboard": False,
-        "configure_logging": True,
-        "logging_level": 40,
-    }
     if not joins_cluster():
         # Ray's own default makes workers give way to every other process of the machine.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             address="local",
             num_cpus=machine.cpus,
             num_gpus=machine.gpus,
             object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",  # a private cluster listens on the loopback only
         )
     else:
-        ray.init(log_to_driver=False, logging_level=40)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
     return Resources(machine.cpus, int(ray.cluster_resources().get("GPU", 0)))
 
 
