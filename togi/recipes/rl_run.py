@@ -11,11 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from togi.algo.kl import kl_controller
 from togi.config.rl import RLConfig
 from togi.errors import RewardError
 from togi.learn.checkpoint import Checkpoint
-from togi.learn.policy_objective import OLD_LOGPROBS
+from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS
 from togi.obs import names
 from togi.obs.metrics import StepRecord
 from togi.obs.progress import Progress
@@ -193,7 +195,10 @@ class Run:
         details = measure.StepDetails.of(items, samples)
         self._directory.rollouts.write(self.step, Split.TRAIN, measure.rows(self.step, Split.TRAIN, groups, details))
         self._recorder.write(StepRecord(self.step, self._values, self._progress.take_seconds()))
-        self._progress.step(self.step, f"reward {self._values[names.REWARD_MEAN]:.3f}")
+        note = f"reward {self._values[names.REWARD_MEAN]:.3f}"
+        if not any(np.any(sample.streams[ADVANTAGES][sample.loss_mask]) for sample in samples):
+            note += " (all advantages are 0: no response was better than another, nothing was learnt)"
+        self._progress.step(self.step, note)
         self._values = {}
         if time.monotonic() > self._report_due:
             write_report(self._directory.root)
