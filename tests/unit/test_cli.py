@@ -12,7 +12,7 @@ import togi
 from togi.cli.main import COMMANDS, main
 from togi.obs import names
 from togi.obs.metrics import StepRecord
-from togi.obs.run_dir import Resolved, RunDirectory, Source
+from togi.obs.run_dir import Resolved, RunDirectory
 from togi.obs.sinks import Recorder
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def test_mistakes_of_the_small_commands(argv: list[str], sentence: str, capsys: 
 
 
 def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = RunDirectory.create(tmp_path / "run", "rl", ["--seed", "7"], {"seed": Resolved(7, Source.COMMAND_LINE)})
+    run = RunDirectory.create(tmp_path / "run", "rl", ["--seed", "7"], {"seed": Resolved(7, "command line")})
     recorder = Recorder(run.metrics_path, [])
     recorder.write(StepRecord(1, {names.REWARD_MEAN: 0.8125}, {"generate": 2.0}))
     recorder.close()
