@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +44,28 @@ MEETING_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimizer step on one rank: the report (equal on all ranks but for log-probs) and how much was packed."""
+    """One optimizer step on one rank: the report, equal on all ranks, and how much was packed here.
+
+    ``logprobs`` are those of the step's own forward, one array a sample in order; empty when none were computed.
+    """
 
     report: UpdateReport
+    logprobs: Arrays
     tokens: int
     unshared_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packs:
+    """Samples packed into batches. ``places`` are the samples' places in the caller's list, batch after batch."""
+
+    batches: list[Batch]
+    places: list[int]
+
+    def in_order(self, results: Sequence[NDArray[np.float32]]) -> Arrays:
+        """Results that came batch after batch, one a sample, in the order of the caller's list."""
+        by_place = dict(zip(self.places, results, strict=True))
+        return [by_place[place] for place in range(len(self.places))]
 
 
 class ModelWorker:
@@ -102,8 +119,8 @@ class ModelWorker:
             use_reentrant=config.gradient_checkpointing_use_reentrant,
         )
 
-    def _batches(self, samples: Sequence[Sample], limit: int | str) -> list[Batch]:
-        """Pack this rank's samples by the token budget; each batch remembers the samples' places in ``samples``."""
+    def _packs(self, samples: Sequence[Sample], limit: int | str) -> Packs:
+        """Pack this rank's samples by the token budget."""
         config = self._config
         most = limit if isinstance(limit, int) else None
         plans = micro_batches(
@@ -112,11 +129,8 @@ class ModelWorker:
             max_sequences=most if config.packing_samples else 1,
             share_prefix=config.share_prompts,
         )
-        batches = []
-        for plan in plans:
-            batch = pack([samples[i] for i in plan], share_prefix=config.share_prompts)
-            batches.append(replace(batch, order_N=tuple(plan[n] for n in batch.order_N)))
-        return batches
+        batches = [pack([samples[i] for i in plan], share_prefix=config.share_prompts) for plan in plans]
+        return Packs(batches, [place for plan in plans for place in plan])
 
     def _options(self) -> BackendOptions:
         config = self._config
@@ -134,13 +148,14 @@ class ScorerWorker(ModelWorker):
 
     def logprobs(self, samples: Sequence[Sample]) -> Arrays:
         """Log-probs at each sample's trained tokens, of logits divided by the sampling temperature."""
-        batches = self._batches(samples, self._config.micro_rollout_batch_size)
-        return list(self._scorer.logprobs(batches, self._config.temperature))
+        packs = self._packs(samples, self._config.micro_rollout_batch_size)
+        return packs.in_order(self._scorer.logprobs(packs.batches, self._config.temperature))
 
     def scores(self, samples: Sequence[Sample]) -> Arrays:
         """The scalar head at each sample's last token, as arrays of one element."""
-        scores = self._scorer.scores(self._batches(samples, self._config.micro_rollout_batch_size))
-        return [scores[i : i + 1] for i in range(len(samples))]
+        packs = self._packs(samples, self._config.micro_rollout_batch_size)
+        scores = self._scorer.scores(packs.batches)
+        return packs.in_order([scores[i : i + 1] for i in range(len(samples))])
 
     def reward_statistics(self) -> tuple[float, float]:
         """Mean and standard deviation of rewards that the model's config holds."""
@@ -166,22 +181,26 @@ class LearnerWorker(ModelWorker):
 
     def logprobs(self, samples: Sequence[Sample], temperature: float | None = None) -> Arrays:
         """Log-probs at each sample's trained tokens, by default of logits divided by the sampling temperature."""
-        batches = self._batches(samples, self._config.micro_rollout_batch_size)
-        return list(self._scorer.logprobs(batches, self._config.temperature if temperature is None else temperature))
+        packs = self._packs(samples, self._config.micro_rollout_batch_size)
+        divisor = self._config.temperature if temperature is None else temperature
+        return packs.in_order(self._scorer.logprobs(packs.batches, divisor))
 
     def values(self, samples: Sequence[Sample]) -> Arrays:
         """Values of the states in which each sample's trained tokens were chosen."""
-        return list(self._scorer.values(self._batches(samples, self._config.micro_rollout_batch_size)))
+        packs = self._packs(samples, self._config.micro_rollout_batch_size)
+        return packs.in_order(self._scorer.values(packs.batches))
 
     def update(self, steps: Sequence[Sequence[Sample]], kl_coef: float) -> list[StepResult]:
         """One optimizer step per element of ``steps``, each this rank's share of that step's samples."""
         self._learner.objective = self._objective(kl_coef)
         results = []
         for samples in steps:
-            batches = self._batches(samples, self._config.micro_train_batch_size)
-            stats = [pack_stats(batch) for batch in batches]
-            report = self._learner.update(batches)
-            results.append(StepResult(report, sum(s.tokens for s in stats), sum(s.unshared_tokens for s in stats)))
+            packs = self._packs(samples, self._config.micro_train_batch_size)
+            stats = [pack_stats(batch) for batch in packs.batches]
+            report = self._learner.update(packs.batches)
+            logprobs = packs.in_order(report.logprobs) if report.logprobs else []
+            tokens, unshared = sum(s.tokens for s in stats), sum(s.unshared_tokens for s in stats)
+            results.append(StepResult(report, logprobs, tokens, unshared))
         return results
 
     def begin_export(self, version: int) -> Manifest:

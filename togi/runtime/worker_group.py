@@ -36,7 +36,7 @@ class StepUpdate:
     def merged(cls, plan: Sequence[Sequence[int]], results: Sequence[StepResult], samples: int) -> StepUpdate:
         logprobs: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * samples
         for share, result in zip(plan, results, strict=True):
-            for index, array in zip(share, result.report.logprobs, strict=False):
+            for index, array in zip(share, result.logprobs, strict=False):
                 logprobs[index] = array
         tokens = sum(result.tokens for result in results)
         return cls(results[0].report, tokens, sum(result.unshared_tokens for result in results), logprobs)
