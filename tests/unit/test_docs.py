@@ -8,12 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_offline_run import EXAMPLES as OFFLINE_EXAMPLES
 from tests.e2e.test_rl_run import EXAMPLES
 from togi.cli.main import COMMANDS
 from togi.config.checks import check_rl
+from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
+from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 
+OFFLINE: dict[str, type[OfflineConfig]] = {
+    "sft": SFTConfig,
+    "rm": RMConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "prm": PRMConfig,
+    "kd": KDConfig,
+}
+CONFIGS = (RLConfig, *OFFLINE.values())
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -41,18 +53,23 @@ def test_commands_are_real(page: Path) -> None:
             assert words[1] in COMMANDS, line
             if words[1] == "rl" and "--help" not in words:
                 check_rl(parse(RLConfig, words[2:], "rl").config)
+            elif words[1] in OFFLINE and "--help" not in words:
+                check_offline(parse(OFFLINE[words[1]], words[2:], words[1]))
 
 
 def test_every_script_is_in_the_readme_and_in_the_tests() -> None:
-    scripts = {path.name for path in (ROOT / "examples" / "scripts").glob("rl_*.sh")}
+    scripts = {path.name for path in (ROOT / "examples" / "scripts").glob("*.sh") if not path.name.startswith("common")}
     readme = (ROOT / "README.md").read_text()
-    assert scripts == set(EXAMPLES)
+    assert scripts == {*EXAMPLES, *OFFLINE_EXAMPLES}
     assert all(f"examples/scripts/{name}" in readme for name in scripts)
 
 
 def test_established_flags_in_code_spans_exist() -> None:
     """A flag that a page names in backticks is one of ours (dropped ones are written without dashes)."""
     for page in PAGES:
-        for flag in re.findall(r"`--([a-z_]+)", page.read_text()):
-            known = flag.removeprefix("no_") in RLConfig.model_fields or flag in ("config", "help")
+        for flag in re.findall(r"`--([a-z0-9_]+)", page.read_text()):
+            known = any(flag.removeprefix("no_") in config.model_fields for config in CONFIGS) or flag in (
+                "config",
+                "help",
+            )
             assert known, f"{page.name}: --{flag}"

@@ -60,6 +60,14 @@ def test_a_killed_save_leaves_the_last_good_one(tmp_path: Path, caplog: pytest.L
     assert names(tmp_path) == ["latest", "step_00000005", "step_00000012"]
 
 
+def test_a_kill_before_the_pointer_is_renamed_does_not_stop_the_next_save(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 5)
+    (tmp_path / ".unfinished_latest").write_text("step_00000005")  # what such a kill leaves: a file, no folder
+    save(store, 6)
+    assert names(tmp_path) == ["latest", "step_00000005", "step_00000006"]
+
+
 @pytest.mark.parametrize(
     ("harm", "word"),
     [

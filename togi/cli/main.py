@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,12 @@ from togi.errors import RunError, UserError
 
 COMMANDS = {
     "rl": ("togi.cli.train_ppo_ray", "online RL: PPO, GRPO, RLOO, REINFORCE++, Dr. GRPO"),
+    "sft": ("togi.cli.train_sft", "supervised fine-tuning, continued pre-training"),
+    "rm": ("togi.cli.train_rm", "reward model from preference pairs"),
+    "dpo": ("togi.cli.train_dpo", "preference training: DPO, cDPO, IPO"),
+    "kto": ("togi.cli.train_kto", "preference training from single labelled answers"),
+    "prm": ("togi.cli.train_prm", "process reward model"),
+    "kd": ("togi.cli.train_kd", "distillation from a teacher"),
     "chat": ("togi.cli.chat", "talk to a model in the terminal"),
     "report": ("togi.cli.report", "write report.html of a run folder again"),
 }
@@ -40,15 +47,21 @@ def run(module: str, argv: Sequence[str]) -> int:
     try:
         importlib.import_module(module).main(list(argv))
     except UserError as error:
-        print(f"togi: {error}", file=sys.stderr)
+        print(f"{_speaker()}: {error}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"togi: the run failed: {error}", file=sys.stderr)
+        print(f"{_speaker()}: the run failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("togi: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _speaker() -> str:
+    """Who reports an error: of several processes that a launcher started, which one."""
+    rank = os.environ.get("RANK", "0")
+    return "togi" if rank == "0" else f"togi (rank {rank})"
 
 
 def _usage() -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from togi.config.choices import AdvantageEstimator, BackendName, EngineName, KLEstimator
 from togi.config.rl import RLConfig
+from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
 from togi.errors import ConfigError
 
 Check = Callable[[RLConfig], Iterator[str]]
@@ -127,27 +128,18 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
 
 
 def _training(c: RLConfig) -> Iterator[str]:
-    if c.backend is BackendName.DEEPSPEED:
-        yield "--backend deepspeed is not supported yet: use --backend fsdp2."
+    yield from train_problems(c)
     if c.train_batch_size > c.samples_per_rollout:
         yield (
             f"--train_batch_size {c.train_batch_size} is more than the {c.samples_per_rollout} samples of one rollout "
             f"(--rollout_batch_size {c.rollout_batch_size} x --n_samples_per_prompt {c.n_samples_per_prompt}): lower it."
         )
-    if not c.packing_samples and c.micro_train_batch_size not in ("auto", 1):
-        yield (
-            f"--micro_train_batch_size {c.micro_train_batch_size} needs packing but --no_packing_samples is set: "
-            "leave one of them out."
-        )
-    if c.gradient_checkpointing_use_reentrant and not c.gradient_checkpointing:
-        yield "--gradient_checkpointing_use_reentrant needs --gradient_checkpointing: add it or leave the first out."
+    yield from model_problems(c)
     if c.max_tokens_per_gpu < c.prompt_max_len + c.generate_max_len:
         yield (
             f"--max_tokens_per_gpu {c.max_tokens_per_gpu} is less than the longest sequence (--prompt_max_len "
             f"{c.prompt_max_len} + --generate_max_len {c.generate_max_len}): raise it or lower one of the others."
         )
-    if not all(0 <= beta < 1 for beta in c.adam_betas):
-        yield f"--adam_betas {c.adam_betas[0]:g} {c.adam_betas[1]:g} must both be at least 0 and below 1."
     if c.eval_at_start and c.eval_dataset is None:
         yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
 
@@ -185,11 +177,37 @@ def _placement(c: RLConfig) -> Iterator[str]:
 
 
 def _output(c: RLConfig) -> Iterator[str]:
+    yield from output_problems(c)
+    if c.eval_steps == 0:
+        yield "--eval_steps must be positive, or -1."
+    if c.max_steps == 0:
+        yield "--max_steps 0 would train nothing: give a positive number, or -1 for all episodes."
+
+
+def model_problems(c: ModelSettings) -> Iterator[str]:
+    """What is wrong with the model flags of any command."""
+    if c.gradient_checkpointing_use_reentrant and not c.gradient_checkpointing:
+        yield "--gradient_checkpointing_use_reentrant needs --gradient_checkpointing: add it or leave the first out."
+
+
+def train_problems(c: TrainSettings) -> Iterator[str]:
+    """What is wrong with the training flags of any command."""
+    if c.backend is BackendName.DEEPSPEED:
+        yield "--backend deepspeed is not supported yet: use --backend fsdp2."
+    if not c.packing_samples and c.micro_train_batch_size not in ("auto", 1):
+        yield (
+            f"--micro_train_batch_size {c.micro_train_batch_size} needs packing but --no_packing_samples is set: "
+            "leave one of them out."
+        )
+    if not all(0 <= beta < 1 for beta in c.adam_betas):
+        yield f"--adam_betas {c.adam_betas[0]:g} {c.adam_betas[1]:g} must both be at least 0 and below 1."
+
+
+def output_problems(c: OutputSettings) -> Iterator[str]:
+    """What is wrong with the output flags of any command."""
     if c.save_hf_ckpt and c.save_steps <= 0:
         yield "--save_hf_ckpt writes with each checkpoint: set --save_steps to a positive number."
     if c.disable_ds_ckpt and not c.save_hf_ckpt:
         yield "--disable_ds_ckpt without --save_hf_ckpt leaves nothing to save: add the second or leave the first out."
-    if c.save_steps == 0 or c.eval_steps == 0:
-        yield "--save_steps and --eval_steps must be positive, or -1."
-    if c.max_steps == 0:
-        yield "--max_steps 0 would train nothing: give a positive number, or -1 for all episodes."
+    if c.save_steps == 0:
+        yield "--save_steps must be positive, or -1."

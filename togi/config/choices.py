@@ -55,3 +55,29 @@ class Scheduler(StrEnum):
     LINEAR = "linear"
     CONSTANT = "constant"
     CONSTANT_WITH_WARMUP = "constant_with_warmup"
+
+
+class Overlong(StrEnum):
+    """What becomes of a row of more tokens than ``--max_len``. A row that is cut gets no end token."""
+
+    DROP = "drop"
+    TRUNCATE = "truncate"
+    ERROR = "error"
+
+
+class RewardLoss(StrEnum):
+    """Pairwise losses of a reward model: -log sigmoid(c - r - margin), or log(1 + exp(r - c))."""
+
+    SIGMOID = "sigmoid"
+    LOGEXP = "logexp"
+
+
+class Divergence(StrEnum):
+    """Which way the distance between teacher and student is measured.
+
+    forward: KL(teacher || student), the student covers all that the teacher may say. reverse: KL(student || teacher),
+    the student says only what the teacher may say.
+    """
+
+    FORWARD = "forward"
+    REVERSE = "reverse"

@@ -6,12 +6,14 @@ so none are added; plain text gets the tokenizer's own. Rows and data sets are n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from togi.config.checks import template_problems
 from togi.errors import DataError
@@ -62,15 +64,38 @@ def render_prompt(value: object, tokenizer: Tokenizer, *, apply_chat_template: b
                 f"is of type {type(value).__name__}, not a string: use --apply_chat_template for lists of messages."
             )
         return value if input_template is None else input_template.replace("{}", value)
-    messages = as_messages(value)
+    return render_messages(as_messages(value), tokenizer, add_generation_prompt=True)
+
+
+def render_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, add_generation_prompt: bool) -> str:
+    """The text of a conversation. Raises DataError if the template refuses it."""
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except TemplateError as error:
-        raise DataError(
-            f"is refused by the chat template ({_one_line(error)}): change the row or the template."
-        ) from None
+        raise _refused(error) from None
     assert isinstance(text, str)
     return text
+
+
+def marks_turns(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template says with ``{% generation %}`` which parts the model is to learn."""
+    return re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template()) is not None
+
+
+def render_marked(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation and the (start, end) characters of each part that the template marks for learning."""
+    try:
+        texts, marks = render_jinja_template(
+            [list(messages)],
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except TemplateError as error:
+        raise _refused(error) from None
+    return texts[0], [(start, end) for start, end in marks[0]]
 
 
 def as_messages(value: object) -> list[dict[str, Any]]:
@@ -142,6 +167,10 @@ def _generation_eos(model_path: str) -> int | list[int]:
     except OSError:  # a hub model need not have one
         return []
     return [] if eos is None else eos
+
+
+def _refused(error: TemplateError) -> DataError:
+    return DataError(f"is refused by the chat template ({_one_line(error)}): change the row or the template.")
 
 
 def _one_line(error: Exception) -> str:

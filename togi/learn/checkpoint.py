@@ -72,7 +72,10 @@ class CheckpointStore:
         self.root.mkdir(parents=True, exist_ok=True)
         for left_over in self.root.glob(f"{UNFINISHED}*"):
             logger.warning("removing an unfinished checkpoint: %s", left_over)
-            shutil.rmtree(left_over)
+            if left_over.is_dir():
+                shutil.rmtree(left_over)
+            else:  # the pointer, of a run killed between writing and renaming it
+                left_over.unlink()
         free, needed = shutil.disk_usage(self.root).free, expected_bytes * SPACE_MARGIN
         if free < needed:
             raise CheckpointError(

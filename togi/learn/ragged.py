@@ -44,7 +44,13 @@ def dummy_batch() -> Batch:
 
 def nothing(outputs: Outputs) -> Tensor:
     """The loss of a dummy: the sum over no elements, exactly 0, with a graph that reaches every parameter it can."""
-    tensors = (outputs.logprobs_K, outputs.values_K, outputs.scores_N)
+    tensors = (
+        outputs.logprobs_K,
+        outputs.values_K,
+        outputs.scores_N,
+        outputs.label_logprobs_K,
+        outputs.next_logits_KR,
+    )
     assert all(tensor.numel() == 0 for tensor in tensors), "a dummy has outputs"
     return torch.stack([tensor.sum() for tensor in tensors if tensor.requires_grad]).sum()
 

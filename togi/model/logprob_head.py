@@ -1,6 +1,6 @@
 """The fused head: log-probabilities and entropies straight from hidden states, without logits for all tokens.
 
-Shape letters: K tokens in the loss, H hidden size, V vocabulary; k and v are tiles of K and V.
+Shape letters: K tokens in the loss, H hidden size, V vocabulary, R a few tokens of it; k and v are tiles of K and V.
 
 ``[K, V]`` is never materialised. The forward walks over blocks of tokens and keeps only the log-normaliser of each
 token. The backward recomputes logits tile by tile, vocabulary in the outer loop, so that a slice of the weight's
@@ -12,6 +12,7 @@ Not here: choosing which tokens, which is the policy model's business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,12 @@ class LogitTransform:
             return raw.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / temperature)
         factor = self.scale / temperature
         return raw if factor == 1.0 else raw.mul_(factor)
+
+    def differentiable(self, raw: Tensor) -> Tensor:
+        """Final logits at temperature 1, out of place, for autograd."""
+        if self.softcap > 0:
+            return self.softcap * torch.tanh(raw * (self.scale / self.softcap))
+        return raw * self.scale
 
     def slope(self, logits: Tensor, temperature: float) -> Tensor | float:
         """d logits / d raw, from the result of ``__call__``."""
@@ -71,13 +78,15 @@ def token_logprobs(
     """
     assert temperature > 0, "temperature must be positive"
     assert hidden_KH.dtype == weight_VH.dtype, f"hidden is {hidden_KH.dtype}, the head's weight is {weight_VH.dtype}"
-    settings = _Settings(temperature, transform or LogitTransform(), entropy, chunk_bytes)
+    settings = HeadSettings(temperature, transform or LogitTransform(), entropy, chunk_bytes)
     results: tuple[Tensor, Tensor] = _FusedHead.apply(hidden_KH, weight_VH, bias_V, targets_K, settings)  # type: ignore[no-untyped-call]
     return results
 
 
 @dataclass(frozen=True, slots=True)
-class _Settings:
+class HeadSettings:
+    """How logits are made, and how many at a time."""
+
     temperature: float
     transform: LogitTransform
     entropy: bool
@@ -98,7 +107,7 @@ class _Settings:
 class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_K: Tensor, settings: _Settings
+        ctx: Any, hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_K: Tensor, settings: HeadSettings
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden_KH.dtype == torch.float64 else torch.float32
         total = hidden_KH.shape[0]
@@ -125,38 +134,60 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_KH, weight_VH, bias_V, targets_K, norm_K, entropy_K = ctx.saved_tensors
-        settings: _Settings = ctx.settings
+        settings: HeadSettings = ctx.settings
         up_K = torch.zeros_like(norm_K) if grads[0] is None else grads[0]
         up_entropy_K = grads[1] if settings.entropy else None
-        grad_hidden_KH = torch.zeros_like(hidden_KH, dtype=norm_K.dtype)
-        grad_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
-        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
-        step = settings.tokens(TILE_ROWS_V)
-        for first in range(0, weight_VH.shape[0], TILE_ROWS_V):
-            words = slice(first, first + TILE_ROWS_V)
-            weight_vH, bias_v = weight_VH[words], None if bias_V is None else bias_V[words]
-            sum_vH = torch.zeros_like(weight_vH, dtype=norm_K.dtype)
-            for start in range(0, hidden_KH.shape[0], step):
-                rows = slice(start, start + step)
-                logits_kv = settings.logits(hidden_KH[rows], weight_vH, bias_v)
-                slope = settings.transform.slope(logits_kv, settings.temperature)
-                logp_kv = logits_kv.sub_(norm_K[rows, None])
-                if up_entropy_K is None:
-                    grad_kv = logp_kv.exp_().mul_(-up_K[rows, None])
-                else:
-                    grad_kv = _with_entropy(logp_kv, up_K[rows], up_entropy_K[rows], entropy_K[rows])
-                _add_at_targets(grad_kv, targets_K[rows] - first, up_K[rows])
-                if not (isinstance(slope, float) and slope == 1.0):
-                    grad_kv.mul_(slope)
-                if grad_bias_V is not None:
-                    grad_bias_V[words] += grad_kv.sum(0)
-                narrow_kv = grad_kv.to(hidden_KH.dtype)
-                grad_hidden_KH[rows] += narrow_kv @ weight_vH
-                if grad_weight_VH is not None:
-                    sum_vH += narrow_kv.T @ hidden_KH[rows]
+
+        def gradient(logits_kv: Tensor, rows: slice, words: slice) -> Tensor:
+            logp_kv = logits_kv.sub_(norm_K[rows, None])
+            if up_entropy_K is None:
+                grad_kv = logp_kv.exp_().mul_(-up_K[rows, None])
+            else:
+                grad_kv = _with_entropy(logp_kv, up_K[rows], up_entropy_K[rows], entropy_K[rows])
+            add_at_targets(grad_kv, targets_K[rows] - words.start, up_K[rows])
+            return grad_kv
+
+        return *backward_in_tiles(ctx, hidden_KH, weight_VH, bias_V, settings, gradient), None, None
+
+
+def backward_in_tiles(
+    ctx: Any,
+    hidden_KH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    settings: HeadSettings,
+    gradient: Callable[[Tensor, slice, slice], Tensor],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight (None if ``ctx`` says that nobody wants it) and bias.
+
+    ``gradient(logits_kv, rows, words)`` turns a recomputed tile of logits, which it may overwrite, into the gradient
+    with respect to it.
+    """
+    wide = torch.float64 if hidden_KH.dtype == torch.float64 else torch.float32
+    grad_hidden_KH = torch.zeros_like(hidden_KH, dtype=wide)
+    grad_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+    grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
+    step = settings.tokens(TILE_ROWS_V)
+    for first in range(0, weight_VH.shape[0], TILE_ROWS_V):
+        words = slice(first, first + TILE_ROWS_V)
+        weight_vH, bias_v = weight_VH[words], None if bias_V is None else bias_V[words]
+        sum_vH = torch.zeros_like(weight_vH, dtype=wide)
+        for start in range(0, hidden_KH.shape[0], step):
+            rows = slice(start, start + step)
+            logits_kv = settings.logits(hidden_KH[rows], weight_vH, bias_v)
+            slope = settings.transform.slope(logits_kv, settings.temperature)
+            grad_kv = gradient(logits_kv, rows, words)
+            if not (isinstance(slope, float) and slope == 1.0):
+                grad_kv.mul_(slope)
+            if grad_bias_V is not None:
+                grad_bias_V[words] += grad_kv.sum(0)
+            narrow_kv = grad_kv.to(hidden_KH.dtype)
+            grad_hidden_KH[rows] += narrow_kv @ weight_vH
             if grad_weight_VH is not None:
-                grad_weight_VH[words] = sum_vH
-        return grad_hidden_KH.to(hidden_KH.dtype), grad_weight_VH, grad_bias_V, None, None
+                sum_vH += narrow_kv.T @ hidden_KH[rows]
+        if grad_weight_VH is not None:
+            grad_weight_VH[words] = sum_vH
+    return grad_hidden_KH.to(hidden_KH.dtype), grad_weight_VH, grad_bias_V
 
 
 def _with_entropy(logp_kv: Tensor, up_k: Tensor, up_entropy_k: Tensor, entropy_k: Tensor) -> Tensor:
@@ -169,8 +200,37 @@ def _with_entropy(logp_kv: Tensor, up_k: Tensor, up_entropy_k: Tensor, entropy_k
     return inner_kv.mul_(probs_kv)
 
 
-def _add_at_targets(grad_kv: Tensor, targets_k: Tensor, up_k: Tensor) -> None:
+def add_at_targets(grad_kv: Tensor, targets_k: Tensor, up_k: Tensor) -> None:
     """Add each token's upstream gradient in its target's column, where that lies in this slice of the vocabulary."""
     inside_k = (targets_k >= 0) & (targets_k < grad_kv.shape[1])
     columns_k = torch.where(inside_k, targets_k, 0)
     grad_kv.scatter_add_(1, columns_k[:, None], torch.where(inside_k, up_k, 0.0)[:, None])
+
+
+def top_tokens(
+    hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None, transform: LogitTransform | None = None
+) -> Tensor:
+    """The likeliest token of each distribution (int64, K; the first of equals), without gradients."""
+    settings = HeadSettings(1.0, transform or LogitTransform(), entropy=False, chunk_bytes=CHUNK_BYTES)
+    tops_K = torch.empty(hidden_KH.shape[0], dtype=torch.int64, device=hidden_KH.device)
+    step = settings.tokens(weight_VH.shape[0])
+    with torch.no_grad():
+        for start in range(0, hidden_KH.shape[0], step):
+            rows = slice(start, start + step)
+            tops_K[rows] = settings.logits(hidden_KH[rows], weight_VH, bias_V).argmax(1)
+    return tops_K
+
+
+def some_logits(
+    hidden_KH: Tensor,
+    weight_VH: Tensor,
+    tokens: tuple[int, ...],
+    bias_V: Tensor | None = None,
+    transform: LogitTransform | None = None,
+) -> Tensor:
+    """The logits of a few tokens only, float32, shape K, ``len(tokens)``; differentiable."""
+    chosen_R = torch.tensor(tokens, device=hidden_KH.device)
+    logits_KR = full_precision(hidden_KH @ weight_VH.index_select(0, chosen_R).T)
+    if bias_V is not None:
+        logits_KR = logits_KR + bias_V.index_select(0, chosen_R)
+    return (transform or LogitTransform()).differentiable(logits_KR)

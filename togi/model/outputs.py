@@ -1,23 +1,39 @@
 """What an objective may ask of a model, and what one forward gives back.
 
-Shape letters: K tokens in the loss (ascending packed index, ``Batch.targets_K``), N sequences.
+Shape letters: K tokens in the loss (ascending packed index, ``Batch.targets_K``), N sequences, H hidden size, R the tokens
+of ``Needs.next_logits``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+LABELS = "labels"
+"""The stream that holds, at each token in the loss, the id of the token that should follow (``Needs.label_logprobs``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the forward must compute. Nothing that is not asked for is computed."""
+    """What the forward must compute. Nothing that is not asked for is computed.
+
+    ``label_logprobs`` and ``next_logits`` (ids of a few tokens) are predictions made at the token in the loss itself,
+    about what follows it; all others are about that token. ``states`` asks for hidden states in place of their results.
+    """
 
     logprobs: bool = False
     entropy: bool = False
     values: bool = False
     scores: bool = False
+    label_logprobs: bool = False
+    next_logits: tuple[int, ...] = ()
+    states: bool = False
+
+
+def _empty() -> Tensor:
+    return torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,11 +42,20 @@ class Outputs:
 
     ``logprobs_K[k]``: log-probability of token ``targets_K[k]`` given its own sequence before it, of logits / temperature.
     ``entropy_K[k]``: entropy of that distribution in nats (differentiable). ``values_K[k]``: the value head at the state in
-    which that token is chosen. ``scores_N``: the scalar head at each sequence's last token. A field that was not asked for
-    is an empty tensor.
+    which that token is chosen. ``scores_N``: the scalar head at each sequence's last token.
+    ``label_logprobs_K[k]``: log-probability of the label as the token after ``targets_K[k]``; ``label_hits_K`` (bool):
+    it is the likeliest there. ``next_logits_KR``: the logits of the tokens asked for, same place.
+    ``divergence_K[k]``: how far the distribution of token ``targets_K[k]`` is from a teacher's, in nats.
+    ``states_KH``: the hidden states from which ``logprobs_K`` would be made, in the model's own dtype.
+    A field that was not asked for is an empty tensor.
     """
 
-    logprobs_K: Tensor
-    entropy_K: Tensor
-    values_K: Tensor
-    scores_N: Tensor
+    logprobs_K: Tensor = field(default_factory=_empty)
+    entropy_K: Tensor = field(default_factory=_empty)
+    values_K: Tensor = field(default_factory=_empty)
+    scores_N: Tensor = field(default_factory=_empty)
+    label_logprobs_K: Tensor = field(default_factory=_empty)
+    label_hits_K: Tensor = field(default_factory=_empty)
+    next_logits_KR: Tensor = field(default_factory=_empty)
+    divergence_K: Tensor = field(default_factory=_empty)
+    states_KH: Tensor = field(default_factory=_empty)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from togi.batch import NO_SEQUENCE, Batch
-from togi.model.logprob_head import LogitTransform, full_precision, token_logprobs
-from togi.model.outputs import Needs, Outputs
+from togi.config.choices import Divergence
+from togi.model.distill_head import TeacherLogits, distill_logprobs
+from togi.model.logprob_head import LogitTransform, full_precision, some_logits, token_logprobs, top_tokens
+from togi.model.outputs import LABELS, Needs, Outputs
 
 
 def hidden_states(hf: PreTrainedModel, batch: Batch) -> Tensor:
@@ -52,25 +54,63 @@ class PolicyModel(nn.Module):
         self.hf = hf
         self.transform = transform or LogitTransform()
 
-    def forward(self, batch: Batch, needs: Needs, temperature: float = 1.0) -> Outputs:
-        """Only tokens in the loss pass through the LM head. A batch without any gives empty, connected results."""
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the head knows, padding rows included."""
+        return int(self._head.weight.shape[0])
+
+    def forward(
+        self, batch: Batch, needs: Needs, temperature: float = 1.0, teacher: TeacherLogits | None = None
+    ) -> Outputs:
+        """Only tokens in the loss pass through the LM head. A batch without any gives empty, connected results.
+
+        With a ``teacher`` there are log-probs and the divergence from it.
+        """
         assert not (needs.values or needs.scores), "a policy has no scalar head"
         states_TH = hidden_states(self.hf, batch)
         targets_K = batch.targets_K
-        empty = states_TH.new_empty(0, dtype=torch.float32)
-        if not (needs.logprobs or needs.entropy):
-            return Outputs(empty, empty, empty, empty)
-        head: Any = self.hf.get_output_embeddings()
-        logprobs_K, entropy_K = token_logprobs(
-            states_TH.index_select(0, batch.sources_T[targets_K]),
-            head.weight,
-            batch.tokens_T[targets_K],
-            temperature=temperature,
-            bias_V=head.bias,
-            transform=self.transform,
-            entropy=needs.entropy,
+        if needs.label_logprobs or needs.next_logits:
+            assert not (needs.logprobs or needs.entropy or needs.states), "ask for tokens or for what follows them"
+            return self._what_follows(states_TH.index_select(0, targets_K), batch, needs)
+        if not (needs.logprobs or needs.entropy or needs.states):
+            return Outputs()
+        states_KH = states_TH.index_select(0, batch.sources_T[targets_K])
+        if needs.states:
+            return Outputs(states_KH=states_KH)
+        settings: Any = {"temperature": temperature, "bias_V": self._head.bias, "transform": self.transform}
+        weight_VH, tokens_K = self._head.weight, batch.tokens_T[targets_K]
+        if teacher is not None:
+            assert not needs.entropy, "there is no entropy beside a divergence"
+            logprobs_K, divergence_K = distill_logprobs(states_KH, weight_VH, tokens_K, teacher, **settings)
+            return Outputs(logprobs_K=logprobs_K, divergence_K=divergence_K)
+        logprobs_K, entropy_K = token_logprobs(states_KH, weight_VH, tokens_K, entropy=needs.entropy, **settings)
+        return Outputs(logprobs_K, entropy_K) if needs.logprobs else Outputs(entropy_K=entropy_K)
+
+    def logits_of(self, states_KH: Tensor, kind: Divergence) -> TeacherLogits:
+        """This model as the teacher at states that it gave for ``Needs(states=True)``.
+
+        Its head must be whole on this rank, since it is read after the forward: a teacher cannot be sharded.
+        """
+        weight_VJ, bias_V = self._head.weight.detach(), self._head.bias
+        assert type(weight_VJ) is Tensor, "the teacher's head is sharded"
+        return TeacherLogits(
+            states_KH.detach(), weight_VJ, None if bias_V is None else bias_V.detach(), self.transform, kind
         )
-        return Outputs(logprobs_K if needs.logprobs else empty, entropy_K, empty, empty)
+
+    def _what_follows(self, states_KH: Tensor, batch: Batch, needs: Needs) -> Outputs:
+        """Predictions made at the tokens in the loss, about the token after each."""
+        weight_VH, bias_V = self._head.weight, self._head.bias
+        if needs.next_logits:
+            return Outputs(next_logits_KR=some_logits(states_KH, weight_VH, needs.next_logits, bias_V, self.transform))
+        # float32 holds every id below 2^24 exactly; a dummy of a rank without work has no tokens and no streams
+        labels_K = batch.select(LABELS).long() if len(states_KH) > 0 else batch.tokens_T[:0]
+        logprobs_K, _ = token_logprobs(states_KH, weight_VH, labels_K, bias_V=bias_V, transform=self.transform)
+        hits_K = top_tokens(states_KH, weight_VH, bias_V, self.transform) == labels_K
+        return Outputs(label_logprobs_K=logprobs_K, label_hits_K=hits_K)
+
+    @property
+    def _head(self) -> Any:
+        return self.hf.get_output_embeddings()
 
 
 class ScalarModel(nn.Module):
@@ -100,7 +140,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, batch: Batch, needs: Needs, temperature: float = 1.0) -> Outputs:
         """``temperature`` is ignored on purpose: a value is not a distribution."""
-        assert not (needs.logprobs or needs.entropy), "a scalar model has no token distribution"
+        assert needs == Needs(values=needs.values, scores=needs.scores), "a scalar model has no token distribution"
         states_TH = hidden_states(self.hf, batch)
         empty = states_TH.new_empty(0, dtype=torch.float32)
         values_K, scores_N = empty, empty
@@ -108,7 +148,7 @@ class ScalarModel(nn.Module):
             values_K = self._head(states_TH.index_select(0, batch.sources_T[batch.targets_K]))
         if needs.scores:
             scores_N = self._head(states_TH.index_select(0, last_tokens(batch)))
-        return Outputs(empty, empty, values_K, scores_N)
+        return Outputs(values_K=values_K, scores_N=scores_N)
 
     def _head(self, states: Tensor) -> Tensor:
         head: Any = self.hf.score

@@ -32,9 +32,14 @@ LENGTH_TOTAL = "length/total"
 LENGTH_TRUNCATED = "length/truncated_share"
 
 KL_REFERENCE = "kl/reference"
+KL_TEACHER = "kl/teacher"
+KL_ESTIMATE = "kl/estimate"
 ENTROPY = "entropy"
 
 LOSS = "loss"
+CROSS_ENTROPY = "cross_entropy"
+PERPLEXITY = "perplexity"
+CHOSEN_NLL = "chosen_nll"
 ACCURACY = "accuracy"
 GRAD_NORM = "grad_norm"
 LEARNING_RATE = "lr"
@@ -97,8 +102,13 @@ EXPLANATIONS: dict[str, str] = {
     LENGTH_TOTAL: "Mean length of prompt and response together, in tokens.",
     LENGTH_TRUNCATED: "Share of responses cut off by the token limit instead of ending by themselves.",
     KL_REFERENCE: "KL of the policy from the reference model, in nats a token: how far training has moved the model.",
+    KL_TEACHER: "KL between teacher and student, in nats a token, in the direction that is trained; it should fall.",
+    KL_ESTIMATE: "KTO's estimate of the policy's KL from the reference over mismatched rows, in nats a row, at least 0.",
     ENTROPY: "Entropy of the policy in nats a token; a fall to 0 means that it no longer explores.",
     LOSS: "The objective that is minimised, averaged over the step.",
+    CROSS_ENTROPY: "Mean negative log-probability of the tokens in the loss, in nats a token.",
+    PERPLEXITY: "exp of the mean negative log-probability a token: among how many equal tokens the model seems to choose.",
+    CHOSEN_NLL: "Mean negative log-probability a token of the preferred responses, in nats; should not rise much.",
     ACCURACY: "Share of rows or tokens that are ranked or predicted correctly.",
     GRAD_NORM: "Norm of the gradient before clipping.",
     LEARNING_RATE: "Learning rate of the step.",
@@ -171,12 +181,15 @@ def explain(name: str) -> str:
         return f"Seconds of the step spent in {rest!r}."
     if family == "memory" and rest:
         return f"Peak memory of {rest!r} in GB."
-    if family == "eval" and "/" in rest:
-        return _explain_eval(*rest.rsplit("/", 1))
+    if family == "eval" and (rest in EXPLANATIONS or "/" in rest):
+        return _explain_eval(rest)
     return f"{name!r} is not one of Togi's standard metrics; it comes from the recipe, reward function or environment."
 
 
-def _explain_eval(source: str, key: str) -> str:
+def _explain_eval(rest: str) -> str:
+    if rest in EXPLANATIONS:
+        return f"On the evaluation data: {EXPLANATIONS[rest]}"
+    source, _, key = rest.rpartition("/")
     if key == "pass1":
         return f"Mean reward over all samples of the evaluation set {source!r}."
     if key.removeprefix("pass").isdigit():

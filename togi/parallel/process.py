@@ -8,6 +8,7 @@ process group.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
+
+from togi.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -49,6 +52,16 @@ class Rendezvous:
     address: str
     port: int
     timeout_s: float = 1800.0
+
+
+def _from_environment(name: str) -> int:
+    """The whole number in an environment variable. Raises ConfigError."""
+    text = os.environ.get(name, "")
+    if not text.isdigit():
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE', '')} but {name} is {text!r}: start with torchrun, or unset WORLD_SIZE."
+        )
+    return int(text)
 
 
 class World:
@@ -85,6 +98,27 @@ class World:
             device_id=None if device.type == "cpu" else device,
         )
         return cls(meeting.rank, meeting.size, device)
+
+    @classmethod
+    def from_environment(cls, local_rank: int = -1, timeout_s: float = 1800.0) -> Self:
+        """The world that a launcher (torchrun, DeepSpeed) names in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+
+        Without WORLD_SIZE a world of one. ``local_rank`` -1 stands for LOCAL_RANK. Raises ConfigError where a variable
+        is missing or no whole number.
+        """
+        size = _from_environment("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
+        if size == 1:
+            return cls.solo()
+        rank, timeout = _from_environment("RANK"), timedelta(seconds=timeout_s)
+        device = default_device(local_rank if local_rank >= 0 else _from_environment("LOCAL_RANK"))
+        _from_environment("MASTER_PORT")
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device)
+        # torch reads the address itself: under torchrun the meeting place is the agent's, which it knows how to join
+        dist.init_process_group(
+            _LIBRARIES[device.type], timeout=timeout, device_id=None if device.type == "cpu" else device
+        )
+        return cls(rank, size, device)
 
     def leave(self) -> None:
         """Close the group. The world must not be used afterwards."""

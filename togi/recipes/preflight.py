@@ -18,6 +18,7 @@ from togi.config.checks import check_rl
 from togi.config.choices import EngineName
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
+from togi.config.shared import OutputSettings
 from togi.data.items import listed, parse_items
 from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError
@@ -62,21 +63,22 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
 def check_prompts(config: RLConfig) -> None:
     """Sets, fields and probabilities."""
     keys = {"input_key": config.input_key} | ({"label_key": config.label_key} if config.label_key is not None else {})
-    _check_sources("prompt_data", config.prompt_data, keys, config.prompt_split)
+    check_sets("prompt_data", config.prompt_data, keys, config.prompt_split)
     if config.prompt_data_probs is not None:
         parse_probs(config.prompt_data_probs, len(parse_items(config.prompt_data)), "--prompt_data_probs")
     if config.eval_dataset is not None:
-        _check_sources("eval_dataset", config.eval_dataset, keys, config.eval_split)
+        check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
 
 
-def _check_sources(flag: str, text: str, keys: Mapping[str, str], split: str) -> None:
+def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str) -> None:
+    """The data sets of a flag exist, have rows and the fields asked for."""
     try:
         check_sources(text, keys, split)
     except DataError as error:
         raise DataError(f"--{flag}: {error}") from None
 
 
-def check_folders(config: RLConfig) -> None:
+def check_folders(config: OutputSettings) -> None:
     """Everything that the run writes can be written, and the run folder is not another run's."""
     run_dir = config.run_dir if config.run_dir is not None else DEFAULT_PARENT
     for flag, folder in (("save_path", config.save_path), ("ckpt_path", config.ckpt_path), ("run_dir", run_dir)):
@@ -116,9 +118,19 @@ def check_model(flag: str, path: str) -> None:
 
 def check_context(config: RLConfig) -> None:
     """The longest sequence fits the positions that a model folder's config.json names, if nothing stretches them."""
-    file = Path(config.pretrain) / "config.json"
+    positions = max_positions(config.pretrain)
+    if positions is not None and config.context_length > positions:
+        asked = f"--prompt_max_len {config.prompt_max_len} + --generate_max_len {config.generate_max_len}"
+        if config.max_len is not None:
+            asked = f"--max_len {config.max_len}"
+        raise ConfigError(f"{asked} is more than the {positions} positions of {config.pretrain}: lower it.")
+
+
+def max_positions(path: str) -> int | None:
+    """The longest sequence that a model folder's config.json allows; None where nothing there limits it."""
+    file = Path(path) / "config.json"
     if not file.is_file():
-        return
+        return None
     try:
         settings = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -126,11 +138,7 @@ def check_context(config: RLConfig) -> None:
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     positions = settings.get("max_position_embeddings")
     is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    if is_plain and isinstance(positions, int) and config.context_length > positions:
-        asked = f"--prompt_max_len {config.prompt_max_len} + --generate_max_len {config.generate_max_len}"
-        if config.max_len is not None:
-            asked = f"--max_len {config.max_len}"
-        raise ConfigError(f"{asked} is more than the {positions} positions of {config.pretrain}: lower it.")
+    return positions if is_plain and isinstance(positions, int) else None
 
 
 def check_reward_file(path: Path) -> None:
@@ -180,7 +188,7 @@ def check_writable(flag: str, folder: Path) -> None:
         )
 
 
-def trackers(config: RLConfig) -> TrackerOptions:
+def trackers(config: OutputSettings) -> TrackerOptions:
     """The tracker flags as the sinks take them."""
     return TrackerOptions(
         use_tensorboard=config.use_tensorboard or "",

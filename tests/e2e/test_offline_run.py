@@ -1,0 +1,210 @@
+"""``togi sft | rm | dpo | kto | prm | kd`` end to end with tiny models, against plain Transformers and against themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.offline_world import DATA, ROOT, flags, launch, make_world, train
+from togi.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("command", DATA)
+def test_a_command_learns_and_leaves_everything_behind(world: Path, tmp_path: Path, command: str) -> None:
+    run = tmp_path / "run"
+    steps = train(world, command, run, "--max_epochs", "3", "--eval_steps", "5", "--train_batch_size", "5")
+    assert len(steps) == 1 + 3 * 3  # 14 rows in batches of 5, 5 and 4, three times, after the evaluation at step 0
+    assert [i for i, values in enumerate(steps) if "eval/loss" in values] == [0, 3, 5, 6, 9]
+    assert steps[-1]["eval/loss"] < steps[0]["eval/loss"]
+    assert steps[-1]["loss"] < steps[1]["loss"]
+    for values in steps[1:]:
+        assert all(math.isfinite(values[name]) for name in ("loss", "grad_norm", "lr"))
+    assert "eval/loss" in (run / "report.html").read_text()
+    assert json.loads((run / "data" / "train.json").read_text())["sources"][0]["kept"] == 14
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    kind = AutoModelForSequenceClassification if command == "rm" else AutoModelForCausalLM
+    model = kind.from_pretrained(run / "model")
+    inputs = AutoTokenizer.from_pretrained(run / "model")("abc", return_tensors="pt")
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+class Plain:
+    """Rows scored one by one by plain Transformers in float32: no packing, no shared prompts, whole logits."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def logprobs(self, prompt: str, answer: str) -> torch.Tensor:
+        """Log-probs of the answer's tokens and of the end token."""
+        start = self.tokenizer(prompt)["input_ids"]
+        ids = start + self.tokenizer(answer)["input_ids"] + [self.tokenizer.eos_token_id]
+        with torch.no_grad():
+            table = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return torch.stack([table[i - 1, ids[i]] for i in range(len(start), len(ids))])
+
+
+def rows(world: Path, name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_the_held_out_loss_is_plain_transformers_token_mean(world: Path, tmp_path: Path) -> None:
+    """Over all five rows (the batch of four has a rest), each token alike, before and after training."""
+    steps = train(world, "sft", tmp_path / "run")
+    for folder, measured in ((world / "model", steps[0]), (tmp_path / "run" / "model", steps[-1])):
+        plain = Plain(folder)
+        scored = [plain.logprobs(f"User: {r['q']}\nAssistant: ", r["a"]) for r in rows(world, "sft_eval")]
+        assert measured["eval/loss"] == pytest.approx(-float(torch.cat(scored).mean()), rel=1e-5)
+
+
+def test_dpo_evaluates_like_plain_transformers(world: Path, tmp_path: Path) -> None:
+    steps = train(world, "dpo", tmp_path / "run", "--learning_rate", "3e-4", "--beta", "0.3")
+    policy, reference = Plain(tmp_path / "run" / "model"), Plain(world / "model")
+    margins = []
+    for row in rows(world, "pairs_eval"):
+        gains = [
+            policy.logprobs(row["q"], row[key]).double().sum() - reference.logprobs(row["q"], row[key]).double().sum()
+            for key in ("chosen", "rejected")
+        ]
+        margins.append(0.3 * float(gains[0] - gains[1]))
+    assert steps[-1]["eval/reward/margin"] == pytest.approx(sum(margins) / 5, rel=1e-4)
+    assert steps[-1]["eval/accuracy"] == sum(margin > 0 for margin in margins) / 5
+    expected = sum(math.log1p(math.exp(-margin)) for margin in margins) / 5
+    assert steps[-1]["eval/loss"] == pytest.approx(expected, rel=1e-4)
+    assert steps[0]["eval/loss"] == pytest.approx(math.log(2), rel=1e-6)  # policy and reference are still the same
+
+
+def test_a_reward_model_scores_alike_in_a_plain_script(world: Path, tmp_path: Path) -> None:
+    """Loaded by AutoModelForSequenceClassification: the same accuracy, and the statistics in its config."""
+    steps = train(world, "rm", tmp_path / "run", "--margin_loss", "--learning_rate", "3e-4")
+    folder = tmp_path / "run" / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def score(text: str) -> float:
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            return float(model(torch.tensor([ids])).logits[0, 0])
+
+    scores = [(score(r["q"] + r["chosen"]), score(r["q"] + r["rejected"])) for r in rows(world, "pairs_eval")]
+    assert steps[-1]["eval/accuracy"] == sum(a > b for a, b in scores) / 5
+    assert steps[-1]["eval/reward/chosen"] == pytest.approx(sum(a for a, _ in scores) / 5, abs=1e-5)
+    every = torch.tensor(scores, dtype=torch.float64).flatten()
+    assert model.config.mean == pytest.approx(float(every.mean()), abs=1e-5)
+    assert model.config.std == pytest.approx(float(every.std()), abs=1e-5)
+    assert model.config.value_head_prefix == "score"
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_two_processes_under_torchrun_equal_one(world: Path, tmp_path: Path, command: str) -> None:
+    """All commands and all metrics are in ``tests/equal/test_offline_ranks.py``; here the launch as users write it."""
+    one = train(world, command, tmp_path / "one")
+    two = launch(world, command, tmp_path / "two", 2)
+    assert len(one) == len(two)
+    for a, b in zip(one[1:], two[1:], strict=True):
+        for name in ("loss", "grad_norm", "tokens/seen"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
+
+
+def model_bytes(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(world: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch, then the same command with --load_checkpoint."""
+    settings = ["--train_batch_size", "2", "--max_epochs", "3", "--lr_scheduler", "cosine", "--eval_steps", "4"]
+    whole = train(world, "sft", tmp_path / "whole", *settings)
+    settings += ["--save_steps", "1", "--save_hf_ckpt"]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "togi.cli.train_sft", *flags(world, "sft", tmp_path / "part", *settings)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "part" / "checkpoints" / "step_00000003").is_dir() and time.monotonic() < deadline:
+        assert killed.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    part = train(world, "sft", tmp_path / "part", *settings, "--load_checkpoint")
+    names = ("loss", "grad_norm", "lr", "eval/loss", "tokens/seen")
+    assert [[v.get(name) for name in names] for v in part] == [[v.get(name) for name in names] for v in whole]
+    assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "whole")
+    newest = tmp_path / "part" / "checkpoints" / "step_00000021" / "hf" / "model.safetensors"
+    assert newest.read_bytes() == model_bytes(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_other_data_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train(world, "sft", run, "--save_steps", "2")
+    for change, named in (
+        (["--dataset", str(world / "sft_eval.jsonl")], "--dataset"),
+        (["--train_batch_size", "2"], "--train_batch_size"),
+        (["--seed", "7"], "--seed"),
+    ):
+        assert main(["sft", *flags(world, "sft", run, "--load_checkpoint", *change)]) == 2
+        assert f"belongs to another run ({named} was" in capsys.readouterr().err
+
+
+def test_what_only_the_data_can_tell(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "same.jsonl").write_text('{"q": "a", "a": "b", "label": 1}\n' * 4)
+    cases = [
+        ("kto", ["--train_batch_size", "13"], "step 2 would get 1 of the 14 rows"),
+        ("kto", ["--dataset", str(tmp_path / "same.jsonl")], "only one distinct prompt"),
+        ("sft", ["--apply_chat_template", "--multiturn", "--output_key", "a"], "--multiturn takes the whole"),
+        ("prm", ["--placeholder_token", "abc"], "--placeholder_token 'abc' is 3 tokens"),
+    ]
+    for number, (command, change, sentence) in enumerate(cases):
+        run = tmp_path / str(number)
+        assert main([command, *flags(world, command, run, *change, evaluate=False)]) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+# Each runnable example of the README for these commands, with what makes it tiny.
+EXAMPLES = {
+    "sft.sh": ["--multiturn"],
+    "rm.sh": ["--loss", "logexp"],
+    "dpo.sh": ["--label_smoothing", "0.1"],
+    "kto.sh": ["--desirable_loss_weight", "1.5"],
+    "prm.sh": ["--gradient_checkpointing"],
+    "kd.sh": ["--kd_divergence", "reverse"],
+}
+TINY = "--no_bf16 --max_samples 6 --train_batch_size 4 --micro_train_batch_size 2 --max_len 128 --max_epochs 1"
+
+
+@pytest.mark.parametrize("script", EXAMPLES)
+def test_every_example_trains(world: Path, tmp_path: Path, script: str) -> None:
+    run = tmp_path / "run"
+    environment = os.environ | {
+        "MODEL": str(world / "model"),
+        "TEACHER": str(world / "teacher"),
+        "OUT": str(run),
+        "TOGI": str(Path(sys.executable).parent / "togi"),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    words = [ROOT / "examples" / "scripts" / script, *TINY.split(), *EXAMPLES[script]]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    values = [json.loads(line)["values"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(values) == 1 + 2  # an evaluation before training, then six rows in batches of four and two
+    assert all(math.isfinite(step["loss"]) for step in values[1:])
+    assert math.isfinite(values[-1]["eval/loss"])
+    assert (run / "model" / "model.safetensors").is_file()

@@ -1,0 +1,68 @@
+"""Two ranks = one process, and micro-batches = one pack, for every supervised and preference command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.equal.offline_jobs import RESUMED_AFTER, STAGE_3, run_all
+from tests.learn_tools import run_ranks
+from tests.offline_world import DATA, make_world, train, values
+
+Runs = dict[str, list[dict[str, float]]]
+UNEQUAL = ("throughput/trained_tokens_per_second", "tokens/shared_share")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def one(world: Path) -> Runs:
+    return {command: train(world, command, world / "one" / command) for command in DATA}
+
+
+@pytest.fixture(scope="module")
+def two(world: Path) -> Runs:
+    """All commands in two gloo processes, weights and moments sharded (ZeRO stage 2)."""
+    run_ranks(run_all, 2, world)
+    return {command: values(world / "two" / command) for command in DATA}
+
+
+@pytest.mark.parametrize("command", STAGE_3)
+def test_sharded_weights_equal_one(world: Path, one: Runs, two: Runs, command: str) -> None:
+    """ZeRO stage 3: a scalar model, a frozen reference that is sharded too, a teacher that is not."""
+    assert_equal_runs(one[command], values(world / "three" / command))
+
+
+def assert_equal_runs(first: list[dict[str, float]], second: list[dict[str, float]]) -> None:
+    assert len(first) == len(second) == 5
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - set(UNEQUAL):
+            assert a[name] == pytest.approx(b[name], rel=5e-4, abs=2e-5), name
+
+
+@pytest.mark.parametrize("command", DATA)
+def test_two_ranks_equal_one(one: Runs, two: Runs, command: str) -> None:
+    """Losses, norms, accuracies and held-out metrics of every step: rows are dealt, never lost or weighted anew."""
+    assert_equal_runs(one[command], two[command])
+
+
+def test_two_ranks_resume_bit_for_bit(world: Path, two: Runs) -> None:
+    """From the checkpoint of step 6 of 8, in the middle of the second epoch, with a sharded model and a reference."""
+    whole, part = (values(world / name / "dpo") for name in ("whole", "part"))
+    assert len(whole) == 1 + 8
+    assert len(part) == 8 - RESUMED_AFTER
+    for name in ("loss", "grad_norm", "lr", "reward/margin", "tokens/seen"):
+        assert [step[name] for step in part] == [step[name] for step in whole[1 + RESUMED_AFTER :]], name
+    first, second = (world / name / "dpo" / "model" / "model.safetensors" for name in ("whole", "part"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("command", DATA)
+def test_micro_batches_equal_one_pack(world: Path, one: Runs, command: str) -> None:
+    """One row at a time, without packing, against everything in one pack."""
+    assert_equal_runs(one[command], train(world, command, world / "split" / command, "--no_packing_samples"))

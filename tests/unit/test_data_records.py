@@ -1,0 +1,445 @@
+"""Supervised rows: learned tokens derived by hand, the end token, the boundary of prompt and answer, every drop."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from tests.tiny import CHAT_TEMPLATE, SPECIAL, START, STOP, tiny_tokenizer
+from togi.config.choices import Overlong
+from togi.data.chat import load_tokenizer, visible
+from togi.data.masks import Draft, check_decoding, encode_drafts
+from togi.data.records import RecordSpec, load_sft
+from togi.errors import DataError
+
+SMOL = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser() / "smollm2-135m-instruct"
+MARKED = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}{% else %}{{ message['content'] }}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TURNS = [
+    {"role": "user", "content": "q1"},
+    {"role": "assistant", "content": "a1"},
+    {"role": "user", "content": "q2"},
+    {"role": "assistant", "content": "a2"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def merging_tokenizer(*merges):
+    """The tiny tokenizer with merges of two symbols of the byte-level alphabet ("Ġ" is a space)."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate([*symbols, *("".join(pair) for pair in merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|im_start|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def load(tmp_path, tokenizer, rows, **settings):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_sft(RecordSpec(str(path), **settings), tokenizer)
+
+
+def parts(sample, tokenizer):
+    """The text of each run of tokens, those learned in brackets."""
+    edges = np.flatnonzero(np.diff(sample.loss_mask.astype(int))) + 1
+    runs = np.split(np.arange(len(sample.tokens)), edges)
+    texts = [(visible(tokenizer, sample.tokens[run].tolist()), bool(sample.loss_mask[run[0]])) for run in runs]
+    return "".join(f"[{text}]" if learned else text for text, learned in texts)
+
+
+def only(examples):
+    ((sample,),) = examples
+    return sample
+
+
+PLAIN = {"input_key": "q", "output_key": "a"}
+
+
+def test_two_strings_by_hand(tmp_path, tokenizer):
+    sample = only(load(tmp_path, tokenizer, [{"q": "hi", "a": "ok"}], input_template="U: {}\nA:", **PLAIN))
+    # "U: hi\nA:" has 8 bytes, "ok" two, and the end token follows as an id.
+    assert sample.tokens.tolist() == tokenizer("U: hi\nA:ok")["input_ids"] + [STOP]
+    assert sample.loss_mask.tolist() == [False] * 8 + [True] * 3
+    assert (sample.prompt_length, sample.group_id) == (8, "0:0")
+    assert (dict(sample.streams), dict(sample.values), sample.tokens.dtype) == ({}, {}, np.int64)
+
+
+def test_an_answer_that_ends_with_eos_gets_no_second(tmp_path, tokenizer):
+    sample = only(load(tmp_path, tokenizer, [{"q": "hi", "a": "ok<|im_end|>"}], **PLAIN))
+    assert parts(sample, tokenizer) == "hi[ok<|im_end|>]"
+    # Another special token is no end token of plain text.
+    sample = only(load(tmp_path, tokenizer, [{"q": "hi", "a": "ok<|endoftext|>"}], **PLAIN))
+    assert parts(sample, tokenizer) == "hi[ok<|endoftext|><|im_end|>]"
+    # White space of the answer is the answer's.
+    sample = only(load(tmp_path, tokenizer, [{"q": "hi", "a": " ok \n"}], **PLAIN))
+    assert parts(sample, tokenizer) == "hi[ ok \n<|im_end|>]"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"q": "hi", "a": "ok"},
+        {"q": [{"role": "user", "content": "hi"}], "a": "ok"},
+        {"q": [{"role": "user", "content": "hi"}], "a": [{"role": "assistant", "content": "ok"}]},
+    ],
+)
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED])
+def test_chat_with_two_fields(tmp_path, row, template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    sample = only(load(tmp_path, tokenizer, [row], apply_chat_template=True, input_template="not used {}", **PLAIN))
+    # 3 specials, "user\nhi", "\n" and "assistant\n" are the prompt; the line break after the end token is cut off.
+    assert len(sample.tokens) == 3 + 7 + 1 + 10 + 2 + 1
+    assert sample.prompt_length == 21
+    assert parts(sample, tokenizer) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[ok<|im_end|>]"
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED])
+def test_conversations(tmp_path, template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    rows = [{"m": TURNS}]
+    single = only(load(tmp_path, tokenizer, rows, apply_chat_template=True, input_key="m"))
+    head = "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n"
+    tail = "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n[a2<|im_end|>]"
+    assert parts(single, tokenizer) == f"{head}a1<|im_end|>\n{tail}"
+    multi = only(load(tmp_path, tokenizer, rows, apply_chat_template=True, input_key="m", multiturn=True))
+    assert parts(multi, tokenizer) == f"{head}[a1<|im_end|>]\n{tail}"
+    np.testing.assert_array_equal(single.tokens, multi.tokens)
+    split = [{"m": TURNS[:3], "a": "a2"}]
+    both = only(
+        load(tmp_path, tokenizer, split, apply_chat_template=True, input_key="m", output_key="a", multiturn=True)
+    )
+    assert parts(both, tokenizer) == parts(multi, tokenizer)
+
+
+def test_multiturn_skips_what_nobody_says(tmp_path, tokenizer):
+    turns = [
+        {"role": "assistant", "content": "greeting"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": ""},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": " a \n"},
+        {"role": "user", "content": "thanks"},
+    ]
+    sample = only(load(tmp_path, tokenizer, [{"m": turns}], apply_chat_template=True, input_key="m", multiturn=True))
+    text = parts(sample, tokenizer)
+    assert text.count("[") == 1
+    # The last message of the user leads to nothing and is not computed.
+    assert text.endswith("<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n[ a \n<|im_end|>]")
+
+
+def test_template_without_end_of_turn_gets_eos_once(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    sample = only(load(tmp_path, tokenizer, [{"m": TURNS}], apply_chat_template=True, input_key="m", multiturn=True))
+    assert parts(sample, tokenizer) == "user: q1\nassistant: [a1]\nuser: q2\nassistant: [a2<|im_end|>]"
+
+
+def test_a_closing_token_other_than_eos_is_enough(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "<|endoftext|>")
+    sample = only(load(tmp_path, tokenizer, [{"q": "hi", "a": "ok"}], apply_chat_template=True, **PLAIN))
+    assert parts(sample, tokenizer).endswith("assistant\n[ok<|endoftext|>]")
+
+
+def test_pretrain_mode_learns_every_token_with_a_prediction(tmp_path, tokenizer):
+    sample = only(
+        load(tmp_path, tokenizer, [{"q": "text\n"}], input_key="q", pretrain_mode=True, input_template="no {}")
+    )
+    assert sample.tokens.tolist() == tokenizer("text\n")["input_ids"]
+    assert sample.loss_mask.tolist() == [False, True, True, True, True]
+    assert sample.prompt_length == 0
+
+
+def test_a_token_across_the_boundary_is_the_first_of_the_answer(tmp_path):
+    tokenizer = merging_tokenizer(("Ġ", "y"))
+    examples = load(
+        tmp_path, tokenizer, [{"q": "hi", "a": "yes"}, {"q": "hi", "a": "no"}], input_template="{} A: ", **PLAIN
+    )
+    (yes,), (no,) = examples
+    # "hi A:" is 5 tokens; then " y" in one token, or " " alone.
+    assert yes.tokens.tolist() == tokenizer("hi A: yes")["input_ids"] + [tokenizer.eos_token_id]
+    assert parts(yes, tokenizer) == "hi A:[ yes<|im_end|>]"
+    assert (yes.prompt_length, len(yes.tokens)) == (5, 9)
+    assert parts(no, tokenizer) == "hi A: [no<|im_end|>]"
+    assert (no.prompt_length, len(no.tokens)) == (6, 9)
+    assert any("1 of 2 rows one token holds the end of the prompt" in line for line in examples.report.warnings)
+    unmerged = load(tmp_path, tokenizer, [{"q": "hi", "a": " yes"}], input_template="{} A:", **PLAIN)
+    assert parts(only(unmerged), tokenizer) == "hi A:[ yes<|im_end|>]"
+    assert unmerged.report.warnings == ()
+
+
+def test_characters_of_several_tokens(tmp_path, tokenizer):
+    sample = only(load(tmp_path, tokenizer, [{"q": "é", "a": "研ぎ"}], **PLAIN))
+    # UTF-8: two bytes, then twice three, then the end token.
+    assert sample.loss_mask.tolist() == [False] * 2 + [True] * 7
+
+
+def test_bos_of_plain_text_is_never_learned(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", START)]
+    )
+    sample = only(load(tmp_path, tokenizer, [{"q": "hi", "a": "ok"}], **PLAIN))
+    assert parts(sample, tokenizer) == "<|im_start|>hi[ok<|im_end|>]"
+    with pytest.raises(DataError, match=r"^Row 0 of .* would start with the BOS token '<\|im_start\|>' twice"):
+        load(tmp_path, tokenizer, [{"q": "<|im_start|>hi", "a": "ok"}], **PLAIN)
+    raw = only(load(tmp_path, tokenizer, [{"q": "hi"}], input_key="q", pretrain_mode=True))
+    assert parts(raw, tokenizer) == "<|im_start|>[hi]"
+
+
+def test_overlong(tmp_path, tokenizer):
+    rows = [{"q": "12345", "a": "678"}, {"q": "1234", "a": "678"}, {"q": "123456789", "a": "0"}]
+    # With the end token 9, 8 and 11 tokens.
+    dropped = load(tmp_path, tokenizer, rows, max_len=8, **PLAIN)
+    assert parts(only(dropped), tokenizer) == "1234[678<|im_end|>]"
+    assert dict(dropped.report.sources[0].dropped) == {"too long": 2}
+    assert dropped.report.lengths.max == 11
+    cut = load(tmp_path, tokenizer, rows, max_len=8, overlong=Overlong.TRUNCATE, **PLAIN)
+    # A row that is cut has no end token, also if only that would not fit.
+    assert [parts(s, tokenizer) for (s,) in cut] == ["12345[678]", "1234[678<|im_end|>]"]
+    assert dict(cut.report.sources[0].dropped) == {"nothing to learn left when cut": 1}
+    assert "1 rows were cut to --max_len 8; they have no end token." in cut.report.warnings
+    with pytest.raises(DataError, match=r"^Row 0 of .*a.jsonl has 9 tokens, more than --max_len 8: raise it, or"):
+        load(tmp_path, tokenizer, rows, max_len=8, overlong=Overlong.ERROR, **PLAIN)
+
+
+def test_cutting_a_conversation_keeps_its_first_turns(tmp_path, tokenizer):
+    sample = only(
+        load(
+            tmp_path,
+            tokenizer,
+            [{"m": TURNS}],
+            apply_chat_template=True,
+            input_key="m",
+            multiturn=True,
+            max_len=26,
+            overlong=Overlong.TRUNCATE,
+        )
+    )
+    text = "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n[a1<|im_end|>]\n<|im_start|>"
+    assert parts(sample, tokenizer) == text
+
+
+def test_empty_rows_are_dropped_counted_and_named(tmp_path, tokenizer):
+    rows = [{"q": " ", "a": "x"}, {"q": "x", "a": ""}, {"q": "x", "a": None}, *[{"q": "x", "a": "y"}] * 3]
+    examples = load(tmp_path, tokenizer, rows, **PLAIN)
+    assert len(examples) == 3
+    assert dict(examples.report.sources[0].dropped) == {"empty prompt": 1, "empty answer": 2}
+    (warning,) = examples.report.warnings
+    assert warning.startswith("faulty rows were left out: row 0 of ") and "row 2 of" in warning
+    chats = [
+        {"m": []},
+        {"m": TURNS[1:2]},
+        {"m": [TURNS[0], {"role": "assistant", "content": " "}]},
+        *[{"m": TURNS}] * 3,
+    ]
+    examples = load(tmp_path, tokenizer, chats, apply_chat_template=True, input_key="m")
+    assert dict(examples.report.sources[0].dropped) == {"empty prompt": 2, "empty answer": 1}
+    texts = load(
+        tmp_path, tokenizer, [{"q": ""}, {"q": "a"}, {"q": "ab"}, {"q": "ab"}], input_key="q", pretrain_mode=True
+    )
+    # One token has nothing before it to be predicted from.
+    assert dict(texts.report.sources[0].dropped) == {"empty prompt": 1, "empty answer": 1}
+
+
+def test_too_many_faults_stop_the_run(tmp_path, tokenizer):
+    rows = [{"q": "x", "a": ""}] * 2 + [{"q": "x", "a": "y"}]
+    with pytest.raises(
+        DataError, match=r"^2 of 3 rows of .* are faulty \(dropped: 2 empty answer; first: row 0 of .*50%"
+    ):
+        load(tmp_path, tokenizer, rows, **PLAIN)
+    with pytest.raises(DataError, match=r"^No row of .* can be used \(dropped: 3 too long; longest: 3 tokens\)"):
+        load(tmp_path, tokenizer, [{"q": "x", "a": "y"}] * 3, max_len=2, **PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"q": "x"}, PLAIN, r"^Row 1 of .*a.jsonl has no field 'a'"),
+        ({"q": 3, "a": "x"}, PLAIN, r"^Row 1 of .*: the field 'q' is of type int, not a string"),
+        ({"q": "x", "a": ["y"]}, PLAIN, r"^Row 1 of .*: the field 'a' is of type list, not a string: use --apply_chat"),
+        ({"q": 3, "a": "x"}, {**PLAIN, "apply_chat_template": True}, r"^Row 1 of .*: the field 'q' is of type int"),
+        (
+            {"q": "x", "a": [{"role": "user", "content": "y"}]},
+            {**PLAIN, "apply_chat_template": True},
+            r"^Row 1 of .*: the field 'a' ends with a message of role 'user', which cannot be learned",
+        ),
+        (
+            {"q": TURNS[:1], "a": TURNS[:2]},
+            {**PLAIN, "apply_chat_template": True},
+            r"^Row 1 of .*: the field 'a' repeats the prompt in 'q'",
+        ),
+        (
+            {"q": "x", "a": "y"},
+            {"input_key": "q", "apply_chat_template": True},
+            r"^Row 1 of .*: the field 'q' is a string, but without --output_key it must be a list of messages",
+        ),
+        (
+            {"q": TURNS[:3], "a": "y"},
+            {"input_key": "q", "apply_chat_template": True},
+            r"^Row 1 of .*: the field 'q' ends with a message of role 'user'",
+        ),
+        ({"q": "x", "a": "y"}, {"input_key": "q"}, r"^--output_key is not set"),
+    ],
+)
+def test_bad_rows(tmp_path, tokenizer, row, settings, message):
+    fine = {"q": TURNS[:2] if "output_key" not in settings else "x", "a": "y"}
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, tokenizer, [fine, row], **settings)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages|length }}{{ messages[-1]['content'] }}", r"^Row 0 of .* has its message 1 rendered differently"),
+        (
+            CHAT_TEMPLATE.replace("message['content']", "message['content'] | upper"),
+            r"^Row 0 of .* has its message 1 changed by the chat template \(.*'A1<\|im_end\|>', the message 'a1'\)",
+        ),
+        (
+            MARKED.replace("== 'assistant'", "!= 'system'"),
+            r"^Row 0 of .* has 2 messages of the assistant, but the chat template marks 4 parts",
+        ),
+        (MARKED.replace("== 'assistant'", "== 'user'"), r"^Row 0 of .* 'q1<\|im_end\|>', the message 'a1'\)"),
+        ("{{ raise_exception('no') }}", r"^Row 0 of .* is refused by the chat template \(no\)"),
+        (MARKED + "{{ raise_exception('no') }}", r"^Row 0 of .* is refused by the chat template \(no\)"),
+    ],
+)
+def test_templates_that_cannot_be_used(tmp_path, template, message):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, tokenizer, [{"m": TURNS}], apply_chat_template=True, input_key="m", multiturn=True)
+
+
+def test_tokenizers_that_cannot_be_used(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"^The tokenizer has no EOS token"):
+        load(tmp_path, tokenizer, [{"q": "x", "a": "y"}], **PLAIN)
+
+    with pytest.raises(DataError, match=r"^The tokenizer ByT5Tokenizer cannot say which characters a token is made of"):
+        load(tmp_path, ByT5Tokenizer(), [{"q": "x", "a": "y"}], input_key="q", pretrain_mode=True)
+
+
+def test_learned_tokens_must_hold_the_text(tokenizer):
+    draft = Draft("hi ok", ((3, 5),), complete=False)
+    (coded,) = encode_drafts([draft], tokenizer, add_special_tokens=True, enders={STOP})
+    assert coded.runs == ((3, 5),)
+    check_decoding(draft, coded, tokenizer)
+    with pytest.raises(DataError, match=r"^has the part 'ok' to learn, but the tokens at its place say ' o'"):
+        check_decoding(draft, dataclasses.replace(coded, runs=((2, 4),)), tokenizer)
+
+
+def test_offsets_without_white_space(tmp_path):
+    """Some tokenizers report " yes" as if it began at its y, and a space alone as nothing."""
+    tokenizer = merging_tokenizer(("Ġ", "y"))
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert tokenizer("a y ", return_offsets_mapping=True)["offset_mapping"] == [(0, 1), (2, 3), (4, 4)]
+    for answer in (" yes", "  no ", "\n"):
+        sample = only(load(tmp_path, tokenizer, [{"q": "hi", "a": f"a{answer}"}], input_template="{} A:", **PLAIN))
+        assert parts(sample, tokenizer) == f"hi A:[a{answer}<|im_end|>]"
+        sample = only(load(tmp_path, tokenizer, [{"q": "hi", "a": f"{answer}b"}], input_template="{} A:", **PLAIN))
+        assert parts(sample, tokenizer) == f"hi A:[{answer}b<|im_end|>]"
+
+
+def test_an_answer_without_tokens_is_empty(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("!", "")
+    examples = load(tmp_path, tokenizer, [{"q": "x", "a": "!!"}, {"q": "x", "a": "y"}], **PLAIN)
+    assert dict(examples.report.sources[0].dropped) == {"empty answer": 1}
+
+
+def test_a_tokenizer_that_changes_text_keeps_its_places(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace("!", "")]
+    )
+    sample = only(load(tmp_path, tokenizer, [{"q": "HI! ", "a": "OK! Yes"}], **PLAIN))
+    assert parts(sample, tokenizer) == "hi [ok yes<|im_end|>]"
+
+
+def test_mixtures_keep_order_ids_and_splits(tmp_path, tokenizer):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"q": "t", "a": "1"}\n')
+    (folder / "test.jsonl").write_text('{"q": "e", "a": "1"}\n{"q": "e", "a": "2"}\n')
+    single = tmp_path / "b.jsonl"
+    single.write_text('{"q": "b", "a": "1"}\n')
+    examples = load_sft(RecordSpec(f"{folder},{single}", split="test", **PLAIN), tokenizer)
+    assert [(s.group_id, parts(s, tokenizer)) for (s,) in examples] == [
+        ("0:0", "e[1<|im_end|>]"),
+        ("0:1", "e[2<|im_end|>]"),
+        ("1:0", "b[1<|im_end|>]"),
+    ]
+    assert examples.lengths() == [3, 3, 3]
+    mixed = load_sft(RecordSpec(f"{folder},{single}", "0.5,0.5", split="test", seed=1, **PLAIN), tokenizer)
+    ids = [s.group_id for (s,) in mixed]
+    assert len(set(ids)) == len(ids) and any("#" in name for name in ids)
+    first = load_sft(RecordSpec(f"{folder},{single}", split="test", max_samples=2, **PLAIN), tokenizer)
+    # One row of each set: the later set does not vanish.
+    assert [s.group_id for (s,) in first[:]] == ["0:0", "1:0"]
+
+
+def test_fingerprint(tmp_path, tokenizer):
+    rows = [{"q": "x", "a": "y"}, {"q": "x", "a": "z"}]
+    first = load(tmp_path, tokenizer, rows, **PLAIN).fingerprint()
+    assert first == load(tmp_path, tokenizer, rows, **PLAIN).fingerprint()
+    assert first != load(tmp_path, tokenizer, rows[::-1], **PLAIN).fingerprint()
+    # The same tokens with another boundary.
+    assert (
+        first
+        != load(tmp_path, tokenizer, [{"q": "xy"[:1], "a": "y"}, {"q": "xz"[:1], "a": "y"}], **PLAIN).fingerprint()
+    )
+
+
+def test_report_shows_what_is_learned(tmp_path, tokenizer):
+    examples = load(tmp_path, tokenizer, [{"q": "hi", "a": "ok"}], **PLAIN)
+    assert examples.report.examples == ("hi⟦ok<|im_end|>⟧",)
+    assert examples.report.kept == examples.report.picked == 1
+
+
+@pytest.mark.skipif(not SMOL.is_dir(), reason=f"the real tokenizer is not in {SMOL} (set TOGI_CACHE)")
+def test_real_tokenizer(tmp_path):
+    tokenizer = load_tokenizer(str(SMOL), chat_template=None, trust_remote_code=False)
+    sample = only(load(tmp_path, tokenizer, [{"m": TURNS}], apply_chat_template=True, input_key="m", multiturn=True))
+    assert parts(sample, tokenizer).endswith(
+        "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n[a1<|im_end|>]\n"
+        "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n[a2<|im_end|>]"
+    )
+    full = tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=True)["input_ids"]
+    assert sample.tokens.tolist() == full[:-1]
+    marked = load_tokenizer(str(SMOL), chat_template=MARKED, trust_remote_code=False)
+    again = only(load(tmp_path, marked, [{"m": TURNS}], apply_chat_template=True, input_key="m", multiturn=True))
+    theirs = marked.apply_chat_template(TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert again.tokens.tolist() == theirs["input_ids"][: len(again.tokens)]
+    # Their mask also has the line break after each end token, which is never generated.
+    breaks = np.flatnonzero(again.tokens == tokenizer.eos_token_id)[[1]] + 1
+    expected = np.array(theirs["assistant_masks"][: len(again.tokens)], dtype=bool)
+    assert expected[breaks].all()
+    expected[breaks] = False
+    np.testing.assert_array_equal(again.loss_mask, expected)
+    # BPE merges the space with the answer: " yes" is one token.
+    plain = only(load(tmp_path, tokenizer, [{"q": "hi", "a": "yes"}], input_template="{} A: ", **PLAIN))
+    assert parts(plain, tokenizer) == "hi A:[ yes<|im_end|>]"

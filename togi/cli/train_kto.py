@@ -1,0 +1,19 @@
+"""``togi kto``, also ``python -m togi.cli.train_kto`` and under torchrun: KTO."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from togi.cli.main import run as run_module
+from togi.cli.offline import train
+from togi.config.offline import KTOConfig
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command. Raises UserError for the user's mistakes."""
+    train(KTOConfig, "kto", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""A row -> what supervised fine-tuning learns from it: an answer, every turn of the assistant, or a whole text."""
+
+from __future__ import annotations
+
+from togi.data.chat import Tokenizer
+from togi.data.fields import (
+    as_text,
+    chat_draft,
+    is_empty,
+    named,
+    prompt_messages,
+    prompted_draft,
+    value_of,
+)
+from togi.data.masks import Draft
+from togi.data.record_spec import Drop, RecordSpec
+from togi.data.tables import Row
+from togi.data.turns import check_last
+from togi.errors import DataError
+
+
+def check_sft(spec: RecordSpec) -> None:
+    """Raise DataError if the settings name no answer."""
+    if spec.output_key is None and not (spec.apply_chat_template or spec.pretrain_mode):
+        raise DataError(
+            "--output_key is not set, so that there is no answer to learn: name its field, or use --apply_chat_template "
+            "for conversations or --pretrain_mode for plain texts."
+        )
+
+
+def read_sft(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
+    """One draft: see the modes in the module's title. Raises DataError."""
+    value = value_of(row, where, "input_key", spec.input_key)
+    if spec.pretrain_mode:
+        draft = _raw(value, where, spec)
+    elif spec.output_key is None:
+        draft = _conversation(value, where, spec, tokenizer)
+    else:
+        answer = value_of(row, where, "output_key", spec.output_key)
+        draft = prompted_draft(value, answer, where, (spec.input_key, spec.output_key), spec, tokenizer)
+    return draft if isinstance(draft, Drop) else (draft,)
+
+
+def _raw(value: object, where: str, spec: RecordSpec) -> Draft | Drop:
+    if is_empty(value):
+        return Drop.EMPTY_PROMPT
+    text = as_text(value, where, spec.input_key)
+    return Draft(text, ((0, len(text)),), complete=False)
+
+
+def _conversation(value: object, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> Draft | Drop:
+    if is_empty(value):
+        return Drop.EMPTY_PROMPT
+    if isinstance(value, str):
+        raise DataError(
+            f"{where}: the field {spec.input_key!r} is a string, but without --output_key it must be a list of "
+            "messages that ends with the answer: set --output_key."
+        )
+    messages = prompt_messages(value, where, spec.input_key)
+    if not spec.multiturn:
+        with named(f"{where}: the field {spec.input_key!r}"):
+            check_last(messages)
+        if len(messages) == 1:
+            return Drop.EMPTY_PROMPT
+    return chat_draft(messages, 0 if spec.multiturn else len(messages) - 1, where, tokenizer)

@@ -1,0 +1,124 @@
+"""A row -> a text with a placeholder token after each step, and a label for each: for process reward models.
+
+The prediction is made at the placeholder: what its hidden state predicts as next token is compared with the label.
+Hard labels are tokens (their ids travel in the stream), soft labels the probability of the positive token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from togi.data.chat import Tokenizer, visible
+from togi.data.fields import as_text, is_empty, value_of
+from togi.data.masks import Coded, Draft, Span
+from togi.data.record_spec import Drop, RecordSpec
+from togi.data.tables import Row
+from togi.errors import DataError
+
+_KINDS = {False: "tokens", True: "numbers"}
+
+
+@dataclass(frozen=True, slots=True)
+class StepLabels:
+    """How steps are marked and labelled. ``reward_ids`` in the order of ``--reward_tokens``; None: any token.
+
+    ``soft``: labels are probabilities of the first reward token, not tokens; one data set has only one of the two.
+    """
+
+    placeholder: str
+    reward_tokens: tuple[str, ...] | None
+    reward_ids: tuple[int, ...] | None
+    soft: bool
+
+
+def step_labels(spec: RecordSpec, first_label: object, tokenizer: Tokenizer) -> StepLabels:
+    """Check that each named text is one token, and that soft labels have two. Raises DataError."""
+    token_id(spec.placeholder_token, "--placeholder_token", tokenizer)
+    tokens = spec.reward_tokens
+    ids = None if tokens is None else tuple(token_id(token, "--reward_tokens", tokenizer) for token in tokens)
+    soft = is_soft(first_label)
+    if soft and (ids is None or len(ids) != 2):
+        raise DataError(
+            f"The labels in {spec.label_key!r} are numbers, which need two tokens to divide the probability: give "
+            "--reward_tokens POSITIVE NEGATIVE."
+        )
+    return StepLabels(spec.placeholder_token, tokens, ids, soft)
+
+
+def token_id(text: str, flag: str, tokenizer: Tokenizer) -> int:
+    """The id of a text that is one token. Raises DataError naming the flag if it is not."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise DataError(
+            f"{flag} {text!r} is {len(ids)} tokens of this tokenizer, not one: choose a text that is a token of its own."
+        )
+    return ids[0]
+
+
+def read_steps(row: Row, where: str, spec: RecordSpec, kind: StepLabels, tokenizer: Tokenizer) -> tuple[Draft] | Drop:
+    """One draft; its spans are the placeholders. Raises DataError if the labels do not fit them."""
+    value = value_of(row, where, "input_key", spec.input_key)
+    labels = value_of(row, where, "label_key", spec.label_key)
+    if is_empty(value):
+        return Drop.EMPTY_PROMPT
+    text = as_text(value, where, spec.input_key)
+    if not isinstance(labels, Sequence) or isinstance(labels, str):
+        raise DataError(
+            f"{where}: the field {spec.label_key!r} is of type {type(labels).__name__}, not a list: give one label for "
+            "each placeholder."
+        )
+    spans = _occurrences(text, kind.placeholder)
+    if len(spans) != len(labels):
+        raise DataError(
+            f"{where} has {len(labels)} labels in {spec.label_key!r} for {len(spans)} placeholders "
+            f"{kind.placeholder!r} in {spec.input_key!r}: give one label for each."
+        )
+    if not spans:
+        return Drop.NO_STEPS
+    if not text[: spans[0][0]].strip():
+        raise DataError(f"{where} starts with a placeholder in {spec.input_key!r}: put the step before it.")
+    numbers = tuple(_number(label, f"{where}: label {i}", kind, tokenizer) for i, label in enumerate(labels))
+    return (Draft(text, tuple(spans), complete=False, labels=numbers),)
+
+
+def is_soft(label: object) -> bool:
+    """Whether a label is a probability (a number, or true for 1) and not a token."""
+    return isinstance(label, int | float)
+
+
+def check_places(coded: Coded, kind: StepLabels, tokenizer: Tokenizer) -> None:
+    """Raise DataError if a placeholder is not one token of its own."""
+    for number, (start, end) in enumerate(coded.runs):
+        part = visible(tokenizer, coded.tokens[start:end].tolist())
+        if end - start != 1 or part.strip() != kind.placeholder.strip():
+            raise DataError(
+                f"has its placeholder {number} in the tokens {part!r}, together with other text: put white space around "
+                "placeholders, or choose another --placeholder_token."
+            )
+
+
+def _number(label: object, what: str, kind: StepLabels, tokenizer: Tokenizer) -> float:
+    """A label as a number: its token's id, or the probability."""
+    if not isinstance(label, str | int | float):
+        raise DataError(f"{what} is of type {type(label).__name__}: give a token, or a number from 0 to 1.")
+    if is_soft(label) != kind.soft:
+        raise DataError(f"{what} is {label!r}, but earlier labels are {_KINDS[kind.soft]}: use one kind for all rows.")
+    if isinstance(label, str):
+        if kind.reward_tokens is not None and label not in kind.reward_tokens:
+            raise DataError(
+                f"{what} is {label!r}, which is not among --reward_tokens {' '.join(kind.reward_tokens)}: add it there "
+                "or correct the row."
+            )
+        return float(token_id(label, what, tokenizer))
+    if not 0 <= label <= 1:
+        raise DataError(f"{what} is {label!r}: a probability of the positive token must lie between 0 and 1.")
+    return float(label)
+
+
+def _occurrences(text: str, placeholder: str) -> list[Span]:
+    spans, start = [], text.find(placeholder)
+    while start >= 0:
+        spans.append((start, start + len(placeholder)))
+        start = text.find(placeholder, start + len(placeholder))
+    return spans

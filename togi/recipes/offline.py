@@ -1,0 +1,124 @@
+"""Training on a fixed data set in one screen, for ``togi sft | rm | dpo | kto | prm | kd`` alike: see ``train``.
+
+One process, or several that a launcher started (``torchrun -m togi.cli.train_sft``); no Ray. What a command reads and
+which loss it has is its ``Task`` (``offline_setup``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from togi.config.offline import OfflineConfig
+from togi.config.parse import Parsed
+from togi.learn.checkpoint import Checkpoint
+from togi.obs.progress import Progress
+from togi.obs.run_dir import State
+from togi.parallel.process import World
+from togi.recipes.offline_journal import Journal, RunJournal
+from togi.recipes.offline_plan import EpochPlan
+from togi.recipes.offline_run import Evaluation, OfflineRun
+from togi.recipes.offline_setup import (
+    Data,
+    Task,
+    check_plan,
+    find_checkpoint,
+    load_data,
+    load_models,
+    task_of,
+    uses_flash,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Where a finished run left what. ``evaluations`` are in the order of training. ``is_first``: of the rank that speaks."""
+
+    run_dir: Path
+    model: Path
+    steps: int
+    evaluations: tuple[Evaluation, ...]
+    is_first: bool
+
+    @property
+    def report(self) -> Path:
+        return self.run_dir / "report.html"
+
+
+def run(parsed: Parsed[OfflineConfig], command: str, *, argv: Sequence[str], announce: Callable[[str], None]) -> Result:
+    """Train with settings that ``offline_preflight.check`` let through (``offline_start`` calls both)."""
+    world = World.from_environment(parsed.config.local_rank)
+    if not world.is_first:
+        logging.getLogger("togi").setLevel(logging.ERROR)
+    result = run_in(world, parsed, command, argv=argv, announce=announce)
+    world.leave()
+    return result
+
+
+def run_in(
+    world: World,
+    parsed: Parsed[OfflineConfig],
+    command: str,
+    *,
+    argv: Sequence[str],
+    announce: Callable[[str], None],
+) -> Result:
+    """``run`` among processes that have met already."""
+    with Progress(quiet=not world.is_first) as progress:
+        journal = RunJournal(parsed, command, argv, announce, progress) if world.is_first else Journal(progress)
+        return _run(parsed.config, command, world, journal)
+
+
+def _run(config: OfflineConfig, command: str, world: World, journal: Journal) -> Result:
+    task = task_of(config)
+    if config.flash_attn and not uses_flash(config, world):
+        journal.announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
+    data = load_data(config, task, world, journal.progress)
+    plan = EpochPlan(len(data.train), config.train_batch_size, config.max_epochs, config.seed)
+    check_plan(config, plan, data)
+    journal.announce(plan.describe())
+    found = find_checkpoint(config, command, data, world)
+    journal.open(data.reports, found.step if found is not None else 0, plan.steps)
+    try:
+        evaluations = train(start(config, command, task, data, plan, world, journal), found)
+    except BaseException as error:
+        journal.close(State.FAILED, str(error) or type(error).__name__)
+        raise
+    journal.close(State.FINISHED)
+    return Result(journal.root, Path(config.save_path), plan.steps, tuple(evaluations), world.is_first)
+
+
+def train(run: OfflineRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
+    """The loop: a batch of rows, one optimizer step, and now and then an evaluation and a checkpoint."""
+    evaluations: list[Evaluation] = []
+    run.resume(checkpoint)
+    if run.config.eval_at_start and run.step == 0:
+        evaluations += run.evaluate()
+    while run.step < run.plan.steps:
+        samples = run.prepare(run.next_samples())
+        run.update(samples)
+        if run.evaluation_is_due:
+            evaluations += run.evaluate()
+        run.log()
+        run.checkpoint_if_due()
+    run.save()
+    return evaluations
+
+
+def start(
+    config: OfflineConfig,
+    command: str,
+    task: Task,
+    data: Data,
+    plan: EpochPlan,
+    world: World,
+    journal: Journal,
+) -> OfflineRun:
+    """Load the models."""
+    with journal.progress.phase("loading models", expected_seconds=10):
+        models = load_models(config, task, data, plan, world)
+    return OfflineRun(config, command, task, data, plan, models, world, journal)

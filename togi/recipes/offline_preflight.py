@@ -1,0 +1,73 @@
+"""Everything that can be found wrong with an offline run in under a second: no torch, no model, no data but its head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from togi.config.offline import PAIRED, PROMPTED, DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig
+from togi.config.offline_checks import check_offline
+from togi.config.parse import Parsed
+from togi.data.items import parse_items
+from togi.data.precheck import parse_probs
+from togi.errors import ConfigError
+from togi.obs.sinks import check_trackers
+from togi.recipes.preflight import check_folders, check_model, check_sets, max_positions, trackers
+
+
+def check(parsed: Parsed[OfflineConfig]) -> None:
+    """Raise the first UserError."""
+    check_offline(parsed)
+    config = parsed.config
+    for flag, path in other_models(config).items():
+        check_model(flag, path)
+    check_context(config)
+    check_data(config)
+    check_trackers(trackers(config))
+    check_folders(config)
+
+
+def other_models(config: OfflineConfig) -> Mapping[str, str]:
+    """Every model folder by its flag, the trained one first."""
+    paths: dict[str, str] = {"pretrain": config.pretrain}
+    if isinstance(config, DPOConfig | KTOConfig) and config.ref_pretrain is not None:
+        paths["ref_pretrain"] = config.ref_pretrain
+    if isinstance(config, KDConfig):
+        paths["teacher_model"] = config.teacher_model
+    return paths
+
+
+def check_context(config: OfflineConfig) -> None:
+    """The longest sequence fits the positions of every model that reads it."""
+    for path in other_models(config).values():
+        positions = max_positions(path)
+        if positions is not None and config.max_len > positions:
+            raise ConfigError(f"--max_len {config.max_len} is more than the {positions} positions of {path}: lower it.")
+
+
+def check_data(config: OfflineConfig) -> None:
+    """Sets, fields and probabilities."""
+    keys = fields(config)
+    check_sets("dataset", config.dataset, keys, config.split)
+    if config.dataset_probs is not None:
+        parse_probs(config.dataset_probs, len(parse_items(config.dataset)), "--dataset_probs")
+    if config.eval_dataset is not None:
+        check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
+
+
+def fields(config: OfflineConfig) -> Mapping[str, str]:
+    """The field that each flag names, of those every row must have."""
+    named: dict[str, str | None] = {}
+    if isinstance(config, PROMPTED):
+        plain = isinstance(config, KDConfig) and config.pretrain_mode
+        named = {"input_key": config.input_key, "output_key": None if plain else config.output_key}
+    if isinstance(config, PAIRED):
+        named = {
+            "prompt_key": config.prompt_key,
+            "chosen_key": config.chosen_key,
+            "rejected_key": config.rejected_key,
+        }
+    if isinstance(config, PRMConfig):
+        named = {"input_key": config.input_key}
+    if isinstance(config, KTOConfig | PRMConfig):
+        named["label_key"] = config.label_key
+    return {flag: key for flag, key in named.items() if key is not None}

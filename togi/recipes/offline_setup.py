@@ -1,0 +1,325 @@
+"""What an offline run is made of: the task behind a command, its rows, its models."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from togi.config.offline import (
+    DPOConfig,
+    KDConfig,
+    KTOConfig,
+    OfflineConfig,
+    PRMConfig,
+    RMConfig,
+    SFTConfig,
+)
+from togi.data.chat import Tokenizer, load_tokenizer
+from togi.data.record_spec import RecordSpec
+from togi.data.records import Examples, StepExamples, load_pairs, load_sft, load_steps, load_unpaired
+from togi.data.report import DataReport
+from togi.errors import CheckpointError, ConfigError
+from togi.learn.checkpoint import Checkpoint, CheckpointStore
+from togi.learn.distill_objective import DistillationObjective
+from togi.learn.learner import Learner
+from togi.learn.objective import Objective
+from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
+from togi.learn.schedule import Schedule
+from togi.learn.scorer import Scorer
+from togi.learn.sft_objective import SFTObjective
+from togi.learn.step_objective import StepRewardObjective
+from togi.model.loading import check_causal_lm, load_causal_lm, load_scalar_model, read_config
+from togi.model.policy import PolicyModel, ScalarModel
+from togi.obs.progress import Progress
+from togi.parallel.backend import BackendOptions
+from togi.parallel.build import frozen, trainable
+from togi.parallel.process import World
+from togi.recipes.offline_plan import EpochPlan
+from togi.recipes.offline_steps import Dealer, Preparation, Share, WithKL, WithReference
+
+UNLIMITED = 2**62
+HF_FOLDER = "hf"
+CLASSIFIER = "ForSequenceClassification"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a command reads and which models it needs beside the one in training.
+
+    ``width``: sequences a row. ``scalar``: the model in training has a scalar head. ``reference``, ``teacher``: folders of
+    frozen models, "" for none. ``mismatched``: the loss needs a KL estimate from mismatched pairs.
+    """
+
+    load: Callable[[RecordSpec, Tokenizer], Examples]
+    width: int = 1
+    scalar: bool = False
+    reference: str = ""
+    teacher: str = ""
+    mismatched: bool = False
+
+
+def task_of(config: OfflineConfig) -> Task:
+    """The task behind a command's settings."""
+    match config:
+        case SFTConfig():
+            return Task(load_sft)
+        case RMConfig():
+            return Task(load_pairs, width=2, scalar=True)
+        case DPOConfig():
+            return Task(load_pairs, width=2, reference=config.ref_pretrain or config.pretrain)
+        case KTOConfig():
+            return Task(load_unpaired, reference=config.ref_pretrain or config.pretrain, mismatched=True)
+        case PRMConfig():
+            return Task(load_steps)
+        case KDConfig():
+            return Task(load_sft, teacher=config.teacher_model)
+    raise AssertionError(f"no task for {type(config).__name__}")
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """``held_out`` is empty without ``--eval_dataset``: none or one set."""
+
+    tokenizer: Tokenizer
+    train: Examples
+    held_out: tuple[Examples, ...]
+
+    @property
+    def reports(self) -> Mapping[str, DataReport]:
+        """By the name of the file that each goes to."""
+        sets = (self.train, *self.held_out)
+        return {name: examples.report for name, examples in zip(("train", "eval"), sets, strict=False)}
+
+
+def load_data(config: OfflineConfig, task: Task, world: World, progress: Progress) -> Data:
+    """The tokenizer and all rows. The first rank reads first: a mistake in a row is told once, and caches are warm."""
+    with progress.phase("reading data", expected_seconds=8):
+        check_causal_lm(
+            config.pretrain, flash_attn=uses_flash(config, world), trust_remote_code=config.trust_remote_code
+        )
+        tokenizer = load_tokenizer(
+            config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
+        )
+        if not world.is_first:
+            world.barrier("first rank has read the data")
+        train = task.load(record_spec(config, config.dataset, config.split, training=True), tokenizer)
+        held_out = []
+        if config.eval_dataset is not None:
+            held_out.append(
+                task.load(record_spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer)
+            )
+        if world.is_first:
+            world.barrier("first rank has read the data")
+    if isinstance(config, KDConfig):
+        check_vocabulary(config, tokenizer)
+    return Data(tokenizer, train, tuple(held_out))
+
+
+def check_plan(config: OfflineConfig, plan: EpochPlan, data: Data) -> None:
+    """What only the rows can tell: KTO's KL estimate needs two prompts in every step. Raises ConfigError."""
+    if not isinstance(config, KTOConfig):
+        return
+    why = "and KTO pairs each prompt with the answer to another"
+    for step in range(plan.steps):
+        rows = plan.rows_of(step)
+        if not _two_prompts(data.train, rows):
+            raise ConfigError(
+                f"--train_batch_size {plan.batch}: step {step + 1} would get {len(rows)} of the {plan.rows} rows, with only "
+                f"one distinct prompt, {why}: choose another size, another --seed, or mix the data."
+            )
+    for examples in data.held_out:
+        if not _two_prompts(examples, range(len(examples))):
+            raise ConfigError(f"--eval_dataset has only one distinct prompt, {why}: add rows, or leave it out.")
+
+
+def _two_prompts(examples: Examples, rows: Sequence[int]) -> bool:
+    """Whether these rows have more than one prompt."""
+    seen = set[bytes]()
+    for row in rows:
+        (sample,) = examples[row]
+        seen.add(sample.tokens[: sample.prompt_length].tobytes())
+        if len(seen) > 1:
+            return True
+    return False
+
+
+def identity(config: OfflineConfig, command: str, data: Data) -> dict[str, str]:
+    """What must be the same for a resumed run to see every row exactly as often as an uninterrupted one."""
+    return {
+        "command": f"togi {command}",
+        "--dataset": data.train.fingerprint(),
+        "--seed": str(config.seed),
+        "--train_batch_size": str(config.train_batch_size),
+    }
+
+
+def find_checkpoint(config: OfflineConfig, command: str, data: Data, world: World) -> Checkpoint | None:
+    """With ``--load_checkpoint`` the newest complete checkpoint. The first rank looks, the others are told.
+
+    Raises CheckpointError when it is another run's or holds no resumable state.
+    """
+    if not config.load_checkpoint:
+        return None
+    found = CheckpointStore(Path(config.ckpt_path)).latest() if world.is_first else None
+    found = world.gather("checkpoint", found)[0]
+    if found is None:
+        logger.warning("--load_checkpoint: %s has no complete checkpoint, starting anew", config.ckpt_path)
+        return None
+    if not found.state["resumable"]:
+        raise CheckpointError(
+            f"The checkpoint {found.path} was written with --disable_ds_ckpt and cannot be resumed: start without "
+            f"--load_checkpoint, with --pretrain set to its folder {HF_FOLDER}."
+        )
+    saved, now = found.state["identity"], identity(config, command, data)
+    if saved != now:
+        different = "; ".join(f"{name} was {saved[name]}, is {now[name]}" for name in now if saved[name] != now[name])
+        raise CheckpointError(
+            f"The checkpoint {found.path} belongs to another run ({different}): resume with the same rows and settings, "
+            "or choose another --ckpt_path."
+        )
+    return found
+
+
+def check_vocabulary(config: KDConfig, tokenizer: Tokenizer) -> None:
+    """Teacher and student must mean the same by every token. Raises ConfigError."""
+    teacher = load_tokenizer(config.teacher_model, chat_template=None, trust_remote_code=config.trust_remote_code)
+    if teacher.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"--teacher_model {config.teacher_model} has another vocabulary than --pretrain {config.pretrain}: "
+            "distillation compares them token by token, choose two models with one tokenizer."
+        )
+
+
+def record_spec(config: OfflineConfig, dataset: str, split: str, *, training: bool) -> RecordSpec:
+    """How to read a set. Probabilities and the cap belong to the training set."""
+    known = {field.name for field in dataclasses.fields(RecordSpec)}
+    values = {name: value for name, value in config.model_dump().items() if name in known}
+    limits = {} if training else {"dataset_probs": None, "max_samples": UNLIMITED}
+    return RecordSpec(**{**values, **limits, "dataset": dataset, "split": split})
+
+
+def uses_flash(config: OfflineConfig, world: World) -> bool:
+    """FlashAttention is for CUDA; elsewhere segments run through SDPA."""
+    return config.flash_attn and world.device.type == "cuda"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Models:
+    """The model in training and what prepares its steps."""
+
+    model: PolicyModel | ScalarModel
+    learner: Learner
+    policy: Scorer
+    dealer: Dealer
+    prepare: Preparation
+
+
+def load_models(config: OfflineConfig, task: Task, data: Data, plan: EpochPlan, world: World) -> Models:
+    """Load every model and put it on this rank's device. Random numbers start from ``--seed`` on every rank alike."""
+    torch.manual_seed(config.seed)
+    if config.full_determinism:
+        torch.use_deterministic_algorithms(True)
+    options = BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
+    model = _trained(config, task, world)
+    vocabulary = model.vocabulary if isinstance(model, PolicyModel) else 0
+    backend = trainable(model, world, options)
+    schedule = Schedule.with_warmup_ratio(config.lr_scheduler, config.learning_rate, plan.steps, config.lr_warmup_ratio)
+    teachers = [_frozen(config, path, world, replace(options, zero_stage=0)) for path in (task.teacher,) if path]
+    references = [_frozen(config, path, world, options) for path in (task.reference,) if path]
+    objective = _objective(config, data, teachers, vocabulary)
+    learner = Learner(backend, objective, schedule, config.max_norm if config.max_norm > 0 else math.inf)
+    policy, dealer = Scorer(backend.module, world), dealer_of(config, task, world)
+    return Models(model, learner, policy, dealer, _preparation(task, dealer, policy, references))
+
+
+def dealer_of(config: OfflineConfig, task: Task, world: World) -> Dealer:
+    """The micro-batch flags count rows; a pair is two sequences."""
+    rows = config.micro_train_batch_size if config.packing_samples else 1
+    most = None if rows == "auto" else rows * task.width
+    return Dealer(world, config.max_tokens_per_gpu, most, share_prefix=task.width > 1)
+
+
+def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | ScalarModel:
+    """A reward model that starts from a language model gets a new head; one that is a reward model keeps its own."""
+    flash = uses_flash(config, world)
+    if not task.scalar:
+        return load_causal_lm(
+            config.pretrain,
+            torch.float32,
+            flash_attn=flash,
+            trust_remote_code=config.trust_remote_code,
+            gradient_checkpointing=config.gradient_checkpointing,
+            use_reentrant=config.gradient_checkpointing_use_reentrant,
+        )
+    assert isinstance(config, RMConfig)
+    kinds = read_config(config.pretrain, config.trust_remote_code).architectures or ()
+    return load_scalar_model(
+        config.pretrain,
+        torch.float32,
+        flash_attn=flash,
+        init_head=not any(kind.endswith(CLASSIFIER) for kind in kinds),
+        value_head_prefix=config.value_head_prefix,
+        trust_remote_code=config.trust_remote_code,
+        gradient_checkpointing=config.gradient_checkpointing,
+        use_reentrant=config.gradient_checkpointing_use_reentrant,
+    )
+
+
+def _frozen(config: OfflineConfig, path: str, world: World, options: BackendOptions) -> PolicyModel:
+    """A language model that is only read."""
+    model = load_causal_lm(
+        path,
+        torch.bfloat16 if config.bf16 else torch.float32,
+        flash_attn=uses_flash(config, world),
+        trust_remote_code=config.trust_remote_code,
+    )
+    frozen(model, world, options)
+    return model
+
+
+def _objective(config: OfflineConfig, data: Data, teachers: Sequence[PolicyModel], vocabulary: int) -> Objective:
+    """The loss of a command. ``vocabulary``: tokens that the model in training predicts."""
+    match config:
+        case SFTConfig():
+            return SFTObjective()
+        case RMConfig():
+            return PairwiseRewardObjective(config.loss, config.margin_loss)
+        case DPOConfig():
+            return DPOObjective(config.beta, config.label_smoothing, config.ipo, config.nll_loss_coef)
+        case KTOConfig():
+            return KTOObjective(config.beta, config.desirable_loss_weight, config.undesirable_loss_weight)
+        case PRMConfig():
+            return _step_reward(data)
+        case KDConfig():
+            return DistillationObjective(teachers[0], vocabulary, config.kd_coef, config.kd_divergence)
+    raise AssertionError(f"no objective for {type(config).__name__}")
+
+
+def _step_reward(data: Data) -> Objective:
+    """How labels are to be read is found in the data, and must be the same in both sets."""
+    kinds = []
+    for examples in (data.train, *data.held_out):
+        assert isinstance(examples, StepExamples)
+        kinds.append(examples.labels.soft)
+    if len(set(kinds)) > 1:
+        raise ConfigError(
+            "--dataset and --eval_dataset have labels of two kinds, tokens in one and probabilities in the other: "
+            "use one kind."
+        )
+    assert isinstance(data.train, StepExamples)
+    return StepRewardObjective(data.train.labels.reward_ids, data.train.labels.soft)
+
+
+def _preparation(task: Task, dealer: Dealer, policy: Scorer, references: Sequence[PolicyModel]) -> Preparation:
+    """What a step needs beside its rows."""
+    if not task.reference:
+        return Share(dealer)
+    reference = Scorer(references[0], dealer.world)
+    return WithKL(dealer, reference, policy) if task.mismatched else WithReference(dealer, reference)
