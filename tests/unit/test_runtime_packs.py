@@ -27,7 +27,9 @@ def samples() -> list[Sample]:
     return result
 
 
-@pytest.mark.parametrize("flags", [["--max_tokens_per_gpu", "40"], ["--no_packing_samples"]], ids=["packs", "one by one"])
+@pytest.mark.parametrize(
+    "flags", [["--max_tokens_per_gpu", "40"], ["--no_packing_samples"]], ids=["packs", "one by one"]
+)
 def test_log_probs_come_back_in_the_order_of_the_samples(flags: list[str]) -> None:
     torch.manual_seed(0)
     worker = ModelWorker()

@@ -13,7 +13,7 @@ from togi.data.report import DataReport
 from togi.obs.metrics import StepRecord
 from togi.obs.progress import Progress
 from togi.obs.report import write_report
-from togi.obs.run_dir import Resolved, RunDirectory, Source, State, default_run_dir
+from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.obs.sinks import Recorder, open_trackers
 from togi.obs.stall import Watchdog
 from togi.recipes.preflight import trackers
@@ -71,7 +71,7 @@ class RunJournal(Journal):
     def open(self, reports: Mapping[str, DataReport], step: int, steps: int) -> None:
         config, sources = self._parsed.config, self._parsed.sources
         settings = config.model_dump(mode="json")
-        values = {name: Resolved(value, Source(sources[name])) for name, value in settings.items()}
+        values = {name: Resolved(value, sources[name]) for name, value in settings.items()}
         opened = RunDirectory.resume if config.load_checkpoint else RunDirectory.create
         self._directory = opened(self.root, self._command, self._argv, values)
         for name, report in reports.items():
