@@ -23,7 +23,7 @@ SEED = 0
 
 
 def main() -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     if not (MODEL / "config.json").is_file():
         build_model()
     if not (DATA / "train.jsonl").is_file():
