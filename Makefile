@@ -19,7 +19,8 @@ demo: setup
 
 test: setup
 	@$(VENV)/bin/python examples/demo/prepare.py
-	@$(VENV)/bin/python -m pytest tests
+	@$(VENV)/bin/python -m pytest tests/e2e
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 tests/equal tests/unit
 
 lint: setup
 	$(VENV)/bin/ruff format --check .
