@@ -203,8 +203,8 @@ def test_a_reward_model_beside_a_function(world: Path, tmp_path: Path) -> None:
     assert len(table) == 16
     for row in table[:4]:
         ids = torch.tensor([row["prompt_tokens"] + row["response_tokens"]])
-        hidden = reward_model.model(ids).last_hidden_state[0, -1]
-        expected = (float(reward_model.score(hidden)) - 0.25) / 2.0
+        hidden = reward_model.model(ids).last_hidden_state[0, -1].detach()
+        expected = (reward_model.score(hidden).item() - 0.25) / 2.0
         parts = dict(row["components"])
         assert parts["reward_model"] == pytest.approx(expected, abs=1e-4)
         assert row["reward"] == pytest.approx(parts["reward_model"] + parts["function"], abs=1e-5)
