@@ -15,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from tests.tiny import save_tiny_model, tiny_config
@@ -299,11 +300,59 @@ def test_resuming_equals_an_uninterrupted_run(world: Path, tmp_path: Path) -> No
             file.unlink() if file.is_file() else file.rmdir()
         folder.rmdir()
     train(world, tmp_path / "part", *common, "--max_steps", "3", "--load_checkpoint")
+    refused = subprocess.run(
+        command(
+            world,
+            tmp_path / "part",
+            *common,
+            "--load_checkpoint",
+            "--rollout_batch_size",
+            "5",
+            "--train_batch_size",
+            "8",
+        ),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert refused.returncode == 2
+    assert "counts rollouts of 2 prompts" in refused.stderr
     whole, part = (model_bytes(tmp_path / name / "model") for name in ("whole", "part"))
     assert whole == part
     assert [r["values"]["policy/loss"] for r in metrics(tmp_path / "whole")] == [
         r["values"]["policy/loss"] for r in metrics(tmp_path / "part")
     ]
+
+
+def test_a_reward_that_always_abstains_trains_nothing_and_loses_nothing(world: Path, tmp_path: Path) -> None:
+    """Every rollout is stored, none is trained on, an evaluation without a score is not measured, the model is saved."""
+    run = tmp_path / "run"
+    reward = tmp_path / "abstain.py"
+    reward.write_text("def reward_func(queries, prompts, labels):\n    return [None] * len(queries)\n")
+    (run / "model").mkdir(parents=True)
+    stale = run / "model" / "model-00001-of-00002.safetensors"
+    stale.write_text("weights of an earlier run")
+    flags = [
+        *GRPO,
+        *HF,
+        "--max_steps",
+        "2",
+        "--reward_func",
+        str(reward),
+        "--eval_dataset",
+        str(world / "prompts.jsonl"),
+    ]
+    done = train(world, run, *flags)
+    assert "rollout 2 is not trained on" in done.stderr
+    records = metrics(run)
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(record["values"]["reward/abstained_share"] == 1 for record in records)
+    assert "policy/loss" not in records[0]["values"]
+    assert records[1]["values"]["eval/reward"] is None
+    assert not stale.exists()
+    before, after = (load_file(folder / "model.safetensors") for folder in (world / "model", run / "model"))
+    assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
 
 
 def model_bytes(folder: Path) -> bytes:

@@ -242,6 +242,12 @@ def test_more_gpus_than_the_cluster_has_is_an_error() -> None:
     check_fits(plan_groups(config), 0)  # without GPUs slots are processes
 
 
+def test_colocated_models_must_have_one_size() -> None:
+    flags = [*NEEDED, *GRPO, "--colocate_actor_ref", "--ref_num_gpus_per_node", "2"]
+    with pytest.raises(ConfigError, match="actor 1 x 1, ref 1 x 2"):
+        plan_groups(resolve(rl(*flags), Machine(2, 0, 0)).config)
+
+
 def test_colocated_engines_must_match_the_actor() -> None:
     flags = [*NEEDED, *GRPO, "--colocate_all_models", "--vllm_num_engines", "2", "--actor_num_gpus_per_node", "4"]
     with pytest.raises(ConfigError, match="--vllm_num_engines is 2"):

@@ -78,6 +78,13 @@ def plan_groups(config: RLConfig) -> tuple[Group, ...]:
     groups = []
     for roles in _sharing(config):
         counts = {sizes[role] for role in roles if role is not Role.ENGINE}
+        if len(counts) > 1:
+            shapes = ", ".join(
+                f"{role} {sizes[role][0]} x {sizes[role][1]}" for role in roles if role is not Role.ENGINE
+            )
+            raise ConfigError(
+                f"Colocated models need the same --*_num_nodes x --*_num_gpus_per_node but are {shapes}: make them equal."
+            )
         nodes, per_node = counts.pop() if counts else sizes[Role.ENGINE]
         if Role.ENGINE in roles and len(roles) > 1 and nodes * per_node != config.vllm_num_engines:
             raise ConfigError(

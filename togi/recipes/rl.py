@@ -122,10 +122,13 @@ async def train(run: Run, checkpoint: Checkpoint | None) -> list[Evaluation]:
     while run.step < run.plan.rollouts:
         groups = await run.generate()
         items, samples = await run.score(groups)
-        samples = run.with_advantages(items, samples)
-        if Role.CRITIC in run.session.groups:
-            await run.update(Role.CRITIC, samples)
-        updates = await run.update(Role.ACTOR, samples)
+        if items:
+            samples = run.with_advantages(items, samples)
+            if Role.CRITIC in run.session.groups:
+                await run.update(Role.CRITIC, samples)
+            updates = await run.update(Role.ACTOR, samples)
+        else:
+            updates = run.skip()
         await run.sync()
         if run.evaluation_is_due:
             evaluations.append(Evaluation(run.step, *await run.evaluate()))

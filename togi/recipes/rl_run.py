@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 import time
@@ -15,7 +16,6 @@ import numpy as np
 
 from togi.algo.kl import kl_controller
 from togi.config.rl import RLConfig
-from togi.errors import RewardError
 from togi.learn.checkpoint import Checkpoint
 from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS
 from togi.obs import names
@@ -39,9 +39,13 @@ from togi.runtime.weight_sync import SyncReport
 from togi.runtime.worker_group import StepUpdate
 from togi.sample import Sample
 
+logger = logging.getLogger(__name__)
+
 STALL_SECONDS = 1800.0
 REPORT_SECONDS = 60.0
 HF_FOLDER = "hf"
+UNFINISHED = ".unfinished"
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
 
 class Run:
@@ -63,7 +67,8 @@ class Run:
         self._open = ExitStack()
         self._kl = kl_controller(config.init_kl_coef, config.kl_target, config.kl_horizon)
         self._values: dict[str, float] = {}
-        self._probe: tuple[int, ...] = material.prompts[0].tokens
+        # The shortest text that can be scored has two tokens.
+        self._probe: tuple[int, ...] = (material.prompts[0].tokens * 2)[: max(2, len(material.prompts[0].tokens))]
         self._tokens_seen = 0
         self._report_due = 0.0
         self._store = checkpoint_store(config)
@@ -90,15 +95,16 @@ class Run:
             self._kl = self._kl.restored(found.state["kl"])
             self._tokens_seen = found.state["tokens_seen"]
         if self.config.load_checkpoint:
-            self._directory.truncate_after(self.step)
-        self._open_recorder()
+            # Without a checkpoint nothing of an earlier attempt counts, not even its evaluation before training.
+            self._directory.truncate_after(self.step if found is not None else -1)
+        self._open_recorder(first_step=self.step + 1 if found is not None else 0)
         self._progress.start_steps(self.plan.rollouts, done=self.step)
 
-    def _open_recorder(self) -> None:
+    def _open_recorder(self, first_step: int) -> None:
         """Only after a resume has moved away what was logged beyond its checkpoint."""
         settings = {name: plain(value) for name, value in self.config.model_dump().items()}
         run_id, folder = self._directory.read_info().run_id, self._directory.root
-        opened = open_trackers(trackers(self.config), run_id, folder, settings, self.step)
+        opened = open_trackers(trackers(self.config), run_id, folder, settings, first_step)
         self._recorder = Recorder(self._directory.metrics_path, opened)
         self._open.callback(self._recorder.close)
 
@@ -127,9 +133,7 @@ class Run:
         """Trainable samples with the log-probs and values that the advantages need."""
         items = trainable(groups)
         if not items:
-            raise RewardError(
-                f"No sample of rollout {self.step + 1} can be trained: the reward abstained on all {len(groups)} prompts."
-            )
+            return [], []
         start = time.perf_counter()
         with self._progress.phase("scoring"):
             samples = await self.session.score([to_sample(item) for item in items])
@@ -137,6 +141,12 @@ class Run:
         if scored > 0:
             self._values[names.THROUGHPUT_SCORE] = scored / (time.perf_counter() - start)
         return items, samples
+
+    def skip(self) -> list[StepUpdate]:
+        """Count a rollout of which nothing can be trained, because the reward abstained on all of it."""
+        self.step += 1
+        logger.warning("rollout %d is not trained on: the reward abstained on every response", self.step)
+        return []
 
     def with_advantages(self, items: Sequence[Trainable], samples: Sequence[Sample]) -> list[Sample]:
         """Advantages and returns over the whole step."""
@@ -186,9 +196,11 @@ class Run:
         updates: Sequence[StepUpdate],
     ) -> None:
         """Metrics, every rollout, and now and then the report."""
-        if OLD_LOGPROBS not in samples[0].streams:
+        self._values |= measure.rollout_metrics(groups) | await self.session.memory()
+        if samples and OLD_LOGPROBS not in samples[0].streams:
             samples = with_streams(samples, {OLD_LOGPROBS: single_logprobs(updates)})
-        self._values |= measure.rollout_metrics(groups) | measure.trainer_metrics(samples) | await self.session.memory()
+        if samples:
+            self._values |= measure.trainer_metrics(samples)
         self._values[names.TOKENS_SEEN] = self._tokens_seen
         if names.KL_REFERENCE in self._values:
             self._kl = self._kl.update(self._values[names.KL_REFERENCE], len(samples))
@@ -212,6 +224,7 @@ class Run:
         resumable = not config.disable_ds_ckpt
         state = {
             "resumable": resumable,
+            "rollout_batch_size": config.rollout_batch_size,
             "loader": self._material.loader.state().to_json(),
             "kl": self._kl.state,
             "tokens_seen": self._tokens_seen,
@@ -232,12 +245,17 @@ class Run:
                 await self._save_model(Role.CRITIC, Path(self.config.save_path + "_critic"))
 
     async def _save_model(self, role: Role, target: Path) -> None:
-        aside = target.with_name(f".{target.name}.unfinished").absolute()
+        """Written aside, inside the target so that it is on the same disk; weights of an earlier run are removed."""
+        aside = target.absolute() / UNFINISHED
         shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir(parents=True)
         await self.session.save_model(role, aside)
-        target.mkdir(exist_ok=True)
+        for pattern in WEIGHT_FILES:
+            for stale in target.glob(pattern):
+                stale.unlink()
         for file in aside.iterdir():
+            if (target / file.name).is_dir():
+                shutil.rmtree(target / file.name)
             file.replace(target / file.name)
         aside.rmdir()
 

@@ -66,10 +66,12 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 chat_template=config.tokenizer_chat_template,
                 trust_remote_code=config.trust_remote_code,
             )
-            prompts = load_prompts(spec(config, config.prompt_data, config.prompt_split), tokenizer)
+            prompts = load_prompts(spec(config, config.prompt_data, config.prompt_split, training=True), tokenizer)
             sets = {"prompts": prompts}
             if config.eval_dataset is not None:
-                sets["eval_prompts"] = load_prompts(spec(config, config.eval_dataset, config.eval_split), tokenizer)
+                sets["eval_prompts"] = load_prompts(
+                    spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer
+                )
         with progress.phase("trying the reward function", expected_seconds=2):
             for each in functions:
                 await each.check([example(prompts[0])] * min(2, config.n_samples_per_prompt))
@@ -109,9 +111,8 @@ def function_reward(config: RLConfig, function: Callable[..., Any] | None) -> li
     return [FunctionReward.from_file(config.reward_file, limits)] if config.reward_file is not None else []
 
 
-def spec(config: RLConfig, data: str, split: str) -> PromptSpec:
+def spec(config: RLConfig, data: str, split: str, *, training: bool) -> PromptSpec:
     """How to read a prompt set. Probabilities and the cap belong to the training set."""
-    training = data == config.prompt_data
     return PromptSpec(
         prompt_data=data,
         input_key=config.input_key,
@@ -165,6 +166,12 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
         raise CheckpointError(
             f"The checkpoint {found.path} was written with --disable_ds_ckpt and cannot be resumed: start without "
             "--load_checkpoint, with --pretrain set to its folder hf."
+        )
+    saved = found.state["rollout_batch_size"]
+    if saved != config.rollout_batch_size:
+        raise CheckpointError(
+            f"The checkpoint {found.path} counts rollouts of {saved} prompts: go on with --rollout_batch_size {saved}, or start "
+            "anew without --load_checkpoint."
         )
     material.loader.load_state(LoaderState(**found.state["loader"]))
     return found

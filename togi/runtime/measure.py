@@ -97,7 +97,7 @@ def eval_metrics(groups: Sequence[ScoredGroup], samples: int) -> dict[str, float
         metrics[names.eval_of(source, "pass1_stderr")] = means[names.EVAL_REWARD_STDERR]
         if samples > 1:
             best = [float(_values(group).max()) for group in own if len(_values(group)) > 0]
-            metrics[names.eval_of(source, f"pass{samples}")] = float(np.mean(best))
+            metrics[names.eval_of(source, f"pass{samples}")] = float(np.mean(best)) if best else math.nan
     return metrics
 
 
@@ -157,5 +157,8 @@ def _share(scores: Sequence[Score], outcome: Outcome) -> float:
 
 
 def _eval_of(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    estimate = mean_with_error([float(_values(group).mean()) for group in groups if len(_values(group)) > 0])
+    means = [float(_values(group).mean()) for group in groups if len(_values(group)) > 0]
+    if not means:  # the reward abstained on all of them: not measured, which is not 0
+        return {names.EVAL_REWARD: math.nan, names.EVAL_REWARD_STDERR: math.nan}
+    estimate = mean_with_error(means)
     return {names.EVAL_REWARD: estimate.mean, names.EVAL_REWARD_STDERR: estimate.standard_error}

@@ -6,13 +6,14 @@ Only the models that the settings need are started. Each method is one phase of 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from togi.config.rl import RLConfig
-from togi.errors import WeightSyncError
+from togi.errors import RunError, WeightSyncError
 from togi.learn.learner import UpdateReport
 from togi.learn.policy_objective import OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS
 from togi.obs import names
@@ -27,6 +28,11 @@ from togi.runtime.weight_sync import SyncReport, sync_weights
 from togi.runtime.worker_group import StepUpdate, WorkerGroup
 from togi.sample import Sample
 
+logger = logging.getLogger(__name__)
+
+# What cuBLAS needs to be deterministic under --full_determinism; it costs a few MB.
+ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+SHUTDOWN_SECONDS = 60.0
 LEARNERS = (Role.ACTOR, Role.CRITIC)
 PROBE_TOKENS = 512
 # bf16 engines differ from the trainer by 0.03 to 0.05 nats on average; half a nat is another set of weights.
@@ -43,16 +49,25 @@ class Session:
         self.cluster = cluster
         self.engines = engines
         self.groups = groups
+        self._ended = False
 
     @classmethod
     async def start(cls, config: RLConfig, machine: Machine, total_updates: int) -> Session:
         """Connect, place, and load every model at once: start-up is import and disk time, which overlaps."""
-        cluster = Cluster(plan_groups(config), connect(machine))
+        resources = connect(machine)
+        try:
+            return await cls._start(config, Cluster(plan_groups(config), resources), total_updates)
+        except BaseException:
+            disconnect()
+            raise
+
+    @classmethod
+    async def _start(cls, config: RLConfig, cluster: Cluster, total_updates: int) -> Session:
         share = config.share_prompts
-        workers = cluster.start(EngineWorker, Role.ENGINE, {}, concurrency=MAX_CONCURRENT_CALLS)
+        workers = cluster.start(EngineWorker, Role.ENGINE, ENVIRONMENT, concurrency=MAX_CONCURRENT_CALLS)
         engines = EnginePool(workers)
         groups: dict[Role, WorkerGroup] = {
-            role: WorkerGroup(role, cluster.start(_kind(role), role, {}), share_prompts=share)
+            role: WorkerGroup(role, cluster.start(_kind(role), role, ENVIRONMENT), share_prompts=share)
             for role in used_roles(config)
             if role is not Role.ENGINE
         }
@@ -61,13 +76,8 @@ class Session:
         starting = [engines.start(config.rollout_engine, settings)]
         for role, group in groups.items():
             starting.append(group.start(config, role, total_updates) if role in LEARNERS else group.start(config, role))
-        session = cls(config, cluster, engines, groups)
-        try:
-            await asyncio.gather(*starting)
-        except BaseException:
-            session.abandon()
-            raise
-        return session
+        await asyncio.gather(*starting)
+        return cls(config, cluster, engines, groups)
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
         """Add what advantages and the update need: reference and old log-probs, values."""
@@ -104,7 +114,7 @@ class Session:
 
         Raises WeightSyncError when it is so large that the engines cannot hold the trainer's weights.
         """
-        tokens = tokens[:PROBE_TOKENS]
+        tokens = tokens[: min(PROBE_TOKENS, self.config.context_length - 1)]
         mask = np.ones(len(tokens), dtype=np.bool_)
         mask[0] = False
         sample = Sample(np.asarray(tokens, dtype=np.int64), mask, 0, "probe")
@@ -149,14 +159,17 @@ class Session:
     async def close(self) -> None:
         """End every worker in an orderly way, then leave the cluster."""
         try:
-            await self.engines.shutdown()
-        finally:
-            self.abandon()
+            await asyncio.wait_for(self.engines.shutdown(), SHUTDOWN_SECONDS)
+        except (TimeoutError, RunError) as error:
+            logger.warning("an engine did not shut down in an orderly way: %s", error)
+        self.abandon()
 
     def abandon(self) -> None:
-        """End every worker at once."""
-        self.cluster.close()
-        disconnect()
+        """End every worker at once. A second call does nothing."""
+        if not self._ended:
+            self._ended = True
+            self.cluster.close()
+            disconnect()
 
     def _learners(self) -> list[WorkerGroup]:
         return [group for role, group in self.groups.items() if role in LEARNERS]
