@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, se
 from togi.data.partition import micro_batches, prefix_ids, split_ranks
 from togi.sample import Sample
 
-__all__ = ["PackStats", "dummy", "micro_batches", "pack", "pack_stats", "split_ranks"]
+T = TypeVar("T")
+
+__all__ = ["PackStats", "Packs", "dummy", "micro_batches", "pack", "pack_all", "pack_stats", "split_ranks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,19 @@ class PackStats:
     def saved_share(self) -> float:
         """The share of tokens that need not be computed, 0 to 1: 1 - tokens / unshared tokens."""
         return 1 - self.tokens / self.unshared_tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packs:
+    """Samples packed into batches. ``places`` are the samples' places in the caller's list, batch after batch."""
+
+    batches: list[Batch]
+    places: list[int]
+
+    def in_order(self, results: Sequence[T]) -> list[T]:
+        """Results that came batch after batch, one a sample, in the order of the caller's list."""
+        by_place = dict(zip(self.places, results, strict=True))
+        return [by_place[place] for place in range(len(self.places))]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +87,26 @@ def pack(samples: Sequence[Sample], *, share_prefix: bool) -> Batch:
         streams=streams,
         values={name: torch.tensor([samples[i].values[name] for i in order]) for name in samples[0].values},
     ).validate()
+
+
+def pack_all(
+    samples: Sequence[Sample],
+    *,
+    max_tokens: int,
+    max_sequences: int | None,
+    share_prefix: bool,
+    whole_groups: bool = False,
+) -> Packs:
+    """Split samples into micro-batches (``partition.micro_batches``) and pack each of them."""
+    plans = micro_batches(
+        samples,
+        max_tokens=max_tokens,
+        max_sequences=max_sequences,
+        share_prefix=share_prefix,
+        whole_groups=whole_groups,
+    )
+    batches = [pack([samples[i] for i in plan], share_prefix=share_prefix) for plan in plans]
+    return Packs(batches, [place for plan in plans for place in plan])
 
 
 def dummy(batch: Batch) -> Batch:

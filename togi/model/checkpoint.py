@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import TensorSpec
 
 SHARD_BYTES = 5 * 10**9
+UNFINISHED = ".unfinished"
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 _PREFIX = "hf."
 _LAYER = re.compile(r"^.*?\.\d+\.")
 
@@ -76,7 +79,7 @@ def save_hf(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that plain Transformers loads. Not atomic: write aside and rename.
+    """Write a folder that plain Transformers loads. Not atomic: see ``written_aside``.
 
     ``named_tensors`` are the full parameters by the names of ``model`` (which itself may be sharded and is only asked for
     its configuration); at most ``shard_bytes`` of them are held at a time.
@@ -95,6 +98,27 @@ def save_hf(
     if getattr(config, "auto_map", None) and source.is_dir():
         for module in source.glob("*.py"):
             shutil.copy(module, directory)
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """Yields a folder to write a model into; its files are moved to ``target`` when the block ends well.
+
+    The folder lies inside the target, so it is on the same disk. Weights that an earlier model left in the target are removed:
+    Transformers would read them before those of a model in several files.
+    """
+    aside = target.absolute() / UNFINISHED
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    for pattern in WEIGHT_FILES:
+        for stale in target.glob(pattern):
+            stale.unlink()
+    for file in aside.iterdir():
+        if (target / file.name).is_dir():
+            shutil.rmtree(target / file.name)
+        file.replace(target / file.name)
+    aside.rmdir()
 
 
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int) -> None:

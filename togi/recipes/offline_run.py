@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.learn.evaluation import Measured, conclude, measure
 from togi.learn.learner import UpdateReport
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
-from togi.model.checkpoint import save_hf
+from togi.model.checkpoint import save_hf, written_aside
 from togi.model.policy import ScalarModel
 from togi.obs import names
 from togi.parallel.process import World
@@ -84,7 +83,7 @@ class OfflineRun:
         """One optimizer step."""
         start = time.perf_counter()
         with self._journal.progress.phase("training"):
-            batches = self._models.dealer.batches(samples)
+            batches = self._models.dealer.packs(samples).batches
             stats = sum((pack_stats(batch) for batch in batches), PackStats(0, 0))
             report = self._models.learner.update(batches)
             tokens, unshared = self._world.sum("tokens", [stats.tokens, stats.unshared_tokens])
@@ -115,7 +114,7 @@ class OfflineRun:
         objective, parts = self._models.learner.objective, list[Measured]()
         with self._journal.progress.phase("evaluating"):
             for samples in self._in_parts(examples):
-                batches = self._models.dealer.batches(self._models.prepare(samples, seed=self._seed(0)))
+                batches = self._models.dealer.packs(self._models.prepare(samples, seed=self._seed(0))).batches
                 parts.append(measure(self._models.learner.backend.module, objective, self._world, batches))
                 self._journal.beat()
             loss, metrics = conclude(objective, self._world, Measured.merged(parts))
@@ -150,17 +149,12 @@ class OfflineRun:
     def save(self) -> None:
         """The final model in plain Hugging Face format, written aside and renamed."""
         target = Path(self.config.save_path)
-        aside = target.with_name(f".{target.name}.unfinished").absolute()
         with self._journal.progress.phase("saving the model", expected_seconds=5):
             if self._world.is_first:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(parents=True, exist_ok=True)
-            self._write_model(aside)
-            if self._world.is_first:
-                target.mkdir(exist_ok=True)
-                for file in aside.iterdir():
-                    file.replace(target / file.name)
-                aside.rmdir()
+                with written_aside(target) as aside:
+                    self._write_model(aside)
+            else:
+                self._write_model(target)  # takes part in gathering, writes nothing
             self._world.barrier("model in place")
 
     def _write_model(self, folder: Path) -> None:
@@ -182,7 +176,8 @@ class OfflineRun:
         examples = self.data.held_out[0] if self.data.held_out else self.data.train
         own = [np.empty(0, dtype=np.float32)]
         for samples in self._in_parts(examples):
-            own.append(self._models.policy.scores(self._models.dealer.batches(self._models.dealer.share(samples))))
+            mine = self._models.dealer.packs(self._models.dealer.share(samples))
+            own.append(self._models.policy.scores(mine.batches))
             self._journal.beat()
         scores = np.concatenate(self._world.gather("scores", np.concatenate(own))).astype(np.float64)
         model.set_reward_statistics(float(scores.mean()), max(float(scores.std(ddof=1)), SMALLEST_STD))

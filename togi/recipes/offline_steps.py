@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.algo.preference import kto_kl_estimate
-from togi.batch import Batch
-from togi.data.packing import pack
-from togi.data.partition import micro_batches, split_ranks
+from togi.data.packing import Packs, pack_all
+from togi.data.partition import split_ranks
 from togi.data.unpaired import mismatched
 from togi.learn.policy_objective import REF_LOGPROBS
 from togi.learn.preference_objective import KL_ESTIMATE
@@ -43,27 +42,20 @@ class Dealer:
         ranks = split_ranks(samples, self.world.size, share_prefix=self.share_prefix, whole_groups=True)
         return [samples[i] for i in ranks[self.world.rank]]
 
-    def batches(self, samples: Sequence[Sample]) -> list[Batch]:
-        """This rank's samples packed; each batch remembers the samples' places in ``samples``."""
-        plans = micro_batches(
+    def packs(self, samples: Sequence[Sample]) -> Packs:
+        """This rank's samples, packed."""
+        return pack_all(
             samples,
             max_tokens=self.max_tokens,
             max_sequences=self.max_sequences,
             share_prefix=self.share_prefix,
             whole_groups=True,
         )
-        packed = []
-        for plan in plans:
-            batch = pack([samples[i] for i in plan], share_prefix=self.share_prefix)
-            packed.append(replace(batch, order_N=tuple(plan[n] for n in batch.order_N)))
-        return packed
 
     def logprobs(self, scorer: Scorer, samples: Sequence[Sample]) -> list[NDArray[np.float32]]:
         """Log-probs at each sample's tokens in the loss, in the order of ``samples``."""
-        batches = self.batches(samples)
-        places = [place for batch in batches for place in sorted(batch.order_N)]
-        by_place = dict(zip(places, scorer.logprobs(batches), strict=True))
-        return [by_place[place] for place in range(len(samples))]
+        packs = self.packs(samples)
+        return packs.in_order(scorer.logprobs(packs.batches))
 
 
 class Preparation(Protocol):

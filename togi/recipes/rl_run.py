@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from togi.algo.kl import kl_controller
 from togi.config.rl import RLConfig
 from togi.learn.checkpoint import Checkpoint
 from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS
+from togi.model.checkpoint import written_aside
 from togi.obs import names
 from togi.obs.metrics import StepRecord
 from togi.obs.progress import Progress
@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 STALL_SECONDS = 1800.0
 REPORT_SECONDS = 60.0
 HF_FOLDER = "hf"
-UNFINISHED = ".unfinished"
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
 
 class Run:
@@ -245,19 +243,8 @@ class Run:
                 await self._save_model(Role.CRITIC, Path(self.config.save_path + "_critic"))
 
     async def _save_model(self, role: Role, target: Path) -> None:
-        """Written aside, inside the target so that it is on the same disk; weights of an earlier run are removed."""
-        aside = target.absolute() / UNFINISHED
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        await self.session.save_model(role, aside)
-        for pattern in WEIGHT_FILES:
-            for stale in target.glob(pattern):
-                stale.unlink()
-        for file in aside.iterdir():
-            if (target / file.name).is_dir():
-                shutil.rmtree(target / file.name)
-            file.replace(target / file.name)
-        aside.rmdir()
+        with written_aside(target) as aside:
+            await self.session.save_model(role, aside)
 
     def _mini_batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """``--train_batch_size`` samples for each optimizer step, groups in a new order in each epoch."""

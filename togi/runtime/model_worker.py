@@ -16,11 +16,9 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from togi.batch import Batch
 from togi.config.rl import RLConfig
 from togi.data.chat import load_tokenizer
-from togi.data.packing import pack, pack_stats
-from togi.data.partition import micro_batches
+from togi.data.packing import Packs, pack_all, pack_stats
 from togi.learn.learner import Learner, UpdateReport
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
 from togi.learn.objective import Objective
@@ -53,19 +51,6 @@ class StepResult:
     logprobs: Arrays
     tokens: int
     unshared_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Packs:
-    """Samples packed into batches. ``places`` are the samples' places in the caller's list, batch after batch."""
-
-    batches: list[Batch]
-    places: list[int]
-
-    def in_order(self, results: Sequence[NDArray[np.float32]]) -> Arrays:
-        """Results that came batch after batch, one a sample, in the order of the caller's list."""
-        by_place = dict(zip(self.places, results, strict=True))
-        return [by_place[place] for place in range(len(self.places))]
 
 
 class ModelWorker:
@@ -123,14 +108,12 @@ class ModelWorker:
         """Pack this rank's samples by the token budget."""
         config = self._config
         most = limit if isinstance(limit, int) else None
-        plans = micro_batches(
+        return pack_all(
             samples,
             max_tokens=config.max_tokens_per_gpu,
             max_sequences=most if config.packing_samples else 1,
             share_prefix=config.share_prompts,
         )
-        batches = [pack([samples[i] for i in plan], share_prefix=config.share_prompts) for plan in plans]
-        return Packs(batches, [place for plan in plans for place in plan])
 
     def _options(self) -> BackendOptions:
         config = self._config
