@@ -23,9 +23,9 @@ from tests.tiny import save_tiny_model, tiny_config
 ROOT = Path(__file__).parents[2]
 REWARD = """
 def reward_func(queries, prompts, labels):
-    # more of the letter in the label is better: something that a random model can learn
+    # arbitrary but spread out: the responses of a group hardly ever have equal rewards, so every step has a gradient
     answers = [query[len(prompt):] for query, prompt in zip(queries, prompts)]
-    return [sum(character == label for character in answer) / 8 for answer, label in zip(answers, labels)]
+    return [sum(map(ord, answer + label)) % 97 / 97 for answer, label in zip(answers, labels)]
 """
 
 
