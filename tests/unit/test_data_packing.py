@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from togi.batch import NO_PREFIX, NO_SEQUENCE, NO_SOURCE
-from togi.data.packing import PackStats, dummy, micro_batches, pack, pack_stats, split_ranks
+from togi.data.packing import PackStats, micro_batches, pack, pack_stats, split_ranks
 from togi.sample import Sample
 
 
@@ -88,14 +88,6 @@ def test_loss_on_a_prompt_is_our_mistake():
         pack([Sample(np.array([5, 6, 7]), np.array([False, True, True]), 2, "x")], share_prefix=False)
     with pytest.raises(AssertionError, match="different streams or values"):
         pack([A, Sample(np.array([5, 6]), np.array([False, True]), 1, "x")], share_prefix=False)
-
-
-def test_dummy_has_the_tokens_and_adds_nothing():
-    batch = dummy(pack([A, B, C], share_prefix=True))
-    assert batch.tokens_T.tolist() == [1, 2, 3, 10, 11, 30, 7, 20, 21, 22]
-    assert batch.num_sequences == 0 and batch.targets_K.tolist() == []
-    assert batch.select("old").tolist() == [] and batch.values["reward"].tolist() == []
-    assert batch.tokens_per_sequence_N().tolist() == []
 
 
 def test_micro_batches_by_hand():

@@ -6,7 +6,7 @@ Shape letters as in ``togi.batch``. Which samples go together is decided in ``pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from togi.sample import Sample
 
 T = TypeVar("T")
 
-__all__ = ["PackStats", "Packs", "dummy", "micro_batches", "pack", "pack_all", "pack_stats", "split_ranks"]
+__all__ = ["PackStats", "Packs", "micro_batches", "pack", "pack_all", "pack_stats", "split_ranks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,20 +107,6 @@ def pack_all(
     )
     batches = [pack([samples[i] for i in plan], share_prefix=share_prefix) for plan in plans]
     return Packs(batches, [place for plan in plans for place in plan])
-
-
-def dummy(batch: Batch) -> Batch:
-    """The same tokens with nothing in the loss: a rank without work runs it to take part in collectives.
-
-    It has no sequences either, since it must add nothing to any sum or count.
-    """
-    return replace(
-        batch,
-        loss_mask_T=torch.zeros_like(batch.loss_mask_T),
-        sequences_T=torch.full_like(batch.sequences_T, NO_SEQUENCE),
-        order_N=(),
-        values={name: value[:0] for name, value in batch.values.items()},
-    ).validate()
 
 
 def pack_stats(batch: Batch) -> PackStats:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,7 +17,7 @@ from togi.data.chat import Tokenizer, adds_bos, check_rendering, encode, render_
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.mixture import Mixture, load_mixture
 from togi.data.precheck import missing_field
-from togi.data.report import DataReport, Lengths, SourceReport, loss_warning
+from togi.data.report import DataReport, Lengths, loss_warning, source_reports
 from togi.data.tables import Row
 from togi.errors import DataError
 from togi.sample import Prompt
@@ -197,21 +196,14 @@ def _report(
     spec: PromptSpec,
     tokenizer: Tokenizer,
 ) -> DataReport:
-    sources = []
-    for index, source in enumerate(mixture.sources):
-        picks = [pick for pick in mixture.picks if pick.source == index]
-        drops = Counter(rendered[index][pick.row].drop for pick in picks)
-        kept = drops.pop(None, 0)
-        repeats = sum(pick.repeat > 0 for pick in picks)
-        dropped = {str(reason): count for reason, count in drops.items() if reason is not None}
-        sources.append(SourceReport(source.text, len(source.rows), len(picks), repeats, kept, dropped))
+    sources = source_reports(mixture, [{row: item.drop for row, item in each.items()} for each in rendered])
     warnings = loss_warning(len(mixture.picks), len(prompts))
     if prompts and spec.apply_chat_template and adds_bos(tokenizer) and prompts[0].tokens[0] != tokenizer.bos_token_id:
         warnings += (f"the tokenizer starts plain text with {tokenizer.bos_token!r} but the chat template does not.",)
     lengths = [row.length for rows in rendered for row in rows.values() if row.drop is not Drop.EMPTY]
     return DataReport(
         title=f"Prompts of {spec.prompt_data}",
-        sources=tuple(sources),
+        sources=sources,
         lengths=Lengths.of(lengths),
         examples=tuple(visible(tokenizer, prompt.tokens) for prompt in prompts[:EXAMPLES]),
         warnings=warnings,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +21,7 @@ from togi.data.masks import Coded, Draft, check_decoding, check_start, encode_dr
 from togi.data.mixture import Mixture, Pick, load_mixture
 from togi.data.pairs import join_pair, read_pair
 from togi.data.record_spec import FAULTS, Drop, RecordSpec
-from togi.data.report import DataReport, Lengths, SourceReport, loss_warning
+from togi.data.report import DataReport, Lengths, loss_warning, source_reports
 from togi.data.sft import check_sft, read_sft
 from togi.data.steps import StepLabels, check_places, read_steps, step_labels
 from togi.data.tables import Row
@@ -262,17 +261,10 @@ def _report(
     spec: RecordSpec,
     tokenizer: Tokenizer,
 ) -> DataReport:
-    sources = []
-    for index, source in enumerate(mixture.sources):
-        picks = [pick for pick in mixture.picks if pick.source == index]
-        drops = Counter(outcomes[index][pick.row].drop for pick in picks)
-        kept = drops.pop(None, 0)
-        repeats = sum(pick.repeat > 0 for pick in picks)
-        dropped = {str(reason): count for reason, count in drops.items() if reason is not None}
-        sources.append(SourceReport(source.text, len(source.rows), len(picks), repeats, kept, dropped))
+    sources = source_reports(mixture, [{row: item.drop for row, item in each.items()} for each in outcomes])
     return DataReport(
         title=f"Rows of {spec.dataset}",
-        sources=tuple(sources),
+        sources=sources,
         lengths=Lengths.of([n for rows in outcomes for outcome in rows.values() for n in outcome.lengths]),
         examples=tuple(shown(sequence, tokenizer) for _, coded in rows[:SHOWN] for sequence in coded),
         warnings=_warnings(mixture, outcomes, rows, spec, tokenizer),

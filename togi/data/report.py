@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+
+from togi.data.mixture import Mixture
 
 LARGE_LOSS = 0.5
 
@@ -101,6 +104,19 @@ class DataReport:
                 fence += "`"
             lines += [f"## Example {number}", "", fence, example, fence, ""]
         return "\n".join(lines)
+
+
+def source_reports(mixture: Mixture, drops: Sequence[Mapping[int, str | None]]) -> tuple[SourceReport, ...]:
+    """Counts for each set of a mixture. ``drops`` gives, by set and row, why the row is not used; None if it is."""
+    reports = []
+    for index, source in enumerate(mixture.sources):
+        picks = [pick for pick in mixture.picks if pick.source == index]
+        counts = Counter(drops[index][pick.row] for pick in picks)
+        kept = counts.pop(None, 0)
+        repeats = sum(pick.repeat > 0 for pick in picks)
+        dropped = {str(reason): count for reason, count in counts.items() if reason is not None}
+        reports.append(SourceReport(source.text, len(source.rows), len(picks), repeats, kept, dropped))
+    return tuple(reports)
 
 
 def loss_warning(picked: int, kept: int) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from togi.obs import names
 from togi.plan.machine import Machine
 from togi.plan.placement import Role, plan_groups, used_roles
 from togi.rollout.engine import EngineSettings
+from togi.rollout.parity import compare
 from togi.runtime.cluster import Cluster, Resources, connect, disconnect
 from togi.runtime.engine_worker import MAX_CONCURRENT_CALLS, EnginePool, EngineWorker
 from togi.runtime.experience import with_streams
@@ -119,8 +120,8 @@ class Session:
         mask[0] = False
         sample = Sample(np.asarray(tokens, dtype=np.int64), mask, 0, "probe")
         trainer = (await self.groups[Role.ACTOR].call_all("logprobs", [sample], 1.0))[0][0]
-        engines = np.array(await self.engines.score(list(tokens)))
-        difference = float(np.abs(engines - trainer).mean())
+        engines = await self.engines.score(list(tokens))
+        difference = float(np.mean([compare(logprobs, trainer).mean_abs for logprobs in engines]))
         if not difference < PROBE_LIMIT_NATS:
             raise WeightSyncError(
                 f"After the weight update engine and trainer disagree by {difference:.3f} nats a token on the same text "
