@@ -1,7 +1,7 @@
 """Training on a fixed data set in one screen, for ``togi sft | rm | dpo | kto | prm | kd`` alike: see ``train``.
 
 One process, or several that a launcher started (``torchrun -m togi.cli.train_sft``); no Ray. What a command reads and
-which loss it has is its ``Task`` (``offline_setup``).
+which loss it has is its ``Task`` (``offline_data``).
 """
 
 from __future__ import annotations
@@ -17,19 +17,11 @@ from togi.learn.checkpoint import Checkpoint
 from togi.obs.progress import Progress
 from togi.obs.run_dir import State
 from togi.parallel.process import World
+from togi.recipes.offline_data import Data, Task, check_plan, load_data, task_of, uses_flash
 from togi.recipes.offline_journal import Journal, RunJournal
 from togi.recipes.offline_plan import EpochPlan
 from togi.recipes.offline_run import Evaluation, OfflineRun
-from togi.recipes.offline_setup import (
-    Data,
-    Task,
-    check_plan,
-    find_checkpoint,
-    load_data,
-    load_models,
-    task_of,
-    uses_flash,
-)
+from togi.recipes.offline_setup import find_checkpoint, load_models
 
 logger = logging.getLogger(__name__)
 

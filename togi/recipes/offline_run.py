@@ -22,9 +22,10 @@ from togi.model.checkpoint import save_hf, written_aside
 from togi.model.policy import ScalarModel
 from togi.obs import names
 from togi.parallel.process import World
+from togi.recipes.offline_data import Data, Task
 from togi.recipes.offline_journal import Journal
 from togi.recipes.offline_plan import EpochPlan
-from togi.recipes.offline_setup import HF_FOLDER, Data, Models, Task, identity
+from togi.recipes.offline_setup import HF_FOLDER, Models, identity
 from togi.sample import Sample
 
 SMALLEST_STD = 1e-8

@@ -1,11 +1,10 @@
-"""What an offline run is made of: the task behind a command, its rows, its models."""
+"""What an offline run is made of beside its rows: its models and the checkpoint it goes on from."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,10 +19,7 @@ from togi.config.offline import (
     RMConfig,
     SFTConfig,
 )
-from togi.data.chat import Tokenizer, load_tokenizer
-from togi.data.record_spec import RecordSpec
-from togi.data.records import Examples, StepExamples, load_pairs, load_sft, load_steps, load_unpaired
-from togi.data.report import DataReport
+from togi.data.records import StepExamples
 from togi.errors import CheckpointError, ConfigError
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.learn.distill_objective import DistillationObjective
@@ -34,120 +30,18 @@ from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
 from togi.learn.sft_objective import SFTObjective
 from togi.learn.step_objective import StepRewardObjective
-from togi.model.loading import check_causal_lm, load_causal_lm, load_scalar_model, read_config
+from togi.model.loading import load_causal_lm, load_scalar_model, read_config
 from togi.model.policy import PolicyModel, ScalarModel
-from togi.obs.progress import Progress
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen, trainable
 from togi.parallel.process import World
+from togi.recipes.offline_data import Data, Task, uses_flash
 from togi.recipes.offline_plan import EpochPlan
 from togi.recipes.offline_steps import Dealer, Preparation, Share, WithKL, WithReference
 
-UNLIMITED = 2**62
 HF_FOLDER = "hf"
 CLASSIFIER = "ForSequenceClassification"
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a command reads and which models it needs beside the one in training.
-
-    ``width``: sequences a row. ``scalar``: the model in training has a scalar head. ``reference``, ``teacher``: folders of
-    frozen models, "" for none. ``mismatched``: the loss needs a KL estimate from mismatched pairs.
-    """
-
-    load: Callable[[RecordSpec, Tokenizer], Examples]
-    width: int = 1
-    scalar: bool = False
-    reference: str = ""
-    teacher: str = ""
-    mismatched: bool = False
-
-
-def task_of(config: OfflineConfig) -> Task:
-    """The task behind a command's settings."""
-    match config:
-        case SFTConfig():
-            return Task(load_sft)
-        case RMConfig():
-            return Task(load_pairs, width=2, scalar=True)
-        case DPOConfig():
-            return Task(load_pairs, width=2, reference=config.ref_pretrain or config.pretrain)
-        case KTOConfig():
-            return Task(load_unpaired, reference=config.ref_pretrain or config.pretrain, mismatched=True)
-        case PRMConfig():
-            return Task(load_steps)
-        case KDConfig():
-            return Task(load_sft, teacher=config.teacher_model)
-    raise AssertionError(f"no task for {type(config).__name__}")
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """``held_out`` is empty without ``--eval_dataset``: none or one set."""
-
-    tokenizer: Tokenizer
-    train: Examples
-    held_out: tuple[Examples, ...]
-
-    @property
-    def reports(self) -> Mapping[str, DataReport]:
-        """By the name of the file that each goes to."""
-        sets = (self.train, *self.held_out)
-        return {name: examples.report for name, examples in zip(("train", "eval"), sets, strict=False)}
-
-
-def load_data(config: OfflineConfig, task: Task, world: World, progress: Progress) -> Data:
-    """The tokenizer and all rows. The first rank reads first: a mistake in a row is told once, and caches are warm."""
-    with progress.phase("reading data", expected_seconds=8):
-        check_causal_lm(
-            config.pretrain, flash_attn=uses_flash(config, world), trust_remote_code=config.trust_remote_code
-        )
-        tokenizer = load_tokenizer(
-            config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
-        )
-        if not world.is_first:
-            world.barrier("first rank has read the data")
-        train = task.load(record_spec(config, config.dataset, config.split, training=True), tokenizer)
-        held_out = []
-        if config.eval_dataset is not None:
-            held_out.append(
-                task.load(record_spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer)
-            )
-        if world.is_first:
-            world.barrier("first rank has read the data")
-    if isinstance(config, KDConfig):
-        check_vocabulary(config, tokenizer)
-    return Data(tokenizer, train, tuple(held_out))
-
-
-def check_plan(config: OfflineConfig, plan: EpochPlan, data: Data) -> None:
-    """What only the rows can tell: KTO's KL estimate needs two prompts in every step. Raises ConfigError."""
-    if not isinstance(config, KTOConfig):
-        return
-    why = "and KTO pairs each prompt with the answer to another"
-    for step in range(plan.steps):
-        rows = plan.rows_of(step)
-        if not _two_prompts(data.train, rows):
-            raise ConfigError(
-                f"--train_batch_size {plan.batch}: step {step + 1} would get {len(rows)} of the {plan.rows} rows, with only "
-                f"one distinct prompt, {why}: choose another size, another --seed, or mix the data."
-            )
-    for examples in data.held_out:
-        if not _two_prompts(examples, range(len(examples))):
-            raise ConfigError(f"--eval_dataset has only one distinct prompt, {why}: add rows, or leave it out.")
-
-
-def _two_prompts(examples: Examples, rows: Sequence[int]) -> bool:
-    """Whether these rows have more than one prompt."""
-    seen = set[bytes]()
-    for row in rows:
-        (sample,) = examples[row]
-        seen.add(sample.tokens[: sample.prompt_length].tobytes())
-        if len(seen) > 1:
-            return True
-    return False
 
 
 def identity(config: OfflineConfig, command: str, data: Data) -> dict[str, str]:
@@ -185,29 +79,6 @@ def find_checkpoint(config: OfflineConfig, command: str, data: Data, world: Worl
             "or choose another --ckpt_path."
         )
     return found
-
-
-def check_vocabulary(config: KDConfig, tokenizer: Tokenizer) -> None:
-    """Teacher and student must mean the same by every token. Raises ConfigError."""
-    teacher = load_tokenizer(config.teacher_model, chat_template=None, trust_remote_code=config.trust_remote_code)
-    if teacher.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"--teacher_model {config.teacher_model} has another vocabulary than --pretrain {config.pretrain}: "
-            "distillation compares them token by token, choose two models with one tokenizer."
-        )
-
-
-def record_spec(config: OfflineConfig, dataset: str, split: str, *, training: bool) -> RecordSpec:
-    """How to read a set. Probabilities and the cap belong to the training set."""
-    known = {field.name for field in dataclasses.fields(RecordSpec)}
-    values = {name: value for name, value in config.model_dump().items() if name in known}
-    limits = {} if training else {"dataset_probs": None, "max_samples": UNLIMITED}
-    return RecordSpec(**{**values, **limits, "dataset": dataset, "split": split})
-
-
-def uses_flash(config: OfflineConfig, world: World) -> bool:
-    """FlashAttention is for CUDA; elsewhere segments run through SDPA."""
-    return config.flash_attn and world.device.type == "cuda"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
