@@ -19,7 +19,7 @@ def units(case: Case) -> int:
 
 
 def assert_close(one: Step, other: Step, tolerance: float) -> None:
-    assert one.loss == pytest.approx(other.loss, abs=tolerance)
+    assert one.loss == pytest.approx(other.loss, rel=tolerance, abs=tolerance)
     assert one.gradients.keys() == other.gradients.keys()
     for name, gradient in one.gradients.items():
         scale = float(other.gradients[name].abs().max()) + 1e-12
