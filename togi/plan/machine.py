@@ -9,19 +9,35 @@ from pathlib import Path
 
 import psutil
 
+# avx512bw: oneDNN computes bfloat16 with any AVX-512; bf16: ARM
+BF16_FLAGS = frozenset({"avx512bw", "avx512_bf16", "amx_bf16", "bf16"})
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Cores this process may use, bytes of memory, and GPUs it can see."""
+    """Cores this process may use, bytes of memory, GPUs it can see, and whether bfloat16 is fast on what will compute.
+
+    A matrix product in bfloat16 was measured at 0.3 GFLOP/s on a CPU with AVX2 only, against 146 in float32.
+    """
 
     cpus: int
     memory_bytes: int
     gpus: int
+    fast_bf16: bool = True
 
 
 def this_machine() -> Machine:
     """Read the machine. GPUs are counted from CUDA_VISIBLE_DEVICES, or else from the NVIDIA device files."""
-    return Machine(len(os.sched_getaffinity(0)), psutil.virtual_memory().total, _visible_gpus())
+    gpus = _visible_gpus()
+    fast_bf16 = gpus > 0 or joins_cluster() or cpu_has_bf16(Path("/proc/cpuinfo"))
+    return Machine(len(os.sched_getaffinity(0)), psutil.virtual_memory().total, gpus, fast_bf16)
+
+
+def cpu_has_bf16(cpuinfo: Path) -> bool:
+    """Whether the CPU has instructions that torch's bfloat16 kernels use. One that does not tell is taken to have them."""
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), None)
+    return flags is None or not BF16_FLAGS.isdisjoint(flags)
 
 
 def joins_cluster() -> bool:

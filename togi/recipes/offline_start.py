@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from togi.config.offline import OfflineConfig
 from togi.config.parse import Parsed
+from togi.plan.machine import this_machine
+from togi.plan.precision import usable_precision
 from togi.recipes import offline_preflight
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ def start_offline(
 ) -> Result:
     """Check, then run ``togi <command>``. Raises UserError for whatever the user can mend."""
     offline_preflight.check(parsed)
+    ready, notice = usable_precision(parsed, this_machine())
+    if notice:
+        announce(notice)
     from togi.recipes.offline import run
 
-    return run(parsed, command, argv=argv, announce=announce)
+    return run(ready, command, argv=argv, announce=announce)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.plan.machine import this_machine
+from togi.plan.precision import usable_precision
 from togi.recipes import preflight
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ def start_rl(
 
     Raises UserError for whatever the user can mend, before a model is loaded where that is possible.
     """
-    ready = preflight.check(parsed, this_machine(), reward_given=reward is not None)
+    machine = this_machine()
+    ready, notice = usable_precision(preflight.check(parsed, machine, reward_given=reward is not None), machine)
+    if notice:
+        announce(notice)
     from togi.recipes.rl import run
 
     return run(ready, argv=argv, reward=reward, announce=announce)
