@@ -7,6 +7,7 @@ extra from the package index. Does nothing when the environment is already made 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements" / "cpu.lock"
 TORCH = "2.13.0"
+DEEPSPEED = "0.19.8"
 
 
 def main() -> int:
@@ -35,7 +37,8 @@ def main() -> int:
         venv.create(target, with_pip=True)
     python = target / "bin" / "python"
     if gpu:
-        pip(python, "-e", f"{ROOT}[vllm,trackers,rewards,dev]")
+        pip(python, "-e", f"{ROOT}[vllm,lora,trackers,rewards,dev]")
+        install_deepspeed(python)
     else:
         install_cpu(python)
     stamp.write_text(wanted)
@@ -56,7 +59,14 @@ def install_cpu(python: Path) -> None:
             pip(python, wanted)
     say("installing the tested versions of all other packages")
     pip(python, "--no-deps", "-r", str(LOCK))
+    install_deepspeed(python, "--no-deps")
     pip(python, "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+
+
+def install_deepspeed(python: Path, *arguments: str) -> None:
+    """DeepSpeed comes as source. Its kernels are compiled when they are first used, not here, and it asks the installed torch."""
+    os.environ["DS_BUILD_OPS"] = "0"
+    pip(python, *arguments, "--no-build-isolation", f"deepspeed=={DEEPSPEED}")
 
 
 def pip(python: Path, *arguments: str, check: bool = True) -> bool:

@@ -12,24 +12,31 @@ from togi.recipes.offline import run_in
 
 STAGE_3 = ("rm", "kto", "kd")
 RESUMED_AFTER = 6
+LORA = ("--lora_rank", "4", "--target_modules", "q_proj", "v_proj", "down_proj")
+# command -> ZeRO stage
+ADAPTED = {"dpo": "2", "rm": "3"}
 
 
 def run_all(world: World, folder: Path) -> None:
     """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
 
-    ``whole`` and ``part`` are one run, the second resumed from the first one's checkpoint in the middle of an epoch.
+    ``lora`` trains adapters. ``whole`` and ``part`` are one run, the second resumed from the first one's checkpoint in the
+    middle of an epoch.
     """
     for command in CONFIGS:
         run_one(world, folder, command, "two")
     for command in STAGE_3:
         run_one(world, folder, command, "three", "--zero_stage", "3")
+    for command, stage in ADAPTED.items():
+        run_one(world, folder, command, "lora", *LORA, "--zero_stage", stage)
     epochs = ("--max_epochs", "2", "--lr_scheduler", "linear", "--save_steps", "1")
-    run_one(world, folder, "dpo", "whole", *epochs)
-    if world.is_first:
-        step = f"checkpoints/step_{RESUMED_AFTER:08d}"
-        shutil.copytree(folder / "whole" / "dpo" / step, folder / "part" / "dpo" / step)
-    world.barrier("checkpoint copied")
-    run_one(world, folder, "dpo", "part", *epochs, "--load_checkpoint")
+    for command, more in (("dpo", ()), ("kto", (*LORA, "--lora_dropout", "0.2"))):
+        run_one(world, folder, command, "whole", *epochs, *more)
+        if world.is_first:
+            step = f"checkpoints/step_{RESUMED_AFTER:08d}"
+            shutil.copytree(folder / "whole" / command / step, folder / "part" / command / step)
+        world.barrier("checkpoint copied")
+        run_one(world, folder, command, "part", *epochs, *more, "--load_checkpoint")
 
 
 def run_one(world: World, folder: Path, command: str, name: str, *more: str) -> None:

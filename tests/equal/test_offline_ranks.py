@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.equal.offline_jobs import RESUMED_AFTER, STAGE_3, run_all
+from tests.equal.offline_jobs import ADAPTED, LORA, RESUMED_AFTER, STAGE_3, run_all
 from tests.learn_tools import run_ranks
 from tests.offline_world import DATA, make_world, train, values
 
@@ -51,14 +51,25 @@ def test_two_ranks_equal_one(one: Runs, two: Runs, command: str) -> None:
     assert_equal_runs(one[command], two[command])
 
 
-def test_two_ranks_resume_bit_for_bit(world: Path, two: Runs) -> None:
-    """From the checkpoint of step 6 of 8, in the middle of the second epoch, with a sharded model and a reference."""
-    whole, part = (values(world / name / "dpo") for name in ("whole", "part"))
+@pytest.mark.parametrize("command", ADAPTED)
+def test_adapters_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -> None:
+    """The frozen base is sharded too; DPO's reference is the base inside, a reward model's head is trained whole."""
+    one = train(world, command, world / "one_lora" / command, *LORA)
+    assert_equal_runs(one, values(world / "lora" / command))
+
+
+@pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("kto", "adapter_model.safetensors")])
+def test_two_ranks_resume_bit_for_bit(world: Path, two: Runs, command: str, file: str) -> None:
+    """From the checkpoint of step 6 of 8, in the middle of the second epoch, with a sharded model and a reference.
+
+    KTO with adapters and dropout, whose random numbers must go on where they stood.
+    """
+    whole, part = (values(world / name / command) for name in ("whole", "part"))
     assert len(whole) == 1 + 8
     assert len(part) == 8 - RESUMED_AFTER
-    for name in ("loss", "grad_norm", "lr", "reward/margin", "tokens/seen"):
+    for name in ("loss", "grad_norm", "lr", "reward/chosen", "tokens/seen"):
         assert [step[name] for step in part] == [step[name] for step in whole[1 + RESUMED_AFTER :]], name
-    first, second = (world / name / "dpo" / "model" / "model.safetensors" for name in ("whole", "part"))
+    first, second = (world / name / command / "model" / file for name in ("whole", "part"))
     assert first.read_bytes() == second.read_bytes()
 
 

@@ -37,8 +37,11 @@ def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     ("word", "sentence"),
     [
         ("reprot", "togi: unknown command reprot; did you mean report?\n"),
-        ("xyz", "togi: unknown command xyz. Commands: rl, sft, rm, dpo, kto, prm, kd, chat, report.\n"),
-        ("--pretrain", "togi: unknown command --pretrain. Commands: rl, sft, rm, dpo, kto, prm, kd, chat, report.\n"),
+        ("xyz", "togi: unknown command xyz. Commands: rl, sft, rm, dpo, kto, prm, kd, chat, merge-lora, report.\n"),
+        (
+            "--pretrain",
+            "togi: unknown command --pretrain. Commands: rl, sft, rm, dpo, kto, prm, kd, chat, merge-lora, report.\n",
+        ),
     ],
 )
 def test_unknown_command(word: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

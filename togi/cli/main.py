@@ -20,6 +20,7 @@ COMMANDS = {
     "prm": ("togi.cli.train_prm", "process reward model"),
     "kd": ("togi.cli.train_kd", "distillation from a teacher"),
     "chat": ("togi.cli.chat", "talk to a model in the terminal"),
+    "merge-lora": ("togi.cli.lora_combiner", "merge a LoRA adapter into its base model"),
     "report": ("togi.cli.report", "write report.html of a run folder again"),
 }
 
@@ -66,5 +67,5 @@ def _speaker() -> str:
 
 def _usage() -> str:
     lines = [f"togi {togi.__version__}: {(togi.__doc__ or '').splitlines()[0]}", "", "usage: togi COMMAND [flags]", ""]
-    lines += [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([*lines, "", "togi COMMAND --help lists every flag of a command."])

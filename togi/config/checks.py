@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from togi.config.choices import AdvantageEstimator, BackendName, EngineName, KLEstimator
 from togi.config.rl import RLConfig
-from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
+from togi.config.shared import ALL_LINEAR, ModelSettings, OutputSettings, TrainSettings
 from togi.errors import ConfigError
 
 Check = Callable[[RLConfig], Iterator[str]]
@@ -128,7 +128,7 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
 
 
 def _training(c: RLConfig) -> Iterator[str]:
-    yield from train_problems(c)
+    yield from train_problems(c, in_4bit=c.load_in_4bit)
     if c.train_batch_size > c.samples_per_rollout:
         yield (
             f"--train_batch_size {c.train_batch_size} is more than the {c.samples_per_rollout} samples of one rollout "
@@ -165,7 +165,7 @@ def _placement(c: RLConfig) -> Iterator[str]:
 
     if c.colocate_all_models and c.colocate_critic_reward:
         yield "--colocate_all_models already includes --colocate_critic_reward: leave the second out."
-    if (c.colocate_actor_ref or c.colocate_all_models) and c.uses_reference and differ("actor", "ref"):
+    if (c.colocate_actor_ref or c.colocate_all_models) and c.loads_reference and differ("actor", "ref"):
         yield mismatch("colocate_all_models" if c.colocate_all_models else "colocate_actor_ref", "actor", "ref")
     shares = c.colocate_critic_reward and c.uses_critic and c.reward_pretrain is not None
     if shares and differ("critic", "reward"):
@@ -188,10 +188,18 @@ def model_problems(c: ModelSettings) -> Iterator[str]:
     """What is wrong with the model flags of any command."""
     if c.gradient_checkpointing_use_reentrant and not c.gradient_checkpointing:
         yield "--gradient_checkpointing_use_reentrant needs --gradient_checkpointing: add it or leave the first out."
+    if c.load_in_4bit and c.lora_rank == 0:
+        yield "--load_in_4bit freezes the weights and trains an adapter: add --lora_rank, or leave --load_in_4bit out."
+    if c.lora_rank == 0 and (c.lora_dropout > 0 or c.target_modules != (ALL_LINEAR,)):
+        yield "--lora_dropout and --target_modules are about an adapter: add --lora_rank, or leave them out."
+    if ALL_LINEAR in c.target_modules and len(c.target_modules) > 1:
+        yield f"--target_modules {' '.join(c.target_modules)}: give {ALL_LINEAR} alone, or names without it."
 
 
-def train_problems(c: TrainSettings) -> Iterator[str]:
-    """What is wrong with the training flags of any command."""
+def train_problems(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
+    """What is wrong with the training flags of any command. ``in_4bit``: the model is quantised."""
+    if in_4bit and c.zero_stage == 3:
+        yield "--load_in_4bit with --zero_stage 3: quantised weights are not sharded, use --zero_stage 0, 1 or 2."
     if c.backend is BackendName.DEEPSPEED:
         yield "--backend deepspeed is not supported yet: use --backend fsdp2."
     if not c.packing_samples and c.micro_train_batch_size not in ("auto", 1):

@@ -188,6 +188,11 @@ class RLConfig(
         return self.init_kl_coef > 0
 
     @property
+    def loads_reference(self) -> bool:
+        """Whether the reference is a model of its own. With LoRA the actor has it inside: its frozen base."""
+        return self.uses_reference and self.lora is None
+
+    @property
     def reward_file(self) -> str | None:
         """Path of the reward function file, under whichever of its two names it was given."""
         return self.reward_func if self.reward_func is not None else self.remote_rm_url

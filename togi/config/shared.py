@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from togi.config.choices import BackendName, Scheduler
 from togi.config.fields import Count, Int, PathText, Settings, flag, later
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class LoRA:
+    """The settings of an adapter. ``target_modules``: names of layers, or all-linear alone."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...]
+    load_in_4bit: bool
 
 
 class ModelSettings(Settings):
@@ -25,12 +39,21 @@ class ModelSettings(Settings):
     disable_fast_tokenizer: bool = later(False, "Use the slow (Python) tokenizer.")
     use_liger_kernel: bool = later(False, "Load the causal LM through Liger kernels.")
     aux_loss_coef: float = later(0.0, "Weight of the MoE load-balancing loss.")
-    load_in_4bit: bool = later(False, "Load in NF4 (QLoRA).")
-    lora_rank: Int = later(0, "LoRA rank; 0 trains all weights.")
-    lora_alpha: Int = later(16, "LoRA alpha.")
-    target_modules: tuple[str, ...] = later(("all-linear",), "Modules that receive LoRA.")
-    lora_dropout: float = later(0.0, "LoRA dropout.")
+    load_in_4bit: bool = flag(False, "Hold the frozen weights in NF4 (QLoRA); needs --lora_rank.")
+    lora_rank: Int = flag(0, "Train an adapter of this rank beside frozen weights (LoRA); 0 trains all weights.", ge=0)
+    lora_alpha: Int = flag(16, "LoRA scale: the adapter's output is multiplied by alpha / rank.", ge=1)
+    target_modules: tuple[str, ...] = flag(
+        (ALL_LINEAR,), "Linear layers that get an adapter, by the last part of their names, or all-linear."
+    )
+    lora_dropout: float = flag(0.0, "Dropout before the adapter, in training.", ge=0, lt=1)
     use_ms: bool = later(False, "Use ModelScope instead of the Hugging Face hub.")
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapter to train; None where all weights are trained."""
+        if self.lora_rank == 0:
+            return None
+        return LoRA(self.lora_rank, self.lora_alpha, self.lora_dropout, self.target_modules, self.load_in_4bit)
 
 
 class TrainSettings(Settings):

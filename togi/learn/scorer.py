@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -20,12 +21,16 @@ Arrays = tuple[NDArray[np.float32], ...]
 class Scorer:
     """Runs ``module`` without gradients, in evaluation mode. All ranks call together, with as many batches as each has.
 
-    Results come batch after batch, inside a batch in the order of the list that it was packed from.
+    Results come batch after batch, inside a batch in the order of the list that it was packed from. ``around`` each forward
+    is a context to run it in, such as one without the adapter.
     """
 
-    def __init__(self, module: nn.Module, world: World) -> None:
+    def __init__(
+        self, module: nn.Module, world: World, around: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self.module = module
         self.world = world
+        self._around = around
 
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> Arrays:
         """Log-probs (nats) at the tokens in the loss: one array a sequence."""
@@ -54,7 +59,7 @@ class Scorer:
     def _run(self, batches: Sequence[Batch], forward: Callable[[Batch], Outputs]) -> Iterator[tuple[Outputs, Batch]]:
         self.module.eval()
         for batch, real, _ in even_rounds(self.world, batches):
-            with torch.no_grad():
+            with torch.no_grad(), self._around():
                 outputs = forward(batch)
             if real:
                 yield outputs, batch

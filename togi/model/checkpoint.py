@@ -13,9 +13,10 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -23,15 +24,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from togi.model.loading import HEAD, read_config, skeleton
+from togi.model.loading import ADAPTER_CONFIG, HEAD, read_config, skeleton
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import TensorSpec
 
 SHARD_BYTES = 5 * 10**9
 UNFINISHED = ".unfinished"
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", ADAPTER_CONFIG)
 _PREFIX = "hf."
 _LAYER = re.compile(r"^.*?\.\d+\.")
+
+
+class FullParameters(Protocol):
+    """``Backend.full_parameters``."""
+
+    def __call__(
+        self, dtype: torch.dtype | None = None, *, trained_only: bool = False
+    ) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def checkpoint_tensors(
@@ -62,6 +71,7 @@ def _head_name(model: PolicyModel | ScalarModel, name: str) -> str:
     return name
 
 
+@cache
 def expected_manifest(path: str, dtype: str, trust_remote_code: bool = False) -> tuple[TensorSpec, ...]:
     """The tensors that a causal language model of this folder sends, from its config alone; ``dtype``: "bfloat16"."""
     kind: torch.dtype = getattr(torch, dtype)
@@ -98,6 +108,41 @@ def save_hf(
     if getattr(config, "auto_map", None) and source.is_dir():
         for module in source.glob("*.py"):
             shutil.copy(module, directory)
+
+
+def save_trained(
+    directory: Path | None,
+    model: PolicyModel | ScalarModel,
+    full_parameters: FullParameters,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+) -> None:
+    """Write what was trained: a whole model, or with LoRA the adapter (``adapters.save_adapter``).
+
+    Gathering takes all ranks: all of them call this, with a ``directory`` on the one that writes.
+    """
+    adapter = model.is_adapted
+    tensors = full_parameters(None if adapter else dtype, trained_only=adapter)
+    if directory is None:
+        for _ in tensors:
+            pass
+    elif adapter:
+        from togi.model.adapters import save_adapter
+
+        save_adapter(directory, model, tensors, tokenizer)
+    else:
+        save_hf(directory, model, tensors, tokenizer, dtype)
+
+
+def whole_tensors(
+    model: PolicyModel | ScalarModel, full_parameters: FullParameters, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """All parameters as a plain model has them, by checkpoint names: adapters are merged into the weights."""
+    if not model.is_adapted:
+        return checkpoint_tensors(model, full_parameters(dtype))
+    from togi.model.adapters import merged
+
+    return checkpoint_tensors(model, merged(model, full_parameters(), dtype))
 
 
 @contextmanager

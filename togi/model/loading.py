@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,17 +18,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as hf_logging
 
+from togi.config.shared import LoRA
 from togi.errors import ModelError
 from togi.model.attention import SEGMENTS, VARLEN
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.support import PROVEN, logit_transform, refuse_unsupported, verify_packing
 
 HEAD = "score"
+ADAPTER_CONFIG = "adapter_config.json"
 Model = TypeVar("Model", PolicyModel, ScalarModel)
 
 
@@ -39,15 +43,18 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
     use_reentrant: bool = False,
+    lora: LoRA | None = None,
 ) -> PolicyModel:
     """A causal language model from a folder or hub id, on CPU, in ``dtype``, in training mode.
 
-    Raises ModelError if the folder cannot be read, lacks weights, or its architecture cannot be trained packed.
+    With ``lora`` it is frozen (in NF4 if so asked, computing in ``dtype``) and has new adapters. Raises ModelError if the
+    folder cannot be read, lacks weights, or its architecture cannot be trained packed.
     """
     config = read_config(path, trust_remote_code)
-    hf = _load(AutoModelForCausalLM, _Reading(path, config, dtype, flash_attn, trust_remote_code))
+    in_4bit = lora is not None and lora.load_in_4bit
+    hf = _load(AutoModelForCausalLM, _Reading(path, config, dtype, flash_attn, trust_remote_code, in_4bit=in_4bit))
     model = PolicyModel(hf, logit_transform(config))
-    return _ready(model, gradient_checkpointing, use_reentrant)
+    return _ready(model, gradient_checkpointing, use_reentrant, lora)
 
 
 def load_scalar_model(
@@ -60,11 +67,13 @@ def load_scalar_model(
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
     use_reentrant: bool = False,
+    lora: LoRA | None = None,
 ) -> ScalarModel:
     """A critic or reward model from a folder or hub id.
 
     ``value_head_prefix`` names the head in the checkpoint; one in config.json wins. A missing head is an error unless
-    ``init_head``, which always draws a new head from a normal distribution with standard deviation 1/(hidden + 1).
+    ``init_head``, which always draws a new head from a normal distribution with standard deviation 1/(hidden + 1). With
+    ``lora`` the body is as for a language model and the head is trained whole.
     """
     config = read_config(path, trust_remote_code)
     prefix = getattr(config, "value_head_prefix", value_head_prefix)
@@ -73,11 +82,12 @@ def load_scalar_model(
     # Transformers calls the head "score"; a head of another name is renamed when it is read and when it is written
     renames = {} if prefix == HEAD else {rf"^{prefix}\.": f"{HEAD}."}
     optional = frozenset({f"{HEAD}.weight"}) if init_head else frozenset[str]()
-    read = _Reading(path, config, dtype, flash_attn, trust_remote_code, renames, optional)
+    in_4bit = lora is not None and lora.load_in_4bit
+    read = _Reading(path, config, dtype, flash_attn, trust_remote_code, renames, optional, in_4bit)
     hf = _load(AutoModelForSequenceClassification, read)
     if init_head:
         _init_head(hf)
-    return _ready(ScalarModel(hf, prefix), gradient_checkpointing, use_reentrant)
+    return _ready(ScalarModel(hf, prefix), gradient_checkpointing, use_reentrant, lora)
 
 
 def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -85,13 +95,23 @@ def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if (Path(path) / ADAPTER_CONFIG).is_file():
+            raise ModelError(
+                f"{path!r} is a LoRA adapter, not a model: merge it into one with togi merge-lora."
+            ) from error
         raise ModelError(f"cannot read a model config from {path!r}: {str(error).splitlines()[0]}") from error
 
 
-def check_causal_lm(path: str, *, flash_attn: bool, trust_remote_code: bool = False) -> None:
+def check_causal_lm(path: str, *, flash_attn: bool, trust_remote_code: bool = False, lora: LoRA | None = None) -> None:
     """Raise ModelError for what config.json alone tells about a model that cannot be trained. Loads no weights."""
     config = read_config(path, trust_remote_code)
-    _refuse(AutoModelForCausalLM, _Reading(path, config, torch.float32, flash_attn, trust_remote_code))
+    model = _refuse(AutoModelForCausalLM, _Reading(path, config, torch.float32, flash_attn, trust_remote_code))
+    if lora is not None:
+        from togi.model.adapters import target_layers
+
+        target_layers(model, lora.target_modules)
+        if lora.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise ModelError("--load_in_4bit needs the package bitsandbytes: pip install 'togi[lora]'.")
 
 
 def skeleton(
@@ -105,7 +125,10 @@ def skeleton(
 
 @dataclass(frozen=True)
 class _Reading:
-    """What to read: ``renames`` maps patterns of checkpoint names to ours, ``optional`` weights may be missing."""
+    """What to read: ``renames`` maps patterns of checkpoint names to ours, ``optional`` weights may be missing.
+
+    ``in_4bit``: linear layers but the heads are quantised and compute in ``dtype``.
+    """
 
     path: str
     config: PreTrainedConfig
@@ -114,17 +137,21 @@ class _Reading:
     trust_remote_code: bool
     renames: Mapping[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
+    in_4bit: bool = False
 
 
-def _refuse(auto_class: Any, read: _Reading) -> None:
+def _refuse(auto_class: Any, read: _Reading) -> PreTrainedModel:
+    """The model's skeleton, if it is fit."""
     attention = VARLEN if read.flash_attn else SEGMENTS
     try:
-        refuse_unsupported(skeleton(auto_class, read.config, read.dtype, read.trust_remote_code), attention)
+        model = skeleton(auto_class, read.config, read.dtype, read.trust_remote_code)
+        refuse_unsupported(model, attention)
     except ValueError as error:
         if isinstance(error, ModelError):
             raise
         reason = str(error).splitlines()[0]
         raise ModelError(f"{read.path!r} cannot be loaded as this kind of model: {reason}") from error
+    return model
 
 
 def _load(auto_class: Any, read: _Reading) -> PreTrainedModel:
@@ -138,6 +165,7 @@ def _load(auto_class: Any, read: _Reading) -> PreTrainedModel:
             attn_implementation=attention,
             trust_remote_code=read.trust_remote_code,
             key_mapping=dict(read.renames) or None,
+            quantization_config=_nf4(read.dtype) if read.in_4bit else None,
             output_loading_info=True,
         )
     missing = sorted(set(info["missing_keys"]) - read.optional)
@@ -172,14 +200,32 @@ def _attention(flash_attn: bool) -> str:
     return VARLEN
 
 
+def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's format: 4-bit normal floats with quantised scales."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=["lm_head", HEAD],
+    )
+
+
 def _init_head(hf: PreTrainedModel) -> None:
     head: Any = hf.score
     nn.init.normal_(head.weight, mean=0.0, std=1.0 / (head.in_features + 1))
 
 
-def _ready(model: Model, gradient_checkpointing: bool, use_reentrant: bool) -> Model:
+def _ready(model: Model, gradient_checkpointing: bool, use_reentrant: bool, lora: LoRA | None) -> Model:
     if model.hf.config.model_type not in PROVEN:
         verify_packing(model)
+    if lora is not None:
+        from togi.model.adapters import add_lora  # PEFT takes more than half a second to import
+
+        add_lora(model, lora)
+        if gradient_checkpointing and use_reentrant:
+            # the re-entrant kind drops the gradients of a block whose input needs none, and the embedding is frozen
+            model.hf.enable_input_require_grads()
     if gradient_checkpointing:
         model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.train()

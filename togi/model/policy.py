@@ -43,15 +43,23 @@ def last_tokens(batch: Batch) -> Tensor:
     return last_N
 
 
-class PolicyModel(nn.Module):
+class _Model(nn.Module):
+    """``is_adapted``: the weights are frozen and LoRA adapters beside them are trained (``togi.model.adapters``)."""
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__()
+        self.hf = hf
+        self.is_adapted = False
+
+
+class PolicyModel(_Model):
     """A causal language model that answers with log-probabilities and entropies of the tokens in the loss.
 
     ``hf`` is the Transformers model; its attention must be one of ``togi.model.attention``.
     """
 
     def __init__(self, hf: PreTrainedModel, transform: LogitTransform | None = None) -> None:
-        super().__init__()
-        self.hf = hf
+        super().__init__(hf)
         self.transform = transform or LogitTransform()
 
     @property
@@ -113,7 +121,7 @@ class PolicyModel(nn.Module):
         return self.hf.get_output_embeddings()
 
 
-class ScalarModel(nn.Module):
+class ScalarModel(_Model):
     """A body with one linear output: a critic (value of each state) or a reward model (score of each sequence).
 
     ``hf`` is a Transformers sequence classification model with one label. ``value_head_prefix`` is the name of the head
@@ -122,8 +130,7 @@ class ScalarModel(nn.Module):
     """
 
     def __init__(self, hf: PreTrainedModel, value_head_prefix: str = "score") -> None:
-        super().__init__()
-        self.hf = hf
+        super().__init__(hf)
         self.value_head_prefix = value_head_prefix
 
     @property

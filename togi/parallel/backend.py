@@ -58,8 +58,13 @@ class Backend(Protocol):
 
     def drop_gradients(self) -> None: ...
 
-    def full_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, whole and detached, on every rank, one at a time. ``dtype`` None gives the masters' own."""
+    def full_parameters(
+        self, dtype: torch.dtype | None = None, *, trained_only: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter, whole and detached, on every rank, one at a time. ``dtype`` None gives the masters' own.
+
+        ``trained_only`` leaves out those that are frozen, which then need not be gathered.
+        """
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

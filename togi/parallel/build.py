@@ -14,9 +14,11 @@ from togi.parallel.replicated import Replicated
 def trainable(module: nn.Module, world: World, options: BackendOptions) -> Backend:
     """Make ``module`` trainable, in place. All ranks must bring the same weights.
 
-    One process never shards: there is nothing to gain, and plain PyTorch is faster.
+    One process never shards: there is nothing to gain, and plain PyTorch is faster. Nor are quantised weights sharded, which
+    stages 1 and 2 would leave whole anyway.
     """
-    if world.size == 1 or options.zero_stage == 0:
+    quantised = any(not parameter.is_floating_point() for parameter in module.parameters())
+    if world.size == 1 or options.zero_stage == 0 or quantised:
         return Replicated(module, world, options)
     return Sharded(module, world, options)
 

@@ -45,8 +45,9 @@ class Sharded:
     def __init__(self, module: nn.Module, world: World, options: BackendOptions) -> None:
         assert options.zero_stage in (1, 2, 3)
         check_same_weights(module, world)
-        if options.bf16:
-            cast(module.parameters(), torch.float32)
+        if options.bf16:  # frozen weights need no masters
+            cast((p for p in module.parameters() if p.requires_grad), torch.float32)
+            cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
         shard(module, world, options.bf16, reshard_after_forward=options.zero_stage == 3)
         self.module = module.to(world.device)
         self.world = world
@@ -75,8 +76,12 @@ class Sharded:
     def drop_gradients(self) -> None:
         self._optimizer.zero_grad()
 
-    def full_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(
+        self, dtype: torch.dtype | None = None, *, trained_only: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
+            if trained_only and name not in self._trained:
+                continue
             # Cast before gathering: half the traffic.
             part = parameter.detach() if dtype is None else parameter.detach().to(dtype)
             with self.world.collective(f"full parameter {name}"):

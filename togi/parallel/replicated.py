@@ -51,8 +51,12 @@ class Replicated:
     def drop_gradients(self) -> None:
         self._optimizer.zero_grad()
 
-    def full_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(
+        self, dtype: torch.dtype | None = None, *, trained_only: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
+            if trained_only and name not in self._masters:
+                continue
             master = self._masters.get(name, parameter).detach()
             yield name, master if dtype is None else master.to(dtype)
 

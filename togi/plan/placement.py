@@ -42,7 +42,7 @@ def used_roles(config: RLConfig) -> tuple[Role, ...]:
     roles = [Role.ENGINE, Role.ACTOR]
     if config.uses_critic:
         roles.append(Role.CRITIC)
-    if config.uses_reference:
+    if config.loads_reference:
         roles.append(Role.REF)
     if config.reward_pretrain is not None:
         roles.append(Role.REWARD)

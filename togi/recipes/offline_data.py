@@ -81,7 +81,10 @@ def load_data(config: OfflineConfig, task: Task, world: World, progress: Progres
     """The tokenizer and all rows. The first rank reads first: a mistake in a row is told once, and caches are warm."""
     with progress.phase("reading data", expected_seconds=8):
         check_causal_lm(
-            config.pretrain, flash_attn=uses_flash(config, world), trust_remote_code=config.trust_remote_code
+            config.pretrain,
+            flash_attn=uses_flash(config, world),
+            trust_remote_code=config.trust_remote_code,
+            lora=config.lora,
         )
         tokenizer = load_tokenizer(
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code

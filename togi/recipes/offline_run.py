@@ -18,7 +18,7 @@ from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.learn.evaluation import Measured, conclude, measure
 from togi.learn.learner import UpdateReport
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
-from togi.model.checkpoint import save_hf, written_aside
+from togi.model.checkpoint import save_trained, written_aside
 from togi.model.policy import ScalarModel
 from togi.obs import names
 from togi.parallel.process import World
@@ -162,12 +162,8 @@ class OfflineRun:
         model, dtype = self._models.model, torch.bfloat16 if self.config.bf16 else torch.float32
         if isinstance(model, ScalarModel):
             self._measure_rewards(model)
-        tensors = self._models.learner.backend.full_parameters(dtype)
-        if self._world.is_first:
-            save_hf(folder, model, tensors, self.data.tokenizer, dtype=dtype)
-        else:
-            for _ in tensors:
-                pass
+        target = folder if self._world.is_first else None
+        save_trained(target, model, self._models.learner.backend.full_parameters, self.data.tokenizer, dtype)
         self._world.barrier("model written")
 
     def _measure_rewards(self, model: ScalarModel) -> None:

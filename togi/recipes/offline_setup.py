@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,11 +104,14 @@ def load_models(config: OfflineConfig, task: Task, data: Data, plan: EpochPlan, 
     backend = trainable(model, world, options)
     schedule = Schedule.with_warmup_ratio(config.lr_scheduler, config.learning_rate, plan.steps, config.lr_warmup_ratio)
     teachers = [_frozen(config, path, world, replace(options, zero_stage=0)) for path in (task.teacher,) if path]
-    references = [_frozen(config, path, world, options) for path in (task.reference,) if path]
     objective = _objective(config, data, teachers, vocabulary)
     learner = Learner(backend, objective, schedule, config.max_norm if config.max_norm > 0 else math.inf)
     policy, dealer = Scorer(backend.module, world), dealer_of(config, task, world)
-    return Models(model, learner, policy, dealer, _preparation(task, dealer, policy, references))
+    if not task.reference:
+        return Models(model, learner, policy, dealer, Share(dealer))
+    reference = _reference(config, task, learner, options)
+    prepare = WithKL(dealer, reference, policy) if task.mismatched else WithReference(dealer, reference)
+    return Models(model, learner, policy, dealer, prepare)
 
 
 def dealer_of(config: OfflineConfig, task: Task, world: World) -> Dealer:
@@ -120,26 +124,30 @@ def dealer_of(config: OfflineConfig, task: Task, world: World) -> Dealer:
 def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | ScalarModel:
     """A reward model that starts from a language model gets a new head; one that is a reward model keeps its own."""
     flash = uses_flash(config, world)
+    # frozen weights need no float32 masters
+    dtype = torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32
     if not task.scalar:
         return load_causal_lm(
             config.pretrain,
-            torch.float32,
+            dtype,
             flash_attn=flash,
             trust_remote_code=config.trust_remote_code,
             gradient_checkpointing=config.gradient_checkpointing,
             use_reentrant=config.gradient_checkpointing_use_reentrant,
+            lora=config.lora,
         )
     assert isinstance(config, RMConfig)
     kinds = read_config(config.pretrain, config.trust_remote_code).architectures or ()
     return load_scalar_model(
         config.pretrain,
-        torch.float32,
+        dtype,
         flash_attn=flash,
         init_head=not any(kind.endswith(CLASSIFIER) for kind in kinds),
         value_head_prefix=config.value_head_prefix,
         trust_remote_code=config.trust_remote_code,
         gradient_checkpointing=config.gradient_checkpointing,
         use_reentrant=config.gradient_checkpointing_use_reentrant,
+        lora=config.lora,
     )
 
 
@@ -188,9 +196,11 @@ def _step_reward(data: Data) -> Objective:
     return StepRewardObjective(data.train.labels.reward_ids, data.train.labels.soft)
 
 
-def _preparation(task: Task, dealer: Dealer, policy: Scorer, references: Sequence[PolicyModel]) -> Preparation:
-    """What a step needs beside its rows."""
-    if not task.reference:
-        return Share(dealer)
-    reference = Scorer(references[0], dealer.world)
-    return WithKL(dealer, reference, policy) if task.mismatched else WithReference(dealer, reference)
+def _reference(config: OfflineConfig, task: Task, learner: Learner, options: BackendOptions) -> Scorer:
+    """The frozen model that the policy is held to. With LoRA the policy has it inside: no second copy is loaded."""
+    module, world = learner.backend.module, learner.backend.world
+    if config.lora is not None and task.reference == config.pretrain:
+        from togi.model.adapters import without_adapter
+
+        return Scorer(module, world, around=partial(without_adapter, module))
+    return Scorer(_frozen(config, task.reference, world, options), world)

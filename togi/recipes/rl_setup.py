@@ -60,7 +60,12 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
     functions = function_reward(config, function)  # its processes start now and import while the prompts are read
     try:
         with progress.phase("reading prompts", expected_seconds=8):
-            check_causal_lm(config.pretrain, flash_attn=config.flash_attn, trust_remote_code=config.trust_remote_code)
+            check_causal_lm(
+                config.pretrain,
+                flash_attn=config.flash_attn,
+                trust_remote_code=config.trust_remote_code,
+                lora=config.lora,
+            )
             tokenizer = load_tokenizer(
                 config.pretrain,
                 chat_template=config.tokenizer_chat_template,

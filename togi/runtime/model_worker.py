@@ -25,10 +25,10 @@ from togi.learn.objective import Objective
 from togi.learn.policy_objective import KLInLoss, PolicyObjective, ValueObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
-from togi.model.checkpoint import checkpoint_tensors, save_hf
+from togi.model.checkpoint import expected_manifest, save_trained, whole_tensors
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
-from togi.model.weights import Bucket, Manifest, TensorSpec, pack_buckets
+from togi.model.weights import Bucket, Manifest, pack_buckets
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen, trainable
 from togi.parallel.process import Rendezvous, World, default_device, open_store
@@ -90,6 +90,7 @@ class ModelWorker:
                 trust_remote_code=config.trust_remote_code,
                 gradient_checkpointing=trained and config.gradient_checkpointing,
                 use_reentrant=config.gradient_checkpointing_use_reentrant,
+                lora=config.lora if trained else None,
             )
         path = config.critic_source if role is Role.CRITIC else config.reward_pretrain
         assert path is not None
@@ -102,6 +103,7 @@ class ModelWorker:
             trust_remote_code=config.trust_remote_code,
             gradient_checkpointing=trained and config.gradient_checkpointing,
             use_reentrant=config.gradient_checkpointing_use_reentrant,
+            lora=config.lora if trained else None,
         )
 
     def _packs(self, samples: Sequence[Sample], limit: int | str) -> Packs:
@@ -153,7 +155,8 @@ class LearnerWorker(ModelWorker):
         """``total``: planned optimizer steps, for the schedule."""
         self._join(rank, size, address, port, config)
         self._role = role
-        self._model = self._load(role, torch.float32)
+        # frozen weights need no float32 masters
+        self._model = self._load(role, torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32)
         backend = trainable(self._model, self._world, self._options())
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
         schedule = Schedule.with_warmup_ratio(config.lr_scheduler, peak, total, config.lr_warmup_ratio)
@@ -167,6 +170,14 @@ class LearnerWorker(ModelWorker):
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
         divisor = self._config.temperature if temperature is None else temperature
         return packs.in_order(self._scorer.logprobs(packs.batches, divisor))
+
+    def reference_logprobs(self, samples: Sequence[Sample]) -> Arrays:
+        """``logprobs`` of the frozen base, without the adapter that is in training."""
+        from togi.model.adapters import without_adapter
+
+        packs = self._packs(samples, self._config.micro_rollout_batch_size)
+        with without_adapter(self._model):
+            return packs.in_order(self._scorer.logprobs(packs.batches, self._config.temperature))
 
     def values(self, samples: Sequence[Sample]) -> Arrays:
         """Values of the states in which each sample's trained tokens were chosen."""
@@ -188,11 +199,11 @@ class LearnerWorker(ModelWorker):
 
     def begin_export(self, version: int) -> Manifest:
         """What the next weight update will send; ``next_bucket`` then gives it piece by piece. On all ranks together."""
-        backend, dtype = self._learner.backend, torch.bfloat16 if self._config.bf16 else torch.float32
-        shapes = ((name, torch.empty(shape, dtype=dtype, device="meta")) for name, shape in backend.shapes().items())
-        specs = tuple(TensorSpec.of(name, tensor) for name, tensor in checkpoint_tensors(self._model, shapes))
-        self._export = pack_buckets(checkpoint_tensors(self._model, backend.full_parameters(dtype)), BUCKET_BYTES)
-        return Manifest(version, specs)
+        config, backend = self._config, self._learner.backend
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        self._export = pack_buckets(whole_tensors(self._model, backend.full_parameters, dtype), BUCKET_BYTES)
+        name = str(dtype).removeprefix("torch.")
+        return Manifest(version, expected_manifest(config.pretrain, name, config.trust_remote_code))
 
     def next_bucket(self) -> tuple[int, Bucket | None]:
         """(number of tensors, bucket); gathering takes all ranks, the bucket comes from rank 0."""
@@ -213,18 +224,12 @@ class LearnerWorker(ModelWorker):
     def save_model(self, folder: Path) -> None:
         """Write the model in plain Hugging Face format, from rank 0."""
         dtype = torch.bfloat16 if self._config.bf16 else torch.float32
-        tensors = self._learner.backend.full_parameters(dtype)
-        if self._world.is_first:
-            config = self._config
-            tokenizer = load_tokenizer(
-                config.pretrain,
-                chat_template=config.tokenizer_chat_template,
-                trust_remote_code=config.trust_remote_code,
-            )
-            save_hf(folder, self._model, tensors, tokenizer, dtype=dtype)
-        else:
-            for _ in tensors:
-                pass
+        config = self._config
+        tokenizer = load_tokenizer(
+            config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
+        )
+        target = folder if self._world.is_first else None
+        save_trained(target, self._model, self._learner.backend.full_parameters, tokenizer, dtype)
         self._world.barrier("model written")
 
     def _objective(self, kl_coef: float) -> Objective:

@@ -85,6 +85,8 @@ class Session:
         streams = {}
         if Role.REF in self.groups:
             streams[REF_LOGPROBS] = await self.groups[Role.REF].per_sample("logprobs", samples)
+        elif self.config.uses_reference:
+            streams[REF_LOGPROBS] = await self.groups[Role.ACTOR].per_sample("reference_logprobs", samples)
         if Role.CRITIC in self.groups:
             streams[OLD_VALUES] = await self.groups[Role.CRITIC].per_sample("values", samples)
         if self.needs_old_logprobs:
@@ -100,7 +102,7 @@ class Session:
     @property
     def scoring_passes(self) -> int:
         """How many models read every sample before the update."""
-        return (Role.REF in self.groups) + (Role.CRITIC in self.groups) + self.needs_old_logprobs
+        return self.config.uses_reference + (Role.CRITIC in self.groups) + self.needs_old_logprobs
 
     async def update(self, role: Role, steps: Sequence[Sequence[Sample]], kl_coef: float) -> list[StepUpdate]:
         """Optimizer steps of the actor or the critic."""

@@ -1,0 +1,28 @@
+"""``togi merge-lora``, also ``python -m togi.cli.lora_combiner``: an adapter and its base model become one model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from togi.cli.main import run as run_module
+from togi.config.merge import MergeConfig
+from togi.config.parse import parse
+from togi.errors import ConfigError
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command. Raises UserError for the user's mistakes."""
+    config = parse(MergeConfig, argv, "merge-lora").config
+    for name in ("lora_path", "output_path"):
+        if not getattr(config, name):
+            raise ConfigError(f"--{name} is required: {MergeConfig.model_fields[name].description}")
+    from togi.recipes.merge import merge
+
+    merge(config)
+    print(f"merged model: {Path(config.output_path)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))

@@ -1,0 +1,166 @@
+"""LoRA: a frozen model with small trained matrices beside its linear layers (Hu et al. 2021, arXiv 2106.09685).
+
+A layer computes ``W x + (alpha / rank) B A x``; only A and B are trained, and a scalar head, which has no good frozen value.
+The layers are PEFT's; the model keeps its class, so everything else treats it as before. QLoRA (Dettmers et al. 2023, arXiv
+2305.14314) is the same over a base in NF4 (``loading``).
+
+Which layers: the ``nn.Linear`` of the decoder. Not the language-model head and the embedding, which the fused head reads
+directly; not experts, which Transformers keeps fused in one tensor for a layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from togi.config.shared import ALL_LINEAR, LoRA
+from togi.errors import ModelError
+from togi.model.loading import ADAPTER_CONFIG, HEAD
+from togi.model.policy import PolicyModel, ScalarModel
+
+ADAPTER = "default"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "hf."
+_BASE, _A, _B = ".base_layer.", f".lora_A.{ADAPTER}.", f".lora_B.{ADAPTER}."
+
+
+def add_lora(model: PolicyModel | ScalarModel, lora: LoRA) -> None:
+    """Freeze ``model`` and put adapters beside its layers, in place. A starts random from torch's generator, B at zero.
+
+    Raises ModelError for a target that the model does not have.
+    """
+    kind = TaskType.SEQ_CLS if isinstance(model, ScalarModel) else TaskType.CAUSAL_LM
+    config = LoraConfig(
+        task_type=kind,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=target_layers(model.hf, lora.target_modules),
+        base_model_name_or_path=model.hf.config.name_or_path,
+    )
+    inject_adapter_in_model(config, model.hf, ADAPTER)
+    model.is_adapted = True
+    # Not among the modules that PEFT saves whole: then it would keep a frozen copy of the head beside the trained one.
+    if isinstance(model, ScalarModel):
+        head: Any = model.hf.score
+        head.requires_grad_(True)
+
+
+def target_layers(hf: PreTrainedModel, wanted: Iterable[str]) -> list[str]:
+    """The last parts of the names of the layers that get an adapter. Raises ModelError for a name that has none."""
+    linear = [name for name, part in hf.base_model.named_modules() if isinstance(part, nn.Linear)]
+    every = sorted({name.rpartition(".")[2] for name in linear})
+    targets = list(wanted)
+    if targets == [ALL_LINEAR]:
+        return every
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            raise ModelError(
+                f"--target_modules {target}: {type(hf).__name__} has no such linear layer in its decoder: choose from "
+                f"{', '.join(every)}, or {ALL_LINEAR} alone."
+            )
+    return targets
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its frozen base: the reference of a policy that is trained with LoRA."""
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, LoraLayer)]
+    # PEFT's own switch also turns requires_grad off and on, and FSDP2 remembers the first value that it sees.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def merged(
+    model: PolicyModel | ScalarModel, named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of ``model`` as those of a plain model: ``W + (alpha / rank) B A``, added in float32, in ``dtype``.
+
+    ``named_tensors`` are all parameters, whole, in the order of ``named_parameters``, in which W, A and B of a layer follow
+    each other. Quantised weights come out dequantised. Without adapters this only casts.
+    """
+    held: dict[str, Tensor] = {}
+    for name, tensor in named_tensors:
+        layer, separator, rest = name.partition(_BASE)
+        if separator and rest == "weight":
+            held[layer] = full_weight(model.get_parameter(name), tensor)
+        elif separator:
+            yield f"{layer}.{rest}", tensor.to(dtype)
+        elif _A in name:
+            layer = name.partition(_A)[0]
+            held[f"{layer}{_A}"] = tensor
+        elif _B in name:
+            layer = name.partition(_B)[0]
+            weight, a, scale = held.pop(layer), held.pop(f"{layer}{_A}"), _scale(model, layer)
+            yield f"{layer}.weight", torch.addmm(weight.float(), tensor.float(), a.float(), alpha=scale).to(dtype)
+        else:
+            yield name, tensor.to(dtype)
+    assert not held, f"no adapter followed {sorted(held)}"
+
+
+def full_weight(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """``tensor``, or what the quantised ``parameter`` stands for."""
+    state: Any = getattr(parameter, "quant_state", None)  # only bitsandbytes' parameters have one
+    if state is None:
+        return tensor
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Tensor = dequantize_4bit(tensor.data, state)
+    return weight
+
+
+def save_adapter(
+    directory: Path,
+    model: PolicyModel | ScalarModel,
+    named_tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write a folder that PEFT loads: the adapter (and a scalar head) in float32, its configuration, the tokenizer.
+
+    ``named_tensors`` are the trained parameters, whole, by the names of ``model``.
+    ``config.json`` beside them is the whole model's, for what training has put into it (statistics of rewards).
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    kept = {
+        adapter_name(name): tensor.to("cpu", torch.float32, copy=True).contiguous() for name, tensor in named_tensors
+    }
+    save_file(kept, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config: LoraConfig = next(iter(_peft_configs(model)))
+    record = config.to_dict() | {
+        "target_modules": sorted(config.target_modules or ()),
+        "inference_mode": True,
+        "modules_to_save": [HEAD] if isinstance(model, ScalarModel) else None,
+    }
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    model.hf.config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def adapter_name(name: str) -> str:
+    """The name in PEFT's files of a parameter of our model."""
+    return "base_model.model." + name.removeprefix(_PREFIX).replace(f".{ADAPTER}.", ".")
+
+
+def _scale(model: PolicyModel | ScalarModel, layer: str) -> float:
+    part: Any = model.get_submodule(layer)
+    return float(part.scaling[ADAPTER])
+
+
+def _peft_configs(model: PolicyModel | ScalarModel) -> Iterator[LoraConfig]:
+    hf: Any = model.hf
+    yield from hf.peft_config.values()
