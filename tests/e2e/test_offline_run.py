@@ -180,6 +180,7 @@ def test_what_only_the_data_can_tell(world: Path, tmp_path: Path, capsys: pytest
 # Each runnable example of the README for these commands, with what makes it tiny.
 EXAMPLES = {
     "sft.sh": ["--multiturn"],
+    "sft_lora.sh": ["--load_in_4bit"],
     "rm.sh": ["--loss", "logexp"],
     "dpo.sh": ["--label_smoothing", "0.1"],
     "kto.sh": ["--desirable_loss_weight", "1.5"],
@@ -207,4 +208,4 @@ def test_every_example_trains(world: Path, tmp_path: Path, script: str) -> None:
     assert len(values) == 1 + 2  # an evaluation before training, then six rows in batches of four and two
     assert all(math.isfinite(step["loss"]) for step in values[1:])
     assert math.isfinite(values[-1]["eval/loss"])
-    assert (run / "model" / "model.safetensors").is_file()
+    assert (run / ("merged" if script == "sft_lora.sh" else "model") / "model.safetensors").is_file()

@@ -9,6 +9,8 @@ from togi.config.choices import BackendName, Scheduler
 from togi.config.fields import Count, Int, PathText, Settings, flag, later
 
 ALL_LINEAR = "all-linear"
+ADAPTER_CONFIG = "adapter_config.json"
+"""What makes a folder that of a LoRA adapter."""
 
 
 @dataclass(frozen=True, slots=True)

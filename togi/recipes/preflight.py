@@ -18,7 +18,7 @@ from togi.config.checks import check_rl
 from togi.config.choices import EngineName
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
-from togi.config.shared import OutputSettings
+from togi.config.shared import ADAPTER_CONFIG, OutputSettings
 from togi.data.items import listed, parse_items
 from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError
@@ -95,10 +95,19 @@ def check_engine(name: EngineName) -> None:
         raise EngineUnavailableError
 
 
-def check_model(flag: str, path: str) -> None:
-    """A folder must hold config.json and weights; anything else must be a hub name, in the cache if the hub is off."""
+def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
+    """A folder must hold config.json and weights; anything else must be a hub name, in the cache if the hub is off.
+
+    ``adapters``: a LoRA adapter is welcome too.
+    """
     folder = Path(path)
     if path and folder.is_dir():
+        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+            if adapters:
+                return
+            raise ConfigError(
+                f"--{flag} {path} is a LoRA adapter, not a model: merge it into its base with togi merge-lora first."
+            )
         if not (folder / "config.json").is_file():
             raise ConfigError(f"--{flag} {path} is a folder without config.json: give a Hugging Face model folder.")
         if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
