@@ -106,7 +106,6 @@ CONTRADICTIONS = [
     ("sft", "--train_split a --dataset_split b", ("--train_split", "--dataset_split")),
     ("sft", "--input_template a", ("--input_template", "{}")),
     ("sft", "--max_tokens_per_gpu 100", ("--max_tokens_per_gpu", "--max_len")),
-    ("sft", "--eval_steps 5", ("--eval_steps", "--eval_dataset")),
     ("sft", "--eval_at_start", ("--eval_at_start", "--eval_dataset")),
     ("sft", "--save_hf_ckpt", ("--save_hf_ckpt", "--save_steps")),
     ("sft", "--disable_ds_ckpt", ("--disable_ds_ckpt", "--save_hf_ckpt")),

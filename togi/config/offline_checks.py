@@ -91,9 +91,8 @@ def _training(c: OfflineConfig) -> Iterator[str]:
             f"--max_tokens_per_gpu {c.max_tokens_per_gpu} is less than --max_len {c.max_len}: raise the first or "
             "lower the second."
         )
-    for name, given in (("eval_steps", c.eval_steps > 0), ("eval_at_start", c.eval_at_start)):
-        if given and c.eval_dataset is None:
-            yield f"--{name} needs --eval_dataset: add it or leave the first out."
+    if c.eval_at_start and c.eval_dataset is None:
+        yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
 
 
 def _sft(c: SFTConfig) -> Iterator[str]:

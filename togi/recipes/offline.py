@@ -69,6 +69,8 @@ def _run(config: OfflineConfig, command: str, world: World, journal: Journal) ->
     task = task_of(config)
     if config.flash_attn and not uses_flash(config, world):
         journal.announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
+    if config.eval_steps > 0 and config.eval_dataset is None:
+        journal.announce("--eval_steps: there is no --eval_dataset, so nothing is evaluated")
     data = load_data(config, task, world, journal.progress)
     plan = EpochPlan(len(data.train), config.train_batch_size, config.max_epochs, config.seed)
     check_plan(config, plan, data)
