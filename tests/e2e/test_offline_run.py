@@ -181,6 +181,7 @@ def test_what_only_the_data_can_tell(world: Path, tmp_path: Path, capsys: pytest
 EXAMPLES = {
     "sft.sh": ["--multiturn"],
     "sft_lora.sh": ["--load_in_4bit"],
+    "sft_ring.sh": ["--ring_head_stride", "1"],
     "rm.sh": ["--loss", "logexp"],
     "dpo.sh": ["--label_smoothing", "0.1"],
     "kto.sh": ["--desirable_loss_weight", "1.5"],
@@ -198,6 +199,7 @@ def test_every_example_trains(world: Path, tmp_path: Path, script: str) -> None:
         "TEACHER": str(world / "teacher"),
         "OUT": str(run),
         "TOGI": str(Path(sys.executable).parent / "togi"),
+        "TORCHRUN": str(Path(sys.executable).parent / "torchrun"),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }

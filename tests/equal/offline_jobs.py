@@ -20,6 +20,8 @@ ADAPTED = {"dpo": "2", "rm": "3"}
 def run_all(world: World, folder: Path) -> None:
     """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
 
+    ``ring`` are those of a ring (DPO with adapters too, ``ring_lora``).
+
     ``lora`` trains adapters. ``whole`` and ``part`` are one run, the second resumed from the first one's checkpoint in the
     middle of an epoch.
     """
@@ -27,6 +29,9 @@ def run_all(world: World, folder: Path) -> None:
         run_one(world, folder, command, "two")
     for command in STAGE_3:
         run_one(world, folder, command, "three", "--zero_stage", "3")
+    for command in CONFIGS:
+        run_one(world, folder, command, "ring", "--ring_attn_size", "2")
+    run_one(world, folder, "dpo", "ring_lora", *LORA, "--ring_attn_size", "2", "--gradient_checkpointing")
     for command, stage in ADAPTED.items():
         run_one(world, folder, command, "lora", *LORA, "--zero_stage", stage)
     epochs = ("--max_epochs", "2", "--lr_scheduler", "linear", "--save_steps", "1")

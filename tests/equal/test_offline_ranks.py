@@ -51,11 +51,19 @@ def test_two_ranks_equal_one(one: Runs, two: Runs, command: str) -> None:
     assert_equal_runs(one[command], two[command])
 
 
+@pytest.mark.parametrize("command", DATA)
+def test_a_ring_of_two_equals_one(world: Path, one: Runs, two: Runs, command: str) -> None:
+    """Every row is computed by both ranks and counted once: tokens, losses, norms, held-out metrics, KTO's estimate."""
+    assert_equal_runs(one[command], values(world / "ring" / command))
+
+
 @pytest.mark.parametrize("command", ADAPTED)
 def test_adapters_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -> None:
     """The frozen base is sharded too; DPO's reference is the base inside, a reward model's head is trained whole."""
     one = train(world, command, world / "one_lora" / command, *LORA)
     assert_equal_runs(one, values(world / "lora" / command))
+    if command == "dpo":
+        assert_equal_runs(one, values(world / "ring_lora" / command))
 
 
 @pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("kto", "adapter_model.safetensors")])

@@ -112,6 +112,8 @@ CONTRADICTIONS = [
     ("sft", "--no_packing_samples --micro_train_batch_size 4", ("--no_packing_samples", "--micro_train_batch_size")),
     ("sft", "--tokenizer_chat_template x", ("--tokenizer_chat_template", "--apply_chat_template")),
     ("sft", "--load_in_4bit", ("--load_in_4bit", "--lora_rank")),
+    ("dpo", "--ring_head_stride 2", ("--ring_head_stride", "--ring_attn_size")),
+    ("rm", "--ring_attn_size 2 --max_tokens_per_gpu 100", ("--ring_attn_size", "--max_tokens_per_gpu", "--max_len")),
     ("rm", "--lora_dropout 0.1", ("--lora_dropout", "--lora_rank")),
     ("dpo", "--target_modules q_proj", ("--target_modules", "--lora_rank")),
     ("kto", "--lora_rank 8 --target_modules all-linear q_proj", ("--target_modules", "all-linear")),
@@ -163,9 +165,10 @@ def test_launcher_flags_are_taken() -> None:
 
 def test_preflight_looks_at_models_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("model", "teacher"):
+    for name, heads in (("model", 8), ("teacher", 6)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"max_position_embeddings": 256}))
+        settings = {"max_position_embeddings": 256, "num_key_value_heads": heads}
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
         (tmp_path / name / "model.safetensors").touch()
     (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
 
@@ -180,6 +183,17 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path, monkeypatch: pytest.
         check("sft", "--output_key answer --max_len 256")
     with pytest.raises(ConfigError, match="--max_len 2048 is more than the 256 positions of model"):
         check("sft", "--input_key question --output_key answer")
+    with pytest.raises(ConfigError, match="--ring_attn_size 2 needs 2 processes and this is one: start with torchrun"):
+        check("sft", f"{sound} --ring_attn_size 2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="--ring_attn_size 3 does not divide the 4 processes"):
+        check("sft", f"{sound} --ring_attn_size 3")
+    with pytest.raises(
+        ConfigError, match="--ring_head_stride 4 does not divide the 6 key/value heads of --teacher_model"
+    ):
+        check("kd", f"{sound} --teacher_model teacher --ring_attn_size 2 --ring_head_stride 4")
+    check("sft", f"{sound} --ring_attn_size 2 --ring_head_stride 4")
+    monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(DataError, match="--eval_dataset"):
         check("sft", f"{sound} --eval_dataset gone.jsonl")
     with pytest.raises(ConfigError, match=r"--teacher_model \./gone is not a folder"):

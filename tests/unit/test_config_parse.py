@@ -86,7 +86,7 @@ def test_derived_numbers() -> None:
         (["--bf16=true"], ["--bf16 takes no value", "--no_bf16"]),
         (["--adam_betas", "0.9"], ["--adam_betas", "2 arguments"]),
         (["--train_batch_size"], ["--train_batch_size", "one argument"]),
-        (["--ring_attn_size", "2"], ["--ring_attn_size", "not supported yet"]),
+        (["--zpg", "2"], ["--zpg", "not supported yet"]),
         (["--deepcompile"], ["--deepcompile", "not supported yet"]),
         (["word"], ["'word'", "flag"]),
     ],
@@ -120,6 +120,8 @@ def test_file_errors(tmp_path: Path, content: str, words: list[str]) -> None:
 
 
 CONTRADICTIONS = [
+    (["--ring_attn_size", "2"], ["--ring_attn_size 2", "togi rl", "--max_tokens_per_gpu"]),
+    (["--ring_head_stride", "2"], ["--ring_head_stride 2", "--ring_attn_size"]),
     (["--input_template", "Q: {}", "--apply_chat_template"], ["--input_template", "--apply_chat_template"]),
     (["--input_template", "no hole"], ["--input_template", "{}"]),
     (["--tokenizer_chat_template", "{{x}}"], ["--tokenizer_chat_template", "--apply_chat_template"]),

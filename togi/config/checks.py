@@ -134,6 +134,11 @@ def _training(c: RLConfig) -> Iterator[str]:
             f"--train_batch_size {c.train_batch_size} is more than the {c.samples_per_rollout} samples of one rollout "
             f"(--rollout_batch_size {c.rollout_batch_size} x --n_samples_per_prompt {c.n_samples_per_prompt}): lower it."
         )
+    if c.ring_attn_size > 1:
+        yield (
+            f"--ring_attn_size {c.ring_attn_size} works in the commands on fixed data (togi sft, rm, dpo, kto, prm, kd) but not "
+            "in togi rl yet: leave it out, or lower --max_tokens_per_gpu to save memory."
+        )
     yield from model_problems(c)
     if c.max_tokens_per_gpu < c.prompt_max_len + c.generate_max_len:
         yield (
@@ -202,6 +207,8 @@ def train_problems(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
         yield "--load_in_4bit with --zero_stage 3: quantised weights are not sharded, use --zero_stage 0, 1 or 2."
     if c.backend is BackendName.DEEPSPEED:
         yield "--backend deepspeed is not supported yet: use --backend fsdp2."
+    if c.ring_head_stride > 1 and c.ring_attn_size == 1:
+        yield f"--ring_head_stride {c.ring_head_stride} is about a ring of processes: add --ring_attn_size, or leave it out."
     if not c.packing_samples and c.micro_train_batch_size not in ("auto", 1):
         yield (
             f"--micro_train_batch_size {c.micro_train_batch_size} needs packing but --no_packing_samples is set: "

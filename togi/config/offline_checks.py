@@ -86,10 +86,10 @@ def _training(c: OfflineConfig) -> Iterator[str]:
             f"--tokenizer_chat_template {c.tokenizer_chat_template!r} is no Jinja template: give its text, "
             'in bash "$(cat FILE)".'
         )
-    if c.max_tokens_per_gpu < c.max_len:
+    if c.max_tokens_per_gpu * c.ring_attn_size < c.max_len:
         yield (
-            f"--max_tokens_per_gpu {c.max_tokens_per_gpu} is less than --max_len {c.max_len}: raise the first or "
-            "lower the second."
+            f"--max_tokens_per_gpu {c.max_tokens_per_gpu} x --ring_attn_size {c.ring_attn_size} is less than --max_len "
+            f"{c.max_len}: raise one of the first two or lower the third."
         )
     if c.eval_at_start and c.eval_dataset is None:
         yield "--eval_at_start needs --eval_dataset: add it or leave the first out."

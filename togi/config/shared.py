@@ -84,8 +84,12 @@ class TrainSettings(Settings):
     grad_accum_dtype: str | None = later(None, "Dtype of gradient accumulation.")
     overlap_comm: bool = later(False, "Overlap communication with the backward pass.")
     deepcompile: bool = later(False, "DeepSpeed DeepCompile.")
-    ring_attn_size: Int = later(1, "Ring attention group size.")
-    ring_head_stride: Int = later(1, "Key-value heads exchanged per ring step.")
+    ring_attn_size: Count = flag(
+        1, "Compute each batch on this many processes, each holding its part of the tokens (ring attention)."
+    )
+    ring_head_stride: Count = flag(
+        1, "Key/value heads exchanged per ring step, a divisor of their number: more means fewer and larger messages."
+    )
     local_rank: Int = later(
         -1, "Set by launchers that start one process per device; this command starts its own workers."
     )

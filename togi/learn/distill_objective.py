@@ -53,8 +53,8 @@ class DistillationObjective(Objective):
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         with torch.no_grad():
-            states_KJ = self.teacher(batch, Needs(states=True)).states_KH
-        outputs: Outputs = model(batch, self.needs, teacher=self.teacher.logits_of(states_KJ, self.kind))
+            states_kJ = self.teacher(batch, Needs(states=True)).states_kH
+        outputs: Outputs = model(batch, self.needs, teacher=self.teacher.logits_of(states_kJ, self.kind))
         return outputs
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:

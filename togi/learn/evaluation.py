@@ -49,6 +49,6 @@ def measure(module: nn.Module, objective: Objective, world: World, batches: Sequ
 
 def conclude(objective: Objective, world: World, measured: Measured) -> tuple[float, dict[str, float]]:
     """(loss, metrics) over all ranks: total / count, and the objective's summary of the merged metrics."""
-    whole = Measured.merged(world.gather("evaluation", measured))
+    whole = Measured.merged(world.gather_shares("evaluation", measured))
     assert whole.count > 0, "nothing of the evaluation set is in the loss"
     return whole.total / whole.count, objective.summary(reduced(whole.metrics))

@@ -72,7 +72,7 @@ class Learner:
         """
         backend, rate = self.backend, self.schedule.rate(self.steps)
         world = backend.world
-        count = world.sum("loss count", [sum(self.objective.count(batch) for batch in micro_batches)])[0]
+        count = world.sum_shares("loss count", [sum(self.objective.count(batch) for batch in micro_batches)])[0]
         assert math.isfinite(count) and count >= 0, f"a loss count of {count}"
         if count == 0:
             logger.warning("optimizer step %d skipped: no token or row is in the loss", self.steps)
@@ -87,7 +87,7 @@ class Learner:
             backend.drop_gradients()
             logger.warning("optimizer step %d skipped: the gradient norm is %s", self.steps, grad_norm)
             outcome = StepOutcome.SKIPPED_NOT_FINITE
-        values = self.objective.summary(reduced(merge(world.gather("metrics", metrics))))
+        values = self.objective.summary(reduced(merge(world.gather_shares("metrics", metrics))))
         return UpdateReport(outcome, self.steps, rate, grad_norm, count, values, logprobs)
 
     def _accumulate(

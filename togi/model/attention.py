@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ DENSE = "togi_dense"
 # On CPU the bf16 backward kernel takes three times as long as the float32 one on segments this short (measured with
 # torch 2.13 on AVX512-BF16), and float32 is the more exact of the two.
 SHORT_SEGMENT = 128
+
+Table = TypeVar("Table")
 
 # "dropout" and "is_causal" are looked at on their own
 _HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "dropout", "is_causal"})
@@ -248,8 +250,14 @@ def dense_mask(segments: Segments, window: int | None = None) -> Tensor:
 def _checked(
     name: str, query: Tensor, attention_mask: Tensor | None, segments: Segments | None, asked: dict[str, Any]
 ) -> Segments:
-    """The segment table, once nothing is asked of the attention layer ``name`` that would be ignored."""
-    if segments is None:
+    table = check_asked(name, attention_mask, segments, asked)
+    assert query.shape[0] == 1 and query.shape[2] == sum(table.lengths_S), "query and segment table differ in length"
+    return table
+
+
+def check_asked(name: str, attention_mask: Tensor | None, table: Table | None, asked: dict[str, Any]) -> Table:
+    """The table, once nothing is asked of the attention layer ``name`` that would be ignored."""
+    if table is None:
         raise ModelError(f"{name} was called without its segment table: this architecture cannot be trained packed.")
     if asked.get("dropout", 0.0) > 0:
         raise ModelError(f"{name} drops out attention weights: set attention_dropout to 0 in the model's config.json.")
@@ -259,14 +267,13 @@ def _checked(
         if key not in _HARMLESS and value is not None and value is not False:
             raise ModelError(f"{name} passes {key} to attention, which Togi cannot honour: use another model.")
     assert attention_mask is None, "packed attention takes no mask"
-    assert query.shape[0] == 1 and query.shape[2] == sum(segments.lengths_S), "query and segment table differ in length"
-    return segments
+    return table
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+def no_mask(*args: Any, **kwargs: Any) -> None:
     """The mask is in the segment table."""
 
 
 for _name, _function in ((SEGMENTS, segment_attention), (VARLEN, varlen_attention), (DENSE, dense_attention)):
     AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, _no_mask)
+    AttentionMaskInterface.register(_name, no_mask)

@@ -46,7 +46,8 @@ class Outputs:
     ``label_logprobs_K[k]``: log-probability of the label as the token after ``targets_K[k]``; ``label_hits_K`` (bool):
     it is the likeliest there. ``next_logits_KR``: the logits of the tokens asked for, same place.
     ``divergence_K[k]``: how far the distribution of token ``targets_K[k]`` is from a teacher's, in nats.
-    ``states_KH``: the hidden states from which ``logprobs_K`` would be made, in the model's own dtype.
+    ``states_kH``: the hidden states from which ``logprobs_K`` would be made, in the model's own dtype; in a ring only those of
+    this rank (``ring_layout``), where they are needed.
     A field that was not asked for is an empty tensor.
     """
 
@@ -58,4 +59,4 @@ class Outputs:
     label_hits_K: Tensor = field(default_factory=_empty)
     next_logits_KR: Tensor = field(default_factory=_empty)
     divergence_K: Tensor = field(default_factory=_empty)
-    states_KH: Tensor = field(default_factory=_empty)
+    states_kH: Tensor = field(default_factory=_empty)

@@ -1,6 +1,7 @@
 """The two model roles' forwards: a ``Batch`` in, ``Outputs`` out.
 
-Shape letters: T packed tokens, K tokens in the loss, N sequences, H hidden size.
+Shape letters: T packed tokens, K tokens in the loss, N sequences, H hidden size; t and k those computed on this rank, which
+are all of them outside of a ring (``ring_layout``).
 
 Everything happens inside the module's own ``forward``, heads included, so that a sharding back end that gathers the
 root's parameters there (FSDP2 on the root and on the decoder layers, the embedding and heads staying with the root)
@@ -9,6 +10,8 @@ sees all uses of them. Not here: reading and writing model folders (``loading``)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,19 +23,21 @@ from togi.config.choices import Divergence
 from togi.model.distill_head import TeacherLogits, distill_logprobs
 from togi.model.logprob_head import LogitTransform, full_precision, some_logits, token_logprobs, top_tokens
 from togi.model.outputs import LABELS, Needs, Outputs
+from togi.model.ring_attention import RING, refuse_ring
+from togi.model.ring_layout import Layout, Places, Ring, RingLayout, WholeLayout
 
 
-def hidden_states(hf: PreTrainedModel, batch: Batch) -> Tensor:
-    """One forward of the body over the pack: [T, H]."""
+def hidden_states(hf: PreTrainedModel, layout: Layout) -> Tensor:
+    """One forward of the body over the tokens of this rank: [t, H]."""
     output: Any = hf.base_model(
-        input_ids=batch.tokens_T[None],
-        position_ids=batch.positions_T[None],
+        input_ids=layout.tokens_t[None],
+        position_ids=layout.positions_t[None],
         attention_mask=None,
         use_cache=False,
-        segments=batch.segments,
+        segments=layout.segments,
     )
-    states_TH: Tensor = output.last_hidden_state[0]
-    return states_TH
+    states_tH: Tensor = output.last_hidden_state[0]
+    return states_tH
 
 
 def last_tokens(batch: Batch) -> Tensor:
@@ -44,12 +49,26 @@ def last_tokens(batch: Batch) -> Tensor:
 
 
 class _Model(nn.Module):
-    """``is_adapted``: the weights are frozen and LoRA adapters beside them are trained (``togi.model.adapters``)."""
+    """``is_adapted``: the weights are frozen and LoRA adapters beside them are trained (``togi.model.adapters``).
+
+    ``layout_of``: which tokens of a batch this rank computes: all of them, unless it has joined a ring.
+    """
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
         self.is_adapted = False
+        self.layout_of: Callable[[Batch], Layout] = WholeLayout.of
+
+    def join_ring(self, ring: Ring, head_stride: int) -> None:
+        """From now on the tokens of each batch are computed by all ranks of ``ring`` together, which call together.
+
+        Every rank gets the same outputs, and back-propagates only its share of a loss made of them. ``head_stride``:
+        key/value heads sent at a time, a divisor of their number. Raises ModelError.
+        """
+        refuse_ring(self.hf.config, head_stride)
+        self.layout_of = partial(RingLayout.of, ring=ring, head_stride=head_stride)
+        self.hf.set_attn_implementation(RING)
 
 
 class PolicyModel(_Model):
@@ -75,26 +94,29 @@ class PolicyModel(_Model):
         With a ``teacher`` there are log-probs and the divergence from it.
         """
         assert not (needs.values or needs.scores), "a policy has no scalar head"
-        states_TH = hidden_states(self.hf, batch)
+        layout = self.layout_of(batch)
+        states_tH = hidden_states(self.hf, layout)
         targets_K = batch.targets_K
         if needs.label_logprobs or needs.next_logits:
             assert not (needs.logprobs or needs.entropy or needs.states), "ask for tokens or for what follows them"
-            return self._what_follows(states_TH.index_select(0, targets_K), batch, needs)
+            return self._what_follows(states_tH, layout.at(targets_K), batch, needs)
         if not (needs.logprobs or needs.entropy or needs.states):
             return Outputs()
-        states_KH = states_TH.index_select(0, batch.sources_T[targets_K])
+        places = layout.at(batch.sources_T[targets_K])
+        states_kH = places.states(states_tH)
         if needs.states:
-            return Outputs(states_KH=states_KH)
+            return Outputs(states_kH=states_kH)
         settings: Any = {"temperature": temperature, "bias_V": self._head.bias, "transform": self.transform}
-        weight_VH, tokens_K = self._head.weight, batch.tokens_T[targets_K]
+        weight_VH, tokens_k = self._head.weight, places.own(batch.tokens_T[targets_K])
         if teacher is not None:
             assert not needs.entropy, "there is no entropy beside a divergence"
-            logprobs_K, divergence_K = distill_logprobs(states_KH, weight_VH, tokens_K, teacher, **settings)
-            return Outputs(logprobs_K=logprobs_K, divergence_K=divergence_K)
-        logprobs_K, entropy_K = token_logprobs(states_KH, weight_VH, tokens_K, entropy=needs.entropy, **settings)
-        return Outputs(logprobs_K, entropy_K) if needs.logprobs else Outputs(entropy_K=entropy_K)
+            logprobs_k, divergence_k = distill_logprobs(states_kH, weight_VH, tokens_k, teacher, **settings)
+            return Outputs(logprobs_K=places.whole(logprobs_k), divergence_K=places.whole(divergence_k))
+        logprobs_k, entropy_k = token_logprobs(states_kH, weight_VH, tokens_k, entropy=needs.entropy, **settings)
+        entropy_K = places.whole(entropy_k) if needs.entropy else entropy_k
+        return Outputs(places.whole(logprobs_k), entropy_K) if needs.logprobs else Outputs(entropy_K=entropy_K)
 
-    def logits_of(self, states_KH: Tensor, kind: Divergence) -> TeacherLogits:
+    def logits_of(self, states_kH: Tensor, kind: Divergence) -> TeacherLogits:
         """This model as the teacher at states that it gave for ``Needs(states=True)``.
 
         Its head must be whole on this rank, since it is read after the forward: a teacher cannot be sharded.
@@ -102,19 +124,21 @@ class PolicyModel(_Model):
         weight_VJ, bias_V = self._head.weight.detach(), self._head.bias
         assert type(weight_VJ) is Tensor, "the teacher's head is sharded"
         return TeacherLogits(
-            states_KH.detach(), weight_VJ, None if bias_V is None else bias_V.detach(), self.transform, kind
+            states_kH.detach(), weight_VJ, None if bias_V is None else bias_V.detach(), self.transform, kind
         )
 
-    def _what_follows(self, states_KH: Tensor, batch: Batch, needs: Needs) -> Outputs:
+    def _what_follows(self, states_tH: Tensor, places: Places, batch: Batch, needs: Needs) -> Outputs:
         """Predictions made at the tokens in the loss, about the token after each."""
-        weight_VH, bias_V = self._head.weight, self._head.bias
+        weight_VH, bias_V, states_kH = self._head.weight, self._head.bias, places.states(states_tH)
         if needs.next_logits:
-            return Outputs(next_logits_KR=some_logits(states_KH, weight_VH, needs.next_logits, bias_V, self.transform))
+            logits_kR = some_logits(states_kH, weight_VH, needs.next_logits, bias_V, self.transform)
+            return Outputs(next_logits_KR=places.whole(logits_kR))
         # float32 holds every id below 2^24 exactly; a dummy of a rank without work has no tokens and no streams
-        labels_K = batch.select(LABELS).long() if len(states_KH) > 0 else batch.tokens_T[:0]
-        logprobs_K, _ = token_logprobs(states_KH, weight_VH, labels_K, bias_V=bias_V, transform=self.transform)
-        hits_K = top_tokens(states_KH, weight_VH, bias_V, self.transform) == labels_K
-        return Outputs(label_logprobs_K=logprobs_K, label_hits_K=hits_K)
+        labels_K = batch.select(LABELS).long() if len(batch.targets_K) > 0 else batch.tokens_T[:0]
+        labels_k = places.own(labels_K)
+        logprobs_k, _ = token_logprobs(states_kH, weight_VH, labels_k, bias_V=bias_V, transform=self.transform)
+        hits_k = top_tokens(states_kH, weight_VH, bias_V, self.transform) == labels_k
+        return Outputs(label_logprobs_K=places.whole(logprobs_k), label_hits_K=places.whole(hits_k.byte()).bool())
 
     @property
     def _head(self) -> Any:
@@ -148,14 +172,18 @@ class ScalarModel(_Model):
     def forward(self, batch: Batch, needs: Needs, temperature: float = 1.0) -> Outputs:
         """``temperature`` is ignored on purpose: a value is not a distribution."""
         assert needs == Needs(values=needs.values, scores=needs.scores), "a scalar model has no token distribution"
-        states_TH = hidden_states(self.hf, batch)
-        empty = states_TH.new_empty(0, dtype=torch.float32)
+        layout = self.layout_of(batch)
+        states_tH = hidden_states(self.hf, layout)
+        empty = states_tH.new_empty(0, dtype=torch.float32)
         values_K, scores_N = empty, empty
         if needs.values:
-            values_K = self._head(states_TH.index_select(0, batch.sources_T[batch.targets_K]))
+            values_K = self._at(layout.at(batch.sources_T[batch.targets_K]), states_tH)
         if needs.scores:
-            scores_N = self._head(states_TH.index_select(0, last_tokens(batch)))
+            scores_N = self._at(layout.at(last_tokens(batch)), states_tH)
         return Outputs(values_K=values_K, scores_N=scores_N)
+
+    def _at(self, places: Places, states_tH: Tensor) -> Tensor:
+        return places.whole(self._head(places.states(states_tH)))
 
     def _head(self, states: Tensor) -> Tensor:
         head: Any = self.hf.score

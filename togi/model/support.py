@@ -21,6 +21,7 @@ from togi.model.attention import SEGMENTS
 from togi.model.logprob_head import LogitTransform
 from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel, ScalarModel, hidden_states
+from togi.model.ring_layout import WholeLayout
 
 PROVEN = frozenset({"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -70,7 +71,7 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
     batch = _probe_batch(model.hf.config.vocab_size).to(next(model.parameters()).device)
     worst = 0.0
     with torch.no_grad(), _evaluating(model):
-        packed_TH = hidden_states(model.hf, batch)
+        packed_TH = hidden_states(model.hf, WholeLayout.of(batch))
         ours_K = model(batch, Needs(logprobs=True)).logprobs_K if isinstance(model, PolicyModel) else None
         for own in (1, 2, 3):
             path = torch.cat([_rows(batch.segments, s) for s in batch.segments.chain(own)])

@@ -65,13 +65,18 @@ def _from_environment(name: str) -> int:
 
 
 class World:
-    """The processes that train one model together. Collectives must be called by every rank in the same order."""
+    """The processes that train one model together. Collectives must be called by every rank in the same order.
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        assert 0 <= rank < size
+    ``ring_size`` consecutive ranks form a ring: they compute the same batches together (``togi.parallel.ring``), so that data is
+    dealt in ``shares``, one for each ring. Without rings every rank has a share of its own.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, ring_size: int = 1) -> None:
+        assert 0 <= rank < size and size % ring_size == 0
         self.rank = rank
         self.size = size
         self.device = device
+        self.ring_size = ring_size
         # The tag of the collective that this process is in, "" outside: what a stall report should print.
         self.pending = ""
 
@@ -125,9 +130,28 @@ class World:
         if self.size > 1:
             dist.destroy_process_group()
 
+    def in_rings(self, ring_size: int) -> World:
+        """The same processes in rings of so many. Raises ConfigError."""
+        if self.size % ring_size != 0:
+            raise ConfigError(
+                f"--ring_attn_size {ring_size} does not divide the number of processes, which is {self.size}: start a multiple "
+                f"of {ring_size} processes, or lower --ring_attn_size."
+            )
+        return World(self.rank, self.size, self.device, ring_size)
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def share(self) -> int:
+        """Which share of the data is this rank's; the same on all ranks of a ring."""
+        return self.rank // self.ring_size
+
+    @property
+    def shares(self) -> int:
+        """How many shares data is dealt in."""
+        return self.size // self.ring_size
 
     def mesh(self) -> DeviceMesh:
         """All ranks in one row, for sharding."""
@@ -147,6 +171,11 @@ class World:
     def sum(self, tag: str, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks in float64; the same on every rank."""
         return self._reduce(tag, values, dist.ReduceOp.SUM)
+
+    def sum_shares(self, tag: str, values: Sequence[float]) -> list[float]:
+        """``sum`` of numbers that are the same on all ranks of a ring, which count once."""
+        counted = self.rank % self.ring_size == 0
+        return self.sum(tag, [value if counted else 0.0 for value in values])
 
     def max(self, tag: str, values: Sequence[float]) -> list[float]:
         """Element-wise maximum over ranks in float64; the same on every rank."""
@@ -168,6 +197,10 @@ class World:
         with self.collective(tag):
             dist.all_gather_object(records, record)
         return records
+
+    def gather_shares(self, tag: str, record: T) -> list[T]:
+        """``gather`` of records that are the same on all ranks of a ring: one for each ring."""
+        return self.gather(tag, record)[:: self.ring_size]
 
     def add_up(self, tag: str, tensor: Tensor) -> None:
         """Replace ``tensor`` on every rank by its sum over ranks."""

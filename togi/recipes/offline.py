@@ -66,8 +66,12 @@ def run_in(
 
 
 def _run(config: OfflineConfig, command: str, world: World, journal: Journal) -> Result:
-    task = task_of(config)
-    if config.flash_attn and not uses_flash(config, world):
+    task, world = task_of(config), world.in_rings(config.ring_attn_size)
+    if config.flash_attn and config.ring_attn_size > 1:
+        journal.announce(
+            "--flash_attn: ring attention (--ring_attn_size) has kernels of its own, which are used instead"
+        )
+    elif config.flash_attn and not uses_flash(config, world):
         journal.announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
     if config.eval_steps > 0 and config.eval_dataset is None:
         journal.announce("--eval_steps: there is no --eval_dataset, so nothing is evaluated")

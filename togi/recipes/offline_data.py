@@ -151,5 +151,5 @@ def record_spec(config: OfflineConfig, dataset: str, split: str, *, training: bo
 
 
 def uses_flash(config: OfflineConfig, world: World) -> bool:
-    """FlashAttention is for CUDA; elsewhere segments run through SDPA."""
-    return config.flash_attn and world.device.type == "cuda"
+    """FlashAttention is for CUDA; elsewhere segments run through SDPA. A ring has attention of its own."""
+    return config.flash_attn and world.device.type == "cuda" and world.ring_size == 1

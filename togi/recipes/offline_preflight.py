@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from togi.config.offline import PAIRED, PROMPTED, DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig
@@ -11,7 +12,7 @@ from togi.data.items import parse_items
 from togi.data.precheck import parse_probs
 from togi.errors import ConfigError
 from togi.obs.sinks import check_trackers
-from togi.recipes.preflight import check_folders, check_model, check_sets, max_positions, trackers
+from togi.recipes.preflight import check_folders, check_model, check_sets, key_value_heads, max_positions, trackers
 
 
 def check(parsed: Parsed[OfflineConfig]) -> None:
@@ -21,6 +22,7 @@ def check(parsed: Parsed[OfflineConfig]) -> None:
     for flag, path in other_models(config).items():
         check_model(flag, path)
     check_context(config)
+    check_ring(config)
     check_data(config)
     check_trackers(trackers(config))
     check_folders(config)
@@ -42,6 +44,31 @@ def check_context(config: OfflineConfig) -> None:
         positions = max_positions(path)
         if positions is not None and config.max_len > positions:
             raise ConfigError(f"--max_len {config.max_len} is more than the {positions} positions of {path}: lower it.")
+
+
+def check_ring(config: OfflineConfig) -> None:
+    """The processes that a launcher started can be put into rings, and the heads of every model be sent in equal parts."""
+    ring, stride = config.ring_attn_size, config.ring_head_stride
+    if ring == 1:
+        return
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes == "1":
+        raise ConfigError(
+            f"--ring_attn_size {ring} needs {ring} processes and this is one: start with torchrun --nproc_per_node {ring}, "
+            "or leave it out."
+        )
+    if processes.isdigit() and int(processes) % ring != 0:
+        raise ConfigError(
+            f"--ring_attn_size {ring} does not divide the {processes} processes of --nproc_per_node x --nnodes: "
+            f"start a multiple of {ring}, or lower --ring_attn_size."
+        )
+    for flag, path in other_models(config).items():
+        heads = key_value_heads(path)
+        if heads is not None and heads % stride != 0:
+            raise ConfigError(
+                f"--ring_head_stride {stride} does not divide the {heads} key/value heads of --{flag} {path}: "
+                "choose a divisor."
+            )
 
 
 def check_data(config: OfflineConfig) -> None:

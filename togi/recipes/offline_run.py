@@ -87,7 +87,7 @@ class OfflineRun:
             batches = self._models.dealer.packs(samples).batches
             stats = sum((pack_stats(batch) for batch in batches), PackStats(0, 0))
             report = self._models.learner.update(batches)
-            tokens, unshared = self._world.sum("tokens", [stats.tokens, stats.unshared_tokens])
+            tokens, unshared = self._world.sum_shares("tokens", [stats.tokens, stats.unshared_tokens])
         self.step += 1
         self._tokens_seen += unshared
         self._values |= {
@@ -176,7 +176,7 @@ class OfflineRun:
             mine = self._models.dealer.packs(self._models.dealer.share(samples))
             own.append(self._models.policy.scores(mine.batches))
             self._journal.beat()
-        scores = np.concatenate(self._world.gather("scores", np.concatenate(own))).astype(np.float64)
+        scores = np.concatenate(self._world.gather_shares("scores", np.concatenate(own))).astype(np.float64)
         model.set_reward_statistics(float(scores.mean()), max(float(scores.std(ddof=1)), SMALLEST_STD))
 
     def _in_parts(self, examples: Examples) -> Iterator[list[Sample]]:

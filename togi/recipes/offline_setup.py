@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -36,6 +37,7 @@ from togi.model.policy import PolicyModel, ScalarModel
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen, trainable
 from togi.parallel.process import World
+from togi.parallel.ring import Ring
 from togi.recipes.offline_data import Data, Task, uses_flash
 from togi.recipes.offline_plan import EpochPlan
 from togi.recipes.offline_steps import Dealer, Preparation, Share, WithKL, WithReference
@@ -43,6 +45,11 @@ from togi.recipes.offline_steps import Dealer, Preparation, Share, WithKL, WithR
 HF_FOLDER = "hf"
 CLASSIFIER = "ForSequenceClassification"
 logger = logging.getLogger(__name__)
+Model = TypeVar("Model", PolicyModel, ScalarModel, PolicyModel | ScalarModel)
+
+
+class Joining(Protocol):
+    def __call__(self, model: Model) -> Model: ...
 
 
 def identity(config: OfflineConfig, command: str, data: Data) -> dict[str, str]:
@@ -99,26 +106,41 @@ def load_models(config: OfflineConfig, task: Task, data: Data, plan: EpochPlan, 
     if config.full_determinism:
         torch.use_deterministic_algorithms(True)
     options = BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
-    model = _trained(config, task, world)
+    join = joining(config, world)
+    model = join(_trained(config, task, world))
     vocabulary = model.vocabulary if isinstance(model, PolicyModel) else 0
     backend = trainable(model, world, options)
     schedule = Schedule.with_warmup_ratio(config.lr_scheduler, config.learning_rate, plan.steps, config.lr_warmup_ratio)
-    teachers = [_frozen(config, path, world, replace(options, zero_stage=0)) for path in (task.teacher,) if path]
+    whole = replace(options, zero_stage=0)
+    teachers = [_frozen(config, path, join, world, whole) for path in (task.teacher,) if path]
     objective = _objective(config, data, teachers, vocabulary)
     learner = Learner(backend, objective, schedule, config.max_norm if config.max_norm > 0 else math.inf)
     policy, dealer = Scorer(backend.module, world), dealer_of(config, task, world)
     if not task.reference:
         return Models(model, learner, policy, dealer, Share(dealer))
-    reference = _reference(config, task, learner, options)
+    reference = _reference(config, task, learner, join, options)
     prepare = WithKL(dealer, reference, policy) if task.mismatched else WithReference(dealer, reference)
     return Models(model, learner, policy, dealer, prepare)
 
 
+def joining(config: OfflineConfig, world: World) -> Joining:
+    """What puts a model into this rank's ring; with ``--ring_attn_size`` 1 nothing does. All ranks call together."""
+    if world.ring_size == 1:
+        return lambda model: model
+    ring = Ring(world)
+
+    def join(model: Model) -> Model:
+        model.join_ring(ring, config.ring_head_stride)
+        return model
+
+    return join
+
+
 def dealer_of(config: OfflineConfig, task: Task, world: World) -> Dealer:
-    """The micro-batch flags count rows; a pair is two sequences."""
+    """The micro-batch flags count rows; a pair is two sequences. A ring has the token budget of all its ranks."""
     rows = config.micro_train_batch_size if config.packing_samples else 1
     most = None if rows == "auto" else rows * task.width
-    return Dealer(world, config.max_tokens_per_gpu, most, share_prefix=task.width > 1)
+    return Dealer(world, config.max_tokens_per_gpu * world.ring_size, most, share_prefix=task.width > 1)
 
 
 def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | ScalarModel:
@@ -151,7 +173,7 @@ def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | S
     )
 
 
-def _frozen(config: OfflineConfig, path: str, world: World, options: BackendOptions) -> PolicyModel:
+def _frozen(config: OfflineConfig, path: str, join: Joining, world: World, options: BackendOptions) -> PolicyModel:
     """A language model that is only read."""
     model = load_causal_lm(
         path,
@@ -159,7 +181,7 @@ def _frozen(config: OfflineConfig, path: str, world: World, options: BackendOpti
         flash_attn=uses_flash(config, world),
         trust_remote_code=config.trust_remote_code,
     )
-    frozen(model, world, options)
+    frozen(join(model), world, options)
     return model
 
 
@@ -196,11 +218,11 @@ def _step_reward(data: Data) -> Objective:
     return StepRewardObjective(data.train.labels.reward_ids, data.train.labels.soft)
 
 
-def _reference(config: OfflineConfig, task: Task, learner: Learner, options: BackendOptions) -> Scorer:
+def _reference(config: OfflineConfig, task: Task, learner: Learner, join: Joining, options: BackendOptions) -> Scorer:
     """The frozen model that the policy is held to. With LoRA the policy has it inside: no second copy is loaded."""
     module, world = learner.backend.module, learner.backend.world
     if config.lora is not None and task.reference == config.pretrain:
         from togi.model.adapters import without_adapter
 
         return Scorer(module, world, around=partial(without_adapter, module))
-    return Scorer(_frozen(config, task.reference, world, options), world)
+    return Scorer(_frozen(config, task.reference, join, world, options), world)

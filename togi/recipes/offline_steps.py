@@ -38,9 +38,9 @@ class Dealer:
     share_prefix: bool
 
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
-        """This rank's part of the samples of a step, by tokens."""
-        ranks = split_ranks(samples, self.world.size, share_prefix=self.share_prefix, whole_groups=True)
-        return [samples[i] for i in ranks[self.world.rank]]
+        """This rank's part of the samples of a step, by tokens; the ranks of a ring have the same."""
+        shares = split_ranks(samples, self.world.shares, share_prefix=self.share_prefix, whole_groups=True)
+        return [samples[i] for i in shares[self.world.share]]
 
     def packs(self, samples: Sequence[Sample]) -> Packs:
         """This rank's samples, packed."""
@@ -102,6 +102,6 @@ class WithKL:
         mine = self.dealer.share(mismatches)
         own = [self.dealer.logprobs(scorer, mine) for scorer in (self.policy, self.reference)]
         sums = [[float(row.sum(dtype=np.float64)) for row in rows] for rows in own]
-        parts = self.dealer.world.gather("KL estimate", sums)
+        parts = self.dealer.world.gather_shares("KL estimate", sums)
         policy, reference = ([total for part in parts for total in part[which]] for which in (0, 1))
         return kto_kl_estimate(policy, reference)

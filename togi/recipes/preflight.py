@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from togi.config.checks import check_rl
 from togi.config.choices import EngineName
@@ -135,15 +136,26 @@ def check_context(config: RLConfig) -> None:
         raise ConfigError(f"{asked} is more than the {positions} positions of {config.pretrain}: lower it.")
 
 
-def max_positions(path: str) -> int | None:
-    """The longest sequence that a model folder's config.json allows; None where nothing there limits it."""
+def _model_settings(path: str) -> dict[str, Any]:
+    """A model folder's config.json; nothing where there is none."""
     file = Path(path) / "config.json"
     if not file.is_file():
-        return None
+        return {}
     try:
-        settings = dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"--pretrain: {file} cannot be read ({error}): give a complete model folder.") from None
+
+
+def key_value_heads(path: str) -> int | None:
+    """The key/value heads of a layer by a model folder's config.json; None where it does not say."""
+    heads = _model_settings(path).get("num_key_value_heads")
+    return heads if isinstance(heads, int) else None
+
+
+def max_positions(path: str) -> int | None:
+    """The longest sequence that a model folder's config.json allows; None where nothing there limits it."""
+    settings = _model_settings(path)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     positions = settings.get("max_position_embeddings")
     is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"

@@ -1,0 +1,329 @@
+"""Ring attention: keys and values of each rank visit every other rank, and partial results are joined by log-sum-exp.
+
+Liu, Zaharia & Abbeel 2023, arXiv 2310.01889, over the chunks of a segment table (``ring_layout``). Shape letters: t tokens
+of this rank, b rows of a visiting block, H query heads, G key/value heads, D head size, W = D of keys + D of values;
+n, L, M as in ``partial_attention``.
+
+A chunk sees itself causally and, whole, every earlier chunk of its segment and every chunk of its segment's prefixes. So
+a visit is a few plain attentions: chunks that see the same keys go into one call, such as all responses to one prompt,
+and equal chunks see themselves in one. Only keys that another rank needs travel. The next block is under way while
+one is worked on; in the backward pass the gradients of a block follow it around the ring and home, in float32.
+
+``head_stride`` key/value heads travel at a time: G / stride times as many messages, and so much smaller ones.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from togi.errors import ModelError
+from togi.model.attention import check_asked, no_mask
+from togi.model.logprob_head import full_precision
+from togi.model.partial_attention import Visibility, attend, attend_backward, join
+from togi.model.ring_layout import Chunk, Ring, RingTable, Shards
+
+RING = "togi_ring"
+_DEPENDENT_ROPE = ("dynamic", "longrope")
+KEYS, GRADIENTS = 0, 1
+"""The channels of messages: blocks of keys and values, and their gradients."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """``count`` attentions of one shape. ``queries_nL``: rows of this rank; ``keys_nM``: rows of the visiting block.
+
+    ``causal``: queries and keys are the same tokens. ``positions``: of queries and keys in their sequence, the same for all
+    of ``count``. ``window``: how many keys a query may see, itself included; None where that takes nothing away.
+    """
+
+    queries_nL: Tensor
+    keys_nM: Tensor
+    count: int
+    causal: bool
+    window: int | None
+    positions: tuple[Tensor, Tensor]
+
+    def visibility(self) -> Visibility:
+        if self.window is None:
+            return Visibility(self.causal)
+        queries_L, keys_M = self.positions
+        distance_LM = queries_L[:, None] - keys_M[None]
+        seen_LM = distance_LM < self.window
+        return Visibility(seen_LM=seen_LM & (distance_LM >= 0) if self.causal else seen_LM)
+
+    def to(self, device: torch.device) -> Call:
+        """A copy with every tensor on ``device``."""
+        queries_L, keys_M = self.positions
+        return replace(
+            self,
+            queries_nL=self.queries_nL.to(device),
+            keys_nM=self.keys_nM.to(device),
+            positions=(queries_L.to(device), keys_M.to(device)),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What a rank does. ``visits[i]``: the calls on the block of the rank i places before; the first block is its own.
+
+    ``sent_b``: its rows that travel. ``sizes[i]``: the rows that travel from the rank i places before.
+    """
+
+    visits: tuple[tuple[Call, ...], ...]
+    sent_b: Tensor
+    sizes: tuple[int, ...]
+
+
+def seen_whole(shards: Shards, rank: int, source: int) -> dict[tuple[Chunk, ...], list[Chunk]]:
+    """Chunks of ``rank`` by the chunks of ``source`` of which they see every token."""
+    by_segment: dict[int, list[Chunk]] = defaultdict(list)
+    for chunk in shards.chunks[source]:
+        by_segment[chunk.segment].append(chunk)
+    groups: dict[tuple[Chunk, ...], list[Chunk]] = {}
+    for chunk in shards.chunks[rank]:
+        links = shards.segments.chain(chunk.segment)
+        keys = [key for link in links for key in by_segment.get(link, ())]
+        seen = tuple(key for key in keys if key.segment != chunk.segment or key.end <= chunk.first)
+        if seen:
+            groups.setdefault(seen, []).append(chunk)
+    return groups
+
+
+def travelling(shards: Shards, source: int) -> list[Chunk]:
+    """The chunks of ``source`` that another rank sees."""
+    others = [rank for rank in range(len(shards.chunks)) if rank != source]
+    seen = {chunk for rank in others for keys in seen_whole(shards, rank, source) for chunk in keys}
+    return [chunk for chunk in shards.chunks[source] if chunk in seen]
+
+
+@lru_cache(maxsize=8)
+def plan(shards: Shards, rank: int, window: int | None, device: torch.device) -> Plan:
+    """What ``rank`` does, with index tensors on ``device``. ``window`` counts keys, the token itself included."""
+    size = len(shards.chunks)
+    own = _rows(shards.chunks[rank])
+    travels = [travelling(shards, (rank - step) % size) for step in range(size)]
+    visits = []
+    for step in range(size):
+        block = own if step == 0 else _rows(travels[step])
+        calls = list(_diagonals(shards, rank, window)) if step == 0 else []
+        for keys, queries in seen_whole(shards, rank, (rank - step) % size).items():
+            calls += _call(shards, [(own[q], q) for q in queries], [(block[k], k) for k in keys], window)
+        visits.append(tuple(call.to(device) for call in calls))
+    sent_b = torch.cat([torch.arange(0), *(torch.arange(own[c], own[c] + len(c)) for c in travels[0])])
+    return Plan(tuple(visits), sent_b.to(device), tuple(sum(map(len, chunks)) for chunks in travels))
+
+
+def _rows(chunks: Sequence[Chunk]) -> dict[Chunk, int]:
+    """The first row of each chunk when they are laid one after another."""
+    rows, start = {}, 0
+    for chunk in chunks:
+        rows[chunk] = start
+        start += len(chunk)
+    return rows
+
+
+def _positions(shards: Shards, chunk: Chunk) -> Tensor:
+    before = shards.segments.context_length(chunk.segment)
+    return torch.arange(before + chunk.first, before + chunk.end)
+
+
+def _diagonals(shards: Shards, rank: int, window: int | None) -> Iterator[Call]:
+    """Each chunk on itself; those of equal length in one call. Every row is in exactly one of these calls."""
+    by_length: dict[int, list[Tensor]] = defaultdict(list)
+    for chunk, start in _rows(shards.chunks[rank]).items():
+        by_length[len(chunk)].append(torch.arange(start, start + len(chunk)))
+    for length, runs in by_length.items():
+        rows, places = torch.cat(runs), torch.arange(length)
+        cut = window if window is not None and window < length else None
+        yield Call(rows, rows, len(runs), causal=True, window=cut, positions=(places, places))
+
+
+def _call(
+    shards: Shards,
+    queries: Sequence[tuple[int, Chunk]],
+    keys: Sequence[tuple[int, Chunk]],
+    window: int | None,
+) -> Iterator[Call]:
+    """One call, given the first row and the chunk of each part, less queries and keys that the window keeps apart."""
+    rows_L, rows_M = (torch.cat([torch.arange(start, start + len(c)) for start, c in part]) for part in (queries, keys))
+    at_L, at_M = (torch.cat([_positions(shards, c) for _, c in part]) for part in (queries, keys))
+    if window is not None:
+        near_L, near_M = at_L - at_M.max() < window, at_L.min() - at_M < window
+        rows_L, at_L, rows_M, at_M = rows_L[near_L], at_L[near_L], rows_M[near_M], at_M[near_M]
+    if len(rows_L) > 0:
+        cut = window if window is not None and window <= int(at_L.max() - at_M.min()) else None
+        yield Call(rows_L, rows_M, 1, causal=False, window=cut, positions=(at_L, at_M))
+
+
+def refuse_ring(config: Any, head_stride: int) -> None:
+    """Raise ModelError for a model that cannot be computed in a ring, given its Transformers config."""
+    if config.num_key_value_heads % head_stride != 0:
+        raise ModelError(
+            f"--ring_head_stride {head_stride} does not divide the {config.num_key_value_heads} key/value heads of the model: "
+            "choose a divisor."
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {kind for kind in _DEPENDENT_ROPE if kind in str(rope)}
+    if kinds:
+        raise ModelError(
+            f"The model's rotary embedding ({kinds.pop()}) depends on the longest position of a forward, which differs between "
+            "the ranks of a ring: leave --ring_attn_size out."
+        )
+
+
+def ring_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: RingTable | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """``query`` is [1, H, t, D], ``key`` and ``value`` [1, G, t, D]; the result is [1, t, H, D]. All ranks call together."""
+    name = type(module).__name__
+    table = check_asked(name, attention_mask, segments, others)
+    if softcap is not None:
+        raise ModelError(
+            f"{name} caps its attention scores (attn_logit_softcapping), which --ring_attn_size cannot do: "
+            "leave --ring_attn_size out."
+        )
+    q_tHD, k_tGD, v_tGD = (x[0].transpose(0, 1) for x in (query, key, value))
+    todo = plan(table.shards, table.ring.rank, sliding_window, query.device)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out_tHD: Tensor = _RingAttention.apply(
+        q_tHD, torch.cat([k_tGD, v_tGD], dim=-1), k_tGD.shape[-1], scale, todo, table
+    )  # type: ignore[no-untyped-call]
+    return out_tHD[None], None
+
+
+class _RingAttention(torch.autograd.Function):
+    """From queries [t, H, D] and keys with values [t, G, W] to outputs [t, H, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_tHD: Tensor, kv_tGW: Tensor, width: int, scale: float, todo: Plan, table: RingTable
+    ) -> Tensor:
+        wide = full_precision(q_tHD.new_empty(0))
+        out_tHD = wide.new_empty(*q_tHD.shape[:2], kv_tGW.shape[2] - width)
+        lse_tH = wide.new_empty(q_tHD.shape[:2])
+        for queries, keys in _head_groups(q_tHD, kv_tGW, table.head_stride):
+            out, lse = out_tHD[:, queries], lse_tH[:, queries]  # views: written in place
+            for step, block in _blocks(kv_tGW[:, keys], todo, table.ring):
+                for call in todo.visits[step]:
+                    part, part_lse = _attend(q_tHD[:, queries], block, call, width, scale)
+                    rows = call.queries_nL
+                    # the calls on the own chunks come first and reach every row: from then on there is something to join
+                    if not call.causal:
+                        part, part_lse = join(out[rows], lse[rows], part, part_lse)
+                    out[rows], lse[rows] = part, part_lse
+        narrow_tHD = out_tHD.to(q_tHD.dtype)
+        ctx.save_for_backward(q_tHD, kv_tGW, narrow_tHD, lse_tH)
+        ctx.fixed = (width, scale, todo, table)
+        return narrow_tHD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_tHD, kv_tGW, out_tHD, lse_tH = ctx.saved_tensors
+        width, scale, todo, table = ctx.fixed
+        grad_q_tHD = torch.zeros_like(full_precision(q_tHD))
+        grad_kv_tGW = torch.empty_like(full_precision(kv_tGW))
+        for queries, keys in _head_groups(q_tHD, kv_tGW, table.head_stride):
+            visitor = _Visitor(
+                q_tHD[:, queries], grads[0][:, queries], out_tHD[:, queries], lse_tH[:, queries], width, scale
+            )
+            grad_kv_tGW[:, keys] = _return_home(visitor, kv_tGW[:, keys], grad_q_tHD[:, queries], todo, table.ring)
+        return grad_q_tHD.to(q_tHD.dtype), grad_kv_tGW.to(kv_tGW.dtype), None, None, None, None
+
+
+def _head_groups(q_tHD: Tensor, kv_tGW: Tensor, stride: int) -> Iterator[tuple[slice, slice]]:
+    """Query heads with the key/value heads that they read, ``stride`` of the latter at a time."""
+    repeats = q_tHD.shape[1] // kv_tGW.shape[1]
+    for first in range(0, kv_tGW.shape[1], stride):
+        yield slice(first * repeats, (first + stride) * repeats), slice(first, first + stride)
+
+
+def _blocks(own_tgW: Tensor, todo: Plan, ring: Ring) -> Iterator[tuple[int, Tensor]]:
+    """The own block, then the visiting ones; the next one is under way while one is worked on."""
+    arriving = ring.pass_on(own_tgW.index_select(0, todo.sent_b), todo.sizes[1], KEYS)
+    yield 0, own_tgW
+    for step in range(1, ring.size):
+        block = arriving()
+        if step + 1 < ring.size:
+            arriving = ring.pass_on(block, todo.sizes[step + 1], KEYS)
+        yield step, block
+
+
+def _shaped(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """Rows [n x L, heads, D] of a tensor as [n, heads, L, D]."""
+    return rows.index_select(0, index).view(count, -1, *rows.shape[1:]).transpose(1, 2)
+
+
+def _flat(part_nHLD: Tensor) -> Tensor:
+    return part_nHLD.transpose(1, 2).flatten(0, 1)
+
+
+def _attend(q_tHD: Tensor, block_bgW: Tensor, call: Call, width: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [n x L, H, D] and log-sum-exp [n x L, H] of one call."""
+    q = _shaped(q_tHD, call.queries_nL, call.count)
+    kv = _shaped(block_bgW, call.keys_nM, call.count)
+    out, lse = attend(q, kv[..., :width], kv[..., width:], scale, call.visibility())
+    return _flat(out), lse.transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Visitor:
+    """What the backward of a call needs beside the block: of some heads, over all keys."""
+
+    q_tHD: Tensor
+    grad_tHD: Tensor
+    out_tHD: Tensor
+    lse_tH: Tensor
+    width: int
+    scale: float
+
+    def gradient(self, block_bgW: Tensor, calls: Sequence[Call], grad_q_tHD: Tensor) -> Tensor:
+        """The gradient of a block from this rank's queries, [b, g, W]; that of the queries is added to ``grad_q``."""
+        grad_block_bgW = torch.zeros_like(full_precision(block_bgW))
+        for call in calls:
+            q, grad, out = (_shaped(x, call.queries_nL, call.count) for x in (self.q_tHD, self.grad_tHD, self.out_tHD))
+            kv = _shaped(block_bgW, call.keys_nM, call.count)
+            lse = (
+                self.lse_tH.index_select(0, call.queries_nL).view(call.count, -1, self.lse_tH.shape[1]).transpose(1, 2)
+            )
+            inputs = (q, kv[..., : self.width], kv[..., self.width :])
+            grad_q, grad_k, grad_v = attend_backward(grad, inputs, out, lse.contiguous(), self.scale, call.visibility())
+            grad_q_tHD.index_add_(0, call.queries_nL, _flat(grad_q))
+            grad_block_bgW.index_add_(0, call.keys_nM, _flat(torch.cat([grad_k, grad_v], dim=-1)))
+        return grad_block_bgW
+
+
+def _return_home(visitor: _Visitor, own_tgW: Tensor, grad_q_tHD: Tensor, todo: Plan, ring: Ring) -> Tensor:
+    """The gradient of this rank's block from the queries of all ranks.
+
+    A block's gradient sets out on the first rank that it visits and is passed on a step behind it, home in the end.
+    """
+    blocks = _blocks(own_tgW, todo, ring)
+    grads = (visitor.gradient(block, todo.visits[step], grad_q_tHD) for step, block in blocks)
+    own_grad_tgW = next(grads)
+    arriving = ring.pass_on(next(grads), todo.sizes[2 % ring.size], GRADIENTS)
+    for step, grad in enumerate(grads, start=2):
+        arriving = ring.pass_on(grad.add_(arriving()), todo.sizes[(step + 1) % ring.size], GRADIENTS)
+    return own_grad_tgW.index_add_(0, todo.sent_b, arriving())
+
+
+AttentionInterface.register(RING, ring_attention)
+AttentionMaskInterface.register(RING, no_mask)

@@ -1,0 +1,291 @@
+"""The third layout of a ``Batch``: its tokens dealt to the ranks of a ring, each of which computes only its own.
+
+Shape letters: T packed tokens, t those of this rank, K tokens in the loss, k those of them whose prediction is made on
+this rank, N sequences.
+
+Every rank of a ring has the same ``Batch``. ``deal`` cuts its segments into *chunks* and says which rank computes which:
+a function of the segment table alone, so that nothing needs to be agreed on. Long segments are cut in 2R chunks, of
+which rank r takes chunks r and 2R-1-r: one early and one late, since a late query sees more keys. Segments that need
+not be cut stay whole, and their keys never travel. A rank takes its part of the batch (``RingLayout``), runs the model on
+it and makes the predictions whose source token it has; ``Places.whole`` gathers those into tensors of the whole batch, of
+which every rank computes the same loss and back-propagates its own share. Gradients are then summed over ranks
+as ever.
+
+Not here: attention between chunks (``ring_attention``), sending (``togi.parallel.ring``).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from togi.batch import NO_PREFIX, Batch, Segments
+
+MAX_IMBALANCE = 1.05
+
+
+class Ring(Protocol):
+    """This process among those that share the tokens of each batch. Methods are called by all of them together."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def pass_on(self, block: Tensor, rows: int, channel: int) -> Callable[[], Tensor]:
+        """Send ``block`` to the next rank. The result waits for that of the rank before, which has ``rows`` rows."""
+        ...
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace ``tensor`` on every rank by the sum over the ring."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``first`` to ``end`` of a segment."""
+
+    segment: int
+    first: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The chunks of each rank. ``segments`` is the table of the batch, then one token for each rank that would have none."""
+
+    segments: Segments
+    chunks: tuple[tuple[Chunk, ...], ...]
+
+    def tokens(self, rank: int) -> int:
+        return sum(len(chunk) for chunk in self.chunks[rank])
+
+    def pairs(self, rank: int) -> int:
+        """Query-key pairs of a rank, what attention costs: each token sees its context and its segment up to itself."""
+        return sum(_pairs(self.segments, chunk) for chunk in self.chunks[rank])
+
+
+def _pairs(segments: Segments, chunk: Chunk) -> int:
+    before = segments.context_length(chunk.segment)
+    return len(chunk) * before + len(chunk) * (chunk.first + 1 + chunk.end) // 2
+
+
+@lru_cache(maxsize=8)
+def deal(segments: Segments, size: int) -> Shards:
+    """Deal the tokens of a pack to ``size`` ranks, by tokens and by query-key pairs.
+
+    As few segments are cut as give no rank more than ``MAX_IMBALANCE`` times the mean of either; the most even deal if none
+    does.
+    """
+    limit = sum(segments.lengths_S)
+    best, best_excess = _dealt(segments, size, limit)
+    while best_excess > MAX_IMBALANCE and limit > 1:
+        limit //= 2
+        shards, excess = _dealt(segments, size, limit)
+        if excess < best_excess:
+            best, best_excess = shards, excess
+    return _filled(best)
+
+
+def _dealt(segments: Segments, size: int, limit: int) -> tuple[Shards, float]:
+    """The deal that cuts the segments longer than ``limit``, and its imbalance."""
+    dealt: list[list[Chunk]] = [[] for _ in range(size)]
+    whole: list[Chunk] = []
+    for segment, length in enumerate(segments.lengths_S):
+        if length <= limit:
+            whole.append(Chunk(segment, 0, length))
+        else:
+            for rank, chunk in _zigzag(segment, length, size):
+                dealt[rank].append(chunk)
+    tokens = sum(segments.lengths_S)
+    pairs = sum(_pairs(segments, Chunk(s, 0, length)) for s, length in enumerate(segments.lengths_S))
+
+    def cost(chunk: Chunk) -> int:
+        return len(chunk) * pairs + _pairs(segments, chunk) * tokens
+
+    loads = [(sum(map(cost, chunks)), rank) for rank, chunks in enumerate(dealt)]
+    heapq.heapify(loads)
+    for chunk in sorted(whole, key=lambda c: (-cost(c), c.segment)):
+        load, rank = heapq.heappop(loads)
+        dealt[rank].append(chunk)
+        heapq.heappush(loads, (load + cost(chunk), rank))
+    shards = Shards(segments, tuple(tuple(sorted(chunks, key=lambda c: (c.segment, c.first))) for chunks in dealt))
+    excess = max(max(shards.tokens(r) / tokens, shards.pairs(r) / pairs) for r in range(size)) * size
+    return shards, excess
+
+
+def _zigzag(segment: int, length: int, size: int) -> Iterator[tuple[int, Chunk]]:
+    """2 x ``size`` chunks that differ by at most a token, less those that would be empty."""
+    bounds = [i * length // (2 * size) for i in range(2 * size + 1)]
+    for rank in range(size):
+        early, late = (bounds[rank], bounds[rank + 1]), (bounds[-2 - rank], bounds[-1 - rank])
+        spans = [(early[0], late[1])] if early[1] == late[0] else [early, late]
+        yield from ((rank, Chunk(segment, first, end)) for first, end in spans if first < end)
+
+
+def _filled(shards: Shards) -> Shards:
+    """A token of a sequence of its own for each rank without tokens: models do not run on none."""
+    table = shards.segments
+    starts, lengths, chunks = list(table.starts_S), list(table.lengths_S), list(shards.chunks)
+    for rank, own in enumerate(shards.chunks):
+        if not own:
+            chunks[rank] = (Chunk(len(starts), 0, 1),)
+            starts.append(starts[-1] + lengths[-1])
+            lengths.append(1)
+    prefixes = (*table.prefixes_S, *([NO_PREFIX] * (len(starts) - len(table))))
+    return Shards(Segments(tuple(starts), tuple(lengths), prefixes), tuple(chunks))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RingTable:
+    """What attention is given in place of the segment table. ``head_stride``: key/value heads sent at a time."""
+
+    shards: Shards
+    ring: Ring
+    head_stride: int
+
+
+class Places(Protocol):
+    """Where the hidden states of some tokens of the batch are (their number is K here)."""
+
+    def states(self, states_tH: Tensor) -> Tensor:
+        """The states of those tokens that this rank computes, [k, H]."""
+        ...
+
+    def own(self, values_K: Tensor) -> Tensor:
+        """The entries of those tokens."""
+        ...
+
+    def whole(self, values_k: Tensor) -> Tensor:
+        """From each rank's own entries those of all tokens, [K, ...]. The gradient of an entry stays with its owner."""
+        ...
+
+
+class Layout(Protocol):
+    """The tokens that this rank computes. ``segments`` is what attention gets."""
+
+    @property
+    def tokens_t(self) -> Tensor: ...
+
+    @property
+    def positions_t(self) -> Tensor: ...
+
+    @property
+    def segments(self) -> Segments | RingTable: ...
+
+    def at(self, indices_K: Tensor) -> Places:
+        """The places of packed tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WholeLayout:
+    """All tokens of the batch, on this rank."""
+
+    tokens_t: Tensor
+    positions_t: Tensor
+    segments: Segments
+
+    @classmethod
+    def of(cls, batch: Batch) -> WholeLayout:
+        return cls(batch.tokens_T, batch.positions_T, batch.segments)
+
+    def at(self, indices_K: Tensor) -> Places:
+        return _Everywhere(indices_K)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Everywhere:
+    indices_K: Tensor
+
+    def states(self, states_tH: Tensor) -> Tensor:
+        return states_tH.index_select(0, self.indices_K)
+
+    def own(self, values_K: Tensor) -> Tensor:
+        return values_K
+
+    def whole(self, values_k: Tensor) -> Tensor:
+        return values_k
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RingLayout:
+    """This rank's tokens. ``rows_T``: the row of each packed token among them, -1 for the others'."""
+
+    tokens_t: Tensor
+    positions_t: Tensor
+    segments: RingTable
+    rows_T: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, ring: Ring, head_stride: int) -> RingLayout:
+        shards = deal(batch.segments, ring.size)
+        fillers, device = sum(shards.segments.lengths_S) - batch.num_tokens, batch.tokens_T.device
+        index_t = packed_indices(shards.segments, shards.chunks[ring.rank]).to(device)
+        rows_T = torch.full((batch.num_tokens + fillers,), -1, device=device)
+        rows_T[index_t] = torch.arange(len(index_t), device=device)
+        tokens_t, positions_t = (
+            torch.cat([stream, stream.new_zeros(fillers)])[index_t] for stream in (batch.tokens_T, batch.positions_T)
+        )
+        return cls(tokens_t, positions_t, RingTable(shards, ring, head_stride), rows_T)
+
+    def at(self, indices_K: Tensor) -> Places:
+        rows_K = self.rows_T[indices_K]
+        own_k = (rows_K >= 0).nonzero().squeeze(-1)
+        return _Shared(rows_K[own_k], own_k, len(indices_K), self.segments.ring)
+
+
+def packed_indices(segments: Segments, chunks: Sequence[Chunk]) -> Tensor:
+    """The packed index of each token of ``chunks``."""
+    starts = segments.starts_S
+    return torch.cat([torch.arange(starts[c.segment] + c.first, starts[c.segment] + c.end) for c in chunks])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shared:
+    """``rows_k``: rows of this rank's states; ``own_k``: which of the ``total`` tokens those are."""
+
+    rows_k: Tensor
+    own_k: Tensor
+    total: int
+    ring: Ring
+
+    def states(self, states_tH: Tensor) -> Tensor:
+        return states_tH.index_select(0, self.rows_k)
+
+    def own(self, values_K: Tensor) -> Tensor:
+        return values_K[self.own_k]
+
+    def whole(self, values_k: Tensor) -> Tensor:
+        result: Tensor = _Gather.apply(values_k, self.own_k, self.total, self.ring)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _Gather(torch.autograd.Function):
+    """Sum over the ring of what each rank has, at its places.
+
+    The loss made of it is the same on all ranks, so the gradient of the whole is known to all of them and each takes its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values_k: Tensor, own_k: Tensor, total: int, ring: Ring) -> Tensor:
+        ctx.save_for_backward(own_k)
+        whole_K = values_k.new_zeros(total, *values_k.shape[1:])
+        whole_K[own_k] = values_k
+        ring.add_up(whole_K)
+        return whole_K
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (own_k,) = ctx.saved_tensors
+        return grads[0][own_k], None, None, None
