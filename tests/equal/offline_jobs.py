@@ -20,10 +20,8 @@ ADAPTED = {"dpo": "2", "rm": "3"}
 def run_all(world: World, folder: Path) -> None:
     """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
 
-    ``ring`` are those of a ring (DPO with adapters too, ``ring_lora``).
-
-    ``lora`` trains adapters. ``whole`` and ``part`` are one run, the second resumed from the first one's checkpoint in the
-    middle of an epoch.
+    ``ring`` are those of a ring (DPO with adapters too, ``ring_lora``). ``lora`` trains adapters. ``whole`` and ``part`` are
+    one run, the second resumed from the first one's checkpoint in the middle of an epoch.
     """
     for command in CONFIGS:
         run_one(world, folder, command, "two")

@@ -164,9 +164,12 @@ FEW = ("sft", "rm_margin", "dpo_nll", "kd_forward", "policy")
 
 
 def trained(world: World, name: str, stage: int, ring: Ring | None) -> dict[str, Any]:
-    """``world`` in rings: two shares have ragged parts of the samples, one has all; prompts are shared."""
+    """``world`` in rings: two shares have ragged parts of the samples, one has all in two batches; prompts are shared.
+
+    The first batch has one row or pair, which a ring must cut.
+    """
     samples, unit, goal, model = samples_of(name)
-    cuts = [0, len(samples)]
+    cuts = [0, unit, len(samples)]
     if world.shares == 2:
         cuts = [0, unit] if world.share == 0 else [unit, 2 * unit, len(samples)]
     if ring is not None:

@@ -13,7 +13,7 @@ of prefixes of its segment and its own segment up to itself, nothing else.
 
 A shared prefix is not recomputed by the layers; its keys are gathered again for every continuation. Attention itself
 costs what it does in the plain layout, less the prompt's own part: each response must read the prompt's keys anyway. So
-nothing is joined by log-sum-exp, whose gradient the public kernels do not give.
+nothing is joined by log-sum-exp here; that is for rings of processes (``ring_attention``).
 
 Whatever a model asks of attention that a back end cannot do is an error, never ignored.
 """
