@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from togi.config.choices import AdvantageEstimator, BackendName, EngineName, KLEstimator
+from togi.config.choices import AdvantageEstimator, BackendName, EngineName, KLEstimator, Scheduler
 from togi.config.rl import RLConfig
 from togi.config.shared import ALL_LINEAR, ModelSettings, OutputSettings, TrainSettings
 from togi.errors import ConfigError
@@ -209,6 +209,30 @@ def train_problems(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
         )
     if not all(0 <= beta < 1 for beta in c.adam_betas):
         yield f"--adam_betas {c.adam_betas[0]:g} {c.adam_betas[1]:g} must both be at least 0 and below 1."
+    yield from _schedule_problems(c)
+
+
+def _schedule_problems(c: TrainSettings) -> Iterator[str]:
+    kind, defaults = c.lr_scheduler, type(c).model_fields
+    if kind.follows_a_loss:
+        yield (
+            f"--lr_scheduler {kind} follows a measured loss, and every schedule here is a function of the step alone, so that "
+            "a resumed run has the same rates: use cosine_with_min_lr, or warmup_stable_decay for a long constant part."
+        )
+    used = {
+        "min_lr_ratio": kind.has_floor,
+        "lr_num_cycles": kind.has_waves,
+        "lr_power": kind is Scheduler.POLYNOMIAL,
+        "lr_decay_ratio": kind is Scheduler.WARMUP_STABLE_DECAY,
+    }
+    for name, value in c.model_dump(include=set(used)).items():
+        if not used[name] and value != defaults[name].default:
+            yield f"--{name} {value:g} has no effect with --lr_scheduler {kind}: leave it out, or choose another schedule."
+    if kind is Scheduler.WARMUP_STABLE_DECAY and c.lr_warmup_ratio + c.lr_decay_ratio > 1:
+        yield (
+            f"--lr_warmup_ratio {c.lr_warmup_ratio:g} and --lr_decay_ratio {c.lr_decay_ratio:g} are more than the whole run: "
+            "lower one of them."
+        )
 
 
 def output_problems(c: OutputSettings) -> Iterator[str]:

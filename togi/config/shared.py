@@ -73,6 +73,19 @@ class TrainSettings(Settings):
     adam_betas: tuple[float, float] = flag((0.9, 0.95), "AdamW betas.")
     lr_scheduler: Scheduler = flag(Scheduler.COSINE_WITH_MIN_LR, "Learning-rate schedule, counted in optimizer steps.")
     lr_warmup_ratio: float = flag(0.03, "Warm-up steps = ceil(ratio x total optimizer steps).", ge=0, le=1)
+    min_lr_ratio: float = flag(
+        0.1,
+        "Lowest learning rate as a share of the peak, of schedules with a floor (also polynomial's end).",
+        ge=0,
+        le=1,
+    )
+    lr_num_cycles: float | None = flag(
+        None, "Waves of a cosine (default: half a wave), or how often cosine_with_restarts falls (default: 1).", gt=0
+    )
+    lr_power: float = flag(1.0, "Exponent of --lr_scheduler polynomial.", gt=0)
+    lr_decay_ratio: float = flag(
+        0.1, "Steps of the fall in warmup_stable_decay = ceil(ratio x total optimizer steps).", ge=0, le=1
+    )
     seed: Int = flag(42, "Seed of data order, sampling and initialisation.")
     full_determinism: bool = flag(False, "Deterministic kernels; a run repeats bit for bit on the same machine.")
     backend: BackendName = flag(BackendName.FSDP2, "Training backend.")

@@ -102,7 +102,7 @@ def load_models(config: OfflineConfig, task: Task, data: Data, plan: EpochPlan, 
     model = _trained(config, task, world)
     vocabulary = model.vocabulary if isinstance(model, PolicyModel) else 0
     backend = trainable(model, world, options)
-    schedule = Schedule.with_warmup_ratio(config.lr_scheduler, config.learning_rate, plan.steps, config.lr_warmup_ratio)
+    schedule = Schedule.of(config, config.learning_rate, plan.steps)
     teachers = [_frozen(config, path, world, replace(options, zero_stage=0)) for path in (task.teacher,) if path]
     objective = _objective(config, data, teachers, vocabulary)
     learner = Learner(backend, objective, schedule, config.max_norm if config.max_norm > 0 else math.inf)
