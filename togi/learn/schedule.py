@@ -62,51 +62,42 @@ class Schedule:
         """The rate as a share of the peak."""
         if self.kind is Scheduler.CONSTANT:
             return 1.0
-        if step < self.warmup:
-            return self._rising(step)
+        share = self._rising(step) if step < self.warmup else self._falling(step)
+        # the warm-up of all but one starts from 0, not from the floor
+        lifted = self.kind.has_floor and (step >= self.warmup or self.kind is Scheduler.WARMUP_STABLE_DECAY)
+        return share * (1 - self.floor) + self.floor if lifted else share
+
+    def _rising(self, step: int) -> float:
+        return (step + (self.kind is Scheduler.COSINE_WARMUP_WITH_MIN_LR)) / self.warmup
+
+    def _falling(self, step: int) -> float:
+        """What is left of the way from the peak to the floor (or to 0)."""
         after, span = step - self.warmup, max(1, self.total - self.warmup)
         done = min(1.0, after / span)
         match self.kind:
-            case Scheduler.CONSTANT_WITH_WARMUP:
-                return 1.0
             case Scheduler.LINEAR:
-                return 1 - done
-            case Scheduler.COSINE:
-                return self._wave(done)
+                share = 1 - done
+            case Scheduler.COSINE | Scheduler.COSINE_WITH_MIN_LR:
+                share = self._wave(done)
+            case Scheduler.COSINE_WARMUP_WITH_MIN_LR:
+                share = self._wave(min(1.0, (after + 1) / span))
             case Scheduler.COSINE_WITH_RESTARTS:
                 cycles = ONE_CYCLE if self.cycles is None else self.cycles
-                return 0.0 if done == 1 else 0.5 * (1 + math.cos(math.pi * (cycles * done % 1)))
-            case Scheduler.COSINE_WITH_MIN_LR:
-                return self._above_floor(self._wave(done))
-            case Scheduler.COSINE_WARMUP_WITH_MIN_LR:
-                return self._above_floor(self._wave(min(1.0, (after + 1) / span)))
+                share = 0.0 if done == 1 else 0.5 * (1 + math.cos(math.pi * (cycles * done % 1)))
             case Scheduler.POLYNOMIAL:
-                return self._above_floor((1 - done) ** self.power)
+                share = (1 - done) ** self.power
             case Scheduler.INVERSE_SQRT:
                 scale = self.warmup or TIMESCALE
-                return 1 / math.sqrt((after + scale) / scale)
+                share = 1 / math.sqrt((after + scale) / scale)
             case Scheduler.WARMUP_STABLE_DECAY:
-                return self._stable_then_decay(step)
-        raise AssertionError(f"{self.kind} is no function of the step")
-
-    def _rising(self, step: int) -> float:
-        match self.kind:
-            case Scheduler.COSINE_WARMUP_WITH_MIN_LR:
-                return (step + 1) / self.warmup
-            case Scheduler.WARMUP_STABLE_DECAY:
-                return self._above_floor(step / self.warmup)
-        return step / self.warmup
-
-    def _stable_then_decay(self, step: int) -> float:
-        falling = step - (self.total - self.decay)
-        if falling < 0:
-            return 1.0
-        return self._above_floor(self._wave(falling / self.decay)) if falling < self.decay else self.floor
+                falling = step - (self.total - self.decay)
+                share = 1.0 if falling < 0 else self._wave(falling / self.decay) if falling < self.decay else 0.0
+            case _:
+                assert self.kind is Scheduler.CONSTANT_WITH_WARMUP, f"{self.kind} is no function of the step"
+                share = 1.0
+        return share
 
     def _wave(self, done: float) -> float:
         """From 1 to 0 and, with more than half a wave, up again."""
         cycles = HALF_WAVE if self.cycles is None else self.cycles
         return 0.5 * (1 + math.cos(math.pi * cycles * 2 * done))
-
-    def _above_floor(self, share: float) -> float:
-        return share * (1 - self.floor) + self.floor
