@@ -77,6 +77,7 @@ def test_vllm_run_leaves_everything_behind(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     data = ["--eval_dataset", str(world / "prompts.jsonl"), "--eval_at_start", "--eval_n_samples_per_prompt", "2"]
     kl = ["--advantage_estimator", "group_norm", "--use_kl_loss", "--kl_estimator", "k3", "--init_kl_coef", "1e-3"]
+    data += ["--best_metric_key", "reward"]
     done = train(world, run, *kl, *data, "--save_steps", "2", "--save_hf_ckpt", "--enable_prefix_caching", "--bf16")
     assert "held-out reward before training" in done.stdout
     assert "togi chat --pretrain" in done.stdout
@@ -97,6 +98,10 @@ def test_vllm_run_leaves_everything_behind(world: Path, tmp_path: Path) -> None:
     assert "reward/mean" in page
     loads_in_a_plain_script(run / "model")
     loads_in_a_plain_script(run / "checkpoints" / "step_00000002" / "hf")
+    measured = {r["step"]: r["values"]["eval/reward"] for r in records if "eval/reward" in r["values"]}
+    best = json.loads((run / "checkpoints" / "best" / "best.json").read_text())
+    assert best["value"] == max(measured.values()) == measured[best["step"]]
+    loads_in_a_plain_script(run / "checkpoints" / "best")
 
 
 def loads_in_a_plain_script(model: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from togi.config.choices import AdvantageEstimator, BackendName, EngineName, KLEstimator, Scheduler
 from togi.config.rl import RLConfig
-from togi.config.shared import ALL_LINEAR, ModelSettings, OutputSettings, TrainSettings
+from togi.config.shared import ALL_LINEAR, NO_METRIC, ModelSettings, OutputSettings, TrainSettings
 from togi.errors import ConfigError
 
 Check = Callable[[RLConfig], Iterator[str]]
@@ -177,7 +177,7 @@ def _placement(c: RLConfig) -> Iterator[str]:
 
 
 def _output(c: RLConfig) -> Iterator[str]:
-    yield from output_problems(c)
+    yield from output_problems(c, evaluates=c.eval_dataset is not None)
     if c.eval_steps == 0:
         yield "--eval_steps must be positive, or -1."
     if c.max_steps == 0:
@@ -235,8 +235,12 @@ def _schedule_problems(c: TrainSettings) -> Iterator[str]:
         )
 
 
-def output_problems(c: OutputSettings) -> Iterator[str]:
-    """What is wrong with the output flags of any command."""
+def output_problems(c: OutputSettings, *, evaluates: bool) -> Iterator[str]:
+    """What is wrong with the output flags of any command. ``evaluates``: there is a held-out set."""
+    if c.best_metric_key != NO_METRIC and not evaluates:
+        yield f"--best_metric_key {c.best_metric_key} is measured on held-out data: add --eval_dataset, or leave it out."
+    if c.best_metric_key == NO_METRIC and c.best_metric_mode != "auto":
+        yield f"--best_metric_mode {c.best_metric_mode} says which values are good, but of no metric: add --best_metric_key."
     if c.save_hf_ckpt and c.save_steps <= 0:
         yield "--save_hf_ckpt writes with each checkpoint: set --save_steps to a positive number."
     if c.disable_ds_ckpt and not c.save_hf_ckpt:

@@ -9,6 +9,7 @@ from togi.config.choices import BackendName, Scheduler
 from togi.config.fields import Count, Int, PathText, Settings, flag, later
 
 ALL_LINEAR = "all-linear"
+NO_METRIC = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,13 @@ class OutputSettings(Settings):
     max_ckpt_mem: float = flag(1e8, "Keep at most this many GB of checkpoints.", gt=0)
     load_checkpoint: bool = flag(False, "Continue from the newest complete checkpoint in --ckpt_path, if there is one.")
     use_ds_universal_ckpt: bool = later(False, "Load a checkpoint in DeepSpeed's universal layout.")
+    best_metric_key: str = flag(
+        NO_METRIC,
+        "Metric of the evaluations, such as eval/loss, whose best model is kept in <ckpt_path>/best; none: no model.",
+    )
+    best_metric_mode: Literal["auto", "min", "max"] = flag(
+        "auto", "Which values of --best_metric_key are good; auto: low losses, high rewards and accuracies."
+    )
     logging_steps: Count = flag(1, "Send metrics to the trackers every N steps (metrics.jsonl has every step).")
     use_wandb: str | None = flag(
         None, "Weights & Biases: an API key, or any word when logged in or WANDB_API_KEY is set."

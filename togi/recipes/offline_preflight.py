@@ -11,6 +11,7 @@ from togi.data.items import parse_items
 from togi.data.precheck import parse_probs
 from togi.errors import ConfigError
 from togi.obs.sinks import check_trackers
+from togi.recipes.best_metric import offline_aim
 from togi.recipes.preflight import check_folders, check_model, check_sets, max_positions, trackers
 
 
@@ -18,6 +19,7 @@ def check(parsed: Parsed[OfflineConfig]) -> None:
     """Raise the first UserError."""
     check_offline(parsed)
     config = parsed.config
+    offline_aim(config)
     for flag, path in other_models(config).items():
         check_model(flag, path)
     check_context(config)

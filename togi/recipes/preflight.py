@@ -25,6 +25,7 @@ from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardEr
 from togi.obs.sinks import TrackerOptions, check_trackers
 from togi.plan.machine import Machine, joins_cluster
 from togi.plan.placement import check_fits, plan_groups, resolve
+from togi.recipes.best_metric import check_rl_metric
 
 FUNCTION = "reward_func"
 DEFAULT_PARENT = "runs"
@@ -38,6 +39,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     ``reward_given``: the reward is a Python function passed in code.
     """
     check_rl(parsed.config, reward_given=reward_given)
+    check_rl_metric(parsed.config)
     parsed = resolve(parsed, machine)
     config = parsed.config
     groups = plan_groups(config)
