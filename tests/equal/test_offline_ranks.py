@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.equal.offline_jobs import ADAPTED, LORA, RESUMED_AFTER, STAGE_3, run_all
+from tests.equal.offline_jobs import ADAPTED, BALANCED, EXPERTS, LORA, RESUMED_AFTER, STAGE_3, run_all
 from tests.learn_tools import run_ranks
 from tests.offline_world import DATA, make_world, train, values
 
@@ -37,8 +37,8 @@ def test_sharded_weights_equal_one(world: Path, one: Runs, two: Runs, command: s
     assert_equal_runs(one[command], values(world / "three" / command))
 
 
-def assert_equal_runs(first: list[dict[str, float]], second: list[dict[str, float]]) -> None:
-    assert len(first) == len(second) == 5
+def assert_equal_runs(first: list[dict[str, float]], second: list[dict[str, float]], steps: int = 4) -> None:
+    assert len(first) == len(second) == 1 + steps
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - set(UNEQUAL):
@@ -56,6 +56,18 @@ def test_adapters_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -
     """The frozen base is sharded too; DPO's reference is the base inside, a reward model's head is trained whole."""
     one = train(world, command, world / "one_lora" / command, *LORA)
     assert_equal_runs(one, values(world / "lora" / command))
+
+
+@pytest.mark.parametrize("command", EXPERTS)
+def test_experts_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -> None:
+    """With a load-balancing loss: rows one at a time on two ranks against everything in one pack."""
+    model = str(world / EXPERTS[command][0])
+    one = train(world, command, world / "one_experts" / command, *BALANCED, "--pretrain", model)
+    plain = train(world, command, world / "unbalanced" / command, *BALANCED[2:], "--pretrain", model)
+    assert_equal_runs(one, values(world / "experts" / command), steps=3)
+    assert one[1]["loss"] == plain[1]["loss"]  # it is no part of the reported loss, but of the gradient
+    assert one[1]["grad_norm"] != pytest.approx(plain[1]["grad_norm"], rel=1e-3)
+    assert "aux_loss" in one[1] and "aux_loss" not in plain[1]
 
 
 @pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("kto", "adapter_model.safetensors")])

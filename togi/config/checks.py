@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from togi.config.choices import AdvantageEstimator, BackendName, EngineName, KLEstimator, Scheduler
 from togi.config.rl import RLConfig
-from togi.config.shared import ALL_LINEAR, NO_METRIC, ModelSettings, OutputSettings, TrainSettings
+from togi.config.shared import ALL_LINEAR, MIXTURES, NO_METRIC, ModelSettings, OutputSettings, TrainSettings
 from togi.errors import ConfigError
 
 Check = Callable[[RLConfig], Iterator[str]]
@@ -184,10 +184,24 @@ def _output(c: RLConfig) -> Iterator[str]:
         yield "--max_steps 0 would train nothing: give a positive number, or -1 for all episodes."
 
 
+def check_mixture(path: str, kind: str) -> None:
+    """Raise ConfigError for a model (of type ``kind``) that has no router to balance."""
+    if kind not in MIXTURES:
+        raise ConfigError(
+            f"--aux_loss_coef balances the experts of a mixture ({', '.join(MIXTURES)}), but --pretrain {path} is a {kind} model: "
+            "leave it out."
+        )
+
+
 def model_problems(c: ModelSettings) -> Iterator[str]:
     """What is wrong with the model flags of any command."""
     if c.gradient_checkpointing_use_reentrant and not c.gradient_checkpointing:
         yield "--gradient_checkpointing_use_reentrant needs --gradient_checkpointing: add it or leave the first out."
+    if c.gradient_checkpointing_use_reentrant and c.aux_loss_coef > 0:
+        yield (
+            "--aux_loss_coef with --gradient_checkpointing_use_reentrant would have no gradient, since that kind hides the "
+            "router from it: leave the second out."
+        )
     if c.load_in_4bit and c.lora_rank == 0:
         yield "--load_in_4bit freezes the weights and trains an adapter: add --lora_rank, or leave --load_in_4bit out."
     if c.lora_rank == 0 and (c.lora_dropout > 0 or c.target_modules != (ALL_LINEAR,)):

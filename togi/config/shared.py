@@ -10,6 +10,8 @@ from togi.config.fields import Count, Int, PathText, Settings, flag, later
 
 ALL_LINEAR = "all-linear"
 NO_METRIC = "none"
+# Mixtures of experts whose router is known to be read right, by model type.
+MIXTURES = ("mixtral", "qwen3_moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,9 @@ class ModelSettings(Settings):
     )
     disable_fast_tokenizer: bool = later(False, "Use the slow (Python) tokenizer.")
     use_liger_kernel: bool = later(False, "Load the causal LM through Liger kernels.")
-    aux_loss_coef: float = later(0.0, "Weight of the MoE load-balancing loss.")
+    aux_loss_coef: float = flag(
+        0.0, "Weight of the load-balancing loss of a mixture of experts, a mean over sequences; 0 turns it off.", ge=0
+    )
     load_in_4bit: bool = flag(False, "Hold the frozen weights in NF4 (QLoRA); needs --lora_rank.")
     lora_rank: Int = flag(0, "Train an adapter of this rank beside frozen weights (LoRA); 0 trains all weights.", ge=0)
     lora_alpha: Int = flag(16, "LoRA scale: the adapter's output is multiplied by alpha / rank.", ge=1)

@@ -7,7 +7,7 @@ Not here: rows that the student generates itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -51,10 +51,12 @@ class DistillationObjective(Objective):
     def count(self, batch: Batch) -> float:
         return float(batch.targets_K.numel())
 
-    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+    def forward(self, model: nn.Module, batch: Batch, *, balance: bool = False) -> Outputs:
         with torch.no_grad():
             states_KJ = self.teacher(batch, Needs(states=True)).states_KH
-        outputs: Outputs = model(batch, self.needs, teacher=self.teacher.logits_of(states_KJ, self.kind))
+        outputs: Outputs = model(
+            batch, replace(self.needs, balance=balance), teacher=self.teacher.logits_of(states_KJ, self.kind)
+        )
         return outputs
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:

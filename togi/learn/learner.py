@@ -2,8 +2,9 @@
 
 ``update`` is one optimizer step. The denominator is the sum of ``Objective.count`` over all micro-batches of all
 ranks, added up before the first forward; every micro-batch is divided by it and gradients are summed. So packing,
-accumulation and world size cannot change a gradient. Not here: batches (``togi.data``), sharding (``togi.parallel``),
-files (``learner_state``).
+accumulation and world size cannot change a gradient. The load-balancing loss of a mixture of experts, which has
+nothing to do with the objective, is added as a mean over the sequences of the step. Not here: batches
+(``togi.data``), sharding (``togi.parallel``), files (``learner_state``).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.batch import Batch
-from togi.learn.objective import Objective
+from togi.learn.objective import Objective, token_metrics
 from togi.learn.ragged import even_rounds, nothing, per_sequence
 from togi.learn.schedule import Schedule
+from togi.obs import names
 from togi.obs.metrics import Metric, merge, reduced
 from togi.parallel.backend import Backend
 
@@ -55,14 +57,25 @@ class UpdateReport:
 
 
 class Learner:
-    """A model in training. ``max_norm``: bound on the global gradient norm; ``math.inf`` for none."""
+    """A model in training. ``max_norm``: bound on the global gradient norm; ``math.inf`` for none.
 
-    def __init__(self, backend: Backend, objective: Objective, schedule: Schedule, max_norm: float) -> None:
-        assert max_norm > 0
+    ``aux_loss_coef``: weight of the load-balancing loss (``togi.algo.balance``), of a mixture of experts only.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        objective: Objective,
+        schedule: Schedule,
+        max_norm: float,
+        aux_loss_coef: float = 0.0,
+    ) -> None:
+        assert max_norm > 0 and aux_loss_coef >= 0
         self.backend = backend
         self.objective = objective
         self.schedule = schedule
         self.max_norm = max_norm
+        self.aux_loss_coef = aux_loss_coef
         self.steps = 0
 
     def update(self, micro_batches: Sequence[Batch]) -> UpdateReport:
@@ -72,12 +85,13 @@ class Learner:
         """
         backend, rate = self.backend, self.schedule.rate(self.steps)
         world = backend.world
-        count = world.sum("loss count", [sum(self.objective.count(batch) for batch in micro_batches)])[0]
+        own = [sum(self.objective.count(b) for b in micro_batches), sum(b.num_sequences for b in micro_batches)]
+        count, sequences = world.sum("loss count", own)
         assert math.isfinite(count) and count >= 0, f"a loss count of {count}"
         if count == 0:
             logger.warning("optimizer step %d skipped: no token or row is in the loss", self.steps)
             return UpdateReport(StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, {}, ())
-        metrics, logprobs = self._accumulate(micro_batches, count)
+        metrics, logprobs = self._accumulate(micro_batches, count, sequences)
         grad_norm = backend.clip(self.max_norm)
         if math.isfinite(grad_norm):
             backend.step(rate)
@@ -91,20 +105,29 @@ class Learner:
         return UpdateReport(outcome, self.steps, rate, grad_norm, count, values, logprobs)
 
     def _accumulate(
-        self, micro_batches: Sequence[Batch], count: float
+        self, micro_batches: Sequence[Batch], count: float, sequences: float
     ) -> tuple[dict[str, Metric], tuple[NDArray[np.float32], ...]]:
-        """Forward and backward over this rank's micro-batches; returns its metrics and log-probs."""
+        """Forward and backward over this rank's micro-batches; returns its metrics and log-probs.
+
+        ``sequences``: how many there are in the step, on all ranks.
+        """
+        balanced = self.aux_loss_coef > 0
         parts: list[Mapping[str, Metric]] = []
         logprobs: list[NDArray[np.float32]] = []
         model = self.backend.module.train()
         for batch, real, last in even_rounds(self.backend.world, micro_batches):
-            outputs = self.objective.forward(model, batch)
+            outputs = self.objective.forward(model, batch, balance=balanced)
             if real:
                 loss = self.objective.loss(outputs, batch)
                 parts.append(loss.metrics)
                 if self.objective.needs.logprobs:
                     logprobs += per_sequence(outputs.logprobs_K, batch)
-                self.backend.backward(loss.sum / count, last)
+                total = loss.sum / count
+                if balanced:
+                    aux_loss = outputs.balance_N.sum()
+                    total = total + self.aux_loss_coef * aux_loss / sequences
+                    parts.append(token_metrics({names.AUX_LOSS: aux_loss}, batch.num_sequences, {}))
+                self.backend.backward(total, last)
             else:
                 self.backend.backward(nothing(outputs), last)
         return merge(parts), tuple(logprobs)

@@ -7,7 +7,7 @@ micro-batches and ranks and divide once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,9 +38,12 @@ class Objective(Protocol):
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...
 
-    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
-        """Call the model. Overridden by objectives that pass it more, such as a temperature."""
-        outputs: Outputs = model(batch, self.needs)
+    def forward(self, model: nn.Module, batch: Batch, *, balance: bool = False) -> Outputs:
+        """Call the model. Overridden by objectives that pass it more, such as a temperature.
+
+        ``balance``: also for the load-balancing loss, which is the learner's business.
+        """
+        outputs: Outputs = model(batch, replace(self.needs, balance=balance))
         return outputs
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:

@@ -50,6 +50,7 @@ def nothing(outputs: Outputs) -> Tensor:
         outputs.scores_N,
         outputs.label_logprobs_K,
         outputs.next_logits_KR,
+        outputs.balance_N,
     )
     assert all(tensor.numel() == 0 for tensor in tensors), "a dummy has outputs"
     return torch.stack([tensor.sum() for tensor in tensors if tensor.requires_grad]).sum()

@@ -1,6 +1,6 @@
 """Supervised fine-tuning and continued pre-training: cross-entropy on the tokens in the loss.
 
-Which tokens those are is the data's business. Not here: the load-balancing loss of a mixture of experts.
+Which tokens those are is the data's business.
 """
 
 from __future__ import annotations

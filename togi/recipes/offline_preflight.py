@@ -12,7 +12,7 @@ from togi.data.precheck import parse_probs
 from togi.errors import ConfigError
 from togi.obs.sinks import check_trackers
 from togi.recipes.best_metric import offline_aim
-from togi.recipes.preflight import check_folders, check_model, check_sets, max_positions, trackers
+from togi.recipes.preflight import check_experts, check_folders, check_model, check_sets, max_positions, trackers
 
 
 def check(parsed: Parsed[OfflineConfig]) -> None:
@@ -23,6 +23,7 @@ def check(parsed: Parsed[OfflineConfig]) -> None:
     for flag, path in other_models(config).items():
         check_model(flag, path)
     check_context(config)
+    check_experts(config)
     check_data(config)
     check_trackers(trackers(config))
     check_folders(config)

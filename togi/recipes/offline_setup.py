@@ -105,7 +105,8 @@ def load_models(config: OfflineConfig, task: Task, data: Data, plan: EpochPlan, 
     schedule = Schedule.of(config, config.learning_rate, plan.steps)
     teachers = [_frozen(config, path, world, replace(options, zero_stage=0)) for path in (task.teacher,) if path]
     objective = _objective(config, data, teachers, vocabulary)
-    learner = Learner(backend, objective, schedule, config.max_norm if config.max_norm > 0 else math.inf)
+    max_norm = config.max_norm if config.max_norm > 0 else math.inf
+    learner = Learner(backend, objective, schedule, max_norm, config.aux_loss_coef)
     policy, dealer = Scorer(backend.module, world), dealer_of(config, task, world)
     if not task.reference:
         return Models(model, learner, policy, dealer, Share(dealer))

@@ -67,6 +67,7 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 flash_attn=config.flash_attn,
                 trust_remote_code=config.trust_remote_code,
                 lora=config.lora,
+                balanced=config.aux_loss_coef > 0,
             )
             tokenizer = load_tokenizer(
                 config.pretrain,

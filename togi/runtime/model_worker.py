@@ -161,7 +161,8 @@ class LearnerWorker(ModelWorker):
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
         schedule = Schedule.of(config, peak, total)
         max_norm = config.max_norm if config.max_norm > 0 else float("inf")
-        self._learner = Learner(backend, self._objective(config.init_kl_coef), schedule, max_norm)
+        balance = config.aux_loss_coef if self._model.is_mixture else 0.0  # a critic may be dense
+        self._learner = Learner(backend, self._objective(config.init_kl_coef), schedule, max_norm, balance)
         self._scorer = Scorer(backend.module, self._world)
         self._export: Iterator[Bucket] = iter(())
 
