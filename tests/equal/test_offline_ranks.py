@@ -11,7 +11,12 @@ from tests.learn_tools import run_ranks
 from tests.offline_world import DATA, make_world, train, values
 
 Runs = dict[str, list[dict[str, float]]]
-UNEQUAL = ("throughput/trained_tokens_per_second", "tokens/shared_share")
+UNEQUAL = (
+    "throughput/trained_tokens_per_second",
+    "tokens/shared_share",
+    "tokens/padding_share",
+    "tokens/rank_imbalance",
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,9 @@ def test_experts_on_two_ranks_equal_one(world: Path, two: Runs, command: str) ->
     assert one[1]["loss"] == plain[1]["loss"]  # it is no part of the reported loss, but of the gradient
     assert one[1]["grad_norm"] != pytest.approx(plain[1]["grad_norm"], rel=1e-3)
     assert "aux_loss" in one[1] and "aux_loss" not in plain[1]
+    padded = [step["tokens/padding_share"] for step in values(world / "experts" / command)[1:]]
+    assert padded[0] > 0 and padded[2] == 0  # 5 rows, then 4: two for each rank
+    assert one[1]["tokens/padding_share"] == 0 and one[1]["tokens/rank_imbalance"] == 1
 
 
 @pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("kto", "adapter_model.safetensors")])

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from togi.batch import Batch
 from togi.learn.objective import Objective, token_metrics
-from togi.learn.ragged import even_rounds, nothing, per_sequence
+from togi.learn.ragged import DUMMY_TOKENS, even_rounds, nothing, per_sequence
 from togi.learn.schedule import Schedule
 from togi.obs import names
 from togi.obs.metrics import Metric, merge, reduced
@@ -35,6 +35,16 @@ class StepOutcome(StrEnum):
     """Nothing was in the loss on any rank."""
     SKIPPED_NOT_FINITE = "skipped_not_finite"
     """The gradient norm was NaN or infinite; the weights are as before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """``padding_share``: of the positions computed on all ranks, those without a token. ``imbalance``: tokens of the
+    busiest rank / mean over ranks, at least 1.
+    """
+
+    padding_share: float
+    imbalance: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +62,7 @@ class UpdateReport:
     learning_rate: float
     grad_norm: float
     count: float
+    load: Load
     metrics: Mapping[str, float]
     logprobs: tuple[NDArray[np.float32], ...]
 
@@ -90,7 +101,7 @@ class Learner:
         assert math.isfinite(count) and count >= 0, f"a loss count of {count}"
         if count == 0:
             logger.warning("optimizer step %d skipped: no token or row is in the loss", self.steps)
-            return UpdateReport(StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, {}, ())
+            return UpdateReport(StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, Load(0.0, 1.0), {}, ())
         metrics, logprobs = self._accumulate(micro_batches, count, sequences)
         grad_norm = backend.clip(self.max_norm)
         if math.isfinite(grad_norm):
@@ -102,7 +113,15 @@ class Learner:
             logger.warning("optimizer step %d skipped: the gradient norm is %s", self.steps, grad_norm)
             outcome = StepOutcome.SKIPPED_NOT_FINITE
         values = self.objective.summary(reduced(merge(world.gather("metrics", metrics))))
-        return UpdateReport(outcome, self.steps, rate, grad_norm, count, values, logprobs)
+        return UpdateReport(outcome, self.steps, rate, grad_norm, count, self._load(micro_batches), values, logprobs)
+
+    def _load(self, micro_batches: Sequence[Batch]) -> Load:
+        """How evenly the tokens of a step lie on the ranks. A rank computes a dummy where another has a batch more."""
+        tokens, world = float(sum(batch.num_tokens for batch in micro_batches)), self.backend.world
+        highest, rounds = world.max("load", [tokens, len(micro_batches)])
+        every, batches = world.sum("load", [tokens, len(micro_batches)])
+        padding = (rounds * world.size - batches) * DUMMY_TOKENS
+        return Load(padding / (every + padding), highest * world.size / every)
 
     def _accumulate(
         self, micro_batches: Sequence[Batch], count: float, sequences: float

@@ -71,6 +71,7 @@ GROUPS_DROPPED = "groups/dropped_share"
 TOKENS_STEP = "tokens/step"
 TOKENS_SEEN = "tokens/seen"
 PADDING_SHARE = "tokens/padding_share"
+RANK_IMBALANCE = "tokens/rank_imbalance"
 SHARED_SHARE = "tokens/shared_share"
 
 STALENESS = "async/staleness"
@@ -136,7 +137,8 @@ EXPLANATIONS: dict[str, str] = {
     GROUPS_DROPPED: "Share of generated groups that filtering left out of training.",
     TOKENS_STEP: "Tokens processed by the trainer in this step.",
     TOKENS_SEEN: "Tokens processed by the trainer since the start of the run.",
-    PADDING_SHARE: "Share of computed positions that carry no token.",
+    PADDING_SHARE: "Share of computed positions that carry no token: what ranks without work compute to keep in step.",
+    RANK_IMBALANCE: "Tokens of the busiest rank / mean over ranks; 1 is even, at 2 half of the time is spent waiting.",
     SHARED_SHARE: "Share of prompt tokens that prefix sharing did not have to compute again.",
     STALENESS: "How many weight versions old the rollouts were when they were trained on, on average.",
     THROUGHPUT_GENERATE: "Tokens generated a second by all engines together.",

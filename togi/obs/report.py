@@ -77,6 +77,7 @@ CHARTS = (
             names.MISMATCH_CORRECTED_SHARE,
         ),
     ),
+    Chart("Padding and balance of ranks", "share, ratio", (names.PADDING_SHARE, names.RANK_IMBALANCE)),
     Chart("Reward spread", "reward", (names.REWARD_STD, names.REWARD_GROUP_STD)),
     Chart("Reward components", "reward", ("reward/*",)),
     Chart("Gradient norm", "", (names.GRAD_NORM, names.POLICY_GRAD_NORM, names.VALUE_GRAD_NORM), ChartKind.LOG_LINES),

@@ -104,6 +104,8 @@ class OfflineRun:
             names.TOKENS_STEP: unshared,
             names.TOKENS_SEEN: self._tokens_seen,
             names.SHARED_SHARE: 1 - tokens / unshared,
+            names.PADDING_SHARE: report.load.padding_share,
+            names.RANK_IMBALANCE: report.load.imbalance,
             names.THROUGHPUT_TRAIN: unshared / (time.perf_counter() - start),
         }
         return report
