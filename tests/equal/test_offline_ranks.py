@@ -9,6 +9,7 @@ import pytest
 from tests.equal.offline_jobs import ADAPTED, BALANCED, EXPERTS, LORA, RESUMED_AFTER, STAGE_3, run_all
 from tests.learn_tools import run_ranks
 from tests.offline_world import DATA, make_world, train, values
+from togi.obs.held_out import read_rows
 
 Runs = dict[str, list[dict[str, float]]]
 UNEQUAL = (
@@ -51,9 +52,14 @@ def assert_equal_runs(first: list[dict[str, float]], second: list[dict[str, floa
 
 
 @pytest.mark.parametrize("command", DATA)
-def test_two_ranks_equal_one(one: Runs, two: Runs, command: str) -> None:
+def test_two_ranks_equal_one(world: Path, one: Runs, two: Runs, command: str) -> None:
     """Losses, norms, accuracies and held-out metrics of every step: rows are dealt, never lost or weighted anew."""
     assert_equal_runs(one[command], two[command])
+    first, second = (read_rows(world / name / command) for name in ("one", "two"))
+    assert first.keys() == second.keys() == {0, 4}
+    for a, b in zip((*first[0], *first[4]), (*second[0], *second[4]), strict=True):
+        assert a.values == pytest.approx(b.values, rel=5e-4, abs=2e-5)
+    assert {row.texts for row in first[4]} == {row.texts for row in second[4]}
 
 
 @pytest.mark.parametrize("command", ADAPTED)

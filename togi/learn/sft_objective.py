@@ -9,8 +9,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from togi.batch import Batch
-from togi.learn.objective import Loss, Objective, token_metrics
+from togi.learn.objective import Loss, Objective, sequence_means, token_metrics
 from togi.model.outputs import Needs, Outputs
 from togi.obs import names
 
@@ -34,6 +36,9 @@ class SFTObjective(Objective):
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         total = -outputs.logprobs_K.sum()
         return Loss(total, token_metrics({names.LOSS: total}, outputs.logprobs_K.numel(), {}))
+
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return sequence_means(-outputs.logprobs_K, batch)
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
         """Adds the perplexity, exp(loss): of the mean over the step, since means of perplexities do not add up."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from togi.model.policy import ScalarModel
 from togi.obs import names
 from togi.parallel.process import World
 from togi.recipes.best_metric import offline_aim
+from togi.recipes.held_out import Judged, ends, judge, worst_and_best
 from togi.recipes.offline_data import Data, Task
 from togi.recipes.offline_journal import Journal
 from togi.recipes.offline_plan import EpochPlan
@@ -121,15 +122,22 @@ class OfflineRun:
         return [self._evaluate(examples) for examples in self.data.held_out]
 
     def _evaluate(self, examples: Examples) -> Evaluation:
-        objective, parts = self._models.learner.objective, list[Measured]()
+        objective, parts, rows = self._models.learner.objective, list[Measured](), list[Judged]()
         with self._journal.progress.phase("evaluating"):
             for samples in self._in_parts(examples):
-                batches = self._models.dealer.packs(self._models.prepare(samples, seed=self._seed(0))).batches
-                parts.append(measure(self._models.learner.backend.module, objective, self._world, batches))
+                mine = self._models.prepare(samples, seed=self._seed(0))
+                packs = self._models.dealer.packs(mine)
+                part = measure(self._models.learner.backend.module, objective, self._world, packs.batches)
+                rows += judge(mine, packs.in_order(part.judged))
+                parts.append(replace(part, judged=()))
                 self._journal.beat()
+            rows = [row for rank in self._world.gather("held-out rows", ends(rows)) for row in rank]
             loss, metrics = conclude(objective, self._world, Measured.merged(parts))
         values = {f"eval/{name}": value for name, value in metrics.items()} | {names.EVAL_LOSS: loss}
         self._values |= values
+        if self._world.is_first:
+            shown = worst_and_best(self.config, rows, examples, self.data.tokenizer)
+            self._journal.write_rows(self.step, shown)
         self._keep_if_best(values)
         if self.step == 0:
             self._journal.write(0, values, "")
