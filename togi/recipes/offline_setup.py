@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -97,6 +98,7 @@ def load_models(config: OfflineConfig, task: Task, data: Data, plan: EpochPlan, 
     """Load every model and put it on this rank's device. Random numbers start from ``--seed`` on every rank alike."""
     torch.manual_seed(config.seed)
     if config.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
     options = BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
     model = _trained(config, task, world)
