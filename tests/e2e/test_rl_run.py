@@ -77,6 +77,7 @@ def test_vllm_run_leaves_everything_behind(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     data = ["--eval_dataset", str(world / "prompts.jsonl"), "--eval_at_start", "--eval_n_samples_per_prompt", "2"]
     kl = ["--advantage_estimator", "group_norm", "--use_kl_loss", "--kl_estimator", "k3", "--init_kl_coef", "1e-3"]
+    data += ["--best_metric_key", "reward"]
     done = train(world, run, *kl, *data, "--save_steps", "2", "--save_hf_ckpt", "--enable_prefix_caching", "--bf16")
     assert "held-out reward before training" in done.stdout
     assert "togi chat --pretrain" in done.stdout
@@ -97,6 +98,10 @@ def test_vllm_run_leaves_everything_behind(world: Path, tmp_path: Path) -> None:
     assert "reward/mean" in page
     loads_in_a_plain_script(run / "model")
     loads_in_a_plain_script(run / "checkpoints" / "step_00000002" / "hf")
+    measured = {r["step"]: r["values"]["eval/reward"] for r in records if "eval/reward" in r["values"]}
+    best = json.loads((run / "checkpoints" / "best" / "best.json").read_text())
+    assert best["value"] == max(measured.values()) == measured[best["step"]]
+    loads_in_a_plain_script(run / "checkpoints" / "best")
 
 
 def loads_in_a_plain_script(model: Path) -> None:
@@ -277,6 +282,18 @@ def test_a_killed_run_goes_on_and_trains_every_prompt_once(world: Path, tmp_path
     for path in sorted((run / "rollouts").glob("step_*.parquet")):
         trained += sorted(set(pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist()))
     assert sorted(trained) == sorted(f"0:{row}" for row in range(10))
+
+
+def test_actor_and_critic_that_are_mixtures_balance_their_experts(world: Path, tmp_path: Path) -> None:
+    """A large weight brings the loss of both down."""
+    save_tiny_model(tmp_path / "experts", arch="qwen3_moe", seed=2)
+    run, rates = tmp_path / "run", ["--critic_learning_rate", "1e-3", "--lr_scheduler", "constant"]
+    flags = ["--pretrain", str(tmp_path / "experts"), "--aux_loss_coef", "20", "--advantage_estimator", "gae", *rates]
+    train(world, run, *flags, *HF, "--init_kl_coef", "0", "--train_batch_size", "4", "--num_episodes", "3")
+    values = [record["values"] for record in metrics(run)]
+    assert len(values) == 9
+    for name in ("aux_loss", "value/aux_loss"):
+        assert min(step[name] for step in values[-3:]) < values[0][name] - 0.02 < 3, name
 
 
 def test_resuming_equals_an_uninterrupted_run(world: Path, tmp_path: Path) -> None:

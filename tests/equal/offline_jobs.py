@@ -15,13 +15,20 @@ RESUMED_AFTER = 6
 LORA = ("--lora_rank", "4", "--target_modules", "q_proj", "v_proj", "down_proj")
 # command -> ZeRO stage
 ADAPTED = {"dpo": "2", "rm": "3"}
+# Mixtures of experts with a load-balancing loss; 5 rows a step, one at a time: ranks have 3 and 2, one runs a dummy.
+EXPERTS = {
+    "sft": ("mixtral", "--zero_stage", "2"),
+    "rm": ("qwen3_moe", "--zero_stage", "3", "--gradient_checkpointing"),
+    "dpo": ("qwen3_moe", "--zero_stage", "3"),
+}
+BALANCED = ("--aux_loss_coef", "0.5", "--train_batch_size", "5")
 
 
 def run_all(world: World, folder: Path) -> None:
     """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
 
-    ``lora`` trains adapters. ``whole`` and ``part`` are one run, the second resumed from the first one's checkpoint in the
-    middle of an epoch.
+    ``lora`` trains adapters, ``experts`` mixtures of experts. ``whole`` and ``part`` are one run, the second resumed from
+    the first one's checkpoint in the middle of an epoch.
     """
     for command in CONFIGS:
         run_one(world, folder, command, "two")
@@ -29,6 +36,9 @@ def run_all(world: World, folder: Path) -> None:
         run_one(world, folder, command, "three", "--zero_stage", "3")
     for command, stage in ADAPTED.items():
         run_one(world, folder, command, "lora", *LORA, "--zero_stage", stage)
+    for command, (model, *more) in EXPERTS.items():
+        split = (*BALANCED, "--pretrain", str(folder / model), "--no_packing_samples")
+        run_one(world, folder, command, "experts", *split, *more)
     epochs = ("--max_epochs", "2", "--lr_scheduler", "linear", "--save_steps", "1")
     for command, more in (("dpo", ()), ("kto", (*LORA, "--lora_dropout", "0.2"))):
         run_one(world, folder, command, "whole", *epochs, *more)

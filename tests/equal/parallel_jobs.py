@@ -54,7 +54,8 @@ def train(model: Learner, steps: range) -> list[UpdateReport]:
 
 def record(reports: list[UpdateReport], final: dict[str, Tensor]) -> dict[str, object]:
     metrics = [{**report.metrics, "grad_norm": report.grad_norm, "count": report.count} for report in reports]
-    return {"metrics": metrics, "weights": final}
+    loads = [(report.load.padding_share, report.load.imbalance) for report in reports]
+    return {"metrics": metrics, "weights": final, "loads": loads}
 
 
 def stages(world: World, folder: Path) -> None:

@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.equal.offline_jobs import ADAPTED, LORA, RESUMED_AFTER, STAGE_3, run_all
+from tests.equal.offline_jobs import ADAPTED, BALANCED, EXPERTS, LORA, RESUMED_AFTER, STAGE_3, run_all
 from tests.learn_tools import run_ranks
 from tests.offline_world import DATA, make_world, train, values
+from togi.obs.held_out import read_rows
 
 Runs = dict[str, list[dict[str, float]]]
-UNEQUAL = ("throughput/trained_tokens_per_second", "tokens/shared_share")
+UNEQUAL = (
+    "throughput/trained_tokens_per_second",
+    "tokens/shared_share",
+    "tokens/padding_share",
+    "tokens/rank_imbalance",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +43,8 @@ def test_sharded_weights_equal_one(world: Path, one: Runs, two: Runs, command: s
     assert_equal_runs(one[command], values(world / "three" / command))
 
 
-def assert_equal_runs(first: list[dict[str, float]], second: list[dict[str, float]]) -> None:
-    assert len(first) == len(second) == 5
+def assert_equal_runs(first: list[dict[str, float]], second: list[dict[str, float]], steps: int = 4) -> None:
+    assert len(first) == len(second) == 1 + steps
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - set(UNEQUAL):
@@ -46,9 +52,14 @@ def assert_equal_runs(first: list[dict[str, float]], second: list[dict[str, floa
 
 
 @pytest.mark.parametrize("command", DATA)
-def test_two_ranks_equal_one(one: Runs, two: Runs, command: str) -> None:
+def test_two_ranks_equal_one(world: Path, one: Runs, two: Runs, command: str) -> None:
     """Losses, norms, accuracies and held-out metrics of every step: rows are dealt, never lost or weighted anew."""
     assert_equal_runs(one[command], two[command])
+    first, second = (read_rows(world / name / command) for name in ("one", "two"))
+    assert first.keys() == second.keys() == {0, 4}
+    for a, b in zip((*first[0], *first[4]), (*second[0], *second[4]), strict=True):
+        assert a.values == pytest.approx(b.values, rel=5e-4, abs=2e-5)
+    assert {row.texts for row in first[4]} == {row.texts for row in second[4]}
 
 
 @pytest.mark.parametrize("command", ADAPTED)
@@ -56,6 +67,21 @@ def test_adapters_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -
     """The frozen base is sharded too; DPO's reference is the base inside, a reward model's head is trained whole."""
     one = train(world, command, world / "one_lora" / command, *LORA)
     assert_equal_runs(one, values(world / "lora" / command))
+
+
+@pytest.mark.parametrize("command", EXPERTS)
+def test_experts_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -> None:
+    """With a load-balancing loss: rows one at a time on two ranks against everything in one pack."""
+    model = str(world / EXPERTS[command][0])
+    one = train(world, command, world / "one_experts" / command, *BALANCED, "--pretrain", model)
+    plain = train(world, command, world / "unbalanced" / command, *BALANCED[2:], "--pretrain", model)
+    assert_equal_runs(one, values(world / "experts" / command), steps=3)
+    assert one[1]["loss"] == plain[1]["loss"]  # it is no part of the reported loss, but of the gradient
+    assert one[1]["grad_norm"] != pytest.approx(plain[1]["grad_norm"], rel=1e-3)
+    assert "aux_loss" in one[1] and "aux_loss" not in plain[1]
+    padded = [step["tokens/padding_share"] for step in values(world / "experts" / command)[1:]]
+    assert padded[0] > 0 and padded[2] == 0  # 5 rows, then 4: two for each rank
+    assert one[1]["tokens/padding_share"] == 0 and one[1]["tokens/rank_imbalance"] == 1
 
 
 @pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("kto", "adapter_model.safetensors")])

@@ -51,6 +51,17 @@ def test_two_ragged_ranks_equal_one_process(pair: Path, alone: dict[str, object]
         assert_same(torch.load(pair / f"stage{stage}_rank{rank}.pt"), alone)
 
 
+def test_what_ranks_compute_to_keep_in_step_is_counted(pair: Path, alone: dict[str, object]) -> None:
+    """By hand from the plan of the ranks' batches; a dummy has two positions."""
+    assert alone["loads"] == [(0.0, 1.0)] * jobs.STEPS
+    for step, (padding, imbalance) in enumerate(torch.load(pair / "stage2_rank1.pt")["loads"]):
+        lengths = [len(sample.tokens) for sample in rollouts(6, seed=step)]
+        first = sum(jobs.PLANS[2][step][0])  # the first rank's samples
+        dummies = [2, 1, 2, 2, 0][step]  # [3, 1], [1, 0], [0, 2], [2, 4] and [1, 1] batches
+        assert padding == pytest.approx(2 * dummies / (sum(lengths) + 2 * dummies))
+        assert imbalance == pytest.approx(max(sum(lengths[:first]), sum(lengths[first:])) / (sum(lengths) / 2))
+
+
 def test_four_ragged_ranks_equal_one_process(tmp_path: Path, alone: dict[str, object]) -> None:
     run_ranks(jobs.four, 4, tmp_path)
     for rank in range(4):

@@ -143,7 +143,7 @@ def test_contradictions_name_both_flags(command: str, flags: str, named: tuple[s
         ("sft", "--lora_rank -1", "--lora_rank -1: must be at least 0"),
         ("kd", "--kd_coef 1.5", "--kd_coef 1.5: must be at most 1"),
         ("sft", "--overlong cut", "--overlong cut: must be drop, truncate or error"),
-        ("prm", "--lr_scheduler polynomial", "--lr_scheduler polynomial: must be"),
+        ("prm", "--lr_scheduler quadratic", "--lr_scheduler quadratic: must be"),
     ],
 )
 def test_values_that_cannot_be(command: str, flags: str, sentence: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from togi.config.choices import AdvantageEstimator, BackendName, EngineName, KLEstimator
+from togi.config.choices import AdvantageEstimator, BackendName, EngineName, KLEstimator, Scheduler
 from togi.config.rl import RLConfig
-from togi.config.shared import ALL_LINEAR, ModelSettings, OutputSettings, TrainSettings
+from togi.config.shared import ALL_LINEAR, MIXTURES, NO_METRIC, ModelSettings, OutputSettings, TrainSettings
 from togi.errors import ConfigError
 
 Check = Callable[[RLConfig], Iterator[str]]
@@ -177,17 +177,31 @@ def _placement(c: RLConfig) -> Iterator[str]:
 
 
 def _output(c: RLConfig) -> Iterator[str]:
-    yield from output_problems(c)
+    yield from output_problems(c, evaluates=c.eval_dataset is not None)
     if c.eval_steps == 0:
         yield "--eval_steps must be positive, or -1."
     if c.max_steps == 0:
         yield "--max_steps 0 would train nothing: give a positive number, or -1 for all episodes."
 
 
+def check_mixture(path: str, kind: str) -> None:
+    """Raise ConfigError for a model (of type ``kind``) that has no router to balance."""
+    if kind not in MIXTURES:
+        raise ConfigError(
+            f"--aux_loss_coef balances the experts of a mixture ({', '.join(MIXTURES)}), but --pretrain {path} is a {kind} model: "
+            "leave it out."
+        )
+
+
 def model_problems(c: ModelSettings) -> Iterator[str]:
     """What is wrong with the model flags of any command."""
     if c.gradient_checkpointing_use_reentrant and not c.gradient_checkpointing:
         yield "--gradient_checkpointing_use_reentrant needs --gradient_checkpointing: add it or leave the first out."
+    if c.gradient_checkpointing_use_reentrant and c.aux_loss_coef > 0:
+        yield (
+            "--aux_loss_coef with --gradient_checkpointing_use_reentrant would have no gradient, since that kind hides the "
+            "router from it: leave the second out."
+        )
     if c.load_in_4bit and c.lora_rank == 0:
         yield "--load_in_4bit freezes the weights and trains an adapter: add --lora_rank, or leave --load_in_4bit out."
     if c.lora_rank == 0 and (c.lora_dropout > 0 or c.target_modules != (ALL_LINEAR,)):
@@ -209,10 +223,38 @@ def train_problems(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
         )
     if not all(0 <= beta < 1 for beta in c.adam_betas):
         yield f"--adam_betas {c.adam_betas[0]:g} {c.adam_betas[1]:g} must both be at least 0 and below 1."
+    yield from _schedule_problems(c)
 
 
-def output_problems(c: OutputSettings) -> Iterator[str]:
-    """What is wrong with the output flags of any command."""
+def _schedule_problems(c: TrainSettings) -> Iterator[str]:
+    kind, defaults = c.lr_scheduler, type(c).model_fields
+    if kind.follows_a_loss:
+        yield (
+            f"--lr_scheduler {kind} follows a measured loss, and every schedule here is a function of the step alone, so that "
+            "a resumed run has the same rates: use cosine_with_min_lr, or warmup_stable_decay for a long constant part."
+        )
+    used = {
+        "min_lr_ratio": kind.has_floor,
+        "lr_num_cycles": kind.has_waves,
+        "lr_power": kind is Scheduler.POLYNOMIAL,
+        "lr_decay_ratio": kind is Scheduler.WARMUP_STABLE_DECAY,
+    }
+    for name, value in c.model_dump(include=set(used)).items():
+        if not used[name] and value != defaults[name].default:
+            yield f"--{name} {value:g} has no effect with --lr_scheduler {kind}: leave it out, or choose another schedule."
+    if kind is Scheduler.WARMUP_STABLE_DECAY and c.lr_warmup_ratio + c.lr_decay_ratio > 1:
+        yield (
+            f"--lr_warmup_ratio {c.lr_warmup_ratio:g} and --lr_decay_ratio {c.lr_decay_ratio:g} are more than the whole run: "
+            "lower one of them."
+        )
+
+
+def output_problems(c: OutputSettings, *, evaluates: bool) -> Iterator[str]:
+    """What is wrong with the output flags of any command. ``evaluates``: there is a held-out set."""
+    if c.best_metric_key != NO_METRIC and not evaluates:
+        yield f"--best_metric_key {c.best_metric_key} is measured on held-out data: add --eval_dataset, or leave it out."
+    if c.best_metric_key == NO_METRIC and c.best_metric_mode != "auto":
+        yield f"--best_metric_mode {c.best_metric_mode} says which values are good, but of no metric: add --best_metric_key."
     if c.save_hf_ckpt and c.save_steps <= 0:
         yield "--save_hf_ckpt writes with each checkpoint: set --save_steps to a positive number."
     if c.disable_ds_ckpt and not c.save_hf_ckpt:

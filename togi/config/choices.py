@@ -51,10 +51,37 @@ class Scheduler(StrEnum):
     """Learning-rate schedules by their Transformers names."""
 
     COSINE_WITH_MIN_LR = "cosine_with_min_lr"
+    COSINE_WARMUP_WITH_MIN_LR = "cosine_warmup_with_min_lr"
     COSINE = "cosine"
+    COSINE_WITH_RESTARTS = "cosine_with_restarts"
     LINEAR = "linear"
+    POLYNOMIAL = "polynomial"
+    INVERSE_SQRT = "inverse_sqrt"
+    WARMUP_STABLE_DECAY = "warmup_stable_decay"
     CONSTANT = "constant"
     CONSTANT_WITH_WARMUP = "constant_with_warmup"
+    REDUCE_LR_ON_PLATEAU = "reduce_lr_on_plateau"
+    GREEDY = "greedy"
+
+    @property
+    def follows_a_loss(self) -> bool:
+        """Whether the rate depends on measured losses, not on the step alone. Refused."""
+        return self in (Scheduler.REDUCE_LR_ON_PLATEAU, Scheduler.GREEDY)
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether it ends at ``--min_lr_ratio`` times the peak."""
+        return self in (
+            Scheduler.COSINE_WITH_MIN_LR,
+            Scheduler.COSINE_WARMUP_WITH_MIN_LR,
+            Scheduler.POLYNOMIAL,
+            Scheduler.WARMUP_STABLE_DECAY,
+        )
+
+    @property
+    def has_waves(self) -> bool:
+        """Whether it is made of cosines, ``--lr_num_cycles`` of them."""
+        return self.value.startswith("cosine") or self is Scheduler.WARMUP_STABLE_DECAY
 
 
 class Overlong(StrEnum):

@@ -154,6 +154,6 @@ def _prm(c: PRMConfig) -> Iterator[str]:
 
 
 def _output(c: OfflineConfig) -> Iterator[str]:
-    yield from output_problems(c)
+    yield from output_problems(c, evaluates=c.eval_dataset is not None)
     if c.eval_steps == 0:
         yield "--eval_steps must be positive, or -1."

@@ -7,15 +7,15 @@ Not here: rows that the student generates itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from togi.batch import Batch
 from togi.config.choices import Divergence
 from togi.errors import ConfigError
-from togi.learn.objective import Loss, Objective, token_metrics
+from togi.learn.objective import Loss, Objective, sequence_means, token_metrics
 from togi.model.outputs import Needs, Outputs
 from togi.model.policy import PolicyModel
 from togi.obs import names
@@ -51,11 +51,17 @@ class DistillationObjective(Objective):
     def count(self, batch: Batch) -> float:
         return float(batch.targets_K.numel())
 
-    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+    def forward(self, model: nn.Module, batch: Batch, *, balance: bool = False) -> Outputs:
         with torch.no_grad():
             states_KJ = self.teacher(batch, Needs(states=True)).states_KH
-        outputs: Outputs = model(batch, self.needs, teacher=self.teacher.logits_of(states_KJ, self.kind))
+        outputs: Outputs = model(
+            batch, replace(self.needs, balance=balance), teacher=self.teacher.logits_of(states_KJ, self.kind)
+        )
         return outputs
+
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        loss_K = self.kd_coef * outputs.divergence_K - (1 - self.kd_coef) * outputs.logprobs_K
+        return sequence_means(loss_K, batch)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         entropy, divergence = -outputs.logprobs_K.sum(), outputs.divergence_K.sum()

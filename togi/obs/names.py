@@ -55,6 +55,7 @@ VALUE_MEAN = "value/mean"
 VALUE_CLIP_FRACTION = "value/clip_fraction"
 VALUE_GRAD_NORM = "value/grad_norm"
 VALUE_LR = "value/lr"
+VALUE_AUX_LOSS = "value/aux_loss"
 
 MISMATCH_MEAN_ABS = "mismatch/mean_abs"
 MISMATCH_MEAN_RATIO = "mismatch/mean_ratio"
@@ -70,6 +71,7 @@ GROUPS_DROPPED = "groups/dropped_share"
 TOKENS_STEP = "tokens/step"
 TOKENS_SEEN = "tokens/seen"
 PADDING_SHARE = "tokens/padding_share"
+RANK_IMBALANCE = "tokens/rank_imbalance"
 SHARED_SHARE = "tokens/shared_share"
 
 STALENESS = "async/staleness"
@@ -112,7 +114,7 @@ EXPLANATIONS: dict[str, str] = {
     ACCURACY: "Share of rows or tokens that are ranked or predicted correctly.",
     GRAD_NORM: "Norm of the gradient before clipping.",
     LEARNING_RATE: "Learning rate of the step.",
-    AUX_LOSS: "Load-balancing loss of a mixture of experts, before its coefficient.",
+    AUX_LOSS: "Load-balancing loss of a mixture of experts, before its coefficient; at best the experts used by a token.",
     POLICY_LOSS: "Policy objective; starts each step near 0 by construction, so watch the reward instead.",
     POLICY_CLIP_FRACTION: "Share of tokens whose probability ratio was clipped; above 0.3 the updates are too large.",
     POLICY_PPO_KL: "KL between the policy before and during the step's updates, in nats a token.",
@@ -123,6 +125,7 @@ EXPLANATIONS: dict[str, str] = {
     VALUE_CLIP_FRACTION: "Share of tokens whose value update was clipped.",
     VALUE_GRAD_NORM: "Norm of the critic's gradient before clipping.",
     VALUE_LR: "Learning rate of the critic.",
+    VALUE_AUX_LOSS: "Load-balancing loss of the critic, if it is a mixture of experts.",
     MISMATCH_MEAN_ABS: "Mean absolute difference of the engine's and the trainer's log-prob of a token, in nats.",
     MISMATCH_MEAN_RATIO: "Mean of trainer probability / engine probability, before any correction; 1 is perfect.",
     MISMATCH_P99_RATIO: "99th percentile of trainer / engine probability, before any correction; 1 is perfect.",
@@ -134,7 +137,8 @@ EXPLANATIONS: dict[str, str] = {
     GROUPS_DROPPED: "Share of generated groups that filtering left out of training.",
     TOKENS_STEP: "Tokens processed by the trainer in this step.",
     TOKENS_SEEN: "Tokens processed by the trainer since the start of the run.",
-    PADDING_SHARE: "Share of computed positions that carry no token.",
+    PADDING_SHARE: "Share of computed positions that carry no token: what ranks without work compute to keep in step.",
+    RANK_IMBALANCE: "Tokens of the busiest rank / mean over ranks; 1 is even, at 2 half of the time is spent waiting.",
     SHARED_SHARE: "Share of prompt tokens that prefix sharing did not have to compute again.",
     STALENESS: "How many weight versions old the rollouts were when they were trained on, on average.",
     THROUGHPUT_GENERATE: "Tokens generated a second by all engines together.",

@@ -85,6 +85,7 @@ def load_data(config: OfflineConfig, task: Task, world: World, progress: Progres
             flash_attn=uses_flash(config, world),
             trust_remote_code=config.trust_remote_code,
             lora=config.lora,
+            balanced=config.aux_loss_coef > 0,
         )
         tokenizer = load_tokenizer(
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code

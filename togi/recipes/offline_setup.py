@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -97,15 +98,17 @@ def load_models(config: OfflineConfig, task: Task, data: Data, plan: EpochPlan, 
     """Load every model and put it on this rank's device. Random numbers start from ``--seed`` on every rank alike."""
     torch.manual_seed(config.seed)
     if config.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
     options = BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
     model = _trained(config, task, world)
     vocabulary = model.vocabulary if isinstance(model, PolicyModel) else 0
     backend = trainable(model, world, options)
-    schedule = Schedule.with_warmup_ratio(config.lr_scheduler, config.learning_rate, plan.steps, config.lr_warmup_ratio)
+    schedule = Schedule.of(config, config.learning_rate, plan.steps)
     teachers = [_frozen(config, path, world, replace(options, zero_stage=0)) for path in (task.teacher,) if path]
     objective = _objective(config, data, teachers, vocabulary)
-    learner = Learner(backend, objective, schedule, config.max_norm if config.max_norm > 0 else math.inf)
+    max_norm = config.max_norm if config.max_norm > 0 else math.inf
+    learner = Learner(backend, objective, schedule, max_norm, config.aux_loss_coef)
     policy, dealer = Scorer(backend.module, world), dealer_of(config, task, world)
     if not task.reference:
         return Models(model, learner, policy, dealer, Share(dealer))

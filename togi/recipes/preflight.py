@@ -13,18 +13,20 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from togi.config.checks import check_rl
+from togi.config.checks import check_mixture, check_rl
 from togi.config.choices import EngineName
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
-from togi.config.shared import ADAPTER_CONFIG, OutputSettings
+from togi.config.shared import ADAPTER_CONFIG, ModelSettings, OutputSettings
 from togi.data.items import listed, parse_items
 from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError
 from togi.obs.sinks import TrackerOptions, check_trackers
 from togi.plan.machine import Machine, joins_cluster
 from togi.plan.placement import check_fits, plan_groups, resolve
+from togi.recipes.best_metric import check_rl_metric
 
 FUNCTION = "reward_func"
 DEFAULT_PARENT = "runs"
@@ -38,6 +40,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     ``reward_given``: the reward is a Python function passed in code.
     """
     check_rl(parsed.config, reward_given=reward_given)
+    check_rl_metric(parsed.config)
     parsed = resolve(parsed, machine)
     config = parsed.config
     groups = plan_groups(config)
@@ -52,6 +55,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
         if path is not None:
             check_model(flag, path)
     check_context(config)
+    check_experts(config)
     check_prompts(config)
     if config.reward_file is not None:
         check_reward_file(Path(config.reward_file))
@@ -137,17 +141,29 @@ def check_context(config: RLConfig) -> None:
 
 def max_positions(path: str) -> int | None:
     """The longest sequence that a model folder's config.json allows; None where nothing there limits it."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        return None
-    try:
-        settings = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"--pretrain: {file} cannot be read ({error}): give a complete model folder.") from None
+    settings = model_settings(path)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     positions = settings.get("max_position_embeddings")
     is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
     return positions if is_plain and isinstance(positions, int) else None
+
+
+def check_experts(config: ModelSettings) -> None:
+    """``--aux_loss_coef`` needs a mixture of experts. Of a hub name, ``check_causal_lm`` finds out."""
+    settings = model_settings(config.pretrain)
+    if config.aux_loss_coef > 0 and settings:
+        check_mixture(config.pretrain, str(settings.get("model_type")))
+
+
+def model_settings(path: str) -> dict[str, Any]:
+    """What a model folder's config.json says; empty where ``path`` is no such folder."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"--pretrain: {file} cannot be read ({error}): give a complete model folder.") from None
 
 
 def check_reward_file(path: Path) -> None:

@@ -19,7 +19,7 @@ from togi.plan.machine import this_machine
 from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
 from togi.recipes.rl_run import Run
-from togi.recipes.rl_setup import Material, connect_reward, find_checkpoint, open_run, prepare
+from togi.recipes.rl_setup import Material, best_aim, connect_reward, find_checkpoint, open_run, prepare
 from togi.runtime.session import Session
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ async def _run(
     material = await prepare(config, reward, progress)
     try:
         plan = StepPlan.of(config, len(material.prompts))
+        best_aim(config, material)
         announce(plan.describe(config))
         checkpoint = find_checkpoint(config, material, progress)
         directory = open_run(parsed, argv, material)

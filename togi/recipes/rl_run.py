@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ import numpy as np
 
 from togi.algo.kl import kl_controller
 from togi.config.rl import RLConfig
+from togi.learn.best import Best, BestStore, better
 from togi.learn.checkpoint import Checkpoint
 from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS
 from togi.model.checkpoint import written_aside
@@ -29,7 +30,7 @@ from togi.obs.stall import Watchdog
 from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
 from togi.recipes.preflight import trackers
-from togi.recipes.rl_setup import Material, checkpoint_store, plain
+from togi.recipes.rl_setup import Material, best_aim, checkpoint_store, plain
 from togi.reward.source import Reward
 from togi.runtime import measure
 from togi.runtime.experience import ScoredGroup, Trainable, to_sample, trainable, with_advantages, with_streams
@@ -70,6 +71,8 @@ class Run:
         self._tokens_seen = 0
         self._report_due = 0.0
         self._store = checkpoint_store(config)
+        self._aim, self._bests = best_aim(config, material), BestStore(Path(config.ckpt_path))
+        self._best: Best | None = None
         generate = session.engines.generate
         seed = config.seed if config.full_determinism else None
         self._feed = RolloutFeed(material.environment(config, config.temperature), generate, reward, seed)
@@ -92,6 +95,8 @@ class Run:
             self.step = found.step
             self._kl = self._kl.restored(found.state["kl"])
             self._tokens_seen = found.state["tokens_seen"]
+            if self._aim is not None:
+                self._best = self._bests.resumed(self._aim, found.state.get("best"))
         if self.config.load_checkpoint:
             # Without a checkpoint nothing of an earlier attempt counts, not even its evaluation before training.
             self._directory.truncate_after(self.step if found is not None else -1)
@@ -180,11 +185,24 @@ class Run:
             groups = await self._eval_feed.run(self._material.held_out, count, f"eval{self.step}")
         self._directory.rollouts.write(self.step, Split.EVAL, measure.rows(self.step, Split.EVAL, groups))
         metrics = measure.eval_metrics(groups, count)
+        await self._keep_if_best(metrics)
         if self.step == 0:
             self._recorder.write(StepRecord(0, metrics, self._progress.take_seconds()))
         else:
             self._values |= metrics
         return metrics[names.EVAL_REWARD], metrics[names.EVAL_REWARD_STDERR]
+
+    async def _keep_if_best(self, values: Mapping[str, float]) -> None:
+        """Write the actor beside the checkpoints if no evaluation before was as good."""
+        aim = self._aim
+        if aim is None or not better(aim, values[aim.metric], self._best):
+            return
+        self._best = Best(aim, values[aim.metric], self.step)
+        with self._progress.phase("writing the best model"), self._bests.write(self._best) as folder:
+            await self.session.save_model(Role.ACTOR, folder)
+        logger.info(
+            "best so far: %s %.5g at step %d, in %s", aim.metric, self._best.value, self.step, self._bests.folder
+        )
 
     async def log(
         self,
@@ -226,6 +244,7 @@ class Run:
             "loader": self._material.loader.state().to_json(),
             "kl": self._kl.state,
             "tokens_seen": self._tokens_seen,
+            "best": self._best.to_json() if self._best is not None else None,
         }
         with self._progress.phase("writing a checkpoint"):
             size = await self.session.checkpoint_bytes() if resumable else 0

@@ -16,11 +16,13 @@ from togi.data.chat import decode, load_tokenizer, stop_token_ids
 from togi.data.loader import LoaderState, PromptLoader
 from togi.data.prompts import PromptSet, PromptSpec, load_prompts
 from togi.errors import CheckpointError
+from togi.learn.best import Aim
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.model.loading import check_causal_lm
 from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.plan.placement import Role
+from togi.recipes.best_metric import rl_aim
 from togi.reward.combine import SumReward
 from togi.reward.function import FunctionReward
 from togi.reward.local_model import LocalModelReward, Standardization
@@ -65,6 +67,7 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 flash_attn=config.flash_attn,
                 trust_remote_code=config.trust_remote_code,
                 lora=config.lora,
+                balanced=config.aux_loss_coef > 0,
             )
             tokenizer = load_tokenizer(
                 config.pretrain,
@@ -153,6 +156,11 @@ def open_run(parsed: Parsed[RLConfig], argv: Sequence[str], material: Material) 
 def checkpoint_store(config: RLConfig) -> CheckpointStore:
     """The checkpoints of this run."""
     return CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
+
+
+def best_aim(config: RLConfig, material: Material) -> Aim | None:
+    """What the best model is the best in; None where none is kept. Raises ConfigError for a metric that is not measured."""
+    return rl_aim(config, sorted({prompt.datasource for prompt in material.held_out}))
 
 
 def find_checkpoint(config: RLConfig, material: Material, progress: Progress) -> Checkpoint | None:

@@ -159,9 +159,10 @@ class LearnerWorker(ModelWorker):
         self._model = self._load(role, torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32)
         backend = trainable(self._model, self._world, self._options())
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
-        schedule = Schedule.with_warmup_ratio(config.lr_scheduler, peak, total, config.lr_warmup_ratio)
+        schedule = Schedule.of(config, peak, total)
         max_norm = config.max_norm if config.max_norm > 0 else float("inf")
-        self._learner = Learner(backend, self._objective(config.init_kl_coef), schedule, max_norm)
+        balance = config.aux_loss_coef if self._model.is_mixture else 0.0  # a critic may be dense
+        self._learner = Learner(backend, self._objective(config.init_kl_coef), schedule, max_norm, balance)
         self._scorer = Scorer(backend.module, self._world)
         self._export: Iterator[Bucket] = iter(())
 

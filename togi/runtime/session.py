@@ -211,6 +211,11 @@ def update_metrics(role: Role, reports: Sequence[UpdateReport]) -> dict[str, flo
     )
     keys = {key for report in reports for key in report.metrics}
     means = {key: float(np.mean([report.metrics[key] for report in reports if key in report.metrics])) for key in keys}
+    if role is Role.CRITIC and names.AUX_LOSS in means:
+        means[names.VALUE_AUX_LOSS] = means.pop(names.AUX_LOSS)
     means[grad_norm] = float(np.mean([report.grad_norm for report in reports]))
     means[rate] = reports[-1].learning_rate
+    if role is Role.ACTOR:
+        means[names.PADDING_SHARE] = float(np.mean([report.load.padding_share for report in reports]))
+        means[names.RANK_IMBALANCE] = float(np.mean([report.load.imbalance for report in reports]))
     return means
