@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Entry:
                 continue
         return None
 
-    def write(self, part: range, outcomes: Iterable[Outcome]) -> None:
+    def write(self, part: range, outcomes: Sequence[Outcome]) -> None:
         """Keep what became of these rows. Raises DataError where nothing can be written."""
         aside = self.folder / f"{_name(part)}.{os.getpid()}{ASIDE}"
         try:
@@ -71,7 +71,8 @@ class Entry:
                 "TOGI_CACHE to another folder."
             ) from None
         finally:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
 
 
 def remove_oldest(*, keep: Path) -> None:

@@ -30,7 +30,7 @@ from togi.data.tables import (
     line_place,
 )
 
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 NEWLINE = ord("\n")
 SPACE = tuple(b" \t\r\n\v\f")
 
@@ -132,7 +132,7 @@ def _scan(path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
         file.seek(size)
         while block := file.read(BLOCK):
             bytes_B = np.frombuffer(block, dtype=np.uint8)
-            first = np.flatnonzero(np.append(last, bytes_B[:-1]) == NEWLINE)
+            first = np.flatnonzero(np.append(np.uint8(last), bytes_B[:-1]) == NEWLINE)
             starts.append(first + size)
             spaced.append(np.isin(bytes_B[first], SPACE))
             size, last = size + len(block), int(bytes_B[-1])

@@ -40,7 +40,7 @@ class Job:
 
     def make(self, part: range) -> None:
         """Tokenise these rows and keep them."""
-        self.entry.write(part, encode_rows(self.rows, part, self.reader, self.tokenizer))
+        self.entry.write(part, list(encode_rows(self.rows, part, self.reader, self.tokenizer)))
 
 
 def encoded(

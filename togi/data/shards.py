@@ -39,9 +39,8 @@ class ShardFault:
     text: str
 
 
-def write_shard(path: Path, outcomes: Iterable[Outcome]) -> None:
+def write_shard(path: Path, rows: Sequence[Outcome]) -> None:
     """The first SHOWN_FAULTS faults are kept in words, all of them by reason. Sequences must have the same values."""
-    rows = list(outcomes)
     coded = [sequence for outcome in rows for sequence in outcome.coded]
     names = sorted(coded[0].values) if coded else []
     assert all(sorted(sequence.values) == names for sequence in coded), "sequences with different values"
@@ -62,8 +61,9 @@ def write_shard(path: Path, outcomes: Iterable[Outcome]) -> None:
         "labels_R": np.array([label for sequence in coded for label in sequence.labels], dtype=np.float64),
         "values_S": np.array(values, dtype=np.float64).reshape(len(coded), len(names)),
     }
-    words = {"values": json.dumps(names), "faults": json.dumps(faults[:SHOWN_FAULTS])}
-    save_file(arrays, path, metadata=words)
+    # one entry only: safetensors writes several in any order, and equal shards are to be equal files
+    words = {"names": names, "faults": faults[:SHOWN_FAULTS]}
+    save_file(arrays, path, metadata={"words": json.dumps(words)})
 
 
 class Shard:
@@ -74,10 +74,10 @@ class Shard:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + size)
-        words = header.pop("__metadata__")
+        words = json.loads(header.pop("__metadata__")["words"])
         self._arrays: dict[str, NDArray[Any]] = {name: _array(data, **place) for name, place in header.items()}
-        self._names: list[str] = json.loads(words["values"])
-        self.faults = [ShardFault(row, text) for row, text in json.loads(words["faults"])]
+        self._names: list[str] = words["names"]
+        self.faults = [ShardFault(row, text) for row, text in words["faults"]]
         self.drops_N, self.cut_N = self._arrays["drops_N"].copy(), self._arrays["cut_N"].copy()
         self.lengths_L = self._arrays["lengths_L"].copy()
         self._sequence_ends = np.cumsum(self._arrays["widths_N"], dtype=np.int64)
