@@ -176,7 +176,7 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path, monkeypatch: pytest.
     sound = "--input_key question --output_key answer --max_len 256"
     check("sft", sound)
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(DataError, match=r"--dataset: Row 0 of rows.jsonl has no field 'input'.*--input_key"):
+    with pytest.raises(DataError, match=r"--dataset: Line 1 of rows.jsonl has no field 'input'.*--input_key"):
         check("sft", "--output_key answer --max_len 256")
     with pytest.raises(ConfigError, match="--max_len 2048 is more than the 256 positions of model"):
         check("sft", "--input_key question --output_key answer")

@@ -6,7 +6,7 @@ One class a command. ``OfflineConfig`` is what all of them have and what the one
 from __future__ import annotations
 
 from togi.config.choices import Divergence, Overlong, RewardLoss
-from togi.config.fields import Count, Int, PathText, Settings, flag, later
+from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, later
 from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
 
 PLAIN_TEMPLATE = "User: {}\nAssistant: "
@@ -24,6 +24,15 @@ class DatasetSettings(Settings):
     max_len: Count = flag(2048, "At most this many tokens per sequence, prompt and response together.")
     overlong: Overlong = flag(
         Overlong.DROP, "What becomes of longer rows: left out and counted, cut (without an end token), or an error."
+    )
+    max_bad_rows: float = flag(
+        0.05,
+        "Stop before training if a larger share of the rows is faulty; 0 stops at any. They are left out.",
+        ge=0,
+        le=1,
+    )
+    dataset_num_proc: CountOrAuto = flag(
+        "auto", "Processes that tokenise the rows; auto: one per core for large sets, else this one."
     )
 
 

@@ -78,7 +78,9 @@ class Data:
 
 
 def load_data(config: OfflineConfig, task: Task, world: World, progress: Progress) -> Data:
-    """The tokenizer and all rows. The first rank reads first: a mistake in a row is told once, and caches are warm."""
+    """The tokenizer and all rows. The first rank reads first: a mistake in a row is told once, and the others find its
+    tokenised rows in the cache (on other machines too, where they share the folder).
+    """
     with progress.phase("reading data", expected_seconds=8):
         check_causal_lm(
             config.pretrain,
@@ -124,13 +126,8 @@ def check_plan(config: OfflineConfig, plan: EpochPlan, data: Data) -> None:
 
 def _two_prompts(examples: Examples, rows: Sequence[int]) -> bool:
     """Whether these rows have more than one prompt."""
-    seen = set[bytes]()
-    for row in rows:
-        (sample,) = examples[row]
-        seen.add(sample.tokens[: sample.prompt_length].tobytes())
-        if len(seen) > 1:
-            return True
-    return False
+    first = examples.prompt(rows[0])
+    return any(examples.prompt(row) != first for row in rows)
 
 
 def check_vocabulary(config: KDConfig, tokenizer: Tokenizer) -> None:

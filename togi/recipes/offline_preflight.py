@@ -48,13 +48,13 @@ def check_context(config: OfflineConfig) -> None:
 
 
 def check_data(config: OfflineConfig) -> None:
-    """Sets, fields and probabilities."""
+    """Sets, fields and probabilities. Single bad rows are counted when the data is loaded."""
     keys = fields(config)
-    check_sets("dataset", config.dataset, keys, config.split)
+    check_sets("dataset", config.dataset, keys, config.split, every_row=False)
     if config.dataset_probs is not None:
         parse_probs(config.dataset_probs, len(parse_items(config.dataset)), "--dataset_probs")
     if config.eval_dataset is not None:
-        check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
+        check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split, every_row=False)
 
 
 def fields(config: OfflineConfig) -> Mapping[str, str]:

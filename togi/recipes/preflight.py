@@ -74,10 +74,10 @@ def check_prompts(config: RLConfig) -> None:
         check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
 
 
-def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str) -> None:
-    """The data sets of a flag exist, have rows and the fields asked for."""
+def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str, *, every_row: bool = True) -> None:
+    """The data sets of a flag exist, have rows and the fields asked for (``precheck.check_source``)."""
     try:
-        check_sources(text, keys, split)
+        check_sources(text, keys, split, every_row=every_row)
     except DataError as error:
         raise DataError(f"--{flag}: {error}") from None
 
