@@ -20,8 +20,8 @@ ADAPTED = {"dpo": "2", "rm": "3"}
 def run_all(world: World, folder: Path) -> None:
     """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
 
-    ``lora`` trains adapters. ``whole`` and ``part`` are one run, the second resumed from the first one's checkpoint in the
-    middle of an epoch.
+    ``lora`` trains adapters, ``ahead`` scores with a sharded reference before training. ``whole`` and ``part`` are one run, the
+    second resumed from the checkpoint of the first in the middle of an epoch.
     """
     for command in CONFIGS:
         run_one(world, folder, command, "two")
@@ -29,6 +29,7 @@ def run_all(world: World, folder: Path) -> None:
         run_one(world, folder, command, "three", "--zero_stage", "3")
     for command, stage in ADAPTED.items():
         run_one(world, folder, command, "lora", *LORA, "--zero_stage", stage)
+    run_one(world, folder, "dpo", "ahead", "--precompute_ref", "--zero_stage", "3")
     epochs = ("--max_epochs", "2", "--lr_scheduler", "linear", "--save_steps", "1")
     for command, more in (("dpo", ()), ("kto", (*LORA, "--lora_dropout", "0.2"))):
         run_one(world, folder, command, "whole", *epochs, *more)

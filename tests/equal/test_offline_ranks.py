@@ -58,6 +58,11 @@ def test_adapters_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -
     assert_equal_runs(one, values(world / "lora" / command))
 
 
+def test_a_reference_that_scores_ahead_on_two_ranks_equals_one(world: Path, one: Runs, two: Runs) -> None:
+    """Both ranks score a part of the rows, the first one writes, and each then reads what it needs."""
+    assert_equal_runs(one["dpo"], values(world / "ahead" / "dpo"))
+
+
 @pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("kto", "adapter_model.safetensors")])
 def test_two_ranks_resume_bit_for_bit(world: Path, two: Runs, command: str, file: str) -> None:
     """From the checkpoint of step 6 of 8, in the middle of the second epoch, with a sharded model and a reference.

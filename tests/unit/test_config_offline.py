@@ -120,6 +120,8 @@ CONTRADICTIONS = [
     ("rm", "--loss logexp --margin_loss", ("--loss", "--margin_loss")),
     ("rm", "--input_template {}", ("--input_template", "--prompt_key")),
     ("dpo", "--ipo --label_smoothing 0.1", ("--ipo", "--label_smoothing")),
+    ("dpo", "--precompute_ref --ref_offload", ("--precompute_ref", "--ref_offload")),
+    ("kto", "--precompute_ref", ("--precompute_ref", "--ref_offload")),
     ("kto", "--train_batch_size 1", ("--train_batch_size", "two rows")),
     ("kto", "--desirable_loss_weight 0 --undesirable_loss_weight 0", ("--desirable_loss_weight", "--undesirable")),
     ("prm", "--reward_tokens + +", ("--reward_tokens", "different")),
@@ -139,8 +141,7 @@ def test_contradictions_name_both_flags(command: str, flags: str, named: tuple[s
     [
         ("rm", "--loss pairwise", "--loss pairwise: must be sigmoid or logexp"),
         ("dpo", "--label_smoothing 0.5", "--label_smoothing 0.5: must be less than 0.5"),
-        ("dpo", "--ref_offload", "--ref_offload is not supported yet"),
-        ("kto", "--precompute_ref", "--precompute_ref is not supported yet"),
+        ("sft", "--use_liger_kernel", "--use_liger_kernel is not supported yet"),
         ("sft", "--lora_rank -1", "--lora_rank -1: must be at least 0"),
         ("kd", "--kd_coef 1.5", "--kd_coef 1.5: must be at most 1"),
         ("sft", "--overlong cut", "--overlong cut: must be drop, truncate or error"),

@@ -6,7 +6,7 @@ One class a command. ``OfflineConfig`` is what all of them have and what the one
 from __future__ import annotations
 
 from togi.config.choices import Divergence, Overlong, RewardLoss
-from togi.config.fields import Count, Int, PathText, Settings, flag, later
+from togi.config.fields import Count, Int, PathText, Settings, flag
 from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
 
 PLAIN_TEMPLATE = "User: {}\nAssistant: "
@@ -114,8 +114,10 @@ class RMConfig(PairSettings, OfflineConfig):
 class ReferenceSettings(Settings):
     """Reference model"""
 
-    ref_offload: bool = later(False, "Keep the frozen reference model on the CPU.")
-    precompute_ref: bool = later(False, "Score everything with the reference once, ahead of the training.")
+    ref_offload: bool = flag(False, "Keep the frozen reference in host memory, on the device only while it scores.")
+    precompute_ref: bool = flag(
+        False, "Score all rows with the reference once, ahead of training, then free it (dpo only)."
+    )
 
 
 class DPOConfig(PairSettings, ReferenceSettings, OfflineConfig):
@@ -171,7 +173,7 @@ class KDConfig(PromptResponseSettings, PretrainSettings, OfflineConfig):
         Divergence.FORWARD,
         "forward: the student covers all the teacher may say; reverse: it says only what the teacher may.",
     )
-    teacher_offload: bool = later(False, "Keep the teacher on the CPU.")
+    teacher_offload: bool = flag(False, "Keep the teacher in host memory, on the device only for its pass.")
     max_samples: Count = flag(1_000_000, "Use at most this many rows of the mixture.")
     ckpt_path: PathText = flag("./ckpt/checkpoints_kd", "Folder of resumable checkpoints.")
     wandb_project: str = flag("togi_kd", "Weights & Biases project.")

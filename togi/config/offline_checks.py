@@ -133,6 +133,8 @@ def _rm(c: RMConfig) -> Iterator[str]:
 def _dpo(c: DPOConfig) -> Iterator[str]:
     if c.ipo and c.label_smoothing > 0:
         yield "--label_smoothing belongs to DPO's loss but --ipo replaces it: leave one of them out."
+    if c.precompute_ref and c.ref_offload:
+        yield "--precompute_ref frees the reference before training, so --ref_offload moves nothing: leave one of them out."
 
 
 def _kto(c: KTOConfig) -> Iterator[str]:
@@ -140,6 +142,11 @@ def _kto(c: KTOConfig) -> Iterator[str]:
         yield (
             "--train_batch_size 1 gives --beta's KL estimate no mismatched pairs: KTO needs two rows or more, "
             "set --train_batch_size to 2 or more."
+        )
+    if c.precompute_ref:
+        yield (
+            "--precompute_ref cannot free the reference in togi kto, whose KL estimate scores other pairs of prompt and answer "
+            "in every step: use --ref_offload, or leave it out."
         )
     if c.desirable_loss_weight == 0 and c.undesirable_loss_weight == 0:
         yield "--desirable_loss_weight and --undesirable_loss_weight are both 0: raise one of them."

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from togi.config.choices import Overlong
 from togi.data.chat import Tokenizer, adds_bos, check_rendering
@@ -69,8 +72,19 @@ class Examples(Sequence[tuple[Sample, ...]]):
     def __getitem__(self, index: int | slice) -> tuple[Sample, ...] | tuple[tuple[Sample, ...], ...]:
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
-        group_id, coded = self._rows[index]
+        return self._samples(index)
+
+    def _samples(self, row: int) -> tuple[Sample, ...]:
+        group_id, coded = self._rows[row]
         return tuple(sequence.sample(group_id) for sequence in coded)
+
+    def learned(self) -> list[int]:
+        """How many tokens in the loss each sequence has, row after row."""
+        return [int(sequence.loss_mask().sum()) for _, coded in self._rows for sequence in coded]
+
+    def scored(self, stream: str, numbers: NDArray[np.float32]) -> ScoredExamples:
+        """The same rows with one number at each token in the loss; ``numbers`` are those of all rows, in order."""
+        return ScoredExamples(self._rows, self.report, stream, numbers)
 
     def lengths(self) -> list[int]:
         """Tokens of each row, all its sequences together, without making samples."""
@@ -85,6 +99,37 @@ class Examples(Sequence[tuple[Sample, ...]]):
                 digest.update(f"{group_id} {len(sequence.tokens)} {rest}\n".encode())
                 digest.update(sequence.tokens.astype("<i4").tobytes())
         return digest.hexdigest()
+
+
+class ScoredExamples(Examples):
+    """Rows whose samples have one more stream. Its numbers stay where they are, as in a mapped file, until a row is asked for."""
+
+    def __init__(
+        self,
+        rows: Sequence[tuple[str, tuple[Coded, ...]]],
+        report: DataReport,
+        stream: str,
+        numbers: NDArray[np.float32],
+    ) -> None:
+        super().__init__(rows, report)
+        self._stream, self._numbers = stream, numbers
+        self._ends = np.cumsum(self.learned())
+        self._firsts = np.cumsum([0, *(len(coded) for _, coded in rows)])
+        assert len(numbers) == (self._ends[-1] if len(rows) else 0), (
+            "there is not one number for each token in the loss"
+        )
+
+    def _samples(self, row: int) -> tuple[Sample, ...]:
+        return tuple(
+            self._with_stream(sample, int(self._ends[self._firsts[row] + place]))
+            for place, sample in enumerate(super()._samples(row))
+        )
+
+    def _with_stream(self, sample: Sample, end: int) -> Sample:
+        """Add the numbers that end at ``end``; NaN at tokens that are not in the loss."""
+        values = np.full(len(sample.tokens), np.nan, dtype=np.float32)
+        values[sample.loss_mask] = self._numbers[end - int(sample.loss_mask.sum()) : end]
+        return replace(sample, streams={**sample.streams, self._stream: values})
 
 
 class StepExamples(Examples):

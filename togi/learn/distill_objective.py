@@ -7,6 +7,8 @@ Not here: rows that the student generates itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +28,8 @@ class DistillationObjective(Objective):
     """``(1 - kd_coef) CE + kd_coef D``, means over the tokens in the loss of the step, in nats.
 
     ``teacher`` is frozen, on the batch's device, and whole on every rank (not sharded). ``vocabulary``: the student's
-    ``PolicyModel.vocabulary``, which must be the teacher's. ``kind``: which KL is D; forward (KL(teacher || student))
+    ``PolicyModel.vocabulary``, which must be the teacher's. ``around`` each pass of the teacher is a context to run it in,
+    such as one with its weights on the device. ``kind``: which KL is D; forward (KL(teacher || student))
     differs from the cross-entropy with the teacher's distribution by a constant only. Metrics: loss, both its parts.
     """
 
@@ -34,6 +37,7 @@ class DistillationObjective(Objective):
     vocabulary: int
     kd_coef: float = 0.4
     kind: Divergence = Divergence.FORWARD
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __post_init__(self) -> None:
         if self.teacher.vocabulary != self.vocabulary:
@@ -52,9 +56,10 @@ class DistillationObjective(Objective):
         return float(batch.targets_K.numel())
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
-        with torch.no_grad():
+        with torch.no_grad(), self.around():
             states_KJ = self.teacher(batch, Needs(states=True)).states_KH
-        outputs: Outputs = model(batch, self.needs, teacher=self.teacher.logits_of(states_KJ, self.kind))
+            logits = self.teacher.logits_of(states_KJ, self.kind)
+        outputs: Outputs = model(batch, self.needs, teacher=logits)
         return outputs
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:

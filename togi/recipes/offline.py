@@ -21,7 +21,7 @@ from togi.recipes.offline_data import Data, Task, check_plan, load_data, task_of
 from togi.recipes.offline_journal import Journal, RunJournal
 from togi.recipes.offline_plan import EpochPlan
 from togi.recipes.offline_run import Evaluation, OfflineRun
-from togi.recipes.offline_setup import find_checkpoint, load_models
+from togi.recipes.offline_setup import find_checkpoint, load_models, offload_notice
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ def _run(config: OfflineConfig, command: str, world: World, journal: Journal) ->
     task = task_of(config)
     if config.flash_attn and not uses_flash(config, world):
         journal.announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
+    if notice := offload_notice(config, task, world):
+        journal.announce(notice)
     data = load_data(config, task, world, journal.progress)
     plan = EpochPlan(len(data.train), config.train_batch_size, config.max_epochs, config.seed)
     check_plan(config, plan, data)
@@ -112,5 +114,5 @@ def start(
 ) -> OfflineRun:
     """Load the models."""
     with journal.progress.phase("loading models", expected_seconds=10):
-        models = load_models(config, task, data, plan, world)
-    return OfflineRun(config, command, task, data, plan, models, world, journal)
+        models = load_models(config, task, data, plan, world, journal)
+    return OfflineRun(config, command, task, models.data, plan, models, world, journal)
