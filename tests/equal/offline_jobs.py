@@ -13,6 +13,7 @@ from togi.recipes.offline import run_in
 STAGE_3 = ("rm", "kto", "kd")
 RESUMED_AFTER = 6
 LORA = ("--lora_rank", "4", "--target_modules", "q_proj", "v_proj", "down_proj")
+ON_POLICY = ("--on_policy_share", "0.5", "--rollout_engine", "transformers", "--generate_max_len", "12")
 # command -> ZeRO stage
 ADAPTED = {"dpo": "2", "rm": "3"}
 
@@ -20,8 +21,8 @@ ADAPTED = {"dpo": "2", "rm": "3"}
 def run_all(world: World, folder: Path) -> None:
     """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
 
-    ``lora`` trains adapters, ``ahead`` scores with a sharded reference before training. ``whole`` and ``part`` are one run, the
-    second resumed from the checkpoint of the first in the middle of an epoch.
+    ``lora`` trains adapters, ``ahead`` scores with a sharded reference before training, ``own`` generates.
+    ``whole`` and ``part`` are one run, the second resumed from the checkpoint of the first in the middle of an epoch.
     """
     for command in CONFIGS:
         run_one(world, folder, command, "two")
@@ -30,6 +31,7 @@ def run_all(world: World, folder: Path) -> None:
     for command, stage in ADAPTED.items():
         run_one(world, folder, command, "lora", *LORA, "--zero_stage", stage)
     run_one(world, folder, "dpo", "ahead", "--precompute_ref", "--zero_stage", "3")
+    run_one(world, folder, "kd", "own", *ON_POLICY)
     epochs = ("--max_epochs", "2", "--lr_scheduler", "linear", "--save_steps", "1")
     for command, more in (("dpo", ()), ("kto", (*LORA, "--lora_dropout", "0.2"))):
         run_one(world, folder, command, "whole", *epochs, *more)

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.equal.offline_jobs import ADAPTED, LORA, RESUMED_AFTER, STAGE_3, run_all
+from tests.equal.offline_jobs import ADAPTED, LORA, ON_POLICY, RESUMED_AFTER, STAGE_3, run_all
 from tests.learn_tools import run_ranks
 from tests.offline_world import DATA, make_world, train, values
 
 Runs = dict[str, list[dict[str, float]]]
-UNEQUAL = ("throughput/trained_tokens_per_second", "tokens/shared_share")
+UNEQUAL = (
+    "throughput/trained_tokens_per_second",
+    "throughput/generated_tokens_per_second",
+    "weights/sync_seconds",
+    "tokens/shared_share",
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,13 @@ def test_adapters_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -
 def test_a_reference_that_scores_ahead_on_two_ranks_equals_one(world: Path, one: Runs, two: Runs) -> None:
     """Both ranks score a part of the rows, the first one writes, and each then reads what it needs."""
     assert_equal_runs(one["dpo"], values(world / "ahead" / "dpo"))
+
+
+def test_students_that_generate_on_two_ranks_equal_one(world: Path, two: Runs) -> None:
+    """Each rank has an engine and answers a part of the rows; seeds belong to rows, so the responses are the same."""
+    one = train(world, "kd", world / "one_own" / "kd", *ON_POLICY)
+    assert [step["length/response"] > 0 for step in one[1:]] == [True] * 4
+    assert_equal_runs(one, values(world / "own" / "kd"))
 
 
 @pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("kto", "adapter_model.safetensors")])

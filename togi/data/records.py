@@ -82,6 +82,10 @@ class Examples(Sequence[tuple[Sample, ...]]):
         """How many tokens in the loss each sequence has, row after row."""
         return [int(sequence.loss_mask().sum()) for _, coded in self._rows for sequence in coded]
 
+    def prompt_lengths(self) -> list[int]:
+        """How many tokens come before the first one to learn, in each sequence, row after row."""
+        return [sequence.prompt_length for _, coded in self._rows for sequence in coded]
+
     def scored(self, stream: str, numbers: NDArray[np.float32]) -> ScoredExamples:
         """The same rows with one number at each token in the loss; ``numbers`` are those of all rows, in order."""
         return ScoredExamples(self._rows, self.report, stream, numbers)

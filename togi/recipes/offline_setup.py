@@ -38,6 +38,7 @@ from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen, frozen_on_host, trainable
 from togi.parallel.process import World
 from togi.recipes.offline_data import Data, Task, uses_flash
+from togi.recipes.offline_generation import Student, start_engines
 from togi.recipes.offline_journal import Journal
 from togi.recipes.offline_plan import EpochPlan
 from togi.recipes.offline_reference import with_reference
@@ -87,7 +88,10 @@ def find_checkpoint(config: OfflineConfig, command: str, data: Data, world: Worl
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Models:
-    """The model in training, the rows as they were read or scored ahead, and what prepares the steps."""
+    """The model in training, the rows as they were read or scored ahead, and what prepares the steps.
+
+    ``students``: the model in training as a generator; one with ``--on_policy_share``, else none.
+    """
 
     data: Data
     model: PolicyModel | ScalarModel
@@ -95,6 +99,7 @@ class Models:
     policy: Scorer
     dealer: Dealer
     prepare: Preparation
+    students: tuple[Student, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +114,7 @@ def load_models(
     config: OfflineConfig, task: Task, data: Data, plan: EpochPlan, world: World, journal: Journal
 ) -> Models:
     """Load every model and put it on this rank's device. Random numbers start from ``--seed`` on every rank alike."""
+    engines = start_engines(config, world)
     if config.full_determinism:
         torch.use_deterministic_algorithms(True)
     options = BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
@@ -129,7 +135,8 @@ def load_models(
     if scores_ahead(config) and base_is_reference(config, task):
         data = with_reference(config, task.reference, data, lambda: _base(policy), dealer, journal)
     if not task.reference or scores_ahead(config):
-        return Models(data, model, learner, policy, dealer, Share(dealer))
+        students = tuple(Student(config, engine, model, learner, plan, data, dealer) for engine in engines)
+        return Models(data, model, learner, policy, dealer, Share(dealer), students)
     inside = base_is_reference(config, task)
     reference = _base(policy) if inside else _own_reference(config, task, world, options)
     prepare = WithKL(dealer, reference, policy) if task.mismatched else WithReference(dealer, reference)
