@@ -1,18 +1,23 @@
-"""``--precompute_ref``: the same run as with the reference beside the policy, without it in memory, and its files are reused."""
+"""A frozen model elsewhere is the same run: scored ahead of the training, or in host memory between its passes."""
 
 from __future__ import annotations
 
-import gc
 import shutil
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.offline_world import make_world, train
 from tests.tiny import save_tiny_model
 from togi.learn.learner import Learner
 from togi.model.policy import PolicyModel
+from togi.parallel.backend import BackendOptions
+from togi.parallel.build import frozen_on_host
+from togi.parallel.process import World
 from togi.recipes import offline_setup
 
 LORA = ("--lora_rank", "4", "--target_modules", "q_proj", "down_proj")
@@ -24,46 +29,48 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+class Loaded:
+    """The folders of the language models that a run has loaded, in order, and how many of them were alive at each update."""
+
+    def __init__(self) -> None:
+        self.folders: list[str] = []
+        self.models: list[weakref.ref[PolicyModel]] = []
+        self.alive: list[int] = []
+
+    def start(self) -> None:
+        for each in (self.folders, self.models, self.alive):
+            each.clear()
+
+
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders of all models that are loaded, in order."""
-    paths: list[str] = []
-    load = offline_setup.load_causal_lm
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
+    seen = Loaded()
+    load, update = offline_setup.load_causal_lm, Learner.update
 
     def note(path: str, *args: object, **settings: object) -> PolicyModel:
-        paths.append(Path(path).name)
-        return load(path, *args, **settings)
-
-    monkeypatch.setattr(offline_setup, "load_causal_lm", note)
-    return paths
-
-
-@pytest.fixture
-def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many language models are in memory at each update."""
-    numbers: list[int] = []
-    update: Callable[..., object] = Learner.update
+        model = load(path, *args, **settings)
+        seen.folders.append(Path(path).name)
+        seen.models.append(weakref.ref(model))
+        return model
 
     def count(self: Learner, batches: object) -> object:
-        numbers.append(sum(isinstance(thing, PolicyModel) for thing in gc.get_objects()))
+        seen.alive.append(sum(model() is not None for model in seen.models))
         return update(self, batches)
 
+    monkeypatch.setattr(offline_setup, "load_causal_lm", note)
     monkeypatch.setattr(Learner, "update", count)
-    return numbers
+    return seen
 
 
 @pytest.mark.parametrize("more", [("--ref_pretrain", "teacher"), LORA, ()], ids=["other", "lora", "same"])
-def test_scoring_ahead_is_the_same_run(world: Path, tmp_path: Path, more: tuple[str, ...], alive: list[int]) -> None:
+def test_scoring_ahead_is_the_same_run(world: Path, tmp_path: Path, more: tuple[str, ...], loaded: Loaded) -> None:
     """Of all metrics of all steps. With LoRA the reference is the base inside, which there is anyway."""
     words = [str(world / word) if word == "teacher" else word for word in more] + ["--max_epochs", "2"]
-    gc.collect()
     during = train(world, "dpo", tmp_path / "during", *words)
-    both = set(alive)
-    alive.clear()
-    gc.collect()
+    assert set(loaded.alive) == {1 if more is LORA else 2}
+    loaded.start()
     ahead = train(world, "dpo", tmp_path / "ahead", *words, "--precompute_ref")
-    assert both == {1 if more is LORA else 2}
-    assert set(alive) == {1}, "the reference is still in memory"
+    assert set(loaded.alive) == {1}, "the reference is still in memory"
     assert len(ahead) == len(during) == 9
     for a, b in zip(ahead, during, strict=True):
         assert a.keys() == b.keys()
@@ -71,19 +78,19 @@ def test_scoring_ahead_is_the_same_run(world: Path, tmp_path: Path, more: tuple[
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-6), name
 
 
-def test_a_resumed_run_reads_the_file_and_is_the_same_run(world: Path, tmp_path: Path, loaded: list[str]) -> None:
+def test_a_resumed_run_reads_the_file_and_is_the_same_run(world: Path, tmp_path: Path, loaded: Loaded) -> None:
     words = ("--precompute_ref", "--ref_pretrain", str(world / "teacher"), "--save_steps", "1", "--max_ckpt_num", "9")
     whole = train(world, "dpo", tmp_path / "whole", *words)
-    assert loaded == ["teacher", "model"]  # the reference first: it is gone before the policy comes
+    assert loaded.folders == ["teacher", "model"]  # the reference first: it is gone before the policy comes
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     for step in (3, 4):
         shutil.rmtree(tmp_path / "part" / "checkpoints" / f"step_{step:08d}")
     files = sorted((tmp_path / "part" / "reference").iterdir())
     assert len(files) == 2  # training and held-out rows
     times = [file.stat().st_mtime_ns for file in files]
-    loaded.clear()
+    loaded.start()
     part = train(world, "dpo", tmp_path / "part", *words, "--load_checkpoint")
-    assert loaded == ["model"]
+    assert loaded.folders == ["model"]
     assert [file.stat().st_mtime_ns for file in files] == times
     assert [step.get("loss") for step in part] == [
         step.get("loss") for step in whole
@@ -101,3 +108,48 @@ def test_another_reference_in_the_same_folder_is_not_taken_for_the_first(world: 
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
     train(world, "dpo", tmp_path / "run", *words, "--load_checkpoint")
     assert len(list((tmp_path / "run" / "reference").iterdir())) == 4
+
+
+OFFLOADS = [
+    ("dpo", ("--ref_offload",), "--ref_offload: there is no accelerator here"),
+    ("kto", ("--ref_offload", *LORA), "--ref_offload: with --lora_rank the reference is the base inside"),
+    ("kd", ("--teacher_offload",), "--teacher_offload: there is no accelerator here"),
+]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="here there is somewhere to move weights to")
+@pytest.mark.parametrize(("command", "words", "notice"), OFFLOADS)
+def test_an_offload_flag_that_moves_nothing_says_so_and_trains_the_same(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, words: tuple[str, ...], notice: str
+) -> None:
+    plain = train(world, command, tmp_path / "plain", *words[1:], evaluate=False)
+    assert notice not in capsys.readouterr().out
+    offloaded = train(world, command, tmp_path / "offloaded", *words, evaluate=False)
+    assert capsys.readouterr().out.count(notice) == 1
+    assert [step["loss"] for step in offloaded] == [step["loss"] for step in plain]
+
+
+@pytest.mark.parametrize(("command", "words"), [("dpo", ("--ref_offload",)), ("kd", ("--teacher_offload",))])
+def test_weights_that_come_for_each_pass_train_the_same(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, words: tuple[str, ...]
+) -> None:
+    """The way of a machine with an accelerator, with the CPU in its place."""
+    plain = train(world, command, tmp_path / "plain", evaluate=False)
+    passes: list[int] = []
+
+    def on_host(
+        module: PolicyModel, world: World, options: BackendOptions
+    ) -> Callable[[], AbstractContextManager[None]]:
+        around = frozen_on_host(module, world, options)
+
+        def count() -> AbstractContextManager[None]:
+            passes.append(1)
+            return around()
+
+        return count
+
+    monkeypatch.setattr(offline_setup, "frozen_on_host", on_host)
+    monkeypatch.setattr(offline_setup, "moves_weights", lambda config, world: True)
+    offloaded = train(world, command, tmp_path / "offloaded", *words, evaluate=False)
+    assert len(passes) == 4  # one for each step: the reference's call, the teacher's micro-batch
+    assert [step["loss"] for step in offloaded] == [step["loss"] for step in plain]

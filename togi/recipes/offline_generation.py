@@ -123,6 +123,8 @@ class Student:
         self._sampling = Sampling(config.generate_max_len, config.temperature, stop_token_ids=stops)
         self._probe = probe(data.train[0][0].tokens.tolist(), config.max_len)
         self._dtype = torch.bfloat16 if config.bf16 else torch.float32
+        dtype = str(self._dtype).removeprefix("torch.")
+        self._tensors = expected_manifest(local_folder(config.pretrain), dtype, config.trust_remote_code)
 
     def answer(self, samples: Sequence[Sample], step: int) -> tuple[list[Sample], dict[str, float]]:
         """The samples of a step, some with a new response, and the metrics of the generation.
@@ -173,10 +175,7 @@ class Student:
         return own, {names.MISMATCH_PROBE_MEAN_ABS: difference, names.WEIGHT_SYNC_SECONDS: synced - start}
 
     async def _send_weights(self, version: int) -> None:
-        config = self._config
-        dtype = str(self._dtype).removeprefix("torch.")
-        tensors = expected_manifest(local_folder(config.pretrain), dtype, config.trust_remote_code)
-        await self._engine.begin_update(Manifest(version, tensors))
+        await self._engine.begin_update(Manifest(version, self._tensors))
         whole = whole_tensors(self._model, self._backend.full_parameters, self._dtype)
         for bucket in pack_buckets(whole, BUCKET_BYTES):
             await self._engine.load_bucket(bucket)

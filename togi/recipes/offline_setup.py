@@ -163,6 +163,11 @@ def offload_notice(config: OfflineConfig, task: Task, world: World) -> str:
     return ""
 
 
+def moves_weights(config: OfflineConfig, world: World) -> bool:
+    """Whether frozen weights lie in host memory and are brought to the device."""
+    return offload_flag(config) != "" and world.device.type != "cpu"
+
+
 def offload_flag(config: OfflineConfig) -> str:
     """The flag that asks for frozen weights in host memory, "" if none does."""
     if isinstance(config, DPOConfig | KTOConfig) and config.ref_offload:
@@ -217,7 +222,7 @@ def _frozen(config: OfflineConfig, path: str, world: World, options: BackendOpti
         flash_attn=uses_flash(config, world),
         trust_remote_code=config.trust_remote_code,
     )
-    if offload_flag(config) and world.device.type != "cpu":
+    if moves_weights(config, world):
         return Frozen(model, frozen_on_host(model, world, options))
     frozen(model, world, options)
     return Frozen(model, nullcontext)
