@@ -134,6 +134,19 @@ def test_a_reward_model_scores_alike_in_a_plain_script(world: Path, tmp_path: Pa
     assert model.config.value_head_prefix == "score"
 
 
+@pytest.mark.parametrize("command", ["rm", "dpo", "sft"])
+def test_the_saving_of_shared_prompts(world: Path, tmp_path: Path, command: str) -> None:
+    """A token is a byte here: prompts of 9 (ten rows) and 10 (four rows) bytes, each computed once and not twice."""
+    (step,) = train(world, command, tmp_path / "run", "--train_batch_size", "14", evaluate=False)
+    if command == "sft":
+        assert step["tokens/shared_share"] == 0
+        return
+    pairs = [(row["q"], row[key]) for row in rows(world, "pairs") for key in ("chosen", "rejected")]
+    every = sum(len(prompt) + len(answer) + 1 for prompt, answer in pairs)  # and the end token
+    assert step["tokens/step"] == every
+    assert step["tokens/shared_share"] == pytest.approx((10 * 9 + 4 * 10) / every, rel=1e-12)
+
+
 @pytest.mark.parametrize("command", ["sft", "dpo"])
 def test_two_processes_under_torchrun_equal_one(world: Path, tmp_path: Path, command: str) -> None:
     """All commands and all metrics are in ``tests/equal/test_offline_ranks.py``; here the launch as users write it."""

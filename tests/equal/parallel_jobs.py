@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tests.learn_tools import critic, learner, packs, policy, rollouts, solo, weights
 from togi.batch import Batch
@@ -16,7 +17,7 @@ from togi.learn.learner import Learner, StepOutcome, UpdateReport
 from togi.learn.learner_state import load_learner, save_learner
 from togi.learn.scorer import Scorer
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import frozen, trainable
+from togi.parallel.build import frozen, frozen_on_host, trainable
 from togi.parallel.process import World
 
 STEPS = 5
@@ -68,10 +69,13 @@ def stages(world: World, folder: Path) -> None:
         torch.save(record(reports, weights(model.backend)), folder / f"stage{stage}_rank{world.rank}.pt")
         skip_non_finite(world, model)
         Scorer(model.backend.module, world).logprobs(own_batches(world, 1))
-    scores = Scorer(frozen(critic(), world, BackendOptions(bf16=False, zero_stage=3)), world).scores(
-        own_batches(world, 0)
-    )
+    options = BackendOptions(bf16=False, zero_stage=3)
+    scores = Scorer(frozen(critic(), world, options), world).scores(own_batches(world, 0))
     torch.save(world.gather("test", scores.tolist()), folder / f"scores{world.rank}.pt")
+    on_host = critic()
+    around = frozen_on_host(on_host, world, options)
+    assert all(isinstance(p, DTensor) and p.to_local().device.type == "cpu" for p in on_host.parameters())
+    assert np.array_equal(Scorer(on_host, world, around).scores(own_batches(world, 0)), scores)
     different_start(world)
 
 

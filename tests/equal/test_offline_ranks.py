@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.equal.offline_jobs import ADAPTED, BALANCED, EXPERTS, LORA, RESUMED_AFTER, STAGE_3, run_all
+from tests.equal.offline_jobs import ADAPTED, BALANCED, EXPERTS, LORA, ON_POLICY, RESUMED_AFTER, STAGE_3, run_all
 from tests.learn_tools import run_ranks
 from tests.offline_world import DATA, make_world, train, values
 from togi.obs.held_out import read_rows
@@ -14,6 +14,8 @@ from togi.obs.held_out import read_rows
 Runs = dict[str, list[dict[str, float]]]
 UNEQUAL = (
     "throughput/trained_tokens_per_second",
+    "throughput/generated_tokens_per_second",
+    "weights/sync_seconds",
     "tokens/shared_share",
     "tokens/padding_share",
     "tokens/rank_imbalance",
@@ -82,6 +84,18 @@ def test_experts_on_two_ranks_equal_one(world: Path, two: Runs, command: str) ->
     padded = [step["tokens/padding_share"] for step in values(world / "experts" / command)[1:]]
     assert padded[0] > 0 and padded[2] == 0  # 5 rows, then 4: two for each rank
     assert one[1]["tokens/padding_share"] == 0 and one[1]["tokens/rank_imbalance"] == 1
+
+
+def test_a_reference_that_scores_ahead_on_two_ranks_equals_one(world: Path, one: Runs, two: Runs) -> None:
+    """Both ranks score a part of the rows, the first one writes, and each then reads what it needs."""
+    assert_equal_runs(one["dpo"], values(world / "ahead" / "dpo"))
+
+
+def test_students_that_generate_on_two_ranks_equal_one(world: Path, two: Runs) -> None:
+    """Each rank has an engine and answers a part of the rows; seeds belong to rows, so the responses are the same."""
+    one = train(world, "kd", world / "one_own" / "kd", *ON_POLICY)
+    assert [step["length/response"] > 0 for step in one[1:]] == [True] * 4
+    assert_equal_runs(one, values(world / "own" / "kd"))
 
 
 @pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("kto", "adapter_model.safetensors")])

@@ -84,6 +84,7 @@ def test_fully_shard_on_one_rank_equals_plain_pytorch_bit_for_bit(bf16: bool) ->
 
 
 def test_a_sharded_scorer_equals_a_whole_one(pair: Path) -> None:
+    """One whose shards lie in host memory gave the same bits, as the job asserts."""
     scores = [score for rank in torch.load(pair / "scores0.pt") for score in rank]
     whole = Scorer(critic(), World.solo(CPU)).scores(jobs.own_batches(World.solo(CPU), 0))
     assert scores == pytest.approx(whole.tolist(), abs=1e-5)

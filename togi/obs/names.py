@@ -33,6 +33,7 @@ LENGTH_TRUNCATED = "length/truncated_share"
 
 KL_REFERENCE = "kl/reference"
 KL_TEACHER = "kl/teacher"
+KL_TEACHER_GENERATED = "kl/teacher_generated"
 KL_ESTIMATE = "kl/estimate"
 ENTROPY = "entropy"
 
@@ -104,7 +105,8 @@ EXPLANATIONS: dict[str, str] = {
     LENGTH_TOTAL: "Mean length of prompt and response together, in tokens.",
     LENGTH_TRUNCATED: "Share of responses cut off by the token limit instead of ending by themselves.",
     KL_REFERENCE: "KL of the policy from the reference model, in nats a token: how far training has moved the model.",
-    KL_TEACHER: "KL between teacher and student, in nats a token, in the direction that is trained; it should fall.",
+    KL_TEACHER: "KL between teacher and student on the data, in nats a token, in the direction trained; it should fall.",
+    KL_TEACHER_GENERATED: "kl/teacher on the student's own responses, where the student really goes; it should fall.",
     KL_ESTIMATE: "KTO's estimate of the policy's KL from the reference over mismatched rows, in nats a row, at least 0.",
     ENTROPY: "Entropy of the policy in nats a token; a fall to 0 means that it no longer explores.",
     LOSS: "The objective that is minimised, averaged over the step.",
@@ -139,7 +141,7 @@ EXPLANATIONS: dict[str, str] = {
     TOKENS_SEEN: "Tokens processed by the trainer since the start of the run.",
     PADDING_SHARE: "Share of computed positions that carry no token: what ranks without work compute to keep in step.",
     RANK_IMBALANCE: "Tokens of the busiest rank / mean over ranks; 1 is even, at 2 half of the time is spent waiting.",
-    SHARED_SHARE: "Share of prompt tokens that prefix sharing did not have to compute again.",
+    SHARED_SHARE: "Share of all tokens that were not computed, because their prompt is shared: 1 - computed / all.",
     STALENESS: "How many weight versions old the rollouts were when they were trained on, on average.",
     THROUGHPUT_GENERATE: "Tokens generated a second by all engines together.",
     THROUGHPUT_SCORE: "Tokens a second in scoring: sequence tokens x models that scored them / seconds.",

@@ -2,7 +2,7 @@
 
 Sharded parameters are the float32 masters; each block gathers a bfloat16 copy when it runs. Gradients are reduced in
 float32 (bfloat16 reduction was measured to distort the norm) and summed, not averaged. Not here: tensor parallelism,
-offload.
+offload of what is trained.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, take_step
@@ -19,8 +19,8 @@ from togi.parallel.backend import BackendOptions, cast, check_same_weights, deco
 from togi.parallel.process import World
 
 
-def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bool) -> None:
-    """Shard each block and the root in place.
+def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bool, *, on_host: bool = False) -> None:
+    """Shard each block and the root in place. ``on_host``: shards lie in host memory until they are gathered.
 
     Inputs are not cast: the segment table and float streams of a batch must arrive as they are.
     """
@@ -30,8 +30,11 @@ def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bo
         cast_forward_inputs=False,
     )
     mesh = world.mesh()
+    place = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if on_host else OffloadPolicy()
     for part in (*decoder_blocks(module), module):
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(
+            part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=place
+        )
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)

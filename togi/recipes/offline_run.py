@@ -79,8 +79,14 @@ class OfflineRun:
             self._best = self._world.gather("best evaluation", best)[0]
 
     def next_samples(self) -> list[Sample]:
-        """The rows of this optimizer step as samples, the same on every rank."""
-        return self._samples(self.data.train, self.plan.rows_of(self.step))
+        """The rows of this optimizer step as samples, the same on every rank; some answered by the student if so asked."""
+        samples = self._samples(self.data.train, self.plan.rows_of(self.step))
+        for student in self._models.students:
+            self._journal.beat()
+            with self._journal.progress.phase("generating"):
+                samples, metrics = student.answer(samples, self.step)
+            self._values |= metrics
+        return samples
 
     def prepare(self, samples: Sequence[Sample]) -> list[Sample]:
         """This rank's share, with what the loss needs of other models."""
@@ -104,7 +110,7 @@ class OfflineRun:
             names.LEARNING_RATE: report.learning_rate,
             names.TOKENS_STEP: unshared,
             names.TOKENS_SEEN: self._tokens_seen,
-            names.SHARED_SHARE: 1 - tokens / unshared,
+            names.SHARED_SHARE: PackStats(int(tokens), int(unshared)).saved_share,
             names.PADDING_SHARE: report.load.padding_share,
             names.RANK_IMBALANCE: report.load.imbalance,
             names.THROUGHPUT_TRAIN: unshared / (time.perf_counter() - start),
@@ -193,6 +199,11 @@ class OfflineRun:
             else:
                 self._write_model(target)  # takes part in gathering, writes nothing
             self._world.barrier("model in place")
+
+    def close(self) -> None:
+        """Stop what runs beside the training."""
+        for student in self._models.students:
+            student.close()
 
     def _write_model(self, folder: Path) -> None:
         model, dtype = self._models.model, torch.bfloat16 if self.config.bf16 else torch.float32

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from togi.config.rl import RLConfig
-from togi.errors import RunError, WeightSyncError
+from togi.errors import RunError
 from togi.learn.learner import UpdateReport
 from togi.learn.policy_objective import OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS
 from togi.obs import names
 from togi.plan.machine import Machine
 from togi.plan.placement import Role, plan_groups, used_roles
 from togi.rollout.engine import EngineSettings
-from togi.rollout.parity import compare
+from togi.rollout.parity import check_probe, compare, probe
 from togi.runtime.cluster import Cluster, Resources, connect, disconnect
 from togi.runtime.engine_worker import MAX_CONCURRENT_CALLS, EnginePool, EngineWorker
 from togi.runtime.experience import with_streams
@@ -35,9 +35,6 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 SHUTDOWN_SECONDS = 60.0
 LEARNERS = (Role.ACTOR, Role.CRITIC)
-PROBE_TOKENS = 512
-# bf16 engines differ from the trainer by 0.03 to 0.05 nats on average; half a nat is another set of weights.
-PROBE_LIMIT_NATS = 0.5
 
 
 class Session:
@@ -117,19 +114,10 @@ class Session:
 
         Raises WeightSyncError when it is so large that the engines cannot hold the trainer's weights.
         """
-        tokens = tokens[: min(PROBE_TOKENS, self.config.context_length - 1)]
-        mask = np.ones(len(tokens), dtype=np.bool_)
-        mask[0] = False
-        sample = Sample(np.asarray(tokens, dtype=np.int64), mask, 0, "probe")
+        sample = probe(tokens, self.config.context_length)
         trainer = (await self.groups[Role.ACTOR].call_all("logprobs", [sample], 1.0))[0][0]
-        engines = await self.engines.score(list(tokens))
-        difference = float(np.mean([compare(logprobs, trainer).mean_abs for logprobs in engines]))
-        if not difference < PROBE_LIMIT_NATS:
-            raise WeightSyncError(
-                f"After the weight update engine and trainer disagree by {difference:.3f} nats a token on the same text "
-                f"(limit {PROBE_LIMIT_NATS}): the engines do not hold the trainer's weights."
-            )
-        return difference
+        engines = await self.engines.score(sample.tokens.tolist())
+        return check_probe(float(np.mean([compare(logprobs, trainer).mean_abs for logprobs in engines])))
 
     async def memory(self) -> dict[str, float]:
         """Peak resident memory in GB of each worker process, by metric name."""
