@@ -81,3 +81,29 @@ class Divergence(StrEnum):
 
     FORWARD = "forward"
     REVERSE = "reverse"
+
+
+class RemoteMode(StrEnum):
+    """What several reward servers are: copies that share the samples, or different rewards of every sample."""
+
+    BALANCE = "balance"
+    ENSEMBLE = "ensemble"
+
+
+class RewardCombination(StrEnum):
+    """How several rewards r with weights w become one: sum(w r), or sum(w r) / sum(w)."""
+
+    SUM = "sum"
+    MEAN = "mean"
+
+
+class OnRewardError(StrEnum):
+    """What becomes of a sample whose reward failed.
+
+    drop_group: the whole group is left out, since the rewards that failed may not be a random part of it.
+    drop_sample: its siblings are compared among themselves.
+    """
+
+    DROP_GROUP = "drop_group"
+    DROP_SAMPLE = "drop_sample"
+    STOP = "stop"

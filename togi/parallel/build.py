@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -31,3 +34,30 @@ def frozen(module: nn.Module, world: World, options: BackendOptions) -> nn.Modul
     if world.size > 1 and options.zero_stage == 3:
         shard(module, world, bf16=False, reshard_after_forward=True)
     return module.to(world.device)
+
+
+class Lodging:
+    """Where a frozen model lives between its calls: on its device, or with ``offload`` in host memory.
+
+    Not for sharded models, whose parameters the sharding moves itself. On a CPU both are the same place.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, *, offload: bool) -> None:
+        self._module = module
+        self._device = device
+        self._offload = offload and device.type != "cpu"
+        if self._offload:
+            module.to("cpu")
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """The model is on its device inside."""
+        if not self._offload:
+            yield
+            return
+        self._module.to(self._device)
+        try:
+            yield
+        finally:
+            self._module.to("cpu")
+            torch.accelerator.empty_cache()

@@ -44,17 +44,15 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     if not joins_cluster():
         check_fits(groups, machine.gpus)
     check_engine(config.rollout_engine)
-    for flag, path in (
-        ("pretrain", config.pretrain),
-        ("critic_pretrain", config.critic_pretrain),
-        ("reward_pretrain", config.reward_pretrain),
-    ):
-        if path is not None:
-            check_model(flag, path)
+    check_model("pretrain", config.pretrain)
+    if config.critic_pretrain is not None:
+        check_model("critic_pretrain", config.critic_pretrain)
+    for path in config.reward_models:
+        check_model("reward_pretrain", path)
     check_context(config)
     check_prompts(config)
-    if config.reward_file is not None:
-        check_reward_file(Path(config.reward_file))
+    for file in config.reward_files:
+        check_reward_file(Path(file))
     check_trackers(trackers(config))
     check_folders(config)
     return parsed

@@ -129,7 +129,10 @@ def answer(function: Function, call: Call, run: Callable[[Any], Any]) -> Answer 
         return Complaint(error.what, error.advice, error.index)
     except BaseException as error:  # noqa: BLE001  user code may raise anything, SystemExit included
         file = inspect.unwrap(function).__code__.co_filename if inspect.isfunction(function) else ""
-        return Complaint(f"raised {describe(error, file)}", "correct the function")
+        what = f"raised {describe(error, file)}"
+        return Complaint(
+            what, "correct the function", is_transient=isinstance(error, OSError)
+        )  # the network and its like
 
 
 async def _wait(awaitable: Any) -> Any:
