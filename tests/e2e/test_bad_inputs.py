@@ -110,7 +110,7 @@ LIGHT = [
     ),
     Case("missing YAML file", "--config @none.yaml", ("--config @none.yaml cannot be read",)),
     Case("unknown estimator", "--advantage_estimator grpo", ("--advantage_estimator grpo: must be gae", "group_norm")),
-    Case("not supported yet", "--lora_rank 8", ("--lora_rank is not supported yet",)),
+    Case("not supported yet", "--use_ms", ("--use_ms is not supported yet",)),
     Case(
         "templates exclude",
         "--input_template {} --apply_chat_template",
@@ -157,6 +157,9 @@ HEAVY = [
 ]
 ALONE_HEAVY = [
     Case("reward hangs", "--reward_func @hangs.py --reward_timeout 1", ("@hangs.py ran longer than the limit of 1 s",)),
+    Case(
+        "no server", "--remote_rm_url http://127.0.0.1:9/r", ("http://127.0.0.1:9/r does not answer", "--remote_rm_url")
+    ),
     Case("reward kills itself", "--reward_func @dies.py", ("@dies.py ended its process (killed by SIGKILL)",)),
 ]
 ALONE = [

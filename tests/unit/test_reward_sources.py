@@ -18,6 +18,7 @@ from togi.recipes.rl_rewards import reward_names
 from togi.reward.combine import CombinedReward, ErrorLimit, Term, combine, distinct_names
 from togi.reward.local_model import LocalModelReward, Standardization
 from togi.runtime.experience import ScoredGroup, trainable
+from togi.runtime.feed import RolloutFeed
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 
@@ -173,6 +174,42 @@ def test_what_an_error_takes_with_it():
 
     assert places(OnRewardError.DROP_GROUP) == [(1, 0), (1, 2)]
     assert places(OnRewardError.DROP_SAMPLE) == [(0, 0), (0, 2), (1, 0), (1, 2)]
+
+
+class OneWord:
+    """An environment without an engine."""
+
+    async def run(self, prompt, group_id, generate):
+        return Rollout(prompt, group_id, (1,), (True,), (0.0,), "word", FinishReason.STOP, 0)
+
+
+class FailsOn:
+    """A source that fails on one prompt."""
+
+    def __init__(self, prompt):
+        self.prompt = prompt
+
+    async def score(self, group):
+        return [FAILED if group[0].prompt.id == self.prompt else GOOD] * len(group)
+
+    async def close(self):
+        """Nothing."""
+
+
+def test_a_rollout_with_few_errors_is_whole_and_one_with_many_is_refused():
+    """One group of four fails: a share of 0.25."""
+    prompts = [Prompt(name, (1,), name) for name in "abcd"]
+
+    def run(max_errors):
+        feed = RolloutFeed(OneWord(), None, FailsOn("b"), None, max_errors)
+        return asyncio.run(feed.run(prompts, 2, "step1"))
+
+    groups = run(0.25)
+    assert [group.rollouts[0].prompt.id for group in groups] == list("abcd")
+    assert [[score.outcome for score in group.scores] for group in groups][1] == [Outcome.ERROR] * 2
+    assert {item.group for item in trainable(groups, OnRewardError.DROP_GROUP)} == {0, 2, 3}
+    with pytest.raises(RewardError, match="reward of 2 of 8 samples failed"):
+        run(0.2)
 
 
 def test_a_stopping_rule_allows_no_error():
