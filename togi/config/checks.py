@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 from togi.config.choices import (
+    BUILTIN,
     AdvantageEstimator,
     BackendName,
     EngineName,
     KLEstimator,
     RemoteMode,
     RewardCombination,
+    Verifier,
 )
 from togi.config.rl import RLConfig
 from togi.config.shared import ALL_LINEAR, ModelSettings, OutputSettings, TrainSettings
@@ -75,12 +78,18 @@ def _data(c: RLConfig) -> Iterator[str]:
 
 
 def _reward(c: RLConfig) -> Iterator[str]:
+    known = {f"{BUILTIN}{verifier}" for verifier in Verifier}
     for file in c.reward_files:
-        if not file.endswith(".py"):
+        if file.startswith(BUILTIN) and file not in known:
+            yield f"--reward_func {file} is not known: the built-in ones are {', '.join(sorted(known))}."
+        if not file.startswith(BUILTIN) and not file.endswith(".py"):
             yield f"--reward_func {file} must be a Python file that defines reward_func(queries, prompts, labels)."
     for url in c.reward_urls:
         if not url.startswith(("http://", "https://")):
             yield f"--remote_rm_url {url}: give the http:// or https:// address of a reward server, or the path of a .py file."
+    if (c.format_regex is not None) != (f"{BUILTIN}{Verifier.FORMAT}" in c.reward_files):
+        yield "--format_regex and --reward_func builtin:format belong together: give both or none."
+    yield from _regex_problems(c.format_regex or "")
     for flag, items in (
         ("--reward_func", c.reward_files),
         ("--remote_rm_url", c.reward_urls),
@@ -98,6 +107,13 @@ def _reward(c: RLConfig) -> Iterator[str]:
     low, high = c.reward_clip_range
     if not low < high:
         yield f"--reward_clip_range {low} {high}: the first number must be below the second."
+
+
+def _regex_problems(pattern: str) -> Iterator[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield f"--format_regex {pattern} is not a regular expression: {error}."
 
 
 def weight_problems(c: RLConfig, *, reward_given: bool) -> Iterator[str]:

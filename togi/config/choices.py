@@ -2,6 +2,9 @@
 
 from enum import StrEnum
 
+# What a --reward_func that comes with Togi starts with.
+BUILTIN = "builtin:"
+
 
 class AdvantageEstimator(StrEnum):
     GAE = "gae"
@@ -107,3 +110,23 @@ class OnRewardError(StrEnum):
     DROP_GROUP = "drop_group"
     DROP_SAMPLE = "drop_sample"
     STOP = "stop"
+
+
+class Verifier(StrEnum):
+    """Reward functions that come with Togi, each a module of ``togi.reward.verifiers``."""
+
+    EXACT = "exact"
+    FORMAT = "format"
+    JSON_SCHEMA = "json_schema"
+    MATH = "math"
+    REASONING_GYM = "reasoning_gym"
+
+    @property
+    def package(self) -> str:
+        """The package it needs besides the standard library; "" for none."""
+        packages = {
+            Verifier.JSON_SCHEMA: "jsonschema",
+            Verifier.MATH: "math_verify",
+            Verifier.REASONING_GYM: "reasoning_gym",
+        }
+        return packages.get(self, "")

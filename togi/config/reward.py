@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from togi.config.choices import OnRewardError, RemoteMode, RewardCombination
+from togi.config.choices import BUILTIN, OnRewardError, RemoteMode, RewardCombination, Verifier
 from togi.config.fields import Count, Int, PathText, Settings, flag
 
 
@@ -10,7 +10,12 @@ class RewardSettings(Settings):
     """Reward"""
 
     reward_func: PathText | None = flag(
-        None, "Python files that define reward_func(queries, prompts, labels), comma-separated."
+        None,
+        "Python files that define reward_func(queries, prompts, labels), comma-separated; builtin:NAME for one that "
+        f"comes with Togi ({', '.join(Verifier)}).",
+    )
+    format_regex: str | None = flag(
+        None, "What builtin:format wants a whole response to match, a Python regular expression."
     )
     remote_rm_url: PathText | None = flag(
         None, "Reward servers, comma-separated http(s) URLs; a .py path among them is a --reward_func."
@@ -68,7 +73,7 @@ class RewardSettings(Settings):
 
     @property
     def reward_files(self) -> tuple[str, ...]:
-        """Paths of the reward function files, under whichever of the two names they were given."""
+        """Paths of the reward function files, under whichever of the two names they were given, and names of built-in ones."""
         remote = tuple(item for item in _listed(self.remote_rm_url) if item.endswith(".py"))
         return _listed(self.reward_func) + remote
 
@@ -81,6 +86,11 @@ class RewardSettings(Settings):
     def remote_sources(self) -> int:
         """How many rewards the servers give: servers that share the samples are one."""
         return len(self.reward_urls) if self.remote_rm_mode is RemoteMode.ENSEMBLE else min(1, len(self.reward_urls))
+
+
+def verifier_of(item: str) -> Verifier | None:
+    """The built-in function that an item of ``--reward_func`` names; None for a file. Raises ValueError for an unknown one."""
+    return Verifier(item.removeprefix(BUILTIN)) if item.startswith(BUILTIN) else None
 
 
 def _listed(text: str | None) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from togi.config.checks import check_rl
 from togi.config.choices import EngineName
 from togi.config.parse import Parsed
+from togi.config.reward import verifier_of
 from togi.config.rl import RLConfig
 from togi.config.shared import OutputSettings
 from togi.data.items import listed, parse_items
@@ -52,7 +53,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     check_context(config)
     check_prompts(config)
     for file in config.reward_files:
-        check_reward_file(Path(file))
+        check_reward(file)
     check_trackers(trackers(config))
     check_folders(config)
     return parsed
@@ -137,6 +138,15 @@ def max_positions(path: str) -> int | None:
     positions = settings.get("max_position_embeddings")
     is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
     return positions if is_plain and isinstance(positions, int) else None
+
+
+def check_reward(item: str) -> None:
+    """One entry of ``--reward_func``: the package of a built-in function is installed, or the file is one."""
+    verifier = verifier_of(item)
+    if verifier is None:
+        check_reward_file(Path(item))
+    elif verifier.package and importlib.util.find_spec(verifier.package) is None:
+        raise RewardError(f"--reward_func {item} needs the package {verifier.package}: pip install 'togi[rewards]'.")
 
 
 def check_reward_file(path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from togi.config.choices import RemoteMode
+from togi.config.choices import BUILTIN, RemoteMode, Verifier
+from togi.config.reward import verifier_of
 from togi.config.rl import RLConfig
 from togi.reward.combine import CombinedReward, Term, distinct_names
 from togi.reward.function import FunctionReward
@@ -36,8 +37,9 @@ class EarlyRewards:
         own = self.names[len(config.reward_models) + config.remote_sources :]
         self.functions: list[FunctionReward] = []
         self.remotes: list[RemoteReward] = []
-        files = zip(config.reward_files, own, strict=False)
-        self.functions += [FunctionReward.from_file(path, limits, name) for path, name in files]
+        settings = {"format_regex": config.format_regex} if config.format_regex is not None else {}
+        for item, name in zip(config.reward_files, own, strict=False):
+            self.functions.append(from_item(item, settings, limits, name))
         if function is not None:
             self.functions.append(FunctionReward.from_callable(function, limits, own[-1]))
 
@@ -92,6 +94,14 @@ def describe(config: RLConfig, reward: CombinedReward) -> str:
     return "; ".join(part for part in (reward.formula if len(reward.terms) > 1 else "", note) if part)
 
 
+def from_item(item: str, settings: Mapping[str, str], limits: CallLimits, name: str) -> FunctionReward:
+    """One entry of ``--reward_func``: a built-in function or a file."""
+    verifier = verifier_of(item)
+    if verifier is None:
+        return FunctionReward.from_file(item, limits, name)
+    return FunctionReward.from_verifier(verifier, settings if verifier is Verifier.FORMAT else {}, limits, name)
+
+
 def shared_urls(config: RLConfig) -> list[tuple[str, ...]]:
     """The servers of each reward: all URLs for one, or one each."""
     if config.remote_rm_mode is RemoteMode.ENSEMBLE:
@@ -103,7 +113,7 @@ def reward_names(config: RLConfig, *, function_given: bool) -> list[str]:
     """The names of all rewards in logs, all different: the kind where there is one of it, else file, folder or host names."""
     models = [Path(path).name for path in config.reward_models]
     servers = [_host(urls[0]) for urls in shared_urls(config)]
-    functions = [Path(path).stem for path in config.reward_files] + ["function"] * function_given
+    functions = [Path(path).stem.removeprefix(BUILTIN) for path in config.reward_files] + ["function"] * function_given
     kinds = ((models, "reward_model"), (servers, "remote"), (functions, "function"))
     return distinct_names(
         [name for names, kind in kinds for name in (names if len(names) > 1 else [kind] * len(names))]

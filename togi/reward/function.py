@@ -15,11 +15,12 @@ import base64
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from togi.config.choices import BUILTIN, Verifier
 from togi.errors import RewardError
 from togi.reward.pool import CallLimits, WorkerPool
 from togi.reward.scores import as_call, as_scores, failed, refuse_errors
@@ -58,6 +59,14 @@ class FunctionReward:
             )
         load = Load(LoadKind.FILE, str(file), FUNCTION_NAME)
         return cls(load, f"{FUNCTION_NAME} in {path}", limits, component)
+
+    @classmethod
+    def from_verifier(
+        cls, verifier: Verifier, settings: Mapping[str, str], limits: CallLimits = DEFAULT, component: str = "function"
+    ) -> FunctionReward:
+        """A function that comes with Togi. ``settings`` are its keyword arguments."""
+        load = Load(LoadKind.MODULE, f"togi.reward.verifiers.{verifier}", FUNCTION_NAME, settings)
+        return cls(load, f"{BUILTIN}{verifier}", limits, component)
 
     @classmethod
     def from_callable(

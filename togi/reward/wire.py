@@ -30,11 +30,15 @@ class LoadKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The first message to a worker. ``source``: a path, a module name or base64. ``name``: the qualified function."""
+    """The first message to a worker. ``source``: a path, a module name or base64. ``name``: the qualified function.
+
+    ``settings`` are keyword arguments of every call.
+    """
 
     kind: LoadKind
     source: str
     name: str
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
