@@ -188,33 +188,43 @@ def test_without_vllm(world: Path, tmp_path: Path) -> None:
     assert math.isfinite(metrics(tmp_path / "b")[0]["values"]["policy/loss"])
 
 
-def test_a_reward_model_beside_a_function(world: Path, tmp_path: Path) -> None:
-    """The stored component is what plain Transformers gives for the same tokens, standardised with the config's numbers."""
-    folder = tmp_path / "rm"
-    torch.manual_seed(1)
-    config = tiny_config("llama", num_labels=1, pad_token_id=0)
-    config.mean, config.std = 0.25, 2.0
-    reward_model = AutoModelForSequenceClassification.from_config(config).eval()
-    reward_model.save_pretrained(folder)
+def test_two_reward_models_beside_a_function(world: Path, tmp_path: Path) -> None:
+    """Each stored component is what plain Transformers gives for the same tokens, standardised with that config's numbers."""
+    models = {}
+    for seed, (name, mean, std) in enumerate([("helpful", 0.25, 2.0), ("harmless", -1.0, 0.5)]):
+        torch.manual_seed(seed)
+        config = tiny_config("llama", num_labels=1, pad_token_id=0)
+        config.mean, config.std = mean, std
+        models[name] = (AutoModelForSequenceClassification.from_config(config).eval(), mean, std)
+        models[name][0].save_pretrained(tmp_path / name)
     run = tmp_path / "run"
+    paths = ",".join(str(tmp_path / name) for name in models)
     flags = [
         "--advantage_estimator",
         "gae",
         "--reward_pretrain",
-        str(folder),
+        paths,
         "--normalize_reward",
         "--colocate_critic_reward",
     ]
-    train(world, run, *flags, *HF, "--colocate_actor_ref", "--max_steps", "1")
+    weights = ["--reward_weights", "1", "0.5", "2.5", "--reward_combine", "mean", "--ref_reward_offload"]
+    done = train(world, run, *flags, *weights, *HF, "--colocate_actor_ref", "--max_steps", "1")
+    assert "reward: 0.25 x helpful + 0.125 x harmless + 0.625 x function" in done.stdout
+    assert "--ref_reward_offload: there is no GPU" in done.stdout
     table = pq.read_table(run / "rollouts" / "step_000001.parquet").to_pylist()
     assert len(table) == 16
     for row in table[:4]:
         ids = torch.tensor([row["prompt_tokens"] + row["response_tokens"]])
-        hidden = reward_model.model(ids).last_hidden_state[0, -1].detach()
-        expected = (reward_model.score(hidden).item() - 0.25) / 2.0
         parts = dict(row["components"])
-        assert parts["reward_model"] == pytest.approx(expected, abs=1e-4)
-        assert row["reward"] == pytest.approx(parts["reward_model"] + parts["function"], abs=1e-5)
+        for name, (model, mean, std) in models.items():
+            hidden = model.model(ids).last_hidden_state[0, -1].detach()
+            assert parts[name] == pytest.approx((model.score(hidden).item() - mean) / std, abs=1e-4)
+        expected = 0.25 * parts["helpful"] + 0.125 * parts["harmless"] + 0.625 * parts["function"]
+        assert row["reward"] == pytest.approx(expected, abs=1e-5)
+    values = metrics(run)[0]["values"]
+    for name in ("helpful", "harmless", "function"):
+        mean_of_parts = sum(dict(row["components"])[name] for row in table) / 16
+        assert values[f"reward/{name}"] == pytest.approx(mean_of_parts, abs=1e-6)
 
 
 def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -> None:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 
-from togi.config.choices import AdvantageEstimator, BackendName, EngineName, KLEstimator, Scheduler
+from togi.config.choices import (
+    BUILTIN,
+    AdvantageEstimator,
+    BackendName,
+    EngineName,
+    KLEstimator,
+    RemoteMode,
+    RewardCombination,
+    Scheduler,
+    Verifier,
+)
 from togi.config.rl import RLConfig
 from togi.config.shared import ALL_LINEAR, MIXTURES, NO_METRIC, ModelSettings, OutputSettings, TrainSettings
 from togi.errors import ConfigError
@@ -17,15 +29,19 @@ def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
 
     ``reward_given``: the reward is a Python function passed in code, not a flag.
     """
-    has_reward = reward_given or config.reward_file is not None or config.reward_pretrain is not None
-    if reward_given and config.reward_file is not None:
+    has_reward = reward_given or config.reward_files or config.reward_urls or config.reward_models
+    if reward_given and config.reward_files:
         raise ConfigError("A reward function was passed and --reward_func is set too: leave one of them out.")
     checks: Iterable[Check] = (_required, _data, _reward, _rollout, _algorithm, _training, _placement, _output)
     for check in checks:
         for message in check(config):
             raise ConfigError(message)
     if not has_reward:
-        raise ConfigError("There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, or both.")
+        raise ConfigError(
+            "There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, --remote_rm_url URL, or several."
+        )
+    for message in weight_problems(config, reward_given=reward_given):
+        raise ConfigError(message)
 
 
 def template_problems(input_template: str) -> Iterator[str]:
@@ -63,19 +79,58 @@ def _data(c: RLConfig) -> Iterator[str]:
 
 
 def _reward(c: RLConfig) -> Iterator[str]:
-    if c.remote_rm_url is not None and not c.remote_rm_url.endswith(".py"):
-        yield f"--remote_rm_url {c.remote_rm_url}: reward servers are not supported yet; give a .py file or --reward_pretrain."
-    if c.reward_func is not None and c.remote_rm_url is not None:
-        yield "--reward_func and --remote_rm_url name the same thing: leave one of them out."
-    if c.reward_func is not None and not c.reward_func.endswith(".py"):
-        yield f"--reward_func {c.reward_func} must be a Python file that defines reward_func(queries, prompts, labels)."
-    if c.reward_pretrain is not None and "," in c.reward_pretrain:
-        yield "--reward_pretrain takes one model: several reward models are not supported yet."
-    if c.normalize_reward and c.reward_pretrain is None:
+    known = {f"{BUILTIN}{verifier}" for verifier in Verifier}
+    for file in c.reward_files:
+        if file.startswith(BUILTIN) and file not in known:
+            yield f"--reward_func {file} is not known: the built-in ones are {', '.join(sorted(known))}."
+        if not file.startswith(BUILTIN) and not file.endswith(".py"):
+            yield f"--reward_func {file} must be a Python file that defines reward_func(queries, prompts, labels)."
+    for url in c.reward_urls:
+        if not url.startswith(("http://", "https://")):
+            yield f"--remote_rm_url {url}: give the http:// or https:// address of a reward server, or the path of a .py file."
+    if (c.format_regex is not None) != (f"{BUILTIN}{Verifier.FORMAT}" in c.reward_files):
+        yield "--format_regex and --reward_func builtin:format belong together: give both or none."
+    yield from _regex_problems(c.format_regex or "")
+    for flag, items in (
+        ("--reward_func", c.reward_files),
+        ("--remote_rm_url", c.reward_urls),
+        ("--reward_pretrain", c.reward_models),
+    ):
+        twice = [item for item in items if items.count(item) > 1]
+        if twice:
+            yield f"{flag} names {twice[0]} twice: leave one of them out, or give it --reward_weights."
+    if c.remote_rm_mode is RemoteMode.ENSEMBLE and len(c.reward_urls) < 2:
+        yield "--remote_rm_mode ensemble needs several addresses in --remote_rm_url: add one or leave the mode out."
+    if c.normalize_reward and not c.reward_models:
         yield "--normalize_reward works on a reward model: add --reward_pretrain or leave it out."
     low, high = c.reward_clip_range
     if not low < high:
         yield f"--reward_clip_range {low} {high}: the first number must be below the second."
+
+
+def _regex_problems(pattern: str) -> Iterator[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield f"--format_regex {pattern} is not a regular expression: {error}."
+
+
+def weight_problems(c: RLConfig, *, reward_given: bool) -> Iterator[str]:
+    """What is wrong with how several rewards become one."""
+    count = len(c.reward_models) + c.remote_sources + len(c.reward_files) + reward_given
+    if count < 2 and c.reward_combine is not RewardCombination.SUM:
+        yield f"--reward_combine {c.reward_combine} needs several rewards: leave it out."
+    if c.reward_weights is None:
+        return
+    if len(c.reward_weights) != count:
+        yield (
+            f"--reward_weights has {len(c.reward_weights)} numbers for {count} rewards ({len(c.reward_models)} models, "
+            f"{c.remote_sources} servers, {len(c.reward_files) + reward_given} functions): give one for each, in this order."
+        )
+    if not all(math.isfinite(weight) and weight != 0 for weight in c.reward_weights):
+        yield "--reward_weights must be finite and not 0: leave out a reward that does not count."
+    if c.reward_combine is RewardCombination.MEAN and not sum(c.reward_weights) > 0:
+        yield "--reward_weights must have a sum above 0 with --reward_combine mean: change them, or use sum."
 
 
 def _rollout(c: RLConfig) -> Iterator[str]:
@@ -167,12 +222,12 @@ def _placement(c: RLConfig) -> Iterator[str]:
         yield "--colocate_all_models already includes --colocate_critic_reward: leave the second out."
     if (c.colocate_actor_ref or c.colocate_all_models) and c.loads_reference and differ("actor", "ref"):
         yield mismatch("colocate_all_models" if c.colocate_all_models else "colocate_actor_ref", "actor", "ref")
-    shares = c.colocate_critic_reward and c.uses_critic and c.reward_pretrain is not None
+    shares = c.colocate_critic_reward and c.uses_critic and bool(c.reward_models)
     if shares and differ("critic", "reward"):
         yield mismatch("colocate_critic_reward", "critic", "reward")
     if c.colocate_all_models and c.uses_critic and differ("actor", "critic"):
         yield mismatch("colocate_all_models", "actor", "critic")
-    if c.colocate_all_models and c.reward_pretrain is not None and differ("actor", "reward"):
+    if c.colocate_all_models and c.reward_models and differ("actor", "reward"):
         yield mismatch("colocate_all_models", "actor", "reward")
 
 

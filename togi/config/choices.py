@@ -2,6 +2,9 @@
 
 from enum import StrEnum
 
+# What a --reward_func that comes with Togi starts with.
+BUILTIN = "builtin:"
+
 
 class AdvantageEstimator(StrEnum):
     GAE = "gae"
@@ -108,3 +111,49 @@ class Divergence(StrEnum):
 
     FORWARD = "forward"
     REVERSE = "reverse"
+
+
+class RemoteMode(StrEnum):
+    """What several reward servers are: copies that share the samples, or different rewards of every sample."""
+
+    BALANCE = "balance"
+    ENSEMBLE = "ensemble"
+
+
+class RewardCombination(StrEnum):
+    """How several rewards r with weights w become one: sum(w r), or sum(w r) / sum(w)."""
+
+    SUM = "sum"
+    MEAN = "mean"
+
+
+class OnRewardError(StrEnum):
+    """What becomes of a sample whose reward failed.
+
+    drop_group: the whole group is left out, since the rewards that failed may not be a random part of it.
+    drop_sample: its siblings are compared among themselves.
+    """
+
+    DROP_GROUP = "drop_group"
+    DROP_SAMPLE = "drop_sample"
+    STOP = "stop"
+
+
+class Verifier(StrEnum):
+    """Reward functions that come with Togi, each a module of ``togi.reward.verifiers``."""
+
+    EXACT = "exact"
+    FORMAT = "format"
+    JSON_SCHEMA = "json_schema"
+    MATH = "math"
+    REASONING_GYM = "reasoning_gym"
+
+    @property
+    def package(self) -> str:
+        """The package it needs besides the standard library; "" for none."""
+        packages = {
+            Verifier.JSON_SCHEMA: "jsonschema",
+            Verifier.MATH: "math_verify",
+            Verifier.REASONING_GYM: "reasoning_gym",
+        }
+        return packages.get(self, "")

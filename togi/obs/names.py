@@ -14,6 +14,7 @@ REWARD_STD = "reward/std"
 REWARD_GROUP_STD = "reward/group_std"
 REWARD_ABSTAINED = "reward/abstained_share"
 REWARD_ERRORS = "reward/error_share"
+REWARD_PAUSED = "reward/paused_seconds"
 RETURN_MEAN = "reward/return"
 REWARD_CHOSEN = "reward/chosen"
 REWARD_REJECTED = "reward/rejected"
@@ -90,6 +91,7 @@ EXPLANATIONS: dict[str, str] = {
     REWARD_GROUP_STD: "Standard deviation of the reward inside a group, averaged; near 0 there is nothing to learn.",
     REWARD_ABSTAINED: "Share of rollouts for which the reward source gave no opinion; they are left out of the means.",
     REWARD_ERRORS: "Share of rollouts for which the reward source failed; should be 0.",
+    REWARD_PAUSED: "Seconds of the step in which a reward server was down and the run waited for it.",
     RETURN_MEAN: "Mean return: the reward after KL penalty and discounting, as the advantage estimator sees it.",
     REWARD_CHOSEN: "Mean (implicit) reward of the preferred responses.",
     REWARD_REJECTED: "Mean (implicit) reward of the rejected responses.",
@@ -151,12 +153,12 @@ EXPLANATIONS: dict[str, str] = {
     WEIGHT_SYNC_RATE: "Speed of the weight transfer from trainer to engines, in GB a second.",
 }
 
-_RESERVED_COMPONENTS = {name.removeprefix("reward/") for name in EXPLANATIONS if name.startswith("reward/")}
+RESERVED_COMPONENTS = {name.removeprefix("reward/") for name in EXPLANATIONS if name.startswith("reward/")}
 
 
 def reward_component(component: str) -> str:
     """Metric name of one named part of the reward. Raises ``RewardError`` where it would hide a standard metric."""
-    if component in _RESERVED_COMPONENTS:
+    if component in RESERVED_COMPONENTS:
         raise RewardError(f"a reward component is called {component!r}, which is a metric of Togi's own; rename it")
     return f"reward/{component}"
 

@@ -18,6 +18,7 @@ from typing import Any
 from togi.config.checks import check_mixture, check_rl
 from togi.config.choices import EngineName
 from togi.config.parse import Parsed
+from togi.config.reward import verifier_of
 from togi.config.rl import RLConfig
 from togi.config.shared import ADAPTER_CONFIG, ModelSettings, OutputSettings
 from togi.data.items import listed, parse_items
@@ -47,18 +48,16 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     if not joins_cluster():
         check_fits(groups, machine.gpus)
     check_engine(config.rollout_engine)
-    for flag, path in (
-        ("pretrain", config.pretrain),
-        ("critic_pretrain", config.critic_pretrain),
-        ("reward_pretrain", config.reward_pretrain),
-    ):
-        if path is not None:
-            check_model(flag, path)
+    check_model("pretrain", config.pretrain)
+    if config.critic_pretrain is not None:
+        check_model("critic_pretrain", config.critic_pretrain)
+    for path in config.reward_models:
+        check_model("reward_pretrain", path)
     check_context(config)
     check_experts(config)
     check_prompts(config)
-    if config.reward_file is not None:
-        check_reward_file(Path(config.reward_file))
+    for file in config.reward_files:
+        check_reward(file)
     check_trackers(trackers(config))
     check_folders(config)
     return parsed
@@ -164,6 +163,15 @@ def model_settings(path: str) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"--pretrain: {file} cannot be read ({error}): give a complete model folder.") from None
+
+
+def check_reward(item: str) -> None:
+    """One entry of ``--reward_func``: the package of a built-in function is installed, or the file is one."""
+    verifier = verifier_of(item)
+    if verifier is None:
+        check_reward_file(Path(item))
+    elif verifier.package and importlib.util.find_spec(verifier.package) is None:
+        raise RewardError(f"--reward_func {item} needs the package {verifier.package}: pip install 'togi[rewards]'.")
 
 
 def check_reward_file(path: Path) -> None:

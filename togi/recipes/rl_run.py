@@ -31,7 +31,7 @@ from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
 from togi.recipes.preflight import trackers
 from togi.recipes.rl_setup import Material, best_aim, checkpoint_store, plain
-from togi.reward.source import Reward
+from togi.reward.combine import CombinedReward
 from togi.runtime import measure
 from togi.runtime.experience import ScoredGroup, Trainable, to_sample, trainable, with_advantages, with_streams
 from togi.runtime.feed import RolloutFeed
@@ -54,7 +54,7 @@ class Run:
         self,
         config: RLConfig,
         material: Material,
-        reward: Reward,
+        reward: CombinedReward,
         plan: StepPlan,
         session: Session,
         directory: RunDirectory,
@@ -75,8 +75,9 @@ class Run:
         self._best: Best | None = None
         generate = session.engines.generate
         seed = config.seed if config.full_determinism else None
-        self._feed = RolloutFeed(material.environment(config, config.temperature), generate, reward, seed)
-        self._eval_feed = RolloutFeed(material.environment(config, config.eval_temperature), generate, reward, seed)
+        acting, trying = (material.environment(config, t) for t in (config.temperature, config.eval_temperature))
+        self._feed = RolloutFeed(acting, generate, reward, seed, config.allowed_reward_errors)
+        self._eval_feed = RolloutFeed(trying, generate, reward, seed, config.allowed_reward_errors)
 
     def __enter__(self) -> Self:
         self._watchdog = self._open.enter_context(Watchdog(STALL_SECONDS, self._directory.stacks_path))
@@ -134,7 +135,7 @@ class Run:
 
     async def score(self, groups: Sequence[ScoredGroup]) -> tuple[list[Trainable], list[Sample]]:
         """Trainable samples with the log-probs and values that the advantages need."""
-        items = trainable(groups)
+        items = trainable(groups, self.config.on_reward_error)
         if not items:
             return [], []
         start = time.perf_counter()
@@ -146,9 +147,9 @@ class Run:
         return items, samples
 
     def skip(self) -> list[StepUpdate]:
-        """Count a rollout of which nothing can be trained, because the reward abstained on all of it."""
+        """Count a rollout of which nothing can be trained, because no response has a reward."""
         self.step += 1
-        logger.warning("rollout %d is not trained on: the reward abstained on every response", self.step)
+        logger.warning("rollout %d is not trained on: the reward abstained or failed on every response", self.step)
         return []
 
     def with_advantages(self, items: Sequence[Trainable], samples: Sequence[Sample]) -> list[Sample]:
@@ -213,6 +214,8 @@ class Run:
     ) -> None:
         """Metrics, every rollout, and now and then the report."""
         self._values |= measure.rollout_metrics(groups) | await self.session.memory()
+        if self._material.rewards.remotes:
+            self._values[names.REWARD_PAUSED] = self._material.rewards.take_paused_seconds()
         if samples and OLD_LOGPROBS not in samples[0].streams:
             samples = with_streams(samples, {OLD_LOGPROBS: single_logprobs(updates)})
         if samples:

@@ -41,12 +41,18 @@ class Session:
     """All workers of a run, placed and loaded. Make one with ``start`` and end it with ``close``."""
 
     def __init__(
-        self, config: RLConfig, cluster: Cluster, engines: EnginePool, groups: Mapping[Role, WorkerGroup]
+        self,
+        config: RLConfig,
+        cluster: Cluster,
+        engines: EnginePool,
+        groups: Mapping[Role, WorkerGroup],
+        reward_models: Sequence[WorkerGroup],
     ) -> None:
         self.config = config
         self.cluster = cluster
         self.engines = engines
         self.groups = groups
+        self.reward_models = tuple(reward_models)
         self._ended = False
 
     @classmethod
@@ -67,15 +73,24 @@ class Session:
         groups: dict[Role, WorkerGroup] = {
             role: WorkerGroup(role, cluster.start(_kind(role), role, ENVIRONMENT), share_prompts=share)
             for role in used_roles(config)
-            if role is not Role.ENGINE
+            if role not in (Role.ENGINE, Role.REWARD)
         }
+        rewards = [
+            WorkerGroup(
+                Role.REWARD, cluster.start(ScorerWorker, Role.REWARD, ENVIRONMENT, number=n), share_prompts=share
+            )
+            for n in range(len(config.reward_models))
+        ]
         threads = cluster.threads(len(workers))
         settings = [engine_settings(config, index, threads, cluster.resources) for index in range(len(workers))]
         starting = [engines.start(config.rollout_engine, settings)]
         for role, group in groups.items():
-            starting.append(group.start(config, role, total_updates) if role in LEARNERS else group.start(config, role))
+            last = total_updates if role in LEARNERS else config.pretrain
+            starting.append(group.start(config, role, last))
+        for group, path in zip(rewards, config.reward_models, strict=True):
+            starting.append(group.start(config, Role.REWARD, path))
         await asyncio.gather(*starting)
-        return cls(config, cluster, engines, groups)
+        return cls(config, cluster, engines, groups, rewards)
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
         """Add what advantages and the update need: reference and old log-probs, values."""
@@ -127,6 +142,9 @@ class Session:
         for role, group in self.groups.items():
             for rank, nbytes in enumerate(await group.call_all("memory_bytes")):
                 result[names.process_memory(f"{role}{rank}")] = nbytes / 1e9
+        scorers = [nbytes for group in self.reward_models for nbytes in await group.call_all("memory_bytes")]
+        for number, nbytes in enumerate(scorers):
+            result[names.process_memory(f"{Role.REWARD}{number}")] = nbytes / 1e9
         return result
 
     async def checkpoint_bytes(self) -> int:
