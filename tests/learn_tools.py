@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 JOB_SECONDS = 180.0
 
 
-def policy(seed: int = 0, dtype: torch.dtype = torch.float32) -> PolicyModel:
-    hf = tiny_model(seed=seed, tie_word_embeddings=True)
+def policy(seed: int = 0, dtype: torch.dtype = torch.float32, arch: str = "llama") -> PolicyModel:
+    hf = tiny_model(arch, seed=seed, tie_word_embeddings=True)
     hf.set_attn_implementation(SEGMENTS)
     return PolicyModel(hf).to(dtype)
 

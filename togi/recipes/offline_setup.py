@@ -33,7 +33,7 @@ from togi.learn.sft_objective import SFTObjective
 from togi.learn.step_objective import StepRewardObjective
 from togi.model.loading import load_causal_lm, load_scalar_model, read_config
 from togi.model.policy import PolicyModel, ScalarModel
-from togi.parallel.backend import BackendOptions
+from togi.parallel.backend import BackendOptions, backend_options
 from togi.parallel.build import frozen, trainable
 from togi.parallel.process import World
 from togi.recipes.offline_data import Data, Task, uses_flash
@@ -98,7 +98,7 @@ def load_models(config: OfflineConfig, task: Task, data: Data, plan: EpochPlan, 
     torch.manual_seed(config.seed)
     if config.full_determinism:
         torch.use_deterministic_algorithms(True)
-    options = BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
+    options = backend_options(config)
     model = _trained(config, task, world)
     vocabulary = model.vocabulary if isinstance(model, PolicyModel) else 0
     backend = trainable(model, world, options)

@@ -29,7 +29,7 @@ from togi.model.checkpoint import expected_manifest, save_trained, whole_tensors
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import Bucket, Manifest, pack_buckets
-from togi.parallel.backend import BackendOptions
+from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen, trainable
 from togi.parallel.process import Rendezvous, World, default_device, open_store
 from togi.plan.placement import Role
@@ -117,10 +117,6 @@ class ModelWorker:
             share_prefix=config.share_prompts,
         )
 
-    def _options(self) -> BackendOptions:
-        config = self._config
-        return BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
-
 
 class ScorerWorker(ModelWorker):
     """One rank of a frozen model."""
@@ -129,7 +125,7 @@ class ScorerWorker(ModelWorker):
         self._join(rank, size, address, port, config)
         model = self._load(role, torch.bfloat16 if config.bf16 else torch.float32)
         self._model = model
-        self._scorer = Scorer(frozen(model, self._world, self._options()), self._world)
+        self._scorer = Scorer(frozen(model, self._world, backend_options(config)), self._world)
 
     def logprobs(self, samples: Sequence[Sample]) -> Arrays:
         """Log-probs at each sample's trained tokens, of logits divided by the sampling temperature."""
@@ -157,7 +153,7 @@ class LearnerWorker(ModelWorker):
         self._role = role
         # frozen weights need no float32 masters
         self._model = self._load(role, torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32)
-        backend = trainable(self._model, self._world, self._options())
+        backend = trainable(self._model, self._world, backend_options(config))
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
         schedule = Schedule.with_warmup_ratio(config.lr_scheduler, peak, total, config.lr_warmup_ratio)
         max_norm = config.max_norm if config.max_norm > 0 else float("inf")
