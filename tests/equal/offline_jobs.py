@@ -15,13 +15,15 @@ RESUMED_AFTER = 6
 LORA = ("--lora_rank", "4", "--target_modules", "q_proj", "v_proj", "down_proj")
 # command -> ZeRO stage
 ADAPTED = {"dpo": "2", "rm": "3"}
+DEEPSPEED = {"sft": "2", "rm": "3", "dpo": "3", "kto": "2"}
+ADAPTED_DEEPSPEED = {"dpo": "3", "rm": "2"}
 
 
 def run_all(world: World, folder: Path) -> None:
     """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
 
-    ``lora`` trains adapters. ``whole`` and ``part`` are one run, the second resumed from the first one's checkpoint in the
-    middle of an epoch.
+    ``lora`` trains adapters, ``deepspeed`` and ``lora_deepspeed`` do so with the other backend. ``whole`` and ``part`` are
+    one run, the second resumed from the first one's checkpoint in the middle of an epoch.
     """
     for command in CONFIGS:
         run_one(world, folder, command, "two")
@@ -29,6 +31,10 @@ def run_all(world: World, folder: Path) -> None:
         run_one(world, folder, command, "three", "--zero_stage", "3")
     for command, stage in ADAPTED.items():
         run_one(world, folder, command, "lora", *LORA, "--zero_stage", stage)
+    for command, stage in DEEPSPEED.items():
+        run_one(world, folder, command, "deepspeed", "--backend", "deepspeed", "--zero_stage", stage)
+    for command, stage in ADAPTED_DEEPSPEED.items():
+        run_one(world, folder, command, "lora_deepspeed", *LORA, "--backend", "deepspeed", "--zero_stage", stage)
     epochs = ("--max_epochs", "2", "--lr_scheduler", "linear", "--save_steps", "1")
     for command, more in (("dpo", ()), ("kto", (*LORA, "--lora_dropout", "0.2"))):
         run_one(world, folder, command, "whole", *epochs, *more)
