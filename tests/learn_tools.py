@@ -115,6 +115,13 @@ def max_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
+def partition_small_weights() -> None:
+    """All weights of a tiny model are small: without this DeepSpeed would keep them whole, and nothing would be gathered."""
+    import togi.parallel.deepspeed
+
+    togi.parallel.deepspeed.RESIDENT_ELEMENTS = 0
+
+
 def run_ranks(job: Callable[[World, Path], None], size: int, folder: Path) -> None:
     """Run ``job`` on ``size`` gloo processes, each told where to leave its results."""
     context = multiprocessing.get_context("spawn")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from tests.learn_tools import partition_small_weights
 from tests.offline_world import CONFIGS, flags
 from togi.config.parse import parse
 from togi.parallel.process import World
@@ -25,6 +26,7 @@ def run_all(world: World, folder: Path) -> None:
     ``lora`` trains adapters, ``deepspeed`` and ``lora_deepspeed`` do so with the other backend. ``whole`` and ``part`` are
     one run, the second resumed from the first one's checkpoint in the middle of an epoch.
     """
+    partition_small_weights()
     for command in CONFIGS:
         run_one(world, folder, command, "two")
     for command in STAGE_3:

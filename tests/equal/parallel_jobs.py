@@ -15,7 +15,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.learn_tools import critic, learner, max_difference, packs, policy, rollouts, solo, weights
+from tests.learn_tools import (
+    critic,
+    learner,
+    max_difference,
+    packs,
+    partition_small_weights,
+    policy,
+    rollouts,
+    solo,
+    weights,
+)
 from togi.batch import Batch
 from togi.config.choices import BackendName
 from togi.learn.learner import Learner, StepOutcome, UpdateReport
@@ -78,6 +88,7 @@ def record(reports: list[UpdateReport], final: dict[str, Tensor]) -> dict[str, o
 
 
 def two_ranks(world: World, folder: Path) -> None:
+    partition_small_weights()
     layouts(world, folder)
     begin(world, folder)
     leave_checkpoints(world, folder)
@@ -87,12 +98,14 @@ def two_ranks(world: World, folder: Path) -> None:
 
 
 def one_rank(world: World, folder: Path) -> None:
+    partition_small_weights()
     layouts(world, folder)
     leave_checkpoints(world, folder)
     cross(world, folder)
 
 
 def two_ranks_again(world: World, folder: Path) -> None:
+    partition_small_weights()
     resume(world, folder)
     cross(world, folder)
 

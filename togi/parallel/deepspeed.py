@@ -51,6 +51,8 @@ from deepspeed.utils import (  # noqa: E402
 )
 
 EXPERTS = "experts"
+# Working copies up to this size stay whole on every rank under stage 3: gathering norm weights costs more than it saves.
+RESIDENT_ELEMENTS = 100_000
 MASTER = "master"
 
 
@@ -315,6 +317,7 @@ def _config(world: World, options: BackendOptions) -> dict[str, Any]:
             "overlap_comm": options.overlap_comm,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "zero_hpz_partition_size": options.zpg,
+            "stage3_param_persistence_threshold": RESIDENT_ELEMENTS,
             "offload_optimizer": {
                 "device": "cpu" if options.adam_offload else "none",
                 "pin_memory": options.adam_offload and world.device.type != "cpu",
