@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from tests.learn_tools import max_difference
 from tests.tiny import save_tiny_model, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -250,15 +251,20 @@ def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -
 
 
 def test_two_workers_equal_one(world: Path, tmp_path: Path) -> None:
-    """With a seed for every sample the rollouts are the same, so losses and weights must be too."""
+    """With a seed for every sample the rollouts are the same, so losses and weights must be too, also on DeepSpeed."""
     common = [*GRPO, *HF, "--max_steps", "2", "--full_determinism", "--train_batch_size", "8"]
     runs = {}
-    for name, flags in (("one", []), ("two", ["--actor_num_gpus_per_node", "2", "--vllm_num_engines", "2"])):
+    two = ["--actor_num_gpus_per_node", "2", "--vllm_num_engines", "2"]
+    deepspeed = [*two, "--backend", "deepspeed", "--zero_stage", "3"]
+    for name, flags in (("one", []), ("two", two), ("deepspeed", deepspeed)):
         train(world, tmp_path / name, *common, *flags)
         runs[name] = metrics(tmp_path / name)
-    for one, two in zip(runs["one"], runs["two"], strict=True):
-        for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy"):
-            assert one["values"][name] == pytest.approx(two["values"][name], rel=2e-4, abs=1e-6), name
+    for other in ("two", "deepspeed"):
+        for one, two in zip(runs["one"], runs[other], strict=True):
+            for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy"):
+                assert one["values"][name] == pytest.approx(two["values"][name], rel=2e-4, abs=1e-6), (other, name)
+        models = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", other))
+        assert max_difference(*models) < 1e-4
 
 
 def test_a_killed_run_goes_on_and_trains_every_prompt_once(world: Path, tmp_path: Path) -> None:

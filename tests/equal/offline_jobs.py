@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from tests.learn_tools import partition_small_weights
 from tests.offline_world import CONFIGS, flags
 from togi.config.parse import parse
 from togi.parallel.process import World
@@ -23,15 +24,18 @@ EXPERTS = {
     "dpo": ("qwen3_moe", "--zero_stage", "3"),
 }
 BALANCED = ("--aux_loss_coef", "0.5", "--train_batch_size", "5")
+DEEPSPEED = {"sft": "2", "rm": "3", "dpo": "3", "kto": "2"}
+ADAPTED_DEEPSPEED = {"dpo": "3", "rm": "2"}
 
 
 def run_all(world: World, folder: Path) -> None:
     """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
 
     ``lora`` trains adapters, ``experts`` mixtures of experts, ``ahead`` scores with a sharded reference before training,
-    ``own`` generates. ``whole`` and ``part`` are one run, the second resumed from the checkpoint of the first in the middle of
-    an epoch.
+    ``own`` generates; ``deepspeed`` and ``lora_deepspeed`` train with the other backend. ``whole`` and ``part`` are one run,
+    the second resumed from the checkpoint of the first in the middle of an epoch.
     """
+    partition_small_weights()
     for command in CONFIGS:
         run_one(world, folder, command, "two")
     for command in STAGE_3:
@@ -43,6 +47,10 @@ def run_all(world: World, folder: Path) -> None:
         run_one(world, folder, command, "experts", *split, *more)
     run_one(world, folder, "dpo", "ahead", "--precompute_ref", "--zero_stage", "3")
     run_one(world, folder, "kd", "own", *ON_POLICY)
+    for command, stage in DEEPSPEED.items():
+        run_one(world, folder, command, "deepspeed", "--backend", "deepspeed", "--zero_stage", stage)
+    for command, stage in ADAPTED_DEEPSPEED.items():
+        run_one(world, folder, command, "lora_deepspeed", *LORA, "--backend", "deepspeed", "--zero_stage", stage)
     epochs = ("--max_epochs", "2", "--lr_scheduler", "linear", "--save_steps", "1")
     for command, more in (("dpo", ()), ("kto", (*LORA, "--lora_dropout", "0.2"))):
         run_one(world, folder, command, "whole", *epochs, *more)

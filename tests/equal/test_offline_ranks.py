@@ -5,9 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.equal.offline_jobs import ADAPTED, BALANCED, EXPERTS, LORA, ON_POLICY, RESUMED_AFTER, STAGE_3, run_all
-from tests.learn_tools import run_ranks
+from tests.equal.offline_jobs import (
+    ADAPTED,
+    BALANCED,
+    DEEPSPEED,
+    EXPERTS,
+    LORA,
+    ON_POLICY,
+    RESUMED_AFTER,
+    STAGE_3,
+    run_all,
+)
+from tests.learn_tools import max_difference, run_ranks
 from tests.offline_world import DATA, make_world, train, values
 from togi.obs.held_out import read_rows
 
@@ -69,6 +80,15 @@ def test_adapters_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -
     """The frozen base is sharded too; DPO's reference is the base inside, a reward model's head is trained whole."""
     one = train(world, command, world / "one_lora" / command, *LORA)
     assert_equal_runs(one, values(world / "lora" / command))
+    assert_equal_runs(one, values(world / "lora_deepspeed" / command))
+
+
+@pytest.mark.parametrize("command", DEEPSPEED)
+def test_deepspeed_equals_one(world: Path, one: Runs, two: Runs, command: str) -> None:
+    """ZeRO stage 2, and stage 3 with a scalar model and with a reference; what is saved is what one process saves."""
+    assert_equal_runs(one[command], values(world / "deepspeed" / command))
+    ours, theirs = (load_file(world / run / command / "model" / "model.safetensors") for run in ("one", "deepspeed"))
+    assert max_difference(ours, theirs) < 1e-4
 
 
 @pytest.mark.parametrize("command", EXPERTS)

@@ -11,6 +11,7 @@ from togi.config.choices import (
     AdvantageEstimator,
     BackendName,
     EngineName,
+    GradAccumDtype,
     KLEstimator,
     RemoteMode,
     RewardCombination,
@@ -183,7 +184,7 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
 
 
 def _training(c: RLConfig) -> Iterator[str]:
-    yield from train_problems(c, in_4bit=c.load_in_4bit)
+    yield from train_problems(c, in_4bit=c.load_in_4bit, bf16=c.bf16)
     if c.train_batch_size > c.samples_per_rollout:
         yield (
             f"--train_batch_size {c.train_batch_size} is more than the {c.samples_per_rollout} samples of one rollout "
@@ -265,12 +266,13 @@ def model_problems(c: ModelSettings) -> Iterator[str]:
         yield f"--target_modules {' '.join(c.target_modules)}: give {ALL_LINEAR} alone, or names without it."
 
 
-def train_problems(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
-    """What is wrong with the training flags of any command. ``in_4bit``: the model is quantised."""
+def train_problems(c: TrainSettings, *, in_4bit: bool, bf16: bool) -> Iterator[str]:
+    """What is wrong with the training flags of any command. ``in_4bit``: the model is quantised; ``bf16``: as the flag."""
     if in_4bit and c.zero_stage == 3:
         yield "--load_in_4bit with --zero_stage 3: quantised weights are not sharded, use --zero_stage 0, 1 or 2."
-    if c.backend is BackendName.DEEPSPEED:
-        yield "--backend deepspeed is not supported yet: use --backend fsdp2."
+    yield from _backend(c, in_4bit=in_4bit)
+    if c.grad_accum_dtype is GradAccumDtype.BF16 and not bf16:
+        yield "--grad_accum_dtype bf16 needs gradients in bfloat16: add --bf16, or leave the first out."
     if not c.packing_samples and c.micro_train_batch_size not in ("auto", 1):
         yield (
             f"--micro_train_batch_size {c.micro_train_batch_size} needs packing but --no_packing_samples is set: "
@@ -279,6 +281,28 @@ def train_problems(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
     if not all(0 <= beta < 1 for beta in c.adam_betas):
         yield f"--adam_betas {c.adam_betas[0]:g} {c.adam_betas[1]:g} must both be at least 0 and below 1."
     yield from _schedule_problems(c)
+
+
+def _backend(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
+    """What one of the backends cannot do, or does only in some layouts."""
+    sharded = c.zero_stage > 0 and not in_4bit
+    if c.deepcompile and c.backend is not BackendName.DEEPSPEED:
+        yield f"--deepcompile is DeepSpeed's compiler but --backend is {c.backend}: leave it out."
+    if c.deepcompile:
+        yield (
+            "--deepcompile needs CUDA and one graph for all steps, but packed batches have another segment table in each: "
+            "leave it out."
+        )
+    if c.zpg > 1 and (c.backend is not BackendName.DEEPSPEED or c.zero_stage != 3):
+        yield (
+            f"--zpg {c.zpg} needs --backend deepspeed and --zero_stage 3, where weights are gathered for each pass, but they are "
+            f"{c.backend} and {c.zero_stage}: change them, or leave --zpg out."
+        )
+    if c.grad_accum_dtype is GradAccumDtype.BF16 and (c.backend is not BackendName.DEEPSPEED or not sharded):
+        yield (
+            "--grad_accum_dtype bf16 needs --backend deepspeed with --zero_stage 1, 2 or 3 and without --load_in_4bit, all "
+            "else adds up in float32: change that, or leave it out."
+        )
 
 
 def _schedule_problems(c: TrainSettings) -> Iterator[str]:
@@ -314,5 +338,7 @@ def output_problems(c: OutputSettings, *, evaluates: bool) -> Iterator[str]:
         yield "--save_hf_ckpt writes with each checkpoint: set --save_steps to a positive number."
     if c.disable_ds_ckpt and not c.save_hf_ckpt:
         yield "--disable_ds_ckpt without --save_hf_ckpt leaves nothing to save: add the second or leave the first out."
+    if c.use_ds_universal_ckpt and not c.load_checkpoint:
+        yield "--use_ds_universal_ckpt is about loading a checkpoint: add --load_checkpoint, or leave the first out."
     if c.save_steps == 0:
         yield "--save_steps must be positive, or -1."

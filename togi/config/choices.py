@@ -50,6 +50,13 @@ class BackendName(StrEnum):
     DEEPSPEED = "deepspeed"
 
 
+class GradAccumDtype(StrEnum):
+    """In which numbers the gradients of several micro-batches are added up."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
 class Scheduler(StrEnum):
     """Learning-rate schedules by their Transformers names."""
 

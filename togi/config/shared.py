@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from togi.config.choices import BackendName, Scheduler
+from togi.config.choices import BackendName, GradAccumDtype, Scheduler
 from togi.config.fields import Count, Int, PathText, Settings, flag, later
 
 ALL_LINEAR = "all-linear"
@@ -97,11 +97,19 @@ class TrainSettings(Settings):
     full_determinism: bool = flag(False, "Deterministic kernels; a run repeats bit for bit on the same machine.")
     backend: BackendName = flag(BackendName.FSDP2, "Training backend.")
     zero_stage: Int = flag(2, "0 replicates; 1, 2 shard gradients and optimizer; 3 shards weights too.", ge=0, le=3)
-    adam_offload: bool = later(False, "Keep Adam states on the CPU.")
-    zpg: Int = later(1, "ZeRO++ hierarchical partition size.")
-    grad_accum_dtype: str | None = later(None, "Dtype of gradient accumulation.")
-    overlap_comm: bool = later(False, "Overlap communication with the backward pass.")
-    deepcompile: bool = later(False, "DeepSpeed DeepCompile.")
+    adam_offload: bool = flag(False, "Keep master weights and Adam's moments in host memory, and run AdamW there.")
+    zpg: Count = flag(
+        1,
+        "ZeRO++: ranks that keep one more copy of the weights among them, for the backward pass (DeepSpeed, stage 3).",
+    )
+    grad_accum_dtype: GradAccumDtype = flag(
+        GradAccumDtype.FP32,
+        "In which numbers micro-batches are added up; bf16 is DeepSpeed's only and loses small terms.",
+    )
+    overlap_comm: bool = flag(
+        False, "Overlap DeepSpeed's communication with the backward pass; FSDP2 always does so, with or without."
+    )
+    deepcompile: bool = flag(False, "DeepSpeed's compiler. Refused: it cannot compile packed batches.")
     ring_attn_size: Int = later(1, "Ring attention group size.")
     ring_head_stride: Int = later(1, "Key-value heads exchanged per ring step.")
     local_rank: Int = later(
@@ -121,7 +129,10 @@ class OutputSettings(Settings):
     max_ckpt_num: Count = flag(3, "Keep at most this many checkpoints; the newest is never removed.")
     max_ckpt_mem: float = flag(1e8, "Keep at most this many GB of checkpoints.", gt=0)
     load_checkpoint: bool = flag(False, "Continue from the newest complete checkpoint in --ckpt_path, if there is one.")
-    use_ds_universal_ckpt: bool = later(False, "Load a checkpoint in DeepSpeed's universal layout.")
+    use_ds_universal_ckpt: bool = flag(
+        False,
+        "Load a checkpoint of another number of workers, ZeRO stage or backend. Always possible here, with or without.",
+    )
     best_metric_key: str = flag(
         NO_METRIC,
         "Metric of the evaluations, such as eval/loss, whose best model is kept in <ckpt_path>/best; none: no model.",

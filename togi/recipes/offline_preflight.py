@@ -13,6 +13,7 @@ from togi.errors import ConfigError
 from togi.obs.sinks import check_trackers
 from togi.recipes.best_metric import offline_aim
 from togi.recipes.preflight import (
+    check_backend,
     check_engine,
     check_experts,
     check_folders,
@@ -30,6 +31,7 @@ def check(parsed: Parsed[OfflineConfig]) -> None:
     offline_aim(config)
     if isinstance(config, KDConfig) and config.on_policy_share > 0:
         check_engine(config.rollout_engine)
+    check_backend(config.backend)
     for flag, path in other_models(config).items():
         check_model(flag, path)
     check_context(config)

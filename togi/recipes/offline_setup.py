@@ -35,7 +35,7 @@ from togi.learn.sft_objective import SFTObjective
 from togi.learn.step_objective import StepRewardObjective
 from togi.model.loading import load_causal_lm, load_scalar_model, read_config
 from togi.model.policy import PolicyModel, ScalarModel
-from togi.parallel.backend import BackendOptions
+from togi.parallel.backend import BackendOptions, backend_options
 from togi.parallel.build import frozen, frozen_on_host, trainable
 from togi.parallel.process import World
 from togi.recipes.offline_data import Data, Task, uses_flash
@@ -119,7 +119,7 @@ def load_models(
     if config.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
-    options = BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
+    options = backend_options(config)
     dealer = dealer_of(config, task, world)
     if scores_ahead(config) and not base_is_reference(config, task):
         data = with_reference(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from togi.config.checks import check_mixture, check_rl
-from togi.config.choices import EngineName
+from togi.config.choices import BackendName, EngineName
 from togi.config.parse import Parsed
 from togi.config.reward import verifier_of
 from togi.config.rl import RLConfig
@@ -48,6 +48,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     if not joins_cluster():
         check_fits(groups, machine.gpus)
     check_engine(config.rollout_engine)
+    check_backend(config.backend)
     check_model("pretrain", config.pretrain)
     if config.critic_pretrain is not None:
         check_model("critic_pretrain", config.critic_pretrain)
@@ -61,6 +62,14 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     check_trackers(trackers(config))
     check_folders(config)
     return parsed
+
+
+def check_backend(backend: BackendName) -> None:
+    """The package that a backend needs is installed."""
+    if backend is BackendName.DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "--backend deepspeed needs the package deepspeed: pip install 'togi[deepspeed]', or use --backend fsdp2."
+        )
 
 
 def check_prompts(config: RLConfig) -> None:

@@ -29,7 +29,7 @@ from togi.model.checkpoint import expected_manifest, save_trained, whole_tensors
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import Bucket, Manifest, pack_buckets
-from togi.parallel.backend import BackendOptions
+from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen, frozen_on_host, trainable
 from togi.parallel.process import Rendezvous, World, default_device, open_store
 from togi.plan.placement import Role
@@ -115,10 +115,6 @@ class ModelWorker:
             share_prefix=config.share_prompts,
         )
 
-    def _options(self) -> BackendOptions:
-        config = self._config
-        return BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
-
 
 class ScorerWorker(ModelWorker):
     """One rank of a frozen model."""
@@ -128,10 +124,11 @@ class ScorerWorker(ModelWorker):
         self._join(rank, size, address, port, config)
         model = self._load(role, path, torch.bfloat16 if config.bf16 else torch.float32)
         self._model = model
+        options = backend_options(config)
         if config.ref_reward_offload and self._world.device.type != "cpu":
-            self._scorer = Scorer(model, self._world, frozen_on_host(model, self._world, self._options()))
+            self._scorer = Scorer(model, self._world, frozen_on_host(model, self._world, options))
         else:
-            self._scorer = Scorer(frozen(model, self._world, self._options()), self._world)
+            self._scorer = Scorer(frozen(model, self._world, options), self._world)
 
     def logprobs(self, samples: Sequence[Sample]) -> Arrays:
         """Log-probs at each sample's trained tokens, of logits divided by the sampling temperature."""
@@ -160,7 +157,7 @@ class LearnerWorker(ModelWorker):
         # frozen weights need no float32 masters
         dtype = torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32
         self._model = self._load(role, config.pretrain if role is Role.ACTOR else config.critic_source, dtype)
-        backend = trainable(self._model, self._world, self._options())
+        backend = trainable(self._model, self._world, backend_options(config))
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
         schedule = Schedule.of(config, peak, total)
         max_norm = config.max_norm if config.max_norm > 0 else float("inf")
