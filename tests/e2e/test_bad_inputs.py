@@ -157,6 +157,9 @@ HEAVY = [
 ]
 ALONE_HEAVY = [
     Case("reward hangs", "--reward_func @hangs.py --reward_timeout 1", ("@hangs.py ran longer than the limit of 1 s",)),
+    Case(
+        "no server", "--remote_rm_url http://127.0.0.1:9/r", ("http://127.0.0.1:9/r does not answer", "--remote_rm_url")
+    ),
     Case("reward kills itself", "--reward_func @dies.py", ("@dies.py ended its process (killed by SIGKILL)",)),
 ]
 ALONE = [

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import overload
 
@@ -59,6 +60,9 @@ class Examples(Sequence[tuple[Sample, ...]]):
     def __getitem__(self, index: int | slice) -> tuple[Sample, ...] | tuple[tuple[Sample, ...], ...]:
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
+        return self._samples(index)
+
+    def _samples(self, index: int) -> tuple[Sample, ...]:
         pick = Pick(*self._places[index].tolist())
         return tuple(sequence.sample(pick.id) for sequence in self._tables[pick.source].coded(pick.row))
 
@@ -68,6 +72,32 @@ class Examples(Sequence[tuple[Sample, ...]]):
         first = self._tables[source].coded(row)[0]
         prompt: bytes = first.tokens[: first.prompt_length].tobytes()
         return prompt
+
+    def learned(self) -> NDArray[np.int64]:
+        """How many tokens in the loss each sequence has, row after row."""
+        return self._per_sequence(lambda table: table.learned_S).reshape(-1)
+
+    def prompt_lengths(self) -> NDArray[np.int64]:
+        """How many tokens come before the first one to learn, in each sequence, row after row."""
+        return self._per_sequence(lambda table: table.prompt_lengths_S).reshape(-1)
+
+    @property
+    def width(self) -> int:
+        """Sequences a row."""
+        return max(int(table.widths_N.max(initial=0)) for table in self._tables)
+
+    def _per_sequence(self, pick: Callable[[Table], NDArray[np.int64]]) -> NDArray[np.int64]:
+        """A number of each sequence, shape (rows, width)."""
+        numbers = np.empty((len(self), self.width), dtype=np.int64)
+        for source, table in enumerate(self._tables):
+            own = self._places[:, 0] == source
+            firsts = (np.cumsum(table.widths_N) - table.widths_N)[self._places[own, 1]]
+            numbers[own] = pick(table)[firsts[:, None] + np.arange(self.width)]
+        return numbers
+
+    def scored(self, stream: str, numbers: NDArray[np.float32]) -> ScoredExamples:
+        """The same rows with one number at each token in the loss; ``numbers`` are those of all rows, in order."""
+        return ScoredExamples(self._tables, self._places, self.report, stream, numbers)
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row, all its sequences together, without making samples."""
@@ -88,6 +118,36 @@ class Examples(Sequence[tuple[Sample, ...]]):
             for part in table.content():
                 digest.update(part)
         return digest.hexdigest()
+
+
+class ScoredExamples(Examples):
+    """Rows whose samples have one more stream. Its numbers stay where they are, as in a mapped file, until a row is asked for."""
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        places: NDArray[np.int64],
+        report: DataReport,
+        stream: str,
+        numbers: NDArray[np.float32],
+    ) -> None:
+        super().__init__(tables, places, report)
+        self._stream, self._numbers = stream, numbers
+        self._ends = np.cumsum(self.learned())
+        assert len(numbers) == self._ends[-1], "there is not one number for each token in the loss"
+
+    def _samples(self, index: int) -> tuple[Sample, ...]:
+        first = index * self.width
+        return tuple(
+            self._with_stream(sample, int(self._ends[first + place]))
+            for place, sample in enumerate(super()._samples(index))
+        )
+
+    def _with_stream(self, sample: Sample, end: int) -> Sample:
+        """Add the numbers that end at ``end``; NaN at tokens that are not in the loss."""
+        values = np.full(len(sample.tokens), np.nan, dtype=np.float32)
+        values[sample.loss_mask] = self._numbers[end - int(sample.loss_mask.sum()) : end]
+        return replace(sample, streams={**sample.streams, self._stream: values})
 
 
 class StepExamples(Examples):

@@ -99,6 +99,14 @@ class Shard:
         rows_S = np.repeat(np.arange(len(self)), self._arrays["widths_N"])
         return np.bincount(rows_S[self._arrays["merged_S"]], minlength=len(self)) > 0
 
+    @property
+    def learned_S(self) -> NDArray[np.int64]:
+        """Tokens in the loss of each sequence; the first token of a sequence never is."""
+        starts_R, ends_R = self._arrays["runs_R"].T.astype(np.int64)
+        sequences_R = np.repeat(np.arange(len(self._run_ends)), self._arrays["run_counts_S"])
+        counts_S = np.bincount(sequences_R, ends_R - np.maximum(starts_R, 1), minlength=len(self._run_ends))
+        return counts_S.astype(np.int64)
+
     def coded(self, row: int) -> tuple[Coded, ...]:
         """The sequences of a row."""
         return tuple(self._sequence(i) for i in range(*_span(self._sequence_ends, row)))
@@ -141,6 +149,21 @@ class Table:
     def sizes_N(self) -> NDArray[np.int64]:
         """Tokens of each row, all its sequences together; 0 for rows that are not used."""
         return np.concatenate([shard.sizes_N for shard in self._shards])
+
+    @cached_property
+    def widths_N(self) -> NDArray[np.int64]:
+        """Sequences of each row; 0 for rows that are not used."""
+        return np.concatenate([shard.content("widths_N").astype(np.int64) for shard in self._shards])
+
+    @cached_property
+    def learned_S(self) -> NDArray[np.int64]:
+        """Tokens in the loss of each sequence."""
+        return np.concatenate([shard.learned_S for shard in self._shards])
+
+    @cached_property
+    def prompt_lengths_S(self) -> NDArray[np.int64]:
+        """Leading tokens of each sequence that are not learned."""
+        return np.concatenate([shard.content("prompt_lengths_S").astype(np.int64) for shard in self._shards])
 
     @property
     def faulty_N(self) -> NDArray[np.bool_]:

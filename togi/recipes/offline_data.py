@@ -87,6 +87,7 @@ def load_data(config: OfflineConfig, task: Task, world: World, progress: Progres
             flash_attn=uses_flash(config, world),
             trust_remote_code=config.trust_remote_code,
             lora=config.lora,
+            balanced=config.aux_loss_coef > 0,
         )
         tokenizer = load_tokenizer(
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
@@ -107,7 +108,15 @@ def load_data(config: OfflineConfig, task: Task, world: World, progress: Progres
 
 
 def check_plan(config: OfflineConfig, plan: EpochPlan, data: Data) -> None:
-    """What only the rows can tell: KTO's KL estimate needs two prompts in every step. Raises ConfigError."""
+    """What only the rows can tell: KTO's KL estimate needs two prompts in every step, a generated response needs one.
+
+    Raises ConfigError.
+    """
+    if isinstance(config, KDConfig) and config.on_policy_share > 0 and 0 in data.train.prompt_lengths():
+        raise ConfigError(
+            "--on_policy_share lets the student answer prompts, but there are rows in --dataset without any: fill --input_key "
+            "or set --input_template."
+        )
     if not isinstance(config, KTOConfig):
         return
     why = "and KTO pairs each prompt with the answer to another"

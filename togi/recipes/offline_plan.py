@@ -40,6 +40,11 @@ class EpochPlan:
         rows: list[int] = order[place * self.batch : (place + 1) * self.batch].tolist()
         return rows
 
+    def rows_before(self, step: int) -> int:
+        """How many rows the steps before ``step`` had, over all epochs."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return epoch * self.rows + place * self.batch
+
     def describe(self) -> str:
         """The batch arithmetic in one line."""
         rest = (

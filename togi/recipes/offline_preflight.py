@@ -11,16 +11,31 @@ from togi.data.items import parse_items
 from togi.data.precheck import parse_probs
 from togi.errors import ConfigError
 from togi.obs.sinks import check_trackers
-from togi.recipes.preflight import check_folders, check_model, check_sets, max_positions, trackers
+from togi.recipes.best_metric import offline_aim
+from togi.recipes.preflight import (
+    check_backend,
+    check_engine,
+    check_experts,
+    check_folders,
+    check_model,
+    check_sets,
+    max_positions,
+    trackers,
+)
 
 
 def check(parsed: Parsed[OfflineConfig]) -> None:
     """Raise the first UserError."""
     check_offline(parsed)
     config = parsed.config
+    offline_aim(config)
+    if isinstance(config, KDConfig) and config.on_policy_share > 0:
+        check_engine(config.rollout_engine)
+    check_backend(config.backend)
     for flag, path in other_models(config).items():
         check_model(flag, path)
     check_context(config)
+    check_experts(config)
     check_data(config)
     check_trackers(trackers(config))
     check_folders(config)
