@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.precheck import parse_probs
 from togi.data.source import Source, load_source
+from togi.data.tables import Row
 
 DRAW = 1000
 
@@ -44,6 +45,15 @@ class Mixture:
     def rows_used(self, source: int) -> list[int]:
         """The distinct rows of a source that are used, ascending."""
         return sorted({pick.row for pick in self.picks if pick.source == source})
+
+    def rows(self) -> list[Row]:
+        """The row of every pick, in order. All of them are held at once."""
+        used = [self.rows_used(source) for source in range(len(self.sources))]
+        found = [
+            dict(zip(numbers, source.rows.fetch(numbers), strict=True))
+            for numbers, source in zip(used, self.sources, strict=True)
+        ]
+        return [found[pick.source][pick.row] for pick in self.picks]
 
 
 def load_mixture(
