@@ -1,10 +1,11 @@
-"""Contradictions between the settings of ``togi infer``, found before anything is loaded."""
+"""Contradictions between the settings of ``togi infer`` and ``togi chat``, found before anything is loaded."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 
+from togi.config.chat import ChatConfig
 from togi.config.checks import template_problems
 from togi.config.choices import EngineName, EvalTask, PostProcessor
 from togi.config.infer import GenerationSettings, InferConfig, ScoringSettings, SliceSettings
@@ -38,6 +39,33 @@ def _problems(parsed: Parsed[InferConfig]) -> Iterator[str]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but --eval_task {config.eval_task} runs in one process: start it "
             "with plain python, and give each device a part of the rows (--iter)."
         )
+
+
+def check_chat(parsed: Parsed[ChatConfig]) -> None:
+    """The same for ``togi chat``."""
+    given = {name for name, source in parsed.sources.items() if source is not Source.DEFAULT}
+    for message in _chat_problems(parsed.config, given):
+        raise ConfigError(message)
+
+
+def _chat_problems(c: ChatConfig, given: set[str]) -> Iterator[str]:
+    if not c.pretrain:
+        yield "--pretrain is required: the folder or hub name of the model to talk to."
+    for name in ("input_template", "ta_prompt"):
+        if c.apply_chat_template and name in given:
+            yield f"--{name} is for plain text: add --no_apply_chat_template, or leave --{name} out."
+    if not c.apply_chat_template:
+        if c.tokenizer_chat_template is not None:
+            yield "--tokenizer_chat_template and --no_apply_chat_template exclude each other: leave one of them out."
+        if c.input_template is not None:
+            yield from template_problems(c.input_template)
+    if c.greedy_sampling and "temperature" in given and c.temperature > 0:
+        yield "--greedy_sampling takes the most likely token but --temperature draws one: leave one of them out."
+    yield from reward_template_problems(c.reward_template)
+    if not c.enable_csft:
+        for name in ("csft_prompt", "reward_template"):
+            if name in given:
+                yield f"--{name} is only used with --enable_csft: add it, or leave the first out."
 
 
 def rendering_problems(c: PromptText) -> Iterator[str]:
