@@ -20,6 +20,10 @@ COMMANDS = {
     "prm": ("togi.cli.train_prm", "process reward model"),
     "kd": ("togi.cli.train_kd", "distillation from a teacher"),
     "infer": ("togi.cli.batch_inference", "outputs for a file of prompts, scores for a file of outputs"),
+    "iterate": (
+        "togi.cli.iterate",
+        "rounds of generate, score, select, train: best-of-n, iterative DPO, conditional SFT",
+    ),
     "chat": ("togi.cli.chat", "talk to a model in the terminal"),
     "merge-lora": ("togi.cli.lora_combiner", "merge a LoRA adapter into its base model"),
     "report": ("togi.cli.report", "write report.html of a run folder again"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TypeVar, cast
 
 from togi.config.infer import InferConfig
+from togi.config.iterate import IterateConfig
 from togi.config.parse import Parsed, Source
 from togi.config.shared import ModelSettings
 from togi.plan.machine import Machine
 
-Config = TypeVar("Config", bound=ModelSettings | InferConfig)
+Config = TypeVar("Config", bound=ModelSettings | InferConfig | IterateConfig)
 WITHOUT_BF16 = (
     "--bf16: this CPU has no bfloat16 instructions and would be hundreds of times slower with it, so everything is computed and "
     "saved in float32"
