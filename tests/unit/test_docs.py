@@ -21,6 +21,7 @@ from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, P
 from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
+from togi.config.serve_rm import ServeRMConfig
 
 OFFLINE: dict[str, type[OfflineConfig]] = {
     "sft": SFTConfig,
@@ -30,7 +31,7 @@ OFFLINE: dict[str, type[OfflineConfig]] = {
     "prm": PRMConfig,
     "kd": KDConfig,
 }
-CONFIGS = (RLConfig, InferConfig, IterateConfig, *OFFLINE.values())
+CONFIGS = (RLConfig, InferConfig, IterateConfig, ServeRMConfig, *OFFLINE.values())
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
