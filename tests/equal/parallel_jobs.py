@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tests.learn_tools import (
     critic,
@@ -32,7 +33,7 @@ from togi.learn.learner import Learner, StepOutcome, UpdateReport
 from togi.learn.learner_state import load_learner, save_learner
 from togi.learn.scorer import Scorer
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import frozen, trainable
+from togi.parallel.build import frozen, frozen_on_host, trainable
 from togi.parallel.process import World
 
 STEPS = 10
@@ -84,7 +85,8 @@ def train(model: Learner, steps: Iterable[int]) -> list[UpdateReport]:
 
 def record(reports: list[UpdateReport], final: dict[str, Tensor]) -> dict[str, object]:
     metrics = [{**report.metrics, "grad_norm": report.grad_norm, "count": report.count} for report in reports]
-    return {"metrics": metrics, "weights": final}
+    loads = [(report.load.padding_share, report.load.imbalance) for report in reports]
+    return {"metrics": metrics, "weights": final, "loads": loads}
 
 
 def two_ranks(world: World, folder: Path) -> None:
@@ -128,9 +130,14 @@ def layouts(world: World, folder: Path) -> None:
 
 
 def frozen_shards(world: World, folder: Path) -> None:
-    scorer = Scorer(frozen(critic(), world, BackendOptions(bf16=False, zero_stage=3)), world)
-    scores = scorer.scores(own_batches(world, 0))
+    """Scores with a sharded model, also from host memory."""
+    options = BackendOptions(bf16=False, zero_stage=3)
+    scores = Scorer(frozen(critic(), world, options), world).scores(own_batches(world, 0))
     torch.save(world.gather("test", scores.tolist()), folder / f"scores{world.rank}.pt")
+    on_host = critic()
+    around = frozen_on_host(on_host, world, options)
+    assert all(isinstance(p, DTensor) and p.to_local().device.type == "cpu" for p in on_host.parameters())
+    assert np.array_equal(Scorer(on_host, world, around).scores(own_batches(world, 0)), scores)
 
 
 def skip_non_finite(world: World, model: Learner) -> None:

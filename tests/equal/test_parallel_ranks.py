@@ -49,6 +49,17 @@ def test_every_layout_equals_one_plain_process(runs: Path, alone: dict[str, obje
         assert_same(result, alone, 1e-4 if layout.startswith("deepspeed") else 1e-9)
 
 
+def test_what_ranks_compute_to_keep_in_step_is_counted(runs: Path, alone: dict[str, object]) -> None:
+    """By hand from the plan of the ranks' batches; a dummy has two positions."""
+    assert alone["loads"] == [(0.0, 1.0)] * jobs.STEPS
+    for step, (padding, imbalance) in enumerate(torch.load(runs / "fsdp22_2_1.pt")["loads"][:5]):
+        lengths = [len(sample.tokens) for sample in rollouts(6, seed=step)]
+        first = sum(jobs.PLANS[2][step][0])  # the first rank's samples
+        dummies = [2, 1, 2, 2, 0][step]  # [3, 1], [1, 0], [0, 2], [2, 4] and [1, 1] batches
+        assert padding == pytest.approx(2 * dummies / (sum(lengths) + 2 * dummies))
+        assert imbalance == pytest.approx(max(sum(lengths[:first]), sum(lengths[first:])) / (sum(lengths) / 2))
+
+
 def test_four_ragged_ranks_equal_one_process(tmp_path: Path, alone: dict[str, object]) -> None:
     run_ranks(jobs.four, 4, tmp_path)
     for rank in range(4):
@@ -71,6 +82,7 @@ def test_fully_shard_on_one_rank_equals_plain_pytorch_bit_for_bit(bf16: bool) ->
 
 
 def test_a_sharded_scorer_equals_a_whole_one(runs: Path) -> None:
+    """One whose shards lie in host memory gave the same bits, as the job asserts."""
     scores = [score for rank in torch.load(runs / "scores0.pt") for score in rank]
     whole = Scorer(critic(), World.solo(CPU)).scores(jobs.own_batches(World.solo(CPU), 0))
     assert scores == pytest.approx(whole.tolist(), abs=1e-5)

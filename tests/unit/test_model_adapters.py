@@ -239,6 +239,9 @@ def test_four_bits(tmp_path: Path) -> None:
     """The frozen weights are NF4; their merged form is what the model computes with: dequantised, plus the adapter."""
     folder = save_tiny_model(tmp_path / "base")
     model = adapted(folder, IN_4BIT)
+    model.eval()
+    logprobs(model)  # an evaluation must not change the layout of what is merged below
+    model.train()
     stored = {type(p).__name__ for n, p in model.named_parameters() if "base_layer" in n}
     assert stored == {"Params4bit"}
 

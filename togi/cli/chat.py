@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 
+from togi.cli.main import run as run_module
 from togi.config.chat import ChatConfig
 from togi.config.parse import parse
 from togi.errors import ConfigError, UserError
@@ -16,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse(ChatConfig, argv, "chat").config
     if not config.pretrain:
         raise ConfigError("--pretrain is required: the folder or hub name of the model to talk to.")
-    check_model("pretrain", config.pretrain)
+    check_model("pretrain", config.pretrain, adapters=True)
     from togi.recipes.chat import Chat
 
     chat = Chat(config)
@@ -43,3 +44,7 @@ def _answer(pieces: Iterator[str]) -> None:
     except UserError as error:
         print(f"togi: {error}", end="", file=sys.stderr)
     print()
+
+
+if __name__ == "__main__":
+    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))

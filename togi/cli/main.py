@@ -20,6 +20,7 @@ COMMANDS = {
     "prm": ("togi.cli.train_prm", "process reward model"),
     "kd": ("togi.cli.train_kd", "distillation from a teacher"),
     "chat": ("togi.cli.chat", "talk to a model in the terminal"),
+    "serve-rm": ("togi.cli.serve_rm", "serve a reward model or function over HTTP"),
     "merge-lora": ("togi.cli.lora_combiner", "merge a LoRA adapter into its base model"),
     "report": ("togi.cli.report", "write report.html of a run folder again"),
 }

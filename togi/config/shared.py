@@ -9,6 +9,11 @@ from togi.config.choices import BackendName, GradAccumDtype, Scheduler
 from togi.config.fields import Count, Int, PathText, Settings, flag, later
 
 ALL_LINEAR = "all-linear"
+ADAPTER_CONFIG = "adapter_config.json"
+"""What makes a folder that of a LoRA adapter."""
+NO_METRIC = "none"
+# Mixtures of experts whose router is known to be read right, by model type.
+MIXTURES = ("mixtral", "qwen3_moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,9 @@ class ModelSettings(Settings):
     )
     disable_fast_tokenizer: bool = later(False, "Use the slow (Python) tokenizer.")
     use_liger_kernel: bool = later(False, "Load the causal LM through Liger kernels.")
-    aux_loss_coef: float = later(0.0, "Weight of the MoE load-balancing loss.")
+    aux_loss_coef: float = flag(
+        0.0, "Weight of the load-balancing loss of a mixture of experts, a mean over sequences; 0 turns it off.", ge=0
+    )
     load_in_4bit: bool = flag(False, "Hold the frozen weights in NF4 (QLoRA); needs --lora_rank.")
     lora_rank: Int = flag(0, "Train an adapter of this rank beside frozen weights (LoRA); 0 trains all weights.", ge=0)
     lora_alpha: Int = flag(16, "LoRA scale: the adapter's output is multiplied by alpha / rank.", ge=1)
@@ -73,6 +80,19 @@ class TrainSettings(Settings):
     adam_betas: tuple[float, float] = flag((0.9, 0.95), "AdamW betas.")
     lr_scheduler: Scheduler = flag(Scheduler.COSINE_WITH_MIN_LR, "Learning-rate schedule, counted in optimizer steps.")
     lr_warmup_ratio: float = flag(0.03, "Warm-up steps = ceil(ratio x total optimizer steps).", ge=0, le=1)
+    min_lr_ratio: float = flag(
+        0.1,
+        "Lowest learning rate as a share of the peak, of schedules with a floor (also polynomial's end).",
+        ge=0,
+        le=1,
+    )
+    lr_num_cycles: float | None = flag(
+        None, "Waves of a cosine (default: half a wave), or how often cosine_with_restarts falls (default: 1).", gt=0
+    )
+    lr_power: float = flag(1.0, "Exponent of --lr_scheduler polynomial.", gt=0)
+    lr_decay_ratio: float = flag(
+        0.1, "Steps of the fall in warmup_stable_decay = ceil(ratio x total optimizer steps).", ge=0, le=1
+    )
     seed: Int = flag(42, "Seed of data order, sampling and initialisation.")
     full_determinism: bool = flag(False, "Deterministic kernels; a run repeats bit for bit on the same machine.")
     backend: BackendName = flag(BackendName.FSDP2, "Training backend.")
@@ -112,6 +132,13 @@ class OutputSettings(Settings):
     use_ds_universal_ckpt: bool = flag(
         False,
         "Load a checkpoint of another number of workers, ZeRO stage or backend. Always possible here, with or without.",
+    )
+    best_metric_key: str = flag(
+        NO_METRIC,
+        "Metric of the evaluations, such as eval/loss, whose best model is kept in <ckpt_path>/best; none: no model.",
+    )
+    best_metric_mode: Literal["auto", "min", "max"] = flag(
+        "auto", "Which values of --best_metric_key are good; auto: low losses, high rewards and accuracies."
     )
     logging_steps: Count = flag(1, "Send metrics to the trackers every N steps (metrics.jsonl has every step).")
     use_wandb: str | None = flag(

@@ -23,13 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from togi.config.shared import ALL_LINEAR, LoRA
+from togi.config.shared import ADAPTER_CONFIG, ALL_LINEAR, LoRA
 from togi.errors import ModelError
-from togi.model.loading import ADAPTER_CONFIG, HEAD
+from togi.model.loading import HEAD
 from togi.model.policy import PolicyModel, ScalarModel
 
 ADAPTER = "default"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HEAD_RECORD = "value_head.json"
 _PREFIX = "hf."
 _BASE, _A, _B = ".base_layer.", f".lora_A.{ADAPTER}.", f".lora_B.{ADAPTER}."
 
@@ -46,7 +47,7 @@ def add_lora(model: PolicyModel | ScalarModel, lora: LoRA) -> None:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=target_layers(model.hf, lora.target_modules),
-        base_model_name_or_path=model.hf.config.name_or_path,
+        base_model_name_or_path=_base_path(model.hf),
     )
     inject_adapter_in_model(config, model.hf, ADAPTER)
     model.is_adapted = True
@@ -54,6 +55,12 @@ def add_lora(model: PolicyModel | ScalarModel, lora: LoRA) -> None:
     if isinstance(model, ScalarModel):
         head: Any = model.hf.score
         head.requires_grad_(True)
+
+
+def _base_path(hf: PreTrainedModel) -> str:
+    """What the adapter says that it belongs to: a folder must be found from anywhere."""
+    path = Path(hf.config.name_or_path)
+    return str(path.resolve()) if path.is_dir() else str(hf.config.name_or_path)
 
 
 def target_layers(hf: PreTrainedModel, wanted: Iterable[str]) -> list[str]:
@@ -132,8 +139,9 @@ def save_adapter(
 ) -> None:
     """Write a folder that PEFT loads: the adapter (and a scalar head) in float32, its configuration, the tokenizer.
 
-    ``named_tensors`` are the trained parameters, whole, by the names of ``model``.
-    ``config.json`` beside them is the whole model's, for what training has put into it (statistics of rewards).
+    ``named_tensors`` are the trained parameters, whole, by the names of ``model``. There is no ``config.json``: with one
+    Transformers would look for a whole model. What training puts into that file, the name of the head and the statistics of
+    rewards, is in ``value_head.json``.
     """
     directory.mkdir(parents=True, exist_ok=True)
     kept = {
@@ -147,7 +155,12 @@ def save_adapter(
         "modules_to_save": [HEAD] if isinstance(model, ScalarModel) else None,
     }
     (directory / ADAPTER_CONFIG).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    model.hf.config.save_pretrained(directory)
+    if isinstance(model, ScalarModel):
+        head = {"value_head_prefix": model.value_head_prefix, "mean": model.reward_mean, "std": model.reward_std}
+        (directory / HEAD_RECORD).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
+    elif model.hf.can_generate():
+        # the tokens that end an answer, which the tokenizer may not name
+        model.hf.generation_config.to_json_file(directory / "generation_config.json")
     tokenizer.save_pretrained(directory)
 
 

@@ -41,8 +41,8 @@ DENSE = "togi_dense"
 # torch 2.13 on AVX512-BF16), and float32 is the more exact of the two.
 SHORT_SEGMENT = 128
 
-# "dropout" and "is_causal" are looked at on their own
-_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "dropout", "is_causal"})
+# "dropout" and "is_causal" are looked at on their own; router logits are recorded by hooks outside of attention
+_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "dropout", "is_causal", "output_router_logits"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from togi.model.loading import ADAPTER_CONFIG, HEAD, read_config, skeleton
+from togi.config.shared import ADAPTER_CONFIG
+from togi.model.loading import HEAD, read_config, skeleton
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import TensorSpec
 

@@ -24,14 +24,14 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from togi.config.shared import LoRA
+from togi.config.checks import check_mixture
+from togi.config.shared import ADAPTER_CONFIG, LoRA
 from togi.errors import ModelError
 from togi.model.attention import SEGMENTS, VARLEN
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.support import PROVEN, logit_transform, refuse_unsupported, verify_packing
 
 HEAD = "score"
-ADAPTER_CONFIG = "adapter_config.json"
 Model = TypeVar("Model", PolicyModel, ScalarModel)
 
 
@@ -102,16 +102,29 @@ def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
         raise ModelError(f"cannot read a model config from {path!r}: {str(error).splitlines()[0]}") from error
 
 
-def check_causal_lm(path: str, *, flash_attn: bool, trust_remote_code: bool = False, lora: LoRA | None = None) -> None:
-    """Raise ModelError for what config.json alone tells about a model that cannot be trained. Loads no weights."""
+def check_causal_lm(
+    path: str, *, flash_attn: bool, trust_remote_code: bool = False, lora: LoRA | None = None, balanced: bool = False
+) -> None:
+    """Raise ModelError for what config.json alone tells about a model that cannot be trained. Loads no weights.
+
+    ``balanced``: with a load-balancing loss, else ConfigError.
+    """
     config = read_config(path, trust_remote_code)
+    if balanced:
+        check_mixture(path, config.model_type)
     model = _refuse(AutoModelForCausalLM, _Reading(path, config, torch.float32, flash_attn, trust_remote_code))
     if lora is not None:
+        _check_package("lora_rank", "peft")
+        if lora.load_in_4bit:
+            _check_package("load_in_4bit", "bitsandbytes")
         from togi.model.adapters import target_layers
 
         target_layers(model, lora.target_modules)
-        if lora.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-            raise ModelError("--load_in_4bit needs the package bitsandbytes: pip install 'togi[lora]'.")
+
+
+def _check_package(flag: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(f"--{flag} needs the package {package}: pip install 'togi[lora]'.")
 
 
 def skeleton(
@@ -174,6 +187,8 @@ def _load(auto_class: Any, read: _Reading) -> PreTrainedModel:
         advice = "give one with a head, or ask for a new head" if only_head else "use a complete checkpoint"
         names = ", ".join(missing[:5])
         raise ModelError(f"the checkpoint {read.path!r} has no {names}, which would be random: {advice}.")
+    if read.in_4bit:
+        _keep_layout(model)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -209,6 +224,19 @@ def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=["lm_head", HEAD],
     )
+
+
+def _keep_layout(hf: nn.Module) -> None:
+    """Keep quantised weights in the one layout that training and merging read.
+
+    On CPUs with bfloat16 instructions bitsandbytes repacks them in the first evaluation, which fails for layers whose inputs are
+    no multiple of its blocks and leaves scales of another order behind.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in hf.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _init_head(hf: PreTrainedModel) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from togi.config.shared import ADAPTER_CONFIG
 from togi.errors import ModelError
-from togi.model.adapters import ADAPTER_WEIGHTS, adapter_name
-from togi.model.loading import ADAPTER_CONFIG, HEAD, read_config
+from togi.model.adapters import ADAPTER_WEIGHTS, HEAD_RECORD, adapter_name
+from togi.model.loading import HEAD, read_config
 from togi.model.policy import PolicyModel, ScalarModel
 
 SCALAR_TASK = "SEQ_CLS"
@@ -47,12 +48,15 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
         ) from error
     if not scalar:
         return PolicyModel(hf)
-    trained = AutoConfig.from_pretrained(adapter) if (Path(adapter) / "config.json").is_file() else config
-    prefix = getattr(trained, "value_head_prefix", HEAD)
-    merged = ScalarModel(hf, prefix)
-    merged.hf.config.value_head_prefix = prefix
-    if hasattr(trained, "mean"):
-        merged.set_reward_statistics(trained.mean, trained.std)
+    file = Path(adapter) / HEAD_RECORD
+    # one that PEFT has written has no such file
+    head: dict[str, Any] = {"value_head_prefix": HEAD}
+    if file.is_file():
+        head = json.loads(file.read_text(encoding="utf-8"))
+    merged = ScalarModel(hf, head["value_head_prefix"])
+    merged.hf.config.value_head_prefix = head["value_head_prefix"]
+    if "mean" in head:
+        merged.set_reward_statistics(head["mean"], head["std"])
     return merged
 
 

@@ -9,14 +9,17 @@ sees all uses of them. Not here: reading and writing model folders (``loading``)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from togi.algo.balance import balance_loss
 from togi.batch import NO_SEQUENCE, Batch
 from togi.config.choices import Divergence
+from togi.config.shared import MIXTURES
 from togi.model.distill_head import TeacherLogits, distill_logprobs
 from togi.model.logprob_head import LogitTransform, full_precision, some_logits, token_logprobs, top_tokens
 from togi.model.outputs import LABELS, Needs, Outputs
@@ -24,15 +27,19 @@ from togi.model.outputs import LABELS, Needs, Outputs
 
 def hidden_states(hf: PreTrainedModel, batch: Batch) -> Tensor:
     """One forward of the body over the pack: [T, H]."""
-    output: Any = hf.base_model(
+    states_TH: Tensor = _body(hf, batch).last_hidden_state[0]
+    return states_TH
+
+
+def _body(hf: PreTrainedModel, batch: Batch, **more: Any) -> Any:
+    return hf.base_model(
         input_ids=batch.tokens_T[None],
         position_ids=batch.positions_T[None],
         attention_mask=None,
         use_cache=False,
         segments=batch.segments,
+        **more,
     )
-    states_TH: Tensor = output.last_hidden_state[0]
-    return states_TH
 
 
 def last_tokens(batch: Batch) -> Tensor:
@@ -50,6 +57,24 @@ class _Model(nn.Module):
         super().__init__()
         self.hf = hf
         self.is_adapted = False
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it is a mixture of experts whose router can be balanced."""
+        return self.hf.config.model_type in MIXTURES
+
+    def _states(self, batch: Batch, needs: Needs) -> tuple[Tensor, Tensor]:
+        """Hidden states, [T, H], and the load-balancing loss of each sequence (empty if not asked for)."""
+        if not needs.balance:
+            states_TH = hidden_states(self.hf, batch)
+            return states_TH, states_TH.new_empty(0)
+        assert self.is_mixture, "a dense model has no router"
+        output = _body(self.hf, batch, output_router_logits=True)
+        config: Any = self.hf.config
+        balance_N = balance_loss(
+            output.router_logits, config.num_experts_per_tok, batch.segments_T(), batch.chains_NS()
+        )
+        return output.last_hidden_state[0], balance_N
 
 
 class PolicyModel(_Model):
@@ -75,7 +100,12 @@ class PolicyModel(_Model):
         With a ``teacher`` there are log-probs and the divergence from it.
         """
         assert not (needs.values or needs.scores), "a policy has no scalar head"
-        states_TH = hidden_states(self.hf, batch)
+        states_TH, balance_N = self._states(batch, needs)
+        return replace(self._predictions(states_TH, batch, needs, temperature, teacher), balance_N=balance_N)
+
+    def _predictions(
+        self, states_TH: Tensor, batch: Batch, needs: Needs, temperature: float, teacher: TeacherLogits | None
+    ) -> Outputs:
         targets_K = batch.targets_K
         if needs.label_logprobs or needs.next_logits:
             assert not (needs.logprobs or needs.entropy or needs.states), "ask for tokens or for what follows them"
@@ -147,15 +177,16 @@ class ScalarModel(_Model):
 
     def forward(self, batch: Batch, needs: Needs, temperature: float = 1.0) -> Outputs:
         """``temperature`` is ignored on purpose: a value is not a distribution."""
-        assert needs == Needs(values=needs.values, scores=needs.scores), "a scalar model has no token distribution"
-        states_TH = hidden_states(self.hf, batch)
+        own = Needs(values=needs.values, scores=needs.scores, balance=needs.balance)
+        assert needs == own, "a scalar model has no token distribution"
+        states_TH, balance_N = self._states(batch, needs)
         empty = states_TH.new_empty(0, dtype=torch.float32)
         values_K, scores_N = empty, empty
         if needs.values:
             values_K = self._head(states_TH.index_select(0, batch.sources_T[batch.targets_K]))
         if needs.scores:
             scores_N = self._head(states_TH.index_select(0, last_tokens(batch)))
-        return Outputs(values_K=values_K, scores_N=scores_N)
+        return Outputs(values_K=values_K, scores_N=scores_N, balance_N=balance_N)
 
     def _head(self, states: Tensor) -> Tensor:
         head: Any = self.hf.score

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
 from togi.config.choices import BackendName
 from togi.parallel.backend import Backend, BackendOptions, cast
 from togi.parallel.fsdp2 import Sharded, shard
+from togi.parallel.offload import HostWeights, move_buffers
 from togi.parallel.process import World
 from togi.parallel.replicated import Replicated
 
@@ -36,9 +40,28 @@ def frozen(module: nn.Module, world: World, options: BackendOptions) -> nn.Modul
 
     By FSDP2 under either backend.
     """
-    module.requires_grad_(False).eval()
-    if options.bf16:
-        cast(module.parameters(), torch.bfloat16)
+    _freeze(module, options)
     if world.size > 1 and options.zero_stage == 3:
         shard(module, world, bf16=False, reshard_after_forward=True)
     return module.to(world.device)
+
+
+def frozen_on_host(
+    module: nn.Module, world: World, options: BackendOptions
+) -> Callable[[], AbstractContextManager[None]]:
+    """Like ``frozen``, with the weights in host memory; returns the context in which ``module`` can be run.
+
+    Under stage 3 each block's shards come from host memory when the block is gathered, so the context does nothing.
+    """
+    _freeze(module, options)
+    if world.size > 1 and options.zero_stage == 3:
+        shard(module, world, bf16=False, reshard_after_forward=True, on_host=True)
+        move_buffers(module, world.device)
+        return nullcontext
+    return HostWeights(module, world.device).on_device
+
+
+def _freeze(module: nn.Module, options: BackendOptions) -> None:
+    module.requires_grad_(False).eval()
+    if options.bf16:
+        cast(module.parameters(), torch.bfloat16)

@@ -12,22 +12,17 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, take_step
 from togi.parallel.backend import BackendOptions, cast, check_same_weights, decoder_blocks
+from togi.parallel.offload import move_buffers
 from togi.parallel.process import World
 
 
-def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bool, offload: bool = False) -> None:
-    """Shard each block and the root in place, and put it on the rank's device; with ``offload`` only its buffers.
+def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bool, *, on_host: bool = False) -> None:
+    """Shard each block and the root in place. ``on_host``: shards lie in host memory until they are gathered.
 
     Inputs are not cast: the segment table and float streams of a batch must arrive as they are.
     """
@@ -37,14 +32,11 @@ def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bo
         cast_forward_inputs=False,
     )
     mesh = world.mesh()
-    home = CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if offload else OffloadPolicy()
+    place = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if on_host else OffloadPolicy()
     for part in (*decoder_blocks(module), module):
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=home)
-    if offload:
-        for buffer in module.buffers():
-            buffer.data = buffer.data.to(world.device)
-    else:
-        module.to(world.device)
+        fully_shard(
+            part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=place
+        )
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
@@ -61,8 +53,10 @@ class Sharded:
         if options.bf16:  # frozen weights need no masters
             cast((p for p in module.parameters() if p.requires_grad), torch.float32)
             cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
-        shard(module, world, options.bf16, options.zero_stage == 3, options.adam_offload)
-        self.module = module
+        shard(module, world, options.bf16, options.zero_stage == 3, on_host=options.adam_offload)
+        if options.adam_offload:
+            move_buffers(module, world.device)
+        self.module = module if options.adam_offload else module.to(world.device)
         self.world = world
         self._zero_stage = options.zero_stage
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -13,18 +13,21 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from togi.config.checks import check_rl
+from togi.config.checks import check_mixture, check_rl
 from togi.config.choices import BackendName, EngineName
 from togi.config.parse import Parsed
+from togi.config.reward import verifier_of
 from togi.config.rl import RLConfig
-from togi.config.shared import OutputSettings
+from togi.config.shared import ADAPTER_CONFIG, ModelSettings, OutputSettings
 from togi.data.items import listed, parse_items
 from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError
 from togi.obs.sinks import TrackerOptions, check_trackers
 from togi.plan.machine import Machine, joins_cluster
 from togi.plan.placement import check_fits, plan_groups, resolve
+from togi.recipes.best_metric import check_rl_metric
 
 FUNCTION = "reward_func"
 DEFAULT_PARENT = "runs"
@@ -38,6 +41,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     ``reward_given``: the reward is a Python function passed in code.
     """
     check_rl(parsed.config, reward_given=reward_given)
+    check_rl_metric(parsed.config)
     parsed = resolve(parsed, machine)
     config = parsed.config
     groups = plan_groups(config)
@@ -45,17 +49,16 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
         check_fits(groups, machine.gpus)
     check_engine(config.rollout_engine)
     check_backend(config.backend)
-    for flag, path in (
-        ("pretrain", config.pretrain),
-        ("critic_pretrain", config.critic_pretrain),
-        ("reward_pretrain", config.reward_pretrain),
-    ):
-        if path is not None:
-            check_model(flag, path)
+    check_model("pretrain", config.pretrain)
+    if config.critic_pretrain is not None:
+        check_model("critic_pretrain", config.critic_pretrain)
+    for path in config.reward_models:
+        check_model("reward_pretrain", path)
     check_context(config)
+    check_experts(config)
     check_prompts(config)
-    if config.reward_file is not None:
-        check_reward_file(Path(config.reward_file))
+    for file in config.reward_files:
+        check_reward(file)
     check_trackers(trackers(config))
     check_folders(config)
     return parsed
@@ -79,10 +82,10 @@ def check_prompts(config: RLConfig) -> None:
         check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
 
 
-def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str) -> None:
-    """The data sets of a flag exist, have rows and the fields asked for."""
+def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str, *, every_row: bool = True) -> None:
+    """The data sets of a flag exist, have rows and the fields asked for (``precheck.check_source``)."""
     try:
-        check_sources(text, keys, split)
+        check_sources(text, keys, split, every_row=every_row)
     except DataError as error:
         raise DataError(f"--{flag}: {error}") from None
 
@@ -104,10 +107,19 @@ def check_engine(name: EngineName) -> None:
         raise EngineUnavailableError
 
 
-def check_model(flag: str, path: str) -> None:
-    """A folder must hold config.json and weights; anything else must be a hub name, in the cache if the hub is off."""
+def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
+    """A folder must hold config.json and weights; anything else must be a hub name, in the cache if the hub is off.
+
+    ``adapters``: a LoRA adapter is welcome too.
+    """
     folder = Path(path)
     if path and folder.is_dir():
+        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+            if adapters:
+                return
+            raise ConfigError(
+                f"--{flag} {path} is a LoRA adapter, not a model: merge it into its base with togi merge-lora first."
+            )
         if not (folder / "config.json").is_file():
             raise ConfigError(f"--{flag} {path} is a folder without config.json: give a Hugging Face model folder.")
         if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
@@ -137,17 +149,38 @@ def check_context(config: RLConfig) -> None:
 
 def max_positions(path: str) -> int | None:
     """The longest sequence that a model folder's config.json allows; None where nothing there limits it."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        return None
-    try:
-        settings = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"--pretrain: {file} cannot be read ({error}): give a complete model folder.") from None
+    settings = model_settings(path)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     positions = settings.get("max_position_embeddings")
     is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
     return positions if is_plain and isinstance(positions, int) else None
+
+
+def check_experts(config: ModelSettings) -> None:
+    """``--aux_loss_coef`` needs a mixture of experts. Of a hub name, ``check_causal_lm`` finds out."""
+    settings = model_settings(config.pretrain)
+    if config.aux_loss_coef > 0 and settings:
+        check_mixture(config.pretrain, str(settings.get("model_type")))
+
+
+def model_settings(path: str) -> dict[str, Any]:
+    """What a model folder's config.json says; empty where ``path`` is no such folder."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"--pretrain: {file} cannot be read ({error}): give a complete model folder.") from None
+
+
+def check_reward(item: str) -> None:
+    """One entry of ``--reward_func``: the package of a built-in function is installed, or the file is one."""
+    verifier = verifier_of(item)
+    if verifier is None:
+        check_reward_file(Path(item))
+    elif verifier.package and importlib.util.find_spec(verifier.package) is None:
+        raise RewardError(f"--reward_func {item} needs the package {verifier.package}: pip install 'togi[rewards]'.")
 
 
 def check_reward_file(path: Path) -> None:

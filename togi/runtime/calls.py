@@ -19,7 +19,7 @@ async def result_of(ref: ObjectRef, who: str) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, UserError | RunError):
             raise error.cause from None
-        raise WorkerError(f"{who} failed: {error.cause!r}\n{error.traceback_str}") from None
+        raise WorkerError(f"{who} failed: {error.cause!r}\n{error}") from None
     except OutOfMemoryError:
         raise WorkerError(
             f"{who} was ended because the machine ran out of memory: lower --max_tokens_per_gpu, or add --gradient_checkpointing."

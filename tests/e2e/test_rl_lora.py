@@ -1,0 +1,97 @@
+"""Reinforcement learning of a LoRA adapter: engines get merged weights, the base inside is the reference."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.e2e.test_rl_run import GRPO, HF, ROOT, loads_in_a_plain_script, metrics, train, world
+
+__all__ = ["world"]
+LORA = ["--lora_rank", "4", "--lora_alpha", "8", "--lora_dropout", "0"]
+KL = ["--advantage_estimator", "group_norm", "--use_kl_loss", "--kl_estimator", "k3", "--init_kl_coef", "1e-3"]
+
+
+def moved(run: Path) -> float:
+    """The largest element of the adapter's B matrices, which start at zero."""
+    tensors = load_file(run / "model" / "adapter_model.safetensors")
+    return max(float(tensor.abs().max()) for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_vllm_gets_the_merged_weights(world: Path, tmp_path: Path) -> None:
+    """Trainer with an adapter and engine without one agree after every update; no second model is the reference."""
+    run = tmp_path / "run"
+    done = train(
+        world, run, *KL, *LORA, "--bf16", "--save_steps", "2", "--save_hf_ckpt", "--actor_learning_rate", "1e-2"
+    )
+    assert "ref 1" not in done.stdout
+    records = [record["values"] for record in metrics(run)]
+    assert len(records) == 3
+    assert records[0]["kl/reference"] == pytest.approx(0, abs=1e-6)
+    assert records[2]["kl/reference"] > 1e-3
+    assert all(values["mismatch/probe_mean_abs"] < 0.05 for values in records)
+    assert moved(run) > 1e-3
+    assert (run / "checkpoints" / "step_00000002" / "hf" / "adapter_config.json").is_file()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = ["--lora_path", run / "model", "--output_path", tmp_path / "merged"]
+    merge = [sys.executable, "-m", "togi.cli.lora_combiner", *map(str, words)]
+    subprocess.run(merge, env=environment, check=True, timeout=120)
+    loads_in_a_plain_script(tmp_path / "merged")
+
+
+def test_chat_takes_an_adapter(world: Path, tmp_path: Path) -> None:
+    """What the end of a run says to type must work: togi chat on the folder of the adapter."""
+    run = tmp_path / "run"
+    done = train(world, run, *GRPO, *HF, *LORA, "--max_steps", "1", "--actor_learning_rate", "1e-2")
+    assert f"togi chat --pretrain {run / 'model'}" in done.stdout
+    words = [sys.executable, "-m", "togi", "chat", "--pretrain", run / "model", "--max_len", "4", "--temperature", "0"]
+    chat = subprocess.run(
+        list(map(str, words)), input="hello\nexit\n", cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert chat.returncode == 0, chat.stderr[-2000:]
+    assert len(chat.stdout.splitlines()) >= 2, chat.stdout  # the banner and an answer
+
+
+def test_a_quantised_actor_and_critic(world: Path, tmp_path: Path) -> None:
+    """QLoRA: the engine's float32 weights are the dequantised base plus the adapter, so both sides agree closely."""
+    run = tmp_path / "run"
+    flags = [
+        "--advantage_estimator",
+        "gae",
+        "--critic_learning_rate",
+        "1e-3",
+        "--load_in_4bit",
+        "--lr_warmup_ratio",
+        "0",
+    ]
+    train(world, run, *HF, *LORA, *flags, "--save_value_network")
+    records = [record["values"] for record in metrics(run)]
+    assert all(values["mismatch/max_ratio"] == pytest.approx(1, abs=1e-2) for values in records)
+    assert records[0]["kl/reference"] == pytest.approx(0, abs=1e-6)
+    assert records[1]["kl/reference"] != 0
+    assert moved(run) > 0
+    critic = load_file(run / "model_critic" / "adapter_model.safetensors")
+    assert any(name.endswith("score.weight") for name in critic)
+
+
+def test_two_sharded_workers_equal_one(world: Path, tmp_path: Path) -> None:
+    """Adapters of float32 models under FSDP2 stage 3, in two processes with two engines, and in one."""
+    common = [*KL, *HF, *LORA, "--max_steps", "2", "--full_determinism", "--train_batch_size", "8"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(world, one, *common)
+    train(world, two, *common, "--actor_num_gpus_per_node", "2", "--vllm_num_engines", "2", "--zero_stage", "3")
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy", "kl/reference"):
+            assert a["values"][name] == pytest.approx(b["values"][name], rel=5e-4, abs=1e-6), name
+    first, second = (load_file(run / "model" / "adapter_model.safetensors") for run in (one, two))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=2e-5)
+    assert AutoModelForCausalLM.from_pretrained(one / "model").num_parameters() > 0
