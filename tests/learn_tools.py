@@ -26,7 +26,7 @@ from togi.parallel.process import Rendezvous, World, open_store
 from togi.sample import Sample
 
 CPU = torch.device("cpu")
-JOB_SECONDS = 180.0
+JOB_SECONDS = 900.0
 
 
 def policy(seed: int = 0, dtype: torch.dtype = torch.float32, arch: str = "llama") -> PolicyModel:

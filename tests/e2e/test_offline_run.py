@@ -222,6 +222,7 @@ EXAMPLES = {
     "dpo.sh": ["--label_smoothing", "0.1"],
     "kto.sh": ["--desirable_loss_weight", "1.5"],
     "prm.sh": ["--gradient_checkpointing"],
+    "kd_on_policy.sh": ["--generate_max_len", "8"],
     "kd.sh": ["--kd_divergence", "reverse"],
 }
 TINY = "--no_bf16 --max_samples 6 --train_batch_size 4 --micro_train_batch_size 2 --max_len 128 --max_epochs 1"

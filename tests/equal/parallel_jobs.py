@@ -130,7 +130,7 @@ def layouts(world: World, folder: Path) -> None:
 
 
 def frozen_shards(world: World, folder: Path) -> None:
-    """Scores with a sharded model, also from host memory."""
+    """One whose shards lie in host memory gives the same bits."""
     options = BackendOptions(bf16=False, zero_stage=3)
     scores = Scorer(frozen(critic(), world, options), world).scores(own_batches(world, 0))
     torch.save(world.gather("test", scores.tolist()), folder / f"scores{world.rank}.pt")

@@ -5,7 +5,10 @@ import json
 import os
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -345,6 +348,72 @@ def test_templates_that_cannot_be_used(tmp_path, template, message):
         load(tmp_path, tokenizer, [{"m": TURNS}], apply_chat_template=True, input_key="m", multiturn=True)
 
 
+def test_a_row_that_breaks_the_template_is_one_bad_row(tmp_path):
+    """Templates are code, and fail on a row in any way: here None + a string, and a field that is not there."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "message['content']", "message['content'] + '' + message['name'] * 0"
+    )
+    named = [{**turn, "name": ""} for turn in TURNS]
+    rows = [
+        {"m": named},
+        {"m": [{**named[0], "content": None}, *named[1:]]},
+        {"m": [*named[:3], {**named[3], "name": 2.5}]},
+    ]
+    examples = load(tmp_path, tokenizer, rows, apply_chat_template=True, input_key="m", max_bad_rows=0.7)
+    assert len(examples) == 1
+    assert examples.report.faults.by_kind == {"refused by the template": 2}
+    reasons = [fault.reason for fault in examples.report.faults.first]
+    assert all("is refused by the chat template (TypeError: " in reason for reason in reasons)
+
+
+def test_half_a_character_is_a_bad_row(tmp_path, tokenizer):
+    """A text that was cut inside an emoji: JSON can say it, no tokenizer can read it."""
+    (tmp_path / "a.jsonl").write_text('{"q": "x", "a": "y"}\n{"q": "x", "a": "fine \\ud83d"}\n')
+    examples = load_sft(RecordSpec(str(tmp_path / "a.jsonl"), max_bad_rows=0.5, **PLAIN), tokenizer)
+    assert parts(only(examples), tokenizer) == "x[y<|im_end|>]"
+    (fault,) = examples.report.faults.first
+    assert fault.reason.endswith("a.jsonl has half a character (\\ud83d) in its text: correct or remove the row.")
+    assert fault.place.startswith("Line 2 of ")
+
+
+def test_places_in_tables_and_lists(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "tables")
+    rows = [{"q": "x", "a": "y"}, {"q": "x", "a": ""}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv").write_text('q,a\n"x\n",y\nx,\n')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name, place in (("json", "Item 1 of the list in"), ("csv", "Line 4 of"), ("parquet", "Row 1 of")):
+        path = tmp_path / f"a.{name}"
+        faults = load_sft(RecordSpec(str(path), max_bad_rows=0.5, **PLAIN), tokenizer).report.faults
+        assert [(fault.place, fault.kind) for fault in faults.first] == [(f"{place} {path}", "empty answer")]
+
+
+def test_a_key_that_no_row_has_names_the_nearest(tmp_path, tokenizer):
+    rows = [{"question": "x", "answer": "y"}] * 3
+    for limit in (0.05, 1.0):
+        with pytest.raises(DataError, match=r"Line 1 of .* has no field 'anser'.*did you mean --output_key answer\?"):
+            load(tmp_path, tokenizer, rows, input_key="question", output_key="anser", max_bad_rows=limit)
+
+
+def test_the_chat_template_of_the_flag_is_used(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    own = load_tokenizer(str(tmp_path / "model"), chat_template=None, trust_remote_code=False)
+    other = load_tokenizer(
+        str(tmp_path / "model"),
+        chat_template="{% for m in messages %}{{ m['role'] }}={{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant={% endif %}",
+        trust_remote_code=False,
+    )
+    rows = [{"q": "hi", "a": "ok"}]
+    head = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert parts(only(load(tmp_path, own, rows, apply_chat_template=True, **PLAIN)), own) == f"{head}[ok<|im_end|>]"
+    # It has no closing token, so that the end token follows.
+    assert parts(only(load(tmp_path, other, rows, apply_chat_template=True, **PLAIN)), own) == (
+        "user=hi;assistant=[ok;<|im_end|>]"
+    )
+
+
 def test_tokenizers_that_cannot_be_used(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
@@ -409,6 +478,8 @@ def test_mixtures_keep_order_ids_and_splits(tmp_path, tokenizer):
     mixed = load_sft(RecordSpec(f"{folder},{single}", "0.5,0.5", split="test", seed=1, **PLAIN), tokenizer)
     ids = [s.group_id for (s,) in mixed]
     assert len(set(ids)) == len(ids) and any("#" in name for name in ids)
+    capped = RecordSpec(f"{tmp_path}@set,{single}", "0.5,0.5", split="test", seed=1, max_samples=3, **PLAIN)
+    assert [s.group_id for (s,) in load_sft(capped, tokenizer)] == ids[:3]
     first = load_sft(RecordSpec(f"{folder},{single}", split="test", max_samples=2, **PLAIN), tokenizer)
     # One row of each set: the later set does not vanish.
     assert [s.group_id for (s,) in first[:]] == ["0:0", "1:0"]

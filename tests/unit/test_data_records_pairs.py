@@ -186,6 +186,29 @@ def test_labelled_answers(tmp_path, tokenizer):
         unpaired(tmp_path, tokenizer, [{"q": "hi", "a": "ok"}])
 
 
+@pytest.mark.parametrize("answer", ["ok", [{"role": "assistant", "content": "ok"}]])
+def test_labelled_chats(tmp_path, tokenizer, answer):
+    head = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    rows = [{"q": [{"role": "user", "content": "hi"}], "a": answer, "label": True}]
+    ((sample,),) = unpaired(tmp_path, tokenizer, rows, apply_chat_template=True)
+    assert parts(sample, tokenizer) == f"{head}[ok<|im_end|>]"
+    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]
+    whole = unpaired(tmp_path, tokenizer, [{"q": conversation, "label": 1}], apply_chat_template=True, output_key=None)
+    assert whole[0][0].tokens.tolist() == sample.tokens.tolist()
+    # Cut in the middle of the answer: no end token, which would teach to stop there.
+    cut = unpaired(
+        tmp_path, tokenizer, rows, apply_chat_template=True, max_len=len(sample.tokens) - 2, overlong=Overlong.TRUNCATE
+    )
+    assert parts(cut[0][0], tokenizer) == f"{head}[o]"
+
+
+def test_prompts_without_samples(tmp_path, tokenizer):
+    examples = unpaired(tmp_path, tokenizer, [{"q": q, "a": "ok", "label": 1} for q in ("ab", "ab", "abc")])
+    for i, (sample,) in enumerate(examples):
+        assert examples.prompt(i) == sample.tokens[: sample.prompt_length].astype(np.int32).tobytes()
+    assert examples.prompt(0) == examples.prompt(1) != examples.prompt(2)
+
+
 def test_mismatched_by_hand(tmp_path, tokenizer):
     rows = [{"q": "1234", "a": "a", "label": 1}, {"q": "5", "a": "bcd", "label": 0}]
     samples = [sample for (sample,) in unpaired(tmp_path, tokenizer, rows)]
@@ -233,6 +256,20 @@ def test_hard_steps(tmp_path, tokenizer):
     assert (examples.labels.soft, examples.labels.reward_ids) == (False, (plus, minus, other))
     free = steps(tmp_path, tokenizer, [row])
     assert (free.labels.soft, free.labels.reward_ids) == (False, None)
+
+
+def test_labels_of_the_first_rows_may_be_bad(tmp_path, tokenizer):
+    """Which kind of labels a set has is told by the first one that is any."""
+    rows = [
+        {"input": "a#", "label": "+"},
+        {"other": 1},
+        {"input": "a#", "label": [None]},
+        {"input": "a#", "label": [0.5]},
+    ]
+    examples = steps(tmp_path, tokenizer, rows, reward_tokens=("+", "-"), max_bad_rows=0.75)
+    assert examples.labels.soft and len(examples) == 1
+    kinds = {"wrong type": 1, "missing field": 1, "wrong labels": 1}
+    assert examples.report.faults.by_kind == kinds
 
 
 def test_soft_steps(tmp_path, tokenizer):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import subprocess
 import sys
 
@@ -68,6 +69,11 @@ def test_every_format_round_trips(tmp_path, name):
     assert len(source.rows) == 3
     assert source.rows.fetch([0, 1, 2]) == ROWS
     assert source.rows.fetch([2, 0]) == [ROWS[2], ROWS[0]]
+    copy = pickle.loads(pickle.dumps(source.rows))  # as for other processes
+    assert copy.fetch([1, 2]) == ROWS[1:] and [copy.place(i) for i in range(3)] == [
+        source.rows.place(i) for i in range(3)
+    ]
+    assert load_source(str(tmp_path / name)).rows.digest() == copy.digest()
     check_source(str(tmp_path / name), {"input_key": "input", "label_key": "label"})
     with pytest.raises(
         DataError, match="has no field 'lable'; it has 'input', 'label': did you mean --label_key label"
@@ -86,6 +92,25 @@ def test_csv_cells_are_text(tmp_path):
         {"input": "a", "label": "007"},
         {"input": "NA", "label": ""},
     ]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_other_rows_have_another_digest(tmp_path, name, monkeypatch):
+    WRITERS[name](tmp_path / name)
+    digest = load_source(str(tmp_path / name)).rows.digest()
+    monkeypatch.setitem(ROWS[1], "label", "Y")
+    (tmp_path / "new").mkdir()
+    WRITERS[name](tmp_path / "new" / name)
+    assert load_source(str(tmp_path / "new" / name)).rows.digest() != digest
+
+
+def test_files_of_a_folder_follow_each_other(tmp_path):
+    write_jsonl(tmp_path / "f" / "a.jsonl", ROWS[:2])
+    (tmp_path / "f" / "b.jsonl").write_text("")
+    write_jsonl(tmp_path / "f" / "c.jsonl", ROWS[2:])
+    rows = load_source(str(tmp_path / "f")).rows
+    assert len(rows) == 3 and rows.fetch([2, 0, 1, 2]) == [ROWS[2], *ROWS]
+    assert [rows.place(i) for i in (1, 2)] == [f"Line 2 of {tmp_path}/f/a.jsonl", f"Line 1 of {tmp_path}/f/c.jsonl"]
 
 
 def test_splits_of_folders_and_saved_sets(tmp_path):

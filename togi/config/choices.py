@@ -164,3 +164,31 @@ class Verifier(StrEnum):
             Verifier.REASONING_GYM: "reasoning_gym",
         }
         return packages.get(self, "")
+
+
+class EvalTask(StrEnum):
+    """What ``togi infer`` does: generate with vLLM, generate with Transformers, or score rows with a reward model."""
+
+    GENERATE_VLLM = "generate_vllm"
+    GENERATE = "generate"
+    RM = "rm"
+
+    @property
+    def generates(self) -> bool:
+        return self is not EvalTask.RM
+
+
+class PostProcessor(StrEnum):
+    """What scored rows become: the best output (rs), reward text in the prompt (csft), best and worst (iter_dpo)."""
+
+    RS = "rs"
+    CSFT = "csft"
+    ITER_DPO = "iter_dpo"
+
+
+class IterateMethod(StrEnum):
+    """Best-of-n loops: rejection sampling, iterative DPO, conditional SFT."""
+
+    RS = "rs"
+    DPO = "dpo"
+    CSFT = "csft"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from togi.config.choices import BackendName, GradAccumDtype, Scheduler
 from togi.config.fields import Count, Int, PathText, Settings, flag, later
@@ -25,6 +25,17 @@ class LoRA:
     dropout: float
     target_modules: tuple[str, ...]
     load_in_4bit: bool
+
+
+class PromptText(Protocol):
+    """The settings that make text of a prompt, whichever command they belong to."""
+
+    @property
+    def apply_chat_template(self) -> bool: ...
+    @property
+    def input_template(self) -> str | None: ...
+    @property
+    def tokenizer_chat_template(self) -> str | None: ...
 
 
 class ModelSettings(Settings):

@@ -143,6 +143,11 @@ def adds_bos(tokenizer: Tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and bool(first == tokenizer.bos_token_id)
 
 
+def as_plain_text(text: str, tokenizer: Tokenizer) -> str:
+    """Rendered text as a plain text of a data set: without the BOS that the tokenizer would put there once more."""
+    return text.removeprefix(str(tokenizer.bos_token)) if adds_bos(tokenizer) else text
+
+
 def stop_token_ids(tokenizer: Tokenizer, model_path: str) -> tuple[int, ...]:
     """Every token that ends an answer: EOS of the model's generation config and of the tokenizer, ascending.
 

@@ -28,6 +28,7 @@ from togi.data.tables import (
     json_list,
     json_row,
     line_place,
+    readable,
 )
 
 BLOCK = 1 << 22
@@ -95,6 +96,12 @@ def open_rows(path: Path) -> LineRows | ItemRows:
         table = np.array(places, dtype=np.int64).reshape(-1, 2)
         return ItemRows(path, text, table[:, 0].copy(), table[:, 1].copy())
     return _json_lines(path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of such a file, in memory. Raises DataError naming the first that cannot be read."""
+    rows = open_rows(path)
+    return [readable(row, rows.place(i)) for i, row in enumerate(rows.fetch(range(len(rows))))]
 
 
 def file_digest(path: Path) -> str:

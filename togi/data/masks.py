@@ -144,7 +144,7 @@ def check_decoding(draft: Draft, coded: Coded, tokenizer: Tokenizer) -> None:
     for (first, last), (start, end) in zip(draft.spans, coded.runs, strict=True):
         text = draft.text[first:last]
         # Through the tokenizer and back, since some lower or normalise text.
-        expected = visible(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+        expected = visible(tokenizer, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         decoded = visible(tokenizer, coded.tokens[start:end].tolist())
         if _squashed(expected) not in _squashed(decoded):
             raise DataError(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.precheck import parse_probs
 from togi.data.source import Source, load_source
+from togi.data.tables import Row, readable
 
 DRAW = 1000
 
@@ -54,6 +55,15 @@ class Mixture:
         """The distinct rows of a source that are used. Sets are used from their beginning."""
         own = self.places[self.places[:, 0] == source, 1]
         return range(int(own.max()) + 1 if len(own) > 0 else 0)
+
+    def rows(self) -> list[Row]:
+        """The row of every pick, in order. All of them are held at once. Raises DataError for one that cannot be read."""
+        found = [source.rows.fetch(self.rows_used(index)) for index, source in enumerate(self.sources)]
+        return [readable(found[pick.source][pick.row], self.place(pick)) for pick in self.picks]
+
+    def place(self, pick: Pick) -> str:
+        """Where the row of a pick is, in words: file and line."""
+        return self.sources[pick.source].rows.place(pick.row)
 
 
 def load_mixture(

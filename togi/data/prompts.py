@@ -19,7 +19,7 @@ from togi.data.items import DEFAULT_SPLIT
 from togi.data.mixture import Mixture, load_mixture
 from togi.data.precheck import missing_field
 from togi.data.report import DataReport, Lengths, loss_warning, source_reports
-from togi.data.tables import BadRow, Row
+from togi.data.tables import Row, readable
 from togi.errors import DataError
 from togi.sample import Prompt
 
@@ -139,7 +139,7 @@ def _render_source(
     source, fallback = mixture.sources[index], _datasource_names(mixture)[index]
     numbers = iter(mixture.rows_used(index))
     while chunk := list(islice(numbers, CHUNK)):
-        rows = [_readable(row, source.rows.place(n)) for n, row in zip(chunk, source.rows.fetch(chunk), strict=True)]
+        rows = [readable(row, source.rows.place(n)) for n, row in zip(chunk, source.rows.fetch(chunk), strict=True)]
         texts = [_text(row, source.rows.place(n), spec, tokenizer) for n, row in zip(chunk, rows, strict=True)]
         try:
             ids = encode(texts, tokenizer, add_special_tokens=not spec.apply_chat_template)
@@ -151,12 +151,6 @@ def _render_source(
             kept = tuple(map(vocabulary.__getitem__, tokens)) if drop is None else ()
             label = "" if spec.label_key is None else row[spec.label_key]
             yield number, _Rendered(text, kept, label, _datasource(row, fallback), len(tokens), drop)
-
-
-def _readable(row: Row | BadRow, where: str) -> Row:
-    if isinstance(row, BadRow):
-        raise DataError(f"{where} {row.reason}")
-    return row
 
 
 def _text(row: Row, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> str:

@@ -237,9 +237,10 @@ def _check_losses(report: DataReport, spec: RecordSpec) -> None:
             f"{spec.max_bad_rows:g} allows: correct them, or raise the limit to leave them out)."
         )
     if report.kept == 0:
+        first = f"; first fault: {faults.first[0].reason.removesuffix('.')}" if faults.rows > 0 else ""
         raise DataError(
             f"No row of {spec.dataset} can be used (dropped: {report.drop_reasons()}; longest: {report.lengths.max} "
-            f"tokens): check the keys and --max_len {spec.max_len}."
+            f"tokens{first}): check the keys and --max_len {spec.max_len}."
         )
 
 

@@ -48,6 +48,13 @@ def json_row(line: bytes) -> Row | BadRow:
     return as_row(item)
 
 
+def readable(row: Row | BadRow, where: str) -> Row:
+    """The row. Raises DataError naming its place, ``where``, if it cannot be read."""
+    if isinstance(row, BadRow):
+        raise DataError(f"{where} {row.reason}")
+    return row
+
+
 def as_row(item: object) -> Row | BadRow:
     """A JSON value as a row."""
     if not isinstance(item, dict):

@@ -11,7 +11,7 @@ from torch import nn
 from togi.config.choices import BackendName
 from togi.parallel.backend import Backend, BackendOptions, cast
 from togi.parallel.fsdp2 import Sharded, shard
-from togi.parallel.offload import HostWeights, move_buffers
+from togi.parallel.offload import HostWeights
 from togi.parallel.process import World
 from togi.parallel.replicated import Replicated
 
@@ -56,7 +56,6 @@ def frozen_on_host(
     _freeze(module, options)
     if world.size > 1 and options.zero_stage == 3:
         shard(module, world, bf16=False, reshard_after_forward=True, on_host=True)
-        move_buffers(module, world.device)
         return nullcontext
     return HostWeights(module, world.device).on_device
 

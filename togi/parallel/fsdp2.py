@@ -22,7 +22,7 @@ from togi.parallel.process import World
 
 
 def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bool, *, on_host: bool = False) -> None:
-    """Shard each block and the root in place. ``on_host``: shards lie in host memory until they are gathered.
+    """Shard each block and the root in place, on the rank's device; ``on_host``: in host memory until they are gathered.
 
     Inputs are not cast: the segment table and float streams of a batch must arrive as they are.
     """
@@ -37,6 +37,10 @@ def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bo
         fully_shard(
             part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=place
         )
+    if on_host:
+        move_buffers(module, world.device)
+    else:
+        module.to(world.device)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
@@ -54,9 +58,7 @@ class Sharded:
             cast((p for p in module.parameters() if p.requires_grad), torch.float32)
             cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
         shard(module, world, options.bf16, options.zero_stage == 3, on_host=options.adam_offload)
-        if options.adam_offload:
-            move_buffers(module, world.device)
-        self.module = module if options.adam_offload else module.to(world.device)
+        self.module = module
         self.world = world
         self._zero_stage = options.zero_stage
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}

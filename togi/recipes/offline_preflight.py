@@ -28,10 +28,10 @@ def check(parsed: Parsed[OfflineConfig]) -> None:
     """Raise the first UserError."""
     check_offline(parsed)
     config = parsed.config
-    check_backend(config.backend)
     offline_aim(config)
     if isinstance(config, KDConfig) and config.on_policy_share > 0:
         check_engine(config.rollout_engine)
+    check_backend(config.backend)
     for flag, path in other_models(config).items():
         check_model(flag, path)
     check_context(config)

@@ -55,7 +55,9 @@ class _Sequence:
     def choice(self) -> Choice:
         early = len(self.tokens) + 1 < min(self.sampling.min_tokens, self.sampling.max_tokens)
         forbidden = tuple(sorted(self.ends)) if early else ()
-        return Choice(self.sampling.temperature, self.sampling.top_p, forbidden, self.generator)
+        penalty = self.sampling.repetition_penalty
+        seen = frozenset() if penalty == 1.0 else frozenset(self.prompt).union(self.tokens)
+        return Choice(self.sampling.temperature, self.sampling.top_p, forbidden, self.generator, penalty, seen)
 
     def finished(self) -> list[Finished]:
         if self.tokens[-1] in self.ends:

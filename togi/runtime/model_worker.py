@@ -124,10 +124,11 @@ class ScorerWorker(ModelWorker):
         self._join(rank, size, address, port, config)
         model = self._load(role, path, torch.bfloat16 if config.bf16 else torch.float32)
         self._model = model
+        options = backend_options(config)
         if config.ref_reward_offload and self._world.device.type != "cpu":
-            self._scorer = Scorer(model, self._world, frozen_on_host(model, self._world, backend_options(config)))
+            self._scorer = Scorer(model, self._world, frozen_on_host(model, self._world, options))
         else:
-            self._scorer = Scorer(frozen(model, self._world, backend_options(config)), self._world)
+            self._scorer = Scorer(frozen(model, self._world, options), self._world)
 
     def logprobs(self, samples: Sequence[Sample]) -> Arrays:
         """Log-probs at each sample's trained tokens, of logits divided by the sampling temperature."""

@@ -1,0 +1,5 @@
+#!/bin/sh
+# Conditional SFT: each round learns every output with its reward told in the prompt, and the next one asks for a high reward.
+set -eu
+. "$(dirname "$0")/common_best_of_n.sh"
+iterate csft --csft_prompt 1.00 --learning_rate 5e-6 "$@"
