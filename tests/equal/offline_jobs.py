@@ -45,6 +45,7 @@ def run_all(world: World, folder: Path) -> None:
     for command, (model, *more) in EXPERTS.items():
         split = (*BALANCED, "--pretrain", str(folder / model), "--no_packing_samples")
         run_one(world, folder, command, "experts", *split, *more)
+        run_one(world, folder, command, "experts_deepspeed", *split, *more, "--backend", "deepspeed")
     run_one(world, folder, "dpo", "ahead", "--precompute_ref", "--zero_stage", "3")
     run_one(world, folder, "kd", "own", *ON_POLICY)
     for command, stage in DEEPSPEED.items():

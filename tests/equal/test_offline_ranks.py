@@ -97,7 +97,8 @@ def test_experts_on_two_ranks_equal_one(world: Path, two: Runs, command: str) ->
     model = str(world / EXPERTS[command][0])
     one = train(world, command, world / "one_experts" / command, *BALANCED, "--pretrain", model)
     plain = train(world, command, world / "unbalanced" / command, *BALANCED[2:], "--pretrain", model)
-    assert_equal_runs(one, values(world / "experts" / command), steps=3)
+    for run in ("experts", "experts_deepspeed"):
+        assert_equal_runs(one, values(world / run / command), steps=3)
     assert one[1]["loss"] == plain[1]["loss"]  # it is no part of the reported loss, but of the gradient
     assert one[1]["grad_norm"] != pytest.approx(plain[1]["grad_norm"], rel=1e-3)
     assert "aux_loss" in one[1] and "aux_loss" not in plain[1]
