@@ -18,6 +18,8 @@ from tests.learn_tools import max_difference
 from tests.offline_world import ROOT, values, write
 from tests.tiny import save_tiny_model
 
+pytestmark = pytest.mark.alone
+
 ROWS = 12
 SFT = """
   --max_len 4096 --dataset sft.jsonl --input_key question --output_key response

@@ -22,6 +22,8 @@ from tests.e2e.test_rl_run import GRPO, HF, ROOT, command, metrics
 from tests.scripted_server import free_port
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
+pytestmark = pytest.mark.alone
+
 FUNCTION = """
 def reward_func(queries, prompts, labels, responses):
     return [len(response) for response in responses]

@@ -21,6 +21,8 @@ from transformers import AutoModelForSequenceClassification
 from tests.learn_tools import max_difference
 from tests.tiny import save_tiny_model, tiny_config
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 REWARD = """
 def reward_func(queries, prompts, labels):
