@@ -20,9 +20,9 @@ from togi.config.iterate_checks import check_iterate
 from togi.config.offline import DPOConfig, SFTConfig
 from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
-from togi.errors import CheckpointError, ConfigError
+from togi.errors import CheckpointError, ConfigError, RunError
 from togi.recipes.iterate_state import IterateState
-from togi.recipes.iterate_steps import Steps
+from togi.recipes.iterate_steps import Steps, subprocess_step
 
 ROOT = Path(__file__).parents[2]
 NEEDED = "--pretrain m --prompt_data d.jsonl --run_dir r --reward_func f.py --method"
@@ -112,6 +112,17 @@ def test_a_step_is_done_once(tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(CheckpointError, match="not empty and holds no iteration"):
         IterateState(tmp_path / "full", {}).open()
+
+
+def test_a_step_that_fails_stops_the_iteration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "step.py").write_text(
+        "import sys, pathlib\npathlib.Path(sys.argv[1]).touch()\nsys.exit(int(sys.argv[2]))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    subprocess_step("step", [str(tmp_path / "done"), "0"])
+    assert (tmp_path / "done").exists()
+    with pytest.raises(RunError, match="step ended with status 2"):
+        subprocess_step("step", [str(tmp_path / "done"), "2"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tie a process to the life of its parent")
