@@ -19,8 +19,8 @@ demo: setup
 
 test: setup
 	@$(VENV)/bin/python examples/demo/prepare.py
-	@$(VENV)/bin/python -m pytest tests/e2e
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 tests/equal tests/unit
+	@$(VENV)/bin/python -m pytest -m alone tests/e2e
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not alone" tests
 
 lint: setup
 	$(VENV)/bin/ruff format --check .

@@ -16,11 +16,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser()
@@ -30,6 +31,8 @@ MADE = RUNS / "data"
 PLAN = yaml.safe_load((Path(__file__).parent / "results.yaml").read_text())
 SHOWN = ("eval/loss", "eval/accuracy", "eval/reward/margin", "eval/kl/teacher")
 STEP = "<file_sep>"
+PRM_TOKENS = 384
+TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
 
 
 def main() -> int:
@@ -52,16 +55,27 @@ def make_sets(data: Path) -> float:
     MADE.mkdir(parents=True, exist_ok=True)
     signs: Counter[str] = Counter()
     for split in ("train", "test"):
-        rows = list(convert(data / "step_labels" / f"{split}.jsonl", MADE / f"steps_{split}.jsonl", steps))
+        rows = convert(data / "step_labels" / f"{split}.jsonl", MADE / f"steps_{split}.jsonl", steps, fits)
         signs = Counter(sign for row in rows for sign in row["label"])
         convert(data / "fastchat_identity" / f"sft_{split}.jsonl", MADE / f"identity_{split}.jsonl", last_turn)
     return max(signs.values()) / sum(signs.values())
 
 
-def convert(source: Path, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterable[dict[str, Any]]:
+def convert(
+    source: Path,
+    target: Path,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    keep: Callable[[dict[str, Any]], bool] = lambda row: True,
+) -> list[dict[str, Any]]:
     rows = [change(json.loads(line)) for line in source.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if keep(row)]
     target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
+
+
+def fits(row: dict[str, Any]) -> bool:
+    """Whether --max_len would not drop it: the majority must be that of the rows that are measured."""
+    return len(TOKENIZER(row["text"])["input_ids"]) <= PRM_TOKENS
 
 
 def steps(row: dict[str, Any]) -> dict[str, Any]:

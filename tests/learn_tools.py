@@ -26,11 +26,11 @@ from togi.parallel.process import Rendezvous, World, open_store
 from togi.sample import Sample
 
 CPU = torch.device("cpu")
-JOB_SECONDS = 180.0
+JOB_SECONDS = 900.0
 
 
-def policy(seed: int = 0, dtype: torch.dtype = torch.float32) -> PolicyModel:
-    hf = tiny_model(seed=seed, tie_word_embeddings=True)
+def policy(seed: int = 0, dtype: torch.dtype = torch.float32, arch: str = "llama") -> PolicyModel:
+    hf = tiny_model(arch, seed=seed, tie_word_embeddings=True)
     hf.set_attn_implementation(SEGMENTS)
     return PolicyModel(hf).to(dtype)
 
@@ -113,6 +113,13 @@ def gradients(samples: Sequence[Sample], sizes: Sequence[int], aggregation: Aggr
 def max_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     assert first.keys() == second.keys()
     return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def partition_small_weights() -> None:
+    """All weights of a tiny model are small: without this DeepSpeed would keep them whole, and nothing would be gathered."""
+    import togi.parallel.deepspeed
+
+    togi.parallel.deepspeed.RESIDENT_ELEMENTS = 0
 
 
 def run_ranks(job: Callable[[World, Path], None], size: int, folder: Path) -> None:

@@ -214,6 +214,24 @@ def naive_distillation(reverse: bool) -> Callable[[nn.Module, Rows], Tensor]:
     return loss
 
 
+def some_generated(number: int = 6) -> list[Sample]:
+    """``responses`` of which the student wrote three."""
+    return [replace(sample, values={"generated": float(i in (1, 2, 5))}) for i, sample in enumerate(responses(number))]
+
+
+def naive_on_policy(model: nn.Module, rows: Rows) -> Tensor:
+    """Cross-entropy and divergence on data, the divergence alone on the student's own rows; one mean over all tokens."""
+    losses = []
+    for b in range(len(rows.tokens)):
+        one = Rows(rows.tokens[b : b + 1], rows.attended[b : b + 1], rows.mask[b : b + 1], {}, {})
+        where = one.mask[:, 1:]
+        own, theirs = (full_logp(each, one)[:, :-1][where] for each in (model, teacher()))
+        divergence = (own.exp() * (own - theirs)).sum(-1)
+        entropy = -own.gather(1, one.tokens[:, 1:][where][:, None])[:, 0]
+        losses.append(divergence if rows.values["generated"][b] == 1 else 0.6 * entropy + 0.4 * divergence)
+    return torch.cat(losses).mean()
+
+
 def scalar() -> nn.Module:
     return critic().double()
 
@@ -240,6 +258,9 @@ CASES: dict[str, Case] = {
         lambda: DistillationObjective(teacher(), VOCAB, kind=Divergence.REVERSE),
         responses,
         naive_distillation(reverse=True),
+    ),
+    "kd_on_policy": Case(
+        lambda: DistillationObjective(teacher(), VOCAB, kind=Divergence.REVERSE), some_generated, naive_on_policy
     ),
 }
 

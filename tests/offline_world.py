@@ -14,15 +14,18 @@ import torch
 from tests.tiny import save_tiny_model
 from togi.cli.main import main
 from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
+from togi.config.shared import MIXTURES
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefghijklmnop"
 
 
 def make_world(folder: Path) -> Path:
-    """Models ``model`` and ``teacher``, and ``<kind>.jsonl`` of 14 rows with ``<kind>_eval.jsonl`` of 5."""
+    """Four models, and ``<kind>.jsonl`` of 14 rows with ``<kind>_eval.jsonl`` of 5 for each kind of row."""
     save_tiny_model(folder / "model", seed=0)
     save_tiny_model(folder / "teacher", seed=1)
+    for experts in MIXTURES:
+        save_tiny_model(folder / experts, experts, seed=2)
     kinds = {"sft": answer, "pairs": pair, "kto": verdict, "steps": steps}
     for kind, row in kinds.items():
         write(folder / f"{kind}.jsonl", [row(i) for i in range(14)])

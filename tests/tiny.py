@@ -41,6 +41,7 @@ _EXTRA: dict[str, dict[str, object]] = {
     "gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
     "mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
 }
 
 

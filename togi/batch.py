@@ -94,6 +94,20 @@ class Batch:
         """How many tokens of each sequence are in the loss (int64, N)."""
         return torch.bincount(self.target_sequences_K, minlength=self.num_sequences)
 
+    def segments_T(self) -> Tensor:
+        """The segment of each packed token (int64)."""
+        lengths_S = torch.tensor(self.segments.lengths_S)
+        return torch.repeat_interleave(torch.arange(len(self.segments)), lengths_S).to(self.tokens_T.device)
+
+    def chains_NS(self) -> Tensor:
+        """Which segments make up which sequence, a shared prompt being part of several: 1 where one does, else 0."""
+        chains_NS = torch.zeros(self.num_sequences, len(self.segments))
+        owners_S = self.sequences_T[torch.tensor(self.segments.starts_S, device=self.sequences_T.device)].tolist()
+        for segment, sequence in enumerate(owners_S):
+            if sequence != NO_SEQUENCE:
+                chains_NS[sequence, list(self.segments.chain(segment))] = 1
+        return chains_NS.to(self.tokens_T.device)
+
     def to(self, device: torch.device) -> Batch:
         """A copy with every tensor on ``device``."""
         return replace(

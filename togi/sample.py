@@ -49,7 +49,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. ``temperature`` 0 is greedy. ``seed`` None leaves the engine's own generator in charge."""
+    """How to sample. ``temperature`` 0 is greedy. ``seed`` None leaves the engine's own generator in charge.
+
+    ``repetition_penalty`` divides the positive logits of tokens that prompt or response hold already and multiplies the
+    negative ones (Keskar et al., CTRL, 2019, section 4.1); 1 changes nothing.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -58,6 +62,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ LIGHT = [
     ),
     Case("missing YAML file", "--config @none.yaml", ("--config @none.yaml cannot be read",)),
     Case("unknown estimator", "--advantage_estimator grpo", ("--advantage_estimator grpo: must be gae", "group_norm")),
-    Case("not supported yet", "--lora_rank 8", ("--lora_rank is not supported yet",)),
+    Case("not supported yet", "--use_ms", ("--use_ms is not supported yet",)),
     Case(
         "templates exclude",
         "--input_template {} --apply_chat_template",
@@ -130,11 +130,11 @@ HEAVY = [
         "all prompts too long", "--prompt_max_len 3", ("No prompt of @good.jsonl", "40 too long", "--prompt_max_len 3")
     ),
     Case("line far down", "--prompt_data @line30.jsonl", ("Line 30 of @line30.jsonl is not valid JSON",)),
-    Case("field far down", "--prompt_data @row30.jsonl", ("Row 30 of @row30.jsonl has no field 'prompt'",)),
+    Case("field far down", "--prompt_data @row30.jsonl", ("Line 31 of @row30.jsonl has no field 'prompt'",)),
     Case(
         "prompt is a number",
         "--prompt_data @number.jsonl",
-        ("Row 0 of @number.jsonl: the field 'prompt' is of type int",),
+        ("Line 1 of @number.jsonl: the field 'prompt' is of type int",),
     ),
     Case(
         "no chat template", "--pretrain @bare --apply_chat_template", ("--apply_chat_template needs a chat template",)
@@ -157,6 +157,9 @@ HEAVY = [
 ]
 ALONE_HEAVY = [
     Case("reward hangs", "--reward_func @hangs.py --reward_timeout 1", ("@hangs.py ran longer than the limit of 1 s",)),
+    Case(
+        "no server", "--remote_rm_url http://127.0.0.1:9/r", ("http://127.0.0.1:9/r does not answer", "--remote_rm_url")
+    ),
     Case("reward kills itself", "--reward_func @dies.py", ("@dies.py ended its process (killed by SIGKILL)",)),
 ]
 ALONE = [

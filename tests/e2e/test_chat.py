@@ -11,6 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.tiny import STOP, save_tiny_model, tiny_model, tiny_tokenizer
+from togi.cli.main import main
+from togi.config.infer import REWARD_TEMPLATE
+from togi.data.reward_text import with_reward
 from togi.errors import ModelError
 from togi.model.generate import Answering, stream
 
@@ -98,8 +101,70 @@ def test_no_chat_template(folder: Path, tmp_path: Path) -> None:
     done = chat(bare, "hello\n")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"togi: The tokenizer of {bare} has no chat template: use an instruct model or give --tokenizer_chat_template.\n"
+        f"togi: The tokenizer of {bare} has no chat template: use an instruct model, give --tokenizer_chat_template, or talk "
+        "in plain text with --no_apply_chat_template.\n"
     )
+
+
+def continued(text: str, **options: float) -> str:
+    """Transformers' own greedy continuation of a text."""
+    tokenizer, model = tiny_tokenizer(), ascii_model()
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    out = model.generate(
+        ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=STOP, pad_token_id=STOP, **options
+    )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_plain_text_grows_by_the_template_and_repeats_less(folder: Path, tmp_path: Path) -> None:
+    """The established way, with a text to start from; under the established module name."""
+    (tmp_path / "start.txt").write_text("Two people talk.\n")
+    first = continued("Two people talk.\nQ: hello A:", repetition_penalty=1.5)
+    second = continued(f"Two people talk.\nQ: hello A:{first}\nQ: again A:", repetition_penalty=1.5)
+    assert first != continued("Two people talk.\nQ: hello A:")
+    words = ["-m", "togi.cli.interactive_chat", "--pretrain", str(folder), "--greedy_sampling", "--max_len"]
+    words += [
+        str(NEW_TOKENS),
+        "--no_apply_chat_template",
+        "--input_template",
+        "Q: {} A:",
+        "--repetition_penalty",
+        "1.5",
+    ]
+    done = subprocess.run(
+        [sys.executable, *words, "--ta_prompt", str(tmp_path / "start.txt")],
+        cwd=ROOT,
+        input="hello\nagain\nclear\nhello\nexit\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{BANNER}\n> {first}\n> {second}\n> > {first}\n> "
+
+
+def test_the_reward_is_asked_for_in_the_words_of_training(folder: Path) -> None:
+    rendered = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    asked = continued(with_reward(REWARD_TEMPLATE, rendered, 3.0))
+    assert asked != continued(rendered)
+    done = chat(folder, "hello\nexit\n", "--enable_csft", "--csft_prompt", "<rm_score>: 3")
+    assert (done.returncode, done.stdout) == (0, f"{BANNER}\n> {asked}\n> "), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--ta_prompt x.txt", "--ta_prompt is for plain text: add --no_apply_chat_template"),
+        ("--input_template {}", "--input_template is for plain text"),
+        ("--no_apply_chat_template --input_template x", "must contain {} exactly once"),
+        ("--greedy_sampling --temperature 1", "--greedy_sampling takes the most likely token"),
+        ("--csft_prompt 3", "--csft_prompt is only used with --enable_csft"),
+        ("--flash_attn", "--flash_attn is not supported yet"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(flags: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "--pretrain", "m", *flags.split()]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_failure_while_generating_ends_the_stream() -> None:

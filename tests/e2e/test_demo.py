@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 SMALL = "--max_steps 1 --rollout_batch_size 4 --train_batch_size 32 --eval_n_samples_per_prompt 1"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.offline_world import DATA, ROOT, flags, launch, make_world, train
+from tests.offline_world import CONFIGS, DATA, ROOT, flags, launch, make_world, train
 from togi.cli.main import main
+from togi.obs.held_out import read_rows
+from togi.recipes.best_metric import offline_metrics
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +35,26 @@ def test_a_command_learns_and_leaves_everything_behind(world: Path, tmp_path: Pa
     assert [i for i, values in enumerate(steps) if "eval/loss" in values] == [0, 3, 5, 6, 9]
     assert steps[-1]["eval/loss"] < steps[0]["eval/loss"]
     assert steps[-1]["loss"] < steps[1]["loss"]
+    assert {name for name in steps[0] if name.startswith("eval/")} == set(offline_metrics(CONFIGS[command]()))
     for values in steps[1:]:
         assert all(math.isfinite(values[name]) for name in ("loss", "grad_norm", "lr"))
-    assert "eval/loss" in (run / "report.html").read_text()
+    drawn = drawn_on(run / "report.html")
+    assert {name for name in steps[0] if name.startswith("eval/")} <= drawn
+    assert {"loss", "lr", "grad_norm", "tokens/padding_share", "tokens/rank_imbalance"} <= drawn
+    assert {"throughput/trained_tokens_per_second", "time/training", "time/evaluating"} <= drawn
+    assert list(read_rows(run)) == [0, 3, 5, 6, 9]
     assert json.loads((run / "data" / "train.json").read_text())["sources"][0]["kept"] == 14
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     kind = AutoModelForSequenceClassification if command == "rm" else AutoModelForCausalLM
     model = kind.from_pretrained(run / "model")
     inputs = AutoTokenizer.from_pretrained(run / "model")("abc", return_tensors="pt")
     assert torch.isfinite(model(**inputs).logits).all()
+
+
+def drawn_on(page: Path) -> set[str]:
+    """The metrics that the charts of a report show."""
+    data = re.search(r'id="togi-data">(.*?)</script>', page.read_text(), re.DOTALL)
+    return {name for chart in json.loads(data[1])["charts"] for name in chart["names"]}
 
 
 class Plain:
@@ -70,18 +84,28 @@ def test_the_held_out_loss_is_plain_transformers_token_mean(world: Path, tmp_pat
         plain = Plain(folder)
         scored = [plain.logprobs(f"User: {r['q']}\nAssistant: ", r["a"]) for r in rows(world, "sft_eval")]
         assert measured["eval/loss"] == pytest.approx(-float(torch.cat(scored).mean()), rel=1e-5)
+    losses = sorted((-float(each.mean()) for each in scored), reverse=True)
+    shown = read_rows(tmp_path / "run")[4]
+    assert [row.values[0] for row in shown] == pytest.approx(losses, rel=1e-5)  # five rows: all of them, worst first
+    assert [row.place for row in shown] == ["worst"] * 3 + ["best"] * 2
+    texts = {f"User: {r['q']}\nAssistant: ⟦{r['a']}<|im_end|>⟧" for r in rows(world, "sft_eval")}
+    assert {row.texts[0] for row in shown} == texts
 
 
 def test_dpo_evaluates_like_plain_transformers(world: Path, tmp_path: Path) -> None:
     steps = train(world, "dpo", tmp_path / "run", "--learning_rate", "3e-4", "--beta", "0.3")
     policy, reference = Plain(tmp_path / "run" / "model"), Plain(world / "model")
-    margins = []
+    margins, rewards = [], []
     for row in rows(world, "pairs_eval"):
         gains = [
             policy.logprobs(row["q"], row[key]).double().sum() - reference.logprobs(row["q"], row[key]).double().sum()
             for key in ("chosen", "rejected")
         ]
         margins.append(0.3 * float(gains[0] - gains[1]))
+        rewards.append([0.3 * float(gain) for gain in gains])
+    rewards.sort(key=lambda pair: pair[0] - pair[1])
+    for shown, expected in zip(read_rows(tmp_path / "run")[4], rewards, strict=True):
+        assert shown.values == pytest.approx(expected, abs=1e-5) and len(shown.texts) == 2
     assert steps[-1]["eval/reward/margin"] == pytest.approx(sum(margins) / 5, rel=1e-4)
     assert steps[-1]["eval/accuracy"] == sum(margin > 0 for margin in margins) / 5
     expected = sum(math.log1p(math.exp(-margin)) for margin in margins) / 5
@@ -108,6 +132,19 @@ def test_a_reward_model_scores_alike_in_a_plain_script(world: Path, tmp_path: Pa
     assert model.config.mean == pytest.approx(float(every.mean()), abs=1e-5)
     assert model.config.std == pytest.approx(float(every.std()), abs=1e-5)
     assert model.config.value_head_prefix == "score"
+
+
+@pytest.mark.parametrize("command", ["rm", "dpo", "sft"])
+def test_the_saving_of_shared_prompts(world: Path, tmp_path: Path, command: str) -> None:
+    """A token is a byte here: prompts of 9 (ten rows) and 10 (four rows) bytes, each computed once and not twice."""
+    (step,) = train(world, command, tmp_path / "run", "--train_batch_size", "14", evaluate=False)
+    if command == "sft":
+        assert step["tokens/shared_share"] == 0
+        return
+    pairs = [(row["q"], row[key]) for row in rows(world, "pairs") for key in ("chosen", "rejected")]
+    every = sum(len(prompt) + len(answer) + 1 for prompt, answer in pairs)  # and the end token
+    assert step["tokens/step"] == every
+    assert step["tokens/shared_share"] == pytest.approx((10 * 9 + 4 * 10) / every, rel=1e-12)
 
 
 @pytest.mark.parametrize("command", ["sft", "dpo"])
@@ -186,6 +223,7 @@ EXAMPLES = {
     "dpo.sh": ["--label_smoothing", "0.1"],
     "kto.sh": ["--desirable_loss_weight", "1.5"],
     "prm.sh": ["--gradient_checkpointing"],
+    "kd_on_policy.sh": ["--generate_max_len", "8"],
     "kd.sh": ["--kd_divergence", "reverse"],
 }
 TINY = "--no_bf16 --max_samples 6 --train_batch_size 4 --micro_train_batch_size 2 --max_len 128 --max_epochs 1"

@@ -18,7 +18,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from tests.learn_tools import max_difference
 from tests.tiny import save_tiny_model, tiny_config
+
+pytestmark = pytest.mark.alone
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -77,6 +80,7 @@ def test_vllm_run_leaves_everything_behind(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     data = ["--eval_dataset", str(world / "prompts.jsonl"), "--eval_at_start", "--eval_n_samples_per_prompt", "2"]
     kl = ["--advantage_estimator", "group_norm", "--use_kl_loss", "--kl_estimator", "k3", "--init_kl_coef", "1e-3"]
+    data += ["--best_metric_key", "reward"]
     done = train(world, run, *kl, *data, "--save_steps", "2", "--save_hf_ckpt", "--enable_prefix_caching", "--bf16")
     assert "held-out reward before training" in done.stdout
     assert "togi chat --pretrain" in done.stdout
@@ -97,6 +101,10 @@ def test_vllm_run_leaves_everything_behind(world: Path, tmp_path: Path) -> None:
     assert "reward/mean" in page
     loads_in_a_plain_script(run / "model")
     loads_in_a_plain_script(run / "checkpoints" / "step_00000002" / "hf")
+    measured = {r["step"]: r["values"]["eval/reward"] for r in records if "eval/reward" in r["values"]}
+    best = json.loads((run / "checkpoints" / "best" / "best.json").read_text())
+    assert best["value"] == max(measured.values()) == measured[best["step"]]
+    loads_in_a_plain_script(run / "checkpoints" / "best")
 
 
 def loads_in_a_plain_script(model: Path) -> None:
@@ -183,33 +191,43 @@ def test_without_vllm(world: Path, tmp_path: Path) -> None:
     assert math.isfinite(metrics(tmp_path / "b")[0]["values"]["policy/loss"])
 
 
-def test_a_reward_model_beside_a_function(world: Path, tmp_path: Path) -> None:
-    """The stored component is what plain Transformers gives for the same tokens, standardised with the config's numbers."""
-    folder = tmp_path / "rm"
-    torch.manual_seed(1)
-    config = tiny_config("llama", num_labels=1, pad_token_id=0)
-    config.mean, config.std = 0.25, 2.0
-    reward_model = AutoModelForSequenceClassification.from_config(config).eval()
-    reward_model.save_pretrained(folder)
+def test_two_reward_models_beside_a_function(world: Path, tmp_path: Path) -> None:
+    """Each stored component is what plain Transformers gives for the same tokens, standardised with that config's numbers."""
+    models = {}
+    for seed, (name, mean, std) in enumerate([("helpful", 0.25, 2.0), ("harmless", -1.0, 0.5)]):
+        torch.manual_seed(seed)
+        config = tiny_config("llama", num_labels=1, pad_token_id=0)
+        config.mean, config.std = mean, std
+        models[name] = (AutoModelForSequenceClassification.from_config(config).eval(), mean, std)
+        models[name][0].save_pretrained(tmp_path / name)
     run = tmp_path / "run"
+    paths = ",".join(str(tmp_path / name) for name in models)
     flags = [
         "--advantage_estimator",
         "gae",
         "--reward_pretrain",
-        str(folder),
+        paths,
         "--normalize_reward",
         "--colocate_critic_reward",
     ]
-    train(world, run, *flags, *HF, "--colocate_actor_ref", "--max_steps", "1")
+    weights = ["--reward_weights", "1", "0.5", "2.5", "--reward_combine", "mean", "--ref_reward_offload"]
+    done = train(world, run, *flags, *weights, *HF, "--colocate_actor_ref", "--max_steps", "1")
+    assert "reward: 0.25 x helpful + 0.125 x harmless + 0.625 x function" in done.stdout
+    assert "--ref_reward_offload: there is no GPU" in done.stdout
     table = pq.read_table(run / "rollouts" / "step_000001.parquet").to_pylist()
     assert len(table) == 16
     for row in table[:4]:
         ids = torch.tensor([row["prompt_tokens"] + row["response_tokens"]])
-        hidden = reward_model.model(ids).last_hidden_state[0, -1].detach()
-        expected = (reward_model.score(hidden).item() - 0.25) / 2.0
         parts = dict(row["components"])
-        assert parts["reward_model"] == pytest.approx(expected, abs=1e-4)
-        assert row["reward"] == pytest.approx(parts["reward_model"] + parts["function"], abs=1e-5)
+        for name, (model, mean, std) in models.items():
+            hidden = model.model(ids).last_hidden_state[0, -1].detach()
+            assert parts[name] == pytest.approx((model.score(hidden).item() - mean) / std, abs=1e-4)
+        expected = 0.25 * parts["helpful"] + 0.125 * parts["harmless"] + 0.625 * parts["function"]
+        assert row["reward"] == pytest.approx(expected, abs=1e-5)
+    values = metrics(run)[0]["values"]
+    for name in ("helpful", "harmless", "function"):
+        mean_of_parts = sum(dict(row["components"])[name] for row in table) / 16
+        assert values[f"reward/{name}"] == pytest.approx(mean_of_parts, abs=1e-6)
 
 
 def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -> None:
@@ -235,15 +253,20 @@ def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -
 
 
 def test_two_workers_equal_one(world: Path, tmp_path: Path) -> None:
-    """With a seed for every sample the rollouts are the same, so losses and weights must be too."""
+    """With a seed for every sample the rollouts are the same, so losses and weights must be too, also on DeepSpeed."""
     common = [*GRPO, *HF, "--max_steps", "2", "--full_determinism", "--train_batch_size", "8"]
     runs = {}
-    for name, flags in (("one", []), ("two", ["--actor_num_gpus_per_node", "2", "--vllm_num_engines", "2"])):
+    two = ["--actor_num_gpus_per_node", "2", "--vllm_num_engines", "2"]
+    deepspeed = [*two, "--backend", "deepspeed", "--zero_stage", "3"]
+    for name, flags in (("one", []), ("two", two), ("deepspeed", deepspeed)):
         train(world, tmp_path / name, *common, *flags)
         runs[name] = metrics(tmp_path / name)
-    for one, two in zip(runs["one"], runs["two"], strict=True):
-        for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy"):
-            assert one["values"][name] == pytest.approx(two["values"][name], rel=2e-4, abs=1e-6), name
+    for other in ("two", "deepspeed"):
+        for one, two in zip(runs["one"], runs[other], strict=True):
+            for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy"):
+                assert one["values"][name] == pytest.approx(two["values"][name], rel=2e-4, abs=1e-6), (other, name)
+        models = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", other))
+        assert max_difference(*models) < 1e-4
 
 
 def test_a_killed_run_goes_on_and_trains_every_prompt_once(world: Path, tmp_path: Path) -> None:
@@ -277,6 +300,18 @@ def test_a_killed_run_goes_on_and_trains_every_prompt_once(world: Path, tmp_path
     for path in sorted((run / "rollouts").glob("step_*.parquet")):
         trained += sorted(set(pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist()))
     assert sorted(trained) == sorted(f"0:{row}" for row in range(10))
+
+
+def test_actor_and_critic_that_are_mixtures_balance_their_experts(world: Path, tmp_path: Path) -> None:
+    """A large weight brings the loss of both down."""
+    save_tiny_model(tmp_path / "experts", arch="qwen3_moe", seed=2)
+    run, rates = tmp_path / "run", ["--critic_learning_rate", "1e-3", "--lr_scheduler", "constant"]
+    flags = ["--pretrain", str(tmp_path / "experts"), "--aux_loss_coef", "20", "--advantage_estimator", "gae", *rates]
+    train(world, run, *flags, *HF, "--init_kl_coef", "0", "--train_batch_size", "4", "--num_episodes", "3")
+    values = [record["values"] for record in metrics(run)]
+    assert len(values) == 9
+    for name in ("aux_loss", "value/aux_loss"):
+        assert min(step[name] for step in values[-3:]) < values[0][name] - 0.02 < 3, name
 
 
 def test_resuming_equals_an_uninterrupted_run(world: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.sample import FinishReason, Generation, Sampling
 
+pytestmark = pytest.mark.alone
+
 MAX_LEN = 400
 ENGINES = [EngineName.VLLM, EngineName.TRANSFORMERS]
 PROMPTS = [[(7 * i + 3 * j) % 250 for j in range(length)] for i, length in enumerate([5, 1, 17, 9, 40, 3])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from tests.learn_tools import partition_small_weights
 from tests.offline_world import CONFIGS, flags
 from togi.config.parse import parse
 from togi.parallel.process import World
@@ -13,16 +14,29 @@ from togi.recipes.offline import run_in
 STAGE_3 = ("rm", "kto", "kd")
 RESUMED_AFTER = 6
 LORA = ("--lora_rank", "4", "--target_modules", "q_proj", "v_proj", "down_proj")
+ON_POLICY = ("--on_policy_share", "0.5", "--rollout_engine", "transformers", "--generate_max_len", "12")
 # command -> ZeRO stage
 ADAPTED = {"dpo": "2", "rm": "3"}
+# Mixtures of experts with a load-balancing loss; 5 rows a step, one at a time: ranks have 3 and 2, one runs a dummy.
+EXPERTS = {
+    "sft": ("mixtral", "--zero_stage", "2"),
+    "rm": ("qwen3_moe", "--zero_stage", "3", "--gradient_checkpointing"),
+    "dpo": ("qwen3_moe", "--zero_stage", "3"),
+}
+BALANCED = ("--aux_loss_coef", "0.5", "--train_batch_size", "5")
+DEEPSPEED = {"sft": "2", "rm": "3", "dpo": "3", "kto": "2"}
+ADAPTED_DEEPSPEED = {"dpo": "3", "rm": "2"}
 
 
 def run_all(world: World, folder: Path) -> None:
     """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
 
-    ``ring`` are those of a ring (DPO with adapters too, ``ring_lora``). ``lora`` trains adapters. ``whole`` and ``part`` are
-    one run, the second resumed from the first one's checkpoint in the middle of an epoch.
+    ``ring`` are those of a ring (DPO with adapters too, ``ring_lora``). ``lora`` trains adapters, ``experts`` mixtures of
+    experts, ``ahead`` scores with a sharded reference before training, ``own`` generates; ``deepspeed`` and
+    ``lora_deepspeed`` train with the other backend. ``whole`` and ``part`` are one run, the second resumed from the checkpoint
+    of the first in the middle of an epoch.
     """
+    partition_small_weights()
     for command in CONFIGS:
         run_one(world, folder, command, "two")
     for command in STAGE_3:
@@ -32,6 +46,16 @@ def run_all(world: World, folder: Path) -> None:
     run_one(world, folder, "dpo", "ring_lora", *LORA, "--ring_attn_size", "2", "--gradient_checkpointing")
     for command, stage in ADAPTED.items():
         run_one(world, folder, command, "lora", *LORA, "--zero_stage", stage)
+    for command, (model, *more) in EXPERTS.items():
+        split = (*BALANCED, "--pretrain", str(folder / model), "--no_packing_samples")
+        run_one(world, folder, command, "experts", *split, *more)
+        run_one(world, folder, command, "experts_deepspeed", *split, *more, "--backend", "deepspeed")
+    run_one(world, folder, "dpo", "ahead", "--precompute_ref", "--zero_stage", "3")
+    run_one(world, folder, "kd", "own", *ON_POLICY)
+    for command, stage in DEEPSPEED.items():
+        run_one(world, folder, command, "deepspeed", "--backend", "deepspeed", "--zero_stage", stage)
+    for command, stage in ADAPTED_DEEPSPEED.items():
+        run_one(world, folder, command, "lora_deepspeed", *LORA, "--backend", "deepspeed", "--zero_stage", stage)
     epochs = ("--max_epochs", "2", "--lr_scheduler", "linear", "--save_steps", "1")
     for command, more in (("dpo", ()), ("kto", (*LORA, "--lora_dropout", "0.2"))):
         run_one(world, folder, command, "whole", *epochs, *more)

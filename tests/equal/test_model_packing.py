@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.packs import Group, plain_pack, random_groups, shared_pack
 from tests.tiny import tiny_model
 from togi.batch import Batch
+from togi.config.shared import MIXTURES
 from togi.model.attention import DENSE, SEGMENTS
 from togi.model.loading import load_causal_lm
 from togi.model.outputs import Needs
@@ -29,7 +30,7 @@ CACHED_MODEL = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser() 
 def policy(arch: str, attention: str = SEGMENTS, **overrides: object) -> PolicyModel:
     hf = tiny_model(arch, dtype=torch.float64, **overrides)
     hf.set_attn_implementation(attention)
-    if arch == "mixtral":
+    if arch in MIXTURES:
         hf.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
     return PolicyModel(hf, logit_transform(hf.config)).train()
 

@@ -5,13 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.equal.offline_jobs import ADAPTED, LORA, RESUMED_AFTER, STAGE_3, run_all
-from tests.learn_tools import run_ranks
+from tests.equal.offline_jobs import (
+    ADAPTED,
+    BALANCED,
+    DEEPSPEED,
+    EXPERTS,
+    LORA,
+    ON_POLICY,
+    RESUMED_AFTER,
+    STAGE_3,
+    run_all,
+)
+from tests.learn_tools import max_difference, run_ranks
 from tests.offline_world import DATA, make_world, train, values
+from togi.obs.held_out import read_rows
 
 Runs = dict[str, list[dict[str, float]]]
-UNEQUAL = ("throughput/trained_tokens_per_second", "tokens/shared_share")
+UNEQUAL = (
+    "throughput/trained_tokens_per_second",
+    "throughput/generated_tokens_per_second",
+    "weights/sync_seconds",
+    "tokens/shared_share",
+    "tokens/padding_share",
+    "tokens/rank_imbalance",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +56,38 @@ def test_sharded_weights_equal_one(world: Path, one: Runs, two: Runs, command: s
     assert_equal_runs(one[command], values(world / "three" / command))
 
 
-def assert_equal_runs(first: list[dict[str, float]], second: list[dict[str, float]]) -> None:
-    assert len(first) == len(second) == 5
+def assert_equal_runs(first: list[dict[str, float]], second: list[dict[str, float]], steps: int = 4) -> None:
+    assert len(first) == len(second) == 1 + steps
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - set(UNEQUAL):
             assert a[name] == pytest.approx(b[name], rel=5e-4, abs=2e-5), name
 
 
+def assert_equal_held_out(one: Path, other: Path) -> None:
+    """The worst and best held-out rows of both evaluations, each row once."""
+    first, second = read_rows(one), read_rows(other)
+    assert first.keys() == second.keys() == {0, 4}
+    for a, b in zip((*first[0], *first[4]), (*second[0], *second[4]), strict=True):
+        assert a.values == pytest.approx(b.values, rel=5e-4, abs=2e-5)
+    assert {row.texts for row in first[4]} == {row.texts for row in second[4]}
+
+
 @pytest.mark.parametrize("command", DATA)
-def test_two_ranks_equal_one(one: Runs, two: Runs, command: str) -> None:
+def test_two_ranks_equal_one(world: Path, one: Runs, two: Runs, command: str) -> None:
     """Losses, norms, accuracies and held-out metrics of every step: rows are dealt, never lost or weighted anew."""
     assert_equal_runs(one[command], two[command])
+    assert_equal_held_out(world / "one" / command, world / "two" / command)
 
 
 @pytest.mark.parametrize("command", DATA)
 def test_a_ring_of_two_equals_one(world: Path, one: Runs, two: Runs, command: str) -> None:
     """Every row is computed by both ranks and counted once: tokens, losses, norms, held-out metrics, KTO's estimate."""
-    assert_equal_runs(one[command], values(world / "ring" / command))
+    ring = values(world / "ring" / command)
+    assert_equal_runs(one[command], ring)
+    assert_equal_held_out(world / "one" / command, world / "ring" / command)
+    for step in ring[1:]:
+        assert step["tokens/padding_share"] == 0 and step["tokens/rank_imbalance"] == 1
 
 
 @pytest.mark.parametrize("command", ADAPTED)
@@ -64,6 +97,43 @@ def test_adapters_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -
     assert_equal_runs(one, values(world / "lora" / command))
     if command == "dpo":
         assert_equal_runs(one, values(world / "ring_lora" / command))
+    assert_equal_runs(one, values(world / "lora_deepspeed" / command))
+
+
+@pytest.mark.parametrize("command", DEEPSPEED)
+def test_deepspeed_equals_one(world: Path, one: Runs, two: Runs, command: str) -> None:
+    """ZeRO stage 2, and stage 3 with a scalar model and with a reference; what is saved is what one process saves."""
+    assert_equal_runs(one[command], values(world / "deepspeed" / command))
+    ours, theirs = (load_file(world / run / command / "model" / "model.safetensors") for run in ("one", "deepspeed"))
+    assert max_difference(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("command", EXPERTS)
+def test_experts_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -> None:
+    """With a load-balancing loss: rows one at a time on two ranks against everything in one pack."""
+    model = str(world / EXPERTS[command][0])
+    one = train(world, command, world / "one_experts" / command, *BALANCED, "--pretrain", model)
+    plain = train(world, command, world / "unbalanced" / command, *BALANCED[2:], "--pretrain", model)
+    for run in ("experts", "experts_deepspeed"):
+        assert_equal_runs(one, values(world / run / command), steps=3)
+    assert one[1]["loss"] == plain[1]["loss"]  # it is no part of the reported loss, but of the gradient
+    assert one[1]["grad_norm"] != pytest.approx(plain[1]["grad_norm"], rel=1e-3)
+    assert "aux_loss" in one[1] and "aux_loss" not in plain[1]
+    padded = [step["tokens/padding_share"] for step in values(world / "experts" / command)[1:]]
+    assert padded[0] > 0 and padded[2] == 0  # 5 rows, then 4: two for each rank
+    assert one[1]["tokens/padding_share"] == 0 and one[1]["tokens/rank_imbalance"] == 1
+
+
+def test_a_reference_that_scores_ahead_on_two_ranks_equals_one(world: Path, one: Runs, two: Runs) -> None:
+    """Both ranks score a part of the rows, the first one writes, and each then reads what it needs."""
+    assert_equal_runs(one["dpo"], values(world / "ahead" / "dpo"))
+
+
+def test_students_that_generate_on_two_ranks_equal_one(world: Path, two: Runs) -> None:
+    """Each rank has an engine and answers a part of the rows; seeds belong to rows, so the responses are the same."""
+    one = train(world, "kd", world / "one_own" / "kd", *ON_POLICY)
+    assert [step["length/response"] > 0 for step in one[1:]] == [True] * 4
+    assert_equal_runs(one, values(world / "own" / "kd"))
 
 
 @pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("kto", "adapter_model.safetensors")])

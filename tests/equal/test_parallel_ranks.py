@@ -18,37 +18,46 @@ from togi.parallel.replicated import Replicated
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, object]:
-    model = jobs.double_learner(World.solo(CPU), 0)
+    model = jobs.precise_learner(World.solo(CPU), "fsdp20")
     return jobs.record(jobs.train(model, range(jobs.STEPS)), weights(model.backend))
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    run_ranks(jobs.stages, 2, folder)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Processes start slowly, so that each group of them does all it can."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_ranks(jobs.two_ranks, 2, folder)
+    run_ranks(jobs.one_rank, 1, folder)
+    run_ranks(jobs.two_ranks_again, 2, folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resumed")
-    run_ranks(jobs.begin, 2, folder)
-    run_ranks(jobs.resume, 2, folder)
-    return folder
-
-
-def assert_same(result: dict[str, object], reference: dict[str, object]) -> None:
+def assert_same(result: dict[str, object], reference: dict[str, object], tolerance: float = 1e-9) -> None:
     for step, (ours, theirs) in enumerate(zip(result["metrics"], reference["metrics"], strict=True)):
         assert ours.keys() == theirs.keys()
         for name in ours:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-9, abs=1e-12), (step, name)
-    assert max_difference(result["weights"], reference["weights"]) < 1e-9
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance / 100), (step, name)
+    assert max_difference(result["weights"], reference["weights"]) < tolerance
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ragged_ranks_equal_one_process(pair: Path, alone: dict[str, object], stage: int) -> None:
-    for rank in (0, 1):
-        assert_same(torch.load(pair / f"stage{stage}_rank{rank}.pt"), alone)
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("layout", jobs.LAYOUTS)
+def test_every_layout_equals_one_plain_process(runs: Path, alone: dict[str, object], layout: str, size: int) -> None:
+    """Ten steps of ragged ranks, of different numbers of micro-batches, once of none."""
+    for rank in range(size):
+        result = torch.load(runs / f"{layout}_{size}_{rank}.pt")
+        assert_same(result, alone, 1e-4 if layout.startswith("deepspeed") else 1e-9)
+
+
+def test_what_ranks_compute_to_keep_in_step_is_counted(runs: Path, alone: dict[str, object]) -> None:
+    """By hand from the plan of the ranks' batches; a dummy has two positions."""
+    assert alone["loads"] == [(0.0, 1.0)] * jobs.STEPS
+    for step, (padding, imbalance) in enumerate(torch.load(runs / "fsdp22_2_1.pt")["loads"]):
+        lengths = [len(sample.tokens) for sample in rollouts(6, seed=step)]
+        first = sum(jobs.PLANS[2][step % 5][0])  # the first rank's samples
+        dummies = [2, 1, 2, 2, 0][step % 5]  # [3, 1], [1, 0], [0, 2], [2, 4] and [1, 1] batches
+        assert padding == pytest.approx(2 * dummies / (sum(lengths) + 2 * dummies))
+        assert imbalance == pytest.approx(max(sum(lengths[:first]), sum(lengths[first:])) / (sum(lengths) / 2))
 
 
 def test_four_ragged_ranks_equal_one_process(tmp_path: Path, alone: dict[str, object]) -> None:
@@ -72,28 +81,43 @@ def test_fully_shard_on_one_rank_equals_plain_pytorch_bit_for_bit(bf16: bool) ->
         dist.destroy_process_group()
 
 
-def test_a_sharded_scorer_equals_a_whole_one(pair: Path) -> None:
-    scores = [score for rank in torch.load(pair / "scores0.pt") for score in rank]
+def test_a_sharded_scorer_equals_a_whole_one(runs: Path) -> None:
+    """One whose shards lie in host memory gave the same bits, as the job asserts."""
+    scores = [score for rank in torch.load(runs / "scores0.pt") for score in rank]
     whole = Scorer(critic(), World.solo(CPU)).scores(jobs.own_batches(World.solo(CPU), 0))
     assert scores == pytest.approx(whole.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["solo", "pair"])
-def test_resumed_equals_uninterrupted_bit_for_bit(resumed: Path, kind: str) -> None:
-    straight = torch.load(resumed / f"{kind}_uninterrupted")
-    again = torch.load(resumed / f"{kind}_resumed")
+@pytest.mark.parametrize("kind", ["solo", *jobs.KEEPERS])
+def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path, kind: str) -> None:
+    straight = torch.load(runs / f"{kind}_uninterrupted")
+    again = torch.load(runs / f"{kind}_resumed")
     assert again["metrics"] == straight["metrics"]
     assert again["draws"] == straight["draws"]
     assert again["steps"] == straight["steps"] == 4
     assert max_difference(again["weights"], straight["weights"]) == 0.0
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_in_one(resumed: Path) -> None:
-    straight = torch.load(resumed / "pair_uninterrupted")
+@pytest.mark.parametrize("kind", jobs.KEEPERS)
+def test_a_bfloat16_checkpoint_of_two_ranks_goes_on_in_one(runs: Path, kind: str) -> None:
+    straight = torch.load(runs / f"{kind}_uninterrupted")
     model = solo(bf16=True)
-    load_learner(model, resumed / "pair", jobs.IDENTITY)
+    load_learner(model, runs / kind, jobs.IDENTITY)
     reports = jobs.train(model, range(2, 4))
     for ours, theirs in zip(reports, straight["metrics"], strict=True):
         assert ours.metrics["policy/loss"] == pytest.approx(theirs["policy/loss"], abs=0.02)
     # bfloat16 rounds differently in other packs, and Adam makes full steps of small gradients: at most two steps apart.
     assert max_difference(weights(model.backend), straight["weights"]) < 2e-3
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("layout", jobs.KEEPERS)
+def test_checkpoints_go_on_in_any_layout_and_number_of_ranks(runs: Path, layout: str, size: int) -> None:
+    """What was loaded is bit for bit what was saved (the job asserts it), and the next steps are the same."""
+    straight = torch.load(runs / f"{layout}_straight")
+    files = sorted(runs.glob(f"crossed_{size}_{layout}_*"))
+    assert len(files) == 3
+    for file in files:
+        again = torch.load(file)
+        assert again["steps"] == straight["steps"] == 5
+        assert_same(again, straight, 1e-4)

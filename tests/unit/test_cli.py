@@ -37,10 +37,13 @@ def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     ("word", "sentence"),
     [
         ("reprot", "togi: unknown command reprot; did you mean report?\n"),
-        ("xyz", "togi: unknown command xyz. Commands: rl, sft, rm, dpo, kto, prm, kd, chat, merge-lora, report.\n"),
+        (
+            "xyz",
+            f"togi: unknown command xyz. Commands: {', '.join(COMMANDS)}.\n",
+        ),
         (
             "--pretrain",
-            "togi: unknown command --pretrain. Commands: rl, sft, rm, dpo, kto, prm, kd, chat, merge-lora, report.\n",
+            f"togi: unknown command --pretrain. Commands: {', '.join(COMMANDS)}.\n",
         ),
     ],
 )

@@ -114,6 +114,10 @@ CONTRADICTIONS = [
     ("sft", "--load_in_4bit", ("--load_in_4bit", "--lora_rank")),
     ("dpo", "--ring_head_stride 2", ("--ring_head_stride", "--ring_attn_size")),
     ("rm", "--ring_attn_size 2 --max_tokens_per_gpu 100", ("--ring_attn_size", "--max_tokens_per_gpu", "--max_len")),
+    ("sft", "--ring_attn_size 2 --aux_loss_coef 0.1", ("--ring_attn_size 2", "--aux_loss_coef 0.1")),
+    ("kto", "--ring_attn_size 2 --backend deepspeed", ("--ring_attn_size 2", "--backend deepspeed")),
+    ("dpo", "--ring_attn_size 2 --precompute_ref", ("--ring_attn_size 2", "--precompute_ref")),
+    ("kd", "--ring_attn_size 2 --on_policy_share 0.5", ("--ring_attn_size 2", "--on_policy_share 0.5")),
     ("rm", "--lora_dropout 0.1", ("--lora_dropout", "--lora_rank")),
     ("dpo", "--target_modules q_proj", ("--target_modules", "--lora_rank")),
     ("kto", "--lora_rank 8 --target_modules all-linear q_proj", ("--target_modules", "all-linear")),
@@ -121,10 +125,20 @@ CONTRADICTIONS = [
     ("rm", "--loss logexp --margin_loss", ("--loss", "--margin_loss")),
     ("rm", "--input_template {}", ("--input_template", "--prompt_key")),
     ("dpo", "--ipo --label_smoothing 0.1", ("--ipo", "--label_smoothing")),
+    ("dpo", "--precompute_ref --ref_offload", ("--precompute_ref", "--ref_offload")),
+    ("kto", "--precompute_ref", ("--precompute_ref", "--ref_offload")),
     ("kto", "--train_batch_size 1", ("--train_batch_size", "two rows")),
     ("kto", "--desirable_loss_weight 0 --undesirable_loss_weight 0", ("--desirable_loss_weight", "--undesirable")),
     ("prm", "--reward_tokens + +", ("--reward_tokens", "different")),
     ("prm", "--reward_tokens + #", ("--placeholder_token", "--reward_tokens")),
+    ("kd", "--generate_max_len 5", ("--generate_max_len", "--on_policy_share")),
+    ("kd", "--rollout_engine transformers", ("--rollout_engine", "--on_policy_share")),
+    ("kd", "--on_policy_share 0.5 --pretrain_mode", ("--on_policy_share", "--pretrain_mode")),
+    (
+        "kd",
+        "--on_policy_share 1 --rollout_engine transformers --enforce_eager",
+        ("--enforce_eager", "--rollout_engine"),
+    ),
     ("kd", "--pretrain_mode --apply_chat_template", ("--pretrain_mode", "--apply_chat_template")),
 ]
 
@@ -140,12 +154,12 @@ def test_contradictions_name_both_flags(command: str, flags: str, named: tuple[s
     [
         ("rm", "--loss pairwise", "--loss pairwise: must be sigmoid or logexp"),
         ("dpo", "--label_smoothing 0.5", "--label_smoothing 0.5: must be less than 0.5"),
-        ("dpo", "--ref_offload", "--ref_offload is not supported yet"),
-        ("kto", "--precompute_ref", "--precompute_ref is not supported yet"),
+        ("sft", "--use_liger_kernel", "--use_liger_kernel is not supported yet"),
         ("sft", "--lora_rank -1", "--lora_rank -1: must be at least 0"),
+        ("kd", "--on_policy_share 2", "--on_policy_share 2: must be at most 1"),
         ("kd", "--kd_coef 1.5", "--kd_coef 1.5: must be at most 1"),
         ("sft", "--overlong cut", "--overlong cut: must be drop, truncate or error"),
-        ("prm", "--lr_scheduler polynomial", "--lr_scheduler polynomial: must be"),
+        ("prm", "--lr_scheduler quadratic", "--lr_scheduler quadratic: must be"),
     ],
 )
 def test_values_that_cannot_be(command: str, flags: str, sentence: str) -> None:
@@ -179,7 +193,7 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path, monkeypatch: pytest.
     sound = "--input_key question --output_key answer --max_len 256"
     check("sft", sound)
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(DataError, match=r"--dataset: Row 0 of rows.jsonl has no field 'input'.*--input_key"):
+    with pytest.raises(DataError, match=r"--dataset: Line 1 of rows.jsonl has no field 'input'.*--input_key"):
         check("sft", "--output_key answer --max_len 256")
     with pytest.raises(ConfigError, match="--max_len 2048 is more than the 256 positions of model"):
         check("sft", "--input_key question --output_key answer")

@@ -86,8 +86,7 @@ def test_derived_numbers() -> None:
         (["--bf16=true"], ["--bf16 takes no value", "--no_bf16"]),
         (["--adam_betas", "0.9"], ["--adam_betas", "2 arguments"]),
         (["--train_batch_size"], ["--train_batch_size", "one argument"]),
-        (["--zpg", "2"], ["--zpg", "not supported yet"]),
-        (["--deepcompile"], ["--deepcompile", "not supported yet"]),
+        (["--use_liger_kernel"], ["--use_liger_kernel", "not supported yet"]),
         (["word"], ["'word'", "flag"]),
     ],
 )
@@ -128,8 +127,21 @@ CONTRADICTIONS = [
     (["--tokenizer_chat_template", "chat.jinja", "--apply_chat_template"], ["'chat.jinja' is no Jinja", "cat FILE"]),
     (["--adam_betas", "0.9", "1"], ["--adam_betas 0.9 1", "below 1"]),
     (["--max_len", "100"], ["--max_len", "--prompt_max_len"]),
-    (["--remote_rm_url", "http://localhost:5000"], ["--remote_rm_url", "not supported yet"]),
-    (["--remote_rm_url", "r.py"], ["--reward_func", "--remote_rm_url"]),
+    (["--remote_rm_url", "localhost:5000"], ["--remote_rm_url localhost:5000", "http://"]),
+    (["--remote_rm_url", "reward.py"], ["--reward_func", "reward.py twice"]),
+    (["--remote_rm_url", "http://a/x,http://a/x"], ["--remote_rm_url", "http://a/x twice"]),
+    (["--remote_rm_url", "http://a/x", "--remote_rm_mode", "ensemble"], ["--remote_rm_mode ensemble", "several"]),
+    (["--reward_combine", "mean"], ["--reward_combine mean", "several rewards"]),
+    (
+        ["--reward_weights", "1", "2"],
+        ["--reward_weights has 2 numbers for 1 rewards (0 models, 0 servers, 1 functions)"],
+    ),
+    (["--reward_pretrain", "m,n", "--reward_weights", "1", "0", "2"], ["--reward_weights", "not 0"]),
+    (
+        ["--reward_pretrain", "m", "--reward_weights", "1", "-1", "--reward_combine", "mean"],
+        ["--reward_weights", "--reward_combine mean"],
+    ),
+    (["--max_reward_errors", "2"], ["--max_reward_errors 2", "at most 1"]),
     (["--normalize_reward"], ["--normalize_reward", "--reward_pretrain"]),
     (["--reward_clip_range", "5", "-5"], ["--reward_clip_range"]),
     (["--top_p", "0.9"], ["--top_p", "cut distribution"]),
@@ -141,7 +153,13 @@ CONTRADICTIONS = [
     (["--use_kl_loss", "--kl_estimator", "k3", "--init_kl_coef", "0"], ["--use_kl_loss", "--init_kl_coef"]),
     (["--kl_estimator", "k3"], ["--kl_estimator k3", "--use_kl_loss"]),
     (["--kl_target", "1", "--init_kl_coef", "0"], ["--kl_target", "--init_kl_coef"]),
-    (["--backend", "deepspeed"], ["--backend deepspeed", "not supported yet"]),
+    (["--deepcompile"], ["--deepcompile", "--backend is fsdp2"]),
+    (["--deepcompile", "--backend", "deepspeed"], ["--deepcompile", "packed batches"]),
+    (["--zpg", "2", "--zero_stage", "3"], ["--zpg 2", "--backend deepspeed", "fsdp2 and 3"]),
+    (["--zpg", "2", "--backend", "deepspeed"], ["--zpg 2", "--zero_stage 3", "deepspeed and 2"]),
+    (["--grad_accum_dtype", "bf16", "--bf16"], ["--grad_accum_dtype bf16", "--backend deepspeed"]),
+    (["--grad_accum_dtype", "bf16", "--backend", "deepspeed"], ["--grad_accum_dtype bf16", "--bf16"]),
+    (["--use_ds_universal_ckpt"], ["--use_ds_universal_ckpt", "--load_checkpoint"]),
     (["--train_batch_size", "2048"], ["--train_batch_size", "--rollout_batch_size"]),
     (["--no_packing_samples", "--micro_train_batch_size", "4"], ["--no_packing_samples", "--micro_train_batch_size"]),
     (["--max_tokens_per_gpu", "100"], ["--max_tokens_per_gpu", "--generate_max_len"]),
@@ -216,8 +234,9 @@ def test_every_accepted_flag_is_read_somewhere() -> None:
                 read.add(node.attr)
     extra = {name: field.json_schema_extra for name, field in RLConfig.model_fields.items()}
     accepted = {name for name in RLConfig.model_fields if not extra[name]}
-    constant = {"backend", "top_p"}  # refused by the checks unless they have the one value that works
-    assert accepted - read - constant == set()
+    constant = {"deepcompile", "top_p"}  # refused by the checks unless they have the one value that works
+    always_on = {"use_ds_universal_ckpt"}  # as its help says
+    assert accepted - read - constant - always_on == set()
 
 
 def test_auto_placement() -> None:

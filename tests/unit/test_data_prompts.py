@@ -63,7 +63,7 @@ def test_plain_text(tokenizer):
 def test_values_that_are_no_prompts(tmp_path, tokenizer, value, chat, message):
     path = write(tmp_path / "a.jsonl", [{"input": "fine"}, {"input": value}])
     rows = [{"input": "fine"}, {"input": value}]
-    with pytest.raises(DataError, match=rf"^Row 1 of .*a.jsonl: the field 'input' .*{message}"):
+    with pytest.raises(DataError, match=rf"^Line 2 of .*a.jsonl: the field 'input' .*{message}"):
         load_prompts(PromptSpec(path, apply_chat_template=chat), tokenizer)
     assert rows[0]["input"] == "fine"
 
@@ -72,7 +72,7 @@ def test_template_refusal_names_the_row(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     path = write(tmp_path / "a.jsonl", [{"input": "x"}])
-    with pytest.raises(DataError, match=r"^Row 0 of .* is refused by the chat template \(no system role\)"):
+    with pytest.raises(DataError, match=r"^Line 1 of .* is refused by the chat template \(no system role\)"):
         load_prompts(PromptSpec(path, apply_chat_template=True), tokenizer)
 
 
@@ -183,10 +183,10 @@ def test_unusable_sets_are_errors(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"No prompt of .* 1 too long, 1 empty; longest: 3 tokens"):
         load_prompts(PromptSpec(path, prompt_max_len=2), tokenizer)
     path = write(tmp_path / "b.jsonl", [{"input": "a", "label": 1}, {"prompt": "b", "label": 1}, {"input": "c"}])
-    with pytest.raises(DataError, match=r"^Row 1 of .*b.jsonl has no field 'input'; it has 'prompt', 'label'"):
+    with pytest.raises(DataError, match=r"^Line 2 of .*b.jsonl has no field 'input'; it has 'prompt', 'label'"):
         load_prompts(PromptSpec(path), tokenizer)
     path = write(tmp_path / "c.jsonl", [{"input": "a", "label": 1}, {"input": "c"}])
-    with pytest.raises(DataError, match=r"^Row 1 of .*c.jsonl has no field 'label'"):
+    with pytest.raises(DataError, match=r"^Line 2 of .*c.jsonl has no field 'label'"):
         load_prompts(PromptSpec(path, label_key="label"), tokenizer)
 
 

@@ -5,7 +5,10 @@ import json
 import os
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -202,7 +205,7 @@ def test_bos_of_plain_text_is_never_learned(tmp_path):
     )
     sample = only(load(tmp_path, tokenizer, [{"q": "hi", "a": "ok"}], **PLAIN))
     assert parts(sample, tokenizer) == "<|im_start|>hi[ok<|im_end|>]"
-    with pytest.raises(DataError, match=r"^Row 0 of .* would start with the BOS token '<\|im_start\|>' twice"):
+    with pytest.raises(DataError, match=r"^Line 1 of .* would start with the BOS token '<\|im_start\|>' twice"):
         load(tmp_path, tokenizer, [{"q": "<|im_start|>hi", "a": "ok"}], **PLAIN)
     raw = only(load(tmp_path, tokenizer, [{"q": "hi"}], input_key="q", pretrain_mode=True))
     assert parts(raw, tokenizer) == "<|im_start|>[hi]"
@@ -220,7 +223,7 @@ def test_overlong(tmp_path, tokenizer):
     assert [parts(s, tokenizer) for (s,) in cut] == ["12345[678]", "1234[678<|im_end|>]"]
     assert dict(cut.report.sources[0].dropped) == {"nothing to learn left when cut": 1}
     assert "1 rows were cut to --max_len 8; they have no end token." in cut.report.warnings
-    with pytest.raises(DataError, match=r"^Row 0 of .*a.jsonl has 9 tokens, more than --max_len 8: raise it, or"):
+    with pytest.raises(DataError, match=r"^Line 1 of .*a.jsonl has 9 tokens, more than --max_len 8: raise it, or"):
         load(tmp_path, tokenizer, rows, max_len=8, overlong=Overlong.ERROR, **PLAIN)
 
 
@@ -243,32 +246,40 @@ def test_cutting_a_conversation_keeps_its_first_turns(tmp_path, tokenizer):
 
 def test_empty_rows_are_dropped_counted_and_named(tmp_path, tokenizer):
     rows = [{"q": " ", "a": "x"}, {"q": "x", "a": ""}, {"q": "x", "a": None}, *[{"q": "x", "a": "y"}] * 3]
-    examples = load(tmp_path, tokenizer, rows, **PLAIN)
+    examples = load(tmp_path, tokenizer, rows, max_bad_rows=0.5, **PLAIN)
     assert len(examples) == 3
     assert dict(examples.report.sources[0].dropped) == {"empty prompt": 1, "empty answer": 2}
     (warning,) = examples.report.warnings
-    assert warning.startswith("faulty rows were left out: row 0 of ") and "row 2 of" in warning
+    path = tmp_path / "a.jsonl"
+    assert warning == (
+        "3 of 6 rows are faulty and were left out (1 empty prompt, 2 empty answer); the first: Line 1 of "
+        f"{path} has an empty prompt: fill it in or remove the row."
+    )
+    assert [fault.place for fault in examples.report.faults.first] == [f"Line {line} of {path}" for line in (1, 2, 3)]
     chats = [
         {"m": []},
         {"m": TURNS[1:2]},
         {"m": [TURNS[0], {"role": "assistant", "content": " "}]},
         *[{"m": TURNS}] * 3,
     ]
-    examples = load(tmp_path, tokenizer, chats, apply_chat_template=True, input_key="m")
+    examples = load(tmp_path, tokenizer, chats, apply_chat_template=True, input_key="m", max_bad_rows=0.5)
     assert dict(examples.report.sources[0].dropped) == {"empty prompt": 2, "empty answer": 1}
-    texts = load(
-        tmp_path, tokenizer, [{"q": ""}, {"q": "a"}, {"q": "ab"}, {"q": "ab"}], input_key="q", pretrain_mode=True
-    )
+    rows = [{"q": ""}, {"q": "a"}, {"q": "ab"}, {"q": "ab"}]
+    texts = load(tmp_path, tokenizer, rows, input_key="q", pretrain_mode=True, max_bad_rows=0.5)
     # One token has nothing before it to be predicted from.
     assert dict(texts.report.sources[0].dropped) == {"empty prompt": 1, "empty answer": 1}
 
 
 def test_too_many_faults_stop_the_run(tmp_path, tokenizer):
-    rows = [{"q": "x", "a": ""}] * 2 + [{"q": "x", "a": "y"}]
-    with pytest.raises(
-        DataError, match=r"^2 of 3 rows of .* are faulty \(dropped: 2 empty answer; first: row 0 of .*50%"
-    ):
+    rows = [{"q": "x", "a": ""}] * 2 + [{"q": "x", "a": "y"}] * 18
+    limit = (
+        r"\(the first of 2 faulty rows among 20, more than --max_bad_rows 0.05 allows: correct them, or raise the limit"
+    )
+    with pytest.raises(DataError, match=rf"^Line 1 of .*a.jsonl has an empty answer: .* the row {limit}"):
         load(tmp_path, tokenizer, rows, **PLAIN)
+    assert len(load(tmp_path, tokenizer, rows[1:] + rows[-1:], **PLAIN)) == 19  # 1 of 20 is not more than 0.05
+    with pytest.raises(DataError, match=r"1 faulty rows among 20, more than --max_bad_rows 0 allows"):
+        load(tmp_path, tokenizer, rows[1:] + rows[-1:], max_bad_rows=0.0, **PLAIN)
     with pytest.raises(DataError, match=r"^No row of .* can be used \(dropped: 3 too long; longest: 3 tokens\)"):
         load(tmp_path, tokenizer, [{"q": "x", "a": "y"}] * 3, max_len=2, **PLAIN)
 
@@ -276,29 +287,33 @@ def test_too_many_faults_stop_the_run(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        ({"q": "x"}, PLAIN, r"^Row 1 of .*a.jsonl has no field 'a'"),
-        ({"q": 3, "a": "x"}, PLAIN, r"^Row 1 of .*: the field 'q' is of type int, not a string"),
-        ({"q": "x", "a": ["y"]}, PLAIN, r"^Row 1 of .*: the field 'a' is of type list, not a string: use --apply_chat"),
-        ({"q": 3, "a": "x"}, {**PLAIN, "apply_chat_template": True}, r"^Row 1 of .*: the field 'q' is of type int"),
+        ({"q": "x"}, PLAIN, r"^Line 2 of .*a.jsonl has no field 'a'"),
+        ({"q": 3, "a": "x"}, PLAIN, r"^Line 2 of .*: the field 'q' is of type int, not a string"),
+        (
+            {"q": "x", "a": ["y"]},
+            PLAIN,
+            r"^Line 2 of .*: the field 'a' is of type list, not a string: use --apply_chat",
+        ),
+        ({"q": 3, "a": "x"}, {**PLAIN, "apply_chat_template": True}, r"^Line 2 of .*: the field 'q' is of type int"),
         (
             {"q": "x", "a": [{"role": "user", "content": "y"}]},
             {**PLAIN, "apply_chat_template": True},
-            r"^Row 1 of .*: the field 'a' ends with a message of role 'user', which cannot be learned",
+            r"^Line 2 of .*: the field 'a' ends with a message of role 'user', which cannot be learned",
         ),
         (
             {"q": TURNS[:1], "a": TURNS[:2]},
             {**PLAIN, "apply_chat_template": True},
-            r"^Row 1 of .*: the field 'a' repeats the prompt in 'q'",
+            r"^Line 2 of .*: the field 'a' repeats the prompt in 'q'",
         ),
         (
             {"q": "x", "a": "y"},
             {"input_key": "q", "apply_chat_template": True},
-            r"^Row 1 of .*: the field 'q' is a string, but without --output_key it must be a list of messages",
+            r"^Line 2 of .*: the field 'q' is a string, but without --output_key it must be a list of messages",
         ),
         (
             {"q": TURNS[:3], "a": "y"},
             {"input_key": "q", "apply_chat_template": True},
-            r"^Row 1 of .*: the field 'q' ends with a message of role 'user'",
+            r"^Line 2 of .*: the field 'q' ends with a message of role 'user'",
         ),
         ({"q": "x", "a": "y"}, {"input_key": "q"}, r"^--output_key is not set"),
     ],
@@ -312,18 +327,18 @@ def test_bad_rows(tmp_path, tokenizer, row, settings, message):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages|length }}{{ messages[-1]['content'] }}", r"^Row 0 of .* has its message 1 rendered differently"),
+        ("{{ messages|length }}{{ messages[-1]['content'] }}", r"^Line 1 of .* has its message 1 rendered differently"),
         (
             CHAT_TEMPLATE.replace("message['content']", "message['content'] | upper"),
-            r"^Row 0 of .* has its message 1 changed by the chat template \(.*'A1<\|im_end\|>', the message 'a1'\)",
+            r"^Line 1 of .* has its message 1 changed by the chat template \(.*'A1<\|im_end\|>', the message 'a1'\)",
         ),
         (
             MARKED.replace("== 'assistant'", "!= 'system'"),
-            r"^Row 0 of .* has 2 messages of the assistant, but the chat template marks 4 parts",
+            r"^Line 1 of .* has 2 messages of the assistant, but the chat template marks 4 parts",
         ),
-        (MARKED.replace("== 'assistant'", "== 'user'"), r"^Row 0 of .* 'q1<\|im_end\|>', the message 'a1'\)"),
-        ("{{ raise_exception('no') }}", r"^Row 0 of .* is refused by the chat template \(no\)"),
-        (MARKED + "{{ raise_exception('no') }}", r"^Row 0 of .* is refused by the chat template \(no\)"),
+        (MARKED.replace("== 'assistant'", "== 'user'"), r"^Line 1 of .* 'q1<\|im_end\|>', the message 'a1'\)"),
+        ("{{ raise_exception('no') }}", r"^Line 1 of .* is refused by the chat template \(no\)"),
+        (MARKED + "{{ raise_exception('no') }}", r"^Line 1 of .* is refused by the chat template \(no\)"),
     ],
 )
 def test_templates_that_cannot_be_used(tmp_path, template, message):
@@ -331,6 +346,72 @@ def test_templates_that_cannot_be_used(tmp_path, template, message):
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=message):
         load(tmp_path, tokenizer, [{"m": TURNS}], apply_chat_template=True, input_key="m", multiturn=True)
+
+
+def test_a_row_that_breaks_the_template_is_one_bad_row(tmp_path):
+    """Templates are code, and fail on a row in any way: here None + a string, and a field that is not there."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "message['content']", "message['content'] + '' + message['name'] * 0"
+    )
+    named = [{**turn, "name": ""} for turn in TURNS]
+    rows = [
+        {"m": named},
+        {"m": [{**named[0], "content": None}, *named[1:]]},
+        {"m": [*named[:3], {**named[3], "name": 2.5}]},
+    ]
+    examples = load(tmp_path, tokenizer, rows, apply_chat_template=True, input_key="m", max_bad_rows=0.7)
+    assert len(examples) == 1
+    assert examples.report.faults.by_kind == {"refused by the template": 2}
+    reasons = [fault.reason for fault in examples.report.faults.first]
+    assert all("is refused by the chat template (TypeError: " in reason for reason in reasons)
+
+
+def test_half_a_character_is_a_bad_row(tmp_path, tokenizer):
+    """A text that was cut inside an emoji: JSON can say it, no tokenizer can read it."""
+    (tmp_path / "a.jsonl").write_text('{"q": "x", "a": "y"}\n{"q": "x", "a": "fine \\ud83d"}\n')
+    examples = load_sft(RecordSpec(str(tmp_path / "a.jsonl"), max_bad_rows=0.5, **PLAIN), tokenizer)
+    assert parts(only(examples), tokenizer) == "x[y<|im_end|>]"
+    (fault,) = examples.report.faults.first
+    assert fault.reason.endswith("a.jsonl has half a character (\\ud83d) in its text: correct or remove the row.")
+    assert fault.place.startswith("Line 2 of ")
+
+
+def test_places_in_tables_and_lists(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "tables")
+    rows = [{"q": "x", "a": "y"}, {"q": "x", "a": ""}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv").write_text('q,a\n"x\n",y\nx,\n')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name, place in (("json", "Item 1 of the list in"), ("csv", "Line 4 of"), ("parquet", "Row 1 of")):
+        path = tmp_path / f"a.{name}"
+        faults = load_sft(RecordSpec(str(path), max_bad_rows=0.5, **PLAIN), tokenizer).report.faults
+        assert [(fault.place, fault.kind) for fault in faults.first] == [(f"{place} {path}", "empty answer")]
+
+
+def test_a_key_that_no_row_has_names_the_nearest(tmp_path, tokenizer):
+    rows = [{"question": "x", "answer": "y"}] * 3
+    for limit in (0.05, 1.0):
+        with pytest.raises(DataError, match=r"Line 1 of .* has no field 'anser'.*did you mean --output_key answer\?"):
+            load(tmp_path, tokenizer, rows, input_key="question", output_key="anser", max_bad_rows=limit)
+
+
+def test_the_chat_template_of_the_flag_is_used(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    own = load_tokenizer(str(tmp_path / "model"), chat_template=None, trust_remote_code=False)
+    other = load_tokenizer(
+        str(tmp_path / "model"),
+        chat_template="{% for m in messages %}{{ m['role'] }}={{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant={% endif %}",
+        trust_remote_code=False,
+    )
+    rows = [{"q": "hi", "a": "ok"}]
+    head = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert parts(only(load(tmp_path, own, rows, apply_chat_template=True, **PLAIN)), own) == f"{head}[ok<|im_end|>]"
+    # It has no closing token, so that the end token follows.
+    assert parts(only(load(tmp_path, other, rows, apply_chat_template=True, **PLAIN)), own) == (
+        "user=hi;assistant=[ok;<|im_end|>]"
+    )
 
 
 def test_tokenizers_that_cannot_be_used(tmp_path):
@@ -367,7 +448,7 @@ def test_offsets_without_white_space(tmp_path):
 def test_an_answer_without_tokens_is_empty(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("!", "")
-    examples = load(tmp_path, tokenizer, [{"q": "x", "a": "!!"}, {"q": "x", "a": "y"}], **PLAIN)
+    examples = load(tmp_path, tokenizer, [{"q": "x", "a": "!!"}, {"q": "x", "a": "y"}], max_bad_rows=0.5, **PLAIN)
     assert dict(examples.report.sources[0].dropped) == {"empty answer": 1}
 
 
@@ -393,10 +474,12 @@ def test_mixtures_keep_order_ids_and_splits(tmp_path, tokenizer):
         ("0:1", "e[2<|im_end|>]"),
         ("1:0", "b[1<|im_end|>]"),
     ]
-    assert examples.lengths() == [3, 3, 3]
+    assert examples.lengths().tolist() == [3, 3, 3]
     mixed = load_sft(RecordSpec(f"{folder},{single}", "0.5,0.5", split="test", seed=1, **PLAIN), tokenizer)
     ids = [s.group_id for (s,) in mixed]
     assert len(set(ids)) == len(ids) and any("#" in name for name in ids)
+    capped = RecordSpec(f"{tmp_path}@set,{single}", "0.5,0.5", split="test", seed=1, max_samples=3, **PLAIN)
+    assert [s.group_id for (s,) in load_sft(capped, tokenizer)] == ids[:3]
     first = load_sft(RecordSpec(f"{folder},{single}", split="test", max_samples=2, **PLAIN), tokenizer)
     # One row of each set: the later set does not vanish.
     assert [s.group_id for (s,) in first[:]] == ["0:0", "1:0"]

@@ -103,10 +103,11 @@ def test_ties_and_empty_sides(tmp_path, tokenizer):
         fine,
         fine,
     ]
-    examples = pairs(tmp_path, tokenizer, rows, prompt_key="p")
+    examples = pairs(tmp_path, tokenizer, rows, prompt_key="p", max_bad_rows=0.5)
     assert dict(examples.report.sources[0].dropped) == {"tie": 1, "empty answer": 1, "empty prompt": 1}
     chats = [{"chosen": GOOD, "rejected": GOOD}, {"chosen": GOOD[1:], "rejected": BAD[1:]}]
-    examples = pairs(tmp_path, tokenizer, [*chats, *[{"chosen": GOOD, "rejected": BAD}] * 2], apply_chat_template=True)
+    rows = [*chats, *[{"chosen": GOOD, "rejected": BAD}] * 2]
+    examples = pairs(tmp_path, tokenizer, rows, apply_chat_template=True, max_bad_rows=0.5)
     assert dict(examples.report.sources[0].dropped) == {"tie": 1, "empty prompt": 1}
 
 
@@ -123,40 +124,40 @@ def test_long_pairs(tmp_path, tokenizer):
     ((chosen, rejected),) = examples
     assert (parts(chosen, tokenizer), parts(rejected, tokenizer)) == ("12[34<|im_end|>]", "12[3456]")
     assert dict(examples.report.sources[0].dropped) == {"equal when cut": 1, "nothing to learn left when cut": 1}
-    assert examples.lengths() == [5 + 6]
+    assert examples.lengths().tolist() == [5 + 6]
 
 
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        ({"chosen": "a"}, {}, r"^Row 1 of .* has no field 'rejected'; it has 'chosen'"),
-        ({"chosen": "a", "rejected": "b"}, {"prompt_key": "p"}, r"^Row 1 of .* has no field 'p'"),
-        ({"chosen": "a", "rejected": 3}, {}, r"^Row 1 of .*: the field 'rejected' is of type int, not a string"),
+        ({"chosen": "a"}, {}, r"^Line 2 of .* has no field 'rejected'; it has 'chosen'"),
+        ({"chosen": "a", "rejected": "b"}, {"prompt_key": "p"}, r"^Line 2 of .* has no field 'p'"),
+        ({"chosen": "a", "rejected": 3}, {}, r"^Line 2 of .*: the field 'rejected' is of type int, not a string"),
         (
             {"chosen": "a", "rejected": "b", "margin": "big"},
             {},
-            r"^Row 1 of .*: the field 'margin' is 'big', not a finite number",
+            r"^Line 2 of .*: the field 'margin' is 'big', not a finite number",
         ),
-        ({"chosen": "a", "rejected": "b", "margin": True}, {}, r"^Row 1 of .*: the field 'margin' is True"),
+        ({"chosen": "a", "rejected": "b", "margin": True}, {}, r"^Line 2 of .*: the field 'margin' is True"),
         (
             {"chosen": "a", "rejected": "b"},
             {"apply_chat_template": True},
-            r"^Row 1 of .*: the field 'chosen' is a string",
+            r"^Line 2 of .*: the field 'chosen' is a string",
         ),
         (
             {"chosen": GOOD, "rejected": [{"role": "user", "content": "other"}, BAD[1]]},
             {"apply_chat_template": True},
-            r"^Row 1 of .*: the conversations in 'chosen' and 'rejected' differ before their last message",
+            r"^Line 2 of .*: the conversations in 'chosen' and 'rejected' differ before their last message",
         ),
         (
             {"chosen": GOOD, "rejected": HISTORY},
             {"apply_chat_template": True},
-            r"^Row 1 of .*: the field 'rejected' ends with a message of role 'user'",
+            r"^Line 2 of .*: the field 'rejected' ends with a message of role 'user'",
         ),
         (
             {"p": "q", "chosen": GOOD, "rejected": BAD},
             {"apply_chat_template": True, "prompt_key": "p"},
-            r"^Row 1 of .*: the field 'chosen' repeats the prompt in 'p'",
+            r"^Line 2 of .*: the field 'chosen' repeats the prompt in 'p'",
         ),
     ],
 )
@@ -179,10 +180,33 @@ def test_labelled_answers(tmp_path, tokenizer):
     assert parts(sample, tokenizer) == "hi[ok<|im_end|>]"
     assert sample.values["mismatched"] == 0.0
     for label in (2, 0.5, "yes", None, [1]):
-        with pytest.raises(DataError, match=r"^Row 0 of .*: the field 'label' is .*: a label must be true or 1"):
+        with pytest.raises(DataError, match=r"^Line 1 of .*: the field 'label' is .*: a label must be true or 1"):
             unpaired(tmp_path, tokenizer, [{"q": "hi", "a": "ok", "label": label}])
-    with pytest.raises(DataError, match=r"^Row 0 of .* has no field 'label'"):
+    with pytest.raises(DataError, match=r"^Line 1 of .* has no field 'label'"):
         unpaired(tmp_path, tokenizer, [{"q": "hi", "a": "ok"}])
+
+
+@pytest.mark.parametrize("answer", ["ok", [{"role": "assistant", "content": "ok"}]])
+def test_labelled_chats(tmp_path, tokenizer, answer):
+    head = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    rows = [{"q": [{"role": "user", "content": "hi"}], "a": answer, "label": True}]
+    ((sample,),) = unpaired(tmp_path, tokenizer, rows, apply_chat_template=True)
+    assert parts(sample, tokenizer) == f"{head}[ok<|im_end|>]"
+    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]
+    whole = unpaired(tmp_path, tokenizer, [{"q": conversation, "label": 1}], apply_chat_template=True, output_key=None)
+    assert whole[0][0].tokens.tolist() == sample.tokens.tolist()
+    # Cut in the middle of the answer: no end token, which would teach to stop there.
+    cut = unpaired(
+        tmp_path, tokenizer, rows, apply_chat_template=True, max_len=len(sample.tokens) - 2, overlong=Overlong.TRUNCATE
+    )
+    assert parts(cut[0][0], tokenizer) == f"{head}[o]"
+
+
+def test_prompts_without_samples(tmp_path, tokenizer):
+    examples = unpaired(tmp_path, tokenizer, [{"q": q, "a": "ok", "label": 1} for q in ("ab", "ab", "abc")])
+    for i, (sample,) in enumerate(examples):
+        assert examples.prompt(i) == sample.tokens[: sample.prompt_length].astype(np.int32).tobytes()
+    assert examples.prompt(0) == examples.prompt(1) != examples.prompt(2)
 
 
 def test_mismatched_by_hand(tmp_path, tokenizer):
@@ -234,6 +258,20 @@ def test_hard_steps(tmp_path, tokenizer):
     assert (free.labels.soft, free.labels.reward_ids) == (False, None)
 
 
+def test_labels_of_the_first_rows_may_be_bad(tmp_path, tokenizer):
+    """Which kind of labels a set has is told by the first one that is any."""
+    rows = [
+        {"input": "a#", "label": "+"},
+        {"other": 1},
+        {"input": "a#", "label": [None]},
+        {"input": "a#", "label": [0.5]},
+    ]
+    examples = steps(tmp_path, tokenizer, rows, reward_tokens=("+", "-"), max_bad_rows=0.75)
+    assert examples.labels.soft and len(examples) == 1
+    kinds = {"wrong type": 1, "missing field": 1, "wrong labels": 1}
+    assert examples.report.faults.by_kind == kinds
+
+
 def test_soft_steps(tmp_path, tokenizer):
     rows = [{"input": "a#b#", "label": [0.25, 1]}, {"input": "a#", "label": [True]}]
     examples = steps(tmp_path, tokenizer, rows, reward_tokens=("+", "-"))
@@ -246,7 +284,7 @@ def test_soft_steps(tmp_path, tokenizer):
 def test_cut_steps_lose_their_labels(tmp_path, tokenizer):
     rows = [{"input": "a#b#", "label": ["+", "-"]}, {"input": "abc#", "label": ["-"]}, {"input": "", "label": []}]
     rows += [{"input": "abc", "label": []}]
-    examples = steps(tmp_path, tokenizer, rows, max_len=3, overlong=Overlong.TRUNCATE)
+    examples = steps(tmp_path, tokenizer, rows, max_len=3, overlong=Overlong.TRUNCATE, max_bad_rows=0.5)
     ((sample,),) = examples
     assert parts(sample, tokenizer) == "a[#]b"
     assert sample.streams["labels"][sample.loss_mask].tolist() == tokenizer("+")["input_ids"]
@@ -260,15 +298,15 @@ def test_cut_steps_lose_their_labels(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        ({"label": []}, {}, r"^Row 1 of .* has no field 'input'"),
-        ({"input": "a#", "label": "+"}, {}, r"^Row 1 of .*: the field 'label' is of type str, not a list"),
-        ({"input": "a#", "label": ["+", "-"]}, {}, r"^Row 1 of .* has 2 labels in 'label' for 1 placeholders '#'"),
-        ({"input": ["a"], "label": ["+"]}, {}, r"^Row 1 of .*: the field 'input' is of type list"),
-        ({"input": "a#", "label": ["good"]}, {}, r"^Row 1 of .*: label 0 'good' is 4 tokens"),
-        ({"input": "a#", "label": [None]}, {}, r"^Row 1 of .*: label 0 is of type NoneType"),
-        ({"input": "a#", "label": [0.5]}, {}, r"^Row 1 of .*: label 0 is 0.5, but earlier labels are tokens"),
+        ({"label": []}, {}, r"^Line 2 of .* has no field 'input'"),
+        ({"input": "a#", "label": "+"}, {}, r"^Line 2 of .*: the field 'label' is of type str, not a list"),
+        ({"input": "a#", "label": ["+", "-"]}, {}, r"^Line 2 of .* has 2 labels in 'label' for 1 placeholders '#'"),
+        ({"input": ["a"], "label": ["+"]}, {}, r"^Line 2 of .*: the field 'input' is of type list"),
+        ({"input": "a#", "label": ["good"]}, {}, r"^Line 2 of .*: label 0 'good' is 4 tokens"),
+        ({"input": "a#", "label": [None]}, {}, r"^Line 2 of .*: label 0 is of type NoneType"),
+        ({"input": "a#", "label": [0.5]}, {}, r"^Line 2 of .*: label 0 is 0.5, but earlier labels are tokens"),
         ({"input": "a#", "label": ["?"]}, {"reward_tokens": ("+", "-")}, r"label 0 is '\?', which is not among --rew"),
-        ({"input": "# a", "label": ["+"]}, {}, r"^Row 1 of .* starts with a placeholder"),
+        ({"input": "# a", "label": ["+"]}, {}, r"^Line 2 of .* starts with a placeholder"),
         ({"input": "a#", "label": ["+"]}, {"placeholder_token": "ки"}, r"^--placeholder_token 'ки' is 4 tokens"),
         ({"input": "a#", "label": ["+"]}, {"reward_tokens": ("+", "no")}, r"^--reward_tokens 'no' is 2 tokens"),
     ],
@@ -295,7 +333,7 @@ def test_a_placeholder_must_be_a_token_of_its_own(tmp_path):
     # With the space before it, it is one token without other text.
     ((sample,),) = steps(tmp_path, tokenizer, [{"input": "a #", "label": ["+"]}])
     assert parts(sample, tokenizer) == "a[ #]"
-    with pytest.raises(DataError, match=r"^Row 0 of .* has its placeholder 0 in the tokens '##', together with other"):
+    with pytest.raises(DataError, match=r"^Line 1 of .* has its placeholder 0 in the tokens '##', together with other"):
         steps(tmp_path, tokenizer, [{"input": "a##", "label": ["+", "+"]}])
 
 

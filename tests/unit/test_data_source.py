@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from togi.data.items import parse_item
 from togi.data.mixture import concatenate, interleave, load_mixture, proportional_shares
 from togi.data.precheck import check_source, check_sources, parse_probs
 from togi.data.source import load_source
+from togi.data.tables import BadRow
 from togi.errors import DataError
 
 ROWS = [{"input": "1+1", "label": "2"}, {"input": 'Ü, "x"\n?', "label": "y"}, {"input": "", "label": "z"}]
@@ -67,6 +69,11 @@ def test_every_format_round_trips(tmp_path, name):
     assert len(source.rows) == 3
     assert source.rows.fetch([0, 1, 2]) == ROWS
     assert source.rows.fetch([2, 0]) == [ROWS[2], ROWS[0]]
+    copy = pickle.loads(pickle.dumps(source.rows))  # as for other processes
+    assert copy.fetch([1, 2]) == ROWS[1:] and [copy.place(i) for i in range(3)] == [
+        source.rows.place(i) for i in range(3)
+    ]
+    assert load_source(str(tmp_path / name)).rows.digest() == copy.digest()
     check_source(str(tmp_path / name), {"input_key": "input", "label_key": "label"})
     with pytest.raises(
         DataError, match="has no field 'lable'; it has 'input', 'label': did you mean --label_key label"
@@ -85,6 +92,25 @@ def test_csv_cells_are_text(tmp_path):
         {"input": "a", "label": "007"},
         {"input": "NA", "label": ""},
     ]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_other_rows_have_another_digest(tmp_path, name, monkeypatch):
+    WRITERS[name](tmp_path / name)
+    digest = load_source(str(tmp_path / name)).rows.digest()
+    monkeypatch.setitem(ROWS[1], "label", "Y")
+    (tmp_path / "new").mkdir()
+    WRITERS[name](tmp_path / "new" / name)
+    assert load_source(str(tmp_path / "new" / name)).rows.digest() != digest
+
+
+def test_files_of_a_folder_follow_each_other(tmp_path):
+    write_jsonl(tmp_path / "f" / "a.jsonl", ROWS[:2])
+    (tmp_path / "f" / "b.jsonl").write_text("")
+    write_jsonl(tmp_path / "f" / "c.jsonl", ROWS[2:])
+    rows = load_source(str(tmp_path / "f")).rows
+    assert len(rows) == 3 and rows.fetch([2, 0, 1, 2]) == [ROWS[2], *ROWS]
+    assert [rows.place(i) for i in (1, 2)] == [f"Line 2 of {tmp_path}/f/a.jsonl", f"Line 1 of {tmp_path}/f/c.jsonl"]
 
 
 def test_splits_of_folders_and_saved_sets(tmp_path):
@@ -126,14 +152,11 @@ def test_folder_mistakes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"input": 1}\n\n{"input": \n', r"^Line 3 of .*a\.jsonl is not valid JSON"),
-        ("a.jsonl", '{"input": 1}\n[1]\n', r"^Line 2 of .*a\.jsonl is of type list, not an object"),
         ("a.json", '[{"input": 1},\n{"input" 2}]', r"^Line 2 of .*a\.json is not valid JSON"),
-        ("a.json", "[1]", r"^Item 0 of the list in .*a\.json is of type int"),
         ("a.json", "[]", "has no rows"),
         ("a.jsonl", "\n", "has no rows"),
         ("a.csv", "input\n", "has no rows"),
-        ("a.csv", "input,label\na,b\nc\n", r"^Line 3 of .*a\.csv has 1 cells but the first line names 2"),
+        ("a.csv", 'input,label\na,b\n"c,d\ne,f\n', r"^Line 3 of .*a\.csv is not valid CSV \(unexpected end of data"),
         ("a.csv", "input,input\na,b\n", "two columns of one name"),
         ("a.parquet", "no parquet", "cannot be read"),
         ("a.arrow", "no arrow", "cannot be read"),
@@ -149,10 +172,73 @@ def test_broken_files(tmp_path, name, text, message):
         assert "\n" not in str(caught.value)
 
 
-def test_text_that_is_not_utf8(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"input": "\xff"}\n')
-    with pytest.raises(DataError, match=r"a.jsonl is not UTF-8 text"):
-        load_source(str(tmp_path / "a.jsonl"))
+@pytest.mark.parametrize(
+    "text", ['[{"input": 1},]', '[{"input": 1} {"input": 2}]', '[{"input": 1}] x', '[{"input": 1}']
+)
+def test_a_list_that_is_no_json(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=r"^Line 1 of .*a.json is not valid JSON"):
+        load_source(str(tmp_path / "a.json"))
+
+
+BAD = [
+    # JSONL: blank lines count as lines of the file, not as rows
+    ("a.jsonl", b'{"input": 1}\n\n{"input": \n{"input": 2}', "Line 3 of {} is not valid JSON (Expecting value)"),
+    ("a.jsonl", b'{"input": 1}\n  \n\n[1]\n{"input": 2}\n', "Line 4 of {} is of type list, not an object"),
+    (
+        "a.jsonl",
+        b'{"input": 1}\n{"input": "\xff"}\n \t{"input": 2} \n',
+        "Line 2 of {} is not UTF-8 text (invalid start",
+    ),
+    ("a.jsonl", b'\xef\xbb\xbf{"input": 1}\r\n{"input"}\r\n{"input": 2}\r\n', "Line 2 of {} is not valid JSON"),
+    ("a.json", b'{"input": 1}\nnull\n{"input": 2}', "Line 2 of {} is of type NoneType"),
+    ("a.json", b' [{"input": 1} , 7,\n{"input": 2}]\n', "Item 1 of the list in {} is of type int, not an object"),
+    # CSV: a record may go over lines, and is called by its first
+    ("a.csv", b'input,label\n1,"x\ny"\n\n3\n2,z\n', "Line 5 of {} has 1 cells but the first line names 2 columns"),
+    ("a.csv", b'input,label\r\n1,b\r\n"a"b,c\r\n2,z', "Line 3 of {} is not valid CSV (',' expected after '\"')"),
+    ("a.csv", b"\xef\xbb\xbfinput,label\n1,b\n\xff,c\n2,z\n", "Line 3 of {} is not UTF-8 text"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD)
+def test_a_bad_row_stands_in_its_place_and_the_others_can_be_read(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    rows = load_source(str(path)).rows
+    first, bad, last = rows.fetch([0, 1, 2])
+    assert len(rows) == 3 and (str(first["input"]), str(last["input"])) == ("1", "2")
+    sentence = f"{rows.place(1)} {bad.reason}"
+    assert sentence.startswith(message.format(path))
+    assert [type(row) for row in rows.fetch([2, 1])] == [dict, BadRow]
+    check_source(str(path), INPUT, every_row=False)
+    with pytest.raises(DataError) as caught:
+        check_source(str(path), INPUT)
+    assert str(caught.value) == sentence
+
+
+def test_precheck_leaves_single_rows_to_be_counted(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"p": 1}, {"input": 1}])
+    check_source(str(path), INPUT, every_row=False)
+    with pytest.raises(
+        DataError, match=r"^Line 1 of .*a.jsonl has no field 'inputs'.*did you mean --input_key input\?"
+    ):
+        check_source(str(write_jsonl(path, [{"input": 1}, {"p": 1}])), {"input_key": "inputs"}, every_row=False)
+    path.write_text('{"broken\n[]\n')
+    with pytest.raises(DataError, match=r"^Line 1 of .*a.jsonl is not valid JSON"):
+        check_source(str(path), INPUT, every_row=False)
+
+
+def test_blocks_of_a_file_join_seamlessly(tmp_path, monkeypatch):
+    rows = [{"input": "x" * n} for n in range(40)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" * (1 + row["input"].count("x") % 3) for row in rows))
+    whole = load_source(str(path)).rows
+    for block in (1, 7, 64):
+        monkeypatch.setattr("togi.data.lines.BLOCK", block)
+        parts = load_source(str(path)).rows
+        assert parts.fetch(range(40)) == rows
+        assert [parts.place(i) for i in range(40)] == [whole.place(i) for i in range(40)]
+        assert parts.digest() == whole.digest()
 
 
 @pytest.mark.parametrize("item", ["no/such/file.jsonl", "./nothing", "/nothing", "a/b/c", "two words"])
@@ -184,7 +270,7 @@ def test_items(tmp_path):
 def test_precheck_names_the_row(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": 1}, {"p": 1}])
     with pytest.raises(
-        DataError, match=r"^Row 1 of .*a.jsonl has no field 'q'; it has 'p': set --input_key to one of these"
+        DataError, match=r"^Line 2 of .*a.jsonl has no field 'q'; it has 'p': set --input_key to one of these"
     ):
         check_source(str(path), {"input_key": "q"})
 
@@ -251,6 +337,6 @@ def test_mixture_of_sets_with_different_columns(tmp_path):
     assert len(set(ids)) == len(ids)
     repeats = sum(pick.source == 0 for pick in mixed.picks)
     assert [i for i in ids if i.startswith("0:")] == ["0:0", *(f"0:0#{n}" for n in range(1, repeats))]
-    assert mixed.rows_used(0) == [0] and mixed.rows_used(1) == [0, 1]
+    assert mixed.rows_used(0) == range(1) and mixed.rows_used(1) == range(2)
     with pytest.raises(DataError, match="for 2 data sets"):
         load_mixture(f"{a},{b}", "1.0")

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_iterate import EXAMPLES as BEST_OF_N_EXAMPLES
 from tests.e2e.test_offline_run import EXAMPLES as OFFLINE_EXAMPLES
 from tests.e2e.test_rl_run import EXAMPLES
 from togi.cli.main import COMMANDS
 from togi.config.checks import check_rl
+from togi.config.infer import InferConfig
+from togi.config.infer_checks import check_infer
+from togi.config.iterate import IterateConfig
+from togi.config.iterate_checks import check_iterate
 from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
 from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
+from togi.config.serve_rm import ServeRMConfig
 
 OFFLINE: dict[str, type[OfflineConfig]] = {
     "sft": SFTConfig,
@@ -25,7 +31,7 @@ OFFLINE: dict[str, type[OfflineConfig]] = {
     "prm": PRMConfig,
     "kd": KDConfig,
 }
-CONFIGS = (RLConfig, *OFFLINE.values())
+CONFIGS = (RLConfig, InferConfig, IterateConfig, ServeRMConfig, *OFFLINE.values())
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -53,6 +59,10 @@ def test_commands_are_real(page: Path) -> None:
             assert words[1] in COMMANDS, line
             if words[1] == "rl" and "--help" not in words:
                 check_rl(parse(RLConfig, words[2:], "rl").config)
+            elif words[1] == "infer" and "--help" not in words:
+                check_infer(parse(InferConfig, words[2:], "infer"))
+            elif words[1] == "iterate" and "--help" not in words:
+                check_iterate(parse(IterateConfig, words[2:], "iterate"))
             elif words[1] in OFFLINE and "--help" not in words:
                 check_offline(parse(OFFLINE[words[1]], words[2:], words[1]))
 
@@ -60,7 +70,7 @@ def test_commands_are_real(page: Path) -> None:
 def test_every_script_is_in_the_readme_and_in_the_tests() -> None:
     scripts = {path.name for path in (ROOT / "examples" / "scripts").glob("*.sh") if not path.name.startswith("common")}
     readme = (ROOT / "README.md").read_text()
-    assert scripts == {*EXAMPLES, *OFFLINE_EXAMPLES}
+    assert scripts == {*EXAMPLES, *OFFLINE_EXAMPLES, *BEST_OF_N_EXAMPLES}
     assert all(f"examples/scripts/{name}" in readme for name in scripts)
 
 

@@ -11,6 +11,7 @@ import pytest
 from tests.unit.test_obs_run_dir import ARGV, KEY, VALUES, row
 from togi.errors import DataError
 from togi.obs import names
+from togi.obs.held_out import HeldOutRow, write_rows
 from togi.obs.metrics import StepRecord
 from togi.obs.report import Limits, spread_order, write_report
 from togi.obs.rollout_store import Split
@@ -83,6 +84,23 @@ def test_what_a_model_wrote_cannot_leave_its_place(run):
     assert data["rollouts"][0]["rows"][0]["response"] == ATTACK
     assert page.scripts[2].count("innerHTML") == 0 and "insertAdjacentHTML" not in page.scripts[2]
     assert "<b>" not in text[: text.index("<style>")]
+
+
+def test_rows_of_the_data_and_of_evaluations_are_on_the_page_as_text(run):
+    (run.root / "data").mkdir()
+    (run.root / "data" / "train.json").write_text(json.dumps({"title": ATTACK, "examples": [ATTACK, "x" * 50]}))
+    pair = HeldOutRow("worst", "reward", (ATTACK, "b"), (-0.25, math.nan))
+    for step in (0, 2, 4):
+        write_rows(run.root, step, [pair, HeldOutRow("best", "reward", ("c", "d"), (1.0, 0.5))])
+    text, page, data = page_of(run, Limits(text_characters=40, evaluations=2))
+    assert len(page.scripts) == 3 and "alert(1)</script>" not in text
+    cut = f"{ATTACK[:40]} […]"
+    assert data["examples"] == [{"title": ATTACK, "texts": [cut, "x" * 40 + " […]"]}]
+    assert [part["step"] for part in data["held_out"]] == [0, 4]
+    assert data["held_out"][1]["rows"] == [
+        {"place": "worst", "number": "reward", "texts": [cut, "b"], "values": [-0.25, None]},
+        {"place": "best", "number": "reward", "texts": ["c", "d"], "values": [1.0, 0.5]},
+    ]
 
 
 def test_the_page_holds_the_curves_and_the_rollouts(run):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from togi.config.choices import BackendName
 from togi.config.parse import Parsed, parse
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError, DataError, RewardError
@@ -148,3 +149,10 @@ def test_folders_below_a_file(flags: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--run_dir runs: .*runs is a file"):
         check(*flags)
     check(*flags, "--run_dir", "elsewhere")
+
+
+def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    preflight.check_backend(BackendName.FSDP2)
+    with pytest.raises(ConfigError, match=r"--backend deepspeed needs .* pip install"):
+        preflight.check_backend(BackendName.DEEPSPEED)

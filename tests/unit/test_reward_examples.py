@@ -122,11 +122,6 @@ def test_math_reward_agrees_with_the_judgements_of_model_solutions():
     assert returned["rewards"] == [float(row["label"]) for row in rows]
 
 
-def test_exact_match():
-    texts, labels = ["Paris", " a  b\n", "paris", "7"], ["Paris", "a b", "Paris", 7]
-    assert [score.value for score in score_in_worker("exact_match", texts, labels)] == [1.0, 1.0, 0.0, 1.0]
-
-
 def test_length_penalty():
     texts = ["w " * 100, "w " * 150, "w " * 500]
     scores = score_in_worker("length_penalty", texts, [""] * 3)
@@ -135,28 +130,3 @@ def test_length_penalty():
     assert [score.components["cut_off"] for score in scores] == [0.0] * 3
     cut = score_in_worker("length_penalty", ["short"], [""], FinishReason.LENGTH)[0]
     assert (cut.value, cut.components["cut_off"]) == (-1.0, 1.0)
-
-
-def test_reasoning_gym_reward():
-    pytest.importorskip("reasoning_gym")
-    gym = example("reasoning_gym_reward")
-    label = {"task": "countdown", "answer": "29 + 10 + 20", "metadata": {"numbers": [29, 20, 10], "target": 59}}
-
-    def scores(*responses):
-        return gym.reward_func([""] * len(responses), [""] * len(responses), [label] * len(responses), responses)
-
-    assert scores("Let me see.\n20 + 10 + 29", "<answer>1</answer> or <answer>(29+20)+10</answer> ok") == [1.0, 1.0]
-    assert scores("29 + 20 - 10", "29 + 30") == [0.05, 0.05]
-    assert scores("", "9**9**9**9", "9* *9", "__import__('os')", "1" * 201) == [0.0] * 5
-    with pytest.raises(ValueError, match="evaluates what the model wrote"):
-        gym.score("[]", {**label, "task": "n_queens"})
-    with pytest.raises(ValueError, match="is not an object"):
-        gym.score("5", "5")
-
-
-def test_reasoning_gym_reward_agrees_with_the_reference_answers():
-    pytest.importorskip("reasoning_gym")
-    rows, gym = shared_rows("reasoning_gym/test.jsonl"), example("reasoning_gym_reward")
-    labels = [{"task": row["task"], "answer": row["target"], "metadata": row["metadata"]} for row in rows]
-    targets = [row["target"] for row in rows]
-    assert gym.reward_func(targets, targets, labels, targets) == [1.0] * len(rows)

@@ -1,6 +1,7 @@
 """Reward functions in their worker processes: what comes back, and every way in which a user's function can fail."""
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -110,9 +111,18 @@ def manners(tmp_path_factory):
 
 
 def failure(reward, label, *texts):
-    with pytest.raises(RewardError) as refusal:
+    """The message of a failed call: every sample of its group is an error, none has a score."""
+    texts = texts or ("first", "second")
+    scores = score(reward, *texts, label=label)
+    assert [(s.outcome, math.isnan(s.value), s.components) for s in scores] == [(Outcome.ERROR, True, {})] * len(texts)
+    return scores[0].message
+
+
+def refusal(reward, label, *texts):
+    """The sentence of what cannot get better and stops the run."""
+    with pytest.raises(RewardError) as error:
         score(reward, *(texts or ("first", "second")), label=label)
-    return str(refusal.value)
+    return str(error.value)
 
 
 def test_queries_are_prompt_plus_response_in_order(manners):
@@ -168,7 +178,7 @@ def test_the_worker_imports_neither_torch_nor_numpy(manners):
 def test_a_label_may_be_any_json_value_but_nothing_else(manners):
     for label in (None, 3, 1.5, True, [1, ["x"]], {"a": {"b": None}}, "ü\ud800\n"):
         assert score(manners, "a", label=label)[0].value == 4.0
-    message = failure(manners, object())
+    message = refusal(manners, object())
     assert "The label of prompt 'p-7' is not a JSON value" in message
     assert "--label_key" in message
 
@@ -288,7 +298,7 @@ def test_keyword_arguments_reach_a_function_that_takes_any(tmp_path):
             return {"rewards": [1], "extra_logs": {"function": 1}}
     """
     with closing(FunctionReward.from_file(write(tmp_path, source), ONE)) as reward:
-        assert "returned a log named 'function', which is the name of the reward itself" in failure(reward, "", "a")
+        assert "returned a log named 'function', which is the name of the reward itself" in refusal(reward, "", "a")
 
 
 @pytest.mark.parametrize(
@@ -335,7 +345,7 @@ def test_check_finds_a_bad_file_and_says_so_again(tmp_path):
 def test_an_import_that_hangs_is_killed(tmp_path):
     path = write(tmp_path, "while True: pass")
     with closing(FunctionReward.from_file(path, replace(ONE, start_timeout=0.5))) as reward:
-        assert "took longer than 0.5 s to import and was killed" in failure(reward, "", "a")
+        assert "took longer than 0.5 s to import and was killed" in refusal(reward, "", "a")
 
 
 def test_a_missing_file_is_named():

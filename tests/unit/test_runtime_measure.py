@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from togi.config.choices import OnRewardError
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.recipes.rl_setup import spec
@@ -33,7 +34,7 @@ def test_rollout_metrics_by_hand() -> None:
 
 
 def test_abstentions_are_left_out_of_training() -> None:
-    items = trainable([group("one", [None, 0.5]), group("two", [None])])
+    items = trainable([group("one", [None, 0.5]), group("two", [None])], OnRewardError.DROP_GROUP)
     assert [(item.group, item.index, item.score.value) for item in items] == [(0, 1, 0.5)]
 
 

@@ -1,4 +1,4 @@
-"""``togi chat``: a conversation in the terminal, streamed, with the model's chat template and the whole history."""
+"""``togi chat``, also ``python -m togi.cli.interactive_chat``: a conversation in the terminal, streamed, with its history."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from collections.abc import Iterator, Sequence
 
 from togi.cli.main import run as run_module
 from togi.config.chat import ChatConfig
+from togi.config.infer_checks import check_chat
 from togi.config.parse import parse
-from togi.errors import ConfigError, UserError
+from togi.data.reward_text import asked_reward
+from togi.errors import UserError
 from togi.recipes.preflight import check_model
 
 
 def main(argv: Sequence[str]) -> None:
     """Read lines from standard input until "exit" or its end."""
-    config = parse(ChatConfig, argv, "chat").config
-    if not config.pretrain:
-        raise ConfigError("--pretrain is required: the folder or hub name of the model to talk to.")
+    parsed = parse(ChatConfig, argv, "chat")
+    check_chat(parsed)
+    config = parsed.config
     check_model("pretrain", config.pretrain, adapters=True)
+    asked_reward(config.csft_prompt, config.reward_template)
     from togi.recipes.chat import Chat
 
     chat = Chat(config)

@@ -19,7 +19,13 @@ COMMANDS = {
     "kto": ("togi.cli.train_kto", "preference training from single labelled answers"),
     "prm": ("togi.cli.train_prm", "process reward model"),
     "kd": ("togi.cli.train_kd", "distillation from a teacher"),
+    "infer": ("togi.cli.batch_inference", "outputs for a file of prompts, scores for a file of outputs"),
+    "iterate": (
+        "togi.cli.iterate",
+        "rounds of generate, score, select, train: best-of-n, iterative DPO, conditional SFT",
+    ),
     "chat": ("togi.cli.chat", "talk to a model in the terminal"),
+    "serve-rm": ("togi.cli.serve_rm", "serve a reward model or function over HTTP"),
     "merge-lora": ("togi.cli.lora_combiner", "merge a LoRA adapter into its base model"),
     "report": ("togi.cli.report", "write report.html of a run folder again"),
 }

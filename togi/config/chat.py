@@ -1,17 +1,35 @@
-"""The settings of ``togi chat``."""
+"""The settings of ``togi chat`` (established name: ``interactive_chat``)."""
 
 from __future__ import annotations
 
-from togi.config.fields import Count, PathText, Settings, flag
+from togi.config.fields import Count, PathText, Settings, flag, later
+from togi.config.infer import RewardTextSettings
+from togi.config.offline import PLAIN_TEMPLATE
 
 
-class ChatConfig(Settings):
-    """Talk to a model in the terminal. "clear" starts anew, "exit" ends."""
+class TalkSettings(Settings):
+    """Chat"""
 
     pretrain: PathText = flag("", "Model folder or hub name. Required.")
     bf16: bool = flag(False, "Run in bfloat16.")
     max_len: Count = flag(1024, "At most this many new tokens per answer.")
     temperature: float = flag(0.2, "Sampling temperature; 0 is greedy.", ge=0)
     top_p: float = flag(0.9, "Nucleus sampling.", gt=0, le=1)
+    greedy_sampling: bool = flag(False, "Take the most likely token each time.")
+    repetition_penalty: float = flag(1.0, "Make tokens that are already there less likely; 1 changes nothing.", gt=0)
+    apply_chat_template: bool = flag(True, "Talk in the chat template; --no_apply_chat_template: one plain text.")
+    input_template: str | None = flag(
+        PLAIN_TEMPLATE, "Format string with one {} around each message, in plain text only."
+    )
+    ta_prompt: PathText | None = flag(None, "Text file that the conversation starts with, in plain text only.")
+    enable_csft: bool = flag(False, "Put the reward text of --csft_prompt before each answer.")
     tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model folder.")
+    flash_attn: bool = later(False, "Use FlashAttention; attention runs through SDPA.")
+    load_in_4bit: bool = later(False, "Hold the weights in NF4.")
+    disable_fast_tokenizer: bool = later(False, "Use the slow (Python) tokenizer.")
+    use_ms: bool = later(False, "Use ModelScope instead of the Hugging Face hub.")
+
+
+class ChatConfig(TalkSettings, RewardTextSettings):
+    """Talk to a model in the terminal. "clear" starts anew, "exit" ends."""

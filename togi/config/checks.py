@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 
-from togi.config.choices import AdvantageEstimator, BackendName, EngineName, KLEstimator
+from togi.config.choices import (
+    BUILTIN,
+    AdvantageEstimator,
+    BackendName,
+    EngineName,
+    GradAccumDtype,
+    KLEstimator,
+    RemoteMode,
+    RewardCombination,
+    Scheduler,
+    Verifier,
+)
 from togi.config.rl import RLConfig
-from togi.config.shared import ALL_LINEAR, ModelSettings, OutputSettings, TrainSettings
+from togi.config.shared import ALL_LINEAR, MIXTURES, NO_METRIC, ModelSettings, OutputSettings, TrainSettings
 from togi.errors import ConfigError
 
 Check = Callable[[RLConfig], Iterator[str]]
@@ -17,15 +30,19 @@ def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
 
     ``reward_given``: the reward is a Python function passed in code, not a flag.
     """
-    has_reward = reward_given or config.reward_file is not None or config.reward_pretrain is not None
-    if reward_given and config.reward_file is not None:
+    has_reward = reward_given or config.reward_files or config.reward_urls or config.reward_models
+    if reward_given and config.reward_files:
         raise ConfigError("A reward function was passed and --reward_func is set too: leave one of them out.")
     checks: Iterable[Check] = (_required, _data, _reward, _rollout, _algorithm, _training, _placement, _output)
     for check in checks:
         for message in check(config):
             raise ConfigError(message)
     if not has_reward:
-        raise ConfigError("There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, or both.")
+        raise ConfigError(
+            "There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, --remote_rm_url URL, or several."
+        )
+    for message in weight_problems(config, reward_given=reward_given):
+        raise ConfigError(message)
 
 
 def template_problems(input_template: str) -> Iterator[str]:
@@ -63,19 +80,58 @@ def _data(c: RLConfig) -> Iterator[str]:
 
 
 def _reward(c: RLConfig) -> Iterator[str]:
-    if c.remote_rm_url is not None and not c.remote_rm_url.endswith(".py"):
-        yield f"--remote_rm_url {c.remote_rm_url}: reward servers are not supported yet; give a .py file or --reward_pretrain."
-    if c.reward_func is not None and c.remote_rm_url is not None:
-        yield "--reward_func and --remote_rm_url name the same thing: leave one of them out."
-    if c.reward_func is not None and not c.reward_func.endswith(".py"):
-        yield f"--reward_func {c.reward_func} must be a Python file that defines reward_func(queries, prompts, labels)."
-    if c.reward_pretrain is not None and "," in c.reward_pretrain:
-        yield "--reward_pretrain takes one model: several reward models are not supported yet."
-    if c.normalize_reward and c.reward_pretrain is None:
+    known = {f"{BUILTIN}{verifier}" for verifier in Verifier}
+    for file in c.reward_files:
+        if file.startswith(BUILTIN) and file not in known:
+            yield f"--reward_func {file} is not known: the built-in ones are {', '.join(sorted(known))}."
+        if not file.startswith(BUILTIN) and not file.endswith(".py"):
+            yield f"--reward_func {file} must be a Python file that defines reward_func(queries, prompts, labels)."
+    for url in c.reward_urls:
+        if not url.startswith(("http://", "https://")):
+            yield f"--remote_rm_url {url}: give the http:// or https:// address of a reward server, or the path of a .py file."
+    if (c.format_regex is not None) != (f"{BUILTIN}{Verifier.FORMAT}" in c.reward_files):
+        yield "--format_regex and --reward_func builtin:format belong together: give both or none."
+    yield from _regex_problems(c.format_regex or "")
+    for flag, items in (
+        ("--reward_func", c.reward_files),
+        ("--remote_rm_url", c.reward_urls),
+        ("--reward_pretrain", c.reward_models),
+    ):
+        twice = [item for item in items if items.count(item) > 1]
+        if twice:
+            yield f"{flag} names {twice[0]} twice: leave one of them out, or give it --reward_weights."
+    if c.remote_rm_mode is RemoteMode.ENSEMBLE and len(c.reward_urls) < 2:
+        yield "--remote_rm_mode ensemble needs several addresses in --remote_rm_url: add one or leave the mode out."
+    if c.normalize_reward and not c.reward_models:
         yield "--normalize_reward works on a reward model: add --reward_pretrain or leave it out."
     low, high = c.reward_clip_range
     if not low < high:
         yield f"--reward_clip_range {low} {high}: the first number must be below the second."
+
+
+def _regex_problems(pattern: str) -> Iterator[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield f"--format_regex {pattern} is not a regular expression: {error}."
+
+
+def weight_problems(c: RLConfig, *, reward_given: bool) -> Iterator[str]:
+    """What is wrong with how several rewards become one."""
+    count = len(c.reward_models) + c.remote_sources + len(c.reward_files) + reward_given
+    if count < 2 and c.reward_combine is not RewardCombination.SUM:
+        yield f"--reward_combine {c.reward_combine} needs several rewards: leave it out."
+    if c.reward_weights is None:
+        return
+    if len(c.reward_weights) != count:
+        yield (
+            f"--reward_weights has {len(c.reward_weights)} numbers for {count} rewards ({len(c.reward_models)} models, "
+            f"{c.remote_sources} servers, {len(c.reward_files) + reward_given} functions): give one for each, in this order."
+        )
+    if not all(math.isfinite(weight) and weight != 0 for weight in c.reward_weights):
+        yield "--reward_weights must be finite and not 0: leave out a reward that does not count."
+    if c.reward_combine is RewardCombination.MEAN and not sum(c.reward_weights) > 0:
+        yield "--reward_weights must have a sum above 0 with --reward_combine mean: change them, or use sum."
 
 
 def _rollout(c: RLConfig) -> Iterator[str]:
@@ -128,7 +184,7 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
 
 
 def _training(c: RLConfig) -> Iterator[str]:
-    yield from train_problems(c, in_4bit=c.load_in_4bit)
+    yield from train_problems(c, in_4bit=c.load_in_4bit, bf16=c.bf16)
     if c.train_batch_size > c.samples_per_rollout:
         yield (
             f"--train_batch_size {c.train_batch_size} is more than the {c.samples_per_rollout} samples of one rollout "
@@ -172,27 +228,41 @@ def _placement(c: RLConfig) -> Iterator[str]:
         yield "--colocate_all_models already includes --colocate_critic_reward: leave the second out."
     if (c.colocate_actor_ref or c.colocate_all_models) and c.loads_reference and differ("actor", "ref"):
         yield mismatch("colocate_all_models" if c.colocate_all_models else "colocate_actor_ref", "actor", "ref")
-    shares = c.colocate_critic_reward and c.uses_critic and c.reward_pretrain is not None
+    shares = c.colocate_critic_reward and c.uses_critic and bool(c.reward_models)
     if shares and differ("critic", "reward"):
         yield mismatch("colocate_critic_reward", "critic", "reward")
     if c.colocate_all_models and c.uses_critic and differ("actor", "critic"):
         yield mismatch("colocate_all_models", "actor", "critic")
-    if c.colocate_all_models and c.reward_pretrain is not None and differ("actor", "reward"):
+    if c.colocate_all_models and c.reward_models and differ("actor", "reward"):
         yield mismatch("colocate_all_models", "actor", "reward")
 
 
 def _output(c: RLConfig) -> Iterator[str]:
-    yield from output_problems(c)
+    yield from output_problems(c, evaluates=c.eval_dataset is not None)
     if c.eval_steps == 0:
         yield "--eval_steps must be positive, or -1."
     if c.max_steps == 0:
         yield "--max_steps 0 would train nothing: give a positive number, or -1 for all episodes."
 
 
+def check_mixture(path: str, kind: str) -> None:
+    """Raise ConfigError for a model (of type ``kind``) that has no router to balance."""
+    if kind not in MIXTURES:
+        raise ConfigError(
+            f"--aux_loss_coef balances the experts of a mixture ({', '.join(MIXTURES)}), but --pretrain {path} is a {kind} model: "
+            "leave it out."
+        )
+
+
 def model_problems(c: ModelSettings) -> Iterator[str]:
     """What is wrong with the model flags of any command."""
     if c.gradient_checkpointing_use_reentrant and not c.gradient_checkpointing:
         yield "--gradient_checkpointing_use_reentrant needs --gradient_checkpointing: add it or leave the first out."
+    if c.gradient_checkpointing_use_reentrant and c.aux_loss_coef > 0:
+        yield (
+            "--aux_loss_coef with --gradient_checkpointing_use_reentrant would have no gradient, since that kind hides the "
+            "router from it: leave the second out."
+        )
     if c.load_in_4bit and c.lora_rank == 0:
         yield "--load_in_4bit freezes the weights and trains an adapter: add --lora_rank, or leave --load_in_4bit out."
     if c.lora_rank == 0 and (c.lora_dropout > 0 or c.target_modules != (ALL_LINEAR,)):
@@ -201,12 +271,13 @@ def model_problems(c: ModelSettings) -> Iterator[str]:
         yield f"--target_modules {' '.join(c.target_modules)}: give {ALL_LINEAR} alone, or names without it."
 
 
-def train_problems(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
-    """What is wrong with the training flags of any command. ``in_4bit``: the model is quantised."""
+def train_problems(c: TrainSettings, *, in_4bit: bool, bf16: bool) -> Iterator[str]:
+    """What is wrong with the training flags of any command. ``in_4bit``: the model is quantised; ``bf16``: as the flag."""
     if in_4bit and c.zero_stage == 3:
         yield "--load_in_4bit with --zero_stage 3: quantised weights are not sharded, use --zero_stage 0, 1 or 2."
-    if c.backend is BackendName.DEEPSPEED:
-        yield "--backend deepspeed is not supported yet: use --backend fsdp2."
+    yield from _backend(c, in_4bit=in_4bit)
+    if c.grad_accum_dtype is GradAccumDtype.BF16 and not bf16:
+        yield "--grad_accum_dtype bf16 needs gradients in bfloat16: add --bf16, or leave the first out."
     if c.ring_head_stride > 1 and c.ring_attn_size == 1:
         yield f"--ring_head_stride {c.ring_head_stride} is about a ring of processes: add --ring_attn_size, or leave it out."
     if not c.packing_samples and c.micro_train_batch_size not in ("auto", 1):
@@ -216,13 +287,65 @@ def train_problems(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
         )
     if not all(0 <= beta < 1 for beta in c.adam_betas):
         yield f"--adam_betas {c.adam_betas[0]:g} {c.adam_betas[1]:g} must both be at least 0 and below 1."
+    yield from _schedule_problems(c)
 
 
-def output_problems(c: OutputSettings) -> Iterator[str]:
-    """What is wrong with the output flags of any command."""
+def _backend(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
+    """What one of the backends cannot do, or does only in some layouts."""
+    sharded = c.zero_stage > 0 and not in_4bit
+    if c.deepcompile and c.backend is not BackendName.DEEPSPEED:
+        yield f"--deepcompile is DeepSpeed's compiler but --backend is {c.backend}: leave it out."
+    if c.deepcompile:
+        yield (
+            "--deepcompile needs CUDA and one graph for all steps, but packed batches have another segment table in each: "
+            "leave it out."
+        )
+    if c.zpg > 1 and (c.backend is not BackendName.DEEPSPEED or c.zero_stage != 3):
+        yield (
+            f"--zpg {c.zpg} needs --backend deepspeed and --zero_stage 3, where weights are gathered for each pass, but they are "
+            f"{c.backend} and {c.zero_stage}: change them, or leave --zpg out."
+        )
+    if c.grad_accum_dtype is GradAccumDtype.BF16 and (c.backend is not BackendName.DEEPSPEED or not sharded):
+        yield (
+            "--grad_accum_dtype bf16 needs --backend deepspeed with --zero_stage 1, 2 or 3 and without --load_in_4bit, all "
+            "else adds up in float32: change that, or leave it out."
+        )
+
+
+def _schedule_problems(c: TrainSettings) -> Iterator[str]:
+    kind, defaults = c.lr_scheduler, type(c).model_fields
+    if kind.follows_a_loss:
+        yield (
+            f"--lr_scheduler {kind} follows a measured loss, and every schedule here is a function of the step alone, so that "
+            "a resumed run has the same rates: use cosine_with_min_lr, or warmup_stable_decay for a long constant part."
+        )
+    used = {
+        "min_lr_ratio": kind.has_floor,
+        "lr_num_cycles": kind.has_waves,
+        "lr_power": kind is Scheduler.POLYNOMIAL,
+        "lr_decay_ratio": kind is Scheduler.WARMUP_STABLE_DECAY,
+    }
+    for name, value in c.model_dump(include=set(used)).items():
+        if not used[name] and value != defaults[name].default:
+            yield f"--{name} {value:g} has no effect with --lr_scheduler {kind}: leave it out, or choose another schedule."
+    if kind is Scheduler.WARMUP_STABLE_DECAY and c.lr_warmup_ratio + c.lr_decay_ratio > 1:
+        yield (
+            f"--lr_warmup_ratio {c.lr_warmup_ratio:g} and --lr_decay_ratio {c.lr_decay_ratio:g} are more than the whole run: "
+            "lower one of them."
+        )
+
+
+def output_problems(c: OutputSettings, *, evaluates: bool) -> Iterator[str]:
+    """What is wrong with the output flags of any command. ``evaluates``: there is a held-out set."""
+    if c.best_metric_key != NO_METRIC and not evaluates:
+        yield f"--best_metric_key {c.best_metric_key} is measured on held-out data: add --eval_dataset, or leave it out."
+    if c.best_metric_key == NO_METRIC and c.best_metric_mode != "auto":
+        yield f"--best_metric_mode {c.best_metric_mode} says which values are good, but of no metric: add --best_metric_key."
     if c.save_hf_ckpt and c.save_steps <= 0:
         yield "--save_hf_ckpt writes with each checkpoint: set --save_steps to a positive number."
     if c.disable_ds_ckpt and not c.save_hf_ckpt:
         yield "--disable_ds_ckpt without --save_hf_ckpt leaves nothing to save: add the second or leave the first out."
+    if c.use_ds_universal_ckpt and not c.load_checkpoint:
+        yield "--use_ds_universal_ckpt is about loading a checkpoint: add --load_checkpoint, or leave the first out."
     if c.save_steps == 0:
         yield "--save_steps must be positive, or -1."

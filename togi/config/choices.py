@@ -2,6 +2,9 @@
 
 from enum import StrEnum
 
+# What a --reward_func that comes with Togi starts with.
+BUILTIN = "builtin:"
+
 
 class AdvantageEstimator(StrEnum):
     GAE = "gae"
@@ -47,14 +50,48 @@ class BackendName(StrEnum):
     DEEPSPEED = "deepspeed"
 
 
+class GradAccumDtype(StrEnum):
+    """In which numbers the gradients of several micro-batches are added up."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
 class Scheduler(StrEnum):
     """Learning-rate schedules by their Transformers names."""
 
     COSINE_WITH_MIN_LR = "cosine_with_min_lr"
+    COSINE_WARMUP_WITH_MIN_LR = "cosine_warmup_with_min_lr"
     COSINE = "cosine"
+    COSINE_WITH_RESTARTS = "cosine_with_restarts"
     LINEAR = "linear"
+    POLYNOMIAL = "polynomial"
+    INVERSE_SQRT = "inverse_sqrt"
+    WARMUP_STABLE_DECAY = "warmup_stable_decay"
     CONSTANT = "constant"
     CONSTANT_WITH_WARMUP = "constant_with_warmup"
+    REDUCE_LR_ON_PLATEAU = "reduce_lr_on_plateau"
+    GREEDY = "greedy"
+
+    @property
+    def follows_a_loss(self) -> bool:
+        """Whether the rate depends on measured losses, not on the step alone. Refused."""
+        return self in (Scheduler.REDUCE_LR_ON_PLATEAU, Scheduler.GREEDY)
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether it ends at ``--min_lr_ratio`` times the peak."""
+        return self in (
+            Scheduler.COSINE_WITH_MIN_LR,
+            Scheduler.COSINE_WARMUP_WITH_MIN_LR,
+            Scheduler.POLYNOMIAL,
+            Scheduler.WARMUP_STABLE_DECAY,
+        )
+
+    @property
+    def has_waves(self) -> bool:
+        """Whether it is made of cosines, ``--lr_num_cycles`` of them."""
+        return self.value.startswith("cosine") or self is Scheduler.WARMUP_STABLE_DECAY
 
 
 class Overlong(StrEnum):
@@ -81,3 +118,77 @@ class Divergence(StrEnum):
 
     FORWARD = "forward"
     REVERSE = "reverse"
+
+
+class RemoteMode(StrEnum):
+    """What several reward servers are: copies that share the samples, or different rewards of every sample."""
+
+    BALANCE = "balance"
+    ENSEMBLE = "ensemble"
+
+
+class RewardCombination(StrEnum):
+    """How several rewards r with weights w become one: sum(w r), or sum(w r) / sum(w)."""
+
+    SUM = "sum"
+    MEAN = "mean"
+
+
+class OnRewardError(StrEnum):
+    """What becomes of a sample whose reward failed.
+
+    drop_group: the whole group is left out, since the rewards that failed may not be a random part of it.
+    drop_sample: its siblings are compared among themselves.
+    """
+
+    DROP_GROUP = "drop_group"
+    DROP_SAMPLE = "drop_sample"
+    STOP = "stop"
+
+
+class Verifier(StrEnum):
+    """Reward functions that come with Togi, each a module of ``togi.reward.verifiers``."""
+
+    EXACT = "exact"
+    FORMAT = "format"
+    JSON_SCHEMA = "json_schema"
+    MATH = "math"
+    REASONING_GYM = "reasoning_gym"
+
+    @property
+    def package(self) -> str:
+        """The package it needs besides the standard library; "" for none."""
+        packages = {
+            Verifier.JSON_SCHEMA: "jsonschema",
+            Verifier.MATH: "math_verify",
+            Verifier.REASONING_GYM: "reasoning_gym",
+        }
+        return packages.get(self, "")
+
+
+class EvalTask(StrEnum):
+    """What ``togi infer`` does: generate with vLLM, generate with Transformers, or score rows with a reward model."""
+
+    GENERATE_VLLM = "generate_vllm"
+    GENERATE = "generate"
+    RM = "rm"
+
+    @property
+    def generates(self) -> bool:
+        return self is not EvalTask.RM
+
+
+class PostProcessor(StrEnum):
+    """What scored rows become: the best output (rs), reward text in the prompt (csft), best and worst (iter_dpo)."""
+
+    RS = "rs"
+    CSFT = "csft"
+    ITER_DPO = "iter_dpo"
+
+
+class IterateMethod(StrEnum):
+    """Best-of-n loops: rejection sampling, iterative DPO, conditional SFT."""
+
+    RS = "rs"
+    DPO = "dpo"
+    CSFT = "csft"

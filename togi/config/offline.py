@@ -5,8 +5,8 @@ One class a command. ``OfflineConfig`` is what all of them have and what the one
 
 from __future__ import annotations
 
-from togi.config.choices import Divergence, Overlong, RewardLoss
-from togi.config.fields import Count, Int, PathText, Settings, flag, later
+from togi.config.choices import Divergence, EngineName, Overlong, RewardLoss
+from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag
 from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
 
 PLAIN_TEMPLATE = "User: {}\nAssistant: "
@@ -24,6 +24,15 @@ class DatasetSettings(Settings):
     max_len: Count = flag(2048, "At most this many tokens per sequence, prompt and response together.")
     overlong: Overlong = flag(
         Overlong.DROP, "What becomes of longer rows: left out and counted, cut (without an end token), or an error."
+    )
+    max_bad_rows: float = flag(
+        0.05,
+        "Stop before training if a larger share of the rows is faulty; 0 stops at any. They are left out.",
+        ge=0,
+        le=1,
+    )
+    dataset_num_proc: CountOrAuto = flag(
+        "auto", "Processes that tokenise the rows; auto: one per core for large sets, else this one."
     )
 
 
@@ -114,8 +123,10 @@ class RMConfig(PairSettings, OfflineConfig):
 class ReferenceSettings(Settings):
     """Reference model"""
 
-    ref_offload: bool = later(False, "Keep the frozen reference model on the CPU.")
-    precompute_ref: bool = later(False, "Score everything with the reference once, ahead of the training.")
+    ref_offload: bool = flag(False, "Keep the frozen reference in host memory, on the device only while it scores.")
+    precompute_ref: bool = flag(
+        False, "Score all rows with the reference once, ahead of training, then free it (dpo only)."
+    )
 
 
 class DPOConfig(PairSettings, ReferenceSettings, OfflineConfig):
@@ -161,7 +172,25 @@ class PRMConfig(OfflineConfig):
     wandb_project: str = flag("togi_prm", "Weights & Biases project.")
 
 
-class KDConfig(PromptResponseSettings, PretrainSettings, OfflineConfig):
+class OnPolicySettings(Settings):
+    """On-policy distillation"""
+
+    on_policy_share: float = flag(
+        0.0, "Share of the rows that the student answers itself; there the divergence alone is learned.", ge=0, le=1
+    )
+    generate_max_len: Count = flag(1024, "At most this many new tokens per response, within --max_len.")
+    temperature: float = flag(
+        1.0, "Sampling temperature; the divergence is always that of the models as they are.", gt=0
+    )
+    rollout_engine: EngineName = flag(EngineName.VLLM, "What generates: vLLM, or Transformers (no extra install).")
+    vllm_gpu_memory_utilization: float = flag(
+        0.3, "Share of a GPU's memory that vLLM may take, beside the models.", gt=0, le=1
+    )
+    vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of the key-value cache on a CPU, in GB.", gt=0)
+    enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
+
+
+class KDConfig(PromptResponseSettings, PretrainSettings, OnPolicySettings, OfflineConfig):
     """Knowledge distillation from a frozen teacher."""
 
     output_key: str | None = flag("output", "Field with the response.")
@@ -171,7 +200,7 @@ class KDConfig(PromptResponseSettings, PretrainSettings, OfflineConfig):
         Divergence.FORWARD,
         "forward: the student covers all the teacher may say; reverse: it says only what the teacher may.",
     )
-    teacher_offload: bool = later(False, "Keep the teacher on the CPU.")
+    teacher_offload: bool = flag(False, "Keep the teacher in host memory, on the device only for its pass.")
     max_samples: Count = flag(1_000_000, "Use at most this many rows of the mixture.")
     ckpt_path: PathText = flag("./ckpt/checkpoints_kd", "Folder of resumable checkpoints.")
     wandb_project: str = flag("togi_kd", "Weights & Biases project.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from togi.config.checks import model_problems, output_problems, template_problems, train_problems
-from togi.config.choices import RewardLoss
+from togi.config.choices import BackendName, EngineName, RewardLoss
 from togi.config.offline import (
     PAIRED,
     PROMPTED,
@@ -13,6 +13,7 @@ from togi.config.offline import (
     KDConfig,
     KTOConfig,
     OfflineConfig,
+    OnPolicySettings,
     PRMConfig,
     RMConfig,
     SFTConfig,
@@ -50,6 +51,8 @@ def _problems(c: OfflineConfig, *, template_given: bool) -> Iterator[str]:
         yield from _kto(c)
     if isinstance(c, PRMConfig):
         yield from _prm(c)
+    if isinstance(c, KDConfig):
+        yield from _kd(c)
     yield from _output(c)
 
 
@@ -77,7 +80,7 @@ def _rendering(c: SFTConfig | KTOConfig | KDConfig | RMConfig | DPOConfig, *, te
 
 def _training(c: OfflineConfig) -> Iterator[str]:
     yield from model_problems(c)
-    yield from train_problems(c, in_4bit=c.load_in_4bit)
+    yield from train_problems(c, in_4bit=c.load_in_4bit, bf16=c.bf16)
     chat = isinstance(c, PROMPTED | PAIRED) and c.apply_chat_template
     if c.tokenizer_chat_template is not None and not chat:
         yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."
@@ -91,8 +94,29 @@ def _training(c: OfflineConfig) -> Iterator[str]:
             f"--max_tokens_per_gpu {c.max_tokens_per_gpu} x --ring_attn_size {c.ring_attn_size} is less than --max_len "
             f"{c.max_len}: raise one of the first two or lower the third."
         )
+    if c.ring_attn_size > 1:
+        yield from _ring(c)
     if c.eval_at_start and c.eval_dataset is None:
         yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
+
+
+def _ring(c: OfflineConfig) -> Iterator[str]:
+    """What has no layout for a ring, or was never tried in one."""
+    ring = f"--ring_attn_size {c.ring_attn_size}"
+    if c.aux_loss_coef > 0:
+        yield (
+            f"{ring} with --aux_loss_coef {c.aux_loss_coef:g}: the balance of a sequence needs the routing of all its tokens in "
+            "one process, leave one of them out."
+        )
+    if c.backend is BackendName.DEEPSPEED:
+        yield f"{ring} with --backend deepspeed is not supported yet: use --backend fsdp2, or leave the ring out."
+    if isinstance(c, DPOConfig) and c.precompute_ref:
+        yield (
+            f"{ring} with --precompute_ref is not supported yet: leave one of them out, without the second the reference scores "
+            "each step in the ring."
+        )
+    if isinstance(c, KDConfig) and c.on_policy_share > 0:
+        yield f"{ring} with --on_policy_share {c.on_policy_share:g} is not supported yet: leave one of them out."
 
 
 def _sft(c: SFTConfig) -> Iterator[str]:
@@ -132,6 +156,8 @@ def _rm(c: RMConfig) -> Iterator[str]:
 def _dpo(c: DPOConfig) -> Iterator[str]:
     if c.ipo and c.label_smoothing > 0:
         yield "--label_smoothing belongs to DPO's loss but --ipo replaces it: leave one of them out."
+    if c.precompute_ref and c.ref_offload:
+        yield "--precompute_ref frees the reference before training, so --ref_offload moves nothing: leave one of them out."
 
 
 def _kto(c: KTOConfig) -> Iterator[str]:
@@ -140,10 +166,27 @@ def _kto(c: KTOConfig) -> Iterator[str]:
             "--train_batch_size 1 gives --beta's KL estimate no mismatched pairs: KTO needs two rows or more, "
             "set --train_batch_size to 2 or more."
         )
+    if c.precompute_ref:
+        yield (
+            "--precompute_ref cannot free the reference in togi kto, whose KL estimate scores other pairs of prompt and answer "
+            "in every step: use --ref_offload, or leave it out."
+        )
     if c.desirable_loss_weight == 0 and c.undesirable_loss_weight == 0:
         yield "--desirable_loss_weight and --undesirable_loss_weight are both 0: raise one of them."
     if c.output_key is None and not c.apply_chat_template:
         yield "--output_key is required without --apply_chat_template: name the field with the response."
+
+
+def _kd(c: KDConfig) -> Iterator[str]:
+    if c.on_policy_share == 0:
+        for name, field in OnPolicySettings.model_fields.items():
+            if getattr(c, name) != field.default:
+                yield f"--{name} is about generated responses: add --on_policy_share, or leave --{name} out."
+        return
+    if c.pretrain_mode:
+        yield "--pretrain_mode has no prompts, but --on_policy_share lets the student answer them: leave one of them out."
+    if c.enforce_eager and c.rollout_engine is EngineName.TRANSFORMERS:
+        yield "--enforce_eager needs --rollout_engine vllm: change one of them."
 
 
 def _prm(c: PRMConfig) -> Iterator[str]:
@@ -154,6 +197,6 @@ def _prm(c: PRMConfig) -> Iterator[str]:
 
 
 def _output(c: OfflineConfig) -> Iterator[str]:
-    yield from output_problems(c)
+    yield from output_problems(c, evaluates=c.eval_dataset is not None)
     if c.eval_steps == 0:
         yield "--eval_steps must be positive, or -1."

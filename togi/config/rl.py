@@ -6,6 +6,7 @@ from typing import Literal
 
 from togi.config.choices import AdvantageEstimator, Aggregation, EngineName, KLEstimator
 from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, later
+from togi.config.reward import RewardSettings
 from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
 
 
@@ -93,24 +94,10 @@ class RLTrainSettings(Settings):
     actor_learning_rate: float = flag(1e-6, "Peak learning rate of the actor.", ge=0)
     critic_learning_rate: float = flag(9e-6, "Peak learning rate of the critic.", ge=0)
     critic_pretrain: PathText | None = flag(
-        None, "Model the critic starts from; default --reward_pretrain, else --pretrain."
+        None, "Model the critic starts from; default the first of --reward_pretrain, else --pretrain."
     )
     value_head_prefix: str = flag("score", "Attribute name of the scalar head; a model's own config wins.")
     save_value_network: bool = flag(False, "Save the critic at the end (save_path + _critic).")
-
-
-class RewardSettings(Settings):
-    """Reward"""
-
-    reward_func: PathText | None = flag(None, "Python file that defines reward_func(queries, prompts, labels).")
-    remote_rm_url: PathText | None = flag(
-        None, "Established name: a .py path is --reward_func; URLs are not supported yet."
-    )
-    reward_pretrain: PathText | None = flag(None, "Local reward model with a scalar head.")
-    normalize_reward: bool = flag(False, "Standardise the reward model's output with the mean and std of its config.")
-    reward_timeout: float = flag(60.0, "Seconds one call of the reward function may take before it is stopped.", gt=0)
-    reward_workers: Count = flag(2, "Processes that run the reward function.")
-    ref_reward_offload: bool = later(False, "Offload reference and reward models to the CPU.")
 
 
 class PlacementSettings(Settings):
@@ -193,11 +180,6 @@ class RLConfig(
         return self.uses_reference and self.lora is None
 
     @property
-    def reward_file(self) -> str | None:
-        """Path of the reward function file, under whichever of its two names it was given."""
-        return self.reward_func if self.reward_func is not None else self.remote_rm_url
-
-    @property
     def aggregation(self) -> Aggregation:
         """The named formula in use; Dr. GRPO's own is the constant divisor (Liu et al., 2025, section 3.2)."""
         if self.loss_aggregation != "auto":
@@ -208,4 +190,4 @@ class RLConfig(
     @property
     def critic_source(self) -> str:
         """Where the critic's weights come from."""
-        return self.critic_pretrain or self.reward_pretrain or self.pretrain
+        return self.critic_pretrain or (self.reward_models[0] if self.reward_models else self.pretrain)

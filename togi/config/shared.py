@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from togi.config.choices import BackendName, Scheduler
+from togi.config.choices import BackendName, GradAccumDtype, Scheduler
 from togi.config.fields import Count, Int, PathText, Settings, flag, later
 
 ALL_LINEAR = "all-linear"
 ADAPTER_CONFIG = "adapter_config.json"
 """What makes a folder that of a LoRA adapter."""
+NO_METRIC = "none"
+# Mixtures of experts whose router is known to be read right, by model type.
+MIXTURES = ("mixtral", "qwen3_moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,17 @@ class LoRA:
     dropout: float
     target_modules: tuple[str, ...]
     load_in_4bit: bool
+
+
+class PromptText(Protocol):
+    """The settings that make text of a prompt, whichever command they belong to."""
+
+    @property
+    def apply_chat_template(self) -> bool: ...
+    @property
+    def input_template(self) -> str | None: ...
+    @property
+    def tokenizer_chat_template(self) -> str | None: ...
 
 
 class ModelSettings(Settings):
@@ -40,7 +54,9 @@ class ModelSettings(Settings):
     )
     disable_fast_tokenizer: bool = later(False, "Use the slow (Python) tokenizer.")
     use_liger_kernel: bool = later(False, "Load the causal LM through Liger kernels.")
-    aux_loss_coef: float = later(0.0, "Weight of the MoE load-balancing loss.")
+    aux_loss_coef: float = flag(
+        0.0, "Weight of the load-balancing loss of a mixture of experts, a mean over sequences; 0 turns it off.", ge=0
+    )
     load_in_4bit: bool = flag(False, "Hold the frozen weights in NF4 (QLoRA); needs --lora_rank.")
     lora_rank: Int = flag(0, "Train an adapter of this rank beside frozen weights (LoRA); 0 trains all weights.", ge=0)
     lora_alpha: Int = flag(16, "LoRA scale: the adapter's output is multiplied by alpha / rank.", ge=1)
@@ -75,15 +91,36 @@ class TrainSettings(Settings):
     adam_betas: tuple[float, float] = flag((0.9, 0.95), "AdamW betas.")
     lr_scheduler: Scheduler = flag(Scheduler.COSINE_WITH_MIN_LR, "Learning-rate schedule, counted in optimizer steps.")
     lr_warmup_ratio: float = flag(0.03, "Warm-up steps = ceil(ratio x total optimizer steps).", ge=0, le=1)
+    min_lr_ratio: float = flag(
+        0.1,
+        "Lowest learning rate as a share of the peak, of schedules with a floor (also polynomial's end).",
+        ge=0,
+        le=1,
+    )
+    lr_num_cycles: float | None = flag(
+        None, "Waves of a cosine (default: half a wave), or how often cosine_with_restarts falls (default: 1).", gt=0
+    )
+    lr_power: float = flag(1.0, "Exponent of --lr_scheduler polynomial.", gt=0)
+    lr_decay_ratio: float = flag(
+        0.1, "Steps of the fall in warmup_stable_decay = ceil(ratio x total optimizer steps).", ge=0, le=1
+    )
     seed: Int = flag(42, "Seed of data order, sampling and initialisation.")
     full_determinism: bool = flag(False, "Deterministic kernels; a run repeats bit for bit on the same machine.")
     backend: BackendName = flag(BackendName.FSDP2, "Training backend.")
     zero_stage: Int = flag(2, "0 replicates; 1, 2 shard gradients and optimizer; 3 shards weights too.", ge=0, le=3)
-    adam_offload: bool = later(False, "Keep Adam states on the CPU.")
-    zpg: Int = later(1, "ZeRO++ hierarchical partition size.")
-    grad_accum_dtype: str | None = later(None, "Dtype of gradient accumulation.")
-    overlap_comm: bool = later(False, "Overlap communication with the backward pass.")
-    deepcompile: bool = later(False, "DeepSpeed DeepCompile.")
+    adam_offload: bool = flag(False, "Keep master weights and Adam's moments in host memory, and run AdamW there.")
+    zpg: Count = flag(
+        1,
+        "ZeRO++: ranks that keep one more copy of the weights among them, for the backward pass (DeepSpeed, stage 3).",
+    )
+    grad_accum_dtype: GradAccumDtype = flag(
+        GradAccumDtype.FP32,
+        "In which numbers micro-batches are added up; bf16 is DeepSpeed's only and loses small terms.",
+    )
+    overlap_comm: bool = flag(
+        False, "Overlap DeepSpeed's communication with the backward pass; FSDP2 always does so, with or without."
+    )
+    deepcompile: bool = flag(False, "DeepSpeed's compiler. Refused: it cannot compile packed batches.")
     ring_attn_size: Count = flag(
         1, "Compute each batch on this many processes, each holding its part of the tokens (ring attention)."
     )
@@ -107,7 +144,17 @@ class OutputSettings(Settings):
     max_ckpt_num: Count = flag(3, "Keep at most this many checkpoints; the newest is never removed.")
     max_ckpt_mem: float = flag(1e8, "Keep at most this many GB of checkpoints.", gt=0)
     load_checkpoint: bool = flag(False, "Continue from the newest complete checkpoint in --ckpt_path, if there is one.")
-    use_ds_universal_ckpt: bool = later(False, "Load a checkpoint in DeepSpeed's universal layout.")
+    use_ds_universal_ckpt: bool = flag(
+        False,
+        "Load a checkpoint of another number of workers, ZeRO stage or backend. Always possible here, with or without.",
+    )
+    best_metric_key: str = flag(
+        NO_METRIC,
+        "Metric of the evaluations, such as eval/loss, whose best model is kept in <ckpt_path>/best; none: no model.",
+    )
+    best_metric_mode: Literal["auto", "min", "max"] = flag(
+        "auto", "Which values of --best_metric_key are good; auto: low losses, high rewards and accuracies."
+    )
     logging_steps: Count = flag(1, "Send metrics to the trackers every N steps (metrics.jsonl has every step).")
     use_wandb: str | None = flag(
         None, "Weights & Biases: an API key, or any word when logged in or WANDB_API_KEY is set."

@@ -6,16 +6,20 @@ so none are added; plain text gets the tokenizer's own. Rows and data sets are n
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import tokenizers
+import transformers
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from togi.config.checks import template_problems
+from togi.data.faults import Drop, RowError
 from togi.errors import DataError
 
 SHOWN_CHARACTERS = 80
@@ -54,26 +58,27 @@ def check_rendering(tokenizer: Tokenizer, *, apply_chat_template: bool, input_te
 
 
 def render_prompt(value: object, tokenizer: Tokenizer, *, apply_chat_template: bool, input_template: str | None) -> str:
-    """The text of one prompt: a string is one user message, a list of messages is rendered as it is. Raises DataError.
+    """The text of one prompt: a string is one user message, a list of messages is rendered as it is. Raises RowError.
 
     With the chat template the text ends with the generation prompt. ``input_template`` gets the string for its ``{}``.
     """
     if not apply_chat_template:
         if not isinstance(value, str):
-            raise DataError(
-                f"is of type {type(value).__name__}, not a string: use --apply_chat_template for lists of messages."
+            raise RowError(
+                Drop.WRONG_TYPE,
+                f"is of type {type(value).__name__}, not a string: use --apply_chat_template for lists of messages.",
             )
         return value if input_template is None else input_template.replace("{}", value)
     return render_messages(as_messages(value), tokenizer, add_generation_prompt=True)
 
 
 def render_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, add_generation_prompt: bool) -> str:
-    """The text of a conversation. Raises DataError if the template refuses it."""
+    """The text of a conversation. Raises RowError if the template refuses it."""
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
+    except Exception as error:  # noqa: BLE001  a template is the user's code, and can fail in any way on a row
         raise _refused(error) from None
     assert isinstance(text, str)
     return text
@@ -93,21 +98,24 @@ def render_marked(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    except TemplateError as error:
+    except Exception as error:  # noqa: BLE001  as above
         raise _refused(error) from None
     return texts[0], [(start, end) for start, end in marks[0]]
 
 
 def as_messages(value: object) -> list[dict[str, Any]]:
-    """A string as one user message, or a checked list of messages. Raises DataError."""
+    """A string as one user message, or a checked list of messages. Raises RowError."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, Sequence):
-        raise DataError(f"is of type {type(value).__name__}: a prompt must be a string or a list of messages.")
+        raise RowError(
+            Drop.WRONG_TYPE, f"is of type {type(value).__name__}: a prompt must be a string or a list of messages."
+        )
     for number, message in enumerate(value):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(
-                f"has no role and content in its message {number}: write {{'role': 'user', 'content': ...}}."
+            raise RowError(
+                Drop.WRONG_ROLES,
+                f"has no role and content in its message {number}: write {{'role': 'user', 'content': ...}}.",
             )
     # Arrow gives every message all keys that any message has; templates must not see those that are only filled in.
     return [{key: item for key, item in message.items() if item is not None or key == "content"} for message in value]
@@ -135,6 +143,11 @@ def adds_bos(tokenizer: Tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and bool(first == tokenizer.bos_token_id)
 
 
+def as_plain_text(text: str, tokenizer: Tokenizer) -> str:
+    """Rendered text as a plain text of a data set: without the BOS that the tokenizer would put there once more."""
+    return text.removeprefix(str(tokenizer.bos_token)) if adds_bos(tokenizer) else text
+
+
 def stop_token_ids(tokenizer: Tokenizer, model_path: str) -> tuple[int, ...]:
     """Every token that ends an answer: EOS of the model's generation config and of the tokenizer, ascending.
 
@@ -146,6 +159,22 @@ def stop_token_ids(tokenizer: Tokenizer, model_path: str) -> tuple[int, ...]:
     if not found:
         raise DataError(f"Neither the tokenizer nor the generation config of {model_path} names an EOS token: set one.")
     return tuple(sorted(found))
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Equal for tokenizers that render and tokenise alike: of the fast tokenizer's content, what is around it, and the
+    versions of the libraries.
+    """
+    tokenizer("a")  # settles truncation and padding, which are part of the content
+    versions = transformers.__version__, tokenizers.__version__
+    around = (
+        type(tokenizer).__name__,
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        tokenizer.split_special_tokens,
+    )
+    content = tokenizer.backend_tokenizer.to_str()
+    return hashlib.blake2b(f"{versions} {around} {content}".encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def visible(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -169,8 +198,9 @@ def _generation_eos(model_path: str) -> int | list[int]:
     return [] if eos is None else eos
 
 
-def _refused(error: TemplateError) -> DataError:
-    return DataError(f"is refused by the chat template ({_one_line(error)}): change the row or the template.")
+def _refused(error: Exception) -> RowError:
+    reason = _one_line(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {_one_line(error)}"
+    return RowError(Drop.TEMPLATE, f"is refused by the chat template ({reason}): change the row or the template.")
 
 
 def _one_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.data.chat import Tokenizer, visible
+from togi.data.faults import Drop, RowError
 from togi.errors import DataError
 from togi.sample import Sample
 
@@ -129,11 +130,12 @@ def shown(coded: Coded, tokenizer: Tokenizer) -> str:
 
 
 def check_start(coded: Coded, tokenizer: Tokenizer) -> None:
-    """Raise DataError if the sequence starts with two BOS tokens."""
+    """Raise RowError if the sequence starts with two BOS tokens."""
     bos = tokenizer.bos_token_id
     if bos is not None and coded.tokens[:2].tolist() == [bos, bos]:
-        raise DataError(
-            f"would start with the BOS token {tokenizer.bos_token!r} twice: remove it from the data or the template."
+        raise RowError(
+            Drop.BAD_TEXT,
+            f"would start with the BOS token {tokenizer.bos_token!r} twice: remove it from the data or the template.",
         )
 
 
@@ -142,7 +144,7 @@ def check_decoding(draft: Draft, coded: Coded, tokenizer: Tokenizer) -> None:
     for (first, last), (start, end) in zip(draft.spans, coded.runs, strict=True):
         text = draft.text[first:last]
         # Through the tokenizer and back, since some lower or normalise text.
-        expected = visible(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+        expected = visible(tokenizer, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         decoded = visible(tokenizer, coded.tokens[start:end].tolist())
         if _squashed(expected) not in _squashed(decoded):
             raise DataError(

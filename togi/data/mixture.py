@@ -6,8 +6,7 @@ sets with different columns cannot clash. What a row becomes is not decided here
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.precheck import parse_probs
 from togi.data.source import Source, load_source
+from togi.data.tables import Row, readable
 
 DRAW = 1000
 
@@ -36,14 +36,34 @@ class Pick:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixture:
-    """Data sets and the order in which their rows are used."""
+    """Data sets and the order in which their rows are used: ``places`` has (source, row, repeat) of each, shape (M, 3)."""
 
     sources: tuple[Source, ...]
-    picks: tuple[Pick, ...]
+    places: NDArray[np.int64]
 
-    def rows_used(self, source: int) -> list[int]:
-        """The distinct rows of a source that are used, ascending."""
-        return sorted({pick.row for pick in self.picks if pick.source == source})
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def picks(self) -> Iterator[Pick]:
+        """The rows in order, without making all of them at once."""
+        return (
+            Pick(*place) for start in range(0, len(self), DRAW) for place in self.places[start : start + DRAW].tolist()
+        )
+
+    def rows_used(self, source: int) -> range:
+        """The distinct rows of a source that are used. Sets are used from their beginning."""
+        own = self.places[self.places[:, 0] == source, 1]
+        return range(int(own.max()) + 1 if len(own) > 0 else 0)
+
+    def rows(self) -> list[Row]:
+        """The row of every pick, in order. All of them are held at once. Raises DataError for one that cannot be read."""
+        found = [source.rows.fetch(self.rows_used(index)) for index, source in enumerate(self.sources)]
+        return [readable(found[pick.source][pick.row], self.place(pick)) for pick in self.picks]
+
+    def place(self, pick: Pick) -> str:
+        """Where the row of a pick is, in words: file and line."""
+        return self.sources[pick.source].rows.place(pick.row)
 
 
 def load_mixture(
@@ -60,7 +80,7 @@ def load_mixture(
     sources = tuple(load_source(item, split) for item in items)
     sizes = [len(source.rows) for source in sources]
     places = concatenate(sizes, max_samples) if weights is None else interleave(sizes, weights, seed, max_samples)
-    return Mixture(sources, _count_repeats(places))
+    return Mixture(sources, _with_repeats(places, sizes))
 
 
 def concatenate(sizes: Sequence[int], max_samples: int) -> NDArray[np.int64]:
@@ -111,10 +131,10 @@ def interleave(sizes: Sequence[int], probs: Sequence[float], seed: int, max_samp
     return np.stack([drawn, rows], axis=1)[: min(end, max_samples)]
 
 
-def _count_repeats(places: NDArray[np.int64]) -> tuple[Pick, ...]:
-    seen: Counter[tuple[int, int]] = Counter()
-    picks = []
-    for source, row in places.tolist():
-        picks.append(Pick(source, row, seen[source, row]))
-        seen[source, row] += 1
-    return tuple(picks)
+def _with_repeats(places: NDArray[np.int64], sizes: Sequence[int]) -> NDArray[np.int64]:
+    """Places with how often each came before. The rows of a set come in turn, so that is the number of earlier rounds."""
+    repeats = np.empty(len(places), dtype=np.int64)
+    for source, size in enumerate(sizes):
+        turns = np.flatnonzero(places[:, 0] == source)
+        repeats[turns] = np.arange(len(turns)) // size
+    return np.column_stack([places, repeats])

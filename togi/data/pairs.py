@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from togi.data.chat import Tokenizer
+from togi.data.faults import Drop, RowError
 from togi.data.fields import (
     as_text,
     chat_draft,
@@ -23,16 +24,15 @@ from togi.data.fields import (
     value_of,
 )
 from togi.data.masks import Coded, Draft
-from togi.data.record_spec import Drop, RecordSpec
+from togi.data.record_spec import RecordSpec
 from togi.data.tables import Row
 from togi.data.turns import Message
-from togi.errors import DataError
 
 MARGIN = "margin"
 
 
 def read_pair(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-    """Two drafts, chosen first, with values "chosen" (1 or 0) and "margin" (0 if there is none). Raises DataError."""
+    """Two drafts, chosen first, with values "chosen" (1 or 0) and "margin" (0 if there is none). Raises RowError."""
     answers = {
         spec.chosen_key: value_of(row, where, "chosen_key", spec.chosen_key),
         spec.rejected_key: value_of(row, where, "rejected_key", spec.rejected_key),
@@ -80,7 +80,9 @@ def _margin(row: Row, where: str) -> float:
     if value is None:
         return 0.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{where}: the field {MARGIN!r} is {value!r}, not a finite number: correct or remove it.")
+        raise RowError(
+            Drop.WRONG_TYPE, f"{where}: the field {MARGIN!r} is {value!r}, not a finite number: correct or remove it."
+        )
     return float(value)
 
 
@@ -89,15 +91,17 @@ def _conversations(answers: dict[str, object], where: str) -> dict[str, list[Mes
     found = {}
     for key, value in answers.items():
         if isinstance(value, str):
-            raise DataError(
+            raise RowError(
+                Drop.WRONG_TYPE,
                 f"{where}: the field {key!r} is a string, but without --prompt_key it must be a conversation, a list of "
-                "messages that ends with the answer: set --prompt_key."
+                "messages that ends with the answer: set --prompt_key.",
             )
         found[key] = reply_messages(value, where, key)
     (chosen_key, chosen), (rejected_key, rejected) = found.items()
     if chosen[:-1] != rejected[:-1]:
-        raise DataError(
+        raise RowError(
+            Drop.WRONG_ROLES,
             f"{where}: the conversations in {chosen_key!r} and {rejected_key!r} differ before their last message: both "
-            "must answer the same history."
+            "must answer the same history.",
         )
     return found

@@ -12,43 +12,54 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from togi.data.faults import Drop, RowError
 from togi.data.items import DEFAULT_SPLIT, FORMATS, Item, Kind, choose_split, listed, parse_item, split_files
-from togi.data.tables import read_head
+from togi.data.tables import BadRow, read_head
 from togi.errors import DataError
+
+Head = tuple[str, Sequence[str] | BadRow]
 
 HEAD_ROWS = 16
 PROBABILITY_TOLERANCE = 1e-3
 
 
-def check_sources(text: str, required: Mapping[str, str], split: str = DEFAULT_SPLIT) -> None:
+def check_sources(
+    text: str, required: Mapping[str, str], split: str = DEFAULT_SPLIT, *, every_row: bool = True
+) -> None:
     """``check_source`` for each entry of a comma-separated list."""
     for part in text.split(","):
-        check_source(part, required, split)
+        check_source(part, required, split, every_row=every_row)
 
 
-def check_source(text: str, required: Mapping[str, str], split: str = DEFAULT_SPLIT) -> None:
+def check_source(text: str, required: Mapping[str, str], split: str = DEFAULT_SPLIT, *, every_row: bool = True) -> None:
     """Raise DataError if the data set ``name[@data_dir]`` is missing, is empty or lacks a field. A hub name passes.
 
-    ``required``: the field that each flag names, such as {"input_key": "question"}.
+    ``required``: the field that each flag names, such as {"input_key": "question"}. ``every_row``: one bad row is
+    enough; else it is for the one who loads the data to count them, and all of the first rows must be bad.
     """
     item = parse_item(text)
     if item.kind is Kind.HUB:
         return
-    rows = _head_fields(item, split)
-    if not rows:
+    head = _head(item, split)
+    if not head:
         raise no_rows(item.text)
-    for number, fields in enumerate(rows):
-        for flag, key in required.items():
-            if key not in fields:
-                raise missing_field(f"Row {number} of {item.text}", flag, key, fields)
+    bad = [f"{place} {row.reason}" for place, row in head if isinstance(row, BadRow)]
+    rows = [(place, row) for place, row in head if not isinstance(row, BadRow)]
+    if bad and (every_row or not rows):
+        raise DataError(bad[0])
+    for flag, key in required.items():
+        lacking = [(place, fields) for place, fields in rows if key not in fields]
+        if lacking and (every_row or len(lacking) == len(rows)):
+            place, fields = lacking[0]
+            raise missing_field(place, flag, key, fields)
 
 
-def missing_field(where: str, flag: str, key: str, fields: Iterable[str]) -> DataError:
+def missing_field(where: str, flag: str, key: str, fields: Iterable[str]) -> RowError:
     """The error for a field that is not there: names what there is, and the nearest name for the flag."""
     names = list(fields)
     near = difflib.get_close_matches(key, names, n=1)
     way_out = f"did you mean --{flag} {near[0]}?" if near else f"set --{flag} to one of these."
-    return DataError(f"{where} has no field {key!r}; it has {listed(names)}: {way_out}")
+    return RowError(Drop.MISSING_FIELD, f"{where} has no field {key!r}; it has {listed(names)}: {way_out}")
 
 
 def parse_probs(text: str, sets: int, flag: str = "probs") -> list[float]:
@@ -71,28 +82,34 @@ def no_rows(name: str) -> DataError:
     return DataError(f"The data set {name} has no rows: check that it is the right file and was written completely.")
 
 
-def _head_fields(item: Item, split: str) -> list[Sequence[str]]:
-    """The field names of each of the first rows; for tables one entry, none if there is no row."""
+def _head(item: Item, split: str) -> list[Head]:
+    """The field names of the first rows, each with its place; for tables one entry, none if there is no row."""
     if item.kind is Kind.SAVED:
-        return _saved_fields(item.path, split)
+        return _table_head(item, _saved_fields(item.path, split))
     files = [item.path] if item.kind is Kind.FILE else split_files(item.path, split)
     for file in files:
-        if fields := _file_fields(file):
-            return fields
+        if head := _file_head(item, file):
+            return head
     return []
 
 
-def _file_fields(path: Path) -> list[Sequence[str]]:
+def _file_head(item: Item, path: Path) -> list[Head]:
     match FORMATS[path.suffix.lower()]:
         case "parquet":
-            return _parquet_fields(path)
+            return _table_head(item, _parquet_fields(path))
         case "arrow":
-            return _arrow_fields(path)
+            return _table_head(item, _arrow_fields(path))
         case _:
-            return [tuple(row) for row in read_head(path, HEAD_ROWS)]
+            return [
+                (place, row if isinstance(row, BadRow) else tuple(row)) for place, row in read_head(path, HEAD_ROWS)
+            ]
 
 
-def _parquet_fields(path: Path) -> list[Sequence[str]]:
+def _table_head(item: Item, columns: Sequence[str]) -> list[Head]:
+    return [(f"Row 0 of {item.text}", columns)] if columns else []
+
+
+def _parquet_fields(path: Path) -> Sequence[str]:
     import pyarrow
     import pyarrow.parquet
 
@@ -101,10 +118,10 @@ def _parquet_fields(path: Path) -> list[Sequence[str]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise unreadable(path, error) from None
     with file:
-        return [file.schema_arrow.names] if file.metadata.num_rows > 0 else []
+        return list(file.schema_arrow.names) if file.metadata.num_rows > 0 else []
 
 
-def _arrow_fields(path: Path) -> list[Sequence[str]]:
+def _arrow_fields(path: Path) -> Sequence[str]:
     import pyarrow
     import pyarrow.ipc
 
@@ -118,12 +135,12 @@ def _arrow_fields(path: Path) -> list[Sequence[str]]:
             else:
                 reader = batches = pyarrow.ipc.open_stream(source)
             has_rows = any(batch.num_rows > 0 for batch in batches)
-            return [reader.schema.names] if has_rows else []
+            return list(reader.schema.names) if has_rows else []
     except (pyarrow.ArrowException, OSError) as error:
         raise unreadable(path, error) from None
 
 
-def _saved_fields(folder: Path, split: str) -> list[Sequence[str]]:
+def _saved_fields(folder: Path, split: str) -> Sequence[str]:
     """A folder written by ``save_to_disk``: one folder a split, or the rows of the only one."""
     if (folder / "dataset_dict.json").is_file():
         names = _saved_list(folder / "dataset_dict.json", "splits")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,7 +19,7 @@ from togi.data.items import DEFAULT_SPLIT
 from togi.data.mixture import Mixture, load_mixture
 from togi.data.precheck import missing_field
 from togi.data.report import DataReport, Lengths, loss_warning, source_reports
-from togi.data.tables import Row
+from togi.data.tables import Row, readable
 from togi.errors import DataError
 from togi.sample import Prompt
 
@@ -138,8 +139,8 @@ def _render_source(
     source, fallback = mixture.sources[index], _datasource_names(mixture)[index]
     numbers = iter(mixture.rows_used(index))
     while chunk := list(islice(numbers, CHUNK)):
-        rows = source.rows.fetch(chunk)
-        texts = [_text(row, f"Row {n} of {source.text}", spec, tokenizer) for n, row in zip(chunk, rows, strict=True)]
+        rows = [readable(row, source.rows.place(n)) for n, row in zip(chunk, source.rows.fetch(chunk), strict=True)]
+        texts = [_text(row, source.rows.place(n), spec, tokenizer) for n, row in zip(chunk, rows, strict=True)]
         try:
             ids = encode(texts, tokenizer, add_special_tokens=not spec.apply_chat_template)
         except DataError as error:
@@ -196,8 +197,11 @@ def _report(
     spec: PromptSpec,
     tokenizer: Tokenizer,
 ) -> DataReport:
-    sources = source_reports(mixture, [{row: item.drop for row, item in each.items()} for each in rendered])
-    warnings = loss_warning(len(mixture.picks), len(prompts))
+    counts = [Counter[str | None]() for _ in rendered]
+    for pick in mixture.picks:
+        counts[pick.source][rendered[pick.source][pick.row].drop] += 1
+    sources = source_reports(mixture, counts)
+    warnings = loss_warning(len(mixture), len(prompts))
     if prompts and spec.apply_chat_template and adds_bos(tokenizer) and prompts[0].tokens[0] != tokenizer.bos_token_id:
         warnings += (f"the tokenizer starts plain text with {tokenizer.bos_token!r} but the chat template does not.",)
     lengths = [row.length for rows in rendered for row in rows.values() if row.drop is not Drop.EMPTY]

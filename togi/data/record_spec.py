@@ -1,35 +1,21 @@
-"""What to read for the supervised and preference commands, and why a row is not used. Reading itself is in ``records``."""
+"""What to read for the supervised and preference commands. Reading itself is in ``records``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from togi.config.choices import Overlong
+from togi.config.fields import AUTO
 from togi.data.items import DEFAULT_SPLIT
-
-
-class Drop(StrEnum):
-    """Why a row is not used."""
-
-    EMPTY_PROMPT = "empty prompt"
-    EMPTY_ANSWER = "empty answer"
-    TIE = "tie"
-    NO_STEPS = "no steps"
-    TOO_LONG = "too long"
-    CUT_AWAY = "nothing to learn left when cut"
-    CUT_EQUAL = "equal when cut"
-
-
-# Rows dropped for these reasons are faults of the data; the others depend on --max_len.
-FAULTS = frozenset({Drop.EMPTY_PROMPT, Drop.EMPTY_ANSWER, Drop.TIE, Drop.NO_STEPS})
 
 
 @dataclass(frozen=True, slots=True)
 class RecordSpec:
     """Which rows to load and how to make sequences of them. Fields are named as their flags.
 
-    ``max_len`` is in tokens, prompt and answer together. Each command reads the keys that it knows.
+    ``max_len`` is in tokens, prompt and answer together. Each command reads the keys that it knows. ``max_bad_rows``: the
+    share of rows that may be faulty, 0 to 1. ``dataset_num_proc``: processes that tokenise.
     """
 
     dataset: str
@@ -51,8 +37,24 @@ class RecordSpec:
     placeholder_token: str = ""
     reward_tokens: tuple[str, ...] | None = None
     seed: int = 42
+    max_bad_rows: float = 0.05
+    dataset_num_proc: int | Literal["auto"] = AUTO
 
     @property
     def template(self) -> str | None:
         """The format string around prompts; a chat template takes its place."""
         return None if self.apply_chat_template else self.input_template
+
+    def of_a_row(self) -> RecordSpec:
+        """The settings that decide what a given row becomes; the others at their defaults."""
+        default = RecordSpec("")
+        return replace(
+            self,
+            dataset=default.dataset,
+            dataset_probs=default.dataset_probs,
+            split=default.split,
+            max_samples=default.max_samples,
+            seed=default.seed,
+            max_bad_rows=default.max_bad_rows,
+            dataset_num_proc=default.dataset_num_proc,
+        )

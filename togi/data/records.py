@@ -1,31 +1,34 @@
 """Rows of the supervised and preference commands -> training samples, with an account of every row that is not used.
 
-Everything is tokenised up front in chunks and kept as arrays (four bytes a token), so that lengths, drops and the
-report are exact before a model is loaded; samples are made when they are asked for. How one row is read is in ``sft``,
-``pairs``, ``unpaired`` and ``steps``; batches and their order are not made here.
+Everything is tokenised up front into files (see ``prepare``), so that lengths, drops and the report are exact before a
+model is loaded; samples are made when they are asked for. How one row is read is in ``encode``; batches and their order
+are not made here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import overload
 
-from togi.config.choices import Overlong
+import numpy as np
+from numpy.typing import NDArray
+
 from togi.data.chat import Tokenizer, adds_bos, check_rendering
-from togi.data.fields import named
-from togi.data.masks import Coded, Draft, check_decoding, check_start, encode_drafts, end_tokens, shown
+from togi.data.encode import AnswerReader, PairReader, RowReader, StepReader, UnpairedReader
+from togi.data.masks import shown
 from togi.data.mixture import Mixture, Pick, load_mixture
-from togi.data.pairs import join_pair, read_pair
-from togi.data.record_spec import FAULTS, Drop, RecordSpec
-from togi.data.report import DataReport, Lengths, loss_warning, source_reports
-from togi.data.sft import check_sft, read_sft
-from togi.data.steps import StepLabels, check_places, read_steps, step_labels
-from togi.data.tables import Row
-from togi.data.unpaired import read_unpaired
+from togi.data.prepare import encoded
+from togi.data.record_spec import RecordSpec
+from togi.data.report import DataReport, Fault, Faults, Lengths, loss_warning, source_reports
+from togi.data.sft import check_sft
+from togi.data.shards import REASONS, SHOWN_FAULTS, Table
+from togi.data.steps import StepLabels, step_labels
+from togi.data.tables import BadRow
 from togi.errors import DataError
 from togi.sample import Sample
 
@@ -33,34 +36,22 @@ __all__ = ["Examples", "RecordSpec", "StepExamples", "load_pairs", "load_sft", "
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 512
 SHOWN = 3
-CHECKED = 32
-MAX_FAULTS = 0.5
-
-Read = Callable[[Row, str], tuple[Draft, ...] | Drop]
-Finish = Callable[[tuple[Coded, ...], str], tuple[Coded, ...] | Drop]
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What became of one distinct row: its sequences, or why it has none. ``lengths`` before anything is cut."""
-
-    coded: tuple[Coded, ...]
-    lengths: tuple[int, ...]
-    drop: Drop | None
-    was_cut: bool = False
 
 
 class Examples(Sequence[tuple[Sample, ...]]):
-    """The samples of each used row in the order of the mixture: one, or chosen and rejected. ``group_id`` is the row's."""
+    """The samples of each used row in the order of the mixture: one, or chosen and rejected. ``group_id`` is the row's.
 
-    def __init__(self, rows: Sequence[tuple[str, tuple[Coded, ...]]], report: DataReport) -> None:
-        self._rows = tuple(rows)
+    ``places``: (source, row, repeat) of each, shape (M, 3).
+    """
+
+    def __init__(self, tables: Sequence[Table], places: NDArray[np.int64], report: DataReport) -> None:
+        self._tables = tuple(tables)
+        self._places = places
         self.report = report
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> tuple[Sample, ...]: ...
@@ -69,71 +60,128 @@ class Examples(Sequence[tuple[Sample, ...]]):
     def __getitem__(self, index: int | slice) -> tuple[Sample, ...] | tuple[tuple[Sample, ...], ...]:
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
-        group_id, coded = self._rows[index]
-        return tuple(sequence.sample(group_id) for sequence in coded)
+        return self._samples(index)
 
-    def lengths(self) -> list[int]:
+    def _samples(self, index: int) -> tuple[Sample, ...]:
+        pick = Pick(*self._places[index].tolist())
+        return tuple(sequence.sample(pick.id) for sequence in self._tables[pick.source].coded(pick.row))
+
+    def prompt(self, index: int) -> bytes:
+        """The prompt's tokens of the first sequence of a row, to be compared with others."""
+        source, row, _ = self._places[index].tolist()
+        first = self._tables[source].coded(row)[0]
+        prompt: bytes = first.tokens[: first.prompt_length].tobytes()
+        return prompt
+
+    def learned(self) -> NDArray[np.int64]:
+        """How many tokens in the loss each sequence has, row after row."""
+        return self._per_sequence(lambda table: table.learned_S).reshape(-1)
+
+    def prompt_lengths(self) -> NDArray[np.int64]:
+        """How many tokens come before the first one to learn, in each sequence, row after row."""
+        return self._per_sequence(lambda table: table.prompt_lengths_S).reshape(-1)
+
+    @property
+    def width(self) -> int:
+        """Sequences a row."""
+        return max(int(table.widths_N.max(initial=0)) for table in self._tables)
+
+    def _per_sequence(self, pick: Callable[[Table], NDArray[np.int64]]) -> NDArray[np.int64]:
+        """A number of each sequence, shape (rows, width)."""
+        numbers = np.empty((len(self), self.width), dtype=np.int64)
+        for source, table in enumerate(self._tables):
+            own = self._places[:, 0] == source
+            firsts = (np.cumsum(table.widths_N) - table.widths_N)[self._places[own, 1]]
+            numbers[own] = pick(table)[firsts[:, None] + np.arange(self.width)]
+        return numbers
+
+    def scored(self, stream: str, numbers: NDArray[np.float32]) -> ScoredExamples:
+        """The same rows with one number at each token in the loss; ``numbers`` are those of all rows, in order."""
+        return ScoredExamples(self._tables, self._places, self.report, stream, numbers)
+
+    def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row, all its sequences together, without making samples."""
-        return [sum(len(sequence.tokens) for sequence in coded) for _, coded in self._rows]
+        sizes = np.empty(len(self), dtype=np.int64)
+        for source, table in enumerate(self._tables):
+            own = self._places[:, 0] == source
+            sizes[own] = table.sizes_N[self._places[own, 1]]
+        return sizes
 
     def fingerprint(self) -> str:
         """A digest of all tokens, learned parts, labels and values: equal for the same samples in the same order."""
-        digest = hashlib.blake2b(digest_size=16)
-        for group_id, coded in self._rows:
-            for sequence in coded:
-                rest = (sequence.runs, sequence.prompt_length, sequence.labels, sorted(sequence.values.items()))
-                digest.update(f"{group_id} {len(sequence.tokens)} {rest}\n".encode())
-                digest.update(sequence.tokens.astype("<i4").tobytes())
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.blake2b(self._places.astype("<i8").tobytes(), digest_size=16)
+        for table in self._tables:
+            for part in table.content():
+                digest.update(part)
         return digest.hexdigest()
+
+
+class ScoredExamples(Examples):
+    """Rows whose samples have one more stream. Its numbers stay where they are, as in a mapped file, until a row is asked for."""
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        places: NDArray[np.int64],
+        report: DataReport,
+        stream: str,
+        numbers: NDArray[np.float32],
+    ) -> None:
+        super().__init__(tables, places, report)
+        self._stream, self._numbers = stream, numbers
+        self._ends = np.cumsum(self.learned())
+        assert len(numbers) == self._ends[-1], "there is not one number for each token in the loss"
+
+    def _samples(self, index: int) -> tuple[Sample, ...]:
+        first = index * self.width
+        return tuple(
+            self._with_stream(sample, int(self._ends[first + place]))
+            for place, sample in enumerate(super()._samples(index))
+        )
+
+    def _with_stream(self, sample: Sample, end: int) -> Sample:
+        """Add the numbers that end at ``end``; NaN at tokens that are not in the loss."""
+        values = np.full(len(sample.tokens), np.nan, dtype=np.float32)
+        values[sample.loss_mask] = self._numbers[end - int(sample.loss_mask.sum()) : end]
+        return replace(sample, streams={**sample.streams, self._stream: values})
 
 
 class StepExamples(Examples):
     """Rows of a process reward model, and how their labels are to be read."""
 
-    def __init__(self, rows: Sequence[tuple[str, tuple[Coded, ...]]], report: DataReport, labels: StepLabels) -> None:
-        super().__init__(rows, report)
+    def __init__(
+        self, tables: Sequence[Table], places: NDArray[np.int64], report: DataReport, labels: StepLabels
+    ) -> None:
+        super().__init__(tables, places, report)
         self.labels = labels
 
 
 def load_sft(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """One sample a row; answers (or whole texts) are learned. Raises DataError naming set, row and field."""
     check_sft(spec)
-    return Examples(*_load(_mixture(spec), spec, tokenizer, lambda row, where: read_sft(row, where, spec, tokenizer)))
+    return Examples(*_load(_mixture(spec), spec, tokenizer, AnswerReader(spec.of_a_row())))
 
 
 def load_pairs(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """Two samples a row, chosen first, with values "chosen" and "margin". Raises DataError naming set, row, field."""
-
-    def read(row: Row, where: str) -> tuple[Draft, ...] | Drop:
-        return read_pair(row, where, spec, tokenizer)
-
-    return Examples(*_load(_mixture(spec), spec, tokenizer, read, lambda coded, _: join_pair(coded)))
+    return Examples(*_load(_mixture(spec), spec, tokenizer, PairReader(spec.of_a_row())))
 
 
 def load_unpaired(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """One sample a row with values "desirable" and "mismatched" (0). Raises DataError naming set, row and field."""
     check_sft(spec)
-
-    def read(row: Row, where: str) -> tuple[Draft, ...] | Drop:
-        return read_unpaired(row, where, spec, tokenizer)
-
-    return Examples(*_load(_mixture(spec), spec, tokenizer, read))
+    return Examples(*_load(_mixture(spec), spec, tokenizer, UnpairedReader(spec.of_a_row())))
 
 
 def load_steps(spec: RecordSpec, tokenizer: Tokenizer) -> StepExamples:
     """One sample a row with a stream "labels" at its placeholders. Raises DataError naming set, row and field."""
     mixture = _mixture(spec)
     kind = step_labels(spec, _first_label(mixture, spec.label_key), tokenizer)
-
-    def read(row: Row, where: str) -> tuple[Draft, ...] | Drop:
-        return read_steps(row, where, spec, kind, tokenizer)
-
-    def finish(coded: tuple[Coded, ...], where: str) -> tuple[Coded, ...]:
-        with named(where):
-            check_places(coded[0], kind, tokenizer)
-        return coded
-
-    return StepExamples(*_load(mixture, spec, tokenizer, read, finish), kind)
+    return StepExamples(*_load(mixture, spec, tokenizer, StepReader(spec.of_a_row(), kind)), kind)
 
 
 def _mixture(spec: RecordSpec) -> Mixture:
@@ -143,157 +191,125 @@ def _mixture(spec: RecordSpec) -> Mixture:
 
 
 def _first_label(mixture: Mixture, key: str) -> object:
-    """The first label of the first row that has any; None if no row has one."""
+    """The first label that can be one, of the first row that has any; None if no row has one."""
     for pick in mixture.picks:
         (row,) = mixture.sources[pick.source].rows.fetch([pick.row])
-        labels = row.get(key)
-        if isinstance(labels, Sequence) and len(labels) > 0:
-            return labels[0]
+        labels = None if isinstance(row, BadRow) else row.get(key)
+        for label in labels if isinstance(labels, list) else []:
+            if isinstance(label, str | int | float):
+                return label
     return None
 
 
-def _unchanged(coded: tuple[Coded, ...], where: str) -> tuple[Coded, ...]:
-    return coded
-
-
 def _load(
-    mixture: Mixture, spec: RecordSpec, tokenizer: Tokenizer, read: Read, finish: Finish = _unchanged
-) -> tuple[list[tuple[str, tuple[Coded, ...]]], DataReport]:
-    """Every used row with its sequences, and the report. ``finish`` sees sequences that are cut and not too long."""
+    mixture: Mixture, spec: RecordSpec, tokenizer: Tokenizer, reader: RowReader
+) -> tuple[list[Table], NDArray[np.int64], DataReport]:
+    """The rows of each set, the places of those that are used, and the report."""
     if not tokenizer.is_fast:
         raise DataError(
             f"The tokenizer {type(tokenizer).__name__} cannot say which characters a token is made of: use its fast "
             "version (a folder with tokenizer.json)."
         )
     check_rendering(tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.template)
-    outcomes = [dict(_source(mixture, s, spec, tokenizer, read, finish)) for s in range(len(mixture.sources))]
-    rows = []
-    for pick in mixture.picks:
-        outcome = outcomes[pick.source][pick.row]
-        if outcome.drop is None:
-            rows.append((pick.id, outcome.coded))
-    report = _report(mixture, outcomes, rows, spec, tokenizer)
-    _check_losses(mixture, outcomes, report, spec)
+    tables = [
+        encoded(source.rows, mixture.rows_used(index), reader, tokenizer, spec.dataset_num_proc)
+        for index, source in enumerate(mixture.sources)
+    ]
+    used = np.empty(len(mixture), dtype=np.bool_)
+    for index, table in enumerate(tables):
+        own = mixture.places[:, 0] == index
+        used[own] = table.drops_N[mixture.places[own, 1]] == 0
+    places = mixture.places[used]
+    report = _report(mixture, tables, places, spec, tokenizer)
+    _check_losses(report, spec)
     for warning in report.warnings:
         logger.warning("%s: %s", spec.dataset, warning)
-    return rows, report
+    return tables, places, report
 
 
-def _source(
-    mixture: Mixture, index: int, spec: RecordSpec, tokenizer: Tokenizer, read: Read, finish: Finish
-) -> Iterator[tuple[int, _Outcome]]:
-    """Every used row of one source, with its row number."""
-    source = mixture.sources[index]
-    numbers = iter(mixture.rows_used(index))
-    enders = end_tokens(tokenizer, chat=spec.apply_chat_template)
-    unchecked = CHECKED
-    while chunk := list(islice(numbers, CHUNK)):
-        names = [f"Row {number} of {source.text}" for number in chunk]
-        rows = [read(row, name) for name, row in zip(names, source.rows.fetch(chunk), strict=True)]
-        drafts = [draft for row in rows if not isinstance(row, Drop) for draft in row]
-        coded = iter(encode_drafts(drafts, tokenizer, add_special_tokens=not spec.apply_chat_template, enders=enders))
-        for number, name, row in zip(chunk, names, rows, strict=True):
-            if isinstance(row, Drop):
-                yield number, _Outcome((), (), row)
-                continue
-            sequences = tuple(islice(coded, len(row)))
-            with named(name):
-                _check(row, sequences, tokenizer, decoding=unchecked > 0)
-            unchecked -= 1
-            yield number, _settle(sequences, name, spec, finish)
-
-
-def _check(row: tuple[Draft, ...], sequences: tuple[Coded, ...], tokenizer: Tokenizer, *, decoding: bool) -> None:
-    for draft, coded in zip(row, sequences, strict=True):
-        check_start(coded, tokenizer)
-        if decoding:
-            check_decoding(draft, coded, tokenizer)
-
-
-def _settle(sequences: tuple[Coded, ...], name: str, spec: RecordSpec, finish: Finish) -> _Outcome:
-    """Drop, cut or refuse what is too long, then ``finish``."""
-    lengths = tuple(len(coded.tokens) for coded in sequences)
-    if not all(coded.learnable() for coded in sequences):
-        return _Outcome((), lengths, Drop.EMPTY_ANSWER)
-    too_long = max(lengths) > spec.max_len
-    if too_long and spec.overlong is Overlong.ERROR:
+def _check_losses(report: DataReport, spec: RecordSpec) -> None:
+    """Raise DataError if more rows are faulty than --max_bad_rows allows, or none is left."""
+    faults = report.faults
+    if faults.rows > spec.max_bad_rows * faults.of:
+        first = faults.first[0].reason.removesuffix(".")
         raise DataError(
-            f"{name} has {max(lengths)} tokens, more than --max_len {spec.max_len}: raise it, or use --overlong drop or "
-            "truncate."
+            f"{first} (the first of {faults.rows} faulty rows among {faults.of}, more than --max_bad_rows "
+            f"{spec.max_bad_rows:g} allows: correct them, or raise the limit to leave them out)."
         )
-    if too_long and spec.overlong is Overlong.DROP:
-        return _Outcome((), lengths, Drop.TOO_LONG)
-    if too_long:
-        sequences = tuple(coded.cut(spec.max_len) if len(coded.tokens) > spec.max_len else coded for coded in sequences)
-        if not all(coded.learnable() for coded in sequences):
-            return _Outcome((), lengths, Drop.CUT_AWAY)
-    finished = finish(sequences, name)
-    if isinstance(finished, Drop):
-        return _Outcome((), lengths, finished)
-    return _Outcome(finished, lengths, None, was_cut=too_long)
-
-
-def _check_losses(
-    mixture: Mixture, outcomes: Sequence[Mapping[int, _Outcome]], report: DataReport, spec: RecordSpec
-) -> None:
-    """Raise DataError if no row is left, or more than MAX_FAULTS of the rows are faulty, whatever --max_len is."""
     if report.kept == 0:
+        first = f"; first fault: {faults.first[0].reason.removesuffix('.')}" if faults.rows > 0 else ""
         raise DataError(
             f"No row of {spec.dataset} can be used (dropped: {report.drop_reasons()}; longest: {report.lengths.max} "
-            f"tokens): check the keys and --max_len {spec.max_len}."
+            f"tokens{first}): check the keys and --max_len {spec.max_len}."
         )
-    faults = [pick for pick in mixture.picks if outcomes[pick.source][pick.row].drop in FAULTS]
-    if len(faults) > MAX_FAULTS * len(mixture.picks):
-        raise DataError(
-            f"{len(faults)} of {len(mixture.picks)} rows of {spec.dataset} are faulty (dropped: "
-            f"{report.drop_reasons()}; first: {_name(mixture, faults[0])}), more than {MAX_FAULTS:.0%}: check the keys."
-        )
-
-
-def _name(mixture: Mixture, pick: Pick) -> str:
-    return f"row {pick.row} of {mixture.sources[pick.source].text}"
 
 
 def _report(
-    mixture: Mixture,
-    outcomes: Sequence[Mapping[int, _Outcome]],
-    rows: Sequence[tuple[str, tuple[Coded, ...]]],
-    spec: RecordSpec,
-    tokenizer: Tokenizer,
+    mixture: Mixture, tables: Sequence[Table], places: NDArray[np.int64], spec: RecordSpec, tokenizer: Tokenizer
 ) -> DataReport:
-    sources = source_reports(mixture, [{row: item.drop for row, item in each.items()} for each in outcomes])
+    counts: list[Mapping[str | None, int]] = []
+    for index, table in enumerate(tables):
+        picked = mixture.places[mixture.places[:, 0] == index, 1]
+        codes = np.bincount(table.drops_N[picked], minlength=len(REASONS)).tolist()
+        counts.append({reason: count for reason, count in zip(REASONS, codes, strict=True) if count > 0})
+    faults = _faults(mixture, tables)
+    first = [tables[source].coded(row) for source, row, _ in places[:SHOWN].tolist()]
     return DataReport(
         title=f"Rows of {spec.dataset}",
-        sources=sources,
-        lengths=Lengths.of([n for rows in outcomes for outcome in rows.values() for n in outcome.lengths]),
-        examples=tuple(shown(sequence, tokenizer) for _, coded in rows[:SHOWN] for sequence in coded),
-        warnings=_warnings(mixture, outcomes, rows, spec, tokenizer),
+        sources=source_reports(mixture, counts),
+        lengths=Lengths.of(np.concatenate([table.lengths_L for table in tables])),
+        examples=tuple(shown(sequence, tokenizer) for coded in first for sequence in coded),
+        warnings=_warnings(mixture, tables, places, faults, spec, tokenizer),
+        faults=faults,
     )
+
+
+def _faults(mixture: Mixture, tables: Sequence[Table]) -> Faults:
+    """Over distinct rows, however often the mixture repeats them."""
+    kinds, first = Counter[str](), list[Fault]()
+    for source, table in zip(mixture.sources, tables, strict=True):
+        codes, counts = np.unique(table.drops_N[table.faulty_N], return_counts=True)
+        kinds.update({str(REASONS[code]): count for code, count in zip(codes.tolist(), counts.tolist(), strict=True)})
+        for fault in table.faults():
+            place = source.rows.place(fault.row)
+            first.append(Fault(place, str(REASONS[table.drops_N[fault.row]]), f"{place}{fault.text}"))
+    rows = sum(len(table) for table in tables)
+    return Faults(sum(kinds.values()), rows, dict(kinds), tuple(first[:SHOWN_FAULTS]))
 
 
 def _warnings(
     mixture: Mixture,
-    outcomes: Sequence[Mapping[int, _Outcome]],
-    rows: Sequence[tuple[str, tuple[Coded, ...]]],
+    tables: Sequence[Table],
+    places: NDArray[np.int64],
+    faults: Faults,
     spec: RecordSpec,
     tokenizer: Tokenizer,
 ) -> tuple[str, ...]:
-    warnings = list(loss_warning(len(mixture.picks), len(rows)))
-    found = ((pick, outcomes[pick.source][pick.row]) for pick in mixture.picks if pick.repeat == 0)
-    faults = [f"{_name(mixture, pick)} ({outcome.drop})" for pick, outcome in found if outcome.drop in FAULTS]
-    if faults:
-        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        warnings.append(f"faulty rows were left out: {', '.join(faults[:SHOWN])}{more}.")
-    cut = sum(outcome.was_cut for of_source in outcomes for outcome in of_source.values())
+    warnings = list(loss_warning(len(mixture), len(places)))
+    if faults.rows > 0:
+        warnings.append(
+            f"{faults.rows} of {faults.of} rows are faulty and were left out ({faults.kinds()}); the first: "
+            f"{faults.first[0].reason}"
+        )
+    cut = sum(table.cut for table in tables)
     if cut > 0:
         warnings.append(f"{cut} rows were cut to --max_len {spec.max_len}; they have no end token.")
-    merged = sum(any(sequence.merged for sequence in coded) for _, coded in rows)
+    merged = sum(int(table.merged_N[places[places[:, 0] == i, 1]].sum()) for i, table in enumerate(tables))
     if merged > 0:
         warnings.append(
-            f"in {merged} of {len(rows)} rows one token holds the end of the prompt and the start of the answer, and "
+            f"in {merged} of {len(places)} rows one token holds the end of the prompt and the start of the answer, and "
             "generation never starts so: end the prompt (--input_template) without a space."
         )
-    first = rows[0][1][0].tokens[0] if rows else None
-    if rows and spec.apply_chat_template and adds_bos(tokenizer) and first != tokenizer.bos_token_id:
-        warnings.append(f"the tokenizer starts plain text with {tokenizer.bos_token!r} but the chat template does not.")
+    if len(places) > 0 and spec.apply_chat_template and adds_bos(tokenizer):
+        (first, *_) = _first_tokens(tables, places)
+        if first != tokenizer.bos_token_id:
+            text = f"the tokenizer starts plain text with {tokenizer.bos_token!r} but the chat template does not."
+            warnings.append(text)
     return tuple(warnings)
+
+
+def _first_tokens(tables: Sequence[Table], places: NDArray[np.int64]) -> list[int]:
+    """The tokens of the first sequence that is used."""
+    source, row, _ = places[0].tolist()
+    tokens: list[int] = tables[source].coded(row)[0].tokens.tolist()
+    return tokens

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from togi.data.mixture import Mixture
 
@@ -44,11 +44,34 @@ class Lengths:
     max: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Lengths:
+    def of(cls, lengths: Sequence[int] | NDArray[np.int32]) -> Lengths:
         """Quantiles that are lengths which occur (the nearest higher one); all 0 if there are no lengths."""
-        if not lengths:
+        if len(lengths) == 0:
             return cls(0, 0, 0, 0, 0)
         return cls(*(int(q) for q in np.quantile(lengths, (0, 0.5, 0.9, 0.99, 1), method="higher")))
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A faulty row: where it is ("Line 3 of a.jsonl"), the kind of its fault, and the whole sentence."""
+
+    place: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Faulty rows, which are left out: ``rows`` of them in ``of`` distinct ones, by kind, and the ``first`` in words."""
+
+    rows: int = 0
+    of: int = 0
+    by_kind: Mapping[str, int] = field(default_factory=dict)
+    first: tuple[Fault, ...] = ()
+
+    def kinds(self) -> str:
+        """Kinds and counts in words."""
+        return ", ".join(f"{count} {kind}" for kind, count in self.by_kind.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +83,7 @@ class DataReport:
     lengths: Lengths
     examples: tuple[str, ...]
     warnings: tuple[str, ...]
+    faults: Faults = field(default_factory=Faults)
 
     @property
     def picked(self) -> int:
@@ -98,6 +122,11 @@ class DataReport:
             lines.append(f"| {s.name} | {s.rows} | {s.picked} | {s.repeats} | {s.kept} | {reasons} |")
         q = self.lengths
         lines += ["", f"Tokens: min {q.min}, median {q.median}, p90 {q.p90}, p99 {q.p99}, max {q.max}.", ""]
+        if self.faults.rows > 0:
+            lines += ["## Faulty rows", "", f"{self.faults.rows} of {self.faults.of}: {self.faults.kinds()}.", ""]
+            lines += [f"- {fault.reason}" for fault in self.faults.first]
+            more = self.faults.rows - len(self.faults.first)
+            lines += [f"- and {more} more", ""] if more > 0 else [""]
         for number, example in enumerate(self.examples, start=1):
             fence = "`" * 3
             while fence in example:
@@ -106,16 +135,14 @@ class DataReport:
         return "\n".join(lines)
 
 
-def source_reports(mixture: Mixture, drops: Sequence[Mapping[int, str | None]]) -> tuple[SourceReport, ...]:
-    """Counts for each set of a mixture. ``drops`` gives, by set and row, why the row is not used; None if it is."""
+def source_reports(mixture: Mixture, counts: Sequence[Mapping[str | None, int]]) -> tuple[SourceReport, ...]:
+    """Counts for each set of a mixture. ``counts``: by set, how many picks are not used for which reason; None: used."""
     reports = []
-    for index, source in enumerate(mixture.sources):
-        picks = [pick for pick in mixture.picks if pick.source == index]
-        counts = Counter(drops[index][pick.row] for pick in picks)
-        kept = counts.pop(None, 0)
-        repeats = sum(pick.repeat > 0 for pick in picks)
-        dropped = {str(reason): count for reason, count in counts.items() if reason is not None}
-        reports.append(SourceReport(source.text, len(source.rows), len(picks), repeats, kept, dropped))
+    for index, (source, found) in enumerate(zip(mixture.sources, counts, strict=True)):
+        own = mixture.places[mixture.places[:, 0] == index]
+        repeats = int((own[:, 2] > 0).sum())
+        dropped = {reason: count for reason, count in found.items() if reason is not None}
+        reports.append(SourceReport(source.text, len(source.rows), len(own), repeats, found.get(None, 0), dropped))
     return tuple(reports)
 
 

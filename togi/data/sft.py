@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from togi.data.chat import Tokenizer
+from togi.data.faults import Drop, RowError, named
 from togi.data.fields import (
     as_text,
     chat_draft,
     is_empty,
-    named,
     prompt_messages,
     prompted_draft,
     value_of,
 )
 from togi.data.masks import Draft
-from togi.data.record_spec import Drop, RecordSpec
+from togi.data.record_spec import RecordSpec
 from togi.data.tables import Row
 from togi.data.turns import check_last
 from togi.errors import DataError
@@ -29,7 +29,7 @@ def check_sft(spec: RecordSpec) -> None:
 
 
 def read_sft(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-    """One draft: see the modes in the module's title. Raises DataError."""
+    """One draft: see the modes in the module's title. Raises RowError."""
     value = value_of(row, where, "input_key", spec.input_key)
     if spec.pretrain_mode:
         draft = _raw(value, where, spec)
@@ -52,9 +52,10 @@ def _conversation(value: object, where: str, spec: RecordSpec, tokenizer: Tokeni
     if is_empty(value):
         return Drop.EMPTY_PROMPT
     if isinstance(value, str):
-        raise DataError(
+        raise RowError(
+            Drop.WRONG_TYPE,
             f"{where}: the field {spec.input_key!r} is a string, but without --output_key it must be a list of "
-            "messages that ends with the answer: set --output_key."
+            "messages that ends with the answer: set --output_key.",
         )
     messages = prompt_messages(value, where, spec.input_key)
     if not spec.multiturn:

@@ -1,20 +1,24 @@
 """Load one data set: rows that can be fetched by index, wherever they come from.
 
-JSON, JSONL and CSV stay plain Python rows (see ``tables``); Parquet, Arrow, saved data sets and hub data sets are
-memory-mapped by ``datasets``. No code that comes with data is ever run. Mixing several sets is in ``mixture``.
+Rows of JSON, JSONL and CSV files are plain Python, made when asked for (``lines``); Parquet, Arrow, saved data sets and
+hub data sets are memory-mapped by ``datasets``. No code that comes with data is ever run. Mixing several sets is in
+``mixture``.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from togi.data.items import DEFAULT_SPLIT, FORMATS, Item, Kind, choose_split, parse_item, split_files
+from togi.data.lines import file_digest, open_rows
 from togi.data.precheck import no_rows, unreadable
-from togi.data.tables import Row, read_rows
+from togi.data.tables import BadRow, Row
 from togi.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,38 +26,67 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """Rows in a fixed order. ``fetch`` returns them in the order of the indices."""
+    """Rows in a fixed order. ``fetch`` returns them in the order of the indices. Can be pickled."""
 
     def __len__(self) -> int: ...
 
-    def fetch(self, indices: Sequence[int]) -> list[Row]: ...
+    def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]: ...
+
+    def place(self, index: int) -> str:
+        """How users find the row: "Line 3 of a.jsonl"."""
+
+    def digest(self) -> str:
+        """Equal for rows of equal content only."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ListRows:
-    """Rows in memory; each may have its own fields."""
+class ChainRows:
+    """The rows of several files, one after the other."""
 
-    rows: Sequence[Row]
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = tuple(parts)
+        self._ends = list(accumulate(len(part) for part in parts))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._ends[-1]
 
-    def fetch(self, indices: Sequence[int]) -> list[Row]:
-        return [self.rows[i] for i in indices]
+    def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]:
+        rows: list[Row | BadRow] = []
+        for part, own in groupby(map(self._find, indices), key=itemgetter(0)):
+            rows += self._parts[part].fetch([index for _, index in own])
+        return rows
+
+    def place(self, index: int) -> str:
+        part, own = self._find(index)
+        return self._parts[part].place(own)
+
+    def digest(self) -> str:
+        return " ".join(part.digest() for part in self._parts)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        part = bisect.bisect_right(self._ends, index)
+        return part, index - (self._ends[part - 1] if part > 0 else 0)
 
 
 class TableRows:
     """Rows of an Arrow table; every row has all columns, with None where it has no value."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, text: str, digest: str) -> None:
         self._dataset = dataset.with_format("arrow")
+        self._text = text
+        self._digest = digest
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def fetch(self, indices: Sequence[int]) -> list[Row]:
-        rows: list[Row] = self._dataset[list(indices)].to_pylist()
+    def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]:
+        rows: list[Row | BadRow] = self._dataset[list(indices)].to_pylist()
         return rows
+
+    def place(self, index: int) -> str:
+        return f"Row {index} of {self._text}"
+
+    def digest(self) -> str:
+        return self._digest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,11 +103,11 @@ def load_source(text: str, split: str = DEFAULT_SPLIT) -> Source:
     item = parse_item(text)
     match item.kind:
         case Kind.FILE:
-            rows = _load_files([item.path])
+            rows = _load_files(item.text, [item.path])
         case Kind.FOLDER:
-            rows = _load_files(split_files(item.path, split))
+            rows = _load_files(item.text, split_files(item.path, split))
         case Kind.SAVED:
-            rows = _load_saved(item.path, split)
+            rows = _load_saved(item, split)
         case Kind.HUB:
             rows = _load_hub(item, split)
     if len(rows) == 0:
@@ -82,30 +115,33 @@ def load_source(text: str, split: str = DEFAULT_SPLIT) -> Source:
     return Source(item.name, item.text, rows)
 
 
-def _load_files(files: Sequence[Path]) -> Rows:
+def _load_files(text: str, files: Sequence[Path]) -> Rows:
     """Files of one format, one after the other."""
     name = FORMATS[files[0].suffix.lower()]
     if name not in ("parquet", "arrow"):
-        return ListRows(list(chain.from_iterable(read_rows(file) for file in files)))
+        parts = [open_rows(file) for file in files]
+        return parts[0] if len(parts) == 1 else ChainRows(parts)
     import pyarrow
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        return TableRows(load_dataset(name, data_files=[str(file) for file in files], split="train"))
+        dataset = load_dataset(name, data_files=[str(file) for file in files], split="train")
     except (pyarrow.ArrowException, DatasetsError, OSError) as error:
         raise unreadable(", ".join(str(file) for file in files), error) from None
+    return TableRows(dataset, text, " ".join(file_digest(file) for file in files))
 
 
-def _load_saved(folder: Path, split: str) -> Rows:
+def _load_saved(item: Item, split: str) -> Rows:
     import pyarrow
     from datasets import DatasetDict, load_from_disk
 
     try:
-        loaded = load_from_disk(str(folder))
+        loaded = load_from_disk(item.location)
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        raise unreadable(folder, error) from None
-    return TableRows(choose_split(str(folder), loaded, split) if isinstance(loaded, DatasetDict) else loaded)
+        raise unreadable(item.path, error) from None
+    dataset = choose_split(item.location, loaded, split) if isinstance(loaded, DatasetDict) else loaded
+    return TableRows(dataset, item.text, " ".join(file_digest(Path(file["filename"])) for file in dataset.cache_files))
 
 
 def _load_hub(item: Item, split: str) -> Rows:
@@ -121,4 +157,5 @@ def _load_hub(item: Item, split: str) -> Rows:
             f"{item.text} is neither a local file or folder nor a hub data set that can be loaded ({reason}): "
             "check the name, the network and HF_HUB_OFFLINE, or give a local path."
         ) from None
-    return TableRows(choose_split(item.text, loaded, split))
+    dataset = choose_split(item.text, loaded, split)
+    return TableRows(dataset, item.text, dataset._fingerprint)  # of the revision, the files and the split

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from togi.data.chat import Tokenizer, visible
+from togi.data.faults import Drop, RowError
 from togi.data.fields import as_text, is_empty, value_of
 from togi.data.masks import Coded, Draft, Span
-from togi.data.record_spec import Drop, RecordSpec
+from togi.data.record_spec import RecordSpec
 from togi.data.tables import Row
 from togi.errors import DataError
 
@@ -47,37 +48,42 @@ def step_labels(spec: RecordSpec, first_label: object, tokenizer: Tokenizer) -> 
 
 
 def token_id(text: str, flag: str, tokenizer: Tokenizer) -> int:
-    """The id of a text that is one token. Raises DataError naming the flag if it is not."""
+    """The id of a text that is one token. Raises RowError naming the flag if it is not."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        raise DataError(
-            f"{flag} {text!r} is {len(ids)} tokens of this tokenizer, not one: choose a text that is a token of its own."
+        raise RowError(
+            Drop.WRONG_LABELS,
+            f"{flag} {text!r} is {len(ids)} tokens of this tokenizer, not one: choose a text that is a token of its own.",
         )
     return ids[0]
 
 
 def read_steps(row: Row, where: str, spec: RecordSpec, kind: StepLabels, tokenizer: Tokenizer) -> tuple[Draft] | Drop:
-    """One draft; its spans are the placeholders. Raises DataError if the labels do not fit them."""
+    """One draft; its spans are the placeholders. Raises RowError if the labels do not fit them."""
     value = value_of(row, where, "input_key", spec.input_key)
     labels = value_of(row, where, "label_key", spec.label_key)
     if is_empty(value):
         return Drop.EMPTY_PROMPT
     text = as_text(value, where, spec.input_key)
     if not isinstance(labels, Sequence) or isinstance(labels, str):
-        raise DataError(
+        raise RowError(
+            Drop.WRONG_TYPE,
             f"{where}: the field {spec.label_key!r} is of type {type(labels).__name__}, not a list: give one label for "
-            "each placeholder."
+            "each placeholder.",
         )
     spans = _occurrences(text, kind.placeholder)
     if len(spans) != len(labels):
-        raise DataError(
+        raise RowError(
+            Drop.WRONG_LABELS,
             f"{where} has {len(labels)} labels in {spec.label_key!r} for {len(spans)} placeholders "
-            f"{kind.placeholder!r} in {spec.input_key!r}: give one label for each."
+            f"{kind.placeholder!r} in {spec.input_key!r}: give one label for each.",
         )
     if not spans:
         return Drop.NO_STEPS
     if not text[: spans[0][0]].strip():
-        raise DataError(f"{where} starts with a placeholder in {spec.input_key!r}: put the step before it.")
+        raise RowError(
+            Drop.WRONG_LABELS, f"{where} starts with a placeholder in {spec.input_key!r}: put the step before it."
+        )
     numbers = tuple(_number(label, f"{where}: label {i}", kind, tokenizer) for i, label in enumerate(labels))
     return (Draft(text, tuple(spans), complete=False, labels=numbers),)
 
@@ -88,31 +94,40 @@ def is_soft(label: object) -> bool:
 
 
 def check_places(coded: Coded, kind: StepLabels, tokenizer: Tokenizer) -> None:
-    """Raise DataError if a placeholder is not one token of its own."""
+    """Raise RowError if a placeholder is not one token of its own."""
     for number, (start, end) in enumerate(coded.runs):
         part = visible(tokenizer, coded.tokens[start:end].tolist())
         if end - start != 1 or part.strip() != kind.placeholder.strip():
-            raise DataError(
+            raise RowError(
+                Drop.WRONG_LABELS,
                 f"has its placeholder {number} in the tokens {part!r}, together with other text: put white space around "
-                "placeholders, or choose another --placeholder_token."
+                "placeholders, or choose another --placeholder_token.",
             )
 
 
 def _number(label: object, what: str, kind: StepLabels, tokenizer: Tokenizer) -> float:
     """A label as a number: its token's id, or the probability."""
     if not isinstance(label, str | int | float):
-        raise DataError(f"{what} is of type {type(label).__name__}: give a token, or a number from 0 to 1.")
+        raise RowError(
+            Drop.WRONG_LABELS, f"{what} is of type {type(label).__name__}: give a token, or a number from 0 to 1."
+        )
     if is_soft(label) != kind.soft:
-        raise DataError(f"{what} is {label!r}, but earlier labels are {_KINDS[kind.soft]}: use one kind for all rows.")
+        raise RowError(
+            Drop.WRONG_LABELS,
+            f"{what} is {label!r}, but earlier labels are {_KINDS[kind.soft]}: use one kind for all rows.",
+        )
     if isinstance(label, str):
         if kind.reward_tokens is not None and label not in kind.reward_tokens:
-            raise DataError(
+            raise RowError(
+                Drop.WRONG_LABELS,
                 f"{what} is {label!r}, which is not among --reward_tokens {' '.join(kind.reward_tokens)}: add it there "
-                "or correct the row."
+                "or correct the row.",
             )
         return float(token_id(label, what, tokenizer))
     if not 0 <= label <= 1:
-        raise DataError(f"{what} is {label!r}: a probability of the positive token must lie between 0 and 1.")
+        raise RowError(
+            Drop.WRONG_LABELS, f"{what} is {label!r}: a probability of the positive token must lie between 0 and 1."
+        )
     return float(label)
 
 

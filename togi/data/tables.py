@@ -1,17 +1,21 @@
-"""Read JSON, JSONL and CSV files as plain Python rows, whole or only their head. Standard library only.
+"""JSON, JSONL and CSV: where the rows of a file are, and one row as plain Python. Standard library only.
 
 Rows keep the values of the file: a table library would merge columns of mixed types and fill missing keys with nulls.
-Cells of a CSV file are strings ("007" stays "007").
+Cells of a CSV file are strings ("007" stays "007"). A row that cannot be read is a ``BadRow`` in its place, so that the
+others can be used; what leaves no row readable (a list with broken JSON, quotes that never close) is a DataError.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from togi.data.items import FORMATS
 from togi.errors import DataError
@@ -20,124 +24,254 @@ Row = Mapping[str, Any]
 
 HEAD_CHARACTERS = 1 << 20
 MAX_CELL = (1 << 31) - 1
+BOM = b"\xef\xbb\xbf"
+_SPACE = " \t\r\n"
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a .json, .jsonl or .csv file. Raises DataError naming the file and the line."""
-    return _guarded(path, lambda: list(_READERS[FORMATS[path.suffix.lower()]](path)))
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """Stands for a row that cannot be read. ``reason`` goes on after its place: "is not valid JSON ..."."""
+
+    reason: str
 
 
-def read_head(path: Path, limit: int) -> list[Row]:
-    """At most ``limit`` first rows; time and memory do not depend on the size of the file. Raises DataError."""
-    if FORMATS[path.suffix.lower()] == "json" and _is_array(path):
-        return _guarded(path, lambda: _array_head(path, limit))
-    return _guarded(path, lambda: list(islice(_READERS[FORMATS[path.suffix.lower()]](path), limit)))
-
-
-def _guarded(path: Path, read: Callable[[], list[Row]]) -> list[Row]:
+def json_row(line: bytes) -> Row | BadRow:
+    """One line of a JSONL file."""
     try:
-        return read()
+        item = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8."
-        ) from None
+        return BadRow(_not_utf8(error))
+    except json.JSONDecodeError as error:
+        return BadRow(f"is not valid JSON ({error.msg}): repair or remove it.")
+    except (ValueError, RecursionError) as error:  # a number of too many digits, lists nested too deeply
+        return BadRow(f"is not valid JSON ({error}): repair or remove it.")
+    return as_row(item)
+
+
+def readable(row: Row | BadRow, where: str) -> Row:
+    """The row. Raises DataError naming its place, ``where``, if it cannot be read."""
+    if isinstance(row, BadRow):
+        raise DataError(f"{where} {row.reason}")
+    return row
+
+
+def as_row(item: object) -> Row | BadRow:
+    """A JSON value as a row."""
+    if not isinstance(item, dict):
+        return BadRow(f"is of type {type(item).__name__}, not an object with named fields.")
+    return item
+
+
+@dataclass(frozen=True, slots=True)
+class CsvParser:
+    """One record of a CSV file, which may go over several lines, with the names of its first line."""
+
+    header: tuple[str, ...]
+
+    def __call__(self, record: bytes) -> Row | BadRow:
+        try:
+            cells = _cells(record)
+        except UnicodeDecodeError as error:
+            return BadRow(_not_utf8(error))
+        except csv.Error as error:
+            return BadRow(f"is not valid CSV ({error}): repair or remove it.")
+        if len(cells) != len(self.header):
+            return BadRow(
+                f"has {len(cells)} cells but the first line names {len(self.header)} columns: quote cells that contain "
+                "commas."
+            )
+        return dict(zip(self.header, cells, strict=True))
+
+
+def csv_parser(path: Path) -> CsvParser:
+    """A parser for the columns that the first record names. Raises DataError."""
+    with guarded(path):
+        places = list(islice(csv_places(path), 2))
+        if not places:
+            return CsvParser(())
+        with path.open("rb") as file:
+            file.seek(places[0][0])
+            record = file.read(places[1][0] - places[0][0]) if len(places) > 1 else file.read()
+        try:
+            header = _cells(record)
+        except csv.Error as error:
+            raise DataError(f"Line {places[0][1]} of {path} is not valid CSV ({error}): repair it.") from None
+    if len(set(header)) != len(header):
+        raise DataError(f"{path} has two columns of one name in its first line: rename one of them.")
+    return CsvParser(tuple(header))
+
+
+def csv_places(path: Path) -> Iterator[tuple[int, int]]:
+    """The first byte and the line (from 1) of each record, the one with the names first. Raises DataError."""
+    csv.field_size_limit(MAX_CELL)
+    with path.open("rb") as file:
+        lines = _Lines(file)
+        reader = csv.reader(lines, strict=True)
+        while True:
+            place = lines.bytes, lines.number + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                if lines.ended:
+                    raise DataError(
+                        f"Line {place[1]} of {path} is not valid CSV ({error}): close the quotes that it opens."
+                    ) from None
+                yield place  # its parser will say what is wrong
+                continue
+            if cells is None:
+                return
+            if cells:
+                yield place
+
+
+def json_list(path: Path) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a file that is one JSON list, and the (start, end) characters of its items. Raises DataError."""
+    with guarded(path):
+        text = path.read_text(encoding="utf-8-sig")
+    decoder, places = json.JSONDecoder(), list[tuple[int, int]]()
+    position = _after_space(text, text.index("[") + 1)
+    more = text[position : position + 1] != "]"
+    while more:
+        try:
+            _, end = decoder.raw_decode(text, position)
+            places.append((position, end))
+            position = _after_space(text, end)
+            more = text[position : position + 1] == ","
+            if more:
+                position = _after_space(text, position + 1)
+            elif text[position : position + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+        except json.JSONDecodeError as error:
+            _malformed(path, error)
+    rest = _after_space(text, position + 1)
+    if rest < len(text):
+        _malformed(path, json.JSONDecodeError("Extra data", text, rest))
+    return text, places
+
+
+def is_json_list(path: Path) -> bool:
+    """Whether a .json file is one list; else it has one object a line, as many really do."""
+    with guarded(path), path.open("rb") as file:
+        return file.read(4096).removeprefix(BOM).lstrip()[:1] == b"["
+
+
+def read_head(path: Path, limit: int) -> list[tuple[str, Row | BadRow]]:
+    """At most ``limit`` first rows with their places; time and memory do not depend on the size of the file."""
+    kind = FORMATS[path.suffix.lower()]
+    with guarded(path):
+        if kind == "csv":
+            return _csv_head(path, limit)
+        if kind == "json" and is_json_list(path):
+            return [(item_place(path, i), as_row(item)) for i, item in enumerate(_list_head(path, limit))]
+        with path.open("rb") as lines:
+            filled = ((number, line) for number, line in enumerate(_without_bom(lines), start=1) if line.strip())
+            return [(line_place(path, number), json_row(line)) for number, line in islice(filled, limit)]
+
+
+def line_place(path: Path, line: int) -> str:
+    """How a row of a file is called, by its line as editors count."""
+    return f"Line {line} of {path}"
+
+
+def item_place(path: Path, item: int) -> str:
+    """How a row of a file that is a JSON list is called."""
+    return f"Item {item} of the list in {path}"
+
+
+@contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """Raise DataError for a file that cannot be read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} {_not_utf8(error)}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.") from None
 
 
-def _json(path: Path) -> Iterator[Row]:
-    """A list of objects, or (as many .json files really are) one object a line."""
-    if not _is_array(path):
-        yield from _json_lines(path)
-        return
-    try:
-        items = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        _malformed(path, error.lineno, error.msg)
-    for i, item in enumerate(items):
-        yield _object(item, f"item {i} of the list in {path}")
+class _Lines:
+    """The lines of an open file for the csv module, and how many bytes and lines it has taken."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.bytes = len(BOM) if file.read(len(BOM)) == BOM else 0
+        file.seek(self.bytes)
+        self.number = 0
+        self.ended = False
+        self._file = file
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline()
+        if not line:
+            self.ended = True
+            raise StopIteration
+        self.bytes += len(line)
+        self.number += 1
+        return line.decode(errors="surrogateescape")
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                _malformed(path, number, error.msg)
-            yield _object(item, f"line {number} of {path}")
+def _cells(record: bytes) -> list[str]:
+    lines = io.StringIO(record.decode(), newline="\n")
+    return next(filter(None, csv.reader(lines, strict=True)), [])
 
 
-def _csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(MAX_CELL)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            if len(set(header)) != len(header):
-                raise DataError(f"{path} has two columns of one name in its first line: rename one of them.")
-            for cells in reader:
-                if cells and len(cells) != len(header):
-                    raise DataError(
-                        f"Line {reader.line_num} of {path} has {len(cells)} cells but the first line names "
-                        f"{len(header)} columns: quote cells that contain commas."
-                    )
-                if cells:
-                    yield dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            raise DataError(
-                f"Line {reader.line_num} of {path} is not valid CSV ({error}): repair or remove it."
-            ) from None
+def _csv_head(path: Path, limit: int) -> list[tuple[str, Row | BadRow]]:
+    parser = csv_parser(path)
+    places = list(islice(csv_places(path), 1, limit + 2))
+    ends = [start for start, _ in places[1:]]
+    with path.open("rb") as file:
+        head = file.read(ends[-1]) if len(places) > limit else file.read()
+    ends = ends if len(places) > limit else [*ends, len(head)]
+    return [(line_place(path, line), parser(head[start:end])) for (start, line), end in zip(places, ends, strict=False)]
 
 
-def _array_head(path: Path, limit: int) -> list[Row]:
+def _without_bom(lines: BinaryIO) -> Iterator[bytes]:
+    yield lines.readline().removeprefix(BOM)
+    yield from lines
+
+
+def _list_head(path: Path, limit: int) -> list[object]:
     """Decode the first items of a JSON list without reading the rest of the file."""
     size = HEAD_CHARACTERS
     while True:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(size)
-        rows, error = _decode_items(path, text, limit)
-        if error is None or (rows and len(text) == size):
-            return rows
+        items, error = _decode_items(text, limit)
+        if error is None or (items and len(text) == size):
+            return items
         if len(text) < size:
-            _malformed(path, error.lineno, error.msg)
+            _malformed(path, error)
         size *= 4
 
 
-def _decode_items(path: Path, text: str, limit: int) -> tuple[list[Row], json.JSONDecodeError | None]:
+def _decode_items(text: str, limit: int) -> tuple[list[object], json.JSONDecodeError | None]:
     """The first items of a list that may be cut off, and why decoding stopped early."""
-    decoder, rows = json.JSONDecoder(), list[Row]()
+    decoder, items = json.JSONDecoder(), list[object]()
     position = text.index("[") + 1
-    while len(rows) < limit:
-        while position < len(text) and text[position] in " \t\r\n,":
+    while len(items) < limit:
+        while position < len(text) and text[position] in _SPACE + ",":
             position += 1
         if text[position : position + 1] == "]":
             break
         try:
             item, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            return rows, error
-        rows.append(_object(item, f"item {len(rows)} of the list in {path}"))
-    return rows, None
+            return items, error
+        items.append(item)
+    return items, None
 
 
-def _is_array(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+def _after_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in _SPACE:
+        position += 1
+    return position
 
 
-def _object(item: object, where: str) -> Row:
-    if not isinstance(item, dict):
-        raise DataError(
-            f"{where[0].upper()}{where[1:]} is of type {type(item).__name__}, not an object with named fields."
-        )
-    return item
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8."
 
 
-def _malformed(path: Path, line: int, message: str) -> NoReturn:
-    raise DataError(f"Line {line} of {path} is not valid JSON ({message}): repair or remove it.")
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {"json": _json, "jsonl": _json_lines, "csv": _csv}
+def _malformed(path: Path, error: json.JSONDecodeError) -> NoReturn:
+    raise DataError(f"Line {error.lineno} of {path} is not valid JSON ({error.msg}): repair or remove it.")

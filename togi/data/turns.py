@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from togi.data.chat import Tokenizer, as_messages, marks_turns, render_marked, render_messages
+from togi.data.faults import Drop, RowError
 from togi.data.masks import Draft, Span
-from togi.errors import DataError
 
 Message = Mapping[str, Any]
 ASSISTANT = "assistant"
 
 
 def answer_messages(value: object) -> list[dict[str, Any]]:
-    """A string as one assistant message, or a checked list of messages that ends with one. Raises DataError."""
+    """A string as one assistant message, or a checked list of messages that ends with one. Raises RowError."""
     if isinstance(value, str):
         return [{"role": ASSISTANT, "content": value}]
     messages = as_messages(value)
@@ -30,11 +30,12 @@ def answer_messages(value: object) -> list[dict[str, Any]]:
 
 
 def check_last(messages: Sequence[Message]) -> None:
-    """Raise DataError if the last message is not the assistant's."""
+    """Raise RowError if the last message is not the assistant's."""
     if messages[-1]["role"] != ASSISTANT:
-        raise DataError(
+        raise RowError(
+            Drop.WRONG_ROLES,
             f"ends with a message of role {messages[-1]['role']!r}, which cannot be learned: end it with one of role "
-            f"{ASSISTANT!r}, or leave the row out."
+            f"{ASSISTANT!r}, or leave the row out.",
         )
 
 
@@ -46,7 +47,7 @@ def says_something(message: Message) -> bool:
 def conversation(messages: Sequence[Message], first: int, tokenizer: Tokenizer) -> Draft:
     """The conversation up to its last learned turn: every assistant turn from message ``first`` that says something.
 
-    Turns with nothing before them are context. Without any such turn the draft has no spans. Raises DataError.
+    Turns with nothing before them are context. Without any such turn the draft has no spans. Raises RowError.
     """
     turns = [
         i
@@ -67,9 +68,10 @@ def _marked(messages: Sequence[Message], turns: Sequence[int], tokenizer: Tokeni
     text, marks = render_marked(messages, tokenizer)
     assistants = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
     if len(marks) != len(assistants):
-        raise DataError(
+        raise RowError(
+            Drop.TEMPLATE,
             f"has {len(assistants)} messages of the assistant, but the chat template marks {len(marks)} parts with "
-            "{% generation %}: let it mark each message of the assistant once."
+            "{% generation %}: let it mark each message of the assistant once.",
         )
     return text, [marks[assistants.index(turn)] for turn in turns]
 
@@ -83,10 +85,11 @@ def _located(messages: Sequence[Message], turns: Sequence[int], tokenizer: Token
         if turn + 1 < len(messages):
             after = render_messages(messages[: turn + 1], tokenizer, add_generation_prompt=False)
         if not (text.startswith(after) and after.startswith(before)):
-            raise DataError(
+            raise RowError(
+                Drop.TEMPLATE,
                 f"has its message {turn} rendered differently by the chat template when more messages follow, so that "
                 "its place is not known: mark the assistant's turns in the template with {% generation %} and "
-                "{% endgeneration %} (--tokenizer_chat_template), or train on its last turn only."
+                "{% endgeneration %} (--tokenizer_chat_template), or train on its last turn only.",
             )
         spans.append((len(before), len(after)))
     return text, spans
@@ -95,9 +98,10 @@ def _located(messages: Sequence[Message], turns: Sequence[int], tokenizer: Token
 def _check_text(message: Message, turn: int, part: str) -> None:
     for text in _texts(message):
         if text.strip() not in part:
-            raise DataError(
+            raise RowError(
+                Drop.TEMPLATE,
                 f"has its message {turn} changed by the chat template (the part to learn is {part[:60]!r}, the message "
-                f"{text.strip()[:60]!r}): use a template that keeps the text of the assistant."
+                f"{text.strip()[:60]!r}): use a template that keeps the text of the assistant.",
             )
 
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from togi.data.chat import Tokenizer
+from togi.data.faults import Drop, RowError
 from togi.data.fields import value_of
 from togi.data.masks import Draft
-from togi.data.record_spec import Drop, RecordSpec
+from togi.data.record_spec import RecordSpec
 from togi.data.sft import read_sft
 from togi.data.tables import Row
 from togi.errors import DataError
@@ -24,8 +25,9 @@ def read_unpaired(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) 
     """One draft as for supervised fine-tuning, with values "desirable" (1 or 0) and "mismatched" (0)."""
     label = value_of(row, where, "label_key", spec.label_key)
     if not isinstance(label, str | int | float) or label not in LABELS:
-        raise DataError(
-            f"{where}: the field {spec.label_key!r} is {label!r}: a label must be true or 1 (desirable), or false or 0."
+        raise RowError(
+            Drop.WRONG_LABELS,
+            f"{where}: the field {spec.label_key!r} is {label!r}: a label must be true or 1 (desirable), or false or 0.",
         )
     drafts = read_sft(row, where, spec, tokenizer)
     if isinstance(drafts, Drop):

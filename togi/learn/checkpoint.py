@@ -92,8 +92,7 @@ class CheckpointStore:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         listing = {str(path.relative_to(folder)): {"bytes": _size(path), "sha256": _digest(path)} for path in files}
         _write_json(folder / MANIFEST, {"schema": SCHEMA, "step": step, "files": listing})
-        for path in [*files, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-            _flush(path)
+        flush_tree(folder)
         target = self.root / f"{PREFIX}{step:08d}"
         if target.exists():
             # A run that resumed from an earlier step, because this one was damaged, has come here again.
@@ -172,6 +171,12 @@ def _folder_size(path: Path) -> int:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_tree(folder: Path) -> None:
+    """Wait until everything in a folder is on disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -2,38 +2,54 @@
 
 Teacher and student run on the same batch, and both terms are about the same tokens: the distribution from which a token
 in the loss is predicted. The divergence is computed in chunks inside the student's forward (``togi.model.distill_head``).
-Not here: rows that the student generates itself.
+
+On responses that the student generated itself the divergence alone is learned: on-policy distillation, GKD (Agarwal et al.
+2023, arXiv 2306.13649, section 3), with either divergence. It is the exact KL over the vocabulary at each generated position,
+and the positions count as given: nothing is propagated through the sampling. MiniLLM (Gu et al. 2023, arXiv 2306.08543)
+minimises the reverse KL of whole responses. That has the same term and beside it a policy gradient, by which a token also
+answers for the divergence at those that follow it; its variance is what their teacher-mixed sampling and length normalisation
+are against. That part is left out here. Not here either: the generating.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from togi.batch import Batch
 from togi.config.choices import Divergence
 from togi.errors import ConfigError
-from togi.learn.objective import Loss, Objective, token_metrics
+from togi.learn.objective import Loss, Objective, sequence_means, token_metrics
 from togi.model.outputs import Needs, Outputs
 from togi.model.policy import PolicyModel
 from togi.obs import names
 
+GENERATED = "generated"
+
 
 @dataclass(frozen=True, slots=True)
 class DistillationObjective(Objective):
-    """``(1 - kd_coef) CE + kd_coef D``, means over the tokens in the loss of the step, in nats.
+    """A token's loss is ``(1 - kd_coef) CE + kd_coef D`` on data and ``D`` where the student wrote it, in nats.
+
+    The loss is the mean over all tokens in the loss of the step, of both kinds. The value ``generated`` (1 or 0) tells the rows
+    apart; without it all are data.
 
     ``teacher`` is frozen, on the batch's device, and whole on every rank (not sharded). ``vocabulary``: the student's
-    ``PolicyModel.vocabulary``, which must be the teacher's. ``kind``: which KL is D; forward (KL(teacher || student))
-    differs from the cross-entropy with the teacher's distribution by a constant only. Metrics: loss, both its parts.
+    ``PolicyModel.vocabulary``, which must be the teacher's. ``around`` each pass of the teacher is a context to run it in,
+    such as one with its weights on the device. ``kind``: which KL is D; forward (KL(teacher || student))
+    differs from the cross-entropy with the teacher's distribution by a constant only. Metrics: loss, CE and D on data, D on
+    generated responses.
     """
 
     teacher: PolicyModel
     vocabulary: int
     kd_coef: float = 0.4
     kind: Divergence = Divergence.FORWARD
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __post_init__(self) -> None:
         if self.teacher.vocabulary != self.vocabulary:
@@ -51,14 +67,34 @@ class DistillationObjective(Objective):
     def count(self, batch: Batch) -> float:
         return float(batch.targets_K.numel())
 
-    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
-        with torch.no_grad():
+    def forward(self, model: nn.Module, batch: Batch, *, balance: bool = False) -> Outputs:
+        with torch.no_grad(), self.around():
             states_kJ = self.teacher(batch, Needs(states=True)).states_kH
-        outputs: Outputs = model(batch, self.needs, teacher=self.teacher.logits_of(states_kJ, self.kind))
+            logits = self.teacher.logits_of(states_kJ, self.kind)
+        outputs: Outputs = model(batch, replace(self.needs, balance=balance), teacher=logits)
         return outputs
 
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        loss_K = self.kd_coef * outputs.divergence_K - (1 - self.kd_coef) * outputs.logprobs_K
+        return sequence_means(loss_K, batch)
+
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        entropy, divergence = -outputs.logprobs_K.sum(), outputs.divergence_K.sum()
-        total = (1 - self.kd_coef) * entropy + self.kd_coef * divergence
-        sums = {names.LOSS: total, names.CROSS_ENTROPY: entropy, names.KL_TEACHER: divergence}
-        return Loss(total, token_metrics(sums, outputs.logprobs_K.numel(), {}))
+        own_K = _generated(batch)
+        data_K = ~own_K
+        entropy, divergence = -outputs.logprobs_K[data_K].sum(), outputs.divergence_K[data_K].sum()
+        own = outputs.divergence_K[own_K].sum()
+        total = (1 - self.kd_coef) * entropy + self.kd_coef * divergence + own
+        metrics = token_metrics({names.LOSS: total}, outputs.logprobs_K.numel(), {})
+        on_data = {names.CROSS_ENTROPY: entropy, names.KL_TEACHER: divergence}
+        for sums, tokens in ((on_data, int(data_K.sum())), ({names.KL_TEACHER_GENERATED: own}, int(own_K.sum()))):
+            if tokens > 0:  # a step may have one kind only
+                metrics |= token_metrics(sums, tokens, {})
+        return Loss(total, metrics)
+
+
+def _generated(batch: Batch) -> Tensor:
+    """Which tokens in the loss the student wrote (bool, K)."""
+    sequences_K = batch.target_sequences_K
+    if GENERATED not in batch.values:
+        return torch.zeros_like(sequences_K, dtype=torch.bool)
+    return (batch.values[GENERATED] == 1)[sequences_K]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,18 +21,23 @@ from togi.parallel.process import World
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Part of an evaluation: the loss as sum and count, and partial metrics. Parts of one set add up."""
+    """Part of an evaluation: the loss as sum and count, and partial metrics. Parts of one set add up.
+
+    ``judged``: ``Objective.judge`` of each sequence, batch after batch, each in the order of the list it was packed from.
+    """
 
     total: float
     count: float
     metrics: Mapping[str, Metric]
+    judged: tuple[float, ...] = ()
 
     @classmethod
     def merged(cls, parts: Iterable[Measured]) -> Measured:
         """Several parts as one."""
         every = list(parts)
         metrics = merge(part.metrics for part in every)
-        return cls(sum(part.total for part in every), sum(part.count for part in every), metrics)
+        judged = tuple(value for part in every for value in part.judged)
+        return cls(sum(part.total for part in every), sum(part.count for part in every), metrics, judged)
 
 
 def measure(module: nn.Module, objective: Objective, world: World, batches: Sequence[Batch]) -> Measured:
@@ -43,7 +49,9 @@ def measure(module: nn.Module, objective: Objective, world: World, batches: Sequ
             outputs = objective.forward(module, batch)
             if real:
                 loss = objective.loss(outputs, batch)
-                parts.append(Measured(float(loss.sum), objective.count(batch), loss.metrics))
+                judged_N = objective.judge(outputs, batch).float().cpu().numpy()
+                listed = tuple(judged_N[np.argsort(batch.order_N)].tolist()) if len(judged_N) > 0 else ()
+                parts.append(Measured(float(loss.sum), objective.count(batch), loss.metrics, listed))
     return Measured.merged(parts)
 
 

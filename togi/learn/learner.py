@@ -2,8 +2,9 @@
 
 ``update`` is one optimizer step. The denominator is the sum of ``Objective.count`` over all micro-batches of all
 ranks, added up before the first forward; every micro-batch is divided by it and gradients are summed. So packing,
-accumulation and world size cannot change a gradient. Not here: batches (``togi.data``), sharding (``togi.parallel``),
-files (``learner_state``).
+accumulation and world size cannot change a gradient. The load-balancing loss of a mixture of experts, which has
+nothing to do with the objective, is added as a mean over the sequences of the step. Not here: batches
+(``togi.data``), sharding (``togi.parallel``), files (``learner_state``).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.batch import Batch
-from togi.learn.objective import Objective
-from togi.learn.ragged import even_rounds, nothing, per_sequence
+from togi.learn.objective import Objective, token_metrics
+from togi.learn.ragged import DUMMY_TOKENS, even_rounds, nothing, per_sequence
 from togi.learn.schedule import Schedule
+from togi.obs import names
 from togi.obs.metrics import Metric, merge, reduced
 from togi.parallel.backend import Backend
 
@@ -33,6 +35,16 @@ class StepOutcome(StrEnum):
     """Nothing was in the loss on any rank."""
     SKIPPED_NOT_FINITE = "skipped_not_finite"
     """The gradient norm was NaN or infinite; the weights are as before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """``padding_share``: of the positions computed on all ranks, those without a token. ``imbalance``: tokens of the
+    busiest rank / mean over ranks, at least 1.
+    """
+
+    padding_share: float
+    imbalance: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,19 +62,31 @@ class UpdateReport:
     learning_rate: float
     grad_norm: float
     count: float
+    load: Load
     metrics: Mapping[str, float]
     logprobs: tuple[NDArray[np.float32], ...]
 
 
 class Learner:
-    """A model in training. ``max_norm``: bound on the global gradient norm; ``math.inf`` for none."""
+    """A model in training. ``max_norm``: bound on the global gradient norm; ``math.inf`` for none.
 
-    def __init__(self, backend: Backend, objective: Objective, schedule: Schedule, max_norm: float) -> None:
-        assert max_norm > 0
+    ``aux_loss_coef``: weight of the load-balancing loss (``togi.algo.balance``), of a mixture of experts only.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        objective: Objective,
+        schedule: Schedule,
+        max_norm: float,
+        aux_loss_coef: float = 0.0,
+    ) -> None:
+        assert max_norm > 0 and aux_loss_coef >= 0
         self.backend = backend
         self.objective = objective
         self.schedule = schedule
         self.max_norm = max_norm
+        self.aux_loss_coef = aux_loss_coef
         self.steps = 0
 
     def update(self, micro_batches: Sequence[Batch]) -> UpdateReport:
@@ -72,12 +96,13 @@ class Learner:
         """
         backend, rate = self.backend, self.schedule.rate(self.steps)
         world = backend.world
-        count = world.sum_shares("loss count", [sum(self.objective.count(batch) for batch in micro_batches)])[0]
+        own = [sum(self.objective.count(b) for b in micro_batches), sum(b.num_sequences for b in micro_batches)]
+        count, sequences = world.sum_shares("loss count", own)
         assert math.isfinite(count) and count >= 0, f"a loss count of {count}"
         if count == 0:
             logger.warning("optimizer step %d skipped: no token or row is in the loss", self.steps)
-            return UpdateReport(StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, {}, ())
-        metrics, logprobs = self._accumulate(micro_batches, count)
+            return UpdateReport(StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, Load(0.0, 1.0), {}, ())
+        metrics, logprobs = self._accumulate(micro_batches, count, sequences)
         grad_norm = backend.clip(self.max_norm)
         if math.isfinite(grad_norm):
             backend.step(rate)
@@ -88,23 +113,43 @@ class Learner:
             logger.warning("optimizer step %d skipped: the gradient norm is %s", self.steps, grad_norm)
             outcome = StepOutcome.SKIPPED_NOT_FINITE
         values = self.objective.summary(reduced(merge(world.gather_shares("metrics", metrics))))
-        return UpdateReport(outcome, self.steps, rate, grad_norm, count, values, logprobs)
+        return UpdateReport(outcome, self.steps, rate, grad_norm, count, self._load(micro_batches), values, logprobs)
+
+    def _load(self, micro_batches: Sequence[Batch]) -> Load:
+        """How evenly the tokens of a step lie on the ranks. A rank computes a dummy where another has a batch more.
+
+        The ranks of a ring count as one, which has the tokens of their batches.
+        """
+        tokens, world = float(sum(batch.num_tokens for batch in micro_batches)), self.backend.world
+        highest, rounds = world.max("load", [tokens, len(micro_batches)])
+        every, batches = world.sum_shares("load", [tokens, len(micro_batches)])
+        padding = (rounds * world.shares - batches) * DUMMY_TOKENS
+        return Load(padding / (every + padding), highest * world.shares / every)
 
     def _accumulate(
-        self, micro_batches: Sequence[Batch], count: float
+        self, micro_batches: Sequence[Batch], count: float, sequences: float
     ) -> tuple[dict[str, Metric], tuple[NDArray[np.float32], ...]]:
-        """Forward and backward over this rank's micro-batches; returns its metrics and log-probs."""
+        """Forward and backward over this rank's micro-batches; returns its metrics and log-probs.
+
+        ``sequences``: how many there are in the step, on all ranks.
+        """
+        balanced = self.aux_loss_coef > 0
         parts: list[Mapping[str, Metric]] = []
         logprobs: list[NDArray[np.float32]] = []
         model = self.backend.module.train()
         for batch, real, last in even_rounds(self.backend.world, micro_batches):
-            outputs = self.objective.forward(model, batch)
+            outputs = self.objective.forward(model, batch, balance=balanced)
             if real:
                 loss = self.objective.loss(outputs, batch)
                 parts.append(loss.metrics)
                 if self.objective.needs.logprobs:
                     logprobs += per_sequence(outputs.logprobs_K, batch)
-                self.backend.backward(loss.sum / count, last)
+                total = loss.sum / count
+                if balanced:
+                    aux_loss = outputs.balance_N.sum()
+                    total = total + self.aux_loss_coef * aux_loss / sequences
+                    parts.append(token_metrics({names.AUX_LOSS: aux_loss}, batch.num_sequences, {}))
+                self.backend.backward(total, last)
             else:
                 self.backend.backward(nothing(outputs), last)
         return merge(parts), tuple(logprobs)

@@ -7,7 +7,7 @@ micro-batches and ranks and divide once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,14 +38,27 @@ class Objective(Protocol):
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...
 
-    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
-        """Call the model. Overridden by objectives that pass it more, such as a temperature."""
-        outputs: Outputs = model(batch, self.needs)
+    def forward(self, model: nn.Module, batch: Batch, *, balance: bool = False) -> Outputs:
+        """Call the model. Overridden by objectives that pass it more, such as a temperature.
+
+        ``balance``: also for the load-balancing loss, which is the learner's business.
+        """
+        outputs: Outputs = model(batch, replace(self.needs, balance=balance))
         return outputs
+
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """One number a sequence, shape N, that shows people how each held-out one did; empty if there is none to show."""
+        return torch.empty(0)
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
         """The step's metrics after reduction; overridden to derive what is no mean of anything, such as a ratio."""
         return dict(values)
+
+
+def sequence_means(values_K: Tensor, batch: Batch) -> Tensor:
+    """The mean of each sequence's values at its tokens in the loss, shape N."""
+    sums_N = values_K.new_zeros(batch.num_sequences).index_add(0, batch.target_sequences_K, values_K)
+    return sums_N / batch.tokens_per_sequence_N()
 
 
 def token_metrics(sums: Mapping[str, Tensor], weight: float, maxima: Mapping[str, Tensor]) -> dict[str, Metric]:

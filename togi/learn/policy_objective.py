@@ -9,7 +9,7 @@ loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,8 @@ class PolicyObjective(Objective):
     def needs(self) -> Needs:
         return Needs(logprobs=True, entropy=True)
 
-    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
-        outputs: Outputs = model(batch, self.needs, self.temperature)
+    def forward(self, model: nn.Module, batch: Batch, *, balance: bool = False) -> Outputs:
+        outputs: Outputs = model(batch, replace(self.needs, balance=balance), self.temperature)
         return outputs
 
     def count(self, batch: Batch) -> float:

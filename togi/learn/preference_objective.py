@@ -60,6 +60,12 @@ def _pair_metrics(sums: Mapping[str, Tensor], chosen_P: Tensor, rejected_P: Tens
     }
 
 
+def _implicit_rewards(beta: float, outputs: Outputs, batch: Batch) -> Tensor:
+    """``beta (S_policy - S_ref)`` of each sequence."""
+    gains_K = outputs.logprobs_K - batch.select(REF_LOGPROBS)
+    return beta * sequence_sums(gains_K, batch.target_sequences_K, batch.num_sequences)
+
+
 class _OverPairs(Objective):
     """Sums divided by the number of pairs of the step."""
 
@@ -86,6 +92,9 @@ class PairwiseRewardObjective(_OverPairs):
     @property
     def needs(self) -> Needs:
         return Needs(scores=True)
+
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return outputs.scores_N
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         first_P, second_P = pairs(batch)
@@ -122,6 +131,9 @@ class DPOObjective(_OverPairs):
     @property
     def needs(self) -> Needs:
         return Needs(logprobs=True)
+
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return _implicit_rewards(self.beta, outputs, batch)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         first_P, second_P = pairs(batch)
@@ -166,6 +178,9 @@ class KTOObjective(Objective):
     @property
     def needs(self) -> Needs:
         return Needs(logprobs=True)
+
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return _implicit_rewards(self.beta, outputs, batch)
 
     def count(self, batch: Batch) -> float:
         return float(batch.num_sequences)

@@ -13,6 +13,8 @@ from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, se
 from togi.model.outputs import Outputs
 from togi.parallel.process import World
 
+DUMMY_TOKENS = 2
+
 
 def even_rounds(world: World, batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool, bool]]:
     """This rank's batches on its device, then dummies until every rank has had equally many: (batch, is real, is last).
@@ -27,14 +29,14 @@ def even_rounds(world: World, batches: Sequence[Batch]) -> Iterator[tuple[Batch,
 
 
 def dummy_batch() -> Batch:
-    """Two tokens of no sequence, none of them in the loss."""
-    segments = Segments(starts_S=(0,), lengths_S=(2,), prefixes_S=(NO_PREFIX,))
+    """``DUMMY_TOKENS`` tokens of no sequence, none of them in the loss."""
+    segments = Segments(starts_S=(0,), lengths_S=(DUMMY_TOKENS,), prefixes_S=(NO_PREFIX,))
     return Batch(
-        tokens_T=torch.zeros(2, dtype=torch.int64),
+        tokens_T=torch.zeros(DUMMY_TOKENS, dtype=torch.int64),
         positions_T=segment_positions(segments),
         sources_T=predecessors(segments),
-        sequences_T=torch.full((2,), NO_SEQUENCE),
-        loss_mask_T=torch.zeros(2, dtype=torch.bool),
+        sequences_T=torch.full((DUMMY_TOKENS,), NO_SEQUENCE),
+        loss_mask_T=torch.zeros(DUMMY_TOKENS, dtype=torch.bool),
         segments=segments,
         order_N=(),
         streams={},
@@ -50,6 +52,7 @@ def nothing(outputs: Outputs) -> Tensor:
         outputs.scores_N,
         outputs.label_logprobs_K,
         outputs.next_logits_KR,
+        outputs.balance_N,
     )
     assert all(tensor.numel() == 0 for tensor in tensors), "a dummy has outputs"
     return torch.stack([tensor.sum() for tensor in tensors if tensor.requires_grad]).sum()

@@ -21,8 +21,8 @@ Arrays = tuple[NDArray[np.float32], ...]
 class Scorer:
     """Runs ``module`` without gradients, in evaluation mode. All ranks call together, with as many batches as each has.
 
-    Results come batch after batch, inside a batch in the order of the list that it was packed from. ``around`` each forward
-    is a context to run it in, such as one without the adapter.
+    Results come batch after batch, inside a batch in the order of the list that it was packed from. ``around`` each call
+    is a context to run it in, such as one without the adapter, or with the weights on the device.
     """
 
     def __init__(
@@ -58,8 +58,9 @@ class Scorer:
 
     def _run(self, batches: Sequence[Batch], forward: Callable[[Batch], Outputs]) -> Iterator[tuple[Outputs, Batch]]:
         self.module.eval()
-        for batch, real, _ in even_rounds(self.world, batches):
-            with torch.no_grad(), self._around():
-                outputs = forward(batch)
-            if real:
-                yield outputs, batch
+        with self._around():
+            for batch, real, _ in even_rounds(self.world, batches):
+                with torch.no_grad():
+                    outputs = forward(batch)
+                if real:
+                    yield outputs, batch

@@ -1,6 +1,6 @@
 """Supervised fine-tuning and continued pre-training: cross-entropy on the tokens in the loss.
 
-Which tokens those are is the data's business. Not here: the load-balancing loss of a mixture of experts.
+Which tokens those are is the data's business.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from togi.batch import Batch
-from togi.learn.objective import Loss, Objective, token_metrics
+from togi.learn.objective import Loss, Objective, sequence_means, token_metrics
 from togi.model.outputs import Needs, Outputs
 from togi.obs import names
 
@@ -34,6 +36,9 @@ class SFTObjective(Objective):
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         total = -outputs.logprobs_K.sum()
         return Loss(total, token_metrics({names.LOSS: total}, outputs.logprobs_K.numel(), {}))
+
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return sequence_means(-outputs.logprobs_K, batch)
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
         """Adds the perplexity, exp(loss): of the mean over the step, since means of perplexities do not add up."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from togi.batch import Batch
 from togi.errors import ConfigError
-from togi.learn.objective import Loss, Objective, token_metrics
+from togi.learn.objective import Loss, Objective, sequence_means, token_metrics
 from togi.model.outputs import LABELS, Needs, Outputs
 from togi.obs import names
 
@@ -52,17 +52,22 @@ class StepRewardObjective(Objective):
     def count(self, batch: Batch) -> float:
         return float(batch.targets_K.numel())
 
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return sequence_means(self._losses(outputs, batch)[0], batch)
+
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        if self.reward_token_ids is None:
-            loss_K, hits_K = -outputs.label_logprobs_K, outputs.label_hits_K
-        else:
-            logprobs_KR = outputs.next_logits_KR.log_softmax(1)
-            targets_KR = self._targets(batch.select(LABELS), self.reward_token_ids).to(logprobs_KR.dtype)
-            loss_K = -(targets_KR * logprobs_KR).sum(1)
-            hits_K = logprobs_KR.argmax(1) == targets_KR.argmax(1)
+        loss_K, hits_K = self._losses(outputs, batch)
         total = loss_K.sum()
         sums = {names.LOSS: total, names.ACCURACY: hits_K.sum()}
         return Loss(total, token_metrics(sums, loss_K.numel(), {}))
+
+    def _losses(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The cross-entropy at each placeholder, and whether its prediction is right."""
+        if self.reward_token_ids is None:
+            return -outputs.label_logprobs_K, outputs.label_hits_K
+        logprobs_KR = outputs.next_logits_KR.log_softmax(1)
+        targets_KR = self._targets(batch.select(LABELS), self.reward_token_ids).to(logprobs_KR.dtype)
+        return -(targets_KR * logprobs_KR).sum(1), logprobs_KR.argmax(1) == targets_KR.argmax(1)
 
     def _targets(self, labels_K: Tensor, ids: tuple[int, ...]) -> Tensor:
         """The target distribution over the reward tokens, shape K, R."""

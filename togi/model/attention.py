@@ -43,8 +43,8 @@ SHORT_SEGMENT = 128
 
 Table = TypeVar("Table")
 
-# "dropout" and "is_causal" are looked at on their own
-_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "dropout", "is_causal"})
+# "dropout" and "is_causal" are looked at on their own; router logits are recorded by hooks outside of attention
+_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "dropout", "is_causal", "output_router_logits"})
 
 
 @dataclass(frozen=True, slots=True)

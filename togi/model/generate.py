@@ -31,6 +31,7 @@ class Answering:
     temperature: float
     top_p: float
     stop_token_ids: tuple[int, ...]
+    repetition_penalty: float = 1.0
 
 
 def load_generator(path: str, *, bf16: bool, trust_remote_code: bool) -> PreTrainedModel:
@@ -71,6 +72,7 @@ def stream(
         "max_new_tokens": min(how.max_new_tokens, room),
         "eos_token_id": list(how.stop_token_ids),
         "pad_token_id": how.stop_token_ids[0],
+        "repetition_penalty": how.repetition_penalty,
         **sampling,
     }
     stop = _Stop()

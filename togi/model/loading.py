@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from togi.config.checks import check_mixture
 from togi.config.shared import ADAPTER_CONFIG, LoRA
 from togi.errors import ModelError
 from togi.model.attention import SEGMENTS, VARLEN
@@ -101,9 +102,16 @@ def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
         raise ModelError(f"cannot read a model config from {path!r}: {str(error).splitlines()[0]}") from error
 
 
-def check_causal_lm(path: str, *, flash_attn: bool, trust_remote_code: bool = False, lora: LoRA | None = None) -> None:
-    """Raise ModelError for what config.json alone tells about a model that cannot be trained. Loads no weights."""
+def check_causal_lm(
+    path: str, *, flash_attn: bool, trust_remote_code: bool = False, lora: LoRA | None = None, balanced: bool = False
+) -> None:
+    """Raise ModelError for what config.json alone tells about a model that cannot be trained. Loads no weights.
+
+    ``balanced``: with a load-balancing loss, else ConfigError.
+    """
     config = read_config(path, trust_remote_code)
+    if balanced:
+        check_mixture(path, config.model_type)
     model = _refuse(AutoModelForCausalLM, _Reading(path, config, torch.float32, flash_attn, trust_remote_code))
     if lora is not None:
         _check_package("lora_rank", "peft")

@@ -21,6 +21,7 @@ class Needs:
 
     ``label_logprobs`` and ``next_logits`` (ids of a few tokens) are predictions made at the token in the loss itself,
     about what follows it; all others are about that token. ``states`` asks for hidden states in place of their results.
+    ``balance``, of a mixture of experts only, comes on top of any of them.
     """
 
     logprobs: bool = False
@@ -30,6 +31,7 @@ class Needs:
     label_logprobs: bool = False
     next_logits: tuple[int, ...] = ()
     states: bool = False
+    balance: bool = False
 
 
 def _empty() -> Tensor:
@@ -46,6 +48,7 @@ class Outputs:
     ``label_logprobs_K[k]``: log-probability of the label as the token after ``targets_K[k]``; ``label_hits_K`` (bool):
     it is the likeliest there. ``next_logits_KR``: the logits of the tokens asked for, same place.
     ``divergence_K[k]``: how far the distribution of token ``targets_K[k]`` is from a teacher's, in nats.
+    ``balance_N``: the load-balancing loss of each sequence (``togi.algo.balance``).
     ``states_kH``: the hidden states from which ``logprobs_K`` would be made, in the model's own dtype; in a ring only those of
     this rank (``ring_layout``), where they are needed.
     A field that was not asked for is an empty tensor.
@@ -60,3 +63,4 @@ class Outputs:
     next_logits_KR: Tensor = field(default_factory=_empty)
     divergence_K: Tensor = field(default_factory=_empty)
     states_kH: Tensor = field(default_factory=_empty)
+    balance_N: Tensor = field(default_factory=_empty)

@@ -11,6 +11,7 @@ sees all uses of them. Not here: reading and writing model folders (``loading``)
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from togi.algo.balance import balance_loss
 from togi.batch import NO_SEQUENCE, Batch
 from togi.config.choices import Divergence
+from togi.config.shared import MIXTURES
 from togi.model.distill_head import TeacherLogits, distill_logprobs
 from togi.model.logprob_head import LogitTransform, full_precision, some_logits, token_logprobs, top_tokens
 from togi.model.outputs import LABELS, Needs, Outputs
@@ -29,15 +32,19 @@ from togi.model.ring_layout import Layout, Places, Ring, RingLayout, WholeLayout
 
 def hidden_states(hf: PreTrainedModel, layout: Layout) -> Tensor:
     """One forward of the body over the tokens of this rank: [t, H]."""
-    output: Any = hf.base_model(
+    states_tH: Tensor = _body(hf, layout).last_hidden_state[0]
+    return states_tH
+
+
+def _body(hf: PreTrainedModel, layout: Layout, **more: Any) -> Any:
+    return hf.base_model(
         input_ids=layout.tokens_t[None],
         position_ids=layout.positions_t[None],
         attention_mask=None,
         use_cache=False,
         segments=layout.segments,
+        **more,
     )
-    states_tH: Tensor = output.last_hidden_state[0]
-    return states_tH
 
 
 def last_tokens(batch: Batch) -> Tensor:
@@ -70,6 +77,25 @@ class _Model(nn.Module):
         self.layout_of = partial(RingLayout.of, ring=ring, head_stride=head_stride)
         self.hf.set_attn_implementation(RING)
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it is a mixture of experts whose router can be balanced."""
+        return self.hf.config.model_type in MIXTURES
+
+    def _states(self, layout: Layout, batch: Batch, needs: Needs) -> tuple[Tensor, Tensor]:
+        """Hidden states, [t, H], and the load-balancing loss of each sequence (empty if not asked for)."""
+        if not needs.balance:
+            states_tH = hidden_states(self.hf, layout)
+            return states_tH, states_tH.new_empty(0)
+        assert self.is_mixture, "a dense model has no router"
+        assert isinstance(layout, WholeLayout), "the routing of a sequence is spread over a ring"
+        output = _body(self.hf, layout, output_router_logits=True)
+        config: Any = self.hf.config
+        balance_N = balance_loss(
+            output.router_logits, config.num_experts_per_tok, batch.segments_T(), batch.chains_NS()
+        )
+        return output.last_hidden_state[0], balance_N
+
 
 class PolicyModel(_Model):
     """A causal language model that answers with log-probabilities and entropies of the tokens in the loss.
@@ -95,7 +121,19 @@ class PolicyModel(_Model):
         """
         assert not (needs.values or needs.scores), "a policy has no scalar head"
         layout = self.layout_of(batch)
-        states_tH = hidden_states(self.hf, layout)
+        states_tH, balance_N = self._states(layout, batch, needs)
+        outputs = self._predictions(states_tH, layout, batch, needs, temperature, teacher)
+        return replace(outputs, balance_N=balance_N)
+
+    def _predictions(
+        self,
+        states_tH: Tensor,
+        layout: Layout,
+        batch: Batch,
+        needs: Needs,
+        temperature: float,
+        teacher: TeacherLogits | None,
+    ) -> Outputs:
         targets_K = batch.targets_K
         if needs.label_logprobs or needs.next_logits:
             assert not (needs.logprobs or needs.entropy or needs.states), "ask for tokens or for what follows them"
@@ -171,16 +209,17 @@ class ScalarModel(_Model):
 
     def forward(self, batch: Batch, needs: Needs, temperature: float = 1.0) -> Outputs:
         """``temperature`` is ignored on purpose: a value is not a distribution."""
-        assert needs == Needs(values=needs.values, scores=needs.scores), "a scalar model has no token distribution"
+        own = Needs(values=needs.values, scores=needs.scores, balance=needs.balance)
+        assert needs == own, "a scalar model has no token distribution"
         layout = self.layout_of(batch)
-        states_tH = hidden_states(self.hf, layout)
+        states_tH, balance_N = self._states(layout, batch, needs)
         empty = states_tH.new_empty(0, dtype=torch.float32)
         values_K, scores_N = empty, empty
         if needs.values:
             values_K = self._at(layout.at(batch.sources_T[batch.targets_K]), states_tH)
         if needs.scores:
             scores_N = self._at(layout.at(last_tokens(batch)), states_tH)
-        return Outputs(values_K=values_K, scores_N=scores_N)
+        return Outputs(values_K=values_K, scores_N=scores_N, balance_N=balance_N)
 
     def _at(self, places: Places, states_tH: Tensor) -> Tensor:
         return places.whole(self._head(places.states(states_tH)))

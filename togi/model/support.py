@@ -23,7 +23,7 @@ from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel, ScalarModel, hidden_states
 from togi.model.ring_layout import WholeLayout
 
-PROVEN = frozenset({"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral"})
+PROVEN = frozenset({"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral", "qwen3_moe"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.05}
 

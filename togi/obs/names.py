@@ -14,6 +14,7 @@ REWARD_STD = "reward/std"
 REWARD_GROUP_STD = "reward/group_std"
 REWARD_ABSTAINED = "reward/abstained_share"
 REWARD_ERRORS = "reward/error_share"
+REWARD_PAUSED = "reward/paused_seconds"
 RETURN_MEAN = "reward/return"
 REWARD_CHOSEN = "reward/chosen"
 REWARD_REJECTED = "reward/rejected"
@@ -33,6 +34,7 @@ LENGTH_TRUNCATED = "length/truncated_share"
 
 KL_REFERENCE = "kl/reference"
 KL_TEACHER = "kl/teacher"
+KL_TEACHER_GENERATED = "kl/teacher_generated"
 KL_ESTIMATE = "kl/estimate"
 ENTROPY = "entropy"
 
@@ -55,6 +57,7 @@ VALUE_MEAN = "value/mean"
 VALUE_CLIP_FRACTION = "value/clip_fraction"
 VALUE_GRAD_NORM = "value/grad_norm"
 VALUE_LR = "value/lr"
+VALUE_AUX_LOSS = "value/aux_loss"
 
 MISMATCH_MEAN_ABS = "mismatch/mean_abs"
 MISMATCH_MEAN_RATIO = "mismatch/mean_ratio"
@@ -70,6 +73,7 @@ GROUPS_DROPPED = "groups/dropped_share"
 TOKENS_STEP = "tokens/step"
 TOKENS_SEEN = "tokens/seen"
 PADDING_SHARE = "tokens/padding_share"
+RANK_IMBALANCE = "tokens/rank_imbalance"
 SHARED_SHARE = "tokens/shared_share"
 
 STALENESS = "async/staleness"
@@ -87,6 +91,7 @@ EXPLANATIONS: dict[str, str] = {
     REWARD_GROUP_STD: "Standard deviation of the reward inside a group, averaged; near 0 there is nothing to learn.",
     REWARD_ABSTAINED: "Share of rollouts for which the reward source gave no opinion; they are left out of the means.",
     REWARD_ERRORS: "Share of rollouts for which the reward source failed; should be 0.",
+    REWARD_PAUSED: "Seconds of the step in which a reward server was down and the run waited for it.",
     RETURN_MEAN: "Mean return: the reward after KL penalty and discounting, as the advantage estimator sees it.",
     REWARD_CHOSEN: "Mean (implicit) reward of the preferred responses.",
     REWARD_REJECTED: "Mean (implicit) reward of the rejected responses.",
@@ -102,7 +107,8 @@ EXPLANATIONS: dict[str, str] = {
     LENGTH_TOTAL: "Mean length of prompt and response together, in tokens.",
     LENGTH_TRUNCATED: "Share of responses cut off by the token limit instead of ending by themselves.",
     KL_REFERENCE: "KL of the policy from the reference model, in nats a token: how far training has moved the model.",
-    KL_TEACHER: "KL between teacher and student, in nats a token, in the direction that is trained; it should fall.",
+    KL_TEACHER: "KL between teacher and student on the data, in nats a token, in the direction trained; it should fall.",
+    KL_TEACHER_GENERATED: "kl/teacher on the student's own responses, where the student really goes; it should fall.",
     KL_ESTIMATE: "KTO's estimate of the policy's KL from the reference over mismatched rows, in nats a row, at least 0.",
     ENTROPY: "Entropy of the policy in nats a token; a fall to 0 means that it no longer explores.",
     LOSS: "The objective that is minimised, averaged over the step.",
@@ -112,7 +118,7 @@ EXPLANATIONS: dict[str, str] = {
     ACCURACY: "Share of rows or tokens that are ranked or predicted correctly.",
     GRAD_NORM: "Norm of the gradient before clipping.",
     LEARNING_RATE: "Learning rate of the step.",
-    AUX_LOSS: "Load-balancing loss of a mixture of experts, before its coefficient.",
+    AUX_LOSS: "Load-balancing loss of a mixture of experts, before its coefficient; at best the experts used by a token.",
     POLICY_LOSS: "Policy objective; starts each step near 0 by construction, so watch the reward instead.",
     POLICY_CLIP_FRACTION: "Share of tokens whose probability ratio was clipped; above 0.3 the updates are too large.",
     POLICY_PPO_KL: "KL between the policy before and during the step's updates, in nats a token.",
@@ -123,6 +129,7 @@ EXPLANATIONS: dict[str, str] = {
     VALUE_CLIP_FRACTION: "Share of tokens whose value update was clipped.",
     VALUE_GRAD_NORM: "Norm of the critic's gradient before clipping.",
     VALUE_LR: "Learning rate of the critic.",
+    VALUE_AUX_LOSS: "Load-balancing loss of the critic, if it is a mixture of experts.",
     MISMATCH_MEAN_ABS: "Mean absolute difference of the engine's and the trainer's log-prob of a token, in nats.",
     MISMATCH_MEAN_RATIO: "Mean of trainer probability / engine probability, before any correction; 1 is perfect.",
     MISMATCH_P99_RATIO: "99th percentile of trainer / engine probability, before any correction; 1 is perfect.",
@@ -134,8 +141,9 @@ EXPLANATIONS: dict[str, str] = {
     GROUPS_DROPPED: "Share of generated groups that filtering left out of training.",
     TOKENS_STEP: "Tokens processed by the trainer in this step.",
     TOKENS_SEEN: "Tokens processed by the trainer since the start of the run.",
-    PADDING_SHARE: "Share of computed positions that carry no token.",
-    SHARED_SHARE: "Share of prompt tokens that prefix sharing did not have to compute again.",
+    PADDING_SHARE: "Share of computed positions that carry no token: what ranks without work compute to keep in step.",
+    RANK_IMBALANCE: "Tokens of the busiest rank / mean over ranks; 1 is even, at 2 half of the time is spent waiting.",
+    SHARED_SHARE: "Share of all tokens that were not computed, because their prompt is shared: 1 - computed / all.",
     STALENESS: "How many weight versions old the rollouts were when they were trained on, on average.",
     THROUGHPUT_GENERATE: "Tokens generated a second by all engines together.",
     THROUGHPUT_SCORE: "Tokens a second in scoring: sequence tokens x models that scored them / seconds.",
@@ -145,12 +153,12 @@ EXPLANATIONS: dict[str, str] = {
     WEIGHT_SYNC_RATE: "Speed of the weight transfer from trainer to engines, in GB a second.",
 }
 
-_RESERVED_COMPONENTS = {name.removeprefix("reward/") for name in EXPLANATIONS if name.startswith("reward/")}
+RESERVED_COMPONENTS = {name.removeprefix("reward/") for name in EXPLANATIONS if name.startswith("reward/")}
 
 
 def reward_component(component: str) -> str:
     """Metric name of one named part of the reward. Raises ``RewardError`` where it would hide a standard metric."""
-    if component in _RESERVED_COMPONENTS:
+    if component in RESERVED_COMPONENTS:
         raise RewardError(f"a reward component is called {component!r}, which is a metric of Togi's own; rename it")
     return f"reward/{component}"
 

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from togi.obs import names, report_page
+from togi.obs.held_out import read_rows
 from togi.obs.metrics import StepRecord, read_records
 from togi.obs.rollout_store import RolloutFile, RolloutStore
 from togi.obs.run_dir import RunDirectory, RunInfo, Status, write_atomically
@@ -41,7 +43,8 @@ class Chart:
 
 CHARTS = (
     Chart("Reward", "", (names.REWARD_MEAN, names.EVAL_REWARD, "eval/*/pass*")),
-    Chart("Loss", "", (names.LOSS, names.POLICY_LOSS, names.VALUE_LOSS, names.EVAL_LOSS, names.AUX_LOSS)),
+    Chart("Loss", "", (names.LOSS, names.POLICY_LOSS, names.VALUE_LOSS, names.EVAL_LOSS)),
+    Chart("Load-balancing loss of the experts", "", (names.AUX_LOSS, names.VALUE_AUX_LOSS)),
     Chart("Accuracy", "share", (names.ACCURACY, names.EVAL_ACCURACY)),
     Chart(
         "Preference",
@@ -50,6 +53,8 @@ CHARTS = (
     ),
     Chart("Response length", "tokens", (names.LENGTH_RESPONSE, names.EVAL_LENGTH, "eval/*/length")),
     Chart("KL from the reference", "nats a token", (names.KL_REFERENCE,)),
+    Chart("Cross-entropy", "nats a token", (f"*{names.CROSS_ENTROPY}", f"*{names.CHOSEN_NLL}")),
+    Chart("Perplexity", "", (f"*{names.PERPLEXITY}",), ChartKind.LOG_LINES),
     Chart("KL to the teacher", "nats a token", (f"*{names.KL_TEACHER}",)),
     Chart("KL estimate", "nats a row", (f"*{names.KL_ESTIMATE}",)),
     Chart("Entropy", "nats a token", (names.ENTROPY,)),
@@ -75,8 +80,10 @@ CHARTS = (
             names.REWARD_ERRORS,
             names.REWARD_ABSTAINED,
             names.MISMATCH_CORRECTED_SHARE,
+            names.SHARED_SHARE,
         ),
     ),
+    Chart("Padding and balance of ranks", "share, ratio", (names.PADDING_SHARE, names.RANK_IMBALANCE)),
     Chart("Reward spread", "reward", (names.REWARD_STD, names.REWARD_GROUP_STD)),
     Chart("Reward components", "reward", ("reward/*",)),
     Chart("Gradient norm", "", (names.GRAD_NORM, names.POLICY_GRAD_NORM, names.VALUE_GRAD_NORM), ChartKind.LOG_LINES),
@@ -111,6 +118,7 @@ class Limits:
     rollouts_per_step: int = 64
     text_characters: int = 8000
     rollout_bytes: int = 8_000_000
+    evaluations: int = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +179,42 @@ def _page_data(run: RunDirectory, limits: Limits) -> dict[str, Any]:
         "charts": _charts(series),
         "explain": {name: names.explain(name) for name in series},
         "rollouts": rollouts,
+        "examples": _examples(run.root, limits),
+        "held_out": _held_out(run.root, limits),
         "notes": notes,
         "config": [[name, _short(item["value"]), item["source"]] for name, item in info.values.items()],
     }
+
+
+def _examples(root: Path, limits: Limits) -> list[dict[str, Any]]:
+    """The data reports' examples, by set."""
+    parts = []
+    for path in sorted((root / "data").glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        texts = [_cut(text, limits.text_characters) for text in report["examples"]]
+        parts.append({"title": report["title"], "texts": texts})
+    return parts
+
+
+def _held_out(root: Path, limits: Limits) -> list[dict[str, Any]]:
+    """The rows of evaluations, by step, evenly chosen."""
+    rows = read_rows(root)
+    steps = sorted(list(rows)[index] for index in islice(spread_order(len(rows)), limits.evaluations))
+    return [
+        {
+            "step": step,
+            "rows": [
+                {
+                    "place": row.place,
+                    "number": row.number,
+                    "texts": [_cut(text, limits.text_characters) for text in row.texts],
+                    "values": [_number(value) for value in row.values],
+                }
+                for row in rows[step]
+            ],
+        }
+        for step in steps
+    ]
 
 
 def _facts(run: RunDirectory, info: RunInfo, status: Status, records: Sequence[StepRecord]) -> list[list[str]]:

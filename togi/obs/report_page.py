@@ -54,6 +54,7 @@ pre { margin:0; padding:12px; background:var(--bg); border:1px solid var(--line)
     overflow:auto; }
 .token { color:var(--mark); font-weight:600; } .parts { margin:0 0 10px; font-size:13px; color:var(--dim); }
 .notes { color:var(--dim); font-size:13.5px; margin:0 0 12px; padding-left:18px; }
+#held .card, #examples pre { margin-bottom:12px; } #examples h3 { font-size:15px; }
 details summary { cursor:pointer; font-size:17px; font-weight:650; margin:40px 0 12px; }
 """
 
@@ -74,6 +75,13 @@ _BODY = """
 <span class="dim" id="count"></span></div>
 <div class="card table"><table><thead id="columns"></thead><tbody id="rows"></tbody></table></div>
 </section>
+<section id="held-section">
+<h2>Held-out rows</h2>
+<p class="dim">The worst and the best rows of an evaluation as the model saw them, learned parts in &#10214; &#10215;.</p>
+<div class="bar"><select id="held-step" aria-label="Evaluation"></select></div>
+<div id="held"></div>
+</section>
+<details id="example-section"><summary>Rows as the model sees them</summary><div id="examples"></div></details>
 <details><summary>Configuration</summary>
 <div class="card table"><table><tbody id="config"></tbody></table></div></details>
 </main>
@@ -239,6 +247,30 @@ $("step").onchange = showStep; $("search").oninput = showStep;
 $("before").onclick = () => { $("step").selectedIndex -= 1; showStep(); };
 $("after").onclick = () => { $("step").selectedIndex += 1; showStep(); };
 headRow(); showStep();
+function showHeld() {
+  const part = data.held_out[$("held-step").selectedIndex];
+  $("held").replaceChildren();
+  for (const row of part ? part.rows : []) {
+    const box = make("div", undefined, "card", $("held"));
+    make("h3", row.place + ": " + row.values.map(number).join(" and ") + " " + row.number, "", box);
+    const texts = make("div", undefined, row.texts.length > 1 ? "texts" : "", box);
+    row.texts.forEach((text, k) => {
+      const half = make("div", undefined, "", texts);
+      if (row.texts.length > 1) make("h4", k ? "rejected" : "chosen", "", half);
+      marked(text, half);
+    });
+  }
+}
+for (const part of data.held_out) make("option", "after step " + part.step, "", $("held-step"));
+$("held-section").hidden = data.held_out.length === 0;
+$("held-step").selectedIndex = data.held_out.length - 1;
+$("held-step").onchange = showHeld;
+showHeld();
+$("example-section").hidden = !data.examples.some(part => part.texts.length);
+for (const part of data.examples) {
+  make("h3", part.title, "", $("examples"));
+  part.texts.forEach(text => marked(text, $("examples")));
+}
 for (const [name, value, source] of data.config) {
   const line = make("tr", undefined, "", $("config"));
   make("td", name, "", line); make("td", value, "", line); make("td", source, "dim", line);

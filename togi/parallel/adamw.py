@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,25 +13,39 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_adamw(parameters: Mapping[str, Tensor], options: BackendOptions) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019). One-dimensional parameters (biases, norm weights) are not decayed."""
+    """AdamW (Loshchilov & Hutter, 2019) over ``parameters``, with its state."""
+    optimizer = adamw_without_state(parameters, options)
+    add_state(optimizer, parameters.values())
+    return optimizer
+
+
+def adamw_without_state(parameters: Mapping[str, Tensor], options: BackendOptions) -> torch.optim.AdamW:
+    """One-dimensional parameters (biases, norm weights) are not decayed."""
     decayed = [p for p in parameters.values() if p.ndim > 1]
     others = [p for p in parameters.values() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=0.0, betas=options.betas, eps=options.eps, fused=True
     )
-    for parameter in parameters.values():
+
+
+def add_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
+    """Zero moments and a count of steps for each parameter."""
+    for parameter in parameters:
         state = optimizer.state[parameter]
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         for moment in MOMENTS:
-            state[moment] = torch.zeros_like(parameter)
-    return optimizer
+            state[moment] = torch.zeros_like(parameter, requires_grad=False)
+
+
+def set_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
 
 
 def take_step(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
     """Step at ``learning_rate`` and drop the gradients."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_rate(optimizer, learning_rate)
     optimizer.step()
     optimizer.zero_grad()
 

@@ -1,8 +1,8 @@
 """What the learner asks of a backend: gradients, steps and full tensors, whatever lies sharded underneath.
 
-Two implementations, one shared test file: ``Replicated`` (one process, or ZeRO stage 0) and ``Sharded`` (FSDP2). Both
-keep float32 master weights and moments, sum gradients over ranks (the learner divides once, by a global count) and
-know nothing of losses or batches.
+Three implementations, one shared test file: ``Replicated`` (one process, or ZeRO stage 0), ``Sharded`` (FSDP2) and
+``DeepSpeed``. All keep float32 master weights and moments, sum gradients over ranks (the learner divides once, by a
+global count) and know nothing of losses or batches.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from togi.config.choices import BackendName, GradAccumDtype
+from togi.config.offline import OfflineConfig
+from togi.config.rl import RLConfig
 from togi.parallel.process import World
 
 
 @dataclass(frozen=True, slots=True)
 class BackendOptions:
-    """``--bf16``, ``--zero_stage``, ``--adam_betas``, ``--l2`` and AdamW's epsilon.
+    """``--bf16``, ``--zero_stage``, ``--adam_betas``, ``--l2``, AdamW's epsilon, ``--backend`` and what only some have.
 
     bf16: compute in bfloat16 from float32 masters; otherwise everything is in the dtype of the parameters.
     zero_stage: 0 replicates; 1 shards masters and moments; 2 gradients too (reduced at every micro-batch); 3 also
     frees the gathered weights between forward and backward.
+    adam_offload: masters and moments live in host memory, and AdamW runs there.
+    overlap_comm, zpg (ranks that share one more copy of the weights, ZeRO++), bf16_accumulation (micro-batches are added
+    up in bfloat16): of DeepSpeed. FSDP2 always overlaps, gathers over all ranks and adds up in float32.
     """
 
     bf16: bool = True
@@ -31,6 +37,26 @@ class BackendOptions:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     eps: float = 1e-8
+    backend: BackendName = BackendName.FSDP2
+    adam_offload: bool = False
+    overlap_comm: bool = False
+    zpg: int = 1
+    bf16_accumulation: bool = False
+
+
+def backend_options(config: RLConfig | OfflineConfig) -> BackendOptions:
+    """What the flags of a command ask of a backend."""
+    return BackendOptions(
+        bf16=config.bf16,
+        zero_stage=config.zero_stage,
+        betas=config.adam_betas,
+        weight_decay=config.l2,
+        backend=config.backend,
+        adam_offload=config.adam_offload,
+        overlap_comm=config.overlap_comm,
+        zpg=config.zpg,
+        bf16_accumulation=config.bf16 and config.grad_accum_dtype is GradAccumDtype.BF16,
+    )
 
 
 class Backend(Protocol):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
+from togi.config.choices import BackendName
 from togi.parallel.backend import Backend, BackendOptions, cast
 from togi.parallel.fsdp2 import Sharded, shard
+from togi.parallel.offload import HostWeights
 from togi.parallel.process import World
 from togi.parallel.replicated import Replicated
 
@@ -14,20 +19,48 @@ from togi.parallel.replicated import Replicated
 def trainable(module: nn.Module, world: World, options: BackendOptions) -> Backend:
     """Make ``module`` trainable, in place. All ranks must bring the same weights.
 
-    One process never shards: there is nothing to gain, and plain PyTorch is faster. Nor are quantised weights sharded, which
-    stages 1 and 2 would leave whole anyway.
+    Stage 0 is the same under every backend. One process never shards: there is nothing to gain, and plain PyTorch is faster;
+    only DeepSpeed, which is never a default, is given what was asked for. Nor are quantised weights sharded, which stages 1
+    and 2 would leave whole anyway.
     """
     quantised = any(not parameter.is_floating_point() for parameter in module.parameters())
-    if world.size == 1 or options.zero_stage == 0 or quantised:
+    if quantised or options.zero_stage == 0:
+        return Replicated(module, world, options)
+    if options.backend is BackendName.DEEPSPEED:
+        from togi.parallel.deepspeed import DeepSpeed  # an optional package
+
+        return DeepSpeed(module, world, options)
+    if world.size == 1:
         return Replicated(module, world, options)
     return Sharded(module, world, options)
 
 
 def frozen(module: nn.Module, world: World, options: BackendOptions) -> nn.Module:
-    """Make ``module`` ready for scoring only: no gradients, no masters, sharded over the ranks under stage 3."""
-    module.requires_grad_(False).eval()
-    if options.bf16:
-        cast(module.parameters(), torch.bfloat16)
+    """Make ``module`` ready for scoring only: no gradients, no masters, sharded over the ranks under stage 3.
+
+    By FSDP2 under either backend.
+    """
+    _freeze(module, options)
     if world.size > 1 and options.zero_stage == 3:
         shard(module, world, bf16=False, reshard_after_forward=True)
     return module.to(world.device)
+
+
+def frozen_on_host(
+    module: nn.Module, world: World, options: BackendOptions
+) -> Callable[[], AbstractContextManager[None]]:
+    """Like ``frozen``, with the weights in host memory; returns the context in which ``module`` can be run.
+
+    Under stage 3 each block's shards come from host memory when the block is gathered, so the context does nothing.
+    """
+    _freeze(module, options)
+    if world.size > 1 and options.zero_stage == 3:
+        shard(module, world, bf16=False, reshard_after_forward=True, on_host=True)
+        return nullcontext
+    return HostWeights(module, world.device).on_device
+
+
+def _freeze(module: nn.Module, options: BackendOptions) -> None:
+    module.requires_grad_(False).eval()
+    if options.bf16:
+        cast(module.parameters(), torch.bfloat16)

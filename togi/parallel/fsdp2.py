@@ -1,8 +1,9 @@
 """ZeRO stages 1 to 3 with torch's FSDP2 (``fully_shard``): over nccl on accelerators, over gloo on the CPU.
 
 Sharded parameters are the float32 masters; each block gathers a bfloat16 copy when it runs. Gradients are reduced in
-float32 (bfloat16 reduction was measured to distort the norm) and summed, not averaged. Not here: tensor parallelism,
-offload.
+float32 (bfloat16 reduction was measured to distort the norm) and summed, not averaged. With ``adam_offload`` the shards
+are in host memory, and so are AdamW's moments; gathered weights and gradients pass through the device. Not here: tensor
+parallelism.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, take_step
 from togi.parallel.backend import BackendOptions, cast, check_same_weights, decoder_blocks
+from togi.parallel.offload import move_buffers
 from togi.parallel.process import World
 
 
-def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bool) -> None:
-    """Shard each block and the root in place.
+def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bool, *, on_host: bool = False) -> None:
+    """Shard each block and the root in place, on the rank's device; ``on_host``: in host memory until they are gathered.
 
     Inputs are not cast: the segment table and float streams of a batch must arrive as they are.
     """
@@ -30,8 +32,15 @@ def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bo
         cast_forward_inputs=False,
     )
     mesh = world.mesh()
+    place = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if on_host else OffloadPolicy()
     for part in (*decoder_blocks(module), module):
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(
+            part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=place
+        )
+    if on_host:
+        move_buffers(module, world.device)
+    else:
+        module.to(world.device)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
@@ -48,8 +57,8 @@ class Sharded:
         if options.bf16:  # frozen weights need no masters
             cast((p for p in module.parameters() if p.requires_grad), torch.float32)
             cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
-        shard(module, world, options.bf16, reshard_after_forward=options.zero_stage == 3)
-        self.module = module.to(world.device)
+        shard(module, world, options.bf16, options.zero_stage == 3, on_host=options.adam_offload)
+        self.module = module
         self.world = world
         self._zero_stage = options.zero_stage
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -83,7 +92,7 @@ class Sharded:
             if trained_only and name not in self._trained:
                 continue
             # Cast before gathering: half the traffic.
-            part = parameter.detach() if dtype is None else parameter.detach().to(dtype)
+            part = parameter.detach().to(self.world.device, parameter.dtype if dtype is None else dtype)
             with self.world.collective(f"full parameter {name}"):
                 whole = _whole(part)
             yield name, whole

@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
 from togi.errors import ConfigError
@@ -124,6 +124,11 @@ class World:
             _LIBRARIES[device.type], timeout=timeout, device_id=None if device.type == "cpu" else device
         )
         return cls(rank, size, device)
+
+    def open_group(self) -> None:
+        """Give a world of one a process group too, for a library that cannot do without."""
+        if not dist.is_initialized():
+            dist.init_process_group(_LIBRARIES[self.device.type], store=HashStore(), rank=0, world_size=1)
 
     def leave(self) -> None:
         """Close the group. The world must not be used afterwards."""

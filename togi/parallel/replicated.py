@@ -2,7 +2,7 @@
 
 With bf16 the module's own parameters are bfloat16 working copies; float32 masters beside them collect the gradients
 of all micro-batches and are what AdamW updates, so that a step smaller than bfloat16's spacing is kept instead of
-rounded away.
+rounded away. With ``adam_offload`` masters, gradients and moments are in host memory.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class Replicated:
         self.module = module.to(world.device)
         self.world = world
         self._names = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if options.bf16:
-            self._masters = {name: self._split(parameter) for name, parameter in self._names.items()}
-            cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
+        home = torch.device("cpu") if options.adam_offload else world.device
+        if options.bf16 or home != world.device:
+            self._masters = {name: self._split(p, home, options.bf16) for name, p in self._names.items()}
         else:
             self._masters = dict(self._names)
+        if options.bf16:
+            cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
         self._optimizer = make_adamw(self._masters, options)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -58,7 +60,7 @@ class Replicated:
             if trained_only and name not in self._masters:
                 continue
             master = self._masters.get(name, parameter).detach()
-            yield name, master if dtype is None else master.to(dtype)
+            yield name, master.to(self.world.device, master.dtype if dtype is None else dtype)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         for name, master in self._masters.items():
@@ -79,17 +81,20 @@ class Replicated:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(master.shape) for name, master in self._masters.items()}
 
-    def _split(self, parameter: nn.Parameter) -> Tensor:
-        """Make ``parameter`` a bfloat16 working copy of a new float32 master, which from now on gets its gradients."""
-        master = parameter.detach().float().clone()
-        parameter.data = parameter.data.to(torch.bfloat16)
+    @staticmethod
+    def _split(parameter: nn.Parameter, home: torch.device, bf16: bool) -> Tensor:
+        """Make ``parameter`` a working copy of a new float32 master at ``home``, which from now on gets its gradients."""
+        master = parameter.detach().to(home, torch.float32, copy=True)
+        if bf16:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
         def hand_over(working: Tensor) -> None:
             assert working.grad is not None
+            gradient = working.grad.to(master.device, master.dtype)
             if master.grad is None:
-                master.grad = working.grad.float()
+                master.grad = gradient
             else:
-                master.grad.add_(working.grad)
+                master.grad.add_(gradient)
             working.grad = None
 
         parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
@@ -97,7 +102,7 @@ class Replicated:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Round the masters into the working copies; without bf16 they are the same tensors."""
+        """Round the masters into the working copies, where they are not the same tensors."""
         pairs = [(p, self._masters[name]) for name, p in self._names.items() if p is not self._masters[name]]
         if pairs:
             torch._foreach_copy_([working for working, _ in pairs], [master for _, master in pairs])

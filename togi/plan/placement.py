@@ -26,7 +26,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """``slots`` = nodes x per_node; each role of the group has one process in every slot."""
+    """``slots`` = nodes x per_node; each of ``roles`` has one process in every slot, one for each reward model."""
 
     roles: tuple[Role, ...]
     nodes: int
@@ -38,15 +38,13 @@ class Group:
 
 
 def used_roles(config: RLConfig) -> tuple[Role, ...]:
-    """The models a run really needs: nothing is loaded that the settings do not use."""
+    """The models a run really needs: nothing is loaded that the settings do not use. Each reward model counts."""
     roles = [Role.ENGINE, Role.ACTOR]
     if config.uses_critic:
         roles.append(Role.CRITIC)
     if config.loads_reference:
         roles.append(Role.REF)
-    if config.reward_pretrain is not None:
-        roles.append(Role.REWARD)
-    return tuple(roles)
+    return (*roles, *[Role.REWARD] * len(config.reward_models))
 
 
 def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
@@ -119,7 +117,7 @@ def _sharing(config: RLConfig) -> list[tuple[Role, ...]]:
     if config.colocate_actor_ref:
         pairs.append((Role.ACTOR, Role.REF))
     if config.colocate_critic_reward:
-        pairs.append((Role.CRITIC, Role.REWARD))
+        pairs.append((Role.CRITIC, *[Role.REWARD] * max(1, len(config.reward_models))))
     shared = [pair for pair in pairs if all(role in roles for role in pair)]
     taken = {role for pair in shared for role in pair}
     single: list[tuple[Role, ...]] = [(role,) for role in roles if role not in taken]

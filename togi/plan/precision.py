@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
+from togi.config.infer import InferConfig
+from togi.config.iterate import IterateConfig
 from togi.config.parse import Parsed, Source
 from togi.config.shared import ModelSettings
 from togi.plan.machine import Machine
 
-Config = TypeVar("Config", bound=ModelSettings)
+Config = TypeVar("Config", bound=ModelSettings | InferConfig | IterateConfig)
 WITHOUT_BF16 = (
     "--bf16: this CPU has no bfloat16 instructions and would be hundreds of times slower with it, so everything is computed and "
     "saved in float32"
@@ -20,4 +22,5 @@ def usable_precision(parsed: Parsed[Config], machine: Machine) -> tuple[Parsed[C
     if not parsed.config.bf16 or machine.fast_bf16:
         return parsed, ""
     sources = dict(parsed.sources) | {"bf16": Source.AUTO}
-    return Parsed(parsed.config.model_copy(update={"bf16": False}), sources), WITHOUT_BF16
+    config = cast(Config, parsed.config.model_copy(update={"bf16": False}))
+    return Parsed(config, sources), WITHOUT_BF16

@@ -1,44 +1,100 @@
-"""A conversation with a model: history in messages, rendered once per turn, answers as a stream of text."""
+"""A conversation with a model: rendered once per turn from the whole history, answers as a stream of text.
+
+In the chat template the history is a list of messages; in plain text it is one text that grows by a line break and
+``--input_template`` a turn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from togi.config.chat import ChatConfig
-from togi.data.chat import encode, load_tokenizer, render_prompt, stop_token_ids
+from togi.data.chat import Tokenizer, encode, load_tokenizer, render_prompt, stop_token_ids
+from togi.data.reward_text import asked_reward, with_reward
 from togi.errors import DataError
 from togi.model.generate import Answering, load_generator, stream
 
 
 class Chat:
-    """Holds the model and the messages so far. Raises DataError or ModelError for a model that cannot talk."""
+    """Holds the model and the turns so far. Raises DataError or ModelError for a model that cannot talk."""
 
     def __init__(self, config: ChatConfig) -> None:
         path, trust = config.pretrain, config.trust_remote_code
         self._tokenizer = load_tokenizer(path, chat_template=config.tokenizer_chat_template, trust_remote_code=trust)
-        if not self._tokenizer.chat_template:
-            raise DataError(
-                f"The tokenizer of {path} has no chat template: use an instruct model or give --tokenizer_chat_template."
-            )
+        self._history: ChatHistory | PlainHistory = (
+            ChatHistory(self._tokenizer, path) if config.apply_chat_template else PlainHistory(config)
+        )
         stops = stop_token_ids(self._tokenizer, path)
-        self._how = Answering(config.max_len, config.temperature, config.top_p, stops)
+        temperature = 0.0 if config.greedy_sampling else config.temperature
+        self._how = Answering(config.max_len, temperature, config.top_p, stops, config.repetition_penalty)
         self._model = load_generator(path, bf16=config.bf16, trust_remote_code=trust)
-        self._messages: list[dict[str, str]] = []
+        self._config = config
 
     def clear(self) -> None:
         """Forget the conversation."""
-        self._messages = []
+        self._history.clear()
 
     def answer(self, text: str) -> Iterator[str]:
         """The model's answer to ``text``, piece by piece. Both join the history when the answer is complete."""
-        messages = [*self._messages, {"role": "user", "content": text}]
-        try:
-            rendered = render_prompt(messages, self._tokenizer, apply_chat_template=True, input_template=None)
-        except DataError as error:
-            raise DataError(f"The conversation {error}") from None
-        tokens = encode([rendered], self._tokenizer, add_special_tokens=False)[0]
+        rendered, config = self._history.render(text), self._config
+        if config.enable_csft:
+            reward = asked_reward(config.csft_prompt, config.reward_template)
+            rendered = with_reward(config.reward_template, rendered, reward)
+        tokens = encode([rendered], self._tokenizer, add_special_tokens=not config.apply_chat_template)[0]
         pieces = []
         for piece in stream(self._model, self._tokenizer, tokens, self._how):
             pieces.append(piece)
             yield piece
-        self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+        self._history.add(text, "".join(pieces))
+
+
+class ChatHistory:
+    """Messages. Raises DataError if the tokenizer has no template for them."""
+
+    def __init__(self, tokenizer: Tokenizer, path: str) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"The tokenizer of {path} has no chat template: use an instruct model, give --tokenizer_chat_template, or "
+                "talk in plain text with --no_apply_chat_template."
+            )
+        self._tokenizer = tokenizer
+        self.clear()
+
+    def clear(self) -> None:
+        self._messages: list[dict[str, str]] = []
+
+    def render(self, text: str) -> str:
+        messages = [*self._messages, {"role": "user", "content": text}]
+        try:
+            return render_prompt(messages, self._tokenizer, apply_chat_template=True, input_template=None)
+        except DataError as error:
+            raise DataError(f"The conversation {error}") from None
+
+    def add(self, text: str, answer: str) -> None:
+        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+
+class PlainHistory:
+    """One text, which ``--ta_prompt`` starts. Raises DataError if that cannot be read."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        self._template = "{}" if config.input_template is None else config.input_template
+        self._start = [] if config.ta_prompt is None else [_read(Path(config.ta_prompt))]
+        self.clear()
+
+    def clear(self) -> None:
+        self._parts = list(self._start)
+
+    def render(self, text: str) -> str:
+        return "\n".join([*self._parts, self._template.replace("{}", text)])
+
+    def add(self, text: str, answer: str) -> None:
+        self._parts = [self.render(text) + answer]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--ta_prompt {path} cannot be read ({error}): give a text file.") from None

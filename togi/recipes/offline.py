@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from togi.config.offline import OfflineConfig
+from togi.config.offline import KDConfig, OfflineConfig
 from togi.config.parse import Parsed
 from togi.learn.checkpoint import Checkpoint
 from togi.obs.progress import Progress
 from togi.obs.run_dir import State
 from togi.parallel.process import World
 from togi.recipes.offline_data import Data, Task, check_plan, load_data, task_of, uses_flash
+from togi.recipes.offline_generation import check_ranks
 from togi.recipes.offline_journal import Journal, RunJournal
 from togi.recipes.offline_plan import EpochPlan
 from togi.recipes.offline_run import Evaluation, OfflineRun
-from togi.recipes.offline_setup import find_checkpoint, load_models
+from togi.recipes.offline_setup import find_checkpoint, load_models, offload_notice
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,10 @@ def _run(config: OfflineConfig, command: str, world: World, journal: Journal) ->
         )
     elif config.flash_attn and not uses_flash(config, world):
         journal.announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
+    if notice := offload_notice(config, task, world):
+        journal.announce(notice)
+    if isinstance(config, KDConfig):
+        check_ranks(config, world)
     if config.eval_steps > 0 and config.eval_dataset is None:
         journal.announce("--eval_steps: there is no --eval_dataset, so nothing is evaluated")
     data = load_data(config, task, world, journal.progress)
@@ -82,7 +88,8 @@ def _run(config: OfflineConfig, command: str, world: World, journal: Journal) ->
     found = find_checkpoint(config, command, data, world)
     journal.open(data.reports, found.step if found is not None else 0, plan.steps)
     try:
-        evaluations = train(start(config, command, task, data, plan, world, journal), found)
+        with closing(start(config, command, task, data, plan, world, journal)) as run:
+            evaluations = train(run, found)
     except BaseException as error:
         journal.close(State.FAILED, str(error) or type(error).__name__)
         raise
@@ -118,5 +125,5 @@ def start(
 ) -> OfflineRun:
     """Load the models."""
     with journal.progress.phase("loading models", expected_seconds=10):
-        models = load_models(config, task, data, plan, world)
-    return OfflineRun(config, command, task, data, plan, models, world, journal)
+        models = load_models(config, task, data, plan, world, journal)
+    return OfflineRun(config, command, task, models.data, plan, models, world, journal)

@@ -78,13 +78,16 @@ class Data:
 
 
 def load_data(config: OfflineConfig, task: Task, world: World, progress: Progress) -> Data:
-    """The tokenizer and all rows. The first rank reads first: a mistake in a row is told once, and caches are warm."""
+    """The tokenizer and all rows. The first rank reads first: a mistake in a row is told once, and the others find its
+    tokenised rows in the cache (on other machines too, where they share the folder).
+    """
     with progress.phase("reading data", expected_seconds=8):
         check_causal_lm(
             config.pretrain,
             flash_attn=uses_flash(config, world),
             trust_remote_code=config.trust_remote_code,
             lora=config.lora,
+            balanced=config.aux_loss_coef > 0,
         )
         tokenizer = load_tokenizer(
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
@@ -105,7 +108,15 @@ def load_data(config: OfflineConfig, task: Task, world: World, progress: Progres
 
 
 def check_plan(config: OfflineConfig, plan: EpochPlan, data: Data) -> None:
-    """What only the rows can tell: KTO's KL estimate needs two prompts in every step. Raises ConfigError."""
+    """What only the rows can tell: KTO's KL estimate needs two prompts in every step, a generated response needs one.
+
+    Raises ConfigError.
+    """
+    if isinstance(config, KDConfig) and config.on_policy_share > 0 and 0 in data.train.prompt_lengths():
+        raise ConfigError(
+            "--on_policy_share lets the student answer prompts, but there are rows in --dataset without any: fill --input_key "
+            "or set --input_template."
+        )
     if not isinstance(config, KTOConfig):
         return
     why = "and KTO pairs each prompt with the answer to another"
@@ -123,13 +134,8 @@ def check_plan(config: OfflineConfig, plan: EpochPlan, data: Data) -> None:
 
 def _two_prompts(examples: Examples, rows: Sequence[int]) -> bool:
     """Whether these rows have more than one prompt."""
-    seen = set[bytes]()
-    for row in rows:
-        (sample,) = examples[row]
-        seen.add(sample.tokens[: sample.prompt_length].tobytes())
-        if len(seen) > 1:
-            return True
-    return False
+    first = examples.prompt(rows[0])
+    return any(examples.prompt(row) != first for row in rows)
 
 
 def check_vocabulary(config: KDConfig, tokenizer: Tokenizer) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from togi.config.offline import OfflineConfig
 from togi.config.parse import Parsed
 from togi.data.report import DataReport
+from togi.obs.held_out import HeldOutRow, write_rows
 from togi.obs.metrics import StepRecord
 from togi.obs.progress import Progress
 from togi.obs.report import write_report
@@ -41,6 +42,9 @@ class Journal:
 
     def write(self, step: int, values: Mapping[str, float], note: str) -> None:
         """The metrics of a step. Step 0 is before training."""
+
+    def write_rows(self, step: int, rows: Sequence[HeldOutRow]) -> None:
+        """Held-out rows worth a look, of the evaluation after ``step``."""
 
     def close(self, state: State, message: str = "") -> None:
         """The run is over; ``open`` must have been called."""
@@ -95,6 +99,9 @@ class RunJournal(Journal):
         if time.monotonic() > self._report_due:
             write_report(self.root)
             self._report_due = time.monotonic() + REPORT_SECONDS
+
+    def write_rows(self, step: int, rows: Sequence[HeldOutRow]) -> None:
+        write_rows(self.root, step, rows)
 
     def close(self, state: State, message: str = "") -> None:
         self._open.close()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,14 @@ class EpochPlan:
     def rows_of(self, step: int) -> list[int]:
         """The rows of step ``step``, counted from 0. Every epoch has its own seeded order of all rows."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order: list[int] = np.random.default_rng([self.seed, epoch]).permutation(self.rows).tolist()
-        return order[place * self.batch : (place + 1) * self.batch]
+        order = _order(self.seed, epoch, self.rows)
+        rows: list[int] = order[place * self.batch : (place + 1) * self.batch].tolist()
+        return rows
+
+    def rows_before(self, step: int) -> int:
+        """How many rows the steps before ``step`` had, over all epochs."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return epoch * self.rows + place * self.batch
 
     def describe(self) -> str:
         """The batch arithmetic in one line."""
@@ -46,3 +54,9 @@ class EpochPlan:
             f"{self.rows} rows in batches of {min(self.batch, self.rows)}{rest}: {self.steps_per_epoch} optimizer steps "
             f"an epoch, {self.epochs} epochs, {self.steps} steps in all"
         )
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
+    """The order of all rows in an epoch, kept as every step of it asks for a part."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)

@@ -12,17 +12,33 @@ from togi.data.items import parse_items
 from togi.data.precheck import parse_probs
 from togi.errors import ConfigError
 from togi.obs.sinks import check_trackers
-from togi.recipes.preflight import check_folders, check_model, check_sets, key_value_heads, max_positions, trackers
+from togi.recipes.best_metric import offline_aim
+from togi.recipes.preflight import (
+    check_backend,
+    check_engine,
+    check_experts,
+    check_folders,
+    check_model,
+    check_sets,
+    key_value_heads,
+    max_positions,
+    trackers,
+)
 
 
 def check(parsed: Parsed[OfflineConfig]) -> None:
     """Raise the first UserError."""
     check_offline(parsed)
     config = parsed.config
+    offline_aim(config)
+    if isinstance(config, KDConfig) and config.on_policy_share > 0:
+        check_engine(config.rollout_engine)
+    check_backend(config.backend)
     for flag, path in other_models(config).items():
         check_model(flag, path)
     check_context(config)
     check_ring(config)
+    check_experts(config)
     check_data(config)
     check_trackers(trackers(config))
     check_folders(config)
@@ -72,13 +88,13 @@ def check_ring(config: OfflineConfig) -> None:
 
 
 def check_data(config: OfflineConfig) -> None:
-    """Sets, fields and probabilities."""
+    """Sets, fields and probabilities. Single bad rows are counted when the data is loaded."""
     keys = fields(config)
-    check_sets("dataset", config.dataset, keys, config.split)
+    check_sets("dataset", config.dataset, keys, config.split, every_row=False)
     if config.dataset_probs is not None:
         parse_probs(config.dataset_probs, len(parse_items(config.dataset)), "--dataset_probs")
     if config.eval_dataset is not None:
-        check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
+        check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split, every_row=False)
 
 
 def fields(config: OfflineConfig) -> Mapping[str, str]:

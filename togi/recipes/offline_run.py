@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from togi.config.offline import OfflineConfig
 from togi.data.packing import PackStats, pack_stats
 from togi.data.records import Examples
+from togi.learn.best import Best, BestStore, better
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.learn.evaluation import Measured, conclude, measure
 from togi.learn.learner import UpdateReport
@@ -22,6 +23,8 @@ from togi.model.checkpoint import save_trained, written_aside
 from togi.model.policy import ScalarModel
 from togi.obs import names
 from togi.parallel.process import World
+from togi.recipes.best_metric import offline_aim
+from togi.recipes.held_out import Judged, ends, judge, worst_and_best
 from togi.recipes.offline_data import Data, Task
 from togi.recipes.offline_journal import Journal
 from togi.recipes.offline_plan import EpochPlan
@@ -61,6 +64,8 @@ class OfflineRun:
         self._tokens_seen = 0.0
         self._values: dict[str, float] = {}
         self._store = CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
+        self._aim, self._bests = offline_aim(config), BestStore(Path(config.ckpt_path))
+        self._best: Best | None = None
 
     def resume(self, found: Checkpoint | None) -> None:
         """Go on from a checkpoint: weights, moments, random generators; the step alone says which rows come next."""
@@ -69,10 +74,19 @@ class OfflineRun:
         with self._journal.progress.phase(f"loading checkpoint of step {found.step}", expected_seconds=10):
             load_learner(self._models.learner, found.path, self._identity)
         self.step, self._tokens_seen = found.step, found.state["tokens_seen"]
+        if self._aim is not None:
+            best = self._bests.resumed(self._aim, found.state.get("best")) if self._world.is_first else None
+            self._best = self._world.gather("best evaluation", best)[0]
 
     def next_samples(self) -> list[Sample]:
-        """The rows of this optimizer step as samples, the same on every rank."""
-        return self._samples(self.data.train, self.plan.rows_of(self.step))
+        """The rows of this optimizer step as samples, the same on every rank; some answered by the student if so asked."""
+        samples = self._samples(self.data.train, self.plan.rows_of(self.step))
+        for student in self._models.students:
+            self._journal.beat()
+            with self._journal.progress.phase("generating"):
+                samples, metrics = student.answer(samples, self.step)
+            self._values |= metrics
+        return samples
 
     def prepare(self, samples: Sequence[Sample]) -> list[Sample]:
         """This rank's share, with what the loss needs of other models."""
@@ -96,7 +110,9 @@ class OfflineRun:
             names.LEARNING_RATE: report.learning_rate,
             names.TOKENS_STEP: unshared,
             names.TOKENS_SEEN: self._tokens_seen,
-            names.SHARED_SHARE: 1 - tokens / unshared,
+            names.SHARED_SHARE: PackStats(int(tokens), int(unshared)).saved_share,
+            names.PADDING_SHARE: report.load.padding_share,
+            names.RANK_IMBALANCE: report.load.imbalance,
             names.THROUGHPUT_TRAIN: unshared / (time.perf_counter() - start),
         }
         return report
@@ -112,19 +128,40 @@ class OfflineRun:
         return [self._evaluate(examples) for examples in self.data.held_out]
 
     def _evaluate(self, examples: Examples) -> Evaluation:
-        objective, parts = self._models.learner.objective, list[Measured]()
+        objective, parts, rows = self._models.learner.objective, list[Measured](), list[Judged]()
         with self._journal.progress.phase("evaluating"):
             for samples in self._in_parts(examples):
-                batches = self._models.dealer.packs(self._models.prepare(samples, seed=self._seed(0))).batches
-                parts.append(measure(self._models.learner.backend.module, objective, self._world, batches))
+                mine = self._models.prepare(samples, seed=self._seed(0))
+                packs = self._models.dealer.packs(mine)
+                part = measure(self._models.learner.backend.module, objective, self._world, packs.batches)
+                rows += judge(mine, packs.in_order(part.judged))
+                parts.append(replace(part, judged=()))
                 self._journal.beat()
+            rows = [row for share in self._world.gather_shares("held-out rows", ends(rows)) for row in share]
             loss, metrics = conclude(objective, self._world, Measured.merged(parts))
         values = {f"eval/{name}": value for name, value in metrics.items()} | {names.EVAL_LOSS: loss}
         self._values |= values
+        if self._world.is_first:
+            shown = worst_and_best(self.config, rows, examples, self.data.tokenizer)
+            self._journal.write_rows(self.step, shown)
+        self._keep_if_best(values)
         if self.step == 0:
             self._journal.write(0, values, "")
             self._values = {}
         return Evaluation(self.step, loss, metrics)
+
+    def _keep_if_best(self, values: Mapping[str, float]) -> None:
+        """Write the model beside the checkpoints if no evaluation before was as good."""
+        aim, bests = self._aim, self._bests
+        if aim is None or not better(aim, values[aim.metric], self._best):
+            return
+        self._best = Best(aim, values[aim.metric], self.step)
+        with self._journal.progress.phase("writing the best model"), ExitStack() as stack:
+            folder = stack.enter_context(bests.write(self._best)) if self._world.is_first else bests.folder
+            self._write_model(folder)
+        self._journal.announce(
+            f"best so far: {aim.metric} {self._best.value:.5g} at step {self.step}, in {bests.folder}"
+        )
 
     def log(self) -> None:
         """Metrics, every step."""
@@ -137,7 +174,12 @@ class OfflineRun:
         if config.save_steps <= 0 or self.step % config.save_steps != 0:
             return
         resumable = not config.disable_ds_ckpt
-        state = {"resumable": resumable, "identity": self._identity, "tokens_seen": self._tokens_seen}
+        state = {
+            "resumable": resumable,
+            "identity": self._identity,
+            "tokens_seen": self._tokens_seen,
+            "best": self._best.to_json() if self._best is not None else None,
+        }
         size = expected_bytes(self._models.learner) if resumable else 0
         with self._journal.progress.phase("writing a checkpoint"), ExitStack() as stack:
             folder = stack.enter_context(self._store.write(self.step, state, size)) if world.is_first else Path()
@@ -157,6 +199,11 @@ class OfflineRun:
             else:
                 self._write_model(target)  # takes part in gathering, writes nothing
             self._world.barrier("model in place")
+
+    def close(self) -> None:
+        """Stop what runs beside the training."""
+        for student in self._models.students:
+            student.close()
 
     def _write_model(self, folder: Path) -> None:
         model, dtype = self._models.model, torch.bfloat16 if self.config.bf16 else torch.float32

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,12 +36,15 @@ from togi.learn.sft_objective import SFTObjective
 from togi.learn.step_objective import StepRewardObjective
 from togi.model.loading import load_causal_lm, load_scalar_model, read_config
 from togi.model.policy import PolicyModel, ScalarModel
-from togi.parallel.backend import BackendOptions
-from togi.parallel.build import frozen, trainable
+from togi.parallel.backend import BackendOptions, backend_options
+from togi.parallel.build import frozen, frozen_on_host, trainable
 from togi.parallel.process import World
 from togi.parallel.ring import Ring
 from togi.recipes.offline_data import Data, Task, uses_flash
+from togi.recipes.offline_generation import Student, start_engines
+from togi.recipes.offline_journal import Journal
 from togi.recipes.offline_plan import EpochPlan
+from togi.recipes.offline_reference import with_reference
 from togi.recipes.offline_steps import Dealer, Preparation, Share, WithKL, WithReference
 
 HF_FOLDER = "hf"
@@ -91,36 +96,96 @@ def find_checkpoint(config: OfflineConfig, command: str, data: Data, world: Worl
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Models:
-    """The model in training and what prepares its steps."""
+    """The model in training, the rows as they were read or scored ahead, and what prepares the steps.
 
+    ``students``: the model in training as a generator; one with ``--on_policy_share``, else none.
+    """
+
+    data: Data
     model: PolicyModel | ScalarModel
     learner: Learner
     policy: Scorer
     dealer: Dealer
     prepare: Preparation
+    students: tuple[Student, ...] = ()
 
 
-def load_models(config: OfflineConfig, task: Task, data: Data, plan: EpochPlan, world: World) -> Models:
+@dataclass(frozen=True, slots=True, eq=False)
+class Frozen:
+    """A language model that is only read, and the context to run it in."""
+
+    model: PolicyModel
+    around: Callable[[], AbstractContextManager[None]]
+
+
+def load_models(
+    config: OfflineConfig, task: Task, data: Data, plan: EpochPlan, world: World, journal: Journal
+) -> Models:
     """Load every model and put it on this rank's device. Random numbers start from ``--seed`` on every rank alike."""
-    torch.manual_seed(config.seed)
+    engines = start_engines(config, world)
     if config.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
-    options = BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
-    join = joining(config, world)
+    options = backend_options(config)
+    join, dealer = joining(config, world), dealer_of(config, task, world)
+    if scores_ahead(config) and not base_is_reference(config, task):
+        data = with_reference(
+            config, task.reference, data, partial(_own_reference, config, task, join, world, options), dealer, journal
+        )
+    torch.manual_seed(config.seed)
     model = join(_trained(config, task, world))
     vocabulary = model.vocabulary if isinstance(model, PolicyModel) else 0
     backend = trainable(model, world, options)
-    schedule = Schedule.with_warmup_ratio(config.lr_scheduler, config.learning_rate, plan.steps, config.lr_warmup_ratio)
+    schedule = Schedule.of(config, config.learning_rate, plan.steps)
     whole = replace(options, zero_stage=0)
     teachers = [_frozen(config, path, join, world, whole) for path in (task.teacher,) if path]
     objective = _objective(config, data, teachers, vocabulary)
-    learner = Learner(backend, objective, schedule, config.max_norm if config.max_norm > 0 else math.inf)
-    policy, dealer = Scorer(backend.module, world), dealer_of(config, task, world)
-    if not task.reference:
-        return Models(model, learner, policy, dealer, Share(dealer))
-    reference = _reference(config, task, learner, join, options)
+    max_norm = config.max_norm if config.max_norm > 0 else math.inf
+    learner = Learner(backend, objective, schedule, max_norm, config.aux_loss_coef)
+    policy = Scorer(backend.module, world)
+    if scores_ahead(config) and base_is_reference(config, task):
+        data = with_reference(config, task.reference, data, lambda: _base(policy), dealer, journal)
+    if not task.reference or scores_ahead(config):
+        students = tuple(Student(config, engine, model, learner, plan, data, dealer) for engine in engines)
+        return Models(data, model, learner, policy, dealer, Share(dealer), students)
+    inside = base_is_reference(config, task)
+    reference = _base(policy) if inside else _own_reference(config, task, join, world, options)
     prepare = WithKL(dealer, reference, policy) if task.mismatched else WithReference(dealer, reference)
-    return Models(model, learner, policy, dealer, prepare)
+    return Models(data, model, learner, policy, dealer, prepare)
+
+
+def scores_ahead(config: OfflineConfig) -> bool:
+    """Whether the reference scores everything before the training."""
+    return isinstance(config, DPOConfig) and config.precompute_ref
+
+
+def base_is_reference(config: OfflineConfig, task: Task) -> bool:
+    """Whether the policy has the reference inside: with LoRA, its frozen base. Then no second copy is loaded."""
+    return config.lora is not None and task.reference == config.pretrain
+
+
+def offload_notice(config: OfflineConfig, task: Task, world: World) -> str:
+    """Why an offload flag does nothing here, "" if it does something or is not set."""
+    flag = offload_flag(config)
+    if flag and base_is_reference(config, task):
+        return f"{flag}: with --lora_rank the reference is the base inside the policy, there is no second model to move"
+    if flag and world.device.type == "cpu":
+        return f"{flag}: there is no accelerator here, all weights are in host memory anyway"
+    return ""
+
+
+def moves_weights(config: OfflineConfig, world: World) -> bool:
+    """Whether frozen weights lie in host memory and are brought to the device."""
+    return offload_flag(config) != "" and world.device.type != "cpu"
+
+
+def offload_flag(config: OfflineConfig) -> str:
+    """The flag that asks for frozen weights in host memory, "" if none does."""
+    if isinstance(config, DPOConfig | KTOConfig) and config.ref_offload:
+        return "--ref_offload"
+    if isinstance(config, KDConfig) and config.teacher_offload:
+        return "--teacher_offload"
+    return ""
 
 
 def joining(config: OfflineConfig, world: World) -> Joining:
@@ -173,19 +238,22 @@ def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | S
     )
 
 
-def _frozen(config: OfflineConfig, path: str, join: Joining, world: World, options: BackendOptions) -> PolicyModel:
-    """A language model that is only read."""
+def _frozen(config: OfflineConfig, path: str, join: Joining, world: World, options: BackendOptions) -> Frozen:
+    """A language model that is only read, where the offload flags want it."""
     model = load_causal_lm(
         path,
         torch.bfloat16 if config.bf16 else torch.float32,
         flash_attn=uses_flash(config, world),
         trust_remote_code=config.trust_remote_code,
     )
-    frozen(join(model), world, options)
-    return model
+    join(model)
+    if moves_weights(config, world):
+        return Frozen(model, frozen_on_host(model, world, options))
+    frozen(model, world, options)
+    return Frozen(model, nullcontext)
 
 
-def _objective(config: OfflineConfig, data: Data, teachers: Sequence[PolicyModel], vocabulary: int) -> Objective:
+def _objective(config: OfflineConfig, data: Data, teachers: Sequence[Frozen], vocabulary: int) -> Objective:
     """The loss of a command. ``vocabulary``: tokens that the model in training predicts."""
     match config:
         case SFTConfig():
@@ -199,7 +267,10 @@ def _objective(config: OfflineConfig, data: Data, teachers: Sequence[PolicyModel
         case PRMConfig():
             return _step_reward(data)
         case KDConfig():
-            return DistillationObjective(teachers[0], vocabulary, config.kd_coef, config.kd_divergence)
+            (teacher,) = teachers
+            return DistillationObjective(
+                teacher.model, vocabulary, config.kd_coef, config.kd_divergence, around=teacher.around
+            )
     raise AssertionError(f"no objective for {type(config).__name__}")
 
 
@@ -218,11 +289,14 @@ def _step_reward(data: Data) -> Objective:
     return StepRewardObjective(data.train.labels.reward_ids, data.train.labels.soft)
 
 
-def _reference(config: OfflineConfig, task: Task, learner: Learner, join: Joining, options: BackendOptions) -> Scorer:
-    """The frozen model that the policy is held to. With LoRA the policy has it inside: no second copy is loaded."""
-    module, world = learner.backend.module, learner.backend.world
-    if config.lora is not None and task.reference == config.pretrain:
-        from togi.model.adapters import without_adapter
+def _own_reference(config: OfflineConfig, task: Task, join: Joining, world: World, options: BackendOptions) -> Scorer:
+    """The frozen model that the policy is held to, a copy of its own."""
+    reference = _frozen(config, task.reference, join, world, options)
+    return Scorer(reference.model, world, reference.around)
 
-        return Scorer(module, world, around=partial(without_adapter, module))
-    return Scorer(_frozen(config, task.reference, join, world, options), world)
+
+def _base(policy: Scorer) -> Scorer:
+    """The base inside a policy that is trained with LoRA."""
+    from togi.model.adapters import without_adapter
+
+    return Scorer(policy.module, policy.world, partial(without_adapter, policy.module))

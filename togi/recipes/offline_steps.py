@@ -37,10 +37,13 @@ class Dealer:
     max_sequences: int | None
     share_prefix: bool
 
+    def places(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Which samples of a step each rank or ring gets (``World.share``), by tokens; the same on every rank."""
+        return split_ranks(samples, self.world.shares, share_prefix=self.share_prefix, whole_groups=True)
+
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
-        """This rank's part of the samples of a step, by tokens; the ranks of a ring have the same."""
-        shares = split_ranks(samples, self.world.shares, share_prefix=self.share_prefix, whole_groups=True)
-        return [samples[i] for i in shares[self.world.share]]
+        """This rank's part of the samples of a step; the ranks of a ring have the same."""
+        return [samples[i] for i in self.places(samples)[self.world.share]]
 
     def packs(self, samples: Sequence[Sample]) -> Packs:
         """This rank's samples, packed."""

@@ -15,17 +15,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from togi.config.checks import check_rl
-from togi.config.choices import EngineName
+from togi.config.checks import check_mixture, check_rl
+from togi.config.choices import BackendName, EngineName
 from togi.config.parse import Parsed
+from togi.config.reward import verifier_of
 from togi.config.rl import RLConfig
-from togi.config.shared import ADAPTER_CONFIG, OutputSettings
+from togi.config.shared import ADAPTER_CONFIG, ModelSettings, OutputSettings
 from togi.data.items import listed, parse_items
 from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError
 from togi.obs.sinks import TrackerOptions, check_trackers
 from togi.plan.machine import Machine, joins_cluster
 from togi.plan.placement import check_fits, plan_groups, resolve
+from togi.recipes.best_metric import check_rl_metric
 
 FUNCTION = "reward_func"
 DEFAULT_PARENT = "runs"
@@ -39,26 +41,35 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     ``reward_given``: the reward is a Python function passed in code.
     """
     check_rl(parsed.config, reward_given=reward_given)
+    check_rl_metric(parsed.config)
     parsed = resolve(parsed, machine)
     config = parsed.config
     groups = plan_groups(config)
     if not joins_cluster():
         check_fits(groups, machine.gpus)
     check_engine(config.rollout_engine)
-    for flag, path in (
-        ("pretrain", config.pretrain),
-        ("critic_pretrain", config.critic_pretrain),
-        ("reward_pretrain", config.reward_pretrain),
-    ):
-        if path is not None:
-            check_model(flag, path)
+    check_backend(config.backend)
+    check_model("pretrain", config.pretrain)
+    if config.critic_pretrain is not None:
+        check_model("critic_pretrain", config.critic_pretrain)
+    for path in config.reward_models:
+        check_model("reward_pretrain", path)
     check_context(config)
+    check_experts(config)
     check_prompts(config)
-    if config.reward_file is not None:
-        check_reward_file(Path(config.reward_file))
+    for file in config.reward_files:
+        check_reward(file)
     check_trackers(trackers(config))
     check_folders(config)
     return parsed
+
+
+def check_backend(backend: BackendName) -> None:
+    """The package that a backend needs is installed."""
+    if backend is BackendName.DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "--backend deepspeed needs the package deepspeed: pip install 'togi[deepspeed]', or use --backend fsdp2."
+        )
 
 
 def check_prompts(config: RLConfig) -> None:
@@ -71,10 +82,10 @@ def check_prompts(config: RLConfig) -> None:
         check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
 
 
-def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str) -> None:
-    """The data sets of a flag exist, have rows and the fields asked for."""
+def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str, *, every_row: bool = True) -> None:
+    """The data sets of a flag exist, have rows and the fields asked for (``precheck.check_source``)."""
     try:
-        check_sources(text, keys, split)
+        check_sources(text, keys, split, every_row=every_row)
     except DataError as error:
         raise DataError(f"--{flag}: {error}") from None
 
@@ -136,8 +147,30 @@ def check_context(config: RLConfig) -> None:
         raise ConfigError(f"{asked} is more than the {positions} positions of {config.pretrain}: lower it.")
 
 
-def _model_settings(path: str) -> dict[str, Any]:
-    """A model folder's config.json; nothing where there is none."""
+def key_value_heads(path: str) -> int | None:
+    """The key/value heads of a layer by a model folder's config.json; None where it does not say."""
+    heads = model_settings(path).get("num_key_value_heads")
+    return heads if isinstance(heads, int) else None
+
+
+def max_positions(path: str) -> int | None:
+    """The longest sequence that a model folder's config.json allows; None where nothing there limits it."""
+    settings = model_settings(path)
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    positions = settings.get("max_position_embeddings")
+    is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    return positions if is_plain and isinstance(positions, int) else None
+
+
+def check_experts(config: ModelSettings) -> None:
+    """``--aux_loss_coef`` needs a mixture of experts. Of a hub name, ``check_causal_lm`` finds out."""
+    settings = model_settings(config.pretrain)
+    if config.aux_loss_coef > 0 and settings:
+        check_mixture(config.pretrain, str(settings.get("model_type")))
+
+
+def model_settings(path: str) -> dict[str, Any]:
+    """What a model folder's config.json says; empty where ``path`` is no such folder."""
     file = Path(path) / "config.json"
     if not file.is_file():
         return {}
@@ -147,19 +180,13 @@ def _model_settings(path: str) -> dict[str, Any]:
         raise ConfigError(f"--pretrain: {file} cannot be read ({error}): give a complete model folder.") from None
 
 
-def key_value_heads(path: str) -> int | None:
-    """The key/value heads of a layer by a model folder's config.json; None where it does not say."""
-    heads = _model_settings(path).get("num_key_value_heads")
-    return heads if isinstance(heads, int) else None
-
-
-def max_positions(path: str) -> int | None:
-    """The longest sequence that a model folder's config.json allows; None where nothing there limits it."""
-    settings = _model_settings(path)
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    positions = settings.get("max_position_embeddings")
-    is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    return positions if is_plain and isinstance(positions, int) else None
+def check_reward(item: str) -> None:
+    """One entry of ``--reward_func``: the package of a built-in function is installed, or the file is one."""
+    verifier = verifier_of(item)
+    if verifier is None:
+        check_reward_file(Path(item))
+    elif verifier.package and importlib.util.find_spec(verifier.package) is None:
+        raise RewardError(f"--reward_func {item} needs the package {verifier.package}: pip install 'togi[rewards]'.")
 
 
 def check_reward_file(path: Path) -> None:

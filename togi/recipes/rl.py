@@ -18,8 +18,9 @@ from togi.obs.run_dir import RunDirectory, State
 from togi.plan.machine import this_machine
 from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
+from togi.recipes.rl_rewards import connect, describe
 from togi.recipes.rl_run import Run
-from togi.recipes.rl_setup import Material, connect_reward, find_checkpoint, open_run, prepare
+from togi.recipes.rl_setup import Material, best_aim, find_checkpoint, open_run, prepare
 from togi.runtime.session import Session
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ async def _run(
     material = await prepare(config, reward, progress)
     try:
         plan = StepPlan.of(config, len(material.prompts))
+        best_aim(config, material)
         announce(plan.describe(config))
         checkpoint = find_checkpoint(config, material, progress)
         directory = open_run(parsed, argv, material)
@@ -85,8 +87,7 @@ async def _run(
         write_report(directory.root)
         return result
     finally:
-        for function in material.functions:
-            await function.close()
+        await material.rewards.close()
 
 
 async def _with_session(
@@ -102,7 +103,9 @@ async def _with_session(
         session = await Session.start(config, this_machine(), plan.updates)
     announce(f"placement: {session.cluster.describe()}")
     try:
-        reward = await connect_reward(config, material, session)
+        reward = await connect(config, material.rewards, session)
+        if line := describe(config, reward):
+            announce(f"reward: {line}")
         with Run(config, material, reward, plan, session, directory, progress) as run_state:
             evaluations = await train(run_state, checkpoint)
         await session.close()

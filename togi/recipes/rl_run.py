@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ import numpy as np
 
 from togi.algo.kl import kl_controller
 from togi.config.rl import RLConfig
+from togi.learn.best import Best, BestStore, better
 from togi.learn.checkpoint import Checkpoint
 from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS
 from togi.model.checkpoint import written_aside
@@ -29,8 +30,8 @@ from togi.obs.stall import Watchdog
 from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
 from togi.recipes.preflight import trackers
-from togi.recipes.rl_setup import Material, checkpoint_store, plain
-from togi.reward.source import Reward
+from togi.recipes.rl_setup import Material, best_aim, checkpoint_store, plain
+from togi.reward.combine import CombinedReward
 from togi.runtime import measure
 from togi.runtime.experience import ScoredGroup, Trainable, to_sample, trainable, with_advantages, with_streams
 from togi.runtime.feed import RolloutFeed
@@ -53,7 +54,7 @@ class Run:
         self,
         config: RLConfig,
         material: Material,
-        reward: Reward,
+        reward: CombinedReward,
         plan: StepPlan,
         session: Session,
         directory: RunDirectory,
@@ -70,10 +71,13 @@ class Run:
         self._tokens_seen = 0
         self._report_due = 0.0
         self._store = checkpoint_store(config)
+        self._aim, self._bests = best_aim(config, material), BestStore(Path(config.ckpt_path))
+        self._best: Best | None = None
         generate = session.engines.generate
         seed = config.seed if config.full_determinism else None
-        self._feed = RolloutFeed(material.environment(config, config.temperature), generate, reward, seed)
-        self._eval_feed = RolloutFeed(material.environment(config, config.eval_temperature), generate, reward, seed)
+        acting, trying = (material.environment(config, t) for t in (config.temperature, config.eval_temperature))
+        self._feed = RolloutFeed(acting, generate, reward, seed, config.allowed_reward_errors)
+        self._eval_feed = RolloutFeed(trying, generate, reward, seed, config.allowed_reward_errors)
 
     def __enter__(self) -> Self:
         self._watchdog = self._open.enter_context(Watchdog(STALL_SECONDS, self._directory.stacks_path))
@@ -92,6 +96,8 @@ class Run:
             self.step = found.step
             self._kl = self._kl.restored(found.state["kl"])
             self._tokens_seen = found.state["tokens_seen"]
+            if self._aim is not None:
+                self._best = self._bests.resumed(self._aim, found.state.get("best"))
         if self.config.load_checkpoint:
             # Without a checkpoint nothing of an earlier attempt counts, not even its evaluation before training.
             self._directory.truncate_after(self.step if found is not None else -1)
@@ -129,7 +135,7 @@ class Run:
 
     async def score(self, groups: Sequence[ScoredGroup]) -> tuple[list[Trainable], list[Sample]]:
         """Trainable samples with the log-probs and values that the advantages need."""
-        items = trainable(groups)
+        items = trainable(groups, self.config.on_reward_error)
         if not items:
             return [], []
         start = time.perf_counter()
@@ -141,9 +147,9 @@ class Run:
         return items, samples
 
     def skip(self) -> list[StepUpdate]:
-        """Count a rollout of which nothing can be trained, because the reward abstained on all of it."""
+        """Count a rollout of which nothing can be trained, because no response has a reward."""
         self.step += 1
-        logger.warning("rollout %d is not trained on: the reward abstained on every response", self.step)
+        logger.warning("rollout %d is not trained on: the reward abstained or failed on every response", self.step)
         return []
 
     def with_advantages(self, items: Sequence[Trainable], samples: Sequence[Sample]) -> list[Sample]:
@@ -180,11 +186,24 @@ class Run:
             groups = await self._eval_feed.run(self._material.held_out, count, f"eval{self.step}")
         self._directory.rollouts.write(self.step, Split.EVAL, measure.rows(self.step, Split.EVAL, groups))
         metrics = measure.eval_metrics(groups, count)
+        await self._keep_if_best(metrics)
         if self.step == 0:
             self._recorder.write(StepRecord(0, metrics, self._progress.take_seconds()))
         else:
             self._values |= metrics
         return metrics[names.EVAL_REWARD], metrics[names.EVAL_REWARD_STDERR]
+
+    async def _keep_if_best(self, values: Mapping[str, float]) -> None:
+        """Write the actor beside the checkpoints if no evaluation before was as good."""
+        aim = self._aim
+        if aim is None or not better(aim, values[aim.metric], self._best):
+            return
+        self._best = Best(aim, values[aim.metric], self.step)
+        with self._progress.phase("writing the best model"), self._bests.write(self._best) as folder:
+            await self.session.save_model(Role.ACTOR, folder)
+        logger.info(
+            "best so far: %s %.5g at step %d, in %s", aim.metric, self._best.value, self.step, self._bests.folder
+        )
 
     async def log(
         self,
@@ -195,6 +214,8 @@ class Run:
     ) -> None:
         """Metrics, every rollout, and now and then the report."""
         self._values |= measure.rollout_metrics(groups) | await self.session.memory()
+        if self._material.rewards.remotes:
+            self._values[names.REWARD_PAUSED] = self._material.rewards.take_paused_seconds()
         if samples and OLD_LOGPROBS not in samples[0].streams:
             samples = with_streams(samples, {OLD_LOGPROBS: single_logprobs(updates)})
         if samples:
@@ -226,6 +247,7 @@ class Run:
             "loader": self._material.loader.state().to_json(),
             "kl": self._kl.state,
             "tokens_seen": self._tokens_seen,
+            "best": self._best.to_json() if self._best is not None else None,
         }
         with self._progress.phase("writing a checkpoint"):
             size = await self.session.checkpoint_bytes() if resumable else 0

@@ -12,23 +12,18 @@ from typing import Any
 
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
-from togi.data.chat import decode, load_tokenizer, stop_token_ids
+from togi.data.chat import decode, load_tokenizer, stop_token_ids, visible
 from togi.data.loader import LoaderState, PromptLoader
 from togi.data.prompts import PromptSet, PromptSpec, load_prompts
 from togi.errors import CheckpointError
+from togi.learn.best import Aim
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.model.loading import check_causal_lm
 from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
-from togi.plan.placement import Role
-from togi.reward.combine import SumReward
-from togi.reward.function import FunctionReward
-from togi.reward.local_model import LocalModelReward, Standardization
-from togi.reward.pool import CallLimits
-from togi.reward.source import Reward
+from togi.recipes.best_metric import rl_aim
+from togi.recipes.rl_rewards import EarlyRewards
 from togi.rollout.environment import SingleTurn
-from togi.runtime.model_reward import ModelScores
-from togi.runtime.session import Session
 from togi.sample import FinishReason, Prompt, Rollout, Sampling
 
 Decode = Callable[[Sequence[int]], str]
@@ -39,7 +34,7 @@ UNLIMITED = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Prompts, held-out prompts (empty without ``--eval_dataset``), and the reward functions (none or one)."""
+    """Prompts, held-out prompts (empty without ``--eval_dataset``), and the rewards that need no worker of the run."""
 
     prompts: PromptSet
     loader: PromptLoader
@@ -47,7 +42,7 @@ class Material:
     reports: Mapping[str, PromptSet]
     decode: Decode
     stop_token_ids: tuple[int, ...]
-    functions: tuple[FunctionReward, ...]
+    rewards: EarlyRewards
 
     def environment(self, config: RLConfig, temperature: float) -> SingleTurn:
         """One question, one answer, at the given temperature."""
@@ -56,8 +51,8 @@ class Material:
 
 
 async def prepare(config: RLConfig, function: Callable[..., Any] | None, progress: Progress) -> Material:
-    """Load tokenizer and prompts, and call the reward function once for real, on the first prompt."""
-    functions = function_reward(config, function)  # its processes start now and import while the prompts are read
+    """Load tokenizer and prompts, and call reward functions and servers once for real, on the first prompt."""
+    rewards = EarlyRewards(config, function)  # processes start now and import while the prompts are read
     try:
         with progress.phase("reading prompts", expected_seconds=8):
             check_causal_lm(
@@ -65,6 +60,7 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 flash_attn=config.flash_attn,
                 trust_remote_code=config.trust_remote_code,
                 lora=config.lora,
+                balanced=config.aux_loss_coef > 0,
             )
             tokenizer = load_tokenizer(
                 config.pretrain,
@@ -77,13 +73,12 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 sets["eval_prompts"] = load_prompts(
                     spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer
                 )
-        with progress.phase("trying the reward function", expected_seconds=2):
-            for each in functions:
-                await each.check([example(prompts[0])] * min(2, config.n_samples_per_prompt))
+        rewards.connect_servers(config, partial(visible, tokenizer))
+        with progress.phase("trying the reward", expected_seconds=2):
+            await rewards.check([example(prompts[0])] * min(2, config.n_samples_per_prompt))
         stops = stop_token_ids(tokenizer, config.pretrain)
     except BaseException:
-        for each in functions:
-            await each.close()
+        await rewards.close()
         raise
     return Material(
         prompts,
@@ -92,28 +87,8 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
         sets,
         partial(decode, tokenizer),
         stops,
-        tuple(functions),
+        rewards,
     )
-
-
-async def connect_reward(config: RLConfig, material: Material, session: Session) -> Reward:
-    """All sources of reward as one: the function, the local reward model, or their sum."""
-    sources: list[Reward] = [*material.functions]
-    if Role.REWARD in session.groups:
-        group = session.groups[Role.REWARD]
-        mean, std = (await group.call_all("reward_statistics"))[0]
-        standardization = Standardization(mean, std) if config.normalize_reward else None
-        sources.append(LocalModelReward(ModelScores(group).score, standardization))
-    return sources[0] if len(sources) == 1 else SumReward(sources)
-
-
-def function_reward(config: RLConfig, function: Callable[..., Any] | None) -> list[FunctionReward]:
-    """The reward function of the run, as a list of none or one."""
-    limits = CallLimits(workers=config.reward_workers, timeout=config.reward_timeout)
-    if function is not None:
-        assert config.reward_file is None, "preflight refuses both"
-        return [FunctionReward.from_callable(function, limits)]
-    return [FunctionReward.from_file(config.reward_file, limits)] if config.reward_file is not None else []
 
 
 def spec(config: RLConfig, data: str, split: str, *, training: bool) -> PromptSpec:
@@ -153,6 +128,11 @@ def open_run(parsed: Parsed[RLConfig], argv: Sequence[str], material: Material) 
 def checkpoint_store(config: RLConfig) -> CheckpointStore:
     """The checkpoints of this run."""
     return CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
+
+
+def best_aim(config: RLConfig, material: Material) -> Aim | None:
+    """What the best model is the best in; None where none is kept. Raises ConfigError for a metric that is not measured."""
+    return rl_aim(config, sorted({prompt.datasource for prompt in material.held_out}))
 
 
 def find_checkpoint(config: RLConfig, material: Material, progress: Progress) -> Checkpoint | None:

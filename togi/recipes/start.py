@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
-from togi.plan.machine import this_machine
+from togi.plan.machine import joins_cluster, this_machine
 from togi.plan.precision import usable_precision
 from togi.recipes import preflight
 
@@ -36,6 +36,8 @@ def start_rl(
     ready, notice = usable_precision(preflight.check(parsed, machine, reward_given=reward is not None), machine)
     if notice:
         announce(notice)
+    if ready.config.ref_reward_offload and machine.gpus == 0 and not joins_cluster():
+        announce("--ref_reward_offload: there is no GPU, reference and reward models are in host memory already")
     from togi.recipes.rl import run
 
     return run(ready, argv=argv, reward=reward, announce=announce)

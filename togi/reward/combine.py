@@ -1,45 +1,107 @@
-"""The sum of several reward sources. Not here: weights and clipping."""
+"""Several reward sources as one: their names, and the weighted sum or mean of their scores. Not here: clipping."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
+from togi.config.choices import RewardCombination
 from togi.errors import RewardError
+from togi.obs.names import RESERVED_COMPONENTS
 from togi.reward.source import Reward
 from togi.sample import Outcome, Rollout, Score
 
 
-class SumReward:
-    """Asks every source at the same time and adds their scores; the components of all sources are kept."""
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One source, the name under which it is logged, and its weight."""
 
-    def __init__(self, sources: Sequence[Reward]) -> None:
-        self._sources = tuple(sources)
+    name: str
+    source: Reward
+    weight: float = 1.0
+
+
+class CombinedReward:
+    """Asks every source at the same time; the components of all are kept, unweighted.
+
+    Of several sources each one's own logs are called name/log, so that no two can collide.
+    """
+
+    def __init__(self, terms: Sequence[Term], how: RewardCombination = RewardCombination.SUM) -> None:
+        names = [term.name for term in terms]
+        assert len(set(names)) == len(names), "two sources have one name"
+        self.terms = tuple(terms)
+        divisor = sum(term.weight for term in terms) if how is RewardCombination.MEAN else 1.0
+        self._factors = [term.weight / divisor for term in terms]
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
-        """The sums, one per rollout. Raises RewardError as the sources do, and when two name a component alike."""
-        columns = await asyncio.gather(*(source.score(group) for source in self._sources))
-        return [add_scores(row) for row in zip(*columns, strict=True)]
+        """The combined scores, one per rollout. Raises RewardError as the sources do."""
+        columns = await asyncio.gather(*(term.source.score(group) for term in self.terms))
+        names = [term.name for term in self.terms]
+        return [combine(names, self._factors, row) for row in zip(*columns, strict=True)]
+
+    @property
+    def formula(self) -> str:
+        """For example "0.5 x helpful + 1 x length"."""
+        return " + ".join(f"{factor:g} x {term.name}" for factor, term in zip(self._factors, self.terms, strict=True))
 
     async def close(self) -> None:
-        for source in self._sources:
-            await source.close()
+        for term in self.terms:
+            await term.source.close()
 
 
-def add_scores(parts: Sequence[Score]) -> Score:
-    """One rollout's scores from several sources as one.
+def combine(names: Sequence[str], factors: Sequence[float], parts: Sequence[Score]) -> Score:
+    """One rollout's scores from several sources as one: sum over sources of factor x score.
 
     An error anywhere is an error; otherwise an abstention anywhere abstains: a sum that lacks a term cannot be compared
     with the complete sums of the same group.
     """
-    components: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.components.items():
-            if name in components:
-                raise RewardError(f"Two reward sources both name a component {name!r}; rename one of them.")
-            components[name] = value
+    components = {
+        key if key == name or len(names) == 1 else f"{name}/{key}": value
+        for name, part in zip(names, parts, strict=True)
+        for key, value in part.components.items()
+    }
     message = " ".join(part.message for part in parts if part.message)
     for outcome in (Outcome.ERROR, Outcome.ABSTAIN):
         if any(part.outcome is outcome for part in parts):
             return Score(outcome, components=components, message=message)
-    return Score(Outcome.SCORE, value=sum(part.value for part in parts), components=components)
+    value = sum(factor * part.value for factor, part in zip(factors, parts, strict=True))
+    return Score(Outcome.SCORE, value=value, components=components)
+
+
+def distinct_names(wanted: Sequence[str], reserved: Collection[str] = RESERVED_COMPONENTS) -> list[str]:
+    """``wanted`` with a number behind every name that is reserved or wanted more than once."""
+    counts = Counter(wanted)
+    taken = {name for name in wanted if counts[name] == 1} | set(reserved)
+    result = []
+    for name in wanted:
+        if counts[name] == 1 and name not in reserved:
+            result.append(name)
+            continue
+        number = 1
+        while f"{name}_{number}" in taken:
+            number += 1
+        taken.add(f"{name}_{number}")
+        result.append(f"{name}_{number}")
+    return result
+
+
+@dataclass(slots=True)
+class ErrorLimit:
+    """How many samples of a rollout may have failed rewards: ``share`` of ``total``."""
+
+    share: float
+    total: int
+    errors: int = 0
+
+    def count(self, scores: Sequence[Score]) -> None:
+        """Raise RewardError as soon as there are more errors than allowed."""
+        failures = [score.message for score in scores if score.outcome is Outcome.ERROR]
+        self.errors += len(failures)
+        if failures and self.errors > self.share * self.total:
+            raise RewardError(
+                f"The reward of {self.errors} of {self.total} samples failed, above the allowed share of {self.share:g} "
+                f"(--max_reward_errors, or 0 with --on_reward_error stop): {failures[0]}"
+            )

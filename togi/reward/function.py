@@ -5,27 +5,27 @@ one prompt). The three arguments are lists of equal length; a query is prompt te
 ``datasources`` and ``finish_reasons`` are given as keyword arguments when the function accepts them. What may be
 returned: see ``returned``.
 
-The function runs in worker processes (``pool``); several groups are scored at the same time. In this release every
-failure stops the run with a RewardError after ``retries`` more tries: a failure is never a score of zero.
+The function runs in worker processes (``pool``); several groups are scored at the same time. A call that fails makes
+every sample of its group an error, after ``retries`` more tries where the reason may pass: never a score of zero.
 """
 
 from __future__ import annotations
 
 import base64
 import inspect
-import json
 import logging
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from togi.config.choices import BUILTIN, Verifier
 from togi.errors import RewardError
 from togi.reward.pool import CallLimits, WorkerPool
-from togi.reward.wire import NO_INDEX, OPTIONAL_ARGUMENTS, Answer, Call, Complaint, Load, LoadKind, encode
-from togi.sample import Outcome, Rollout, Score
+from togi.reward.scores import as_call, as_scores, failed, refuse_errors
+from togi.reward.wire import NO_INDEX, Answer, Call, Complaint, Load, LoadKind, encode
+from togi.sample import Rollout, Score
 
 FUNCTION_NAME = "reward_func"
 SHOWN_CHARACTERS = 80
@@ -45,6 +45,7 @@ class FunctionReward:
         self._shown_as = shown_as
         self._retries = limits.retries
         self._component = component
+        self._is_closed = False
         self._pool = WorkerPool(load, limits)
 
     @classmethod
@@ -60,6 +61,14 @@ class FunctionReward:
         return cls(load, f"{FUNCTION_NAME} in {path}", limits, component)
 
     @classmethod
+    def from_verifier(
+        cls, verifier: Verifier, settings: Mapping[str, str], limits: CallLimits = DEFAULT, component: str = "function"
+    ) -> FunctionReward:
+        """A function that comes with Togi. ``settings`` are its keyword arguments."""
+        load = Load(LoadKind.MODULE, f"togi.reward.verifiers.{verifier}", FUNCTION_NAME, settings)
+        return cls(load, f"{BUILTIN}{verifier}", limits, component)
+
+    @classmethod
     def from_callable(
         cls, function: Callable[..., Any], limits: CallLimits = DEFAULT, component: str = "function"
     ) -> FunctionReward:
@@ -68,70 +77,53 @@ class FunctionReward:
         return cls(_load_callable(function, shown_as), shown_as, limits, component)
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
-        """One score per rollout, in order. Raises RewardError when the last try failed too."""
-        assert group, "a group has at least one rollout"
-        frame = self._request(group)
-        reply = await self._pool.run(frame)
-        for retry in range(self._retries):
-            if isinstance(reply, Answer):
-                break
-            logger.warning("%s Try %d of %d follows.", self._sentence(reply, group), retry + 1, self._retries)
-            reply = await self._pool.run(frame)
-        if isinstance(reply, Complaint):
-            raise RewardError(self._sentence(reply, group))
-        return self._scores(reply, len(group))
+        """One score per rollout, in order; all of them errors when the last try failed too.
+
+        Raises RewardError when the function cannot be loaded or the pool was closed.
+        """
+        return await self._score(group, self._retries)
 
     async def check(self, group: Sequence[Rollout]) -> None:
-        """Import the function and call it once for real. Raises RewardError as ``score`` does.
+        """Import the function and call it once for real. Raises RewardError for every failure.
 
         Two rollouts are enough to tell a number for each from a number for all.
         """
-        await self.score(group)
+        refuse_errors(await self._score(group, 0))
+
+    async def answer(self, call: Call) -> Answer | Complaint:
+        """What the function says about one call, at the first try."""
+        return await self._pool.run(encode(call))
+
+    @property
+    def shown_as(self) -> str:
+        """The function as messages name it."""
+        return self._shown_as
+
+    async def _score(self, group: Sequence[Rollout], retries: int) -> list[Score]:
+        assert group, "a group has at least one rollout"
+        call = as_call(group, lambda rollout: rollout.response_text)
+        reply = await self.answer(call)
+        for retry in range(retries):
+            if isinstance(reply, Answer) or not reply.is_transient or self._is_closed:
+                break
+            logger.warning("%s Try %d of %d follows.", self._sentence(reply, group), retry + 1, retries)
+            reply = await self.answer(call)
+        if isinstance(reply, Answer):
+            return as_scores(reply, self._component, self._shown_as, len(group))
+        sentence = self._sentence(reply, group)
+        if self._is_closed or not reply.during_call:
+            raise RewardError(sentence)
+        return failed(len(group), sentence)
 
     async def close(self) -> None:
         """Kill and reap the worker processes. Calls in flight end with a RewardError."""
+        self._is_closed = True
         self._pool.close()
 
     @property
     def worker_pids(self) -> list[int]:
         """The process ids of the workers as of now."""
         return self._pool.pids
-
-    def _request(self, group: Sequence[Rollout]) -> bytes:
-        responses = [rollout.response_text for rollout in group]
-        datasources = [rollout.prompt.datasource for rollout in group]
-        finish_reasons = [rollout.finish_reason.value for rollout in group]
-        call = Call(
-            queries=[rollout.prompt.text + rollout.response_text for rollout in group],
-            prompts=[rollout.prompt.text for rollout in group],
-            labels=[rollout.prompt.label for rollout in group],
-            optional=dict(zip(OPTIONAL_ARGUMENTS, (responses, datasources, finish_reasons), strict=True)),
-        )
-        try:
-            return encode(call)
-        except (TypeError, ValueError) as error:
-            bad = next(rollout.prompt for rollout in group if not _is_json(rollout.prompt.label))
-            raise RewardError(
-                f"The label of prompt {bad.id!r} is not a JSON value ({error}); "
-                "point --label_key at a field of texts, numbers, lists or objects."
-            ) from error
-
-    def _scores(self, reply: Answer, count: int) -> list[Score]:
-        if self._component in reply.components:
-            raise RewardError(
-                f"{self._shown_as} returned a log named {self._component!r}, which is the name of the reward itself; "
-                "use another name."
-            )
-        return [self._score(reply, index) for index in range(count)]
-
-    def _score(self, reply: Answer, index: int) -> Score:
-        logs = {name: values[index] for name, values in reply.components.items()}
-        components = {name: value for name, value in logs.items() if value is not None}
-        reward = reply.rewards[index]
-        if reward is None:
-            return Score(Outcome.ABSTAIN, components=components, message=f"{self._shown_as} abstained.")
-        assert math.isfinite(reward), "the worker checks every number"
-        return Score(Outcome.SCORE, value=reward, components={self._component: reward, **components})
 
     def _sentence(self, complaint: Complaint, group: Sequence[Rollout]) -> str:
         prompt = f"prompt {group[0].prompt.id!r}"
@@ -184,11 +176,3 @@ def _file(function: Callable[..., Any]) -> str:
         return inspect.getfile(function if inspect.isroutine(function) else type(function))
     except (TypeError, OSError):  # written in C, or typed into an interactive session
         return "an unknown file"
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -51,7 +51,7 @@ class LocalModelReward:
         self._component = component
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
-        """One score per rollout. Raises RewardError when the model's output is not finite."""
+        """One score per rollout; an error where the model's output is not finite."""
         sequences = [rollout.prompt.tokens + rollout.response_tokens for rollout in group]
         rewards = await self._score_tokens(sequences)
         assert len(rewards) == len(group), "score_tokens must return one float per sequence"
@@ -59,10 +59,11 @@ class LocalModelReward:
 
     def _as_score(self, reward: float, rollout: Rollout) -> Score:
         if not math.isfinite(reward):
-            raise RewardError(
+            message = (
                 f"{self._component} gave {reward} for a sample of prompt {rollout.prompt.id!r} "
                 f"(response: {rollout.response_text[:80]!r}); check the model's weights and its number format."
             )
+            return Score(Outcome.ERROR, message=message)
         value = self._standardize(reward)
         return Score(Outcome.SCORE, value=value, components={self._component: value})
 

@@ -28,8 +28,8 @@ class CallLimits:
     """How a function may be called.
 
     ``workers``: processes, so calls at the same time (``--reward_workers``). ``timeout``: seconds of wall clock per
-    call (``--reward_timeout``). ``retries``: how often a failed call is repeated. ``start_timeout``: seconds for
-    importing the user's file and whatever it imports.
+    call (``--reward_timeout``). ``retries``: how often a call is repeated that failed for a passing reason
+    (``--reward_retries``). ``start_timeout``: seconds for importing the user's file and whatever it imports.
     """
 
     workers: int = 2
@@ -108,7 +108,7 @@ class Worker:
     @property
     def _late(self) -> Complaint:
         what = f"ran longer than the limit of {self._limits.timeout:g} s and was killed"
-        return Complaint(what, "make it faster or raise --reward_timeout")
+        return Complaint(what, "make it faster or raise --reward_timeout", is_transient=True)
 
     def interrupt(self) -> None:
         """End the call in flight from another thread: kill the process and do not replace it."""
@@ -151,7 +151,7 @@ class Worker:
             return late
         except OSError:
             what = f"ended its process ({_ending(self._replace())})"
-            return Complaint(what, "let it return its rewards, within the machine's memory")
+            return Complaint(what, "let it return its rewards, within the machine's memory", is_transient=True)
 
     def _replace(self) -> int:
         """Kill, reap, start afresh; the exit status of the old process."""

@@ -17,8 +17,8 @@ class Reward(Protocol):
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
         """One ``Score`` per rollout, in the order of ``group``. Calls for different groups may overlap.
 
-        Raises:
-            RewardError: the source failed, hung, or returned something that is not a score.
+        A source that failed, hung, or returned something that is not a number gives the outcome error. Raises RewardError
+        for what cannot get better: a function that cannot be loaded, a server that stays away.
         """
         ...
 

@@ -30,11 +30,15 @@ class LoadKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The first message to a worker. ``source``: a path, a module name or base64. ``name``: the qualified function."""
+    """The first message to a worker. ``source``: a path, a module name or base64. ``name``: the qualified function.
+
+    ``settings`` are keyword arguments of every call.
+    """
 
     kind: LoadKind
     source: str
     name: str
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +64,14 @@ class Complaint:
     """Why there is no answer. ``what`` continues "reward_func in file.py ..."; ``index``: a sample or ``NO_INDEX``.
 
     ``during_call`` is False when the function could not even be loaded, so that no prompt has to do with it.
+    ``is_transient``: the same call may well succeed if it is made again.
     """
 
     what: str
     advice: str
     index: int = NO_INDEX
     during_call: bool = True
+    is_transient: bool = False
 
 
 def encode(message: Load | Call | Answer | Complaint) -> bytes:
@@ -97,7 +103,9 @@ def receive(channel: socket.socket, timeout: float) -> dict[str, Any]:
 def as_reply(message: Mapping[str, Any]) -> Answer | Complaint:
     """A worker's message as a record."""
     if message["type"] == Complaint.__name__:
-        return Complaint(message["what"], message["advice"], message["index"], message["during_call"])
+        return Complaint(
+            message["what"], message["advice"], message["index"], message["during_call"], message["is_transient"]
+        )
     assert message["type"] == Answer.__name__
     return Answer(message["rewards"], message["components"])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import fcntl
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -45,7 +46,7 @@ def main(channel_fd: int, lifeline_fd: int) -> None:
     channel = socket.socket(fileno=channel_fd)
     try:
         message = receive(channel, math.inf)
-        load = Load(LoadKind(message["kind"]), message["source"], message["name"])
+        load = Load(LoadKind(message["kind"]), message["source"], message["name"], message["settings"])
         function = load_function(load)
         if isinstance(function, Complaint):
             send(channel, encode(function), math.inf)
@@ -104,7 +105,7 @@ def _find(load: Load) -> Any:
         found: Any = importlib.import_module(load.source)
         for part in load.name.split("."):
             found = getattr(found, part)
-        return found
+        return functools.partial(found, **load.settings) if load.settings else found
     path = Path(load.source)
     sys.path.insert(0, str(path.parent))  # as for a script: the file may import its neighbours
     spec = importlib.util.spec_from_file_location(MODULE_NAME, path)
@@ -129,7 +130,10 @@ def answer(function: Function, call: Call, run: Callable[[Any], Any]) -> Answer 
         return Complaint(error.what, error.advice, error.index)
     except BaseException as error:  # noqa: BLE001  user code may raise anything, SystemExit included
         file = inspect.unwrap(function).__code__.co_filename if inspect.isfunction(function) else ""
-        return Complaint(f"raised {describe(error, file)}", "correct the function")
+        what = f"raised {describe(error, file)}"
+        return Complaint(
+            what, "correct the function", is_transient=isinstance(error, OSError)
+        )  # the network and its like
 
 
 async def _wait(awaitable: Any) -> Any:

@@ -23,6 +23,7 @@ class EngineSettings:
 
     ``kv_cache_gb`` (GiB) bounds the KV cache where it is sized by hand: vLLM on CPUs, and the Transformers engine.
     ``gpu_memory_utilization`` is vLLM's share of a GPU. ``threads`` 0 leaves the number of CPU threads alone.
+    ``device_index``: the accelerator that the Transformers engine runs on.
     """
 
     model: str
@@ -37,6 +38,7 @@ class EngineSettings:
     max_num_seqs: int = 128
     threads: int = 0
     trust_remote_code: bool = False
+    device_index: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -1,6 +1,7 @@
-"""Choosing the next token: temperature, nucleus, forbidden stops, and the log-prob of what was really sampled from.
+"""Choosing the next token: repetition penalty, temperature, nucleus, forbidden stops, and the log-prob of what was drawn.
 
-Shape letters: N sequences, V vocabulary, B blocks of W ids. Pure functions of tensors; only the Transformers engine needs them.
+Shape letters: N sequences, V vocabulary, B blocks of W ids, P ids seen before. Pure functions of tensors; only the
+Transformers engine needs them.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ BLOCK = 256
 class Choice:
     """How to choose one sequence's next token. ``forbidden`` ids get no probability; ``temperature`` 0 is greedy.
 
-    ``generator`` is on the CPU whatever the device, one number a token.
+    ``generator`` is on the CPU whatever the device, one number a token. ``repetition_penalty`` is for the ``seen`` ids.
     """
 
     temperature: float
     top_p: float
     forbidden: tuple[int, ...]
     generator: torch.Generator
+    repetition_penalty: float = 1.0
+    seen: frozenset[int] = frozenset()
 
 
 def choose(logits_NV: Tensor, choices: Sequence[Choice]) -> tuple[Tensor, Tensor]:
@@ -74,6 +77,11 @@ def distribution(logits_NV: Tensor, choices: Sequence[Choice]) -> Tensor:
     """Log-probs (float32, N x V) of the distributions that ``choose`` samples from; what cannot be sampled is -inf."""
     logits_NV = logits_NV.to(torch.float32, copy=True)
     for row, choice in enumerate(choices):
+        if choice.repetition_penalty != 1.0:
+            seen_P = torch.tensor(sorted(choice.seen), device=logits_NV.device)
+            repeated_P = logits_NV[row, seen_P]
+            penalty = choice.repetition_penalty
+            logits_NV[row, seen_P] = torch.where(repeated_P > 0, repeated_P / penalty, repeated_P * penalty)
         if choice.forbidden:
             logits_NV[row, list(choice.forbidden)] = -torch.inf
     temperatures = [choice.temperature if choice.temperature > 0 else 1.0 for choice in choices]

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from togi.errors import ConfigError, ModelError
 from togi.model.checkpoint import expected_manifest
 from togi.model.weights import Bucket
+from togi.parallel.process import default_device
 from togi.rollout.engine import EngineSettings
 from togi.rollout.sampler import Choice, choose
 from togi.rollout.slot_cache import ATTENTION, SlotCache
@@ -54,7 +55,9 @@ class _Sequence:
     def choice(self) -> Choice:
         early = len(self.tokens) + 1 < min(self.sampling.min_tokens, self.sampling.max_tokens)
         forbidden = tuple(sorted(self.ends)) if early else ()
-        return Choice(self.sampling.temperature, self.sampling.top_p, forbidden, self.generator)
+        penalty = self.sampling.repetition_penalty
+        seen = frozenset() if penalty == 1.0 else frozenset(self.prompt).union(self.tokens)
+        return Choice(self.sampling.temperature, self.sampling.top_p, forbidden, self.generator, penalty, seen)
 
     def finished(self) -> list[Finished]:
         if self.tokens[-1] in self.ends:
@@ -72,7 +75,7 @@ class TransformersCore:
     def __init__(self, settings: EngineSettings) -> None:
         self.expected = expected_manifest(settings.model, settings.dtype, settings.trust_remote_code)
         self._settings = settings
-        self._device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self._device = default_device(settings.device_index)
         self._ends = end_token_ids(settings.model)
         disable_progress_bar()
         config = AutoConfig.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code)

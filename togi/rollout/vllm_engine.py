@@ -70,6 +70,7 @@ class VllmCore:
             stop_token_ids=sorted(ends.union(sampling.stop_token_ids)),
             ignore_eos=True,  # the ends are in stop_token_ids: vLLM without a tokenizer would know only some of them
             seed=sampling.seed,
+            repetition_penalty=sampling.repetition_penalty,
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,

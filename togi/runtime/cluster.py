@@ -66,10 +66,14 @@ class Cluster:
         self._placed = [self._place(group) for group in groups]
 
     def start(
-        self, actor_class: type, role: Role, environment: Mapping[str, str], *, concurrency: int = 1
+        self, actor_class: type, role: Role, environment: Mapping[str, str], *, concurrency: int = 1, number: int = 0
     ) -> list[ActorHandle]:
-        """One worker process of ``actor_class`` in every slot of the role's group; constructed without waiting."""
-        index = next(i for i, group in enumerate(self.groups) if role in group.roles)
+        """One worker process of ``actor_class`` in every slot of the role's group; constructed without waiting.
+
+        ``number``: which of several models of that role; they share one group or have one each.
+        """
+        found = [i for i, group in enumerate(self.groups) if role in group.roles]
+        index = found[min(number, len(found) - 1)]
         group, placed = self.groups[index], self._placed[index]
         remote: ActorClass = ray.remote(actor_class)
         cpu, gpu = self._slot()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from togi.algo.advantages import advantages
 from togi.algo.kl import kl_estimate
-from togi.config.choices import KLEstimator
+from togi.config.choices import KLEstimator, OnRewardError
 from togi.config.rl import RLConfig
 from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS, RETURNS
 from togi.sample import Outcome, Rollout, Sample, Score
@@ -41,13 +41,21 @@ class Trainable:
     index: int
 
 
-def trainable(groups: Sequence[ScoredGroup]) -> list[Trainable]:
-    """The samples that can be trained on: those with a score. An abstention leaves its siblings in place."""
+def trainable(groups: Sequence[ScoredGroup], on_error: OnRewardError) -> list[Trainable]:
+    """The samples that can be trained on: those with a score. An abstention leaves its siblings in place.
+
+    An error takes its whole group with it unless ``on_error`` is drop_sample.
+    """
+    dropped = {
+        group
+        for group, scored in enumerate(groups)
+        if on_error is not OnRewardError.DROP_SAMPLE and any(s.outcome is Outcome.ERROR for s in scored.scores)
+    }
     return [
         Trainable(rollout, score, group, index)
         for group, scored in enumerate(groups)
         for index, (rollout, score) in enumerate(zip(scored.rollouts, scored.scores, strict=True))
-        if score.outcome is Outcome.SCORE and any(rollout.response_mask)
+        if group not in dropped and score.outcome is Outcome.SCORE and any(rollout.response_mask)
     ]
 
 

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Sequence
 
 from togi.data.loader import PromptLoader
+from togi.reward.combine import ErrorLimit
 from togi.reward.source import Reward
 from togi.rollout.collect import collect_groups
 from togi.rollout.environment import Environment, Generate
@@ -20,25 +21,36 @@ MAX_IN_FLIGHT = 4096
 
 
 class RolloutFeed:
-    """Prompts in, scored groups out. With ``seed`` every sample has a seed of its own, whatever the timing."""
+    """Prompts in, scored groups out. With ``seed`` every sample has a seed of its own, whatever the timing.
 
-    def __init__(self, environment: Environment, generate: Generate, reward: Reward, seed: int | None) -> None:
+    ``max_errors``: the largest share of samples whose reward may fail.
+    """
+
+    def __init__(
+        self, environment: Environment, generate: Generate, reward: Reward, seed: int | None, max_errors: float
+    ) -> None:
         self._environment = environment
         self._generate = generate
         self._reward = reward
         self._seed = seed
+        self._max_errors = max_errors
 
     async def take(self, loader: PromptLoader, count: int, samples: int, step: int) -> list[ScoredGroup]:
         """The groups of the next ``count`` prompts, ``samples`` rollouts each, in the loader's order."""
         return await self.run(loader.take(count), samples, f"step{step}")
 
     async def run(self, prompts: Sequence[Prompt], samples: int, name: str) -> list[ScoredGroup]:
-        """Generate and score ``samples`` rollouts of each prompt, in order. ``name`` keeps group ids of calls apart."""
+        """Generate and score ``samples`` rollouts of each prompt, in order. ``name`` keeps group ids of calls apart.
+
+        Raises RewardError when more rewards fail than are allowed.
+        """
+        limit = ErrorLimit(self._max_errors, len(prompts) * samples)
         places = {f"{name}/{place}/{prompt.id}": place for place, prompt in enumerate(prompts)}
         result: list[ScoredGroup | None] = [None] * len(prompts)
 
         async def score(group: Sequence[Rollout]) -> None:
             scores = await self._reward.score(group)
+            limit.count(scores)
             result[places[group[0].group_id]] = ScoredGroup(tuple(group), tuple(scores))
 
         groups = collect_groups(

@@ -29,8 +29,8 @@ from togi.model.checkpoint import expected_manifest, save_trained, whole_tensors
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import Bucket, Manifest, pack_buckets
-from togi.parallel.backend import BackendOptions
-from togi.parallel.build import frozen, trainable
+from togi.parallel.backend import backend_options
+from togi.parallel.build import frozen, frozen_on_host, trainable
 from togi.parallel.process import Rendezvous, World, default_device, open_store
 from togi.plan.placement import Role
 from togi.sample import Sample
@@ -77,14 +77,14 @@ class ModelWorker:
             torch.use_deterministic_algorithms(True)
         self._world = World.join(Rendezvous(rank, size, address, port), default_device())
 
-    def _load(self, role: Role, dtype: torch.dtype) -> PolicyModel | ScalarModel:
+    def _load(self, role: Role, path: str, dtype: torch.dtype) -> PolicyModel | ScalarModel:
         """The role's model on the CPU. A critic that starts from the policy gets a new head; others must bring one."""
         config = self._config
         flash_attn = config.flash_attn and self._world.device.type == "cuda"
         trained = role in (Role.ACTOR, Role.CRITIC)
         if role in (Role.ACTOR, Role.REF):
             return load_causal_lm(
-                config.pretrain,
+                path,
                 dtype,
                 flash_attn=flash_attn,
                 trust_remote_code=config.trust_remote_code,
@@ -92,8 +92,6 @@ class ModelWorker:
                 use_reentrant=config.gradient_checkpointing_use_reentrant,
                 lora=config.lora if trained else None,
             )
-        path = config.critic_source if role is Role.CRITIC else config.reward_pretrain
-        assert path is not None
         return load_scalar_model(
             path,
             dtype,
@@ -117,19 +115,20 @@ class ModelWorker:
             share_prefix=config.share_prompts,
         )
 
-    def _options(self) -> BackendOptions:
-        config = self._config
-        return BackendOptions(config.bf16, config.zero_stage, config.adam_betas, config.l2)
-
 
 class ScorerWorker(ModelWorker):
     """One rank of a frozen model."""
 
-    def start(self, rank: int, size: int, address: str, port: int, config: RLConfig, role: Role) -> None:
+    def start(self, rank: int, size: int, address: str, port: int, config: RLConfig, role: Role, path: str) -> None:
+        """``path``: the model's folder or hub name."""
         self._join(rank, size, address, port, config)
-        model = self._load(role, torch.bfloat16 if config.bf16 else torch.float32)
+        model = self._load(role, path, torch.bfloat16 if config.bf16 else torch.float32)
         self._model = model
-        self._scorer = Scorer(frozen(model, self._world, self._options()), self._world)
+        options = backend_options(config)
+        if config.ref_reward_offload and self._world.device.type != "cpu":
+            self._scorer = Scorer(model, self._world, frozen_on_host(model, self._world, options))
+        else:
+            self._scorer = Scorer(frozen(model, self._world, options), self._world)
 
     def logprobs(self, samples: Sequence[Sample]) -> Arrays:
         """Log-probs at each sample's trained tokens, of logits divided by the sampling temperature."""
@@ -156,12 +155,14 @@ class LearnerWorker(ModelWorker):
         self._join(rank, size, address, port, config)
         self._role = role
         # frozen weights need no float32 masters
-        self._model = self._load(role, torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32)
-        backend = trainable(self._model, self._world, self._options())
+        dtype = torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32
+        self._model = self._load(role, config.pretrain if role is Role.ACTOR else config.critic_source, dtype)
+        backend = trainable(self._model, self._world, backend_options(config))
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
-        schedule = Schedule.with_warmup_ratio(config.lr_scheduler, peak, total, config.lr_warmup_ratio)
+        schedule = Schedule.of(config, peak, total)
         max_norm = config.max_norm if config.max_norm > 0 else float("inf")
-        self._learner = Learner(backend, self._objective(config.init_kl_coef), schedule, max_norm)
+        balance = config.aux_loss_coef if self._model.is_mixture else 0.0  # a critic may be dense
+        self._learner = Learner(backend, self._objective(config.init_kl_coef), schedule, max_norm, balance)
         self._scorer = Scorer(backend.module, self._world)
         self._export: Iterator[Bucket] = iter(())
 

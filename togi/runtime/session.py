@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from togi.config.rl import RLConfig
-from togi.errors import RunError, WeightSyncError
+from togi.errors import RunError
 from togi.learn.learner import UpdateReport
 from togi.learn.policy_objective import OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS
 from togi.obs import names
 from togi.plan.machine import Machine
 from togi.plan.placement import Role, plan_groups, used_roles
 from togi.rollout.engine import EngineSettings
-from togi.rollout.parity import compare
+from togi.rollout.parity import check_probe, compare, probe
 from togi.runtime.cluster import Cluster, Resources, connect, disconnect
 from togi.runtime.engine_worker import MAX_CONCURRENT_CALLS, EnginePool, EngineWorker
 from togi.runtime.experience import with_streams
@@ -35,21 +35,24 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 SHUTDOWN_SECONDS = 60.0
 LEARNERS = (Role.ACTOR, Role.CRITIC)
-PROBE_TOKENS = 512
-# bf16 engines differ from the trainer by 0.03 to 0.05 nats on average; half a nat is another set of weights.
-PROBE_LIMIT_NATS = 0.5
 
 
 class Session:
     """All workers of a run, placed and loaded. Make one with ``start`` and end it with ``close``."""
 
     def __init__(
-        self, config: RLConfig, cluster: Cluster, engines: EnginePool, groups: Mapping[Role, WorkerGroup]
+        self,
+        config: RLConfig,
+        cluster: Cluster,
+        engines: EnginePool,
+        groups: Mapping[Role, WorkerGroup],
+        reward_models: Sequence[WorkerGroup],
     ) -> None:
         self.config = config
         self.cluster = cluster
         self.engines = engines
         self.groups = groups
+        self.reward_models = tuple(reward_models)
         self._ended = False
 
     @classmethod
@@ -70,15 +73,24 @@ class Session:
         groups: dict[Role, WorkerGroup] = {
             role: WorkerGroup(role, cluster.start(_kind(role), role, ENVIRONMENT), share_prompts=share)
             for role in used_roles(config)
-            if role is not Role.ENGINE
+            if role not in (Role.ENGINE, Role.REWARD)
         }
+        rewards = [
+            WorkerGroup(
+                Role.REWARD, cluster.start(ScorerWorker, Role.REWARD, ENVIRONMENT, number=n), share_prompts=share
+            )
+            for n in range(len(config.reward_models))
+        ]
         threads = cluster.threads(len(workers))
         settings = [engine_settings(config, index, threads, cluster.resources) for index in range(len(workers))]
         starting = [engines.start(config.rollout_engine, settings)]
         for role, group in groups.items():
-            starting.append(group.start(config, role, total_updates) if role in LEARNERS else group.start(config, role))
+            last = total_updates if role in LEARNERS else config.pretrain
+            starting.append(group.start(config, role, last))
+        for group, path in zip(rewards, config.reward_models, strict=True):
+            starting.append(group.start(config, Role.REWARD, path))
         await asyncio.gather(*starting)
-        return cls(config, cluster, engines, groups)
+        return cls(config, cluster, engines, groups, rewards)
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
         """Add what advantages and the update need: reference and old log-probs, values."""
@@ -117,19 +129,10 @@ class Session:
 
         Raises WeightSyncError when it is so large that the engines cannot hold the trainer's weights.
         """
-        tokens = tokens[: min(PROBE_TOKENS, self.config.context_length - 1)]
-        mask = np.ones(len(tokens), dtype=np.bool_)
-        mask[0] = False
-        sample = Sample(np.asarray(tokens, dtype=np.int64), mask, 0, "probe")
+        sample = probe(tokens, self.config.context_length)
         trainer = (await self.groups[Role.ACTOR].call_all("logprobs", [sample], 1.0))[0][0]
-        engines = await self.engines.score(list(tokens))
-        difference = float(np.mean([compare(logprobs, trainer).mean_abs for logprobs in engines]))
-        if not difference < PROBE_LIMIT_NATS:
-            raise WeightSyncError(
-                f"After the weight update engine and trainer disagree by {difference:.3f} nats a token on the same text "
-                f"(limit {PROBE_LIMIT_NATS}): the engines do not hold the trainer's weights."
-            )
-        return difference
+        engines = await self.engines.score(sample.tokens.tolist())
+        return check_probe(float(np.mean([compare(logprobs, trainer).mean_abs for logprobs in engines])))
 
     async def memory(self) -> dict[str, float]:
         """Peak resident memory in GB of each worker process, by metric name."""
@@ -139,6 +142,9 @@ class Session:
         for role, group in self.groups.items():
             for rank, nbytes in enumerate(await group.call_all("memory_bytes")):
                 result[names.process_memory(f"{role}{rank}")] = nbytes / 1e9
+        scorers = [nbytes for group in self.reward_models for nbytes in await group.call_all("memory_bytes")]
+        for number, nbytes in enumerate(scorers):
+            result[names.process_memory(f"{Role.REWARD}{number}")] = nbytes / 1e9
         return result
 
     async def checkpoint_bytes(self) -> int:
@@ -211,6 +217,11 @@ def update_metrics(role: Role, reports: Sequence[UpdateReport]) -> dict[str, flo
     )
     keys = {key for report in reports for key in report.metrics}
     means = {key: float(np.mean([report.metrics[key] for report in reports if key in report.metrics])) for key in keys}
+    if role is Role.CRITIC and names.AUX_LOSS in means:
+        means[names.VALUE_AUX_LOSS] = means.pop(names.AUX_LOSS)
     means[grad_norm] = float(np.mean([report.grad_norm for report in reports]))
     means[rate] = reports[-1].learning_rate
+    if role is Role.ACTOR:
+        means[names.PADDING_SHARE] = float(np.mean([report.load.padding_share for report in reports]))
+        means[names.RANK_IMBALANCE] = float(np.mean([report.load.imbalance for report in reports]))
     return means

@@ -1,9 +1,6 @@
-"""The smallest reward: 1 if the response is the label, else 0. Surrounding and repeated white space does not count.
+"""builtin:exact: 1 if the response is the label, else 0. Surrounding and repeated white space does not count."""
 
-    togi train_ppo_ray --reward_func examples/rewards/exact_match.py --label_key target ...
-
-Asking for ``responses`` by name is enough to be given them; ``queries`` are prompt + response.
-"""
+from __future__ import annotations
 
 from typing import Any
 

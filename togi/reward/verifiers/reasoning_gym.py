@@ -1,6 +1,4 @@
-"""Rewards for the tasks of reasoning-gym, by the package's own verifiers (``pip install reasoning-gym``).
-
-    togi train_ppo_ray --reward_func examples/rewards/reasoning_gym_reward.py --label_key label ...
+"""builtin:reasoning_gym: the tasks of reasoning-gym, by the package's own verifiers (``pip install 'togi[rewards]'``).
 
 The label is a JSON object {"task": name, "answer": answer, "metadata": {...}}, as in rows made like this:
 
@@ -13,6 +11,8 @@ The answer is what stands in the response's last <answer>...</answer>, or else i
 Some verifiers evaluate the answer as Python or SymPy, which a model can use to hang the worker or worse. Where plain
 arithmetic is asked for, anything else gets 0 without running the verifier; the other such tasks are refused.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Callable
@@ -66,4 +66,5 @@ def verifier(task: str) -> Callable[[str, dict[str, Any]], float]:
     """The package's scoring function of a task, made once per worker."""
     from reasoning_gym import get_score_answer_fn
 
-    return get_score_answer_fn(task)
+    found: Callable[[str, dict[str, Any]], float] = get_score_answer_fn(task)
+    return found

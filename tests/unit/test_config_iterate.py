@@ -1,0 +1,151 @@
+"""The settings of togi iterate: what is refused, and the commands that its steps are. All without torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_config_infer import read_attributes
+from togi.config.fields import is_later
+from togi.config.infer import InferConfig
+from togi.config.infer_checks import check_infer
+from togi.config.iterate import IterateConfig
+from togi.config.iterate_checks import check_iterate
+from togi.config.offline import DPOConfig, SFTConfig
+from togi.config.offline_checks import check_offline
+from togi.config.parse import parse
+from togi.errors import CheckpointError, ConfigError, RunError
+from togi.recipes.iterate_state import IterateState
+from togi.recipes.iterate_steps import Steps, subprocess_step
+
+ROOT = Path(__file__).parents[2]
+NEEDED = "--pretrain m --prompt_data d.jsonl --run_dir r --reward_func f.py --method"
+
+
+def config(flags: str) -> IterateConfig:
+    parsed = parse(IterateConfig, [*NEEDED.split(), *flags.split()], "iterate")
+    check_iterate(parsed)
+    return parsed.config
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("rs --pretrain=", "--pretrain is required"),
+        ("rs --run_dir=", "--run_dir is required"),
+        ("best", "--method best: must be rs, dpo or csft"),
+        ("rs --beta 0.2", "--beta belongs to --method dpo, but --method is rs"),
+        ("dpo --csft_prompt 3", "--csft_prompt belongs to --method csft, but --method is dpo"),
+        ("csft --ref_previous_round", "--ref_previous_round belongs to --method dpo"),
+        ("rs --best_of_n 1", "--best_of_n 1 leaves --method rs nothing to choose from"),
+        ("dpo --greedy_sampling", "--best_of_n 4 with --greedy_sampling would give the same output 4 times"),
+        (
+            "rs --rollout_engine transformers --enforce_eager",
+            "--enforce_eager is vLLM's but --rollout_engine transformers",
+        ),
+        ("rs --normalize_reward", "--normalize_reward works on a reward model"),
+        ("rs --remote_rm_url g.py", "--reward_func and --remote_rm_url name the same thing"),
+        ("rs --reward_func f.txt", "--reward_func f.txt must be a Python file"),
+        ("csft --reward_template {input}", "--reward_template must contain"),
+        ("rs --eval_dataset e --eval_temperature 0", "--eval_n_samples_per_prompt 4 with --eval_temperature 0"),
+        ("rs --apply_chat_template --input_template {}", "exclude each other"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(flags: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config(flags)
+    assert sentence in str(error.value)
+
+
+def test_every_accepted_flag_is_read_somewhere() -> None:
+    """By name here, or in the lists of settings that are handed to the steps' commands."""
+    accepted = {name for name in IterateConfig.model_fields if not is_later(IterateConfig, name)}
+    handed = set((ROOT / "togi" / "recipes" / "iterate_steps.py").read_text().replace('"', " ").split())
+    assert accepted - read_attributes() - handed == set()
+
+
+@pytest.mark.parametrize("method", ["rs", "dpo", "csft"])
+@pytest.mark.parametrize(
+    "rendering", ["", "--apply_chat_template --tokenizer_chat_template {{x}}", "--input_template Q:{}"]
+)
+def test_each_step_is_a_sound_command(tmp_path: Path, method: str, rendering: str) -> None:
+    """Their own parsers and checks take them, with the settings handed on."""
+    commands: list[list[str]] = []
+    tuned = "--top_p 0.9 --seed 5 --adam_betas 0.8 0.9 --no_packing_samples --gradient_checkpointing --bf16"
+    words = f"{method} {rendering} {tuned} --eval_temperature 0.3"
+    steps = Steps(config(words), tmp_path, lambda module, argv: commands.append(list(argv)))
+    command, argv = steps.training_command(3, "now")
+    kind = DPOConfig if method == "dpo" else SFTConfig
+    parsed = parse(kind, argv, command)
+    check_offline(parsed)
+    trained = parsed.config
+    assert (trained.pretrain, trained.seed, trained.adam_betas) == ("now", 8, (0.8, 0.9))
+    assert (trained.packing_samples, trained.gradient_checkpointing, trained.bf16) == (False, True, True)
+    assert trained.learning_rate == (5e-7 if method == "dpo" else 2e-6)
+    if isinstance(trained, DPOConfig):
+        assert trained.ref_pretrain == "m"  # the first model, in every round
+        again = Steps(config(f"{words} --ref_previous_round"), tmp_path, print).training_command(3, "now")[1]
+        assert parse(DPOConfig, again, "dpo").config.ref_pretrain == "now"
+    steps._ask(tmp_path, [{"input": "a"}], "now", 3, 4, 0.7, told=True)
+    asked = parse(InferConfig, commands[0], "infer")
+    check_infer(asked)
+    assert (asked.config.top_p, asked.config.seed, asked.config.temperature) == (0.9, 8, 0.7)
+    assert asked.config.enable_csft == (method == "csft")
+
+
+def test_a_step_is_done_once(tmp_path: Path) -> None:
+    state = IterateState(tmp_path / "run", {"--seed": "1"})
+    assert state.open() == 0
+    assert state.once(1, "score", lambda: {"reward": 0.5}) == {"reward": 0.5}
+    again = IterateState(tmp_path / "run", {"--seed": "1"})
+    assert again.open() == 1
+    assert again.once(1, "score", lambda: {"reward": 9.0}) == {"reward": 0.5}
+    with pytest.raises(CheckpointError, match=r"other settings \(--seed was 1, is 2\)"):
+        IterateState(tmp_path / "run", {"--seed": "2"}).open()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(CheckpointError, match="not empty and holds no iteration"):
+        IterateState(tmp_path / "full", {}).open()
+
+
+def test_a_step_that_fails_stops_the_iteration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "step.py").write_text(
+        "import sys, pathlib\npathlib.Path(sys.argv[1]).touch()\nsys.exit(int(sys.argv[2]))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    subprocess_step("step", [str(tmp_path / "done"), "0"])
+    assert (tmp_path / "done").exists()
+    with pytest.raises(RunError, match="step ended with status 2"):
+        subprocess_step("step", [str(tmp_path / "done"), "2"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tie a process to the life of its parent")
+def test_a_step_does_not_outlive_a_killed_iteration(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(
+        f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    script = "from togi.recipes.iterate_steps import subprocess_step; subprocess_step('sleeper', [])"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child = int((tmp_path / "pid").read_text())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    while running(child):
+        assert time.monotonic() < deadline, "the step goes on alone"
+        time.sleep(0.01)
+
+
+def running(pid: int) -> bool:
+    """Whether a process exists and is no zombie that nobody has collected yet."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.is_file() and status.read_text().rpartition(")")[2].split()[0] != "Z"

@@ -1,0 +1,143 @@
+"""The reward functions that come with Togi, called as a run calls them, on cases made by hand and on public data."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from togi.config.checks import check_rl
+from togi.config.choices import Verifier
+from togi.config.parse import parse
+from togi.config.rl import RLConfig
+from togi.errors import ConfigError, RewardError
+from togi.recipes import preflight
+from togi.recipes.rl_rewards import EarlyRewards
+from togi.reward.verifiers import reasoning_gym as gym
+from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
+
+
+def scored(flags: list[str], texts: list[str], label: object) -> list[Score]:
+    async def run() -> list[Score]:
+        rewards = EarlyRewards(parse(RLConfig, [*flags, "--reward_workers", "1"], "rl").config, None)
+        prompt = Prompt("p", (1,), "How many? 99 ", label)
+        group = [Rollout(prompt, "g", (3,), (True,), (-1.0,), text, FinishReason.STOP, 0) for text in texts]
+        scores = await rewards.functions[0].score(group)
+        await rewards.close()
+        return scores
+
+    return asyncio.run(run())
+
+
+def values(name: str, texts: list[str], label: object, *flags: str) -> list[float]:
+    scores = scored(["--reward_func", f"builtin:{name}", *flags], texts, label)
+    assert [score.outcome for score in scores] == [Outcome.SCORE] * len(texts), scores[0].message
+    return [score.value for score in scores]
+
+
+def test_exact() -> None:
+    assert values("exact", ["Paris", " Paris\n", "paris"], "Paris") == [1.0, 1.0, 0.0]
+    assert values("exact", ["7", "a  b"], 7) == [1.0, 0.0]
+
+
+def test_format() -> None:
+    texts = ["<think>a\nb</think>4", " <think></think>5\n", "<think>4", "4"]
+    assert values("format", texts, "", "--format_regex", r"<think>.*</think>\d") == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_json_schema() -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    texts = [
+        '{"age": 3}',
+        '{"age": "3"}',
+        '```\n{"age": "no"}\n```\nor\n```json\n{"age": 3}\n```',
+        "{}",
+        "age 3",
+        "[" * 100_000,
+    ]
+    assert values("json_schema", texts, schema) == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    assert values("json_schema", texts[:2], json.dumps(schema)) == [1.0, 0.0]
+    wrong = scored(["--reward_func", "builtin:json_schema"], ["{}"], {"type": "nothing"})
+    assert wrong[0].outcome is Outcome.ERROR
+    assert "builtin:json_schema raised SchemaError" in wrong[0].message
+
+
+def test_math() -> None:
+    pytest.importorskip("math_verify")
+    texts = [
+        r"so \boxed{\frac{1}{2}}",
+        "the answer is 0.5",
+        r"\boxed{1/2}",
+        r"\boxed{2}",
+        "no idea",
+        r"\boxed{9^{9^{9^{9}}}}",
+    ]
+    assert values("math", texts, r"\frac{1}{2}") == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert values("math", [r"\boxed{18}"], "3 x 6 = 18\n#### 18") == [1.0]
+    assert values("math", [r"$\boxed{x^2+2x+1}$"], "(x+1)^2") == [1.0]
+
+
+def test_math_without_an_answer_in_the_label_is_an_error() -> None:
+    pytest.importorskip("math_verify")
+    assert "holds no answer" in scored(["--reward_func", "builtin:math"], ["1"], "")[0].message
+
+
+NEEDED = ["--pretrain", "m", "--prompt_data", "d.jsonl", "--reward_func"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["builtin:maths"], ["builtin:maths is not known", "builtin:math"]),
+        (["builtin:format"], ["--format_regex", "builtin:format"]),
+        (["builtin:exact", "--format_regex", "a"], ["--format_regex", "builtin:format"]),
+        (["builtin:format", "--format_regex", "("], ["--format_regex (", "not a regular expression"]),
+    ],
+)
+def test_mistakes(flags: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_rl(parse(RLConfig, [*NEEDED, *flags], "rl").config)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_missing_package_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RewardError, match="builtin:math needs the package math_verify"):
+        preflight.check_reward("builtin:math")
+    preflight.check_reward("builtin:exact")
+    assert Verifier.EXACT.package == ""
+
+
+def shared_rows(name: str) -> list[dict[str, object]]:
+    folder = os.environ.get("TOGI_SHARED_DATA")
+    if folder is None or not (Path(folder) / name).is_file():
+        pytest.skip(f"set TOGI_SHARED_DATA to the folder that holds {name}")
+    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+def test_reasoning_gym() -> None:
+    pytest.importorskip("reasoning_gym")
+
+    label = {"task": "countdown", "answer": "29 + 10 + 20", "metadata": {"numbers": [29, 20, 10], "target": 59}}
+
+    def scores(*responses):
+        return gym.reward_func([""] * len(responses), [""] * len(responses), [label] * len(responses), responses)
+
+    assert scores("Let me see.\n20 + 10 + 29", "<answer>1</answer> or <answer>(29+20)+10</answer> ok") == [1.0, 1.0]
+    assert scores("29 + 20 - 10", "29 + 30") == [0.05, 0.05]
+    assert scores("", "9**9**9**9", "9* *9", "__import__('os')", "1" * 201) == [0.0] * 5
+    with pytest.raises(ValueError, match="evaluates what the model wrote"):
+        gym.score("[]", {**label, "task": "n_queens"})
+    with pytest.raises(ValueError, match="is not an object"):
+        gym.score("5", "5")
+
+
+def test_reasoning_gym_agrees_with_the_reference_answers() -> None:
+    pytest.importorskip("reasoning_gym")
+    rows = shared_rows("reasoning_gym/test.jsonl")
+    labels = [{"task": row["task"], "answer": row["target"], "metadata": row["metadata"]} for row in rows]
+    targets = [row["target"] for row in rows]
+    assert gym.reward_func(targets, targets, labels, targets) == [1.0] * len(rows)

@@ -1,0 +1,39 @@
+"""Load balancing of a mixture of experts, for each sequence on its own.
+
+For one sequence of n tokens through M layers of E experts, of which each token takes k: with f_e the number of choices of
+expert e over all M n routings, divided by M n, and P_e the mean probability that the router gives it, the loss is
+E sum_e f_e P_e, which is k where all experts are used alike. This is Switch Transformer's (Fedus et al. 2021, arXiv
+2101.03961, equations 4 to 6), as Transformers computes it for that sequence alone; taken sequence by sequence as in
+DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20), so that what else is in a batch cannot change it.
+
+Shape letters: T tokens, E experts, S segments, N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def balance_loss(logits_TE: Sequence[Tensor], top_k: int, segments_T: Tensor, chains_NS: Tensor) -> Tensor:
+    """One number a sequence, shape N, with a gradient through the probabilities.
+
+    ``logits_TE``: the router's of each layer. ``segments_T``: the segment of each token. ``chains_NS``: 1 where a segment
+    is part of a sequence (a shared prompt is part of several), else 0. float32, or float64 from a float64 model.
+    """
+    dtype = torch.float64 if logits_TE[0].dtype == torch.float64 else torch.float32
+    probabilities_TE = torch.zeros_like(logits_TE[0], dtype=dtype)
+    choices_TE = torch.zeros_like(probabilities_TE)
+    for layer_TE in logits_TE:
+        shares_TE = layer_TE.to(dtype).softmax(-1)
+        probabilities_TE = probabilities_TE + shares_TE
+        choices_TE.scatter_add_(1, shares_TE.detach().topk(top_k, dim=-1).indices, torch.ones_like(choices_TE))
+    chains_NS = chains_NS.to(dtype)
+    lengths_S = torch.bincount(segments_T, minlength=chains_NS.shape[1]).to(dtype)
+    routings_N = len(logits_TE) * (chains_NS @ lengths_S)
+    empty_SE = probabilities_TE.new_zeros(chains_NS.shape[1], probabilities_TE.shape[1])
+    probabilities_NE = chains_NS @ empty_SE.index_add(0, segments_T, probabilities_TE)
+    choices_NE = chains_NS @ empty_SE.index_add(0, segments_T, choices_TE)
+    return probabilities_TE.shape[1] * (choices_NE * probabilities_NE).sum(1) / routings_N.square()

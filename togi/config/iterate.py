@@ -1,0 +1,103 @@
+"""The settings of ``togi iterate``: rounds of generate, score, select, train. Established as three shell loops."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from togi.config.choices import EngineName, IterateMethod
+from togi.config.fields import Count, Int, PathText, Settings, flag
+from togi.config.infer import GenerationSettings, RewardTextSettings
+from togi.config.reward import RewardSettings
+from togi.config.rl import PromptSettings
+from togi.config.shared import TrainSettings
+
+LEARNING_RATES = {IterateMethod.RS: 2e-6, IterateMethod.DPO: 5e-7, IterateMethod.CSFT: 2e-6}
+
+
+class LoopSettings(Settings):
+    """Rounds"""
+
+    method: IterateMethod | None = flag(
+        None,
+        "rs: learn the best output; dpo: prefer the best to the worst; csft: learn all with their reward. Required.",
+    )
+    rounds: Count = flag(3, "Rounds of generate, score, select and train.")
+    rollout_batch_size: Count = flag(
+        1024, "Prompts per round, in the order of the data; after the last one the first follows."
+    )
+    best_of_n: Count = flag(4, "Outputs per prompt.")
+    keep_truncated: bool = flag(
+        False, "Also learn outputs that --max_new_tokens cut: they get an end token that they never had."
+    )
+    rollout_engine: EngineName = flag(EngineName.VLLM, "What generates: vLLM, or Transformers (no extra install).")
+    run_dir: PathText = flag("", "Folder of all rounds; the same command goes on there. Required.")
+
+
+class LoopModelSettings(Settings):
+    """Model"""
+
+    pretrain: PathText = flag("", "Model to start from: a Hugging Face folder or hub name. Required.")
+    bf16: bool = flag(False, "Compute in bfloat16; the master weights stay float32.")
+    flash_attn: bool = flag(False, "Use FlashAttention where the device has it (CUDA).")
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
+    tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")
+    trust_remote_code: bool = flag(False, "Run code that comes with a model folder.")
+
+
+class HeldOutSettings(Settings):
+    """Evaluation"""
+
+    eval_dataset: PathText | None = flag(
+        None, "Held-out prompt sets, with the same keys as --prompt_data: scored before training and after each round."
+    )
+    eval_split: str = flag("train", "Split of the held-out sets.")
+    eval_temperature: float = flag(0.6, "Sampling temperature in evaluation; 0 is greedy.", ge=0)
+    eval_n_samples_per_prompt: Count = flag(4, "Outputs per prompt in evaluation.")
+
+
+class PreferenceSettings(Settings):
+    """Training on pairs"""
+
+    beta: float = flag(0.1, "Temperature: how strongly the policy is held to the reference.", gt=0)
+    ipo: bool = flag(False, "IPO's squared loss in place of DPO's log-sigmoid.")
+    label_smoothing: float = flag(0.0, "cDPO: the share of labels taken to be wrong.", ge=0, lt=0.5)
+    nll_loss_coef: float = flag(0.0, "Weight of the chosen response's negative log-likelihood a token.", ge=0)
+    ref_previous_round: bool = flag(
+        False, "The reference is the model that the round starts from; default: --pretrain in every round."
+    )
+
+
+class IterateConfig(
+    LoopSettings,
+    LoopModelSettings,
+    PromptSettings,
+    RewardSettings,
+    RewardTextSettings,
+    GenerationSettings,
+    TrainSettings,
+    PreferenceSettings,
+    HeldOutSettings,
+):
+    """Rounds of best-of-n: generate, score, select, train. A stopped command goes on when it is given again."""
+
+    learning_rate: float | Literal["auto"] = flag("auto", "Peak learning rate; auto: 5e-7 for dpo, else 2e-6.")
+    lr_warmup_ratio: float = flag(
+        0.0, "Warm-up steps = ceil(ratio x optimizer steps of a round); the first of them learns nothing.", ge=0, le=1
+    )
+    max_len: Count = flag(2048, "At most this many tokens per row in training; longer rows are dropped and counted.")
+    save_steps: Int = flag(-1, "In training write a checkpoint every N optimizer steps to go on from; -1 never.")
+
+    @property
+    def reward_file(self) -> str | None:
+        """Path of the reward function file, under whichever of its two names it was given."""
+        return self.reward_func if self.reward_func is not None else self.remote_rm_url
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence the engine must hold."""
+        return self.prompt_max_len + self.max_new_tokens
+
+    @property
+    def peak_learning_rate(self) -> float:
+        assert self.method is not None
+        return LEARNING_RATES[self.method] if self.learning_rate == "auto" else self.learning_rate

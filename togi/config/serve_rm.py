@@ -1,0 +1,77 @@
+"""The settings of ``togi serve-rm`` (established name: ``serve_rm``)."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+
+from togi.config.fields import Count, Int, PathText, Settings, flag, later
+from togi.errors import ConfigError
+
+
+class ServeRMConfig(Settings):
+    """Serve a reward model, or a reward function, over HTTP: POST /get_reward, GET /health, GET /metrics."""
+
+    reward_pretrain: PathText = flag("", "Reward model with a scalar head: a folder or hub name.")
+    reward_func: PathText = flag(
+        "", "Python file that defines reward_func(queries, prompts, labels), instead of a model."
+    )
+    host: str = flag("127.0.0.1", "Address to listen on; others than this machine's own need a token.")
+    port: Int = flag(5000, "TCP port; 0 takes a free one and says which.", ge=0, le=65535)
+    token_file: PathText | None = flag(
+        None,
+        "File with the bearer token that requests must carry; default: TOGI_REWARD_TOKEN of the environment, if set.",
+    )
+    allow_unauthenticated: bool = flag(False, "Listen on other addresses without a token.")
+    max_len: Count = flag(2048, "Queries of more tokens are refused, never cut.")
+    batch_size: Count | None = flag(
+        None, "At most this many queries per forward; default: as many as the token budget allows."
+    )
+    max_tokens_per_gpu: Count = flag(16384, "Token budget of one packed forward; queries of several requests share it.")
+    normalize_reward: bool = flag(False, "Standardise scores with the mean and std of the model's config.")
+    value_head_prefix: str = flag("score", "Attribute name of the scalar head; a model's own config wins.")
+    bf16: bool = flag(False, "Compute in bfloat16.")
+    flash_attn: bool = flag(False, "Use FlashAttention where the device has it (CUDA).")
+    trust_remote_code: bool = flag(False, "Run code that comes with a model folder.")
+    reward_timeout: float = flag(60.0, "Seconds one call of the reward function may take before it is stopped.", gt=0)
+    reward_workers: Count = flag(2, "Processes that run the reward function.")
+    max_body_mb: float = flag(64.0, "Largest body of a request, in MB.", gt=0)
+    max_items: Count = flag(1024, "Most queries in one request.")
+    max_queue: Count = flag(8192, "Most queries that wait at once; beyond, requests are told to come back (429).")
+    disable_fast_tokenizer: bool = later(False, "Use the slow (Python) tokenizer.")
+    load_in_4bit: bool = later(False, "Hold the weights in NF4.")
+    use_ms: bool = later(False, "Use ModelScope instead of the Hugging Face hub.")
+
+
+def check_serve_rm(config: ServeRMConfig, *, has_token: bool) -> None:
+    """Raise ConfigError with the first contradiction in the settings of ``togi serve-rm``."""
+    for message in _problems(config, has_token=has_token):
+        raise ConfigError(message)
+
+
+def _problems(c: ServeRMConfig, *, has_token: bool) -> Iterator[str]:
+    if not c.reward_pretrain and not c.reward_func:
+        yield "There is nothing to serve: give --reward_pretrain MODEL or --reward_func FILE.py."
+    if c.reward_pretrain and c.reward_func:
+        yield "--reward_pretrain and --reward_func exclude each other: serve them on two ports."
+    if c.reward_func and not c.reward_func.endswith(".py"):
+        yield f"--reward_func {c.reward_func} must be a Python file that defines reward_func(queries, prompts, labels)."
+    if c.normalize_reward and not c.reward_pretrain:
+        yield "--normalize_reward works on a reward model: add --reward_pretrain or leave it out."
+    if c.max_len > c.max_tokens_per_gpu:
+        yield f"--max_len {c.max_len} is more than --max_tokens_per_gpu {c.max_tokens_per_gpu}: lower the first."
+    if c.max_items > c.max_queue:
+        yield f"--max_items {c.max_items} is more than --max_queue {c.max_queue}: raise the second or lower the first."
+    if not is_loopback(c.host) and not has_token and not c.allow_unauthenticated:
+        yield (
+            f"--host {c.host} lets other machines in without a token: set TOGI_REWARD_TOKEN or --token_file, "
+            "or add --allow_unauthenticated."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,198 @@
+"""Rows -> tokenised sequences, or why a row has none: the part of loading that takes time.
+
+What a row becomes depends on the row, the reader and the tokenizer only, so that it can be done anywhere and kept (see
+``cache``). How the fields of one row are read is in ``sft``, ``pairs``, ``unpaired`` and ``steps``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+from togi.config.choices import Overlong
+from togi.data.chat import Tokenizer
+from togi.data.faults import SENTENCES, Drop, RowError, named
+from togi.data.masks import Coded, Draft, check_decoding, check_start, encode_drafts, end_tokens
+from togi.data.pairs import join_pair, read_pair
+from togi.data.record_spec import RecordSpec
+from togi.data.sft import read_sft
+from togi.data.source import Rows
+from togi.data.steps import StepLabels, check_places, read_steps
+from togi.data.tables import BadRow, Row
+from togi.data.unpaired import read_unpaired
+from togi.errors import DataError
+
+CHUNK = 128
+CHECKED = 32
+LONGEST_FAULT = 500
+
+
+class RowReader(Protocol):
+    """How rows are read. Can be pickled; its repr names all that the result depends on."""
+
+    @property
+    def spec(self) -> RecordSpec: ...
+
+    def read(self, row: Row, where: str, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
+        """What is to be tokenised, or what is missing. Raises RowError."""
+
+    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
+        """A last look at sequences that are cut and not too long. Raises RowError that starts with its verb."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerReader:
+    """Supervised rows."""
+
+    spec: RecordSpec
+
+    def read(self, row: Row, where: str, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
+        return read_sft(row, where, self.spec, tokenizer)
+
+    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
+        return coded
+
+
+@dataclass(frozen=True, slots=True)
+class PairReader:
+    """Rows with a chosen and a rejected answer."""
+
+    spec: RecordSpec
+
+    def read(self, row: Row, where: str, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
+        return read_pair(row, where, self.spec, tokenizer)
+
+    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
+        return join_pair(coded)
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedReader:
+    """Rows with an answer and whether it is desirable."""
+
+    spec: RecordSpec
+
+    def read(self, row: Row, where: str, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
+        return read_unpaired(row, where, self.spec, tokenizer)
+
+    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
+        return coded
+
+
+@dataclass(frozen=True, slots=True)
+class StepReader:
+    """Rows with a label after each step."""
+
+    spec: RecordSpec
+    labels: StepLabels
+
+    def read(self, row: Row, where: str, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
+        return read_steps(row, where, self.spec, self.labels, tokenizer)
+
+    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
+        check_places(coded[0], self.labels, tokenizer)
+        return coded
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a row: its sequences, or why it has none. ``lengths`` in tokens before anything is cut.
+
+    ``fault``: what is wrong with a faulty row, to follow its place; "" for all others.
+    """
+
+    coded: tuple[Coded, ...]
+    lengths: tuple[int, ...]
+    drop: Drop | None
+    was_cut: bool = False
+    fault: str = ""
+
+
+def encode_rows(rows: Rows, numbers: range, reader: RowReader, tokenizer: Tokenizer) -> Iterator[Outcome]:
+    """What becomes of each of these rows. Raises DataError for what is no fault of a row."""
+    chat = reader.spec.apply_chat_template
+    enders = end_tokens(tokenizer, chat=chat)
+    unchecked = CHECKED
+    for first in range(numbers.start, numbers.stop, CHUNK):
+        chunk = range(first, min(first + CHUNK, numbers.stop))
+        places = [rows.place(number) for number in chunk]
+        fetched = zip(rows.fetch(chunk), places, strict=True)
+        read = [_read(row, place, reader, tokenizer) for row, place in fetched]
+        drafts = [draft for drafted in read if not isinstance(drafted, Outcome) for draft in drafted]
+        coded = iter(encode_drafts(drafts, tokenizer, add_special_tokens=not chat, enders=enders))
+        for drafted, place in zip(read, places, strict=True):
+            if isinstance(drafted, Outcome):
+                yield drafted
+                continue
+            sequences = tuple(islice(coded, len(drafted)))
+            if unchecked > 0:
+                unchecked -= 1
+                with named(place):
+                    _check_decoding(drafted, sequences, tokenizer)
+            yield _settle(sequences, place, reader, tokenizer)
+
+
+def _read(row: Row | BadRow, place: str, reader: RowReader, tokenizer: Tokenizer) -> tuple[Draft, ...] | Outcome:
+    if isinstance(row, BadRow):
+        return _fault(Drop.UNREADABLE, f" {row.reason}")
+    try:
+        drafts = reader.read(row, place, tokenizer)
+        if isinstance(drafts, Drop):
+            return _fault(drafts, f" {SENTENCES[drafts]}")
+        for draft in drafts:
+            _check_text(draft, place)
+    except RowError as error:
+        return _fault(error.kind, str(error).removeprefix(place))
+    return drafts
+
+
+def _check_text(draft: Draft, place: str) -> None:
+    """JSON can hold half a character (a lone surrogate, where a text was cut inside an emoji); tokenizers cannot."""
+    try:
+        draft.text.encode()
+    except UnicodeEncodeError as error:
+        half = draft.text[error.start : error.end].encode("ascii", "backslashreplace").decode()
+        raise RowError(
+            Drop.BAD_TEXT, f"{place} has half a character ({half}) in its text: correct or remove the row."
+        ) from None
+
+
+def _check_decoding(drafts: tuple[Draft, ...], sequences: tuple[Coded, ...], tokenizer: Tokenizer) -> None:
+    for draft, coded in zip(drafts, sequences, strict=True):
+        check_decoding(draft, coded, tokenizer)
+
+
+def _settle(sequences: tuple[Coded, ...], place: str, reader: RowReader, tokenizer: Tokenizer) -> Outcome:
+    """Drop, cut or refuse what is too long, then let the reader ``finish``."""
+    spec = reader.spec
+    lengths = tuple(len(coded.tokens) for coded in sequences)
+    if not all(coded.learnable() for coded in sequences):
+        return _fault(Drop.EMPTY_ANSWER, f" {SENTENCES[Drop.EMPTY_ANSWER]}", lengths)
+    too_long = max(lengths) > spec.max_len
+    if too_long and spec.overlong is Overlong.ERROR:
+        raise DataError(
+            f"{place} has {max(lengths)} tokens, more than --max_len {spec.max_len}: raise it, or use --overlong drop or "
+            "truncate."
+        )
+    if too_long and spec.overlong is Overlong.DROP:
+        return Outcome((), lengths, Drop.TOO_LONG)
+    if too_long:
+        sequences = tuple(coded.cut(spec.max_len) if len(coded.tokens) > spec.max_len else coded for coded in sequences)
+        if not all(coded.learnable() for coded in sequences):
+            return Outcome((), lengths, Drop.CUT_AWAY)
+    try:
+        for coded in sequences:
+            check_start(coded, tokenizer)
+        finished = reader.finish(sequences, tokenizer)
+    except RowError as error:
+        return _fault(error.kind, f" {error}", lengths)
+    if isinstance(finished, Drop):
+        return Outcome((), lengths, finished)
+    return Outcome(finished, lengths, None, was_cut=too_long)
+
+
+def _fault(kind: Drop, text: str, lengths: tuple[int, ...] = ()) -> Outcome:
+    short = text if len(text) <= LONGEST_FAULT else f"{text[:LONGEST_FAULT]} ..."
+    return Outcome((), lengths, kind, fault=short)

@@ -1,0 +1,44 @@
+"""How a reward is told to a model in conditional SFT. One function writes the text, in training and in generation.
+
+Here: the text. Not here: which reward (``togi.recipes.select``), where prompts are rendered (``prompts``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from togi.errors import DataError
+
+DECIMALS = 2
+
+
+def with_reward(template: str, prompt: str, reward: float) -> str:
+    """``template`` with {input} replaced by the prompt and {reward} by the reward with two decimals.
+
+    Neither may be changed by what stands in the other: braces in the prompt stay as they are. Minus zero is zero.
+    """
+    assert math.isfinite(reward)
+    shown = f"{reward:.{DECIMALS}f}"
+    texts = {"{input}": prompt, "{reward}": shown.removeprefix("-") if float(shown) == 0 else shown}
+    return re.sub(r"{input}|{reward}", lambda found: texts[found.group()], template)
+
+
+def asked_reward(csft_prompt: str, template: str) -> float:
+    """The reward that ``--csft_prompt`` asks for: the number alone, or in the words of the template.
+
+    Raises DataError if the template would never say so: the model would see words that it was not trained on.
+    """
+    words = re.escape(template.replace("{input}", "").strip()).replace(re.escape("{reward}"), "(?P<reward>.+?)")
+    found = re.fullmatch(words, csft_prompt.strip())
+    text = found["reward"] if found else csft_prompt
+    try:
+        reward = float(text)
+    except ValueError:
+        reward = math.nan
+    if not math.isfinite(reward):
+        raise DataError(
+            f"--csft_prompt {csft_prompt!r} does not fit --reward_template {template!r}: give a number, or the template's "
+            "words with a number in the place of {reward}."
+        )
+    return reward

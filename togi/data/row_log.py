@@ -1,0 +1,102 @@
+"""A JSONL file that is written while its rows come in any order, survives a kill, and ends in order.
+
+Until it is complete everything is in ``<path>.partial``: a first line that says which work it is, then one line for each
+finished unit (a prompt with all its outputs, a row with its score), in the order in which they finished. The file itself
+appears at the end, whole. Not here: what units and rows are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from togi.errors import CheckpointError
+
+PARTIAL = ".partial"
+
+
+class RowLog:
+    """``identity`` names everything that the rows depend on. Use as a context manager."""
+
+    def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
+        self.path = path
+        self.done: dict[int, list[dict[str, Any]]] = {}
+        self._partial = path.with_name(path.name + PARTIAL)
+        self._identity = dict(identity)
+
+    def __enter__(self) -> Self:
+        """Read what an earlier attempt left. Raises CheckpointError if it is of other work."""
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        kept = self._read() if self._partial.is_file() else 0
+        self._file = self._partial.open("r+b" if kept > 0 else "wb")
+        if kept > 0:
+            self._file.truncate(kept)  # a line that a kill cut short
+            self._file.seek(kept)
+        else:
+            self._write(self._identity)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(self, unit: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Note that a unit is finished. It is in the hands of the system when this returns."""
+        assert unit not in self.done
+        self.done[unit] = list(rows)
+        self._write({"unit": unit, "rows": self.done[unit]})
+
+    def finish(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the file and drop the partial one."""
+        write_rows(self.path, rows)
+        self._file.close()
+        self._partial.unlink()
+
+    def in_order(self) -> list[dict[str, Any]]:
+        """The rows of all finished units by the number of their unit."""
+        return [row for unit in sorted(self.done) for row in self.done[unit]]
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+        self._file.flush()
+
+    def _read(self) -> int:
+        """Fill ``done``; returns the bytes of complete lines."""
+        kept, first = 0, True
+        with self._partial.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                record = json.loads(line.decode("utf-8", "surrogatepass"))
+                if first:
+                    self._check(record)
+                else:
+                    self.done[record["unit"]] = record["rows"]
+                kept, first = kept + len(line), False
+        return kept
+
+    def _check(self, before: Mapping[str, str]) -> None:
+        names = {**before, **self._identity}
+        different = [name for name in names if before.get(name) != self._identity.get(name)]
+        if different:
+            name = different[0]
+            raise CheckpointError(
+                f"{self._partial} holds the unfinished work of another command ({name} was {before.get(name)}, is "
+                f"{self._identity.get(name)}): finish that one, or remove the file."
+            )
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSONL file, written aside and renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with aside.open("w", encoding="utf-8", errors="surrogatepass") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,72 @@
+"""Rows of a prompt and an output -> the token ids that a reward model reads: as it was trained, whole and ended.
+
+The text is made and tokenised as in ``pairs``: prompt and output as one text, with the end token. Unlike there an empty
+output has a score too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from togi.data.chat import Tokenizer, check_rendering, encode, render_messages, render_prompt
+from togi.data.faults import named
+from togi.data.fields import as_text, prompt_messages, value_of
+from togi.data.masks import end_tokens
+from togi.data.mixture import Mixture
+from togi.data.tables import Row
+from togi.data.turns import ASSISTANT, Message, conversation
+from togi.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """Where prompt and output are and how they are rendered. Fields are named as their flags; lengths in tokens."""
+
+    input_key: str
+    output_key: str
+    apply_chat_template: bool
+    input_template: str | None
+    max_len: int
+
+
+def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tuple[list[Row], list[list[int]]]:
+    """The rows in the order of the mixture, and the token ids of each.
+
+    Raises DataError naming row and field, also for a row of more than ``max_len`` tokens.
+    """
+    check_rendering(tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.input_template)
+    names = [mixture.place(pick) for pick in mixture.picks]
+    rows = mixture.rows()
+    texts = [_text(row, name, spec, tokenizer) for row, name in zip(rows, names, strict=True)]
+    ids = encode(texts, tokenizer, add_special_tokens=not spec.apply_chat_template)
+    enders = end_tokens(tokenizer, chat=spec.apply_chat_template)
+    for name, tokens in zip(names, ids, strict=True):
+        if tokens[-1] not in enders:
+            tokens.append(tokenizer.eos_token_id)
+        if len(tokens) > spec.max_len:
+            raise DataError(f"{name} has {len(tokens)} tokens, more than --max_len {spec.max_len}: raise it.")
+    return rows, ids
+
+
+def _text(row: Row, where: str, spec: OutputSpec, tokenizer: Tokenizer) -> str:
+    prompt = value_of(row, where, "input_key", spec.input_key)
+    value = value_of(row, where, "output_key", spec.output_key)
+    output = as_text(value, where, spec.output_key)
+    if not spec.apply_chat_template:
+        text = as_text(prompt, where, spec.input_key)
+        template = spec.input_template
+        return _nonempty(
+            render_prompt(text, tokenizer, apply_chat_template=False, input_template=template) + output, where
+        )
+    messages: Sequence[Message] = prompt_messages(prompt, where, spec.input_key)
+    with named(where):
+        if not output.strip():
+            return render_messages(messages, tokenizer, add_generation_prompt=True)
+        return conversation([*messages, {"role": ASSISTANT, "content": output}], len(messages), tokenizer).text
+
+
+def _nonempty(text: str, where: str) -> str:
+    if not text:
+        raise DataError(f"{where} has neither a prompt nor an output: remove it.")
+    return text

@@ -1,0 +1,201 @@
+"""Tokenised rows as arrays: a ``Shard`` is one file of them, memory-mapped; a ``Table`` is all rows of one data set.
+
+Shape letters: N rows, S sequences (one or two a row that is used, none else), T tokens, R learned parts, L lengths (one
+for each sequence that was tokenised). Files are safetensors; which of them there are and whether they can be trusted is
+decided in ``cache``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from togi.data.encode import Outcome
+from togi.data.faults import FAULTS, Drop
+from togi.data.masks import Coded
+
+# A number for each reason in the arrays; 0 is none.
+REASONS: tuple[Drop | None, ...] = (None, *Drop)
+FAULT_CODES = np.array([code for code, reason in enumerate(REASONS) if reason in FAULTS], dtype=np.uint8)
+SHOWN_FAULTS = 20
+_TYPES = {"I32": np.int32, "F64": np.float64, "U8": np.uint8, "BOOL": np.bool_}
+_PER_SAMPLE = ("tokens_T", "token_counts_S", "prompt_lengths_S", "run_counts_S", "runs_R", "labels_R", "values_S")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFault:
+    """A faulty row of a shard and what is wrong with it, to follow its place."""
+
+    row: int
+    text: str
+
+
+def write_shard(path: Path, rows: Sequence[Outcome]) -> None:
+    """The first SHOWN_FAULTS faults are kept in words, all of them by reason. Sequences must have the same values."""
+    coded = [sequence for outcome in rows for sequence in outcome.coded]
+    names = sorted(coded[0].values) if coded else []
+    assert all(sorted(sequence.values) == names for sequence in coded), "sequences with different values"
+    faults = [(i, outcome.fault) for i, outcome in enumerate(rows) if outcome.fault]
+    values = [sequence.values[name] for sequence in coded for name in names]
+    runs = [run for sequence in coded for run in sequence.runs]
+    arrays = {
+        "drops_N": np.array([REASONS.index(outcome.drop) for outcome in rows], dtype=np.uint8),
+        "cut_N": np.array([outcome.was_cut for outcome in rows], dtype=np.bool_),
+        "widths_N": np.array([len(outcome.coded) for outcome in rows], dtype=np.uint8),
+        "lengths_L": np.array([*chain.from_iterable(outcome.lengths for outcome in rows)], dtype=np.int32),
+        "tokens_T": np.concatenate([np.empty(0, np.int32), *(sequence.tokens for sequence in coded)]),
+        "token_counts_S": np.array([len(sequence.tokens) for sequence in coded], dtype=np.int32),
+        "prompt_lengths_S": np.array([sequence.prompt_length for sequence in coded], dtype=np.int32),
+        "merged_S": np.array([sequence.merged for sequence in coded], dtype=np.bool_),
+        "run_counts_S": np.array([len(sequence.runs) for sequence in coded], dtype=np.int32),
+        "runs_R": np.array(runs, dtype=np.int32).reshape(-1, 2),
+        "labels_R": np.array([label for sequence in coded for label in sequence.labels], dtype=np.float64),
+        "values_S": np.array(values, dtype=np.float64).reshape(len(coded), len(names)),
+    }
+    # one entry only: safetensors writes several in any order, and equal shards are to be equal files
+    words = {"names": names, "faults": faults[:SHOWN_FAULTS]}
+    save_file(arrays, path, metadata={"words": json.dumps(words)})
+
+
+class Shard:
+    """The rows of one file. Tokens stay on disk until they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + size)
+        words = json.loads(header.pop("__metadata__")["words"])
+        self._arrays: dict[str, NDArray[Any]] = {name: _array(data, **place) for name, place in header.items()}
+        self._names: list[str] = words["names"]
+        self.faults = [ShardFault(row, text) for row, text in words["faults"]]
+        self.drops_N, self.cut_N = self._arrays["drops_N"].copy(), self._arrays["cut_N"].copy()
+        self.lengths_L = self._arrays["lengths_L"].copy()
+        self._sequence_ends = np.cumsum(self._arrays["widths_N"], dtype=np.int64)
+        self._token_ends = np.cumsum(self._arrays["token_counts_S"], dtype=np.int64)
+        self._run_ends = np.cumsum(self._arrays["run_counts_S"], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.drops_N)
+
+    @property
+    def sizes_N(self) -> NDArray[np.int64]:
+        """Tokens of each row, all its sequences together."""
+        ends = np.concatenate([np.zeros(1, np.int64), self._token_ends])[np.append(0, self._sequence_ends)]
+        return np.diff(ends)
+
+    @property
+    def merged_N(self) -> NDArray[np.bool_]:
+        """Whether a token of the row holds the end of its prompt and the start of its answer."""
+        rows_S = np.repeat(np.arange(len(self)), self._arrays["widths_N"])
+        return np.bincount(rows_S[self._arrays["merged_S"]], minlength=len(self)) > 0
+
+    @property
+    def learned_S(self) -> NDArray[np.int64]:
+        """Tokens in the loss of each sequence; the first token of a sequence never is."""
+        starts_R, ends_R = self._arrays["runs_R"].T.astype(np.int64)
+        sequences_R = np.repeat(np.arange(len(self._run_ends)), self._arrays["run_counts_S"])
+        counts_S = np.bincount(sequences_R, ends_R - np.maximum(starts_R, 1), minlength=len(self._run_ends))
+        return counts_S.astype(np.int64)
+
+    def coded(self, row: int) -> tuple[Coded, ...]:
+        """The sequences of a row."""
+        return tuple(self._sequence(i) for i in range(*_span(self._sequence_ends, row)))
+
+    def content(self, name: str) -> NDArray[Any]:
+        """One of the arrays that samples are made of."""
+        return self._arrays[name]
+
+    def _sequence(self, i: int) -> Coded:
+        first, end = _span(self._run_ends, i)
+        runs = tuple((start, stop) for start, stop in self._arrays["runs_R"][first:end].tolist())
+        return Coded(
+            self._arrays["tokens_T"][slice(*_span(self._token_ends, i))],
+            runs,
+            int(self._arrays["prompt_lengths_S"][i]),
+            bool(self._arrays["merged_S"][i]),
+            tuple(self._arrays["labels_R"][first:end].tolist()),
+            dict(zip(self._names, self._arrays["values_S"][i].tolist(), strict=True)),
+        )
+
+
+class Table:
+    """All used rows of a data set, in shards one after the other."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = tuple(shards)
+        self._ends = np.cumsum([len(shard) for shard in shards])
+        self.drops_N = np.concatenate([shard.drops_N for shard in shards])
+        self.lengths_L = np.concatenate([shard.lengths_L for shard in shards])
+        self.cut = sum(int(shard.cut_N.sum()) for shard in shards)
+
+    def __len__(self) -> int:
+        return len(self.drops_N)
+
+    @cached_property
+    def merged_N(self) -> NDArray[np.bool_]:
+        return np.concatenate([shard.merged_N for shard in self._shards])
+
+    @cached_property
+    def sizes_N(self) -> NDArray[np.int64]:
+        """Tokens of each row, all its sequences together; 0 for rows that are not used."""
+        return np.concatenate([shard.sizes_N for shard in self._shards])
+
+    @cached_property
+    def widths_N(self) -> NDArray[np.int64]:
+        """Sequences of each row; 0 for rows that are not used."""
+        return np.concatenate([shard.content("widths_N").astype(np.int64) for shard in self._shards])
+
+    @cached_property
+    def learned_S(self) -> NDArray[np.int64]:
+        """Tokens in the loss of each sequence."""
+        return np.concatenate([shard.learned_S for shard in self._shards])
+
+    @cached_property
+    def prompt_lengths_S(self) -> NDArray[np.int64]:
+        """Leading tokens of each sequence that are not learned."""
+        return np.concatenate([shard.content("prompt_lengths_S").astype(np.int64) for shard in self._shards])
+
+    @property
+    def faulty_N(self) -> NDArray[np.bool_]:
+        """Whether a row is left out for a fault of its own."""
+        return np.isin(self.drops_N, FAULT_CODES)
+
+    def faults(self) -> list[ShardFault]:
+        """The first SHOWN_FAULTS faults in words."""
+        starts = (self._ends - [len(shard) for shard in self._shards]).tolist()
+        found = (
+            ShardFault(start + fault.row, fault.text)
+            for start, shard in zip(starts, self._shards, strict=True)
+            for fault in shard.faults
+        )
+        return [fault for _, fault in zip(range(SHOWN_FAULTS), found, strict=False)]
+
+    def coded(self, row: int) -> tuple[Coded, ...]:
+        """The sequences of a row; none if it is not used."""
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return self._shards[shard].coded(row - int(self._ends[shard]) + len(self._shards[shard]))
+
+    def content(self) -> Iterable[bytes]:
+        """All that samples are made of, the same however the rows are divided into shards."""
+        for name in _PER_SAMPLE:
+            yield name.encode()
+            for shard in self._shards:
+                yield shard.content(name).tobytes()
+
+
+def _array(data: NDArray[np.uint8], dtype: str, shape: list[int], data_offsets: list[int]) -> NDArray[Any]:
+    return np.asarray(data[slice(*data_offsets)]).view(_TYPES[dtype]).reshape(shape)
+
+
+def _span(ends: NDArray[np.int64], i: int) -> tuple[int, int]:
+    return (int(ends[i - 1]) if i > 0 else 0), int(ends[i])

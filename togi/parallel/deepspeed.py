@@ -1,0 +1,352 @@
+"""ZeRO stages 1 to 3 with DeepSpeed's engine, behind the same protocol as the other backends.
+
+DeepSpeed averages gradients over ranks and expects to know how many micro-batches make a step; here they are summed (the
+loss is multiplied by the number of ranks, which the average takes back), and ``last`` says where a step ends, so any number
+of micro-batches will do. Reduction is in float32, the optimizer is torch's fused AdamW on the host and on the device alike:
+DeepSpeed's own C++ one compiles for minutes when it is first used. DeepSpeed's checkpoints are not used: whole tensors by
+name fit every backend and number of ranks.
+
+A model is loaded whole on each rank and partitioned then. Written for DeepSpeed 0.19, of whose optimizers some inner parts
+are used where it has no call for what is needed: the norm before the step, dropping gradients, moments before a first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from togi.errors import ConfigError
+from togi.parallel.adamw import MOMENTS, adamw_without_state, add_state, set_rate
+from togi.parallel.backend import BackendOptions, check_same_weights
+from togi.parallel.process import World
+from togi.parallel.replicated import BUCKET_ELEMENTS
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# It calls collectives by names that torch has given new ones.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+# Set before the import: DeepSpeed decides then which accelerator there is.
+if torch.accelerator.current_accelerator() is None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors  # noqa: E402
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    set_z3_leaf_modules,
+)
+
+EXPERTS = "experts"
+# Working copies up to this size stay whole on every rank under stage 3: gathering norm weights costs more than it saves.
+RESIDENT_ELEMENTS = 100_000
+MASTER = "master"
+
+
+class DeepSpeed:
+    """The ``Backend`` of one process or several that train with ZeRO."""
+
+    def __init__(self, module: nn.Module, world: World, options: BackendOptions) -> None:
+        assert options.zero_stage in (1, 2, 3)
+        if world.size % options.zpg != 0:
+            raise ConfigError(
+                f"--zpg {options.zpg} must divide the number of workers of a model, which is {world.size}."
+            )
+        check_same_weights(module, world)
+        _meet(world)
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._shapes = {name: tuple(p.shape) for name, p in trained.items()}
+        # DeepSpeed makes the masters from weights that it has already rounded to bfloat16.
+        loaded = {name: p.data for name, p in trained.items()} if options.bf16 else {}
+        self._adamw = adamw_without_state(trained, options)
+        if options.zero_stage == 3:
+            _mark_sparse_blocks(module)
+        module.register_forward_hook(_unwrap)
+        with redirect_stdout(StringIO()):  # memory reports
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=self._adamw, config=_config(world, options), dist_init_required=False
+            )
+        module.register_forward_hook(_wrap)
+        self.module = module
+        self.world = world
+        self._options = options
+        self._trained = trained
+        self._zero = _shards_of(self._engine.optimizer)
+        add_state(self._adamw, self._zero.masters())
+        self._zero.link_state()
+        if loaded:
+            self._set(lambda name: {MASTER: loaded[name]})
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        optimizer = self._engine.optimizer
+        self._engine.set_gradient_accumulation_boundary(last)
+        # What DeepSpeed does in the forward of its engine and in hooks on results that are tensors; ours are records.
+        optimizer.clear_backward_seen_flag()
+        optimizer.backward_prologue()
+        optimizer.enter_backward()
+        with self.world.collective("backward"):
+            self._engine.backward(loss * self.world.size)
+
+    def clip(self, max_norm: float) -> float:
+        with self.world.collective("gradient norm"):
+            norm = float(self._zero.norm())
+        # The step itself scales the gradients down, by the same norm.
+        self._engine.optimizer.clip_grad = max_norm if math.isfinite(max_norm) else 0.0
+        return norm if norm >= 0 else math.nan  # DeepSpeed writes -1 for what is not finite
+
+    def step(self, learning_rate: float) -> None:
+        set_rate(self._adamw, learning_rate)
+        with self.world.collective("optimizer step"):
+            self._engine.step()
+        assert self._engine.was_step_applied(), "a step on gradients that are not finite"
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        self._zero.drop_gradients()
+        self._engine.optimizer.clip_grad = 0.0
+
+    def full_parameters(
+        self, dtype: torch.dtype | None = None, *, trained_only: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            if trained_only and name not in self._trained:
+                continue
+            from_master = self._options.bf16 and dtype is not torch.bfloat16 and name in self._trained
+            with self.world.collective(f"full parameter {name}"):
+                whole = safe_get_full_fp32_param(parameter) if from_master else _gathered(parameter)
+            yield name, whole if dtype is None else whole.to(dtype)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._trained.items():
+            with self.world.collective(f"master of {name}"):
+                whole = safe_get_full_fp32_param(parameter)
+            yield f"{MASTER}/{name}", whole
+            for moment in MOMENTS:
+                with self.world.collective(f"{moment} of {name}"):
+                    whole = safe_get_full_optimizer_state(parameter, moment)
+                yield f"{moment}/{name}", whole
+
+    def load_state(self, read: Callable[[str], Tensor], steps: int) -> None:
+        self._set(lambda name: {kind: read(f"{kind}/{name}") for kind in (MASTER, *MOMENTS)})
+        for master in self._zero.masters():
+            self._adamw.state[master]["step"].fill_(steps)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    def _set(self, values: Callable[[str], dict[str, Tensor]]) -> None:
+        """Replace masters and moments, given by the name of the parameter, and round the masters anew."""
+        for name, parameter in self._trained.items():
+            for kind, value in values(name).items():
+                if kind == MASTER:
+                    safe_set_full_fp32_param(parameter, value)
+                    self._zero.set_working(parameter, value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, kind)
+        self._zero.refresh()
+
+
+class _Shards(Protocol):
+    """What is done differently by each of DeepSpeed's optimizers."""
+
+    def masters(self) -> Iterable[Tensor]:
+        """This rank's flat float32 tensors, which AdamW updates."""
+        ...
+
+    def link_state(self) -> None:
+        """Tell DeepSpeed where the moments are."""
+        ...
+
+    def norm(self) -> Any:
+        """The global L2 norm of the gradients held; negative or infinite if they are not finite."""
+        ...
+
+    def drop_gradients(self) -> None: ...
+
+    def set_working(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """The master of ``parameter`` has been set to ``value``: round it into the copy that computes, or do so later."""
+        ...
+
+    def refresh(self) -> None:
+        """Round the masters into the copies that compute, where ``set_working`` has not."""
+        ...
+
+
+def _shards_of(optimizer: Any) -> _Shards:
+    if isinstance(optimizer, BF16_Optimizer):
+        return _FirstStage(optimizer)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return _SecondStage(optimizer)
+    return _ThirdStage(optimizer)
+
+
+class _Whole:
+    """Stages 1 and 2, whose working copies are whole on every rank."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def masters(self) -> Iterable[Tensor]:
+        return [group["params"][0] for group in self._optimizer.optimizer.param_groups]
+
+    def link_state(self) -> None:
+        self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def set_working(self, parameter: nn.Parameter, value: Tensor) -> None:
+        pass
+
+    def refresh(self) -> None:
+        self._optimizer.update_lp_params()
+
+
+class _FirstStage(_Whole):
+    """Stage 1 with bfloat16: gradients are whole too, in float32."""
+
+    def norm(self) -> Any:
+        gradients, _ = self._optimizer.get_grads_for_norm()
+        return get_global_norm_of_tensors(gradients)
+
+    def drop_gradients(self) -> None:
+        self._optimizer.clear_hp_grads()
+        self._optimizer.clear_lp_grads(set_to_none=True)
+
+
+class _SecondStage(_Whole):
+    """Stage 2, and stage 1 in float32 or with offload."""
+
+    def norm(self) -> Any:
+        return self._optimizer.scaled_global_norm()
+
+    def drop_gradients(self) -> None:
+        optimizer = self._optimizer
+        optimizer.zero_grad()
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+        for group in range(len(optimizer.bit16_groups)):
+            optimizer.averaged_gradients[group] = None
+            optimizer.all_grad_tensors[group] = None
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+            _zero_gradients(self.masters())
+
+
+class _ThirdStage:
+    """Stage 3: every rank holds a part of each parameter."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def masters(self) -> Iterable[Tensor]:
+        masters: list[Tensor] = self._optimizer.fp32_partitioned_groups_flat
+        return masters
+
+    def link_state(self) -> None:
+        pass
+
+    def norm(self) -> Any:
+        return combine_grad_norm_groups(self._optimizer._get_norm_groups())
+
+    def drop_gradients(self) -> None:
+        optimizer = self._optimizer
+        optimizer.zero_grad()
+        optimizer.averaged_gradients = {}
+        # A parameter that takes no part in a step keeps what the buffer held before.
+        optimizer.grad_partitions_flat_buffer.zero_()
+        if optimizer.offload_optimizer:
+            optimizer.reset_cpu_buffers()
+            _zero_gradients(self.masters())
+
+    def set_working(self, parameter: nn.Parameter, value: Tensor) -> None:
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            parameter.copy_(value)
+
+    def refresh(self) -> None:
+        self._optimizer.invalidate_secondary_tensor()
+
+
+def _zero_gradients(masters: Iterable[Tensor]) -> None:
+    for master in masters:
+        if master.grad is not None:
+            master.grad.zero_()
+
+
+def _gathered(parameter: nn.Parameter) -> Tensor:
+    """The working copy, whole. A copy of it under stage 3, where it is taken apart again."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def _meet(world: World) -> None:
+    """Let DeepSpeed use the process group that there is, and nothing that has to be compiled first."""
+    world.open_group()
+    os.environ["LOCAL_RANK"] = str(world.device.index or 0)
+    # On the CPU this is the number of devices, for which DeepSpeed would otherwise ask numactl.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
+    # An all-reduce through shared memory, in C++, for inference only. DeepSpeed's own switch for it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+def _config(world: World, options: BackendOptions) -> dict[str, Any]:
+    return {
+        # Batches and their sizes are the learner's business: DeepSpeed only counts samples with these.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": None,
+        "bf16": {"enabled": options.bf16},
+        "data_types": {"grad_accum_dtype": "bf16" if options.bf16_accumulation else "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": options.zero_stage,
+            "overlap_comm": options.overlap_comm,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "zero_hpz_partition_size": options.zpg,
+            "stage3_param_persistence_threshold": RESIDENT_ELEMENTS,
+            "offload_optimizer": {
+                "device": "cpu" if options.adam_offload else "none",
+                "pin_memory": options.adam_offload and world.device.type != "cpu",
+            },
+        },
+    }
+
+
+def _mark_sparse_blocks(module: nn.Module) -> None:
+    """Gather a sparse block as a whole: which of its experts run differs from rank to rank."""
+    sparse = {type(part) for part in module.modules() if EXPERTS in dict(part.named_children())}
+    if sparse:
+        set_z3_leaf_modules(module, list(sparse))
+
+
+class _Tensors(dict[str, Tensor]):
+    """The differentiable results of a forward, in a form into which DeepSpeed's hooks on the model look."""
+
+    def __init__(self, record: Any) -> None:
+        self.record = record
+        values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        super().__init__({name: v for name, v in values.items() if isinstance(v, Tensor) and v.requires_grad})
+
+
+def _unwrap(module: nn.Module, inputs: Any, record: Any) -> _Tensors:
+    """The first of the forward hooks, before DeepSpeed's."""
+    return _Tensors(record)
+
+
+def _wrap(module: nn.Module, inputs: Any, tensors: _Tensors) -> Any:
+    """The last of the forward hooks, after DeepSpeed's."""
+    return dataclasses.replace(tensors.record, **tensors)

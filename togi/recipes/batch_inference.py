@@ -1,0 +1,334 @@
+"""Outputs for a file of prompts, and scores for a file of outputs. See ``generate`` and ``score``.
+
+Both write rows as they finish and end with a file in order (``togi.data.row_log``); the same command goes on where a killed
+one stopped. Settings come checked from ``infer_start``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from togi.algo.best_of_n import standardized
+from togi.algo.evaluate import mean_with_error
+from togi.config.choices import EngineName, PostProcessor
+from togi.config.infer import InferConfig
+from togi.data.chat import Tokenizer, as_plain_text, decode, encode, load_tokenizer, stop_token_ids, visible
+from togi.data.mixture import load_mixture
+from togi.data.packing import pack_all
+from togi.data.prompts import DEFAULT_DATASOURCE, PromptSpec, fingerprint, load_prompts
+from togi.data.reward_text import asked_reward, with_reward
+from togi.data.row_log import RowLog
+from togi.data.scoring import OutputSpec, read_outputs
+from togi.errors import ConfigError, RewardError
+from togi.learn.scorer import Scorer
+from togi.model.hub import local_folder
+from togi.model.loading import load_scalar_model
+from togi.model.policy import ScalarModel
+from togi.obs.progress import Progress
+from togi.parallel.process import World, default_device
+from togi.recipes.select import select
+from togi.reward.local_model import Standardization
+from togi.rollout.collect import collect_groups
+from togi.rollout.create import create_engine
+from togi.rollout.engine import EngineSettings
+from togi.rollout.environment import SingleTurn
+from togi.sample import FinishReason, Prompt, Rollout, Sample, Sampling
+
+SCORED_AT_ONCE = 64
+# Settings that rows depend on, beside prompts and weights.
+GENERATION = (
+    "eval_task",
+    "seed",
+    "best_of_n",
+    "max_new_tokens",
+    "prompt_max_len",
+    "temperature",
+    "top_p",
+    "greedy_sampling",
+    "repetition_penalty",
+    "keep_special_tokens",
+    "label_key",
+    "bf16",
+)
+SCORING = ("eval_task", "value_head_prefix", "bf16")
+WEIGHTS = ("*.safetensors", "*.bin")
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a finished command wrote."""
+
+    path: Path
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt as the model gets it. ``plain``: the text without the reward that is asked for."""
+
+    prompt: Prompt
+    plain: str
+
+
+def generate(config: InferConfig, announce: Announce) -> Written:
+    """``--best_of_n`` outputs for every prompt of the slice, in the order of the prompts.
+
+    Each output has a seed of its own, so that how many run at once changes nothing but time.
+    """
+    if config.full_determinism:
+        torch.use_deterministic_algorithms(True)
+    with Progress() as progress:
+        with progress.phase("reading prompts", expected_seconds=8):
+            tokenizer = load_tokenizer(
+                config.pretrain,
+                chat_template=config.tokenizer_chat_template,
+                trust_remote_code=config.trust_remote_code,
+            )
+            asked = ask(config, tokenizer, announce)
+        model = local_folder(config.pretrain)
+        prompts = [each.prompt for each in asked]
+        identity = identity_of(config, GENERATION, model) | {"--dataset": fingerprint(prompts)}
+        with RowLog(Path(config.output_path), identity) as log:
+            left = [(unit, prompt) for unit, prompt in enumerate(prompts) if unit not in log.done]
+            if len(left) < len(prompts):
+                announce(f"{len(prompts) - len(left)} of {len(prompts)} prompts were done by an earlier attempt")
+            progress.start_steps(len(prompts), done=len(log.done))
+            if left:
+                asyncio.run(_generate(config, model, tokenizer, left, asked, log, progress))
+            rows = log.in_order()
+            log.finish(rows)
+    cut = sum(row["finish_reason"] == FinishReason.LENGTH for row in rows)
+    if cut > 0:
+        announce(
+            f"{cut} of {len(rows)} outputs reached --max_new_tokens {config.max_new_tokens} (finish_reason length)"
+        )
+    return Written(log.path, len(rows))
+
+
+def ask(config: InferConfig, tokenizer: Tokenizer, announce: Announce) -> list[Asked]:
+    """The prompts of this slice, with the reward asked for. Those that are too long are left out and counted."""
+    spec = PromptSpec(
+        config.dataset,
+        config.input_key,
+        config.label_key,
+        config.dataset_probs,
+        config.dataset_split,
+        config.apply_chat_template,
+        config.input_template,
+        config.prompt_max_len,
+        config.max_samples,
+        config.seed,
+    )
+    prompts = load_prompts(spec, tokenizer)
+    if prompts.report.picked > prompts.report.kept:
+        announce(f"prompts left out: {prompts.report.drop_reasons()}")
+    chosen = tuple(prompts)
+    if config.iter is not None:
+        start = config.iter * config.rollout_batch_size
+        chosen = chosen[start : start + config.rollout_batch_size]
+        if not chosen:
+            raise ConfigError(
+                f"--iter {config.iter} starts at prompt {start} of {len(prompts)}: give a smaller one, or more prompts."
+            )
+    if not config.enable_csft:
+        return [Asked(prompt, as_plain_text(prompt.text, tokenizer)) for prompt in chosen]
+    reward = asked_reward(config.csft_prompt, config.reward_template)
+    texts = [with_reward(config.reward_template, prompt.text, reward) for prompt in chosen]
+    ids = encode(texts, tokenizer, add_special_tokens=not config.apply_chat_template)
+    told = [
+        Asked(replace(prompt, text=text, tokens=tuple(tokens)), as_plain_text(prompt.text, tokenizer))
+        for prompt, text, tokens in zip(chosen, texts, ids, strict=True)
+    ]
+    kept = [each for each in told if len(each.prompt.tokens) <= config.prompt_max_len]
+    if len(kept) < len(told):
+        announce(f"prompts left out: {len(told) - len(kept)} too long with the reward text")
+    return kept
+
+
+async def _generate(
+    config: InferConfig,
+    model: str,
+    tokenizer: Tokenizer,
+    left: Sequence[tuple[int, Prompt]],
+    asked: Sequence[Asked],
+    log: RowLog,
+    progress: Progress,
+) -> None:
+    """Log the rows of each prompt as soon as all its outputs are there."""
+    sampling = Sampling(
+        config.max_new_tokens,
+        config.sampling_temperature,
+        config.top_p,
+        stop_token_ids=stop_token_ids(tokenizer, config.pretrain),
+        repetition_penalty=config.repetition_penalty,
+    )
+    environment = SingleTurn(partial(visible if config.keep_special_tokens else decode, tokenizer), sampling)
+    settings = engine_settings(config, model)
+    units = {prompt.id: unit for unit, prompt in left}
+    with progress.phase("starting the engine", expected_seconds=15):
+        engine = create_engine(config.engine, settings)
+    try:
+        groups = collect_groups(
+            ((prompt.id, prompt) for _, prompt in left),
+            environment,
+            engine.generate,
+            n_samples=config.best_of_n,
+            max_in_flight=2 * settings.max_num_seqs,
+            seed=config.seed,
+        )
+        async for group in groups:
+            unit = units[group[0].prompt.id]
+            log.add(unit, [_row(config, asked[unit], tokenizer, n, rollout) for n, rollout in enumerate(group)])
+            progress.step(len(log.done))
+    finally:
+        await engine.shutdown()
+
+
+def engine_settings(config: InferConfig, model: str) -> EngineSettings:
+    """One engine with all of this machine's cores."""
+    on_cpu = torch.accelerator.current_accelerator() is None
+    return EngineSettings(
+        model=model,
+        dtype="bfloat16" if config.bf16 else "float32",
+        max_model_len=config.context_length,
+        seed=config.seed,
+        enforce_eager=config.enforce_eager or on_cpu,
+        enable_prefix_caching=config.enable_prefix_caching,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        kv_cache_gb=config.vllm_cpu_kv_cache_gb,
+        max_num_seqs=config.max_num_seqs if config.engine is EngineName.VLLM else config.micro_batch_size,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _row(config: InferConfig, asked: Asked, tokenizer: Tokenizer, number: int, rollout: Rollout) -> dict[str, Any]:
+    """``input`` is what the model continued, as plain text; ``prompt`` is the same without the reward asked for."""
+    row: dict[str, Any] = {
+        "input": as_plain_text(rollout.prompt.text, tokenizer),
+        "output": rollout.response_text,
+        "id": rollout.prompt.id,
+        "sample": number,
+        "finish_reason": rollout.finish_reason.value,
+    }
+    if config.enable_csft:
+        row["prompt"] = asked.plain
+    if config.label_key is not None:
+        row["label"] = rollout.prompt.label
+    if rollout.prompt.datasource != DEFAULT_DATASOURCE:
+        row["datasource"] = rollout.prompt.datasource
+    return row
+
+
+def score(config: InferConfig, announce: Announce) -> Written:
+    """The reward of every row, then the post-processor. What a row has beside prompt and output is kept."""
+    if config.full_determinism:
+        torch.use_deterministic_algorithms(True)
+    with Progress() as progress:
+        with progress.phase("reading rows", expected_seconds=8):
+            tokenizer = load_tokenizer(
+                config.pretrain,
+                chat_template=config.tokenizer_chat_template,
+                trust_remote_code=config.trust_remote_code,
+            )
+            mixture = load_mixture(
+                config.dataset,
+                config.dataset_probs,
+                split=config.dataset_split,
+                seed=config.seed,
+                max_samples=config.max_samples,
+            )
+            spec = OutputSpec(
+                config.input_key, config.output_key, config.apply_chat_template, config.input_template, config.max_len
+            )
+            rows, ids = read_outputs(mixture, spec, tokenizer)
+        tokens = hashlib.blake2b(repr(ids).encode(), digest_size=16).hexdigest()
+        identity = identity_of(config, SCORING, local_folder(config.pretrain)) | {"--dataset": tokens}
+        with RowLog(Path(config.output_path), identity) as log:
+            rewards, standardize = _scores(config, ids, log, progress)
+            scored = list(_scored(config, rows, rewards, standardize))
+            estimate = mean_with_error([row["reward"] for row in scored])
+            announce(f"mean reward {estimate.mean:.4f} +- {estimate.standard_error:.4f} over {estimate.count} rows")
+            if config.selection is not None:
+                selection = select(scored, config.selection, reward_template=config.reward_template)
+                announce(f"{config.selection}: {selection.describe()}")
+                scored = list(selection.rows)
+            log.finish(scored)
+    return Written(log.path, len(scored))
+
+
+def _scores(
+    config: InferConfig, ids: Sequence[Sequence[int]], log: RowLog, progress: Progress
+) -> tuple[list[float], Standardization]:
+    """The model's raw scores in the order of the rows, and the standardisation of its config."""
+    chunks = [ids[start : start + SCORED_AT_ONCE] for start in range(0, len(ids), SCORED_AT_ONCE)]
+    with progress.phase("loading the reward model", expected_seconds=5):
+        model, scorer = load_scorer(config)
+    progress.start_steps(len(chunks), done=len(log.done))
+    for number, chunk in enumerate(chunks):
+        if number not in log.done:
+            log.add(number, [{"score": float(value)} for value in score_tokens(scorer, chunk, config)])
+            progress.step(len(log.done))
+    raw = [row["score"] for row in log.in_order()]
+    for number, value in enumerate(raw):
+        if not math.isfinite(value):
+            raise RewardError(
+                f"--pretrain {config.pretrain} gave {value} for row {number}: check its weights and its number format."
+            )
+    return raw, Standardization(model.reward_mean, model.reward_std) if config.normalize_reward else Standardization()
+
+
+def load_scorer(config: InferConfig) -> tuple[ScalarModel, Scorer]:
+    """The reward model, frozen, on this machine's device."""
+    device = default_device(max(config.local_rank, 0))
+    model = load_scalar_model(
+        config.pretrain,
+        torch.bfloat16 if config.bf16 else torch.float32,
+        flash_attn=config.flash_attn and device.type == "cuda",
+        value_head_prefix=config.value_head_prefix,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model.requires_grad_(False).to(device)
+    return model, Scorer(model, World.solo(device))
+
+
+def score_tokens(scorer: Scorer, sequences: Sequence[Sequence[int]], config: InferConfig) -> list[float]:
+    """Scores at the last token of each sequence, packed without padding."""
+    samples = [
+        Sample(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_), 0, str(number))
+        for number, tokens in enumerate(sequences)
+    ]
+    packs = pack_all(
+        samples, max_tokens=config.max_tokens_per_gpu, max_sequences=config.micro_batch_size, share_prefix=False
+    )
+    scores: list[float] = packs.in_order(scorer.scores(packs.batches).tolist())
+    return scores
+
+
+def _scored(
+    config: InferConfig, rows: Sequence[Mapping[str, Any]], raw: Sequence[float], standardization: Standardization
+) -> Iterator[dict[str, Any]]:
+    over_rows = config.normalize_reward and config.selection is PostProcessor.CSFT
+    rewards = standardized(raw) if over_rows else [standardization(value) for value in raw]
+    for row, reward in zip(rows, rewards, strict=True):
+        rest = {name: value for name, value in row.items() if name not in (config.input_key, config.output_key)}
+        yield {"input": row[config.input_key], "output": row[config.output_key], **rest, "reward": reward}
+
+
+def identity_of(config: InferConfig, names: Sequence[str], model: str) -> dict[str, str]:
+    """What must be the same for unfinished work to be gone on with: settings, and the weights by size and time."""
+    settings = {f"--{name}": str(config.model_dump()[name]) for name in names}
+    files = sorted(file for pattern in WEIGHTS for file in Path(model).glob(pattern))
+    stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+    weights = hashlib.blake2b("\n".join(stamps).encode(), digest_size=16).hexdigest()
+    return settings | {"--pretrain": config.pretrain, "weights of --pretrain": weights}

@@ -1,0 +1,269 @@
+"""The steps of a round, each from files to files in the round's folder. The loop is in ``iterate``.
+
+Generating, scoring with a model and training are commands (``togi.cli``) in processes of their own; scoring with a function
+and selecting happen here. Every step either finishes or goes on from its own files when it is called again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from togi.algo.evaluate import mean_with_error
+from togi.config.choices import EngineName, EvalTask, IterateMethod, PostProcessor
+from togi.config.iterate import IterateConfig
+from togi.data.lines import read_rows
+from togi.data.mixture import load_mixture
+from togi.data.row_log import write_rows
+from togi.errors import DataError, RunError
+from togi.recipes.function_scores import function_scores, try_function
+from togi.recipes.iterate_state import Facts
+from togi.recipes.preflight import max_positions
+from togi.recipes.select import select
+from togi.sample import FinishReason
+
+Launch = Callable[[str, Sequence[str]], None]
+Row = dict[str, Any]
+
+DATASOURCE_COLUMNS = ("datasource", "data_source")
+INFER = "togi.cli.batch_inference"
+PROCESSORS = {
+    IterateMethod.RS: PostProcessor.RS,
+    IterateMethod.DPO: PostProcessor.ITER_DPO,
+    IterateMethod.CSFT: PostProcessor.CSFT,
+}
+GENERATION = (
+    "max_new_tokens prompt_max_len top_p repetition_penalty max_num_seqs enable_prefix_caching enforce_eager "
+    "vllm_gpu_memory_utilization vllm_cpu_kv_cache_gb"
+)
+MODEL = "bf16 flash_attn tokenizer_chat_template trust_remote_code"
+TRAINING = (
+    "train_batch_size micro_train_batch_size max_tokens_per_gpu packing_samples max_epochs max_norm l2 adam_betas "
+    "lr_scheduler lr_warmup_ratio full_determinism backend zero_stage gradient_checkpointing max_len save_steps"
+)
+PAIRS = "beta ipo label_smoothing nll_loss_coef"
+PR_SET_PDEATHSIG = 1
+
+
+def subprocess_step(module: str, argv: Sequence[str]) -> None:
+    """Run a command in a process that ends with this one. Raises RunError if it fails; it has said why by then."""
+    words = [sys.executable, "-m", module, *argv]
+    # else the step of a killed iteration would go on writing beside the one that follows
+    end_with_parent = _die_with_parent if sys.platform == "linux" else None
+    status = subprocess.run(words, check=False, preexec_fn=end_with_parent).returncode
+    if status != 0:
+        raise RunError(
+            f"{module} ended with status {status}; what it said is above, and the same command goes on here."
+        )
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Steps:
+    """Each method of a step returns the facts of it, which the state keeps."""
+
+    def __init__(self, config: IterateConfig, root: Path, launch: Launch) -> None:
+        assert config.method is not None
+        self._config, self._root, self._launch, self._method = config, root, launch, config.method
+
+    def folder(self, number: int) -> Path:
+        return self._root / f"round_{number:03d}"
+
+    def model(self, number: int) -> Path:
+        return self.folder(number) / "model"
+
+    def try_reward(self) -> None:
+        """Call the reward function once for real, before anything else takes time."""
+        if self._config.reward_file is not None:
+            try_function(self._config)
+
+    def generate(self, number: int, model: str) -> Facts:
+        """Outputs for this round's prompts. From the second round on conditional SFT asks for its reward."""
+        c, folder = self._config, self.folder(number)
+        mixture = load_mixture(
+            c.prompt_data, c.prompt_data_probs, split=c.prompt_split, seed=c.seed, max_samples=c.max_samples
+        )
+        rows = mixture.rows()
+        start = (number - 1) * c.rollout_batch_size
+        chosen = [rows[(start + i) % len(rows)] for i in range(min(c.rollout_batch_size, len(rows)))]
+        temperature = 0.0 if c.greedy_sampling else c.temperature
+        self._ask(folder, chosen, model, number, c.best_of_n, temperature, told=number > 1)
+        return {"prompts": len(chosen), "outputs": len(read_rows(folder / "generated.jsonl"))}
+
+    def score(self, number: int) -> Facts:
+        """The reward of every output."""
+        rewards = [row["reward"] for row in self._score(self.folder(number)) if row["reward"] is not None]
+        if not rewards:
+            raise DataError(f"Round {number}: the reward abstained on every output, so that there is nothing to learn.")
+        return {"reward": sum(rewards) / len(rewards)}
+
+    def select(self, number: int) -> Facts:
+        """What to train on. Left out first: empty outputs, which cannot be learned, and those that were cut, which would be
+        learned with an end that they never had.
+        """
+        c, folder = self._config, self.folder(number)
+        prompts = read_rows(folder / "prompts.jsonl")
+        scored = [{**row, "input": _plain(row)} for row in read_rows(folder / "scored.jsonl")]
+        spoken = [row for row in scored if row["output"].strip()]
+        usable = [row for row in spoken if c.keep_truncated or row["finish_reason"] != FinishReason.LENGTH]
+        selection = select(
+            usable, PROCESSORS[self._method], reward_template=c.reward_template, standardize=c.normalize_reward
+        )
+        rows = [dict(row) for row in selection.rows]
+        if self._method is not IterateMethod.CSFT:
+            rows = [{**row, "prompt": prompts[_place(row)][c.input_key]} for row in rows]
+        empty, cut = len(scored) - len(spoken), len(spoken) - len(usable)
+        account = selection.describe() + (f"; {empty} empty outputs are left out" if empty > 0 else "")
+        account += f"; {cut} outputs cut at --max_new_tokens are left out" if cut > 0 else ""
+        if not rows:
+            raise DataError(
+                f"Round {number} has nothing to learn ({account}): raise --best_of_n or --max_new_tokens, or look at "
+                f"{folder / 'scored.jsonl'}."
+            )
+        write_rows(folder / "train.jsonl", rows)
+        counts = {"rows": len(rows), "ties": selection.ties, "empty": empty, "truncated": cut}
+        return {**counts, "selected": account}
+
+    def train(self, number: int, model: str) -> Facts:
+        """A new model from this round's rows, by ``togi sft`` or ``togi dpo``."""
+        command, argv = self.training_command(number, model)
+        folder = self.folder(number)
+        if (folder / "train").exists():
+            argv.append("--load_checkpoint")
+        self._launch(f"togi.cli.train_{command}", argv)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return {"model": str(self.model(number))}
+
+    def training_command(self, number: int, model: str) -> tuple[str, list[str]]:
+        """The name and the flags of the command that trains."""
+        c, folder = self._config, self.folder(number)
+        words = _flags({"pretrain": model, "dataset": folder / "train.jsonl", "save_path": self.model(number)})
+        words += _flags({"run_dir": folder / "train", "ckpt_path": folder / "checkpoints", "seed": c.seed + number})
+        words += _flags({"learning_rate": c.peak_learning_rate, **self._settings(f"{MODEL} {TRAINING}")})
+        if self._method is IterateMethod.DPO:
+            reference = model if c.ref_previous_round else c.pretrain
+            words += _flags({"prompt_key": "prompt", "ref_pretrain": reference, **self._settings(PAIRS)})
+            return "dpo", words + self._rendering()
+        if self._method is IterateMethod.RS:
+            return "sft", words + self._rendering() + _flags({"input_key": "prompt", "output_key": "output"})
+        # the reward stands in the rendered prompt, which is text now
+        words = [word for word in words if not word.startswith("--tokenizer_chat_template")]
+        return "sft", words + _flags({"input_key": "input", "output_key": "output", "input_template": "{}"})
+
+    def evaluate(self, number: int, model: str) -> Facts:
+        """Mean reward on the held-out prompts, with the standard error over prompts (null for a single one)."""
+        c, folder = self._config, self.folder(number) / "eval"
+        assert c.eval_dataset is not None
+        rows = load_mixture(c.eval_dataset, None, split=c.eval_split).rows()
+        self._ask(folder, rows, model, number, c.eval_n_samples_per_prompt, c.eval_temperature, told=number > 0)
+        of_prompt: dict[int, list[float]] = {}
+        for row in self._score(folder):
+            if row["reward"] is not None:
+                of_prompt.setdefault(_place(row), []).append(row["reward"])
+        if not of_prompt:
+            raise DataError("The reward abstained on every held-out output: leave --eval_dataset out.")
+        estimate = mean_with_error([sum(rewards) / len(rewards) for rewards in of_prompt.values()])
+        error = estimate.standard_error if estimate.count > 1 else None
+        return {"eval_reward": estimate.mean, "eval_stderr": error, "eval_prompts": estimate.count}
+
+    def _ask(
+        self,
+        folder: Path,
+        rows: Sequence[Mapping[str, Any]],
+        model: str,
+        number: int,
+        samples: int,
+        temperature: float,
+        *,
+        told: bool,
+    ) -> None:
+        """Write ``prompts.jsonl`` and let ``togi infer`` write ``generated.jsonl``. ``told``: csft asks for its reward."""
+        c = self._config
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = [c.input_key, *DATASOURCE_COLUMNS] + ([c.label_key] if c.label_key is not None else [])
+        write_rows(folder / "prompts.jsonl", [{key: row[key] for key in keys if key in row} for row in rows])
+        task = EvalTask.GENERATE_VLLM if c.rollout_engine is EngineName.VLLM else EvalTask.GENERATE
+        words = _flags({"eval_task": task, "pretrain": model, "dataset": folder / "prompts.jsonl"})
+        words += _flags({"output_path": folder / "generated.jsonl", "input_key": c.input_key, "label_key": c.label_key})
+        words += _flags({"best_of_n": samples, "temperature": temperature, "seed": c.seed + number})
+        words += _flags({"micro_batch_size": c.max_num_seqs, **self._settings(f"{MODEL} {GENERATION}")})
+        words += self._rendering()
+        if self._method is IterateMethod.CSFT and told:
+            words += _flags({"enable_csft": True, "csft_prompt": c.csft_prompt, "reward_template": c.reward_template})
+        self._launch(INFER, words)
+
+    def _score(self, folder: Path) -> list[Row]:
+        """Rewards of ``generated.jsonl`` from every source, added up, written to ``scored.jsonl``."""
+        rows = [dict(row) for row in read_rows(folder / "generated.jsonl")]
+        columns = []
+        if self._config.reward_file is not None:
+            columns.append(function_scores(self._config, rows, folder / "function_scores.jsonl"))
+        if self._config.reward_pretrain is not None:
+            columns.append(self._model_scores(self._config.reward_pretrain, rows, folder))
+        scored = [{**row, "reward": _sum(parts)} for row, parts in zip(rows, zip(*columns, strict=True), strict=True)]
+        write_rows(folder / "scored.jsonl", scored)
+        return scored
+
+    def _model_scores(self, model: str, rows: Sequence[Row], folder: Path) -> list[float | None]:
+        """The reward model reads the prompts as they are in the data, with its own tokenizer and template."""
+        c = self._config
+        prompts = read_rows(folder / "prompts.jsonl")
+        whole = [{"prompt": prompts[_place(row)][c.input_key], "output": row["output"]} for row in rows]
+        write_rows(folder / "to_score.jsonl", whole)
+        positions = max_positions(model)
+        length = c.max_tokens_per_gpu if positions is None else min(c.max_tokens_per_gpu, positions)
+        words = _flags({"eval_task": EvalTask.RM, "pretrain": model, "dataset": folder / "to_score.jsonl"})
+        words += _flags({"output_path": folder / "model_scores.jsonl", "input_key": "prompt", "max_len": length})
+        words += _flags(self._settings("max_tokens_per_gpu bf16 flash_attn trust_remote_code"))
+        if c.normalize_reward and self._method is not IterateMethod.CSFT:
+            words += ["--normalize_reward"]
+        self._launch(INFER, words + self._rendering())
+        return [row["reward"] for row in read_rows(folder / "model_scores.jsonl")]
+
+    def _rendering(self) -> list[str]:
+        """How prompts of the data become text, in every command alike."""
+        if self._config.apply_chat_template:
+            return ["--apply_chat_template"]
+        return _flags({"input_template": self._config.input_template or "{}"})
+
+    def _settings(self, names: str) -> dict[str, Any]:
+        values = self._config.model_dump(mode="json")
+        return {name: values[name] for name in names.split()}
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    """Settings as a command line. What is None or off and off by default is left out."""
+    words = []
+    for name, value in values.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is False:
+            words += ["--no_packing_samples"] if name == "packing_samples" else []
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{name}={value}"]
+    return words
+
+
+def _place(row: Mapping[str, Any]) -> int:
+    """Which row of ``prompts.jsonl`` an output answers: ids are "source:row"."""
+    return int(str(row["id"]).partition(":")[2])
+
+
+def _plain(row: Mapping[str, Any]) -> str:
+    """The prompt without the reward that was asked for."""
+    return str(row["prompt"] if "prompt" in row else row["input"])
+
+
+def _sum(parts: Sequence[float | None]) -> float | None:
+    """The sum over all sources; none if one of them abstained."""
+    return None if any(part is None for part in parts) else sum(part for part in parts if part is not None)

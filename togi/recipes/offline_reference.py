@@ -1,0 +1,106 @@
+"""``--precompute_ref``: the reference scores every row once, ahead of the training, and is not in memory during it.
+
+The log-probs at the tokens in the loss, four bytes each, lie in one file a data set in the folder ``reference`` of the run
+and are mapped, not read. The name of a file is a digest of what its numbers depend on, so a resumed run finds them again, and
+with another model or other rows it makes new ones. Ranks on several machines need a common disk, as they do for checkpoints.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+
+from togi import __version__
+from togi.config.offline import OfflineConfig
+from togi.data.records import Examples
+from togi.learn.policy_objective import REF_LOGPROBS
+from togi.learn.scorer import Scorer
+from togi.model.hub import local_folder
+from togi.recipes.offline_data import Data
+from togi.recipes.offline_journal import Journal
+from togi.recipes.offline_steps import Dealer
+
+FOLDER = "reference"
+ROWS_AT_ONCE = 512
+
+
+def with_reference(
+    config: OfflineConfig, reference: str, data: Data, load: Callable[[], Scorer], dealer: Dealer, journal: Journal
+) -> Data:
+    """The same rows with the stream ``ref_logprobs``. On all ranks together.
+
+    ``reference`` is the folder or hub name of the model that ``load`` gives; it is called only if numbers are missing.
+    """
+    world, sets = dealer.world, (data.train, *data.held_out)
+    wanted = _files(config, reference, sets, journal.root / FOLDER) if world.is_first else []
+    files = world.gather("reference files", [(file, file.is_file()) for file in wanted])[0]
+    missing = {file: examples for (file, exists), examples in zip(files, sets, strict=True) if not exists}
+    if missing:
+        with journal.progress.phase("scoring with the reference"):
+            _score(load, missing, dealer, journal)
+        _release()
+    scored = [
+        examples.scored(REF_LOGPROBS, np.load(file, mmap_mode="r"))
+        for (file, _), examples in zip(files, sets, strict=True)
+    ]
+    return replace(data, train=scored[0], held_out=tuple(scored[1:]))
+
+
+def _files(config: OfflineConfig, reference: str, sets: Sequence[Examples], folder: Path) -> list[Path]:
+    """Where the numbers of each set belong."""
+    model = Path(local_folder(reference))
+    files = sorted(path for path in model.iterdir() if path.suffix in (".json", ".safetensors"))
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    how = (__version__, str(model.resolve()), facts, config.bf16, config.flash_attn, config.load_in_4bit)
+    names = [
+        hashlib.blake2b(f"{how} {examples.fingerprint()}".encode(), digest_size=12).hexdigest() for examples in sets
+    ]
+    return [folder.absolute() / f"{name}.npy" for name in names]
+
+
+def _score(load: Callable[[], Scorer], missing: Mapping[Path, Examples], dealer: Dealer, journal: Journal) -> None:
+    """Write the missing files. Each rank scores a part of the rows, the first one writes."""
+    scorer = load()
+    for file, examples in missing.items():
+        aside = file.with_suffix(".unfinished")
+        numbers = np.empty(0, dtype=np.float32)
+        if dealer.world.is_first:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            shape = (int(sum(examples.learned())),)  # numpy writes its own integers so that it cannot read them
+            numbers = open_memmap(aside, "w+", np.float32, shape)  # type: ignore[no-untyped-call]
+        place = 0
+        for start in range(0, len(examples), ROWS_AT_ONCE):
+            part = _logprobs(scorer, examples, range(start, min(start + ROWS_AT_ONCE, len(examples))), dealer)
+            if dealer.world.is_first:
+                numbers[place : place + len(part)] = part
+            place += len(part)
+            journal.beat()
+        if isinstance(numbers, np.memmap):
+            numbers.flush()
+            aside.replace(file)
+    dealer.world.barrier("reference has scored")
+
+
+def _logprobs(scorer: Scorer, examples: Examples, rows: Sequence[int], dealer: Dealer) -> np.ndarray:
+    """The log-probs of some rows, one after the other, from all ranks."""
+    samples = [sample for row in rows for sample in examples[row]]
+    places = dealer.places(samples)
+    own = dealer.logprobs(scorer, [samples[i] for i in places[dealer.world.share]])
+    found: dict[int, np.ndarray] = {}
+    for indices, arrays in zip(places, dealer.world.gather_shares("reference log-probs", own), strict=True):
+        found.update(zip(indices, arrays, strict=True))
+    return np.concatenate([found[i] for i in range(len(samples))])
+
+
+def _release() -> None:
+    """Give back the memory of a model that nobody holds any more."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

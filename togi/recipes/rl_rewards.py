@@ -1,0 +1,125 @@
+"""The rewards of an RL run: functions and servers before any model is loaded, then local models, then all as one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from togi.config.choices import BUILTIN, RemoteMode, Verifier
+from togi.config.reward import verifier_of
+from togi.config.rl import RLConfig
+from togi.reward.combine import CombinedReward, Term, distinct_names
+from togi.reward.function import FunctionReward
+from togi.reward.http_server import ConnectionLimits
+from togi.reward.local_model import LocalModelReward, Standardization
+from togi.reward.pool import CallLimits
+from togi.reward.remote import TOKEN_VARIABLE, Patience, RemoteReward
+from togi.reward.source import Reward
+from togi.runtime.model_reward import ModelScores
+from togi.runtime.session import Session
+from togi.sample import Rollout
+
+Visible = Callable[[Sequence[int]], str]
+
+
+class EarlyRewards:
+    """The rewards that need no worker of the run: function processes start here, servers with ``connect_servers``.
+
+    ``names`` are those of all rewards in the order of ``--reward_weights``: models, servers, functions.
+    """
+
+    def __init__(self, config: RLConfig, function: Callable[..., Any] | None) -> None:
+        self.names = reward_names(config, function_given=function is not None)
+        limits = CallLimits(config.reward_workers, config.reward_timeout, config.reward_retries)
+        own = self.names[len(config.reward_models) + config.remote_sources :]
+        self.functions: list[FunctionReward] = []
+        self.remotes: list[RemoteReward] = []
+        settings = {"format_regex": config.format_regex} if config.format_regex is not None else {}
+        for item, name in zip(config.reward_files, own, strict=False):
+            self.functions.append(from_item(item, settings, limits, name))
+        if function is not None:
+            self.functions.append(FunctionReward.from_callable(function, limits, own[-1]))
+
+    def connect_servers(self, config: RLConfig, visible: Visible) -> None:
+        """Make the clients. ``visible``: response tokens as text with the special ones."""
+        token = os.environ.get(TOKEN_VARIABLE, "")
+        limits = ConnectionLimits(config.remote_rm_concurrency, config.reward_timeout, token)
+        patience = Patience(config.reward_retries, config.remote_rm_max_pause)
+        own = self.names[len(config.reward_models) :]
+
+        def response(rollout: Rollout) -> str:
+            return visible(rollout.response_tokens)
+
+        for urls, name in zip(shared_urls(config), own, strict=False):
+            self.remotes.append(RemoteReward(urls, limits, patience, response, name))
+
+    async def check(self, group: Sequence[Rollout]) -> None:
+        """Call everything once for real. Raises RewardError for the first that fails."""
+        for function in self.functions:
+            await function.check(group)
+        for remote in self.remotes:
+            await remote.check(group)
+
+    def take_paused_seconds(self) -> float:
+        """Seconds since the last call in which the run waited for a server, the longest of all."""
+        return max(remote.take_paused_seconds() for remote in self.remotes)
+
+    async def close(self) -> None:
+        """End processes and connections."""
+        sources: list[Reward] = [*self.functions, *self.remotes]
+        for source in sources:
+            await source.close()
+
+
+async def connect(config: RLConfig, early: EarlyRewards, session: Session) -> CombinedReward:
+    """All rewards as one, with each model's own standardisation if asked for."""
+    models: list[Reward] = []
+    for name, group in zip(early.names, session.reward_models, strict=False):
+        mean, std = (await group.call_all("reward_statistics"))[0]
+        standardization = Standardization(mean, std) if config.normalize_reward else None
+        models.append(LocalModelReward(ModelScores(group).score, standardization, name))
+    sources = [*models, *early.remotes, *early.functions]
+    weights = config.reward_weights if config.reward_weights is not None else (1.0,) * len(sources)
+    terms = [Term(name, source, weight) for name, source, weight in zip(early.names, sources, weights, strict=True)]
+    return CombinedReward(terms, config.reward_combine)
+
+
+def describe(config: RLConfig, reward: CombinedReward) -> str:
+    """How rewards are combined and servers used, in a line; "" where there is nothing to tell."""
+    shared = config.remote_rm_mode is RemoteMode.BALANCE and len(config.reward_urls) > 1
+    note = f"{len(config.reward_urls)} reward servers share the samples (--remote_rm_mode balance)" if shared else ""
+    return "; ".join(part for part in (reward.formula if len(reward.terms) > 1 else "", note) if part)
+
+
+def from_item(item: str, settings: Mapping[str, str], limits: CallLimits, name: str) -> FunctionReward:
+    """One entry of ``--reward_func``: a built-in function or a file."""
+    verifier = verifier_of(item)
+    if verifier is None:
+        return FunctionReward.from_file(item, limits, name)
+    return FunctionReward.from_verifier(verifier, settings if verifier is Verifier.FORMAT else {}, limits, name)
+
+
+def shared_urls(config: RLConfig) -> list[tuple[str, ...]]:
+    """The servers of each reward: all URLs for one, or one each."""
+    if config.remote_rm_mode is RemoteMode.ENSEMBLE:
+        return [(url,) for url in config.reward_urls]
+    return [config.reward_urls] if config.reward_urls else []
+
+
+def reward_names(config: RLConfig, *, function_given: bool) -> list[str]:
+    """The names of all rewards in logs, all different: the kind where there is one of it, else file, folder or host names."""
+    models = [Path(path).name for path in config.reward_models]
+    servers = [_host(urls[0]) for urls in shared_urls(config)]
+    functions = [Path(path).stem.removeprefix(BUILTIN) for path in config.reward_files] + ["function"] * function_given
+    kinds = ((models, "reward_model"), (servers, "remote"), (functions, "function"))
+    return distinct_names(
+        [name for names, kind in kinds for name in (names if len(names) > 1 else [kind] * len(names))]
+    )
+
+
+def _host(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.hostname}_{parts.port}" if parts.port is not None else str(parts.hostname)

@@ -1,0 +1,155 @@
+"""``togi serve-rm``: a reward model or a reward function behind HTTP.
+
+A query is scored as it is: it starts with BOS where the tokenizer wants one, it ends in the end token if its text does, padding
+at its ends is dropped, and one that is too long is refused. So a served model gives the scores that ``--reward_pretrain`` gives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+import torch
+
+from togi.config.serve_rm import ServeRMConfig
+from togi.data.chat import Tokenizer, adds_bos, encode, load_tokenizer
+from togi.data.packing import pack_all
+from togi.errors import ConfigError, DataError
+from togi.learn.scorer import Scorer
+from togi.model.loading import load_scalar_model
+from togi.parallel.backend import BackendOptions
+from togi.parallel.build import frozen
+from togi.parallel.process import World, default_device
+from togi.reward.batcher import Batcher
+from togi.reward.function import FunctionReward
+from togi.reward.local_model import Standardization
+from togi.reward.pool import CallLimits
+from togi.reward.server import PATH, RewardServer, ScoreCall, ServerLimits
+from togi.reward.wire import Answer, Call, Complaint
+from togi.sample import Sample
+
+
+def serve(config: ServeRMConfig, token: str, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what came and end. Raises UserError for what cannot be served."""
+    asyncio.run(_serve(config, token, announce))
+
+
+async def _serve(config: ServeRMConfig, token: str, announce: Callable[[str], None]) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    limits = ServerLimits(int(config.max_body_mb * 1e6), config.max_items, config.max_queue, token)
+    async with source(config) as score:
+        server = RewardServer(score, limits)
+        try:
+            port = await server.start(config.host, config.port)
+        except OSError as error:
+            raise ConfigError(
+                f"--host {config.host} --port {config.port} cannot be listened on ({error.strerror}): take another port."
+            ) from None
+        announce(f"reward server: http://{config.host}:{port}{PATH}")
+        await stop.wait()
+        await server.close()
+    announce("reward server: ended")
+
+
+@asynccontextmanager
+async def source(config: ServeRMConfig) -> AsyncIterator[ScoreCall]:
+    """What scores, ready to be asked; released at the end."""
+    if config.reward_func:
+        limits = CallLimits(config.reward_workers, config.reward_timeout)
+        function = FunctionReward.from_file(config.reward_func, limits)
+        try:
+            yield function.answer
+        finally:
+            await function.close()
+        return
+    model = ServedModel(config)
+    batcher = Batcher(model.forward, config.max_tokens_per_gpu, config.batch_size)
+
+    async def score(call: Call) -> Answer | Complaint:
+        tokens = await asyncio.to_thread(model.tokens_of, call.queries)
+        if isinstance(tokens, Complaint):
+            return tokens
+        scores = await batcher.score(tokens)
+        bad = next((index for index, value in enumerate(scores) if not math.isfinite(value)), None)
+        if bad is not None:
+            return Complaint(f"model gave {scores[bad]} for query {bad}", "check its weights and its number format")
+        return Answer(list(scores))
+
+    try:
+        yield score
+    finally:
+        batcher.close()
+
+
+class ServedModel:
+    """A reward model in this process. Raises ModelError and DataError for a folder that holds none."""
+
+    def __init__(self, config: ServeRMConfig) -> None:
+        path = config.reward_pretrain
+        self._max_len = config.max_len
+        self._budget = config.max_tokens_per_gpu
+        self._tokenizer = load_tokenizer(path, chat_template=None, trust_remote_code=config.trust_remote_code)
+        world = World.solo()
+        model = load_scalar_model(
+            path,
+            torch.bfloat16 if config.bf16 else torch.float32,
+            flash_attn=config.flash_attn and default_device().type == "cuda",
+            value_head_prefix=config.value_head_prefix,
+            trust_remote_code=config.trust_remote_code,
+        )
+        mean_std = (model.reward_mean, model.reward_std) if config.normalize_reward else (0.0, 1.0)
+        self._standardize = Standardization(*mean_std)
+        options = BackendOptions(config.bf16, 0, (0.9, 0.95), 0.0)
+        self._scorer = Scorer(frozen(model, world, options), world)
+
+    def tokens_of(self, queries: Sequence[str]) -> list[list[int]] | Complaint:
+        """Token ids of each query, or why they cannot be scored."""
+        try:
+            sequences = query_tokens(queries, self._tokenizer)
+        except DataError as error:
+            return Complaint(f"model cannot read a query: {error}", "send a text with one BOS token or none")
+        for index, tokens in enumerate(sequences):
+            if not tokens:
+                return Complaint(f"model has nothing to score: query {index} is empty", "send a text")
+            if len(tokens) > self._max_len:
+                what = f"model is not asked about query {index}: it has {len(tokens)} tokens, more than --max_len {self._max_len}"
+                return Complaint(what, "shorten it, or start the server with a larger --max_len")
+        return sequences
+
+    def forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """One score a sequence, packed without padding."""
+        samples = [
+            Sample(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_), 0, "score")
+            for tokens in sequences
+        ]
+        packs = pack_all(samples, max_tokens=self._budget, max_sequences=None, share_prefix=False)
+        scores = packs.in_order(self._scorer.scores(packs.batches).tolist())
+        return [self._standardize(score) for score in scores]
+
+
+def query_tokens(queries: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of queries, special tokens written as text, without padding at the ends and with BOS if there is to be one.
+
+    Clients that decode padded batches send it along; where padding and end token are one, the first of those behind the text is
+    the end. Raises DataError.
+    """
+    pad, eos, bos = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id
+    wants_bos = adds_bos(tokenizer)
+    result = []
+    for tokens in encode(queries, tokenizer, add_special_tokens=False):
+        start, end = 0, len(tokens)
+        while start < end and tokens[start] == pad:
+            start += 1
+        while start < end and tokens[end - 1] == pad:
+            end -= 1
+        if pad == eos and end < len(tokens):
+            end += 1
+        needs_bos = wants_bos and tokens[start:end][:1] not in ([bos], [])
+        result.append([bos] * needs_bos + tokens[start:end])
+    return result

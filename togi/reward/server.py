@@ -1,0 +1,181 @@
+"""The HTTP side of a reward server: the established protocol, limits, authentication, metrics. Not here: what scores.
+
+POST /get_reward takes {"query": [...], "prompts": [...], "labels": [...]}, the last two optional, and answers {"rewards":
+[...]}, with "scores" and "extra_logs" where the source has them; null abstains. GET /health needs no token, GET /metrics
+(Prometheus text) does. Errors are {"error": sentence}. No text of a request is ever logged.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import time
+import traceback
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from togi.reward.wire import Answer, Call, Complaint
+
+SHUTDOWN_SECONDS = 30.0
+KEEPALIVE_SECONDS = 75.0
+PATH = "/get_reward"
+PREFIX = "togi_reward"
+# What a scoring source may say instead of an answer, as HTTP knows it.
+REFUSED, BROKEN = 422, 500
+
+logger = logging.getLogger(__name__)
+ScoreCall = Callable[[Call], Awaitable[Answer | Complaint]]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """``body_bytes`` and ``items`` of one request, ``queue``: items that wait at once. ``token`` "" lets everybody in."""
+
+    body_bytes: int
+    items: int
+    queue: int
+    token: str = ""
+
+
+class BadRequestError(Exception):
+    """A request that is not of the protocol. The message is for the client."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What /metrics tells."""
+
+    requests: Counter[int] = field(default_factory=Counter)
+    items: int = 0
+    seconds: float = 0.0
+    waiting: int = 0
+
+    def text(self) -> str:
+        """In Prometheus' text format."""
+        lines = [f"# TYPE {PREFIX}_requests_total counter"]
+        lines += [f'{PREFIX}_requests_total{{status="{status}"}} {n}' for status, n in sorted(self.requests.items())]
+        for name, kind, value in (
+            ("items_total", "counter", self.items),
+            ("request_seconds_total", "counter", f"{self.seconds:.6f}"),
+            ("waiting_items", "gauge", self.waiting),
+        ):
+            lines += [f"# TYPE {PREFIX}_{name} {kind}", f"{PREFIX}_{name} {value}"]
+        return "\n".join(lines) + "\n"
+
+
+class RewardServer:
+    """Answers requests with what ``score`` says. Start it inside an event loop, and ``close`` it there."""
+
+    def __init__(self, score: ScoreCall, limits: ServerLimits) -> None:
+        self.counts = Counts()
+        self._score = score
+        self._limits = limits
+        app = web.Application(client_max_size=limits.body_bytes, middlewares=[self._guard])
+        app.router.add_post(PATH, self._get_reward)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, keepalive_timeout=KEEPALIVE_SECONDS
+        )
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; the port that was taken. Raises OSError."""
+        await self._runner.setup()
+        await web.TCPSite(self._runner, host, port).start()
+        taken: int = self._runner.addresses[0][1]
+        return taken
+
+    async def close(self) -> None:
+        """Take no more requests, answer those that came, and end."""
+        await self._runner.cleanup()
+
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Authentication, errors as JSON, and counting."""
+        start = time.monotonic()
+        response: web.StreamResponse
+        try:
+            response = await handler(request) if self._may(request) else _error(401, "a bearer token is needed")
+        except BadRequestError as error:
+            response = _error(400, str(error))
+        except web.HTTPException as error:  # aiohttp's own: no such path, too large, and so on
+            response = _error(error.status, error.reason)
+        # A defect must not take the server down. Its message may hold text of the request, its places in the code do not.
+        except Exception as error:  # noqa: BLE001
+            places = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("a request failed with %s:\n%s", type(error).__name__, places)
+            response = _error(BROKEN, f"the server failed ({type(error).__name__})")
+        if request.path == PATH:
+            self.counts.requests[response.status] += 1
+            self.counts.seconds += time.monotonic() - start
+        return response
+
+    def _may(self, request: web.Request) -> bool:
+        if not self._limits.token or request.path == "/health":
+            return True
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        return hmac.compare_digest(given.encode(), self._limits.token.encode())
+
+    async def _get_reward(self, request: web.Request) -> web.Response:
+        call = read_call(await request.read(), self._limits.items)
+        count = len(call.queries)
+        if self.counts.waiting + count > self._limits.queue:
+            return _error(429, f"{self.counts.waiting} queries are waiting, come back later", {"Retry-After": "1"})
+        self.counts.waiting += count
+        try:
+            answer = await self._score(call)
+        finally:
+            self.counts.waiting -= count
+        if isinstance(answer, Complaint):
+            return _error(BROKEN if answer.is_transient else REFUSED, f"the reward {answer.what}; {answer.advice}")
+        self.counts.items += count
+        logs = dict(answer.components)
+        scores = {"scores": logs.pop("scores")} if "scores" in logs else {}
+        extra = {"extra_logs": logs} if logs else {}
+        return web.json_response({"rewards": answer.rewards, **scores, **extra})
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text=self.counts.text())
+
+
+def read_call(body: bytes, most: int) -> Call:
+    """A request's body. Raises BadRequestError."""
+    try:
+        request: Any = json.loads(body)
+    except ValueError:
+        raise BadRequestError('the body is not JSON; send {"query": [texts]}') from None
+    if not isinstance(request, dict) or "query" not in request:
+        raise BadRequestError('the body has no "query"; send {"query": [texts]}')
+    queries = request["query"]
+    queries = [queries] if isinstance(queries, str) else queries
+    if not isinstance(queries, list) or not queries or not all(isinstance(query, str) for query in queries):
+        raise BadRequestError('"query" must be a text or a list of at least one text')
+    if len(queries) > most:
+        raise BadRequestError(f'"query" has {len(queries)} texts, more than the {most} of one request')
+    columns = []
+    for key in ("prompts", "labels"):
+        values = request.get(key)
+        values = [""] * len(queries) if values is None else values
+        values = values if isinstance(values, list) else [values] * len(queries)
+        if len(values) != len(queries):
+            raise BadRequestError(f'"{key}" has {len(values)} entries for {len(queries)} queries')
+        columns.append(values)
+    prompts, labels = columns
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise BadRequestError('"prompts" must be texts')
+    pairs = zip(queries, prompts, strict=True)
+    return Call(queries, prompts, labels, {"responses": [query.removeprefix(prompt) for query, prompt in pairs]})
+
+
+def _error(status: int, sentence: str, headers: dict[str, str] | None = None) -> web.Response:
+    return web.json_response({"error": sentence}, status=status, headers=headers)

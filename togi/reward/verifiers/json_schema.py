@@ -1,0 +1,35 @@
+"""builtin:json_schema: 1 if the response is JSON that fits the schema in the label, else 0 (``pip install 'togi[rewards]'``).
+
+The label is a JSON Schema, as an object or as text. The JSON is the whole response, or its last fenced code block.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from jsonschema.validators import validator_for
+from referencing import Registry
+
+FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+
+
+def reward_func(
+    queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
+) -> list[float]:
+    """1 or 0 per query. Raises jsonschema's SchemaError for a label that is no schema."""
+    return [float(fits(response, label)) for response, label in zip(responses, labels, strict=True)]
+
+
+def fits(response: str, label: Any) -> bool:
+    """Whether a response holds JSON of the schema. References to other documents are never fetched."""
+    schema = json.loads(label) if isinstance(label, str) else label
+    kind = validator_for(schema)
+    kind.check_schema(schema)
+    blocks = FENCE.findall(response)
+    try:
+        value = json.loads(blocks[-1] if blocks else response)
+    except (ValueError, RecursionError):
+        return False
+    return bool(kind(schema, registry=Registry()).is_valid(value))

@@ -1,0 +1,30 @@
+"""builtin:math: is the response's answer mathematically equal to the label? By math-verify (``pip install 'togi[rewards]'``).
+
+The label is a number or LaTeX, alone or in a text with its answer in \\boxed{}; of a GSM8K solution what follows the last
+"####" counts. The answer is the response's last boxed expression, or else the last expression it contains. No answer, and one
+that cannot be judged within seconds, is a wrong answer: a model must not gain by confusing its judge.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from math_verify import parse, verify
+
+
+def reward_func(
+    queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
+) -> list[float]:
+    """1 or 0 per query. Raises ValueError for a label without an answer: such a row cannot be trained on."""
+    return [float(verify(gold(str(label)), parse(response))) for response, label in zip(responses, labels, strict=True)]
+
+
+@lru_cache(maxsize=64)
+def gold(label: str) -> list[Any]:
+    """The expressions of a label."""
+    text = label.rsplit("####", 1)[-1].strip()
+    found: list[Any] = parse(text if "\\boxed" in text else rf"\boxed{{{text}}}")
+    if not found:
+        raise ValueError(f"the label {label[:80]!r} holds no answer; point --label_key at the answer field")
+    return found
