@@ -73,7 +73,7 @@ def _score(load: Callable[[], Scorer], missing: Mapping[Path, Examples], dealer:
         numbers = np.empty(0, dtype=np.float32)
         if dealer.world.is_first:
             aside.parent.mkdir(parents=True, exist_ok=True)
-            shape = (int(sum(examples.learned())),)  # numpy writes its own integers so that it cannot read them
+            shape = (int(sum(examples.learned())),)  # a NumPy integer is written in a form that np.load refuses
             numbers = open_memmap(aside, "w+", np.float32, shape)  # type: ignore[no-untyped-call]
         place = 0
         for start in range(0, len(examples), ROWS_AT_ONCE):
