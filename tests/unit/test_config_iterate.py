@@ -54,6 +54,7 @@ def config(flags: str) -> IterateConfig:
         ("rs --reward_func f.txt", "--reward_func f.txt must be a Python file"),
         ("csft --reward_template {input}", "--reward_template must contain"),
         ("rs --eval_dataset e --eval_temperature 0", "--eval_n_samples_per_prompt 4 with --eval_temperature 0"),
+        ("rs --ring_attn_size 2", "--ring_attn_size and --ring_head_stride need several processes"),
         ("rs --apply_chat_template --input_template {}", "exclude each other"),
     ],
 )
@@ -78,6 +79,7 @@ def test_each_step_is_a_sound_command(tmp_path: Path, method: str, rendering: st
     """Their own parsers and checks take them, with the settings handed on."""
     commands: list[list[str]] = []
     tuned = "--top_p 0.9 --seed 5 --adam_betas 0.8 0.9 --no_packing_samples --gradient_checkpointing --bf16"
+    tuned += " --lr_scheduler polynomial --lr_power 2 --adam_offload"
     words = f"{method} {rendering} {tuned} --eval_temperature 0.3"
     steps = Steps(config(words), tmp_path, lambda module, argv: commands.append(list(argv)))
     command, argv = steps.training_command(3, "now")
@@ -87,6 +89,7 @@ def test_each_step_is_a_sound_command(tmp_path: Path, method: str, rendering: st
     trained = parsed.config
     assert (trained.pretrain, trained.seed, trained.adam_betas) == ("now", 8, (0.8, 0.9))
     assert (trained.packing_samples, trained.gradient_checkpointing, trained.bf16) == (False, True, True)
+    assert (trained.lr_power, trained.adam_offload) == (2, True)
     assert trained.learning_rate == (5e-7 if method == "dpo" else 2e-6)
     if isinstance(trained, DPOConfig):
         assert trained.ref_pretrain == "m"  # the first model, in every round

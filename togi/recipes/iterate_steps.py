@@ -45,7 +45,8 @@ GENERATION = (
 MODEL = "bf16 flash_attn tokenizer_chat_template trust_remote_code"
 TRAINING = (
     "train_batch_size micro_train_batch_size max_tokens_per_gpu packing_samples max_epochs max_norm l2 adam_betas "
-    "lr_scheduler lr_warmup_ratio full_determinism backend zero_stage gradient_checkpointing max_len save_steps"
+    "lr_scheduler lr_warmup_ratio min_lr_ratio lr_num_cycles lr_power lr_decay_ratio full_determinism backend zero_stage "
+    "adam_offload zpg grad_accum_dtype overlap_comm deepcompile gradient_checkpointing max_len save_steps"
 )
 PAIRS = "beta ipo label_smoothing nll_loss_coef"
 PR_SET_PDEATHSIG = 1
