@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ PLAN = yaml.safe_load((Path(__file__).parent / "results.yaml").read_text())
 SHOWN = ("eval/loss", "eval/accuracy", "eval/reward/margin", "eval/kl/teacher")
 STEP = "<file_sep>"
 PRM_TOKENS = 384
+PRM_ROW = runpy.run_path(str(ROOT / "examples" / "prm_rows.py"))["convert"]
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
 
 
@@ -80,9 +82,8 @@ def fits(row: dict[str, Any]) -> bool:
 
 def steps(row: dict[str, Any]) -> dict[str, Any]:
     """The steps up to the first wrong one, which is the last that was judged, each with a marker after it."""
-    judged = [(step, label) for step, label in zip(row["steps"], row["labels"], strict=True) if label is not None]
-    text = f"{row['prompt']}\n" + "\n".join(f"{step} {STEP}" for step, _ in judged)
-    return {"text": text, "label": ["+" if label else "-" for _, label in judged]}
+    made = PRM_ROW(row, STEP)
+    return {"text": made["text"], "label": made["labels"]}
 
 
 def last_turn(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import pytest
 
+from tests.shared_data import shared_file
 from tests.tiny import tiny_tokenizer
 from togi.data.records import RecordSpec, load_pairs, load_sft, load_steps, load_unpaired
 
@@ -35,16 +35,9 @@ SETS = [
 ]
 
 
-def shared(name):
-    folder = os.environ.get("TOGI_SHARED_DATA")
-    if folder is None or not (Path(folder) / name).is_file():
-        pytest.skip(f"set TOGI_SHARED_DATA to the folder that holds {name}")
-    return Path(folder) / name
-
-
 @pytest.mark.parametrize(("load", "name", "settings", "used", "faults"), SETS, ids=lambda value: str(value)[:30])
 def test_a_set_loads(load, name, settings, used, faults):
-    path = shared(f"{name}.jsonl")
+    path = shared_file(f"{name}.jsonl")
     examples = load(RecordSpec(str(path), max_len=100_000, **settings), tiny_tokenizer())
     assert len(examples) == used
     assert examples.report.faults.by_kind == faults
@@ -72,7 +65,7 @@ def test_step_labels_become_rows_by_hand(converter):
 
 @pytest.mark.parametrize(("name", "used"), [("test", 240), ("format_math_shepherd", 7)])
 def test_step_labels_load(tmp_path, converter, name, used):
-    lines = shared(f"step_labels/{name}.jsonl").read_text(encoding="utf-8").split("\n")
+    lines = shared_file(f"step_labels/{name}.jsonl").read_text(encoding="utf-8").split("\n")
     # The marker is a special token, so that no text can merge with it.
     rows = [converter.convert(json.loads(line), "<|endoftext|>") for line in lines if line]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

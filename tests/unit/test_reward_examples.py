@@ -2,13 +2,12 @@
 
 import asyncio
 import importlib.util
-import json
-import os
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
+from tests.shared_data import shared_rows
 from togi.reward.function import FunctionReward
 from togi.reward.pool import CallLimits
 from togi.sample import FinishReason, Prompt, Rollout
@@ -21,13 +20,6 @@ def example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def shared_rows(name):
-    folder = os.environ.get("TOGI_SHARED_DATA")
-    if folder is None or not (Path(folder) / name).is_file():
-        pytest.skip(f"set TOGI_SHARED_DATA to the folder that holds {name}")
-    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
 
 
 def score_in_worker(name, texts, labels, reason=FinishReason.STOP):

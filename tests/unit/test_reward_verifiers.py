@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-from pathlib import Path
 
 import pytest
 
+from tests.shared_data import shared_rows
 from togi.config.checks import check_rl
 from togi.config.choices import Verifier
 from togi.config.parse import parse
@@ -109,13 +108,6 @@ def test_a_missing_package_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         preflight.check_reward("builtin:math")
     preflight.check_reward("builtin:exact")
     assert Verifier.EXACT.package == ""
-
-
-def shared_rows(name: str) -> list[dict[str, object]]:
-    folder = os.environ.get("TOGI_SHARED_DATA")
-    if folder is None or not (Path(folder) / name).is_file():
-        pytest.skip(f"set TOGI_SHARED_DATA to the folder that holds {name}")
-    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
 
 
 def test_reasoning_gym() -> None:
