@@ -90,11 +90,7 @@ def generate(config: InferConfig, announce: Announce) -> Written:
         torch.use_deterministic_algorithms(True)
     with Progress() as progress:
         with progress.phase("reading prompts", expected_seconds=8):
-            tokenizer = load_tokenizer(
-                config.pretrain,
-                chat_template=config.tokenizer_chat_template,
-                trust_remote_code=config.trust_remote_code,
-            )
+            tokenizer = _tokenizer(config)
             asked = ask(config, tokenizer, announce)
         model = local_folder(config.pretrain)
         prompts = [each.prompt for each in asked]
@@ -230,17 +226,19 @@ def _row(config: InferConfig, asked: Asked, tokenizer: Tokenizer, number: int, r
     return row
 
 
+def _tokenizer(config: InferConfig) -> Tokenizer:
+    return load_tokenizer(
+        config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
+    )
+
+
 def score(config: InferConfig, announce: Announce) -> Written:
     """The reward of every row, then the post-processor. What a row has beside prompt and output is kept."""
     if config.full_determinism:
         torch.use_deterministic_algorithms(True)
     with Progress() as progress:
         with progress.phase("reading rows", expected_seconds=8):
-            tokenizer = load_tokenizer(
-                config.pretrain,
-                chat_template=config.tokenizer_chat_template,
-                trust_remote_code=config.trust_remote_code,
-            )
+            tokenizer = _tokenizer(config)
             mixture = load_mixture(
                 config.dataset,
                 config.dataset_probs,
