@@ -35,7 +35,9 @@ SETS = [
 ]
 
 
-@pytest.mark.parametrize(("load", "name", "settings", "used", "faults"), SETS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("load", "name", "settings", "used", "faults"), SETS, ids=lambda value: getattr(value, "__name__", str(value)[:30])
+)
 def test_a_set_loads(load, name, settings, used, faults):
     path = shared_file(f"{name}.jsonl")
     examples = load(RecordSpec(str(path), max_len=100_000, **settings), tiny_tokenizer())
