@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +187,25 @@ def test_a_killed_run_goes_on_bit_for_bit(world: Path, tmp_path: Path) -> None:
     assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "whole")
     newest = tmp_path / "part" / "checkpoints" / "step_00000021" / "hf" / "model.safetensors"
     assert newest.read_bytes() == model_bytes(tmp_path / "whole")
+
+
+def test_a_rate_that_follows_the_held_out_loss_goes_on(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Greedy doubles the rate at each evaluation while the loss falls, also after a resume from the second step."""
+    greedy = ["--lr_scheduler", "greedy", "--lr_warmup_ratio", "0", "--lr_factor", "0.5", "--lr_patience", "0"]
+    greedy += ["--learning_rate", "1e-4", "--eval_steps", "1", "--max_lr_ratio", "6", "--save_steps", "2"]
+    whole = train(world, "sft", tmp_path / "run", *greedy)
+    assert [values["lr"] for values in whole[1:]] == pytest.approx([1e-4, 2e-4, 4e-4, 6e-4])
+    weights, checkpoints = model_bytes(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step_00000004")
+    (checkpoints / "latest").write_text("step_00000002")
+    part = train(world, "sft", tmp_path / "run", *greedy, "--load_checkpoint")
+    assert [values["lr"] for values in part[1:]] == [values["lr"] for values in whole[1:]]
+    assert model_bytes(tmp_path / "run") == weights
+    for kind, now in (("reduce_lr_on_plateau",) * 2, ("linear", "not one that follows a loss")):
+        assert main(["sft", *flags(world, "sft", tmp_path / "run", "--load_checkpoint", "--lr_scheduler", kind)]) == 2
+        assert f"belongs to another run (--lr_scheduler was greedy, is {now})" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_other_data_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,6 +195,11 @@ def _training(c: RLConfig) -> Iterator[str]:
             f"--ring_attn_size {c.ring_attn_size} works in the commands on fixed data (togi sft, rm, dpo, kto, prm, kd) but not "
             "in togi rl yet: leave it out, or lower --max_tokens_per_gpu to save memory."
         )
+    if c.lr_scheduler.follows_a_loss:
+        yield (
+            f"--lr_scheduler {c.lr_scheduler} follows a held-out loss, and togi rl measures rewards: use it with the commands "
+            "on fixed data, here constant_with_warmup or cosine_with_min_lr."
+        )
     yield from model_problems(c)
     if c.max_tokens_per_gpu < c.prompt_max_len + c.generate_max_len:
         yield (
@@ -314,16 +319,14 @@ def _backend(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
 
 def _schedule_problems(c: TrainSettings) -> Iterator[str]:
     kind, defaults = c.lr_scheduler, type(c).model_fields
-    if kind.follows_a_loss:
-        yield (
-            f"--lr_scheduler {kind} follows a measured loss, and every schedule here is a function of the step alone, so that "
-            "a resumed run has the same rates: use cosine_with_min_lr, or warmup_stable_decay for a long constant part."
-        )
     used = {
         "min_lr_ratio": kind.has_floor,
         "lr_num_cycles": kind.has_waves,
         "lr_power": kind is Scheduler.POLYNOMIAL,
         "lr_decay_ratio": kind is Scheduler.WARMUP_STABLE_DECAY,
+        "lr_factor": kind.follows_a_loss,
+        "lr_patience": kind.follows_a_loss,
+        "max_lr_ratio": kind is Scheduler.GREEDY,
     }
     for name, value in c.model_dump(include=set(used)).items():
         if not used[name] and value != defaults[name].default:

@@ -75,17 +75,24 @@ class Scheduler(StrEnum):
 
     @property
     def follows_a_loss(self) -> bool:
-        """Whether the rate depends on measured losses, not on the step alone. Refused."""
+        """Whether the rate depends on measured losses, not on the step alone."""
         return self in (Scheduler.REDUCE_LR_ON_PLATEAU, Scheduler.GREEDY)
 
     @property
+    def factor(self) -> float:
+        """What one that follows a loss multiplies the rate by, as in torch and Transformers."""
+        return 0.95 if self is Scheduler.GREEDY else 0.1
+
+    @property
     def has_floor(self) -> bool:
-        """Whether it ends at ``--min_lr_ratio`` times the peak."""
+        """Whether it ends at, or is held above, ``--min_lr_ratio`` times the peak."""
         return self in (
             Scheduler.COSINE_WITH_MIN_LR,
             Scheduler.COSINE_WARMUP_WITH_MIN_LR,
             Scheduler.POLYNOMIAL,
             Scheduler.WARMUP_STABLE_DECAY,
+            Scheduler.REDUCE_LR_ON_PLATEAU,
+            Scheduler.GREEDY,
         )
 
     @property

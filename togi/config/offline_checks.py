@@ -96,6 +96,11 @@ def _training(c: OfflineConfig) -> Iterator[str]:
         )
     if c.ring_attn_size > 1:
         yield from _ring(c)
+    if c.lr_scheduler.follows_a_loss and c.eval_dataset is None:
+        yield (
+            f"--lr_scheduler {c.lr_scheduler} follows the held-out loss: add --eval_dataset (and --eval_steps), or choose a "
+            "schedule that needs no measurement."
+        )
     if c.eval_at_start and c.eval_dataset is None:
         yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
 

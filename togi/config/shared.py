@@ -104,6 +104,17 @@ class TrainSettings(Settings):
     lr_decay_ratio: float = flag(
         0.1, "Steps of the fall in warmup_stable_decay = ceil(ratio x total optimizer steps).", ge=0, le=1
     )
+    lr_factor: float | None = flag(
+        None,
+        "What reduce_lr_on_plateau and greedy multiply the rate by when the held-out loss no longer falls "
+        "(default: 0.1 and 0.95); greedy divides by it while the loss falls.",
+        gt=0,
+        lt=1,
+    )
+    lr_patience: Int = flag(
+        10, "reduce_lr_on_plateau and greedy change the rate after more than so many evaluations of one kind.", ge=0
+    )
+    max_lr_ratio: float = flag(10.0, "Highest rate of greedy as a multiple of the learning rate it starts from.", ge=1)
     seed: Int = flag(42, "Seed of data order, sampling and initialisation.")
     full_determinism: bool = flag(False, "Deterministic kernels; a run repeats bit for bit on the same machine.")
     backend: BackendName = flag(BackendName.FSDP2, "Training backend.")

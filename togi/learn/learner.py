@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from togi.batch import Batch
 from togi.learn.objective import Objective, token_metrics
 from togi.learn.ragged import DUMMY_TOKENS, even_rounds, nothing, per_sequence
-from togi.learn.schedule import Schedule
+from togi.learn.schedule import LearningRate
 from togi.obs import names
 from togi.obs.metrics import Metric, merge, reduced
 from togi.parallel.backend import Backend
@@ -77,7 +77,7 @@ class Learner:
         self,
         backend: Backend,
         objective: Objective,
-        schedule: Schedule,
+        schedule: LearningRate,
         max_norm: float,
         aux_loss_coef: float = 0.0,
     ) -> None:

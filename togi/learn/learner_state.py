@@ -52,6 +52,7 @@ def save_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
         writer.finish()
         shapes = {name: list(shape) for name, shape in learner.backend.shapes().items()}
         record = {"steps": learner.steps, "identity": dict(identity), "parameters": shapes}
+        record["learning_rate"] = learner.schedule.state()
         (folder / LEARNER).write_text(json.dumps(record), encoding="utf-8")
         (folder / GENERATORS).write_text(json.dumps(generators), encoding="utf-8")
     world.barrier("checkpoint written")
@@ -67,6 +68,7 @@ def load_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
     reader = _Reader(sorted(folder.glob("*.safetensors")))
     learner.backend.load_state(reader.read, record["steps"])
     learner.steps = record["steps"]
+    learner.schedule.load_state(record.get("learning_rate", {}))
     generators = json.loads((folder / GENERATORS).read_text(encoding="utf-8"))
     world = learner.backend.world
     if len(generators) != world.size:

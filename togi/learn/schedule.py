@@ -3,14 +3,15 @@ name.
 
 The unit is optimizer steps, never micro-batches, rollouts or samples. The first step is number 0, so with a warm-up
 it is taken at a rate of 0, as in Transformers (but for cosine_warmup_with_min_lr, which counts it from 1). Not here:
-schedules that follow a measured loss (reduce_lr_on_plateau, greedy), which the settings refuse: they are no function
-of the step.
+schedules that follow a measured loss (``measured_rate``): they are no function of the step.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from togi.config.choices import Scheduler
 from togi.config.shared import TrainSettings
@@ -20,6 +21,18 @@ HALF_WAVE = 0.5
 ONE_CYCLE = 1.0
 # The time scale of inverse_sqrt without a warm-up, in steps.
 TIMESCALE = 10_000
+
+
+class LearningRate(Protocol):
+    """The rate of each optimizer step. ``observe`` takes the loss of an evaluation; ``state`` goes into checkpoints."""
+
+    def rate(self, step: int) -> float: ...
+
+    def observe(self, loss: float) -> None: ...
+
+    def state(self) -> dict[str, float]: ...
+
+    def load_state(self, state: Mapping[str, float]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,16 @@ class Schedule:
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""
         return self.peak * self._factor(step)
+
+    def observe(self, loss: float) -> None:
+        """Nothing: the step alone decides."""
+
+    def state(self) -> dict[str, float]:
+        """Empty: the step alone decides."""
+        return {}
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        assert not state, f"{self.kind} was given the state of a measured rate"
 
     def _factor(self, step: int) -> float:
         """The rate as a share of the peak."""

@@ -148,6 +148,8 @@ class OfflineRun:
         if self.step == 0:
             self._journal.write(0, values, "")
             self._values = {}
+        else:
+            self._models.learner.schedule.observe(loss)
         return Evaluation(self.step, loss, metrics)
 
     def _keep_if_best(self, values: Mapping[str, float]) -> None:

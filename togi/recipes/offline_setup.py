@@ -28,6 +28,7 @@ from togi.errors import CheckpointError, ConfigError
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.learn.distill_objective import DistillationObjective
 from togi.learn.learner import Learner
+from togi.learn.measured_rate import MeasuredRate
 from togi.learn.objective import Objective
 from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
 from togi.learn.schedule import Schedule
@@ -48,6 +49,7 @@ from togi.recipes.offline_reference import with_reference
 from togi.recipes.offline_steps import Dealer, Preparation, Share, WithKL, WithReference
 
 HF_FOLDER = "hf"
+NOT_SET = "not one that follows a loss"
 CLASSIFIER = "ForSequenceClassification"
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", PolicyModel, ScalarModel, PolicyModel | ScalarModel)
@@ -59,12 +61,14 @@ class Joining(Protocol):
 
 def identity(config: OfflineConfig, command: str, data: Data) -> dict[str, str]:
     """What must be the same for a resumed run to see every row exactly as often as an uninterrupted one."""
-    return {
+    same = {
         "command": f"togi {command}",
         "--dataset": data.train.fingerprint(),
         "--seed": str(config.seed),
         "--train_batch_size": str(config.train_batch_size),
     }
+    # What such a schedule has seen is in the checkpoint; the others need only the step.
+    return same | ({"--lr_scheduler": config.lr_scheduler.value} if config.lr_scheduler.follows_a_loss else {})
 
 
 def find_checkpoint(config: OfflineConfig, command: str, data: Data, world: World) -> Checkpoint | None:
@@ -86,7 +90,8 @@ def find_checkpoint(config: OfflineConfig, command: str, data: Data, world: Worl
         )
     saved, now = found.state["identity"], identity(config, command, data)
     if saved != now:
-        different = "; ".join(f"{name} was {saved[name]}, is {now[name]}" for name in now if saved[name] != now[name])
+        pairs = {name: (saved.get(name, NOT_SET), now.get(name, NOT_SET)) for name in {**now, **saved}}
+        different = "; ".join(f"{name} was {a}, is {b}" for name, (a, b) in pairs.items() if a != b)
         raise CheckpointError(
             f"The checkpoint {found.path} belongs to another run ({different}): resume with the same rows and settings, "
             "or choose another --ckpt_path."
@@ -136,7 +141,8 @@ def load_models(
     model = join(_trained(config, task, world))
     vocabulary = model.vocabulary if isinstance(model, PolicyModel) else 0
     backend = trainable(model, world, options)
-    schedule = Schedule.of(config, config.learning_rate, plan.steps)
+    kind = MeasuredRate if config.lr_scheduler.follows_a_loss else Schedule
+    schedule = kind.of(config, config.learning_rate, plan.steps)
     whole = replace(options, zero_stage=0)
     teachers = [_frozen(config, path, join, world, whole) for path in (task.teacher,) if path]
     objective = _objective(config, data, teachers, vocabulary)
