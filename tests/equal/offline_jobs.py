@@ -24,6 +24,7 @@ EXPERTS = {
     "dpo": ("qwen3_moe", "--zero_stage", "3"),
 }
 BALANCED = ("--aux_loss_coef", "0.5", "--train_batch_size", "5")
+RING_3 = ("--ring_attn_size", "2", "--zero_stage", "3")
 DEEPSPEED = {"sft": "2", "rm": "3", "dpo": "3", "kto": "2"}
 ADAPTED_DEEPSPEED = {"dpo": "3", "rm": "2"}
 
@@ -31,10 +32,10 @@ ADAPTED_DEEPSPEED = {"dpo": "3", "rm": "2"}
 def run_all(world: World, folder: Path) -> None:
     """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
 
-    ``ring`` are those of a ring (DPO with adapters too, ``ring_lora``). ``lora`` trains adapters, ``experts`` mixtures of
-    experts, ``ahead`` scores with a sharded reference before training, ``own`` generates; ``deepspeed`` and
-    ``lora_deepspeed`` train with the other backend. ``whole`` and ``part`` are one run, the second resumed from the checkpoint
-    of the first in the middle of an epoch.
+    ``ring`` are those of a ring; ``ring_lora``, ``ring_experts``, ... are like ``lora``, ``experts``, ... in a ring. ``lora``
+    trains adapters, ``experts`` mixtures of experts, ``ahead`` scores with a sharded reference before training, ``own``
+    generates; ``deepspeed`` and ``lora_deepspeed`` train with the other backend. ``whole`` and ``part`` are one run, the second
+    resumed from the checkpoint of the first in the middle of an epoch.
     """
     partition_small_weights()
     for command in CONFIGS:
@@ -44,12 +45,17 @@ def run_all(world: World, folder: Path) -> None:
     for command in CONFIGS:
         run_one(world, folder, command, "ring", "--ring_attn_size", "2")
     run_one(world, folder, "dpo", "ring_lora", *LORA, "--ring_attn_size", "2", "--gradient_checkpointing")
+    run_one(world, folder, "kto", "ring_deepspeed", "--ring_attn_size", "2", "--backend", "deepspeed")
+    run_one(world, folder, "rm", "ring_deepspeed", *RING_3, "--backend", "deepspeed")
+    run_one(world, folder, "dpo", "ring_ahead", *RING_3, "--precompute_ref")
+    run_one(world, folder, "kd", "ring_own", "--ring_attn_size", "2", *ON_POLICY)
     for command, stage in ADAPTED.items():
         run_one(world, folder, command, "lora", *LORA, "--zero_stage", stage)
     for command, (model, *more) in EXPERTS.items():
         split = (*BALANCED, "--pretrain", str(folder / model), "--no_packing_samples")
         run_one(world, folder, command, "experts", *split, *more)
         run_one(world, folder, command, "experts_deepspeed", *split, *more, "--backend", "deepspeed")
+        run_one(world, folder, command, "ring_experts", *split[:-1], *more, "--ring_attn_size", "2")
     run_one(world, folder, "dpo", "ahead", "--precompute_ref", "--zero_stage", "3")
     run_one(world, folder, "kd", "own", *ON_POLICY)
     for command, stage in DEEPSPEED.items():

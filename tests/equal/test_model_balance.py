@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from tests.packs import Group, plain_pack, random_groups, shared_pack
 from tests.tiny import tiny_config, tiny_model
-from togi.algo.balance import balance_loss
+from togi.algo.balance import balance_loss, routing_sums
 from togi.batch import Batch
 from togi.config.choices import Scheduler
 from togi.config.shared import MIXTURES
@@ -98,7 +98,8 @@ def test_the_loss_by_hand() -> None:
     """Two layers, three experts, one choice a token: a shared prompt of one token and two continuations of one."""
     certain = 50.0 * torch.eye(3)
     layers = [certain[[0, 0, 1]], certain[[2, 2, 2]]]
-    losses = balance_loss(layers, 1, torch.tensor([0, 1, 2]), torch.tensor([[1, 1, 0], [1, 0, 1]]))
+    sums = routing_sums(layers, 1, torch.tensor([0, 1, 2]), 3)
+    losses = balance_loss(sums, 1, torch.tensor([[1, 1, 0], [1, 0, 1]]))
     # sequence 1 chose experts 0, 0 and 2, 2: E (1/2 1/2 + 1/2 1/2); sequence 2 chose 0, 1 and 2, 2
     torch.testing.assert_close(losses, torch.tensor([3 * 0.5, 3 * (1 / 16 + 1 / 16 + 1 / 4)]))
 

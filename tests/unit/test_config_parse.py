@@ -119,7 +119,7 @@ def test_file_errors(tmp_path: Path, content: str, words: list[str]) -> None:
 
 
 CONTRADICTIONS = [
-    (["--ring_attn_size", "2"], ["--ring_attn_size 2", "togi rl", "--max_tokens_per_gpu"]),
+    (["--ring_attn_size", "2", "--max_tokens_per_gpu", "100"], ["--ring_attn_size 2", "--max_tokens_per_gpu 100"]),
     (["--ring_head_stride", "2"], ["--ring_head_stride 2", "--ring_attn_size"]),
     (["--input_template", "Q: {}", "--apply_chat_template"], ["--input_template", "--apply_chat_template"]),
     (["--input_template", "no hole"], ["--input_template", "{}"]),
@@ -251,6 +251,13 @@ def test_auto_placement() -> None:
     assert alone.sources["vllm_num_engines"] is Source.AUTO
     shared = resolve(rl(*flags, "--colocate_all_models"), box).config
     assert [(group.roles, group.slots) for group in plan_groups(shared)] == [((Role.ENGINE, Role.ACTOR, Role.REF), 8)]
+    ring = resolve(rl(*flags, "--ring_attn_size", "2"), laptop).config
+    assert [group.slots for group in plan_groups(ring)] == [1, 2, 2]
+    ring = resolve(rl(*flags, "--ring_attn_size", "3", "--init_kl_coef", "0"), box).config
+    assert [group.slots for group in plan_groups(ring)] == [4, 3]
+    uneven = resolve(rl(*flags, "--ring_attn_size", "2", "--ref_num_gpus_per_node", "3"), laptop).config
+    with pytest.raises(ConfigError, match="--ring_attn_size 2 does not divide the 3 workers of --ref_num_nodes"):
+        plan_groups(uneven)
     separate = plan_groups(resolve(rl(*flags, "--init_kl_coef", "0"), box).config)
     assert arithmetic(separate, "GPUs") == "engine 4 + actor 4 = 8 GPUs"
 

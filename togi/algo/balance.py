@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 
-def balance_loss(logits_TE: Sequence[Tensor], top_k: int, segments_T: Tensor, chains_NS: Tensor) -> Tensor:
-    """One number a sequence, shape N, with a gradient through the probabilities.
+def routing_sums(logits_TE: Sequence[Tensor], top_k: int, segments_T: Tensor, segments: int) -> Tensor:
+    """Sums over the tokens and layers of each segment, shape 2, S, E: the router's probabilities, and choices (no gradient).
 
-    ``logits_TE``: the router's of each layer. ``segments_T``: the segment of each token. ``chains_NS``: 1 where a segment
-    is part of a sequence (a shared prompt is part of several), else 0. float32, or float64 from a float64 model.
+    ``logits_TE``: the router's of each layer. ``segments_T``: the segment of each token, below ``segments``. float32, or
+    float64 from a float64 model.
     """
     dtype = torch.float64 if logits_TE[0].dtype == torch.float64 else torch.float32
     probabilities_TE = torch.zeros_like(logits_TE[0], dtype=dtype)
@@ -30,10 +30,17 @@ def balance_loss(logits_TE: Sequence[Tensor], top_k: int, segments_T: Tensor, ch
         shares_TE = layer_TE.to(dtype).softmax(-1)
         probabilities_TE = probabilities_TE + shares_TE
         choices_TE.scatter_add_(1, shares_TE.detach().topk(top_k, dim=-1).indices, torch.ones_like(choices_TE))
-    chains_NS = chains_NS.to(dtype)
-    lengths_S = torch.bincount(segments_T, minlength=chains_NS.shape[1]).to(dtype)
-    routings_N = len(logits_TE) * (chains_NS @ lengths_S)
-    empty_SE = probabilities_TE.new_zeros(chains_NS.shape[1], probabilities_TE.shape[1])
-    probabilities_NE = chains_NS @ empty_SE.index_add(0, segments_T, probabilities_TE)
-    choices_NE = chains_NS @ empty_SE.index_add(0, segments_T, choices_TE)
-    return probabilities_TE.shape[1] * (choices_NE * probabilities_NE).sum(1) / routings_N.square()
+    both_T2E = torch.stack([probabilities_TE, choices_TE], dim=1)
+    empty_S2E = both_T2E.new_zeros(segments, *both_T2E.shape[1:])
+    return empty_S2E.index_add(0, segments_T, both_T2E).transpose(0, 1)
+
+
+def balance_loss(sums_2SE: Tensor, top_k: int, chains_NS: Tensor) -> Tensor:
+    """One number a sequence, shape N, from ``routing_sums`` over all of its tokens, with a gradient through the probabilities.
+
+    ``chains_NS``: 1 where a segment is part of a sequence (a shared prompt is part of several), else 0.
+    """
+    probabilities_NE, choices_NE = chains_NS.to(sums_2SE.dtype) @ sums_2SE
+    routings_N = choices_NE.sum(1) / top_k
+    losses_N: Tensor = sums_2SE.shape[2] * (choices_NE * probabilities_NE).sum(1) / routings_N.square()
+    return losses_N

@@ -190,20 +190,16 @@ def _training(c: RLConfig) -> Iterator[str]:
             f"--train_batch_size {c.train_batch_size} is more than the {c.samples_per_rollout} samples of one rollout "
             f"(--rollout_batch_size {c.rollout_batch_size} x --n_samples_per_prompt {c.n_samples_per_prompt}): lower it."
         )
-    if c.ring_attn_size > 1:
-        yield (
-            f"--ring_attn_size {c.ring_attn_size} works in the commands on fixed data (togi sft, rm, dpo, kto, prm, kd) but not "
-            "in togi rl yet: leave it out, or lower --max_tokens_per_gpu to save memory."
-        )
     if c.lr_scheduler.follows_a_loss:
         yield (
             f"--lr_scheduler {c.lr_scheduler} follows a held-out loss, and togi rl measures rewards: use it with the commands "
             "on fixed data, here constant_with_warmup or cosine_with_min_lr."
         )
     yield from model_problems(c)
-    if c.max_tokens_per_gpu < c.prompt_max_len + c.generate_max_len:
+    if c.max_tokens_per_gpu * c.ring_attn_size < c.prompt_max_len + c.generate_max_len:
+        ring = f" x --ring_attn_size {c.ring_attn_size}" if c.ring_attn_size > 1 else ""
         yield (
-            f"--max_tokens_per_gpu {c.max_tokens_per_gpu} is less than the longest sequence (--prompt_max_len "
+            f"--max_tokens_per_gpu {c.max_tokens_per_gpu}{ring} is less than the longest sequence (--prompt_max_len "
             f"{c.prompt_max_len} + --generate_max_len {c.generate_max_len}): raise it or lower one of the others."
         )
     if c.eval_at_start and c.eval_dataset is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from togi.config.checks import model_problems, output_problems, template_problems, train_problems
-from togi.config.choices import BackendName, EngineName, RewardLoss
+from togi.config.choices import EngineName, RewardLoss
 from togi.config.offline import (
     PAIRED,
     PROMPTED,
@@ -94,8 +94,6 @@ def _training(c: OfflineConfig) -> Iterator[str]:
             f"--max_tokens_per_gpu {c.max_tokens_per_gpu} x --ring_attn_size {c.ring_attn_size} is less than --max_len "
             f"{c.max_len}: raise one of the first two or lower the third."
         )
-    if c.ring_attn_size > 1:
-        yield from _ring(c)
     if c.lr_scheduler.follows_a_loss and c.eval_dataset is None:
         yield (
             f"--lr_scheduler {c.lr_scheduler} follows the held-out loss: add --eval_dataset (and --eval_steps), or choose a "
@@ -103,25 +101,6 @@ def _training(c: OfflineConfig) -> Iterator[str]:
         )
     if c.eval_at_start and c.eval_dataset is None:
         yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
-
-
-def _ring(c: OfflineConfig) -> Iterator[str]:
-    """What has no layout for a ring, or was never tried in one."""
-    ring = f"--ring_attn_size {c.ring_attn_size}"
-    if c.aux_loss_coef > 0:
-        yield (
-            f"{ring} with --aux_loss_coef {c.aux_loss_coef:g}: the balance of a sequence needs the routing of all its tokens in "
-            "one process, leave one of them out."
-        )
-    if c.backend is BackendName.DEEPSPEED:
-        yield f"{ring} with --backend deepspeed is not supported yet: use --backend fsdp2, or leave the ring out."
-    if isinstance(c, DPOConfig) and c.precompute_ref:
-        yield (
-            f"{ring} with --precompute_ref is not supported yet: leave one of them out, without the second the reference scores "
-            "each step in the ring."
-        )
-    if isinstance(c, KDConfig) and c.on_policy_share > 0:
-        yield f"{ring} with --on_policy_share {c.on_policy_share:g} is not supported yet: leave one of them out."
 
 
 def _sft(c: SFTConfig) -> Iterator[str]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from togi.algo.balance import balance_loss
+from togi.algo.balance import balance_loss, routing_sums
 from togi.batch import NO_SEQUENCE, Batch
 from togi.config.choices import Divergence
 from togi.config.shared import MIXTURES
@@ -88,13 +88,11 @@ class _Model(nn.Module):
             states_tH = hidden_states(self.hf, layout)
             return states_tH, states_tH.new_empty(0)
         assert self.is_mixture, "a dense model has no router"
-        assert isinstance(layout, WholeLayout), "the routing of a sequence is spread over a ring"
         output = _body(self.hf, layout, output_router_logits=True)
         config: Any = self.hf.config
-        balance_N = balance_loss(
-            output.router_logits, config.num_experts_per_tok, batch.segments_T(), batch.chains_NS()
-        )
-        return output.last_hidden_state[0], balance_N
+        top_k, segments = config.num_experts_per_tok, len(batch.segments)
+        own_2SE = routing_sums(output.router_logits, top_k, layout.segments_of(batch), segments + 1)[:, :segments]
+        return output.last_hidden_state[0], balance_loss(layout.total(own_2SE), top_k, batch.chains_NS())
 
 
 class PolicyModel(_Model):

@@ -187,6 +187,14 @@ class Layout(Protocol):
         """The places of packed tokens."""
         ...
 
+    def segments_of(self, batch: Batch) -> Tensor:
+        """The segment of each token (int64, t); the number of segments for a token that is none of the batch's."""
+        ...
+
+    def total(self, sums: Tensor) -> Tensor:
+        """From sums over each rank's tokens those over all. The gradient of a summand stays with its owner."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WholeLayout:
@@ -202,6 +210,12 @@ class WholeLayout:
 
     def at(self, indices_K: Tensor) -> Places:
         return _Everywhere(indices_K)
+
+    def segments_of(self, batch: Batch) -> Tensor:
+        return batch.segments_T()
+
+    def total(self, sums: Tensor) -> Tensor:
+        return sums
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,11 +234,12 @@ class _Everywhere:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RingLayout:
-    """This rank's tokens. ``rows_T``: the row of each packed token among them, -1 for the others'."""
+    """This rank's tokens. ``index_t``: their packed indices; ``rows_T``: the row of each packed token, -1 for the others'."""
 
     tokens_t: Tensor
     positions_t: Tensor
     segments: RingTable
+    index_t: Tensor
     rows_T: Tensor
 
     @classmethod
@@ -237,12 +252,21 @@ class RingLayout:
         tokens_t, positions_t = (
             torch.cat([stream, stream.new_zeros(fillers)])[index_t] for stream in (batch.tokens_T, batch.positions_T)
         )
-        return cls(tokens_t, positions_t, RingTable(shards, ring, head_stride), rows_T)
+        return cls(tokens_t, positions_t, RingTable(shards, ring, head_stride), index_t, rows_T)
 
     def at(self, indices_K: Tensor) -> Places:
         rows_K = self.rows_T[indices_K]
         own_k = (rows_K >= 0).nonzero().squeeze(-1)
         return _Shared(rows_K[own_k], own_k, len(indices_K), self.segments.ring)
+
+    def segments_of(self, batch: Batch) -> Tensor:
+        segments_T = batch.segments_T()
+        fillers = segments_T.new_full((len(self.rows_T) - len(segments_T),), len(batch.segments))
+        return torch.cat([segments_T, fillers])[self.index_t]
+
+    def total(self, sums: Tensor) -> Tensor:
+        result: Tensor = _Total.apply(sums, self.segments.ring)  # type: ignore[no-untyped-call]
+        return result
 
 
 def packed_indices(segments: Segments, chunks: Sequence[Chunk]) -> Tensor:
@@ -289,3 +313,17 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (own_k,) = ctx.saved_tensors
         return grads[0][own_k], None, None, None
+
+
+class _Total(torch.autograd.Function):
+    """Sum over the ring; as for ``_Gather``, each rank takes the gradient of its own summand."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, ring: Ring) -> Tensor:
+        total = sums.contiguous().clone()
+        ring.add_up(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None

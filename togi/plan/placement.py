@@ -50,14 +50,15 @@ def used_roles(config: RLConfig) -> tuple[Role, ...]:
 def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
     """Replace every ``auto`` of the placement by a number, and say so in the sources.
 
-    Without GPUs every role gets one worker. With GPUs, colocated roles get all of them and separate groups equal shares.
+    Without GPUs every role gets one worker, or as many as make a ring. With GPUs, colocated roles get all of them and
+    separate groups equal shares, of whole rings.
     """
     config = parsed.config
     separate = 1 if config.colocate_all_models else len(_sharing(config))
-    share = max(1, machine.gpus // separate)
+    share, ring = max(1, machine.gpus // separate), config.ring_attn_size
     values: dict[str, Any] = {}
     actor = config.actor_num_gpus_per_node
-    actor_per_node = share if actor == "auto" else actor
+    actor_per_node = max(1, share // ring) * ring if actor == "auto" else actor
     for role in ("actor", "critic", "ref", "reward"):
         if getattr(config, f"{role}_num_gpus_per_node") == "auto":
             values[f"{role}_num_gpus_per_node"] = actor_per_node
@@ -73,6 +74,7 @@ def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
 def plan_groups(config: RLConfig) -> tuple[Group, ...]:
     """The groups of a resolved configuration."""
     sizes = _sizes(config)
+    _check_rings(config, sizes)
     groups = []
     for roles in _sharing(config):
         counts = {sizes[role] for role in roles if role is not Role.ENGINE}
@@ -107,6 +109,17 @@ def check_fits(groups: tuple[Group, ...], cluster_gpus: int) -> None:
             f"The placement asks for {arithmetic(groups, 'GPUs')} but the cluster has {cluster_gpus}: lower *_num_gpus_per_node "
             "or --vllm_num_engines, or let models share GPUs with --colocate_all_models."
         )
+
+
+def _check_rings(config: RLConfig, sizes: Mapping[Role, tuple[int, int]]) -> None:
+    """The workers of each model can be put into rings."""
+    for role in used_roles(config):
+        nodes, per_node = sizes[role]
+        if role is not Role.ENGINE and nodes * per_node % config.ring_attn_size != 0:
+            raise ConfigError(
+                f"--ring_attn_size {config.ring_attn_size} does not divide the {nodes * per_node} workers of --{role}_num_nodes "
+                f"x --{role}_num_gpus_per_node: make it a divisor, or change those."
+            )
 
 
 def _sharing(config: RLConfig) -> list[tuple[Role, ...]]:

@@ -18,9 +18,9 @@ from togi.recipes.preflight import (
     check_engine,
     check_experts,
     check_folders,
+    check_heads,
     check_model,
     check_sets,
-    key_value_heads,
     max_positions,
     trackers,
 )
@@ -38,6 +38,7 @@ def check(parsed: Parsed[OfflineConfig]) -> None:
         check_model(flag, path)
     check_context(config)
     check_ring(config)
+    check_heads(config, other_models(config).items())
     check_experts(config)
     check_data(config)
     check_trackers(trackers(config))
@@ -63,8 +64,8 @@ def check_context(config: OfflineConfig) -> None:
 
 
 def check_ring(config: OfflineConfig) -> None:
-    """The processes that a launcher started can be put into rings, and the heads of every model be sent in equal parts."""
-    ring, stride = config.ring_attn_size, config.ring_head_stride
+    """The processes that a launcher started can be put into rings."""
+    ring = config.ring_attn_size
     if ring == 1:
         return
     processes = os.environ.get("WORLD_SIZE", "1")
@@ -78,13 +79,6 @@ def check_ring(config: OfflineConfig) -> None:
             f"--ring_attn_size {ring} does not divide the {processes} processes of --nproc_per_node x --nnodes: "
             f"start a multiple of {ring}, or lower --ring_attn_size."
         )
-    for flag, path in other_models(config).items():
-        heads = key_value_heads(path)
-        if heads is not None and heads % stride != 0:
-            raise ConfigError(
-                f"--ring_head_stride {stride} does not divide the {heads} key/value heads of --{flag} {path}: "
-                "choose a divisor."
-            )
 
 
 def check_data(config: OfflineConfig) -> None:

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from togi.config.choices import BackendName, EngineName
 from togi.config.parse import Parsed
 from togi.config.reward import verifier_of
 from togi.config.rl import RLConfig
-from togi.config.shared import ADAPTER_CONFIG, ModelSettings, OutputSettings
+from togi.config.shared import ADAPTER_CONFIG, ModelSettings, OutputSettings, TrainSettings
 from togi.data.items import listed, parse_items
 from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError
@@ -49,11 +49,10 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
         check_fits(groups, machine.gpus)
     check_engine(config.rollout_engine)
     check_backend(config.backend)
-    check_model("pretrain", config.pretrain)
-    if config.critic_pretrain is not None:
-        check_model("critic_pretrain", config.critic_pretrain)
-    for path in config.reward_models:
-        check_model("reward_pretrain", path)
+    models = models_of(config)
+    for flag, path in models:
+        check_model(flag, path)
+    check_heads(config, models)
     check_context(config)
     check_experts(config)
     check_prompts(config)
@@ -62,6 +61,23 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     check_trackers(trackers(config))
     check_folders(config)
     return parsed
+
+
+def models_of(config: RLConfig) -> list[tuple[str, str]]:
+    """Every model folder with its flag."""
+    critic = [("critic_pretrain", config.critic_pretrain)] if config.critic_pretrain is not None else []
+    return [("pretrain", config.pretrain), *critic, *(("reward_pretrain", path) for path in config.reward_models)]
+
+
+def check_heads(config: TrainSettings, models: Iterable[tuple[str, str]]) -> None:
+    """The heads of every model, given with its flag, can be sent around a ring in equal parts."""
+    stride = config.ring_head_stride
+    for flag, path in models:
+        heads = key_value_heads(path)
+        if heads is not None and heads % stride != 0:
+            raise ConfigError(
+                f"--ring_head_stride {stride} does not divide the {heads} key/value heads of --{flag} {path}: choose a divisor."
+            )
 
 
 def check_backend(backend: BackendName) -> None:

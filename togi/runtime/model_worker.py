@@ -32,6 +32,7 @@ from togi.model.weights import Bucket, Manifest, pack_buckets
 from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen, frozen_on_host, trainable
 from togi.parallel.process import Rendezvous, World, default_device, open_store
+from togi.parallel.ring import Ring
 from togi.plan.placement import Role
 from togi.sample import Sample
 
@@ -75,12 +76,22 @@ class ModelWorker:
         torch.manual_seed(config.seed)
         if config.full_determinism:
             torch.use_deterministic_algorithms(True)
-        self._world = World.join(Rendezvous(rank, size, address, port), default_device())
+        self._world = World.join(Rendezvous(rank, size, address, port), default_device()).in_rings(
+            config.ring_attn_size
+        )
 
     def _load(self, role: Role, path: str, dtype: torch.dtype) -> PolicyModel | ScalarModel:
-        """The role's model on the CPU. A critic that starts from the policy gets a new head; others must bring one."""
+        """The role's model on the CPU, in this rank's ring if there are rings."""
+        model = self._read(role, path, dtype)
+        if self._world.ring_size > 1:
+            model.join_ring(Ring(self._world), self._config.ring_head_stride)
+        return model
+
+    def _read(self, role: Role, path: str, dtype: torch.dtype) -> PolicyModel | ScalarModel:
+        """A critic that starts from the policy gets a new head; others must bring one."""
         config = self._config
-        flash_attn = config.flash_attn and self._world.device.type == "cuda"
+        # a ring has attention of its own
+        flash_attn = config.flash_attn and self._world.device.type == "cuda" and self._world.ring_size == 1
         trained = role in (Role.ACTOR, Role.CRITIC)
         if role in (Role.ACTOR, Role.REF):
             return load_causal_lm(
@@ -105,12 +116,12 @@ class ModelWorker:
         )
 
     def _packs(self, samples: Sequence[Sample], limit: int | str) -> Packs:
-        """Pack this rank's samples by the token budget."""
+        """Pack this rank's samples by the token budget. A ring has that of all its ranks."""
         config = self._config
         most = limit if isinstance(limit, int) else None
         return pack_all(
             samples,
-            max_tokens=config.max_tokens_per_gpu,
+            max_tokens=config.max_tokens_per_gpu * config.ring_attn_size,
             max_sequences=most if config.packing_samples else 1,
             share_prefix=config.share_prompts,
         )

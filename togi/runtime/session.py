@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,18 +68,16 @@ class Session:
 
     @classmethod
     async def _start(cls, config: RLConfig, cluster: Cluster, total_updates: int) -> Session:
-        share = config.share_prompts
+        dealing: Any = {"share_prompts": config.share_prompts, "ranks_per_share": config.ring_attn_size}
         workers = cluster.start(EngineWorker, Role.ENGINE, ENVIRONMENT, concurrency=MAX_CONCURRENT_CALLS)
         engines = EnginePool(workers)
         groups: dict[Role, WorkerGroup] = {
-            role: WorkerGroup(role, cluster.start(_kind(role), role, ENVIRONMENT), share_prompts=share)
+            role: WorkerGroup(role, cluster.start(_kind(role), role, ENVIRONMENT), **dealing)
             for role in used_roles(config)
             if role not in (Role.ENGINE, Role.REWARD)
         }
         rewards = [
-            WorkerGroup(
-                Role.REWARD, cluster.start(ScorerWorker, Role.REWARD, ENVIRONMENT, number=n), share_prompts=share
-            )
+            WorkerGroup(Role.REWARD, cluster.start(ScorerWorker, Role.REWARD, ENVIRONMENT, number=n), **dealing)
             for n in range(len(config.reward_models))
         ]
         threads = cluster.threads(len(workers))

@@ -1,4 +1,8 @@
-"""The processes of one model role, addressed as one: the same call on all of them, or the samples dealt out among them."""
+"""The processes of one model role, addressed as one: the same call on all of them, or the samples dealt out among them.
+
+Samples are dealt in shares, one for each ring of ``--ring_attn_size`` consecutive ranks. All ranks of a ring get the same
+samples and give the same answer, of which the first one's is taken.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +49,23 @@ class StepUpdate:
 class WorkerGroup:
     """Rank i of the role is ``workers[i]``. Collective methods are called on all ranks at once, always."""
 
-    def __init__(self, role: Role, workers: Sequence[ActorHandle], *, share_prompts: bool) -> None:
+    def __init__(
+        self, role: Role, workers: Sequence[ActorHandle], *, share_prompts: bool, ranks_per_share: int = 1
+    ) -> None:
+        assert len(workers) % ranks_per_share == 0
         self.role = role
         self.workers = list(workers)
         self._share_prompts = share_prompts
+        self._ranks_per_share = ranks_per_share
 
     @property
     def size(self) -> int:
         return len(self.workers)
+
+    @property
+    def shares(self) -> int:
+        """How many shares samples are dealt in."""
+        return self.size // self._ranks_per_share
 
     async def start(self, *arguments: Any) -> None:
         """Let the ranks meet, and load the model on each of them."""
@@ -72,13 +85,15 @@ class WorkerGroup:
         return await results_of(refs, self.role)
 
     async def per_sample(self, method: str, samples: Sequence[Sample]) -> list[NDArray[np.float32]]:
-        """Deal the samples to the ranks by tokens, call ``method`` on each share, and return the results in order."""
-        shares = split_ranks(samples, self.size, share_prefix=self._share_prompts)
-        refs = [
-            getattr(worker, method).remote([samples[i] for i in share])
-            for worker, share in zip(self.workers, shares, strict=True)
-        ]
-        answers = await results_of(refs, self.role)
+        """Deal the samples by tokens, call ``method`` on each share, and return the results in order."""
+        shares = split_ranks(samples, self.shares, share_prefix=self._share_prompts)
+        dealt = [[samples[i] for i in share] for share in shares]
+        answers = await self._one_per_share(
+            [
+                getattr(worker, method).remote(dealt[rank // self._ranks_per_share])
+                for rank, worker in enumerate(self.workers)
+            ]
+        )
         result: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(samples)
         for share, answer in zip(shares, answers, strict=True):
             for index, array in zip(share, answer, strict=True):
@@ -86,15 +101,23 @@ class WorkerGroup:
         return result
 
     async def update(self, steps: Sequence[Sequence[Sample]], kl_coef: float) -> list[StepUpdate]:
-        """One optimizer step per element of ``steps``; each step's samples are dealt to the ranks by tokens."""
-        plans = [split_ranks(step, self.size, share_prefix=self._share_prompts) for step in steps]
-        shares = [
-            [[step[i] for i in plan[rank]] for step, plan in zip(steps, plans, strict=True)]
-            for rank in range(self.size)
+        """One optimizer step per element of ``steps``; each step's samples are dealt by tokens."""
+        plans = [split_ranks(step, self.shares, share_prefix=self._share_prompts) for step in steps]
+        dealt = [
+            [[step[i] for i in plan[share]] for step, plan in zip(steps, plans, strict=True)]
+            for share in range(self.shares)
         ]
-        refs = [worker.update.remote(mine, kl_coef) for worker, mine in zip(self.workers, shares, strict=True)]
-        by_rank: list[list[StepResult]] = await results_of(refs, self.role)
+        by_share: list[list[StepResult]] = await self._one_per_share(
+            [
+                worker.update.remote(dealt[rank // self._ranks_per_share], kl_coef)
+                for rank, worker in enumerate(self.workers)
+            ]
+        )
         return [
-            StepUpdate.merged(plan, [results[number] for results in by_rank], len(step))
+            StepUpdate.merged(plan, [results[number] for results in by_share], len(step))
             for number, (step, plan) in enumerate(zip(steps, plans, strict=True))
         ]
+
+    async def _one_per_share(self, refs: Sequence[ObjectRef]) -> list[Any]:
+        """The answers of the first ranks of all rings, to calls on all ranks."""
+        return (await results_of(refs, self.role))[:: self._ranks_per_share]

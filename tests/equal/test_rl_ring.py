@@ -1,0 +1,120 @@
+"""The workers of ``togi rl`` in rings = one worker: log-probs, values, scores, updates; every sample once and in its place."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from tests.equal.rl_ring_jobs import Player
+from tests.learn_tools import rollouts
+from tests.tiny import save_tiny_model, tiny_config
+from togi.config.parse import parse
+from togi.config.rl import RLConfig
+from togi.plan.placement import Role
+from togi.runtime.worker_group import StepUpdate, WorkerGroup
+
+pytestmark = pytest.mark.alone
+
+RANKS, RING = 4, 2
+SAMPLES = 7
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_model(folder / "policy", num_attention_heads=4, num_key_value_heads=2)
+    save_tiny_model(folder / "experts", "qwen3_moe")
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_config(tiny_config(num_labels=1)).save_pretrained(folder / "scalar")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def players(models: Path) -> Iterator[list[ray.actor.ActorHandle]]:
+    """One that plays alone, then those of the rings."""
+    ray.init(
+        address="local", num_cpus=RANKS + 1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
+    )
+    remote = ray.remote(Player)
+    environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+    yield [remote.options(num_cpus=1, runtime_env=environment).remote() for _ in range(1 + RANKS)]
+    ray.shutdown()
+
+
+def groups(players: list[ray.actor.ActorHandle], role: Role) -> list[WorkerGroup]:
+    return [
+        WorkerGroup(role, players[:1], share_prompts=True),
+        WorkerGroup(role, players[1:], share_prompts=True, ranks_per_share=RING),
+    ]
+
+
+def configs(*flags: str) -> list[RLConfig]:
+    """Of one worker and of the rings, with several packs in each pass."""
+    common = ["--max_tokens_per_gpu", "24", "--no_bf16", "--actor_learning_rate", "1e-3", *flags]
+    common += ["--critic_learning_rate", "1e-3", "--lr_scheduler", "constant", "--lr_warmup_ratio", "0"]
+    ring = ["--ring_attn_size", str(RING), "--zero_stage", "3"]
+    return [parse(RLConfig, words, "rl").config for words in (common, [*common, *ring])]
+
+
+def play(
+    players: list[ray.actor.ActorHandle], role: Role, method: str, last: int | str, *flags: str
+) -> list[tuple[list[np.ndarray], list[StepUpdate], list[np.ndarray]]]:
+    """Results of ``method``, of two optimizer steps (a learner's), and of ``method`` again; alone and in rings."""
+
+    async def once(group: WorkerGroup, config: RLConfig) -> tuple:
+        await group.start(config, role, last)
+        before = await group.per_sample(method, rollouts(SAMPLES, seed=0))
+        steps = (
+            await group.update([rollouts(SAMPLES, seed=1), rollouts(SAMPLES, seed=2)], 0.0)
+            if isinstance(last, int)
+            else []
+        )
+        after = await group.per_sample(method, rollouts(SAMPLES, seed=0))
+        await group.call_all("leave")
+        return before, steps, after
+
+    return [
+        asyncio.run(once(group, config)) for group, config in zip(groups(players, role), configs(*flags), strict=True)
+    ]
+
+
+def assert_equal(alone: tuple, rings: tuple) -> None:
+    for ours, theirs in ((rings[0], alone[0]), (rings[2], alone[2])):
+        assert len(ours) == len(theirs) == SAMPLES
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+    for ours, theirs in zip(rings[1], alone[1], strict=True):
+        a, b = ours.report, theirs.report
+        assert (a.steps, a.count) == (b.steps, b.count)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
+        assert dict(a.metrics) == pytest.approx(dict(b.metrics), rel=1e-4, abs=1e-6)
+        assert (ours.tokens, ours.unshared_tokens) == (theirs.tokens, theirs.unshared_tokens)
+        for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("arch", ["policy", "experts"])
+def test_an_actor_in_rings_equals_one_worker(players: list, models: Path, arch: str) -> None:
+    """Without critic and reference, whose absence must not cost samples; experts with a load-balancing loss."""
+    flags = ["--pretrain", str(models / arch), "--advantage_estimator", "reinforce", "--init_kl_coef", "0"]
+    flags += ["--aux_loss_coef", "0.5"] if arch == "experts" else ["--ring_head_stride", "2"]
+    alone, rings = play(players, Role.ACTOR, "logprobs", 2, *flags)
+    assert_equal(alone, rings)
+    assert max(float(np.abs(a - b).max()) for a, b in zip(alone[0], alone[2], strict=True)) > 1e-3
+
+
+def test_a_critic_in_rings_equals_one_worker(players: list, models: Path) -> None:
+    assert_equal(*play(players, Role.CRITIC, "values", 2, "--pretrain", str(models / "policy")))
+
+
+@pytest.mark.parametrize(("role", "method"), [(Role.REF, "logprobs"), (Role.REWARD, "scores")])
+def test_frozen_models_in_rings_equal_one_worker(players: list, models: Path, role: Role, method: str) -> None:
+    path = str(models / ("policy" if role is Role.REF else "scalar"))
+    assert_equal(*play(players, role, method, path, "--pretrain", path))
