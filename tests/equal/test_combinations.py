@@ -1,0 +1,71 @@
+"""Ways to compute a step, two by two: whatever the settings let through gives what one plain process gives."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.combinations import AXES, covering, everything, page, refusal, training, words
+from tests.learn_tools import max_difference, partition_small_weights, run_ranks
+from tests.offline_world import CONFIGS, flags, make_world, train, values
+from togi.config.parse import parse
+from togi.parallel.process import World
+from togi.recipes.offline import run_in
+
+ROOT = Path(__file__).parents[2]
+# What decides the numbers; everything else is about how they are computed.
+WHAT = ("command", "adapters", "experts")
+SUPPORTED = training([c for c in everything() if refusal(c) is None])
+CHOSEN = SUPPORTED if os.environ.get("TOGI_COMBINATIONS") == "all" else covering(SUPPORTED)
+STEPS = ("--train_batch_size", "5")  # 14 rows: 5, 5 and 4, so that two ranks never have the same number
+FILES = {"none": "model.safetensors", "LoRA": "adapter_model.safetensors", "QLoRA": "adapter_model.safetensors"}
+
+
+def more(folder: Path, combination: dict[str, str]) -> list[str]:
+    return [*STEPS, *(["--pretrain", str(folder / "mixtral")] if combination["experts"] == "MoE" else [])]
+
+
+def name(combination: dict[str, str]) -> str:
+    return "-".join(combination.values()).replace(" ", "_")
+
+
+def run_chosen(world: World, folder: Path) -> None:
+    partition_small_weights()
+    for combination in CHOSEN:
+        command, run = combination["command"], folder / name(combination)
+        argv = flags(folder, command, run, *more(folder, combination), *words(combination), evaluate=False)
+        run_in(world, parse(CONFIGS[command], argv, command), command, argv=argv, announce=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    run_ranks(run_chosen, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", sorted({tuple(c[axis] for axis in WHAT) for c in CHOSEN}))
+def test_pairs_of_ways_equal_one_plain_process(world: Path, what: tuple[str, ...]) -> None:
+    """Loss, gradient norm and tokens of every step, and the weights that are saved."""
+    plain = {axis: next(iter(AXES[axis])) for axis in AXES} | dict(zip(WHAT, what, strict=True))
+    one = world / "one" / "-".join(what)
+    first = train(world, plain["command"], one, *more(world, plain), *words(plain, WHAT), evaluate=False)
+    # 4-bit weights are computed with in bfloat16, which rounds other sums in another order
+    loose, file = plain["adapters"] == "QLoRA", FILES[plain["adapters"]]
+    for combination in (c for c in CHOSEN if tuple(c[axis] for axis in WHAT) == what):
+        run = world / name(combination)
+        second = values(run)
+        assert len(first) == len(second) == 3
+        for step, (a, b) in enumerate(zip(first, second, strict=True)):
+            for key in ("loss", "grad_norm", "tokens/seen"):
+                assert b[key] == pytest.approx(a[key], rel=5e-2 if loose else 5e-4, abs=2e-5), (step, key, combination)
+        ours, theirs = (load_file(folder / "model" / file) for folder in (one, run))
+        assert ours.keys() == theirs.keys(), combination
+        assert max_difference(ours, theirs) < (2e-2 if loose else 1e-4), combination
+
+
+def test_the_page_is_what_the_settings_say() -> None:
+    assert (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8") == page()
