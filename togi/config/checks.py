@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -33,11 +34,11 @@ def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
     has_reward = reward_given or config.reward_files or config.reward_urls or config.reward_models
     if reward_given and config.reward_files:
         raise ConfigError("A reward function was passed and --reward_func is set too: leave one of them out.")
-    checks: Iterable[Check] = (_required, _data, _reward, _rollout, _algorithm, _training, _placement, _output)
+    checks: Iterable[Check] = (_required, _data, _reward, _rollout, _algorithm, _training, _placement, _output, _replay)
     for check in checks:
         for message in check(config):
             raise ConfigError(message)
-    if not has_reward:
+    if not has_reward and config.generates:
         raise ConfigError(
             "There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, --remote_rm_url URL, or several."
         )
@@ -244,6 +245,15 @@ def _output(c: RLConfig) -> Iterator[str]:
         yield "--eval_steps must be positive, or -1."
     if c.max_steps == 0:
         yield "--max_steps 0 would train nothing: give a positive number, or -1 for all episodes."
+
+
+def _replay(c: RLConfig) -> Iterator[str]:
+    if c.replay is None:
+        return
+    if c.eval_dataset is not None:
+        yield "--replay starts no engine, so that nothing can be evaluated: leave --eval_dataset out."
+    if c.run_dir is not None and os.path.realpath(c.run_dir) == os.path.realpath(c.replay):
+        yield f"--replay and --run_dir are both {c.run_dir}: give the new run a folder of its own."
 
 
 def check_mixture(path: str, kind: str) -> None:

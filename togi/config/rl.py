@@ -57,6 +57,9 @@ class RolloutSettings(Settings):
     vllm_sync_with_ray: bool = later(False, "Use Ray collectives for the weight sync.")
     vllm_enable_sleep: bool = later(False, "Let engines give back memory while training.")
     deepspeed_enable_sleep: bool = later(False, "Let the trainer give back memory while generating.")
+    replay: PathText | None = flag(
+        None, "Train on the rollouts stored in this run folder: no engine runs and no reward is called."
+    )
     weight_sync_timeout: float = flag(600.0, "Seconds after which an unfinished weight update is an error.", gt=0)
 
 
@@ -145,6 +148,16 @@ class RLConfig(
 
     ckpt_path: PathText = flag("./ckpt/checkpoints_ppo_ray", "Folder of resumable checkpoints.")
     wandb_project: str = flag("togi_rl", "Weights & Biases project.")
+
+    @property
+    def generates(self) -> bool:
+        """Whether rollouts are made and scored here. In a replay they are read."""
+        return self.replay is None
+
+    @property
+    def scoring_models(self) -> tuple[str, ...]:
+        """The local reward models that are loaded."""
+        return self.reward_models if self.generates else ()
 
     @property
     def samples_per_rollout(self) -> int:

@@ -39,12 +39,12 @@ class Group:
 
 def used_roles(config: RLConfig) -> tuple[Role, ...]:
     """The models a run really needs: nothing is loaded that the settings do not use. Each reward model counts."""
-    roles = [Role.ENGINE, Role.ACTOR]
+    roles = [Role.ENGINE, Role.ACTOR] if config.generates else [Role.ACTOR]
     if config.uses_critic:
         roles.append(Role.CRITIC)
     if config.loads_reference:
         roles.append(Role.REF)
-    return (*roles, *[Role.REWARD] * len(config.reward_models))
+    return (*roles, *[Role.REWARD] * len(config.scoring_models))
 
 
 def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:

@@ -31,6 +31,8 @@ from togi.recipes.best_metric import check_rl_metric
 
 FUNCTION = "reward_func"
 DEFAULT_PARENT = "runs"
+# What stored rollouts depend on beside their prompts: their order, number and log-probs.
+REPLAYED = ("seed", "rollout_batch_size", "n_samples_per_prompt", "temperature")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -47,7 +49,10 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     groups = plan_groups(config)
     if not joins_cluster():
         check_fits(groups, machine.gpus)
-    check_engine(config.rollout_engine)
+    if config.replay is None:
+        check_engine(config.rollout_engine)
+    else:
+        check_replayed(config, Path(config.replay))
     check_backend(config.backend)
     models = models_of(config)
     for flag, path in models:
@@ -77,6 +82,22 @@ def check_heads(config: TrainSettings, models: Iterable[tuple[str, str]]) -> Non
         if heads is not None and heads % stride != 0:
             raise ConfigError(
                 f"--ring_head_stride {stride} does not divide the {heads} key/value heads of --{flag} {path}: choose a divisor."
+            )
+
+
+def check_replayed(config: RLConfig, folder: Path) -> None:
+    """``--replay`` names the folder of a run whose rollouts mean here what they meant there."""
+    from togi.obs.run_dir import RunDirectory
+
+    try:
+        before = RunDirectory(folder).read_info().values
+    except DataError as error:
+        raise DataError(f"--replay: {error}") from None
+    for name in REPLAYED:
+        then, now = before.get(name, {}).get("value"), getattr(config, name)
+        if then != now:
+            raise ConfigError(
+                f"--replay {folder} was made with --{name} {then}, but here it is {now}: make them equal."
             )
 
 

@@ -20,7 +20,7 @@ from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
 from togi.recipes.rl_rewards import connect, describe
 from togi.recipes.rl_run import Run
-from togi.recipes.rl_setup import Material, best_aim, find_checkpoint, open_run, prepare
+from togi.recipes.rl_setup import Material, best_aim, check_replay, find_checkpoint, open_run, prepare
 from togi.runtime.session import Session
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ async def _run(
         plan = StepPlan.of(config, len(material.prompts))
         best_aim(config, material)
         announce(plan.describe(config))
+        if config.replay is not None:
+            announce(check_replay(config, config.replay, material, plan))
         checkpoint = find_checkpoint(config, material, progress)
         directory = open_run(parsed, argv, material)
         try:

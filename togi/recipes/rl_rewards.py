@@ -28,15 +28,20 @@ Visible = Callable[[Sequence[int]], str]
 class EarlyRewards:
     """The rewards that need no worker of the run: function processes start here, servers with ``connect_servers``.
 
-    ``names`` are those of all rewards in the order of ``--reward_weights``: models, servers, functions.
+    ``names`` are those of all rewards in the order of ``--reward_weights``: models, servers, functions. A replay has none.
     """
 
     def __init__(self, config: RLConfig, function: Callable[..., Any] | None) -> None:
+        self.names: list[str] = []
+        self.functions: list[FunctionReward] = []
+        self.remotes: list[RemoteReward] = []
+        if config.generates:
+            self._start_functions(config, function)
+
+    def _start_functions(self, config: RLConfig, function: Callable[..., Any] | None) -> None:
         self.names = reward_names(config, function_given=function is not None)
         limits = CallLimits(config.reward_workers, config.reward_timeout, config.reward_retries)
         own = self.names[len(config.reward_models) + config.remote_sources :]
-        self.functions: list[FunctionReward] = []
-        self.remotes: list[RemoteReward] = []
         settings = {"format_regex": config.format_regex} if config.format_regex is not None else {}
         for item, name in zip(config.reward_files, own, strict=False):
             self.functions.append(from_item(item, settings, limits, name))
@@ -76,6 +81,8 @@ class EarlyRewards:
 
 async def connect(config: RLConfig, early: EarlyRewards, session: Session) -> CombinedReward:
     """All rewards as one, with each model's own standardisation if asked for."""
+    if not config.generates:
+        return CombinedReward(())
     models: list[Reward] = []
     for name, group in zip(early.names, session.reward_models, strict=False):
         mean, std = (await group.call_all("reward_statistics"))[0]

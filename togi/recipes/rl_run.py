@@ -34,9 +34,9 @@ from togi.recipes.rl_setup import Material, best_aim, checkpoint_store, plain
 from togi.reward.combine import CombinedReward
 from togi.runtime import measure
 from togi.runtime.experience import ScoredGroup, Trainable, to_sample, trainable, with_advantages, with_streams
-from togi.runtime.feed import RolloutFeed
+from togi.runtime.feed import Feed, RolloutFeed
+from togi.runtime.replay import replay_feed
 from togi.runtime.session import Session, single_logprobs, update_metrics
-from togi.runtime.weight_sync import SyncReport
 from togi.runtime.worker_group import StepUpdate
 from togi.sample import Sample
 
@@ -76,7 +76,8 @@ class Run:
         generate = session.engines.generate
         seed = config.seed if config.full_determinism else None
         acting, trying = (material.environment(config, t) for t in (config.temperature, config.eval_temperature))
-        self._feed = RolloutFeed(acting, generate, reward, seed, config.allowed_reward_errors)
+        live = RolloutFeed(acting, generate, reward, seed, config.allowed_reward_errors)
+        self._feed: Feed = live if config.replay is None else replay_feed(config.replay)
         self._eval_feed = RolloutFeed(trying, generate, reward, seed, config.allowed_reward_errors)
 
     def __enter__(self) -> Self:
@@ -112,23 +113,25 @@ class Run:
         self._recorder = Recorder(self._directory.metrics_path, opened)
         self._open.callback(self._recorder.close)
 
-    async def sync(self) -> SyncReport:
-        """Send the weights to the engines and compare both sides on a probe text."""
+    async def sync(self) -> None:
+        """Send the weights to the engines and compare both sides on a probe text. A replay has no engines."""
+        if not self.config.generates:
+            return
         with self._progress.phase("syncing weights", expected_seconds=3):
             report = await self.session.sync(self.step)
             self._values[names.MISMATCH_PROBE_MEAN_ABS] = await self.session.probe(self._probe)
         self._values |= {names.WEIGHT_SYNC_RATE: report.gb_per_second, names.WEIGHT_SYNC_SECONDS: report.seconds}
-        return report
 
     async def generate(self) -> list[ScoredGroup]:
-        """The next prompts' scored groups, made by the present weights."""
+        """The next prompts' scored groups, made by the present weights, or in a replay as they were stored."""
         self._watchdog.beat()
-        start = time.perf_counter()
-        with self._progress.phase("generating"):
+        generates, start = self.config.generates, time.perf_counter()
+        with self._progress.phase("generating" if generates else "reading rollouts"):
             count, samples = self.config.rollout_batch_size, self.config.n_samples_per_prompt
             groups = await self._feed.take(self._material.loader, count, samples, self.step + 1)
         tokens = sum(len(rollout.response_tokens) for group in groups for rollout in group.rollouts)
-        self._values[names.THROUGHPUT_GENERATE] = tokens / (time.perf_counter() - start)
+        if generates:
+            self._values[names.THROUGHPUT_GENERATE] = tokens / (time.perf_counter() - start)
         first = groups[0].rollouts[0]
         self._probe = first.prompt.tokens + first.response_tokens
         return groups

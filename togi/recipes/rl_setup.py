@@ -22,8 +22,10 @@ from togi.model.loading import check_causal_lm
 from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.recipes.best_metric import rl_aim
+from togi.recipes.plan import StepPlan
 from togi.recipes.rl_rewards import EarlyRewards
 from togi.rollout.environment import SingleTurn
+from togi.runtime.replay import replay_feed
 from togi.sample import FinishReason, Prompt, Rollout, Sampling
 
 Decode = Callable[[Sequence[int]], str]
@@ -74,8 +76,9 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                     spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer
                 )
         rewards.connect_servers(config, partial(visible, tokenizer))
-        with progress.phase("trying the reward", expected_seconds=2):
-            await rewards.check([example(prompts[0])] * min(2, config.n_samples_per_prompt))
+        if config.generates:
+            with progress.phase("trying the reward", expected_seconds=2):
+                await rewards.check([example(prompts[0])] * min(2, config.n_samples_per_prompt))
         stops = stop_token_ids(tokenizer, config.pretrain)
     except BaseException:
         await rewards.close()
@@ -160,6 +163,18 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
         )
     material.loader.load_state(LoaderState(**found.state["loader"]))
     return found
+
+
+def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPlan) -> str:
+    """Every step of the run is stored, and the first is of the prompts that this run would take. Returns a line about it.
+
+    Raises DataError.
+    """
+    feed = replay_feed(folder)
+    feed.check(plan.rollouts)
+    first = PromptLoader(material.prompts, seed=config.seed, episodes=1).take(config.rollout_batch_size)
+    feed.groups(first, config.n_samples_per_prompt, 1)
+    return f"replay of {folder}: no engine runs and no reward is called"
 
 
 def plain(value: object) -> object:

@@ -70,9 +70,12 @@ class Cluster:
     ) -> list[ActorHandle]:
         """One worker process of ``actor_class`` in every slot of the role's group; constructed without waiting.
 
-        ``number``: which of several models of that role; they share one group or have one each.
+        None where the run has no such role. ``number``: which of several models of that role; they share one group or have
+        one each.
         """
         found = [i for i, group in enumerate(self.groups) if role in group.roles]
+        if not found:
+            return []
         index = found[min(number, len(found) - 1)]
         group, placed = self.groups[index], self._placed[index]
         remote: ActorClass = ray.remote(actor_class)

@@ -1,4 +1,4 @@
-"""Where the RL loop takes its scored groups from.
+"""Where the RL loop takes its scored groups from: here by generating them, in ``replay`` from those of an earlier run.
 
 ``take`` generates with the present weights and returns when every group is scored: ``max_staleness = 0``, the synchronous
 case. Groups are scored as they finish, while others still generate.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Protocol
 
 from togi.data.loader import PromptLoader
 from togi.reward.combine import ErrorLimit
@@ -18,6 +19,14 @@ from togi.runtime.experience import ScoredGroup
 from togi.sample import Prompt, Rollout
 
 MAX_IN_FLIGHT = 4096
+
+
+class Feed(Protocol):
+    """What the loop asks: it does not know when or by whom groups were made."""
+
+    async def take(self, loader: PromptLoader, count: int, samples: int, step: int) -> list[ScoredGroup]:
+        """The groups of the next ``count`` prompts, ``samples`` rollouts each, in the loader's order, for ``step``."""
+        ...
 
 
 class RolloutFeed:

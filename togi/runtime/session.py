@@ -78,15 +78,15 @@ class Session:
         }
         rewards = [
             WorkerGroup(Role.REWARD, cluster.start(ScorerWorker, Role.REWARD, ENVIRONMENT, number=n), **dealing)
-            for n in range(len(config.reward_models))
+            for n in range(len(config.scoring_models))
         ]
-        threads = cluster.threads(len(workers))
+        threads = cluster.threads(max(1, len(workers)))
         settings = [engine_settings(config, index, threads, cluster.resources) for index in range(len(workers))]
         starting = [engines.start(config.rollout_engine, settings)]
         for role, group in groups.items():
             last = total_updates if role in LEARNERS else config.pretrain
             starting.append(group.start(config, role, last))
-        for group, path in zip(rewards, config.reward_models, strict=True):
+        for group, path in zip(rewards, config.scoring_models, strict=True):
             starting.append(group.start(config, Role.REWARD, path))
         await asyncio.gather(*starting)
         return cls(config, cluster, engines, groups, rewards)

@@ -1,0 +1,96 @@
+"""Stored rollouts read back as the groups that were trained, or refused in words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from togi.config.checks import check_rl
+from togi.config.parse import parse
+from togi.config.rl import RLConfig
+from togi.errors import ConfigError, DataError
+from togi.obs.rollout_store import RolloutStore, Split
+from togi.obs.run_dir import Resolved, RunDirectory
+from togi.recipes.preflight import REPLAYED, check_replayed
+from togi.runtime.experience import ScoredGroup
+from togi.runtime.measure import rows
+from togi.runtime.replay import ReplayFeed
+from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
+
+PROMPTS = [Prompt("0:4", (1, 2), "ab", {"answer": [3]}, "sums"), Prompt("1:0", (5,), "c")]
+
+
+def group(place: int, values: list[float | None]) -> ScoredGroup:
+    prompt = PROMPTS[place]
+    rollouts = tuple(
+        Rollout(prompt, f"step1/{place}", (7, 8 + i), (True, i > 0), (-0.5, -0.25 * i), f"t{i}", FinishReason.LENGTH, 3)
+        for i in range(len(values))
+    )
+    scores = [Score(Outcome.ABSTAIN) if v is None else Score(Outcome.SCORE, v, {"part": v / 3}) for v in values]
+    return ScoredGroup(rollouts, tuple(scores))
+
+
+@pytest.fixture
+def feed(tmp_path: Path) -> ReplayFeed:
+    """Step 1 of two groups of two, beside an evaluation of the same step."""
+    store = RolloutStore(tmp_path / "rollouts")
+    groups = [group(0, [0.1, None]), group(1, [1 / 3, -2.0])]
+    store.write(1, Split.TRAIN, rows(1, Split.TRAIN, groups))
+    store.write(1, Split.EVAL, rows(1, Split.EVAL, [group(1, [9.0])]))
+    return ReplayFeed(store)
+
+
+def test_groups_come_back_as_they_were(feed: ReplayFeed) -> None:
+    first, second = feed.groups(PROMPTS, 2, 1)
+    assert second.rollouts == group(1, [1 / 3, -2.0]).rollouts
+    assert second.scores == group(1, [1 / 3, -2.0]).scores
+    assert [rollout.prompt for rollout in first.rollouts] == [PROMPTS[0]] * 2
+    assert first.scores[0].value == 0.1
+    assert first.scores[1].outcome is Outcome.ABSTAIN
+    assert math.isnan(first.scores[1].value)
+
+
+def test_another_run_is_refused(feed: ReplayFeed) -> None:
+    with pytest.raises(DataError, match=r"step 1 of .* has 2 prompts, but this run takes 1: give the prompts"):
+        feed.groups(PROMPTS[:1], 2, 1)
+    with pytest.raises(DataError, match=r"trained on prompt 0:4 where this run takes 1:0"):
+        feed.groups(PROMPTS[::-1], 2, 1)
+    other = [Prompt("0:4", (1, 3), "ab"), PROMPTS[1]]
+    with pytest.raises(DataError, match=r"other tokens of prompt 0:4 than this run: use the tokenizer"):
+        feed.groups(other, 2, 1)
+    with pytest.raises(DataError, match=r"has 2 samples of prompt 0:4, not --n_samples_per_prompt 3"):
+        feed.groups(PROMPTS, 3, 1)
+
+
+def test_all_steps_must_be_stored(feed: ReplayFeed, tmp_path: Path) -> None:
+    feed.check(1)
+    with pytest.raises(DataError, match=r"no rollouts of step 2, but this run takes 3 steps: set --max_steps to 1\.$"):
+        feed.check(3)
+    with pytest.raises(DataError, match="give the folder of a run of togi rl"):
+        ReplayFeed(RolloutStore(tmp_path / "nothing")).check(1)
+
+
+def config(*flags: str) -> RLConfig:
+    return parse(RLConfig, ["--pretrain", "m", "--prompt_data", "p", *flags], "rl").config
+
+
+def test_settings_that_the_rollouts_depend_on_must_agree(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    here = config("--replay", str(run), "--n_samples_per_prompt", "4", "--init_kl_coef", "0")
+    check_rl(here)  # no reward is needed
+    with pytest.raises(DataError, match=r"^--replay: .* is not the folder of a run"):
+        check_replayed(here, run)
+    values = {name: Resolved(getattr(here, name), "default") for name in REPLAYED}
+    RunDirectory.create(run, "rl", [], values | {"temperature": Resolved(0.7, "command line")})
+    with pytest.raises(ConfigError, match=r"was made with --temperature 0\.7, but here it is 1\.0: make them equal"):
+        check_replayed(here, run)
+    check_replayed(here.model_copy(update={"temperature": 0.7}), run)
+
+
+def test_contradictions(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--replay starts no engine, so that nothing can be evaluated"):
+        check_rl(config("--replay", "x", "--eval_dataset", "e"))
+    with pytest.raises(ConfigError, match="--replay and --run_dir are both"):
+        check_rl(config("--replay", str(tmp_path), "--run_dir", f"{tmp_path}/../{tmp_path.name}"))

@@ -1,0 +1,99 @@
+"""Training on the rollouts of an earlier run: its stored groups in place of a generation engine and of rewards.
+
+Tokens, engine log-probs and rewards are stored as exactly as they were used, so a replay under the same settings repeats the
+run's updates bit for bit; under another backend, number of workers or placement it shows what those change. Only why a reward
+failed is not stored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from togi.data.loader import PromptLoader
+from togi.errors import DataError
+from togi.obs.rollout_store import RolloutRow, RolloutStore, Split
+from togi.obs.run_dir import RunDirectory
+from togi.runtime.experience import ScoredGroup
+from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
+
+
+def replay_feed(folder: str) -> ReplayFeed:
+    """The feed of the run whose folder this is."""
+    return ReplayFeed(RunDirectory(Path(folder)).rollouts)
+
+
+class ReplayFeed:
+    """Prompts in, the groups that were stored for them out. A ``Feed``."""
+
+    def __init__(self, store: RolloutStore) -> None:
+        self._store = store
+
+    async def take(self, loader: PromptLoader, count: int, samples: int, step: int) -> list[ScoredGroup]:
+        """The groups of the next ``count`` prompts as they were trained in ``step``, in the loader's order."""
+        return self.groups(loader.take(count), samples, step)
+
+    def check(self, rollouts: int) -> None:
+        """Raise DataError unless steps 1 to ``rollouts`` are stored."""
+        there = {file.step for file in self._store.files() if file.split is Split.TRAIN}
+        missing = [step for step in range(1, rollouts + 1) if step not in there]
+        if missing:
+            raise DataError(
+                f"--replay: {self._store.folder} has no rollouts of step {missing[0]}, but this run takes {rollouts} steps: "
+                f"{'set --max_steps to ' + str(missing[0] - 1) if missing[0] > 1 else 'give the folder of a run of togi rl'}."
+            )
+
+    def groups(self, prompts: Sequence[Prompt], samples: int, step: int) -> list[ScoredGroup]:
+        """The stored groups of ``step``, one for each of ``prompts``.
+
+        Raises DataError when they are of other prompts, were tokenised in another way, or have another number of samples.
+        """
+        rows = [row for row in self._store.read_step(step) if row.split is Split.TRAIN]
+        groups = [list(group) for _, group in groupby(rows, key=lambda row: row.group_id)]
+        where = f"--replay: step {step} of {self._store.folder}"
+        if len(groups) != len(prompts):
+            raise DataError(
+                f"{where} has {len(groups)} prompts, but this run takes {len(prompts)}: give the prompts of that run."
+            )
+        for group, prompt in zip(groups, prompts, strict=True):
+            if group[0].prompt_id != prompt.id:
+                raise DataError(
+                    f"{where} trained on prompt {group[0].prompt_id} where this run takes {prompt.id}: give the prompts of "
+                    "that run, with its --max_samples and --prompt_max_len."
+                )
+            if group[0].prompt_tokens != prompt.tokens:
+                raise DataError(
+                    f"{where} has other tokens of prompt {prompt.id} than this run: use the tokenizer, template and data of that "
+                    "run."
+                )
+            if len(group) != samples:
+                raise DataError(
+                    f"{where} has {len(group)} samples of prompt {prompt.id}, not --n_samples_per_prompt {samples}: make them "
+                    "equal."
+                )
+        return [_group(group) for group in groups]
+
+
+def _group(rows: Sequence[RolloutRow]) -> ScoredGroup:
+    first = rows[0]
+    prompt = Prompt(first.prompt_id, first.prompt_tokens, first.prompt_text, json.loads(first.label), first.datasource)
+    return ScoredGroup(tuple(_rollout(row, prompt) for row in rows), tuple(_score(row) for row in rows))
+
+
+def _rollout(row: RolloutRow, prompt: Prompt) -> Rollout:
+    return Rollout(
+        prompt=prompt,
+        group_id=row.group_id,
+        response_tokens=row.response_tokens,
+        response_mask=row.response_mask,
+        response_logprobs=row.rollout_logprobs,
+        response_text=row.response_text,
+        finish_reason=FinishReason(row.finish_reason),
+        policy_version=row.policy_version,
+    )
+
+
+def _score(row: RolloutRow) -> Score:
+    return Score(Outcome(row.outcome), row.reward, dict(row.components))
