@@ -129,8 +129,14 @@ HEAVY = [
     Case(
         "all prompts too long", "--prompt_max_len 3", ("No prompt of @good.jsonl", "40 too long", "--prompt_max_len 3")
     ),
-    Case("line far down", "--prompt_data @line30.jsonl", ("Line 30 of @line30.jsonl is not valid JSON",)),
-    Case("field far down", "--prompt_data @row30.jsonl", ("Line 31 of @row30.jsonl has no field 'prompt'",)),
+    Case(
+        "line far down", "--prompt_data @line30.jsonl --max_bad_rows 0", ("Line 30 of @line30.jsonl is not valid JSON",)
+    ),
+    Case(
+        "field far down",
+        "--prompt_data @row30.jsonl --max_bad_rows 0.02",
+        ("Line 31 of @row30.jsonl has no field 'prompt'", "more than --max_bad_rows 0.02 allows"),
+    ),
     Case(
         "prompt is a number",
         "--prompt_data @number.jsonl",

@@ -190,6 +190,33 @@ def test_unusable_sets_are_errors(tmp_path, tokenizer):
         load_prompts(PromptSpec(path, label_key="label"), tokenizer)
 
 
+def test_faulty_rows_are_left_out_up_to_a_limit(tmp_path, tokenizer):
+    rows = [
+        {"input": "a", "label": 1},
+        {"input": 3, "label": 1},
+        {"inptu": "b"},
+        {"input": "c"},
+        {"input": "d", "label": 2},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + "{'input'\n")
+    prompts = load_prompts(PromptSpec(str(path), label_key="label", max_bad_rows=0.7), tokenizer)
+    assert [(p.id, p.text, p.label) for p in prompts] == [("0:0", "a", 1), ("0:4", "d", 2)]
+    faults = prompts.report.faults
+    assert (faults.rows, faults.of) == (4, 6)
+    assert dict(faults.by_kind) == {"wrong type": 1, "missing field": 2, "unreadable": 1}
+    assert dict(prompts.report.sources[0].dropped) == dict(faults.by_kind)
+    assert [fault.place for fault in faults.first] == [f"Line {n} of {path}" for n in (2, 3, 4, 6)]
+    assert prompts.report.lengths == Lengths(1, 1, 1, 1, 1)
+    assert prompts.report.warnings[1].startswith(
+        f"4 of 6 rows are faulty and were left out (1 wrong type, 2 missing field, 1 unreadable); the first: Line 2 of {path}: "
+    )
+    with pytest.raises(
+        DataError, match=r"^Line 2 of .* \(the first of 4 faulty rows among 6, more than --max_bad_rows 0.5"
+    ):
+        load_prompts(PromptSpec(str(path), label_key="label", max_bad_rows=0.5), tokenizer)
+
+
 def test_mixture_repeats_and_datasources(tmp_path, tokenizer):
     a = write(tmp_path / "easy.jsonl", [{"input": "a"}, {"input": ""}])
     b = write(tmp_path / "hard.jsonl", [{"input": f"b{i}", "data_source": "other" if i else None} for i in range(6)])

@@ -26,6 +26,12 @@ class PromptSettings(Settings):
     apply_chat_template: bool = flag(False, "Render prompts with the tokenizer's chat template.")
     prompt_max_len: Count = flag(1024, "Prompts of more tokens are dropped and counted, never cut.")
     max_samples: Count = flag(100_000_000, "Use at most this many prompts of the mixture.")
+    max_bad_rows: float = flag(
+        0.05,
+        "Stop before training if a larger share of the rows is faulty; 0 stops at any. They are left out.",
+        ge=0,
+        le=1,
+    )
 
 
 class RolloutSettings(Settings):

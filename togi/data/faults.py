@@ -31,6 +31,8 @@ class Drop(StrEnum):
 # What depends on --max_len; every other reason is a fault of the row, for which --max_bad_rows is the limit.
 LENGTH_DROPS = frozenset({Drop.TOO_LONG, Drop.CUT_AWAY, Drop.CUT_EQUAL})
 FAULTS = frozenset(Drop) - LENGTH_DROPS
+# So many are kept in words.
+SHOWN_FAULTS = 20
 
 # What follows the place of a row that has nothing wrong but what it lacks.
 SENTENCES: Mapping[Drop, str] = {

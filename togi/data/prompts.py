@@ -15,11 +15,21 @@ from itertools import islice
 from typing import Any, overload
 
 from togi.data.chat import Tokenizer, adds_bos, check_rendering, encode, render_prompt, visible
+from togi.data.faults import SHOWN_FAULTS, RowError, named
+from togi.data.faults import Drop as FaultKind
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.mixture import Mixture, load_mixture
 from togi.data.precheck import missing_field
-from togi.data.report import DataReport, Lengths, loss_warning, source_reports
-from togi.data.tables import Row, readable
+from togi.data.report import (
+    DataReport,
+    Fault,
+    Faults,
+    Lengths,
+    check_faults,
+    loss_warning,
+    source_reports,
+)
+from togi.data.tables import BadRow, Row
 from togi.errors import DataError
 from togi.sample import Prompt
 
@@ -42,7 +52,8 @@ class Drop(StrEnum):
 class PromptSpec:
     """Which prompts to load and how to render them. Fields are named as their flags.
 
-    ``prompt_max_len`` is in tokens; longer prompts are dropped and counted, never cut.
+    ``prompt_max_len`` is in tokens; longer prompts are dropped and counted, never cut. ``max_bad_rows``: the share of
+    faulty rows up to which they are left out; at 0 the first one is an error.
     """
 
     prompt_data: str
@@ -55,6 +66,7 @@ class PromptSpec:
     prompt_max_len: int = 1024
     max_samples: int = 100_000_000
     seed: int = 42
+    max_bad_rows: float = 0.0
 
 
 class PromptSet(Sequence[Prompt]):
@@ -97,14 +109,15 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """One distinct row: its prompt without an id, or why there is none."""
+    """One distinct row: its prompt without an id, or why there is none. ``faults`` holds at most one."""
 
     text: str
     tokens: tuple[int, ...]
     label: Any
     datasource: str
     length: int
-    drop: Drop | None
+    drop: Drop | FaultKind | None
+    faults: tuple[Fault, ...] = ()
 
 
 def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
@@ -121,6 +134,7 @@ def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
         if row.drop is None:
             prompts.append(Prompt(pick.id, row.tokens, row.text, row.label, row.datasource))
     report = _report(mixture, rendered, prompts, spec, tokenizer)
+    check_faults(report.faults, spec.max_bad_rows)
     if not prompts:
         raise DataError(
             f"No prompt of {spec.prompt_data} can be used (dropped: {report.drop_reasons()}; longest: "
@@ -139,13 +153,18 @@ def _render_source(
     source, fallback = mixture.sources[index], _datasource_names(mixture)[index]
     numbers = iter(mixture.rows_used(index))
     while chunk := list(islice(numbers, CHUNK)):
-        rows = [readable(row, source.rows.place(n)) for n, row in zip(chunk, source.rows.fetch(chunk), strict=True)]
-        texts = [_text(row, source.rows.place(n), spec, tokenizer) for n, row in zip(chunk, rows, strict=True)]
+        rows = list(zip(chunk, source.rows.fetch(chunk), strict=True))
+        read = [_read(row, source.rows.place(number), spec, tokenizer) for number, row in rows]
+        texts = ["" if isinstance(text, Fault) else text for text in read]
         try:
             ids = encode(texts, tokenizer, add_special_tokens=not spec.apply_chat_template)
         except DataError as error:
             raise DataError(f"In {source.text}: {error}") from None
-        for number, row, text, tokens in zip(chunk, rows, texts, ids, strict=True):
+        for (number, row), text, tokens in zip(rows, read, ids, strict=True):
+            if isinstance(text, Fault):
+                yield number, _Rendered("", (), "", fallback, 0, FaultKind(text.kind), (text,))
+                continue
+            assert not isinstance(row, BadRow), "a row that cannot be read has no text"
             drop = _why_dropped(text, len(tokens), spec.prompt_max_len)
             # One int object per token id, not one per token, keeps large prompt sets small.
             kept = tuple(map(vocabulary.__getitem__, tokens)) if drop is None else ()
@@ -153,20 +172,30 @@ def _render_source(
             yield number, _Rendered(text, kept, label, _datasource(row, fallback), len(tokens), drop)
 
 
-def _text(row: Row, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> str:
+def _read(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> str | Fault:
+    """The rendered prompt of a row, or what is wrong with it. Raises DataError where no faulty row is allowed."""
+    try:
+        return _text(row, where, spec, tokenizer)
+    except RowError as error:
+        if spec.max_bad_rows == 0:
+            raise
+        return Fault(where, error.kind, str(error))
+
+
+def _text(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> str:
     """The rendered prompt of a row, "" if it is empty."""
+    if isinstance(row, BadRow):
+        raise RowError(FaultKind.UNREADABLE, f"{where} {row.reason}")
     for flag, key in (("input_key", spec.input_key), ("label_key", spec.label_key)):
         if key is not None and key not in row:
             raise missing_field(where, flag, key, row)
     value = row[spec.input_key]
     if value is None or (isinstance(value, str) and not value.strip()) or value == []:
         return ""
-    try:
+    with named(f"{where}: the field {spec.input_key!r}"):
         return render_prompt(
             value, tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.input_template
         )
-    except DataError as error:
-        raise DataError(f"{where}: the field {spec.input_key!r} {error}") from None
 
 
 def _why_dropped(text: str, length: int, limit: int) -> Drop | None:
@@ -204,11 +233,17 @@ def _report(
     warnings = loss_warning(len(mixture), len(prompts))
     if prompts and spec.apply_chat_template and adds_bos(tokenizer) and prompts[0].tokens[0] != tokenizer.bos_token_id:
         warnings += (f"the tokenizer starts plain text with {tokenizer.bos_token!r} but the chat template does not.",)
-    lengths = [row.length for rows in rendered for row in rows.values() if row.drop is not Drop.EMPTY]
+    distinct = [row for rows in rendered for row in rows.values()]
+    found = [fault for row in distinct for fault in row.faults]
+    faults = Faults(len(found), len(distinct), Counter(fault.kind for fault in found), tuple(found[:SHOWN_FAULTS]))
+    if found:
+        warnings += (faults.warning(),)
+    lengths = [row.length for row in distinct if row.drop is not Drop.EMPTY and not row.faults]
     return DataReport(
         title=f"Prompts of {spec.prompt_data}",
         sources=sources,
         lengths=Lengths.of(lengths),
         examples=tuple(visible(tokenizer, prompt.tokens) for prompt in prompts[:EXAMPLES]),
         warnings=warnings,
+        faults=faults,
     )

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from togi.data.chat import Tokenizer, adds_bos, check_rendering
 from togi.data.encode import AnswerReader, PairReader, RowReader, StepReader, UnpairedReader
+from togi.data.faults import SHOWN_FAULTS
 from togi.data.masks import shown
 from togi.data.mixture import Mixture, Pick, load_mixture
 from togi.data.prepare import encoded
 from togi.data.record_spec import RecordSpec
-from togi.data.report import DataReport, Fault, Faults, Lengths, loss_warning, source_reports
+from togi.data.report import DataReport, Fault, Faults, Lengths, check_faults, loss_warning, source_reports
 from togi.data.sft import check_sft
-from togi.data.shards import REASONS, SHOWN_FAULTS, Table
+from togi.data.shards import REASONS, Table
 from togi.data.steps import StepLabels, step_labels
 from togi.data.tables import BadRow
 from togi.errors import DataError
@@ -230,12 +231,7 @@ def _load(
 def _check_losses(report: DataReport, spec: RecordSpec) -> None:
     """Raise DataError if more rows are faulty than --max_bad_rows allows, or none is left."""
     faults = report.faults
-    if faults.rows > spec.max_bad_rows * faults.of:
-        first = faults.first[0].reason.removesuffix(".")
-        raise DataError(
-            f"{first} (the first of {faults.rows} faulty rows among {faults.of}, more than --max_bad_rows "
-            f"{spec.max_bad_rows:g} allows: correct them, or raise the limit to leave them out)."
-        )
+    check_faults(faults, spec.max_bad_rows)
     if report.kept == 0:
         first = f"; first fault: {faults.first[0].reason.removesuffix('.')}" if faults.rows > 0 else ""
         raise DataError(
@@ -287,10 +283,7 @@ def _warnings(
 ) -> tuple[str, ...]:
     warnings = list(loss_warning(len(mixture), len(places)))
     if faults.rows > 0:
-        warnings.append(
-            f"{faults.rows} of {faults.of} rows are faulty and were left out ({faults.kinds()}); the first: "
-            f"{faults.first[0].reason}"
-        )
+        warnings.append(faults.warning())
     cut = sum(table.cut for table in tables)
     if cut > 0:
         warnings.append(f"{cut} rows were cut to --max_len {spec.max_len}; they have no end token.")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.data.mixture import Mixture
+from togi.errors import DataError
 
 LARGE_LOSS = 0.5
 
@@ -72,6 +73,20 @@ class Faults:
     def kinds(self) -> str:
         """Kinds and counts in words."""
         return ", ".join(f"{count} {kind}" for kind, count in self.by_kind.items())
+
+    def warning(self) -> str:
+        """What is said of them when they are left out."""
+        return f"{self.rows} of {self.of} rows are faulty and were left out ({self.kinds()}); the first: {self.first[0].reason}"
+
+
+def check_faults(faults: Faults, limit: float) -> None:
+    """Raise DataError if a larger share of the rows than ``limit``, that of --max_bad_rows, is faulty."""
+    if faults.rows > limit * faults.of:
+        first = faults.first[0].reason.removesuffix(".")
+        raise DataError(
+            f"{first} (the first of {faults.rows} faulty rows among {faults.of}, more than --max_bad_rows {limit:g} allows: "
+            "correct them, or raise the limit to leave them out)."
+        )
 
 
 @dataclass(frozen=True, slots=True)

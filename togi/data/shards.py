@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from togi.data.encode import Outcome
-from togi.data.faults import FAULTS, Drop
+from togi.data.faults import FAULTS, SHOWN_FAULTS, Drop
 from togi.data.masks import Coded
 
 # A number for each reason in the arrays; 0 is none.
 REASONS: tuple[Drop | None, ...] = (None, *Drop)
 FAULT_CODES = np.array([code for code, reason in enumerate(REASONS) if reason in FAULTS], dtype=np.uint8)
-SHOWN_FAULTS = 20
+
 _TYPES = {"I32": np.int32, "F64": np.float64, "U8": np.uint8, "BOOL": np.bool_}
 _PER_SAMPLE = ("tokens_T", "token_counts_S", "prompt_lengths_S", "run_counts_S", "runs_R", "labels_R", "values_S")
 

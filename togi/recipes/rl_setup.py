@@ -107,6 +107,7 @@ def spec(config: RLConfig, data: str, split: str, *, training: bool) -> PromptSp
         prompt_max_len=config.prompt_max_len,
         max_samples=config.max_samples if training else UNLIMITED,
         seed=config.seed,
+        max_bad_rows=config.max_bad_rows,
     )
 
 
