@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tests import policy_cases
 from tests.learn_tools import critic, policy
 from togi.batch import Batch
-from togi.config.choices import Divergence, RewardLoss
+from togi.config.choices import CorrectionType, Divergence, PolicyLossType, RewardLoss
 from togi.data.packing import pack
 from togi.learn.distill_objective import DistillationObjective
 from togi.learn.objective import Objective
@@ -261,6 +262,42 @@ CASES: dict[str, Case] = {
     ),
     "kd_on_policy": Case(
         lambda: DistillationObjective(teacher(), VOCAB, kind=Divergence.REVERSE), some_generated, naive_on_policy
+    ),
+    "policy_ppo": Case(
+        policy_cases.objective(PolicyLossType.PPO), policy_cases.rollout_pairs, policy_cases.naive("ppo"), unit=2
+    ),
+    "policy_gspo": Case(
+        policy_cases.objective(PolicyLossType.GSPO),
+        lambda: policy_cases.rollout_pairs(one_advantage=True),
+        policy_cases.naive("gspo"),
+        unit=2,
+    ),
+    "policy_gspo_engine": Case(
+        policy_cases.objective(PolicyLossType.GSPO, engine=True),
+        lambda: policy_cases.rollout_pairs(one_advantage=True),
+        policy_cases.naive("gspo", base="rollout_logprobs"),
+        unit=2,
+    ),
+    "policy_cispo": Case(
+        policy_cases.objective(PolicyLossType.CISPO), policy_cases.rollout_pairs, policy_cases.naive("cispo"), unit=2
+    ),
+    "policy_tis": Case(
+        policy_cases.objective(PolicyLossType.PPO, correction=CorrectionType.TIS),
+        policy_cases.rollout_pairs,
+        policy_cases.naive("ppo", correction="tis"),
+        unit=2,
+    ),
+    "policy_icepop_first_update": Case(
+        policy_cases.objective(PolicyLossType.PPO, correction=CorrectionType.ICEPOP),
+        policy_cases.first_updates,
+        policy_cases.naive("ppo", correction="icepop"),
+        unit=2,
+    ),
+    "policy_seq_mask": Case(
+        policy_cases.objective(PolicyLossType.CISPO, correction=CorrectionType.SEQ_MASK_TIS),
+        policy_cases.rollout_pairs,
+        policy_cases.naive("cispo", correction="seq-mask-tis"),
+        unit=2,
     ),
 }
 

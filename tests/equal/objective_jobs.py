@@ -19,7 +19,19 @@ from togi.parallel.backend import BackendOptions
 from togi.parallel.build import trainable
 from togi.parallel.process import World
 
-NAMES = ("sft", "rm_margin", "dpo_nll", "kto", "prm_vocabulary", "prm_soft", "kd_forward", "kd_reverse", "kd_on_policy")
+NAMES = (
+    "sft",
+    "rm_margin",
+    "dpo_nll",
+    "kto",
+    "prm_vocabulary",
+    "prm_soft",
+    "kd_forward",
+    "kd_reverse",
+    "kd_on_policy",
+    "policy_gspo",
+    "policy_seq_mask",
+)
 
 
 def own_batches(world: World, case: Case) -> list[Batch]:

@@ -88,3 +88,18 @@ def test_a_dummy_of_a_rank_without_work_reaches_every_parameter_with_zero(name):
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is not None and torch.count_nonzero(p.grad) == 0 for p in model.parameters())
+
+
+def test_the_cases_of_the_policy_reach_every_branch():
+    """Else equality would prove nothing about clips and masks."""
+    for name in CASES:
+        if not name.startswith("policy_"):
+            continue
+        case = CASES[name]
+        metrics = run(case, split(case, [units(case)])).metrics
+        on_policy = "first_update" in name
+        assert metrics["policy/clip_fraction"] == 0 if on_policy else 0.1 < metrics["policy/clip_fraction"] < 0.9, name
+        if name in ("policy_icepop_first_update", "policy_seq_mask"):
+            assert 0.1 < metrics["mismatch/masked_share"] < 0.9, name
+        if name in ("policy_tis", "policy_seq_mask"):
+            assert 0.1 < metrics["mismatch/corrected_share"] < 0.95, name

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from togi.algo.advantages import advantages
 from togi.algo.aggregate import count, token_weights
+from togi.algo.correction import correction
 from togi.algo.kl import kl_estimate
 from togi.algo.mismatch import mismatch
-from togi.algo.policy_loss import policy_loss, value_loss
+from togi.algo.policy_loss import cispo_loss, gspo_loss, policy_loss, value_loss
 from togi.batch import NO_PREFIX, Batch, Segments, predecessors, segment_positions
-from togi.config.choices import AdvantageEstimator, Aggregation, KLEstimator
+from togi.config.choices import AdvantageEstimator, Aggregation, CorrectionType, KLEstimator
 
 # 1: in the loss. Prompts, tool output in the middle and at the end, and one sequence with nothing in the loss.
 MASKS = ("0011", "00110011000", "000", "0111", "0010100")
@@ -66,12 +67,18 @@ def advantages_of(packed: Batch, estimator: AdvantageEstimator) -> tuple[Tensor,
 
 def losses(packed: Batch, advantages_K: Tensor, returns_K: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """Each per-token term as a function of the model's output at the tokens in the loss."""
+    own, bounds = (packed.target_sequences_K, packed.num_sequences), {"clip_low": 0.2, "clip_high": 0.3}
     terms: dict[str, Callable[[Tensor], Tensor]] = {
         "policy": lambda x: (
             policy_loss(x, packed.select("old"), advantages_K, clip_low=0.2, clip_high=0.3, dual_clip=2.0).loss_K
         ),
+        "gspo": lambda x: gspo_loss(x, packed.select("old"), advantages_K, *own, **bounds, dual_clip=2.0).loss_K,
+        "cispo": lambda x: cispo_loss(x, packed.select("old"), advantages_K, **bounds).loss_K,
         "value": lambda x: value_loss(x, packed.select("old_values"), returns_K, 0.2),
     }
+    for kind in CorrectionType:
+        trust = correction(kind, packed.select("old"), packed.select("rollout"), *own, low=0.2, high=2.0)
+        terms[kind] = lambda x, trust=trust: trust.select(x * advantages_K)
     for estimator in KLEstimator:
         terms[estimator] = lambda x, e=estimator: kl_estimate(x, packed.select("ref"), e)
     return terms

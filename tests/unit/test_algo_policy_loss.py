@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit import algo_reference as ref
-from togi.algo.policy_loss import policy_loss, value_loss
+from togi.algo.policy_loss import cispo_loss, gspo_loss, policy_loss, value_loss
 
 FAST = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -113,6 +113,83 @@ def test_policy_loss_equals_the_reference(rows, low, high, dual):
     assert not bool((terms.clipped_K & terms.dual_clipped_K).any())
     assert torch.count_nonzero(grad[stopped]) == 0
     torch.testing.assert_close(grad[~stopped], (-terms.ratio_K * a)[~stopped])
+
+
+# ---- GSPO: sequence 0 has ratios 2 and 1/8 (geometric mean 1/2), sequence 2 has ratio 1.1 alone
+
+GSPO_SEQUENCES = torch.tensor([0, 0, 2])
+
+
+def gspo(advantages: list[float], low: float = 0.2, high: float = 0.2, dual: float | None = None):
+    old = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    lp = (old.detach() + torch.tensor([2.0, 0.125, 1.1], dtype=torch.float64).log()).requires_grad_()
+    a = torch.tensor(advantages, dtype=torch.float64)
+    terms = gspo_loss(lp, old, a, GSPO_SEQUENCES, 3, clip_low=low, clip_high=high, dual_clip=dual)
+    (grad,) = torch.autograd.grad(terms.loss_K.sum(), lp)
+    return terms, grad.tolist()
+
+
+def test_gspo_by_hand():
+    terms, grad = gspo([3.0, 3.0, 3.0])
+    assert terms.ratio_K.tolist() == pytest.approx([0.5, 0.5, 1.1])
+    assert terms.loss_K.tolist() == pytest.approx([-1.5, -1.5, -3.3])  # the pessimistic side is not clipped
+    assert grad == pytest.approx([-1.5, -1.5, -3.3])
+    assert terms.clipped_K.tolist() == [False, False, False]
+    terms, grad = gspo([-1.0, -1.0, 1.0], high=0.05)
+    assert terms.loss_K.tolist() == pytest.approx([0.8, 0.8, -1.05])
+    assert grad == [0.0, 0.0, 0.0]
+    assert terms.clipped_K.tolist() == [True, True, True]
+    assert float(terms.log_ratio_K.sum()) == pytest.approx(math.log(2 * 0.125 * 1.1))
+
+
+def test_gspo_pushes_each_token_by_its_own_advantage():
+    """The token form of the paper: the value has the sequence's ratio, the gradient the token's own advantage."""
+    terms, grad = gspo([3.0, 1.0, 0.0])
+    assert terms.loss_K.tolist() == pytest.approx([-1.5, -0.5, 0.0])
+    assert grad == pytest.approx([-1.5, -0.5, 0.0])
+
+
+def test_gspo_with_one_token_a_sequence_is_ppo():
+    lp, old, a = torch.randn(3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one, two = lp.clone().requires_grad_(), lp.clone().requires_grad_()
+    bounds = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 2.0}
+    ours = gspo_loss(one, old, a, torch.arange(50), 50, **bounds)
+    theirs = policy_loss(two, old, a, **bounds)
+    (ours.loss_K.sum() + theirs.loss_K.sum()).backward()
+    torch.testing.assert_close(ours.loss_K, theirs.loss_K)
+    torch.testing.assert_close(one.grad, two.grad)
+    assert torch.equal(ours.clipped_K, theirs.clipped_K)
+
+
+# columns: ratio, advantage, loss at log-prob -2, gradient, clipped; the bounds are 0.8 and 1.3
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "clipped"),
+    [
+        (1.0, 3.0, 6.0, -3.0, False),
+        (1.2, 1.0, 2.4, -1.2, False),
+        (5.0, 1.0, 2.6, -1.3, True),  # bounded, but still pulled
+        (0.5, -1.0, -1.6, 0.8, True),
+    ],
+)
+def test_cispo_by_hand(ratio, advantage, loss, gradient, clipped):
+    lp = torch.tensor([-2.0], dtype=torch.float64, requires_grad=True)
+    old = (lp.detach() - math.log(ratio)).requires_grad_()
+    a = torch.tensor([advantage], dtype=torch.float64, requires_grad=True)
+    terms = cispo_loss(lp, old, a, clip_low=0.2, clip_high=0.3)
+    terms.loss_K.sum().backward()
+    assert old.grad is None and a.grad is None
+    assert float(terms.loss_K.detach()) == pytest.approx(loss)
+    assert float(lp.grad) == pytest.approx(gradient)
+    assert bool(terms.clipped_K) is clipped
+    assert float(terms.ratio_K) == pytest.approx(ratio)
+
+
+def test_cispo_with_a_lower_clip_of_one_has_no_lower_bound():
+    lp = torch.tensor([-9.0], requires_grad=True)
+    terms = cispo_loss(lp, torch.tensor([-2.0]), torch.tensor([1.0]), clip_low=1.0, clip_high=0.3)
+    terms.loss_K.sum().backward()
+    assert float(lp.grad) == pytest.approx(-math.exp(-7))
+    assert not bool(terms.clipped_K)
 
 
 # columns: value, old value, return, loss, gradient

@@ -60,6 +60,7 @@ def test_established_defaults() -> None:
     assert (config.init_kl_coef, config.kl_estimator, config.eps_clip, config.value_clip) == (0.01, "k1", 0.2, 0.2)
     assert (config.reward_clip_range, config.adam_betas, config.max_norm) == ((-10.0, 10.0), (0.9, 0.95), 1.0)
     assert (config.prompt_max_len, config.generate_max_len, config.zero_stage, config.seed) == (1024, 1024, 2, 42)
+    assert (config.vllm_is_correction_type, config.vllm_is_truncated_threshold) == ("tis", (0.5, 5.0))
 
 
 def test_derived_numbers() -> None:
@@ -70,6 +71,7 @@ def test_derived_numbers() -> None:
     assert config.updates_per_rollout == 3 * 2  # ceil(40 / 16) updates, twice
     assert rl("--advantage_estimator", "dr_grpo").config.aggregation == "constant"
     assert rl("--advantage_estimator", "group_norm").config.aggregation == "token_mean"
+    assert rl("--advantage_estimator", "dr_grpo", "--policy_loss_type", "gspo").config.aggregation == "sequence_mean"
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,24 @@ CONTRADICTIONS = [
     (["--disable_ds_ckpt"], ["--disable_ds_ckpt", "--save_hf_ckpt"]),
     (["--max_steps", "0"], ["--max_steps"]),
     (["--kl_target", "1", "--kl_horizon", "100"], ["--kl_horizon", "--kl_target"]),
+    (["--eps_clip", "1"], ["--eps_clip: the clip range 1 1", "below 1"]),
+    (["--policy_loss_type", "cispo", "--eps_clip_low_high", "1.1", "0.3"], ["--eps_clip_low_high", "at most 1"]),
+    (["--policy_loss_type", "cispo", "--dual_clip", "3"], ["--dual_clip", "--policy_loss_type cispo"]),
+    (
+        ["--policy_loss_type", "gspo", "--loss_aggregation", "token_mean"],
+        ["--policy_loss_type gspo", "--loss_aggregation token_mean"],
+    ),
+    (["--vllm_is_correction_type", "icepop"], ["--vllm_is_correction_type icepop", "--enable_vllm_is_correction"]),
+    (["--vllm_is_truncated_threshold", "0", "2"], ["threshold 0 2", "--enable_vllm_is_correction"]),
+    (
+        ["--enable_vllm_is_correction", "--vllm_is_truncated_threshold", "2", "1"],
+        ["--vllm_is_truncated_threshold 2 1", "below the second"],
+    ),
+    (
+        ["--policy_loss_type", "gspo", "--enable_vllm_is_correction", "--vllm_is_correction_type", "seq-mask-tis"],
+        ["--vllm_is_correction_type seq-mask-tis", "--policy_loss_type gspo"],
+    ),
+    (["--entropy_loss_coef", "-1"], ["--entropy_loss_coef -1", "at least 0"]),
 ]
 
 
@@ -183,6 +203,9 @@ def test_contradictions_name_both_flags(flags: list[str], words: list[str]) -> N
 def test_a_sound_configuration_passes() -> None:
     check_rl(rl(*NEEDED).config)
     check_rl(rl(*NEEDED, *GRPO, "--use_kl_loss", "--kl_estimator", "k3", "--bf16", "--packing_samples").config)
+    unbounded = ["--policy_loss_type", "cispo", "--eps_clip_low_high", "1", "0.3"]
+    check_rl(rl(*NEEDED, *unbounded, "--enable_vllm_is_correction", "--vllm_is_correction_type", "icepop").config)
+    check_rl(rl(*NEEDED, *GRPO, "--policy_loss_type", "gspo", "--enable_vllm_is_correction").config)
 
 
 def test_paths_expand_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,3 +50,11 @@ def count(aggregation: Aggregation, sequences_K: Tensor, num_sequences: int, con
         case Aggregation.CONSTANT:
             assert constant > 0, "the constant divisor must be positive"
             return float(num_sequences * constant)
+
+
+def mean_of_own_sequence(values_K: Tensor, sequences_K: Tensor, num_sequences: int) -> Tensor:
+    """At each token the mean over the tokens in the loss of its own sequence. Shape K, differentiable."""
+    sums_N = values_K.new_zeros(num_sequences).index_add(0, sequences_K, values_K)
+    lengths_N = torch.bincount(sequences_K, minlength=num_sequences)
+    # gathered before the division: a sequence without tokens would divide by 0
+    return sums_N[sequences_K] / lengths_N[sequences_K]

@@ -1,4 +1,4 @@
-"""The clipped losses of PPO, per token: policy and value. Summing and dividing are ``aggregate``'s.
+"""The losses of the policy (PPO, GSPO, CISPO) and of the critic, per token. Summing and dividing are ``aggregate``'s.
 
 Shape letter: K tokens in the loss.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from togi.algo.aggregate import mean_of_own_sequence
+
 MAX_LOG_RATIO = 20.0
 
 
@@ -17,9 +19,10 @@ MAX_LOG_RATIO = 20.0
 class PolicyTerms:
     """``loss_K`` has the gradient; the rest is for reports and has none.
 
-    ``ratio_K``: exp of the log ratio held in [-20, 20]. ``clipped_K``: the PPO clip bounds the ratio, so the token has
-    no gradient. ``log_ratio_K``: raw log pi_new - log pi_old. ``dual_clipped_K``: the dual clip bounds the loss, no
-    gradient either; never together with ``clipped_K``.
+    ``ratio_K``: exp of the log ratio held in [-20, 20], of the token or (GSPO) of its sequence. ``clipped_K``: the clip
+    bounds the ratio; in PPO and GSPO the token then has no gradient, in CISPO a bounded one. ``log_ratio_K``: raw
+    log pi_new - log pi_old. ``dual_clipped_K``: the dual clip bounds the loss, no gradient either; never together with
+    ``clipped_K``.
     """
 
     loss_K: Tensor
@@ -45,10 +48,57 @@ def policy_loss(
     the push away from a token that the policy has made much likelier meanwhile. Old log-probs and advantages are
     constants.
     """
+    assert logprobs_K.shape == old_logprobs_K.shape, "token streams differ in length"
+    log_ratio_K = logprobs_K - old_logprobs_K.detach()
+    return _clipped(log_ratio_K, advantages_K, clip_low, clip_high, dual_clip)
+
+
+def gspo_loss(
+    logprobs_K: Tensor,
+    old_logprobs_K: Tensor,
+    advantages_K: Tensor,
+    sequences_K: Tensor,
+    num_sequences: int,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> PolicyTerms:
+    """PPO's clipped loss with one ratio for a whole sequence, ``s = exp(mean over its tokens of logprobs - old_logprobs)``.
+
+    GSPO (Zheng et al. 2025, arXiv 2507.18071), in the paper's token form (section 4.3): each token's ratio is
+    ``sg[s] exp(logprobs - sg[logprobs])``. Where the tokens of a sequence have one advantage, loss and gradient are
+    exactly those of the sequence form; where they differ, as with a KL in the reward, each token is pushed by its own.
+    The paper's loss is a mean over sequences of means over tokens: aggregate with sequence_mean. ``sequences_K`` as in
+    ``aggregate``; ``dual_clip`` as in ``policy_loss``.
+    """
+    assert logprobs_K.shape == old_logprobs_K.shape == sequences_K.shape, "token streams differ in length"
+    fixed_K = logprobs_K.detach()
+    mean_K = mean_of_own_sequence(fixed_K - old_logprobs_K.detach(), sequences_K, num_sequences)
+    return _clipped(mean_K + (logprobs_K - fixed_K), advantages_K, clip_low, clip_high, dual_clip)
+
+
+def cispo_loss(
+    logprobs_K: Tensor, old_logprobs_K: Tensor, advantages_K: Tensor, *, clip_low: float, clip_high: float
+) -> PolicyTerms:
+    """``-sg[clip(r, 1 - clip_low, 1 + clip_high)] A logprobs``, per token: the weight is bounded, no gradient is dropped.
+
+    CISPO (MiniMax-M1, arXiv 2506.13585, section 3.1). The paper has no lower bound, which is ``clip_low`` 1.
+    """
     assert logprobs_K.shape == old_logprobs_K.shape == advantages_K.shape, "token streams differ in length"
+    log_ratio_K = (logprobs_K - old_logprobs_K).detach()
+    ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    weight_K = ratio_K.clamp(1 - clip_low, 1 + clip_high)
+    loss_K = -weight_K * advantages_K.detach() * logprobs_K
+    return PolicyTerms(loss_K, ratio_K, weight_K != ratio_K, log_ratio_K, torch.zeros_like(weight_K, dtype=torch.bool))
+
+
+def _clipped(
+    log_ratio_K: Tensor, advantages_K: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> PolicyTerms:
+    assert log_ratio_K.shape == advantages_K.shape, "token streams differ in length"
     assert dual_clip is None or dual_clip > 1, "a dual clip of at most 1 would cut the unclipped region"
-    old_logprobs_K, advantages_K = old_logprobs_K.detach(), advantages_K.detach()
-    log_ratio_K = logprobs_K - old_logprobs_K
+    advantages_K = advantages_K.detach()
     ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     plain_K = ratio_K * advantages_K
     bounded_K = ratio_K.clamp(1 - clip_low, 1 + clip_high) * advantages_K

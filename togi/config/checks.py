@@ -19,6 +19,7 @@ from togi.config.choices import (
     Scheduler,
     Verifier,
 )
+from togi.config.policy_checks import policy_loss_problems
 from togi.config.rl import RLConfig
 from togi.config.shared import ALL_LINEAR, MIXTURES, NO_METRIC, ModelSettings, OutputSettings, TrainSettings
 from togi.errors import ConfigError
@@ -177,9 +178,7 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
         )
     if c.uses_reference and not c.use_kl_loss and c.kl_estimator is not KLEstimator.K1:
         yield f"--kl_estimator {c.kl_estimator} belongs in the loss: add --use_kl_loss, or use --kl_estimator k1."
-    low, high = c.clip_range
-    if low <= 0 or high <= 0 or low >= 1:
-        yield f"The clip range {low} {high} must be positive and the lower one below 1."
+    yield from policy_loss_problems(c)
     if c.no_advantage_std_norm and estimator in (AdvantageEstimator.GROUP_NORM, AdvantageEstimator.DR_GRPO):
         yield f"--no_advantage_std_norm has no effect with --advantage_estimator {estimator}: leave it out."
 

@@ -40,6 +40,22 @@ class Aggregation(StrEnum):
     CONSTANT = "constant"
 
 
+class PolicyLossType(StrEnum):
+    """Policy objectives: PPO's clipped token ratio, GSPO's clipped sequence ratio, CISPO's clipped and detached weight."""
+
+    PPO = "ppo"
+    GSPO = "gspo"
+    CISPO = "cispo"
+
+
+class CorrectionType(StrEnum):
+    """What becomes of tokens to which engine and trainer give different probabilities (``togi.algo.correction``)."""
+
+    TIS = "tis"
+    ICEPOP = "icepop"
+    SEQ_MASK_TIS = "seq-mask-tis"
+
+
 class EngineName(StrEnum):
     VLLM = "vllm"
     TRANSFORMERS = "transformers"

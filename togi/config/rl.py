@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from togi.config.choices import AdvantageEstimator, Aggregation, EngineName, KLEstimator
+from togi.config.choices import (
+    AdvantageEstimator,
+    Aggregation,
+    CorrectionType,
+    EngineName,
+    KLEstimator,
+    PolicyLossType,
+)
 from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, later
 from togi.config.reward import RewardSettings
 from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
@@ -75,13 +82,28 @@ class AlgorithmSettings(Settings):
     advantage_estimator: AdvantageEstimator = flag(AdvantageEstimator.GAE, "How rewards become advantages.")
     gamma: float = flag(1.0, "Discount. Group estimators need 1.", gt=0, le=1)
     lambd: float = flag(1.0, "GAE lambda.", ge=0, le=1)
-    eps_clip: float = flag(0.2, "PPO clip range of the ratio.", gt=0)
+    policy_loss_type: PolicyLossType = flag(
+        PolicyLossType.PPO,
+        "Policy objective: ppo clips each token's ratio, gspo one ratio a sequence, cispo the weight of a gradient that is "
+        "never dropped.",
+    )
+    eps_clip: float = flag(0.2, "Clip range of the ratio.", gt=0)
     eps_clip_low_high: tuple[float, float] | None = flag(None, "Separate lower and upper clip; replaces --eps_clip.")
     dual_clip: float | None = flag(None, "Dual-clip constant c > 1 for negative advantages.", gt=1)
     value_clip: float = flag(0.2, "Clip range of the value function.", gt=0)
     loss_aggregation: Aggregation | Literal["auto"] = flag(
-        "auto", "How token losses of a step become one number; auto: constant for dr_grpo, else token_mean."
+        "auto",
+        "How token losses of a step become one number; auto: sequence_mean for gspo, constant for dr_grpo, else token_mean.",
     )
+    entropy_loss_coef: float = flag(0.0, "Weight of the policy's entropy, which is subtracted from the loss.", ge=0)
+    enable_vllm_is_correction: bool = flag(
+        False, "Weight the loss by trainer / engine probability of the sampled tokens, with either engine."
+    )
+    vllm_is_correction_type: CorrectionType = flag(
+        CorrectionType.TIS,
+        "How: tis clips the weights to the range, icepop leaves out tokens beyond it, seq-mask-tis whole sequences.",
+    )
+    vllm_is_truncated_threshold: tuple[float, float] = flag((0.5, 5.0), "The range, lowest and highest weight.")
     init_kl_coef: float = flag(0.01, "KL coefficient; 0 starts no reference model.", ge=0)
     kl_estimator: KLEstimator = flag(KLEstimator.K1, "k1 in the reward; k2 or k3 in the loss.")
     use_kl_loss: bool = flag(False, "Put the KL term in the loss instead of the reward.")
@@ -200,9 +222,14 @@ class RLConfig(
 
     @property
     def aggregation(self) -> Aggregation:
-        """The named formula in use; Dr. GRPO's own is the constant divisor (Liu et al., 2025, section 3.2)."""
+        """The named formula in use; Dr. GRPO's own is the constant divisor (Liu et al., 2025, section 3.2).
+
+        GSPO's is the mean over sequences (Zheng et al., 2025, equation 5).
+        """
         if self.loss_aggregation != "auto":
             return self.loss_aggregation
+        if self.policy_loss_type is PolicyLossType.GSPO:
+            return Aggregation.SEQUENCE_MEAN
         is_dr_grpo = self.advantage_estimator is AdvantageEstimator.DR_GRPO
         return Aggregation.CONSTANT if is_dr_grpo else Aggregation.TOKEN_MEAN
 

@@ -1,9 +1,9 @@
-"""PPO's two objectives over packed batches: the clipped policy loss and the clipped value loss.
+"""The two objectives of online RL over packed batches: the policy loss and the clipped value loss.
 
 The mathematics is in ``togi.algo``; here are the streams it reads and the metrics it reports. Streams of the policy:
-``advantages``; ``old_logprobs`` when more than one update is made on the same rollouts; ``ref_logprobs`` when the KL
-to a reference is part of the loss. Streams of the critic: ``old_values``, ``returns``. Shape letter: K tokens in the
-loss.
+``advantages``; ``old_logprobs`` when more than one update is made on the same rollouts; ``rollout_logprobs``, the engine's,
+when the loss is corrected for them; ``ref_logprobs`` when the KL to a reference is part of the loss. Streams of the critic:
+``old_values``, ``returns``. Shape letter: K tokens in the loss.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from togi.algo import aggregate
+from togi.algo.correction import TokenWeights, correction
 from togi.algo.kl import kl_estimate
-from togi.algo.policy_loss import policy_loss, value_loss
+from togi.algo.policy_loss import PolicyTerms, cispo_loss, gspo_loss, policy_loss, value_loss
 from togi.batch import Batch
-from togi.config.choices import Aggregation, KLEstimator
+from togi.config.choices import Aggregation, CorrectionType, KLEstimator, PolicyLossType
 from togi.learn.objective import Loss, Objective, token_metrics
 from togi.model.outputs import Needs, Outputs
 from togi.obs import names
 
 ADVANTAGES = "advantages"
 OLD_LOGPROBS = "old_logprobs"
+ROLLOUT_LOGPROBS = "rollout_logprobs"
 REF_LOGPROBS = "ref_logprobs"
 OLD_VALUES = "old_values"
 RETURNS = "returns"
@@ -46,20 +48,34 @@ class KLInLoss:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineCorrection:
+    """The weights of ``togi.algo.correction``, with its bounds of the ratio trainer / engine."""
+
+    kind: CorrectionType
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyObjective(Objective):
-    """PPO's clipped surrogate, ``togi.algo.policy_loss``.
+    """A surrogate of ``togi.algo.policy_loss``, less ``entropy_coef`` x entropy, plus the KL penalty, aggregated alike.
 
     A batch without ``old_logprobs`` is the first and only update on its rollouts: the old log-probs are then the
-    forward's own, detached, the ratio is exactly 1 and a scoring pass is saved. ``constant`` is the divisor of
-    ``Aggregation.CONSTANT`` in tokens; ``temperature`` is that of sampling.
+    forward's own, detached, the ratio is exactly 1 and a scoring pass is saved. With a ``correction`` the surrogate's terms
+    are weighted; with ``against_engine`` the engine's log-probs take the place of the old ones. ``constant`` is the divisor
+    of ``Aggregation.CONSTANT`` in tokens; ``temperature`` is that of sampling.
     """
 
     clip_low: float
     clip_high: float
     aggregation: Aggregation
+    kind: PolicyLossType = PolicyLossType.PPO
     dual_clip: float | None = None
     constant: float = 1.0
     kl: KLInLoss | None = None
+    entropy_coef: float = 0.0
+    correction: EngineCorrection | None = None
+    against_engine: bool = False
     temperature: float = 1.0
 
     @property
@@ -74,33 +90,73 @@ class PolicyObjective(Objective):
         return aggregate.count(self.aggregation, batch.target_sequences_K, batch.num_sequences, self.constant)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        logprobs_K = outputs.logprobs_K
-        old_K = batch.select(OLD_LOGPROBS) if OLD_LOGPROBS in batch.streams else logprobs_K.detach()
-        terms = policy_loss(
-            logprobs_K,
-            old_K,
-            batch.select(ADVANTAGES),
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            dual_clip=self.dual_clip,
+        logprobs_K, entropy_K = outputs.logprobs_K, outputs.entropy_K
+        old_K = (
+            batch.select(OLD_LOGPROBS).to(logprobs_K.dtype) if OLD_LOGPROBS in batch.streams else logprobs_K.detach()
         )
+        terms = self._surrogate(logprobs_K, old_K, batch)
+        loss_K, sums = terms.loss_K, dict[str, Tensor]()
+        if self.correction is not None:
+            trust = self._trust(self.correction, old_K, batch)
+            loss_K, sums = trust.select(loss_K), _correction_sums(trust)
         weights_K = aggregate.token_weights(
             self.aggregation, batch.target_sequences_K, batch.num_sequences, self.constant, logprobs_K.dtype
         )
-        total = (weights_K * terms.loss_K).sum()
-        sums = {
-            names.POLICY_LOSS: terms.loss_K.sum(),
+        total = (weights_K * loss_K).sum()
+        sums |= {
+            names.POLICY_LOSS: loss_K.sum(),
             names.POLICY_CLIP_FRACTION: terms.clipped_K.sum(),
             names.POLICY_PPO_KL: -terms.log_ratio_K.sum(),
-            names.ENTROPY: outputs.entropy_K.sum(),
+            names.ENTROPY: entropy_K.sum(),
         }
+        if self.entropy_coef > 0:
+            total = total - self.entropy_coef * (weights_K * entropy_K).sum()
         if self.kl is not None:
             kl_K = kl_estimate(logprobs_K, batch.select(REF_LOGPROBS), self.kl.estimator)
             total = total + self.kl.coef * (weights_K * kl_K).sum()
             sums[names.KL_REFERENCE] = kl_K.sum()
         tokens = logprobs_K.numel()
         maxima = {RATIO_MAX: terms.ratio_K.max()} if tokens > 0 else {}
-        return Loss(total, token_metrics(sums, tokens, maxima))
+        minimised = token_metrics({names.LOSS: total}, self.count(batch), {})
+        return Loss(total, minimised | token_metrics(sums, tokens, maxima))
+
+    def _surrogate(self, logprobs_K: Tensor, old_K: Tensor, batch: Batch) -> PolicyTerms:
+        base_K = batch.select(ROLLOUT_LOGPROBS) if self.against_engine else old_K
+        streams = (logprobs_K, base_K, batch.select(ADVANTAGES))
+        match self.kind:
+            case PolicyLossType.PPO:
+                return policy_loss(*streams, clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip)
+            case PolicyLossType.GSPO:
+                return gspo_loss(
+                    *streams,
+                    batch.target_sequences_K,
+                    batch.num_sequences,
+                    clip_low=self.clip_low,
+                    clip_high=self.clip_high,
+                    dual_clip=self.dual_clip,
+                )
+            case PolicyLossType.CISPO:
+                return cispo_loss(*streams, clip_low=self.clip_low, clip_high=self.clip_high)
+
+    def _trust(self, settings: EngineCorrection, old_K: Tensor, batch: Batch) -> TokenWeights:
+        return correction(
+            settings.kind,
+            old_K,
+            batch.select(ROLLOUT_LOGPROBS),
+            batch.target_sequences_K,
+            batch.num_sequences,
+            low=settings.low,
+            high=settings.high,
+        )
+
+
+def _correction_sums(trust: TokenWeights) -> dict[str, Tensor]:
+    masked_K = ~trust.kept_K
+    return {
+        names.MISMATCH_CORRECTED_SHARE: (trust.truncated_K | masked_K).sum(),
+        names.MISMATCH_MASKED_SHARE: masked_K.sum(),
+        names.MISMATCH_MEAN_WEIGHT: trust.weights_K.sum(),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,8 @@ MISMATCH_MAX_RATIO = "mismatch/max_ratio"
 MISMATCH_K3 = "mismatch/k3"
 MISMATCH_PROBE_MEAN_ABS = "mismatch/probe_mean_abs"
 MISMATCH_CORRECTED_SHARE = "mismatch/corrected_share"
+MISMATCH_MASKED_SHARE = "mismatch/masked_share"
+MISMATCH_MEAN_WEIGHT = "mismatch/mean_weight"
 
 GROUPS_ZERO_VARIANCE = "groups/zero_variance_share"
 GROUPS_DROPPED = "groups/dropped_share"
@@ -137,6 +139,8 @@ EXPLANATIONS: dict[str, str] = {
     MISMATCH_K3: "KL of engine and trainer (k3), in nats a token; rises when weights or sampling disagree.",
     MISMATCH_PROBE_MEAN_ABS: "mismatch/mean_abs on fixed probes at fresh weights: numerical noise, no staleness.",
     MISMATCH_CORRECTED_SHARE: "Share of tokens whose weight the mismatch correction truncated or masked.",
+    MISMATCH_MASKED_SHARE: "Share of tokens that the mismatch correction left out of the loss.",
+    MISMATCH_MEAN_WEIGHT: "Mean weight that the mismatch correction gave to a token, 0 where it was left out.",
     GROUPS_ZERO_VARIANCE: "Share of groups whose rewards are all equal: they give no gradient.",
     GROUPS_DROPPED: "Share of generated groups that filtering left out of training.",
     TOKENS_STEP: "Tokens processed by the trainer in this step.",

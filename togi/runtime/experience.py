@@ -17,10 +17,15 @@ from togi.algo.advantages import advantages
 from togi.algo.kl import kl_estimate
 from togi.config.choices import KLEstimator, OnRewardError
 from togi.config.rl import RLConfig
-from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS, RETURNS
+from togi.learn.policy_objective import (
+    ADVANTAGES,
+    OLD_LOGPROBS,
+    OLD_VALUES,
+    REF_LOGPROBS,
+    RETURNS,
+    ROLLOUT_LOGPROBS,
+)
 from togi.sample import Outcome, Rollout, Sample, Score
-
-ROLLOUT_LOGPROBS = "rollout_logprobs"
 
 
 @dataclass(frozen=True, slots=True)

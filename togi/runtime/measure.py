@@ -14,10 +14,10 @@ from togi.algo.evaluate import mean_with_error
 from togi.algo.kl import kl_estimate
 from togi.algo.mismatch import mismatch
 from togi.config.choices import KLEstimator
-from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS, REF_LOGPROBS
+from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS, REF_LOGPROBS, ROLLOUT_LOGPROBS
 from togi.obs import names
 from togi.obs.rollout_store import RolloutRow, Split
-from togi.runtime.experience import ROLLOUT_LOGPROBS, ScoredGroup, Trainable, gather
+from togi.runtime.experience import ScoredGroup, Trainable, gather
 from togi.sample import FinishReason, Outcome, Rollout, Sample, Score
 
 

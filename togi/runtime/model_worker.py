@@ -16,13 +16,14 @@ import ray
 import torch
 from numpy.typing import NDArray
 
+from togi.config.choices import PolicyLossType
 from togi.config.rl import RLConfig
 from togi.data.chat import load_tokenizer
 from togi.data.packing import Packs, pack_all, pack_stats
 from togi.learn.learner import Learner, UpdateReport
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
 from togi.learn.objective import Objective
-from togi.learn.policy_objective import KLInLoss, PolicyObjective, ValueObjective
+from togi.learn.policy_objective import EngineCorrection, KLInLoss, PolicyObjective, ValueObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
 from togi.model.checkpoint import expected_manifest, save_trained, whole_tensors
@@ -249,12 +250,20 @@ class LearnerWorker(ModelWorker):
         if self._role is Role.CRITIC:
             return ValueObjective(config.value_clip)
         low, high = config.clip_range
+        # a sequence's ratio takes the place of both the old policy and the engine (Zheng et al., 2025, section 5.4)
+        against_engine = config.enable_vllm_is_correction and config.policy_loss_type is PolicyLossType.GSPO
+        weighted = config.enable_vllm_is_correction and not against_engine
+        bounds = config.vllm_is_truncated_threshold
         return PolicyObjective(
             low,
             high,
             config.aggregation,
+            kind=config.policy_loss_type,
             dual_clip=config.dual_clip,
             constant=float(config.generate_max_len),
             kl=KLInLoss(kl_coef, config.kl_estimator) if config.uses_reference and config.use_kl_loss else None,
+            entropy_coef=config.entropy_loss_coef,
+            correction=EngineCorrection(config.vllm_is_correction_type, *bounds) if weighted else None,
+            against_engine=against_engine,
             temperature=config.temperature,
         )

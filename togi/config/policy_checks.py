@@ -1,0 +1,50 @@
+"""Contradictions between the settings of the policy loss of ``togi rl``. Part of ``checks``, which calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from togi.config.choices import Aggregation, CorrectionType, PolicyLossType
+from togi.config.rl import RLConfig
+
+
+def policy_loss_problems(c: RLConfig) -> Iterator[str]:
+    """What is wrong with clip range, aggregation and correction, given the kind of loss."""
+    kind, (low, high) = c.policy_loss_type, c.clip_range
+    flag = "--eps_clip" if c.eps_clip_low_high is None else "--eps_clip_low_high"
+    is_cispo = kind is PolicyLossType.CISPO
+    if low <= 0 or high <= 0 or low > 1 or (low == 1 and not is_cispo):
+        limit = "at most 1, which is no lower bound" if is_cispo else "below 1"
+        yield f"{flag}: the clip range {low:g} {high:g} must be positive and the lower number {limit}."
+    if c.dual_clip is not None and is_cispo:
+        yield "--dual_clip bounds a ratio that --policy_loss_type cispo bounds already, on both sides: leave it out."
+    if kind is PolicyLossType.GSPO and c.aggregation is not Aggregation.SEQUENCE_MEAN:
+        yield (
+            f"--policy_loss_type gspo is a mean over sequences of their token means, not --loss_aggregation {c.aggregation}: "
+            "leave the second out."
+        )
+    yield from _correction_problems(c)
+
+
+def _correction_problems(c: RLConfig) -> Iterator[str]:
+    low, high = c.vllm_is_truncated_threshold
+    if not 0 <= low < high:
+        yield f"--vllm_is_truncated_threshold {low:g} {high:g}: the first number must be at least 0 and below the second."
+    changed = [
+        flag
+        for flag, is_default in (
+            (
+                f"--vllm_is_correction_type {c.vllm_is_correction_type}",
+                c.vllm_is_correction_type is CorrectionType.TIS,
+            ),
+            (f"--vllm_is_truncated_threshold {low:g} {high:g}", (low, high) == (0.5, 5.0)),
+        )
+        if not is_default
+    ]
+    if changed and not c.enable_vllm_is_correction:
+        yield f"{changed[0]} has no effect: add --enable_vllm_is_correction, or leave it out."
+    if changed and c.policy_loss_type is PolicyLossType.GSPO:
+        yield (
+            f"{changed[0]} is about weights of tokens, but --policy_loss_type gspo with --enable_vllm_is_correction takes its "
+            "ratio against the engine's log-probs and has none: leave it out."
+        )
