@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def test_another_run_is_refused(feed: ReplayFeed) -> None:
         feed.groups(other, 2, 1)
     with pytest.raises(DataError, match=r"has 2 samples of prompt 0:4, not --n_samples_per_prompt 3"):
         feed.groups(PROMPTS, 3, 1)
+
+
+def test_a_filtered_run_takes_as_many_prompts_as_it_took(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path / "rollouts")
+    for step, groups in ((1, [replace(group(0, [0.0]), filtered=True), group(1, [1.0])]), (2, [group(1, [2.0])])):
+        store.write(step, Split.TRAIN, rows(step, Split.TRAIN, groups))
+    feed = ReplayFeed(store, filtering=True)
+    assert [feed.prompts_of(step, 9) for step in (1, 2, 3)] == [2, 1, 0]
+    assert [feed.steps_for(prompts) for prompts in (2, 3, 4)] == [1, 2, 3]
+    assert [made.filtered for made in feed.groups(PROMPTS, 1, 1)] == [True, False]
 
 
 def test_all_steps_must_be_stored(feed: ReplayFeed, tmp_path: Path) -> None:

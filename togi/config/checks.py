@@ -21,6 +21,7 @@ from togi.config.choices import (
 )
 from togi.config.policy_checks import policy_loss_problems
 from togi.config.rl import RLConfig
+from togi.config.sample_checks import sample_problems
 from togi.config.shared import ALL_LINEAR, MIXTURES, NO_METRIC, ModelSettings, OutputSettings, TrainSettings
 from togi.errors import ConfigError
 
@@ -35,7 +36,18 @@ def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
     has_reward = reward_given or config.reward_files or config.reward_urls or config.reward_models
     if reward_given and config.reward_files:
         raise ConfigError("A reward function was passed and --reward_func is set too: leave one of them out.")
-    checks: Iterable[Check] = (_required, _data, _reward, _rollout, _algorithm, _training, _placement, _output, _replay)
+    checks: Iterable[Check] = (
+        _required,
+        _data,
+        _reward,
+        _rollout,
+        sample_problems,
+        _algorithm,
+        _training,
+        _placement,
+        _output,
+        _replay,
+    )
     for check in checks:
         for message in check(config):
             raise ConfigError(message)

@@ -14,6 +14,7 @@ from togi.config.choices import (
 )
 from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, later
 from togi.config.reward import RewardSettings
+from togi.config.samples import SampleSettings
 from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
 
 
@@ -165,6 +166,7 @@ class RLConfig(
     PromptSettings,
     RewardSettings,
     RolloutSettings,
+    SampleSettings,
     AlgorithmSettings,
     RLTrainSettings,
     TrainSettings,

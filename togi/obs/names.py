@@ -71,6 +71,7 @@ MISMATCH_MEAN_WEIGHT = "mismatch/mean_weight"
 
 GROUPS_ZERO_VARIANCE = "groups/zero_variance_share"
 GROUPS_DROPPED = "groups/dropped_share"
+GROUPS_GENERATIONS = "groups/generations"
 
 TOKENS_STEP = "tokens/step"
 TOKENS_SEEN = "tokens/seen"
@@ -143,6 +144,7 @@ EXPLANATIONS: dict[str, str] = {
     MISMATCH_MEAN_WEIGHT: "Mean weight that the mismatch correction gave to a token, 0 where it was left out.",
     GROUPS_ZERO_VARIANCE: "Share of groups whose rewards are all equal: they give no gradient.",
     GROUPS_DROPPED: "Share of generated groups that filtering left out of training.",
+    GROUPS_GENERATIONS: "Groups generated / prompts of a rollout: 1 when filtering left none out, 2 when one in two was.",
     TOKENS_STEP: "Tokens processed by the trainer in this step.",
     TOKENS_SEEN: "Tokens processed by the trainer since the start of the run.",
     PADDING_SHARE: "Share of computed positions that carry no token: what ranks without work compute to keep in step.",

@@ -138,11 +138,12 @@ class ShownRollout:
     outcome: str
     finish: str
     version: int
+    filtered: bool
 
 
 _COLUMNS = (
     *("group_id", "sample_index", "datasource", "prompt_text", "response_text", "label", "response_mask", "reward"),
-    *("components", "advantages", "outcome", "finish_reason", "policy_version"),
+    *("components", "advantages", "outcome", "finish_reason", "policy_version", "filtered"),
 )
 
 
@@ -322,6 +323,7 @@ def _shown(record: Mapping[str, Any], characters: int) -> ShownRollout:
         outcome=record["outcome"],
         finish=record["finish_reason"],
         version=record["policy_version"],
+        filtered=record["filtered"],
     )
 
 

@@ -190,6 +190,7 @@ function opened(row, after) {
   cell.colSpan = columns.length;
   const facts = Object.entries(row.components).map(([name, value]) => name + " " + number(value));
   facts.push("source " + row.source, "sample " + row.index, "outcome " + row.outcome);
+  if (row.filtered) facts.push("left out by filtering");
   if (row.label !== "" && row.label !== '""') facts.push("label " + row.label);
   make("p", facts.join("  ·  "), "parts", cell);
   const texts = make("div", undefined, "texts", cell);

@@ -32,7 +32,8 @@ class RolloutRow:
     ``response_*``, ``*_logprobs`` and ``advantages`` have one entry per response token; log-probs are in nats at the
     sampling temperature, ``rollout_logprobs`` the engine's and ``trainer_logprobs`` the trainer's. All but the engine's
     are empty where they were not computed. ``label`` is JSON text. ``reward`` is NaN unless ``outcome`` is "score".
-    ``group_id`` is shared by the samples of one prompt in one step, ``sample_index`` counts inside it.
+    ``group_id`` is shared by the samples of one prompt in one step, ``sample_index`` counts inside it. ``filtered``: dynamic
+    filtering left the group out of training.
     """
 
     step: int
@@ -56,6 +57,7 @@ class RolloutRow:
     finish_reason: str
     policy_version: int
     split: Split = Split.TRAIN
+    filtered: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.response_tokens)
@@ -88,6 +90,7 @@ SCHEMA = pa.schema(
         "finish_reason": pa.string(),
         "policy_version": pa.int64(),
         "split": pa.string(),
+        "filtered": pa.bool_(),
     }
 )
 assert SCHEMA.names == [field.name for field in fields(RolloutRow)]

@@ -27,10 +27,11 @@ class StepPlan:
         return cls(prompts, len(used), updates)
 
     def describe(self, config: RLConfig) -> str:
-        """The batch arithmetic in one line."""
+        """The batch arithmetic in one line. Filtering makes a rollout of more prompts, so that there are fewer of them."""
+        most = "at most " if config.dynamic_filtering else ""
         return (
             f"{self.prompts[0]} prompts x {config.n_samples_per_prompt} samples = "
             f"{self.prompts[0] * config.n_samples_per_prompt} samples a rollout -> "
             f"{-(-self.prompts[0] * config.n_samples_per_prompt // config.train_batch_size) * config.max_epochs} updates of up to "
-            f"{config.train_batch_size}; {self.rollouts} rollouts, {self.updates} updates in all"
+            f"{config.train_batch_size}; {most}{self.rollouts} rollouts, {most}{self.updates} updates in all"
         )

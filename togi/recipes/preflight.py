@@ -32,7 +32,7 @@ from togi.recipes.best_metric import check_rl_metric
 FUNCTION = "reward_func"
 DEFAULT_PARENT = "runs"
 # What stored rollouts depend on beside their prompts: their order, number and log-probs.
-REPLAYED = ("seed", "rollout_batch_size", "n_samples_per_prompt", "temperature")
+REPLAYED = ("seed", "rollout_batch_size", "n_samples_per_prompt", "temperature", "dynamic_filtering")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHTS = ("*.safetensors", "*.bin")
 

@@ -124,7 +124,7 @@ async def train(run: Run, checkpoint: Checkpoint | None) -> list[Evaluation]:
     await run.sync()
     if config.eval_at_start and run.step == 0:
         evaluations.append(Evaluation(0, *await run.evaluate()))
-    while run.step < run.plan.rollouts:
+    while not run.is_done:
         groups = await run.generate()
         items, samples = await run.score(groups)
         if items:

@@ -32,9 +32,11 @@ from togi.recipes.plan import StepPlan
 from togi.recipes.preflight import trackers
 from togi.recipes.rl_setup import Material, best_aim, checkpoint_store, plain
 from togi.reward.combine import CombinedReward
+from togi.reward.length_penalties import LengthPenalties
 from togi.runtime import measure
 from togi.runtime.experience import ScoredGroup, Trainable, to_sample, trainable, with_advantages, with_streams
 from togi.runtime.feed import Feed, RolloutFeed
+from togi.runtime.filtering import GroupFilter
 from togi.runtime.replay import replay_feed
 from togi.runtime.session import Session, single_logprobs, update_metrics
 from togi.runtime.worker_group import StepUpdate
@@ -76,9 +78,14 @@ class Run:
         generate = session.engines.generate
         seed = config.seed if config.full_determinism else None
         acting, trying = (material.environment(config, t) for t in (config.temperature, config.eval_temperature))
-        live = RolloutFeed(acting, generate, reward, seed, config.allowed_reward_errors)
-        self._feed: Feed = live if config.replay is None else replay_feed(config.replay)
-        self._eval_feed = RolloutFeed(trying, generate, reward, seed, config.allowed_reward_errors)
+        errors = config.allowed_reward_errors
+        penalties = LengthPenalties.of(config) if config.uses_length_penalties else None
+        live = RolloutFeed(acting, generate, reward, seed, errors, penalties, GroupFilter.of(config))
+        self._feed: Feed = live
+        if config.replay is not None:
+            self._feed = replay_feed(config.replay, filtering=config.dynamic_filtering)
+        self._eval_feed = RolloutFeed(trying, generate, reward, seed, errors)
+        self._episode_ended = False
 
     def __enter__(self) -> Self:
         self._watchdog = self._open.enter_context(Watchdog(STALL_SECONDS, self._directory.stacks_path))
@@ -125,10 +132,12 @@ class Run:
     async def generate(self) -> list[ScoredGroup]:
         """The next prompts' scored groups, made by the present weights, or in a replay as they were stored."""
         self._watchdog.beat()
-        generates, start = self.config.generates, time.perf_counter()
+        generates, loader, start = self.config.generates, self._material.loader, time.perf_counter()
+        episode = loader.episode
         with self._progress.phase("generating" if generates else "reading rollouts"):
             count, samples = self.config.rollout_batch_size, self.config.n_samples_per_prompt
-            groups = await self._feed.take(self._material.loader, count, samples, self.step + 1)
+            groups = await self._feed.take(loader, count, samples, self.step + 1)
+        self._episode_ended = loader.episode > episode
         tokens = sum(len(rollout.response_tokens) for group in groups for rollout in group.rollouts)
         if generates:
             self._values[names.THROUGHPUT_GENERATE] = tokens / (time.perf_counter() - start)
@@ -150,9 +159,12 @@ class Run:
         return items, samples
 
     def skip(self) -> list[StepUpdate]:
-        """Count a rollout of which nothing can be trained, because no response has a reward."""
+        """Count a rollout of which nothing can be trained: no response has a reward, or no group was kept."""
         self.step += 1
-        logger.warning("rollout %d is not trained on: the reward abstained or failed on every response", self.step)
+        logger.warning(
+            "rollout %d is not trained on: the reward abstained or failed on every response, or filtering left no group",
+            self.step,
+        )
         return []
 
     def with_advantages(self, items: Sequence[Trainable], samples: Sequence[Sample]) -> list[Sample]:
@@ -175,12 +187,17 @@ class Run:
         return updates
 
     @property
+    def is_done(self) -> bool:
+        """All rollouts were made, or as filtering needs more prompts for each, all prompts are used up."""
+        return self.step >= self.plan.rollouts or self._material.loader.remaining <= 0
+
+    @property
     def evaluation_is_due(self) -> bool:
         """Every ``--eval_steps`` rollouts, or at the end of each episode; always at the end of the run."""
         if len(self._material.held_out) == 0:
             return False
-        every = self.config.eval_steps if self.config.eval_steps > 0 else len(self.plan.prompts)
-        return self.step % every == 0 or self.step == self.plan.rollouts
+        every = self.config.eval_steps
+        return self.is_done or (self.step % every == 0 if every > 0 else self._episode_ended)
 
     async def evaluate(self) -> tuple[float, float]:
         """Mean reward on the held-out prompts and its standard error."""
@@ -217,6 +234,8 @@ class Run:
     ) -> None:
         """Metrics, every rollout, and now and then the report."""
         self._values |= measure.rollout_metrics(groups) | await self.session.memory()
+        if self.config.dynamic_filtering:
+            self._values |= measure.filter_metrics(groups, self.config.rollout_batch_size)
         if self._material.rewards.remotes:
             self._values[names.REWARD_PAUSED] = self._material.rewards.take_paused_seconds()
         if samples and OLD_LOGPROBS not in samples[0].streams:

@@ -171,9 +171,13 @@ def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPl
 
     Raises DataError.
     """
-    feed = replay_feed(folder)
-    feed.check(plan.rollouts)
-    first = PromptLoader(material.prompts, seed=config.seed, episodes=1).take(config.rollout_batch_size)
+    feed = replay_feed(folder, filtering=config.dynamic_filtering)
+    rollouts = plan.rollouts
+    if config.dynamic_filtering:
+        rollouts = min(rollouts, feed.steps_for(len(material.prompts) * config.num_episodes))
+    feed.check(rollouts)
+    loader = PromptLoader(material.prompts, seed=config.seed, episodes=1)
+    first = loader.take(feed.prompts_of(1, config.rollout_batch_size))
     feed.groups(first, config.n_samples_per_prompt, 1)
     return f"replay of {folder}: no engine runs and no reward is called"
 

@@ -30,10 +30,11 @@ from togi.sample import Outcome, Rollout, Sample, Score
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """The samples of one prompt and what the rewards said, in the same order."""
+    """The samples of one prompt and what the rewards said, in the same order. ``filtered``: it is not to be trained on."""
 
     rollouts: tuple[Rollout, ...]
     scores: tuple[Score, ...]
+    filtered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +52,18 @@ def trainable(groups: Sequence[ScoredGroup], on_error: OnRewardError) -> list[Tr
 
     An error takes its whole group with it unless ``on_error`` is drop_sample.
     """
-    dropped = {
-        group
-        for group, scored in enumerate(groups)
-        if on_error is not OnRewardError.DROP_SAMPLE and any(s.outcome is Outcome.ERROR for s in scored.scores)
-    }
+    dropped = {group for group, scored in enumerate(groups) if scored.filtered or takes_group(scored.scores, on_error)}
     return [
         Trainable(rollout, score, group, index)
         for group, scored in enumerate(groups)
         for index, (rollout, score) in enumerate(zip(scored.rollouts, scored.scores, strict=True))
         if group not in dropped and score.outcome is Outcome.SCORE and any(rollout.response_mask)
     ]
+
+
+def takes_group(scores: Sequence[Score], on_error: OnRewardError) -> bool:
+    """Whether an error among a group's scores takes the whole group out of training."""
+    return on_error is not OnRewardError.DROP_SAMPLE and any(score.outcome is Outcome.ERROR for score in scores)
 
 
 def to_sample(item: Trainable) -> Sample:

@@ -7,15 +7,17 @@ case. Groups are scored as they finish, while others still generate.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, Protocol
 
 from togi.data.loader import PromptLoader
 from togi.reward.combine import ErrorLimit
+from togi.reward.length_penalties import LengthPenalties
 from togi.reward.source import Reward
 from togi.rollout.collect import collect_groups
 from togi.rollout.environment import Environment, Generate
 from togi.runtime.experience import ScoredGroup
+from togi.runtime.filtering import GroupFilter
 from togi.sample import Prompt, Rollout
 
 MAX_IN_FLIGHT = 4096
@@ -32,21 +34,38 @@ class Feed(Protocol):
 class RolloutFeed:
     """Prompts in, scored groups out. With ``seed`` every sample has a seed of its own, whatever the timing.
 
-    ``max_errors``: the largest share of samples whose reward may fail.
+    ``max_errors``: the largest share of samples whose reward may fail. ``penalties`` None: rewards stay as they are.
+    ``filtering`` None: every group is kept.
     """
 
     def __init__(
-        self, environment: Environment, generate: Generate, reward: Reward, seed: int | None, max_errors: float
+        self,
+        environment: Environment,
+        generate: Generate,
+        reward: Reward,
+        seed: int | None,
+        max_errors: float,
+        penalties: LengthPenalties | None = None,
+        filtering: GroupFilter | None = None,
     ) -> None:
         self._environment = environment
         self._generate = generate
         self._reward = reward
         self._seed = seed
         self._max_errors = max_errors
+        self._penalties = penalties
+        self._filtering = filtering
 
     async def take(self, loader: PromptLoader, count: int, samples: int, step: int) -> list[ScoredGroup]:
-        """The groups of the next ``count`` prompts, ``samples`` rollouts each, in the loader's order."""
-        return await self.run(loader.take(count), samples, f"step{step}")
+        """Scored groups of the next prompts, ``samples`` rollouts each, in the loader's order.
+
+        Of ``count`` prompts, or with filtering of as many as it takes to keep ``count`` groups; fewer at the end of an episode.
+        Those that are not kept are among them. Raises RewardError when more rewards fail than are allowed, and ConfigError when
+        too little is kept.
+        """
+        if self._filtering is None:
+            return await self.run(loader.take(count), samples, f"step{step}")
+        return await self._fill(self._filtering, loader, count, samples, f"step{step}")
 
     async def run(self, prompts: Sequence[Prompt], samples: int, name: str) -> list[ScoredGroup]:
         """Generate and score ``samples`` rollouts of each prompt, in order. ``name`` keeps group ids of calls apart.
@@ -58,9 +77,7 @@ class RolloutFeed:
         result: list[ScoredGroup | None] = [None] * len(prompts)
 
         async def score(group: Sequence[Rollout]) -> None:
-            scores = await self._reward.score(group)
-            limit.count(scores)
-            result[places[group[0].group_id]] = ScoredGroup(tuple(group), tuple(scores))
+            result[places[group[0].group_id]] = await self._scored(group, limit)
 
         groups = collect_groups(
             zip(places, prompts, strict=True),
@@ -83,3 +100,66 @@ class RolloutFeed:
                 task.cancel()
         assert all(group is not None for group in result)
         return [group for group in result if group is not None]
+
+    async def _fill(
+        self, filtering: GroupFilter, loader: PromptLoader, count: int, samples: int, name: str
+    ) -> list[ScoredGroup]:
+        """All groups that it took to keep ``count`` of them, or as many as the rest of the episode gives.
+
+        Each of ``count`` places tries one prompt after the other until a group is kept. A prompt is taken only when so many
+        before it have failed, so which ones are taken does not depend on timing, and none is generated in vain.
+        """
+        groups: dict[int, ScoredGroup] = {}
+        limit = ErrorLimit(self._max_errors, 0)
+        free = asyncio.Semaphore(max(1, MAX_IN_FLIGHT // samples))
+
+        def source() -> Iterator[tuple[int, Prompt]]:
+            taken, episode = 0, loader.episode
+            while loader.episode == episode and loader.remaining > 0:
+                filtering.check_budget(taken, sum(not group.filtered for group in groups.values()), count)
+                limit.total += samples
+                yield taken, loader.take(1)[0]
+                taken += 1
+
+        prompts = source()
+
+        async def place() -> None:
+            for number, prompt in prompts:
+                async with free:
+                    group = await self._one(prompt, f"{name}/{number}/{prompt.id}", samples, limit)
+                groups[number] = group
+                if not group.filtered:
+                    return
+
+        await _all_or_none([place() for _ in range(count)])
+        return [groups[number] for number in sorted(groups)]
+
+    async def _one(self, prompt: Prompt, group_id: str, samples: int, limit: ErrorLimit) -> ScoredGroup:
+        groups = collect_groups(
+            [(group_id, prompt)],
+            self._environment,
+            self._generate,
+            n_samples=samples,
+            max_in_flight=samples,
+            seed=self._seed,
+        )
+        [group] = [group async for group in groups]
+        return await self._scored(group, limit)
+
+    async def _scored(self, group: Sequence[Rollout], limit: ErrorLimit) -> ScoredGroup:
+        scores = await self._reward.score(group)
+        limit.count(scores)
+        filtered = self._filtering is not None and not self._filtering.keeps(scores)
+        if self._penalties is not None:
+            scores = self._penalties.applied(group, scores)
+        return ScoredGroup(tuple(group), tuple(scores), filtered)
+
+
+async def _all_or_none(work: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Wait for all; the first failure ends the others."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

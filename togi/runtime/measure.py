@@ -18,7 +18,7 @@ from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS, REF_LOGPROBS, 
 from togi.obs import names
 from togi.obs.rollout_store import RolloutRow, Split
 from togi.runtime.experience import ScoredGroup, Trainable, gather
-from togi.sample import FinishReason, Outcome, Rollout, Sample, Score
+from togi.sample import FinishReason, Outcome, Sample, Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,14 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     return metrics | {name: float(np.mean(numbers)) for name, numbers in components.items()}
 
 
+def filter_metrics(groups: Sequence[ScoredGroup], wanted: int) -> dict[str, float]:
+    """How much dynamic filtering left out, in groups, of a rollout that was to have ``wanted`` of them."""
+    return {
+        names.GROUPS_DROPPED: float(np.mean([group.filtered for group in groups])),
+        names.GROUPS_GENERATIONS: len(groups) / wanted,
+    }
+
+
 def trainer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """Engine against trainer, and policy against reference, from streams that were computed for training anyway."""
     engine_K, trainer_K = gather(samples, ROLLOUT_LOGPROBS), gather(samples, OLD_LOGPROBS)
@@ -107,13 +115,14 @@ def rows(
     """Everything about a step's rollouts, one row each, in order."""
     known = {} if details is None else details.by_place
     return [
-        _row(step, split, index, rollout, score, known.get((place, index), TokenDetails()))
+        _row(step, split, group, index, known.get((place, index), TokenDetails()))
         for place, group in enumerate(groups)
-        for index, (rollout, score) in enumerate(zip(group.rollouts, group.scores, strict=True))
+        for index in range(len(group.rollouts))
     ]
 
 
-def _row(step: int, split: Split, index: int, rollout: Rollout, score: Score, tokens: TokenDetails) -> RolloutRow:
+def _row(step: int, split: Split, group: ScoredGroup, index: int, tokens: TokenDetails) -> RolloutRow:
+    rollout, score = group.rollouts[index], group.scores[index]
     prompt = rollout.prompt
     return RolloutRow(
         step=step,
@@ -137,6 +146,7 @@ def _row(step: int, split: Split, index: int, rollout: Rollout, score: Score, to
         finish_reason=rollout.finish_reason,
         policy_version=rollout.policy_version,
         split=split,
+        filtered=group.filtered,
     )
 
 

@@ -20,20 +20,38 @@ from togi.runtime.experience import ScoredGroup
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 
-def replay_feed(folder: str) -> ReplayFeed:
+def replay_feed(folder: str, *, filtering: bool) -> ReplayFeed:
     """The feed of the run whose folder this is."""
-    return ReplayFeed(RunDirectory(Path(folder)).rollouts)
+    return ReplayFeed(RunDirectory(Path(folder)).rollouts, filtering=filtering)
 
 
 class ReplayFeed:
-    """Prompts in, the groups that were stored for them out. A ``Feed``."""
+    """Prompts in, the groups that were stored for them out. A ``Feed``.
 
-    def __init__(self, store: RolloutStore) -> None:
+    ``filtering``: the run took as many prompts for each rollout as it needed, and so does its replay.
+    """
+
+    def __init__(self, store: RolloutStore, *, filtering: bool = False) -> None:
         self._store = store
+        self._filtering = filtering
 
     async def take(self, loader: PromptLoader, count: int, samples: int, step: int) -> list[ScoredGroup]:
         """The groups of the next ``count`` prompts as they were trained in ``step``, in the loader's order."""
-        return self.groups(loader.take(count), samples, step)
+        return self.groups(loader.take(self.prompts_of(step, count)), samples, step)
+
+    def prompts_of(self, step: int, count: int) -> int:
+        """How many prompts ``step`` took: ``count``, or with filtering as many as there are stored, 0 without any."""
+        if not self._filtering:
+            return count
+        files = [file for file in self._store.files() if (file.step, file.split) == (step, Split.TRAIN)]
+        return len({row["group_id"] for file in files for row in self._store.read_columns(file, ["group_id"])})
+
+    def steps_for(self, prompts: int) -> int:
+        """With filtering: in how many steps the run used up so many prompts; one more than are stored if it did not."""
+        step = 1
+        while (taken := self.prompts_of(step, 0)) > 0 and prompts > taken:
+            prompts, step = prompts - taken, step + 1
+        return step
 
     def check(self, rollouts: int) -> None:
         """Raise DataError unless steps 1 to ``rollouts`` are stored."""
@@ -79,7 +97,8 @@ class ReplayFeed:
 def _group(rows: Sequence[RolloutRow]) -> ScoredGroup:
     first = rows[0]
     prompt = Prompt(first.prompt_id, first.prompt_tokens, first.prompt_text, json.loads(first.label), first.datasource)
-    return ScoredGroup(tuple(_rollout(row, prompt) for row in rows), tuple(_score(row) for row in rows))
+    rollouts, scores = tuple(_rollout(row, prompt) for row in rows), tuple(_score(row) for row in rows)
+    return ScoredGroup(rollouts, scores, first.filtered)
 
 
 def _rollout(row: RolloutRow, prompt: Prompt) -> Rollout:

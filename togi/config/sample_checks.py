@@ -1,0 +1,36 @@
+"""Contradictions between the settings of filtering and length penalties of ``togi rl``. Part of ``checks``, which calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from togi.config.rl import RLConfig
+from togi.config.samples import SampleSettings
+
+
+def sample_problems(c: RLConfig) -> Iterator[str]:
+    """What is wrong with filtering and length penalties."""
+    low, high = c.dynamic_filtering_reward_range
+    if not low < high:
+        yield f"--dynamic_filtering_reward_range {low:g} {high:g}: the first number must be below the second."
+    if c.dynamic_filtering and c.n_samples_per_prompt < 2:
+        yield "--dynamic_filtering judges the responses to one prompt together: set --n_samples_per_prompt to 2 or more."
+    if not c.dynamic_filtering:
+        yield from _without(
+            c, "--dynamic_filtering", "dynamic_filtering_reward_range", "dynamic_filtering_max_generations"
+        )
+    if c.overlong_buffer_len is None:
+        yield from _without(c, "--overlong_buffer_len", "overlong_penalty_factor")
+    elif c.overlong_buffer_len > c.generate_max_len:
+        yield (
+            f"--overlong_buffer_len {c.overlong_buffer_len} is more than --generate_max_len {c.generate_max_len}, of which it is "
+            "the last part: lower it."
+        )
+
+
+def _without(c: RLConfig, needed: str, *names: str) -> Iterator[str]:
+    """The first of ``names`` that was changed although ``needed``, which reads it, is not there."""
+    values = c.model_dump(include=set(names))
+    for name in names:
+        if values[name] != SampleSettings.model_fields[name].default:
+            yield f"--{name} has no effect without {needed}: add it, or leave the first out."
