@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.test_rl_run import GRPO, HF, metrics, train, world
+from safetensors.torch import load_file
+
+from tests.e2e.test_rl_run import GRPO, HF, metrics, model_bytes, train, world
+from tests.learn_tools import max_difference
 
 pytestmark = pytest.mark.alone
 
@@ -60,3 +64,49 @@ def test_filtered_groups_are_replaced_and_stored_and_a_resumed_run_misses_none(w
         groups = {row["prompt_id"]: row["filtered"] for row in rows if row["step"] == record["step"]}
         assert record["values"]["groups/dropped_share"] == pytest.approx(sum(groups.values()) / len(groups))
         assert record["values"]["groups/generations"] == len(groups) / 2
+
+
+def moved(run: Path, model: Path) -> float:
+    """By how much the final actor differs from the model it started from."""
+    return max_difference(*(load_file(folder / "model.safetensors") for folder in (run / "model", model)))
+
+
+def same_run_from_checkpoint(run: Path, copy: Path, step: int) -> None:
+    """A copy of ``run`` as it was when its checkpoint of ``step`` was the newest."""
+    shutil.copytree(run, copy)
+    for later in (copy / "checkpoints").glob("step_*"):
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
+
+
+def test_the_actor_is_frozen_for_exactly_n_rollouts_while_the_critic_learns(world: Path, tmp_path: Path) -> None:
+    """Two of three rollouts; from the checkpoint of the second, the third is the same again, its learning rate too."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    flags = ["--advantage_estimator", "gae", "--init_kl_coef", "0", "--critic_learning_rate", "1e-3", *HF]
+    flags += [
+        "--freezing_actor_steps",
+        "2",
+        "--lr_scheduler",
+        "linear",
+        "--lr_warmup_ratio",
+        "0",
+        "--train_batch_size",
+        "4",
+    ]
+    flags += ["--save_steps", "1", "--save_hf_ckpt", "--load_checkpoint", "--full_determinism", "--save_value_network"]
+    train(world, run, *flags)
+    values = [record["values"] for record in metrics(run)]
+    assert ["policy/loss" in each for each in values] == [False, False, True]
+    assert all("value/loss" in each for each in values)
+    # two updates are left for the actor, of the ten in all: its schedule starts at its first one
+    assert values[2]["policy/lr"] == pytest.approx(1e-3 / 2)
+    assert values[2]["value/lr"] == pytest.approx(1e-3 / 10)
+    start = load_file(world / "model" / "model.safetensors")
+    for step in (1, 2):
+        saved = load_file(run / "checkpoints" / f"step_{step:08d}" / "hf" / "model.safetensors")
+        assert max_difference(saved, start) == 0
+    assert moved(run, world / "model") > 0
+    same_run_from_checkpoint(run, again, step=2)
+    train(world, again, *flags)
+    for model in ("model", "model_critic"):
+        assert model_bytes(run / model) == model_bytes(again / model)

@@ -12,6 +12,7 @@ from togi.errors import ConfigError
 NEEDED = ["--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "reward.py"]
 GROUPS = "--advantage_estimator group_norm --n_samples_per_prompt 4"
 CONTRADICTIONS = [
+    (f"{GROUPS} --freezing_actor_steps 2", ["--freezing_actor_steps 2", "--advantage_estimator group_norm"]),
     ("--dynamic_filtering", ["--dynamic_filtering", "--n_samples_per_prompt"]),
     (f"{GROUPS} --dynamic_filtering --dynamic_filtering_reward_range 1 0", ["--dynamic_filtering_reward_range 1 0"]),
     ("--dynamic_filtering_reward_range 0.2 0.8", ["--dynamic_filtering_reward_range", "without --dynamic_filtering"]),

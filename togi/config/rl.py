@@ -113,7 +113,9 @@ class AlgorithmSettings(Settings):
     reward_clip_range: tuple[float, float] = flag((-10.0, 10.0), "Clip of the scalar reward after the baseline.")
     no_advantage_std_norm: bool = flag(False, "Advantage normalisation subtracts the mean only.")
     share_prompts: bool = flag(True, "Compute a prompt once for all its responses in a pack (exact).")
-    freezing_actor_steps: Int = later(-1, "Skip actor updates for the first N rollouts.")
+    freezing_actor_steps: Int = flag(
+        -1, "Critic warm-up: the actor is not updated on the first N rollouts, the critic is; -1 or 0: none.", ge=-1
+    )
     enable_ema: bool = later(False, "Keep and save an exponential moving average of the actor.")
     ema_beta: float = later(0.992, "EMA decay.")
 

@@ -1,4 +1,4 @@
-"""Contradictions between the settings of filtering and length penalties of ``togi rl``. Part of ``checks``, which calls it."""
+"""Contradictions in filtering, length penalties and freezing of ``togi rl``. Part of ``checks``, which calls it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from togi.config.samples import SampleSettings
 
 
 def sample_problems(c: RLConfig) -> Iterator[str]:
-    """What is wrong with filtering and length penalties."""
+    """What is wrong with filtering, length penalties and freezing."""
+    if c.freezing_actor_steps > 0 and not c.uses_critic:
+        yield (
+            f"--freezing_actor_steps {c.freezing_actor_steps} is a warm-up of the critic but --advantage_estimator "
+            f"{c.advantage_estimator} has none: use gae, or leave it out."
+        )
     low, high = c.dynamic_filtering_reward_range
     if not low < high:
         yield f"--dynamic_filtering_reward_range {low:g} {high:g}: the first number must be below the second."

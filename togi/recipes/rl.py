@@ -22,6 +22,7 @@ from togi.recipes.rl_rewards import connect, describe
 from togi.recipes.rl_run import Run
 from togi.recipes.rl_setup import Material, best_aim, check_replay, find_checkpoint, open_run, prepare
 from togi.runtime.session import Session
+from togi.runtime.worker_group import StepUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,9 @@ async def _with_session(
     announce: Callable[[str], None],
 ) -> Result:
     with progress.phase("starting engines and loading models", expected_seconds=25):
-        session = await Session.start(config, this_machine(), plan.updates)
+        session = await Session.start(
+            config, this_machine(), {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
+        )
     announce(f"placement: {session.cluster.describe()}")
     try:
         reward = await connect(config, material.rewards, session)
@@ -127,13 +130,14 @@ async def train(run: Run, checkpoint: Checkpoint | None) -> list[Evaluation]:
     while not run.is_done:
         groups = await run.generate()
         items, samples = await run.score(groups)
+        updates: list[StepUpdate] = []
         if items:
             samples = run.with_advantages(items, samples)
             if Role.CRITIC in run.session.groups:
                 await run.update(Role.CRITIC, samples)
-            updates = await run.update(Role.ACTOR, samples)
-        else:
-            updates = run.skip()
+            if not run.actor_is_frozen:
+                updates = await run.update(Role.ACTOR, samples)
+        run.step += 1
         await run.sync()
         if run.evaluation_is_due:
             evaluations.append(Evaluation(run.step, *await run.evaluate()))

@@ -149,6 +149,10 @@ class Run:
         """Trainable samples with the log-probs and values that the advantages need."""
         items = trainable(groups, self.config.on_reward_error)
         if not items:
+            logger.warning(
+                "rollout %d is not trained on: the reward abstained or failed on every response, or filtering left no group",
+                self.step + 1,
+            )
             return [], []
         start = time.perf_counter()
         with self._progress.phase("scoring"):
@@ -158,14 +162,10 @@ class Run:
             self._values[names.THROUGHPUT_SCORE] = scored / (time.perf_counter() - start)
         return items, samples
 
-    def skip(self) -> list[StepUpdate]:
-        """Count a rollout of which nothing can be trained: no response has a reward, or no group was kept."""
-        self.step += 1
-        logger.warning(
-            "rollout %d is not trained on: the reward abstained or failed on every response, or filtering left no group",
-            self.step,
-        )
-        return []
+    @property
+    def actor_is_frozen(self) -> bool:
+        """The next rollout is one of the first ``--freezing_actor_steps``."""
+        return self.step < self.config.freezing_actor_steps
 
     def with_advantages(self, items: Sequence[Trainable], samples: Sequence[Sample]) -> list[Sample]:
         """Advantages and returns over the whole step."""
@@ -183,7 +183,6 @@ class Run:
             self._values[names.THROUGHPUT_TRAIN] = tokens / (time.perf_counter() - start)
             self._values[names.SHARED_SHARE] = 1 - sum(update.tokens for update in updates) / tokens
             self._values[names.TOKENS_STEP] = tokens
-        self.step += role is Role.ACTOR
         return updates
 
     @property
@@ -238,9 +237,9 @@ class Run:
             self._values |= measure.filter_metrics(groups, self.config.rollout_batch_size)
         if self._material.rewards.remotes:
             self._values[names.REWARD_PAUSED] = self._material.rewards.take_paused_seconds()
-        if samples and OLD_LOGPROBS not in samples[0].streams:
+        if updates and OLD_LOGPROBS not in samples[0].streams:
             samples = with_streams(samples, {OLD_LOGPROBS: single_logprobs(updates)})
-        if samples:
+        if samples and OLD_LOGPROBS in samples[0].streams:
             self._values |= measure.trainer_metrics(samples)
         self._values[names.TOKENS_SEEN] = self._tokens_seen
         if names.KL_REFERENCE in self._values:

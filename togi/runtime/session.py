@@ -57,17 +57,20 @@ class Session:
         self._ended = False
 
     @classmethod
-    async def start(cls, config: RLConfig, machine: Machine, total_updates: int) -> Session:
-        """Connect, place, and load every model at once: start-up is import and disk time, which overlaps."""
+    async def start(cls, config: RLConfig, machine: Machine, updates: Mapping[Role, int]) -> Session:
+        """Connect, place, and load every model at once: start-up is import and disk time, which overlaps.
+
+        ``updates``: planned optimizer steps of each learner.
+        """
         resources = connect(machine)
         try:
-            return await cls._start(config, Cluster(plan_groups(config), resources), total_updates)
+            return await cls._start(config, Cluster(plan_groups(config), resources), updates)
         except BaseException:
             disconnect()
             raise
 
     @classmethod
-    async def _start(cls, config: RLConfig, cluster: Cluster, total_updates: int) -> Session:
+    async def _start(cls, config: RLConfig, cluster: Cluster, updates: Mapping[Role, int]) -> Session:
         dealing: Any = {"share_prompts": config.share_prompts, "ranks_per_share": config.ring_attn_size}
         workers = cluster.start(EngineWorker, Role.ENGINE, ENVIRONMENT, concurrency=MAX_CONCURRENT_CALLS)
         engines = EnginePool(workers)
@@ -84,7 +87,7 @@ class Session:
         settings = [engine_settings(config, index, threads, cluster.resources) for index in range(len(workers))]
         starting = [engines.start(config.rollout_engine, settings)]
         for role, group in groups.items():
-            last = total_updates if role in LEARNERS else config.pretrain
+            last = updates[role] if role in LEARNERS else config.pretrain
             starting.append(group.start(config, role, last))
         for group, path in zip(rewards, config.scoring_models, strict=True):
             starting.append(group.start(config, Role.REWARD, path))
