@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-
 from safetensors.torch import load_file
 
 from tests.e2e.test_rl_run import GRPO, HF, metrics, model_bytes, train, world
