@@ -76,7 +76,12 @@ def run(name: str) -> None:
         if "eval/reward" in s["values"]
     ]
     shutil.rmtree(folder / "model")
-    result = {"flags": f"--advantage_estimator {name} {FLAGS}", "minutes": minutes, "evaluations": evaluations}
+    result = {
+        "title": TITLES[name],
+        "flags": f"--advantage_estimator {name} {FLAGS}",
+        "minutes": minutes,
+        "evaluations": evaluations,
+    }
     (folder / "result.json").write_text(json.dumps(result, indent=1))
 
 

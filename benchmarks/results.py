@@ -10,6 +10,7 @@ is on a held-out split that has no prompt in common with the training split. A r
 from __future__ import annotations
 
 import json
+import math
 import os
 import runpy
 import shutil
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser()
 MODEL = CACHE / "smollm2-135m-instruct"
 RUNS = ROOT / "runs" / "results"
+DOCS = ROOT / "docs"
 MADE = RUNS / "data"
 PLAN = yaml.safe_load((Path(__file__).parent / "results.yaml").read_text())
 SHOWN = ("eval/loss", "eval/accuracy", "eval/reward/margin", "eval/kl/teacher")
@@ -139,8 +141,7 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
         "no prompt with the training split, before the first and after the last optimizer step. Small sets and one seed: these",
         "runs show that each command learns what its data teach, not how good a model can become. The limit of prm_steps is the",
         "share of the larger class; rewards of DPO and KTO are 0 before training, when the policy is the reference. Minutes were",
-        "taken beside other work and are no measure of speed. A run that missed says so: most sets are cut with --max_samples, to",
-        "about ninety rows of UltraFeedback for rm_ultrafeedback; without the cut it takes the whole set.",
+        "taken beside other work and are no measure of speed. Most sets are cut with --max_samples; a run that missed says so.",
         "",
         "| run | steps | figure | before | after | must | minutes |",
         "|---|---:|---|---:|---:|---|---:|",
@@ -160,7 +161,72 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
     lines += ["", "## The commands", "", "`{data}` is FOLDER, `{made}` what the script makes of it.", ""]
     for name, result in results.items():
         lines += [f"**{name}**", "", f"    {result['command']}", ""]
-    (ROOT / "docs" / "results.md").write_text("\n".join(lines), encoding="utf-8")
+    lines += estimators_section() + chain_section()
+    (DOCS / "results.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def estimators_section() -> list[str]:
+    """What benchmarks/estimators.py measured."""
+    file = DOCS / "estimators.json"
+    if not file.is_file():
+        return []
+    results = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "## Six advantage estimators, one start and one budget",
+        "",
+        "    .venv/bin/python benchmarks/estimators.py    # measures and draws again",
+        "",
+        "`togi rl` on the one-digit sums of examples/demo (made by reasoning-gym): 24 rollouts of 16 prompts x 8 samples, one",
+        "update each, the same prompts, seed and learning rate, no KL term; only PPO has a critic. Mean reward of four samples",
+        "for each of 64 held-out prompts, with its standard error over prompts. One seed each, so this orders nothing.",
+        "",
+        "![held-out reward over training](estimators.svg)",
+        "",
+        "| estimator | before | after | rise in standard errors | minutes |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for result in results.values():
+        first, last = result["evaluations"][0], result["evaluations"][-1]
+        rise = (last["reward"] - first["reward"]) / math.hypot(first["stderr"], last["stderr"])
+        before, after = (f"{point['reward']:.3f} ± {point['stderr']:.3f}" for point in (first, last))
+        lines.append(f"| {result['title']} | {before} | {after} | {rise:.1f} | {result['minutes']:.1f} |")
+    return [*lines, ""]
+
+
+def chain_section() -> list[str]:
+    """What benchmarks/chain.py measured."""
+    file = DOCS / "chain.json"
+    if not file.is_file():
+        return []
+    chain = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "## The whole chain of RLHF",
+        "",
+        "    TOGI_SHARED_DATA=FOLDER .venv/bin/python benchmarks/chain.py    # measures again",
+        "",
+        "examples/scripts/rlhf_chain.sh on oasst: SFT, a reward model from ranked pairs, PPO against it behind `togi serve-rm`,",
+        "and iterative DPO and rejection sampling from the same SFT model. Scores are those of this reward model, standardised,",
+        f"for sampled answers to {chain['models']['sft']['prompts']} held-out prompts; the gain over SFT is paired by prompt. The",
+        "reward model judges its own pupils: the chain optimises what it is told to, whether or not people like it better.",
+        "",
+        "| model | mean score | gain over SFT | answers cut |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, facts in chain["models"].items():
+        gain = f"{facts['gain']:.3f} ± {facts['gain_standard_error']:.3f}"
+        lines.append(
+            f"| {name} | {facts['mean']:.3f} ± {facts['standard_error']:.3f} | {gain} | {facts['cut_share']:.0%} |"
+        )
+    facts = chain["facts"]
+    kl = ", ".join(f"{value:.4f}" for value in facts["ppo_kl"])
+    (sft_before, sft_after), (rm_before, rm_after) = facts["sft_loss"], facts["rm_accuracy"]
+    return [
+        *lines,
+        "",
+        f"SFT's held-out loss went from {sft_before:.3f} to {sft_after:.3f}, the reward model's held-out accuracy from",
+        f"{rm_before:.3f} to {rm_after:.3f}. PPO's KL to the SFT model, in nats a token, rollout by rollout: {kl}.",
+        "",
+    ]
 
 
 if __name__ == "__main__":
