@@ -21,8 +21,10 @@ LETTERS = "abcdefghijklmnop"
 
 
 def make_world(folder: Path) -> Path:
-    """Four models, and ``<kind>.jsonl`` of 14 rows with ``<kind>_eval.jsonl`` of 5 for each kind of row."""
-    save_tiny_model(folder / "model", seed=0)
+    """Four models, the first of which can be split in two, and ``<kind>.jsonl`` of 14 rows with ``<kind>_eval.jsonl`` of 5 for
+    each kind of row.
+    """
+    save_tiny_model(folder / "model", seed=0, num_attention_heads=4, num_key_value_heads=2)
     save_tiny_model(folder / "teacher", seed=1)
     for experts in MIXTURES:
         save_tiny_model(folder / experts, experts, seed=2)

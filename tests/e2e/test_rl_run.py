@@ -36,7 +36,7 @@ def reward_func(queries, prompts, labels):
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, prompts and a reward function."""
     folder = tmp_path_factory.mktemp("world")
-    save_tiny_model(folder / "model", arch="llama", seed=0)
+    save_tiny_model(folder / "model", arch="llama", seed=0, num_attention_heads=4, num_key_value_heads=2)
     rows = [{"prompt": f"write number {i}", "letter": "e"} for i in range(10)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reward.py").write_text(REWARD)
@@ -253,15 +253,19 @@ def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -
 
 
 def test_two_workers_equal_one(world: Path, tmp_path: Path) -> None:
-    """With a seed for every sample the rollouts are the same, so losses and weights must be too, also on DeepSpeed."""
+    """With a seed for every sample the rollouts are the same, so losses and weights must be too.
+
+    Also on DeepSpeed, in a ring, and where two split the weights of each layer.
+    """
     common = [*GRPO, *HF, "--max_steps", "2", "--full_determinism", "--train_batch_size", "8"]
     runs = {}
     two = ["--actor_num_gpus_per_node", "2", "--vllm_num_engines", "2"]
     deepspeed = [*two, "--backend", "deepspeed", "--zero_stage", "3"]
-    for name, flags in (("one", []), ("two", two), ("deepspeed", deepspeed)):
+    teams = {"ring": [*two, "--ring_attn_size", "2"], "split": [*two, "--ds_tensor_parallel_size", "2"]}
+    for name, flags in {"one": [], "two": two, "deepspeed": deepspeed, **teams}.items():
         train(world, tmp_path / name, *common, *flags)
         runs[name] = metrics(tmp_path / name)
-    for other in ("two", "deepspeed"):
+    for other in ("two", "deepspeed", *teams):
         for one, two in zip(runs["one"], runs[other], strict=True):
             for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy"):
                 assert one["values"][name] == pytest.approx(two["values"][name], rel=2e-4, abs=1e-6), (other, name)

@@ -17,6 +17,7 @@ LORA = ("--lora_rank", "4", "--target_modules", "q_proj", "v_proj", "down_proj")
 ON_POLICY = ("--on_policy_share", "0.5", "--rollout_engine", "transformers", "--generate_max_len", "12")
 # command -> ZeRO stage
 ADAPTED = {"dpo": "2", "rm": "3"}
+SPLIT = {"sft": "1", "kd": "2", "rm": "3", "dpo": "3", "kto": "2", "prm": "3"}
 # Mixtures of experts with a load-balancing loss; 5 rows a step, one at a time: ranks have 3 and 2, one runs a dummy.
 EXPERTS = {
     "sft": ("mixtral", "--zero_stage", "2"),
@@ -25,6 +26,8 @@ EXPERTS = {
 }
 BALANCED = ("--aux_loss_coef", "0.5", "--train_batch_size", "5")
 RING_3 = ("--ring_attn_size", "2", "--zero_stage", "3")
+THREE = ("--train_batch_size", "3")
+FEW = {"sft": ("--zero_stage", "3"), "dpo": ("--backend", "deepspeed"), "prm": ("--zero_stage", "0"), "rm": ()}
 DEEPSPEED = {"sft": "2", "rm": "3", "dpo": "3", "kto": "2"}
 ADAPTED_DEEPSPEED = {"dpo": "3", "rm": "2"}
 
@@ -32,7 +35,8 @@ ADAPTED_DEEPSPEED = {"dpo": "3", "rm": "2"}
 def run_all(world: World, folder: Path) -> None:
     """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
 
-    ``ring`` are those of a ring; ``ring_lora``, ``ring_experts``, ... are like ``lora``, ``experts``, ... in a ring. ``lora``
+    ``parts`` are those that split the weights of each layer, ``ring`` those of a ring; ``ring_lora``, ``ring_experts``, ... are
+    like ``lora``, ``experts``, ... in a ring. ``lora``
     trains adapters, ``experts`` mixtures of experts, ``ahead`` scores with a sharded reference before training, ``own``
     generates; ``deepspeed`` and ``lora_deepspeed`` train with the other backend. ``whole`` and ``part`` are one run, the second
     resumed from the checkpoint of the first in the middle of an epoch.
@@ -49,6 +53,8 @@ def run_all(world: World, folder: Path) -> None:
     run_one(world, folder, "rm", "ring_deepspeed", *RING_3, "--backend", "deepspeed")
     run_one(world, folder, "dpo", "ring_ahead", *RING_3, "--precompute_ref")
     run_one(world, folder, "kd", "ring_own", "--ring_attn_size", "2", *ON_POLICY)
+    for command, stage in SPLIT.items():
+        run_one(world, folder, command, "parts", "--ds_tensor_parallel_size", "2", "--zero_stage", stage)
     for command, stage in ADAPTED.items():
         run_one(world, folder, command, "lora", *LORA, "--zero_stage", stage)
     for command, (model, *more) in EXPERTS.items():
@@ -58,6 +64,8 @@ def run_all(world: World, folder: Path) -> None:
         run_one(world, folder, command, "ring_experts", *split[:-1], *more, "--ring_attn_size", "2")
     run_one(world, folder, "dpo", "ahead", "--precompute_ref", "--zero_stage", "3")
     run_one(world, folder, "kd", "own", *ON_POLICY)
+    run_one(world, folder, "kd", "parts_own", "--ds_tensor_parallel_size", "2", *ON_POLICY)
+    run_one(world, folder, "dpo", "parts_ahead", "--ds_tensor_parallel_size", "2", "--precompute_ref")
     for command, stage in DEEPSPEED.items():
         run_one(world, folder, command, "deepspeed", "--backend", "deepspeed", "--zero_stage", stage)
     for command, stage in ADAPTED_DEEPSPEED.items():
@@ -70,6 +78,18 @@ def run_all(world: World, folder: Path) -> None:
             shutil.copytree(folder / "whole" / command / step, folder / "part" / command / step)
         world.barrier("checkpoint copied")
         run_one(world, folder, command, "part", *epochs, *more, "--load_checkpoint")
+
+
+def run_few(world: World, folder: Path) -> None:
+    """Steps of three rows, and one of two, on four ranks: in each step and evaluation there are ranks without any row.
+
+    Left in ``few``; ``few_teams`` are two groups that split the weights (SFT), and two rings (DPO).
+    """
+    partition_small_weights()
+    for command, more in FEW.items():
+        run_one(world, folder, command, "few", *THREE, *more)
+    run_one(world, folder, "sft", "few_teams", *THREE, "--train_batch_size", "1", "--ds_tensor_parallel_size", "2")
+    run_one(world, folder, "dpo", "few_teams", *THREE, "--train_batch_size", "1", "--ring_attn_size", "2")
 
 
 def run_one(world: World, folder: Path, command: str, name: str, *more: str) -> None:

@@ -12,11 +12,15 @@ from tests.equal.offline_jobs import (
     BALANCED,
     DEEPSPEED,
     EXPERTS,
+    FEW,
     LORA,
     ON_POLICY,
     RESUMED_AFTER,
+    SPLIT,
     STAGE_3,
+    THREE,
     run_all,
+    run_few,
 )
 from tests.learn_tools import max_difference, run_ranks
 from tests.offline_world import DATA, make_world, train, values
@@ -64,6 +68,12 @@ def assert_equal_runs(first: list[dict[str, float]], second: list[dict[str, floa
             assert a[name] == pytest.approx(b[name], rel=5e-4, abs=2e-5), name
 
 
+def but_for_ties(run: list[dict[str, float]], one: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Up to the first step the policy and its reference are equal but for rounding: which answer is ahead means nothing."""
+    tied = [{name: value for name, value in step.items() if name.endswith("accuracy")} for step in one[:2]]
+    return [run[0] | tied[0], run[1] | tied[1], *run[2:]]
+
+
 def assert_equal_held_out(one: Path, other: Path) -> None:
     """The worst and best held-out rows of both evaluations, each row once."""
     first, second = read_rows(one), read_rows(other)
@@ -87,6 +97,18 @@ def test_a_ring_of_two_equals_one(world: Path, one: Runs, two: Runs, command: st
     assert_equal_runs(one[command], ring)
     assert_equal_held_out(world / "one" / command, world / "ring" / command)
     for step in ring[1:]:
+        assert step["tokens/padding_share"] == 0 and step["tokens/rank_imbalance"] == 1
+
+
+@pytest.mark.parametrize("command", SPLIT)
+def test_two_ranks_that_split_the_weights_equal_one(world: Path, one: Runs, two: Runs, command: str) -> None:
+    """Under every stage; a reference is not split. What is saved is what one process saves."""
+    split = values(world / "parts" / command)
+    assert_equal_runs(one[command], but_for_ties(split, one[command]) if command in ("dpo", "kto") else split)
+    assert_equal_held_out(world / "one" / command, world / "parts" / command)
+    ours, theirs = (load_file(world / run / command / "model" / "model.safetensors") for run in ("one", "parts"))
+    assert max_difference(ours, theirs) < 1e-4
+    for step in split[1:]:
         assert step["tokens/padding_share"] == 0 and step["tokens/rank_imbalance"] == 1
 
 
@@ -133,10 +155,8 @@ def test_experts_on_two_ranks_equal_one(world: Path, two: Runs, command: str) ->
 def test_a_reference_that_scores_ahead_on_two_ranks_equals_one(world: Path, one: Runs, two: Runs) -> None:
     """Both ranks score a part of the rows, the first one writes, and each then reads what it needs."""
     assert_equal_runs(one["dpo"], values(world / "ahead" / "dpo"))
-    ring = values(world / "ring_ahead" / "dpo")
-    # before the first step policy and reference are equal but for rounding, which packs of other rows change in a ring
-    tied = {"eval/accuracy": one["dpo"][0]["eval/accuracy"]}
-    assert_equal_runs(one["dpo"], [ring[0] | tied, *ring[1:]])
+    for run in ("ring_ahead", "parts_ahead"):
+        assert_equal_runs(one["dpo"], but_for_ties(values(world / run / "dpo"), one["dpo"]))
 
 
 def test_students_that_generate_on_two_ranks_equal_one(world: Path, two: Runs) -> None:
@@ -145,6 +165,7 @@ def test_students_that_generate_on_two_ranks_equal_one(world: Path, two: Runs) -
     assert [step["length/response"] > 0 for step in one[1:]] == [True] * 4
     assert_equal_runs(one, values(world / "own" / "kd"))
     assert_equal_runs(one, values(world / "ring_own" / "kd"))
+    assert_equal_runs(one, values(world / "parts_own" / "kd"))
 
 
 @pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("kto", "adapter_model.safetensors")])
@@ -160,6 +181,25 @@ def test_two_ranks_resume_bit_for_bit(world: Path, two: Runs, command: str, file
         assert [step[name] for step in part] == [step[name] for step in whole[1 + RESUMED_AFTER :]], name
     first, second = (world / name / command / "model" / file for name in ("whole", "part"))
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def few(world: Path) -> None:
+    run_ranks(run_few, 4, world)
+
+
+@pytest.mark.parametrize("command", FEW)
+def test_ranks_without_any_row_equal_one(world: Path, few: None, command: str) -> None:
+    one = train(world, command, world / "one_few" / command, *THREE)
+    assert_equal_runs(one, values(world / "few" / command), steps=5)
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_teams_without_any_row_equal_one(world: Path, few: None, command: str) -> None:
+    """One row a step: in every step one of two teams has none."""
+    one = train(world, command, world / "one_row" / command, "--train_batch_size", "1")
+    other = values(world / "few_teams" / command)
+    assert_equal_runs(one, but_for_ties(other, one) if command == "dpo" else other, steps=14)
 
 
 @pytest.mark.parametrize("command", DATA)

@@ -114,6 +114,12 @@ CONTRADICTIONS = [
     ("sft", "--load_in_4bit", ("--load_in_4bit", "--lora_rank")),
     ("dpo", "--ring_head_stride 2", ("--ring_head_stride", "--ring_attn_size")),
     ("rm", "--ring_attn_size 2 --max_tokens_per_gpu 100", ("--ring_attn_size", "--max_tokens_per_gpu", "--max_len")),
+    ("sft", "--ds_tensor_parallel_size 2 --ring_attn_size 2", ("--ds_tensor_parallel_size 2", "--ring_attn_size 2")),
+    ("rm", "--ds_tensor_parallel_size 2 --backend deepspeed", ("--ds_tensor_parallel_size 2", "--backend fsdp2")),
+    ("dpo", "--ds_tensor_parallel_size 2 --zero_stage 0", ("--ds_tensor_parallel_size 2", "--zero_stage 0")),
+    ("kto", "--ds_tensor_parallel_size 2 --lora_rank 4", ("--ds_tensor_parallel_size 2", "--lora_rank 4")),
+    ("sft", "--ds_tensor_parallel_size 2 --aux_loss_coef 1", ("--ds_tensor_parallel_size 2", "--aux_loss_coef 1")),
+    ("kd", "--ds_tensor_parallel_size 2 --adam_offload", ("--ds_tensor_parallel_size 2", "--adam_offload")),
     ("rm", "--lora_dropout 0.1", ("--lora_dropout", "--lora_rank")),
     ("dpo", "--target_modules q_proj", ("--target_modules", "--lora_rank")),
     ("kto", "--lora_rank 8 --target_modules all-linear q_proj", ("--target_modules", "all-linear")),
@@ -203,6 +209,10 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path, monkeypatch: pytest.
     ):
         check("kd", f"{sound} --teacher_model teacher --ring_attn_size 2 --ring_head_stride 4")
     check("sft", f"{sound} --ring_attn_size 2 --ring_head_stride 4")
+    with pytest.raises(ConfigError, match="--ds_tensor_parallel_size 3 does not divide the 4 processes"):
+        check("sft", f"{sound} --ds_tensor_parallel_size 3")
+    with pytest.raises(ConfigError, match=r"--ds_tensor_parallel_size 2 can split llama.* but --pretrain model is"):
+        check("sft", f"{sound} --ds_tensor_parallel_size 2")
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(DataError, match="--eval_dataset"):
         check("sft", f"{sound} --eval_dataset gone.jsonl")

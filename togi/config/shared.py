@@ -14,6 +14,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 NO_METRIC = "none"
 # Mixtures of experts whose router is known to be read right, by model type.
 MIXTURES = ("mixtral", "qwen3_moe")
+# Model types whose layers --ds_tensor_parallel_size can split.
+SPLITTABLE = ("llama", "qwen2", "qwen3", "mistral")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,9 @@ class TrainSettings(Settings):
     )
     ring_head_stride: Count = flag(
         1, "Key/value heads exchanged per ring step, a divisor of their number: more means fewer and larger messages."
+    )
+    ds_tensor_parallel_size: Count = flag(
+        1, "Split the weights and heads of each layer over this many processes (tensor parallelism, by FSDP2)."
     )
     local_rank: Int = later(
         -1, "Set by launchers that start one process per device; this command starts its own workers."

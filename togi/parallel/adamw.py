@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from togi.parallel.backend import BackendOptions
 
@@ -20,13 +23,17 @@ def make_adamw(parameters: Mapping[str, Tensor], options: BackendOptions) -> tor
 
 
 def adamw_without_state(parameters: Mapping[str, Tensor], options: BackendOptions) -> torch.optim.AdamW:
-    """One-dimensional parameters (biases, norm weights) are not decayed."""
+    """One-dimensional parameters (biases, norm weights) are not decayed. One kernel takes parameters of one device mesh only."""
     decayed = [p for p in parameters.values() if p.ndim > 1]
     others = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=options.betas, eps=options.eps, fused=True
-    )
+    groups: list[dict[str, Any]] = []
+    for chosen, decay in ((decayed, options.weight_decay), (others, 0.0)):
+        by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+        for parameter in chosen:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+        groups += [{"params": own, "weight_decay": decay} for own in by_mesh.values()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
 
 
 def add_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:

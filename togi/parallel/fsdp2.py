@@ -2,8 +2,9 @@
 
 Sharded parameters are the float32 masters; each block gathers a bfloat16 copy when it runs. Gradients are reduced in
 float32 (bfloat16 reduction was measured to distort the norm) and summed, not averaged. With ``adam_offload`` the shards
-are in host memory, and so are AdamW's moments; gathered weights and gradients pass through the device. Not here: tensor
-parallelism.
+are in host memory, and so are AdamW's moments; gathered weights and gradients pass through the device. Where groups of ranks
+part the weights of the blocks (``tensor``), a block is sharded over the groups, which each have their own part of the data, and
+what is outside of blocks over all ranks.
 """
 
 from __future__ import annotations
@@ -13,27 +14,41 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, take_step
 from togi.parallel.backend import BackendOptions, cast, check_same_weights, decoder_blocks
 from togi.parallel.offload import move_buffers
 from togi.parallel.process import World
+from togi.parallel.tensor import DATA, TENSOR, clip_split_gradients, copy_part, grid, split, whole
 
 
-def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bool, *, on_host: bool = False) -> None:
+def shard(
+    module: nn.Module,
+    world: World,
+    bf16: bool,
+    reshard_after_forward: bool,
+    *,
+    on_host: bool = False,
+    splits: bool = False,
+) -> None:
     """Shard each block and the root in place, on the rank's device; ``on_host``: in host memory until they are gathered.
 
-    Inputs are not cast: the segment table and float streams of a batch must arrive as they are.
+    ``splits``: the ranks of a group of ``world.tensor_size`` hold parts of the blocks' weights. Inputs are not cast: the segment
+    table and float streams of a batch must arrive as they are.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
         reduce_dtype=torch.float32 if bf16 else None,
         cast_forward_inputs=False,
     )
-    mesh = world.mesh()
+    blocks, rows = decoder_blocks(module), world.mesh()
+    if splits:
+        both = grid(world)
+        rows = both[DATA]
+        for block in blocks:
+            split(block, both[TENSOR])
     place = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if on_host else OffloadPolicy()
-    for part in (*decoder_blocks(module), module):
+    for part, mesh in (*((block, rows) for block in blocks), (module, world.mesh())):
         fully_shard(
             part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=place
         )
@@ -46,6 +61,10 @@ def shard(module: nn.Module, world: World, bf16: bool, reshard_after_forward: bo
             part.set_gradient_divide_factor(1.0)
             # gloo can sum, but not scale and sum in one go, which is what a factor asks of nccl.
             part.set_force_sum_reduction_for_comms(True)
+    if splits:
+        assert isinstance(module, FSDPModule)
+        # all ranks of a group have the same gradient of what is outside of blocks, and all are summed
+        module.set_gradient_divide_factor(float(world.tensor_size))
 
 
 class Sharded:
@@ -57,7 +76,8 @@ class Sharded:
         if options.bf16:  # frozen weights need no masters
             cast((p for p in module.parameters() if p.requires_grad), torch.float32)
             cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
-        shard(module, world, options.bf16, options.zero_stage == 3, on_host=options.adam_offload)
+        splits = world.tensor_size > 1
+        shard(module, world, options.bf16, options.zero_stage == 3, on_host=options.adam_offload, splits=splits)
         self.module = module
         self.world = world
         self._zero_stage = options.zero_stage
@@ -75,9 +95,11 @@ class Sharded:
             fill_missing_gradients(self._trained)
 
     def clip(self, max_norm: float) -> float:
+        if self.world.tensor_size > 1:
+            return clip_split_gradients(self._trained.values(), max_norm, self.world)
         norm = clip_gradients(self._trained, max_norm)
         with self.world.collective("gradient norm"):
-            return float(_whole(norm))
+            return float(whole(norm))
 
     def step(self, learning_rate: float) -> None:
         take_step(self._optimizer, learning_rate)
@@ -94,36 +116,24 @@ class Sharded:
             # Cast before gathering: half the traffic.
             part = parameter.detach().to(self.world.device, parameter.dtype if dtype is None else dtype)
             with self.world.collective(f"full parameter {name}"):
-                whole = _whole(part)
-            yield name, whole
+                full = whole(part)
+            yield name, full
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._trained.items():
             tensors = {"master": parameter.detach(), **{m: self._optimizer.state[parameter][m] for m in MOMENTS}}
             for kind, part in tensors.items():
                 with self.world.collective(f"{kind} of {name}"):
-                    whole = _whole(part)
-                yield f"{kind}/{name}", whole
+                    full = whole(part)
+                yield f"{kind}/{name}", full
 
     def load_state(self, read: Callable[[str], Tensor], steps: int) -> None:
         for name, parameter in self._trained.items():
             state = self._optimizer.state[parameter]
-            _copy_part(parameter, read(f"master/{name}"))
+            copy_part(parameter, read(f"master/{name}"))
             for moment in MOMENTS:
-                _copy_part(state[moment], read(f"{moment}/{name}"))
+                copy_part(state[moment], read(f"{moment}/{name}"))
             state["step"].fill_(steps)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self._trained.items()}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def _copy_part(target: Tensor, full: Tensor) -> None:
-    """Copy this rank's part of ``full``, which every rank has read for itself."""
-    assert isinstance(target, DTensor)
-    full = full.to(target.device)
-    target.copy_(distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None))

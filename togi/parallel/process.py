@@ -67,16 +67,19 @@ def _from_environment(name: str) -> int:
 class World:
     """The processes that train one model together. Collectives must be called by every rank in the same order.
 
-    ``ring_size`` consecutive ranks form a ring: they compute the same batches together (``togi.parallel.ring``), so that data is
-    dealt in ``shares``, one for each ring. Without rings every rank has a share of its own.
+    Consecutive ranks can form teams that compute the same batches together, so that data is dealt in ``shares``, one for each
+    team: rings of ``ring_size``, which part the tokens (``togi.parallel.ring``), or groups of ``tensor_size``, which part the
+    weights (``togi.parallel.tensor``). Without either every rank has a share of its own.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, ring_size: int = 1) -> None:
-        assert 0 <= rank < size and size % ring_size == 0
+    def __init__(self, rank: int, size: int, device: torch.device, ring_size: int = 1, tensor_size: int = 1) -> None:
+        assert 0 <= rank < size and size % (ring_size * tensor_size) == 0
+        assert ring_size == 1 or tensor_size == 1, "teams of both kinds"
         self.rank = rank
         self.size = size
         self.device = device
         self.ring_size = ring_size
+        self.tensor_size = tensor_size
         # The tag of the collective that this process is in, "" outside: what a stall report should print.
         self.pending = ""
 
@@ -144,19 +147,37 @@ class World:
             )
         return World(self.rank, self.size, self.device, ring_size)
 
+    def in_tensor_groups(self, tensor_size: int) -> World:
+        """The same processes in groups of so many that part the weights. Raises ConfigError."""
+        if self.size % tensor_size != 0:
+            raise ConfigError(
+                f"--ds_tensor_parallel_size {tensor_size} does not divide the number of processes, which is {self.size}: start a "
+                f"multiple of {tensor_size} processes, or lower it."
+            )
+        return World(self.rank, self.size, self.device, tensor_size=tensor_size)
+
+    def in_teams(self, ring_size: int, tensor_size: int) -> World:
+        """In rings or in groups, of which one has a size of 1. Raises ConfigError."""
+        return self.in_rings(ring_size) if tensor_size == 1 else self.in_tensor_groups(tensor_size)
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     @property
+    def team_size(self) -> int:
+        """How many ranks compute each batch."""
+        return self.ring_size * self.tensor_size
+
+    @property
     def share(self) -> int:
-        """Which share of the data is this rank's; the same on all ranks of a ring."""
-        return self.rank // self.ring_size
+        """Which share of the data is this rank's; the same on all ranks of a team."""
+        return self.rank // self.team_size
 
     @property
     def shares(self) -> int:
         """How many shares data is dealt in."""
-        return self.size // self.ring_size
+        return self.size // self.team_size
 
     def mesh(self) -> DeviceMesh:
         """All ranks in one row, for sharding."""
@@ -178,8 +199,8 @@ class World:
         return self._reduce(tag, values, dist.ReduceOp.SUM)
 
     def sum_shares(self, tag: str, values: Sequence[float]) -> list[float]:
-        """``sum`` of numbers that are the same on all ranks of a ring, which count once."""
-        counted = self.rank % self.ring_size == 0
+        """``sum`` of numbers that are the same on all ranks of a team, which count once."""
+        counted = self.rank % self.team_size == 0
         return self.sum(tag, [value if counted else 0.0 for value in values])
 
     def max(self, tag: str, values: Sequence[float]) -> list[float]:
@@ -204,8 +225,8 @@ class World:
         return records
 
     def gather_shares(self, tag: str, record: T) -> list[T]:
-        """``gather`` of records that are the same on all ranks of a ring: one for each ring."""
-        return self.gather(tag, record)[:: self.ring_size]
+        """``gather`` of records that are the same on all ranks of a team: one for each team."""
+        return self.gather(tag, record)[:: self.team_size]
 
     def add_up(self, tag: str, tensor: Tensor) -> None:
         """Replace ``tensor`` on every rank by its sum over ranks."""

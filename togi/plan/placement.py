@@ -24,6 +24,9 @@ class Role(StrEnum):
     REWARD = "reward"
 
 
+LEARNERS = (Role.ACTOR, Role.CRITIC)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """``slots`` = nodes x per_node; each of ``roles`` has one process in every slot, one for each reward model."""
@@ -47,18 +50,24 @@ def used_roles(config: RLConfig) -> tuple[Role, ...]:
     return (*roles, *[Role.REWARD] * len(config.scoring_models))
 
 
+def team_size(config: RLConfig, role: Role) -> int:
+    """How many workers compute each batch of a model: a ring, or a group that parts the weights of a model in training."""
+    splits = config.ds_tensor_parallel_size if role in LEARNERS else 1
+    return config.ring_attn_size * splits
+
+
 def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
     """Replace every ``auto`` of the placement by a number, and say so in the sources.
 
-    Without GPUs every role gets one worker, or as many as make a ring. With GPUs, colocated roles get all of them and
-    separate groups equal shares, of whole rings.
+    Without GPUs every role gets one worker, or as many as make a team (``team_size``). With GPUs, colocated roles get all of
+    them and separate groups equal shares, of whole teams.
     """
     config = parsed.config
     separate = 1 if config.colocate_all_models else len(_sharing(config))
-    share, ring = max(1, machine.gpus // separate), config.ring_attn_size
+    share, team = max(1, machine.gpus // separate), team_size(config, Role.ACTOR)
     values: dict[str, Any] = {}
     actor = config.actor_num_gpus_per_node
-    actor_per_node = max(1, share // ring) * ring if actor == "auto" else actor
+    actor_per_node = max(1, share // team) * team if actor == "auto" else actor
     for role in ("actor", "critic", "ref", "reward"):
         if getattr(config, f"{role}_num_gpus_per_node") == "auto":
             values[f"{role}_num_gpus_per_node"] = actor_per_node
@@ -74,7 +83,7 @@ def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
 def plan_groups(config: RLConfig) -> tuple[Group, ...]:
     """The groups of a resolved configuration."""
     sizes = _sizes(config)
-    _check_rings(config, sizes)
+    _check_teams(config, sizes)
     groups = []
     for roles in _sharing(config):
         counts = {sizes[role] for role in roles if role is not Role.ENGINE}
@@ -111,14 +120,15 @@ def check_fits(groups: tuple[Group, ...], cluster_gpus: int) -> None:
         )
 
 
-def _check_rings(config: RLConfig, sizes: Mapping[Role, tuple[int, int]]) -> None:
-    """The workers of each model can be put into rings."""
+def _check_teams(config: RLConfig, sizes: Mapping[Role, tuple[int, int]]) -> None:
+    """The workers of each model are whole teams."""
+    flag = "--ring_attn_size" if config.ring_attn_size > 1 else "--ds_tensor_parallel_size"
     for role in used_roles(config):
         nodes, per_node = sizes[role]
-        if role is not Role.ENGINE and nodes * per_node % config.ring_attn_size != 0:
+        if role is not Role.ENGINE and nodes * per_node % team_size(config, role) != 0:
             raise ConfigError(
-                f"--ring_attn_size {config.ring_attn_size} does not divide the {nodes * per_node} workers of --{role}_num_nodes "
-                f"x --{role}_num_gpus_per_node: make it a divisor, or change those."
+                f"{flag} {team_size(config, role)} does not divide the {nodes * per_node} workers of --{role}_num_nodes x "
+                f"--{role}_num_gpus_per_node: make it a divisor, or change those."
             )
 
 

@@ -68,7 +68,7 @@ def run_in(
 
 
 def _run(config: OfflineConfig, command: str, world: World, journal: Journal) -> Result:
-    task, world = task_of(config), world.in_rings(config.ring_attn_size)
+    task, world = task_of(config), world.in_teams(config.ring_attn_size, config.ds_tensor_parallel_size)
     if config.flash_attn and config.ring_attn_size > 1:
         journal.announce(
             "--flash_attn: ring attention (--ring_attn_size) has kernels of its own, which are used instead"

@@ -21,6 +21,7 @@ from togi.recipes.preflight import (
     check_heads,
     check_model,
     check_sets,
+    check_splits,
     max_positions,
     trackers,
 )
@@ -37,8 +38,9 @@ def check(parsed: Parsed[OfflineConfig]) -> None:
     for flag, path in other_models(config).items():
         check_model(flag, path)
     check_context(config)
-    check_ring(config)
+    check_teams(config)
     check_heads(config, other_models(config).items())
+    check_splits(config, [("pretrain", config.pretrain)])
     check_experts(config)
     check_data(config)
     check_trackers(trackers(config))
@@ -63,22 +65,23 @@ def check_context(config: OfflineConfig) -> None:
             raise ConfigError(f"--max_len {config.max_len} is more than the {positions} positions of {path}: lower it.")
 
 
-def check_ring(config: OfflineConfig) -> None:
-    """The processes that a launcher started can be put into rings."""
-    ring = config.ring_attn_size
-    if ring == 1:
-        return
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes == "1":
-        raise ConfigError(
-            f"--ring_attn_size {ring} needs {ring} processes and this is one: start with torchrun --nproc_per_node {ring}, "
-            "or leave it out."
-        )
-    if processes.isdigit() and int(processes) % ring != 0:
-        raise ConfigError(
-            f"--ring_attn_size {ring} does not divide the {processes} processes of --nproc_per_node x --nnodes: "
-            f"start a multiple of {ring}, or lower --ring_attn_size."
-        )
+def check_teams(config: OfflineConfig) -> None:
+    """The processes that a launcher started can be put into rings, or into groups that part the weights."""
+    for flag, size in (
+        ("--ring_attn_size", config.ring_attn_size),
+        ("--ds_tensor_parallel_size", config.ds_tensor_parallel_size),
+    ):
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if size > 1 and processes == "1":
+            raise ConfigError(
+                f"{flag} {size} needs {size} processes and this is one: start with torchrun --nproc_per_node {size}, "
+                "or leave it out."
+            )
+        if processes.isdigit() and int(processes) % size != 0:
+            raise ConfigError(
+                f"{flag} {size} does not divide the {processes} processes of --nproc_per_node x --nnodes: "
+                f"start a multiple of {size}, or lower {flag}."
+            )
 
 
 def check_data(config: OfflineConfig) -> None:

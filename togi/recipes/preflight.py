@@ -17,6 +17,7 @@ from typing import Any
 
 from togi.config.checks import check_mixture, check_rl
 from togi.config.choices import BackendName, EngineName
+from togi.config.parallel_checks import check_splittable
 from togi.config.parse import Parsed
 from togi.config.reward import verifier_of
 from togi.config.rl import RLConfig
@@ -58,6 +59,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     for flag, path in models:
         check_model(flag, path)
     check_heads(config, models)
+    check_splits(config, trained_models(config))
     check_context(config)
     check_experts(config)
     check_prompts(config)
@@ -99,6 +101,19 @@ def check_replayed(config: RLConfig, folder: Path) -> None:
             raise ConfigError(
                 f"--replay {folder} was made with --{name} {then}, but here it is {now}: make them equal."
             )
+
+
+def trained_models(config: RLConfig) -> list[tuple[str, str]]:
+    """The folders that actor and critic start from, with their flags."""
+    flags = {path: flag for flag, path in reversed(models_of(config))}
+    sources = [config.pretrain, config.critic_source] if config.uses_critic else [config.pretrain]
+    return [(flags[path], path) for path in sources]
+
+
+def check_splits(config: TrainSettings, models: Iterable[tuple[str, str]]) -> None:
+    """The layers of every model in training, given with its flag, can be split over ``--ds_tensor_parallel_size`` ranks."""
+    for flag, path in models:
+        check_splittable(config.ds_tensor_parallel_size, flag, path, model_settings(path))
 
 
 def check_backend(backend: BackendName) -> None:

@@ -72,14 +72,13 @@ class ModelWorker:
         """The largest resident size of this process so far."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _join(self, rank: int, size: int, address: str, port: int, config: RLConfig) -> None:
+    def _join(self, rank: int, size: int, address: str, port: int, config: RLConfig, tensor_size: int = 1) -> None:
         self._config = config
         torch.manual_seed(config.seed)
         if config.full_determinism:
             torch.use_deterministic_algorithms(True)
-        self._world = World.join(Rendezvous(rank, size, address, port), default_device()).in_rings(
-            config.ring_attn_size
-        )
+        world = World.join(Rendezvous(rank, size, address, port), default_device())
+        self._world = world.in_teams(config.ring_attn_size, tensor_size)
 
     def _load(self, role: Role, path: str, dtype: torch.dtype) -> PolicyModel | ScalarModel:
         """The role's model on the CPU, in this rank's ring if there are rings."""
@@ -164,7 +163,7 @@ class LearnerWorker(ModelWorker):
 
     def start(self, rank: int, size: int, address: str, port: int, config: RLConfig, role: Role, total: int) -> None:
         """``total``: planned optimizer steps, for the schedule."""
-        self._join(rank, size, address, port, config)
+        self._join(rank, size, address, port, config, config.ds_tensor_parallel_size)
         self._role = role
         # frozen weights need no float32 masters
         dtype = torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32

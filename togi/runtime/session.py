@@ -9,9 +9,9 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from ray.actor import ActorHandle
 
 from togi.config.rl import RLConfig
 from togi.errors import RunError
@@ -19,7 +19,7 @@ from togi.learn.learner import UpdateReport
 from togi.learn.policy_objective import OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS
 from togi.obs import names
 from togi.plan.machine import Machine
-from togi.plan.placement import Role, plan_groups, used_roles
+from togi.plan.placement import LEARNERS, Role, plan_groups, team_size, used_roles
 from togi.rollout.engine import EngineSettings
 from togi.rollout.parity import check_probe, compare, probe
 from togi.runtime.cluster import Cluster, Resources, connect, disconnect
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 # What cuBLAS needs to be deterministic under --full_determinism; it costs a few MB.
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 SHUTDOWN_SECONDS = 60.0
-LEARNERS = (Role.ACTOR, Role.CRITIC)
 
 
 class Session:
@@ -71,16 +70,20 @@ class Session:
 
     @classmethod
     async def _start(cls, config: RLConfig, cluster: Cluster, updates: Mapping[Role, int]) -> Session:
-        dealing: Any = {"share_prompts": config.share_prompts, "ranks_per_share": config.ring_attn_size}
+        def group_of(role: Role, workers: Sequence[ActorHandle]) -> WorkerGroup:
+            return WorkerGroup(
+                role, workers, share_prompts=config.share_prompts, ranks_per_share=team_size(config, role)
+            )
+
         workers = cluster.start(EngineWorker, Role.ENGINE, ENVIRONMENT, concurrency=MAX_CONCURRENT_CALLS)
         engines = EnginePool(workers)
         groups: dict[Role, WorkerGroup] = {
-            role: WorkerGroup(role, cluster.start(_kind(role), role, ENVIRONMENT), **dealing)
+            role: group_of(role, cluster.start(_kind(role), role, ENVIRONMENT))
             for role in used_roles(config)
             if role not in (Role.ENGINE, Role.REWARD)
         }
         rewards = [
-            WorkerGroup(Role.REWARD, cluster.start(ScorerWorker, Role.REWARD, ENVIRONMENT, number=n), **dealing)
+            group_of(Role.REWARD, cluster.start(ScorerWorker, Role.REWARD, ENVIRONMENT, number=n))
             for n in range(len(config.scoring_models))
         ]
         threads = cluster.threads(max(1, len(workers)))

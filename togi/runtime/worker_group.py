@@ -1,7 +1,7 @@
 """The processes of one model role, addressed as one: the same call on all of them, or the samples dealt out among them.
 
-Samples are dealt in shares, one for each ring of ``--ring_attn_size`` consecutive ranks. All ranks of a ring get the same
-samples and give the same answer, of which the first one's is taken.
+Samples are dealt in shares, one for each team of consecutive ranks that compute together (``World.team_size``). All ranks of a
+team get the same samples and give the same answer, of which the first one's is taken.
 """
 
 from __future__ import annotations
@@ -119,5 +119,5 @@ class WorkerGroup:
         ]
 
     async def _one_per_share(self, refs: Sequence[ObjectRef]) -> list[Any]:
-        """The answers of the first ranks of all rings, to calls on all ranks."""
+        """The answers of the first ranks of all teams, to calls on all ranks."""
         return (await results_of(refs, self.role))[:: self._ranks_per_share]

@@ -1,0 +1,54 @@
+"""What the ways to share a model among processes do not compose with, found before anything heavy starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from togi.config.choices import BackendName
+from togi.config.offline import OfflineConfig
+from togi.config.rl import RLConfig
+from togi.config.shared import SPLITTABLE
+from togi.errors import ConfigError
+
+
+def tensor_problems(c: RLConfig | OfflineConfig) -> Iterator[str]:
+    """What is wrong with ``--ds_tensor_parallel_size``."""
+    size = c.ds_tensor_parallel_size
+    if size == 1:
+        return
+    tensor = f"--ds_tensor_parallel_size {size}"
+    if c.ring_attn_size > 1:
+        yield (
+            f"{tensor} with --ring_attn_size {c.ring_attn_size}: the first parts the weights and the second the tokens of a batch "
+            "among the same processes, leave one of them out."
+        )
+    if c.backend is not BackendName.FSDP2:
+        yield f"{tensor} splits weights beneath FSDP2: use --backend fsdp2, or leave it out."
+    if c.zero_stage == 0:
+        yield f"{tensor} with --zero_stage 0, which keeps every weight whole: use --zero_stage 1, 2 or 3."
+    if c.lora is not None:
+        yield f"{tensor} with --lora_rank {c.lora_rank}: adapters are not split, leave one of them out."
+    if c.aux_loss_coef > 0:
+        yield f"{tensor} with --aux_loss_coef {c.aux_loss_coef:g}: experts are not split, leave one of them out."
+    if c.adam_offload:
+        yield f"{tensor} with --adam_offload is not supported yet: leave one of them out."
+
+
+def check_splittable(size: int, flag: str, path: str, settings: dict[str, Any]) -> None:
+    """Raise ConfigError for a model, by its config.json, whose layers cannot be split in ``size`` equal parts."""
+    if size == 1 or not settings:
+        return
+    kind = settings.get("model_type")
+    if kind not in SPLITTABLE:
+        raise ConfigError(
+            f"--ds_tensor_parallel_size {size} can split {', '.join(SPLITTABLE)} models, but --{flag} {path} is a {kind} model: "
+            "leave it out."
+        )
+    heads = settings.get("num_attention_heads")
+    groups, hidden = settings.get("num_key_value_heads", heads), settings.get("intermediate_size")
+    if any(isinstance(number, int) and number % size != 0 for number in (heads, groups, hidden)):
+        raise ConfigError(
+            f"--ds_tensor_parallel_size {size} does not divide the {heads} heads, the {groups} key/value heads or the {hidden} "
+            f"hidden units of --{flag} {path}: choose a divisor of all three."
+        )

@@ -1,0 +1,112 @@
+"""Tensor parallelism: the ranks of a group hold a part of each large weight of a decoder block, through torch's DTensor plans.
+
+Megatron's split (Shoeybi et al. 2019, arXiv 1909.08053): query, key, value, gate and up projections by output, so that each
+rank has heads and hidden units of its own; output and down projections by input, whose results are summed. Attention runs
+on a rank's own heads and knows nothing of it. Embedding, head and norms are computed whole by every rank: the fused head
+(``togi.model.logprob_head``) reads the whole weight. Which data a group works on: ``World.shares``. Sharding over groups,
+which comes on top: ``fsdp2``. Not here: adapters, mixtures of experts, sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from togi.parallel.process import World
+
+DATA, TENSOR = "data", "tensor"
+
+
+def grid(world: World) -> DeviceMesh:
+    """All ranks: a row for each group, whose members are consecutive and so on one machine where they fit."""
+    ranks = torch.arange(world.size).view(-1, world.tensor_size)
+    return DeviceMesh(world.device.type, ranks, mesh_dim_names=(DATA, TENSOR))
+
+
+def split(block: nn.Module, mesh: DeviceMesh) -> None:
+    """Split a decoder block of the Llama family in place, over a group of ranks that have the same weights."""
+    plan: dict[str, ParallelStyle] = {
+        # the input enters once for all projections, and so does its gradient
+        "self_attn": PrepareModuleInput(
+            input_kwarg_layouts={"hidden_states": Replicate()},
+            desired_input_kwarg_layouts={"hidden_states": Replicate()},
+        ),
+        "mlp": PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)),
+        **{f"self_attn.{name}_proj": ColwiseParallel() for name in ("q", "k", "v")},
+        **{f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
+        "self_attn.o_proj": RowwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(),
+    }
+    there = dict(block.named_modules())
+    missing = [name for name in plan if name not in there]
+    assert not missing, f"{type(block).__name__} has no {missing[0]}: not of the Llama family"
+    # norms of single heads, which every rank has of its own heads only: their gradients are summed over the group
+    norms = [name for name in ("self_attn.q_norm", "self_attn.k_norm") if name in there]
+    plan |= {name: SequenceParallel(sequence_dim=2, use_local_output=True) for name in norms}
+    parallelize_module(block, mesh, plan, src_data_rank=None)
+
+
+def whole(part: Tensor) -> Tensor:
+    """A parameter or moment, or something of its layout, from the parts of all ranks. All call together."""
+    if not isinstance(part, DTensor):
+        return part
+    mesh, placements = part.device_mesh, part.placements
+    if mesh.ndim == 1:
+        return part.full_tensor()
+    # undone in the order in which it was done, since FSDP2 has cut what tensor parallelism had left
+    rows, shape = mesh[DATA], list(part.shape)
+    if isinstance(placements[1], Shard):
+        shape[placements[1].dim] //= mesh.size(1)
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    cut = DTensor.from_local(
+        part.to_local(), rows, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+    ).full_tensor()
+    return DTensor.from_local(cut, mesh[TENSOR], [placements[1]], run_check=False).full_tensor()
+
+
+@torch.no_grad()
+def copy_part(target: Tensor, full: Tensor) -> None:
+    """Copy this rank's part of ``full``, which every rank has read for itself."""
+    assert isinstance(target, DTensor)
+    mesh, placements = target.device_mesh, target.placements
+    if mesh.ndim == 2 and isinstance(placements[1], Shard):
+        full = full.chunk(mesh.size(1), dim=placements[1].dim)[mesh.get_local_rank(TENSOR)]
+    rows = mesh if mesh.ndim == 1 else mesh[DATA]
+    own = distribute_tensor(full.to(target.to_local().device), rows, [Shard(0)], src_data_rank=None)
+    target.to_local().copy_(own.to_local())
+
+
+def clip_split_gradients(parameters: Iterable[Tensor], max_norm: float, world: World) -> float:
+    """``torch.nn.utils.clip_grad_norm_`` where some gradients are sharded over all ranks and others only over groups."""
+    own, square = [], 0.0
+    for parameter in parameters:
+        assert isinstance(parameter.grad, DTensor)
+        own.append(parameter.grad.to_local())
+        square += float(own[-1].double().square().sum()) / _copies(parameter.grad, world)
+    norm = math.sqrt(world.sum("gradient norm", [square])[0])
+    if math.isfinite(norm) and norm > max_norm:
+        torch._foreach_mul_(own, max_norm / (norm + 1e-6))
+    return norm
+
+
+def _copies(part: DTensor, world: World) -> int:
+    """How many ranks hold each element."""
+    mesh = part.device_mesh
+    copies = world.size // mesh.size()
+    for dim, placement in enumerate(part.placements):
+        if placement.is_replicate():
+            copies *= mesh.size(dim)
+    return copies
