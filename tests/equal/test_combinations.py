@@ -64,7 +64,8 @@ def test_pairs_of_ways_equal_one_plain_process(world: Path, what: tuple[str, ...
                 assert b[key] == pytest.approx(a[key], rel=5e-2 if loose else 5e-4, abs=2e-5), (step, key, combination)
         ours, theirs = (load_file(folder / "model" / file) for folder in (one, run))
         assert ours.keys() == theirs.keys(), combination
-        assert max_difference(ours, theirs) < (2e-2 if loose else 1e-4), combination
+        # a gradient that is hardly more than float32's rounding still makes a good part of an AdamW step, here of 3e-3
+        assert max_difference(ours, theirs) < (2e-2 if loose else 3e-4), combination
 
 
 def test_the_page_is_what_the_settings_say() -> None:
