@@ -172,6 +172,7 @@ class OnRewardError(StrEnum):
 class Verifier(StrEnum):
     """Reward functions that come with Togi, each a module of ``togi.reward.verifiers``."""
 
+    CODE = "code"
     EXACT = "exact"
     FORMAT = "format"
     JSON_SCHEMA = "json_schema"
