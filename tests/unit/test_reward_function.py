@@ -294,7 +294,8 @@ def test_optional_arguments_async_dict_and_abstaining(tmp_path):
 def test_keyword_arguments_reach_a_function_that_takes_any(tmp_path):
     source = """\
         def reward_func(queries, prompts, labels, **kwargs):
-            assert kwargs == {"responses": ["a"], "datasources": ["quiz"], "finish_reasons": ["stop"]}, kwargs
+            known = {"responses": ["a"], "datasources": ["quiz"], "finish_reasons": ["stop"], "response_lengths": [1]}
+            assert kwargs == known, kwargs
             return {"rewards": [1], "extra_logs": {"function": 1}}
     """
     with closing(FunctionReward.from_file(write(tmp_path, source), ONE)) as reward:

@@ -19,11 +19,14 @@ from togi.reward.verifiers import reasoning_gym as gym
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 
-def scored(flags: list[str], texts: list[str], label: object) -> list[Score]:
+def scored(flags: list[str], texts: list[str], label: object, tokens: int = 1) -> list[Score]:
     async def run() -> list[Score]:
         rewards = EarlyRewards(parse(RLConfig, [*flags, "--reward_workers", "1"], "rl").config, None)
         prompt = Prompt("p", (1,), "How many? 99 ", label)
-        group = [Rollout(prompt, "g", (3,), (True,), (-1.0,), text, FinishReason.STOP, 0) for text in texts]
+        group = [
+            Rollout(prompt, "g", (3,) * tokens, (True,) * tokens, (-1.0,) * tokens, text, FinishReason.STOP, 0)
+            for text in texts
+        ]
         scores = await rewards.functions[0].score(group)
         await rewards.close()
         return scores
@@ -45,6 +48,16 @@ def test_exact() -> None:
 def test_format() -> None:
     texts = ["<think>a\nb</think>4", " <think></think>5\n", "<think>4", "4"]
     assert values("format", texts, "", "--format_regex", r"<think>.*</think>\d") == [1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "linear", "cosine"), [(8, 1.0, 1.0), (6, 0.75, 0.853553), (12, 0.5, 0.5), (16, 0.0, 0.0), (99, 0.0, 0.0)]
+)
+def test_length(tokens: int, linear: float, cosine: float) -> None:
+    flags = ["--reward_func", "builtin:length", "--length_target", "8", "--length_shape"]
+    for shape, expected in (("linear", linear), ("cosine", cosine)):
+        (score,) = scored([*flags, shape], ["a text"], None, tokens)
+        assert score.value == pytest.approx(expected, abs=1e-6)
 
 
 def test_json_schema() -> None:
@@ -93,6 +106,9 @@ NEEDED = ["--pretrain", "m", "--prompt_data", "d.jsonl", "--reward_func"]
         (["builtin:maths"], ["builtin:maths is not known", "builtin:math"]),
         (["builtin:format"], ["--format_regex", "builtin:format"]),
         (["builtin:exact", "--format_regex", "a"], ["--format_regex", "builtin:format"]),
+        (["builtin:length"], ["--length_target", "builtin:length"]),
+        (["builtin:exact", "--length_target", "9"], ["--length_target", "builtin:length"]),
+        (["builtin:exact", "--length_shape", "cosine"], ["--length_shape", "builtin:length"]),
         (["builtin:format", "--format_regex", "("], ["--format_regex (", "not a regular expression"]),
     ],
 )

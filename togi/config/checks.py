@@ -14,6 +14,7 @@ from togi.config.choices import (
     EngineName,
     GradAccumDtype,
     KLEstimator,
+    LengthShape,
     RemoteMode,
     RewardCombination,
     Scheduler,
@@ -94,6 +95,18 @@ def _data(c: RLConfig) -> Iterator[str]:
         )
 
 
+def _verifier_settings(c: RLConfig) -> Iterator[str]:
+    """Flags that belong to one built-in reward function."""
+    if (c.format_regex is not None) != (f"{BUILTIN}{Verifier.FORMAT}" in c.reward_files):
+        yield "--format_regex and --reward_func builtin:format belong together: give both or none."
+    yield from _regex_problems(c.format_regex or "")
+    uses_length = f"{BUILTIN}{Verifier.LENGTH}" in c.reward_files
+    if (c.length_target is not None) != uses_length:
+        yield "--length_target and --reward_func builtin:length belong together: give both or none."
+    if c.length_shape is not LengthShape.LINEAR and not uses_length:
+        yield "--length_shape belongs to --reward_func builtin:length: add that, or leave the shape out."
+
+
 def _reward(c: RLConfig) -> Iterator[str]:
     known = {f"{BUILTIN}{verifier}" for verifier in Verifier}
     for file in c.reward_files:
@@ -104,9 +117,7 @@ def _reward(c: RLConfig) -> Iterator[str]:
     for url in c.reward_urls:
         if not url.startswith(("http://", "https://")):
             yield f"--remote_rm_url {url}: give the http:// or https:// address of a reward server, or the path of a .py file."
-    if (c.format_regex is not None) != (f"{BUILTIN}{Verifier.FORMAT}" in c.reward_files):
-        yield "--format_regex and --reward_func builtin:format belong together: give both or none."
-    yield from _regex_problems(c.format_regex or "")
+    yield from _verifier_settings(c)
     for flag, items in (
         ("--reward_func", c.reward_files),
         ("--remote_rm_url", c.reward_urls),

@@ -176,6 +176,7 @@ class Verifier(StrEnum):
     EXACT = "exact"
     FORMAT = "format"
     JSON_SCHEMA = "json_schema"
+    LENGTH = "length"
     MATH = "math"
     REASONING_GYM = "reasoning_gym"
 
@@ -188,6 +189,13 @@ class Verifier(StrEnum):
             Verifier.REASONING_GYM: "reasoning_gym",
         }
         return packages.get(self, "")
+
+
+class LengthShape(StrEnum):
+    """How builtin:length falls from 1 at the target length to 0 at no length and at twice the target."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
 
 
 class EvalTask(StrEnum):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from togi.config.choices import BUILTIN, OnRewardError, RemoteMode, RewardCombination, Verifier
+from togi.config.choices import BUILTIN, LengthShape, OnRewardError, RemoteMode, RewardCombination, Verifier
 from togi.config.fields import Count, Int, PathText, Settings, flag
 
 
@@ -16,6 +16,10 @@ class RewardSettings(Settings):
     )
     format_regex: str | None = flag(
         None, "What builtin:format wants a whole response to match, a Python regular expression."
+    )
+    length_target: Count | None = flag(None, "The length of a response that builtin:length rewards most, in tokens.")
+    length_shape: LengthShape = flag(
+        LengthShape.LINEAR, "How builtin:length falls off: linear, or cosine, which is flat near the target."
     )
     remote_rm_url: PathText | None = flag(
         None, "Reward servers, comma-separated http(s) URLs; a .py path among them is a --reward_func."
@@ -76,6 +80,14 @@ class RewardSettings(Settings):
         """Paths of the reward function files, under whichever of the two names they were given, and names of built-in ones."""
         remote = tuple(item for item in _listed(self.remote_rm_url) if item.endswith(".py"))
         return _listed(self.reward_func) + remote
+
+    def verifier_settings(self, verifier: Verifier) -> dict[str, str]:
+        """The keyword arguments of a built-in function, from the flags that are its own."""
+        if verifier is Verifier.FORMAT and self.format_regex is not None:
+            return {"format_regex": self.format_regex}
+        if verifier is Verifier.LENGTH:
+            return {"length_target": str(self.length_target), "length_shape": self.length_shape}
+        return {}
 
     @property
     def allowed_reward_errors(self) -> float:

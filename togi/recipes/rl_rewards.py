@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from togi.config.choices import BUILTIN, RemoteMode, Verifier
+from togi.config.choices import BUILTIN, RemoteMode
 from togi.config.reward import verifier_of
 from togi.config.rl import RLConfig
 from togi.reward.combine import CombinedReward, Term, distinct_names
@@ -42,9 +42,8 @@ class EarlyRewards:
         self.names = reward_names(config, function_given=function is not None)
         limits = CallLimits(config.reward_workers, config.reward_timeout, config.reward_retries)
         own = self.names[len(config.reward_models) + config.remote_sources :]
-        settings = {"format_regex": config.format_regex} if config.format_regex is not None else {}
         for item, name in zip(config.reward_files, own, strict=False):
-            self.functions.append(from_item(item, settings, limits, name))
+            self.functions.append(from_item(item, config, limits, name))
         if function is not None:
             self.functions.append(FunctionReward.from_callable(function, limits, own[-1]))
 
@@ -101,12 +100,12 @@ def describe(config: RLConfig, reward: CombinedReward) -> str:
     return "; ".join(part for part in (reward.formula if len(reward.terms) > 1 else "", note) if part)
 
 
-def from_item(item: str, settings: Mapping[str, str], limits: CallLimits, name: str) -> FunctionReward:
+def from_item(item: str, config: RLConfig, limits: CallLimits, name: str) -> FunctionReward:
     """One entry of ``--reward_func``: a built-in function or a file."""
     verifier = verifier_of(item)
     if verifier is None:
         return FunctionReward.from_file(item, limits, name)
-    return FunctionReward.from_verifier(verifier, settings if verifier is Verifier.FORMAT else {}, limits, name)
+    return FunctionReward.from_verifier(verifier, config.verifier_settings(verifier), limits, name)
 
 
 def shared_urls(config: RLConfig) -> list[tuple[str, ...]]:

@@ -2,8 +2,8 @@
 
 Signature: ``reward_func(queries, prompts, labels, **kwargs)``, sync or async, called with a whole group (all samples of
 one prompt). The three arguments are lists of equal length; a query is prompt text + response text. ``responses``,
-``datasources`` and ``finish_reasons`` are given as keyword arguments when the function accepts them. What may be
-returned: see ``returned``.
+``datasources``, ``finish_reasons`` and ``response_lengths`` (in tokens; not in togi iterate) are given as keyword arguments when
+the function accepts them. What may be returned: see ``returned``.
 
 The function runs in worker processes (``pool``); several groups are scored at the same time. A call that fails makes
 every sample of its group an error, after ``retries`` more tries where the reason may pass: never a score of zero.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from togi.errors import RewardError
-from togi.reward.wire import OPTIONAL_ARGUMENTS, Answer, Call
+from togi.reward.wire import Answer, Call
 from togi.sample import Outcome, Rollout, Score
 
 
@@ -23,14 +23,18 @@ def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Cal
                 f"The label of prompt {rollout.prompt.id!r} is not a JSON value ({problem}); "
                 "point --label_key at a field of texts, numbers, lists or objects."
             )
-    responses = [rollout.response_text for rollout in group]
-    datasources = [rollout.prompt.datasource for rollout in group]
-    finish_reasons = [rollout.finish_reason.value for rollout in group]
+    optional: dict[str, list[str] | list[int]] = {
+        "responses": [rollout.response_text for rollout in group],
+        "datasources": [rollout.prompt.datasource for rollout in group],
+        "finish_reasons": [rollout.finish_reason.value for rollout in group],
+    }
+    if all(rollout.response_tokens for rollout in group):  # texts of another command have none
+        optional["response_lengths"] = [len(rollout.response_tokens) for rollout in group]
     return Call(
         queries=[rollout.prompt.text + response(rollout) for rollout in group],
         prompts=[rollout.prompt.text for rollout in group],
         labels=[rollout.prompt.label for rollout in group],
-        optional=dict(zip(OPTIONAL_ARGUMENTS, (responses, datasources, finish_reasons), strict=True)),
+        optional=optional,
     )
 
 

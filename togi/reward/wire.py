@@ -10,14 +10,14 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
 LENGTH = struct.Struct("!Q")
 NO_INDEX = -1
-OPTIONAL_ARGUMENTS = ("responses", "datasources", "finish_reasons")
+OPTIONAL_ARGUMENTS = ("responses", "datasources", "finish_reasons", "response_lengths")
 
 
 class LoadKind(StrEnum):
@@ -43,12 +43,12 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One group: lists with one entry per rollout. ``optional``: a list for each of ``OPTIONAL_ARGUMENTS``."""
+    """One group: lists with one entry per rollout. ``optional``: a list for each of ``OPTIONAL_ARGUMENTS`` that is known."""
 
     queries: list[str]
     prompts: list[str]
     labels: list[Any]
-    optional: Mapping[str, list[str]]
+    optional: Mapping[str, Sequence[str | int]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ async def _wait(awaitable: Any) -> Any:
     return await awaitable
 
 
-def accepted(function: Function, optional: Mapping[str, list[str]]) -> dict[str, list[str]]:
+def accepted(function: Function, optional: Mapping[str, Sequence[str | int]]) -> dict[str, Sequence[str | int]]:
     """Those of the optional keyword arguments that the function's signature has room for."""
     try:
         parameters = inspect.signature(function).parameters
