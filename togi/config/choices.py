@@ -20,6 +20,17 @@ class AdvantageEstimator(StrEnum):
         return self not in (AdvantageEstimator.GAE, AdvantageEstimator.REINFORCE)
 
 
+class Algo(StrEnum):
+    """Named algorithms with their published settings (``togi.config.presets``)."""
+
+    PPO = "ppo"
+    REINFORCE_PP = "reinforce++"
+    REINFORCE_PP_BASELINE = "reinforce++-baseline"
+    GRPO = "grpo"
+    RLOO = "rloo"
+    DR_GRPO = "dr_grpo"
+
+
 class KLEstimator(StrEnum):
     """Estimators of KL(policy || reference) from one sample (Schulman, "Approximating KL Divergence", 2020)."""
 

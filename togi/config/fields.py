@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -40,6 +41,10 @@ class Settings(BaseModel):
     """Frozen and closed: an unknown name is an error and nothing changes after parsing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, validate_default=False)
+
+    def preset(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """Values that one of the settings brings for those not ``given``, and its flag with its value; none by default."""
+        return "", {}
 
 
 def flag(default: Any, help_text: str, **constraints: Any) -> Any:

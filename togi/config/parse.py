@@ -52,10 +52,14 @@ class Source(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Parsed(Generic[C]):
-    """A configuration and, for each of its names, where the value came from."""
+    """A configuration and, for each of its names, where the value came from: a ``Source``, or the flag that brought it."""
 
     config: C
-    sources: Mapping[str, Source]
+    sources: Mapping[str, str]
+
+    def values_from(self, source: str) -> dict[str, Any]:
+        """The values that came from one place, by name."""
+        return self.config.model_dump(include={name for name, origin in self.sources.items() if origin == source})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,16 +93,22 @@ def build(config_class: type[C], values: Mapping[str, Any], sources: Mapping[str
     for name in values:
         if name not in config_class.model_fields:
             raise ConfigError(_unknown(name, config_class, prefix=""))
-    try:
-        config = config_class(**values)
-    except ValidationError as error:
-        raise ConfigError(_sentence(error, values)) from None
+    config = _validated(config_class, values)
     for name in values:
         default = config_class.model_fields[name].default
         if is_later(config_class, name) and getattr(config, name) != default:
             raise ConfigError(f"--{name} is not supported yet: leave it out (its default is {_shown(default)}).")
-    every = {name: sources.get(name, Source.DEFAULT) for name in config_class.model_fields}
-    return Parsed(config, every)
+    bringer, brought = config.preset({name: getattr(config, name) for name in values})
+    known = {**dict.fromkeys(brought, bringer), **sources}
+    every = {name: known.get(name, Source.DEFAULT) for name in config_class.model_fields}
+    return Parsed(_validated(config_class, {**brought, **values}), every)
+
+
+def _validated(config_class: type[C], values: Mapping[str, Any]) -> C:
+    try:
+        return config_class(**values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, values)) from None
 
 
 def read_file(path: Path, config_class: type[Settings]) -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from togi.config.choices import (
     AdvantageEstimator,
     Aggregation,
+    Algo,
     CorrectionType,
     EngineName,
     KLEstimator,
     PolicyLossType,
 )
 from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, later
+from togi.config.presets import preset_values
 from togi.config.reward import RewardSettings
 from togi.config.samples import SampleSettings
 from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
@@ -80,6 +83,10 @@ class RolloutSettings(Settings):
 class AlgorithmSettings(Settings):
     """Algorithm"""
 
+    algo: Algo | None = flag(
+        None,
+        "Start from the published settings of an algorithm; what is given otherwise wins, and sizes are not part of it.",
+    )
     advantage_estimator: AdvantageEstimator = flag(AdvantageEstimator.GAE, "How rewards become advantages.")
     gamma: float = flag(1.0, "Discount. Group estimators need 1.", gt=0, le=1)
     lambd: float = flag(1.0, "GAE lambda.", ge=0, le=1)
@@ -180,6 +187,12 @@ class RLConfig(
 
     ckpt_path: PathText = flag("./ckpt/checkpoints_ppo_ray", "Folder of resumable checkpoints.")
     wandb_project: str = flag("togi_rl", "Weights & Biases project.")
+
+    def preset(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """The published settings of ``--algo``. Raises ConfigError where they contradict what was given."""
+        if self.algo is None:
+            return "", {}
+        return f"--algo {self.algo}", preset_values(self.algo, given)
 
     @property
     def generates(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from togi.config.parse import Parsed
+from togi.config.presets import describe
 from togi.config.rl import RLConfig
 from togi.plan.machine import joins_cluster, this_machine
 from togi.plan.precision import usable_precision
@@ -32,6 +33,9 @@ def start_rl(
 
     Raises UserError for whatever the user can mend, before a model is loaded where that is possible.
     """
+    if parsed.config.algo is not None:
+        bringer, _ = parsed.config.preset({})
+        announce(describe(parsed.config.algo, parsed.values_from(bringer)))
     machine = this_machine()
     ready, notice = usable_precision(preflight.check(parsed, machine, reward_given=reward is not None), machine)
     if notice:

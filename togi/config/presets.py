@@ -1,0 +1,149 @@
+"""Named algorithms: what each of them is, and the numbers it was published with.
+
+A preset fills in settings that were not given. Batch sizes, lengths and the model are nobody's but the user's: they depend on the
+task and the machine. What was given always wins, but for the one setting that makes the algorithm what it is: another
+advantage estimator is another algorithm. Where something given makes a value of the preset meaningless, such as
+``--init_kl_coef 0`` the form of its KL, that value is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from togi.config.choices import AdvantageEstimator, Algo, KLEstimator, PolicyLossType
+from togi.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """``settings`` by their flat names. ``source``: where they were published."""
+
+    estimator: AdvantageEstimator
+    settings: Mapping[str, Any]
+    source: str
+
+
+# The clip of GRPO is not in its paper; 0.2 is PPO's. RLOO's paper does not clip: on one update per rollout nothing is clipped.
+PRESETS: Mapping[Algo, Preset] = {
+    Algo.PPO: Preset(
+        AdvantageEstimator.GAE,
+        {
+            "gamma": 1.0,
+            "lambd": 0.95,
+            "eps_clip": 0.2,
+            "value_clip": 0.2,
+            "init_kl_coef": 0.02,
+            "use_kl_loss": False,
+            "kl_estimator": KLEstimator.K1,
+            "critic_learning_rate": 9e-6,
+        },
+        "Ouyang et al. 2022, arXiv 2203.02155, appendix C.4; lambda: Stiennon et al. 2020, arXiv 2009.01325",
+    ),
+    Algo.REINFORCE_PP: Preset(
+        AdvantageEstimator.REINFORCE,
+        {
+            "gamma": 1.0,
+            "eps_clip": 0.2,
+            "init_kl_coef": 0.01,
+            "use_kl_loss": False,
+            "kl_estimator": KLEstimator.K1,
+            "actor_learning_rate": 5e-7,
+        },
+        "Hu et al. 2025, arXiv 2501.03262",
+    ),
+    Algo.REINFORCE_PP_BASELINE: Preset(
+        AdvantageEstimator.REINFORCE_BASELINE,
+        {
+            "n_samples_per_prompt": 8,
+            "eps_clip": 0.2,
+            "init_kl_coef": 1e-5,
+            "use_kl_loss": True,
+            "kl_estimator": KLEstimator.K2,
+        },
+        "Hu et al. 2025, arXiv 2501.03262; numbers of its authors' example",
+    ),
+    Algo.GRPO: Preset(
+        AdvantageEstimator.GROUP_NORM,
+        {
+            "n_samples_per_prompt": 64,
+            "eps_clip": 0.2,
+            "loss_aggregation": "sequence_mean",
+            "init_kl_coef": 0.04,
+            "use_kl_loss": True,
+            "kl_estimator": KLEstimator.K3,
+            "actor_learning_rate": 1e-6,
+        },
+        "Shao et al. 2024, arXiv 2402.03300, section 4.2",
+    ),
+    Algo.RLOO: Preset(
+        AdvantageEstimator.RLOO,
+        {
+            "n_samples_per_prompt": 4,
+            "init_kl_coef": 0.03,
+            "use_kl_loss": False,
+            "kl_estimator": KLEstimator.K1,
+            "actor_learning_rate": 1e-6,
+        },
+        "Ahmadian et al. 2024, arXiv 2402.14740, appendix C",
+    ),
+    Algo.DR_GRPO: Preset(
+        AdvantageEstimator.DR_GRPO,
+        {
+            "n_samples_per_prompt": 8,
+            "eps_clip": 0.2,
+            "loss_aggregation": "constant",
+            "init_kl_coef": 0.0,
+            "actor_learning_rate": 1e-6,
+        },
+        "Liu et al. 2025, arXiv 2503.20783, table 6",
+    ),
+}
+
+
+def preset_values(algo: Algo, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``--algo`` sets beside the settings that were ``given``, by flat name.
+
+    Raises ConfigError when the given advantage estimator is not the algorithm's.
+    """
+    preset = PRESETS[algo]
+    estimator = given.get("advantage_estimator", preset.estimator)
+    if estimator != preset.estimator:
+        raise ConfigError(
+            f"--advantage_estimator {estimator} contradicts --algo {algo}, which is {preset.estimator} by definition: leave one "
+            "of them out."
+        )
+    brought = {"advantage_estimator": preset.estimator, **preset.settings}
+    moot = _moot(brought, given)
+    return {name: value for name, value in brought.items() if name not in given and name not in moot}
+
+
+def _moot(brought: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
+    """Names of which the preset's value would have no effect beside what was given, or contradict it."""
+    moot = set[str]()
+    if given.get("init_kl_coef") == 0:
+        moot |= {"use_kl_loss", "kl_estimator"}
+    if "use_kl_loss" in given and given["use_kl_loss"] != brought.get("use_kl_loss"):
+        moot |= {"kl_estimator"}
+    if "eps_clip" in given:
+        moot |= {"eps_clip_low_high"}
+    if "eps_clip_low_high" in given:
+        moot |= {"eps_clip"}
+    if given.get("policy_loss_type") is PolicyLossType.GSPO:
+        moot |= {"loss_aggregation", "vllm_is_correction_type"}
+    if given.get("enable_vllm_is_correction") is False:
+        moot |= {"vllm_is_correction_type"}
+    return moot
+
+
+def describe(algo: Algo, settings: Mapping[str, Any]) -> str:
+    """One line: what the preset set, as flags, and where that was published."""
+    flags = " ".join(_as_flag(name, value) for name, value in settings.items())
+    return f"--algo {algo} sets {flags} ({PRESETS[algo].source})"
+
+
+def _as_flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
