@@ -40,6 +40,8 @@ PUBLISHED = {
     "grpo": ("group_norm", 0.04, "k3", True, 64, "sequence_mean", 1.0),
     "rloo": ("rloo", 0.03, "k1", False, 4, "token_mean", 1.0),
     "dr_grpo": ("dr_grpo", 0.0, "k1", False, 8, "constant", 1.0),
+    "dapo": ("group_norm", 0.0, "k1", False, 16, "token_mean", 1.0),
+    "prorl": ("reinforce_baseline", 1e-4, "k2", True, 16, "token_mean", 1.0),
 }
 
 
@@ -48,6 +50,18 @@ def test_published_settings(algo: str) -> None:
     c = rl("--algo", algo).config
     found = (c.advantage_estimator, c.init_kl_coef, c.kl_estimator, c.use_kl_loss, c.n_samples_per_prompt)
     assert (*found, c.aggregation, c.lambd) == PUBLISHED[algo]
+
+
+def test_the_two_with_filtering_and_length_penalties() -> None:
+    dapo = rl("--algo", "dapo", "--generate_max_len", "500").config
+    assert (dapo.clip_range, dapo.dynamic_filtering, dapo.lr_scheduler) == ((0.2, 0.28), True, "constant_with_warmup")
+    assert (dapo.overlong_buffer_len, dapo.overlong_penalty_factor, dapo.stop_properly_penalty_coef) == (100, 1.0, None)
+    assert rl("--algo", "dapo", "--overlong_buffer_len", "7", "--eps_clip", "0.1").config.clip_range == (0.1, 0.1)
+    prorl = rl("--algo", "prorl").config
+    assert (prorl.clip_range, prorl.dynamic_filtering, prorl.overlong_buffer_len) == ((0.2, 0.27), True, None)
+    assert (prorl.stop_properly_penalty_coef, prorl.vllm_is_correction_type) == (0.0, "icepop")
+    assert (prorl.enable_vllm_is_correction, prorl.vllm_is_truncated_threshold) == (True, (0.5, 5.0))
+    check_rl(rl("--algo", "prorl", "--no_enable_vllm_is_correction", "--no_dynamic_filtering").config)
 
 
 def test_what_is_given_wins_whatever_gives_it(tmp_path: Path) -> None:
@@ -101,6 +115,6 @@ def test_values_that_would_contradict_what_is_given_are_left_out(flags: list[str
 def test_the_line_says_what_was_set_and_by_whom_it_was_published() -> None:
     parsed = rl("--algo", "dr_grpo", "--n_samples_per_prompt", "4")
     assert describe(Algo.DR_GRPO, parsed.values_from("--algo dr_grpo")) == (
-        "--algo dr_grpo sets --advantage_estimator dr_grpo --eps_clip 0.2 --loss_aggregation constant --init_kl_coef 0.0 "
-        "--actor_learning_rate 1e-06 (Liu et al. 2025, arXiv 2503.20783, table 6)"
+        "--algo dr_grpo sets --actor_learning_rate 1e-06 --advantage_estimator dr_grpo --eps_clip 0.2 --loss_aggregation "
+        "constant --init_kl_coef 0.0 (Liu et al. 2025, arXiv 2503.20783, table 6)"
     )

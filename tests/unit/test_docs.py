@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.test_iterate import EXAMPLES as BEST_OF_N_EXAMPLES
 from tests.e2e.test_offline_run import EXAMPLES as OFFLINE_EXAMPLES
+from tests.e2e.test_rl_losses import EXAMPLES as LOSS_EXAMPLES
 from tests.e2e.test_rl_run import EXAMPLES
 from tests.e2e.test_rlhf_chain import EXAMPLES as CHAIN_EXAMPLES
 from togi.cli.main import COMMANDS
@@ -71,9 +72,9 @@ def test_commands_are_real(page: Path) -> None:
 def test_every_script_is_in_the_readme_and_in_the_tests() -> None:
     scripts = {path.name for path in (ROOT / "examples" / "scripts").glob("*.sh") if not path.name.startswith("common")}
     readme = (ROOT / "README.md").read_text()
-    assert scripts == {*EXAMPLES, *OFFLINE_EXAMPLES, *BEST_OF_N_EXAMPLES, *CHAIN_EXAMPLES}
-    # The chain gets its row together with the figures of its run.
-    assert all(f"examples/scripts/{name}" in readme for name in scripts - CHAIN_EXAMPLES.keys())
+    assert scripts == {*EXAMPLES, *OFFLINE_EXAMPLES, *BEST_OF_N_EXAMPLES, *CHAIN_EXAMPLES, *LOSS_EXAMPLES}
+    # The chain gets its row together with the figures of its run, the losses theirs with the other settings of the loss.
+    assert all(f"examples/scripts/{name}" in readme for name in scripts - CHAIN_EXAMPLES.keys() - LOSS_EXAMPLES)
 
 
 def test_established_flags_in_code_spans_exist() -> None:

@@ -29,6 +29,8 @@ class Algo(StrEnum):
     GRPO = "grpo"
     RLOO = "rloo"
     DR_GRPO = "dr_grpo"
+    DAPO = "dapo"
+    PRORL = "prorl"
 
 
 class KLEstimator(StrEnum):

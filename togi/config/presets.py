@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from togi.config.choices import AdvantageEstimator, Algo, KLEstimator, PolicyLossType
+from togi.config.choices import AdvantageEstimator, Algo, CorrectionType, KLEstimator, PolicyLossType, Scheduler
 from togi.errors import ConfigError
 
 
@@ -25,6 +25,8 @@ class Preset:
     source: str
 
 
+# DAPO punishes what reaches into the last 4,096 of 20,480 tokens.
+DAPO_BUFFER = 4096 / 20480
 # The clip of GRPO is not in its paper; 0.2 is PPO's. RLOO's paper does not clip: on one update per rollout nothing is clipped.
 PRESETS: Mapping[Algo, Preset] = {
     Algo.PPO: Preset(
@@ -99,13 +101,43 @@ PRESETS: Mapping[Algo, Preset] = {
         },
         "Liu et al. 2025, arXiv 2503.20783, table 6",
     ),
+    Algo.DAPO: Preset(
+        AdvantageEstimator.GROUP_NORM,
+        {
+            "n_samples_per_prompt": 16,
+            "eps_clip_low_high": (0.2, 0.28),
+            "loss_aggregation": "token_mean",
+            "init_kl_coef": 0.0,
+            "dynamic_filtering": True,
+            "actor_learning_rate": 1e-6,
+            "lr_scheduler": Scheduler.CONSTANT_WITH_WARMUP,
+        },
+        "Yu et al. 2025, arXiv 2503.14476, section 4.1",
+    ),
+    Algo.PRORL: Preset(
+        AdvantageEstimator.REINFORCE_BASELINE,
+        {
+            "n_samples_per_prompt": 16,
+            "eps_clip_low_high": (0.2, 0.27),
+            "init_kl_coef": 1e-4,
+            "use_kl_loss": True,
+            "kl_estimator": KLEstimator.K2,
+            "dynamic_filtering": True,
+            "stop_properly_penalty_coef": 0.0,
+            "enable_vllm_is_correction": True,
+            "vllm_is_correction_type": CorrectionType.ICEPOP,
+            "actor_learning_rate": 1e-6,
+        },
+        "Hu et al. 2025, ProRL V2, which builds on arXiv 2505.24864; numbers of its authors' example",
+    ),
 }
 
 
-def preset_values(algo: Algo, given: Mapping[str, Any]) -> dict[str, Any]:
+def preset_values(algo: Algo, given: Mapping[str, Any], generate_max_len: int) -> dict[str, Any]:
     """What ``--algo`` sets beside the settings that were ``given``, by flat name.
 
-    Raises ConfigError when the given advantage estimator is not the algorithm's.
+    ``generate_max_len`` in tokens: DAPO's length penalty is set for a share of it. Raises ConfigError when the given
+    advantage estimator is not the algorithm's.
     """
     preset = PRESETS[algo]
     estimator = given.get("advantage_estimator", preset.estimator)
@@ -115,6 +147,8 @@ def preset_values(algo: Algo, given: Mapping[str, Any]) -> dict[str, Any]:
             "of them out."
         )
     brought = {"advantage_estimator": preset.estimator, **preset.settings}
+    if algo is Algo.DAPO:
+        brought["overlong_buffer_len"] = max(1, round(DAPO_BUFFER * generate_max_len))
     moot = _moot(brought, given)
     return {name: value for name, value in brought.items() if name not in given and name not in moot}
 

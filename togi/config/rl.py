@@ -92,8 +92,8 @@ class AlgorithmSettings(Settings):
     lambd: float = flag(1.0, "GAE lambda.", ge=0, le=1)
     policy_loss_type: PolicyLossType = flag(
         PolicyLossType.PPO,
-        "Policy objective: ppo clips each token's ratio, gspo one ratio a sequence, cispo the weight of a gradient that is "
-        "never dropped.",
+        "Policy objective: ppo clips each token's ratio, gspo one ratio a sequence (published with --eps_clip_low_high 3e-4 "
+        "4e-4), cispo the weight of a gradient that is never dropped.",
     )
     eps_clip: float = flag(0.2, "Clip range of the ratio.", gt=0)
     eps_clip_low_high: tuple[float, float] | None = flag(None, "Separate lower and upper clip; replaces --eps_clip.")
@@ -192,7 +192,7 @@ class RLConfig(
         """The published settings of ``--algo``. Raises ConfigError where they contradict what was given."""
         if self.algo is None:
             return "", {}
-        return f"--algo {self.algo}", preset_values(self.algo, given)
+        return f"--algo {self.algo}", preset_values(self.algo, given, self.generate_max_len)
 
     @property
     def generates(self) -> bool:

@@ -117,7 +117,7 @@ class PolicyObjective(Objective):
             sums[names.KL_REFERENCE] = kl_K.sum()
         tokens = logprobs_K.numel()
         maxima = {RATIO_MAX: terms.ratio_K.max()} if tokens > 0 else {}
-        minimised = token_metrics({names.LOSS: total}, self.count(batch), {})
+        minimised = token_metrics({names.POLICY_TOTAL_LOSS: total}, self.count(batch), {})
         return Loss(total, minimised | token_metrics(sums, tokens, maxima))
 
     def _surrogate(self, logprobs_K: Tensor, old_K: Tensor, batch: Batch) -> PolicyTerms:

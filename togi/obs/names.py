@@ -48,6 +48,7 @@ LEARNING_RATE = "lr"
 AUX_LOSS = "aux_loss"
 
 POLICY_LOSS = "policy/loss"
+POLICY_TOTAL_LOSS = "policy/total_loss"
 POLICY_CLIP_FRACTION = "policy/clip_fraction"
 POLICY_PPO_KL = "policy/ppo_kl"
 POLICY_GRAD_NORM = "policy/grad_norm"
@@ -123,6 +124,7 @@ EXPLANATIONS: dict[str, str] = {
     LEARNING_RATE: "Learning rate of the step.",
     AUX_LOSS: "Load-balancing loss of a mixture of experts, before its coefficient; at best the experts used by a token.",
     POLICY_LOSS: "Policy objective; starts each step near 0 by construction, so watch the reward instead.",
+    POLICY_TOTAL_LOSS: "What is minimised: the policy objective with entropy bonus and KL, as one number by --loss_aggregation.",
     POLICY_CLIP_FRACTION: "Share of tokens whose probability ratio was clipped; above 0.3 the updates are too large.",
     POLICY_PPO_KL: "KL between the policy before and during the step's updates, in nats a token.",
     POLICY_GRAD_NORM: "Norm of the policy's gradient before clipping.",

@@ -43,7 +43,7 @@ class Chart:
 
 CHARTS = (
     Chart("Reward", "", (names.REWARD_MEAN, names.EVAL_REWARD, "eval/*/pass*")),
-    Chart("Loss", "", (names.LOSS, names.POLICY_LOSS, names.VALUE_LOSS, names.EVAL_LOSS)),
+    Chart("Loss", "", (names.LOSS, names.POLICY_LOSS, names.POLICY_TOTAL_LOSS, names.VALUE_LOSS, names.EVAL_LOSS)),
     Chart("Load-balancing loss of the experts", "", (names.AUX_LOSS, names.VALUE_AUX_LOSS)),
     Chart("Accuracy", "share", (names.ACCURACY, names.EVAL_ACCURACY)),
     Chart(
@@ -80,6 +80,7 @@ CHARTS = (
             names.REWARD_ERRORS,
             names.REWARD_ABSTAINED,
             names.MISMATCH_CORRECTED_SHARE,
+            names.MISMATCH_MASKED_SHARE,
             names.SHARED_SHARE,
         ),
     ),
