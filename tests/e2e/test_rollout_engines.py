@@ -338,8 +338,6 @@ def test_manifest_expectation_is_what_the_folder_holds(folder: Path) -> None:
 
 
 def test_settings_that_cannot_run_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="tensor parallelism over 2 devices is not supported yet"):
-        replace(settings(folder), tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="not in 'int8'"):
         replace(settings(folder), dtype="int8")
 

@@ -13,8 +13,6 @@ from togi.config.checks import check_rl
 from togi.config.parse import Parsed, Source, parse
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError
-from togi.plan.machine import Machine
-from togi.plan.placement import Role, arithmetic, check_fits, plan_groups, resolve
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ["--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "reward.py"]
@@ -260,45 +258,3 @@ def test_every_accepted_flag_is_read_somewhere() -> None:
     constant = {"deepcompile", "top_p"}  # refused by the checks unless they have the one value that works
     always_on = {"use_ds_universal_ckpt"}  # as its help says
     assert accepted - read - constant - always_on == set()
-
-
-def test_auto_placement() -> None:
-    laptop, box = Machine(cpus=2, memory_bytes=0, gpus=0), Machine(cpus=64, memory_bytes=0, gpus=8)
-    flags = [*NEEDED, *GRPO]
-    alone = resolve(rl(*flags), laptop)
-    assert [(group.roles, group.slots) for group in plan_groups(alone.config)] == [
-        ((Role.ENGINE,), 1),
-        ((Role.ACTOR,), 1),
-        ((Role.REF,), 1),
-    ]
-    assert alone.sources["vllm_num_engines"] is Source.AUTO
-    shared = resolve(rl(*flags, "--colocate_all_models"), box).config
-    assert [(group.roles, group.slots) for group in plan_groups(shared)] == [((Role.ENGINE, Role.ACTOR, Role.REF), 8)]
-    ring = resolve(rl(*flags, "--ring_attn_size", "2"), laptop).config
-    assert [group.slots for group in plan_groups(ring)] == [1, 2, 2]
-    ring = resolve(rl(*flags, "--ring_attn_size", "3", "--init_kl_coef", "0"), box).config
-    assert [group.slots for group in plan_groups(ring)] == [4, 3]
-    uneven = resolve(rl(*flags, "--ring_attn_size", "2", "--ref_num_gpus_per_node", "3"), laptop).config
-    with pytest.raises(ConfigError, match="--ring_attn_size 2 does not divide the 3 workers of --ref_num_nodes"):
-        plan_groups(uneven)
-    separate = plan_groups(resolve(rl(*flags, "--init_kl_coef", "0"), box).config)
-    assert arithmetic(separate, "GPUs") == "engine 4 + actor 4 = 8 GPUs"
-
-
-def test_more_gpus_than_the_cluster_has_is_an_error() -> None:
-    config = resolve(rl(*NEEDED, *GRPO, "--actor_num_gpus_per_node", "8"), Machine(2, 0, 2)).config
-    with pytest.raises(ConfigError, match="the cluster has 2"):
-        check_fits(plan_groups(config), 2)
-    check_fits(plan_groups(config), 0)  # without GPUs slots are processes
-
-
-def test_colocated_models_must_have_one_size() -> None:
-    flags = [*NEEDED, *GRPO, "--colocate_actor_ref", "--ref_num_gpus_per_node", "2"]
-    with pytest.raises(ConfigError, match="actor 1 x 1, ref 1 x 2"):
-        plan_groups(resolve(rl(*flags), Machine(2, 0, 0)).config)
-
-
-def test_colocated_engines_must_match_the_actor() -> None:
-    flags = [*NEEDED, *GRPO, "--colocate_all_models", "--vllm_num_engines", "2", "--actor_num_gpus_per_node", "4"]
-    with pytest.raises(ConfigError, match="--vllm_num_engines is 2"):
-        plan_groups(resolve(rl(*flags), Machine(2, 0, 0)).config)

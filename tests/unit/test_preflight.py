@@ -61,6 +61,14 @@ def test_gpus_of_this_machine_count_only_without_a_cluster(flags: list[str], mon
     assert check(*asked, "--vllm_num_engines", "1", machine=two).config.actor_num_gpus_per_node == 4
 
 
+def test_an_engine_of_several_processes_divides_the_attention_heads(flags: list[str]) -> None:
+    (Path(flags[1]) / "config.json").write_text(json.dumps({"num_attention_heads": 6}))
+    vllm = [*flags[:-1], "vllm"]
+    check(*vllm, "--vllm_tensor_parallel_size", "3")
+    with pytest.raises(ConfigError, match="--vllm_tensor_parallel_size 4 does not divide the 6 attention heads"):
+        check(*vllm, "--vllm_tensor_parallel_size", "4")
+
+
 def test_the_context_must_fit_the_model(flags: list[str]) -> None:
     file = Path(flags[1]) / "config.json"
     check(*flags)  # 1024 + 1024 are exactly the 2048 positions

@@ -171,6 +171,8 @@ def _rollout(c: RLConfig) -> Iterator[str]:
             yield "--enable_prefix_caching needs --rollout_engine vllm: change one of them."
         if c.enforce_eager:
             yield "--enforce_eager needs --rollout_engine vllm: change one of them."
+        if c.vllm_tensor_parallel_size > 1:
+            yield f"--vllm_tensor_parallel_size {c.vllm_tensor_parallel_size} needs --rollout_engine vllm: change one of them."
 
 
 def _algorithm(c: RLConfig) -> Iterator[str]:

@@ -61,9 +61,11 @@ class RolloutSettings(Settings):
         "auto", "At most this many samples per scoring forward; auto: as many as --max_tokens_per_gpu allows."
     )
     vllm_num_engines: CountOrAuto = flag(
-        "auto", "Number of generation engines; auto: 1 without GPUs, else one per actor GPU."
+        "auto", "Number of generation engines; auto: 1 without GPUs, else as many as the actor's GPUs hold."
     )
-    vllm_tensor_parallel_size: Int = later(1, "GPUs per engine.")
+    vllm_tensor_parallel_size: Count = flag(
+        1, "GPUs per engine, on one node; without GPUs: processes that share an engine's weights and cache."
+    )
     vllm_gpu_memory_utilization: float = flag(0.95, "Share of a GPU's memory that vLLM may take.", gt=0, le=1)
     vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of vLLM's key-value cache on a CPU, in GB.", gt=0)
     enable_prefix_caching: bool = flag(False, "vLLM prefix cache; emptied at every weight update.")

@@ -1,11 +1,13 @@
 """Where the processes of a run go: plain arithmetic on the settings, checked before anything is placed.
 
 A *group* is a set of equal slots (one GPU each, or one worker process where there are none) that one or several roles share.
+An engine takes --vllm_tensor_parallel_size slots of one node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -29,15 +31,28 @@ LEARNERS = (Role.ACTOR, Role.CRITIC)
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """``slots`` = nodes x per_node; each of ``roles`` has one process in every slot, one for each reward model."""
+    """``slots`` = nodes x per_node; each of ``roles`` has one process in every slot, one for each reward model.
+
+    An engine has one in every ``engine_size`` slots, which are on one node.
+    """
 
     roles: tuple[Role, ...]
     nodes: int
     per_node: int
+    engine_size: int = 1
 
     @property
     def slots(self) -> int:
         return self.nodes * self.per_node
+
+    @property
+    def engines(self) -> int:
+        return self.slots // self.engine_size if Role.ENGINE in self.roles else 0
+
+    @property
+    def slots_per_bundle(self) -> int:
+        """How many slots are reserved as one: those of an engine that shares them with nobody."""
+        return self.engine_size if self.roles == (Role.ENGINE,) else 1
 
 
 def used_roles(config: RLConfig) -> tuple[Role, ...]:
@@ -59,23 +74,29 @@ def team_size(config: RLConfig, role: Role) -> int:
 def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
     """Replace every ``auto`` of the placement by a number, and say so in the sources.
 
-    Without GPUs every role gets one worker, or as many as make a team (``team_size``). With GPUs, colocated roles get all of
-    them and separate groups equal shares, of whole teams.
+    Without GPUs every role gets one worker, or as many as make a team (``team_size``) or a colocated engine. With GPUs,
+    colocated roles get all of them and separate groups equal shares, of whole teams and engines.
     """
     config = parsed.config
-    separate = 1 if config.colocate_all_models else len(_sharing(config))
-    share, team = max(1, machine.gpus // separate), team_size(config, Role.ACTOR)
+    colocated, engine_size = config.colocate_all_models, config.vllm_tensor_parallel_size
+    share = max(1, machine.gpus // (1 if colocated else len(_sharing(config))))
     values: dict[str, Any] = {}
     actor = config.actor_num_gpus_per_node
-    actor_per_node = max(1, share // team) * team if actor == "auto" else actor
+    if actor == "auto" and colocated and config.vllm_num_engines != "auto":
+        actor_per_node = -(-config.vllm_num_engines * engine_size // config.actor_num_nodes)
+    elif actor == "auto":
+        whole = math.lcm(team_size(config, Role.ACTOR), engine_size if colocated else 1)
+        actor_per_node = max(1, share // whole) * whole
+    else:
+        actor_per_node = actor
     for role in ("actor", "critic", "ref", "reward"):
         if getattr(config, f"{role}_num_gpus_per_node") == "auto":
             values[f"{role}_num_gpus_per_node"] = actor_per_node
             if getattr(config, f"{role}_num_nodes") == 1:
                 values[f"{role}_num_nodes"] = config.actor_num_nodes
     if config.vllm_num_engines == "auto":
-        colocated = config.colocate_all_models
-        values["vllm_num_engines"] = actor_per_node * config.actor_num_nodes if colocated else share
+        slots = actor_per_node * config.actor_num_nodes if colocated else share
+        values["vllm_num_engines"] = max(1, slots // engine_size)
     sources = dict(parsed.sources) | dict.fromkeys(values, Source.AUTO)
     return Parsed(config.model_copy(update=values), sources)
 
@@ -95,19 +116,29 @@ def plan_groups(config: RLConfig) -> tuple[Group, ...]:
                 f"Colocated models need the same --*_num_nodes x --*_num_gpus_per_node but are {shapes}: make them equal."
             )
         nodes, per_node = counts.pop() if counts else sizes[Role.ENGINE]
-        if Role.ENGINE in roles and len(roles) > 1 and nodes * per_node != config.vllm_num_engines:
+        engine_slots = sizes[Role.ENGINE][1]
+        if Role.ENGINE in roles and len(roles) > 1 and nodes * per_node != engine_slots:
             raise ConfigError(
-                f"--colocate_all_models needs one engine per actor slot, but --vllm_num_engines is {config.vllm_num_engines} "
-                f"and --actor_num_nodes x --actor_num_gpus_per_node is {nodes * per_node}: make them equal."
+                f"--colocate_all_models puts the engines on the actor's GPUs, but --vllm_num_engines {config.vllm_num_engines} x "
+                f"--vllm_tensor_parallel_size {config.vllm_tensor_parallel_size} is {engine_slots} and --actor_num_nodes {nodes} "
+                f"x --actor_num_gpus_per_node {per_node} is {nodes * per_node}: make them equal."
             )
-        groups.append(Group(roles, nodes, per_node))
+        groups.append(Group(roles, nodes, per_node, config.vllm_tensor_parallel_size))
     return tuple(groups)
 
 
 def arithmetic(groups: tuple[Group, ...], unit: str) -> str:
-    """One line that shows how the slots add up, for example "engine 1 + actor, ref 2 = 3 worker processes"."""
-    parts = [f"{', '.join(group.roles)} {group.slots}" for group in groups]
-    return f"{' + '.join(parts)} = {sum(group.slots for group in groups)} {unit}"
+    """One line that shows how the slots add up, for example "engine 2 x 2 + actor, ref 2 = 6 worker processes"."""
+    return f"{' + '.join(map(_shape, groups))} = {sum(group.slots for group in groups)} {unit}"
+
+
+def _shape(group: Group) -> str:
+    """The roles of a group and its slots; engines of several slots as a product."""
+    if Role.ENGINE not in group.roles or group.engine_size == 1:
+        return f"{', '.join(group.roles)} {group.slots}"
+    others = [role for role in group.roles if role is not Role.ENGINE]
+    shape = f"{Role.ENGINE} {group.engines} x {group.engine_size}"
+    return f"{shape}, {', '.join(others)} {group.slots}" if others else shape
 
 
 def check_fits(groups: tuple[Group, ...], cluster_gpus: int) -> None:
@@ -129,6 +160,34 @@ def _check_teams(config: RLConfig, sizes: Mapping[Role, tuple[int, int]]) -> Non
             raise ConfigError(
                 f"{flag} {team_size(config, role)} does not divide the {nodes * per_node} workers of --{role}_num_nodes x "
                 f"--{role}_num_gpus_per_node: make it a divisor, or change those."
+            )
+
+
+def check_nodes(groups: tuple[Group, ...], gpus_of_nodes: Sequence[int]) -> None:
+    """Refuse engines that would have to be cut in two: all GPUs of one are on one node."""
+    for group in groups:
+        size, places = group.engine_size, sum(gpus // group.engine_size for gpus in gpus_of_nodes)
+        if group.engines > places:
+            raise ConfigError(
+                f"--vllm_tensor_parallel_size {size} needs {size} GPUs of one node for each of {group.engines} engines, but the "
+                f"nodes have {', '.join(map(str, gpus_of_nodes))} GPUs, which is room for {places}: lower it or "
+                "--vllm_num_engines."
+            )
+
+
+def node_order(nodes: Sequence[str]) -> list[int]:
+    """The order in which places become slots, given the node of each: those of a node stand together."""
+    return sorted(range(len(nodes)), key=lambda place: nodes.index(nodes[place]))
+
+
+def check_whole(engine_size: int, nodes: Sequence[str]) -> None:
+    """Refuse slots (given by their nodes, in order) of which an engine would get some on one node and some on another."""
+    for first in range(0, len(nodes), engine_size):
+        if len(set(nodes[first : first + engine_size])) > 1:
+            raise ConfigError(
+                f"--vllm_tensor_parallel_size {engine_size} needs its GPUs on one node, but the cluster gave slots on nodes in "
+                f"portions of {', '.join(str(nodes.count(node)) for node in dict.fromkeys(nodes))}: make each a multiple of "
+                f"{engine_size} with --actor_num_gpus_per_node, or free GPUs."
             )
 
 
@@ -157,7 +216,7 @@ def _sizes(config: RLConfig) -> Mapping[Role, tuple[int, int]]:
     )
     engines, actor, critic, ref, reward = (int(number) for number in resolved)
     return {
-        Role.ENGINE: (1, engines),
+        Role.ENGINE: (1, engines * config.vllm_tensor_parallel_size),
         Role.ACTOR: (config.actor_num_nodes, actor),
         Role.CRITIC: (config.critic_num_nodes, critic),
         Role.REF: (config.ref_num_nodes, ref),

@@ -61,6 +61,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     check_heads(config, models)
     check_splits(config, trained_models(config))
     check_context(config)
+    check_engine_heads(config)
     check_experts(config)
     check_prompts(config)
     for file in config.reward_files:
@@ -197,6 +198,15 @@ def check_context(config: RLConfig) -> None:
         if config.max_len is not None:
             asked = f"--max_len {config.max_len}"
         raise ConfigError(f"{asked} is more than the {positions} positions of {config.pretrain}: lower it.")
+
+
+def check_engine_heads(config: RLConfig) -> None:
+    """Every process of an engine gets as many attention heads as the others."""
+    heads, size = model_settings(config.pretrain).get("num_attention_heads"), config.vllm_tensor_parallel_size
+    if isinstance(heads, int) and heads % size != 0:
+        raise ConfigError(
+            f"--vllm_tensor_parallel_size {size} does not divide the {heads} attention heads of {config.pretrain}: lower it."
+        )
 
 
 def key_value_heads(path: str) -> int | None:

@@ -103,10 +103,8 @@ async def _with_session(
     announce: Callable[[str], None],
 ) -> Result:
     with progress.phase("starting engines and loading models", expected_seconds=25):
-        session = await Session.start(
-            config, this_machine(), {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
-        )
-    announce(f"placement: {session.cluster.describe()}")
+        updates = {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
+        session = await Session.start(config, this_machine(), updates, announce)
     try:
         reward = await connect(config, material.rewards, session)
         if line := describe(config, reward):

@@ -22,7 +22,9 @@ class EngineSettings:
     """How to run one engine. ``model`` is a local folder in Hugging Face format.
 
     ``kv_cache_gb`` (GiB) bounds the KV cache where it is sized by hand: vLLM on CPUs, and the Transformers engine.
-    ``gpu_memory_utilization`` is vLLM's share of a GPU. ``threads`` 0 leaves the number of CPU threads alone.
+    ``tensor_parallel_size``: of vLLM, the worker processes that share the model, on one GPU each where there are any.
+    ``enforce_eager``: no compilation, which is never done on CPUs. ``gpu_memory_utilization`` is vLLM's share of a GPU.
+    ``threads`` 0 leaves the number of CPU threads alone.
     ``device_index``: the accelerator that the Transformers engine runs on.
     """
 
@@ -43,11 +45,6 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"a generation engine runs in {' or '.join(DTYPES)}, not in {self.dtype!r}")
-        if self.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"tensor parallelism over {self.tensor_parallel_size} devices is not supported yet by the generation "
-                "engines: use --vllm_tensor_parallel_size 1 and more engines"
-            )
 
 
 class RolloutEngine(Protocol):

@@ -1,5 +1,8 @@
 """vLLM in this process: the only file that imports it, and the only one that knows about its internals.
 
+With tensor parallelism the scheduler stays in this process and each part of the model gets a worker process of vLLM's, on a CPU
+too. What is asked of workers is sent by name; weights reach them through a segment of shared memory.
+
 Written for vLLM 0.32 and its V1 engine. What users of the process should know: at the start vLLM sets the global seed
 and, on CPUs, strict NUMA memory binding; requests without a seed draw from torch's global generator.
 
@@ -16,15 +19,18 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from togi.model.checkpoint import expected_manifest
-from togi.model.weights import Bucket
+from togi.model.weights import Bucket, TensorSpec
 from togi.rollout.engine import EngineSettings
 from togi.rollout.stops import end_token_ids
 from togi.rollout.threaded import Finished, ThreadedEngine
@@ -53,10 +59,13 @@ class VllmCore:
         self.expected = expected_manifest(settings.model, settings.dtype, settings.trust_remote_code)
         self._on_cpu = bool(current_platform.is_cpu())
         self._ends = end_token_ids(settings.model)
+        self._in_process = settings.tensor_parallel_size == 1
         _skip_token_ranks()
         set_num_threads = torch.set_num_threads
         self._engine = LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(settings, self._on_cpu)))
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a function that does nothing
+        if not self._in_process:
+            self._ask_workers(_prepare_worker)
 
     def add(self, key: int, prompt: tuple[int, ...], sampling: Sampling) -> None:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -101,21 +110,28 @@ class VllmCore:
         return list(outputs[0].prompt_logprobs.logprobs)
 
     def begin_update(self) -> None:
-        self._engine.collective_rpc(_start_reload)
+        self._ask_workers(_start_reload)
 
     def load(self, bucket: Bucket) -> None:
-        # The reload keeps references until a layer is complete, so it gets a copy that the sender cannot overwrite.
-        own = Bucket(bucket.tensors, bucket.offsets, bucket.data.copy())
-        self._engine.collective_rpc(_load, args=(list(own.unpack()),))
+        if self._in_process:
+            self._ask_workers(_load, bucket)
+            return
+        segment = SharedMemory(create=True, size=max(1, bucket.data.nbytes))
+        try:
+            _bytes_of(segment, bucket.data.nbytes)[:] = bucket.data
+            self._ask_workers(_load_shared, segment.name, bucket.tensors, bucket.offsets, bucket.data.nbytes)
+        finally:
+            segment.close()
+            segment.unlink()
 
     def finish_update(self) -> None:
-        self._engine.collective_rpc(_finish_reload)
+        self._ask_workers(_finish_reload)
         self._reset_prefix_cache()
 
     def sleep(self) -> None:
         self._reset_prefix_cache()
         if self._on_cpu:
-            self._engine.collective_rpc(_release_kv_pages)
+            self._ask_workers(_release_kv_pages)
         else:
             self._engine.sleep(level=1)
 
@@ -125,6 +141,11 @@ class VllmCore:
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
+
+    def _ask_workers(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
+        """Call a function of this module on every worker; what it returns, by rank."""
+        answers: list[Any] = self._engine.collective_rpc(function, args=arguments)
+        return answers
 
     def _reset_prefix_cache(self) -> None:
         done = self._engine.reset_prefix_cache()
@@ -137,6 +158,8 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # This process has threads, of Ray and of its own, and a fork would copy their locks as they stand.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 def _engine_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
@@ -153,12 +176,15 @@ def _engine_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "distributed_executor_backend": "uni" if settings.tensor_parallel_size == 1 else "mp",
     }
     if not on_cpu:
         return shared | {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
     # A prompt prefilled in chunks together with a seed fails on CPUs ("CPU Generator does not use offset"), so none is.
     # An explicit cache size with eager execution skips the warm-up.
     return shared | {
+        "enforce_eager": True,
         "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(settings.max_model_len, MIN_BATCHED_TOKENS),
@@ -210,11 +236,33 @@ def _start_reload(worker: Any) -> None:
         initialize_layerwise_reload(model)
 
 
-def _load(worker: Any, tensors: Sequence[tuple[str, Tensor]]) -> None:
+def _load(worker: Any, bucket: Bucket) -> None:
     from vllm.config import set_current_vllm_config
 
+    # The reload keeps references until a layer is complete, so it gets a copy that the sender cannot overwrite.
+    own = Bucket(bucket.tensors, bucket.offsets, bucket.data.copy())
     with set_current_vllm_config(worker.vllm_config):
-        worker.model_runner.get_model().load_weights(iter(tensors))
+        worker.model_runner.get_model().load_weights(own.unpack())
+
+
+def _load_shared(
+    worker: Any, name: str, tensors: tuple[TensorSpec, ...], offsets: tuple[int, ...], nbytes: int
+) -> None:
+    segment = SharedMemory(name)
+    try:
+        _load(worker, Bucket(tensors, offsets, _bytes_of(segment, nbytes)))
+    finally:
+        segment.close()
+
+
+def _bytes_of(segment: SharedMemory, nbytes: int) -> NDArray[np.uint8]:
+    """The first bytes of a segment, which nobody may hold when it is closed."""
+    assert segment.buf is not None
+    return np.frombuffer(segment.buf, np.uint8, nbytes)
+
+
+def _prepare_worker(worker: Any) -> None:
+    _skip_token_ranks()
 
 
 def _finish_reload(worker: Any) -> None:

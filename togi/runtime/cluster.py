@@ -1,38 +1,54 @@
 """Ray: connecting, placing groups of slots, and starting one worker process per role and slot.
 
 Here is the only place that asks Ray for resources. The arithmetic was checked before (``togi.plan.placement``); here it is
-checked once more against what the cluster really has, so that nothing ever waits for a GPU that does not exist.
+checked once more against what the cluster really has, so that nothing ever waits for a GPU that does not exist. GPUs that were
+only declared (``ray start --num-gpus 8`` on a machine without any) are slots like others, whose processes compute on the CPU.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
 from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import GetTimeoutError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from togi.errors import ConfigError
 from togi.plan.machine import Machine, joins_cluster
-from togi.plan.placement import Group, Role, arithmetic, check_fits
+from togi.plan.placement import Group, Role, arithmetic, check_fits, check_nodes, check_whole, node_order
 
 OBJECT_STORE_BYTES = 1 << 30
-# Without GPUs a slot is a process that computes only in its own phase, so CPU is bookkeeping and must never make one wait.
-CPU_PER_SLOT_WITHOUT_GPU = 0.01
+# A slot is a GPU, or a process that computes only in its own phase: CPU is bookkeeping and must never make one wait.
+CPU_PER_SLOT = 0.01
+SHARES_OF_ONE = 10_000
+"""How finely Ray divides a resource."""
 PLACEMENT_TIMEOUT_S = 120.0
+RELEASE_TIMEOUT_S = 10.0
+"""A job that has just ended may still be giving its GPUs back."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the connected cluster has. ``cpus`` are those of this node, for thread counts."""
+    """What the connected cluster has. ``cpus``: of this node, for thread counts. ``gpus_of_nodes``: where there are any."""
 
     cpus: int
-    gpus: int
+    gpus_of_nodes: tuple[int, ...]
+
+    @property
+    def gpus(self) -> int:
+        return sum(self.gpus_of_nodes)
 
 
 def connect(machine: Machine) -> Resources:
@@ -53,7 +69,19 @@ def connect(machine: Machine) -> Resources:
         )
     else:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    return Resources(machine.cpus, int(ray.cluster_resources().get("GPU", 0)))
+    gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return Resources(machine.cpus, tuple(number for number in gpus if number > 0))
+
+
+def own_gpus() -> tuple[str, ...]:
+    """The GPUs that Ray gave this worker, as CUDA_VISIBLE_DEVICES names them."""
+    return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
+
+
+def see_only(gpus: Sequence[str]) -> None:
+    """Let torch see these GPUs alone, before its first use of one; Ray does so itself, unless it was told not to."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
 
 
 class Cluster:
@@ -61,14 +89,18 @@ class Cluster:
 
     def __init__(self, groups: tuple[Group, ...], resources: Resources) -> None:
         check_fits(groups, resources.gpus)
+        if resources.gpus > 0:
+            check_nodes(groups, resources.gpus_of_nodes)
+            _check_free(sum(group.slots for group in groups), resources.gpus)
         self.resources = resources
         self.groups = groups
         self._placed = [self._place(group) for group in groups]
+        self._bundles = [self._order(*pair) for pair in zip(self._placed, groups, strict=True)]
 
     def start(
         self, actor_class: type, role: Role, environment: Mapping[str, str], *, concurrency: int = 1, number: int = 0
     ) -> list[ActorHandle]:
-        """One worker process of ``actor_class`` in every slot of the role's group; constructed without waiting.
+        """One worker process of ``actor_class`` in every slot of the role's group, or for every engine; does not wait.
 
         None where the run has no such role. ``number``: which of several models of that role; they share one group or have
         one each.
@@ -77,42 +109,40 @@ class Cluster:
         if not found:
             return []
         index = found[min(number, len(found) - 1)]
-        group, placed = self.groups[index], self._placed[index]
+        group, placed, bundles = self.groups[index], self._placed[index], self._bundles[index]
         remote: ActorClass = ray.remote(actor_class)
-        cpu, gpu = self._slot()
-        share = 1.0 / len(group.roles)
-        threads = str(self.threads(group.slots))
-        variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **environment}
+        variables = {
+            "OMP_NUM_THREADS": str(self.threads(group.slots)),
+            "TOKENIZERS_PARALLELISM": "false",
+            **environment,
+        }
+        step = group.engine_size // group.slots_per_bundle if role is Role.ENGINE else 1
         return [
             remote.options(
-                num_cpus=cpu * share,
-                num_gpus=gpu * share,
+                num_cpus=_share(CPU_PER_SLOT, group),
+                num_gpus=_share(1.0, group) if self.resources.gpus > 0 else 0,
                 max_concurrency=concurrency,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placed, placement_group_bundle_index=slot),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placed, placement_group_bundle_index=bundle),
                 runtime_env={"env_vars": variables},
             ).remote()
-            for slot in range(group.slots)
+            for bundle in bundles[::step]
         ]
 
     def threads(self, slots: int) -> int:
         """CPU threads of one process of a role: roles compute one after the other, so each may use all cores in turn."""
         return max(1, self.resources.cpus // slots)
 
-    def describe(self) -> str:
-        return arithmetic(self.groups, "GPUs" if self.resources.gpus > 0 else "worker processes")
-
     def close(self) -> None:
         """Give the slots back. Ends every worker in them."""
         for placed in self._placed:
             remove_placement_group(placed)
 
-    def _slot(self) -> tuple[float, float]:
-        return (1.0, 1.0) if self.resources.gpus > 0 else (CPU_PER_SLOT_WITHOUT_GPU, 0.0)
-
     def _place(self, group: Group) -> PlacementGroup:
-        cpu, gpu = self._slot()
-        bundle = {"CPU": cpu, "GPU": gpu} if gpu > 0 else {"CPU": cpu}
-        placed = placement_group([bundle] * group.slots, strategy="PACK")
+        size = group.slots_per_bundle
+        bundle = {"CPU": CPU_PER_SLOT * size}
+        if self.resources.gpus > 0:
+            bundle["GPU"] = size
+        placed = placement_group([bundle] * (group.slots // size), strategy="PACK")
         try:
             ray.get(placed.ready(), timeout=PLACEMENT_TIMEOUT_S)
         except GetTimeoutError:
@@ -122,6 +152,41 @@ class Cluster:
                 "other jobs hold its resources, or its nodes have fewer CPUs or GPUs than one slot needs."
             ) from None
         return placed
+
+    @staticmethod
+    def _order(placed: PlacementGroup, group: Group) -> list[int]:
+        """The bundles of a group in the order of its slots: those of a node together, so that an engine is on one."""
+        if group.slots_per_bundle == group.engine_size:
+            return list(range(group.slots // group.engine_size))
+        table = placement_group_table(placed)["bundles_to_node_id"]
+        nodes = [table[bundle] for bundle in range(group.slots)]
+        order = node_order(nodes)
+        if Role.ENGINE in group.roles:
+            check_whole(group.engine_size, [nodes[bundle] for bundle in order])
+        return order
+
+
+def describe(groups: tuple[Group, ...], resources: Resources) -> str:
+    """The arithmetic of a placement, in one line."""
+    return arithmetic(groups, "GPUs" if resources.gpus > 0 else "worker processes")
+
+
+def _share(amount: float, group: Group) -> float:
+    """Each role's share of a bundle that has ``amount`` a slot, rounded down: the shares must never add up to more."""
+    share = amount * group.slots_per_bundle / len(group.roles)
+    return math.floor(share * SHARES_OF_ONE + 1e-6) / SHARES_OF_ONE
+
+
+def _check_free(needed: int, total: int) -> None:
+    """Refuse at once what other jobs leave no room for."""
+    deadline = time.monotonic() + RELEASE_TIMEOUT_S
+    while (free := int(ray.available_resources().get("GPU", 0))) < needed:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"The placement needs {needed} GPUs, but of the cluster's {total} other jobs hold {total - free}: end them, or "
+                "lower *_num_gpus_per_node or --vllm_num_engines."
+            )
+        time.sleep(0.5)
 
 
 def disconnect() -> None:

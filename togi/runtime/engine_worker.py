@@ -14,6 +14,7 @@ from togi.model.weights import Bucket, Manifest
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.runtime.calls import result_of, results_of
+from togi.runtime.cluster import own_gpus, see_only
 from togi.sample import Generation, Sampling
 
 MAX_CONCURRENT_CALLS = 4096
@@ -25,7 +26,9 @@ class EngineWorker:
     def __init__(self) -> None:
         self._engine: RolloutEngine
 
-    async def start(self, name: EngineName, settings: EngineSettings) -> None:
+    async def start(self, name: EngineName, settings: EngineSettings, gpus: Sequence[str]) -> None:
+        """``gpus``: all that the engine may use, where they are not those that Ray gave this process."""
+        see_only(gpus or own_gpus())
         # Resolved here, on the node that runs the engine: a hub name is cached on each node by itself.
         self._engine = create_engine(name, replace(settings, model=local_folder(settings.model)))
 
@@ -58,9 +61,10 @@ class EnginePool:
         self.workers = list(workers)
         self._unfinished = [0] * len(self.workers)
 
-    async def start(self, name: EngineName, settings: Sequence[EngineSettings]) -> None:
-        pairs = zip(self.workers, settings, strict=True)
-        await results_of([worker.start.remote(name, each) for worker, each in pairs], "engine")
+    async def start(self, name: EngineName, settings: Sequence[EngineSettings], gpus: Sequence[Sequence[str]]) -> None:
+        """``settings`` and ``gpus`` of each engine; see ``EngineWorker.start``."""
+        each = zip(self.workers, settings, gpus, strict=True)
+        await results_of([worker.start.remote(name, *arguments) for worker, *arguments in each], "engine")
 
     async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
         """Generate on the least loaded engine."""

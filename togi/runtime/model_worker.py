@@ -35,6 +35,7 @@ from togi.parallel.build import frozen, frozen_on_host, trainable
 from togi.parallel.process import Rendezvous, World, default_device, open_store
 from togi.parallel.ring import Ring
 from togi.plan.placement import Role
+from togi.runtime.cluster import own_gpus, see_only
 from togi.sample import Sample
 
 Arrays = list[NDArray[np.float32]]
@@ -68,12 +69,20 @@ class ModelWorker:
         self._store = open_store(address, MEETING_TIMEOUT_S)
         return address, self._store.port
 
+    def gpus(self) -> tuple[str, ...]:
+        """The GPUs that Ray gave this process."""
+        return own_gpus()
+
+    def device_type(self) -> str:
+        return self._world.device.type
+
     def memory_bytes(self) -> int:
         """The largest resident size of this process so far."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _join(self, rank: int, size: int, address: str, port: int, config: RLConfig, tensor_size: int = 1) -> None:
         self._config = config
+        see_only(own_gpus())
         torch.manual_seed(config.seed)
         if config.full_determinism:
             torch.use_deterministic_algorithms(True)

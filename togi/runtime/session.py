@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from togi.plan.machine import Machine
 from togi.plan.placement import LEARNERS, Role, plan_groups, team_size, used_roles
 from togi.rollout.engine import EngineSettings
 from togi.rollout.parity import check_probe, compare, probe
-from togi.runtime.cluster import Cluster, Resources, connect, disconnect
+from togi.runtime.cluster import Cluster, connect, describe, disconnect
 from togi.runtime.engine_worker import MAX_CONCURRENT_CALLS, EnginePool, EngineWorker
 from togi.runtime.experience import with_streams
 from togi.runtime.model_worker import LearnerWorker, ScorerWorker
@@ -56,14 +56,22 @@ class Session:
         self._ended = False
 
     @classmethod
-    async def start(cls, config: RLConfig, machine: Machine, updates: Mapping[Role, int]) -> Session:
+    async def start(
+        cls, config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
+    ) -> Session:
         """Connect, place, and load every model at once: start-up is import and disk time, which overlaps.
 
         ``updates``: planned optimizer steps of each learner.
         """
-        resources = connect(machine)
+        groups, resources = plan_groups(config), connect(machine)
         try:
-            return await cls._start(config, Cluster(plan_groups(config), resources), updates)
+            announce(f"placement: {describe(groups, resources)}")
+            session = await cls._start(config, Cluster(groups, resources), updates)
+            if resources.gpus > 0 and (await session.groups[Role.ACTOR].call_all("device_type"))[0] == "cpu":
+                announce(
+                    "placement: these GPUs are declared only, so each is a process that computes on the CPU, over gloo"
+                )
+            return session
         except BaseException:
             disconnect()
             raise
@@ -86,9 +94,10 @@ class Session:
             group_of(Role.REWARD, cluster.start(ScorerWorker, Role.REWARD, ENVIRONMENT, number=n))
             for n in range(len(config.scoring_models))
         ]
-        threads = cluster.threads(max(1, len(workers)))
-        settings = [engine_settings(config, index, threads, cluster.resources) for index in range(len(workers))]
-        starting = [engines.start(config.rollout_engine, settings)]
+        threads = cluster.threads(max(1, len(workers)) * config.vllm_tensor_parallel_size)
+        settings = [engine_settings(config, index, threads) for index in range(len(workers))]
+        gpus = await gpus_of_engines(config, groups[Role.ACTOR], len(workers))
+        starting = [engines.start(config.rollout_engine, settings, gpus)]
         for role, group in groups.items():
             last = updates[role] if role in LEARNERS else config.pretrain
             starting.append(group.start(config, role, last))
@@ -189,15 +198,25 @@ class Session:
         return [group for role, group in self.groups.items() if role in LEARNERS]
 
 
-def engine_settings(config: RLConfig, index: int, threads: int, resources: Resources) -> EngineSettings:
+async def gpus_of_engines(config: RLConfig, actor: WorkerGroup, engines: int) -> list[tuple[str, ...]]:
+    """The GPUs of each engine that shares several with the actor's ranks; empty where Ray gives an engine all of its own."""
+    size = config.vllm_tensor_parallel_size
+    if size == 1 or engines == 0 or not config.colocate_all_models:
+        return [()] * engines
+    slots: list[tuple[str, ...]] = await actor.call_all("gpus")
+    return [tuple(gpu for slot in slots[first : first + size] for gpu in slot) for first in range(0, len(slots), size)]
+
+
+def engine_settings(config: RLConfig, index: int, threads: int) -> EngineSettings:
     """The settings of engine ``index``; its seed differs from that of the others."""
     return EngineSettings(
         model=config.pretrain,
         dtype="bfloat16" if config.bf16 else "float32",
         max_model_len=config.context_length,
         seed=config.seed + index,
-        enforce_eager=config.enforce_eager or resources.gpus == 0,
+        enforce_eager=config.enforce_eager,
         enable_prefix_caching=config.enable_prefix_caching,
+        tensor_parallel_size=config.vllm_tensor_parallel_size,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         kv_cache_gb=config.vllm_cpu_kv_cache_gb,
         threads=threads,
