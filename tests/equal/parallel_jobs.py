@@ -34,6 +34,7 @@ from togi.learn.learner_state import load_learner, save_learner
 from togi.learn.scorer import Scorer
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen, frozen_on_host, trainable
+from togi.parallel.parking import Parking
 from togi.parallel.process import World
 
 STEPS = 10
@@ -95,6 +96,7 @@ def two_ranks(world: World, folder: Path) -> None:
     begin(world, folder)
     leave_checkpoints(world, folder)
     options_change_nothing(world, folder)
+    sleep_changes_nothing(world, folder)
     accumulation_in_bfloat16(world)
     deepspeed_models(world)
 
@@ -138,6 +140,32 @@ def frozen_shards(world: World, folder: Path) -> None:
     around = frozen_on_host(on_host, world, options)
     assert all(isinstance(p, DTensor) and p.to_local().device.type == "cpu" for p in on_host.parameters())
     assert np.array_equal(Scorer(on_host, world, around).scores(own_batches(world, 0)), scores)
+
+
+def sleep_changes_nothing(world: World, folder: Path) -> None:
+    """In bfloat16 with float32 masters: between steps everything at rest is parked, and its weights can be read and sent."""
+    sizes = {}
+    for layout in LAYOUTS:
+        plain, sleepy = (learner(trainable(policy(), world, options_of(layout, bf16=True))) for _ in range(2))
+        backend = sleepy.backend
+        parking = Parking(backend.at_rest, world.device)
+        for step in range(3):
+            sizes[layout] = parking.sleep().nbytes
+            assert all(_part(tensor).untyped_storage().nbytes() == 0 for tensor in backend.at_rest())
+            sent = (dict(model.backend.full_parameters(torch.bfloat16)) for model in (plain, sleepy))
+            assert max_difference(*sent) == 0.0
+            scores = [Scorer(each.backend.module, world).logprobs(own_batches(world, 0)) for each in (plain, sleepy)]
+            assert all(np.array_equal(a, b) for a, b in zip(*scores, strict=True))
+            parking.wake()
+            reports = [train(each, [step])[0] for each in (plain, sleepy)]
+            assert reports[0].metrics == reports[1].metrics and reports[0].grad_norm == reports[1].grad_norm, layout
+        states = (dict(each.backend.state()) for each in (plain, sleepy))
+        assert max_difference(*states) == 0.0, layout
+    torch.save(sizes, folder / f"sleep{world.rank}.pt")
+
+
+def _part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def skip_non_finite(world: World, model: Learner) -> None:

@@ -81,6 +81,17 @@ def test_fully_shard_on_one_rank_equals_plain_pytorch_bit_for_bit(bf16: bool) ->
         dist.destroy_process_group()
 
 
+def test_sleeping_between_steps_changes_nothing_and_takes_out_the_state(runs: Path) -> None:
+    """That results are the same bit for bit, the job asserts. Here: bytes, by hand from the number of parameters."""
+    count = sum(parameter.numel() for parameter in policy().parameters())
+    for rank in range(2):
+        sizes = torch.load(runs / f"sleep{rank}.pt")
+        for layout, nbytes in sizes.items():
+            sharded, masters = not layout.endswith("0"), not layout.startswith("fsdp2") or layout == "fsdp20"
+            state = (12 if masters else 8) * count / (2 if sharded else 1)
+            assert state <= nbytes + 64 * count / 100, (layout, nbytes, state)
+
+
 def test_a_sharded_scorer_equals_a_whole_one(runs: Path) -> None:
     """One whose shards lie in host memory gave the same bits, as the job asserts."""
     scores = [score for rank in torch.load(runs / "scores0.pt") for score in rank]

@@ -74,8 +74,13 @@ class RolloutSettings(Settings):
         "auto", "How weights reach the engines; auto: host memory in large buckets."
     )
     vllm_sync_with_ray: bool = later(False, "Use Ray collectives for the weight sync.")
-    vllm_enable_sleep: bool = later(False, "Let engines give back memory while training.")
-    deepspeed_enable_sleep: bool = later(False, "Let the trainer give back memory while generating.")
+    vllm_enable_sleep: bool = flag(
+        False, "Engines give back their cache while the models train (--colocate_all_models)."
+    )
+    trainer_enable_sleep: bool = flag(
+        False, "Actor and critic put optimizer states and masters away while they do not train, under any --backend."
+    )
+    deepspeed_enable_sleep: bool = flag(False, "The established name of --trainer_enable_sleep.")
     replay: PathText | None = flag(
         None, "Train on the rollouts stored in this run folder: no engine runs and no reward is called."
     )
@@ -225,6 +230,10 @@ class RLConfig(
     def clip_range(self) -> tuple[float, float]:
         """Lower and upper clip of the ratio: it is kept within [1 - low, 1 + high]."""
         return self.eps_clip_low_high if self.eps_clip_low_high is not None else (self.eps_clip, self.eps_clip)
+
+    @property
+    def trainer_sleeps(self) -> bool:
+        return self.trainer_enable_sleep or self.deepspeed_enable_sleep
 
     @property
     def uses_critic(self) -> bool:

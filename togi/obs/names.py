@@ -176,6 +176,19 @@ def phase_time(phase: str) -> str:
     return f"time/{phase}"
 
 
+ENGINES, LEARNERS, SCORERS = "engines", "learners", "scorers"
+
+
+def phase_memory(phase: str, kind: str) -> str:
+    """Metric name of the peak memory in one phase of a step, of all processes of a kind together, in GB."""
+    return f"peak_memory/{phase}/{kind}"
+
+
+def released_memory(kind: str) -> str:
+    """Metric name of what all processes of a kind let go of when they last went to sleep, in GB."""
+    return f"released_memory/{kind}"
+
+
 def process_memory(process: str) -> str:
     """Metric name of the peak memory of one process, in GB."""
     return f"memory/{process}"
@@ -195,11 +208,20 @@ def explain(name: str) -> str:
         return f"Mean of the reward component {rest!r} over the step's rollouts."
     if family == "time" and rest:
         return f"Seconds of the step spent in {rest!r}."
-    if family == "memory" and rest:
-        return f"Peak memory of {rest!r} in GB."
+    if family in ("memory", "peak_memory", "released_memory") and rest:
+        return _explain_memory(family, rest)
     if family == "eval" and (rest in EXPLANATIONS or "/" in rest):
         return _explain_eval(rest)
     return f"{name!r} is not one of Togi's standard metrics; it comes from the recipe, reward function or environment."
+
+
+def _explain_memory(family: str, rest: str) -> str:
+    if family == "released_memory":
+        return f"What the {rest} let go of when they last went to sleep, in GB."
+    phase, _, kind = rest.partition("/")
+    if kind:
+        return f"Peak memory during {phase!r} in GB, the sum over all {kind}; memory that they share counts in each."
+    return f"Peak memory of {rest!r} in GB."
 
 
 def _explain_eval(rest: str) -> str:

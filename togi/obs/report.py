@@ -91,7 +91,8 @@ CHARTS = (
     Chart("Learning rate", "", (names.LEARNING_RATE, names.POLICY_LR, names.VALUE_LR)),
     Chart("Time by phase", "seconds a step", ("time/*",), ChartKind.STACKED),
     Chart("Throughput", "a second", ("throughput/*",), ChartKind.LOG_LINES),
-    Chart("Memory", "GB", ("memory/*",)),
+    Chart("Memory", "GB", ("memory/*", "released_memory/*")),
+    Chart("Peak memory by phase", "GB", ("peak_memory/*",)),
 )
 
 HEADLINES = (

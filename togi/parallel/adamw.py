@@ -45,6 +45,11 @@ def add_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> Non
             state[moment] = torch.zeros_like(parameter, requires_grad=False)
 
 
+def moments(optimizer: torch.optim.AdamW) -> list[Tensor]:
+    """Both moments of every parameter."""
+    return [state[moment] for state in optimizer.state.values() for moment in MOMENTS]
+
+
 def set_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -101,6 +101,13 @@ class Backend(Protocol):
         """Take back what ``state`` gave. ``read`` returns a whole tensor by name; ``steps`` have been taken."""
         ...
 
+    def at_rest(self) -> Iterable[Tensor]:
+        """What only a step and ``state`` read, on this rank: moments, masters beside the weights that compute, buffers.
+
+        ``full_parameters`` in the dtype that computes does not. See ``togi.parallel.parking``.
+        """
+        ...
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and full shapes of the parameters that are trained."""
         ...

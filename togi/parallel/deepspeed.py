@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from togi.errors import ConfigError
-from togi.parallel.adamw import MOMENTS, adamw_without_state, add_state, set_rate
+from togi.parallel.adamw import MOMENTS, adamw_without_state, add_state, moments, set_rate
 from togi.parallel.backend import BackendOptions, check_same_weights
 from togi.parallel.process import World
 from togi.parallel.replicated import BUCKET_ELEMENTS
@@ -144,6 +144,9 @@ class DeepSpeed:
         for master in self._zero.masters():
             self._adamw.state[master]["step"].fill_(steps)
 
+    def at_rest(self) -> Iterable[Tensor]:
+        return [*self._zero.masters(), *moments(self._adamw), *self._zero.buffers()]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
@@ -168,6 +171,10 @@ class _Shards(Protocol):
 
     def link_state(self) -> None:
         """Tell DeepSpeed where the moments are."""
+        ...
+
+    def buffers(self) -> Iterable[Tensor]:
+        """Where gradients are gathered, which hold nothing between two steps."""
         ...
 
     def norm(self) -> Any:
@@ -205,6 +212,9 @@ class _Whole:
     def link_state(self) -> None:
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
+    def buffers(self) -> Iterable[Tensor]:
+        return []
+
     def set_working(self, parameter: nn.Parameter, value: Tensor) -> None:
         pass
 
@@ -214,6 +224,10 @@ class _Whole:
 
 class _FirstStage(_Whole):
     """Stage 1 with bfloat16: gradients are whole too, in float32."""
+
+    def buffers(self) -> Iterable[Tensor]:
+        whole: list[Tensor] = self._optimizer.fp32_groups_gradients_flat
+        return whole
 
     def norm(self) -> Any:
         gradients, _ = self._optimizer.get_grads_for_norm()
@@ -254,6 +268,9 @@ class _ThirdStage:
 
     def link_state(self) -> None:
         pass
+
+    def buffers(self) -> Iterable[Tensor]:
+        return [self._optimizer.grad_partitions_flat_buffer]
 
     def norm(self) -> Any:
         return combine_grad_norm_groups(self._optimizer._get_norm_groups())

@@ -9,13 +9,13 @@ what is outside of blocks over all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, take_step
+from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, moments, take_step
 from togi.parallel.backend import BackendOptions, cast, check_same_weights, decoder_blocks
 from togi.parallel.offload import move_buffers
 from togi.parallel.process import World
@@ -134,6 +134,9 @@ class Sharded:
             for moment in MOMENTS:
                 copy_part(state[moment], read(f"{moment}/{name}"))
             state["step"].fill_(steps)
+
+    def at_rest(self) -> Iterable[Tensor]:
+        return moments(self._optimizer)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self._trained.items()}

@@ -7,12 +7,12 @@ rounded away. With ``adam_offload`` masters, gradients and moments are in host m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, take_step
+from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, moments, take_step
 from togi.parallel.backend import BackendOptions, cast, check_same_weights
 from togi.parallel.process import World
 
@@ -59,8 +59,9 @@ class Replicated:
         for name, parameter in self.module.named_parameters():
             if trained_only and name not in self._masters:
                 continue
-            master = self._masters.get(name, parameter).detach()
-            yield name, master.to(self.world.device, master.dtype if dtype is None else dtype)
+            # A working copy is its master rounded, so that nothing is lost by taking what is already there.
+            best = parameter if dtype is parameter.dtype else self._masters.get(name, parameter)
+            yield name, best.detach().to(self.world.device, best.dtype if dtype is None else dtype)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         for name, master in self._masters.items():
@@ -77,6 +78,10 @@ class Replicated:
                 state[moment].copy_(read(f"{moment}/{name}"))
             state["step"].fill_(steps)
         self._refresh()
+
+    def at_rest(self) -> Iterable[Tensor]:
+        masters = [master for name, master in self._masters.items() if master is not self._names[name]]
+        return [*masters, *moments(self._optimizer)]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(master.shape) for name, master in self._masters.items()}

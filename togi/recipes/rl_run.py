@@ -37,6 +37,7 @@ from togi.runtime import measure
 from togi.runtime.experience import ScoredGroup, Trainable, to_sample, trainable, with_advantages, with_streams
 from togi.runtime.feed import Feed, RolloutFeed
 from togi.runtime.filtering import GroupFilter
+from togi.runtime.phases import Phase
 from togi.runtime.replay import replay_feed
 from togi.runtime.session import Session, single_logprobs, update_metrics
 from togi.runtime.worker_group import StepUpdate
@@ -100,6 +101,7 @@ class Run:
         """Go on from a checkpoint; the loader was put in its place before the models were loaded."""
         if found is not None:
             with self._progress.phase(f"loading checkpoint of step {found.step}", expected_seconds=10):
+                await self.session.phases.enter(Phase.SAVE)
                 await self.session.load(found.path)
             self.step = found.step
             self._kl = self._kl.restored(found.state["kl"])
@@ -125,6 +127,7 @@ class Run:
         if not self.config.generates:
             return
         with self._progress.phase("syncing weights", expected_seconds=3):
+            await self.session.phases.enter(Phase.SYNC)
             report = await self.session.sync(self.step)
             self._values[names.MISMATCH_PROBE_MEAN_ABS] = await self.session.probe(self._probe)
         self._values |= {names.WEIGHT_SYNC_RATE: report.gb_per_second, names.WEIGHT_SYNC_SECONDS: report.seconds}
@@ -132,6 +135,7 @@ class Run:
     async def generate(self) -> list[ScoredGroup]:
         """The next prompts' scored groups, made by the present weights, or in a replay as they were stored."""
         self._watchdog.beat()
+        await self.session.phases.enter(Phase.GENERATE)
         generates, loader, start = self.config.generates, self._material.loader, time.perf_counter()
         episode = loader.episode
         with self._progress.phase("generating" if generates else "reading rollouts"):
@@ -154,6 +158,7 @@ class Run:
                 self.step + 1,
             )
             return [], []
+        await self.session.phases.enter(Phase.SCORE)
         start = time.perf_counter()
         with self._progress.phase("scoring"):
             samples = await self.session.score([to_sample(item) for item in items])
@@ -173,6 +178,7 @@ class Run:
 
     async def update(self, role: Role, samples: Sequence[Sample]) -> list[StepUpdate]:
         """All optimizer steps of one model on this rollout."""
+        await self.session.phases.enter(Phase.TRAIN)
         start = time.perf_counter()
         with self._progress.phase(f"training the {role}"):
             updates = await self.session.update(role, self._mini_batches(samples), self._kl.value)
@@ -201,6 +207,7 @@ class Run:
     async def evaluate(self) -> tuple[float, float]:
         """Mean reward on the held-out prompts and its standard error."""
         count = self.config.eval_n_samples_per_prompt
+        await self.session.phases.enter(Phase.EVALUATE)
         with self._progress.phase("evaluating"):
             groups = await self._eval_feed.run(self._material.held_out, count, f"eval{self.step}")
         self._directory.rollouts.write(self.step, Split.EVAL, measure.rows(self.step, Split.EVAL, groups))
@@ -217,6 +224,7 @@ class Run:
         aim = self._aim
         if aim is None or not better(aim, values[aim.metric], self._best):
             return
+        await self.session.phases.enter(Phase.SAVE)
         self._best = Best(aim, values[aim.metric], self.step)
         with self._progress.phase("writing the best model"), self._bests.write(self._best) as folder:
             await self.session.save_model(Role.ACTOR, folder)
@@ -271,6 +279,7 @@ class Run:
             "best": self._best.to_json() if self._best is not None else None,
         }
         with self._progress.phase("writing a checkpoint"):
+            await self.session.phases.enter(Phase.SAVE)
             size = await self.session.checkpoint_bytes() if resumable else 0
             with self._store.write(self.step, state, size) as folder:
                 if resumable:
@@ -281,6 +290,7 @@ class Run:
     async def save(self) -> None:
         """The final model (and critic) in plain Hugging Face format, written aside and renamed."""
         with self._progress.phase("saving the model", expected_seconds=5):
+            await self.session.phases.enter(Phase.SAVE)
             await self._save_model(Role.ACTOR, Path(self.config.save_path))
             if self.config.save_value_network:
                 await self._save_model(Role.CRITIC, Path(self.config.save_path + "_critic"))

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from togi.errors import ConfigError
 from togi.model.weights import Bucket, Manifest
+from togi.plan.memory import Released
 from togi.sample import Generation, Sampling
 
 DTYPES = ("bfloat16", "float32")
@@ -102,8 +103,12 @@ class RolloutEngine(Protocol):
         """Admit requests again, the waiting ones first."""
         ...
 
-    async def sleep(self) -> None:
-        """Give back the memory of the KV cache. Requests and updates are refused until ``wake``."""
+    async def sleep(self) -> Released:
+        """Give back the memory of the KV cache. Requests and updates are refused until ``wake``.
+
+        vLLM on a GPU also moves its weights to host memory. Returns what was let go of and the memory measured before and
+        after.
+        """
         ...
 
     async def wake(self) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from togi.errors import DataError, WeightSyncError
 from togi.model.weights import Bucket, Manifest, TensorSpec
+from togi.plan.memory import Released
 from togi.rollout.updates import UpdateLog
 from togi.sample import FinishReason, Generation, Sampling
 
@@ -48,7 +49,7 @@ class Core(Protocol):
     def begin_update(self) -> None: ...
     def load(self, bucket: Bucket) -> None: ...
     def finish_update(self) -> None: ...
-    def sleep(self) -> None: ...
+    def sleep(self) -> Released: ...
     def wake(self) -> None: ...
     def close(self) -> None: ...
 
@@ -124,8 +125,8 @@ class ThreadedEngine:
     async def resume(self) -> None:
         await self._call(self._resume)
 
-    async def sleep(self) -> None:
-        await self._call(self._sleep)
+    async def sleep(self) -> Released:
+        return await self._call(self._sleep)
 
     async def wake(self) -> None:
         await self._call(self._wake)
@@ -262,12 +263,12 @@ class ThreadedEngine:
         for request in waiting:
             self._admit(request)
 
-    def _sleep(self) -> None:
+    def _sleep(self) -> Released:
         if self._running:
             raise RuntimeError(f"{len(self._running)} requests are running: pause the engine before it sleeps")
-        if not self._asleep:
-            self._core.sleep()
+        released = Released(0, 0, 0) if self._asleep else self._core.sleep()
         self._asleep = True
+        return released
 
     def _wake(self) -> None:
         if self._asleep:

@@ -20,6 +20,7 @@ from togi.errors import ConfigError, ModelError
 from togi.model.checkpoint import expected_manifest
 from togi.model.weights import Bucket
 from togi.parallel.process import default_device
+from togi.plan.memory import Released, resident_bytes, return_freed
 from togi.rollout.engine import EngineSettings
 from togi.rollout.sampler import Choice, choose
 from togi.rollout.slot_cache import ATTENTION, SlotCache
@@ -141,8 +142,11 @@ class TransformersCore:
         self._model = self._load(type(self._model), None, config=self._model.config, state_dict=self._arriving)
         self._arriving = {}
 
-    def sleep(self) -> None:
+    def sleep(self) -> Released:
+        before = resident_bytes()
         self._slots.clear()
+        return_freed()
+        return Released(0, before, resident_bytes())
 
     def wake(self) -> None:
         """Nothing to do: the cache is allocated when tokens arrive."""

@@ -16,10 +16,8 @@ which outputs are silently wrong; ``tests/e2e/test_rollout_engines.py`` compares
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -31,13 +29,13 @@ from torch import Tensor
 
 from togi.model.checkpoint import expected_manifest
 from togi.model.weights import Bucket, TensorSpec
+from togi.plan.memory import Released, release_pages, resident_bytes, return_freed
 from togi.rollout.engine import EngineSettings
 from togi.rollout.stops import end_token_ids
 from togi.rollout.threaded import Finished, ThreadedEngine
 from togi.sample import FinishReason, Sampling
 
 REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
-MADV_DONTNEED = 4
 SCORE_REQUEST = "score"
 MIN_BATCHED_TOKENS = 4096
 
@@ -128,12 +126,14 @@ class VllmCore:
         self._ask_workers(_finish_reload)
         self._reset_prefix_cache()
 
-    def sleep(self) -> None:
+    def sleep(self) -> Released:
         self._reset_prefix_cache()
         if self._on_cpu:
-            self._ask_workers(_release_kv_pages)
-        else:
-            self._engine.sleep(level=1)
+            return _added_up(self._ask_workers(_release_kv_pages))
+        before = self._ask_workers(_cache_and_memory)
+        self._engine.sleep(level=1)
+        after = self._ask_workers(_cache_and_memory)
+        return _added_up([Released(cache, used, now) for (cache, used), (_, now) in zip(before, after, strict=True)])
 
     def wake(self) -> None:
         if not self._on_cpu:  # on a CPU released pages come back, zeroed, when they are touched
@@ -278,13 +278,26 @@ def _finish_reload(worker: Any) -> None:
                 layer.quant_method.process_weights_after_loading(layer)
 
 
-def _release_kv_pages(worker: Any) -> None:
+def _release_kv_pages(worker: Any) -> Released:
     """Give the KV cache's pages back to the system: vLLM's own sleep frees nothing on CPUs, ``madvise`` does."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for storage in {
-        kv.untyped_storage().data_ptr(): kv.untyped_storage() for kv in worker.model_runner.kv_caches
-    }.values():
-        start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
-        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED) != 0:
-            raise OSError(ctypes.get_errno(), "madvise could not release the pages of the KV cache")
+    before = resident_bytes()
+    nbytes = sum(release_pages(storage.data_ptr(), storage.nbytes()) for storage in _kv_storages(worker))
+    return_freed()
+    return Released(nbytes, before, resident_bytes())
+
+
+def _cache_and_memory(worker: Any) -> tuple[int, int]:
+    """Bytes of the KV cache, and bytes in use on the worker's GPU."""
+    free, total = torch.cuda.mem_get_info()
+    return sum(storage.nbytes() for storage in _kv_storages(worker)), total - free
+
+
+def _kv_storages(worker: Any) -> list[torch.UntypedStorage]:
+    """The memory of the KV cache, each piece once."""
+    storages = [kv.untyped_storage() for kv in worker.model_runner.kv_caches]
+    return list({storage.data_ptr(): storage for storage in storages}.values())
+
+
+def _added_up(parts: Iterable[Released]) -> Released:
+    """What all workers of an engine released."""
+    return Released(sum(p.nbytes for p in parts), sum(p.before for p in parts), sum(p.after for p in parts))

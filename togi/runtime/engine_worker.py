@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import psutil
 from ray.actor import ActorHandle
 
 from togi.config.choices import EngineName
 from togi.model.hub import local_folder
 from togi.model.weights import Bucket, Manifest
+from togi.plan.memory import PeakMemory, Released
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.runtime.calls import result_of, results_of
@@ -25,6 +25,7 @@ class EngineWorker:
 
     def __init__(self) -> None:
         self._engine: RolloutEngine
+        self._memory = PeakMemory()
 
     async def start(self, name: EngineName, settings: EngineSettings, gpus: Sequence[str]) -> None:
         """``gpus``: all that the engine may use, where they are not those that Ray gave this process."""
@@ -47,8 +48,22 @@ class EngineWorker:
     async def finish_update(self) -> None:
         await self._engine.finish_update()
 
+    async def sleep(self) -> Released:
+        return await self._engine.sleep()
+
+    async def wake(self) -> None:
+        await self._engine.wake()
+
+    async def take_peak(self) -> int:
+        """The largest resident size of this engine, with its processes, since the last call.
+
+        On a GPU that is host memory alone: of the GPU's the engine has what --vllm_gpu_memory_utilization says.
+        """
+        return self._memory.take()
+
     async def memory_bytes(self) -> int:
-        return int(psutil.Process().memory_info().rss)
+        """The largest that ``take_peak`` has seen."""
+        return self._memory.highest
 
     async def shutdown(self) -> None:
         await self._engine.shutdown()
@@ -80,6 +95,15 @@ class EnginePool:
     async def score(self, tokens: Sequence[int]) -> list[list[float]]:
         """Log-probs of the same tokens from every engine."""
         return await results_of([worker.score.remote(tokens) for worker in self.workers], "engine")
+
+    async def sleep(self) -> list[Released]:
+        return await results_of([worker.sleep.remote() for worker in self.workers], "engine")
+
+    async def wake(self) -> None:
+        await results_of([worker.wake.remote() for worker in self.workers], "engine")
+
+    async def take_peaks(self) -> list[int]:
+        return await results_of([worker.take_peak.remote() for worker in self.workers], "engine")
 
     async def memory_bytes(self) -> list[int]:
         return await results_of([worker.memory_bytes.remote() for worker in self.workers], "engine")

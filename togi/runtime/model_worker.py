@@ -6,7 +6,6 @@ from the driver; packing happens here, next to the model.
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,10 @@ from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import Bucket, Manifest, pack_buckets
 from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen, frozen_on_host, trainable
+from togi.parallel.parking import Parking
 from togi.parallel.process import Rendezvous, World, default_device, open_store
 from togi.parallel.ring import Ring
+from togi.plan.memory import PeakMemory, Released
 from togi.plan.placement import Role
 from togi.runtime.cluster import own_gpus, see_only
 from togi.sample import Sample
@@ -62,6 +63,7 @@ class ModelWorker:
     def __init__(self) -> None:
         self._world: World
         self._config: RLConfig
+        self._memory = PeakMemory()
 
     def open_meeting(self) -> tuple[str, int]:
         """Open the meeting place of the ranks, on rank 0; returns its address and port."""
@@ -76,9 +78,18 @@ class ModelWorker:
     def device_type(self) -> str:
         return self._world.device.type
 
+    def take_peak(self) -> int:
+        """The most memory of the device that was in use since the last call; on a CPU the largest resident size."""
+        resident, device = self._memory.take(), self._world.device
+        if device.type == "cpu":
+            return resident
+        peak = int(torch.accelerator.max_memory_allocated(device))
+        torch.accelerator.reset_peak_memory_stats(device)
+        return peak
+
     def memory_bytes(self) -> int:
-        """The largest resident size of this process so far."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        """The largest resident size that ``take_peak`` has seen."""
+        return self._memory.highest
 
     def _join(self, rank: int, size: int, address: str, port: int, config: RLConfig, tensor_size: int = 1) -> None:
         self._config = config
@@ -183,6 +194,7 @@ class LearnerWorker(ModelWorker):
         max_norm = config.max_norm if config.max_norm > 0 else float("inf")
         balance = config.aux_loss_coef if self._model.is_mixture else 0.0  # a critic may be dense
         self._learner = Learner(backend, self._objective(config.init_kl_coef), schedule, max_norm, balance)
+        self._parking = Parking(backend.at_rest, self._world.device)
         self._scorer = Scorer(backend.module, self._world)
         self._export: Iterator[Bucket] = iter(())
 
@@ -207,6 +219,7 @@ class LearnerWorker(ModelWorker):
 
     def update(self, steps: Sequence[Sequence[Sample]], kl_coef: float) -> list[StepResult]:
         """One optimizer step per element of ``steps``, each this rank's share of that step's samples."""
+        assert not self._parking.is_asleep
         self._learner.objective = self._objective(kl_coef)
         results = []
         for samples in steps:
@@ -217,6 +230,14 @@ class LearnerWorker(ModelWorker):
             tokens, unshared = sum(s.tokens for s in stats), sum(s.unshared_tokens for s in stats)
             results.append(StepResult(report, logprobs, tokens, unshared))
         return results
+
+    def sleep(self) -> Released:
+        """Put away what only an optimizer step needs; the working weights stay."""
+        return self._parking.sleep()
+
+    def wake(self) -> None:
+        """Bring back what ``sleep`` put away."""
+        self._parking.wake()
 
     def begin_export(self, version: int) -> Manifest:
         """What the next weight update will send; ``next_bucket`` then gives it piece by piece. On all ranks together."""
@@ -236,10 +257,12 @@ class LearnerWorker(ModelWorker):
 
     def save(self, folder: Path) -> None:
         """Write the resumable state into ``folder``/<role>."""
+        assert not self._parking.is_asleep
         save_learner(self._learner, folder / self._role, {"role": self._role})
 
     def load(self, folder: Path) -> None:
         """Go on from a folder that ``save`` wrote."""
+        assert not self._parking.is_asleep
         load_learner(self._learner, folder / self._role, {"role": self._role})
 
     def save_model(self, folder: Path) -> None:

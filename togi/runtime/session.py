@@ -26,6 +26,7 @@ from togi.runtime.cluster import Cluster, connect, describe, disconnect
 from togi.runtime.engine_worker import MAX_CONCURRENT_CALLS, EnginePool, EngineWorker
 from togi.runtime.experience import with_streams
 from togi.runtime.model_worker import LearnerWorker, ScorerWorker
+from togi.runtime.phases import Holder, Phases
 from togi.runtime.weight_sync import SyncReport, sync_weights
 from togi.runtime.worker_group import StepUpdate, WorkerGroup
 from togi.sample import Sample
@@ -47,12 +48,19 @@ class Session:
         engines: EnginePool,
         groups: Mapping[Role, WorkerGroup],
         reward_models: Sequence[WorkerGroup],
+        asleep: frozenset[Holder],
     ) -> None:
+        """``asleep``: who sleeps already."""
         self.config = config
         self.cluster = cluster
         self.engines = engines
         self.groups = groups
         self.reward_models = tuple(reward_models)
+        learners = self._learners()
+        scorers = [group for group in groups.values() if group not in learners]
+        self.phases = Phases(
+            engines, learners, [*scorers, *reward_models], sleepers(config), asleep, merges=config.lora is not None
+        )
         self._ended = False
 
     @classmethod
@@ -98,13 +106,17 @@ class Session:
         settings = [engine_settings(config, index, threads) for index in range(len(workers))]
         gpus = await gpus_of_engines(config, groups[Role.ACTOR], len(workers))
         starting = [engines.start(config.rollout_engine, settings, gpus)]
+        asleep = sleepers(config) & {Holder.ENGINES}
+        if asleep:  # the models then find the memory that the engines have reserved and do not use yet
+            await starting.pop()
+            await engines.sleep()
         for role, group in groups.items():
             last = updates[role] if role in LEARNERS else config.pretrain
             starting.append(group.start(config, role, last))
         for group, path in zip(rewards, config.scoring_models, strict=True):
             starting.append(group.start(config, Role.REWARD, path))
         await asyncio.gather(*starting)
-        return cls(config, cluster, engines, groups, rewards)
+        return cls(config, cluster, engines, groups, rewards, asleep)
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
         """Add what advantages and the update need: reference and old log-probs, values."""
@@ -149,8 +161,8 @@ class Session:
         return check_probe(float(np.mean([compare(logprobs, trainer).mean_abs for logprobs in engines])))
 
     async def memory(self) -> dict[str, float]:
-        """Peak resident memory in GB of each worker process, by metric name."""
-        result = {}
+        """Peak resident memory in GB by metric name: of each worker so far, and of all in each phase since the last call."""
+        result = await self.phases.take_metrics()
         for index, nbytes in enumerate(await self.engines.memory_bytes()):
             result[names.process_memory(f"engine{index}")] = nbytes / 1e9
         for role, group in self.groups.items():
@@ -196,6 +208,12 @@ class Session:
 
     def _learners(self) -> list[WorkerGroup]:
         return [group for role, group in self.groups.items() if role in LEARNERS]
+
+
+def sleepers(config: RLConfig) -> frozenset[Holder]:
+    """Who sleeps in the phases that do not need it."""
+    flags = {Holder.ENGINES: config.vllm_enable_sleep, Holder.LEARNERS: config.trainer_sleeps}
+    return frozenset(holder for holder, sleeps in flags.items() if sleeps)
 
 
 async def gpus_of_engines(config: RLConfig, actor: WorkerGroup, engines: int) -> list[tuple[str, ...]]:

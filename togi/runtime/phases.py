@@ -1,0 +1,129 @@
+"""Which phase a run is in, and who may hold memory in it.
+
+Engines hold their key-value caches while they generate, evaluate and take new weights; learners hold what only an optimizer step
+needs (``Backend.at_rest``) while they train and save. With ``--vllm_enable_sleep`` and ``--trainer_enable_sleep`` the others
+sleep, first those that must give, then those that may take, and every one that went to sleep is held to what it said: memory
+that was measured has to have fallen. Working weights always stay, since any rank may be asked to score.
+
+The peak of each phase is measured whether anybody sleeps or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+
+from togi.obs import names
+from togi.plan.memory import Released
+from togi.runtime.engine_worker import EnginePool
+from togi.runtime.worker_group import WorkerGroup
+
+
+class Phase(StrEnum):
+    START = "start"
+    GENERATE = "generate"
+    SCORE = "score"
+    TRAIN = "train"
+    SYNC = "sync"
+    SAVE = "save"
+    EVALUATE = "evaluate"
+
+
+class Holder(StrEnum):
+    ENGINES = names.ENGINES
+    LEARNERS = names.LEARNERS
+
+
+MAY_HOLD: Mapping[Phase, frozenset[Holder]] = {
+    Phase.START: frozenset(Holder),
+    Phase.GENERATE: frozenset({Holder.ENGINES}),
+    Phase.SCORE: frozenset(),
+    Phase.TRAIN: frozenset({Holder.LEARNERS}),
+    Phase.SYNC: frozenset({Holder.ENGINES}),
+    Phase.SAVE: frozenset({Holder.LEARNERS}),
+    Phase.EVALUATE: frozenset({Holder.ENGINES}),
+}
+
+
+class Phases:
+    """The phase machine of a run. ``sleepers``: who may be sent to sleep; ``asleep``: who has been already.
+
+    ``merges``: an adapter is merged into masters when weights are sent, so that learners stay awake for it.
+    """
+
+    def __init__(
+        self,
+        engines: EnginePool,
+        learners: Sequence[WorkerGroup],
+        scorers: Sequence[WorkerGroup],
+        sleepers: frozenset[Holder],
+        asleep: frozenset[Holder],
+        *,
+        merges: bool,
+    ) -> None:
+        self._engines, self._learners, self._scorers = engines, tuple(learners), tuple(scorers)
+        self._sleepers, self._merges = sleepers, merges
+        self._asleep = set(asleep)
+        self._values = dict[str, float]()
+        self.current = Phase.START
+
+    async def enter(self, phase: Phase) -> None:
+        """End the present phase and begin ``phase``: measure, send to sleep, wake. Raises RunError if memory did not fall."""
+        if phase is self.current:
+            return
+        await self._measure()
+        may_hold = MAY_HOLD[phase]
+        if phase is Phase.SYNC and self._merges:
+            may_hold |= {Holder.LEARNERS}
+        for holder in sorted((self._sleepers - may_hold) - self._asleep):
+            await self._sleep(holder)
+        for holder in sorted(self._asleep & may_hold):
+            await self._wake(holder)
+        assert not self._asleep & may_hold and self._sleepers - may_hold == self._asleep
+        self.current = phase
+
+    async def take_metrics(self) -> dict[str, float]:
+        """GB by metric name, since the last call: of each phase the sum over workers of their peaks, and what was let go of."""
+        await self._measure()
+        values, self._values = self._values, {}
+        return values
+
+    async def _measure(self) -> None:
+        kinds = {
+            names.ENGINES: self._engines.take_peaks(),
+            names.LEARNERS: _of_all(self._learners, "take_peak"),
+            names.SCORERS: _of_all(self._scorers, "take_peak"),
+        }
+        for kind, peaks in zip(kinds, await asyncio.gather(*kinds.values()), strict=True):
+            if peaks:
+                name = names.phase_memory(self.current, kind)
+                self._values[name] = max(self._values.get(name, 0.0), sum(peaks) / 1e9)
+
+    async def _sleep(self, holder: Holder) -> None:
+        self._asleep.add(holder)
+        if holder is Holder.ENGINES:
+            slept: list[Released] = await self._engines.sleep()
+            released = {f"engine {number}": each for number, each in enumerate(slept)}
+        else:
+            released = {
+                f"{group.role} {rank}": each
+                for group in self._learners
+                for rank, each in enumerate(await group.call_all("sleep"))
+            }
+        for who, each in released.items():
+            each.check(who)
+        self._values[names.released_memory(holder)] = sum(each.nbytes for each in released.values()) / 1e9
+
+    async def _wake(self, holder: Holder) -> None:
+        if holder is Holder.ENGINES:
+            await self._engines.wake()
+        else:
+            await _of_all(self._learners, "wake")
+        self._asleep.discard(holder)
+
+
+async def _of_all(groups: Sequence[WorkerGroup], method: str) -> list[int]:
+    """The answers of every worker of every group."""
+    answers = await asyncio.gather(*(group.call_all(method) for group in groups))
+    return [answer for each in answers for answer in each]
