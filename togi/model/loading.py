@@ -1,14 +1,15 @@
 """Reading model folders into the two model roles.
 
-Not here: writing folders and checkpoint names (``checkpoint``), which architectures are fit (``support``), sharding.
+Not here: writing folders and checkpoint names (``checkpoint``), which architectures are fit (``support``), reading a part at a
+time (``deferred``), sharding.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,12 +23,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging as hf_logging
 
 from togi.config.checks import check_mixture
 from togi.config.shared import ADAPTER_CONFIG, LoRA
 from togi.errors import ModelError
 from togi.model.attention import SEGMENTS, VARLEN
+from togi.model.deferred import Deferred, Reader, files_of, nothing_left, quiet
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.support import PROVEN, logit_transform, refuse_unsupported, verify_packing
 
@@ -44,16 +45,20 @@ def load_causal_lm(
     gradient_checkpointing: bool = False,
     use_reentrant: bool = False,
     lora: LoRA | None = None,
+    defer: bool = False,
 ) -> PolicyModel:
     """A causal language model from a folder or hub id, on CPU, in ``dtype``, in training mode.
 
-    With ``lora`` it is frozen (in NF4 if so asked, computing in ``dtype``) and has new adapters. Raises ModelError if the
-    folder cannot be read, lacks weights, or its architecture cannot be trained packed.
+    With ``lora`` it is frozen (in NF4 if so asked, computing in ``dtype``) and has new adapters. ``defer``: leave the weights on
+    disk for ``model.read``, where that can be done. Raises ModelError if the folder cannot be read, lacks weights, or its
+    architecture cannot be trained packed.
     """
     config = read_config(path, trust_remote_code)
     in_4bit = lora is not None and lora.load_in_4bit
-    hf = _load(AutoModelForCausalLM, _Reading(path, config, dtype, flash_attn, trust_remote_code, in_4bit=in_4bit))
+    read = _Reading(path, config, dtype, flash_attn, trust_remote_code, in_4bit=in_4bit)
+    hf, reader = _load(AutoModelForCausalLM, read, defer=defer and lora is None)
     model = PolicyModel(hf, logit_transform(config))
+    model.read = reader
     return _ready(model, gradient_checkpointing, use_reentrant, lora)
 
 
@@ -68,12 +73,13 @@ def load_scalar_model(
     gradient_checkpointing: bool = False,
     use_reentrant: bool = False,
     lora: LoRA | None = None,
+    defer: bool = False,
 ) -> ScalarModel:
     """A critic or reward model from a folder or hub id.
 
     ``value_head_prefix`` names the head in the checkpoint; one in config.json wins. A missing head is an error unless
-    ``init_head``, which always draws a new head from a normal distribution with standard deviation 1/(hidden + 1). With
-    ``lora`` the body is as for a language model and the head is trained whole.
+    ``init_head``, which always draws a new head from a normal distribution with standard deviation 1/(hidden + 1), from
+    torch's seed alone. With ``lora`` the body is as for a language model and the head is trained whole. ``defer`` as there.
     """
     config = read_config(path, trust_remote_code)
     prefix = getattr(config, "value_head_prefix", value_head_prefix)
@@ -84,10 +90,14 @@ def load_scalar_model(
     optional = frozenset({f"{HEAD}.weight"}) if init_head else frozenset[str]()
     in_4bit = lora is not None and lora.load_in_4bit
     read = _Reading(path, config, dtype, flash_attn, trust_remote_code, renames, optional, in_4bit)
-    hf = _load(AutoModelForSequenceClassification, read)
-    if init_head:
+    hf, reader = _load(AutoModelForSequenceClassification, read, defer=defer and lora is None)
+    if init_head and isinstance(reader, Deferred):
+        reader.finish = partial(_init_head, hf)
+    elif init_head:
         _init_head(hf)
-    return _ready(ScalarModel(hf, prefix), gradient_checkpointing, use_reentrant, lora)
+    model = ScalarModel(hf, prefix)
+    model.read = reader
+    return _ready(model, gradient_checkpointing, use_reentrant, lora)
 
 
 def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -167,10 +177,17 @@ def _refuse(auto_class: Any, read: _Reading) -> PreTrainedModel:
     return model
 
 
-def _load(auto_class: Any, read: _Reading) -> PreTrainedModel:
+def _load(auto_class: Any, read: _Reading, *, defer: bool) -> tuple[PreTrainedModel, Reader]:
+    """The model, and what reads it if its weights could be left on disk."""
     attention = _attention(read.flash_attn)
-    _refuse(auto_class, read)
-    with _quiet():
+    empty = _refuse(auto_class, read)
+    files = files_of(read.path) if defer and read.config.model_type in PROVEN else []
+    if files:
+        empty.set_attn_implementation(attention)
+        reader = Deferred(empty, read.path, files, read.renames)
+        _check_missing(read, reader.missing)
+        return empty, reader
+    with quiet():
         model, info = auto_class.from_pretrained(
             read.path,
             config=read.config,
@@ -181,28 +198,20 @@ def _load(auto_class: Any, read: _Reading) -> PreTrainedModel:
             quantization_config=_nf4(read.dtype) if read.in_4bit else None,
             output_loading_info=True,
         )
-    missing = sorted(set(info["missing_keys"]) - read.optional)
-    if missing:
-        only_head = missing == [f"{HEAD}.weight"]
-        advice = "give one with a head, or ask for a new head" if only_head else "use a complete checkpoint"
-        names = ", ".join(missing[:5])
-        raise ModelError(f"the checkpoint {read.path!r} has no {names}, which would be random: {advice}.")
+    _check_missing(read, info["missing_keys"])
     if read.in_4bit:
         _keep_layout(model)
-    loaded: PreTrainedModel = model
-    return loaded
+    return model, nothing_left
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, and no report of missing weights: that is an error of ours, not a warning."""
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
+def _check_missing(read: _Reading, missing: Iterable[str]) -> None:
+    """Raise ModelError for parameters that the checkpoint should have."""
+    lacks = sorted(set(missing) - read.optional)
+    if lacks:
+        only_head = lacks == [f"{HEAD}.weight"]
+        advice = "give one with a head, or ask for a new head" if only_head else "use a complete checkpoint"
+        names = ", ".join(lacks[:5])
+        raise ModelError(f"the checkpoint {read.path!r} has no {names}, which would be random: {advice}.")
 
 
 def _attention(flash_attn: bool) -> str:
@@ -240,8 +249,12 @@ def _keep_layout(hf: nn.Module) -> None:
 
 
 def _init_head(hf: PreTrainedModel) -> None:
+    """From a generator of its own: what else was drawn before depends on how the model was loaded."""
     head: Any = hf.score
-    nn.init.normal_(head.weight, mean=0.0, std=1.0 / (head.in_features + 1))
+    if head.weight.is_meta:
+        head.weight = nn.Parameter(torch.empty_like(head.weight, device="cpu"))
+    draws = torch.Generator().manual_seed(torch.initial_seed())
+    nn.init.normal_(head.weight, mean=0.0, std=1.0 / (head.in_features + 1), generator=draws)
 
 
 def _ready(model: Model, gradient_checkpointing: bool, use_reentrant: bool, lora: LoRA | None) -> Model:

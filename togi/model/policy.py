@@ -23,6 +23,7 @@ from togi.algo.balance import balance_loss, routing_sums
 from togi.batch import NO_SEQUENCE, Batch
 from togi.config.choices import Divergence
 from togi.config.shared import MIXTURES
+from togi.model.deferred import Reader, nothing_left
 from togi.model.distill_head import TeacherLogits, distill_logprobs
 from togi.model.logprob_head import LogitTransform, full_precision, some_logits, token_logprobs, top_tokens
 from togi.model.outputs import LABELS, Needs, Outputs
@@ -58,13 +59,15 @@ def last_tokens(batch: Batch) -> Tensor:
 class _Model(nn.Module):
     """``is_adapted``: the weights are frozen and LoRA adapters beside them are trained (``togi.model.adapters``).
 
-    ``layout_of``: which tokens of a batch this rank computes: all of them, unless it has joined a ring.
+    ``layout_of``: which tokens of a batch this rank computes: all of them, unless it has joined a ring. ``read``: reads the
+    weights of a part that are still on disk (``togi.model.deferred``).
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
         self.is_adapted = False
+        self.read: Reader = nothing_left
         self.layout_of: Callable[[Batch], Layout] = WholeLayout.of
 
     def join_ring(self, ring: Ring, head_stride: int) -> None:

@@ -17,15 +17,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def make_adamw(parameters: Mapping[str, Tensor], options: BackendOptions) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019) over ``parameters``, with its state."""
-    optimizer = adamw_without_state(parameters, options)
+    optimizer = adamw_without_state(parameters, options, {name: tuple(p.shape) for name, p in parameters.items()})
     add_state(optimizer, parameters.values())
     return optimizer
 
 
-def adamw_without_state(parameters: Mapping[str, Tensor], options: BackendOptions) -> torch.optim.AdamW:
-    """One-dimensional parameters (biases, norm weights) are not decayed. One kernel takes parameters of one device mesh only."""
-    decayed = [p for p in parameters.values() if p.ndim > 1]
-    others = [p for p in parameters.values() if p.ndim <= 1]
+def adamw_without_state(
+    parameters: Mapping[str, Tensor], options: BackendOptions, shapes: Mapping[str, tuple[int, ...]]
+) -> torch.optim.AdamW:
+    """``shapes``: of the whole parameters. One-dimensional ones (biases, norm weights) are not decayed.
+
+    One kernel takes parameters of one device mesh only.
+    """
+    decayed = [p for name, p in parameters.items() if len(shapes[name]) > 1]
+    others = [p for name, p in parameters.items() if len(shapes[name]) <= 1]
     groups: list[dict[str, Any]] = []
     for chosen, decay in ((decayed, options.weight_decay), (others, 0.0)):
         by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from togi.config.choices import BackendName, GradAccumDtype
 from togi.config.offline import OfflineConfig
@@ -42,6 +43,11 @@ class BackendOptions:
     overlap_comm: bool = False
     zpg: int = 1
     bf16_accumulation: bool = False
+
+    @property
+    def partitions_parts(self) -> bool:
+        """Whether DeepSpeed gets its weights part by part. The groups of ZeRO++ cannot be made ahead of the engine."""
+        return self.backend is BackendName.DEEPSPEED and self.zero_stage == 3 and self.zpg == 1
 
 
 def backend_options(config: RLConfig | OfflineConfig) -> BackendOptions:
@@ -127,11 +133,21 @@ def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+Reader = Callable[[nn.Module], None]
+"""Reads the weights of a part of a model that are still on disk (``togi.model.deferred``)."""
+
+
+def nothing_left(part: nn.Module) -> None:
+    """The reader of a model that was read at once."""
+
+
 def check_same_weights(module: nn.Module, world: World) -> None:
-    """Every rank must start from the same weights; a freshly drawn head needs the same seed everywhere."""
+    """Every rank must start from the same weights; a freshly drawn head needs the same seed everywhere. Shards are left out."""
     if world.size == 1:
         return
-    marks = {name: int(torch.hash_tensor(p.detach()).item()) for name, p in module.named_parameters()}
+    # what DeepSpeed has partitioned looks empty
+    whole = {n: p.detach() for n, p in module.named_parameters() if not isinstance(p, DTensor) and p.numel() > 0}
+    marks = {name: int(torch.hash_tensor(weight).item()) for name, weight in whole.items()}
     others = world.gather("initial weights", marks)
     different = sorted(name for name in marks if any(other.get(name) != marks[name] for other in others))
     assert not different, f"ranks start from different weights, first {different[0]}: seed every rank alike"

@@ -6,7 +6,8 @@ of micro-batches will do. Reduction is in float32, the optimizer is torch's fuse
 DeepSpeed's own C++ one compiles for minutes when it is first used. DeepSpeed's checkpoints are not used: whole tensors by
 name fit every backend and number of ranks.
 
-A model is loaded whole on each rank and partitioned then. Written for DeepSpeed 0.19, of whose optimizers some inner parts
+Under stage 3 a model is partitioned part by part, so that weights which are still on disk are read as they are needed; the
+other stages have whole weights anyway. Written for DeepSpeed 0.19, of whose optimizers some inner parts
 are used where it has no call for what is needed: the norm before the step, dropping gradients, moments before a first step.
 """
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from togi.errors import ConfigError
 from togi.parallel.adamw import MOMENTS, adamw_without_state, add_state, moments, set_rate
-from togi.parallel.backend import BackendOptions, check_same_weights
+from togi.parallel.backend import BackendOptions, Reader, cast, check_same_weights, decoder_blocks, nothing_left
 from togi.parallel.process import World
 from togi.parallel.replicated import BUCKET_ELEMENTS
 
@@ -47,6 +48,7 @@ from deepspeed.utils import (  # noqa: E402
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
     set_z3_leaf_modules,
 )
 
@@ -59,21 +61,26 @@ MASTER = "master"
 class DeepSpeed:
     """The ``Backend`` of one process or several that train with ZeRO."""
 
-    def __init__(self, module: nn.Module, world: World, options: BackendOptions) -> None:
+    def __init__(self, module: nn.Module, world: World, options: BackendOptions, read: Reader = nothing_left) -> None:
         assert options.zero_stage in (1, 2, 3)
         if world.size % options.zpg != 0:
             raise ConfigError(
                 f"--zpg {options.zpg} must divide the number of workers of a model, which is {world.size}."
             )
-        check_same_weights(module, world)
         _meet(world)
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._shapes = {name: tuple(p.shape) for name, p in trained.items()}
-        # DeepSpeed makes the masters from weights that it has already rounded to bfloat16.
-        loaded = {name: p.data for name, p in trained.items()} if options.bf16 else {}
-        self._adamw = adamw_without_state(trained, options)
+        self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+        parts = {}
         if options.zero_stage == 3:
             _mark_sparse_blocks(module)
+        if options.partitions_parts:
+            parts = _partition(module, world, options, read)
+        else:
+            read(module)
+            check_same_weights(module, world)
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        # DeepSpeed makes the masters from weights that it has already rounded to bfloat16.
+        loaded = {name: p.data for name, p in trained.items()} if options.bf16 and not parts else {}
+        self._adamw = adamw_without_state(trained, options, self._shapes)
         module.register_forward_hook(_unwrap)
         with redirect_stdout(StringIO()):  # memory reports
             self._engine, *_ = deepspeed.initialize(
@@ -89,6 +96,8 @@ class DeepSpeed:
         self._zero.link_state()
         if loaded:
             self._set(lambda name: {MASTER: loaded[name]})
+        for name, part in parts.items():
+            safe_set_local_fp32_param(trained[name], part)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         optimizer = self._engine.optimizer
@@ -341,6 +350,27 @@ def _config(world: World, options: BackendOptions) -> dict[str, Any]:
             },
         },
     }
+
+
+def _partition(module: nn.Module, world: World, options: BackendOptions, read: Reader) -> dict[str, Tensor]:
+    """Partition one part after the other; returns this rank's part of each trained weight as it was before it was rounded."""
+    parts: dict[str, Tensor] = {}
+    for part in (*decoder_blocks(module), module):
+        read(part)
+        check_same_weights(part, world)
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        fresh = [parameter for parameter in part.parameters() if not hasattr(parameter, "ds_id")]
+        unrounded: dict[Any, Tensor] = {p: p.data for p in fresh if p.requires_grad and options.bf16}
+        if options.bf16:
+            cast(fresh, torch.bfloat16)
+        with redirect_stdout(StringIO()):
+            deepspeed.zero.Init(module=part, config_dict_or_path=_config(world, options), dtype=fresh[0].dtype)
+        while unrounded:
+            parameter, whole = unrounded.popitem()
+            size = parameter.ds_tensor.ds_numel
+            own = whole.flatten()[world.rank * size : (world.rank + 1) * size]
+            parts[names[parameter]] = nn.functional.pad(own.float(), (0, size - len(own)))
+    return parts
 
 
 def _mark_sparse_blocks(module: nn.Module) -> None:

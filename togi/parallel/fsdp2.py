@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, moments, take_step
-from togi.parallel.backend import BackendOptions, cast, check_same_weights, decoder_blocks
+from togi.parallel.backend import BackendOptions, Reader, cast, check_same_weights, decoder_blocks, nothing_left
 from togi.parallel.offload import move_buffers
 from togi.parallel.process import World
 from togi.parallel.tensor import DATA, TENSOR, clip_split_gradients, copy_part, grid, split, whole
@@ -30,11 +30,13 @@ def shard(
     *,
     on_host: bool = False,
     splits: bool = False,
+    read: Reader = nothing_left,
 ) -> None:
     """Shard each block and the root in place, on the rank's device; ``on_host``: in host memory until they are gathered.
 
-    ``splits``: the ranks of a group of ``world.tensor_size`` hold parts of the blocks' weights. Inputs are not cast: the segment
-    table and float streams of a batch must arrive as they are.
+    One after the other: where their weights are still on disk (``read``), only one is whole at a time. ``splits``: the ranks
+    of a group of ``world.tensor_size`` hold parts of the blocks' weights. Inputs are not cast: the segment table and float streams
+    of a batch must arrive as they are.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
@@ -42,15 +44,17 @@ def shard(
         cast_forward_inputs=False,
     )
     blocks, rows = decoder_blocks(module), world.mesh()
-    if splits:
-        both = grid(world)
-        rows = both[DATA]
-        for block in blocks:
-            split(block, both[TENSOR])
+    both = grid(world) if splits else rows
     place = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if on_host else OffloadPolicy()
-    for part, mesh in (*((block, rows) for block in blocks), (module, world.mesh())):
+    for part in (*blocks, module):
+        read(part)
+        check_same_weights(part, world)
+        own_mesh = rows
+        if splits and part is not module:
+            split(part, both[TENSOR])
+            own_mesh = both[DATA]
         fully_shard(
-            part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=place
+            part, mesh=own_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=place
         )
     if on_host:
         move_buffers(module, world.device)
@@ -70,14 +74,14 @@ def shard(
 class Sharded:
     """The ``Backend`` of several processes that hold a part each."""
 
-    def __init__(self, module: nn.Module, world: World, options: BackendOptions) -> None:
+    def __init__(self, module: nn.Module, world: World, options: BackendOptions, read: Reader = nothing_left) -> None:
         assert options.zero_stage in (1, 2, 3)
-        check_same_weights(module, world)
         if options.bf16:  # frozen weights need no masters
             cast((p for p in module.parameters() if p.requires_grad), torch.float32)
             cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
         splits = world.tensor_size > 1
-        shard(module, world, options.bf16, options.zero_stage == 3, on_host=options.adam_offload, splits=splits)
+        reshard, on_host = options.zero_stage == 3, options.adam_offload
+        shard(module, world, options.bf16, reshard, on_host=on_host, splits=splits, read=read)
         self.module = module
         self.world = world
         self._zero_stage = options.zero_stage

@@ -38,7 +38,7 @@ from togi.learn.step_objective import StepRewardObjective
 from togi.model.loading import load_causal_lm, load_scalar_model, read_config
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.parallel.backend import BackendOptions, backend_options
-from togi.parallel.build import frozen, frozen_on_host, trainable
+from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
 from togi.parallel.process import World
 from togi.parallel.ring import Ring
 from togi.recipes.offline_data import Data, Task, uses_flash
@@ -140,7 +140,7 @@ def load_models(
     torch.manual_seed(config.seed)
     model = join(_trained(config, task, world))
     vocabulary = model.vocabulary if isinstance(model, PolicyModel) else 0
-    backend = trainable(model, world, options)
+    backend = trainable(model, world, options, model.read)
     kind = MeasuredRate if config.lr_scheduler.follows_a_loss else Schedule
     schedule = kind.of(config, config.learning_rate, plan.steps)
     whole = replace(options, zero_stage=0)
@@ -219,6 +219,7 @@ def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | S
     flash = uses_flash(config, world)
     # frozen weights need no float32 masters
     dtype = torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32
+    defer = reads_parts(world, backend_options(config), trained=True)
     if not task.scalar:
         return load_causal_lm(
             config.pretrain,
@@ -228,6 +229,7 @@ def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | S
             gradient_checkpointing=config.gradient_checkpointing,
             use_reentrant=config.gradient_checkpointing_use_reentrant,
             lora=config.lora,
+            defer=defer,
         )
     assert isinstance(config, RMConfig)
     kinds = read_config(config.pretrain, config.trust_remote_code).architectures or ()
@@ -241,6 +243,7 @@ def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | S
         gradient_checkpointing=config.gradient_checkpointing,
         use_reentrant=config.gradient_checkpointing_use_reentrant,
         lora=config.lora,
+        defer=defer,
     )
 
 
@@ -251,11 +254,12 @@ def _frozen(config: OfflineConfig, path: str, join: Joining, world: World, optio
         torch.bfloat16 if config.bf16 else torch.float32,
         flash_attn=uses_flash(config, world),
         trust_remote_code=config.trust_remote_code,
+        defer=reads_parts(world, options, trained=False),
     )
     join(model)
     if moves_weights(config, world):
-        return Frozen(model, frozen_on_host(model, world, options))
-    frozen(model, world, options)
+        return Frozen(model, frozen_on_host(model, world, options, model.read))
+    frozen(model, world, options, model.read)
     return Frozen(model, nullcontext)
 
 

@@ -30,12 +30,12 @@ from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import Bucket, Manifest, pack_buckets
 from togi.parallel.backend import backend_options
-from togi.parallel.build import frozen, frozen_on_host, trainable
+from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
 from togi.parallel.parking import Parking
 from togi.parallel.process import Rendezvous, World, default_device, open_store
 from togi.parallel.ring import Ring
 from togi.plan.memory import PeakMemory, Released
-from togi.plan.placement import Role
+from togi.plan.placement import LEARNERS, Role
 from togi.runtime.cluster import own_gpus, see_only
 from togi.sample import Sample
 
@@ -112,7 +112,8 @@ class ModelWorker:
         config = self._config
         # a ring has attention of its own
         flash_attn = config.flash_attn and self._world.device.type == "cuda" and self._world.ring_size == 1
-        trained = role in (Role.ACTOR, Role.CRITIC)
+        trained = role in LEARNERS
+        defer = reads_parts(self._world, backend_options(config), trained=trained)
         if role in (Role.ACTOR, Role.REF):
             return load_causal_lm(
                 path,
@@ -122,6 +123,7 @@ class ModelWorker:
                 gradient_checkpointing=trained and config.gradient_checkpointing,
                 use_reentrant=config.gradient_checkpointing_use_reentrant,
                 lora=config.lora if trained else None,
+                defer=defer,
             )
         return load_scalar_model(
             path,
@@ -133,6 +135,7 @@ class ModelWorker:
             gradient_checkpointing=trained and config.gradient_checkpointing,
             use_reentrant=config.gradient_checkpointing_use_reentrant,
             lora=config.lora if trained else None,
+            defer=defer,
         )
 
     def _packs(self, samples: Sequence[Sample], limit: int | str) -> Packs:
@@ -157,9 +160,9 @@ class ScorerWorker(ModelWorker):
         self._model = model
         options = backend_options(config)
         if config.ref_reward_offload and self._world.device.type != "cpu":
-            self._scorer = Scorer(model, self._world, frozen_on_host(model, self._world, options))
+            self._scorer = Scorer(model, self._world, frozen_on_host(model, self._world, options, model.read))
         else:
-            self._scorer = Scorer(frozen(model, self._world, options), self._world)
+            self._scorer = Scorer(frozen(model, self._world, options, model.read), self._world)
 
     def logprobs(self, samples: Sequence[Sample]) -> Arrays:
         """Log-probs at each sample's trained tokens, of logits divided by the sampling temperature."""
@@ -188,7 +191,7 @@ class LearnerWorker(ModelWorker):
         # frozen weights need no float32 masters
         dtype = torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32
         self._model = self._load(role, config.pretrain if role is Role.ACTOR else config.critic_source, dtype)
-        backend = trainable(self._model, self._world, backend_options(config))
+        backend = trainable(self._model, self._world, backend_options(config), self._model.read)
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
         schedule = Schedule.of(config, peak, total)
         max_norm = config.max_norm if config.max_norm > 0 else float("inf")
