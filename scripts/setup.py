@@ -1,7 +1,8 @@
-"""Make the virtual environment: ``python scripts/setup.py .venv``. Standard library only.
+"""Make the virtual environment: ``python scripts/setup.py .venv [--cpu | --gpu]``. Standard library only.
 
 Without a GPU: the CPU build of torch and the tested versions of requirements/cpu.lock. With a GPU: the project with its vLLM
-extra from the package index. Does nothing when the environment is already made from the same files.
+extra from the package index. --cpu and --gpu say which, where it is made on another machine than it is for (an image). Does
+nothing when the environment is already made from the same files.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ DEEPSPEED = "0.19.8"
 
 
 def main() -> int:
-    target = (ROOT / sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT / ".venv"
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    target = (ROOT / words[0]).resolve() if words else ROOT / ".venv"
     if sys.version_info < (3, 11):
         print(f"togi needs Python 3.11 or newer, this is {sys.version.split()[0]}: make setup PYTHON=python3.11")
         return 2
+    gpu = is_for_gpu(sys.argv[1:])
     stamp = target / "togi-setup.sha256"
-    wanted = fingerprint()
+    wanted = f"{fingerprint()} {'gpu' if gpu else 'cpu'}"
     if stamp.is_file() and stamp.read_text() == wanted:
         return 0
     start = time.monotonic()
-    gpu = shutil.which("nvidia-smi") is not None
     say(f"making {target.name} for a machine {'with' if gpu else 'without'} a GPU (a few minutes the first time)")
     if not (target / "bin" / "python").exists():
         venv.create(target, with_pip=True)
@@ -44,6 +46,13 @@ def main() -> int:
     stamp.write_text(wanted)
     say(f"done in {time.monotonic() - start:.0f} s: {target.name}/bin/togi --help")
     return 0
+
+
+def is_for_gpu(words: list[str]) -> bool:
+    """Whether a GPU will be there: as asked for, or as this machine has one."""
+    if "--gpu" in words or "--cpu" in words:
+        return "--gpu" in words
+    return shutil.which("nvidia-smi") is not None
 
 
 def install_cpu(python: Path) -> None:
