@@ -1,6 +1,9 @@
 #!/bin/sh
 # Four outputs for each prompt, a reward for each output (RM: a reward model, such as examples/scripts/rm.sh trains), and of
 # each prompt the best one. Flags after the script's name are for the generation.
+# Data: 48 sums (examples/data/pairs); nothing is trained.
+# Needs: two cores and 6 GB of memory as it is; a GPU is used where there is one.
+# Change: MODEL, RM, DATA, INPUT_KEY and OUT in the environment (common_best_of_n.sh), TASK=generate to do without vLLM.
 set -eu
 . "$(dirname "$0")/common_best_of_n.sh"
 RM="${RM:?set RM to the folder of a reward model, such as examples/scripts/rm.sh writes}"

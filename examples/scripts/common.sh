@@ -8,10 +8,14 @@ DATA="${DATA:-$cache/demo-sums/train.jsonl}"
 REWARD="${REWARD:-$here/../rewards/math_reward.py}"
 OUT="${OUT:-runs/$(basename "$0" .sh)-$(date +%Y%m%d-%H%M%S)}"
 
-train() {
+rl() {  # rl flags...: everything but the reward and the placement
   "${TOGI:-togi}" rl \
     --pretrain "$MODEL" --prompt_data "$DATA" --input_key "${INPUT_KEY:-prompt}" --label_key "${LABEL_KEY:-answer}" \
-    --apply_chat_template --reward_func "$REWARD" --run_dir "$OUT" --save_path "$OUT/model" --ckpt_path "$OUT/checkpoints" \
-    --bf16 --colocate_all_models --enforce_eager --vllm_gpu_memory_utilization 0.4 \
+    --apply_chat_template --run_dir "$OUT" --save_path "$OUT/model" --ckpt_path "$OUT/checkpoints" \
+    --bf16 --enforce_eager --vllm_gpu_memory_utilization 0.4 \
     --rollout_batch_size 16 --train_batch_size 64 --prompt_max_len 256 --generate_max_len 64 --max_tokens_per_gpu 4096 "$@"
+}
+
+train() {  # train flags...: the reward function, and all models in one place
+  rl --reward_func "$REWARD" --colocate_all_models "$@"
 }

@@ -15,3 +15,9 @@ train() {  # train COMMAND ROWS flags...
     --run_dir "$OUT" --save_path "$OUT/model" --ckpt_path "$OUT/checkpoints" \
     --bf16 --max_len 512 --max_tokens_per_gpu 4096 --train_batch_size 16 --max_epochs 2 "$@"
 }
+
+in_processes() {  # TOGI=in_processes: PROCESSES of torchrun in the place of one
+  command="$1"
+  shift
+  "${TORCHRUN:-torchrun}" --standalone --nproc_per_node "$PROCESSES" -m "togi.cli.train_$command" "$@"
+}

@@ -1,11 +1,12 @@
 #!/bin/sh
 # The whole of RLHF: SFT; a reward model from pairs; PPO against that model behind `togi serve-rm`; and from the same SFT model
 # iterative DPO and rejection sampling. At the end the reward model's mean score of each model's outputs for held-out prompts,
-# as a table and in $OUT/rewards.json. The environment chooses model, rows and sizes:
-#   SFT_TRAIN=sft_train.jsonl SFT_TEST=sft_test.jsonl PAIRS_TRAIN=pairs_train.jsonl PAIRS_TEST=pairs_test.jsonl OUT=... rlhf_chain.sh
-# SFT rows have "messages", pairs have "prompt" (a text or messages), "chosen" and "rejected". Without them: the tiny sums of
-# examples/data. The sizes below take half an hour on two CPU cores with about 500 pairs. A stopped script goes on when OUT names
-# the same folder; a step of it that was stopped starts again.
+# as a table and in $OUT/rewards.json. A stopped script goes on when OUT names the same folder; a step of it that was stopped
+# starts again.
+# Data: the tiny sums of examples/data. Rows for SFT have "messages", pairs have "prompt" (a text or messages), "chosen" and
+#   "rejected".
+# Needs: two cores and 12 GB of memory; half an hour with the sizes below and about 500 pairs. A GPU is used where there is one.
+# Change: MODEL, SFT_TRAIN, SFT_TEST, PAIRS_TRAIN, PAIRS_TEST, OUT and the sizes below in the environment.
 set -eu
 here="$(cd "$(dirname "$0")" && pwd)"
 cache="${TOGI_CACHE:-$HOME/.cache/togi}"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_example_scripts import EXAMPLES as MORE_EXAMPLES
+from tests.e2e.test_example_scripts_rl import EXAMPLES as MORE_RL_EXAMPLES
 from tests.e2e.test_iterate import EXAMPLES as BEST_OF_N_EXAMPLES
 from tests.e2e.test_offline_run import EXAMPLES as OFFLINE_EXAMPLES
 from tests.e2e.test_rl_losses import EXAMPLES as LOSS_EXAMPLES
@@ -35,7 +37,12 @@ OFFLINE: dict[str, type[OfflineConfig]] = {
 }
 CONFIGS = (RLConfig, InferConfig, IterateConfig, ServeRMConfig, *OFFLINE.values())
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def code_lines(page: Path) -> list[str]:
@@ -69,12 +76,12 @@ def test_commands_are_real(page: Path) -> None:
                 check_offline(parse(OFFLINE[words[1]], words[2:], words[1]))
 
 
-def test_every_script_is_in_the_readme_and_in_the_tests() -> None:
+def test_every_script_is_in_the_index_and_in_the_tests() -> None:
     scripts = {path.name for path in (ROOT / "examples" / "scripts").glob("*.sh") if not path.name.startswith("common")}
-    readme = (ROOT / "README.md").read_text()
-    assert scripts == {*EXAMPLES, *OFFLINE_EXAMPLES, *BEST_OF_N_EXAMPLES, *CHAIN_EXAMPLES, *LOSS_EXAMPLES}
-    # The chain gets its row together with the figures of its run, the losses theirs with the other settings of the loss.
-    assert all(f"examples/scripts/{name}" in readme for name in scripts - CHAIN_EXAMPLES.keys() - LOSS_EXAMPLES)
+    tested = {*EXAMPLES, *OFFLINE_EXAMPLES, *BEST_OF_N_EXAMPLES, *CHAIN_EXAMPLES, *LOSS_EXAMPLES}
+    assert scripts == tested | {*MORE_EXAMPLES, *MORE_RL_EXAMPLES}
+    index = (ROOT / "examples" / "README.md").read_text()
+    assert all(f"(scripts/{name})" in index for name in scripts)
 
 
 def test_established_flags_in_code_spans_exist() -> None:

@@ -1,0 +1,184 @@
+"""Example scripts of online RL with a tiny model, as users start them: what they store is checked, not only that they end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from tests.example_scripts import SCRIPTS
+from tests.offline_world import ROOT, values, write
+from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
+
+pytestmark = pytest.mark.alone
+
+BIN = Path(sys.executable).parent
+TINY = "--no_bf16 --rollout_engine transformers --no_enforce_eager --max_steps 1 --rollout_batch_size 2 --train_batch_size 4 "
+TINY += "--n_samples_per_prompt 2 --prompt_max_len 64 --generate_max_len 8 --max_tokens_per_gpu 256"
+REWARD = """
+def reward_func(queries, prompts, labels, responses):
+    return [len(response) / 10 for response in responses]
+"""
+MEAN, STD = 0.25, 2.0
+# What each script trains besides the actor, and where everything goes.
+EXAMPLES = {
+    "rl_ppo_reward_model.sh": "engine 1 + actor, ref 1 + critic, reward 1 = 3",
+    "rl_ppo_remote_rm.sh": "engine, actor, critic, ref 1 = 1",
+    "rl_several_rewards.sh": "engine, actor, reward, reward 1 = 1",
+    "rl_verifiers.sh": "engine, actor 1 = 1",
+    "rl_workers.sh": "engine, actor 2 = 2",
+    "rl_ppo_ring.sh": "engine 1 + critic 2 + actor, ref 2 = 5",
+    "rl_dapo.sh": "engine, actor 1 = 1",
+    "rl_prorl.sh": "engine, actor, ref 1 = 1",
+    "serve_rm.sh": "",
+}
+MORE = {
+    "rl_verifiers.sh": ["--format_regex", ".*e.*"],
+    "rl_workers.sh": ["--save_steps", "1"],
+    "rl_dapo.sh": ["--overlong_buffer_len", "4"],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_model(folder / "model")
+    for seed, name in enumerate(("helpful", "harmless")):
+        torch.manual_seed(seed)
+        config = tiny_config("llama", num_labels=1, initializer_range=0.1)
+        config.mean, config.std = MEAN, STD
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    write(folder / "prompts.jsonl", [{"prompt": f"what is {i} + 1?", "answer": str(i + 1)} for i in range(2)])
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def environment(world: Path, run: Path, **more: object) -> dict[str, str]:
+    names = {"MODEL": world / "model", "DATA": world / "prompts.jsonl", "REWARD": world / "reward.py", "OUT": run}
+    names |= {"RM": world / "helpful", "TOGI": BIN / "togi", "PYTHONPATH": ROOT, **more}
+    return os.environ | {name: str(value) for name, value in names.items()}
+
+
+@contextmanager
+def served(world: Path) -> Iterator[str]:
+    """serve_rm.sh on a free port; its URL."""
+    words = [SCRIPTS / "serve_rm.sh", "--no_bf16"]
+    names = environment(world, world, PORT=0)
+    process = subprocess.Popen(words, env=names, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("reward server: http://127.0.0.1:"), line + process.stderr.read()
+        yield line.removeprefix("reward server: ").strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def train(world: Path, script: str, run: Path, **more: object) -> list[dict[str, Any]]:
+    """Run a script for one step; returns its stored rollouts."""
+    flags = [*TINY.split(), *MORE.get(script, [])]
+    done = subprocess.run(
+        [SCRIPTS / script, *flags],
+        cwd=ROOT,
+        env=environment(world, run, **more),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"placement: {EXAMPLES[script]} worker processes\n" in done.stdout
+    (step,) = values(run)
+    assert math.isfinite(step["policy/loss"]) and math.isfinite(step["policy/grad_norm"])
+    assert math.isfinite(step.get("value/loss", 0.0)) and ("value/loss" in step) == ("critic" in EXAMPLES[script])
+    assert (run / "model" / "model.safetensors").is_file()
+    rows: list[dict[str, Any]] = pq.read_table(run / "rollouts" / "step_000001.parquet").to_pylist()
+    assert len(rows) == 4
+    return rows
+
+
+def score(model: Path, ids: list[int]) -> float:
+    """The head's output at the last token, by plain Transformers, standardised."""
+    loaded = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return (loaded.score(loaded.model(torch.tensor([ids])).last_hidden_state[0, -1]).item() - MEAN) / STD
+
+
+def tokens(row: dict[str, Any]) -> list[int]:
+    return [*row["prompt_tokens"], *row["response_tokens"]]
+
+
+def text(row: dict[str, Any]) -> str:
+    return tiny_tokenizer().decode(row["response_tokens"], skip_special_tokens=True)
+
+
+def test_ppo_with_a_local_reward_model(world: Path, tmp_path: Path) -> None:
+    for row in train(world, "rl_ppo_reward_model.sh", tmp_path / "run"):
+        assert row["reward"] == pytest.approx(score(world / "helpful", tokens(row)), abs=1e-4)
+
+
+def test_ppo_with_a_served_reward_model(world: Path, tmp_path: Path) -> None:
+    """The server reads text: of what is no text, such as half a character, it scores what is left."""
+    tokenizer = tiny_tokenizer()
+    with served(world) as url:
+        rows = train(world, "rl_ppo_remote_rm.sh", tmp_path / "run", URL=url)
+    for row in rows:
+        sent = tokenizer(tokenizer.decode(tokens(row)), add_special_tokens=False)["input_ids"]
+        assert row["reward"] == pytest.approx(score(world / "helpful", sent), abs=1e-4)
+
+
+def test_several_rewards_add_up_by_their_weights(world: Path, tmp_path: Path) -> None:
+    models = [world / "helpful", world / "harmless"]
+    for row in train(world, "rl_several_rewards.sh", tmp_path / "run", RM=f"{models[0]},{models[1]}"):
+        parts = dict(row["components"])
+        raw = [score(model, tokens(row)) * STD + MEAN for model in models]  # the script does not ask to standardise
+        assert [parts["helpful"], parts["harmless"]] == pytest.approx(raw, abs=1e-4)
+        assert row["reward"] == pytest.approx(raw[0] + 0.5 * raw[1] + 0.2 * parts["function"], abs=1e-4)
+
+
+def test_verifiers(world: Path, tmp_path: Path) -> None:
+    for row in train(world, "rl_verifiers.sh", tmp_path / "run"):
+        parts = dict(row["components"])
+        assert parts["format"] == float(re.fullmatch(".*e.*", text(row).strip(), re.DOTALL) is not None)
+        assert row["reward"] == pytest.approx(parts["math"] + 0.2 * parts["format"])
+
+
+def test_workers(world: Path, tmp_path: Path) -> None:
+    train(world, "rl_workers.sh", tmp_path / "run")
+    state = json.loads((tmp_path / "run" / "status.json").read_text())["state"]
+    assert state == "finished" and (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir()
+
+
+def test_ppo_in_a_ring(world: Path, tmp_path: Path) -> None:
+    """Whatever the ring is, all its ranks are one actor: the ratio to the engine's log-probs is 1."""
+    train(world, "rl_ppo_ring.sh", tmp_path / "run")
+    (step,) = values(tmp_path / "run")
+    assert step["mismatch/max_ratio"] == pytest.approx(1, abs=1e-3)
+
+
+def test_dapo_takes_reward_from_responses_near_the_limit(world: Path, tmp_path: Path) -> None:
+    """Of at most 8 tokens the last 4 cost, a quarter each."""
+    for row in train(world, "rl_dapo.sh", tmp_path / "run"):
+        length = len(row["response_tokens"])
+        assert row["reward"] == pytest.approx(len(text(row)) / 10 - max(0, length - 4) / 4)
+    (step,) = values(tmp_path / "run")
+    assert step["mismatch/max_ratio"] == pytest.approx(1, abs=1e-3) and "kl/reference" not in step
+
+
+def test_prorl_gives_nothing_for_a_response_that_was_cut_off(world: Path, tmp_path: Path) -> None:
+    for row in train(world, "rl_prorl.sh", tmp_path / "run"):
+        assert row["reward"] == pytest.approx(0 if row["finish_reason"] == "length" else len(text(row)) / 10)
+    (step,) = values(tmp_path / "run")
+    assert step["kl/reference"] == pytest.approx(0, abs=1e-6)  # nothing has moved yet
