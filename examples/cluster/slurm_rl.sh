@@ -21,6 +21,7 @@ WAIT="${WAIT:-300}"                                  # seconds within which all 
 BIN="${BIN:-$PWD/.venv/bin}"
 RUN="${RUN:-$PWD/runs/slurm-$SLURM_JOB_ID}"
 export GPUS_PER_NODE CPUS_PER_NODE PORT BIN
+export SRUN_CPUS_PER_TASK="$CPUS_PER_NODE"           # a step does not take it over from the job
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 RAY_AUTH_TOKEN="$("$BIN/python" -c 'import secrets; print(secrets.token_hex(32))')"
 export RAY_AUTH_TOKEN

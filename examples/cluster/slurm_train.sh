@@ -19,6 +19,7 @@ TORCHRUN="${TORCHRUN:-$PWD/.venv/bin/torchrun}"
 TOGI_CACHE="${TOGI_CACHE:-$PWD/.cache/togi}"         # on the shared file system
 RUN="${RUN:-$PWD/runs/slurm-$SLURM_JOB_ID}"
 export TORCHRUN TOGI_CACHE
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-64}"   # a step does not take it over from the job
 
 command="${1:?name the command: sft, rm, dpo, kto, prm or kd}"
 shift
