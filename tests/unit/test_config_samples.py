@@ -17,6 +17,8 @@ CONTRADICTIONS = [
     (f"{GROUPS} --dynamic_filtering --dynamic_filtering_reward_range 1 0", ["--dynamic_filtering_reward_range 1 0"]),
     ("--dynamic_filtering_reward_range 0.2 0.8", ["--dynamic_filtering_reward_range", "without --dynamic_filtering"]),
     ("--dynamic_filtering_max_generations 3", ["--dynamic_filtering_max_generations", "without --dynamic_filtering"]),
+    ("--ema_beta 0.9", ["--ema_beta", "without --enable_ema"]),
+    ("--enable_ema --ema_beta 1", ["--ema_beta 1", "less than 1"]),
     ("--overlong_penalty_factor 2", ["--overlong_penalty_factor", "--overlong_buffer_len"]),
     ("--overlong_buffer_len 2048", ["--overlong_buffer_len 2048", "--generate_max_len 1024"]),
     ("--stop_properly_penalty_coef 1.5", ["--stop_properly_penalty_coef 1.5", "at most 1"]),

@@ -130,8 +130,10 @@ class AlgorithmSettings(Settings):
     freezing_actor_steps: Int = flag(
         -1, "Critic warm-up: the actor is not updated on the first N rollouts, the critic is; -1 or 0: none.", ge=-1
     )
-    enable_ema: bool = later(False, "Keep and save an exponential moving average of the actor.")
-    ema_beta: float = later(0.992, "EMA decay.")
+    enable_ema: bool = flag(
+        False, "Keep an exponential moving average of the actor's weights and save it too, as save_path + _ema."
+    )
+    ema_beta: float = flag(0.992, "Decay of the average in each optimizer step.", gt=0, lt=1)
 
 
 class RLTrainSettings(Settings):

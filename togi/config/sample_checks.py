@@ -1,15 +1,14 @@
-"""Contradictions in filtering, length penalties and freezing of ``togi rl``. Part of ``checks``, which calls it."""
+"""Contradictions in filtering, penalties, freezing and averaging of ``togi rl``. Part of ``checks``, which calls it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from togi.config.rl import RLConfig
-from togi.config.samples import SampleSettings
 
 
 def sample_problems(c: RLConfig) -> Iterator[str]:
-    """What is wrong with filtering, length penalties and freezing."""
+    """What is wrong with filtering, length penalties, freezing and averaging."""
     if c.freezing_actor_steps > 0 and not c.uses_critic:
         yield (
             f"--freezing_actor_steps {c.freezing_actor_steps} is a warm-up of the critic but --advantage_estimator "
@@ -24,6 +23,8 @@ def sample_problems(c: RLConfig) -> Iterator[str]:
         yield from _without(
             c, "--dynamic_filtering", "dynamic_filtering_reward_range", "dynamic_filtering_max_generations"
         )
+    if not c.enable_ema:
+        yield from _without(c, "--enable_ema", "ema_beta")
     if c.overlong_buffer_len is None:
         yield from _without(c, "--overlong_buffer_len", "overlong_penalty_factor")
     elif c.overlong_buffer_len > c.generate_max_len:
@@ -37,5 +38,5 @@ def _without(c: RLConfig, needed: str, *names: str) -> Iterator[str]:
     """The first of ``names`` that was changed although ``needed``, which reads it, is not there."""
     values = c.model_dump(include=set(names))
     for name in names:
-        if values[name] != SampleSettings.model_fields[name].default:
+        if values[name] != RLConfig.model_fields[name].default:
             yield f"--{name} has no effect without {needed}: add it, or leave the first out."

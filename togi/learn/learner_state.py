@@ -41,7 +41,7 @@ def save_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
     ``identity`` names what must be the same to go on (model, hash of its configuration, ...).
     """
     world = learner.backend.world
-    writer = _Writer(folder)
+    writer = TensorWriter(folder)
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
     for name, tensor in learner.backend.state():
@@ -65,7 +65,7 @@ def load_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
     """
     record = json.loads((folder / LEARNER).read_text(encoding="utf-8"))
     _check_identity(record, learner, identity, folder)
-    reader = _Reader(sorted(folder.glob("*.safetensors")))
+    reader = TensorReader(sorted(folder.glob("*.safetensors")))
     learner.backend.load_state(reader.read, record["steps"])
     learner.steps = record["steps"]
     learner.schedule.load_state(record.get("learning_rate", {}))
@@ -77,7 +77,7 @@ def load_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
         _restore_generators(generators[world.rank])
 
 
-class _Writer:
+class TensorWriter:
     """Streams tensors into numbered files of at most about ``MAX_FILE_BYTES``."""
 
     def __init__(self, folder: Path) -> None:
@@ -103,7 +103,7 @@ class _Writer:
         self.held, self.held_bytes = {}, 0
 
 
-class _Reader:
+class TensorReader:
     """Finds tensors by name over several files; one tensor in memory at a time."""
 
     def __init__(self, files: Iterable[Path]) -> None:

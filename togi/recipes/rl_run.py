@@ -288,16 +288,18 @@ class Run:
                     await self.session.save_model(Role.ACTOR, folder / HF_FOLDER)
 
     async def save(self) -> None:
-        """The final model (and critic) in plain Hugging Face format, written aside and renamed."""
+        """The final model (and average and critic) in plain Hugging Face format, each written aside and renamed."""
+        target = self.config.save_path
         with self._progress.phase("saving the model", expected_seconds=5):
             await self.session.phases.enter(Phase.SAVE)
-            await self._save_model(Role.ACTOR, Path(self.config.save_path))
+            with written_aside(Path(target)) as aside:
+                await self.session.save_model(Role.ACTOR, aside)
+            if self.config.enable_ema:
+                with written_aside(Path(target + "_ema")) as aside:
+                    await self.session.save_average(aside)
             if self.config.save_value_network:
-                await self._save_model(Role.CRITIC, Path(self.config.save_path + "_critic"))
-
-    async def _save_model(self, role: Role, target: Path) -> None:
-        with written_aside(target) as aside:
-            await self.session.save_model(role, aside)
+                with written_aside(Path(target + "_critic")) as aside:
+                    await self.session.save_model(Role.CRITIC, aside)
 
     def _mini_batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """``--train_batch_size`` samples for each optimizer step, groups in a new order in each epoch."""

@@ -19,13 +19,14 @@ from togi.config.choices import PolicyLossType
 from togi.config.rl import RLConfig
 from togi.data.chat import load_tokenizer
 from togi.data.packing import Packs, pack_all, pack_stats
-from togi.learn.learner import Learner, UpdateReport
+from togi.learn.ema import Ema
+from togi.learn.learner import Learner, StepOutcome, UpdateReport
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
 from togi.learn.objective import Objective
 from togi.learn.policy_objective import EngineCorrection, KLInLoss, PolicyObjective, ValueObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
-from togi.model.checkpoint import expected_manifest, save_trained, whole_tensors
+from togi.model.checkpoint import FullParameters, expected_manifest, save_trained, whole_tensors
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import Bucket, Manifest, pack_buckets
@@ -42,6 +43,7 @@ from togi.sample import Sample
 Arrays = list[NDArray[np.float32]]
 BUCKET_BYTES = 256 << 20
 MEETING_TIMEOUT_S = 300.0
+EMA_FOLDER = "ema"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,10 @@ class LearnerWorker(ModelWorker):
         self._learner = Learner(backend, self._objective(config.init_kl_coef), schedule, max_norm, balance)
         self._parking = Parking(backend.at_rest, self._world.device)
         self._scorer = Scorer(backend.module, self._world)
+        self._ema: Ema | None = None
+        if config.enable_ema and role is Role.ACTOR:
+            home = torch.device("cpu") if config.adam_offload else self._world.device
+            self._ema = Ema(backend, config.ema_beta, home)
         self._export: Iterator[Bucket] = iter(())
 
     def logprobs(self, samples: Sequence[Sample], temperature: float | None = None) -> Arrays:
@@ -229,6 +235,8 @@ class LearnerWorker(ModelWorker):
             packs = self._packs(samples, self._config.micro_train_batch_size)
             stats = [pack_stats(batch) for batch in packs.batches]
             report = self._learner.update(packs.batches)
+            if self._ema is not None and report.outcome is StepOutcome.UPDATED:
+                self._ema.update()
             logprobs = packs.in_order(report.logprobs) if report.logprobs else []
             tokens, unshared = sum(s.tokens for s in stats), sum(s.unshared_tokens for s in stats)
             results.append(StepResult(report, logprobs, tokens, unshared))
@@ -256,27 +264,40 @@ class LearnerWorker(ModelWorker):
         return len(bucket.tensors), bucket if self._world.is_first else None
 
     def checkpoint_bytes(self) -> int:
-        return expected_bytes(self._learner)
+        learner = expected_bytes(self._learner)
+        return learner if self._ema is None else learner * 4 // 3  # masters, two moments and the average
 
     def save(self, folder: Path) -> None:
         """Write the resumable state into ``folder``/<role>."""
         assert not self._parking.is_asleep
         save_learner(self._learner, folder / self._role, {"role": self._role})
+        if self._ema is not None:
+            self._ema.save(folder / self._role / EMA_FOLDER)
 
     def load(self, folder: Path) -> None:
         """Go on from a folder that ``save`` wrote."""
         assert not self._parking.is_asleep
         load_learner(self._learner, folder / self._role, {"role": self._role})
+        if self._ema is not None:
+            self._ema.load(folder / self._role / EMA_FOLDER)
 
     def save_model(self, folder: Path) -> None:
         """Write the model in plain Hugging Face format, from rank 0."""
+        self._write(folder, self._learner.backend.full_parameters)
+
+    def save_average(self, folder: Path) -> None:
+        """Write the moving average in the same format."""
+        assert self._ema is not None
+        self._write(folder, self._ema.full_parameters)
+
+    def _write(self, folder: Path, full_parameters: FullParameters) -> None:
         dtype = torch.bfloat16 if self._config.bf16 else torch.float32
         config = self._config
         tokenizer = load_tokenizer(
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
         )
         target = folder if self._world.is_first else None
-        save_trained(target, self._model, self._learner.backend.full_parameters, tokenizer, dtype)
+        save_trained(target, self._model, full_parameters, tokenizer, dtype)
         self._world.barrier("model written")
 
     def _objective(self, kl_coef: float) -> Objective:

@@ -191,6 +191,10 @@ class Session:
         """Write one model in plain Hugging Face format."""
         await self.groups[role].call_all("save_model", folder)
 
+    async def save_average(self, folder: Path) -> None:
+        """Write the moving average of the actor in the same format."""
+        await self.groups[Role.ACTOR].call_all("save_average", folder)
+
     async def close(self) -> None:
         """End every worker in an orderly way, then leave the cluster."""
         try:
