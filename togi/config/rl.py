@@ -17,7 +17,7 @@ from togi.config.choices import (
 from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, later
 from togi.config.presets import preset_values
 from togi.config.reward import RewardSettings
-from togi.config.samples import SampleSettings
+from togi.config.samples import PretrainMixSettings, SampleSettings
 from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
 
 
@@ -185,6 +185,7 @@ class RLConfig(
     RewardSettings,
     RolloutSettings,
     SampleSettings,
+    PretrainMixSettings,
     AlgorithmSettings,
     RLTrainSettings,
     TrainSettings,
@@ -222,6 +223,11 @@ class RLConfig(
     def updates_per_rollout(self) -> int:
         """Optimizer steps on one full rollout: ceil(samples / train_batch_size) x max_epochs."""
         return -(-self.samples_per_rollout // self.train_batch_size) * self.max_epochs
+
+    @property
+    def pretrain_rows(self) -> int:
+        """Rows of ``--pretrain_data`` in each update of the actor."""
+        return self.pretrain_batch_size if self.pretrain_batch_size is not None else self.train_batch_size
 
     @property
     def context_length(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from togi.config.rl import RLConfig
+from togi.config.samples import PretrainMixSettings
 
 
 def sample_problems(c: RLConfig) -> Iterator[str]:
@@ -25,12 +26,25 @@ def sample_problems(c: RLConfig) -> Iterator[str]:
         )
     if not c.enable_ema:
         yield from _without(c, "--enable_ema", "ema_beta")
+    yield from _pretrain_problems(c)
     if c.overlong_buffer_len is None:
         yield from _without(c, "--overlong_buffer_len", "overlong_penalty_factor")
     elif c.overlong_buffer_len > c.generate_max_len:
         yield (
             f"--overlong_buffer_len {c.overlong_buffer_len} is more than --generate_max_len {c.generate_max_len}, of which it is "
             "the last part: lower it."
+        )
+
+
+def _pretrain_problems(c: RLConfig) -> Iterator[str]:
+    if c.pretrain_data is None:
+        yield from _without(
+            c, "--pretrain_data", *(n for n in PretrainMixSettings.model_fields if n != "pretrain_data")
+        )
+    if c.pretrain_max_len is not None and c.pretrain_max_len > c.max_tokens_per_gpu:
+        yield (
+            f"--pretrain_max_len {c.pretrain_max_len} is more than --max_tokens_per_gpu {c.max_tokens_per_gpu}: raise the second "
+            "or lower the first."
         )
 
 

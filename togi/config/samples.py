@@ -1,8 +1,8 @@
-"""Which rollouts of ``togi rl`` are trained on, and what a response that ends badly costs."""
+"""Which rollouts of ``togi rl`` are trained on, what a response that ends badly costs, and what is learned beside them."""
 
 from __future__ import annotations
 
-from togi.config.fields import Count, Settings, flag
+from togi.config.fields import Count, PathText, Settings, flag
 
 
 class SampleSettings(Settings):
@@ -32,3 +32,29 @@ class SampleSettings(Settings):
     @property
     def uses_length_penalties(self) -> bool:
         return self.overlong_buffer_len is not None or self.stop_properly_penalty_coef is not None
+
+
+class PretrainMixSettings(Settings):
+    """SFT mixing"""
+
+    pretrain_data: PathText | None = flag(
+        None,
+        "Texts that the actor goes on learning: --ptx_coef x their mean negative log-probability a token is added to the policy "
+        "loss of every update (PPO-ptx).",
+    )
+    ptx_coef: float = flag(0.05, "Weight of the loss on --pretrain_data.", gt=0)
+    pretrain_data_probs: str | None = flag(
+        None, "Comma-separated sampling probabilities, one per set; default: concatenate."
+    )
+    pretrain_split: str = flag("train", "Split of these sets.")
+    pretrain_input_key: str = flag(
+        "input", "Field with the text, or with the prompt if --pretrain_output_key is given."
+    )
+    pretrain_output_key: str | None = flag(
+        None, "Field with the response, which alone is learned; without it every token of the text is."
+    )
+    pretrain_max_len: Count | None = flag(
+        None, "Longer rows are left out and counted; default --prompt_max_len + --generate_max_len."
+    )
+    pretrain_max_samples: Count = flag(100_000_000, "Use at most this many rows of the mixture.")
+    pretrain_batch_size: Count | None = flag(None, "Rows in each of the actor's updates; default --train_batch_size.")

@@ -3,8 +3,8 @@
 ``update`` is one optimizer step. The denominator is the sum of ``Objective.count`` over all micro-batches of all
 ranks, added up before the first forward; every micro-batch is divided by it and gradients are summed. So packing,
 accumulation and world size cannot change a gradient. The load-balancing loss of a mixture of experts, which has
-nothing to do with the objective, is added as a mean over the sequences of the step. Not here: batches
-(``togi.data``), sharding (``togi.parallel``), files (``learner_state``).
+nothing to do with the objective, is added as a mean over the sequences of the step; a second objective (``Mixed``) has
+a denominator of its own. Not here: batches (``togi.data``), sharding (``togi.parallel``), files (``learner_state``).
 """
 
 from __future__ import annotations
@@ -67,6 +67,19 @@ class UpdateReport:
     logprobs: tuple[NDArray[np.float32], ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixed:
+    """A second objective in the same step: ``coef`` x its sum / its own count, which is over all its batches on all ranks.
+
+    Its metrics are reported as ``name``/metric.
+    """
+
+    name: str
+    objective: Objective
+    batches: Sequence[Batch]
+    coef: float
+
+
 class Learner:
     """A model in training. ``max_norm``: bound on the global gradient norm; ``math.inf`` for none.
 
@@ -89,20 +102,24 @@ class Learner:
         self.aux_loss_coef = aux_loss_coef
         self.steps = 0
 
-    def update(self, micro_batches: Sequence[Batch]) -> UpdateReport:
+    def update(self, micro_batches: Sequence[Batch], mixed: Mixed | None = None) -> UpdateReport:
         """One optimizer step on the micro-batches of all ranks; ranks may bring different numbers of them, also none.
 
-        A step without anything in the loss, or with a gradient that is not finite, is skipped, logged and reported.
+        ``mixed`` adds a second objective, on all ranks or on none. A step without anything in the loss of the first, or with a
+        gradient that is not finite, is skipped, logged and reported.
         """
         backend, rate = self.backend, self.schedule.rate(self.steps)
         world = backend.world
         own = [sum(self.objective.count(b) for b in micro_batches), sum(b.num_sequences for b in micro_batches)]
-        count, sequences = world.sum_shares("loss count", own)
+        if mixed is not None:
+            own.append(sum(mixed.objective.count(b) for b in mixed.batches))
+        count, sequences, *others = world.sum_shares("loss count", own)
         assert math.isfinite(count) and count >= 0, f"a loss count of {count}"
         if count == 0:
             logger.warning("optimizer step %d skipped: no token or row is in the loss", self.steps)
             return UpdateReport(StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, Load(0.0, 1.0), {}, ())
-        metrics, logprobs = self._accumulate(micro_batches, count, sequences)
+        metrics, logprobs = self._accumulate(micro_batches, count, sequences, last=mixed is None)
+        added = {} if mixed is None else self._accumulate_mixed(mixed, others[0])
         grad_norm = backend.clip(self.max_norm)
         if math.isfinite(grad_norm):
             backend.step(rate)
@@ -113,6 +130,9 @@ class Learner:
             logger.warning("optimizer step %d skipped: the gradient norm is %s", self.steps, grad_norm)
             outcome = StepOutcome.SKIPPED_NOT_FINITE
         values = self.objective.summary(reduced(merge(world.gather_shares("metrics", metrics))))
+        if mixed is not None:
+            others_values = mixed.objective.summary(reduced(merge(world.gather_shares("mixed metrics", added))))
+            values |= {f"{mixed.name}/{name}": value for name, value in others_values.items()}
         return UpdateReport(outcome, self.steps, rate, grad_norm, count, self._load(micro_batches), values, logprobs)
 
     def _load(self, micro_batches: Sequence[Batch]) -> Load:
@@ -127,17 +147,17 @@ class Learner:
         return Load(padding / (every + padding), highest * world.shares / every)
 
     def _accumulate(
-        self, micro_batches: Sequence[Batch], count: float, sequences: float
+        self, micro_batches: Sequence[Batch], count: float, sequences: float, *, last: bool
     ) -> tuple[dict[str, Metric], tuple[NDArray[np.float32], ...]]:
         """Forward and backward over this rank's micro-batches; returns its metrics and log-probs.
 
-        ``sequences``: how many there are in the step, on all ranks.
+        ``sequences``: how many there are in the step, on all ranks. ``last``: no other batches follow in this step.
         """
         balanced = self.aux_loss_coef > 0
         parts: list[Mapping[str, Metric]] = []
         logprobs: list[NDArray[np.float32]] = []
         model = self.backend.module.train()
-        for batch, real, last in even_rounds(self.backend.world, micro_batches):
+        for batch, real, ends in even_rounds(self.backend.world, micro_batches):
             outputs = self.objective.forward(model, batch, balance=balanced)
             if real:
                 loss = self.objective.loss(outputs, batch)
@@ -149,7 +169,22 @@ class Learner:
                     aux_loss = outputs.balance_N.sum()
                     total = total + self.aux_loss_coef * aux_loss / sequences
                     parts.append(token_metrics({names.AUX_LOSS: aux_loss}, batch.num_sequences, {}))
-                self.backend.backward(total, last)
+                self.backend.backward(total, ends and last)
             else:
-                self.backend.backward(nothing(outputs), last)
+                self.backend.backward(nothing(outputs), ends and last)
         return merge(parts), tuple(logprobs)
+
+    def _accumulate_mixed(self, mixed: Mixed, count: float) -> dict[str, Metric]:
+        """Forward and backward over this rank's batches of the second objective, the last ones of the step."""
+        assert count > 0, "nothing is in the loss of the second objective"
+        parts: list[Mapping[str, Metric]] = []
+        model = self.backend.module.train()
+        for batch, real, ends in even_rounds(self.backend.world, mixed.batches):
+            outputs = mixed.objective.forward(model, batch)
+            if real:
+                loss = mixed.objective.loss(outputs, batch)
+                parts.append(loss.metrics)
+                self.backend.backward(mixed.coef * loss.sum / count, ends)
+            else:
+                self.backend.backward(nothing(outputs), ends)
+        return merge(parts)

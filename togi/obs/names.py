@@ -47,6 +47,9 @@ GRAD_NORM = "grad_norm"
 LEARNING_RATE = "lr"
 AUX_LOSS = "aux_loss"
 
+PTX = "ptx"
+PTX_LOSS = f"{PTX}/{LOSS}"
+PTX_PERPLEXITY = f"{PTX}/{PERPLEXITY}"
 POLICY_LOSS = "policy/loss"
 POLICY_TOTAL_LOSS = "policy/total_loss"
 POLICY_CLIP_FRACTION = "policy/clip_fraction"
@@ -123,6 +126,8 @@ EXPLANATIONS: dict[str, str] = {
     GRAD_NORM: "Norm of the gradient before clipping.",
     LEARNING_RATE: "Learning rate of the step.",
     AUX_LOSS: "Load-balancing loss of a mixture of experts, before its coefficient; at best the experts used by a token.",
+    PTX_LOSS: "Mean negative log-probability of the mixed-in supervised rows, in nats a token, before its weight.",
+    PTX_PERPLEXITY: "exp of ptx/loss.",
     POLICY_LOSS: "Policy objective; starts each step near 0 by construction, so watch the reward instead.",
     POLICY_TOTAL_LOSS: "What is minimised: the policy objective with entropy bonus and KL, as one number by --loss_aggregation.",
     POLICY_CLIP_FRACTION: "Share of tokens whose probability ratio was clipped; above 0.3 the updates are too large.",

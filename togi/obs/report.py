@@ -43,7 +43,18 @@ class Chart:
 
 CHARTS = (
     Chart("Reward", "", (names.REWARD_MEAN, names.EVAL_REWARD, "eval/*/pass*")),
-    Chart("Loss", "", (names.LOSS, names.POLICY_LOSS, names.POLICY_TOTAL_LOSS, names.VALUE_LOSS, names.EVAL_LOSS)),
+    Chart(
+        "Loss",
+        "",
+        (
+            names.LOSS,
+            names.POLICY_LOSS,
+            names.POLICY_TOTAL_LOSS,
+            names.VALUE_LOSS,
+            names.PTX_LOSS,
+            names.EVAL_LOSS,
+        ),
+    ),
     Chart("Load-balancing loss of the experts", "", (names.AUX_LOSS, names.VALUE_AUX_LOSS)),
     Chart("Accuracy", "share", (names.ACCURACY, names.EVAL_ACCURACY)),
     Chart(

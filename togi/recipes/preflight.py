@@ -133,6 +133,18 @@ def check_prompts(config: RLConfig) -> None:
         parse_probs(config.prompt_data_probs, len(parse_items(config.prompt_data)), "--prompt_data_probs")
     if config.eval_dataset is not None:
         check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
+    if config.pretrain_data is not None:
+        check_pretraining(config, config.pretrain_data)
+
+
+def check_pretraining(config: RLConfig, data: str) -> None:
+    """``--pretrain_data``: sets, fields and probabilities."""
+    keys = {"pretrain_input_key": config.pretrain_input_key}
+    if config.pretrain_output_key is not None:
+        keys["pretrain_output_key"] = config.pretrain_output_key
+    check_sets("pretrain_data", data, keys, config.pretrain_split, every_row=False)
+    if config.pretrain_data_probs is not None:
+        parse_probs(config.pretrain_data_probs, len(parse_items(data)), "--pretrain_data_probs")
 
 
 def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str, *, every_row: bool = True) -> None:

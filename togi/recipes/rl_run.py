@@ -72,6 +72,7 @@ class Run:
         # The shortest text that can be scored has two tokens.
         self._probe: tuple[int, ...] = (material.prompts[0].tokens * 2)[: max(2, len(material.prompts[0].tokens))]
         self._tokens_seen = 0
+        self._pretrain_steps = 0
         self._report_due = 0.0
         self._store = checkpoint_store(config)
         self._aim, self._bests = best_aim(config, material), BestStore(Path(config.ckpt_path))
@@ -106,6 +107,8 @@ class Run:
             self.step = found.step
             self._kl = self._kl.restored(found.state["kl"])
             self._tokens_seen = found.state["tokens_seen"]
+            if self._material.pretraining is not None:
+                self._pretrain_steps = self._material.pretraining.steps_of(found.state.get("pretraining"))
             if self._aim is not None:
                 self._best = self._bests.resumed(self._aim, found.state.get("best"))
         if self.config.load_checkpoint:
@@ -179,9 +182,10 @@ class Run:
     async def update(self, role: Role, samples: Sequence[Sample]) -> list[StepUpdate]:
         """All optimizer steps of one model on this rollout."""
         await self.session.phases.enter(Phase.TRAIN)
-        start = time.perf_counter()
+        start, batches = time.perf_counter(), self._mini_batches(samples)
+        mixed = self._pretraining(len(batches)) if role is Role.ACTOR else []
         with self._progress.phase(f"training the {role}"):
-            updates = await self.session.update(role, self._mini_batches(samples), self._kl.value)
+            updates = await self.session.update(role, batches, self._kl.value, mixed)
         self._values |= update_metrics(role, [update.report for update in updates])
         if role is Role.ACTOR:
             tokens = sum(update.unshared_tokens for update in updates)
@@ -190,6 +194,14 @@ class Run:
             self._values[names.SHARED_SHARE] = 1 - sum(update.tokens for update in updates) / tokens
             self._values[names.TOKENS_STEP] = tokens
         return updates
+
+    def _pretraining(self, updates: int) -> list[list[Sample]]:
+        """The next rows of ``--pretrain_data`` for each update; empty without it."""
+        rows = self._material.pretraining
+        if rows is None:
+            return []
+        first, self._pretrain_steps = self._pretrain_steps, self._pretrain_steps + updates
+        return [rows.batch(first + number) for number in range(updates)]
 
     @property
     def is_done(self) -> bool:
@@ -270,12 +282,14 @@ class Run:
         if config.save_steps <= 0 or self.step % config.save_steps != 0:
             return
         resumable = not config.disable_ds_ckpt
+        rows = self._material.pretraining
         state = {
             "resumable": resumable,
             "rollout_batch_size": config.rollout_batch_size,
             "loader": self._material.loader.state().to_json(),
             "kl": self._kl.state,
             "tokens_seen": self._tokens_seen,
+            "pretraining": rows.state(self._pretrain_steps) if rows is not None else None,
             "best": self._best.to_json() if self._best is not None else None,
         }
         with self._progress.phase("writing a checkpoint"):

@@ -15,6 +15,7 @@ from togi.config.rl import RLConfig
 from togi.data.chat import decode, load_tokenizer, stop_token_ids, visible
 from togi.data.loader import LoaderState, PromptLoader
 from togi.data.prompts import PromptSet, PromptSpec, load_prompts
+from togi.data.report import DataReport
 from togi.errors import CheckpointError
 from togi.learn.best import Aim
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
@@ -23,6 +24,7 @@ from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.recipes.best_metric import rl_aim
 from togi.recipes.plan import StepPlan
+from togi.recipes.rl_pretrain import Pretraining, load_pretraining
 from togi.recipes.rl_rewards import EarlyRewards
 from togi.rollout.environment import SingleTurn
 from togi.runtime.replay import replay_feed
@@ -36,12 +38,16 @@ UNLIMITED = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Prompts, held-out prompts (empty without ``--eval_dataset``), and the rewards that need no worker of the run."""
+    """Prompts, held-out prompts (empty without ``--eval_dataset``), and the rewards that need no worker of the run.
+
+    ``pretraining`` is None without ``--pretrain_data``.
+    """
 
     prompts: PromptSet
     loader: PromptLoader
     held_out: Sequence[Prompt]
-    reports: Mapping[str, PromptSet]
+    pretraining: Pretraining | None
+    reports: Mapping[str, DataReport]
     decode: Decode
     stop_token_ids: tuple[int, ...]
     rewards: EarlyRewards
@@ -70,11 +76,15 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 trust_remote_code=config.trust_remote_code,
             )
             prompts = load_prompts(spec(config, config.prompt_data, config.prompt_split, training=True), tokenizer)
-            sets = {"prompts": prompts}
+            reports = {"prompts": prompts.report}
+            held_out: Sequence[Prompt] = ()
             if config.eval_dataset is not None:
-                sets["eval_prompts"] = load_prompts(
-                    spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer
-                )
+                loaded = load_prompts(spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer)
+                held_out, reports["eval_prompts"] = loaded, loaded.report
+            pretraining = None
+            if config.pretrain_data is not None:
+                pretraining = load_pretraining(config, config.pretrain_data, tokenizer)
+                reports["pretrain_data"] = pretraining.examples.report
         rewards.connect_servers(config, partial(visible, tokenizer))
         if config.generates:
             with progress.phase("trying the reward", expected_seconds=2):
@@ -86,8 +96,9 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
     return Material(
         prompts,
         PromptLoader(prompts, seed=config.seed, episodes=config.num_episodes),
-        sets["eval_prompts"] if "eval_prompts" in sets else (),
-        sets,
+        held_out,
+        pretraining,
+        reports,
         partial(decode, tokenizer),
         stops,
         rewards,
@@ -123,8 +134,8 @@ def open_run(parsed: Parsed[RLConfig], argv: Sequence[str], material: Material) 
     values = {name: Resolved(plain(value), parsed.sources[name]) for name, value in config.model_dump().items()}
     opened = RunDirectory.resume if config.load_checkpoint else RunDirectory.create
     directory = opened(root, COMMAND, argv, values)
-    for name, prompts in material.reports.items():
-        prompts.report.write(root / "data" / name)
+    for name, report in material.reports.items():
+        report.write(root / "data" / name)
     directory.write_status(State.RUNNING)
     return directory
 
@@ -163,6 +174,8 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
             "anew without --load_checkpoint."
         )
     material.loader.load_state(LoaderState(**found.state["loader"]))
+    if material.pretraining is not None:
+        material.pretraining.steps_of(found.state.get("pretraining"))
     return found
 
 

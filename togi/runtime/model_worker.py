@@ -20,16 +20,18 @@ from togi.config.rl import RLConfig
 from togi.data.chat import load_tokenizer
 from togi.data.packing import Packs, pack_all, pack_stats
 from togi.learn.ema import Ema
-from togi.learn.learner import Learner, StepOutcome, UpdateReport
+from togi.learn.learner import Learner, Mixed, StepOutcome, UpdateReport
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
 from togi.learn.objective import Objective
 from togi.learn.policy_objective import EngineCorrection, KLInLoss, PolicyObjective, ValueObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
+from togi.learn.sft_objective import SFTObjective
 from togi.model.checkpoint import FullParameters, expected_manifest, save_trained, whole_tensors
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import Bucket, Manifest, pack_buckets
+from togi.obs import names
 from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
 from togi.parallel.parking import Parking
@@ -226,15 +228,20 @@ class LearnerWorker(ModelWorker):
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
         return packs.in_order(self._scorer.values(packs.batches))
 
-    def update(self, steps: Sequence[Sequence[Sample]], kl_coef: float) -> list[StepResult]:
-        """One optimizer step per element of ``steps``, each this rank's share of that step's samples."""
+    def update(
+        self, steps: Sequence[Sequence[Sample]], kl_coef: float, mixed: Sequence[Sequence[Sample]]
+    ) -> list[StepResult]:
+        """One optimizer step per element of ``steps``, each this rank's share of that step's samples.
+
+        ``mixed``: this rank's share of the supervised rows of each step, or nothing at all.
+        """
         assert not self._parking.is_asleep
         self._learner.objective = self._objective(kl_coef)
         results = []
-        for samples in steps:
+        for number, samples in enumerate(steps):
             packs = self._packs(samples, self._config.micro_train_batch_size)
             stats = [pack_stats(batch) for batch in packs.batches]
-            report = self._learner.update(packs.batches)
+            report = self._learner.update(packs.batches, self._mixed(mixed[number]) if mixed else None)
             if self._ema is not None and report.outcome is StepOutcome.UPDATED:
                 self._ema.update()
             logprobs = packs.in_order(report.logprobs) if report.logprobs else []
@@ -249,6 +256,10 @@ class LearnerWorker(ModelWorker):
     def wake(self) -> None:
         """Bring back what ``sleep`` put away."""
         self._parking.wake()
+
+    def _mixed(self, samples: Sequence[Sample]) -> Mixed:
+        rows = self._packs(samples, self._config.micro_train_batch_size)
+        return Mixed(names.PTX, SFTObjective(), rows.batches, self._config.ptx_coef)
 
     def begin_export(self, version: int) -> Manifest:
         """What the next weight update will send; ``next_bucket`` then gives it piece by piece. On all ranks together."""

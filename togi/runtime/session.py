@@ -142,9 +142,11 @@ class Session:
         """How many models read every sample before the update."""
         return self.config.uses_reference + (Role.CRITIC in self.groups) + self.needs_old_logprobs
 
-    async def update(self, role: Role, steps: Sequence[Sequence[Sample]], kl_coef: float) -> list[StepUpdate]:
-        """Optimizer steps of the actor or the critic."""
-        return await self.groups[role].update(steps, kl_coef)
+    async def update(
+        self, role: Role, steps: Sequence[Sequence[Sample]], kl_coef: float, mixed: Sequence[Sequence[Sample]]
+    ) -> list[StepUpdate]:
+        """Optimizer steps of the actor or the critic. ``mixed``: supervised rows for each step, or nothing at all."""
+        return await self.groups[role].update(steps, kl_coef, mixed)
 
     async def sync(self, version: int) -> SyncReport:
         """Give every engine the actor's weights."""

@@ -100,23 +100,35 @@ class WorkerGroup:
                 result[index] = array
         return result
 
-    async def update(self, steps: Sequence[Sequence[Sample]], kl_coef: float) -> list[StepUpdate]:
-        """One optimizer step per element of ``steps``; each step's samples are dealt by tokens."""
-        plans = [split_ranks(step, self.shares, share_prefix=self._share_prompts) for step in steps]
-        dealt = [
-            [[step[i] for i in plan[share]] for step, plan in zip(steps, plans, strict=True)]
-            for share in range(self.shares)
-        ]
+    async def update(
+        self, steps: Sequence[Sequence[Sample]], kl_coef: float, mixed: Sequence[Sequence[Sample]] = ()
+    ) -> list[StepUpdate]:
+        """One optimizer step per element of ``steps``; each step's samples are dealt by tokens.
+
+        ``mixed``: supervised rows for each step, dealt in the same way, or nothing at all.
+        """
+        plans, dealt = self._deal(steps)
+        _, dealt_rows = self._deal(mixed)
+        shares = [rank // self._ranks_per_share for rank in range(self.size)]
         by_share: list[list[StepResult]] = await self._one_per_share(
             [
-                worker.update.remote(dealt[rank // self._ranks_per_share], kl_coef)
-                for rank, worker in enumerate(self.workers)
+                worker.update.remote(dealt[share], kl_coef, dealt_rows[share])
+                for share, worker in zip(shares, self.workers, strict=True)
             ]
         )
         return [
             StepUpdate.merged(plan, [results[number] for results in by_share], len(step))
             for number, (step, plan) in enumerate(zip(steps, plans, strict=True))
         ]
+
+    def _deal(self, steps: Sequence[Sequence[Sample]]) -> tuple[list[list[list[int]]], list[list[list[Sample]]]]:
+        """For each step which samples go to which share, and for each share its samples of every step."""
+        plans = [split_ranks(step, self.shares, share_prefix=self._share_prompts) for step in steps]
+        dealt = [
+            [[step[i] for i in plan[share]] for step, plan in zip(steps, plans, strict=True)]
+            for share in range(self.shares)
+        ]
+        return plans, dealt
 
     async def _one_per_share(self, refs: Sequence[ObjectRef]) -> list[Any]:
         """The answers of the first ranks of all teams, to calls on all ranks."""
