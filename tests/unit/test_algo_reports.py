@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from togi.algo.evaluate import Estimate, mean_with_error, pass_at_k
+from togi.algo.evaluate import Estimate, expected_best, mean_with_error, pass_at_k, reported_ks
 from togi.algo.mismatch import mismatch
 
 
@@ -63,6 +63,26 @@ def test_pass_at_k_equals_enumeration():
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
             assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-15)
+
+
+def test_the_expected_best_by_hand():
+    # of the pairs of 1, 2, 5 the greatest are 2, 5, 5
+    assert expected_best([5, 1, 2], 2) == pytest.approx(4)
+    assert expected_best([5, 1, 2], 1) == pytest.approx(8 / 3)
+    assert expected_best([5, 1, 2], 3) == 5
+
+
+def test_the_expected_best_equals_enumeration_and_pass_at_k():
+    values = [0.3, -1.0, 0.3, 2.5, 0.0]
+    for k in range(1, 6):
+        draws = list(itertools.combinations(values, k))
+        assert expected_best(values, k) == pytest.approx(sum(map(max, draws)) / len(draws), abs=1e-12)
+        for right in range(6):
+            assert expected_best([1.0] * right + [0.0] * (5 - right), k) == pytest.approx(pass_at_k(5, right, k))
+
+
+def test_reported_ks():
+    assert [reported_ks(n) for n in (1, 2, 3, 4, 10)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4], [1, 2, 4, 8, 10]]
 
 
 def test_pass_at_k_refuses_k_above_n():

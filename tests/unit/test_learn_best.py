@@ -116,7 +116,8 @@ def test_a_metric_that_is_not_measured_is_an_early_error() -> None:
         aim(DPOConfig, "--best_metric_key reward/rejected")
     check_rl_metric(RLConfig(best_metric_key="math/pass4", eval_n_samples_per_prompt=4))
     with pytest.raises(
-        ConfigError, match="eval/reward, eval/length, eval/truncated_share, eval/math/pass1, eval/math/pass4"
+        ConfigError,
+        match="eval/reward, eval/length, eval/truncated_share, eval/math/pass1, eval/math/pass2, eval/math/pass4",
     ):
         check_rl_metric(RLConfig(best_metric_key="math/pass8", eval_n_samples_per_prompt=4))
     with pytest.raises(ConfigError, match="eval/gsm/pass1"):

@@ -46,6 +46,16 @@ def test_evaluation_by_hand() -> None:
     assert values["eval/a/pass2"] == 0.5
 
 
+def test_pass_at_k_of_each_source_is_unbiased() -> None:
+    """By hand: 1 - C(n - c, k) / C(n, k) of each prompt; one abstention leaves three responses."""
+    sums = [group("one", [1.0, 0.0, 0.0, 0.0], "sums"), group("two", [1.0, 1.0, 0.0, None], "sums")]
+    values = eval_metrics([*sums, group("three", [0.0] * 4, "words")], samples=4)
+    assert values["eval/sums/pass1"] == pytest.approx((1 / 4 + 2 / 3) / 2)
+    assert values["eval/sums/pass2"] == pytest.approx((1 / 2 + 1) / 2)  # 1 - C(3, 2) / C(4, 2) and 1 - 0
+    assert values["eval/sums/pass4"] == 1.0
+    assert [values[f"eval/words/pass{k}"] for k in (1, 2, 4)] == [0, 0, 0]
+
+
 def test_a_source_without_any_score_is_not_measured() -> None:
     values = eval_metrics([group("one", [1.0]), group("two", [None], source="b")], samples=1)
     assert values["eval/reward"] == 1.0

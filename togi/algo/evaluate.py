@@ -27,6 +27,23 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return (total - math.comb(n - c, k)) / total
 
 
+def expected_best(values: Sequence[float], k: int) -> float:
+    """The expected greatest of ``k`` of the values, drawn without replacement: ``pass_at_k`` for any rewards.
+
+    ``sum over i of C(i - 1, k - 1) / C(n, k) x the i-th smallest``, since so many of the draws have that one as their greatest.
+    For values 0 and 1 it is ``pass_at_k``; for ``k`` = n the greatest of all. Needs ``1 <= k <= n``.
+    """
+    n = len(values)
+    assert 1 <= k <= n, f"the best of {k} is undefined for {n} values"
+    total = math.comb(n, k)
+    return math.fsum(math.comb(i, k - 1) / total * value for i, value in enumerate(sorted(values)))
+
+
+def reported_ks(n: int) -> list[int]:
+    """The k of pass@k that are reported for ``n`` samples: 1, 2, 4, ... and n."""
+    return sorted({*(1 << i for i in range(n.bit_length())), n})
+
+
 def mean_with_error(values: Sequence[float]) -> Estimate:
     """The mean and its standard error, ``sqrt(unbiased variance / count)``.
 

@@ -236,7 +236,8 @@ def _explain_eval(rest: str) -> str:
     if key == "pass1":
         return f"Mean reward over all samples of the evaluation set {source!r}."
     if key.removeprefix("pass").isdigit():
-        return f"Mean over prompts of {source!r} of the best reward among {key.removeprefix('pass')} samples."
+        best = f"Expected best reward among {key.removeprefix('pass')} responses to a prompt of {source!r}"
+        return f"{best}, unbiased; pass@k where rewards are 0 or 1."
     if key.endswith("_stderr"):
         return f"Standard error of {key.removesuffix('_stderr')!r} on the evaluation set {source!r}, over prompts."
     return f"{key!r} on the evaluation set {source!r}."

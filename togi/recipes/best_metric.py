@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from togi.algo.evaluate import reported_ks
 from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
 from togi.config.rl import RLConfig
 from togi.config.shared import NO_METRIC, OutputSettings
@@ -45,7 +46,7 @@ def offline_metrics(config: OfflineConfig) -> list[str]:
 
 def rl_metrics(config: RLConfig, sources: Iterable[str]) -> list[str]:
     """The metrics of an evaluation on prompts of these data sources."""
-    keys = dict.fromkeys(("pass1", f"pass{config.eval_n_samples_per_prompt}"))
+    keys = [f"pass{k}" for k in reported_ks(config.eval_n_samples_per_prompt)]
     passes = [names.eval_of(source, key) for source in sources for key in keys]
     return [names.EVAL_REWARD, names.EVAL_LENGTH, names.EVAL_TRUNCATED, *passes]
 

@@ -182,7 +182,7 @@ class Run:
     async def update(self, role: Role, samples: Sequence[Sample]) -> list[StepUpdate]:
         """All optimizer steps of one model on this rollout."""
         await self.session.phases.enter(Phase.TRAIN)
-        start, batches = time.perf_counter(), self._mini_batches(samples)
+        start, batches = time.perf_counter(), mini_batches(samples, self.config, self.step)
         mixed = self._pretraining(len(batches)) if role is Role.ACTOR else []
         with self._progress.phase(f"training the {role}"):
             updates = await self.session.update(role, batches, self._kl.value, mixed)
@@ -315,21 +315,20 @@ class Run:
                 with written_aside(Path(target + "_critic")) as aside:
                     await self.session.save_model(Role.CRITIC, aside)
 
-    def _mini_batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        """``--train_batch_size`` samples for each optimizer step, groups in a new order in each epoch."""
-        groups: dict[str, list[Sample]] = {}
-        for sample in samples:
-            groups.setdefault(sample.group_id, []).append(sample)
-        batches = []
-        for epoch in range(self.config.max_epochs):
-            order = list(groups.values())
-            if self.plan_needs_shuffle(len(samples)):
-                random.Random(f"{self.config.seed}/{self.step}/{epoch}").shuffle(order)
-            flat = [sample for group in order for sample in group]
-            size = self.config.train_batch_size
-            batches += [flat[i : i + size] for i in range(0, len(flat), size)]
-        return batches
 
-    def plan_needs_shuffle(self, samples: int) -> bool:
-        """One update on everything has no order; keeping it lets results be read off in the order of the samples."""
-        return samples > self.config.train_batch_size or self.config.max_epochs > 1
+def mini_batches(samples: Sequence[Sample], config: RLConfig, step: int) -> list[list[Sample]]:
+    """``--train_batch_size`` samples for each optimizer step, groups in a new order in each epoch of each ``step``.
+
+    One update on everything has no order; keeping it lets results be read off in the order of the samples.
+    """
+    size, batches = config.train_batch_size, list[list[Sample]]()
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group_id, []).append(sample)
+    for epoch in range(config.max_epochs):
+        order = list(groups.values())
+        if len(samples) > size or config.max_epochs > 1:
+            random.Random(f"{config.seed}/{step}/{epoch}").shuffle(order)
+        flat = [sample for group in order for sample in group]
+        batches += [flat[i : i + size] for i in range(0, len(flat), size)]
+    return batches

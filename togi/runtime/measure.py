@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from togi.algo.evaluate import mean_with_error
+from togi.algo.evaluate import expected_best, mean_with_error, reported_ks
 from togi.algo.kl import kl_estimate
 from togi.algo.mismatch import mismatch
 from togi.config.choices import KLEstimator
@@ -93,7 +93,7 @@ def trainer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def eval_metrics(groups: Sequence[ScoredGroup], samples: int) -> dict[str, float]:
-    """Mean reward with its standard error over prompts, and the best of the samples, for all sets and for each."""
+    """Mean reward with its standard error over prompts, and pass@k of each set, for ``samples`` responses to each prompt."""
     metrics = _eval_of(groups)
     metrics[names.EVAL_LENGTH] = float(np.mean([len(r.response_tokens) for group in groups for r in group.rollouts]))
     truncated = [r.finish_reason is FinishReason.LENGTH for group in groups for r in group.rollouts]
@@ -103,9 +103,11 @@ def eval_metrics(groups: Sequence[ScoredGroup], samples: int) -> dict[str, float
         means = _eval_of(own)
         metrics[names.eval_of(source, "pass1")] = means[names.EVAL_REWARD]
         metrics[names.eval_of(source, "pass1_stderr")] = means[names.EVAL_REWARD_STDERR]
-        if samples > 1:
-            best = [float(_values(group).max()) for group in own if len(_values(group)) > 0]
-            metrics[names.eval_of(source, f"pass{samples}")] = float(np.mean(best)) if best else math.nan
+        rewards = [values for values in map(_values, own) if len(values) > 0]
+        for k in reported_ks(samples)[1:]:
+            # of a group with abstentions there may be fewer
+            best = [expected_best(values.tolist(), min(k, len(values))) for values in rewards]
+            metrics[names.eval_of(source, f"pass{k}")] = float(np.mean(best)) if best else math.nan
     return metrics
 
 
