@@ -95,6 +95,7 @@ CHARTS = (
             names.SHARED_SHARE,
         ),
     ),
+    Chart("Groups generated for a rollout", "times its prompts", (names.GROUPS_GENERATIONS,)),
     Chart("Padding and balance of ranks", "share, ratio", (names.PADDING_SHARE, names.RANK_IMBALANCE)),
     Chart("Reward spread", "reward", (names.REWARD_STD, names.REWARD_GROUP_STD)),
     Chart("Reward components", "reward", ("reward/*",)),
