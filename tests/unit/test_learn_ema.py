@@ -11,7 +11,6 @@ from torch import Tensor
 from tests.learn_tools import CPU, learner, max_difference, packs, rollouts, solo, weights
 from tests.tiny import save_tiny_model
 from togi.config.shared import LoRA
-from togi.errors import CheckpointError
 from togi.learn.ema import Ema
 from togi.learn.learner import Learner
 from togi.learn.learner_state import load_learner, save_learner
@@ -65,11 +64,6 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     average.load(tmp_path / "ema")
     step(again, average, 2)
     assert max_difference(averages(average), averages(ema)) == 0.0
-
-
-def test_a_checkpoint_without_an_average_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="--enable_ema"):
-        Ema(solo().backend, BETA, CPU).load(tmp_path / "ema")
 
 
 def test_of_a_model_with_an_adapter_only_the_adapter_is_averaged(tmp_path: Path) -> None:

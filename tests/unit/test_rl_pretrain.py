@@ -11,8 +11,12 @@ import pytest
 from tests.tiny import STOP, tiny_tokenizer
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
+from togi.data.loader import PromptLoader
 from togi.errors import CheckpointError, DataError
+from togi.obs.progress import Progress
 from togi.recipes.rl_pretrain import Pretraining, load_pretraining
+from togi.recipes.rl_setup import Material, checkpoint_store, find_checkpoint
+from togi.sample import Prompt
 
 ROWS = [{"input": f"text {i}", "output": f"answer {i}"} for i in range(5)]
 
@@ -61,3 +65,26 @@ def test_a_checkpoint_goes_on_with_the_same_rows_only(tmp_path: Path) -> None:
 def test_a_mistake_names_the_flag(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^--pretrain_data: "):
         load(tmp_path, "--pretrain_input_key", "nothing")
+
+
+def test_a_checkpoint_without_an_average_or_of_other_rows_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
+    rows, prompts = load(tmp_path), [Prompt("0:0", (1, 2), "text")]
+    loader = PromptLoader(prompts, seed=42, episodes=1)
+    material = Material(prompts, loader, (), rows, {}, str, (), None)
+    flags = ["--load_checkpoint", "--ckpt_path", str(tmp_path / "checkpoints"), "--enable_ema"]
+    config = parse(RLConfig, flags, "rl").config
+    state = {"resumable": True, "rollout_batch_size": config.rollout_batch_size, "loader": loader.state().to_json()}
+
+    def written(**more: object) -> None:
+        with checkpoint_store(config).write(1, state | more, 0):
+            pass
+
+    for more, message in (
+        ({"pretraining": rows.state(3)}, "no moving average, as it was written without --enable_ema"),
+        ({"ema": True}, "made without --pretrain_data"),
+    ):
+        written(**more)
+        with pytest.raises(CheckpointError, match=message):
+            find_checkpoint(config, material, Progress())
+    written(ema=True, pretraining=rows.state(3))
+    assert find_checkpoint(config, material, Progress()).step == 1

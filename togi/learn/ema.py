@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from togi.errors import CheckpointError
 from togi.learn.learner_state import TensorReader, TensorWriter
 from togi.parallel.backend import Backend
 
@@ -63,14 +62,8 @@ class Ema:
         world.barrier("averages written")
 
     def load(self, folder: Path) -> None:
-        """Take back what ``save`` wrote, on any number of ranks. Raises CheckpointError if there is nothing."""
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(
-                f"The checkpoint {folder.parent} has no moving average, as it was written without --enable_ema: leave "
-                "--enable_ema out, or start anew without --load_checkpoint."
-            )
-        reader = TensorReader(files)
+        """Take back what ``save`` wrote, on any number of ranks."""
+        reader = TensorReader(sorted(folder.glob("*.safetensors")))
         for name, kept in self._kept.items():
             kept.copy_(reader.read(name))
 

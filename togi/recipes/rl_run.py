@@ -289,6 +289,7 @@ class Run:
             "loader": self._material.loader.state().to_json(),
             "kl": self._kl.state,
             "tokens_seen": self._tokens_seen,
+            "ema": config.enable_ema,
             "pretraining": rows.state(self._pretrain_steps) if rows is not None else None,
             "best": self._best.to_json() if self._best is not None else None,
         }

@@ -174,6 +174,11 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
             "anew without --load_checkpoint."
         )
     material.loader.load_state(LoaderState(**found.state["loader"]))
+    if config.enable_ema and not found.state.get("ema", False):
+        raise CheckpointError(
+            f"The checkpoint {found.path} has no moving average, as it was written without --enable_ema: leave --enable_ema out, "
+            "or start anew without --load_checkpoint."
+        )
     if material.pretraining is not None:
         material.pretraining.steps_of(found.state.get("pretraining"))
     return found
