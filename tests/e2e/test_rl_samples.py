@@ -174,7 +174,10 @@ def test_a_critic_from_a_reward_model_two_epochs_a_rollout_and_two_episodes(worl
     flags = ["--advantage_estimator", "gae", "--init_kl_coef", "0", *HF, "--reward_pretrain", str(tmp_path / "rm")]
     flags += ["--critic_learning_rate", "0", "--lr_warmup_ratio", "0", "--save_value_network", "--save_steps", "6"]
     train(world, run, *flags, "--max_epochs", "2", "--num_episodes", "2")
-    assert model_bytes(run / "model_critic") == model_bytes(tmp_path / "rm")
+    assert (
+        max_difference(*(load_file(folder / "model.safetensors") for folder in (run / "model_critic", tmp_path / "rm")))
+        == 0
+    )
     rows, records = stored(run), metrics(run)
     values = []
     for row in (row for row in rows if row["step"] == 1):
