@@ -19,7 +19,7 @@ from togi.parallel.backend import BackendOptions
 from togi.parallel.build import trainable
 from togi.parallel.process import World
 
-COEF = 0.3
+COEF = 0.25  # a power of two scales without rounding
 POLICY, ROWS = rollouts(4, seed=0), rollouts(5, seed=1)
 
 

@@ -31,7 +31,6 @@ from togi.model.checkpoint import FullParameters, expected_manifest, save_traine
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import Bucket, Manifest, pack_buckets
-from togi.obs import names
 from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
 from togi.parallel.parking import Parking
@@ -46,6 +45,8 @@ Arrays = list[NDArray[np.float32]]
 BUCKET_BYTES = 256 << 20
 MEETING_TIMEOUT_S = 300.0
 EMA_FOLDER = "ema"
+PTX = "ptx"
+"""The family of the metrics of mixed-in rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +260,7 @@ class LearnerWorker(ModelWorker):
 
     def _mixed(self, samples: Sequence[Sample]) -> Mixed:
         rows = self._packs(samples, self._config.micro_train_batch_size)
-        return Mixed(names.PTX, SFTObjective(), rows.batches, self._config.ptx_coef)
+        return Mixed(PTX, SFTObjective(), rows.batches, self._config.ptx_coef)
 
     def begin_export(self, version: int) -> Manifest:
         """What the next weight update will send; ``next_bucket`` then gives it piece by piece. On all ranks together."""
