@@ -24,6 +24,8 @@ from togi.model.checkpoint import expected_manifest
 from togi.model.weights import Bucket, Manifest, TensorSpec, pack_buckets
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
+from togi.rollout.threaded import ThreadedEngine
+from togi.rollout.vllm_engine import VllmCore
 from togi.sample import FinishReason, Generation, Sampling
 
 pytestmark = pytest.mark.alone
@@ -229,7 +231,10 @@ def test_a_cancelled_request_leaves_the_others_alone(engine: RolloutEngine) -> N
 
 def test_sleep_and_wake(engine: RolloutEngine) -> None:
     before = generate(engine, LONG, GREEDY)
-    asyncio.run(engine.sleep())
+    released = asyncio.run(engine.sleep())
+    if isinstance(engine, ThreadedEngine) and isinstance(engine._core, VllmCore):
+        assert released.nbytes > 0.09 * 2**30  # its cache has 0.1 GiB, all of it resident since the start
+        assert released.before - released.after > 0.9 * released.nbytes
     with pytest.raises(RuntimeError, match="asleep"):
         generate(engine, [PROMPTS[0]], GREEDY)
     asyncio.run(engine.wake())

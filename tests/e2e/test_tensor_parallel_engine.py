@@ -75,7 +75,9 @@ def test_two_processes_equal_one_and_the_trainer_also_after_an_update(tmp_path: 
         engine = create_engine(EngineName.VLLM, replace(settings, tensor_parallel_size=size))
         said[size] = [ask(engine)]
         asyncio.run(update(engine, new, 1))
-        asyncio.run(engine.sleep())
+        released = asyncio.run(engine.sleep())
+        assert released.nbytes > size * 0.09 * 2**30  # the cache of each process has 0.1 GiB
+        assert released.before - released.after > 0.9 * released.nbytes
         asyncio.run(engine.wake())
         said[size].append(ask(engine))
         asyncio.run(engine.shutdown())
