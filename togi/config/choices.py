@@ -79,6 +79,14 @@ class BackendName(StrEnum):
     DEEPSPEED = "deepspeed"
 
 
+class SyncBackend(StrEnum):
+    """What carries weights to the engines; auto: host memory on one host, a process group (nccl or gloo) across hosts."""
+
+    AUTO = "auto"
+    NCCL = "nccl"
+    GLOO = "gloo"
+
+
 class GradAccumDtype(StrEnum):
     """In which numbers the gradients of several micro-batches are added up."""
 

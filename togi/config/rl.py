@@ -13,8 +13,9 @@ from togi.config.choices import (
     EngineName,
     KLEstimator,
     PolicyLossType,
+    SyncBackend,
 )
-from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, later
+from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag
 from togi.config.presets import preset_values
 from togi.config.reward import RewardSettings
 from togi.config.samples import PretrainMixSettings, SampleSettings
@@ -70,10 +71,12 @@ class RolloutSettings(Settings):
     vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of vLLM's key-value cache on a CPU, in GB.", gt=0)
     enable_prefix_caching: bool = flag(False, "vLLM prefix cache; emptied at every weight update.")
     enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
-    vllm_sync_backend: Literal["auto", "nccl", "gloo"] = later(
-        "auto", "How weights reach the engines; auto: host memory in large buckets."
+    vllm_sync_backend: SyncBackend = flag(
+        SyncBackend.AUTO,
+        "What carries weights to the engines: a process group over nccl (between processes on one GPU: CUDA IPC) or gloo; "
+        "auto: host memory on one host, a group across hosts.",
     )
-    vllm_sync_with_ray: bool = later(False, "Use Ray collectives for the weight sync.")
+    vllm_sync_with_ray: bool = flag(False, "Let Ray's object store carry the weights, across hosts too.")
     vllm_enable_sleep: bool = flag(
         False, "Engines give back their cache while the models train (--colocate_all_models)."
     )

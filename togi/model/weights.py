@@ -6,8 +6,10 @@ half-updated model. Buckets are flat byte arrays: a few large transfers instead 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -49,45 +51,98 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bucket:
-    """Consecutive tensors of a manifest in one flat array of bytes; ``offsets`` are in bytes."""
+    """Consecutive tensors of a manifest in one flat array of bytes; ``offsets`` are in bytes.
+
+    In host memory ``data`` is an array, on a GPU a tensor.
+    """
 
     tensors: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
-    data: NDArray[np.uint8]
+    data: NDArray[np.uint8] | Tensor
+
+    @classmethod
+    def of(cls, tensors: tuple[TensorSpec, ...], offsets: tuple[int, ...], data: Tensor) -> Self:
+        """A bucket over the memory of ``data`` (uint8)."""
+        return cls(tensors, offsets, data.numpy() if data.device.type == "cpu" else data)
+
+    def as_tensor(self) -> Tensor:
+        """``data`` as a tensor over the same memory."""
+        return self.data if isinstance(self.data, Tensor) else torch.from_numpy(self.data)
+
+    def own(self) -> Bucket:
+        """A copy that nobody else can write into."""
+        copied = self.data.clone() if isinstance(self.data, Tensor) else self.data.copy()
+        return Bucket(self.tensors, self.offsets, copied)
 
     def unpack(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors, as read-only views of ``data``: clone what outlives the bucket."""
-        raw = torch.from_numpy(self.data)
+        raw = self.as_tensor()
         for spec, offset in zip(self.tensors, self.offsets, strict=True):
             view = raw[offset : offset + spec.nbytes].view(getattr(torch, spec.dtype))
             yield spec.name, view.view(spec.shape)
 
 
-def pack_buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[Bucket]:
-    """Group tensors, in order, into buckets of at most ``max_bytes`` (a larger tensor gets a bucket of its own)."""
+class Checksum:
+    """Of all tensors of an update by name and content, whatever buckets they came in: finds what is lost, old or damaged.
+
+    Of each tensor's content it is the exclusive or of its 8-byte words, which runs at the speed of memory.
+    """
+
+    def __init__(self) -> None:
+        self._marks: dict[str, int] = {}
+
+    def add(self, bucket: Bucket) -> None:
+        """Take in the tensors of a bucket."""
+        for spec, offset in zip(bucket.tensors, bucket.offsets, strict=True):
+            self._marks[spec.name] = _mark(bucket.data[offset : offset + spec.nbytes])
+
+    def digest(self) -> str:
+        """The same text on every process that has had the same tensors."""
+        return hashlib.blake2b(repr(sorted(self._marks.items())).encode(), digest_size=16).hexdigest()
+
+
+def _mark(raw: NDArray[np.uint8] | Tensor) -> int:
+    """The exclusive or of the 8-byte words of ``raw``, which begins at a multiple of 8; the last word is filled with zeros."""
+    whole = len(raw) // 8 * 8
+    if isinstance(raw, Tensor):
+        rest = raw[whole:].cpu().numpy()
+        words = int(torch.hash_tensor(raw[:whole].view(torch.int64)).item()) if whole > 0 else 0
+    else:
+        rest = raw[whole:]
+        words = int(np.bitwise_xor.reduce(raw[:whole].view(np.uint64)))
+    return words ^ int.from_bytes(rest.tobytes(), "little")
+
+
+def pack_buckets(
+    tensors: Iterable[tuple[str, Tensor]], max_bytes: int, device: torch.device | None = None
+) -> Iterator[Bucket]:
+    """Group tensors, in order, into buckets of at most ``max_bytes`` (a larger tensor gets a bucket of its own).
+
+    ``device``: where the buckets are made, by default in host memory.
+    """
+    place = torch.device("cpu") if device is None else device
     group: list[tuple[TensorSpec, Tensor]] = []
     size = 0
     for name, tensor in tensors:
         spec = TensorSpec.of(name, tensor)
         if group and size + spec.nbytes > max_bytes:
-            yield _fill(group)
+            yield _fill(group, place)
             group, size = [], 0
         group.append((spec, tensor))
         size += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
     if group:
-        yield _fill(group)
+        yield _fill(group, place)
 
 
-def _fill(group: list[tuple[TensorSpec, Tensor]]) -> Bucket:
+def _fill(group: list[tuple[TensorSpec, Tensor]], device: torch.device) -> Bucket:
     offsets, end = [], 0
     for spec, _ in group:
         offsets.append(end)
         end += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
-    data = np.empty(end, dtype=np.uint8)
-    raw = torch.from_numpy(data)
+    raw = torch.empty(end, dtype=torch.uint8, device=device)
     for (spec, tensor), offset in zip(group, offsets, strict=True):
-        raw[offset : offset + spec.nbytes].copy_(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8))
-    return Bucket(tuple(spec for spec, _ in group), tuple(offsets), data)
+        raw[offset : offset + spec.nbytes].copy_(tensor.detach().to(device).contiguous().view(-1).view(torch.uint8))
+    return Bucket.of(tuple(spec for spec, _ in group), tuple(offsets), raw)
 
 
 def differences(expected: Iterable[TensorSpec], offered: Iterable[TensorSpec], limit: int = 5) -> list[str]:

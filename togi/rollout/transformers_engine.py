@@ -134,7 +134,7 @@ class TransformersCore:
         self._arriving = {}
 
     def load(self, bucket: Bucket) -> None:
-        own = Bucket(bucket.tensors, bucket.offsets, bucket.data.copy())
+        own = bucket.own()
         self._arriving.update(own.unpack())
 
     def finish_update(self) -> None:

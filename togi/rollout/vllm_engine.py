@@ -116,7 +116,7 @@ class VllmCore:
             return
         segment = SharedMemory(create=True, size=max(1, bucket.data.nbytes))
         try:
-            _bytes_of(segment, bucket.data.nbytes)[:] = bucket.data
+            _bytes_of(segment, bucket.data.nbytes)[:] = bucket.as_tensor().numpy()
             self._ask_workers(_load_shared, segment.name, bucket.tensors, bucket.offsets, bucket.data.nbytes)
         finally:
             segment.close()
@@ -240,7 +240,7 @@ def _load(worker: Any, bucket: Bucket) -> None:
     from vllm.config import set_current_vllm_config
 
     # The reload keeps references until a layer is complete, so it gets a copy that the sender cannot overwrite.
-    own = Bucket(bucket.tensors, bucket.offsets, bucket.data.copy())
+    own = bucket.own()
     with set_current_vllm_config(worker.vllm_config):
         worker.model_runner.get_model().load_weights(own.unpack())
 

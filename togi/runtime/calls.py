@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import ObjectRef
@@ -28,10 +28,18 @@ async def result_of(ref: ObjectRef, who: str) -> Any:
         raise WorkerError(f"{who} died: {' '.join(str(error).split())}") from None
 
 
-async def results_of(refs: Sequence[ObjectRef], who: str) -> list[Any]:
-    """The results of one call on several workers, in order; raises at the first failure without waiting for the rest."""
-    names = [f"{who} {rank}" for rank in range(len(refs))]
-    tasks = [asyncio.ensure_future(result_of(ref, name)) for ref, name in zip(refs, names, strict=True)]
+async def results_of(refs: Sequence[ObjectRef], who: str, arrived: Callable[[int], None] = lambda _: None) -> list[Any]:
+    """The results of one call on several workers, in order; raises at the first failure without waiting for the rest.
+
+    ``arrived`` is told the place of each result as it comes.
+    """
+
+    async def one(place: int, ref: ObjectRef) -> Any:
+        result = await result_of(ref, f"{who} {place}")
+        arrived(place)
+        return result
+
+    tasks = [asyncio.ensure_future(one(place, ref)) for place, ref in enumerate(refs)]
     try:
         return list(await asyncio.gather(*tasks))
     finally:

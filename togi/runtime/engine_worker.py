@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
+import ray
+import torch
 from ray.actor import ActorHandle
 
 from togi.config.choices import EngineName
 from togi.model.hub import local_folder
-from togi.model.weights import Bucket, Manifest
+from togi.model.weights import Manifest
+from togi.parallel.channel import Channel
+from togi.parallel.process import Rendezvous, default_device
+from togi.plan.carrier import Carrier
 from togi.plan.memory import PeakMemory, Released
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.runtime.calls import result_of, results_of
 from togi.runtime.cluster import own_gpus, see_only
+from togi.runtime.parcels import Inbox, Parcel
 from togi.sample import Generation, Sampling
 
 MAX_CONCURRENT_CALLS = 4096
@@ -26,6 +33,7 @@ class EngineWorker:
     def __init__(self) -> None:
         self._engine: RolloutEngine
         self._memory = PeakMemory()
+        self._channels: list[Channel] = []
 
     async def start(self, name: EngineName, settings: EngineSettings, gpus: Sequence[str]) -> None:
         """``gpus``: all that the engine may use, where they are not those that Ray gave this process."""
@@ -39,14 +47,26 @@ class EngineWorker:
     async def score(self, tokens: Sequence[int]) -> list[float]:
         return await self._engine.score(tokens)
 
+    async def node(self) -> str:
+        """The node that this process is on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    async def join_channel(self, meeting: Rendezvous, carrier: Carrier) -> None:
+        """Meet the actor's first rank and the other engines, to get weights from it."""
+        device = default_device() if carrier is Carrier.NCCL else torch.device("cpu")
+        self._channels = [await asyncio.to_thread(Channel.join, meeting, device)]
+
     async def begin_update(self, manifest: Manifest) -> None:
+        self._inbox = Inbox(self._channels)
         await self._engine.begin_update(manifest)
 
-    async def load_bucket(self, bucket: Bucket) -> None:
-        await self._engine.load_bucket(bucket)
+    async def load_bucket(self, parcel: Parcel) -> None:
+        await self._engine.load_bucket(await asyncio.to_thread(self._inbox.open, parcel))
 
-    async def finish_update(self) -> None:
+    async def finish_update(self) -> str:
+        """The checksum of what has arrived."""
         await self._engine.finish_update()
+        return self._inbox.checksum()
 
     async def sleep(self) -> Released:
         return await self._engine.sleep()

@@ -6,7 +6,7 @@ from the driver; packing happens here, next to the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,19 +30,24 @@ from togi.learn.sft_objective import SFTObjective
 from togi.model.checkpoint import FullParameters, expected_manifest, save_trained, whole_tensors
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
-from togi.model.weights import Bucket, Manifest, pack_buckets
+from togi.model.weights import Manifest, pack_buckets
 from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
+from togi.parallel.channel import Channel
 from togi.parallel.parking import Parking
 from togi.parallel.process import Rendezvous, World, default_device, open_store
 from togi.parallel.ring import Ring
+from togi.plan.carrier import Carrier
 from togi.plan.memory import PeakMemory, Released
 from togi.plan.placement import LEARNERS, Role
 from togi.runtime.cluster import own_gpus, see_only
+from togi.runtime.parcels import Carriage, Exporter, OverChannel, Parcel, SameDevice, ThroughDriver
 from togi.sample import Sample
 
 Arrays = list[NDArray[np.float32]]
 BUCKET_BYTES = 256 << 20
+# Over gloo, buckets of this size were twice to four times as fast as large ones.
+CHANNEL_BUCKET_BYTES = 64 << 20
 MEETING_TIMEOUT_S = 300.0
 EMA_FOLDER = "ema"
 PTX = "ptx"
@@ -91,6 +96,10 @@ class ModelWorker:
         peak = int(torch.accelerator.max_memory_allocated(device))
         torch.accelerator.reset_peak_memory_stats(device)
         return peak
+
+    def node(self) -> str:
+        """The node that this process is on."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def memory_bytes(self) -> int:
         """The largest resident size that ``take_peak`` has seen."""
@@ -208,7 +217,8 @@ class LearnerWorker(ModelWorker):
         if config.enable_ema and role is Role.ACTOR:
             home = torch.device("cpu") if config.adam_offload else self._world.device
             self._ema = Ema(backend, config.ema_beta, home)
-        self._export: Iterator[Bucket] = iter(())
+        self._carriage: Carriage
+        self._export: Exporter
 
     def logprobs(self, samples: Sequence[Sample], temperature: float | None = None) -> Arrays:
         """Log-probs at each sample's trained tokens, by default of logits divided by the sampling temperature."""
@@ -262,18 +272,40 @@ class LearnerWorker(ModelWorker):
         rows = self._packs(samples, self._config.micro_train_batch_size)
         return Mixed(PTX, SFTObjective(), rows.batches, self._config.ptx_coef)
 
+    def open_channel(self) -> tuple[str, int]:
+        """Open the meeting place of this rank and the engines; returns its address and port."""
+        address = ray.util.get_node_ip_address()
+        self._channel_store = open_store(address, MEETING_TIMEOUT_S)
+        return address, self._channel_store.port
+
+    def prepare_export(self, carrier: Carrier, meeting: Rendezvous | None) -> None:
+        """How weights will leave this rank. ``meeting``: with the engines, where rank 0 sends over a channel."""
+        self._carriage = ThroughDriver(sends=self._world.is_first)
+        self._bucket_bytes, self._bucket_device = BUCKET_BYTES, torch.device("cpu")
+        if carrier in (Carrier.NCCL, Carrier.IPC):
+            self._bucket_device = self._world.device
+        if meeting is not None:
+            self._bucket_bytes = CHANNEL_BUCKET_BYTES
+            self._carriage = OverChannel(Channel.join(meeting, self._bucket_device))
+        elif carrier is Carrier.IPC:
+            self._carriage = SameDevice()
+
     def begin_export(self, version: int) -> Manifest:
         """What the next weight update will send; ``next_bucket`` then gives it piece by piece. On all ranks together."""
         config, backend = self._config, self._learner.backend
         dtype = torch.bfloat16 if config.bf16 else torch.float32
-        self._export = pack_buckets(whole_tensors(self._model, backend.full_parameters, dtype), BUCKET_BYTES)
+        tensors = whole_tensors(self._model, backend.full_parameters, dtype)
+        self._export = Exporter(pack_buckets(tensors, self._bucket_bytes, self._bucket_device), self._carriage)
         name = str(dtype).removeprefix("torch.")
         return Manifest(version, expected_manifest(config.pretrain, name, config.trust_remote_code))
 
-    def next_bucket(self) -> tuple[int, Bucket | None]:
-        """(number of tensors, bucket); gathering takes all ranks, the bucket comes from rank 0."""
-        bucket = next(self._export)
-        return len(bucket.tensors), bucket if self._world.is_first else None
+    def next_bucket(self) -> tuple[int, Parcel | None]:
+        """(number of tensors, what goes to the engines from here); gathering takes all ranks."""
+        return self._export.next()
+
+    def end_export(self) -> str:
+        """Everything has left. The checksum of what this rank gathered."""
+        return self._export.finish()
 
     def checkpoint_bytes(self) -> int:
         learner = expected_bytes(self._learner)

@@ -27,7 +27,7 @@ from togi.runtime.engine_worker import MAX_CONCURRENT_CALLS, EnginePool, EngineW
 from togi.runtime.experience import with_streams
 from togi.runtime.model_worker import LearnerWorker, ScorerWorker
 from togi.runtime.phases import Holder, Phases
-from togi.runtime.weight_sync import SyncReport, sync_weights
+from togi.runtime.weight_sync import SyncReport, WeightSync
 from togi.runtime.worker_group import StepUpdate, WorkerGroup
 from togi.sample import Sample
 
@@ -48,6 +48,7 @@ class Session:
         engines: EnginePool,
         groups: Mapping[Role, WorkerGroup],
         reward_models: Sequence[WorkerGroup],
+        weights: WeightSync,
         asleep: frozenset[Holder],
     ) -> None:
         """``asleep``: who sleeps already."""
@@ -56,6 +57,7 @@ class Session:
         self.engines = engines
         self.groups = groups
         self.reward_models = tuple(reward_models)
+        self.weights = weights
         learners = self._learners()
         scorers = [group for group in groups.values() if group not in learners]
         self.phases = Phases(
@@ -116,7 +118,8 @@ class Session:
         for group, path in zip(rewards, config.scoring_models, strict=True):
             starting.append(group.start(config, Role.REWARD, path))
         await asyncio.gather(*starting)
-        return cls(config, cluster, engines, groups, rewards, asleep)
+        weights = await WeightSync.open(groups[Role.ACTOR], engines, config)
+        return cls(config, cluster, engines, groups, rewards, weights, asleep)
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
         """Add what advantages and the update need: reference and old log-probs, values."""
@@ -150,7 +153,7 @@ class Session:
 
     async def sync(self, version: int) -> SyncReport:
         """Give every engine the actor's weights."""
-        return await sync_weights(self.groups[Role.ACTOR], self.engines, version, self.config.weight_sync_timeout)
+        return await self.weights.send(version)
 
     async def probe(self, tokens: Sequence[int]) -> float:
         """Mean absolute difference of engine and trainer log-probs (nats) on fixed tokens, over all engines.

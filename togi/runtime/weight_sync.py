@@ -1,17 +1,24 @@
-"""Sending the actor's weights to every engine, through host memory, in large buckets.
+"""Sending the actor's weights to every engine, in large buckets, by one of the carriers of ``togi.plan.carrier``.
 
-Order: all engines agree to the manifest, buckets flow (the gather of the next overlaps the loading of the last), all engines
-confirm that everything arrived. Each bucket is put once and read by every engine without a copy. The whole has a deadline.
+Order: all engines agree to the manifest, buckets flow (the gather of the next overlaps the sending and loading of the last; each
+is a buffer of its own, since engines keep references), all engines confirm that everything arrived, and the checksums of what
+every rank of the actor gathered and every engine got are compared. The whole has a deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ray import ObjectRef
+
+from togi.config.rl import RLConfig
 from togi.errors import WeightSyncError
 from togi.model.weights import Manifest
+from togi.parallel.process import Rendezvous
+from togi.plan.carrier import Carrier, Route, choose
 from togi.runtime.calls import results_of
 from togi.runtime.engine_worker import EnginePool
 from togi.runtime.worker_group import WorkerGroup
@@ -19,48 +26,138 @@ from togi.runtime.worker_group import WorkerGroup
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """One weight update: bytes sent to each engine and seconds from the first call to the last confirmation."""
+    """One weight update: bytes sent to each engine and seconds from the first call to the last confirmation.
+
+    ``checksum``: of the weights, the same on every rank of the actor and every engine.
+    """
 
     version: int
     nbytes: int
     seconds: float
+    checksum: str
 
     @property
     def gb_per_second(self) -> float:
         return self.nbytes / 1e9 / self.seconds
 
 
-async def sync_weights(actor: WorkerGroup, engines: EnginePool, version: int, timeout: float) -> SyncReport:
-    """Give every engine the actor's present weights as ``version``.
+@dataclass(slots=True)
+class _Progress:
+    """How many tensors have left the actor, and each engine has: -1 before it has agreed to the update."""
 
-    Raises WeightSyncError when an engine refuses (the message names the tensors that differ) or the deadline passes.
-    """
-    start = time.perf_counter()
-    try:
-        manifest = await asyncio.wait_for(_send(actor, engines, version), timeout)
-    except TimeoutError:
+    engines: list[int]
+    total: int = 0
+    sent: int = 0
+
+    def add(self, engine: int, tensors: int) -> None:
+        self.engines[engine] += tensors
+
+    def describe(self) -> str:
+        """Who is behind."""
+        if self.total == 0:
+            return "the actor has not begun"
+        behind = min(self.engines)
+        if behind == self.sent < self.total:
+            return f"the actor has sent {self.sent} of {self.total} tensors"
+        names = ", ".join(f"engine {index}" for index, tensors in enumerate(self.engines) if tensors == behind)
+        return f"{names} confirmed {max(0, behind)} of {self.total} tensors"
+
+
+class WeightSync:
+    """The way from an actor to its engines. Make one with ``open``."""
+
+    def __init__(self, actor: WorkerGroup, engines: EnginePool, route: Route, timeout: float) -> None:
+        self.route = route
+        self._actor, self._engines, self._timeout = actor, engines, timeout
+
+    @classmethod
+    async def open(cls, actor: WorkerGroup, engines: EnginePool, config: RLConfig) -> WeightSync:
+        """Choose the carrier by where the processes are, and connect them. A replay has no engines to connect."""
+        if not engines.workers:
+            return cls(actor, engines, Route(Carrier.HOST), config.weight_sync_timeout)
+        nodes = set(await results_of([worker.node.remote() for worker in engines.workers], "engine"))
+        nodes.add((await actor.call_all("node"))[0])
+        on_gpu = (await actor.call_all("device_type"))[0] == "cuda"
+        sync = cls(actor, engines, choose(config, on_gpu=on_gpu, one_host=len(nodes) == 1), config.weight_sync_timeout)
+        await sync.connect()
+        return sync
+
+    async def connect(self) -> None:
+        """Let actor and engines meet where they send through a group."""
+        carrier, first, workers = self.route.carrier, self._actor.workers[0], self._engines.workers
+        meetings: list[Rendezvous | None] = [None] * self._actor.size
+        joins: list[ObjectRef] = []
+        if carrier.is_group:
+            ((address, port),) = await results_of([first.open_channel.remote()], "actor")
+            size = 1 + len(workers)
+            meetings[0] = Rendezvous(0, size, address, port, self._timeout)
+            joins = [
+                worker.join_channel.remote(Rendezvous(1 + index, size, address, port, self._timeout), carrier)
+                for index, worker in enumerate(workers)
+            ]
+        ready = [
+            worker.prepare_export.remote(carrier, meeting)
+            for worker, meeting in zip(self._actor.workers, meetings, strict=True)
+        ]
+        await asyncio.gather(results_of(ready, "actor"), results_of(joins, "engine"))
+
+    async def send(self, version: int) -> SyncReport:
+        """Give every engine the actor's present weights as ``version``.
+
+        Raises WeightSyncError when an engine refuses (the message names the tensors that differ), when it has got other bytes
+        than were sent, or when the deadline passes (the message names who is behind).
+        """
+        start, progress = time.perf_counter(), _Progress([-1] * len(self._engines.workers))
+        try:
+            manifest, checksum = await asyncio.wait_for(self._send(version, progress), self._timeout)
+        except TimeoutError:
+            raise WeightSyncError(
+                f"The weights of version {version} did not reach all engines within --weight_sync_timeout "
+                f"{self._timeout:.0f} s: {progress.describe()}."
+            ) from None
+        return SyncReport(version, manifest.nbytes, time.perf_counter() - start, checksum)
+
+    async def _send(self, version: int, progress: _Progress) -> tuple[Manifest, str]:
+        actor, engines = self._actor, self._engines.workers
+        manifests: list[Manifest] = await actor.call_all("begin_export", version)
+        manifest = manifests[0]
+        progress.total = len(manifest.tensors)
+        agreed = [worker.begin_update.remote(manifest) for worker in engines]
+        await results_of(agreed, "engine", lambda engine: progress.add(engine, 1))
+        loading: list[asyncio.Future[list[None]]] = []
+        try:
+            while progress.sent < len(manifest.tensors):
+                refs = actor.start_all("next_bucket", returns=2)
+                counts: list[int] = await results_of([ref[0] for ref in refs], "actor")
+                if loading:
+                    await loading.pop()
+                progress.sent += counts[0]
+                loading.append(asyncio.ensure_future(self._load([ref[1] for ref in refs], counts[0], progress)))
+            for last in loading:
+                await last
+        finally:
+            for unfinished in loading:
+                unfinished.cancel()
+        sent: list[str] = await actor.call_all("end_export")
+        got: list[str] = await results_of([worker.finish_update.remote() for worker in engines], "engine")
+        return manifest, agreed_checksum(sent, got)
+
+    async def _load(self, parcels: Sequence[ObjectRef], count: int, progress: _Progress) -> list[None]:
+        """Hand each engine its parcel: that of the rank on its GPU, or what rank 0 sends to all."""
+        own = self.route.carrier is Carrier.IPC
+        loads = [
+            worker.load_bucket.remote(parcels[index if own else 0])
+            for index, worker in enumerate(self._engines.workers)
+        ]
+        return await results_of(loads, "engine", lambda engine: progress.add(engine, count))
+
+
+def agreed_checksum(sent: Sequence[str], got: Sequence[str]) -> str:
+    """The one checksum of all ranks and engines. Raises WeightSyncError naming those that differ from the actor's rank 0."""
+    others = [f"actor {rank}" for rank, checksum in enumerate(sent) if checksum != sent[0]]
+    others += [f"engine {index}" for index, checksum in enumerate(got) if checksum != sent[0]]
+    if others:
         raise WeightSyncError(
-            f"The weights of version {version} did not reach all engines within --weight_sync_timeout {timeout:.0f} s."
-        ) from None
-    return SyncReport(version, manifest.nbytes, time.perf_counter() - start)
-
-
-async def _send(actor: WorkerGroup, engines: EnginePool, version: int) -> Manifest:
-    manifests: list[Manifest] = await actor.call_all("begin_export", version)
-    manifest = manifests[0]
-    await results_of([worker.begin_update.remote(manifest) for worker in engines.workers], "engine")
-    loading: list[asyncio.Future[list[None]]] = []
-    sent = 0
-    while sent < len(manifest.tensors):
-        refs = actor.start_all("next_bucket", returns=2)
-        counts: list[int] = await results_of([ref[0] for ref in refs], "actor")
-        sent += counts[0]
-        if loading:
-            await loading.pop()
-        bucket = refs[0][1]
-        loads = [worker.load_bucket.remote(bucket) for worker in engines.workers]
-        loading.append(asyncio.ensure_future(results_of(loads, "engine")))
-    for last in loading:
-        await last
-    await results_of([worker.finish_update.remote() for worker in engines.workers], "engine")
-    return manifest
+            f"After the weight update {', '.join(others)} and actor 0 have different weights: their checksums differ."
+        )
+    return sent[0]

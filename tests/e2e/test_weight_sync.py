@@ -1,0 +1,79 @@
+"""Weights of two actor ranks under ZeRO-3 reach two engines by every carrier that runs here, and a stopped engine is named."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.tiny import save_tiny_model
+from togi.config.parse import parse
+from togi.config.rl import RLConfig
+from togi.errors import WeightSyncError
+from togi.model.weights import Checksum, pack_buckets
+from togi.plan.carrier import Carrier, Route
+from togi.plan.machine import this_machine
+from togi.plan.placement import Role, resolve
+from togi.runtime.session import Session
+from togi.runtime.weight_sync import WeightSync
+
+pytestmark = pytest.mark.alone
+
+PROBE = list(range(20, 60))
+
+
+def expected_checksum(folder: Path) -> str:
+    """Of the weights in a model folder, read by safetensors alone."""
+    checksum = Checksum()
+    for bucket in pack_buckets(load_file(folder / "model.safetensors").items(), 10_000):
+        checksum.add(bucket)
+    return checksum.digest()
+
+
+@contextmanager
+def stopped(kind: str) -> Iterator[None]:
+    """Nothing of the last worker process of this kind runs inside."""
+    found = [p for p in psutil.Process().children(recursive=True) if kind in " ".join(p.cmdline())]
+    os.kill(found[-1].pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(found[-1].pid, signal.SIGCONT)
+
+
+async def scenario(config: RLConfig) -> None:
+    session = await Session.start(config, this_machine(), {Role.ACTOR: 10})
+    try:
+        assert session.weights.route == Route(Carrier.HOST)
+        actor, engines = session.groups[Role.ACTOR], session.engines
+        over_gloo = WeightSync(actor, engines, Route(Carrier.GLOO), 120.0)
+        for version, way in enumerate((session.weights, over_gloo)):
+            if way is over_gloo:
+                await way.connect()
+            report = await way.send(version)
+            assert report.checksum == expected_checksum(Path(config.pretrain))
+            assert await session.probe(PROBE) < 1e-4
+        over_gloo._timeout = 5.0
+        with (
+            stopped("EngineWorker"),
+            pytest.raises(WeightSyncError, match=r"engine [01] confirmed 0 of \d+ tensors\.$"),
+        ):
+            await over_gloo.send(9)
+    finally:
+        session.abandon()
+
+
+def test_every_carrier_brings_the_same_bytes_to_all(tmp_path: Path) -> None:
+    """The checksum is that of the model's own file: no rank, no engine and no carrier has other bytes."""
+    save_tiny_model(tmp_path / "model")
+    flags = "--rollout_engine transformers --advantage_estimator group_norm --init_kl_coef 0 --zero_stage 3"
+    sizes = "--actor_num_gpus_per_node 2 --vllm_num_engines 2 --prompt_max_len 64 --generate_max_len 8"
+    words = ["--pretrain", str(tmp_path / "model"), *flags.split(), *sizes.split()]
+    asyncio.run(scenario(resolve(parse(RLConfig, words, "rl"), this_machine()).config))
