@@ -49,7 +49,7 @@ def stopped(kind: str) -> Iterator[None]:
 
 
 async def scenario(config: RLConfig) -> None:
-    session = await Session.start(config, this_machine(), {Role.ACTOR: 10})
+    session = await Session.start(config, this_machine(), {Role.ACTOR: 10}, print)
     try:
         assert session.weights.route == Route(Carrier.HOST)
         actor, engines = session.groups[Role.ACTOR], session.engines

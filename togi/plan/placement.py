@@ -191,6 +191,42 @@ def check_whole(engine_size: int, nodes: Sequence[str]) -> None:
             )
 
 
+def check_spread(groups: tuple[Group, ...], nodes: int) -> None:
+    """Refuse a group over more nodes than there are."""
+    for group in groups:
+        if group.nodes > nodes:
+            role = group.roles[-1]
+            raise ConfigError(
+                f"--{role}_num_nodes {group.nodes} needs {group.nodes} nodes, but there {'is' if nodes == 1 else 'are'} {nodes}: "
+                f"start Ray on more (ray start --address HEAD) and set RAY_ADDRESS, or use --{role}_num_nodes {nodes} with more "
+                f"--{role}_num_gpus_per_node."
+            )
+
+
+def spread(groups: Sequence[Group], gpus_of_nodes: Mapping[str, int]) -> list[list[str]]:
+    """The node of each slot of each group that is over several nodes, ``per_node`` slots on each; [] for the other groups.
+
+    Nodes are taken in the order given. Where none has a GPU every node has room for all.
+    """
+    free = dict(gpus_of_nodes)
+    counted = any(free.values())
+    result: list[list[str]] = []
+    for group in groups:
+        if group.nodes == 1:
+            result.append([])
+            continue
+        chosen = [node for node, gpus in free.items() if gpus >= group.per_node or not counted][: group.nodes]
+        if len(chosen) < group.nodes:
+            role = group.roles[-1]
+            raise ConfigError(
+                f"--{role}_num_nodes {group.nodes} x --{role}_num_gpus_per_node {group.per_node} needs {group.nodes} nodes with "
+                f"{group.per_node} free GPUs each, but the nodes have {', '.join(map(str, free.values()))}: lower one of them."
+            )
+        free |= {node: free[node] - group.per_node for node in chosen}
+        result.append([node for node in chosen for _ in range(group.per_node)])
+    return result
+
+
 def _sharing(config: RLConfig) -> list[tuple[Role, ...]]:
     roles = used_roles(config)
     if config.colocate_all_models:

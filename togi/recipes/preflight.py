@@ -27,7 +27,7 @@ from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError
 from togi.obs.sinks import TrackerOptions, check_trackers
 from togi.plan.machine import Machine, joins_cluster
-from togi.plan.placement import check_fits, plan_groups, resolve
+from togi.plan.placement import check_fits, check_spread, plan_groups, resolve
 from togi.recipes.best_metric import check_rl_metric
 
 FUNCTION = "reward_func"
@@ -50,6 +50,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     groups = plan_groups(config)
     if not joins_cluster():
         check_fits(groups, machine.gpus)
+        check_spread(groups, 1)
     if config.replay is None:
         check_engine(config.rollout_engine)
     else:

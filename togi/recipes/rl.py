@@ -105,6 +105,8 @@ async def _with_session(
     with progress.phase("starting engines and loading models", expected_seconds=25):
         updates = {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
         session = await Session.start(config, this_machine(), updates, announce)
+    if line := session.cluster.describe_nodes():
+        announce(f"nodes: {line}")
     if config.generates:
         announce(session.weights.route.describe())
     try:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from togi.errors import ConfigError
 from togi.plan.machine import Machine, joins_cluster
-from togi.plan.placement import Group, Role, arithmetic, check_fits, check_nodes, check_whole, node_order
+from togi.plan.placement import (
+    Group,
+    Role,
+    arithmetic,
+    check_fits,
+    check_nodes,
+    check_spread,
+    check_whole,
+    node_order,
+    spread,
+)
 
 OBJECT_STORE_BYTES = 1 << 30
 # A slot is a GPU, or a process that computes only in its own phase: CPU is bookkeeping and must never make one wait.
@@ -37,6 +48,7 @@ SHARES_OF_ONE = 10_000
 PLACEMENT_TIMEOUT_S = 120.0
 RELEASE_TIMEOUT_S = 10.0
 """A job that has just ended may still be giving its GPUs back."""
+NODE_LABEL = "ray.io/node-id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +106,13 @@ class Cluster:
             _check_free(sum(group.slots for group in groups), resources.gpus)
         self.resources = resources
         self.groups = groups
-        self._placed = [self._place(group) for group in groups]
+        nodes = _gpus_by_node()
+        check_spread(groups, len(nodes))
+        pinned = spread(groups, nodes)
+        # Those that need certain nodes come first, so that the others take what is left.
+        order = sorted(range(len(groups)), key=lambda place: -groups[place].nodes)
+        placed = {place: self._place(groups[place], pinned[place]) for place in order}
+        self._placed = [placed[place] for place in range(len(groups))]
         self._bundles = [self._order(*pair) for pair in zip(self._placed, groups, strict=True)]
 
     def start(
@@ -132,17 +150,33 @@ class Cluster:
         """CPU threads of one process of a role: roles compute one after the other, so each may use all cores in turn."""
         return max(1, self.resources.cpus // slots)
 
+    def describe_nodes(self) -> str:
+        """Which node each group's slots are on, for example "actor 127.0.0.1 x 4, 127.0.0.2 x 4"; "" on a single node."""
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        if len(addresses) == 1:
+            return ""
+        lines = []
+        for group, placed in zip(self.groups, self._placed, strict=True):
+            counts = Counter(addresses[node] for node in placement_group_table(placed)["bundles_to_node_id"].values())
+            lines.append(f"{', '.join(group.roles)} {', '.join(f'{node} x {n}' for node, n in sorted(counts.items()))}")
+        return "; ".join(lines)
+
     def close(self) -> None:
         """Give the slots back. Ends every worker in them."""
         for placed in self._placed:
             remove_placement_group(placed)
 
-    def _place(self, group: Group) -> PlacementGroup:
+    def _place(self, group: Group, nodes: Sequence[str]) -> PlacementGroup:
+        """``nodes``: that of each slot; none for wherever there is room."""
         size = group.slots_per_bundle
         bundle = {"CPU": CPU_PER_SLOT * size}
         if self.resources.gpus > 0:
             bundle["GPU"] = size
-        placed = placement_group([bundle] * (group.slots // size), strategy="PACK")
+        placed = placement_group(
+            [bundle] * (group.slots // size),
+            strategy="PACK",
+            bundle_label_selector=[{NODE_LABEL: node} for node in nodes] or None,
+        )
         try:
             ray.get(placed.ready(), timeout=PLACEMENT_TIMEOUT_S)
         except GetTimeoutError:
@@ -187,6 +221,14 @@ def _check_free(needed: int, total: int) -> None:
                 "lower *_num_gpus_per_node or --vllm_num_engines."
             )
         time.sleep(0.5)
+
+
+def _gpus_by_node() -> dict[str, int]:
+    """The GPUs of every node, this one first."""
+    here = ray.get_runtime_context().get_node_id()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeManagerAddress"], node["NodeID"]))
+    return {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
 
 
 def disconnect() -> None:
