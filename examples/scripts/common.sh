@@ -19,3 +19,7 @@ rl() {  # rl flags...: everything but the reward and the placement
 train() {  # train flags...: the reward function, and all models in one place
   rl --reward_func "$REWARD" --colocate_all_models "$@"
 }
+
+hybrid() {  # hybrid flags...: as train, and who does not work gives its memory back
+  train --vllm_enable_sleep --deepspeed_enable_sleep --vllm_gpu_memory_utilization 0.6 "$@"
+}

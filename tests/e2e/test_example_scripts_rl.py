@@ -42,6 +42,10 @@ EXAMPLES = {
     "rl_ppo_ring.sh": "engine 1 + critic 2 + actor, ref 2 = 5",
     "rl_dapo.sh": "engine, actor 1 = 1",
     "rl_prorl.sh": "engine, actor, ref 1 = 1",
+    "rl_ppo_70b.sh": "engine 1 + actor, ref 1 + critic, reward 1 = 3",
+    "rl_ppo_hybrid.sh": "engine, actor, critic, ref 1 = 1",
+    "rl_grpo_hybrid.sh": "engine, actor, ref 1 = 1",
+    "rl_reinforce_hybrid.sh": "engine, actor, ref 1 = 1",
     "serve_rm.sh": "",
 }
 MORE = {
@@ -182,3 +186,19 @@ def test_prorl_gives_nothing_for_a_response_that_was_cut_off(world: Path, tmp_pa
         assert row["reward"] == pytest.approx(0 if row["finish_reason"] == "length" else len(text(row)) / 10)
     (step,) = values(tmp_path / "run")
     assert step["kl/reference"] == pytest.approx(0, abs=1e-6)  # nothing has moved yet
+
+
+def test_the_large_script_in_small_numbers(world: Path, tmp_path: Path) -> None:
+    """Only how many there are of everything is changed: every other flag of the 70B script is in force."""
+    sizes = {"NODES": 1, "GPUS": 1, "ENGINES": 1, "TP": 1}
+    for row in train(world, "rl_ppo_70b.sh", tmp_path / "run", **sizes):
+        assert row["reward"] == pytest.approx(score(world / "helpful", tokens(row)), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "reinforce"])
+def test_hybrid_engines(world: Path, tmp_path: Path, name: str) -> None:
+    """What slept is whole again: the trainer's log-probs are the engine's."""
+    for row in train(world, f"rl_{name}_hybrid.sh", tmp_path / "run"):
+        assert row["reward"] == pytest.approx(len(text(row)) / 10)
+    (step,) = values(tmp_path / "run")
+    assert step["mismatch/max_ratio"] == pytest.approx(1, abs=1e-3)
