@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.e2e.test_rl_run import GRPO, HF, metrics, model_bytes, train, world
 from tests.learn_tools import max_difference
+from tests.tiny import tiny_config
 from togi.recipes.offline_plan import EpochPlan
 
 pytestmark = pytest.mark.alone
@@ -162,3 +163,34 @@ def mean_nll(folder: Path, texts: list[str]) -> float:
         total -= float(table.gather(1, ids[0, 1:, None]).sum())
         count += ids.shape[1] - 1
     return total / count
+
+
+def test_a_critic_from_a_reward_model_two_epochs_a_rollout_and_two_episodes(world: Path, tmp_path: Path) -> None:
+    """The critic's first values are the reward model's at every state, head and all, as plain Transformers has them."""
+    torch.manual_seed(0)
+    rewards = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=1, pad_token_id=0)).eval()
+    rewards.save_pretrained(tmp_path / "rm")
+    run = tmp_path / "run"
+    flags = ["--advantage_estimator", "gae", "--init_kl_coef", "0", *HF, "--reward_pretrain", str(tmp_path / "rm")]
+    flags += ["--critic_learning_rate", "0", "--lr_warmup_ratio", "0", "--save_value_network", "--save_steps", "6"]
+    train(world, run, *flags, "--max_epochs", "2", "--num_episodes", "2")
+    assert (
+        max_difference(*(load_file(folder / "model.safetensors") for folder in (run / "model_critic", tmp_path / "rm")))
+        == 0
+    )
+    rows, records = stored(run), metrics(run)
+    values = []
+    for row in (row for row in rows if row["step"] == 1):
+        with torch.no_grad():
+            hidden = rewards.model(torch.tensor([row["prompt_tokens"] + row["response_tokens"]])).last_hidden_state[0]
+            values.append(rewards.score(hidden)[len(row["prompt_tokens"]) - 1 : -1, 0])
+    assert records[0]["values"]["value/mean"] == pytest.approx(float(torch.cat(values).mean()), abs=1e-5)
+    # 10 prompts: rollouts of 4, 4 and 2 in each episode, one update each in each of two epochs
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    episodes = [[row["prompt_id"] for row in rows[start : start + 40 : 4]] for start in (0, 40)]
+    assert [sorted(ids) for ids in episodes] == [sorted(f"0:{i}" for i in range(10))] * 2
+    assert episodes[0] != episodes[1]
+    for role in ("actor", "critic"):
+        learner = json.loads((run / "checkpoints" / "step_00000006" / role / "learner.json").read_text())
+        assert learner["steps"] == 12
+    assert all(record["values"]["policy/ppo_kl"] != 0 for record in records)  # the second epoch is off-policy
