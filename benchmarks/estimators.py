@@ -5,7 +5,7 @@
 
 The task is that of examples/demo (one-digit sums of reasoning-gym), the model that of examples/demo/prepare.py. Every
 run has the same prompts in the same order, the same number of samples, optimizer steps and the same learning rate, no
-KL term and one seed; the mean reward on 64 held-out prompts, four samples each, is measured every six rollouts.
+KL term and one seed; the mean reward on 64 held-out prompts, four samples each, is measured every four rollouts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TITLES = {
     "group_norm": "GRPO",
     "dr_grpo": "Dr. GRPO",
 }
-FLAGS = "--max_steps 24 --eval_steps 6 --actor_learning_rate 5e-5 --critic_learning_rate 5e-5 --seed 1"
+FLAGS = "--max_steps 16 --eval_steps 4 --actor_learning_rate 5e-5 --critic_learning_rate 5e-5 --seed 1"
 
 
 def main() -> int:
