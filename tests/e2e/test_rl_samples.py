@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.e2e.test_rl_run import GRPO, HF, metrics, model_bytes, train, world
 from tests.learn_tools import max_difference
 from tests.tiny import tiny_config
+from togi.cli.main import main
 from togi.recipes.offline_plan import EpochPlan
 
 pytestmark = pytest.mark.alone
@@ -127,8 +128,21 @@ def test_the_actor_is_frozen_for_exactly_n_rollouts_while_the_critic_learns(worl
     assert moved(run, world / "model") > 0
     same_run_from_checkpoint(run, again, step=2)
     train(world, again, *flags)
-    for model in ("model", "model_critic"):
+    for role, model in (("actor", "model"), ("critic", "model_critic")):
         assert model_bytes(run / model) == model_bytes(again / model)
+        words = [
+            "export",
+            "--run_dir",
+            run,
+            "--ckpt",
+            run / "checkpoints",
+            "--role",
+            role,
+            "--output_path",
+            tmp_path / role,
+        ]
+        assert main([str(word) for word in words]) == 0
+        assert model_bytes(tmp_path / role) == model_bytes(run / model)
 
 
 def test_average_and_mixed_in_rows_go_on_after_a_resume(world: Path, tmp_path: Path) -> None:

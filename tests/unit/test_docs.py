@@ -17,6 +17,7 @@ from tests.e2e.test_rl_run import EXAMPLES
 from tests.e2e.test_rlhf_chain import EXAMPLES as CHAIN_EXAMPLES
 from togi.cli.main import COMMANDS
 from togi.config.checks import check_rl
+from togi.config.export import ExportConfig
 from togi.config.infer import InferConfig
 from togi.config.infer_checks import check_infer
 from togi.config.iterate import IterateConfig
@@ -35,7 +36,7 @@ OFFLINE: dict[str, type[OfflineConfig]] = {
     "prm": PRMConfig,
     "kd": KDConfig,
 }
-CONFIGS = (RLConfig, InferConfig, IterateConfig, ServeRMConfig, *OFFLINE.values())
+CONFIGS = (RLConfig, InferConfig, IterateConfig, ServeRMConfig, ExportConfig, *OFFLINE.values())
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",

@@ -27,6 +27,7 @@ COMMANDS = {
     "chat": ("togi.cli.chat", "talk to a model in the terminal"),
     "serve-rm": ("togi.cli.serve_rm", "serve a reward model or function over HTTP"),
     "merge-lora": ("togi.cli.lora_combiner", "merge a LoRA adapter into its base model"),
+    "export": ("togi.cli.export", "a run's model or checkpoint as a Hugging Face folder with a model card"),
     "report": ("togi.cli.report", "write report.html of a run folder again"),
 }
 

@@ -116,8 +116,7 @@ class CheckpointStore:
         for path in reversed(self._all()):
             problem = damage(path)
             if not problem:
-                state = json.loads((path / STATE).read_text(encoding="utf-8"))
-                return Checkpoint(path, _step(path), state)
+                return _read(path)
             logger.warning("skipping checkpoint %s: %s", path, problem)
         return None
 
@@ -133,6 +132,19 @@ class CheckpointStore:
             path, size = kept.pop(0)
             shutil.rmtree(path)
             total -= size
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder. Raises CheckpointError where it is damaged."""
+    problem = damage(path)
+    if problem:
+        raise CheckpointError(f"The checkpoint {path} is damaged ({problem}): take another.")
+    return _read(path)
+
+
+def _read(path: Path) -> Checkpoint:
+    step = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"]
+    return Checkpoint(path, step, json.loads((path / STATE).read_text(encoding="utf-8")))
 
 
 def damage(path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,23 @@ def load_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
         logger.warning("checkpoint of %d ranks loaded into %d: random streams will differ", len(generators), world.size)
     if world.rank < len(generators):
         _restore_generators(generators[world.rank])
+
+
+def read_masters(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """The trained parameters that ``save_learner`` wrote, whole and in float32, by the model's own names.
+
+    ``expected``: names and shapes of the parameters to fill. Raises CheckpointError where others were trained.
+    """
+    saved = json.loads((folder / LEARNER).read_text(encoding="utf-8"))["parameters"]
+    lines = differences(
+        [TensorSpec(name, shape, "float32") for name, shape in expected.items()],
+        [TensorSpec(name, tuple(shape), "float32") for name, shape in saved.items()],
+    )
+    if lines:
+        raise CheckpointError(f"The checkpoint {folder} is of another model ({'; '.join(lines)}): give its --pretrain.")
+    reader = TensorReader(sorted(folder.glob("*.safetensors")))
+    for name in expected:
+        yield name, reader.read(f"master/{name}")
 
 
 class TensorWriter:

@@ -1,0 +1,176 @@
+"""``togi export``: a model that a run left behind, written as a plain Hugging Face folder with a model card.
+
+A final model is copied as it is; an adapter is merged into its base. A checkpoint holds whole float32 tensors by the names of the
+model in training, whatever the backend: they are put into that model and written as the run writes its final one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from togi.config.export import ExportConfig
+from togi.config.shared import ADAPTER_CONFIG, LoRA
+from togi.data.chat import load_tokenizer
+from togi.errors import CheckpointError, ConfigError
+from togi.learn.checkpoint import STATE, Checkpoint, CheckpointStore, read_checkpoint
+from togi.learn.learner_state import read_masters
+from togi.model.checkpoint import save_hf, written_aside
+from togi.model.loading import load_causal_lm, load_scalar_model
+from togi.model.merge import load_merged
+from togi.model.policy import PolicyModel, ScalarModel
+from togi.obs.model_card import CARD, model_card
+from togi.obs.run_dir import RunDirectory
+
+HF_FOLDER = "hf"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run's folder, and the settings of its command."""
+
+    directory: RunDirectory
+    command: str
+    values: Mapping[str, Any]
+    pretrain: str
+    role: str
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether the model to export has a scalar head."""
+        return self.command == "rm" or self.role == "critic"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the run itself writes its models in."""
+        return torch.bfloat16 if self.values["bf16"] else torch.float32
+
+    @property
+    def final_model(self) -> Path:
+        return Path(self.values["save_path"] + ("_critic" if self.role == "critic" else ""))
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapter of the run. Its base is not quantised here: the sum is made in float32, as by merge-lora."""
+        v = self.values
+        if v["lora_rank"] == 0:
+            return None
+        return LoRA(v["lora_rank"], v["lora_alpha"], v["lora_dropout"], tuple(v["target_modules"]), load_in_4bit=False)
+
+
+def export(config: ExportConfig) -> Iterator[str]:
+    """Write the folder; yields what there is to say. Raises UserError for what cannot be exported."""
+    run = _run(config)
+    checkpoint = _checkpoint(config)
+    source = run.final_model
+    if checkpoint is not None:
+        source = checkpoint.path / HF_FOLDER
+        yield f"from the checkpoint of step {checkpoint.step}: {checkpoint.path}"
+    elif not source.is_dir():
+        raise ConfigError(
+            f"The run {config.run_dir} has no final model in {source}: give one of its checkpoints by --ckpt."
+        )
+    with written_aside(Path(config.output_path)) as aside:
+        if checkpoint is not None and checkpoint.state["resumable"]:
+            _convert(run, checkpoint, aside, trust_remote_code=config.trust_remote_code)
+            if run.command == "rm":
+                yield "mean and std of the rewards are measured when a run writes its model; a checkpoint has none"
+        elif (source / ADAPTER_CONFIG).is_file():
+            _merge(run, source, aside, trust_remote_code=config.trust_remote_code)
+        else:
+            _copy(source, aside)
+        step = None if checkpoint is None else checkpoint.step
+        card = model_card(run.directory, base_model=run.pretrain, is_scalar=run.is_scalar, step=step)
+        (aside / CARD).write_text(card, encoding="utf-8")
+
+
+def _run(config: ExportConfig) -> Run:
+    directory = RunDirectory(Path(config.run_dir))
+    info = directory.read_info()
+    values: dict[str, Any] = {name: entry["value"] for name, entry in info.values.items()}
+    if config.role == "critic" and info.command != "rl":
+        raise ConfigError(
+            f"--role critic is of togi rl, but {config.run_dir} is a run of togi {info.command}: leave it out."
+        )
+    pretrain = config.pretrain or values["pretrain"]
+    if config.role == "critic" and config.pretrain is None:
+        models = (values["reward_pretrain"] or "").split(",")
+        pretrain = values["critic_pretrain"] or models[0] or pretrain
+    return Run(directory, info.command, values, pretrain, config.role)
+
+
+def _checkpoint(config: ExportConfig) -> Checkpoint | None:
+    """The checkpoint that ``--ckpt`` names, whole."""
+    if config.ckpt is None:
+        return None
+    path = Path(config.ckpt)
+    found = read_checkpoint(path) if (path / STATE).is_file() else CheckpointStore(path).latest()
+    if found is None:
+        raise CheckpointError(
+            f"--ckpt {path} has no complete checkpoint: give the --ckpt_path of a run with --save_steps."
+        )
+    return found
+
+
+def _convert(run: Run, checkpoint: Checkpoint, aside: Path, *, trust_remote_code: bool) -> None:
+    """Write the model that a resumable checkpoint holds."""
+    folder = checkpoint.path / run.role if run.command == "rl" else checkpoint.path
+    if not folder.is_dir():
+        raise CheckpointError(f"The checkpoint {checkpoint.path} has no {run.role}: that run trained none.")
+    model = _untrained(run, trust_remote_code=trust_remote_code)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for name, master in read_masters(folder, {name: tuple(own.shape) for name, own in trained.items()}):
+            trained[name].copy_(master)
+    tokenizer = load_tokenizer(
+        run.values["pretrain"] if run.role == "critic" else run.pretrain,
+        chat_template=run.values["tokenizer_chat_template"],
+        trust_remote_code=trust_remote_code,
+    )
+    save_hf(aside, model, _whole(model, run.dtype), tokenizer, run.dtype)
+
+
+def _untrained(run: Run, *, trust_remote_code: bool) -> PolicyModel | ScalarModel:
+    """The model that training started from, in float32. A scalar head may be new: the checkpoint has it."""
+    if not run.is_scalar:
+        return load_causal_lm(
+            run.pretrain, torch.float32, flash_attn=False, trust_remote_code=trust_remote_code, lora=run.lora
+        )
+    return load_scalar_model(
+        run.pretrain,
+        torch.float32,
+        flash_attn=False,
+        init_head=True,
+        value_head_prefix=run.values["value_head_prefix"],
+        trust_remote_code=trust_remote_code,
+        lora=run.lora,
+    )
+
+
+def _whole(model: PolicyModel | ScalarModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    if not model.is_adapted:
+        return model.named_parameters()
+    from togi.model.adapters import merged
+
+    return merged(model, model.named_parameters(), dtype)
+
+
+def _merge(run: Run, adapter: Path, aside: Path, *, trust_remote_code: bool) -> None:
+    model = load_merged(str(adapter), run.pretrain, scalar=run.is_scalar, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(str(adapter), chat_template=None, trust_remote_code=trust_remote_code)
+    save_hf(aside, model, model.named_parameters(), tokenizer, run.dtype)
+
+
+def _copy(source: Path, aside: Path) -> None:
+    """The files of a model folder; hidden ones, records of training and a card of another model stay behind."""
+    if not (source / "config.json").is_file():
+        raise ConfigError(f"{source} holds no model: give a checkpoint by --ckpt.")
+    for file in source.iterdir():
+        if file.is_file() and not file.name.startswith(".") and file.name not in (CARD, "best.json"):
+            shutil.copy(file, aside)
