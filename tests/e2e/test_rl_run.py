@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.learn_tools import max_difference
 from tests.tiny import save_tiny_model, tiny_config
@@ -316,6 +316,30 @@ def test_actor_and_critic_that_are_mixtures_balance_their_experts(world: Path, t
     assert len(values) == 9
     for name in ("aux_loss", "value/aux_loss"):
         assert min(step[name] for step in values[-3:]) < values[0][name] - 0.02 < 3, name
+
+
+def test_sleeping_changes_nothing(world: Path, tmp_path: Path) -> None:
+    """Bit for bit: masters and moments of actor and critic are put away in every phase but training and saving."""
+    common = [*HF, "--bf16", "--full_determinism", "--max_steps", "2", "--save_steps", "1", "--train_batch_size", "8"]
+    sleep = ["--vllm_enable_sleep", "--trainer_enable_sleep"]
+    for name, flags in (("awake", []), ("asleep", sleep)):
+        train(world, tmp_path / name, *common, *flags)
+    config = AutoConfig.from_pretrained(world / "model", num_labels=1)
+    models = (AutoModelForCausalLM.from_config(config), AutoModelForSequenceClassification.from_config(config))
+    parameters = sum(parameter.numel() for model in models for parameter in model.parameters())
+    steps = zip(metrics(tmp_path / "awake"), metrics(tmp_path / "asleep"), strict=True)
+    for awake, asleep in steps:
+        measured = ("time/", "throughput/", "weights/", "memory/", "peak_memory/", "released_memory/")
+        kept = {name for name in awake["values"] if not name.startswith(measured)}
+        assert "value/loss" in kept
+        assert {name: awake["values"][name] for name in kept} == {name: asleep["values"][name] for name in kept}
+        for name in ("generate/engines", "score/scorers", "train/learners", "save/learners", "sync/learners"):
+            first = name.startswith("save") and asleep["step"] == 1  # a step is logged before its checkpoint is written
+            assert (f"peak_memory/{name}" in asleep["values"]) != first
+        # of each parameter of both: its float32 master and two moments
+        assert asleep["values"]["released_memory/learners"] == pytest.approx(12 * parameters / 1e9)
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("awake", "asleep")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_resuming_equals_an_uninterrupted_run(world: Path, tmp_path: Path) -> None:
