@@ -11,6 +11,7 @@ from typing import Any
 from tests.offline_world import CONFIGS, ROOT
 from togi.config.chat import ChatConfig
 from togi.config.checks import check_rl
+from togi.config.export import ExportConfig
 from togi.config.fields import Settings
 from togi.config.infer import InferConfig
 from togi.config.infer_checks import check_chat, check_infer
@@ -25,7 +26,7 @@ from togi.config.serve_rm import ServeRMConfig, check_serve_rm
 SCRIPTS = ROOT / "examples" / "scripts"
 NAMES = sorted(path.name for path in SCRIPTS.glob("*.sh") if not path.name.startswith("common"))
 # What the scripts ask the environment for and cannot have a default.
-NEEDED = {"RM": "first-rm,second-rm", "OUT": "out"}
+NEEDED = {"RM": "first-rm,second-rm", "RUN": "run", "OUT": "out"}
 # In the place of togi and torchrun: notes the words it was given, one NUL after each, and a record separator at the end.
 RECORDER = """#!/bin/sh
 for word; do printf '%s\\0' "$word"; done >>"$RECORD"
@@ -38,6 +39,7 @@ CHECKS: dict[str, Any] = {
     "chat": (ChatConfig, check_chat),
     "serve-rm": (ServeRMConfig, lambda parsed: check_serve_rm(parsed.config, has_token=False)),
     "merge-lora": (MergeConfig, lambda parsed: None),
+    "export": (ExportConfig, lambda parsed: None),
     **{command: (config, check_offline) for command, config in CONFIGS.items()},
 }
 

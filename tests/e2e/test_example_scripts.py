@@ -31,6 +31,7 @@ LAUNCHED = {
     "dpo_ring.sh": ("model", "--ring_attn_size 1"),
     "dpo_34b.sh": ("model", "--zero_stage 0 --no_adam_offload --no_ref_offload --no_gradient_checkpointing"),
     "sft_mixtral_lora.sh": ("mixtral", "--zero_stage 0 --no_gradient_checkpointing"),
+    "sft_tensor_parallel.sh": ("model", "--ds_tensor_parallel_size 1"),
     "sft_deepspeed.sh": ("model", "--backend fsdp2 --zero_stage 0 --no_adam_offload"),
 }
 # All that are run here.
@@ -48,14 +49,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(script: str, folder: Path, model: Path, *flags: str, run: Path) -> list[dict[str, float]]:
     """The script's only command in this process, with ``run`` as its OUT; the values of each step."""
     torch.set_num_threads(1)
-    (command,) = commands(SCRIPTS / script, folder, *TINY.split(), *flags, MODEL=model, OUT=run, PROCESSES=2)
+    (command,) = commands(SCRIPTS / script, folder, *TINY.split(), *flags, MODEL=model, OUT=run, PROCESSES=2, PARTS=2)
     assert main([command.name, *command.flags]) == 0
     return values(run)
 
 
 def launched(script: str, model: Path, run: Path) -> list[dict[str, float]]:
     """The script as users start it, in two processes."""
-    names = {"MODEL": model, "OUT": run, "PROCESSES": 2, "TORCHRUN": BIN / "torchrun"}
+    names = {"MODEL": model, "OUT": run, "PROCESSES": 2, "PARTS": 2, "TORCHRUN": BIN / "torchrun"}
     names |= {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1}
     environment = os.environ | {name: str(value) for name, value in names.items()}
     words = [SCRIPTS / script, *TINY.split()]

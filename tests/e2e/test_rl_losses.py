@@ -54,6 +54,7 @@ CASES = {
         entropy_coef=0.3,
         by_sequence=True,
     ),
+    "ppo": Case("rl_replay.sh", CLIP, "ppo"),
     "cispo with icepop": Case("rl_cispo.sh", f"{TRUST} {CLIP}", "cispo", "icepop"),
     "preset grpo with tis": Case(
         None, f"--algo grpo --entropy_loss_coef 0.1 {TRUST} {CLIP}", "ppo", "tis", entropy_coef=0.1, by_sequence=True
@@ -83,7 +84,7 @@ def moved(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_loss_and_gradient_are_those_of_the_formulas(world: Path, moved: Path, tmp_path: Path, name: str) -> None:
     case, run = CASES[name], tmp_path / "run"
     flags = ["--replay", str(moved), "--max_steps", "1", *case.flags.split()]
-    done = example(world, run, case.script, *flags) if case.script else train(world, run, *GRPO, *flags)
+    done = example(world, run, case.script, *flags, RUN=moved) if case.script else train(world, run, *GRPO, *flags)
     values = metrics(run)[0]["values"]
     model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float64, attn_implementation="eager")
     rows = [terms(model, row, case) for row in pq.read_table(run / STEP).to_pylist()]
@@ -106,9 +107,15 @@ def test_loss_and_gradient_are_those_of_the_formulas(world: Path, moved: Path, t
         assert "--algo grpo" in (run / "config.yaml").read_text()
 
 
-def example(world: Path, run: Path, script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+def example(world: Path, run: Path, script: str, *flags: str, **more: Path) -> subprocess.CompletedProcess[str]:
     """An example's script on the tiny world, in float32."""
-    places = {"MODEL": world / "model", "DATA": world / "prompts.jsonl", "REWARD": world / "reward.py", "OUT": run}
+    places = {
+        "MODEL": world / "model",
+        "DATA": world / "prompts.jsonl",
+        "REWARD": world / "reward.py",
+        "OUT": run,
+        **more,
+    }
     words = {**places, "LABEL_KEY": "letter", "TOGI": Path(sys.executable).parent / "togi"}
     done = subprocess.run(
         [ROOT / "examples" / "scripts" / script, *SIZES.split(), "--no_bf16", *flags],

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.e2e.test_rl_losses import example
 from tests.e2e.test_rl_run import GRPO, HF, metrics, model_bytes, train, world
 from tests.learn_tools import max_difference
 from tests.tiny import tiny_config
@@ -21,6 +22,7 @@ from togi.recipes.offline_plan import EpochPlan
 pytestmark = pytest.mark.alone
 
 __all__ = ["world"]
+EXAMPLES = {"rl_ppo_warmup.sh", "rl_mixed.sh"}
 # Of every third prompt all responses are right; the others' first response is wrong.
 SOLVED = """
 def reward_func(queries, prompts, labels, finish_reasons):
@@ -102,19 +104,10 @@ def same_run_from_checkpoint(run: Path, copy: Path, step: int) -> None:
 def test_the_actor_is_frozen_for_exactly_n_rollouts_while_the_critic_learns(world: Path, tmp_path: Path) -> None:
     """Two of three rollouts; from the checkpoint of the second, the third is the same again, its learning rate too."""
     run, again = tmp_path / "run", tmp_path / "again"
-    flags = ["--advantage_estimator", "gae", "--init_kl_coef", "0", "--critic_learning_rate", "1e-3", *HF]
-    flags += [
-        "--freezing_actor_steps",
-        "2",
-        "--lr_scheduler",
-        "linear",
-        "--lr_warmup_ratio",
-        "0",
-        "--train_batch_size",
-        "4",
-    ]
-    flags += ["--save_steps", "1", "--save_hf_ckpt", "--load_checkpoint", "--full_determinism", "--save_value_network"]
-    train(world, run, *flags)
+    flags = [*HF, "--no_enforce_eager", "--actor_learning_rate", "1e-3", "--critic_learning_rate", "1e-3"]
+    flags += ["--lambd", "1", "--lr_scheduler", "linear", "--lr_warmup_ratio", "0", "--train_batch_size", "4"]
+    flags += ["--save_steps", "1", "--save_hf_ckpt", "--load_checkpoint", "--full_determinism"]
+    example(world, run, "rl_ppo_warmup.sh", *flags)
     values = [record["values"] for record in metrics(run)]
     assert ["policy/loss" in each for each in values] == [False, False, True]
     assert all("value/loss" in each for each in values)
@@ -127,7 +120,7 @@ def test_the_actor_is_frozen_for_exactly_n_rollouts_while_the_critic_learns(worl
         assert max_difference(saved, start) == 0
     assert moved(run, world / "model") > 0
     same_run_from_checkpoint(run, again, step=2)
-    train(world, again, *flags)
+    example(world, again, "rl_ppo_warmup.sh", *flags)
     for role, model in (("actor", "model"), ("critic", "model_critic")):
         assert model_bytes(run / model) == model_bytes(again / model)
         words = [
@@ -150,12 +143,12 @@ def test_average_and_mixed_in_rows_go_on_after_a_resume(world: Path, tmp_path: P
     run, again, texts = tmp_path / "run", tmp_path / "again", tmp_path / "texts.jsonl"
     rows = [f"the {i}. thing to know" for i in range(7)]
     texts.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    flags = [*GRPO, *HF, "--enable_ema", "--ema_beta", "0.5", "--lr_warmup_ratio", "0", "--full_determinism"]
-    flags += ["--pretrain_data", str(texts), "--pretrain_input_key", "text", "--pretrain_batch_size", "3"]
-    flags += ["--ptx_coef", "0.5", "--save_steps", "1", "--load_checkpoint"]
-    train(world, run, *flags)
-    same_run_from_checkpoint(run, again, step=2)
-    train(world, again, *flags)
+    flags = [*HF, "--ema_beta", "0.5", "--lr_warmup_ratio", "0", "--full_determinism", "--pretrain_batch_size", "3"]
+    flags += ["--actor_learning_rate", "1e-3", "--ptx_coef", "0.5", "--save_steps", "1", "--load_checkpoint"]
+    for folder in (run, again):
+        example(world, folder, "rl_mixed.sh", *flags, "--no_enforce_eager", TEXTS=texts)
+        if folder == run:
+            same_run_from_checkpoint(run, again, step=2)
     for model in ("model", "model_ema"):
         assert model_bytes(run / model) == model_bytes(again / model)
     losses = [[record["values"]["ptx/loss"] for record in metrics(folder)] for folder in (run, again)]

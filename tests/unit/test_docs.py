@@ -10,10 +10,12 @@ import pytest
 
 from tests.e2e.test_example_scripts import EXAMPLES as MORE_EXAMPLES
 from tests.e2e.test_example_scripts_rl import EXAMPLES as MORE_RL_EXAMPLES
+from tests.e2e.test_export import EXAMPLES as EXPORT_EXAMPLES
 from tests.e2e.test_iterate import EXAMPLES as BEST_OF_N_EXAMPLES
 from tests.e2e.test_offline_run import EXAMPLES as OFFLINE_EXAMPLES
 from tests.e2e.test_rl_losses import EXAMPLES as LOSS_EXAMPLES
 from tests.e2e.test_rl_run import EXAMPLES
+from tests.e2e.test_rl_samples import EXAMPLES as SAMPLE_EXAMPLES
 from tests.e2e.test_rlhf_chain import EXAMPLES as CHAIN_EXAMPLES
 from togi.cli.main import COMMANDS
 from togi.config.checks import check_rl
@@ -80,9 +82,18 @@ def test_commands_are_real(page: Path) -> None:
 def test_every_script_is_in_the_index_and_in_the_tests() -> None:
     scripts = {path.name for path in (ROOT / "examples" / "scripts").glob("*.sh") if not path.name.startswith("common")}
     tested = {*EXAMPLES, *OFFLINE_EXAMPLES, *BEST_OF_N_EXAMPLES, *CHAIN_EXAMPLES, *LOSS_EXAMPLES}
-    assert scripts == tested | {*MORE_EXAMPLES, *MORE_RL_EXAMPLES}
+    tested |= {*MORE_EXAMPLES, *MORE_RL_EXAMPLES, *SAMPLE_EXAMPLES, *EXPORT_EXAMPLES}
+    assert scripts == tested
     index = (ROOT / "examples" / "README.md").read_text()
     assert all(f"(scripts/{name})" in index for name in scripts)
+
+
+def test_every_feature_has_an_example() -> None:
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    features = rows[rows.index("| feature | example |") + 1 :]
+    assert len(features) > 30
+    for row in features:
+        assert "](examples/" in row.split(" | ")[-1], row
 
 
 def test_established_flags_in_code_spans_exist() -> None:

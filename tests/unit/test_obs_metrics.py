@@ -85,7 +85,7 @@ def test_every_standard_name_and_every_name_of_the_report_is_explained_in_one_se
         sentence = names.explain(name)
         assert "not one of Togi's standard metrics" not in sentence
         assert sentence.endswith(".") and ". " not in sentence
-    assert "among 4 samples" in names.explain(names.eval_of("gsm8k", "pass4"))
+    assert "among 4 responses" in names.explain(names.eval_of("gsm8k", "pass4"))
     assert "not one of Togi's standard metrics" in names.explain("my/own")
 
 

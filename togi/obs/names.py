@@ -7,6 +7,8 @@ Names that carry a part chosen at run time (a reward component, a phase, a proce
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from togi.errors import RewardError
 
 REWARD_MEAN = "reward/mean"
@@ -180,15 +182,20 @@ def phase_time(phase: str) -> str:
     return f"time/{phase}"
 
 
-ENGINES, LEARNERS, SCORERS = "engines", "learners", "scorers"
+class Holder(StrEnum):
+    """Kinds of processes whose memory is measured together."""
+
+    ENGINES = "engines"
+    LEARNERS = "learners"
+    SCORERS = "scorers"
 
 
-def phase_memory(phase: str, kind: str) -> str:
+def phase_memory(phase: str, kind: Holder) -> str:
     """Metric name of the peak memory in one phase of a step, of all processes of a kind together, in GB."""
     return f"peak_memory/{phase}/{kind}"
 
 
-def released_memory(kind: str) -> str:
+def released_memory(kind: Holder) -> str:
     """Metric name of what all processes of a kind let go of when they last went to sleep, in GB."""
     return f"released_memory/{kind}"
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 from togi.obs import names
+from togi.obs.names import Holder
 from togi.plan.memory import Released
 from togi.runtime.engine_worker import EnginePool
 from togi.runtime.worker_group import WorkerGroup
@@ -30,13 +31,10 @@ class Phase(StrEnum):
     EVALUATE = "evaluate"
 
 
-class Holder(StrEnum):
-    ENGINES = names.ENGINES
-    LEARNERS = names.LEARNERS
-
-
+# Working weights of scorers always stay, so only these two come and go.
+SLEEPING = frozenset({Holder.ENGINES, Holder.LEARNERS})
 MAY_HOLD: Mapping[Phase, frozenset[Holder]] = {
-    Phase.START: frozenset(Holder),
+    Phase.START: SLEEPING,
     Phase.GENERATE: frozenset({Holder.ENGINES}),
     Phase.SCORE: frozenset(),
     Phase.TRAIN: frozenset({Holder.LEARNERS}),
@@ -91,9 +89,9 @@ class Phases:
 
     async def _measure(self) -> None:
         kinds = {
-            names.ENGINES: self._engines.take_peaks(),
-            names.LEARNERS: _of_all(self._learners, "take_peak"),
-            names.SCORERS: _of_all(self._scorers, "take_peak"),
+            Holder.ENGINES: self._engines.take_peaks(),
+            Holder.LEARNERS: _of_all(self._learners, "take_peak"),
+            Holder.SCORERS: _of_all(self._scorers, "take_peak"),
         }
         for kind, peaks in zip(kinds, await asyncio.gather(*kinds.values()), strict=True):
             if peaks:

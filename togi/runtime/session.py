@@ -18,6 +18,7 @@ from togi.errors import RunError
 from togi.learn.learner import UpdateReport
 from togi.learn.policy_objective import OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS
 from togi.obs import names
+from togi.obs.names import Holder
 from togi.plan.machine import Machine
 from togi.plan.placement import LEARNERS, Role, plan_groups, team_size, used_roles
 from togi.rollout.engine import EngineSettings
@@ -26,7 +27,7 @@ from togi.runtime.cluster import Cluster, connect, describe, disconnect
 from togi.runtime.engine_worker import MAX_CONCURRENT_CALLS, EnginePool, EngineWorker
 from togi.runtime.experience import with_streams
 from togi.runtime.model_worker import LearnerWorker, ScorerWorker
-from togi.runtime.phases import Holder, Phases
+from togi.runtime.phases import Phases
 from togi.runtime.weight_sync import SyncReport, WeightSync
 from togi.runtime.worker_group import StepUpdate, WorkerGroup
 from togi.sample import Sample
