@@ -33,7 +33,7 @@ TITLES = {
     "group_norm": "GRPO",
     "dr_grpo": "Dr. GRPO",
 }
-FLAGS = "--max_steps 16 --eval_steps 4 --actor_learning_rate 5e-5 --critic_learning_rate 5e-5 --max_tokens_per_gpu 2048 --seed 1"
+FLAGS = "--max_steps 12 --eval_steps 4 --actor_learning_rate 5e-5 --critic_learning_rate 5e-5 --max_tokens_per_gpu 2048 --seed 1"
 
 
 def main() -> int:

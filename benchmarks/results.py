@@ -176,7 +176,7 @@ def estimators_section() -> list[str]:
         "",
         "    .venv/bin/python benchmarks/estimators.py    # measures and draws again",
         "",
-        "`togi rl` on the one-digit sums of examples/demo (made by reasoning-gym): 16 rollouts of 16 prompts x 8 samples, one",
+        "`togi rl` on the one-digit sums of examples/demo (made by reasoning-gym): 12 rollouts of 16 prompts x 8 samples, one",
         "update each, the same prompts, seed and learning rate, no KL term; only PPO has a critic. Mean reward of four samples",
         "for each of 64 held-out prompts, with its standard error over prompts. One seed each, so this orders nothing.",
         "",
