@@ -51,7 +51,7 @@ def steps(i: int) -> dict[str, Any]:
     count = 1 + i % 3
     return {
         "text": " ".join(f"step {i}{j} #" for j in range(count)),
-        "label": ["+-"[(i + j) % 2] for j in range(count)],
+        "label": ["+-"[j % 2] for j in range(count)],
     }
 
 

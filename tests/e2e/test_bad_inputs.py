@@ -121,7 +121,11 @@ LIGHT = [
     ),
     Case("KL loss without KL", "--use_kl_loss", ("--use_kl_loss with --init_kl_coef 0",)),
     Case("batch too large", "--train_batch_size 64", ("--train_batch_size 64 is more than the 8 samples",)),
-    Case("colocation", "--colocate_all_models --vllm_num_engines 2", ("--vllm_num_engines is 2", "make them equal")),
+    Case(
+        "colocation",
+        "--colocate_all_models --vllm_num_engines 2 --actor_num_gpus_per_node 1",
+        ("--vllm_num_engines 2 x --vllm_tensor_parallel_size 1 is 2", "make them equal"),
+    ),
     Case("below a file", "--save_path @notes.txt/model", ("--save_path @notes.txt/model: @notes.txt is a file",)),
     Case("run folder in use", "--run_dir @used", ("--run_dir @used already holds a run", "--load_checkpoint")),
 ]
@@ -302,8 +306,10 @@ def light(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    results: dict[str, list] = json.loads(done.stdout.splitlines()[-1])
+    assert [name for name, (status, _, _) in results.items() if status != 2] == [], "accepted, and run"
     assert list(cwd.iterdir()) == []
-    return json.loads(done.stdout)
+    return results
 
 
 @pytest.mark.parametrize("case", LIGHT, ids=lambda case: case.name)

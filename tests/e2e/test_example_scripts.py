@@ -41,7 +41,7 @@ EXAMPLES = {*LAUNCHED, "dpo_precomputed.sh", "continued_pretraining.sh", "sft_re
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    save_tiny_model(folder / "model")
+    save_tiny_model(folder / "model", num_attention_heads=4, num_key_value_heads=2)
     save_tiny_model(folder / "mixtral", "mixtral", seed=2)
     return folder
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.offline_world import make_world, train
 from tests.tiny import save_tiny_model
@@ -138,9 +139,9 @@ def test_weights_that_come_for_each_pass_train_the_same(
     passes: list[int] = []
 
     def on_host(
-        module: PolicyModel, world: World, options: BackendOptions
+        module: PolicyModel, world: World, options: BackendOptions, read: Callable[[nn.Module], None]
     ) -> Callable[[], AbstractContextManager[None]]:
-        around = frozen_on_host(module, world, options)
+        around = frozen_on_host(module, world, options, read)
 
         def count() -> AbstractContextManager[None]:
             passes.append(1)
