@@ -39,7 +39,7 @@ def main() -> int:
         venv.create(target, with_pip=True)
     python = target / "bin" / "python"
     if gpu:
-        pip(python, "-e", f"{ROOT}[vllm,lora,trackers,rewards,dev]")
+        pip(python, "-e", f"{ROOT}[vllm,cluster,lora,trackers,rewards,dev]")
         install_deepspeed(python)
     else:
         install_cpu(python)

@@ -22,8 +22,6 @@ from tests.example_scripts import SCRIPTS
 from tests.offline_world import ROOT, values, write
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
-pytestmark = pytest.mark.alone
-
 BIN = Path(sys.executable).parent
 TINY = "--no_bf16 --rollout_engine transformers --no_enforce_eager --max_steps 1 --rollout_batch_size 2 --train_batch_size 4 "
 TINY += "--n_samples_per_prompt 2 --prompt_max_len 64 --generate_max_len 8 --max_tokens_per_gpu 256"

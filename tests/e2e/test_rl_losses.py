@@ -23,8 +23,6 @@ from transformers import AutoModelForCausalLM
 from tests import policy_cases
 from tests.e2e.test_rl_run import GRPO, HF, ROOT, metrics, train, world
 
-pytestmark = pytest.mark.alone
-
 __all__ = ["world"]
 STEP = Path("rollouts/step_000001.parquet")
 SIZES = "--rollout_batch_size 4 --n_samples_per_prompt 4 --train_batch_size 16 --prompt_max_len 64 --generate_max_len 8"

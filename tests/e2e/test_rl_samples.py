@@ -19,8 +19,6 @@ from tests.tiny import tiny_config
 from togi.cli.main import main
 from togi.recipes.offline_plan import EpochPlan
 
-pytestmark = pytest.mark.alone
-
 __all__ = ["world"]
 EXAMPLES = {"rl_ppo_warmup.sh", "rl_mixed.sh"}
 # Of every third prompt all responses are right; the others' first response is wrong.

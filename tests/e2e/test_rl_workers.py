@@ -6,11 +6,7 @@ import json
 import math
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.test_rl_run import metrics, train, world
-
-pytestmark = pytest.mark.alone
 
 __all__ = ["world"]
 STEPS, SAMPLES = 6, 32

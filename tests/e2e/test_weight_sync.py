@@ -24,8 +24,6 @@ from togi.plan.placement import Role, resolve
 from togi.runtime.session import Session
 from togi.runtime.weight_sync import WeightSync
 
-pytestmark = pytest.mark.alone
-
 PROBE = list(range(20, 60))
 
 
