@@ -80,7 +80,7 @@ def connect(machine: Machine) -> Resources:
             _node_ip_address="127.0.0.1",  # a private cluster listens on the loopback only
         )
     else:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        _join()
     gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
     return Resources(machine.cpus, tuple(number for number in gpus if number > 0))
 
@@ -94,6 +94,17 @@ def see_only(gpus: Sequence[str]) -> None:
     """Let torch see these GPUs alone, before its first use of one; Ray does so itself, unless it was told not to."""
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+
+
+def _join() -> None:
+    """Raises ConfigError: Ray asks for a token where its head found one, and hears of it from nobody who names an address."""
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"Ray at RAY_ADDRESS {os.environ['RAY_ADDRESS']} does not answer: start it, or set RAY_AUTH_MODE=token here too if "
+            "it was started with a token (as it is, unasked, where ~/.ray/auth_token exists)."
+        ) from error
 
 
 class Cluster:
