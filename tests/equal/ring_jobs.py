@@ -159,8 +159,6 @@ def samples_of(name: str) -> tuple[list, int, Any, Any]:
 
 
 OBJECTIVES = (*NAMES, "policy", "value")
-FEW = ("sft", "rm_margin", "dpo_nll", "kd_forward", "policy")
-"""What rings beside one another are tried with."""
 
 
 def trained(world: World, name: str, stage: int, ring: Ring | None) -> dict[str, Any]:
@@ -189,7 +187,7 @@ def objectives(world: World, folder: Path) -> None:
     """Two ranks are one ring; four are two rings of two, with a share each."""
     rings = world.in_rings(2)
     ring = Ring(rings)
-    for name in OBJECTIVES if world.size == 2 else FEW:
+    for name in OBJECTIVES:
         for stage in (0, 3):
             result = trained(rings, name, stage, ring)
             if world.is_first:

@@ -173,8 +173,9 @@ class ValueObjective(Objective):
         return float(batch.targets_K.numel())
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        values_K, returns_K = outputs.values_K, batch.select(RETURNS)
-        loss_K = value_loss(values_K, batch.select(OLD_VALUES), returns_K, self.clip)
+        values_K = outputs.values_K
+        old_K, returns_K = (batch.select(name).to(values_K.dtype) for name in (OLD_VALUES, RETURNS))
+        loss_K = value_loss(values_K, old_K, returns_K, self.clip)
         errors_K = returns_K - values_K.detach()
         sums: dict[str, Tensor] = {
             names.VALUE_LOSS: loss_K.sum(),
