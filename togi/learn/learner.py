@@ -118,8 +118,13 @@ class Learner:
         if count == 0:
             logger.warning("optimizer step %d skipped: no token or row is in the loss", self.steps)
             return UpdateReport(StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, Load(0.0, 1.0), {}, ())
-        metrics, logprobs = self._accumulate(micro_batches, count, sequences, last=mixed is None)
-        added = {} if mixed is None else self._accumulate_mixed(mixed, others[0])
+        balanced_over = sequences if self.aux_loss_coef > 0 else None
+        metrics, logprobs = self._accumulate(
+            self.objective, micro_batches, count, balanced_over=balanced_over, last=mixed is None
+        )
+        if mixed is not None:
+            assert others[0] > 0, "nothing is in the loss of the second objective"
+            added, _ = self._accumulate(mixed.objective, mixed.batches, others[0] / mixed.coef, last=True)
         grad_norm = backend.clip(self.max_norm)
         if math.isfinite(grad_norm):
             backend.step(rate)
@@ -147,44 +152,36 @@ class Learner:
         return Load(padding / (every + padding), highest * world.shares / every)
 
     def _accumulate(
-        self, micro_batches: Sequence[Batch], count: float, sequences: float, *, last: bool
+        self,
+        objective: Objective,
+        micro_batches: Sequence[Batch],
+        divisor: float,
+        *,
+        balanced_over: float | None = None,
+        last: bool,
     ) -> tuple[dict[str, Metric], tuple[NDArray[np.float32], ...]]:
-        """Forward and backward over this rank's micro-batches; returns its metrics and log-probs.
+        """Forward and backward over this rank's micro-batches of one objective; returns its metrics and log-probs.
 
-        ``sequences``: how many there are in the step, on all ranks. ``last``: no other batches follow in this step.
+        ``divisor``: of the sum of the loss. ``balanced_over``: the sequences of the step, on all ranks, over which the balance
+        loss is a mean; None leaves it out. ``last``: no other batches follow in this step.
         """
-        balanced = self.aux_loss_coef > 0
+        balanced = balanced_over is not None
         parts: list[Mapping[str, Metric]] = []
         logprobs: list[NDArray[np.float32]] = []
         model = self.backend.module.train()
         for batch, real, ends in even_rounds(self.backend.world, micro_batches):
-            outputs = self.objective.forward(model, batch, balance=balanced)
+            outputs = objective.forward(model, batch, balance=balanced)
             if real:
-                loss = self.objective.loss(outputs, batch)
+                loss = objective.loss(outputs, batch)
                 parts.append(loss.metrics)
-                if self.objective.needs.logprobs:
+                if objective.needs.logprobs:
                     logprobs += per_sequence(outputs.logprobs_K, batch)
-                total = loss.sum / count
-                if balanced:
+                total = loss.sum / divisor
+                if balanced_over is not None:
                     aux_loss = outputs.balance_N.sum()
-                    total = total + self.aux_loss_coef * aux_loss / sequences
+                    total = total + self.aux_loss_coef * aux_loss / balanced_over
                     parts.append(token_metrics({names.AUX_LOSS: aux_loss}, batch.num_sequences, {}))
                 self.backend.backward(total, ends and last)
             else:
                 self.backend.backward(nothing(outputs), ends and last)
         return merge(parts), tuple(logprobs)
-
-    def _accumulate_mixed(self, mixed: Mixed, count: float) -> dict[str, Metric]:
-        """Forward and backward over this rank's batches of the second objective, the last ones of the step."""
-        assert count > 0, "nothing is in the loss of the second objective"
-        parts: list[Mapping[str, Metric]] = []
-        model = self.backend.module.train()
-        for batch, real, ends in even_rounds(self.backend.world, mixed.batches):
-            outputs = mixed.objective.forward(model, batch)
-            if real:
-                loss = mixed.objective.loss(outputs, batch)
-                parts.append(loss.metrics)
-                self.backend.backward(mixed.coef * loss.sum / count, ends)
-            else:
-                self.backend.backward(nothing(outputs), ends)
-        return merge(parts)
