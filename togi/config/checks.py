@@ -350,7 +350,7 @@ def _backend(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
 
 
 def _schedule_problems(c: TrainSettings) -> Iterator[str]:
-    kind, defaults = c.lr_scheduler, type(c).model_fields
+    kind = c.lr_scheduler
     used = {
         "min_lr_ratio": kind.has_floor,
         "lr_num_cycles": kind.has_waves,
@@ -360,8 +360,8 @@ def _schedule_problems(c: TrainSettings) -> Iterator[str]:
         "lr_patience": kind.follows_a_loss,
         "max_lr_ratio": kind is Scheduler.GREEDY,
     }
-    for name, value in c.model_dump(include=set(used)).items():
-        if not used[name] and value != defaults[name].default:
+    for name, value in c.changed(*used).items():
+        if not used[name]:
             yield f"--{name} {value:g} has no effect with --lr_scheduler {kind}: leave it out, or choose another schedule."
     if kind is Scheduler.WARMUP_STABLE_DECAY and c.lr_warmup_ratio + c.lr_decay_ratio > 1:
         yield (

@@ -42,6 +42,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, validate_default=False)
 
+    def changed(self, *names: str) -> dict[str, Any]:
+        """Those of the settings ``names`` that are not at their defaults, with their values."""
+        values = self.model_dump(include=set(names))
+        return {name: values[name] for name in names if values[name] != type(self).model_fields[name].default}
+
     def preset(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         """Values that one of the settings brings for those not ``given``, and its flag with its value; none by default."""
         return "", {}

@@ -113,7 +113,7 @@ def _sft(c: SFTConfig) -> Iterator[str]:
             "--multiturn takes the whole conversation from --input_key, but --output_key is set too: "
             "leave one of them out."
         )
-    if c.train_split is not None and c.dataset_split != type(c).model_fields["dataset_split"].default:
+    if c.train_split is not None and c.changed("dataset_split"):
         yield "--train_split and --dataset_split name the same thing: leave one of them out."
 
 
@@ -165,9 +165,8 @@ def _kto(c: KTOConfig) -> Iterator[str]:
 
 def _kd(c: KDConfig) -> Iterator[str]:
     if c.on_policy_share == 0:
-        for name, field in OnPolicySettings.model_fields.items():
-            if getattr(c, name) != field.default:
-                yield f"--{name} is about generated responses: add --on_policy_share, or leave --{name} out."
+        for name in c.changed(*OnPolicySettings.model_fields):
+            yield f"--{name} is about generated responses: add --on_policy_share, or leave --{name} out."
         return
     if c.pretrain_mode:
         yield "--pretrain_mode has no prompts, but --on_policy_share lets the student answer them: leave one of them out."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from togi.config.choices import Aggregation, CorrectionType, PolicyLossType
+from togi.config.choices import Aggregation, PolicyLossType
 from togi.config.rl import RLConfig
 
 
@@ -31,15 +31,8 @@ def _correction_problems(c: RLConfig) -> Iterator[str]:
     if not 0 <= low < high:
         yield f"--vllm_is_truncated_threshold {low:g} {high:g}: the first number must be at least 0 and below the second."
     changed = [
-        flag
-        for flag, is_default in (
-            (
-                f"--vllm_is_correction_type {c.vllm_is_correction_type}",
-                c.vllm_is_correction_type is CorrectionType.TIS,
-            ),
-            (f"--vllm_is_truncated_threshold {low:g} {high:g}", (low, high) == (0.5, 5.0)),
-        )
-        if not is_default
+        f"--{name} {' '.join(f'{bound:g}' for bound in value) if isinstance(value, tuple) else value}"
+        for name, value in c.changed("vllm_is_correction_type", "vllm_is_truncated_threshold").items()
     ]
     if changed and not c.enable_vllm_is_correction:
         yield f"{changed[0]} has no effect: add --enable_vllm_is_correction, or leave it out."

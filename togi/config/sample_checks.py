@@ -50,7 +50,5 @@ def _pretrain_problems(c: RLConfig) -> Iterator[str]:
 
 def _without(c: RLConfig, needed: str, *names: str) -> Iterator[str]:
     """The first of ``names`` that was changed although ``needed``, which reads it, is not there."""
-    values = c.model_dump(include=set(names))
-    for name in names:
-        if values[name] != RLConfig.model_fields[name].default:
-            yield f"--{name} has no effect without {needed}: add it, or leave the first out."
+    for name in c.changed(*names):
+        yield f"--{name} has no effect without {needed}: add it, or leave the first out."
