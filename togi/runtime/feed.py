@@ -7,8 +7,8 @@ case. Groups are scored as they finish, while others still generate.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import Protocol
 
 from togi.data.loader import PromptLoader
 from togi.reward.combine import ErrorLimit
@@ -16,6 +16,7 @@ from togi.reward.length_penalties import LengthPenalties
 from togi.reward.source import Reward
 from togi.rollout.collect import collect_groups
 from togi.rollout.environment import Environment, Generate
+from togi.runtime.calls import all_or_none
 from togi.runtime.experience import ScoredGroup
 from togi.runtime.filtering import GroupFilter
 from togi.sample import Prompt, Rollout
@@ -79,14 +80,7 @@ class RolloutFeed:
         async def score(group: Sequence[Rollout]) -> None:
             result[places[group[0].group_id]] = await self._scored(group, limit)
 
-        groups = collect_groups(
-            zip(places, prompts, strict=True),
-            self._environment,
-            self._generate,
-            n_samples=samples,
-            max_in_flight=MAX_IN_FLIGHT,
-            seed=self._seed,
-        )
+        groups = self._collected(zip(places, prompts, strict=True), samples, MAX_IN_FLIGHT)
         scoring: list[asyncio.Task[None]] = []
         try:
             async for group in groups:
@@ -131,20 +125,20 @@ class RolloutFeed:
                 if not group.filtered:
                     return
 
-        await _all_or_none([place() for _ in range(count)])
+        await all_or_none(place() for _ in range(count))
         return [groups[number] for number in sorted(groups)]
 
     async def _one(self, prompt: Prompt, group_id: str, samples: int, limit: ErrorLimit) -> ScoredGroup:
-        groups = collect_groups(
-            [(group_id, prompt)],
-            self._environment,
-            self._generate,
-            n_samples=samples,
-            max_in_flight=samples,
-            seed=self._seed,
-        )
-        [group] = [group async for group in groups]
+        [group] = [group async for group in self._collected([(group_id, prompt)], samples, samples)]
         return await self._scored(group, limit)
+
+    def _collected(
+        self, prompts: Iterable[tuple[str, Prompt]], samples: int, most: int
+    ) -> AsyncIterator[Sequence[Rollout]]:
+        """The groups of prompts, each with its group id, as they finish; at most ``most`` rollouts at once."""
+        return collect_groups(
+            prompts, self._environment, self._generate, n_samples=samples, max_in_flight=most, seed=self._seed
+        )
 
     async def _scored(self, group: Sequence[Rollout], limit: ErrorLimit) -> ScoredGroup:
         scores = await self._reward.score(group)
@@ -153,13 +147,3 @@ class RolloutFeed:
         if self._penalties is not None:
             scores = self._penalties.applied(group, scores)
         return ScoredGroup(tuple(group), tuple(scores), filtered)
-
-
-async def _all_or_none(work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Wait for all; the first failure ends the others."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
