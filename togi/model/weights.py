@@ -93,24 +93,20 @@ class Checksum:
 
     def add(self, bucket: Bucket) -> None:
         """Take in the tensors of a bucket."""
+        raw = bucket.as_tensor()
         for spec, offset in zip(bucket.tensors, bucket.offsets, strict=True):
-            self._marks[spec.name] = _mark(bucket.data[offset : offset + spec.nbytes])
+            self._marks[spec.name] = _mark(raw[offset : offset + spec.nbytes])
 
     def digest(self) -> str:
         """The same text on every process that has had the same tensors."""
         return hashlib.blake2b(repr(sorted(self._marks.items())).encode(), digest_size=16).hexdigest()
 
 
-def _mark(raw: NDArray[np.uint8] | Tensor) -> int:
+def _mark(raw: Tensor) -> int:
     """The exclusive or of the 8-byte words of ``raw``, which begins at a multiple of 8; the last word is filled with zeros."""
     whole = len(raw) // 8 * 8
-    if isinstance(raw, Tensor):
-        rest = raw[whole:].cpu().numpy()
-        words = int(torch.hash_tensor(raw[:whole].view(torch.int64)).item()) if whole > 0 else 0
-    else:
-        rest = raw[whole:]
-        words = int(np.bitwise_xor.reduce(raw[:whole].view(np.uint64)))
-    return words ^ int.from_bytes(rest.tobytes(), "little")
+    words = int(torch.hash_tensor(raw[:whole].view(torch.int64)).item()) if whole > 0 else 0
+    return words ^ int.from_bytes(bytes(raw[whole:].tolist()), "little")
 
 
 def pack_buckets(
