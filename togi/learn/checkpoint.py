@@ -28,6 +28,8 @@ PREFIX = "step_"
 UNFINISHED = ".unfinished_"
 MANIFEST = "manifest.json"
 STATE = "state.json"
+HF_FOLDER = "hf"
+"""Where a checkpoint has its model in Hugging Face format, if it has."""
 POINTER = "latest"
 SCHEMA = 1
 # File systems hold back some space, and tensors are not all that is written.

@@ -19,7 +19,7 @@ from togi.config.export import ExportConfig
 from togi.config.shared import ADAPTER_CONFIG, LoRA
 from togi.data.chat import load_tokenizer
 from togi.errors import CheckpointError, ConfigError
-from togi.learn.checkpoint import STATE, Checkpoint, CheckpointStore, read_checkpoint
+from togi.learn.checkpoint import HF_FOLDER, STATE, Checkpoint, CheckpointStore, read_checkpoint
 from togi.learn.learner_state import read_masters
 from togi.model.checkpoint import save_hf, written_aside
 from togi.model.loading import load_causal_lm, load_scalar_model
@@ -27,8 +27,6 @@ from togi.model.merge import load_merged
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.obs.model_card import CARD, model_card
 from togi.obs.run_dir import RunDirectory
-
-HF_FOLDER = "hf"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from togi.config.offline import OfflineConfig
 from togi.data.packing import PackStats, pack_stats
 from togi.data.records import Examples
 from togi.learn.best import Best, BestStore, better
-from togi.learn.checkpoint import Checkpoint, CheckpointStore
+from togi.learn.checkpoint import HF_FOLDER, Checkpoint, CheckpointStore
 from togi.learn.evaluation import Measured, conclude, measure
 from togi.learn.learner import UpdateReport
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
@@ -28,7 +28,7 @@ from togi.recipes.held_out import Judged, ends, judge, worst_and_best
 from togi.recipes.offline_data import Data, Task
 from togi.recipes.offline_journal import Journal
 from togi.recipes.offline_plan import EpochPlan
-from togi.recipes.offline_setup import HF_FOLDER, Models, identity
+from togi.recipes.offline_setup import Models, identity
 from togi.sample import Sample
 
 SMALLEST_STD = 1e-8

@@ -25,7 +25,7 @@ from togi.config.offline import (
 )
 from togi.data.records import StepExamples
 from togi.errors import CheckpointError, ConfigError
-from togi.learn.checkpoint import Checkpoint, CheckpointStore
+from togi.learn.checkpoint import HF_FOLDER, Checkpoint, CheckpointStore
 from togi.learn.distill_objective import DistillationObjective
 from togi.learn.learner import Learner
 from togi.learn.measured_rate import MeasuredRate
@@ -48,7 +48,6 @@ from togi.recipes.offline_plan import EpochPlan
 from togi.recipes.offline_reference import with_reference
 from togi.recipes.offline_steps import Dealer, Preparation, Share, WithKL, WithReference
 
-HF_FOLDER = "hf"
 NOT_SET = "not one that follows a loss"
 CLASSIFIER = "ForSequenceClassification"
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import numpy as np
 from togi.algo.kl import kl_controller
 from togi.config.rl import RLConfig
 from togi.learn.best import Best, BestStore, better
-from togi.learn.checkpoint import Checkpoint
+from togi.learn.checkpoint import HF_FOLDER, Checkpoint
 from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS
 from togi.model.checkpoint import written_aside
 from togi.obs import names
@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 1800.0
 REPORT_SECONDS = 60.0
-HF_FOLDER = "hf"
 
 
 class Run:
