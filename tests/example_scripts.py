@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from togi.config.rl import RLConfig
 from togi.config.serve_rm import ServeRMConfig, check_serve_rm
 
 SCRIPTS = ROOT / "examples" / "scripts"
+BIN = Path(sys.executable).parent
 NAMES = sorted(path.name for path in SCRIPTS.glob("*.sh") if not path.name.startswith("common"))
 # What the scripts ask the environment for and cannot have a default.
 NEEDED = {"RM": "first-rm,second-rm", "RUN": "run", "OUT": "out"}
@@ -58,6 +60,24 @@ class Command:
         parsed: Parsed[Settings] = parse(config, self.flags, self.name)
         check(parsed)
         return parsed
+
+
+def run_script(
+    script: str, *flags: object, stdin: str | None = None, **variables: object
+) -> subprocess.CompletedProcess[str]:
+    """A script as users start it, with the togi of this checkout; what it said is shown where it fails."""
+    names = {"TOGI": BIN / "togi", "PYTHONPATH": ROOT, **variables}
+    done = subprocess.run(
+        [SCRIPTS / script, *map(str, flags)],
+        cwd=ROOT,
+        env=os.environ | {name: str(value) for name, value in names.items()},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
 
 
 def commands(script: Path, folder: Path, *flags: str, **variables: object) -> list[Command]:

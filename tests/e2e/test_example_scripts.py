@@ -6,10 +6,7 @@ A script of one process is run for its command, which then runs here: the words 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,13 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.example_scripts import SCRIPTS, commands
+from tests.example_scripts import BIN, SCRIPTS, commands, run_script
 from tests.learn_tools import max_difference
 from tests.offline_world import ROOT, values
 from tests.tiny import save_tiny_model
 from togi.cli.main import main
 
-BIN = Path(sys.executable).parent
 TINY = "--no_bf16 --max_samples 6 --train_batch_size 4 --max_len 128 --max_tokens_per_gpu 1024 --max_epochs 1"
 # Scripts of several processes, with the model, and what turns the feature off without changing a number.
 LAUNCHED = {
@@ -57,11 +53,7 @@ def here(script: str, folder: Path, model: Path, *flags: str, run: Path) -> list
 def launched(script: str, model: Path, run: Path) -> list[dict[str, float]]:
     """The script as users start it, in two processes."""
     names = {"MODEL": model, "OUT": run, "PROCESSES": 2, "PARTS": 2, "TORCHRUN": BIN / "torchrun"}
-    names |= {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1}
-    environment = os.environ | {name: str(value) for name, value in names.items()}
-    words = [SCRIPTS / script, *TINY.split()]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_script(script, *TINY.split(), **names, OMP_NUM_THREADS=1)
     return values(run)
 
 
@@ -123,10 +115,12 @@ def test_a_long_run_goes_on_and_keeps_its_best_model(world: Path, tmp_path: Path
 
 
 def test_a_conversation(world: Path) -> None:
-    names = {"MODEL": world / "model", "TOGI": BIN / "togi", "PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1}
-    environment = os.environ | {name: str(value) for name, value in names.items()}
-    words = [SCRIPTS / "chat.sh", "--no_bf16", "--max_len", "4", "--greedy_sampling"]
-    done = subprocess.run(words, env=environment, input="hello\nclear\nhello\nexit\n", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_script(
+        "chat.sh",
+        *("--no_bf16", "--max_len", "4", "--greedy_sampling"),
+        stdin="hello\nclear\nhello\nexit\n",
+        MODEL=world / "model",
+        OMP_NUM_THREADS=1,
+    )
     first, again, end = done.stdout.split("\n> ")[1:]
     assert first and again == f"> {first}" and end == "", "a cleared conversation starts anew"

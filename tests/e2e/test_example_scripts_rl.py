@@ -7,7 +7,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +17,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.example_scripts import SCRIPTS
+from tests.example_scripts import BIN, SCRIPTS, run_script
 from tests.offline_world import ROOT, values, write
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
-BIN = Path(sys.executable).parent
 TINY = "--no_bf16 --rollout_engine transformers --no_enforce_eager --max_steps 1 --rollout_batch_size 2 --train_batch_size 4 "
 TINY += "--n_samples_per_prompt 2 --prompt_max_len 64 --generate_max_len 8 --max_tokens_per_gpu 256"
 REWARD = """
@@ -68,17 +66,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def environment(world: Path, run: Path, **more: object) -> dict[str, str]:
-    names = {"MODEL": world / "model", "DATA": world / "prompts.jsonl", "REWARD": world / "reward.py", "OUT": run}
-    names |= {"RM": world / "helpful", "TOGI": BIN / "togi", "PYTHONPATH": ROOT, **more}
-    return os.environ | {name: str(value) for name, value in names.items()}
+def places(world: Path, run: Path) -> dict[str, Path]:
+    files = {"MODEL": world / "model", "DATA": world / "prompts.jsonl", "REWARD": world / "reward.py", "OUT": run}
+    return files | {"RM": world / "helpful"}
 
 
 @contextmanager
 def served(world: Path) -> Iterator[str]:
     """serve_rm.sh on a free port; its URL."""
     words = [SCRIPTS / "serve_rm.sh", "--no_bf16"]
-    names = environment(world, world, PORT=0)
+    names = {"TOGI": BIN / "togi", "PYTHONPATH": ROOT, "PORT": 0, **places(world, world)}
+    names = os.environ | {name: str(value) for name, value in names.items()}
     process = subprocess.Popen(words, env=names, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
@@ -91,16 +89,7 @@ def served(world: Path) -> Iterator[str]:
 
 def train(world: Path, script: str, run: Path, **more: object) -> list[dict[str, Any]]:
     """Run a script for one step; returns its stored rollouts."""
-    flags = [*TINY.split(), *MORE.get(script, [])]
-    done = subprocess.run(
-        [SCRIPTS / script, *flags],
-        cwd=ROOT,
-        env=environment(world, run, **more),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = run_script(script, *TINY.split(), *MORE.get(script, []), **{**places(world, run), **more})
     assert f"placement: {EXAMPLES[script]} worker processes\n" in done.stdout
     (step,) = values(run)
     assert math.isfinite(step["policy/loss"]) and math.isfinite(step["policy/grad_norm"])

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.example_scripts import SCRIPTS
+from tests.example_scripts import run_script
 from tests.offline_world import ROOT, launch, make_world, train, values
 from tests.tiny import save_tiny_model
 from togi.cli.main import main
@@ -103,17 +103,8 @@ def test_a_checkpoint_becomes_the_model_that_the_run_saved(runs: Path, tmp_path:
     checkpoints = runs / "sft" / "checkpoints"
     export(runs / "sft", tmp_path / "last", "--ckpt", str(checkpoints))
     assert same_weights(tmp_path / "last", runs / "sft" / "model")  # bf16, from float32 masters
-    names = {
-        "RUN": runs / "sft",
-        "OUT": tmp_path / "second",
-        "TOGI": Path(sys.executable).parent / "togi",
-        "PYTHONPATH": ROOT,
-    }
-    environment = os.environ | {name: str(value) for name, value in names.items()}
     (script,) = EXAMPLES
-    subprocess.run(
-        [SCRIPTS / script, "--ckpt", checkpoints / "step_00000002"], env=environment, check=True, timeout=300
-    )
+    run_script(script, "--ckpt", checkpoints / "step_00000002", RUN=runs / "sft", OUT=tmp_path / "second")
     assert same_weights(tmp_path / "second", checkpoints / "step_00000002" / "hf")
     assert not same_weights(tmp_path / "second", tmp_path / "last")
     card = (tmp_path / "second" / "README.md").read_text()

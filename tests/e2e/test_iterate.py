@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from tests.example_scripts import run_script
 from tests.offline_world import ROOT, write
 from tests.tiny import STOP, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 from togi.config.iterate import IterateConfig
@@ -285,20 +285,11 @@ def test_every_example_runs(world: Path, tmp_path: Path, script: str) -> None:
     togi.chmod(0o755)
     names = {"MODEL": world / "model", "RM": world / "rm", "REWARD": world / "reward.py", "OUT": tmp_path / "run"}
     names |= {"ENGINE": "transformers", "TASK": "generate", "TOGI": togi}
-    names |= {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
-    words = [ROOT / "examples" / "scripts" / script, *TINY.split(), *EXAMPLES[script]]
+    words = [*TINY.split(), *EXAMPLES[script]]
     if script != "batch_inference.sh":
         words += [*TINY_LOOP.split(), world / "prompts.jsonl", "--input_key", "q", "--label_key", "letter"]
         words += ["--prompt_data", world / "prompts.jsonl"]
-    done = subprocess.run(
-        words,
-        cwd=ROOT,
-        env=os.environ | {name: str(value) for name, value in names.items()},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = run_script(script, *words, **names, OMP_NUM_THREADS=1)
     if script == "batch_inference.sh":
         generated, best = read(tmp_path / "run" / "generated.jsonl"), read(tmp_path / "run" / "best.jsonl")
         assert [row["id"] for row in generated] == [f"0:{i}" for i in range(4) for _ in range(4)]

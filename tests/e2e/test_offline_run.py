@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.example_scripts import BIN, run_script
 from tests.offline_world import CONFIGS, DATA, ROOT, flags, launch, make_world, train
 from togi.cli.main import main
 from togi.obs.held_out import read_rows
@@ -252,18 +253,8 @@ TINY = "--no_bf16 --max_samples 6 --train_batch_size 4 --micro_train_batch_size 
 @pytest.mark.parametrize("script", EXAMPLES)
 def test_every_example_trains(world: Path, tmp_path: Path, script: str) -> None:
     run = tmp_path / "run"
-    environment = os.environ | {
-        "MODEL": str(world / "model"),
-        "TEACHER": str(world / "teacher"),
-        "OUT": str(run),
-        "TOGI": str(Path(sys.executable).parent / "togi"),
-        "TORCHRUN": str(Path(sys.executable).parent / "torchrun"),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    words = [ROOT / "examples" / "scripts" / script, *TINY.split(), *EXAMPLES[script]]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    places = {"MODEL": world / "model", "TEACHER": world / "teacher", "OUT": run, "TORCHRUN": BIN / "torchrun"}
+    run_script(script, *TINY.split(), *EXAMPLES[script], **places, OMP_NUM_THREADS=1)
     values = [json.loads(line)["values"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(values) == 1 + 2  # an evaluation before training, then six rows in batches of four and two
     assert all(math.isfinite(step["loss"]) for step in values[1:])

@@ -5,9 +5,7 @@ The rollouts are real, made by the Transformers engine; then their engine log-pr
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests import policy_cases
-from tests.e2e.test_rl_run import GRPO, HF, ROOT, metrics, train, world
+from tests.e2e.test_rl_run import GRPO, HF, metrics, train, world
+from tests.example_scripts import run_script
 
 __all__ = ["world"]
 STEP = Path("rollouts/step_000001.parquet")
@@ -107,24 +106,8 @@ def test_loss_and_gradient_are_those_of_the_formulas(world: Path, moved: Path, t
 
 def example(world: Path, run: Path, script: str, *flags: str, **more: Path) -> subprocess.CompletedProcess[str]:
     """An example's script on the tiny world, in float32."""
-    places = {
-        "MODEL": world / "model",
-        "DATA": world / "prompts.jsonl",
-        "REWARD": world / "reward.py",
-        "OUT": run,
-        **more,
-    }
-    words = {**places, "LABEL_KEY": "letter", "TOGI": Path(sys.executable).parent / "togi"}
-    done = subprocess.run(
-        [ROOT / "examples" / "scripts" / script, *SIZES.split(), "--no_bf16", *flags],
-        cwd=ROOT,
-        env=os.environ | {name: str(word) for name, word in words.items()},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+    places = {"MODEL": world / "model", "DATA": world / "prompts.jsonl", "REWARD": world / "reward.py", "OUT": run}
+    return run_script(script, *SIZES.split(), "--no_bf16", *flags, LABEL_KEY="letter", **places, **more)
 
 
 def terms(model: nn.Module, row: dict[str, Any], case: Case) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tests.example_scripts import run_script
 from tests.learn_tools import max_difference
 from tests.tiny import save_tiny_model, tiny_config
 
@@ -137,24 +138,8 @@ TINY = (
 @pytest.mark.parametrize("script", EXAMPLES)
 def test_every_example_trains(world: Path, tmp_path: Path, script: str) -> None:
     run = tmp_path / "run"
-    environment = os.environ | {
-        "MODEL": str(world / "model"),
-        "DATA": str(world / "prompts.jsonl"),
-        "LABEL_KEY": "letter",
-        "REWARD": str(world / "reward.py"),
-        "OUT": str(run),
-        "TOGI": str(Path(sys.executable).parent / "togi"),
-    }
-    flags = [*TINY.split(), "--no_enforce_eager", *HF, *EXAMPLES[script]]
-    done = subprocess.run(
-        [ROOT / "examples" / "scripts" / script, *flags],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    places = {"MODEL": world / "model", "DATA": world / "prompts.jsonl", "REWARD": world / "reward.py", "OUT": run}
+    run_script(script, *TINY.split(), "--no_enforce_eager", *HF, *EXAMPLES[script], LABEL_KEY="letter", **places)
     records = metrics(run)
     assert [record["step"] for record in records] == [1, 2]
     for record in records:
