@@ -156,7 +156,6 @@ def test_contradictions_name_both_flags(command: str, flags: str, named: tuple[s
     [
         ("rm", "--loss pairwise", "--loss pairwise: must be sigmoid or logexp"),
         ("dpo", "--label_smoothing 0.5", "--label_smoothing 0.5: must be less than 0.5"),
-        ("sft", "--use_liger_kernel", "--use_liger_kernel is not supported yet"),
         ("sft", "--lora_rank -1", "--lora_rank -1: must be at least 0"),
         ("kd", "--on_policy_share 2", "--on_policy_share 2: must be at most 1"),
         ("kd", "--kd_coef 1.5", "--kd_coef 1.5: must be at most 1"),

@@ -86,7 +86,7 @@ def test_derived_numbers() -> None:
         (["--bf16=true"], ["--bf16 takes no value", "--no_bf16"]),
         (["--adam_betas", "0.9"], ["--adam_betas", "2 arguments"]),
         (["--train_batch_size"], ["--train_batch_size", "one argument"]),
-        (["--use_liger_kernel"], ["--use_liger_kernel", "not supported yet"]),
+        (["--local_rank", "0"], ["--local_rank", "not supported yet"]),
         (["word"], ["'word'", "flag"]),
     ],
 )

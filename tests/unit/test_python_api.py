@@ -71,7 +71,7 @@ def test_settings_reach_the_recipe_with_their_source(monkeypatch: pytest.MonkeyP
         ({"pretrian": "x"}, ["pretrian", "did you mean pretrain?"]),
         ({"temperature": "hot"}, ["--temperature hot", "a number"]),
         ({"prompt_data": [{"input": "x" * 1000}]}, ["--prompt_data", "must be text"]),
-        ({"use_liger_kernel": True}, ["--use_liger_kernel is not supported yet"]),
+        ({"local_rank": 0}, ["--local_rank is not supported yet"]),
         ({}, ["--pretrain is required"]),
         ({"pretrain": "m", "prompt_data": "p"}, ["There is no reward"]),
         ({"reward": "reward.py"}, ["reward must be a function", "not str", "reward_func"]),

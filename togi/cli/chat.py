@@ -11,6 +11,8 @@ from togi.config.infer_checks import check_chat
 from togi.config.parse import parse
 from togi.data.reward_text import asked_reward
 from togi.errors import UserError
+from togi.recipes.modelscope import with_local_names
+from togi.recipes.notices import say_ignored
 from togi.recipes.preflight import check_model
 
 
@@ -18,7 +20,8 @@ def main(argv: Sequence[str]) -> None:
     """Read lines from standard input until "exit" or its end."""
     parsed = parse(ChatConfig, argv, "chat")
     check_chat(parsed)
-    config = parsed.config
+    config = with_local_names(parsed).config
+    say_ignored(config, print)
     check_model("pretrain", config.pretrain, adapters=True)
     asked_reward(config.csft_prompt, config.reward_template)
     from togi.recipes.chat import Chat

@@ -11,14 +11,18 @@ from togi.cli.main import run as run_module
 from togi.config.parse import parse
 from togi.config.serve_rm import ServeRMConfig, check_serve_rm
 from togi.errors import ConfigError
+from togi.recipes.modelscope import with_local_names
+from togi.recipes.notices import say_ignored
 from togi.recipes.preflight import check_model, check_reward_file
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command. Raises UserError for the user's mistakes."""
-    config = parse(ServeRMConfig, argv, "serve-rm").config
-    token = _token(config)
-    check_serve_rm(config, has_token=bool(token))
+    parsed = parse(ServeRMConfig, argv, "serve-rm")
+    token = _token(parsed.config)
+    check_serve_rm(parsed.config, has_token=bool(token))
+    config = with_local_names(parsed).config
+    say_ignored(config, print)
     if config.reward_pretrain:
         check_model("reward_pretrain", config.reward_pretrain)
     else:

@@ -27,8 +27,10 @@ class TalkSettings(Settings):
     trust_remote_code: bool = flag(False, "Run code that comes with a model folder.")
     flash_attn: bool = later(False, "Use FlashAttention; attention runs through SDPA.")
     load_in_4bit: bool = later(False, "Hold the weights in NF4.")
-    disable_fast_tokenizer: bool = later(False, "Use the slow (Python) tokenizer.")
-    use_ms: bool = later(False, "Use ModelScope instead of the Hugging Face hub.")
+    disable_fast_tokenizer: bool = flag(
+        False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
+    )
+    use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
 
 
 class ChatConfig(TalkSettings, RewardTextSettings):

@@ -83,8 +83,10 @@ class InferModelSettings(Settings):
     full_determinism: bool = flag(False, "Deterministic kernels.")
     local_rank: Int = flag(-1, "Set by launchers; this command runs in one process.")
     zero_stage: Int = later(0, "One process has nothing to shard.")
-    disable_fast_tokenizer: bool = later(False, "Use the slow (Python) tokenizer.")
-    use_ms: bool = later(False, "Use ModelScope instead of the Hugging Face hub.")
+    disable_fast_tokenizer: bool = flag(
+        False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
+    )
+    use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
 
 
 class RowSettings(Settings):

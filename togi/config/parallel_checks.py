@@ -31,6 +31,8 @@ def tensor_problems(c: RLConfig | OfflineConfig) -> Iterator[str]:
         yield f"{tensor} with --lora_rank {c.lora_rank}: adapters are not split, leave one of them out."
     if c.aux_loss_coef > 0:
         yield f"{tensor} with --aux_loss_coef {c.aux_loss_coef:g}: experts are not split, leave one of them out."
+    if c.use_liger_kernel:
+        yield f"{tensor} with --use_liger_kernel: Liger's kernels take whole weights, leave one of them out."
     if c.adam_offload:
         yield f"{tensor} with --adam_offload is not supported yet: leave one of them out."
 

@@ -38,9 +38,11 @@ class ServeRMConfig(Settings):
     max_body_mb: float = flag(64.0, "Largest body of a request, in MB.", gt=0)
     max_items: Count = flag(1024, "Most queries in one request.")
     max_queue: Count = flag(8192, "Most queries that wait at once; beyond, requests are told to come back (429).")
-    disable_fast_tokenizer: bool = later(False, "Use the slow (Python) tokenizer.")
+    disable_fast_tokenizer: bool = flag(
+        False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
+    )
     load_in_4bit: bool = later(False, "Hold the weights in NF4.")
-    use_ms: bool = later(False, "Use ModelScope instead of the Hugging Face hub.")
+    use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
 
 
 def check_serve_rm(config: ServeRMConfig, *, has_token: bool) -> None:

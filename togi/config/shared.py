@@ -54,8 +54,12 @@ class ModelSettings(Settings):
     trust_remote_code: bool = flag(
         False, "Run code that comes with a model folder. Off by default: it can do anything."
     )
-    disable_fast_tokenizer: bool = later(False, "Use the slow (Python) tokenizer.")
-    use_liger_kernel: bool = later(False, "Load the causal LM through Liger kernels.")
+    disable_fast_tokenizer: bool = flag(
+        False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
+    )
+    use_liger_kernel: bool = flag(
+        False, "Compute norms, rotary embeddings and MLPs with Liger's kernels where the device has them (CUDA)."
+    )
     aux_loss_coef: float = flag(
         0.0, "Weight of the load-balancing loss of a mixture of experts, a mean over sequences; 0 turns it off.", ge=0
     )
@@ -66,7 +70,7 @@ class ModelSettings(Settings):
         (ALL_LINEAR,), "Linear layers that get an adapter, by the last part of their names, or all-linear."
     )
     lora_dropout: float = flag(0.0, "Dropout before the adapter, in training.", ge=0, lt=1)
-    use_ms: bool = later(False, "Use ModelScope instead of the Hugging Face hub.")
+    use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
 
     @property
     def lora(self) -> LoRA | None:

@@ -29,6 +29,7 @@ from togi.config.shared import ADAPTER_CONFIG, LoRA
 from togi.errors import ModelError
 from togi.model.attention import SEGMENTS, VARLEN
 from togi.model.deferred import Deferred, Reader, files_of, nothing_left, quiet
+from togi.model.liger import apply_liger, check_liger
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.support import PROVEN, logit_transform, refuse_unsupported, verify_packing
 
@@ -46,20 +47,23 @@ def load_causal_lm(
     use_reentrant: bool = False,
     lora: LoRA | None = None,
     defer: bool = False,
+    liger: bool = False,
 ) -> PolicyModel:
     """A causal language model from a folder or hub id, on CPU, in ``dtype``, in training mode.
 
     With ``lora`` it is frozen (in NF4 if so asked, computing in ``dtype``) and has new adapters. ``defer``: leave the weights on
-    disk for ``model.read``, where that can be done. Raises ModelError if the folder cannot be read, lacks weights, or its
-    architecture cannot be trained packed.
+    disk for ``model.read``, where that can be done. ``liger``: with Liger's kernels, on CUDA. Raises ModelError if the folder
+    cannot be read, lacks weights, or its architecture cannot be trained packed.
     """
     config = read_config(path, trust_remote_code)
+    if liger:
+        check_liger(config.model_type)
     in_4bit = lora is not None and lora.load_in_4bit
     read = _Reading(path, config, dtype, flash_attn, trust_remote_code, in_4bit=in_4bit)
     hf, reader = _load(AutoModelForCausalLM, read, defer=defer and lora is None)
     model = PolicyModel(hf, logit_transform(config))
     model.read = reader
-    return _ready(model, gradient_checkpointing, use_reentrant, lora)
+    return _ready(model, gradient_checkpointing, use_reentrant, lora, liger=liger)
 
 
 def load_scalar_model(
@@ -74,14 +78,18 @@ def load_scalar_model(
     use_reentrant: bool = False,
     lora: LoRA | None = None,
     defer: bool = False,
+    liger: bool = False,
 ) -> ScalarModel:
     """A critic or reward model from a folder or hub id.
 
     ``value_head_prefix`` names the head in the checkpoint; one in config.json wins. A missing head is an error unless
     ``init_head``, which always draws a new head from a normal distribution with standard deviation 1/(hidden + 1), from
-    torch's seed alone. With ``lora`` the body is as for a language model and the head is trained whole. ``defer`` as there.
+    torch's seed alone. With ``lora`` the body is as for a language model and the head is trained whole. ``defer`` and ``liger`` as
+    there.
     """
     config = read_config(path, trust_remote_code)
+    if liger:
+        check_liger(config.model_type)
     prefix = getattr(config, "value_head_prefix", value_head_prefix)
     config.num_labels = 1
     config.value_head_prefix = prefix
@@ -97,7 +105,7 @@ def load_scalar_model(
         _init_head(hf)
     model = ScalarModel(hf, prefix)
     model.read = reader
-    return _ready(model, gradient_checkpointing, use_reentrant, lora)
+    return _ready(model, gradient_checkpointing, use_reentrant, lora, liger=liger)
 
 
 def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -257,9 +265,11 @@ def _init_head(hf: PreTrainedModel) -> None:
     nn.init.normal_(head.weight, mean=0.0, std=1.0 / (head.in_features + 1), generator=draws)
 
 
-def _ready(model: Model, gradient_checkpointing: bool, use_reentrant: bool, lora: LoRA | None) -> Model:
+def _ready(model: Model, gradient_checkpointing: bool, use_reentrant: bool, lora: LoRA | None, *, liger: bool) -> Model:
     if model.hf.config.model_type not in PROVEN:
         verify_packing(model)
+    if liger:
+        apply_liger(model.hf)
     if lora is not None:
         from togi.model.adapters import add_lora  # PEFT takes more than half a second to import
 

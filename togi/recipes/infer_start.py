@@ -17,6 +17,8 @@ from togi.data.reward_text import asked_reward
 from togi.errors import ConfigError
 from togi.plan.machine import this_machine
 from togi.plan.precision import usable_precision
+from togi.recipes.modelscope import with_local_names
+from togi.recipes.notices import say_ignored
 from togi.recipes.preflight import check_engine, check_model, check_sets, check_writable, max_positions
 
 if TYPE_CHECKING:
@@ -27,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 def start_infer(parsed: Parsed[InferConfig], *, announce: Callable[[str], None] = logger.info) -> Written:
     """Check, then generate or score. Raises UserError for whatever the user can mend."""
-    check(parsed)
-    ready, notice = usable_precision(parsed, this_machine())
+    ready, notice = usable_precision(check(parsed), this_machine())
     if notice:
         announce(notice)
+    say_ignored(ready.config, announce)
     from togi.recipes.batch_inference import generate, score
 
     task = ready.config.eval_task
@@ -38,9 +40,10 @@ def start_infer(parsed: Parsed[InferConfig], *, announce: Callable[[str], None] 
     return generate(ready.config, announce) if task.generates else score(ready.config, announce)
 
 
-def check(parsed: Parsed[InferConfig]) -> None:
-    """Raise the first UserError. No model is loaded, and of the data only its head is read."""
+def check(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
+    """The settings with local names. Raises the first UserError. No model is loaded, and of the data only its head is read."""
     check_infer(parsed)
+    parsed = with_local_names(parsed)
     config = parsed.config
     assert config.eval_task is not None
     if config.eval_task.generates:
@@ -63,6 +66,7 @@ def check(parsed: Parsed[InferConfig]) -> None:
     if config.dataset_probs is not None:
         parse_probs(config.dataset_probs, len(parse_items(config.dataset)), "--dataset_probs")
     check_output(config)
+    return parsed
 
 
 def check_output(config: InferConfig) -> None:

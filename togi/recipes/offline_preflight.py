@@ -13,6 +13,7 @@ from togi.data.precheck import parse_probs
 from togi.errors import ConfigError
 from togi.obs.sinks import check_trackers
 from togi.recipes.best_metric import offline_aim
+from togi.recipes.modelscope import with_local_names
 from togi.recipes.preflight import (
     check_backend,
     check_engine,
@@ -27,11 +28,12 @@ from togi.recipes.preflight import (
 )
 
 
-def check(parsed: Parsed[OfflineConfig]) -> None:
-    """Raise the first UserError."""
+def check(parsed: Parsed[OfflineConfig]) -> Parsed[OfflineConfig]:
+    """The settings with local names. Raises the first UserError."""
     check_offline(parsed)
+    offline_aim(parsed.config)
+    parsed = with_local_names(parsed)
     config = parsed.config
-    offline_aim(config)
     if isinstance(config, KDConfig) and config.on_policy_share > 0:
         check_engine(config.rollout_engine)
     check_backend(config.backend)
@@ -45,6 +47,7 @@ def check(parsed: Parsed[OfflineConfig]) -> None:
     check_data(config)
     check_trackers(trackers(config))
     check_folders(config)
+    return parsed
 
 
 def other_models(config: OfflineConfig) -> Mapping[str, str]:

@@ -14,6 +14,7 @@ from togi.config.parse import Parsed
 from togi.plan.machine import this_machine
 from togi.plan.precision import usable_precision
 from togi.recipes import offline_preflight
+from togi.recipes.notices import say_ignored
 
 if TYPE_CHECKING:
     from togi.recipes.offline import Result
@@ -29,10 +30,10 @@ def start_offline(
     announce: Callable[[str], None] = logger.info,
 ) -> Result:
     """Check, then run ``togi <command>``. Raises UserError for whatever the user can mend."""
-    offline_preflight.check(parsed)
-    ready, notice = usable_precision(parsed, this_machine())
+    ready, notice = usable_precision(offline_preflight.check(parsed), this_machine())
     if notice:
         announce(notice)
+    say_ignored(ready.config, announce)
     from togi.recipes.offline import run
 
     return run(ready, command, argv=argv, announce=announce)

@@ -29,6 +29,7 @@ from togi.obs.sinks import TrackerOptions, check_trackers
 from togi.plan.machine import Machine, joins_cluster
 from togi.plan.placement import check_fits, check_spread, plan_groups, resolve
 from togi.recipes.best_metric import check_rl_metric
+from togi.recipes.modelscope import with_local_names
 
 FUNCTION = "reward_func"
 DEFAULT_PARENT = "runs"
@@ -39,13 +40,13 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> Parsed[RLConfig]:
-    """The settings with every ``auto`` of the placement resolved. Raises the first UserError.
+    """The settings with every ``auto`` of the placement resolved, and local names. Raises the first UserError.
 
     ``reward_given``: the reward is a Python function passed in code.
     """
     check_rl(parsed.config, reward_given=reward_given)
     check_rl_metric(parsed.config)
-    parsed = resolve(parsed, machine)
+    parsed = with_local_names(resolve(parsed, machine))
     config = parsed.config
     groups = plan_groups(config)
     if not joins_cluster():

@@ -126,6 +126,7 @@ class ModelWorker:
         config = self._config
         # a ring has attention of its own
         flash_attn = config.flash_attn and self._world.device.type == "cuda" and self._world.ring_size == 1
+        liger = config.use_liger_kernel and self._world.device.type == "cuda"
         trained = role in LEARNERS
         defer = reads_parts(self._world, backend_options(config), trained=trained)
         if role in (Role.ACTOR, Role.REF):
@@ -138,6 +139,7 @@ class ModelWorker:
                 use_reentrant=config.gradient_checkpointing_use_reentrant,
                 lora=config.lora if trained else None,
                 defer=defer,
+                liger=liger,
             )
         return load_scalar_model(
             path,
@@ -150,6 +152,7 @@ class ModelWorker:
             use_reentrant=config.gradient_checkpointing_use_reentrant,
             lora=config.lora if trained else None,
             defer=defer,
+            liger=liger,
         )
 
     def _packs(self, samples: Sequence[Sample], limit: int | str) -> Packs:
