@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny import STOP, save_tiny_model, tiny_model, tiny_tokenizer
 from togi.cli.main import main
@@ -16,6 +16,8 @@ from togi.config.infer import REWARD_TEMPLATE
 from togi.data.reward_text import with_reward
 from togi.errors import ModelError
 from togi.model.generate import Answering, stream
+from togi.model.loading import keep_layout, nf4
+from togi.recipes.notices import ONE_TOKENIZER
 
 ROOT = Path(__file__).parents[2]
 BANNER = 'Type a message; "clear" starts anew, "exit" ends.'
@@ -78,6 +80,17 @@ def test_answers_history_clear_and_exit(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     # An empty line asks again, and so does "clear": each leaves a bare prompt on the line of the next one.
     assert done.stdout == f"{BANNER}\n> {first}\n> > {second}\n> > {anew}\n> "
+
+
+def test_weights_in_four_bits(folder: Path) -> None:
+    """Transformers' own text of the same quantised model, which is not that of the whole one."""
+    quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4(torch.float32)).eval()
+    keep_layout(quantised)
+    first = greedy(quantised, "hello")
+    assert first != greedy(ascii_model(), "hello")
+    done = chat(folder, "hello\n", "--load_in_4bit", "--flash_attn", "--disable_fast_tokenizer")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{ONE_TOKENIZER}\n{BANNER}\n> {first}\n> \n"
 
 
 def test_end_of_input_and_a_message_that_is_too_long(folder: Path) -> None:

@@ -195,6 +195,17 @@ def test_vllm_gives_the_same_greedy_text(world: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "vllm.jsonl") == ours
 
 
+def test_a_vllm_in_two_processes_gives_the_same_greedy_text(world: Path, tmp_path: Path) -> None:
+    ours = infer(world, tmp_path / "ours.jsonl", "--greedy_sampling")
+    flags = ["--greedy_sampling", "--eval_task", "generate_vllm", "--vllm_cpu_kv_cache_gb", "0.1", "--tp_size", "2"]
+    command = [sys.executable, "-m", "togi.cli.batch_inference", *words(world, tmp_path / "vllm.jsonl", *flags)[1:]]
+    command += ["--zero_stage", "3"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read(tmp_path / "vllm.jsonl") == ours
+    assert "--zero_stage 3: one process has nothing to shard" in done.stdout
+
+
 def test_a_model_is_told_to_be_wrong_before_it_is_loaded(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from tests.e2e.test_rl_run import GRPO, HF, ROOT, command, metrics
 from tests.scripted_server import free_port
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
+from togi.model.loading import keep_layout, nf4
 
 pytestmark = pytest.mark.alone
 
@@ -109,6 +110,26 @@ def test_many_requests_at_once_lose_nothing_and_get_the_model_s_own_scores(world
         assert second == pytest.approx(expected[(i * 3 + 1) % 100], abs=1e-4)
     assert (process.returncode, out) == (0, "reward server: ended\n")
     assert "question" not in err
+
+
+def test_a_model_in_four_bits_gives_transformers_own_scores(world: Path) -> None:
+    texts = [f"question {i}: " + "word " * i for i in range(6)]
+    quantised = AutoModelForSequenceClassification.from_pretrained(
+        world / "rm", quantization_config=nf4(torch.float32)
+    ).eval()
+    keep_layout(quantised)
+    expected = [direct(quantised, text) for text in texts]
+    whole = AutoModelForSequenceClassification.from_pretrained(world / "rm").eval()
+    assert max(abs(direct(whole, text) - score) for text, score in zip(texts, expected, strict=True)) > 1e-2
+
+    async def ask(url: str) -> list[float]:
+        body = {"query": texts, "prompts": [""] * len(texts)}
+        async with aiohttp.ClientSession() as session, session.post(url, json=body) as answer:
+            return (await answer.json())["rewards"]
+
+    flags = ["--normalize_reward", "--load_in_4bit", "--port", "0"]
+    with server("--reward_pretrain", str(world / "rm"), *flags) as (_, url):
+        assert asyncio.run(ask(url)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_query_that_is_too_long_is_refused_and_a_function_is_served_too(world: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from togi.config.fields import Count, PathText, Settings, flag, later
+from togi.config.fields import Count, PathText, Settings, flag
 from togi.config.infer import RewardTextSettings
 from togi.config.offline import PLAIN_TEMPLATE
 
@@ -25,8 +25,8 @@ class TalkSettings(Settings):
     enable_csft: bool = flag(False, "Put the reward text of --csft_prompt before each answer.")
     tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model folder.")
-    flash_attn: bool = later(False, "Use FlashAttention; attention runs through SDPA.")
-    load_in_4bit: bool = later(False, "Hold the weights in NF4.")
+    flash_attn: bool = flag(False, "Use FlashAttention where the device has it (CUDA); elsewhere attention is SDPA.")
+    load_in_4bit: bool = flag(False, "Hold the weights in NF4.")
     disable_fast_tokenizer: bool = flag(
         False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from togi.config.choices import EngineName, EvalTask, PostProcessor
-from togi.config.fields import Count, Int, PathText, Settings, flag, later
+from togi.config.fields import Count, Int, PathText, Settings, flag
 
 REWARD_TEMPLATE = "{input} <rm_score>: {reward} "
 CSFT_PROMPT = "<rm_score>: 5.00"
@@ -38,7 +38,7 @@ class GenerationSettings(Settings):
     enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
     vllm_gpu_memory_utilization: float = flag(0.9, "Share of a GPU's memory that vLLM may take.", gt=0, le=1)
     vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of the key-value cache on a CPU, in GB.", gt=0)
-    tp_size: Int = later(1, "GPUs of the vLLM engine.")
+    tp_size: Count = flag(1, "Processes that share the model in vLLM, one on each GPU (tensor parallelism).")
 
 
 class SliceSettings(Settings):
@@ -82,7 +82,9 @@ class InferModelSettings(Settings):
     seed: Int = flag(1234, "Seed; every output has one of its own, made from this, its prompt's place and its number.")
     full_determinism: bool = flag(False, "Deterministic kernels.")
     local_rank: Int = flag(-1, "Set by launchers; this command runs in one process.")
-    zero_stage: Int = later(0, "One process has nothing to shard.")
+    zero_stage: Int = flag(
+        0, "Accepted for established commands; changes nothing: one process has nothing to shard.", ge=0, le=3
+    )
     disable_fast_tokenizer: bool = flag(
         False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator
 
-from togi.config.fields import Count, Int, PathText, Settings, flag, later
+from togi.config.fields import Count, Int, PathText, Settings, flag
 from togi.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ class ServeRMConfig(Settings):
     disable_fast_tokenizer: bool = flag(
         False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
     )
-    load_in_4bit: bool = later(False, "Hold the weights in NF4.")
+    load_in_4bit: bool = flag(False, "Hold the weights in NF4.")
     use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
 
 

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from togi.errors import ModelError
+from togi.model.loading import check_4bit, keep_layout, nf4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +35,26 @@ class Answering:
     repetition_penalty: float = 1.0
 
 
-def load_generator(path: str, *, bf16: bool, trust_remote_code: bool) -> PreTrainedModel:
+def load_generator(
+    path: str, *, bf16: bool, trust_remote_code: bool, flash_attn: bool = False, in_4bit: bool = False
+) -> PreTrainedModel:
     """A causal language model for generation, on the accelerator if there is one. Raises ModelError."""
     hf_logging.disable_progress_bar()
     dtype = torch.bfloat16 if bf16 else torch.float32
+    if in_4bit:
+        check_4bit()
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation="flash_attention_2" if flash_attn else None,
+            quantization_config=nf4(dtype) if in_4bit else None,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"No language model can be loaded from {path}: {' '.join(str(error).split())}") from None
+    if in_4bit:
+        keep_layout(model)
     accelerator = torch.accelerator.current_accelerator()
     return model.eval() if accelerator is None else model.eval().to(accelerator)
 

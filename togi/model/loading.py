@@ -77,6 +77,7 @@ def load_scalar_model(
     gradient_checkpointing: bool = False,
     use_reentrant: bool = False,
     lora: LoRA | None = None,
+    in_4bit: bool = False,
     defer: bool = False,
     liger: bool = False,
 ) -> ScalarModel:
@@ -84,8 +85,8 @@ def load_scalar_model(
 
     ``value_head_prefix`` names the head in the checkpoint; one in config.json wins. A missing head is an error unless
     ``init_head``, which always draws a new head from a normal distribution with standard deviation 1/(hidden + 1), from
-    torch's seed alone. With ``lora`` the body is as for a language model and the head is trained whole. ``defer`` and ``liger`` as
-    there.
+    torch's seed alone. With ``lora`` the body is as for a language model and the head is trained whole. ``in_4bit``: a model
+    that is only read, its body in NF4. ``defer`` and ``liger`` as there.
     """
     config = read_config(path, trust_remote_code)
     if liger:
@@ -96,9 +97,9 @@ def load_scalar_model(
     # Transformers calls the head "score"; a head of another name is renamed when it is read and when it is written
     renames = {} if prefix == HEAD else {rf"^{prefix}\.": f"{HEAD}."}
     optional = frozenset({f"{HEAD}.weight"}) if init_head else frozenset[str]()
-    in_4bit = lora is not None and lora.load_in_4bit
+    in_4bit = in_4bit or (lora is not None and lora.load_in_4bit)
     read = _Reading(path, config, dtype, flash_attn, trust_remote_code, renames, optional, in_4bit)
-    hf, reader = _load(AutoModelForSequenceClassification, read, defer=defer and lora is None)
+    hf, reader = _load(AutoModelForSequenceClassification, read, defer=defer and lora is None and not in_4bit)
     if init_head and isinstance(reader, Deferred):
         reader.finish = partial(_init_head, hf)
     elif init_head:
@@ -134,10 +135,15 @@ def check_causal_lm(
     if lora is not None:
         _check_package("lora_rank", "peft")
         if lora.load_in_4bit:
-            _check_package("load_in_4bit", "bitsandbytes")
+            check_4bit()
         from togi.model.adapters import target_layers
 
         target_layers(model, lora.target_modules)
+
+
+def check_4bit() -> None:
+    """Raise ModelError if ``--load_in_4bit`` lacks its package."""
+    _check_package("load_in_4bit", "bitsandbytes")
 
 
 def _check_package(flag: str, package: str) -> None:
@@ -203,12 +209,12 @@ def _load(auto_class: Any, read: _Reading, *, defer: bool) -> tuple[PreTrainedMo
             attn_implementation=attention,
             trust_remote_code=read.trust_remote_code,
             key_mapping=dict(read.renames) or None,
-            quantization_config=_nf4(read.dtype) if read.in_4bit else None,
+            quantization_config=nf4(read.dtype) if read.in_4bit else None,
             output_loading_info=True,
         )
     _check_missing(read, info["missing_keys"])
     if read.in_4bit:
-        _keep_layout(model)
+        keep_layout(model)
     return model, nothing_left
 
 
@@ -232,7 +238,7 @@ def _attention(flash_attn: bool) -> str:
     return VARLEN
 
 
-def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
+def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
     """QLoRA's format: 4-bit normal floats with quantised scales."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -243,7 +249,7 @@ def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _keep_layout(hf: nn.Module) -> None:
+def keep_layout(hf: nn.Module) -> None:
     """Keep quantised weights in the one layout that training and merging read.
 
     On CPUs with bfloat16 instructions bitsandbytes repacks them in the first evaluation, which fails for layers whose inputs are

@@ -201,6 +201,7 @@ def engine_settings(config: InferConfig, model: str) -> EngineSettings:
         seed=config.seed,
         enforce_eager=config.enforce_eager or on_cpu,
         enable_prefix_caching=config.enable_prefix_caching,
+        tensor_parallel_size=config.tp_size,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         kv_cache_gb=config.vllm_cpu_kv_cache_gb,
         max_num_seqs=config.max_num_seqs if config.engine is EngineName.VLLM else config.micro_batch_size,

@@ -14,6 +14,7 @@ from togi.data.chat import Tokenizer, encode, load_tokenizer, render_prompt, sto
 from togi.data.reward_text import asked_reward, with_reward
 from togi.errors import DataError
 from togi.model.generate import Answering, load_generator, stream
+from togi.parallel.process import default_device
 
 
 class Chat:
@@ -28,7 +29,13 @@ class Chat:
         stops = stop_token_ids(self._tokenizer, path)
         temperature = 0.0 if config.greedy_sampling else config.temperature
         self._how = Answering(config.max_len, temperature, config.top_p, stops, config.repetition_penalty)
-        self._model = load_generator(path, bf16=config.bf16, trust_remote_code=trust)
+        self._model = load_generator(
+            path,
+            bf16=config.bf16,
+            trust_remote_code=trust,
+            flash_attn=config.flash_attn and default_device().type == "cuda",
+            in_4bit=config.load_in_4bit,
+        )
         self._config = config
 
     def clear(self) -> None:

@@ -19,7 +19,14 @@ from togi.plan.machine import this_machine
 from togi.plan.precision import usable_precision
 from togi.recipes.modelscope import with_local_names
 from togi.recipes.notices import say_ignored
-from togi.recipes.preflight import check_engine, check_model, check_sets, check_writable, max_positions
+from togi.recipes.preflight import (
+    check_engine,
+    check_engine_heads,
+    check_model,
+    check_sets,
+    check_writable,
+    max_positions,
+)
 
 if TYPE_CHECKING:
     from togi.recipes.batch_inference import Written
@@ -50,6 +57,8 @@ def check(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
         check_engine(config.engine)
         asked_reward(config.csft_prompt, config.reward_template)
     check_model("pretrain", config.pretrain)
+    if config.eval_task.generates:
+        check_engine_heads("tp_size", config.tp_size, config.pretrain)
     positions = max_positions(config.pretrain)
     length, asked = config.max_len, f"--max_len {config.max_len}"
     if config.eval_task.generates:

@@ -14,5 +14,7 @@ ONE_TOKENIZER = "--disable_fast_tokenizer: Transformers has one tokenizer for ea
 
 def say_ignored(config: ModelSettings | InferConfig | ChatConfig | ServeRMConfig, say: Callable[[str], None]) -> None:
     """Say it, a line a flag."""
+    if isinstance(config, InferConfig) and config.zero_stage > 0:
+        say(f"--zero_stage {config.zero_stage}: one process has nothing to shard, and holds the whole model")
     if config.disable_fast_tokenizer:
         say(ONE_TOKENIZER)

@@ -63,7 +63,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     check_heads(config, models)
     check_splits(config, trained_models(config))
     check_context(config)
-    check_engine_heads(config)
+    check_engine_heads("vllm_tensor_parallel_size", config.vllm_tensor_parallel_size, config.pretrain)
     check_experts(config)
     check_prompts(config)
     for file in config.reward_files:
@@ -214,13 +214,11 @@ def check_context(config: RLConfig) -> None:
         raise ConfigError(f"{asked} is more than the {positions} positions of {config.pretrain}: lower it.")
 
 
-def check_engine_heads(config: RLConfig) -> None:
+def check_engine_heads(flag: str, size: int, path: str) -> None:
     """Every process of an engine gets as many attention heads as the others."""
-    heads, size = model_settings(config.pretrain).get("num_attention_heads"), config.vllm_tensor_parallel_size
+    heads = model_settings(path).get("num_attention_heads")
     if isinstance(heads, int) and heads % size != 0:
-        raise ConfigError(
-            f"--vllm_tensor_parallel_size {size} does not divide the {heads} attention heads of {config.pretrain}: lower it."
-        )
+        raise ConfigError(f"--{flag} {size} does not divide the {heads} attention heads of {path}: lower it.")
 
 
 def key_value_heads(path: str) -> int | None:

@@ -102,6 +102,7 @@ class ServedModel:
             flash_attn=config.flash_attn and default_device().type == "cuda",
             value_head_prefix=config.value_head_prefix,
             trust_remote_code=config.trust_remote_code,
+            in_4bit=config.load_in_4bit,
         )
         mean_std = (model.reward_mean, model.reward_std) if config.normalize_reward else (0.0, 1.0)
         self._standardize = Standardization(*mean_std)
