@@ -6,7 +6,7 @@ are a context of C tokens followed by their own L: M = C + L.
 The functions receive the ``Segments`` table as the keyword ``segments`` of the model's forward. A token sees the chain
 of prefixes of its segment and its own segment up to itself, nothing else.
 
-* ``togi_segments``: one SDPA call for each run of equal segments, any device.
+* ``togi_segments``: one SDPA call for each run of equal segments, any device (on a CPU by ``host_attention``).
 * ``togi_varlen``: FlashAttention's variable-length kernel, one call, CUDA only. The name avoids the word "flash",
   which makes Transformers look for a kernel of that name and lets models replace it by another.
 * ``togi_dense``: the whole [T, T] mask and a plain softmax, as the reference in tests.
@@ -20,6 +20,7 @@ Whatever a model asks of attention that a back end cannot do is an error, never 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -32,14 +33,11 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from togi.batch import Segments, segment_positions
 from togi.errors import ModelError
+from togi.model.host_attention import host_attention
 
 SEGMENTS = "togi_segments"
 VARLEN = "togi_varlen"
 DENSE = "togi_dense"
-
-# On CPU the bf16 backward kernel takes three times as long as the float32 one on segments this short (measured with
-# torch 2.13 on AVX512-BF16), and float32 is the more exact of the two.
-SHORT_SEGMENT = 128
 
 Table = TypeVar("Table")
 
@@ -78,6 +76,11 @@ def plan_runs(segments: Segments) -> tuple[Run, ...]:
     return tuple(runs)
 
 
+def seen_by(runs: Sequence[Run], run: Run) -> int:
+    """How many keys each segment of a run has before it and in it."""
+    return sum(runs[link].length for link in run.chain) + run.length
+
+
 def segment_attention(
     module: nn.Module,
     query: Tensor,
@@ -99,6 +102,10 @@ def segment_attention(
             "use --flash_attn on a CUDA device."
         )
     runs = plan_runs(table)
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        masks = (visible_keys(run.length, seen_by(runs, run), sliding_window, query.device) for run in runs)
+        return host_attention(query[0], key[0], value[0], runs, masks, scale).transpose(0, 1)[None], None
     sizes = [run.tokens for run in runs]
     # split, not slices: the backward of a split is one concatenation, that of a slice a full-size tensor of zeros
     queries, keys, values = (torch.split(x[0].transpose(0, 1), sizes) for x in (query, key, value))
@@ -121,13 +128,10 @@ def _with_context(own: Tensor, context: list[Tensor], run: Run) -> Tensor:
 
 def _attend(q_nLHD: Tensor, k_nMGD: Tensor, v_nMGD: Tensor, scaling: float | None, window: int | None) -> Tensor:
     """Causal attention, aligned so that the last query sees the last key. Returns [n, L, H, Dv]."""
-    dtype, on_cpu = q_nLHD.dtype, q_nLHD.device.type == "cpu"
     length, total = q_nLHD.shape[1], k_nMGD.shape[1]
-    if on_cpu and dtype in (torch.bfloat16, torch.float16) and length <= SHORT_SEGMENT:
-        q_nLHD, k_nMGD, v_nMGD = q_nLHD.float(), k_nMGD.float(), v_nMGD.float()
     mask_LM = visible_keys(length, total, window, q_nLHD.device)
     grouped = q_nLHD.shape[2] != k_nMGD.shape[2]
-    if grouped and mask_LM is not None and not on_cpu:
+    if grouped and mask_LM is not None and q_nLHD.device.type != "cpu":
         # with a mask the fused CUDA kernels do not take grouped heads, and the fallback materialises the scores
         k_nMGD, v_nMGD = (x.repeat_interleave(q_nLHD.shape[2] // k_nMGD.shape[2], dim=2) for x in (k_nMGD, v_nMGD))
         grouped = False
@@ -140,7 +144,7 @@ def _attend(q_nLHD: Tensor, k_nMGD: Tensor, v_nMGD: Tensor, scaling: float | Non
         scale=scaling,
         enable_gqa=grouped,
     )
-    return out_nHLD.transpose(1, 2).to(dtype)
+    return out_nHLD.transpose(1, 2)
 
 
 def visible_keys(length: int, total: int, window: int | None, device: torch.device) -> Tensor | None:

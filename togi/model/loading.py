@@ -29,6 +29,7 @@ from togi.config.shared import ADAPTER_CONFIG, LoRA
 from togi.errors import ModelError
 from togi.model.attention import SEGMENTS, VARLEN
 from togi.model.deferred import Deferred, Reader, files_of, nothing_left, quiet
+from togi.model.host_layers import use_host_layers
 from togi.model.liger import apply_liger, check_liger
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.support import PROVEN, logit_transform, refuse_unsupported, verify_packing
@@ -276,6 +277,8 @@ def _ready(model: Model, gradient_checkpointing: bool, use_reentrant: bool, lora
         verify_packing(model)
     if liger:
         apply_liger(model.hf)
+    else:
+        use_host_layers(model.hf)
     if lora is not None:
         from togi.model.adapters import add_lora  # PEFT takes more than half a second to import
 

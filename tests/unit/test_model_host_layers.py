@@ -1,0 +1,148 @@
+"""Norms and gated MLPs by blocks on a CPU: Transformers' outputs bit for bit, and the gradients of its float64 layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from tests.packs import plain_pack, random_groups
+from tests.tiny import tiny_config, tiny_model
+from togi.model import host_layers
+from togi.model.attention import SEGMENTS
+from togi.model.host_layers import gated, rms_norm, use_host_layers
+from togi.model.outputs import Needs
+from togi.model.policy import PolicyModel
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, the last of them not full."""
+    monkeypatch.setattr(host_layers, "BLOCK_ELEMENTS", 200)
+
+
+def backward(out: Tensor, grad: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(out, leaves, grad))
+
+
+def assert_near(got: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> None:
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+    for one, other in zip(got, exact, strict=True):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(one.double() / scale, other / scale, rtol=0, atol=tolerance)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 23, 48), (1, 7, 3, 32)])
+def test_a_norm_is_transformers_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, weight, grad = (torch.randn(*size).to(dtype) for size in (shape, shape[-1:], shape))
+    layer = LlamaRMSNorm(shape[-1], eps=1e-5)
+    layer.weight.data = weight
+    x.requires_grad_(), weight.requires_grad_()
+    out = rms_norm(x, weight, 1e-5)
+    assert torch.equal(out, layer(x))
+    wide, wide_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = wide_weight * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+    assert_near(backward(out, grad, x, weight), backward(exact, grad.double(), wide, wide_weight), dtype)
+
+
+@DTYPES
+def test_a_gate_is_transformers_gate(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate, up, grad = (torch.randn(1, 23, 48).to(dtype) for _ in range(3))
+    gate.requires_grad_(), up.requires_grad_()
+    out = gated(gate, up)
+    assert torch.equal(out, nn.functional.silu(gate) * up)
+    wide, wide_up = gate.detach().double().requires_grad_(), up.detach().double().requires_grad_()
+    exact = nn.functional.silu(wide) * wide_up
+    assert_near(backward(out, grad, gate, up), backward(exact, grad.double(), wide, wide_up), dtype)
+
+
+def test_frozen_weights_and_inputs_get_no_gradient() -> None:
+    x, weight = torch.randn(5, 8), torch.randn(8, requires_grad=True)
+    rms_norm(x, weight, 1e-6).sum().backward()
+    assert weight.grad is not None and x.grad is None
+    y = torch.randn(5, 8, requires_grad=True)
+    rms_norm(y, weight.detach(), 1e-6).sum().backward()
+    assert y.grad is not None
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral", "qwen2"])
+def test_a_model_keeps_its_outputs_and_gradients(arch: str) -> None:
+    tokens = torch.arange(37)[None] % 256
+
+    def run(use: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        model = tiny_model(arch)
+        if use:
+            use_host_layers(model)
+        logits = model(input_ids=tokens).logits
+        logits.square().mean().backward()
+        return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    (plain, gradients), (logits, ours) = run(False), run(True)
+    assert torch.equal(logits, plain)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_which_layers_are_given_another_forward() -> None:
+    """All norms and MLPs; none where the activation is another, whose class is another, or that computes in float64."""
+
+    def changed(model: Any) -> int:
+        use_host_layers(model)
+        return sum("forward" in vars(layer) for layer in model.modules())
+
+    assert changed(tiny_model("llama")) == 2 * 3 + 1
+    assert changed(tiny_model("qwen3")) == 2 * 5 + 1
+    assert changed(tiny_model("llama", hidden_act="gelu")) == 2 * 2 + 1
+    assert changed(tiny_model("gemma")) == 0
+    assert tiny_config("llama").hidden_act == "silu"
+    norm, double = Qwen3RMSNorm(8), torch.randn(3, 8, dtype=torch.float64)
+    expected = norm(double)
+    norm.forward = host_layers.MethodType(host_layers._norm, norm)
+    assert torch.equal(norm(double), expected)
+
+
+def test_the_mlp_runs_its_own_projections() -> None:
+    """So that adapters on them are seen."""
+    mlp, x = LlamaMLP(tiny_config("llama")), torch.randn(1, 5, 64)
+    expected = mlp(x)
+    mlp.forward = host_layers.MethodType(host_layers._gated_mlp, mlp)
+    assert torch.equal(mlp(x), expected)
+    mlp.up_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    torch.testing.assert_close(mlp(x), 2 * expected)
+
+
+def kept_bytes(layers: int) -> float:
+    """What the forward of a model in bfloat16 keeps for its backward, parameters aside, per token."""
+    hf = tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=layers)
+    hf.set_attn_implementation(SEGMENTS)
+    use_host_layers(hf)
+    model, batch = PolicyModel(hf).train(), plain_pack(random_groups(0, [(40, [60]), (30, [100]), (50, [120])]))
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in parameters:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outputs = model(batch, Needs(logprobs=True))
+    assert outputs.logprobs_K.requires_grad
+    return sum(x.untyped_storage().nbytes() for x in kept.values()) / batch.num_tokens
+
+
+def test_what_a_layer_keeps_for_its_backward() -> None:
+    """In bfloat16 inputs and outputs of two norms (64 wide), queries and attention (64), keys and values (32), gate, up and their
+    product (96); in float32 a scale of each norm and a log-sum-exp of each of two heads. Transformers keeps 2,600 bytes.
+    """
+    per_layer = (kept_bytes(4) - kept_bytes(2)) / 2
+    assert per_layer == pytest.approx(2 * (4 * 64 + 2 * 64 + 2 * 32 + 3 * 96) + 4 * (2 + 2))

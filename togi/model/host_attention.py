@@ -1,0 +1,120 @@
+"""Attention over a pack on a CPU: PyTorch's fused kernel, run by run, keeping what the backward needs in the input dtype.
+
+Shape letters as in ``attention``: T packed tokens, H query heads, G key/value heads, D head size; n segments of equal length L
+that see M keys.
+
+The same numbers as one ``scaled_dot_product_attention`` a run. Autograd would keep each run's widened copies of queries, keys
+and values, with those of a shared prefix once for every continuation; here they are made again in the backward, and the gradient
+of a prefix is added up in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from togi.model.logprob_head import full_precision
+from togi.model.partial_attention import Visibility, attend, attend_backward
+
+
+class Run(Protocol):
+    """``count`` segments of ``length`` tokens that continue the ``chain`` of runs, outermost first."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def chain(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One run in the pack: its tokens are ``own``, and ``context`` are those of its chain, outermost first."""
+
+    own: slice
+    context: tuple[slice, ...]
+    count: int
+
+    def queries(self, x_HTD: Tensor) -> Tensor:
+        """[n, H, L, D] of this run's tokens."""
+        return x_HTD[:, self.own].view(len(x_HTD), self.count, -1, x_HTD.shape[2]).transpose(0, 1)
+
+    def keys(self, x_GTD: Tensor) -> Tensor:
+        """[n, G, M, D]: the context, the same for each segment, and the segment's own."""
+        own_nGLD = self.queries(x_GTD)
+        if not self.context:
+            return own_nGLD
+        shared_GCD = torch.cat([x_GTD[:, link] for link in self.context], dim=1)
+        return torch.cat([shared_GCD.expand(self.count, *shared_GCD.shape), own_nGLD], dim=2)
+
+    def put(self, x_HTD: Tensor, part_nHLD: Tensor) -> None:
+        """Write what ``queries`` reads."""
+        self.queries(x_HTD).copy_(part_nHLD)
+
+    def add(self, x_GTD: Tensor, part_nGMD: Tensor) -> None:
+        """Add what ``keys`` reads, over the segments where they share it."""
+        shared_GCD = part_nGMD[:, :, : part_nGMD.shape[2] - (self.own.stop - self.own.start) // self.count].sum(0)
+        start = 0
+        for link in self.context:
+            length = link.stop - link.start
+            x_GTD[:, link] += shared_GCD[:, start : start + length]
+            start += length
+        self.queries(x_GTD).add_(part_nGMD[:, :, start:])
+
+
+def parts_of(runs: Sequence[Run]) -> list[Part]:
+    """Where each run lies in the pack."""
+    ends = list(accumulate(run.count * run.length for run in runs))
+    places = [slice(end - run.count * run.length, end) for end, run in zip(ends, runs, strict=True)]
+    return [
+        Part(own, tuple(places[link] for link in run.chain), run.count) for own, run in zip(places, runs, strict=True)
+    ]
+
+
+class HostAttention(torch.autograd.Function):
+    """``query`` [H, T, D], ``key`` and ``value`` [G, T, D] to [H, T, D]; ``seen`` gives the visibility of each run."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: list[Part], seen: list[Visibility], scale: float
+    ) -> Tensor:
+        # the memory order of a projection, so that the output projection reads it as it is
+        out_HTD = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
+        lses = []
+        for part, visible in zip(parts, seen, strict=True):
+            out_nHLD, lse_nHL = attend(part.queries(query), part.keys(key), part.keys(value), scale, visible)
+            part.put(out_HTD, out_nHLD)
+            lses.append(lse_nHL)
+        ctx.save_for_backward(query, key, value, out_HTD, *lses)
+        ctx.parts, ctx.seen, ctx.scale = parts, seen, scale
+        return out_HTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_HTD: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out_HTD, *lses = ctx.saved_tensors
+        d_query = torch.empty_like(query)
+        d_key, d_value = (torch.zeros_like(full_precision(x)) for x in (key, value))
+        for part, visible, lse_nHL in zip(ctx.parts, ctx.seen, lses, strict=True):
+            inputs = (part.queries(query), part.keys(key), part.keys(value))
+            grads = attend_backward(part.queries(grad_HTD), inputs, part.queries(out_HTD), lse_nHL, ctx.scale, visible)
+            part.put(d_query, grads[0])
+            part.add(d_key, grads[1])
+            part.add(d_value, grads[2])
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
+
+
+def host_attention(
+    query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Run], masks: Iterator[Tensor | None], scale: float
+) -> Tensor:
+    """``masks``: of each run which keys its queries see, bool [L, M]; None where plain causality says it."""
+    seen = [Visibility(causal=mask is None, seen_LM=mask) for mask in masks]
+    out_HTD: Tensor = HostAttention.apply(query, key, value, parts_of(runs), seen, scale)  # type: ignore[no-untyped-call]
+    return out_HTD
