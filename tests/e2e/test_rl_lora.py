@@ -1,4 +1,4 @@
-"""Reinforcement learning of a LoRA adapter: engines get merged weights, the base inside is the reference."""
+"""Reinforcement learning of a LoRA adapter, which alone is sent to engines; the base inside is the reference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ def moved(run: Path) -> float:
     return max(float(tensor.abs().max()) for name, tensor in tensors.items() if "lora_B" in name)
 
 
-def test_vllm_gets_the_merged_weights(world: Path, tmp_path: Path) -> None:
+def adapter_bytes(run: Path) -> int:
+    """Of the adapter that was saved, in float32."""
+    return sum(4 * tensor.numel() for tensor in load_file(run / "model" / "adapter_model.safetensors").values())
+
+
+def test_vllm_gets_the_adapter_alone(world: Path, tmp_path: Path) -> None:
     """Trainer with an adapter and engine without one agree after every update; no second model is the reference."""
     run = tmp_path / "run"
     done = train(
@@ -40,6 +45,7 @@ def test_vllm_gets_the_merged_weights(world: Path, tmp_path: Path) -> None:
     assert records[2]["kl/reference"] > 1e-3
     assert all(values["mismatch/probe_mean_abs"] < 0.05 for values in records)
     assert moved(run) > 1e-3
+    assert all(values["weights/sync_bytes"] == adapter_bytes(run) for values in records)
     assert (run / "checkpoints" / "step_00000002" / "hf" / "adapter_config.json").is_file()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     words = ["--lora_path", run / "model", "--output_path", tmp_path / "merged"]
@@ -62,7 +68,7 @@ def test_chat_takes_an_adapter(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_quantised_actor_and_critic(world: Path, tmp_path: Path) -> None:
-    """QLoRA: the engine's float32 weights are the dequantised base plus the adapter, so both sides agree closely."""
+    """QLoRA: the engine is sent float32 weights, the dequantised base plus the adapter, so both sides agree closely."""
     run = tmp_path / "run"
     flags = [
         "--advantage_estimator",
@@ -78,20 +84,22 @@ def test_a_quantised_actor_and_critic(world: Path, tmp_path: Path) -> None:
     assert all(values["mismatch/max_ratio"] == pytest.approx(1, abs=1e-2) for values in records)
     assert records[0]["kl/reference"] == pytest.approx(0, abs=1e-6)
     assert records[1]["kl/reference"] != 0
+    assert records[0]["weights/sync_bytes"] > 4 * adapter_bytes(run)
     assert moved(run) > 0
     critic = load_file(run / "model_critic" / "adapter_model.safetensors")
     assert any(name.endswith("score.weight") for name in critic)
 
 
 def test_two_sharded_workers_equal_one(world: Path, tmp_path: Path) -> None:
-    """Adapters of float32 models under FSDP2 stage 3, in two processes with two engines, and in one."""
+    """Adapters of float32 models under FSDP2 stage 3, in two processes with two engines, and in one that sends whole weights."""
     common = [*KL, *HF, *LORA, "--max_steps", "2", "--full_determinism", "--train_batch_size", "8"]
     one, two = tmp_path / "one", tmp_path / "two"
-    train(world, one, *common)
+    train(world, one, *common, "--lora_sync", "merged")
     train(world, two, *common, "--actor_num_gpus_per_node", "2", "--vllm_num_engines", "2", "--zero_stage", "3")
     for a, b in zip(metrics(one), metrics(two), strict=True):
         for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy", "kl/reference"):
             assert a["values"][name] == pytest.approx(b["values"][name], rel=5e-4, abs=1e-6), name
+        assert b["values"]["weights/sync_bytes"] == adapter_bytes(two) < a["values"]["weights/sync_bytes"]
     first, second = (load_file(run / "model" / "adapter_model.safetensors") for run in (one, two))
     assert first.keys() == second.keys()
     for name, tensor in first.items():

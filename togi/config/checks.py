@@ -21,7 +21,7 @@ from togi.config.choices import (
     Verifier,
 )
 from togi.config.parallel_checks import tensor_problems
-from togi.config.policy_checks import policy_loss_problems
+from togi.config.policy_checks import lora_sync_problems, policy_loss_problems
 from togi.config.rl import RLConfig
 from togi.config.sample_checks import sample_problems
 from togi.config.shared import ALL_LINEAR, MIXTURES, NO_METRIC, ModelSettings, OutputSettings, TrainSettings
@@ -205,6 +205,7 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
     if c.uses_reference and not c.use_kl_loss and c.kl_estimator is not KLEstimator.K1:
         yield f"--kl_estimator {c.kl_estimator} belongs in the loss: add --use_kl_loss, or use --kl_estimator k1."
     yield from policy_loss_problems(c)
+    yield from lora_sync_problems(c)
     if c.no_advantage_std_norm and estimator in (AdvantageEstimator.GROUP_NORM, AdvantageEstimator.DR_GRPO):
         yield f"--no_advantage_std_norm has no effect with --advantage_estimator {estimator}: leave it out."
 

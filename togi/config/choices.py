@@ -138,6 +138,14 @@ class Scheduler(StrEnum):
         return self.value.startswith("cosine") or self is Scheduler.WARMUP_STABLE_DECAY
 
 
+class LoraSync(StrEnum):
+    """What engines get of a policy that trains an adapter: the adapter alone, or whole weights with it merged in."""
+
+    AUTO = "auto"
+    ADAPTERS = "adapters"
+    MERGED = "merged"
+
+
 class Overlong(StrEnum):
     """What becomes of a row of more tokens than ``--max_len``. A row that is cut gets no end token."""
 

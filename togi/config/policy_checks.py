@@ -1,10 +1,10 @@
-"""Contradictions between the settings of the policy loss of ``togi rl``. Part of ``checks``, which calls it."""
+"""Contradictions in the policy loss of ``togi rl`` and in the way of an adapter to engines. Part of ``checks``, which calls it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from togi.config.choices import Aggregation, PolicyLossType
+from togi.config.choices import Aggregation, LoraSync, PolicyLossType
 from togi.config.rl import RLConfig
 
 
@@ -24,6 +24,19 @@ def policy_loss_problems(c: RLConfig) -> Iterator[str]:
             "leave the second out."
         )
     yield from _correction_problems(c)
+
+
+def lora_sync_problems(c: RLConfig) -> Iterator[str]:
+    """What is wrong with the way in which an adapter reaches the engines."""
+    if c.lora_sync is LoraSync.AUTO:
+        return
+    if c.lora_rank == 0:
+        yield f"--lora_sync {c.lora_sync} is about an adapter: add --lora_rank, or leave it out."
+    elif c.load_in_4bit and c.lora_sync is LoraSync.ADAPTERS:
+        yield (
+            "--lora_sync adapters with --load_in_4bit would be merged into weights that were never rounded to 4 bits, which are "
+            "not those of the trainer: leave --lora_sync out."
+        )
 
 
 def _correction_problems(c: RLConfig) -> Iterator[str]:

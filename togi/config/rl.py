@@ -12,6 +12,7 @@ from togi.config.choices import (
     CorrectionType,
     EngineName,
     KLEstimator,
+    LoraSync,
     PolicyLossType,
     SyncBackend,
 )
@@ -77,6 +78,11 @@ class RolloutSettings(Settings):
         "auto: host memory on one host, a group across hosts.",
     )
     vllm_sync_with_ray: bool = flag(False, "Let Ray's object store carry the weights, across hosts too.")
+    lora_sync: LoraSync = flag(
+        LoraSync.AUTO,
+        "What engines are sent under --lora_rank: adapters, which each engine merges into the weights of its own model files, or "
+        "whole merged weights; auto: adapters, but merged with --load_in_4bit, whose rounded base is in no file.",
+    )
     vllm_enable_sleep: bool = flag(
         False, "Engines give back their cache while the models train (--colocate_all_models)."
     )
@@ -241,6 +247,11 @@ class RLConfig(
     def clip_range(self) -> tuple[float, float]:
         """Lower and upper clip of the ratio: it is kept within [1 - low, 1 + high]."""
         return self.eps_clip_low_high if self.eps_clip_low_high is not None else (self.eps_clip, self.eps_clip)
+
+    @property
+    def sends_adapter(self) -> bool:
+        """Whether the adapter alone goes to the engines, and not whole weights."""
+        return self.lora is not None and not self.load_in_4bit and self.lora_sync is not LoraSync.MERGED
 
     @property
     def trainer_sleeps(self) -> bool:

@@ -25,6 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from togi.config.shared import ADAPTER_CONFIG, ALL_LINEAR, LoRA
 from togi.errors import ModelError
+from togi.model import adapter_update
+from togi.model.checkpoint import checkpoint_tensors
 from togi.model.loading import HEAD
 from togi.model.policy import PolicyModel, ScalarModel
 
@@ -82,7 +84,7 @@ def target_layers(hf: PreTrainedModel, wanted: Iterable[str]) -> list[str]:
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its frozen base: the reference of a policy that is trained with LoRA."""
-    layers: list[Any] = [part for part in model.modules() if isinstance(part, LoraLayer)]
+    layers = _layers(model)
     # PEFT's own switch also turns requires_grad off and on, and FSDP2 remembers the first value that it sees.
     for layer in layers:
         layer._disable_adapters = True
@@ -114,10 +116,33 @@ def merged(
         elif _B in name:
             layer = name.partition(_B)[0]
             weight, a, scale = held.pop(layer), held.pop(f"{layer}{_A}"), _scale(model, layer)
-            yield f"{layer}.weight", torch.addmm(weight.float(), tensor.float(), a.float(), alpha=scale).to(dtype)
+            yield f"{layer}.weight", adapter_update.merge(weight, a, tensor, scale).to(dtype)
         else:
             yield name, tensor.to(dtype)
     assert not held, f"no adapter followed {sorted(held)}"
+
+
+def sent_names(model: PolicyModel, names: Iterable[str]) -> dict[str, str]:
+    """What the trained parameters ``names`` of an adapted model are called on the way to an engine: by checkpoint names."""
+    ends = {_A: adapter_update.A, _B: adapter_update.B}
+    parts = {name: name.partition(_A if _A in name else _B) for name in names}
+    layers = list(dict.fromkeys(layer for layer, _, _ in parts.values()))
+    numbered = ((f"{layer}.weight", torch.tensor(number)) for number, layer in enumerate(layers))
+    weights = {layers[int(number)]: name for name, number in checkpoint_tensors(model, numbered)}
+    return {
+        name: weights[layer].removesuffix(adapter_update.WEIGHT) + ends[kind]
+        for name, (layer, kind, _) in parts.items()
+    }
+
+
+def adapter_scale(model: PolicyModel) -> float:
+    """What B A is multiplied by, in every layer: alpha / rank."""
+    (scale,) = {float(part.scaling[ADAPTER]) for part in _layers(model)}
+    return scale
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    return [part for part in model.modules() if isinstance(part, LoraLayer)]
 
 
 def full_weight(parameter: nn.Parameter, tensor: Tensor) -> Tensor:

@@ -39,10 +39,14 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that one weight update will send."""
+    """Everything that one weight update will send: all weights, or a LoRA adapter alone (``togi.model.adapter_update``).
+
+    ``adapter_scale``: alpha / rank of an adapter; None where whole weights are sent.
+    """
 
     version: int
     tensors: tuple[TensorSpec, ...]
+    adapter_scale: float | None = None
 
     @property
     def nbytes(self) -> int:

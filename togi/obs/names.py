@@ -91,6 +91,7 @@ THROUGHPUT_SCORE = "throughput/scored_tokens_per_second"
 THROUGHPUT_TRAIN = "throughput/trained_tokens_per_second"
 THROUGHPUT_SAMPLES = "throughput/samples_per_second"
 WEIGHT_SYNC_SECONDS = "weights/sync_seconds"
+WEIGHT_SYNC_BYTES = "weights/sync_bytes"
 WEIGHT_SYNC_RATE = "throughput/weight_sync_gb_per_second"
 
 EXPLANATIONS: dict[str, str] = {
@@ -162,6 +163,7 @@ EXPLANATIONS: dict[str, str] = {
     THROUGHPUT_GENERATE: "Tokens generated a second by all engines together.",
     THROUGHPUT_SCORE: "Tokens a second in scoring: sequence tokens x models that scored them / seconds.",
     WEIGHT_SYNC_SECONDS: "Seconds from asking for a weight update to the last engine's confirmation.",
+    WEIGHT_SYNC_BYTES: "Bytes that each engine was sent: all weights, or with --lora_rank the adapter alone (--lora_sync).",
     THROUGHPUT_TRAIN: "Tokens trained on a second by all ranks together.",
     THROUGHPUT_SAMPLES: "Rollouts finished a second, over the whole step.",
     WEIGHT_SYNC_RATE: "Speed of the weight transfer from trainer to engines, in GB a second.",

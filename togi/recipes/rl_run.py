@@ -132,7 +132,11 @@ class Run:
             await self.session.phases.enter(Phase.SYNC)
             report = await self.session.sync(self.step)
             self._values[names.MISMATCH_PROBE_MEAN_ABS] = await self.session.probe(self._probe)
-        self._values |= {names.WEIGHT_SYNC_RATE: report.gb_per_second, names.WEIGHT_SYNC_SECONDS: report.seconds}
+        self._values |= {
+            names.WEIGHT_SYNC_BYTES: report.nbytes,
+            names.WEIGHT_SYNC_RATE: report.gb_per_second,
+            names.WEIGHT_SYNC_SECONDS: report.seconds,
+        }
 
     async def generate(self) -> list[ScoredGroup]:
         """The next prompts' scored groups, made by the present weights, or in a replay as they were stored."""

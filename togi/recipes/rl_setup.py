@@ -19,6 +19,7 @@ from togi.data.report import DataReport
 from togi.errors import CheckpointError
 from togi.learn.best import Aim
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
+from togi.model.adapter_update import check_base_files
 from togi.model.loading import check_causal_lm
 from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
@@ -70,6 +71,8 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 lora=config.lora,
                 balanced=config.aux_loss_coef > 0,
             )
+            if config.generates and config.sends_adapter:
+                check_base_files(config.pretrain, "bfloat16" if config.bf16 else "float32", config.trust_remote_code)
             tokenizer = load_tokenizer(
                 config.pretrain,
                 chat_template=config.tokenizer_chat_template,

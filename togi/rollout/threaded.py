@@ -17,14 +17,18 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from togi.errors import DataError, WeightSyncError
-from togi.model.weights import Bucket, Manifest, TensorSpec
+from togi.model.adapter_update import BaseFiles
+from togi.model.weights import Bucket, Manifest, TensorSpec, pack_buckets
 from togi.plan.memory import Released
+from togi.rollout.engine import EngineSettings
 from togi.rollout.updates import UpdateLog
 from togi.sample import FinishReason, Generation, Sampling
 
 T = TypeVar("T")
+MERGED_BUCKET_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +68,9 @@ class _Request:
 class ThreadedEngine:
     """Runs a core on a thread of its own. Thread-safe; see ``RolloutEngine`` for the contract."""
 
-    def __init__(self, make_core: Callable[[], Core], max_model_len: int, threads: int = 0) -> None:
-        self._max_model_len = max_model_len
+    def __init__(self, make_core: Callable[[], Core], settings: EngineSettings) -> None:
+        self._model, self._max_model_len = settings.model, settings.max_model_len
+        self._adapter: dict[str, Tensor] = {}
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._running: dict[int, _Request] = {}
         self._waiting: list[_Request] = []
@@ -76,7 +81,7 @@ class ThreadedEngine:
         self._door = threading.Lock()
         started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=self._run, args=(make_core, threads, started), daemon=True, name="engine"
+            target=self._run, args=(make_core, settings.threads, started), daemon=True, name="engine"
         )
         self._thread.start()
         started.result()
@@ -232,17 +237,33 @@ class ThreadedEngine:
             raise WeightSyncError("the weights of a sleeping engine cannot be updated: call wake first")
         if self._running:
             raise WeightSyncError(f"{len(self._running)} requests are running: pause the engine before an update")
+        if manifest.adapter_scale is not None:
+            self._base = BaseFiles.of(self._model, self._core.expected)
         self._log.begin(manifest)
+        self._adapter = {}
         self._core.begin_update()
 
     def _load_bucket(self, bucket: Bucket) -> None:
         self._log.arrive(bucket.tensors)
-        self._core.load(bucket)
+        if self._log.adapter_scale is None:
+            self._core.load(bucket)
+        else:
+            self._adapter |= dict(bucket.own().unpack())
 
     def _finish_update(self) -> None:
         self._log.check_complete()
+        if self._log.adapter_scale is not None:
+            self._load_merged(self._log.adapter_scale)
         self._core.finish_update()
         self._log.finish()
+
+    def _load_merged(self, scale: float) -> None:
+        """Load whole weights: those of the engine's files with the adapter that has arrived."""
+        whole = self._base.with_adapter(self._core.expected, self._adapter, scale)
+        device = next(iter(self._adapter.values())).device
+        for bucket in pack_buckets(whole, MERGED_BUCKET_BYTES, device):
+            self._core.load(bucket)
+        self._adapter = {}
 
     def _pause(self, drained: Future[None]) -> None:
         if self._failure is not None:

@@ -36,7 +36,7 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 def start_transformers_engine(settings: EngineSettings) -> ThreadedEngine:
     """Load the model on a thread of its own and return when it is ready."""
-    return ThreadedEngine(partial(TransformersCore, settings), settings.max_model_len, settings.threads)
+    return ThreadedEngine(partial(TransformersCore, settings), settings)
 
 
 @dataclass(slots=True, eq=False)

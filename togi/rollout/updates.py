@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from togi.errors import WeightSyncError
+from togi.model import adapter_update
 from togi.model.weights import Manifest, TensorSpec, differences
 
 NAMES_SHOWN = 5
@@ -24,13 +25,19 @@ class UpdateLog:
         self._missing: dict[str, TensorSpec] = {}
 
     @property
+    def adapter_scale(self) -> float | None:
+        """Of the newest update; None where it sends whole weights."""
+        return self._manifest.adapter_scale
+
+    @property
     def opening(self) -> str:
         """In words, which update is open."""
         return f"the weight update to version {self._manifest.version} has begun and is not finished"
 
     def begin(self, manifest: Manifest) -> None:
         """Accept a manifest, or raise and leave everything as it was. A new update may replace an unfinished one."""
-        lines = differences(self.expected, manifest.tensors)
+        compare = differences if manifest.adapter_scale is None else adapter_update.problems
+        lines = compare(self.expected, manifest.tensors)
         if len({spec.name for spec in manifest.tensors}) != len(manifest.tensors):
             lines.append("a name appears twice")
         if lines:

@@ -42,7 +42,7 @@ MIN_BATCHED_TOKENS = 4096
 
 def start_vllm_engine(settings: EngineSettings) -> ThreadedEngine:
     """Start vLLM on a thread of its own and wait until it is ready (about 8 s, most of it imports)."""
-    return ThreadedEngine(partial(VllmCore, settings), settings.max_model_len, settings.threads)
+    return ThreadedEngine(partial(VllmCore, settings), settings)
 
 
 class VllmCore:

@@ -6,7 +6,7 @@ from the driver; packing happens here, next to the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from togi.learn.sft_objective import SFTObjective
 from togi.model.checkpoint import FullParameters, expected_manifest, save_trained, whole_tensors
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
-from togi.model.weights import Manifest, pack_buckets
+from togi.model.weights import Manifest, TensorSpec, pack_buckets
 from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
 from togi.parallel.channel import Channel
@@ -296,11 +296,27 @@ class LearnerWorker(ModelWorker):
     def begin_export(self, version: int) -> Manifest:
         """What the next weight update will send; ``next_bucket`` then gives it piece by piece. On all ranks together."""
         config, backend = self._config, self._learner.backend
+        if config.sends_adapter:
+            return self._begin_adapter(version)
         dtype = torch.bfloat16 if config.bf16 else torch.float32
-        tensors = whole_tensors(self._model, backend.full_parameters, dtype)
-        self._export = Exporter(pack_buckets(tensors, self._bucket_bytes, self._bucket_device), self._carriage)
+        self._send(whole_tensors(self._model, backend.full_parameters, dtype))
         name = str(dtype).removeprefix("torch.")
         return Manifest(version, expected_manifest(config.pretrain, name, config.trust_remote_code))
+
+    def _begin_adapter(self, version: int) -> Manifest:
+        from togi.model.adapter_update import DTYPE
+        from togi.model.adapters import adapter_scale, sent_names
+
+        assert isinstance(self._model, PolicyModel)
+        backend = self._learner.backend
+        shapes, kind = backend.shapes(), str(DTYPE).removeprefix("torch.")
+        sent = sent_names(self._model, shapes)
+        self._send((sent[name], tensor) for name, tensor in backend.full_parameters(DTYPE, trained_only=True))
+        specs = tuple(TensorSpec(sent[name], shape, kind) for name, shape in shapes.items())
+        return Manifest(version, specs, adapter_scale(self._model))
+
+    def _send(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._export = Exporter(pack_buckets(tensors, self._bucket_bytes, self._bucket_device), self._carriage)
 
     def next_bucket(self) -> tuple[int, Parcel | None]:
         """(number of tensors, what goes to the engines from here); gathering takes all ranks."""

@@ -47,7 +47,7 @@ MAY_HOLD: Mapping[Phase, frozenset[Holder]] = {
 class Phases:
     """The phase machine of a run. ``sleepers``: who may be sent to sleep; ``asleep``: who has been already.
 
-    ``merges``: an adapter is merged into masters when weights are sent, so that learners stay awake for it.
+    ``adapted``: what is sent are masters of an adapter, alone or merged, so that learners stay awake for it.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Phases:
         sleepers: frozenset[Holder],
         asleep: frozenset[Holder],
         *,
-        merges: bool,
+        adapted: bool,
     ) -> None:
         self._engines, self._learners, self._scorers = engines, tuple(learners), tuple(scorers)
-        self._sleepers, self._merges = sleepers, merges
+        self._sleepers, self._adapted = sleepers, adapted
         self._asleep = set(asleep)
         self._values = dict[str, float]()
         self.current = Phase.START
@@ -72,7 +72,7 @@ class Phases:
             return
         await self._measure()
         may_hold = MAY_HOLD[phase]
-        if phase is Phase.SYNC and self._merges:
+        if phase is Phase.SYNC and self._adapted:
             may_hold |= {Holder.LEARNERS}
         for holder in sorted((self._sleepers - may_hold) - self._asleep):
             await self._sleep(holder)

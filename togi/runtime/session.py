@@ -62,7 +62,7 @@ class Session:
         learners = self._learners()
         scorers = [group for group in groups.values() if group not in learners]
         self.phases = Phases(
-            engines, learners, [*scorers, *reward_models], sleepers(config), asleep, merges=config.lora is not None
+            engines, learners, [*scorers, *reward_models], sleepers(config), asleep, adapted=config.lora is not None
         )
         self._ended = False
 

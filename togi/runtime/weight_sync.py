@@ -1,4 +1,4 @@
-"""Sending the actor's weights to every engine, in large buckets, by one of the carriers of ``togi.plan.carrier``.
+"""Sending the actor's weights, or a LoRA adapter alone, to every engine, in large buckets, by a carrier of ``togi.plan.carrier``.
 
 Order: all engines agree to the manifest, buckets flow (the gather of the next overlaps the sending and loading of the last; each
 is a buffer of its own, since engines keep references), all engines confirm that everything arrived, and the checksums of what

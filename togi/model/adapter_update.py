@@ -1,0 +1,94 @@
+"""Weight updates that carry a LoRA adapter alone: the engine's side, which needs no PEFT.
+
+An engine started from the files that the trainer's frozen base came from. So it gets A and B of each adapted layer (float32, by
+the layer's checkpoint name) and makes of them the update that it would have got whole: each tensor of the files in the engine's
+dtype, an adapted one as ``W + scale B A``, added in float32. W is read from the files each time, so that no update depends on the
+one before, nothing is rounded twice, and no second copy of the weights stays in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from togi.errors import ModelError
+from togi.model.checkpoint import expected_manifest
+from togi.model.deferred import files_of
+from togi.model.weights import TensorSpec, differences
+
+A, B = "lora_A.weight", "lora_B.weight"
+WEIGHT = "weight"
+DTYPE = torch.float32
+"""Of A and B, in training and on the way."""
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``weight + scale b a`` in float32."""
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+
+
+def problems(base: Iterable[TensorSpec], offered: Iterable[TensorSpec]) -> list[str]:
+    """In words, why these tensors are no adapter of weights like ``base``; empty when they are."""
+    weights = {spec.name: spec for spec in base}
+    have = tuple(offered)
+    stems = {spec.name.removesuffix(end) for spec in have for end in (A, B) if spec.name.endswith(end)}
+    expected: list[TensorSpec] = []
+    ranks = {spec.name: spec.shape[0] for spec in have if spec.name.endswith(A)}
+    for stem in sorted(stems):
+        weight, rank = weights.get(stem + WEIGHT), ranks.get(stem + A, 0)
+        if weight is None or len(weight.shape) != 2:
+            return [f"{stem}{WEIGHT} is no matrix of the model, but has an adapter"]
+        rows, columns = weight.shape
+        expected += [TensorSpec(stem + A, (rank, columns), "float32"), TensorSpec(stem + B, (rows, rank), "float32")]
+    return differences(expected, have)
+
+
+class BaseFiles:
+    """The weights that an engine and the frozen base in training began with, by checkpoint name."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+
+    @classmethod
+    def of(cls, model: str, expected: Iterable[TensorSpec]) -> Self:
+        """The files of a folder or hub name. Raises ModelError unless they have all ``expected`` tensors by these names."""
+        found: dict[str, Path] = {}
+        for file in files_of(model):
+            with safe_open(file, framework="pt") as handle:
+                found |= dict.fromkeys(handle.keys(), file)
+        missing = [spec.name for spec in expected if spec.name not in found]
+        if missing:
+            raise ModelError(
+                f"--lora_sync adapters: the files of --pretrain {model} have no tensor called {missing[0]}, from which engines "
+                "would merge the adapter: use --lora_sync merged."
+            )
+        return cls(found)
+
+    def with_adapter(
+        self, expected: Iterable[TensorSpec], adapter: Mapping[str, Tensor], scale: float
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The ``expected`` tensors with the adapter merged in; computed where A and B are."""
+        device = next(iter(adapter.values())).device
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            for spec in expected:
+                file = self._files[spec.name]
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                dtype: torch.dtype = getattr(torch, spec.dtype)
+                weight: Tensor = opened[file].get_tensor(spec.name).to(device, dtype)
+                stem = spec.name.removesuffix(WEIGHT)
+                if stem + A in adapter:
+                    weight = merge(weight, adapter[stem + A], adapter[stem + B], scale).to(dtype)
+                yield spec.name, weight
+
+
+def check_base_files(model: str, dtype: str, trust_remote_code: bool) -> None:
+    """Raise ModelError where engines could not read the weights that they merge an adapter into."""
+    BaseFiles.of(model, expected_manifest(model, dtype, trust_remote_code))
