@@ -45,6 +45,7 @@ def test_vllm_gets_the_adapter_alone(world: Path, tmp_path: Path) -> None:
     assert records[2]["kl/reference"] > 1e-3
     assert all(values["mismatch/probe_mean_abs"] < 0.05 for values in records)
     assert moved(run) > 1e-3
+    assert "mismatch/probe_router_disagreement" not in records[0]  # a dense model has no router
     assert all(values["weights/sync_bytes"] == adapter_bytes(run) for values in records)
     assert (run / "checkpoints" / "step_00000002" / "hf" / "adapter_config.json").is_file()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -292,13 +292,14 @@ def test_a_killed_run_goes_on_and_trains_every_prompt_once(world: Path, tmp_path
 
 
 def test_actor_and_critic_that_are_mixtures_balance_their_experts(world: Path, tmp_path: Path) -> None:
-    """A large weight brings the loss of both down."""
+    """A large weight brings the loss of both down, and the engine's routers follow the actor's."""
     save_tiny_model(tmp_path / "experts", arch="qwen3_moe", seed=2)
     run, rates = tmp_path / "run", ["--critic_learning_rate", "1e-3", "--lr_scheduler", "constant"]
     flags = ["--pretrain", str(tmp_path / "experts"), "--aux_loss_coef", "20", "--advantage_estimator", "gae", *rates]
     train(world, run, *flags, *HF, "--init_kl_coef", "0", "--train_batch_size", "4", "--num_episodes", "3")
     values = [record["values"] for record in metrics(run)]
     assert len(values) == 9
+    assert all(step["mismatch/probe_router_disagreement"] < 0.01 for step in values)
     for name in ("aux_loss", "value/aux_loss"):
         assert min(step[name] for step in values[-3:]) < values[0][name] - 0.02 < 3, name
 

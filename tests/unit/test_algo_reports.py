@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from togi.algo.evaluate import Estimate, expected_best, mean_with_error, pass_at_k, reported_ks
-from togi.algo.mismatch import mismatch
+from togi.algo.mismatch import chosen_experts, mismatch, router_disagreement
 
 
 def test_mismatch_by_hand():
@@ -47,6 +47,19 @@ def test_mismatch_kl_is_the_divergence_of_the_engine_from_the_trainer():
     report = mismatch(engine[tokens], trainer[tokens])
     assert report.kl == pytest.approx(exact, rel=0.02)
     assert report.ratio_mean == pytest.approx(1, abs=0.01)
+
+
+def test_router_disagreement_by_hand():
+    """Two tokens, two layers, two of four experts: of 8 choices the engine did not make one, then two. Order does not count."""
+    trainer = torch.tensor([[[0, 1], [2, 3]], [[1, 2], [0, 3]]])
+    engine = torch.tensor([[[1, 0], [2, 1]], [[0, 3], [3, 0]]])
+    assert router_disagreement(engine, trainer) == 3 / 8
+    assert router_disagreement(trainer.flip(-1), trainer) == 0
+
+
+def test_a_router_chooses_the_highest_logits():
+    layers = [torch.tensor([[0.1, 3.0, 2.0], [5.0, -1.0, 0.0]]), torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 2.0]])]
+    assert chosen_experts(layers, 2).tolist() == [[[1, 2], [0, 1]], [[0, 2], [2, 1]]]
 
 
 def test_pass_at_k_by_hand():

@@ -1,12 +1,13 @@
-"""How far the generation engine's log-probs are from the trainer's, for the same weights and tokens.
+"""How far the generation engine's log-probs, and its routing of tokens to experts, are from the trainer's, for the same tokens.
 
 Raw numbers, never clipped: this is the alarm, not a correction. Not here: thresholds and what to do about them.
-Shape letter: K tokens in the loss.
+Shape letters: K tokens in the loss, T tokens, E experts, M layers with experts, C experts chosen for a token.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,3 +52,16 @@ def mismatch(rollout_logprobs_K: Tensor, logprobs_K: Tensor) -> Mismatch:
         ratio_max=float(ratio_K.max()),
         kl=float((torch.expm1(log_ratio_K) - log_ratio_K).mean()),
     )
+
+
+def chosen_experts(logits_TE: Sequence[Tensor], choices: int) -> Tensor:
+    """The experts that each layer's router chooses: those of the highest logits (int64, T x M x C)."""
+    return torch.stack([layer_TE.float().topk(choices, dim=-1).indices for layer_TE in logits_TE], dim=1)
+
+
+def router_disagreement(engine_TMC: Tensor, trainer_TMC: Tensor) -> float:
+    """Share of the trainer's choices, over tokens and layers, that the engine did not make; their order does not count."""
+    assert engine_TMC.shape == trainer_TMC.shape, "routings of different tokens, layers or numbers of choices"
+    assert engine_TMC.numel() > 0, "nothing to compare"
+    made_TMC = (trainer_TMC[..., :, None] == engine_TMC[..., None, :]).any(-1)
+    return float((~made_TMC).double().mean())

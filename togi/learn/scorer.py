@@ -37,6 +37,11 @@ class Scorer:
         needs = Needs(logprobs=True)
         return self._per_token(batches, lambda batch: self.module(batch, needs, temperature), lambda o: o.logprobs_K)
 
+    def routes(self, batches: Sequence[Batch]) -> Arrays:
+        """The experts that each token in the loss goes to, of a mixture: an array a sequence (tokens x layers x choices)."""
+        needs = Needs(routes=True)
+        return self._per_token(batches, lambda batch: self.module(batch, needs), lambda o: o.routes_KMC)
+
     def values(self, batches: Sequence[Batch]) -> Arrays:
         """Values of the states in which the tokens in the loss were chosen, arranged like ``logprobs``."""
         needs = Needs(values=True)

@@ -1,7 +1,7 @@
 """What an objective may ask of a model, and what one forward gives back.
 
 Shape letters: K tokens in the loss (ascending packed index, ``Batch.targets_K``), N sequences, H hidden size, R the tokens
-of ``Needs.next_logits``.
+of ``Needs.next_logits``, M layers with experts, C experts chosen for a token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Needs:
 
     ``label_logprobs`` and ``next_logits`` (ids of a few tokens) are predictions made at the token in the loss itself,
     about what follows it; all others are about that token. ``states`` asks for hidden states in place of their results.
-    ``balance``, of a mixture of experts only, comes on top of any of them.
+    ``balance`` and ``routes``, of a mixture of experts only, come on top of any of them.
     """
 
     logprobs: bool = False
@@ -32,6 +32,7 @@ class Needs:
     next_logits: tuple[int, ...] = ()
     states: bool = False
     balance: bool = False
+    routes: bool = False
 
 
 def _empty() -> Tensor:
@@ -49,6 +50,7 @@ class Outputs:
     it is the likeliest there. ``next_logits_KR``: the logits of the tokens asked for, same place.
     ``divergence_K[k]``: how far the distribution of token ``targets_K[k]`` is from a teacher's, in nats.
     ``balance_N``: the load-balancing loss of each sequence (``togi.algo.balance``).
+    ``routes_KMC`` (int64): the experts that token ``targets_K[k]`` itself goes to, in each layer.
     ``states_kH``: the hidden states from which ``logprobs_K`` would be made, in the model's own dtype; in a ring only those of
     this rank (``ring_layout``), where they are needed.
     A field that was not asked for is an empty tensor.
@@ -64,3 +66,4 @@ class Outputs:
     divergence_K: Tensor = field(default_factory=_empty)
     states_kH: Tensor = field(default_factory=_empty)
     balance_N: Tensor = field(default_factory=_empty)
+    routes_KMC: Tensor = field(default_factory=_empty)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from togi.algo.balance import balance_loss, routing_sums
+from togi.algo.mismatch import chosen_experts
 from togi.batch import NO_SEQUENCE, Batch
 from togi.config.choices import Divergence
 from togi.config.shared import MIXTURES
@@ -85,17 +86,25 @@ class _Model(nn.Module):
         """Whether it is a mixture of experts whose router can be balanced."""
         return self.hf.config.model_type in MIXTURES
 
-    def _states(self, layout: Layout, batch: Batch, needs: Needs) -> tuple[Tensor, Tensor]:
-        """Hidden states, [t, H], and the load-balancing loss of each sequence (empty if not asked for)."""
-        if not needs.balance:
+    def _states(self, layout: Layout, batch: Batch, needs: Needs) -> tuple[Tensor, Outputs]:
+        """Hidden states, [t, H], and what was asked about the routing of a mixture of experts."""
+        if not (needs.balance or needs.routes):
             states_tH = hidden_states(self.hf, layout)
-            return states_tH, states_tH.new_empty(0)
+            return states_tH, Outputs(balance_N=states_tH.new_empty(0))
         assert self.is_mixture, "a dense model has no router"
         output = _body(self.hf, layout, output_router_logits=True)
         config: Any = self.hf.config
-        top_k, segments = config.num_experts_per_tok, len(batch.segments)
-        own_2SE = routing_sums(output.router_logits, top_k, layout.segments_of(batch), segments + 1)[:, :segments]
-        return output.last_hidden_state[0], balance_loss(layout.total(own_2SE), top_k, batch.chains_NS())
+        states_tH, top_k, segments = output.last_hidden_state[0], config.num_experts_per_tok, len(batch.segments)
+        routing = Outputs(balance_N=states_tH.new_empty(0))
+        if needs.balance:
+            own_2SE = routing_sums(output.router_logits, top_k, layout.segments_of(batch), segments + 1)[:, :segments]
+            balance_N = balance_loss(layout.total(own_2SE), top_k, batch.chains_NS())
+            routing = replace(routing, balance_N=balance_N)
+        if needs.routes:
+            places = layout.at(batch.targets_K)
+            own_kMC = places.states(chosen_experts(output.router_logits, top_k))
+            routing = replace(routing, routes_KMC=places.whole(own_kMC))
+        return states_tH, routing
 
 
 class PolicyModel(_Model):
@@ -122,9 +131,9 @@ class PolicyModel(_Model):
         """
         assert not (needs.values or needs.scores), "a policy has no scalar head"
         layout = self.layout_of(batch)
-        states_tH, balance_N = self._states(layout, batch, needs)
+        states_tH, routing = self._states(layout, batch, needs)
         outputs = self._predictions(states_tH, layout, batch, needs, temperature, teacher)
-        return replace(outputs, balance_N=balance_N)
+        return replace(outputs, balance_N=routing.balance_N, routes_KMC=routing.routes_KMC)
 
     def _predictions(
         self,
@@ -213,14 +222,14 @@ class ScalarModel(_Model):
         own = Needs(values=needs.values, scores=needs.scores, balance=needs.balance)
         assert needs == own, "a scalar model has no token distribution"
         layout = self.layout_of(batch)
-        states_tH, balance_N = self._states(layout, batch, needs)
+        states_tH, routing = self._states(layout, batch, needs)
         empty = states_tH.new_empty(0, dtype=torch.float32)
         values_K, scores_N = empty, empty
         if needs.values:
             values_K = self._at(layout.at(batch.sources_T[batch.targets_K]), states_tH)
         if needs.scores:
             scores_N = self._at(layout.at(last_tokens(batch)), states_tH)
-        return Outputs(values_K=values_K, scores_N=scores_N, balance_N=balance_N)
+        return Outputs(values_K=values_K, scores_N=scores_N, balance_N=routing.balance_N)
 
     def _at(self, places: Places, states_tH: Tensor) -> Tensor:
         return places.whole(self._head(places.states(states_tH)))

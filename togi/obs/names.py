@@ -70,6 +70,7 @@ MISMATCH_P99_RATIO = "mismatch/p99_ratio"
 MISMATCH_MAX_RATIO = "mismatch/max_ratio"
 MISMATCH_K3 = "mismatch/k3"
 MISMATCH_PROBE_MEAN_ABS = "mismatch/probe_mean_abs"
+MISMATCH_PROBE_ROUTER = "mismatch/probe_router_disagreement"
 MISMATCH_CORRECTED_SHARE = "mismatch/corrected_share"
 MISMATCH_MASKED_SHARE = "mismatch/masked_share"
 MISMATCH_MEAN_WEIGHT = "mismatch/mean_weight"
@@ -148,6 +149,7 @@ EXPLANATIONS: dict[str, str] = {
     MISMATCH_MAX_RATIO: "Largest trainer probability / engine probability of the step, before any correction.",
     MISMATCH_K3: "KL of engine and trainer (k3), in nats a token; rises when weights or sampling disagree.",
     MISMATCH_PROBE_MEAN_ABS: "mismatch/mean_abs on fixed probes at fresh weights: numerical noise, no staleness.",
+    MISMATCH_PROBE_ROUTER: "Share of expert choices on the probe that engine and trainer do not share, over tokens and layers.",
     MISMATCH_CORRECTED_SHARE: "Share of tokens whose weight the mismatch correction truncated or masked.",
     MISMATCH_MASKED_SHARE: "Share of tokens that the mismatch correction left out of the loss.",
     MISMATCH_MEAN_WEIGHT: "Mean weight that the mismatch correction gave to a token, 0 where it was left out.",

@@ -132,6 +132,7 @@ class Run:
             await self.session.phases.enter(Phase.SYNC)
             report = await self.session.sync(self.step)
             self._values[names.MISMATCH_PROBE_MEAN_ABS] = await self.session.probe(self._probe)
+            self._values |= await self.session.routing(self._probe)
         self._values |= {
             names.WEIGHT_SYNC_BYTES: report.nbytes,
             names.WEIGHT_SYNC_RATE: report.gb_per_second,

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from togi.errors import ConfigError
 from togi.model.weights import Bucket, Manifest
 from togi.plan.memory import Released
@@ -74,6 +77,13 @@ class RolloutEngine(Protocol):
         """Log-probs (nats, temperature 1) of ``tokens[1:]``, each given what is before it, under the current weights.
 
         The engine must be idle.
+        """
+        ...
+
+    async def routes(self, tokens: Sequence[int]) -> NDArray[np.int64]:
+        """The experts that each token goes to in each layer of a mixture, under the current weights (tokens x layers x choices).
+
+        Empty where they cannot be seen: in compiled graphs of vLLM. The engine must be idle.
         """
         ...
 

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from togi.errors import DataError, WeightSyncError
@@ -50,6 +52,7 @@ class Core(Protocol):
     def abort(self, key: int) -> None: ...
     def step(self) -> list[Finished]: ...
     def score(self, tokens: tuple[int, ...]) -> list[float]: ...
+    def routes(self, tokens: tuple[int, ...]) -> NDArray[np.int64]: ...
     def begin_update(self) -> None: ...
     def load(self, bucket: Bucket) -> None: ...
     def finish_update(self) -> None: ...
@@ -107,11 +110,12 @@ class ThreadedEngine:
             raise
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
-        if not 1 < len(tokens) < self._max_model_len:
-            raise DataError(
-                f"{len(tokens)} tokens cannot be scored: at least 2 and fewer than {self._max_model_len} can"
-            )
-        return await self._call(partial(self._score, tuple(tokens)))
+        self._check_length(tokens)
+        return await self._call(lambda: self._idle_core().score(tuple(tokens)))
+
+    async def routes(self, tokens: Sequence[int]) -> NDArray[np.int64]:
+        self._check_length(tokens)
+        return await self._call(lambda: self._idle_core().routes(tuple(tokens)))
 
     async def begin_update(self, manifest: Manifest) -> None:
         await self._call(partial(self._begin_update, manifest))
@@ -140,6 +144,12 @@ class ThreadedEngine:
         if self._failure is None:
             self._send(self._stop)
         await asyncio.to_thread(self._thread.join)
+
+    def _check_length(self, tokens: Sequence[int]) -> None:
+        if not 1 < len(tokens) < self._max_model_len:
+            raise DataError(
+                f"{len(tokens)} tokens cannot be scored: at least 2 and fewer than {self._max_model_len} can"
+            )
 
     # What follows but _send and _call runs on the engine's thread.
 
@@ -226,11 +236,11 @@ class ThreadedEngine:
         if self._log.open:
             raise WeightSyncError(f"{self._log.opening}: the engine waits for a complete update")
 
-    def _score(self, tokens: tuple[int, ...]) -> list[float]:
+    def _idle_core(self) -> Core:
         self._check_usable()
         if self._running:
-            raise RuntimeError("score needs an idle engine: pause it first")
-        return self._core.score(tokens)
+            raise RuntimeError("scoring needs an idle engine: pause it first")
+        return self._core
 
     def _begin_update(self, manifest: Manifest) -> None:
         if self._asleep:

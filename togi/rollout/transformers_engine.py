@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from togi.algo.mismatch import chosen_experts
 from togi.errors import ConfigError, ModelError
 from togi.model.checkpoint import expected_manifest
 from togi.model.weights import Bucket
@@ -118,17 +121,30 @@ class TransformersCore:
 
     @torch.inference_mode()
     def score(self, tokens: tuple[int, ...]) -> list[float]:
-        ids_1T = torch.tensor([tokens], device=self._device)
-        positions_1T = torch.arange(len(tokens), device=self._device)[None]
-        masks = self._masks.build(positions_1T, len(tokens))
-        output = self._model(input_ids=ids_1T, attention_mask=masks, position_ids=positions_1T, use_cache=False)
-        logits_TV = output.logits[0, :-1]
+        logits_TV = self._model(**self._whole(tokens)).logits[0, :-1]
+        targets_T = torch.tensor(tokens[1:], device=self._device)
         scores: list[float] = []
         for start in range(0, len(logits_TV), SCORED_AT_ONCE):
             part_tV = logits_TV[start : start + SCORED_AT_ONCE].float().log_softmax(dim=-1)
-            targets_t = ids_1T[0, 1 + start : 1 + start + len(part_tV)]
+            targets_t = targets_T[start : start + len(part_tV)]
             scores += part_tV.gather(1, targets_t[:, None])[:, 0].tolist()
         return scores
+
+    @torch.inference_mode()
+    def routes(self, tokens: tuple[int, ...]) -> NDArray[np.int64]:
+        config: Any = self._model.config
+        logits_TE = self._model.base_model(**self._whole(tokens), output_router_logits=True).router_logits
+        return chosen_experts(logits_TE, config.num_experts_per_tok).cpu().numpy()
+
+    def _whole(self, tokens: tuple[int, ...]) -> dict[str, Any]:
+        """The model's arguments to read one sequence without a cache."""
+        positions_1T = torch.arange(len(tokens), device=self._device)[None]
+        return {
+            "input_ids": torch.tensor([tokens], device=self._device),
+            "attention_mask": self._masks.build(positions_1T, len(tokens)),
+            "position_ids": positions_1T,
+            "use_cache": False,
+        }
 
     def begin_update(self) -> None:
         self._arriving = {}

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from togi.algo.mismatch import chosen_experts
 from togi.model.checkpoint import expected_manifest
 from togi.model.weights import Bucket, TensorSpec
 from togi.plan.memory import Released, release_pages, resident_bytes, return_freed
@@ -56,6 +57,7 @@ class VllmCore:
 
         self.expected = expected_manifest(settings.model, settings.dtype, settings.trust_remote_code)
         self._on_cpu = bool(current_platform.is_cpu())
+        self._is_eager = self._on_cpu or settings.enforce_eager
         self._ends = end_token_ids(settings.model)
         self._in_process = settings.tensor_parallel_size == 1
         _skip_token_ranks()
@@ -106,6 +108,21 @@ class VllmCore:
         while not outputs:
             outputs = self._engine.step()
         return list(outputs[0].prompt_logprobs.logprobs)
+
+    def routes(self, tokens: tuple[int, ...]) -> NDArray[np.int64]:
+        """From what routers give out while the tokens are scored. vLLM's own way of returning them has no CPU, and a compiled
+        graph runs no hooks.
+        """
+        if not self._is_eager:
+            return np.empty((0, 0, 0), dtype=np.int64)
+        self._ask_workers(_watch_routers)
+        try:
+            self.score(tokens)
+        finally:
+            seen: list[NDArray[np.int64]] = self._ask_workers(_routers_seen)
+        routes_TMC = seen[0]  # routers are not split
+        assert len(routes_TMC) == len(tokens), f"vLLM routed {len(routes_TMC)} tokens for {len(tokens)}"
+        return routes_TMC
 
     def begin_update(self) -> None:
         self._ask_workers(_start_reload)
@@ -263,6 +280,26 @@ def _bytes_of(segment: SharedMemory, nbytes: int) -> NDArray[np.uint8]:
 
 def _prepare_worker(worker: Any) -> None:
     _skip_token_ranks()
+
+
+def _watch_routers(worker: Any) -> None:
+    """Keep what every router gives out, until ``_routers_seen``."""
+    from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+
+    gates = [layer for layer in worker.model_runner.get_model().modules() if isinstance(layer, GateLinear)]
+    worker.router_logits = [[] for _ in gates]
+    worker.router_hooks = [
+        gate.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output[0]))
+        for gate, kept in zip(gates, worker.router_logits, strict=True)
+    ]
+
+
+def _routers_seen(worker: Any) -> NDArray[np.int64]:
+    """The experts chosen since ``_watch_routers``: tokens x layers x choices."""
+    for hook in worker.router_hooks:
+        hook.remove()
+    logits_TE, worker.router_logits = [torch.cat(parts) for parts in worker.router_logits], []
+    return chosen_experts(logits_TE, worker.model_config.hf_text_config.num_experts_per_tok).cpu().numpy()
 
 
 def _finish_reload(worker: Any) -> None:

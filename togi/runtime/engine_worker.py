@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import ray
 import torch
+from numpy.typing import NDArray
 from ray.actor import ActorHandle
 
 from togi.config.choices import EngineName
@@ -46,6 +48,9 @@ class EngineWorker:
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
         return await self._engine.score(tokens)
+
+    async def routes(self, tokens: Sequence[int]) -> NDArray[np.int64]:
+        return await self._engine.routes(tokens)
 
     async def node(self) -> str:
         """The node that this process is on."""
@@ -115,6 +120,10 @@ class EnginePool:
     async def score(self, tokens: Sequence[int]) -> list[list[float]]:
         """Log-probs of the same tokens from every engine."""
         return await results_of([worker.score.remote(tokens) for worker in self.workers], "engine")
+
+    async def routes(self, tokens: Sequence[int]) -> list[NDArray[np.int64]]:
+        """Where the same tokens go in every engine."""
+        return await results_of([worker.routes.remote(tokens) for worker in self.workers], "engine")
 
     async def sleep(self) -> list[Released]:
         return await results_of([worker.sleep.remote() for worker in self.workers], "engine")

@@ -229,6 +229,13 @@ class LearnerWorker(ModelWorker):
         divisor = self._config.temperature if temperature is None else temperature
         return packs.in_order(self._scorer.logprobs(packs.batches, divisor))
 
+    def routes(self, samples: Sequence[Sample]) -> Arrays:
+        """The experts that each sample's trained tokens go to (``Scorer.routes``); nothing from a dense model."""
+        if not self._model.is_mixture:
+            return []
+        packs = self._packs(samples, self._config.micro_rollout_batch_size)
+        return packs.in_order(self._scorer.routes(packs.batches))
+
     def reference_logprobs(self, samples: Sequence[Sample]) -> Arrays:
         """``logprobs`` of the frozen base, without the adapter that is in training."""
         from togi.model.adapters import without_adapter

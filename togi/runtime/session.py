@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from ray.actor import ActorHandle
 
+from togi.algo.mismatch import router_disagreement
 from togi.config.rl import RLConfig
 from togi.errors import RunError
 from togi.learn.learner import UpdateReport
@@ -165,6 +167,16 @@ class Session:
         trainer = (await self.groups[Role.ACTOR].call_all("logprobs", [sample], 1.0))[0][0]
         engines = await self.engines.score(sample.tokens.tolist())
         return check_probe(float(np.mean([compare(logprobs, trainer).mean_abs for logprobs in engines])))
+
+    async def routing(self, tokens: Sequence[int]) -> dict[str, float]:
+        """By metric name, how differently engines and trainer route the probe of a mixture; nothing for other models."""
+        sample = probe(tokens, self.config.context_length)
+        trainer = (await self.groups[Role.ACTOR].call_all("routes", [sample]))[0]
+        if not trainer:
+            return {}
+        engines = [routes[1:] for routes in await self.engines.routes(sample.tokens.tolist()) if routes.size > 0]
+        shares = [router_disagreement(torch.from_numpy(r), torch.from_numpy(trainer[0]).long()) for r in engines]
+        return {names.MISMATCH_PROBE_ROUTER: float(np.mean(shares))} if shares else {}
 
     async def memory(self) -> dict[str, float]:
         """Peak resident memory in GB by metric name: of each worker so far, and of all in each phase since the last call."""
