@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import save_tiny_model
@@ -36,10 +38,12 @@ def ask(engine: RolloutEngine) -> tuple[list[Generation], list[list[float]]]:
 
 
 async def update(engine: RolloutEngine, folder: Path, version: int) -> None:
-    from safetensors.torch import load_file
+    await send(engine, load_file(folder / "model.safetensors"), version, None)
 
-    tensors = list(load_file(folder / "model.safetensors").items())
-    await engine.begin_update(Manifest(version, tuple(TensorSpec.of(name, tensor) for name, tensor in tensors)))
+
+async def send(engine: RolloutEngine, weights: dict[str, torch.Tensor], version: int, scale: float | None) -> None:
+    tensors = list(weights.items())
+    await engine.begin_update(Manifest(version, tuple(TensorSpec.of(name, tensor) for name, tensor in tensors), scale))
     for bucket in pack_buckets(tensors, 20_000):
         await engine.load_bucket(bucket)
         bucket.data[:] = 255
@@ -63,12 +67,27 @@ def check(folder: Path, answers: list[Generation], scores: list[list[float]]) ->
         assert np.allclose(score, trainer_logprobs(folder, prompt), atol=1e-4)
 
 
+def with_adapter(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
+    """An adapter of two layers that two processes split by rows and by columns, and a model with twice B A added."""
+    tensors, adapter = load_file(folder / "model.safetensors"), dict[str, torch.Tensor]()
+    torch.manual_seed(0)
+    for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        rows, columns = tensors[f"{layer}.weight"].shape
+        a, b = torch.randn(3, columns) / 4, torch.randn(rows, 3) / 4
+        adapter |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+        tensors[f"{layer}.weight"] += 2 * b @ a
+    merged = shutil.copytree(folder, folder.parent / "merged")
+    save_file(tensors, merged / "model.safetensors", {"format": "pt"})
+    return adapter, merged
+
+
 def test_two_processes_equal_one_and_the_trainer_also_after_an_update(tmp_path: Path) -> None:
     old, new = (
         save_tiny_model(tmp_path / str(seed), seed=seed, tie_word_embeddings=True, num_key_value_heads=2)
         for seed in (1, 2)
     )
     settings = EngineSettings(str(old), dtype="float32", max_model_len=400, kv_cache_gb=0.1, max_num_seqs=8, threads=1)
+    adapter, merged = with_adapter(old)
     before = psutil.Process().children(recursive=True)
     said: dict[int, list[tuple[list[Generation], list[list[float]]]]] = {}
     for size in (2, 1):
@@ -80,10 +99,12 @@ def test_two_processes_equal_one_and_the_trainer_also_after_an_update(tmp_path: 
         assert released.before - released.after > 0.9 * released.nbytes
         asyncio.run(engine.wake())
         said[size].append(ask(engine))
+        asyncio.run(send(engine, adapter, 2, 2.0))
+        said[size].append(ask(engine))
         asyncio.run(engine.shutdown())
     left = [child for child in psutil.Process().children(recursive=True) if child not in before]
     assert not [child for child in left if "spawn_main" in " ".join(child.cmdline())]
-    for folder, two, one in zip((old, new), said[2], said[1], strict=True):
+    for folder, two, one in zip((old, new, merged), said[2], said[1], strict=True):
         check(folder, *two)
         assert [got.tokens for got in two[0]] == [got.tokens for got in one[0]]
         assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(two[1], one[1], strict=True))

@@ -110,6 +110,16 @@ def test_an_actor_in_rings_equals_one_worker(players: list, models: Path, arch: 
     assert max(float(np.abs(a - b).max()) for a, b in zip(alone[0], alone[2], strict=True)) > 1e-3
 
 
+def test_an_actor_in_rings_sends_tokens_to_the_same_experts(players: list, models: Path) -> None:
+    """Each token to two of four experts in each of two layers; a dense model has nothing to say."""
+    flags = ["--advantage_estimator", "reinforce", "--init_kl_coef", "0", "--pretrain", str(models / "experts")]
+    alone, rings = play(players, Role.ACTOR, "routes", 2, *flags)
+    assert_equal(alone, rings)
+    samples = rollouts(SAMPLES, seed=0)
+    assert [part.shape for part in alone[0]] == [(int(sample.loss_mask.sum()), 2, 2) for sample in samples]
+    assert {int(expert) for part in alone[0] for expert in part.flat} == {0, 1, 2, 3}
+
+
 def test_a_critic_in_rings_equals_one_worker(players: list, models: Path) -> None:
     assert_equal(*play(players, Role.CRITIC, "values", 2, "--pretrain", str(models / "policy")))
 

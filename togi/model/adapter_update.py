@@ -65,8 +65,8 @@ class BaseFiles:
         missing = [spec.name for spec in expected if spec.name not in found]
         if missing:
             raise ModelError(
-                f"--lora_sync adapters: the files of --pretrain {model} have no tensor called {missing[0]}, from which engines "
-                "would merge the adapter: use --lora_sync merged."
+                f"--lora_rank sends the adapter alone, which engines merge into the files of --pretrain {model}, but they have no "
+                f"tensor called {missing[0]}: add --lora_sync merged."
             )
         return cls(found)
 
