@@ -115,6 +115,13 @@ def max_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
+def share_apart(first: dict[str, Tensor], second: dict[str, Tensor], limit: float) -> float:
+    """Share of all elements that differ by more than ``limit``."""
+    assert first.keys() == second.keys()
+    apart = sum(int(((first[name] - second[name]).abs() > limit).sum()) for name in first)
+    return apart / sum(value.numel() for value in first.values())
+
+
 def partition_small_weights() -> None:
     """All weights of a tiny model are small: without this DeepSpeed would keep them whole, and nothing would be gathered."""
     import togi.parallel.deepspeed
