@@ -110,7 +110,7 @@ LIGHT = [
     ),
     Case("missing YAML file", "--config @none.yaml", ("--config @none.yaml cannot be read",)),
     Case("unknown estimator", "--advantage_estimator grpo", ("--advantage_estimator grpo: must be gae", "group_norm")),
-    Case("not supported yet", "--use_ms", ("--use_ms is not supported yet",)),
+    Case("not supported yet", "--local_rank 0", ("--local_rank is not supported yet",)),
     Case(
         "templates exclude",
         "--input_template {} --apply_chat_template",

@@ -172,7 +172,6 @@ def test_the_reward_is_asked_for_in_the_words_of_training(folder: Path) -> None:
         ("--no_apply_chat_template --input_template x", "must contain {} exactly once"),
         ("--greedy_sampling --temperature 1", "--greedy_sampling takes the most likely token"),
         ("--csft_prompt 3", "--csft_prompt is only used with --enable_csft"),
-        ("--flash_attn", "--flash_attn is not supported yet"),
     ],
 )
 def test_what_makes_no_sense_is_refused(flags: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
