@@ -13,32 +13,15 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import togi
+from comparison import machine
 from togi.obs.metrics import StepRecord, read_records
 
 CACHE = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser()
 ROOT = Path(__file__).parents[1]
-PROBE = """
-import json, time, torch
-def best(run, repeats=5):
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter(); run(); times.append(time.perf_counter() - start)
-    return min(times)
-n, rates = 1536, {}
-for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    rates[f"matmul_{name}_gflops"] = 2 * n**3 / best(lambda: a @ b) / 1e9
-x = torch.empty(2**26); y = torch.empty_like(x)
-rates["copy_gb_per_second"] = 2 * x.nbytes / best(lambda: y.copy_(x)) / 1e9
-rates["threads"] = torch.get_num_threads()
-print(json.dumps(rates))
-"""
 
 
 def main() -> None:
@@ -49,10 +32,10 @@ def main() -> None:
     parser.add_argument("--engine", default="vllm", choices=["vllm", "transformers"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    machine = json.loads(subprocess.run([sys.executable, "-c", PROBE], capture_output=True, check=True).stdout)
+    measured = machine.rates()
     with tempfile.TemporaryDirectory() as folder:
         records = run(arguments.model, arguments.data, arguments.steps, arguments.engine, Path(folder))
-    result = {"machine": machine, **summarise(records)}
+    result = {"machine": measured, **summarise(records)}
     print(table(result))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
