@@ -1,7 +1,7 @@
 """What is compared: the cases with their sizes, and the settings that a peer may choose from.
 
-Sizes are such that five pairs of a case take about five minutes on two cores with the 135M model; ``--steps`` and ``--rows``
-make them longer. GRPO's lengths are equal in all rows, so that a padding peer loses nothing by padding there.
+Sizes are small, so that five pairs of the five training cases take less than an hour on two cores with the 135M model; ``--steps``
+and ``--rows`` change them. GRPO's lengths are equal in all rows, so that a padding peer loses nothing by padding there.
 """
 
 from __future__ import annotations
