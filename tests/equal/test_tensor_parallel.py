@@ -43,7 +43,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path) -> None:
     assert jobs.same_state(model, runs / "saved")
     jobs.train(model, range(2, 4))
     # bfloat16 rounds differently in sums of parts, and Adam makes full steps of small gradients: at most two steps apart, in
-    # opposite directions, and that seldom (one process in bfloat16 is as far from one in float64)
+    # opposite directions, and that seldom (one process without bfloat16 is as far away)
     assert max_difference(weights(model.backend), straight["weights"]) < 4e-3
     assert share_apart(weights(model.backend), straight["weights"], 1e-3) < 0.02
 
