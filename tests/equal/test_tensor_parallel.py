@@ -9,7 +9,7 @@ import torch
 
 from tests.equal import tensor_jobs as jobs
 from tests.equal.test_parallel_ranks import assert_same
-from tests.learn_tools import CPU, max_difference, run_ranks, share_apart, weights
+from tests.learn_tools import CPU, max_difference, run_ranks, weights
 from togi.config.parallel_checks import check_splittable
 from togi.errors import ConfigError
 from togi.learn.learner_state import load_learner
@@ -42,10 +42,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Path) -> None:
     load_learner(model, runs / "saved", jobs.IDENTITY)
     assert jobs.same_state(model, runs / "saved")
     jobs.train(model, range(2, 4))
-    # bfloat16 rounds differently in sums of parts, and Adam makes full steps of small gradients: at most two steps apart, in
-    # opposite directions, and that seldom (one process without bfloat16 is as far away)
-    assert max_difference(weights(model.backend), straight["weights"]) < 4e-3
-    assert share_apart(weights(model.backend), straight["weights"], 1e-3) < 0.02
+    # bfloat16 rounds differently in sums of parts, and Adam makes full steps of small gradients: at most two steps apart
+    assert max_difference(weights(model.backend), straight["weights"]) < 2e-3
 
 
 def test_two_groups_of_two_equal_one_process(runs: Path) -> None:

@@ -1,4 +1,4 @@
-"""Attention over a pack on a CPU: PyTorch's fused kernel, run by run, keeping what the backward needs in the input dtype.
+"""Attention over a pack on a CPU: PyTorch's fused kernel, run by run, keeping no widened inputs for the backward.
 
 Shape letters as in ``attention``: T packed tokens, H query heads, G key/value heads, D head size; n segments of equal length L
 that see M keys.
@@ -87,24 +87,24 @@ class HostAttention(torch.autograd.Function):
     ) -> Tensor:
         # the memory order of a projection, so that the output projection reads it as it is
         out_HTD = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
-        lses = []
+        kept = []
         for part, visible in zip(parts, seen, strict=True):
             out_nHLD, lse_nHL = attend(part.queries(query), part.keys(key), part.keys(value), scale, visible)
             part.put(out_HTD, out_nHLD)
-            lses.append(lse_nHL)
-        ctx.save_for_backward(query, key, value, out_HTD, *lses)
+            kept += [out_nHLD, lse_nHL]  # before rounding: the backward takes differences with it
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.parts, ctx.seen, ctx.scale = parts, seen, scale
         return out_HTD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_HTD: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out_HTD, *lses = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros_like(full_precision(x)) for x in (key, value))
-        for part, visible, lse_nHL in zip(ctx.parts, ctx.seen, lses, strict=True):
+        for part, visible, out_nHLD, lse_nHL in zip(ctx.parts, ctx.seen, kept[::2], kept[1::2], strict=True):
             inputs = (part.queries(query), part.keys(key), part.keys(value))
-            grads = attend_backward(part.queries(grad_HTD), inputs, part.queries(out_HTD), lse_nHL, ctx.scale, visible)
+            grads = attend_backward(part.queries(grad_HTD), inputs, out_nHLD, lse_nHL, ctx.scale, visible)
             part.put(d_query, grads[0])
             part.add(d_key, grads[1])
             part.add(d_value, grads[2])
