@@ -22,8 +22,6 @@ from togi.errors import ConfigError
 MODELS = ("pretrain", "critic_pretrain", "ref_pretrain", "teacher_model")
 MODEL_LISTS = ("reward_pretrain",)
 DATA_LISTS = ("dataset", "eval_dataset", "prompt_data", "pretrain_data")
-# As from the Hugging Face hub: no weights in pickle form.
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 Config = TypeVar("Config", bound=ModelSettings | InferConfig | ChatConfig | ServeRMConfig)
 
 
@@ -52,6 +50,8 @@ def _model(flag: str, name: str) -> str:
     if Path(name).is_dir():
         return name
     from modelscope import snapshot_download
+
+    from togi.model.hub import FILES
 
     return _downloaded(flag, name, lambda: snapshot_download(name, allow_patterns=FILES))
 

@@ -11,6 +11,8 @@ from togi.config.shared import ModelSettings
 
 ONE_TOKENIZER = "--disable_fast_tokenizer: Transformers has one tokenizer for each model, which is used"
 
+NO_CUDA_FOR_LIGER = "--use_liger_kernel: there is no CUDA device here, Transformers' own layers compute instead"
+
 
 def say_ignored(config: ModelSettings | InferConfig | ChatConfig | ServeRMConfig, say: Callable[[str], None]) -> None:
     """Say it, a line a flag."""

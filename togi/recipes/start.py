@@ -15,7 +15,7 @@ from togi.config.rl import RLConfig
 from togi.plan.machine import joins_cluster, this_machine
 from togi.plan.precision import usable_precision
 from togi.recipes import preflight
-from togi.recipes.notices import say_ignored
+from togi.recipes.notices import NO_CUDA_FOR_LIGER, say_ignored
 
 if TYPE_CHECKING:
     from togi.recipes.rl import Result
@@ -44,7 +44,7 @@ def start_rl(
     if ready.config.ref_reward_offload and machine.gpus == 0 and not joins_cluster():
         announce("--ref_reward_offload: there is no GPU, reference and reward models are in host memory already")
     if ready.config.use_liger_kernel and machine.gpus == 0 and not joins_cluster():
-        announce("--use_liger_kernel: there is no CUDA device here, Transformers' own layers compute instead")
+        announce(NO_CUDA_FOR_LIGER)
     say_ignored(ready.config, announce)
     from togi.recipes.rl import run
 
