@@ -104,7 +104,12 @@ def segment_attention(
     runs = plan_runs(table)
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        masks = (visible_keys(run.length, seen_by(runs, run), sliding_window, query.device) for run in runs)
+        masks = (
+            visible_keys(run.length, total, sliding_window, query.device)
+            if _is_windowed(sliding_window, total)
+            else None
+            for run, total in ((run, seen_by(runs, run)) for run in runs)
+        )
         return host_attention(query[0], key[0], value[0], runs, masks, scale).transpose(0, 1)[None], None
     sizes = [run.tokens for run in runs]
     # split, not slices: the backward of a split is one concatenation, that of a slice a full-size tensor of zeros
@@ -152,11 +157,15 @@ def visible_keys(length: int, total: int, window: int | None, device: torch.devi
 
     ``window`` counts keys, the token itself included, as Transformers does.
     """
-    windowed = window is not None and window < total
+    windowed = _is_windowed(window, total)
     if total == length and not windowed:
         return None
     mask_LM = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
     return mask_LM.triu(total - length - window + 1) if windowed and window is not None else mask_LM
+
+
+def _is_windowed(window: int | None, total: int) -> bool:
+    return window is not None and window < total
 
 
 def varlen_attention(

@@ -1,11 +1,11 @@
-"""Attention over a pack on a CPU: PyTorch's fused kernel, run by run, keeping no widened inputs for the backward.
+"""Attention over a pack on a CPU, run by run: short ones in blocks, others by PyTorch's fused kernel.
 
 Shape letters as in ``attention``: T packed tokens, H query heads, G key/value heads, D head size; n segments of equal length L
 that see M keys.
 
 The same numbers as one ``scaled_dot_product_attention`` a run. Autograd would keep each run's widened copies of queries, keys
 and values, with those of a shared prefix once for every continuation; here they are made again in the backward, and the gradient
-of a prefix is added up in float32.
+of a prefix is added up in float32. Of a run in blocks no output is kept either.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from togi.model.block_attention import attend_in_blocks, attend_in_blocks_backward, wins
 from togi.model.logprob_head import full_precision
 from togi.model.partial_attention import Visibility, attend, attend_backward
 
@@ -87,9 +88,14 @@ class HostAttention(torch.autograd.Function):
     ) -> Tensor:
         # the memory order of a projection, so that the output projection reads it as it is
         out_HTD = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
-        kept = []
+        kept: list[Tensor | None] = []
         for part, visible in zip(parts, seen, strict=True):
-            out_nHLD, lse_nHL = attend(part.queries(query), part.keys(key), part.keys(value), scale, visible)
+            inputs = (part.queries(query), part.keys(key), part.keys(value))
+            if _in_blocks(inputs[0], inputs[1], visible):
+                part.put(out_HTD, attend_in_blocks(*inputs, scale))
+                kept += [None, None]
+                continue
+            out_nHLD, lse_nHL = attend(*inputs, scale, visible)
             part.put(out_HTD, out_nHLD)
             kept += [out_nHLD, lse_nHL]  # before rounding: the backward takes differences with it
         ctx.save_for_backward(query, key, value, *kept)
@@ -104,17 +110,25 @@ class HostAttention(torch.autograd.Function):
         d_key, d_value = (torch.zeros_like(full_precision(x)) for x in (key, value))
         for part, visible, out_nHLD, lse_nHL in zip(ctx.parts, ctx.seen, kept[::2], kept[1::2], strict=True):
             inputs = (part.queries(query), part.keys(key), part.keys(value))
-            grads = attend_backward(part.queries(grad_HTD), inputs, out_nHLD, lse_nHL, ctx.scale, visible)
+            grad_nHLD = part.queries(grad_HTD)
+            if _in_blocks(inputs[0], inputs[1], visible):
+                grads = attend_in_blocks_backward(grad_nHLD, *inputs, ctx.scale)
+            else:
+                grads = attend_backward(grad_nHLD, inputs, out_nHLD, lse_nHL, ctx.scale, visible)
             part.put(d_query, grads[0])
             part.add(d_key, grads[1])
             part.add(d_value, grads[2])
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
 
 
+def _in_blocks(q_nHLD: Tensor, k_nGMD: Tensor, visible: Visibility) -> bool:
+    return visible.causal and visible.seen_LM is None and wins(q_nHLD.shape[2], k_nGMD.shape[2])
+
+
 def host_attention(
     query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Run], masks: Iterator[Tensor | None], scale: float
 ) -> Tensor:
-    """``masks``: of each run which keys its queries see, bool [L, M]; None where plain causality says it."""
+    """``masks``: of each run which keys its queries see, bool [L, M]; None for all up to their own places."""
     seen = [Visibility(causal=mask is None, seen_LM=mask) for mask in masks]
     out_HTD: Tensor = HostAttention.apply(query, key, value, parts_of(runs), seen, scale)  # type: ignore[no-untyped-call]
     return out_HTD

@@ -278,7 +278,7 @@ def _ready(model: Model, gradient_checkpointing: bool, use_reentrant: bool, lora
     if liger:
         apply_liger(model.hf)
     else:
-        use_host_layers(model.hf)
+        use_host_layers(model.hf, again=use_reentrant or not gradient_checkpointing)
     if lora is not None:
         from togi.model.adapters import add_lora  # PEFT takes more than half a second to import
 

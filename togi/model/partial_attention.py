@@ -32,7 +32,10 @@ _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Visibility:
-    """Which of the keys a query sees: ``seen_LM`` if there is one, else with ``causal`` (L = M) those up to its own place."""
+    """Which of the keys a query sees: ``seen_LM`` if there is one, else with ``causal`` those up to its own place.
+
+    The last query is at the place of the last key.
+    """
 
     causal: bool = False
     seen_LM: Tensor | None = None
@@ -43,7 +46,7 @@ class Visibility:
             return self.seen_LM[rows]
         if not self.causal:
             return None
-        places_L = torch.arange(queries, device=device)[rows]
+        places_L = torch.arange(keys - queries, keys, device=device)[rows]
         return torch.arange(keys, device=device)[None] <= places_L[:, None]
 
 
@@ -51,7 +54,7 @@ def attend(q_nHLD: Tensor, k_nGMD: Tensor, v_nGMD: Tensor, scale: float, visible
     """Output [n, H, L, D] and log-sum-exp [n, H, L]. Every query must see a key."""
     if q_nHLD.device.type == "cpu":
         q, k, v = _widened(q_nHLD, k_nGMD, v_nGMD)
-        mask_LM = _additive(visible, q.dtype)
+        mask_LM = _additive(visible, q, k)
         causal = visible.causal and mask_LM is None
         out, lse = _FUSED(q, k, v, 0.0, causal, attn_mask=mask_LM, scale=scale)
         return full_precision(out), lse
@@ -69,7 +72,7 @@ def attend_backward(
     """This part's gradients of ``inputs`` (q, k, v). ``out`` and ``lse`` are those over all keys, ``grad`` that of ``out``."""
     if inputs[0].device.type == "cpu":
         q, k, v = _widened(*inputs)
-        mask_LM = _additive(visible, q.dtype)
+        mask_LM = _additive(visible, q, k)
         causal = visible.causal and mask_LM is None
         grad, out = grad_nHLD.to(q.dtype), out_nHLD.to(q.dtype)
         grads = _FUSED_BACKWARD(grad, q, k, v, out, lse_nHL, 0.0, causal, attn_mask=mask_LM, scale=scale)
@@ -88,9 +91,14 @@ def _widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (q.float(), k.float(), v.float()) if short else (q, k, v)
 
 
-def _additive(visible: Visibility, dtype: torch.dtype) -> Tensor | None:
-    seen_LM = visible.seen_LM
-    return None if seen_LM is None else torch.zeros_like(seen_LM, dtype=dtype).masked_fill_(~seen_LM, -torch.inf)
+def _additive(visible: Visibility, q_nHLD: Tensor, k_nGMD: Tensor) -> Tensor | None:
+    """The mask for the fused kernel, None where that masks on its own."""
+    queries, keys = q_nHLD.shape[2], k_nGMD.shape[2]
+    if visible.seen_LM is None and (not visible.causal or queries == keys):
+        return None
+    seen_LM = visible.rows(slice(None), queries, keys, q_nHLD.device)
+    assert seen_LM is not None
+    return torch.zeros_like(seen_LM, dtype=q_nHLD.dtype).masked_fill_(~seen_LM, -torch.inf)
 
 
 # ---- any device
