@@ -20,25 +20,25 @@ class RunFailed(SystemExit):
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """``started``: seconds since 1970. ``peak_gb``: the largest sum of resident sets that was seen, in 10^9 bytes."""
+    """``started``: seconds since 1970. ``peak_gb``: the most memory of all processes together that was seen, in 10^9 bytes."""
 
     started: float
     peak_gb: float
 
 
 def run_watched(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log: Path) -> Watched:
-    """Run to the end; output goes to ``log``. Raises ``RunFailed`` if the command fails.
-
-    A page that several processes share counts once in each, so that a side of many processes never looks smaller than it is.
-    """
+    """Run to the end; output goes to ``log``. Raises ``RunFailed`` if the command fails."""
     peak, finished = [0], Event()
     with log.open("w") as sink:
         started = time.time()
         process = subprocess.Popen(command, env=environment, cwd=cwd, stdout=sink, stderr=subprocess.STDOUT)
 
         def watch() -> None:
+            most = 0
             while not finished.wait(INTERVAL):
-                peak[0] = max(peak[0], resident(process.pid))
+                pids = family(process.pid)
+                if (now := sum(map(resident, pids))) > most:  # the walk that divides shared pages costs time: only then
+                    most, peak[0] = now, max(peak[0], sum(map(proportional, pids)))
 
         watcher = Thread(target=watch, daemon=True)
         watcher.start()
@@ -50,18 +50,33 @@ def run_watched(command: Sequence[str], environment: Mapping[str, str], cwd: Pat
     return Watched(started, peak[0] / 1e9)
 
 
-def resident(root: int) -> int:
-    """Bytes in memory of a process and all that descend from it."""
+def family(root: int) -> set[int]:
+    """A process and all that descend from it."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (fields := read(entry / "stat")):
             parents[int(entry.name)] = int(fields.rpartition(")")[2].split()[1])
-    family, grown = {root}, True
+    found, grown = {root}, True
     while grown:
-        children = {pid for pid, parent in parents.items() if parent in family} - family
-        family |= children
+        children = {pid for pid, parent in parents.items() if parent in found} - found
+        found |= children
         grown = bool(children)
-    return sum(int(fields.split()[1]) * PAGE for pid in family if (fields := read(Path(f"/proc/{pid}/statm"))))
+    return found
+
+
+def resident(pid: int) -> int:
+    """Bytes in memory of one process, 0 if it has ended."""
+    fields = read(Path(f"/proc/{pid}/statm"))
+    return int(fields.split()[1]) * PAGE if fields else 0
+
+
+def proportional(pid: int) -> int:
+    """``resident``, but a page that several processes share is divided among them (Pss)."""
+    for line in read(Path(f"/proc/{pid}/smaps_rollup")).splitlines():
+        name, _, rest = line.partition(":")
+        if name == "Pss":
+            return 1024 * int(rest.split()[0])
+    return 0
 
 
 def read(path: Path) -> str:
