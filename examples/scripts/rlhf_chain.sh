@@ -21,10 +21,10 @@ PRECISION="${PRECISION:---bf16}"             # or --no_bf16
 SFT_SAMPLES="${SFT_SAMPLES:-100}" SFT_EPOCHS="${SFT_EPOCHS:-2}" PAIRS="${PAIRS:-400}"
 MAX_LEN="${MAX_LEN:-512}"                    # of a row in training; longer ones are left out and counted
 PROMPT_MAX_LEN="${PROMPT_MAX_LEN:-256}" NEW_TOKENS="${NEW_TOKENS:-128}"
-PPO_STEPS="${PPO_STEPS:-6}" PPO_PROMPTS="${PPO_PROMPTS:-16}" PPO_SAMPLES="${PPO_SAMPLES:-3}"
+PPO_STEPS="${PPO_STEPS:-10}" PPO_PROMPTS="${PPO_PROMPTS:-16}" PPO_SAMPLES="${PPO_SAMPLES:-4}"
 ROUNDS="${ROUNDS:-2}" ROUND_PROMPTS="${ROUND_PROMPTS:-24}" BEST_OF_N="${BEST_OF_N:-6}"
 CUT="${CUT:---no_keep_truncated}"             # outputs that NEW_TOKENS cut: --keep_truncated learns them too
-EVAL_MODELS="${EVAL_MODELS:-start sft ppo dpo rs}" EVAL_SAMPLES="${EVAL_SAMPLES:-2}"
+EVAL_MODELS="${EVAL_MODELS:-start sft ppo dpo rs}" EVAL_SAMPLES="${EVAL_SAMPLES:-6}"
 TOGI="${TOGI:-togi}" PYTHON="${PYTHON:-python3}"
 mkdir -p "$OUT"
 
@@ -70,7 +70,7 @@ ppo() {  # the server lives as long as this step; only who has the token may ask
   [ "$ENGINE" = vllm ] || eager=--no_enforce_eager
   url="$("$PYTHON" "$here/../rlhf_chain.py" wait "$OUT/serve-rm.log" $server)"
   train rl ppo --pretrain "$OUT/sft/model" --critic_pretrain "$OUT/rm/model" --remote_rm_url "$url" --prompt_data "$OUT/prompts.jsonl" \
-    --input_key prompt --advantage_estimator gae --init_kl_coef 0.02 --lambd 0.95 --actor_learning_rate 1e-5 --critic_learning_rate 2e-5 \
+    --input_key prompt --advantage_estimator gae --init_kl_coef 0.02 --lambd 1 --actor_learning_rate 3e-5 --critic_learning_rate 5e-5 \
     --rollout_batch_size "$PPO_PROMPTS" --n_samples_per_prompt "$PPO_SAMPLES" --train_batch_size $(((PPO_PROMPTS * PPO_SAMPLES + 1) / 2)) \
     --num_episodes 100 --max_steps "$PPO_STEPS" --prompt_max_len "$PROMPT_MAX_LEN" --generate_max_len "$NEW_TOKENS" \
     --rollout_engine "$ENGINE" --colocate_all_models $eager --vllm_gpu_memory_utilization 0.4
@@ -112,7 +112,7 @@ once rm rm_from_pairs
 "$PYTHON" "$here/../rlhf_chain.py" prompts "$PAIRS_TEST" "$OUT/held_out.jsonl"
 once ppo ppo
 once dpo best_of_n dpo --learning_rate 2e-5 --beta 0.1
-once rs best_of_n rs --learning_rate 1e-5
+once rs best_of_n rs --learning_rate 3e-5
 for name in $EVAL_MODELS; do
   once "eval_$name" evaluate "$name" "$(model_of "$name")"
 done
