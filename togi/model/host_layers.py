@@ -103,7 +103,7 @@ class _Dropped:
         self._made: Tensor | None = None
 
     def pack(self, saved: Tensor) -> Tensor | tuple[Any, ...]:
-        if saved.untyped_storage().data_ptr() != self._place:
+        if not _is_plain(saved) or saved.untyped_storage().data_ptr() != self._place:
             return saved
         self._users += 1
         return saved.shape, saved.stride(), saved.storage_offset()
@@ -117,9 +117,13 @@ class _Dropped:
         return made.as_strided(*saved)
 
 
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter)
+
+
 def _on_host(*tensors: Tensor) -> bool:
     """Plain CPU tensors of one type, as opposed to the shards of tensor parallelism."""
-    plain = all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)
+    plain = all(_is_plain(x) and x.device.type == "cpu" for x in tensors)
     return plain and len({x.dtype for x in tensors}) == 1 and tensors[0].dtype in (torch.bfloat16, torch.float32)
 
 

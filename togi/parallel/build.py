@@ -14,6 +14,7 @@ from togi.parallel.fsdp2 import Sharded, shard
 from togi.parallel.offload import HostWeights
 from togi.parallel.process import World
 from togi.parallel.replicated import Replicated
+from togi.plan.memory import keep_freed
 
 
 def reads_parts(world: World, options: BackendOptions, *, trained: bool) -> bool:
@@ -30,6 +31,8 @@ def trainable(module: nn.Module, world: World, options: BackendOptions, read: Re
     only DeepSpeed, which is never a default, is given what was asked for. Nor are quantised weights sharded, which stages 1
     and 2 would leave whole anyway.
     """
+    if world.device.type == "cpu":
+        keep_freed()
     quantised = any(not parameter.is_floating_point() for parameter in module.parameters())
     if options.backend is BackendName.DEEPSPEED and options.zero_stage > 0 and not quantised:
         from togi.parallel.deepspeed import DeepSpeed  # an optional package

@@ -20,6 +20,7 @@ RESET_PEAK = "5"
 # Measured memory also moves for other reasons: threads, caches, what a first call allocates.
 NOISE_BYTES = 32 << 20
 MADV_DONTNEED = 4  # of Linux's madvise
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,18 @@ def _take_peak(process: Path) -> int:
         (process / "clear_refs").write_text(RESET_PEAK, encoding="utf-8")
     peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
     return int(peak.split()[1]) * 1024
+
+
+def keep_freed() -> None:
+    """From now on the C library keeps what this process frees for what it allocates next, until ``return_freed``.
+
+    A training step frees and allocates the same gigabytes as the last one. Else large tensors get pages of their own each time,
+    which the system must find and clear first.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def return_freed() -> None:

@@ -38,7 +38,7 @@ from togi.parallel.parking import Parking
 from togi.parallel.process import Rendezvous, World, default_device, open_store
 from togi.parallel.ring import Ring
 from togi.plan.carrier import Carrier
-from togi.plan.memory import PeakMemory, Released
+from togi.plan.memory import PeakMemory, Released, return_freed
 from togi.plan.placement import LEARNERS, Role
 from togi.runtime.cluster import own_gpus, see_only
 from togi.runtime.parcels import Carriage, Exporter, OverChannel, Parcel, SameDevice, ThroughDriver
@@ -268,6 +268,8 @@ class LearnerWorker(ModelWorker):
             logprobs = packs.in_order(report.logprobs) if report.logprobs else []
             tokens, unshared = sum(s.tokens for s in stats), sum(s.unshared_tokens for s in stats)
             results.append(StepResult(report, logprobs, tokens, unshared))
+        if self._world.device.type == "cpu":
+            return_freed()  # others have this host's memory until the next update
         return results
 
     def sleep(self) -> Released:
