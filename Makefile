@@ -1,6 +1,7 @@
 # make setup   make .venv with the command togi in it
 # make demo    set up, build a small model, train it with reinforcement learning, show the result
 # make test    set up and run all tests
+# make test-large   the few tests that need minutes and 16 GB each
 # make lint    formatter, linter and type checker
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 SEED ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-large lint bench clean
 
 setup:
 	@$(PYTHON) scripts/setup.py $(VENV)
@@ -19,8 +20,11 @@ demo: setup
 
 test: setup
 	@$(VENV)/bin/python examples/demo/prepare.py
-	@$(VENV)/bin/python -m pytest -m alone tests/e2e
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not alone" tests
+	@$(VENV)/bin/python -m pytest -m "alone and not large" tests/e2e
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not alone and not large" tests
+
+test-large: setup
+	@$(VENV)/bin/python -m pytest -m large tests/e2e
 
 lint: setup
 	$(VENV)/bin/ruff format --check .

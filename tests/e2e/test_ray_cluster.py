@@ -74,7 +74,7 @@ def make_data(folder: Path) -> Path:
     config = tiny_config(num_labels=1, pad_token_id=0, max_position_embeddings=4096)
     config.mean, config.std = 0.25, 2.0
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "reward")
-    rows = [{"context_messages": [{"role": "user", "content": f"write number {i}"}]} for i in range(8)]
+    rows = [{"context_messages": [{"role": "user", "content": f"write number {i}"}]} for i in range(16)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -165,11 +165,23 @@ def test_the_hybrid_command_as_a_job(tmp_path: Path) -> None:
             in refused.stdout + refused.stderr
         )
         shutil.rmtree(tmp_path / "run")
-        done = submit(place, tmp_path, command(data, tmp_path, 2, 1), 600)
+        run_job(place, data, tmp_path, 2, 1)
+
+
+@pytest.mark.large
+def test_the_hybrid_command_with_all_its_workers(tmp_path: Path) -> None:
+    """Eight declared GPUs for each role and four engines of two processes, as in the command: 133 processes, 16 GB."""
+    data = make_data(tmp_path)
+    with cluster(gpus=8) as place:
+        run_job(place, data, tmp_path, 8, 4, "--train_batch_size 8 --rollout_batch_size 8 --max_samples 16")
+
+
+def run_job(place: Cluster, data: Path, folder: Path, gpus: int, engines: int, more: str = "") -> None:
+    done = submit(place, folder, command(data, folder, gpus, engines, more), 900)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert "placement: engine 1 x 2, actor, critic, ref, reward 2 = 2 GPUs" in done.stdout
+    assert f"placement: engine {engines} x 2, actor, critic, ref, reward {gpus} = {gpus} GPUs" in done.stdout
     assert "declared only" in done.stdout
-    check_run(tmp_path)
+    check_run(folder)
 
 
 def check_run(folder: Path) -> None:

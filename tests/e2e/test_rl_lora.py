@@ -91,18 +91,29 @@ def test_a_quantised_actor_and_critic(world: Path, tmp_path: Path) -> None:
     assert any(name.endswith("score.weight") for name in critic)
 
 
-def test_two_sharded_workers_equal_one(world: Path, tmp_path: Path) -> None:
-    """Adapters of float32 models under FSDP2 stage 3, in two processes with two engines, and in one that sends whole weights."""
-    common = [*KL, *HF, *LORA, "--max_steps", "2", "--full_determinism", "--train_batch_size", "8"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(world, one, *common, "--lora_sync", "merged")
-    train(world, two, *common, "--actor_num_gpus_per_node", "2", "--vllm_num_engines", "2", "--zero_stage", "3")
-    for a, b in zip(metrics(one), metrics(two), strict=True):
+SHARDED = [*KL, *HF, *LORA, "--max_steps", "2", "--full_determinism", "--train_batch_size", "8"]
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One plain process, whose engine gets whole merged weights."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train(world, run, *SHARDED, "--lora_sync", "merged")
+    return run
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "deepspeed"])
+def test_two_sharded_workers_equal_one(world: Path, tmp_path: Path, alone: Path, backend: str) -> None:
+    """Adapters of float32 models under stage 3, in two processes that send two engines the adapter alone."""
+    run = tmp_path / "run"
+    two = "--actor_num_gpus_per_node 2 --vllm_num_engines 2 --zero_stage 3 --backend"
+    train(world, run, *SHARDED, *two.split(), backend)
+    for a, b in zip(metrics(alone), metrics(run), strict=True):
         for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy", "kl/reference"):
             assert a["values"][name] == pytest.approx(b["values"][name], rel=5e-4, abs=1e-6), name
-        assert b["values"]["weights/sync_bytes"] == adapter_bytes(two) < a["values"]["weights/sync_bytes"]
-    first, second = (load_file(run / "model" / "adapter_model.safetensors") for run in (one, two))
+        assert b["values"]["weights/sync_bytes"] == adapter_bytes(run) < a["values"]["weights/sync_bytes"]
+    first, second = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (alone, run))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=2e-5)
-    assert AutoModelForCausalLM.from_pretrained(one / "model").num_parameters() > 0
+    assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 0

@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.test_rl_run import metrics, train, world
 
 __all__ = ["world"]
@@ -22,8 +24,9 @@ PPO = (
 )
 TWO = (
     "--actor_num_gpus_per_node 2 --critic_num_gpus_per_node 2 --ref_num_gpus_per_node 2 --vllm_num_engines 2 --zero_stage 3 "
-    "--backend deepspeed --colocate_all_models --vllm_sync_backend nccl"
+    "--vllm_sync_backend nccl"
 )
+COLOCATED = "--colocate_all_models"
 
 
 def curve(run: Path) -> tuple[list[float], float]:
@@ -33,20 +36,45 @@ def curve(run: Path) -> tuple[list[float], float]:
     return [step["reward/mean"] for step in values], math.sqrt(sum(errors)) / len(errors)
 
 
-def test_the_reward_of_two_workers_is_that_of_one_within_sampling_noise(world: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one worker of each; the prompts and the reward function lie beside it."""
+    folder = tmp_path_factory.mktemp("alone")
+    rows = [{"prompt": f"write number {i}", "letter": "e"} for i in range(8 * STEPS)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(REWARD)
+    train(world, folder / "run", *task(folder))
+    return folder
+
+
+def task(folder: Path) -> list[str]:
+    return [*PPO.split(), "--prompt_data", str(folder / "prompts.jsonl"), "--reward_func", str(folder / "reward.py")]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "--backend deepspeed --colocate_all_models",
+        pytest.param("--backend deepspeed", marks=pytest.mark.large),
+        pytest.param("--backend fsdp2 --colocate_all_models", marks=pytest.mark.large),
+        pytest.param("--backend fsdp2", marks=pytest.mark.large),
+    ],
+)
+def test_the_reward_of_two_workers_is_that_of_one_within_sampling_noise(
+    world: Path, tmp_path: Path, alone: Path, where: str
+) -> None:
     """Means over all steps differ by less than three standard errors of their difference; both rise.
 
     Every sample has its seed, or the noise of the first steps would grow with what each run learns from its own.
     """
-    rows = [{"prompt": f"write number {i}", "letter": "e"} for i in range(8 * STEPS)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "reward.py").write_text(REWARD)
-    data = ["--prompt_data", str(tmp_path / "prompts.jsonl"), "--reward_func", str(tmp_path / "reward.py")]
-    done = train(world, tmp_path / "two", *PPO.split(), *data, *TWO.split())
-    assert "placement: engine, actor, critic, ref 2 = 2 worker processes" in done.stdout
+    done = train(world, tmp_path / "two", *task(alone), *TWO.split(), *where.split())
+    together = COLOCATED in where
+    placed = (
+        "engine, actor, critic, ref 2 = 2 worker" if together else "engine 2 + actor 2 + critic 2 + ref 2 = 8 worker"
+    )
+    assert f"placement: {placed} processes" in done.stdout
     assert "weights travel by gloo: --vllm_sync_backend nccl needs GPUs" in done.stdout
-    train(world, tmp_path / "one", *PPO.split(), *data)
-    (one, error_one), (two, error_two) = curve(tmp_path / "one"), curve(tmp_path / "two")
+    (one, error_one), (two, error_two) = curve(alone / "run"), curve(tmp_path / "two")
     assert len(one) == len(two) == STEPS
     difference = sum(one) / STEPS - sum(two) / STEPS
     assert abs(difference) < 3 * math.hypot(error_one, error_two)
