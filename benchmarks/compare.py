@@ -10,8 +10,9 @@ peer run alternately, each time in a new process. runs/compare/CASE-MODEL-PROCES
 run printed.
 
 Both keep float32 master weights and moments and compute in bfloat16: the peer by autocast, Togi from a bfloat16 copy of the
-weights. Frozen models are bfloat16. Attention is PyTorch's SDPA, AdamW the fused one. Nothing is saved or evaluated in the
-steps that count. There is no PPO here: TRL 1.16 has no PPO trainer, and none among its experimental ones.
+weights. Frozen models are what each makes of them: bfloat16 here, float32 under autocast there. Attention is PyTorch's SDPA,
+AdamW the fused one. Nothing is saved or evaluated in the steps that count. There is no PPO here: TRL 1.16 has no PPO trainer,
+and none among its experimental ones.
 """
 
 from __future__ import annotations

@@ -37,8 +37,9 @@ def make_material(case: Case, model: Path, folder: Path) -> Material:
     """Write both files. Raises AssertionError if the tokenizer counts other lengths than were asked for."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     words, rng = words_of(tokenizer.get_vocab()), random.Random(SEED)
-    rows = make_rows(case.prompt, case.answer, case.answers, case.rows * case.steps, SEED)
-    rows = sorted_steps(rows, case.rows)
+    # each step has the whole spread of lengths, so that those which count are like the others
+    drawn = (make_rows(case.prompt, case.answer, case.answers, case.rows, SEED + step) for step in range(case.steps))
+    rows = sorted_steps([row for step in drawn for row in step], case.rows)
     records = [record(case.kind, row, words, rng) for row in rows]
     for row, made in zip(rows, records, strict=True):
         check(row, made, tokenizer)

@@ -1,14 +1,14 @@
 """TRL's trainers on a job: ``python trl_trainers.py JOB.json``, in the peers' virtual environment.
 
 Each is used as its documentation says. Where TRL has a choice that costs nothing, the faster one is taken for it: gradient
-checkpointing is off, rows come sorted by length, and a reference model is held in bfloat16 as Togi's is.
+checkpointing is off and rows come sorted by length. A reference model is as TRL makes it, in float32 under autocast: rounded to
+bfloat16 it would not be what the policy is at first, and the losses would differ.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import (
@@ -54,9 +54,7 @@ def sft(job: Job, recorder: Recorder) -> Any:
 
 def dpo(job: Job, recorder: Recorder) -> Any:
     arguments = DPOConfig(**job.arguments(), max_length=4096, beta=0.1, model_init_kwargs={"dtype": job.dtype})
-    trainer = DPOTrainer(job.model, args=arguments, train_dataset=Dataset.from_list(job.rows()))
-    trainer.ref_model.to(torch.bfloat16)
-    return trainer
+    return DPOTrainer(job.model, args=arguments, train_dataset=Dataset.from_list(job.rows()))
 
 
 def rm(job: Job, recorder: Recorder) -> Any:
@@ -77,7 +75,6 @@ def replayed(job: Job, recorder: Recorder) -> Any:
 
     trainer = StoredGRPOTrainer(**grpo_settings(job), reward_funcs=reward)
     trainer.stored = stored
-    trainer.ref_model.to(torch.bfloat16)
     return trainer
 
 
@@ -94,9 +91,7 @@ def generated(job: Job, recorder: Recorder) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     lengths = {prompt: len(tokenizer(prompt)["input_ids"]) for prompt in prompts}
-    trainer = GRPOTrainer(**grpo_settings(job), reward_funcs=reward)
-    trainer.ref_model.to(torch.bfloat16)
-    return trainer
+    return GRPOTrainer(**grpo_settings(job), reward_funcs=reward)
 
 
 def grpo_settings(job: Job) -> dict[str, Any]:
