@@ -125,8 +125,8 @@ CASES = {
         ),
         Case("dpo", Kind.DPO, PAIR_PROMPT, PAIR_ANSWER, 2, 4, 4, 1e-6, 1, PAIR_SETTINGS, "batch1"),
         Case("rm", Kind.RM, PAIR_PROMPT, PAIR_ANSWER, 2, 4, 4, 1e-5, 0, PAIR_SETTINGS, "batch1"),
-        Case("grpo128", Kind.REPLAYED, Spread(128), Spread(128), GROUP, 1, 4, 1e-6, 1, GROUP_SETTINGS, "compiled4"),
-        Case("grpo512", Kind.REPLAYED, Spread(512), Spread(128), GROUP, 1, 3, 1e-6, 1, GROUP_SETTINGS, "compiled4"),
+        Case("grpo128", Kind.REPLAYED, Spread(128), Spread(128), GROUP, 1, 4, 1e-6, 1, GROUP_SETTINGS, "batch4"),
+        Case("grpo512", Kind.REPLAYED, Spread(512), Spread(128), GROUP, 1, 3, 1e-6, 1, GROUP_SETTINGS, "batch4"),
         Case("grpo_step", Kind.GENERATED, Spread(128), Spread(128), GROUP, 2, 4, 1e-6, 1, STEP_SETTINGS, "batch2"),
         Case("launch", Kind.SFT, Spread(16), Spread(16), 1, 8, 3, 1e-5, 0, batches(8), "batch8"),
     )
