@@ -104,11 +104,12 @@ def segment_attention(
     runs = plan_runs(table)
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        totals = [seen_by(runs, run) for run in runs]
         masks = (
             visible_keys(run.length, total, sliding_window, query.device)
             if _is_windowed(sliding_window, total)
             else None
-            for run, total in ((run, seen_by(runs, run)) for run in runs)
+            for run, total in zip(runs, totals, strict=True)
         )
         return host_attention(query[0], key[0], value[0], runs, masks, scale).transpose(0, 1)[None], None
     sizes = [run.tokens for run in runs]

@@ -36,7 +36,8 @@ def attend_in_blocks(q_nHLD: Tensor, k_nGMD: Tensor, v_nGMD: Tensor, scale: floa
     inputs = _Grouped.of(q_nHLD, k_nGMD, v_nGMD)
     out = torch.empty_like(inputs.q)
     for rows, seen in inputs.blocks():
-        part = torch.bmm(inputs.weights(rows, seen, scale), inputs.v[:, :seen])
+        weights = inputs.weights(inputs.rows_of(inputs.q, rows), seen, scale)
+        part = torch.bmm(weights, inputs.v[:, :seen])
         out[:, :, rows] = part.view(out[:, :, rows].shape)
     return out.view(q_nHLD.shape)
 
@@ -50,7 +51,7 @@ def attend_in_blocks_backward(
     d_q, d_k, d_v = torch.empty_like(inputs.q), torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
     for rows, seen in inputs.blocks():
         own_q, own_grad = inputs.rows_of(inputs.q, rows), inputs.rows_of(grad, rows)
-        weights = inputs.weights(rows, seen, scale)
+        weights = inputs.weights(own_q, seen, scale)
         d_v[:, :seen] += torch.bmm(weights.transpose(1, 2), own_grad)
         d_weights = torch.bmm(own_grad, inputs.v[:, :seen].transpose(1, 2))
         d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
@@ -90,10 +91,10 @@ class _Grouped:
         """[nG, r B, D] of what is shaped like ``q``."""
         return x[:, :, rows].reshape(len(x), -1, x.shape[-1])
 
-    def weights(self, rows: slice, seen: int, scale: float) -> Tensor:
-        """Softmax of the scores, [nG, r B, seen]."""
-        scores = torch.bmm(self.rows_of(self.q, rows), self.k[:, :seen].transpose(1, 2)).mul_(scale)
-        length = rows.stop - rows.start
+    def weights(self, own_q: Tensor, seen: int, scale: float) -> Tensor:
+        """Softmax of the scores of a block's queries, [nG, r B, seen]."""
+        scores = torch.bmm(own_q, self.k[:, :seen].transpose(1, 2)).mul_(scale)
+        length = own_q.shape[1] // self.q.shape[1]
         later = torch.full((length, length), -torch.inf, dtype=scores.dtype).triu_(1)
         scores.view(len(scores), -1, length, seen)[..., seen - length :].add_(later)
         return torch.softmax(scores, dim=-1)

@@ -93,7 +93,7 @@ class HostAttention(torch.autograd.Function):
             inputs = (part.queries(query), part.keys(key), part.keys(value))
             if _in_blocks(inputs[0], inputs[1], visible):
                 part.put(out_HTD, attend_in_blocks(*inputs, scale))
-                kept += [None, None]
+                kept += [None, None]  # the backward needs neither
                 continue
             out_nHLD, lse_nHL = attend(*inputs, scale, visible)
             part.put(out_HTD, out_nHLD)
@@ -111,7 +111,7 @@ class HostAttention(torch.autograd.Function):
         for part, visible, out_nHLD, lse_nHL in zip(ctx.parts, ctx.seen, kept[::2], kept[1::2], strict=True):
             inputs = (part.queries(query), part.keys(key), part.keys(value))
             grad_nHLD = part.queries(grad_HTD)
-            if _in_blocks(inputs[0], inputs[1], visible):
+            if lse_nHL is None:
                 grads = attend_in_blocks_backward(grad_nHLD, *inputs, ctx.scale)
             else:
                 grads = attend_backward(grad_nHLD, inputs, out_nHLD, lse_nHL, ctx.scale, visible)
