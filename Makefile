@@ -1,7 +1,7 @@
 # make setup   make .venv with the command togi in it
 # make demo    set up, build a small model, train it with reinforcement learning, show the result
 # make test    set up and run all tests
-# make test-large   the few tests that need minutes and 16 GB each
+# make test-large   the few tests that need minutes or 16 GB
 # make lint    formatter, linter and type checker
 
 PYTHON ?= python3

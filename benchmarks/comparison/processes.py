@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
+import psutil
+
 INTERVAL = 0.25
 
 
@@ -36,9 +36,9 @@ def run_watched(command: Sequence[str], environment: Mapping[str, str], cwd: Pat
         def watch() -> None:
             most = 0
             while not finished.wait(INTERVAL):
-                pids = family(process.pid)
-                if (now := sum(map(resident, pids))) > most:  # the walk that divides shared pages costs time: only then
-                    most, peak[0] = now, max(peak[0], sum(map(proportional, pids)))
+                processes = family(process.pid)
+                if (now := sum(map(resident, processes))) > most:  # dividing shared pages costs time: only then
+                    most, peak[0] = now, max(peak[0], sum(map(proportional, processes)))
 
         watcher = Thread(target=watch, daemon=True)
         watcher.start()
@@ -50,38 +50,26 @@ def run_watched(command: Sequence[str], environment: Mapping[str, str], cwd: Pat
     return Watched(started, peak[0] / 1e9)
 
 
-def family(root: int) -> set[int]:
+def family(root: int) -> list[psutil.Process]:
     """A process and all that descend from it."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (fields := read(entry / "stat")):
-            parents[int(entry.name)] = int(fields.rpartition(")")[2].split()[1])
-    found, grown = {root}, True
-    while grown:
-        children = {pid for pid, parent in parents.items() if parent in found} - found
-        found |= children
-        grown = bool(children)
-    return found
-
-
-def resident(pid: int) -> int:
-    """Bytes in memory of one process, 0 if it has ended."""
-    fields = read(Path(f"/proc/{pid}/statm"))
-    return int(fields.split()[1]) * PAGE if fields else 0
-
-
-def proportional(pid: int) -> int:
-    """``resident``, but a page that several processes share is divided among them (Pss)."""
-    for line in read(Path(f"/proc/{pid}/smaps_rollup")).splitlines():
-        name, _, rest = line.partition(":")
-        if name == "Pss":
-            return 1024 * int(rest.split()[0])
-    return 0
-
-
-def read(path: Path) -> str:
-    """ "" for a process that has ended."""
     try:
-        return path.read_text()
-    except OSError:
-        return ""
+        process = psutil.Process(root)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def resident(process: psutil.Process) -> int:
+    """Bytes in memory, 0 if it has ended."""
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def proportional(process: psutil.Process) -> int:
+    """``resident``, but a page that several processes share is divided among them (Pss)."""
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.NoSuchProcess:
+        return 0

@@ -170,7 +170,7 @@ def test_the_hybrid_command_as_a_job(tmp_path: Path) -> None:
 
 @pytest.mark.large
 def test_the_hybrid_command_with_all_its_workers(tmp_path: Path) -> None:
-    """Eight declared GPUs for each role and four engines of two processes, as in the command: 133 processes, 16 GB."""
+    """Eight declared GPUs for each role and four engines of two processes, as in the command: 16 GB."""
     data = make_data(tmp_path)
     with cluster(gpus=8) as place:
         run_job(place, data, tmp_path, 8, 4, "--train_batch_size 8 --rollout_batch_size 8 --max_samples 16")
