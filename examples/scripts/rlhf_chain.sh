@@ -5,7 +5,7 @@
 # starts again.
 # Data: the tiny sums of examples/data. Rows for SFT have "messages", pairs have "prompt" (a text or messages), "chosen" and
 #   "rejected".
-# Needs: two cores and 12 GB of memory; three quarters of an hour with the sizes below and about 500 pairs. A GPU is used where there is one.
+# Needs: two cores and 12 GB of memory; 45 minutes with the sizes below and about 500 pairs. A GPU is used where there is one.
 # Change: MODEL, SFT_TRAIN, SFT_TEST, PAIRS_TRAIN, PAIRS_TEST, OUT and the sizes below in the environment.
 set -eu
 here="$(cd "$(dirname "$0")" && pwd)"
