@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from togi.model import block_attention
-from togi.model.block_attention import LONGEST, attend_in_blocks, attend_in_blocks_backward, wins
+from togi.model.block_attention import LONGEST, MOST_KEYS, attend_in_blocks, attend_in_blocks_backward, wins
 from togi.model.partial_attention import Visibility, attend, attend_backward
 
 CAUSAL = Visibility(causal=True)
@@ -28,16 +28,19 @@ def test_blocks_are_the_fused_kernel(
 ) -> None:
     """In one block and in many, with and without a context before the queries."""
     monkeypatch.setattr(block_attention, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(block_attention, "BLOCK_QUERIES", 16)
     grad, q, k, v = tensors(count, queries, keys, dtype)
     out, lse = attend(q, k, v, 0.3, CAUSAL)
     expected = attend_backward(grad, (q, k, v), out, lse, 0.3, CAUSAL)
     tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 1e-4, "atol": 2e-6}
-    torch.testing.assert_close(attend_in_blocks(q, k, v, 0.3), out, **tolerance)
-    found = attend_in_blocks_backward(grad, q, k, v, 0.3)
-    torch.testing.assert_close(found, expected, **tolerance)
+    found, d_q = torch.empty_like(out), torch.empty_like(expected[0])
+    attend_in_blocks(q, k, v, 0.3, found)
+    torch.testing.assert_close(found, out, **tolerance)
+    d_k, d_v = attend_in_blocks_backward(grad, q, k, v, 0.3, d_q)
+    torch.testing.assert_close((d_q, d_k, d_v), expected, **tolerance)
 
 
 def test_which_sequences_are_done_in_blocks() -> None:
-    """Those of up to 512 queries, unless more than that many keys are before them."""
-    assert wins(1, 2) and wins(LONGEST, 2 * LONGEST) and wins(128, 256)
-    assert not wins(LONGEST + 1, LONGEST + 1) and not wins(128, 257)
+    """Those of up to 512 queries and 1,024 keys."""
+    assert wins(1, 1) and wins(128, 640) and wins(LONGEST, MOST_KEYS)
+    assert not wins(LONGEST + 1, LONGEST + 1) and not wins(1, MOST_KEYS + 1)

@@ -1,11 +1,12 @@
 """Causal attention of short sequences on a CPU: some queries at a time against all keys that they see.
 
-Shape letters as in ``partial_attention``; B queries of a block, r query heads to a key/value head.
+Shape letters as in ``partial_attention``; r query heads to a key/value head, c of the n sequences, B queries of a block, whose
+B r heads are the rows of one product.
 
-The scores of a block fit in the processor's cache, and its products and softmax are one call each, which for short sequences
-takes a third less time than PyTorch's fused kernel. Nothing is kept for the backward but the inputs: it computes the weights P
-again, and with dP = dO V' the gradient of the scores is dS = P (dP - sum P dP), which needs no output. Everything is float32
-(float64 from float64) whatever the inputs are.
+Nothing is kept for the backward but the inputs: it computes the weights P again, and with dP = dO V' the gradient of the scores
+is dS = P (dP - sum P dP), which needs no output. The fused kernel keeps the output in float32. A block's products and softmax are
+one call each over several sequences, which takes as long as the fused kernel does for a few short sequences and a fifth less for
+many. Everything is float32 (float64 from float64) whatever the inputs are.
 """
 
 from __future__ import annotations
@@ -16,85 +17,109 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from togi.model.logprob_head import full_precision
-
-# Where blocks win (torch 2.13, AVX512): at more keys the fused kernel tiles these too, and before a context that is longer than
-# the queries it wastes no more than blocks do.
-LONGEST = 512
-BLOCK_ELEMENTS = 2**17
-"""Scores of a block over all heads: half a megabyte."""
-FEWEST_QUERIES = 16
+# At more queries or keys the fused kernel, which tiles both, is faster (torch 2.13, AVX512).
+LONGEST, MOST_KEYS = 512, 1024
+BLOCK_QUERIES = 48
+BLOCK_ELEMENTS = 2**19
+"""Scores of a block over all heads of the sequences that are done together: two megabytes."""
 
 
 def wins(queries: int, keys: int) -> bool:
     """Whether ``queries`` that end a sequence of ``keys`` are better done here."""
-    return keys - queries <= queries <= LONGEST
+    return queries <= LONGEST and keys <= MOST_KEYS
 
 
-def attend_in_blocks(q_nHLD: Tensor, k_nGMD: Tensor, v_nGMD: Tensor, scale: float) -> Tensor:
-    """Output [n, H, L, D]; query i sees the keys up to M - L + i."""
-    inputs = _Grouped.of(q_nHLD, k_nGMD, v_nGMD)
-    out = torch.empty_like(inputs.q)
-    for rows, seen in inputs.blocks():
-        weights = inputs.weights(inputs.rows_of(inputs.q, rows), seen, scale)
-        part = torch.bmm(weights, inputs.v[:, :seen])
-        out[:, :, rows] = part.view(out[:, :, rows].shape)
-    return out.view(q_nHLD.shape)
+def attend_in_blocks(q_nHLD: Tensor, k_nGMD: Tensor, v_nGMD: Tensor, scale: float, out_nHLD: Tensor) -> None:
+    """Write the output to ``out``; query i sees the keys up to M - L + i."""
+    out_nGLrD = _by_queries(out_nHLD, k_nGMD.shape[1])
+    for some in _some(q_nHLD, k_nGMD, v_nGMD, scale):
+        for rows, seen in some.blocks():
+            part = torch.bmm(some.weights(some.rows(some.q, rows), seen), some.v[:, :seen])
+            some.put(out_nGLrD, rows, part)
 
 
 def attend_in_blocks_backward(
-    grad_nHLD: Tensor, q_nHLD: Tensor, k_nGMD: Tensor, v_nGMD: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output."""
-    inputs = _Grouped.of(q_nHLD, k_nGMD, v_nGMD)
-    grad = full_precision(grad_nHLD).reshape(inputs.q.shape)
-    d_q, d_k, d_v = torch.empty_like(inputs.q), torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
-    for rows, seen in inputs.blocks():
-        own_q, own_grad = inputs.rows_of(inputs.q, rows), inputs.rows_of(grad, rows)
-        weights = inputs.weights(own_q, seen, scale)
-        d_v[:, :seen] += torch.bmm(weights.transpose(1, 2), own_grad)
-        d_weights = torch.bmm(own_grad, inputs.v[:, :seen].transpose(1, 2))
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
-        d_q[:, :, rows] = torch.bmm(d_scores, inputs.k[:, :seen]).view(d_q[:, :, rows].shape)
-        d_k[:, :seen] += torch.bmm(d_scores.transpose(1, 2), own_q)
-    return d_q.view(q_nHLD.shape), d_k.view(k_nGMD.shape), d_v.view(v_nGMD.shape)
+    grad_nHLD: Tensor, q_nHLD: Tensor, k_nGMD: Tensor, v_nGMD: Tensor, scale: float, d_q_nHLD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of q to ``d_q`` and return those of k and v, given that of the output."""
+    groups = k_nGMD.shape[1]
+    grad_nGLrD, d_q_nGLrD = _by_queries(grad_nHLD, groups), _by_queries(d_q_nHLD, groups)
+    d_k, d_v = (torch.zeros(x.shape, dtype=_wide(x)) for x in (k_nGMD, v_nGMD))
+    for some in _some(q_nHLD, k_nGMD, v_nGMD, scale):
+        grad, own_d_k, own_d_v = _copy(grad_nGLrD[some.place]), some.own(d_k), some.own(d_v)
+        for rows, seen in some.blocks():
+            own_q, own_grad = some.rows(some.q, rows), some.rows(grad, rows)
+            weights = some.weights(own_q, seen)
+            own_d_v[:, :seen].baddbmm_(weights.transpose(1, 2), own_grad)
+            d_weights = torch.bmm(own_grad, some.v[:, :seen].transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(scale)
+            some.put(d_q_nGLrD, rows, torch.bmm(d_scores, some.k[:, :seen]))
+            own_d_k[:, :seen].baddbmm_(d_scores.transpose(1, 2), own_q)
+    return d_k, d_v
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Grouped:
-    """``q`` [nG, r, L, D], ``k`` and ``v`` [nG, M, D], in full precision: the r heads of a group are rows of one product."""
+class _Some:
+    """The sequences at ``place``: ``q`` [c, G, L, r, D], ``k`` and ``v`` [cG, M, D], contiguous and in full precision."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-
-    @classmethod
-    def of(cls, q_nHLD: Tensor, k_nGMD: Tensor, v_nGMD: Tensor) -> _Grouped:
-        n, heads, queries, width = q_nHLD.shape
-        groups, keys = k_nGMD.shape[1:3]
-        q = full_precision(q_nHLD).reshape(n * groups, heads // groups, queries, width)
-        k, v = (full_precision(x).reshape(n * groups, keys, width) for x in (k_nGMD, v_nGMD))
-        return cls(q, k, v)
+    scale: float
+    place: slice
 
     def blocks(self) -> Iterator[tuple[slice, int]]:
         """Which queries, and how many keys the last of them sees."""
-        count, repeats, queries, _ = self.q.shape
+        queries = self.q.shape[2]
         before = self.k.shape[1] - queries
-        start = 0
-        while start < queries:
-            fitting = BLOCK_ELEMENTS // (count * repeats * (before + start + FEWEST_QUERIES))
-            stop = min(queries, start + max(FEWEST_QUERIES, fitting))
+        for start in range(0, queries, BLOCK_QUERIES):
+            stop = min(queries, start + BLOCK_QUERIES)
             yield slice(start, stop), before + stop
-            start = stop
 
-    def rows_of(self, x: Tensor, rows: slice) -> Tensor:
-        """[nG, r B, D] of what is shaped like ``q``."""
-        return x[:, :, rows].reshape(len(x), -1, x.shape[-1])
+    def rows(self, x: Tensor, queries: slice) -> Tensor:
+        """[cG, B r, D] of what is shaped like ``q``."""
+        return x[:, :, queries].flatten(2, 3).flatten(0, 1)
 
-    def weights(self, own_q: Tensor, seen: int, scale: float) -> Tensor:
-        """Softmax of the scores of a block's queries, [nG, r B, seen]."""
-        scores = torch.bmm(own_q, self.k[:, :seen].transpose(1, 2)).mul_(scale)
-        length = own_q.shape[1] // self.q.shape[1]
+    def own(self, x_nGMD: Tensor) -> Tensor:
+        """[cG, M, D] of these sequences."""
+        return x_nGMD[self.place].flatten(0, 1)
+
+    def put(self, x_nGLrD: Tensor, queries: slice, part: Tensor) -> None:
+        """Write what ``rows`` reads."""
+        own = x_nGLrD[self.place, :, queries]
+        own.copy_(part.view(own.shape))
+
+    def weights(self, own_q: Tensor, seen: int) -> Tensor:
+        """Softmax of the scores of a block's rows, [cG, B r, seen]."""
+        scores = torch.bmm(own_q, self.k[:, :seen].transpose(1, 2)).mul_(self.scale)
+        repeats = self.q.shape[3]
+        length = own_q.shape[1] // repeats
         later = torch.full((length, length), -torch.inf, dtype=scores.dtype).triu_(1)
-        scores.view(len(scores), -1, length, seen)[..., seen - length :].add_(later)
+        scores[..., seen - length :].add_(later.repeat_interleave(repeats, 0))
         return torch.softmax(scores, dim=-1)
+
+
+def _some(q_nHLD: Tensor, k_nGMD: Tensor, v_nGMD: Tensor, scale: float) -> Iterator[_Some]:
+    """A few sequences at a time: so few that a block has enough queries of each."""
+    count, heads, keys = len(q_nHLD), q_nHLD.shape[1], k_nGMD.shape[2]
+    q_nGLrD = _by_queries(q_nHLD, k_nGMD.shape[1])
+    step = max(1, BLOCK_ELEMENTS // (heads * keys * BLOCK_QUERIES))
+    for start in range(0, count, step):
+        place = slice(start, start + step)
+        k, v = (_copy(x[place]).flatten(0, 1) for x in (k_nGMD, v_nGMD))
+        yield _Some(_copy(q_nGLrD[place]), k, v, scale, place)
+
+
+def _by_queries(x_nHLD: Tensor, groups: int) -> Tensor:
+    """[n, G, L, r, D], the same memory: the heads that share a key/value head beside each other."""
+    n, heads, queries, width = x_nHLD.shape
+    return x_nHLD.view(n, groups, heads // groups, queries, width).transpose(2, 3)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """In full precision and in the order of its dimensions, in one pass."""
+    return torch.empty(x.shape, dtype=_wide(x)).copy_(x)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

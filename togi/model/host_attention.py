@@ -92,7 +92,7 @@ class HostAttention(torch.autograd.Function):
         for part, visible in zip(parts, seen, strict=True):
             inputs = (part.queries(query), part.keys(key), part.keys(value))
             if _in_blocks(inputs[0], inputs[1], visible):
-                part.put(out_HTD, attend_in_blocks(*inputs, scale))
+                attend_in_blocks(*inputs, scale, part.queries(out_HTD))
                 kept += [None, None]  # the backward needs neither
                 continue
             out_nHLD, lse_nHL = attend(*inputs, scale, visible)
@@ -112,12 +112,12 @@ class HostAttention(torch.autograd.Function):
             inputs = (part.queries(query), part.keys(key), part.keys(value))
             grad_nHLD = part.queries(grad_HTD)
             if lse_nHL is None:
-                grads = attend_in_blocks_backward(grad_nHLD, *inputs, ctx.scale)
+                d_keys, d_values = attend_in_blocks_backward(grad_nHLD, *inputs, ctx.scale, part.queries(d_query))
             else:
-                grads = attend_backward(grad_nHLD, inputs, out_nHLD, lse_nHL, ctx.scale, visible)
-            part.put(d_query, grads[0])
-            part.add(d_key, grads[1])
-            part.add(d_value, grads[2])
+                d_queries, d_keys, d_values = attend_backward(grad_nHLD, inputs, out_nHLD, lse_nHL, ctx.scale, visible)
+                part.put(d_query, d_queries)
+            part.add(d_key, d_keys)
+            part.add(d_value, d_values)
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
 
 
