@@ -140,3 +140,7 @@ def test_an_own_copy_cannot_be_written_into() -> None:
         bucket.data[:] = 255
         assert all(torch.equal(tensor, before[name]) for name, tensor in mine.unpack())
         bucket.data[:] = mine.as_tensor().numpy()
+    locked = bucket.data.view()
+    locked.flags.writeable = False
+    shared = replace(bucket, data=locked)
+    assert shared.own() is shared  # what Ray's store holds is not copied again

@@ -74,7 +74,9 @@ class Bucket:
         return self.data if isinstance(self.data, Tensor) else torch.from_numpy(self.data)
 
     def own(self) -> Bucket:
-        """A copy that nobody else can write into."""
+        """A bucket that nobody else can write into: itself if nobody can at all, else a copy."""
+        if isinstance(self.data, np.ndarray) and not self.data.flags.writeable:
+            return self
         copied = self.data.clone() if isinstance(self.data, Tensor) else self.data.copy()
         return Bucket(self.tensors, self.offsets, copied)
 
