@@ -25,6 +25,7 @@ from togi.model.weights import Bucket
 from togi.parallel.process import default_device
 from togi.plan.memory import Released, resident_bytes, return_freed
 from togi.rollout.engine import EngineSettings
+from togi.rollout.packed_linear import pack_linears
 from togi.rollout.sampler import Choice, choose
 from togi.rollout.slot_cache import ATTENTION, SlotCache
 from togi.rollout.stops import end_token_ids
@@ -185,6 +186,7 @@ class TransformersCore:
             ATTENTION
         )  # only now: Transformers refuses models that cannot use SDPA, as ours is
         loaded: PreTrainedModel = model.requires_grad_(False).eval().to(self._device)
+        pack_linears(loaded)
         return loaded
 
     def _admissible(self) -> list[_Sequence]:
