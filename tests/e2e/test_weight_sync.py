@@ -35,10 +35,15 @@ def expected_checksum(folder: Path) -> str:
     return checksum.digest()
 
 
+def processes(kind: str) -> list[psutil.Process]:
+    """Those that this one started whose command has ``kind`` in it."""
+    return [p for p in psutil.Process().children(recursive=True) if kind in " ".join(p.cmdline())]
+
+
 @contextmanager
 def stopped(kind: str) -> Iterator[None]:
     """Nothing of the last worker process of this kind runs inside."""
-    found = [p for p in psutil.Process().children(recursive=True) if kind in " ".join(p.cmdline())]
+    found = processes(kind)
     os.kill(found[-1].pid, signal.SIGSTOP)
     try:
         yield
@@ -49,6 +54,7 @@ def stopped(kind: str) -> Iterator[None]:
 async def scenario(config: RLConfig) -> None:
     session = await Session.start(config, this_machine(), {Role.ACTOR: 10}, print)
     try:
+        assert processes("EngineWorker") and not processes("ray::IDLE")  # a process for each role, and none beside them
         assert session.weights.route == Route(Carrier.HOST)
         actor, engines = session.groups[Role.ACTOR], session.engines
         over_gloo = WeightSync(actor, engines, Route(Carrier.GLOO), 120.0)

@@ -69,6 +69,8 @@ def connect(machine: Machine) -> Resources:
         # Ray's own default makes workers give way to every other process of the machine.
         os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's own default starts a process for each core that no role can use: theirs have other environments.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         ray.init(
             address="local",
             num_cpus=machine.cpus,
