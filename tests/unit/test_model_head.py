@@ -114,7 +114,7 @@ from pathlib import Path
 from togi.model.logprob_head import token_logprobs
 # not ru_maxrss, which a child process inherits
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
-K, V, H = 8192, 49152, 576
+K, V, H = 8192, 49152, 128
 a = torch.randn(64, H).requires_grad_()
 # the first call loads libraries
 token_logprobs(a, a.detach(), torch.zeros(64, dtype=torch.int64), entropy=True)[0].sum().backward()
