@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from comparison import machine
-from comparison.places import SOURCE
+from comparison.places import SOURCE, llama
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.plan.machine import this_machine
@@ -53,24 +53,11 @@ def main() -> None:
 def make_large(folder: Path) -> Path:
     """A Llama of 1.1 billion parameters (1.0 without its embedding) in a folder of its own."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
+    config = llama(tokenizer, 2048, 5632, 22, (32, 4), 2048)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from comparison.summary import Size
 
@@ -49,26 +50,14 @@ def size_of(folder: Path) -> Size:
 
 def make_model(name: str, folder: Path, *, scalar: bool) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers import LlamaForSequenceClassification as Scalar
 
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)
     tokenizer.pad_token = PAD
     torch.manual_seed(0)
     if name == "30m":
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=384,
-            intermediate_size=1024,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            num_key_value_heads=3,
-            max_position_embeddings=65536,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(llama(tokenizer, 384, 1024, 6, (6, 3), 65536))
     else:
         model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -86,3 +75,21 @@ def make_model(name: str, folder: Path, *, scalar: bool) -> None:
     parameters = sum(p.numel() for p in model.parameters()) - looked_up
     size = Size(parameters, config.num_hidden_layers, width)
     (folder / SIZES).write_text(json.dumps(asdict(size)))
+
+
+def llama(tokenizer: Any, width: int, inner: int, layers: int, heads: tuple[int, int], longest: int) -> Any:
+    """The config of a Llama with tied embeddings. ``heads``: of queries, and of keys and values."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        max_position_embeddings=longest,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )

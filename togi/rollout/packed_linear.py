@@ -27,9 +27,8 @@ def pack_linears(model: nn.Module) -> None:
         if type(layer) is nn.Linear and layer.weight.device.type == "cpu" and layer.weight.dtype == torch.bfloat16:
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), TOKENS)
             layer.forward = partial(_linear, packed, layer.bias)  # type: ignore[method-assign]
-            layer.weight = nn.Parameter(
-                layer.weight.new_empty(0), requires_grad=False
-            )  # an embedding tied to it keeps its own
+            # an embedding that is tied to it keeps its own
+            layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
 
 def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
