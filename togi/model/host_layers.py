@@ -1,31 +1,43 @@
-"""RMS norms and gated MLPs on a CPU, a few tokens at a time: what is computed on them stays in the processor's cache.
+"""RMS norms and gated MLPs on a CPU: what goes into the layers of a model, and what they keep for the backward.
 
 Shape letters: T tokens, H the width of a layer. Transformers computes a norm in float32 with a pass over all tokens for each
-operation, and autograd keeps two float32 copies of them; here a block of tokens goes through all operations at once and only the
-input is kept. Nor do the projections that read a norm's or gate's output keep that: it is computed again in the backward, which
-costs less than the memory did. Outputs are those of Transformers bit for bit; gradients are computed in float32 and rounded once.
+operation, and autograd keeps two float32 copies of them; here the processor's cache sees all operations on a few tokens at once
+(``host_kernels``; ``host_blocks`` where those are not to be had) and only the input is kept. Nor do the projections that read a
+norm's or gate's output keep that: it is computed again in the backward, which costs less than the memory did.
 
 Not here: kernels for other devices (``liger``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
-BLOCK_ELEMENTS = 2**17
-"""Float32 values of a block: half a megabyte, of which a backward holds three."""
+from togi.model import host_blocks
+from togi.model.host_kernels import compiled
+
 NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 GATED = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
 ATTENTION = frozenset({"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"})
+
+
+class Way(Protocol):
+    """How norms and gates are computed: ``host_blocks`` says what each of these is."""
+
+    def norm(self, x_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]: ...
+    def norm_again(self, x_TH: Tensor, weight_H: Tensor, scale_T1: Tensor) -> Tensor: ...
+    def norm_backward(
+        self, grad_TH: Tensor, x_TH: Tensor, weight_H: Tensor, scale_T1: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+    def gate(self, gate_TH: Tensor, up_TH: Tensor) -> Tensor: ...
+    def gate_backward(self, grad_TH: Tensor, gate_TH: Tensor, up_TH: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def use_host_layers(hf: PreTrainedModel, *, again: bool = True) -> None:
@@ -127,49 +139,33 @@ def _on_host(*tensors: Tensor) -> bool:
     return plain and len({x.dtype for x in tensors}) == 1 and tensors[0].dtype in (torch.bfloat16, torch.float32)
 
 
-def _blocks(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, BLOCK_ELEMENTS // width)
-    return (slice(start, start + step) for start in range(0, rows, step))
+def _by(x: Tensor) -> Way:
+    """Compiled kernels for bfloat16 where there are some."""
+    return (compiled() if x.dtype == torch.bfloat16 else None) or host_blocks
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[T, H]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
-        x_TH = x.reshape(-1, x.shape[-1])
-        out_TH = torch.empty_like(x_TH)
-        scale_T1 = torch.empty(len(x_TH), 1, dtype=torch.float32)
-        for rows in _blocks(*x_TH.shape):
-            block = x_TH[rows].float()
-            torch.rsqrt(block.pow(2).mean(-1, keepdim=True).add_(epsilon), out=scale_T1[rows])
-            torch.mul(weight_H, (block * scale_T1[rows]).to(x.dtype), out=out_TH[rows])
+        out_TH, scale_T1 = _by(x).norm(_flat(x), weight_H, epsilon)
         ctx.save_for_backward(x, weight_H, scale_T1)
         return out_TH.view(x.shape)
 
     @staticmethod
     def again(x: Tensor, weight_H: Tensor, scale_T1: Tensor) -> Tensor:
         """The output, from what is kept for the backward."""
-        x_TH = x.reshape(-1, x.shape[-1])
-        out_TH = torch.empty_like(x_TH)
-        for rows in _blocks(*x_TH.shape):
-            torch.mul(weight_H, (x_TH[rows].float() * scale_T1[rows]).to(x.dtype), out=out_TH[rows])
-        return out_TH.view(x.shape)
+        return _by(x).norm_again(_flat(x), weight_H, scale_T1).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_H, scale_T1 = ctx.saved_tensors
-        x_TH, grad_TH = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-        d_x_TH = torch.empty_like(x_TH)
-        d_weight_H = torch.zeros_like(weight_H, dtype=torch.float32)
-        wide_H = weight_H.float()
-        for rows in _blocks(*x_TH.shape):
-            normal = x_TH[rows].float() * scale_T1[rows]
-            slope = grad_TH[rows].float()
-            if ctx.needs_input_grad[1]:
-                d_weight_H += (slope * normal).sum(0)
-            slope = slope * wide_H
-            along = (slope * normal).mean(-1, keepdim=True)
-            d_x_TH[rows] = slope.sub_(normal.mul_(along)).mul_(scale_T1[rows])
+        d_x_TH, d_weight_H = _by(x).norm_backward(_flat(grad), _flat(x), weight_H, scale_T1)
         return d_x_TH.view(x.shape), d_weight_H.to(weight_H.dtype), None
 
 
@@ -182,22 +178,13 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def again(gate: Tensor, up: Tensor) -> Tensor:
         """The output, from what is kept for the backward."""
-        gate_TH, up_TH = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
-        out_TH = torch.empty_like(gate_TH)
-        for rows in _blocks(*gate_TH.shape):
-            torch.mul(silu(gate_TH[rows]), up_TH[rows], out=out_TH[rows])
-        return out_TH.view(gate.shape)
+        return _by(gate).gate(_flat(gate), _flat(up)).view(gate.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        gate_TH, up_TH, grad_TH = (x.reshape(-1, x.shape[-1]) for x in (gate, up, grad))
-        d_gate_TH, d_up_TH = torch.empty_like(gate_TH), torch.empty_like(up_TH)
-        for rows in _blocks(*gate_TH.shape):
-            wide, slope = gate_TH[rows].float(), grad_TH[rows].float()
-            d_gate_TH[rows] = torch.ops.aten.silu_backward(slope * up_TH[rows], wide)
-            d_up_TH[rows] = silu(wide).mul_(slope)
+        d_gate_TH, d_up_TH = _by(gate).gate_backward(_flat(grad), _flat(gate), _flat(up))
         return d_gate_TH.view(gate.shape), d_up_TH.view(up.shape)
 
 

@@ -1,0 +1,126 @@
+"""Compiled kernels for CPUs: PyTorch's numbers at sizes that fill no vector, what is no number, and no compiler."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from togi.model import host_blocks, host_kernels
+from togi.model.host_kernels import HostKernels, compiled
+
+
+@pytest.fixture
+def kernels() -> HostKernels:
+    found = compiled()
+    assert found is not None
+    return found
+
+
+@pytest.fixture(params=[(1, 1), (3, 31), (130, 64), (700, 100)])
+def tensors(request: pytest.FixtureRequest) -> list[Tensor]:
+    """Four [T, H] of bfloat16; the last size is shared among threads."""
+    generator = torch.Generator().manual_seed(0)
+    return [3 * torch.randn(request.param, generator=generator).bfloat16() for _ in range(4)]
+
+
+def near(got: Tensor, expected: Tensor) -> None:
+    """One rounding of bfloat16 apart at most, and in few places; sums in float32 nearly equal."""
+    if got.dtype == torch.float32:
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    else:
+        torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-6)
+        assert (got != expected).float().mean() <= 0.01
+
+
+def test_kernels_are_pytorch_s_operations(kernels: HostKernels, tensors: list[Tensor]) -> None:
+    x, grad, gate, up = tensors
+    weight = up[0] + 0.5
+    (out, scale), (expected, expected_scale) = (way.norm(x, weight, 1e-5) for way in (kernels, host_blocks))
+    near(scale, expected_scale)
+    near(out, expected)
+    assert torch.equal(kernels.norm_again(x, weight, scale), out)
+    for got, wanted in zip(
+        kernels.norm_backward(grad, x, weight, scale), host_blocks.norm_backward(grad, x, weight, scale), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=2**-7, atol=2**-7 * float(wanted.abs().max()))
+    near(kernels.gate(gate, up), host_blocks.gate(gate, up))
+    for got, wanted in zip(
+        kernels.gate_backward(grad, gate, up), host_blocks.gate_backward(grad, gate, up), strict=True
+    ):
+        near(got, wanted)
+
+
+def test_tensors_may_lie_in_memory_in_any_way(kernels: HostKernels) -> None:
+    x, weight = torch.randn(8, 20).bfloat16(), torch.randn(40).bfloat16()[::2]
+    turned = x.T.contiguous().T
+    assert not turned.is_contiguous()
+    assert torch.equal(kernels.norm(turned, weight, 1e-5)[0], kernels.norm(x, weight.contiguous(), 1e-5)[0])
+    one = torch.ones(1, 1, dtype=torch.bfloat16).expand(8, 20)
+    assert all(map(torch.equal, kernels.gate_backward(one, turned, x), kernels.gate_backward(one.clone(), x, x)))
+
+
+def test_threads_change_no_bit(kernels: HostKernels) -> None:
+    x, grad = torch.randn(500, 96).bfloat16(), torch.randn(500, 96).bfloat16()
+    scale, before = torch.rand(500, 1), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(kernels.norm_backward(grad, x, grad[0], scale))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+def test_extreme_values_and_what_is_no_number(kernels: HostKernels) -> None:
+    """Where bfloat16 ends nothing overflows that does not in PyTorch."""
+    values = torch.tensor([[0.0, -0.0, 88.0, -88.0, 1e4, -1e4, 3e38, -3e38, float("nan"), float("inf")]]).bfloat16()
+    one = torch.ones_like(values)
+    torch.testing.assert_close(
+        kernels.gate(values, one), host_blocks.gate(values, one), equal_nan=True, atol=1e-36, rtol=0
+    )
+    for got, wanted in zip(
+        kernels.gate_backward(one, values, one), host_blocks.gate_backward(one, values, one), strict=True
+    ):
+        torch.testing.assert_close(got[:, :-2], wanted[:, :-2], atol=1e-30, rtol=2**-7)
+        assert got[0, -2].isnan()
+    out, _ = kernels.norm(values, one[0], 1e-5)
+    assert out.isnan().all()
+    none, _ = kernels.norm(torch.zeros(2, 4).bfloat16(), one[0, :4], 1e-5)
+    assert torch.equal(none, torch.zeros(2, 4).bfloat16())
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache, and nothing loaded."""
+    monkeypatch.setenv("TOGI_CACHE", str(tmp_path))
+    monkeypatch.setattr(host_kernels, "compiled", host_kernels.compiled.__wrapped__)
+    return tmp_path / "kernels"
+
+
+def test_the_library_is_built_once(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert host_kernels.compiled() is not None
+    assert host_kernels.compiled() is not None
+    assert len(list(fresh.iterdir())) == 1
+    assert sum("Compiled the kernels" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_without_a_compiler_there_is_a_warning(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    assert host_kernels.compiled() is None
+    (line,) = caplog.messages
+    assert "install a C compiler (gcc), or set TOGI_CPU_KERNELS=0" in line
+
+
+def test_they_can_be_switched_off(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOGI_CPU_KERNELS", "0")
+    assert host_kernels.compiled() is None
+    assert not fresh.exists()
