@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -126,7 +127,7 @@ def _library() -> Path:
         # aside and renamed: other processes build it at the same time
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = Path(aside) / path.name
-            words = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            words = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
             subprocess.run(words, check=True, capture_output=True, text=True, timeout=120)
             made.replace(path)
         logger.info("Compiled the kernels for the CPU in %.1f s: %s", time.perf_counter() - start, path)
