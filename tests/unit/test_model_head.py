@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from togi.model import logprob_head
 from togi.model.logprob_head import LogitTransform, token_logprobs
 
 CASES = {
@@ -59,6 +60,51 @@ def test_values_and_gradients_equal_the_plain_formula(case, chunk_bytes):
     (expected @ up + expected_entropy @ up_entropy).backward()
     for one, other in zip(ours[: 2 + with_bias], plain, strict=False):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=0.5)])
+@pytest.mark.parametrize("chunk_bytes", [1, 2**30])
+def test_kernels_for_bfloat16_are_the_operations_they_replace(monkeypatch, with_entropy, transform, chunk_bytes):
+    """Values to float32's rounding, gradients to bfloat16's: the product of a tile is rounded alike on both ways."""
+    torch.manual_seed(0)
+    tokens, width, vocab = 7, 5, 4096 + 30
+    targets = torch.tensor([0, 1, 4095, 4096, 4097, vocab - 1, 17])
+    up, up_entropy = torch.randn(2, tokens)
+    start = [torch.randn(tokens, width).bfloat16(), torch.randn(vocab, width).bfloat16()]
+
+    def results():
+        hidden, weight = (x.clone().requires_grad_() for x in start)
+        logprobs, entropy = token_logprobs(
+            hidden,
+            weight,
+            targets,
+            temperature=0.7,
+            transform=transform,
+            entropy=with_entropy,
+            chunk_bytes=chunk_bytes,
+        )
+        total = logprobs @ up + (entropy @ up_entropy if with_entropy else 0.0)
+        return [logprobs.detach(), entropy.detach(), *torch.autograd.grad(total, (hidden, weight))]
+
+    ours = results()
+    monkeypatch.setattr(logprob_head, "kernels_for", lambda *tensors: None)
+    logprobs, entropy, *gradients = results()
+    torch.testing.assert_close(ours[0], logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[1], entropy, rtol=1e-5, atol=1e-5)
+    for one, other in zip(ours[2:], gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-7 * float(other.abs().max()))
+        assert (one != other).float().mean() < 0.05
+
+
+def test_what_is_no_number_stays_in_its_row_of_the_kernel():
+    hidden, weight = torch.randn(3, 4).bfloat16().requires_grad_(), torch.randn(20, 4).bfloat16()
+    with torch.no_grad():
+        hidden[1, 2] = torch.nan
+    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([1, 2, 3]), entropy=True)
+    (logprobs + entropy).sum().backward()
+    for x in (logprobs, entropy, hidden.grad.sum(1)):
+        assert x.isnan().tolist() == [False, True, False]
 
 
 def test_without_entropy_there_is_none_and_gradients_are_the_same():

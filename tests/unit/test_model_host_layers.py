@@ -165,6 +165,8 @@ def kept_bytes(layers: int) -> float:
     use_host_layers(hf)
     model, batch = PolicyModel(hf).train(), plain_pack(random_groups(0, [(40, [60]), (30, [100]), (50, [120])]))
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.no_grad():
+        model(batch, Needs(logprobs=True))  # layouts are kept for the next pack of the same segments
     with Allocated() as allocated:
         outputs = model(batch, Needs(logprobs=True))
     assert outputs.logprobs_K.requires_grad

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from togi.algo.distill import divergence, divergence_gradient
 from togi.config.choices import Divergence
-from togi.model.logprob_head import CHUNK_BYTES, HeadSettings, LogitTransform, add_at_targets, backward_in_tiles
+from togi.model.logprob_head import (
+    CHUNK_BYTES,
+    HeadSettings,
+    LogitTransform,
+    add_at_targets,
+    backward_in_tiles,
+    through_logits,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,4 +118,5 @@ class _DistillHead(torch.autograd.Function):
             add_at_targets(grad_kv, targets_K[rows] - words.start, up_K[rows])
             return grad_kv
 
-        return *backward_in_tiles(ctx, hidden_KH, weight_VH, bias_V, own, gradient), None, None, None, None
+        tile = through_logits(hidden_KH, weight_VH, bias_V, own, gradient)
+        return *backward_in_tiles(ctx, hidden_KH, weight_VH, bias_V, own, tile), None, None, None, None

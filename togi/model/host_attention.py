@@ -1,17 +1,18 @@
-"""Attention over a pack on a CPU, run by run: short ones in blocks, others by PyTorch's fused kernel.
+"""Attention over a pack on a CPU: all short runs by one compiled kernel (or in blocks), others by PyTorch's fused kernel.
 
 Shape letters as in ``attention``: T packed tokens, H query heads, G key/value heads, D head size; n segments of equal length L
 that see M keys.
 
 The same numbers as one ``scaled_dot_product_attention`` a run. Autograd would keep each run's widened copies of queries, keys
 and values, with those of a shared prefix once for every continuation; here they are made again in the backward, and the gradient
-of a prefix is added up in float32. Of a run in blocks no output is kept either.
+of a prefix is added up in float32. Of a short run no output is kept either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from togi.model.block_attention import attend_in_blocks, attend_in_blocks_backward, wins
+from togi.model.host_kernels import SegmentSpans, kernels_for
 from togi.model.logprob_head import full_precision
 from togi.model.partial_attention import Visibility, attend, attend_backward
 
@@ -43,6 +45,22 @@ class Part:
     context: tuple[slice, ...]
     count: int
 
+    @property
+    def length(self) -> int:
+        """Of one segment."""
+        tokens: int = self.own.stop - self.own.start
+        return tokens // self.count
+
+    @property
+    def seen(self) -> int:
+        """Keys that the last query of a segment sees."""
+        before: int = sum(link.stop - link.start for link in self.context)
+        return before + self.length
+
+    def segments(self) -> Iterator[slice]:
+        """The tokens of each segment."""
+        return (slice(start, start + self.length) for start in range(self.own.start, self.own.stop, self.length))
+
     def queries(self, x_HTD: Tensor) -> Tensor:
         """[n, H, L, D] of this run's tokens."""
         return x_HTD[:, self.own].view(len(x_HTD), self.count, -1, x_HTD.shape[2]).transpose(0, 1)
@@ -61,7 +79,7 @@ class Part:
 
     def add(self, x_GTD: Tensor, part_nGMD: Tensor) -> None:
         """Add what ``keys`` reads, over the segments where they share it."""
-        shared_GCD = part_nGMD[:, :, : part_nGMD.shape[2] - (self.own.stop - self.own.start) // self.count].sum(0)
+        shared_GCD = part_nGMD[:, :, : part_nGMD.shape[2] - self.length].sum(0)
         start = 0
         for link in self.context:
             length = link.stop - link.start
@@ -70,8 +88,9 @@ class Part:
         self.queries(x_GTD).add_(part_nGMD[:, :, start:])
 
 
-def parts_of(runs: Sequence[Run]) -> list[Part]:
-    """Where each run lies in the pack."""
+@lru_cache(maxsize=8)
+def parts_of(runs: tuple[Run, ...]) -> list[Part]:
+    """Where each run lies in the pack; the same for all layers."""
     ends = list(accumulate(run.count * run.length for run in runs))
     places = [slice(end - run.count * run.length, end) for end, run in zip(ends, runs, strict=True)]
     return [
@@ -84,22 +103,33 @@ class HostAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: list[Part], seen: list[Visibility], scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], seen: list[Visibility], scale: float
     ) -> Tensor:
+        parts = parts_of(runs)
         # the memory order of a projection, so that the output projection reads it as it is
         out_HTD = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
-        kept: list[Tensor | None] = []
-        for part, visible in zip(parts, seen, strict=True):
+        short = tuple(_is_short(part, visible) for part, visible in zip(parts, seen, strict=True))
+        together = _together(runs, short)
+        readable = together is not None and query.stride(2) == 1
+        kernels = kernels_for(query, key, value, float32=True) if readable else None
+        if kernels is not None and together is not None:
+            kernels.attention(query, key, value, together, scale, out_HTD)
+        kept: list[Tensor | None] = []  # of short ones the backward needs neither
+        for part, visible, is_short in zip(parts, seen, short, strict=True):
+            if is_short and kernels is not None:
+                kept += [None, None]
+                continue
             inputs = (part.queries(query), part.keys(key), part.keys(value))
-            if _in_blocks(inputs[0], inputs[1], visible):
+            if is_short:
                 attend_in_blocks(*inputs, scale, part.queries(out_HTD))
-                kept += [None, None]  # the backward needs neither
+                kept += [None, None]
                 continue
             out_nHLD, lse_nHL = attend(*inputs, scale, visible)
             part.put(out_HTD, out_nHLD)
             kept += [out_nHLD, lse_nHL]  # before rounding: the backward takes differences with it
         ctx.save_for_backward(query, key, value, *kept)
         ctx.parts, ctx.seen, ctx.scale = parts, seen, scale
+        ctx.kernels, ctx.together = kernels, together
         return out_HTD
 
     @staticmethod
@@ -107,8 +137,15 @@ class HostAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_HTD: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         d_query = torch.empty_like(query)
-        d_key, d_value = (torch.zeros_like(full_precision(x)) for x in (key, value))
+        d_key, d_value = (
+            torch.zeros_like(full_precision(x), memory_format=torch.contiguous_format) for x in (key, value)
+        )
+        if ctx.kernels is not None:
+            grads = (d_query, d_key, d_value)
+            ctx.kernels.attention_backward(grad_HTD, (query, key, value), ctx.together, ctx.scale, grads)
         for part, visible, out_nHLD, lse_nHL in zip(ctx.parts, ctx.seen, kept[::2], kept[1::2], strict=True):
+            if lse_nHL is None and ctx.kernels is not None:
+                continue
             inputs = (part.queries(query), part.keys(key), part.keys(value))
             grad_nHLD = part.queries(grad_HTD)
             if lse_nHL is None:
@@ -121,14 +158,26 @@ class HostAttention(torch.autograd.Function):
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
 
 
-def _in_blocks(q_nHLD: Tensor, k_nGMD: Tensor, visible: Visibility) -> bool:
-    return visible.causal and visible.seen_LM is None and wins(q_nHLD.shape[2], k_nGMD.shape[2])
+def _is_short(part: Part, visible: Visibility) -> bool:
+    return visible.causal and visible.seen_LM is None and wins(part.length, part.seen)
+
+
+@lru_cache(maxsize=8)
+def _together(runs: tuple[Run, ...], short: tuple[bool, ...]) -> SegmentSpans | None:
+    """The segments of all short runs, which the compiled kernel does in one call."""
+    spans: list[tuple[int, int]] = []
+    bounds = [0]
+    for part, is_short in zip(parts_of(runs), short, strict=True):
+        for own in part.segments() if is_short else ():
+            spans += [(link.start, link.stop) for link in (*part.context, own)]
+            bounds.append(len(spans))
+    return SegmentSpans(torch.tensor(spans), torch.tensor(bounds)) if spans else None
 
 
 def host_attention(
-    query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Run], masks: Iterator[Tensor | None], scale: float
+    query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], masks: Iterator[Tensor | None], scale: float
 ) -> Tensor:
     """``masks``: of each run which keys its queries see, bool [L, M]; None for all up to their own places."""
     seen = [Visibility(causal=mask is None, seen_LM=mask) for mask in masks]
-    out_HTD: Tensor = HostAttention.apply(query, key, value, parts_of(runs), seen, scale)  # type: ignore[no-untyped-call]
+    out_HTD: Tensor = HostAttention.apply(query, key, value, runs, seen, scale)  # type: ignore[no-untyped-call]
     return out_HTD

@@ -4,45 +4,7 @@
    Everything is float32 inside; bfloat16 is rounded to nearest even where Transformers' layers round. No result depends on the
    number of threads. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-typedef uint16_t bf16;
-
-static inline float wide(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
-static inline bf16 narrow(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return x != x ? 0x7fc0 : (bf16)rounded;
-}
-
-/* exp(-x) to two units in the last place: 2^k e^r with |r| at most ln(2) / 2. Beyond e^88 it is infinite; NaN stays NaN. */
-static inline float exp_of_minus(float x) {
-    float y = -x;
-    y = y < -87.0f ? -87.0f : y;
-    y = y > 89.0f ? 89.0f : y;
-    float k = rintf(y * 1.44269504f);
-    float r = y - k * 0.693359375f + k * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t power = ((int32_t)k + 127) << 23;
-    float two_to_k;
-    memcpy(&two_to_k, &power, 4);
-    return p * two_to_k;
-}
+#include "host_kernels.h"
 
 #define ENOUGH 32768 /* values for which a second thread pays */
 
@@ -110,5 +72,46 @@ void gate_backward(const bf16 *grad, const bf16 *gate, const bf16 *up, bf16 *d_g
         float share = 1.0f / (1.0f + exp_of_minus(x));
         d_gate[i] = narrow(slope * wide(up[i]) * share * (1.0f + x * (1.0f - share)));
         d_up[i] = narrow(slope * x * share);
+    }
+}
+
+/* Of rows of logits, `factor` times `raw`: that of the target and log-sum-exp, and the entropy unless it is null. */
+void head(const bf16 *raw, float factor, const int64_t *targets, float *chosen, float *norm, float *entropy, int64_t rows,
+          int64_t words) {
+#pragma omp parallel for schedule(static) if (rows * words > ENOUGH)
+    for (int64_t row = 0; row < rows; row++) {
+        const bf16 *from = raw + row * words;
+        float top = -INFINITY, sum = 0, along = 0;
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < words; i++) top = wide(from[i]) > top ? wide(from[i]) : top;
+#pragma omp simd reduction(+ : sum, along)
+        for (int64_t i = 0; i < words; i++) {
+            float below = (wide(from[i]) - top) * factor, weight = exp_of_minus(-below);
+            sum += weight;
+            along += weight * below;
+        }
+        chosen[row] = wide(from[targets[row]]) * factor;
+        norm[row] = top * factor + logf(sum);
+        if (entropy) entropy[row] = logf(sum) - along / sum;
+    }
+}
+
+/* Logits to gradients of `raw`, in its place. `targets` are counted from the first of these words; those of other words are
+   outside. With p = softmax and S its entropy: d logprob = onehot - p, d S = -p (log p + S); `up_entropy` may be null. */
+void head_backward(bf16 *raw, float factor, const float *norm, const float *up, const float *entropy, const float *up_entropy,
+                   const int64_t *targets, int64_t rows, int64_t words) {
+#pragma omp parallel for schedule(static) if (rows * words > ENOUGH)
+    for (int64_t row = 0; row < rows; row++) {
+        bf16 *at = raw + row * words;
+        float n = norm[row], slope = up[row], steep = up_entropy ? up_entropy[row] : 0, all = up_entropy ? entropy[row] : 0;
+        int64_t target = targets[row];
+        int here = target >= 0 && target < words;
+        float own = here ? wide(at[target]) * factor - n : 0;
+#pragma omp simd
+        for (int64_t i = 0; i < words; i++) {
+            float logp = wide(at[i]) * factor - n;
+            at[i] = narrow(-exp_of_minus(-logp) * (slope + steep * (logp + all)) * factor);
+        }
+        if (here) at[target] = narrow((slope - exp_of_minus(-own) * (slope + steep * (own + all))) * factor);
     }
 }

@@ -19,18 +19,23 @@ import shutil
 import subprocess
 import tempfile
 import time
+from ctypes import byref
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".c")
+HERE = Path(__file__).parent
+SOURCES = (HERE / "host_kernels.c", HERE / "host_attention.c")
+HEADERS = (HERE / "host_kernels.h",)
 # NaN must stay NaN: no -ffast-math. libgomp is the one that torch has loaded, so both share one pool of threads.
-FLAGS = ("-O3", "-march=native", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+_EXACT = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+FLAGS = ("-O3", "-march=native", "-std=c11", *_EXACT, "-fopenmp", "-fPIC", "-shared")
 BLOCK_ROWS = 64
 """Rows whose gradients of a norm's weight are added up by one thread."""
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -40,7 +45,23 @@ SIGNATURES = {
     "norm_backward": (_P, _P, _P, _P, _P, _P, _I, _I, _I),
     "gate": (_P, _P, _P, _I),
     "gate_backward": (_P, _P, _P, _P, _P, _I),
+    "head": (_P, _F, _P, _P, _P, _P, _I, _I),
+    "head_backward": (_P, _F, _P, _P, _P, _P, _P, _I, _I),
+    "attention": (_P, _P, _P, _P, _P),
+    "attention_backward": (_P, _P, _P, _P, _P, _P, _P, _P, _I),
 }
+
+
+def kernels_for(*tensors: Tensor, float32: bool = False) -> HostKernels | None:
+    """The kernels, if there are some and all these are plain CPU tensors (as opposed to shards) of bfloat16, or of float32."""
+    dtypes = {x.dtype for x in tensors}
+    fit = dtypes == {torch.bfloat16} or (float32 and dtypes == {torch.float32})
+    return compiled() if fit and all(is_plain(x) and x.device.type == "cpu" for x in tensors) else None
+
+
+def is_plain(x: Tensor) -> bool:
+    """A tensor or parameter of PyTorch itself."""
+    return type(x) in (Tensor, nn.Parameter)
 
 
 @cache
@@ -107,6 +128,113 @@ class HostKernels:
         self._library.gate_backward(*places, grad_TH.numel())
         return d_gate_TH, d_up_TH
 
+    def head(self, raw_kV: Tensor, factor: float, targets_k: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of ``factor`` times each row of bfloat16: the target's, the log-sum-exp, and the entropy of its softmax, or nothing."""
+        raw_kV, targets_k = raw_kV.contiguous(), targets_k.contiguous()
+        chosen_k, norm_k = torch.empty(2, len(raw_kV), dtype=torch.float32)
+        entropy_k = torch.empty(len(raw_kV) if entropy else 0, dtype=torch.float32)
+        outputs = _places(chosen_k, norm_k, entropy_k) if entropy else [*_places(chosen_k, norm_k), None]
+        self._library.head(raw_kV.data_ptr(), factor, targets_k.data_ptr(), *outputs, *raw_kV.shape)
+        return chosen_k, norm_k, entropy_k
+
+    def head_backward(
+        self,
+        raw_kv: Tensor,
+        factor: float,
+        norm_k: Tensor,
+        up_k: Tensor,
+        entropy: tuple[Tensor, Tensor] | None,
+        targets_k: Tensor,
+    ) -> Tensor:
+        """The gradient of some columns of ``raw``, in its place; ``targets`` are counted from the first of them.
+
+        ``up``: the gradient of the target's log-prob; ``entropy``: the entropies and their gradients, if they have some.
+        """
+        assert raw_kv.is_contiguous()
+        up_k, targets_k = up_k.contiguous(), targets_k.contiguous()
+        about_entropy = (None, None) if entropy is None else tuple(x.contiguous() for x in entropy)
+        self._library.head_backward(
+            raw_kv.data_ptr(),
+            factor,
+            *_places(norm_k.contiguous(), up_k),
+            *(None if x is None else x.data_ptr() for x in about_entropy),
+            targets_k.data_ptr(),
+            *raw_kv.shape,
+        )
+        return raw_kv
+
+    def attention(
+        self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, segments: SegmentSpans, scale: float, out_HTD: Tensor
+    ) -> None:
+        """Causal attention of these segments, written to ``out``. All of one type, bfloat16 or float32."""
+        about = _Segments.of(segments, q_HTD, k_GTD, scale)
+        self._library.attention(byref(about), *_read(q_HTD, k_GTD, v_GTD), _written(out_HTD))
+
+    def attention_backward(
+        self,
+        grad_HTD: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        segments: SegmentSpans,
+        scale: float,
+        grads: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Write the gradient of q to the first of ``grads``, and add those of k and v to the others, which are float32."""
+        d_q_HTD, d_k_GTD, d_v_GTD = grads
+        assert d_k_GTD.is_contiguous() and d_v_GTD.is_contiguous() and d_k_GTD.dtype == d_v_GTD.dtype == torch.float32
+        about = _Segments.of(segments, inputs[0], inputs[1], scale)
+        views = (*_read(grad_HTD.to(d_q_HTD.dtype), *inputs), _written(d_q_HTD))
+        self._library.attention_backward(byref(about), *views, *_places(d_k_GTD, d_v_GTD), d_k_GTD.shape[1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SegmentSpans:
+    """Which tokens of a pack each segment sees.
+
+    ``spans`` [X, 2]: first and last + 1; ``bounds`` [S + 1]: which of them are whose. A segment's own tokens are its last span,
+    and its last query sees them all. Both int64.
+    """
+
+    spans: Tensor
+    bounds: Tensor
+
+
+class _Segments(ctypes.Structure):
+    """``table`` of host_attention.c."""
+
+    _fields_ = (
+        ("spans", _P),
+        ("bounds", _P),
+        *((name, _I) for name in ("segments", "heads", "groups", "width", "half")),
+        ("scale", _F),
+    )
+
+    @classmethod
+    def of(cls, segments: SegmentSpans, q_HTD: Tensor, k_GTD: Tensor, scale: float) -> _Segments:
+        sizes = (len(segments.bounds) - 1, len(q_HTD), len(k_GTD), q_HTD.shape[2], q_HTD.dtype == torch.bfloat16)
+        return cls(*_places(segments.spans, segments.bounds), *sizes, scale)
+
+
+class _View(ctypes.Structure):
+    """``view`` of host_attention.c; keeps the tensor alive."""
+
+    _fields_ = (("values", _P), ("head", _I), ("token", _I))
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, x_HTD: Tensor) -> _View:
+        view = cls(x_HTD.data_ptr(), x_HTD.stride(0), x_HTD.stride(1))
+        view.tensor = x_HTD
+        return view
+
+
+def _read(*tensors: Tensor) -> list[Any]:
+    return [byref(_View.of(x if x.stride(2) == 1 else x.contiguous())) for x in tensors]
+
+
+def _written(x_HTD: Tensor) -> Any:
+    assert x_HTD.stride(2) == 1
+    return byref(_View.of(x_HTD))
+
 
 def _places(*tensors: Tensor) -> list[int]:
     return [x.data_ptr() for x in tensors]
@@ -117,7 +245,13 @@ def _library() -> Path:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("There is none in the PATH.")
-    parts = (SOURCE.read_text(), str(FLAGS), compiler, torch.__version__, _processor())
+    parts = (
+        *(path.read_text() for path in (*SOURCES, *HEADERS)),
+        str(FLAGS),
+        compiler,
+        torch.__version__,
+        _processor(),
+    )
     name = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
     folder = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser() / "kernels"
     path = folder / f"{name}.so"
@@ -127,7 +261,7 @@ def _library() -> Path:
         # aside and renamed: other processes build it at the same time
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = Path(aside) / path.name
-            words = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            words = [*shlex.split(compiler), *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
             subprocess.run(words, check=True, capture_output=True, text=True, timeout=120)
             made.replace(path)
         logger.info("Compiled the kernels for the CPU in %.1f s: %s", time.perf_counter() - start, path)

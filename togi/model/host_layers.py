@@ -16,12 +16,12 @@ from types import MethodType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from togi.model import host_blocks
-from togi.model.host_kernels import compiled
+from togi.model.host_kernels import compiled, is_plain
 
 NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 GATED = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
@@ -115,7 +115,7 @@ class _Dropped:
         self._made: Tensor | None = None
 
     def pack(self, saved: Tensor) -> Tensor | tuple[Any, ...]:
-        if not _is_plain(saved) or saved.untyped_storage().data_ptr() != self._place:
+        if not is_plain(saved) or saved.untyped_storage().data_ptr() != self._place:
             return saved
         self._users += 1
         return saved.shape, saved.stride(), saved.storage_offset()
@@ -129,13 +129,9 @@ class _Dropped:
         return made.as_strided(*saved)
 
 
-def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter)
-
-
 def _on_host(*tensors: Tensor) -> bool:
     """Plain CPU tensors of one type, as opposed to the shards of tensor parallelism."""
-    plain = all(_is_plain(x) and x.device.type == "cpu" for x in tensors)
+    plain = all(is_plain(x) and x.device.type == "cpu" for x in tensors)
     return plain and len({x.dtype for x in tensors}) == 1 and tensors[0].dtype in (torch.bfloat16, torch.float32)
 
 

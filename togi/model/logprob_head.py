@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from togi.model.host_kernels import HostKernels, kernels_for
+
 CHUNK_BYTES = 32 * 2**20
 TILE_ROWS_V = 4096
 
@@ -95,6 +97,16 @@ class HeadSettings:
     def tokens(self, row_width: int) -> int:
         return max(1, self.chunk_bytes // (4 * row_width))
 
+    @property
+    def factor(self) -> float:
+        """Of raw logits, where none is capped."""
+        return self.transform.scale / self.temperature
+
+    def kernels(self, hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> HostKernels | None:
+        """Those for logits of this kind, if there are some."""
+        scaled_only = bias_V is None and self.transform.softcap == 0 and self.factor > 0
+        return kernels_for(hidden_KH, weight_VH) if scaled_only else None
+
     def logits(self, hidden_kH: Tensor, weight_vH: Tensor, bias_v: Tensor | None) -> Tensor:
         raw_kv = hidden_kH @ weight_vH.T
         # .float() of a float32 product is the product itself: free to be changed in place, nobody else has it
@@ -102,6 +114,19 @@ class HeadSettings:
         if bias_v is not None:
             wide_kv += bias_v
         return self.transform(wide_kv, self.temperature)
+
+
+def _chosen_norm_entropy(logits_kV: Tensor, targets_k: Tensor, *, entropy: bool) -> tuple[Tensor, ...]:
+    """The target's logit, the log-sum-exp and, if asked for, the entropy; overwrites ``logits_kV``."""
+    chosen_k = logits_kV.gather(1, targets_k[:, None]).squeeze(1)
+    top_k = logits_kV.amax(1)
+    below_kV = logits_kV.sub_(top_k[:, None])
+    weights_kV = below_kV.exp() if entropy else below_kV.exp_()
+    sum_k = weights_kV.sum(1)
+    norm_k = top_k + sum_k.log()
+    if not entropy:
+        return chosen_k, norm_k
+    return chosen_k, norm_k, sum_k.log() - torch.linalg.vecdot(weights_kV, below_kV) / sum_k
 
 
 class _FusedHead(torch.autograd.Function):
@@ -114,18 +139,18 @@ class _FusedHead(torch.autograd.Function):
         chosen_K = torch.empty(total, dtype=wide, device=hidden_KH.device)
         norm_K = torch.empty_like(chosen_K)
         entropy_K = torch.empty(total if settings.entropy else 0, dtype=wide, device=hidden_KH.device)
-        step = settings.tokens(weight_VH.shape[0])
+        step, kernels = settings.tokens(weight_VH.shape[0]), settings.kernels(hidden_KH, weight_VH, bias_V)
         for start in range(0, total, step):
             rows = slice(start, start + step)
-            logits_kV = settings.logits(hidden_KH[rows], weight_VH, bias_V)
-            chosen_K[rows] = logits_kV.gather(1, targets_K[rows, None]).squeeze(1)
-            top_k = logits_kV.amax(1)
-            below_kV = logits_kV.sub_(top_k[:, None])
-            weights_kV = below_kV.exp() if settings.entropy else below_kV.exp_()
-            sum_k = weights_kV.sum(1)
-            norm_K[rows] = top_k + sum_k.log()
+            if kernels is None:
+                logits_kV = settings.logits(hidden_KH[rows], weight_VH, bias_V)
+                some = _chosen_norm_entropy(logits_kV, targets_K[rows], entropy=settings.entropy)
+            else:
+                raw_kV = hidden_KH[rows] @ weight_VH.T
+                some = kernels.head(raw_kV, settings.factor, targets_K[rows], entropy=settings.entropy)
+            chosen_K[rows], norm_K[rows] = some[:2]
             if settings.entropy:
-                entropy_K[rows] = sum_k.log() - torch.linalg.vecdot(weights_kV, below_kV) / sum_k
+                entropy_K[rows] = some[2]
         ctx.save_for_backward(hidden_KH, weight_VH, bias_V, targets_K, norm_K, entropy_K)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -147,38 +172,61 @@ class _FusedHead(torch.autograd.Function):
             add_at_targets(grad_kv, targets_K[rows] - words.start, up_K[rows])
             return grad_kv
 
-        return *backward_in_tiles(ctx, hidden_KH, weight_VH, bias_V, settings, gradient), None, None
+        kernels = settings.kernels(hidden_KH, weight_VH, bias_V)
+        if kernels is None:
+            tile = through_logits(hidden_KH, weight_VH, bias_V, settings, gradient)
+        else:
+
+            def tile(rows: slice, words: slice) -> Tensor:
+                raw_kv, targets_k = hidden_KH[rows] @ weight_VH[words].T, targets_K[rows] - words.start
+                about_entropy = None if up_entropy_K is None else (entropy_K[rows], up_entropy_K[rows])
+                return kernels.head_backward(
+                    raw_kv, settings.factor, norm_K[rows], up_K[rows], about_entropy, targets_k
+                )
+
+        return *backward_in_tiles(ctx, hidden_KH, weight_VH, bias_V, settings, tile), None, None
 
 
-def backward_in_tiles(
-    ctx: Any,
+Tile = Callable[[slice, slice], Tensor]
+"""Some rows and words to the gradient of the head's matrix product there, [k, v]."""
+
+
+def through_logits(
     hidden_KH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
     settings: HeadSettings,
     gradient: Callable[[Tensor, slice, slice], Tensor],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight (None if ``ctx`` says that nobody wants it) and bias.
-
-    ``gradient(logits_kv, rows, words)`` turns a recomputed tile of logits, which it may overwrite, into the gradient
+) -> Tile:
+    """``gradient(logits_kv, rows, words)`` turns a recomputed tile of logits, which it may overwrite, into the gradient
     with respect to it.
     """
+
+    def tile(rows: slice, words: slice) -> Tensor:
+        logits_kv = settings.logits(hidden_KH[rows], weight_VH[words], None if bias_V is None else bias_V[words])
+        slope = settings.transform.slope(logits_kv, settings.temperature)
+        grad_kv = gradient(logits_kv, rows, words)
+        return grad_kv if isinstance(slope, float) and slope == 1.0 else grad_kv.mul_(slope)
+
+    return tile
+
+
+def backward_in_tiles(
+    ctx: Any, hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, settings: HeadSettings, tile: Tile
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight (None if ``ctx`` says that nobody wants it) and bias."""
     wide = torch.float64 if hidden_KH.dtype == torch.float64 else torch.float32
     grad_hidden_KH = torch.zeros_like(hidden_KH, dtype=wide)
-    grad_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+    grad_weight_VH = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
     grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
     step = settings.tokens(TILE_ROWS_V)
     for first in range(0, weight_VH.shape[0], TILE_ROWS_V):
         words = slice(first, first + TILE_ROWS_V)
-        weight_vH, bias_v = weight_VH[words], None if bias_V is None else bias_V[words]
+        weight_vH = weight_VH[words]
         sum_vH = torch.zeros_like(weight_vH, dtype=wide)
         for start in range(0, hidden_KH.shape[0], step):
             rows = slice(start, start + step)
-            logits_kv = settings.logits(hidden_KH[rows], weight_vH, bias_v)
-            slope = settings.transform.slope(logits_kv, settings.temperature)
-            grad_kv = gradient(logits_kv, rows, words)
-            if not (isinstance(slope, float) and slope == 1.0):
-                grad_kv.mul_(slope)
+            grad_kv = tile(rows, words)
             if grad_bias_V is not None:
                 grad_bias_V[words] += grad_kv.sum(0)
             narrow_kv = grad_kv.to(hidden_KH.dtype)

@@ -1,0 +1,284 @@
+/* Causal attention of the segments of a pack on a CPU, each of which continues others; host_attention.py calls it.
+
+   Everything is float32 inside. A block of queries is done at a time, against all keys that its last query sees: so the softmax
+   of a row is done at once, and the backward computes it again from queries and keys. All products go through one small one
+   whose sums stay in registers. No result depends on the number of threads.
+
+   Shape letters: T tokens, H query heads, G key/value heads, D head size, S segments; of one segment M keys. Memory: `spans` has
+   pairs of first and last + 1 of the tokens that a segment sees, its own last; those of segment s are bounds[s] to bounds[s + 1]. */
+
+#include <stdlib.h>
+
+#include "host_kernels.h"
+
+#ifdef __AVX512F__
+enum { LANES = 16, VECTORS = 4 };
+#else
+enum { LANES = 8, VECTORS = 2 };
+#endif
+enum { ROWS = 4, BLOCK = 64 }; /* BLOCK: queries; a multiple of ROWS and of VECTORS * LANES */
+
+typedef float vector __attribute__((vector_size(LANES * 4), aligned(4)));
+
+/* What is attended to: [heads, T, D], bfloat16 or float32; a row is in one piece. */
+typedef struct {
+    void *values;
+    int64_t head, token;
+} view;
+
+typedef struct {
+    const int64_t *spans, *bounds;
+    int64_t segments, heads, groups, width, half; /* half: views hold bfloat16 */
+    float scale;
+} table;
+
+/* Scratch of a thread: keys and values [M, D] and turned [D, M], with rows of `columns` and `places` floats; two blocks of
+   queries [BLOCK, D] and of scores [BLOCK, M]. M and D are filled up to whole blocks and vectors. */
+typedef struct {
+    float *keys, *values, *keys_turned, *values_turned, *queries, *slopes, *out, *weights, *d_weights;
+    int64_t columns, places;
+} scratch;
+
+static inline int64_t up_to(int64_t unit, int64_t count) { return (count + unit - 1) / unit * unit; }
+
+/* c [ROWS, vectors] += a b; element (i, k) of a is a[i * a_row + k * a_column]. */
+static inline __attribute__((always_inline)) void add_few(int vectors, float *c, int64_t c_row, const float *a, int64_t a_row,
+                                                          int64_t a_column, const float *b, int64_t b_row, int64_t inner) {
+    vector sums[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < vectors; j++) sums[i][j] = *(const vector *)(c + i * c_row + j * LANES);
+    for (int64_t k = 0; k < inner; k++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < vectors; j++)
+                sums[i][j] += a[i * a_row + k * a_column] * *(const vector *)(b + k * b_row + j * LANES);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < vectors; j++) *(vector *)(c + i * c_row + j * LANES) = sums[i][j];
+}
+
+/* c [rows, columns] += a b. Whole groups of ROWS and of LANES are done: c has room for them. BLOCK rows of b and as many columns
+   as fit into registers stay in the nearest cache for all rows of a. */
+static void add_product(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row,
+                        int64_t rows, int64_t columns, int64_t inner) {
+    for (int64_t k = 0; k < inner; k += BLOCK, a += BLOCK * a_column, b += BLOCK * b_row) {
+        int64_t depth = inner - k < BLOCK ? inner - k : BLOCK, j = 0;
+        for (; j + VECTORS * LANES <= columns; j += VECTORS * LANES)
+            for (int64_t i = 0; i < rows; i += ROWS)
+                add_few(VECTORS, c + i * c_row + j, c_row, a + i * a_row, a_row, a_column, b + j, b_row, depth);
+        for (; j < columns; j += LANES)
+            for (int64_t i = 0; i < rows; i += ROWS)
+                add_few(1, c + i * c_row + j, c_row, a + i * a_row, a_row, a_column, b + j, b_row, depth);
+    }
+}
+
+static void read_row(float *to, const view *from, int64_t head, int64_t token, const table *t) {
+    int64_t start = head * from->head + token * from->token;
+    if (t->half) {
+        const bf16 *row = (const bf16 *)from->values + start;
+        for (int64_t d = 0; d < t->width; d++) to[d] = wide(row[d]);
+    } else {
+        memcpy(to, (const float *)from->values + start, t->width * sizeof(float));
+    }
+}
+
+static void write_row(const view *to, const float *from, int64_t head, int64_t token, const table *t) {
+    int64_t start = head * to->head + token * to->token;
+    if (t->half) {
+        bf16 *row = (bf16 *)to->values + start;
+        for (int64_t d = 0; d < t->width; d++) row[d] = narrow(from[d]);
+    } else {
+        memcpy((float *)to->values + start, from, t->width * sizeof(float));
+    }
+}
+
+static int64_t keys_of(const table *t, int64_t segment) {
+    int64_t keys = 0;
+    for (int64_t i = t->bounds[segment]; i < t->bounds[segment + 1]; i++) keys += t->spans[2 * i + 1] - t->spans[2 * i];
+    return keys;
+}
+
+/* The keys (values) that a segment sees, in order, [M, D]; and turned. */
+static void gather(float *rows, float *turned, const scratch *s, const view *from, int64_t segment, int64_t group, const table *t) {
+    int64_t key = 0;
+    for (int64_t i = t->bounds[segment]; i < t->bounds[segment + 1]; i++)
+        for (int64_t token = t->spans[2 * i]; token < t->spans[2 * i + 1]; token++, key++)
+            read_row(rows + key * s->columns, from, group, token, t);
+    for (int64_t first = 0; first < key; first += LANES) /* LANES rows at a time, so that lines are written whole */
+        for (int64_t d = 0; d < t->width; d++)
+            for (int64_t k = first; k < first + LANES; k++)
+                turned[d * s->places + k] = k < key ? rows[k * s->columns + d] : 0.0f;
+}
+
+/* Scores of a block's queries to weights: the softmax over the keys up to each query's own; zero beyond. Whole vectors are done:
+   a few values one by one would take as long as all the others. */
+static void to_weights(float *scores, int64_t row, int64_t queries, int64_t first_seen, int64_t columns, float scale) {
+    for (int64_t i = 0; i < queries; i++, scores += row) {
+        int64_t seen = first_seen + i, whole = up_to(LANES, seen);
+        float top = -INFINITY, sum = 0;
+        for (int64_t k = seen; k < whole; k++) scores[k] = -INFINITY;
+#pragma omp simd reduction(max : top)
+        for (int64_t k = 0; k < whole; k++) top = scores[k] > top ? scores[k] : top;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t k = 0; k < whole; k++) {
+            scores[k] = exp_of_minus((top - scores[k]) * scale);
+            sum += scores[k];
+        }
+        sum = 1.0f / sum;
+        for (int64_t k = 0; k < whole; k++) scores[k] *= sum;
+        for (int64_t k = seen; k < columns; k++) scores[k] = 0;
+    }
+}
+
+/* Weights and their gradients to gradients of the scores, in place of the latter: P (dP - sum P dP) scale. */
+static void to_slopes(float *d_weights, const float *weights, int64_t row, int64_t queries, int64_t first_seen, int64_t columns,
+                      float scale) {
+    for (int64_t i = 0; i < queries; i++, d_weights += row, weights += row) {
+        int64_t whole = up_to(LANES, first_seen + i);
+        float along = 0;
+#pragma omp simd reduction(+ : along)
+        for (int64_t k = 0; k < whole; k++) along += weights[k] * d_weights[k];
+#pragma omp simd
+        for (int64_t k = 0; k < whole; k++) d_weights[k] = weights[k] * (d_weights[k] - along) * scale;
+        for (int64_t k = whole; k < columns; k++) d_weights[k] = 0;
+    }
+}
+
+static scratch *new_scratch(const table *t) {
+    int64_t most = 0;
+    for (int64_t segment = 0; segment < t->segments; segment++) {
+        int64_t keys = keys_of(t, segment);
+        most = keys > most ? keys : most;
+    }
+    int64_t columns = up_to(LANES, t->width);
+    int64_t places = up_to(BLOCK, most) + LANES; /* rows a power of two apart would share lines of the cache */
+    int64_t matrix = columns * places, block = BLOCK * columns, scores = BLOCK * places;
+    int64_t floats = 4 * matrix + 3 * block + 2 * scores;
+    scratch *s = calloc(1, sizeof(scratch) + floats * sizeof(float));
+    if (s == NULL) abort();
+    float *next = (float *)(s + 1);
+    s->columns = columns, s->places = places;
+    s->keys = next, next += matrix;
+    s->values = next, next += matrix;
+    s->keys_turned = next, next += matrix;
+    s->values_turned = next, next += matrix;
+    s->queries = next, next += block;
+    s->slopes = next, next += block;
+    s->out = next, next += block;
+    s->weights = next, next += scores;
+    s->d_weights = next;
+    return s;
+}
+
+/* Some queries of one head to a block; returns how many there are from `first` on. */
+static int64_t read_queries(float *to, const scratch *s, const view *from, int64_t head, int64_t token, int64_t left, const table *t) {
+    int64_t queries = left < BLOCK ? left : BLOCK;
+    for (int64_t i = 0; i < queries; i++) read_row(to + i * s->columns, from, head, token + i, t);
+    return queries;
+}
+
+static void clear(float *c, int64_t c_row, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; i++) memset(c + i * c_row, 0, columns * sizeof(float));
+}
+
+static void forward_of(const table *t, scratch *s, const view *q, const view *k, const view *v, const view *out, int64_t segment,
+                       int64_t group) {
+    const int64_t *own = t->spans + 2 * (t->bounds[segment + 1] - 1);
+    int64_t length = own[1] - own[0], before = keys_of(t, segment) - length, repeats = t->heads / t->groups;
+    gather(s->keys, s->keys_turned, s, k, segment, group, t);
+    gather(s->values, s->values_turned, s, v, segment, group, t);
+    for (int64_t head = group * repeats; head < (group + 1) * repeats; head++)
+        for (int64_t first = 0; first < length; first += BLOCK) {
+            int64_t queries = read_queries(s->queries, s, q, head, own[0] + first, length - first, t);
+            int64_t seen = before + first + queries, rows = up_to(ROWS, queries), places = up_to(BLOCK, seen);
+            clear(s->weights, s->places, rows, places);
+            add_product(s->weights, s->places, s->queries, s->columns, 1, s->keys_turned, s->places, rows, places, t->width);
+            to_weights(s->weights, s->places, queries, before + first + 1, places, t->scale);
+            clear(s->out, s->columns, rows, s->columns);
+            add_product(s->out, s->columns, s->weights, s->places, 1, s->values, s->columns, rows, s->columns, seen);
+            for (int64_t i = 0; i < queries; i++) write_row(out, s->out + i * s->columns, head, own[0] + first + i, t);
+        }
+}
+
+/* `d_keys` and `d_values`: [M, columns] of this segment and group, zero. */
+static void backward_of(const table *t, scratch *s, const view *grad, const view *q, const view *k, const view *v, const view *d_q,
+                        float *d_keys, float *d_values, int64_t segment, int64_t group) {
+    const int64_t *own = t->spans + 2 * (t->bounds[segment + 1] - 1);
+    int64_t length = own[1] - own[0], before = keys_of(t, segment) - length, repeats = t->heads / t->groups;
+    gather(s->keys, s->keys_turned, s, k, segment, group, t);
+    gather(s->values, s->values_turned, s, v, segment, group, t);
+    for (int64_t head = group * repeats; head < (group + 1) * repeats; head++)
+        for (int64_t first = 0; first < length; first += BLOCK) {
+            int64_t queries = read_queries(s->queries, s, q, head, own[0] + first, length - first, t);
+            read_queries(s->slopes, s, grad, head, own[0] + first, length - first, t);
+            int64_t seen = before + first + queries, rows = up_to(ROWS, queries), places = up_to(BLOCK, seen);
+            clear(s->weights, s->places, rows, places);
+            add_product(s->weights, s->places, s->queries, s->columns, 1, s->keys_turned, s->places, rows, places, t->width);
+            to_weights(s->weights, s->places, queries, before + first + 1, places, t->scale);
+            clear(s->d_weights, s->places, rows, places);
+            add_product(s->d_weights, s->places, s->slopes, s->columns, 1, s->values_turned, s->places, rows, places, t->width);
+            int64_t keys = up_to(ROWS, seen);
+            add_product(d_values, s->columns, s->weights, 1, s->places, s->slopes, s->columns, keys, s->columns, queries);
+            to_slopes(s->d_weights, s->weights, s->places, queries, before + first + 1, places, t->scale);
+            add_product(d_keys, s->columns, s->d_weights, 1, s->places, s->queries, s->columns, keys, s->columns, queries);
+            clear(s->out, s->columns, rows, s->columns);
+            add_product(s->out, s->columns, s->d_weights, s->places, 1, s->keys, s->columns, rows, s->columns, seen);
+            for (int64_t i = 0; i < queries; i++) write_row(d_q, s->out + i * s->columns, head, own[0] + first + i, t);
+        }
+}
+
+void attention(const table *t, const view *q, const view *k, const view *v, const view *out) {
+#pragma omp parallel
+    {
+        scratch *s = new_scratch(t);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t segment = 0; segment < t->segments; segment++)
+            for (int64_t group = 0; group < t->groups; group++) forward_of(t, s, q, k, v, out, segment, group);
+        free(s);
+    }
+}
+
+/* Adds to `d_k` and `d_v`, float32 [G, T, D] in one piece. Segments that see the same keys have sums of their own first. */
+void attention_backward(const table *t, const view *grad, const view *q, const view *k, const view *v, const view *d_q, float *d_k,
+                        float *d_v, int64_t tokens) {
+    int64_t columns = up_to(LANES, t->width), *starts = malloc((t->segments + 1) * sizeof(int64_t));
+    if (starts == NULL) abort();
+    starts[0] = 0;
+    for (int64_t segment = 0; segment < t->segments; segment++)
+        starts[segment + 1] = starts[segment] + up_to(ROWS, keys_of(t, segment)) * columns;
+    int64_t all = starts[t->segments];
+    float *sums = malloc(2 * t->groups * all * sizeof(float));
+    if (sums == NULL) abort();
+#pragma omp parallel
+    {
+        scratch *s = new_scratch(t);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t segment = 0; segment < t->segments; segment++)
+            for (int64_t group = 0; group < t->groups; group++) {
+                float *d_keys = sums + 2 * group * all + starts[segment], *d_values = d_keys + all;
+                memset(d_keys, 0, (starts[segment + 1] - starts[segment]) * sizeof(float));
+                memset(d_values, 0, (starts[segment + 1] - starts[segment]) * sizeof(float));
+                backward_of(t, s, grad, q, k, v, d_q, d_keys, d_values, segment, group);
+            }
+        free(s);
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t group = 0; group < t->groups; group++)
+            for (int64_t which = 0; which < 2; which++) {
+                const float *from = sums + (2 * group + which) * all;
+                float *whole = (which ? d_v : d_k) + group * tokens * t->width;
+                for (int64_t segment = 0; segment < t->segments; segment++) {
+                    const float *row = from + starts[segment];
+                    for (int64_t i = t->bounds[segment]; i < t->bounds[segment + 1]; i++)
+                        for (int64_t token = t->spans[2 * i]; token < t->spans[2 * i + 1]; token++, row += columns)
+                            for (int64_t d = 0; d < t->width; d++) whole[token * t->width + d] += row[d];
+                }
+            }
+    }
+    free(sums);
+    free(starts);
+}
