@@ -8,6 +8,7 @@ from tests.learn_tools import CPU, max_difference, objective, packs, policy, rol
 from togi.config.choices import Scheduler
 from togi.learn.learner import Learner
 from togi.learn.schedule import Schedule
+from togi.parallel import replicated
 from togi.parallel.backend import BackendOptions, decoder_blocks
 from togi.parallel.build import trainable
 from togi.parallel.process import World
@@ -52,9 +53,51 @@ def test_clipping_equals_torch_on_the_whole_model() -> None:
     norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5).item()
     assert norm > 0.5
     assert backend.clip(0.5) == norm
+    backend.step(0.1)
+    torch.optim.AdamW(plain.parameters(), 0.1, (0.9, 0.95), weight_decay=0.0, fused=True).step()
     for ours, theirs in zip(backend.module.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
-    assert backend.clip(math.inf) == pytest.approx(0.5, rel=1e-4)
+        assert torch.equal(ours, theirs)
+        assert ours.grad is None
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("max_norm", [0.05, math.inf])
+def test_gradients_of_bfloat16_are_added_and_clipped_in_float32(
+    monkeypatch: pytest.MonkeyPatch, micro_batches: int, max_norm: float
+) -> None:
+    """A step of one micro-batch or two, taken some parameters at a time, is AdamW's on masters with the sum as float32."""
+    monkeypatch.setattr(replicated, "BUCKET_ELEMENTS", 500)
+    backend, loss_of = trainable(policy(), World.solo(CPU), BackendOptions(bf16=True)), objective()
+    masters = {name: x.clone().requires_grad_() for name, x in backend.full_parameters()}
+    batches = [packs(rollouts(3, seed=seed), [3])[0] for seed in range(micro_batches)]
+    for batch in batches:
+        plain = copy.deepcopy(backend.module)
+        loss_of.loss(loss_of.forward(plain, batch), batch).sum.backward()
+        for name, parameter in plain.named_parameters():
+            before = masters[name].grad
+            masters[name].grad = parameter.grad.float() + (0.0 if before is None else before)
+        backend.backward(loss_of.loss(loss_of.forward(backend.module, batch), batch).sum, last=batch is batches[-1])
+    norm = torch.nn.utils.clip_grad_norm_(masters.values(), max_norm).item()
+    assert norm > 0.05
+    assert backend.clip(max_norm) == pytest.approx(norm, rel=1e-6)
+    backend.step(0.1)
+    torch.optim.AdamW(masters.values(), 0.1, (0.9, 0.95), weight_decay=0.0, fused=True).step()
+    for name, master in backend.full_parameters():
+        torch.testing.assert_close(master, masters[name].detach(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(dict(backend.module.named_parameters())[name], master.bfloat16())
+
+
+def test_dropped_gradients_leave_nothing_for_the_next_step() -> None:
+    """Neither gradients nor the factor that clips them."""
+    backend, loss_of = trainable(policy(), World.solo(CPU), BackendOptions(bf16=True)), objective()
+    before = weights(backend)
+    batch = packs(rollouts(3), [3])[0]
+    backend.backward(loss_of.loss(loss_of.forward(backend.module, batch), batch).sum, last=True)
+    backend.clip(1e-9)
+    backend.drop_gradients()
+    assert backend.clip(1.0) == 0
+    backend.step(0.1)
+    assert max_difference(before, weights(backend)) == 0
 
 
 def test_bf16_computes_with_rounded_masters() -> None:

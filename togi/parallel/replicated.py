@@ -2,7 +2,8 @@
 
 With bf16 the module's own parameters are bfloat16 working copies; float32 masters beside them collect the gradients
 of all micro-batches and are what AdamW updates, so that a step smaller than bfloat16's spacing is kept instead of
-rounded away. With ``adam_offload`` masters, gradients and moments are in host memory.
+rounded away. The gradients of a step of one micro-batch stay as they are, in bfloat16, until AdamW takes them, a few
+parameters at a time. With ``adam_offload`` masters, gradients and moments are in host memory.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, moments, take_step
+from togi.parallel.adamw import MOMENTS, fill_missing_gradients, make_adamw, moments, take_step
 from togi.parallel.backend import BackendOptions, cast, check_same_weights
 from togi.parallel.process import World
 
 BUCKET_ELEMENTS = 32 * 2**20
+CLIP_EPSILON = 1e-6
+"""What PyTorch adds to a norm before dividing by it."""
 
 
 class Replicated:
@@ -35,23 +38,45 @@ class Replicated:
         if options.bf16:
             cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
         self._optimizer = make_adamw(self._masters, options)
+        self._factor: Tensor | None = None
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        self._hand_over_all()  # those of the micro-batch before: autograd would add to them in bfloat16
         torch.autograd.backward(loss)
-        if last:
+        if last and self.world.size > 1:
+            self._hand_over_all()
             fill_missing_gradients(self._masters)
-            if self.world.size > 1:
-                self._add_up_gradients()
+            self._add_up_gradients()
 
+    @torch.no_grad()
     def clip(self, max_norm: float) -> float:
-        return float(clip_gradients(self._masters, max_norm))
+        """``step`` multiplies by the factor that makes the norm ``max_norm``: bfloat16 gradients would be rounded by it here."""
+        norms = [torch.linalg.vector_norm(x, dtype=_wide(x)) for x in self._gradients().values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        self._factor = torch.clamp(max_norm / (norm + CLIP_EPSILON), max=1.0)
+        return float(norm)
 
+    @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        take_step(self._optimizer, learning_rate)
-        self._refresh()
+        gradients, factor = self._gradients(), self._factor
+        self.drop_gradients()
+        for names in self._buckets():
+            for name in names:
+                master, gradient = self._masters[name], gradients.pop(name, None)
+                if gradient is None:  # it took no part; its moments go on
+                    master.grad = torch.zeros_like(master)
+                else:
+                    master.grad = gradient.to(master.device, master.dtype)
+                    del gradient
+                    if factor is not None and factor < 1:
+                        master.grad.mul_(factor.to(master.device))
+            take_step(self._optimizer, learning_rate)
+            self._refresh(names)
 
     def drop_gradients(self) -> None:
-        self._optimizer.zero_grad()
+        for name, working in self._names.items():
+            working.grad = self._masters[name].grad = None
+        self._factor = None
 
     def full_parameters(
         self, dtype: torch.dtype | None = None, *, trained_only: bool = False
@@ -77,7 +102,7 @@ class Replicated:
             for moment in MOMENTS:
                 state[moment].copy_(read(f"{moment}/{name}"))
             state["step"].fill_(steps)
-        self._refresh()
+        self._refresh(self._names)
 
     def at_rest(self) -> Iterable[Tensor]:
         masters = [master for name, master in self._masters.items() if master is not self._names[name]]
@@ -92,37 +117,56 @@ class Replicated:
         master = parameter.detach().to(home, torch.float32, copy=True)
         if bf16:
             parameter.data = parameter.data.to(torch.bfloat16)
+        elsewhere = home != parameter.device
 
-        def hand_over(working: Tensor) -> None:
-            assert working.grad is not None
-            gradient = working.grad.to(master.device, master.dtype)
-            if master.grad is None:
-                master.grad = gradient
-            else:
-                master.grad.add_(gradient)
-            working.grad = None
+        def took_part(working: Tensor) -> None:
+            # the first gradient of a step can wait where it is, unless its memory is wanted
+            if elsewhere or master.grad is not None:
+                _hand_over(working, master)
 
-        parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(took_part)  # type: ignore[no-untyped-call]
         return master
 
+    def _hand_over_all(self) -> None:
+        for name, working in self._names.items():
+            master = self._masters[name]
+            if working is not master and working.grad is not None:
+                _hand_over(working, master)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Those of this step, where they are now: of working copies or of masters."""
+        found = {name: master.grad if working.grad is None else working.grad for name, master, working in self._pairs()}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+    def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, master and working copy, which may be the same."""
+        return ((name, self._masters[name], working) for name, working in self._names.items())
+
+    def _buckets(self) -> Iterator[list[str]]:
+        """All names, some at a time."""
+        some, elements = list[str](), 0
+        for name, master in self._masters.items():
+            some.append(name)
+            elements += master.numel()
+            if elements >= BUCKET_ELEMENTS:
+                yield some
+                some, elements = [], 0
+        if some:
+            yield some
+
     @torch.no_grad()
-    def _refresh(self) -> None:
+    def _refresh(self, names: Iterable[str]) -> None:
         """Round the masters into the working copies, where they are not the same tensors."""
-        pairs = [(p, self._masters[name]) for name, p in self._names.items() if p is not self._masters[name]]
+        pairs = [(self._names[name], self._masters[name]) for name in names]
+        pairs = [(working, master) for working, master in pairs if working is not master]
         if pairs:
             torch._foreach_copy_([working for working, _ in pairs], [master for _, master in pairs])
 
     def _add_up_gradients(self) -> None:
         """Sum the gradients over ranks, a few large transfers in place of one for each parameter."""
-        bucket: list[Tensor] = []
-        for master in self._masters.values():
-            assert master.grad is not None
-            bucket.append(master.grad)
-            if sum(gradient.numel() for gradient in bucket) >= BUCKET_ELEMENTS:
-                self._add_up(bucket)
-                bucket = []
-        if bucket:
-            self._add_up(bucket)
+        for names in self._buckets():
+            gradients = [self._masters[name].grad for name in names]
+            self._add_up([gradient for gradient in gradients if gradient is not None])
 
     def _add_up(self, bucket: list[Tensor]) -> None:
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
@@ -130,3 +174,15 @@ class Replicated:
         parts = torch.split(flat, [gradient.numel() for gradient in bucket])
         for gradient, part in zip(bucket, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def _hand_over(working: Tensor, master: Tensor) -> None:
+    """Add the gradient of a working copy to its master's."""
+    assert working.grad is not None
+    gradient = working.grad.to(master.device, master.dtype)
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    working.grad = None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
