@@ -18,10 +18,11 @@ demo: setup
 	@$(VENV)/bin/python examples/demo/prepare.py
 	@TOGI=$(VENV)/bin/togi examples/demo/run.sh --seed $(SEED)
 
+test: export OMP_NUM_THREADS := 1
 test: setup
 	@$(VENV)/bin/python examples/demo/prepare.py
-	@$(VENV)/bin/python -m pytest -m "alone and not large" tests/e2e
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not alone and not large" tests
+	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "busy and not large" tests
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not busy and not large" tests
 
 test-large: setup
 	@$(VENV)/bin/python -m pytest -m large tests/e2e

@@ -23,7 +23,7 @@ from togi.model.policy import PolicyModel
 from togi.model.weights import Manifest, TensorSpec, pack_buckets
 from togi.rollout.engine import RolloutEngine
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 PROBE = [(11 * j) % 250 for j in range(60)]
 

@@ -22,7 +22,7 @@ from togi.recipes import offline_generation
 from togi.recipes.offline_generation import Student
 from togi.sample import Sample
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 OWN = ("--rollout_engine", "transformers", "--generate_max_len", "12", "--kd_divergence", "reverse")
 LORA = ("--lora_rank", "4", "--target_modules", "q_proj", "v_proj", "down_proj")

@@ -141,7 +141,7 @@ def test_an_adapter_is_merged_final_or_from_a_checkpoint(runs: Path, tmp_path: P
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
 
-@pytest.mark.alone
+@pytest.mark.busy
 @pytest.mark.parametrize("flags", [["--zero_stage", "3"], ["--backend", "deepspeed"]], ids=["fsdp2", "deepspeed"])
 def test_checkpoints_of_two_ranks(world: Path, tmp_path: Path, flags: list[str]) -> None:
     if "deepspeed" in flags:

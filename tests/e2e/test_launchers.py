@@ -18,7 +18,7 @@ from tests.learn_tools import max_difference
 from tests.offline_world import ROOT, values, write
 from tests.tiny import save_tiny_model
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 ROWS = 12
 SFT = """

@@ -21,7 +21,7 @@ import pytest
 
 from tests.e2e.test_rl_run import GRPO, HF, ROOT, command, loads_in_a_plain_script, metrics, world
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 __all__ = ["world"]
 RAY = Path(sys.executable).with_name("ray")

@@ -31,7 +31,7 @@ from transformers import AutoModelForSequenceClassification
 from tests.offline_world import ROOT
 from tests.tiny import save_tiny_model, tiny_config
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),

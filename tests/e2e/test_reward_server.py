@@ -24,7 +24,7 @@ from tests.scripted_server import free_port
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from togi.model.loading import keep_layout, nf4
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 FUNCTION = """
 def reward_func(queries, prompts, labels, responses):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.e2e.test_rl_run import GRPO, HF, ROOT, loads_in_a_plain_script, metrics, train, world
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 __all__ = ["world"]
 LORA = ["--lora_rank", "4", "--lora_alpha", "8", "--lora_dropout", "0"]

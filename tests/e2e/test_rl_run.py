@@ -22,7 +22,7 @@ from tests.example_scripts import run_script
 from tests.learn_tools import max_difference
 from tests.tiny import save_tiny_model, tiny_config
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 ROOT = Path(__file__).parents[2]
 REWARD = """

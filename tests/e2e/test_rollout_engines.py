@@ -28,7 +28,7 @@ from togi.rollout.threaded import ThreadedEngine
 from togi.rollout.vllm_engine import VllmCore
 from togi.sample import FinishReason, Generation, Sampling
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 MAX_LEN = 400
 ENGINES = [EngineName.VLLM, EngineName.TRANSFORMERS]

@@ -22,7 +22,7 @@ from togi.parallel.process import World
 from togi.rollout.engine import RolloutEngine
 from togi.rollout.parity import probe
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 TOKENS = [(11 * j) % 250 for j in range(60)]
 

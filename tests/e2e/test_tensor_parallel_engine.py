@@ -21,7 +21,7 @@ from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.sample import Generation, Sampling
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 PROMPTS = [[(7 * i + 3 * j) % 250 for j in range(length)] for i, length in enumerate([5, 1, 17, 160])]
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)

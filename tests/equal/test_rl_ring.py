@@ -20,7 +20,7 @@ from togi.config.rl import RLConfig
 from togi.plan.placement import Role
 from togi.runtime.worker_group import StepUpdate, WorkerGroup
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.busy
 
 RANKS, RING = 4, 2
 SAMPLES = 7
