@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.e2e.test_rl_run import HF, ROOT, command, metrics, model_bytes, train, world
-from tests.learn_tools import max_difference
 
 __all__ = ["world"]
 # Two updates of actor and critic on each of two rollouts, with the reference in the reward.
@@ -85,6 +85,10 @@ def test_two_workers_of_each_model_have_equal_losses(world: Path, original: Path
         before, after, start = (
             load_file(folder / "model.safetensors") for folder in (original / model, run / model, world / "model")
         )
-        shared = [name for name in before if name in start]
-        moved = max_difference(*({name: tensors[name] for name in shared} for tensors in (before, start)))
-        assert max_difference(before, after) < 0.02 * moved
+        moved, apart = (
+            torch.cat([(before[name] - other[name]).flatten().abs() for name in before if name in start])
+            for other in (start, after)
+        )
+        # Adam makes a whole step of a gradient that is nothing but rounding: such a weight may end anywhere on its way
+        assert apart.mean() < 1e-4 * moved.mean()
+        assert apart.max() < moved.max()

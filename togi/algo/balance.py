@@ -23,7 +23,7 @@ def routing_sums(logits_TE: Sequence[Tensor], top_k: int, segments_T: Tensor, se
     ``logits_TE``: the router's of each layer. ``segments_T``: the segment of each token, below ``segments``. float32, or
     float64 from a float64 model.
     """
-    dtype = torch.float64 if logits_TE[0].dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(logits_TE[0].dtype, torch.float32)
     probabilities_TE = torch.zeros_like(logits_TE[0], dtype=dtype)
     choices_TE = torch.zeros_like(probabilities_TE)
     for layer_TE in logits_TE:

@@ -21,6 +21,7 @@ from togi.data.chat import Tokenizer, tokenizer_digest
 from togi.data.encode import Outcome, RowReader
 from togi.data.shards import Shard, write_shard
 from togi.errors import DataError
+from togi.plan import machine
 
 # Raise it when the same rows and settings become other samples than before, or the files another form.
 FORMAT = 1
@@ -31,7 +32,7 @@ ASIDE = ".part"
 
 def cache_folder() -> Path:
     """``$TOGI_CACHE/data``, by default ``~/.cache/togi/data``."""
-    return Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser() / "data"
+    return machine.cache_folder() / "data"
 
 
 @dataclass(frozen=True, slots=True)

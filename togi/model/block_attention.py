@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from togi.model.logprob_head import wide_dtype
+
 # At more queries or keys the fused kernel, which tiles both, is faster (torch 2.13, AVX512).
 LONGEST, MOST_KEYS = 512, 1024
 BLOCK_QUERIES = 48
@@ -44,7 +46,7 @@ def attend_in_blocks_backward(
     """Write the gradient of q to ``d_q`` and return those of k and v, given that of the output."""
     groups = k_nGMD.shape[1]
     grad_nGLrD, d_q_nGLrD = _by_queries(grad_nHLD, groups), _by_queries(d_q_nHLD, groups)
-    d_k, d_v = (torch.zeros(x.shape, dtype=_wide(x)) for x in (k_nGMD, v_nGMD))
+    d_k, d_v = (torch.zeros(x.shape, dtype=wide_dtype(x)) for x in (k_nGMD, v_nGMD))
     for some in _some(q_nHLD, k_nGMD, v_nGMD, scale):
         grad, own_d_k, own_d_v = _copy(grad_nGLrD[some.place]), some.own(d_k), some.own(d_v)
         for rows, seen in some.blocks():
@@ -118,8 +120,4 @@ def _by_queries(x_nHLD: Tensor, groups: int) -> Tensor:
 
 def _copy(x: Tensor) -> Tensor:
     """In full precision and in the order of its dimensions, in one pass."""
-    return torch.empty(x.shape, dtype=_wide(x)).copy_(x)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty(x.shape, dtype=wide_dtype(x)).copy_(x)

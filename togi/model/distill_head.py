@@ -22,6 +22,7 @@ from togi.model.logprob_head import (
     add_at_targets,
     backward_in_tiles,
     through_logits,
+    wide_dtype,
 )
 
 
@@ -79,9 +80,8 @@ class _DistillHead(torch.autograd.Function):
         own: HeadSettings,
         others: HeadSettings,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if hidden_KH.dtype == torch.float64 else torch.float32
         total = hidden_KH.shape[0]
-        logprobs_K = torch.empty(total, dtype=wide, device=hidden_KH.device)
+        logprobs_K = torch.empty(total, dtype=wide_dtype(hidden_KH), device=hidden_KH.device)
         divergence_K, norm_K, teacher_norm_K = (torch.empty_like(logprobs_K) for _ in range(3))
         step = own.tokens(weight_VH.shape[0])
         for start in range(0, total, step):

@@ -16,6 +16,7 @@ enum { LANES = 16, VECTORS = 4 };
 #else
 enum { LANES = 8, VECTORS = 2 };
 #endif
+enum { LINE = 64 }; /* bytes of a line of the cache, in which all rows start */
 enum { ROWS = 4, BLOCK = 64 }; /* BLOCK: queries; a multiple of ROWS and of VECTORS * LANES */
 
 typedef float vector __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -159,9 +160,9 @@ static scratch *new_scratch(const table *t) {
     int64_t places = up_to(BLOCK, most) + LANES; /* rows a power of two apart would share lines of the cache */
     int64_t matrix = columns * places, block = BLOCK * columns, scores = BLOCK * places;
     int64_t floats = 4 * matrix + 3 * block + 2 * scores;
-    scratch *s = calloc(1, sizeof(scratch) + floats * sizeof(float));
+    scratch *s = calloc(1, sizeof(scratch) + LINE + floats * sizeof(float));
     if (s == NULL) abort();
-    float *next = (float *)(s + 1);
+    float *next = (float *)(((uintptr_t)(s + 1) + LINE - 1) / LINE * LINE);
     s->columns = columns, s->places = places;
     s->keys = next, next += matrix;
     s->values = next, next += matrix;
@@ -252,7 +253,7 @@ void attention_backward(const table *t, const view *grad, const view *q, const v
     for (int64_t segment = 0; segment < t->segments; segment++)
         starts[segment + 1] = starts[segment] + up_to(ROWS, keys_of(t, segment)) * columns;
     int64_t all = starts[t->segments];
-    float *sums = malloc(2 * t->groups * all * sizeof(float));
+    float *sums = aligned_alloc(LINE, up_to(LINE, 2 * t->groups * all * sizeof(float)));
     if (sums == NULL) abort();
 #pragma omp parallel
     {

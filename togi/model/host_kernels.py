@@ -1,41 +1,30 @@
-"""What ``host_blocks`` computes, by C kernels for bfloat16: one pass over memory in place of many operations.
+"""Norms, gates, the head's softmax and short attention on a CPU by C kernels, in place of many operations each.
 
-The machine's own C compiler builds them once, in less than a second, for the processor at hand; the library stays in
-``$TOGI_CACHE/kernels``. Without a compiler, and with ``TOGI_CPU_KERNELS=0``, PyTorch's operations do the same more slowly.
-Outputs differ from theirs by a rounding of bfloat16 at most, in very few places; gradients are computed in float32 alike.
+Without a compiler, and with ``TOGI_CPU_KERNELS=0``, PyTorch's operations do the same more slowly (``host_blocks``,
+``logprob_head``, ``block_attention``). Outputs in bfloat16 differ from theirs by a rounding at most, in very few places; all
+sums are float32.
 
-Not here: which tensors they are for (``host_layers``).
+Not here: which tensors they are for (``host_layers``, ``logprob_head``, ``host_attention``), the compiler (``host_library``).
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
-import platform
-import shlex
-import shutil
 import subprocess
-import tempfile
-import time
 from ctypes import byref
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from togi.model.host_library import library
+
 logger = logging.getLogger(__name__)
 
-HERE = Path(__file__).parent
-SOURCES = (HERE / "host_kernels.c", HERE / "host_attention.c")
-HEADERS = (HERE / "host_kernels.h",)
-# NaN must stay NaN: no -ffast-math. libgomp is the one that torch has loaded, so both share one pool of threads.
-_EXACT = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-FLAGS = ("-O3", "-march=native", "-std=c11", *_EXACT, "-fopenmp", "-fPIC", "-shared")
 BLOCK_ROWS = 64
 """Rows whose gradients of a norm's weight are added up by one thread."""
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -70,7 +59,7 @@ def compiled() -> HostKernels | None:
     if os.environ.get("TOGI_CPU_KERNELS") == "0":
         return None
     try:
-        return HostKernels(ctypes.CDLL(str(_library())))
+        return HostKernels(ctypes.CDLL(str(library())))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         logger.warning(
@@ -82,7 +71,7 @@ def compiled() -> HostKernels | None:
 
 
 class HostKernels:
-    """Arguments and results are those of ``host_blocks``, in bfloat16."""
+    """Norms and gates have the arguments and results of ``host_blocks``, in bfloat16."""
 
     def __init__(self, library: Any) -> None:
         self._library = library
@@ -151,12 +140,12 @@ class HostKernels:
         ``up``: the gradient of the target's log-prob; ``entropy``: the entropies and their gradients, if they have some.
         """
         assert raw_kv.is_contiguous()
-        up_k, targets_k = up_k.contiguous(), targets_k.contiguous()
+        norm_k, up_k, targets_k = norm_k.contiguous(), up_k.contiguous(), targets_k.contiguous()
         about_entropy = (None, None) if entropy is None else tuple(x.contiguous() for x in entropy)
         self._library.head_backward(
             raw_kv.data_ptr(),
             factor,
-            *_places(norm_k.contiguous(), up_k),
+            *_places(norm_k, up_k),
             *(None if x is None else x.data_ptr() for x in about_entropy),
             targets_k.data_ptr(),
             *raw_kv.shape,
@@ -238,39 +227,3 @@ def _written(x_HTD: Tensor) -> Any:
 
 def _places(*tensors: Tensor) -> list[int]:
     return [x.data_ptr() for x in tensors]
-
-
-def _library() -> Path:
-    """The library for this source, compiler and processor, built if it is not there. Raises OSError or SubprocessError."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise OSError("There is none in the PATH.")
-    parts = (
-        *(path.read_text() for path in (*SOURCES, *HEADERS)),
-        str(FLAGS),
-        compiler,
-        torch.__version__,
-        _processor(),
-    )
-    name = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
-    folder = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser() / "kernels"
-    path = folder / f"{name}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        start = time.perf_counter()
-        # aside and renamed: other processes build it at the same time
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            made = Path(aside) / path.name
-            words = [*shlex.split(compiler), *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
-            subprocess.run(words, check=True, capture_output=True, text=True, timeout=120)
-            made.replace(path)
-        logger.info("Compiled the kernels for the CPU in %.1f s: %s", time.perf_counter() - start, path)
-    return path
-
-
-def _processor() -> str:
-    """What the compiled code depends on: a cache may be shared by machines that differ."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)})) or platform.processor()

@@ -59,7 +59,12 @@ class LogitTransform:
 
 def full_precision(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is when float64."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(wide_dtype(tensor))
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """That of ``full_precision``."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def token_logprobs(
@@ -134,7 +139,7 @@ class _FusedHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_K: Tensor, settings: HeadSettings
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if hidden_KH.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(hidden_KH)
         total = hidden_KH.shape[0]
         chosen_K = torch.empty(total, dtype=wide, device=hidden_KH.device)
         norm_K = torch.empty_like(chosen_K)
@@ -215,7 +220,7 @@ def backward_in_tiles(
     ctx: Any, hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, settings: HeadSettings, tile: Tile
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of hidden states, weight (None if ``ctx`` says that nobody wants it) and bias."""
-    wide = torch.float64 if hidden_KH.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(hidden_KH)
     grad_hidden_KH = torch.zeros_like(hidden_KH, dtype=wide)
     grad_weight_VH = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
     grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)

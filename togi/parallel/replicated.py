@@ -51,7 +51,10 @@ class Replicated:
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
         """``step`` multiplies by the factor that makes the norm ``max_norm``: bfloat16 gradients would be rounded by it here."""
-        norms = [torch.linalg.vector_norm(x, dtype=_wide(x)) for x in self._gradients().values()]
+        norms = [
+            torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+            for x in self._gradients().values()
+        ]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
         self._factor = torch.clamp(max_norm / (norm + CLIP_EPSILON), max=1.0)
         return float(norm)
@@ -182,7 +185,3 @@ def _hand_over(working: Tensor, master: Tensor) -> None:
     gradient = working.grad.to(master.device, master.dtype)
     master.grad = gradient if master.grad is None else master.grad.add_(gradient)
     working.grad = None
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

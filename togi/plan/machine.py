@@ -1,8 +1,9 @@
-"""What this machine has, without torch: cores, memory, GPUs."""
+"""What this machine has, without torch: cores, memory, GPUs, and a folder for what need not be made again."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,18 @@ def cpu_has_bf16(cpuinfo: Path) -> bool:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), None)
     return flags is None or not BF16_FLAGS.isdisjoint(flags)
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What code compiled for this processor depends on: a folder may be shared by machines that differ."""
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)})) or platform.processor()
+
+
+def cache_folder() -> Path:
+    """``$TOGI_CACHE``, by default ``~/.cache/togi``."""
+    return Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser()
 
 
 def joins_cluster() -> bool:

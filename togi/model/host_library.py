@@ -1,0 +1,52 @@
+"""The C kernels for CPUs as a library, built by the machine's own compiler for the processor at hand.
+
+That takes two seconds, once; the library stays in ``$TOGI_CACHE/kernels``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from togi.plan.machine import cache_folder, processor
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+SOURCES = (HERE / "host_kernels.c", HERE / "host_attention.c")
+HEADERS = (HERE / "host_kernels.h",)
+# NaN must stay NaN: no -ffast-math. libgomp is the one that torch has loaded, so both share one pool of threads.
+_EXACT = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+FLAGS = ("-O3", "-march=native", "-std=c11", *_EXACT, "-fopenmp", "-fPIC", "-shared")
+
+
+def library() -> Path:
+    """The library for this source, compiler and processor, built if it is not there. Raises OSError or SubprocessError."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise OSError("There is none in the PATH.")
+    sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
+    parts = (*sources, str(FLAGS), compiler, torch.__version__, processor())
+    name = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+    folder = cache_folder() / "kernels"
+    path = folder / f"{name}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        start = time.perf_counter()
+        # aside and renamed: other processes build it at the same time
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            made = Path(aside) / path.name
+            words = [*shlex.split(compiler), *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
+            subprocess.run(words, check=True, capture_output=True, text=True, timeout=120)
+            made.replace(path)
+        logger.info("Compiled the kernels for the CPU in %.1f s: %s", time.perf_counter() - start, path)
+    return path
