@@ -10,7 +10,8 @@ peer run alternately, each time in a new process. runs/compare/CASE-MODEL-PROCES
 run printed.
 
 Both keep float32 master weights and moments and compute in bfloat16: the peer by autocast, Togi from a bfloat16 copy of the
-weights. Frozen models are what each makes of them: bfloat16 here, float32 under autocast there. Attention is PyTorch's SDPA,
+weights. On a machine whose float32 products are the faster ones both compute in float32. Frozen models are what each makes of
+them: bfloat16 here, float32 under autocast there. Attention is PyTorch's SDPA,
 AdamW the fused one. Nothing is saved or evaluated in the steps that count. There is no PPO here: TRL 1.16 has no PPO trainer,
 and none among its experimental ones.
 """
@@ -43,12 +44,12 @@ def main() -> None:
         model = model_folder(arguments.model, scalar=case.kind is Kind.RM)
         material = make_material(case, model, folder)
         rates = machine.rates(arguments.threads)
+        precision = machine.faster_precision(rates)
         runs = []
         for place, (side, setting) in enumerate(plan(case, arguments)):
             try:
-                done = run(
-                    case, side, setting, model, material, folder / f"{place:02d}-{side}-{setting.name}", arguments
-                )
+                own = folder / f"{place:02d}-{side}-{setting.name}"
+                done = run(case, side, setting, model, material, own, arguments, precision)
             except RunFailed as error:
                 if not arguments.sweep:
                     raise
@@ -60,11 +61,12 @@ def main() -> None:
                 "case": name,
                 "model": arguments.model,
                 "processes": arguments.processes,
+                "precision": precision,
                 "machine": rates,
                 "runs": runs,
             }
             (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-        text = table(f"{name}, {arguments.model}", runs, rates)
+        text = table(f"{name}, {arguments.model}", runs, rates, precision)
         (folder / "table.md").write_text(text + "\n")
         print(text, flush=True)
 
@@ -128,13 +130,14 @@ def run(
     material: Material,
     folder: Path,
     arguments: argparse.Namespace,
+    precision: str,
 ) -> Run:
     """One run in a process of its own."""
     folder.mkdir(parents=True)
     if side == "togi":
-        words = togi_side.command(case, model, material, folder, arguments.processes)
+        words = togi_side.command(case, model, material, folder, arguments.processes, precision)
     else:
-        words = peer_side.command(side, case, setting, model, material, folder, arguments.processes)
+        words = peer_side.command(side, case, setting, model, material, folder, arguments.processes, precision)
     environment = togi_side.environment(arguments.threads // arguments.processes, folder / "cache")
     watched = run_watched(words, environment, ROOT, folder / "output.txt")
     steps = (togi_side if side == "togi" else peer_side).steps_of(case, material, folder, watched.started)

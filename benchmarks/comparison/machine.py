@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 PROBE = """
 import json, time, torch
@@ -23,6 +24,11 @@ rates["copy_gb_per_second"] = 2 * x.nbytes / best(lambda: y.copy_(x)) / 1e9
 rates["threads"] = torch.get_num_threads()
 print(json.dumps(rates))
 """
+
+
+def faster_precision(rates: Mapping[str, float]) -> str:
+    """ "bf16", or "fp32" where products in that are faster: a processor without instructions for bfloat16."""
+    return "bf16" if rates["matmul_bf16_gflops"] > rates["matmul_fp32_gflops"] else "fp32"
 
 
 def rates(threads: int | None = None) -> dict[str, float]:

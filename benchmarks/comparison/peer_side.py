@@ -17,7 +17,14 @@ RESULT = "steps.json"
 
 
 def command(
-    peer: str, case: Case, setting: Setting, model: Path, material: Material, folder: Path, processes: int
+    peer: str,
+    case: Case,
+    setting: Setting,
+    model: Path,
+    material: Material,
+    folder: Path,
+    processes: int,
+    precision: str,
 ) -> list[str]:
     job = {
         "kind": case.kind,
@@ -34,6 +41,7 @@ def command(
         "answers": case.answers,
         "answer_tokens": int(case.answer.mean),
         "processes": processes,
+        "precision": precision,
         "options": dict(setting.options),
     }
     assert case.items % (setting.batch * processes) == 0, (

@@ -97,12 +97,16 @@ def fastest(runs: Sequence[Mapping[str, Any]], peer: str, allowed: Collection[st
     return max(own, key=lambda run: run["tokens_per_second"])["setting"] if own else None
 
 
-def table(case: str, runs: Sequence[Mapping[str, Any]], machine: Mapping[str, float]) -> str:
-    """Markdown: medians of each side, and what Togi's is to each peer's. ``runs`` as in the JSON file."""
+def table(case: str, runs: Sequence[Mapping[str, Any]], machine: Mapping[str, float], precision: str = "bf16") -> str:
+    """Markdown: medians of each side, and what Togi's is to each peer's. ``runs`` as in the JSON file.
+
+    ``precision``: of both sides' products, "bf16" or "fp32".
+    """
     sides = list(dict.fromkeys((run["side"], run["setting"]) for run in runs))
-    peak_rate = machine["matmul_bf16_gflops"]
+    peak_rate = machine[f"matmul_{precision}_gflops"]
     lines = [
-        f"| {case} | tokens/s | of bf16 matmul | peak GB | launch s | loss first, last | gradient norm first, last | runs |",
+        f"| {case} | tokens/s | of {precision} matmul | peak GB | launch s | loss first, last "
+        "| gradient norm first, last | runs |",
         "|---|---|---|---|---|---|---|---|",
     ]
     medians: dict[tuple[str, str], tuple[float, float, float]] = {}

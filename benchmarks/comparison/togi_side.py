@@ -31,12 +31,12 @@ ROWS = {
 }
 
 
-def command(case: Case, model: Path, material: Material, folder: Path, processes: int) -> list[str]:
+def command(case: Case, model: Path, material: Material, folder: Path, processes: int, precision: str) -> list[str]:
     """The words of the command; everything that is not named is a default."""
     common = (
-        f"--pretrain {model} --bf16 --max_tokens_per_gpu {TOKENS_PER_PACK} --lr_scheduler constant --lr_warmup_ratio 0 "
+        f"--pretrain {model} --max_tokens_per_gpu {TOKENS_PER_PACK} --lr_scheduler constant --lr_warmup_ratio 0 "
         f"--seed {SEED} --run_dir {folder / 'run'} --save_path {folder / 'model'} --ckpt_path {folder / 'checkpoints'}"
-    ).split()
+    ).split() + (["--bf16"] if precision == "bf16" else [])
     if case.kind in ROWS:
         launcher = torchrun(processes) if processes > 1 else []
         flags = f"{ROWS[case.kind]} --dataset {material.togi} --max_len 4096 --max_epochs 1".split()

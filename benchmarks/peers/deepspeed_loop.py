@@ -1,7 +1,8 @@
 """DeepSpeed (ZeRO-2) under a plain loop on supervised rows: ``deepspeed_loop.py JOB.json``.
 
 Runs in Togi's own environment, which has DeepSpeed (``togi[deepspeed]``), started by torchrun also for one process. Rows are
-padded to the longest of a micro-batch and the model's own loss is used; float32 masters, bfloat16 weights.
+padded to the longest of a micro-batch and the model's own loss is used; float32 masters, bfloat16 weights where the comparison is
+in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     rows = [example(row, tokenizer) for row in job.rows()]
     deepspeed.init_distributed("gloo")
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
     engine, *_ = deepspeed.initialize(model=model, config=config(job), model_parameters=model.parameters())
     for step in range(job.steps):
         own = rows[step * job.items : (step + 1) * job.items]
@@ -35,7 +37,7 @@ def config(job: Job) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": job.batch,
         "gradient_accumulation_steps": job.items // (job.batch * job.processes),
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": job.precision == "bf16"},
         "zero_optimization": {"stage": 2},
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,

@@ -33,6 +33,7 @@ class Job:
     answers: int
     answer_tokens: int
     processes: int
+    precision: str
     options: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
@@ -62,7 +63,7 @@ class Job:
             "adam_beta2": 0.95,
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
-            "bf16": not self.pure_bf16,
+            "bf16": self.precision == "bf16" and not self.pure_bf16,
             "gradient_checkpointing": False,
             "torch_compile": self.options.get("compile", False),
             "train_sampling_strategy": "sequential",

@@ -8,6 +8,7 @@ from statistics import fmean, median
 import pytest
 
 from comparison.cases import CASES, Case, Kind
+from comparison.machine import faster_precision
 from comparison.rows import Row, Spread, answer, lengths, make_rows, sorted_steps, text, words_of
 from comparison.summary import Size, Steps, Work, fastest, flops, summarise, table
 
@@ -88,6 +89,14 @@ def test_the_table_takes_medians_and_gives_ratios() -> None:
     assert lines[2] == "| togi (as is) | 200 | 60 % | 2.00 | 7.0 | 2, 1.5 | 1, 0.5 | 3 |"
     assert lines[3] == "| trl (as is) | 100 | 30 % | 4.00 | 7.0 | 2, 1.5 | 1, 0.5 | 3 |"
     assert "togi / trl (as is): 2.00 x the tokens/s, 0.50 x the memory, 1.00 x the time to the first step" in lines
+
+
+def test_sides_compute_in_the_precision_that_the_machine_is_faster_in() -> None:
+    narrow = MACHINE | {"matmul_bf16_gflops": 18.0}
+    assert (faster_precision(MACHINE), faster_precision(narrow)) == ("bf16", "fp32")
+    lines = table("sft", [run("togi", 0.5)], narrow, "fp32").splitlines()
+    # 6 x 10^8 x 100 in half a second of 100 GFLOP/s
+    assert "of fp32 matmul" in lines[0] and "| 120 % |" in lines[2]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
