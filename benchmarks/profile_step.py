@@ -5,7 +5,7 @@
 
 A step is a pack of sequences of 256 tokens, half of each in the loss: forward, backward and AdamW, by the parts that ``togi sft``
 is made of. Packs of 64k tokens are of the 30M model, unless --model says otherwise: the other needs more than 24 GB for them.
-The limit of an operator is the machine's rate of matrix products in bf16, or of copying for all others.
+The limit of an operator is the machine's rate of matrix products in the faster of bf16 and fp32, or of copying for all others.
 """
 
 from __future__ import annotations
@@ -71,21 +71,22 @@ def main() -> None:
     growing = arguments.what == "growth"
     folder = model_folder(arguments.model or ("30m" if growing else "smollm2"), scalar=False)
     rates = machine.rates()
-    learner = make_learner(folder)
+    precision = machine.faster_precision(rates)
+    learner = make_learner(folder, bf16=precision == "bf16")
     if growing:
         result = growth(learner, arguments.tokens, arguments.steps)
         print(growth_table(result))
     else:
-        result = operators(learner, folder, arguments.tokens, arguments.steps, rates["matmul_bf16_gflops"])
-        print(operator_table(result, rates))
+        result = operators(learner, folder, arguments.tokens, arguments.steps, rates[f"matmul_{precision}_gflops"])
+        print(operator_table(result, rates, precision))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"machine": rates, **result}, indent=1) + "\n")
 
 
-def make_learner(folder: Path) -> Learner:
-    """What ``togi sft --bf16`` trains with in one process."""
+def make_learner(folder: Path, *, bf16: bool) -> Learner:
+    """What ``togi sft`` trains with in one process, with or without ``--bf16``."""
     model = load_causal_lm(str(folder), torch.float32, flash_attn=False)
-    backend = trainable(model, World.solo(torch.device("cpu")), BackendOptions(bf16=True))
+    backend = trainable(model, World.solo(torch.device("cpu")), BackendOptions(bf16=bf16))
     return Learner(backend, SFTObjective(), Schedule(Scheduler.CONSTANT, 1e-6, 1), math.inf)
 
 
@@ -136,11 +137,11 @@ def operators(learner: Learner, folder: Path, tokens: int, steps: int, peak: flo
     }
 
 
-def operator_table(result: dict[str, Any], rates: dict[str, float]) -> str:
+def operator_table(result: dict[str, Any], rates: dict[str, float], precision: str) -> str:
     limits = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
     lines = [
         f"{result['tokens']} packed tokens: {result['seconds']:.2f} s a step, {result['tokens_per_second']:.0f} tokens/s, "
-        f"{result['gflops']:.0f} GFLOP/s = {100 * result['share_of_matmul_rate']:.0f} % of the bf16 matmul rate",
+        f"{result['gflops']:.0f} GFLOP/s = {100 * result['share_of_matmul_rate']:.0f} % of the {precision} matmul rate",
         f"machine: {limits}",
         "",
         "| operator | calls | seconds | share | GFLOP/s |",

@@ -24,8 +24,8 @@ from togi.model.checkpoint import expected_manifest
 from togi.model.weights import Bucket, Manifest, TensorSpec, pack_buckets
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
-from togi.rollout.threaded import ThreadedEngine
-from togi.rollout.vllm_engine import VllmCore
+from togi.rollout.threaded import Finished, ThreadedEngine
+from togi.rollout.vllm_engine import VllmCore, _finished
 from togi.sample import FinishReason, Generation, Sampling
 
 pytestmark = pytest.mark.busy
@@ -34,7 +34,7 @@ MAX_LEN = 400
 ENGINES = [EngineName.VLLM, EngineName.TRANSFORMERS]
 PROMPTS = [[(7 * i + 3 * j) % 250 for j in range(length)] for i, length in enumerate([5, 1, 17, 9, 40, 3])]
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
-SHARED = [(11 * j) % 250 for j in range(300)]  # more than two of vLLM's cache blocks of 128 tokens
+SHARED = [(11 * j) % 250 for j in range(300)]  # more than nine of vLLM's cache blocks of 32 tokens
 LONG = [[*SHARED, i, i + 1] for i in range(3)]
 
 
@@ -269,6 +269,31 @@ def test_running_requests_refuse_an_update(engine: RolloutEngine, folder: Path) 
         await running
 
     asyncio.run(scenario())
+
+
+def test_vllm_computes_a_short_prompt_once_for_all_its_responses(folder: Path) -> None:
+    prompt, seeds = SHARED[:70], range(6)
+
+    def responses(*, sharing: bool) -> tuple[list[Finished], list[int]]:
+        core = VllmCore(replace(settings(folder), enable_prefix_caching=sharing))
+        found, reused = [], []
+        for seed in seeds:
+            core.add(seed, tuple(prompt), Sampling(max_tokens=8, seed=seed))
+        while len(found) < len(seeds):
+            outputs = core._engine.step()
+            reused += [output.num_cached_tokens for output in outputs if output.finished]
+            found += [_finished(output) for output in outputs if output.finished]
+        core.close()
+        return sorted(found, key=lambda one: one.key), sorted(reused)
+
+    alone, none = responses(sharing=False)
+    together, reused = responses(sharing=True)
+    # two whole blocks of 32 of the 70 tokens, for all but the first, though all came at once
+    assert (none, reused) == ([0] * 6, [0, *[64] * 5])
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
+    for a, b in zip(together, alone, strict=True):
+        assert np.allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert len({one.tokens for one in together}) == 6
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "mixtral"])

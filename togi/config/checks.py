@@ -167,8 +167,6 @@ def _rollout(c: RLConfig) -> Iterator[str]:
             "use --top_p 1."
         )
     if c.rollout_engine is EngineName.TRANSFORMERS:
-        if c.enable_prefix_caching:
-            yield "--enable_prefix_caching needs --rollout_engine vllm: change one of them."
         if c.enforce_eager:
             yield "--enforce_eager needs --rollout_engine vllm: change one of them."
         if c.vllm_tensor_parallel_size > 1:

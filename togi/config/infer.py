@@ -34,7 +34,7 @@ class GenerationSettings(Settings):
         1.0, "Divide positive logits of tokens already there by this, multiply negative ones.", gt=0
     )
     max_num_seqs: Count = flag(256, "At most this many outputs in progress in vLLM.")
-    enable_prefix_caching: bool = flag(False, "vLLM prefix cache.")
+    enable_prefix_caching: bool = flag(True, "vLLM prefix cache, from which outputs take what their prompts share.")
     enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
     vllm_gpu_memory_utilization: float = flag(0.9, "Share of a GPU's memory that vLLM may take.", gt=0, le=1)
     vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of the key-value cache on a CPU, in GB.", gt=0)

@@ -98,7 +98,7 @@ def sampling_problems(c: GenerationSettings, samples: int, flag: str, *, tempera
 def engine_problems(c: GenerationSettings, engine: EngineName, flag: str) -> Iterator[str]:
     """vLLM's own flags with another engine, which ``flag`` chose."""
     if engine is EngineName.TRANSFORMERS:
-        for name in c.changed("enable_prefix_caching", "enforce_eager", "tp_size"):
+        for name in c.changed("enforce_eager", "tp_size"):
             yield f"--{name} is vLLM's but {flag} generates with Transformers: change one of them."
 
 

@@ -70,7 +70,9 @@ class RolloutSettings(Settings):
     )
     vllm_gpu_memory_utilization: float = flag(0.95, "Share of a GPU's memory that vLLM may take.", gt=0, le=1)
     vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of vLLM's key-value cache on a CPU, in GB.", gt=0)
-    enable_prefix_caching: bool = flag(False, "vLLM prefix cache; emptied at every weight update.")
+    enable_prefix_caching: bool = flag(
+        True, "vLLM prefix cache, from which responses take their common prompt; emptied at every weight update."
+    )
     enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
     vllm_sync_backend: SyncBackend = flag(
         SyncBackend.AUTO,

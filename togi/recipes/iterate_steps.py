@@ -49,6 +49,7 @@ TRAINING = (
     "adam_offload zpg grad_accum_dtype overlap_comm deepcompile gradient_checkpointing max_len save_steps"
 )
 PAIRS = "beta ipo label_smoothing nll_loss_coef"
+ON_BY_DEFAULT = {"packing_samples", "enable_prefix_caching"}
 PR_SET_PDEATHSIG = 1
 
 
@@ -247,7 +248,7 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
         if value is True:
             words.append(f"--{name}")
         elif value is False:
-            words += ["--no_packing_samples"] if name == "packing_samples" else []
+            words += [f"--no_{name}"] if name in ON_BY_DEFAULT else []
         elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:

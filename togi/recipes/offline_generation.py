@@ -66,7 +66,6 @@ def start_engines(config: OfflineConfig, world: World) -> list[RolloutEngine]:
         max_model_len=config.max_len,
         seed=config.seed + world.rank,
         enforce_eager=config.enforce_eager or on_cpu,
-        enable_prefix_caching=False,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         kv_cache_gb=config.vllm_cpu_kv_cache_gb,
         trust_remote_code=config.trust_remote_code,

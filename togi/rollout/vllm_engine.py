@@ -39,6 +39,7 @@ from togi.sample import FinishReason, Sampling
 REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 SCORE_REQUEST = "score"
 MIN_BATCHED_TOKENS = 4096
+BLOCK_ON_CPU = 32  # tokens; the least that vLLM's attention takes there
 
 
 def start_vllm_engine(settings: EngineSettings) -> ThreadedEngine:
@@ -199,11 +200,13 @@ def _engine_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
     if not on_cpu:
         return shared | {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
     # A prompt prefilled in chunks together with a seed fails on CPUs ("CPU Generator does not use offset"), so none is.
-    # An explicit cache size with eager execution skips the warm-up.
+    # An explicit cache size with eager execution skips the warm-up. Prompts share whole blocks only, and not their last token:
+    # vLLM's own blocks of 128 would leave short prompts nothing.
     return shared | {
         "enforce_eager": True,
         "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
         "enable_chunked_prefill": False,
+        "block_size": BLOCK_ON_CPU,
         "max_num_batched_tokens": max(settings.max_model_len, MIN_BATCHED_TOKENS),
     }
 
