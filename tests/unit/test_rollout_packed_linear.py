@@ -14,11 +14,12 @@ from tests.tiny import save_tiny_model, tiny_model
 from togi.model.weights import pack_buckets
 from togi.rollout import packed_linear
 from togi.rollout.engine import EngineSettings
-from togi.rollout.packed_linear import pack_linears
+from togi.rollout.packed_linear import pack_linears, packable
 from togi.rollout.transformers_engine import TransformersCore
 
 TOKENS = tuple(range(20, 60))
-SUPPORTED = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+TYPES = [torch.float32, torch.bfloat16]
+ROUNDING = {torch.float32: 2**-18, torch.bfloat16: 2**-7}
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -27,33 +28,39 @@ def logits(model: nn.Module) -> Tensor:
         return out.float()
 
 
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "mixtral"])
-def test_a_packed_model_gives_the_same_logits(arch: str) -> None:
+def test_a_packed_model_gives_the_same_logits(arch: str, dtype: torch.dtype) -> None:
     """Qwen 2 has biases; the experts of Mixtral are no linear layers and stay as they are."""
-    model = tiny_model(arch, dtype=torch.bfloat16, tie_word_embeddings=True)
+    model = tiny_model(arch, dtype=dtype, tie_word_embeddings=True)
     plain = logits(model)
     pack_linears(model)
-    torch.testing.assert_close(logits(model), plain, rtol=2**-7, atol=2**-7 * float(plain.abs().max()))
+    rounding = ROUNDING[dtype]
+    torch.testing.assert_close(logits(model), plain, rtol=rounding, atol=rounding * float(plain.abs().max()))
 
 
-def test_plain_weights_are_let_go_and_a_tied_embedding_stays() -> None:
-    model = tiny_model("llama", dtype=torch.bfloat16, tie_word_embeddings=True)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_plain_weights_are_let_go_and_a_tied_embedding_stays(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype, tie_word_embeddings=True)
     before = model.get_input_embeddings().weight.clone()
     pack_linears(model)
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     assert len(linears) == 2 * 7 + 1
-    assert all((layer.weight.numel() == 0) == ("forward" in vars(layer)) == SUPPORTED for layer in linears)
+    assert all((layer.weight.numel() == 0) == ("forward" in vars(layer)) == (dtype in packable()) for layer in linears)
     assert torch.equal(model.get_input_embeddings().weight, before)
 
 
 def test_other_types_and_processors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = nn.Linear(8, 4)
-    pack_linears(wide)
-    assert wide.weight.numel() == 32 and "forward" not in vars(wide)
+    def is_left(layer: nn.Linear) -> bool:
+        pack_linears(layer)
+        return layer.weight.numel() == 32 and "forward" not in vars(layer)
+
+    assert is_left(nn.Linear(8, 4, dtype=torch.float64))
+    assert not is_left(nn.Linear(8, 4))
+    monkeypatch.setattr(packed_linear.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert is_left(nn.Linear(8, 4, dtype=torch.bfloat16)) and not is_left(nn.Linear(8, 4))
     monkeypatch.setattr(packed_linear.torch.backends.mkldnn, "is_available", lambda: False)
-    narrow = nn.Linear(8, 4, dtype=torch.bfloat16)
-    pack_linears(narrow)
-    assert narrow.weight.numel() == 32 and "forward" not in vars(narrow)
+    assert is_left(nn.Linear(8, 4))
 
 
 def test_an_engine_in_bfloat16_scores_as_the_model_does_before_and_after_an_update(tmp_path: Path) -> None:
