@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +13,7 @@ from torch import Tensor
 from togi.model import host_attention
 from togi.model.attention import Run
 from togi.model.host_attention import parts_of
+from togi.model.host_kernels import HostKernels
 from togi.model.partial_attention import Visibility
 
 ONE = (Run(1, 1, ()),)
@@ -28,6 +33,15 @@ PACKS = {"one": ONE, "long": LONG, "group": GROUP, "tree": TREE}
 WIDTHS = [8, 64, 80]
 
 
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """The kernel is not for more threads than it has segments and heads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def tensors(runs: tuple[Run, ...], width: int, dtype: torch.dtype) -> list[Tensor]:
     """q, k, v and the gradient of the output in the memory order of projections: 6 query heads, 2 key/value heads."""
     tokens = sum(run.tokens for run in runs)
@@ -35,19 +49,39 @@ def tensors(runs: tuple[Run, ...], width: int, dtype: torch.dtype) -> list[Tenso
     return [torch.randn(tokens, heads, width, generator=generator).to(dtype).transpose(0, 1) for heads in (6, 2, 2, 6)]
 
 
-def results(runs: tuple[Run, ...], inputs: list[Tensor], seen: list[Visibility] | None = None) -> list[Tensor]:
-    """The output, and the gradients of q, k and v."""
+def results(
+    runs: tuple[Run, ...], inputs: list[Tensor], seen: list[Visibility] | None = None, calls: int = 1
+) -> list[Tensor]:
+    """The output, and the gradients of q, k and v; the kernel was called so often in each direction."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     seen = [Visibility(causal=True)] * len(runs) if seen is None else seen
-    out = host_attention.HostAttention.apply(*leaves, runs, seen, 0.2)
-    return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
+    found = Counter[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("attention", "attention_backward"):
+            count_calls(patch, name, found)
+        out = host_attention.HostAttention.apply(*leaves, runs, seen, 0.2)
+        gradients = torch.autograd.grad(out, leaves, inputs[3])
+    assert (found["attention"], found["attention_backward"]) == (calls, calls)
+    return [out.detach(), *gradients]
 
 
-def plain(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> list[Tensor]:
+def count_calls(patch: pytest.MonkeyPatch, name: str, found: Counter[str]) -> None:
+    kernel = getattr(HostKernels, name)
+
+    def counted(*arguments: Any) -> None:
+        found[name] += 1
+        kernel(*arguments)
+
+    patch.setattr(HostKernels, name, counted)
+
+
+def plain(
+    monkeypatch: pytest.MonkeyPatch, runs: tuple[Run, ...], inputs: list[Tensor], seen: list[Visibility] | None = None
+) -> list[Tensor]:
     """The same without kernels."""
     with monkeypatch.context() as patch:
         patch.setattr(host_attention, "kernels_for", lambda *tensors, float32: None)
-        return results(*arguments)  # type: ignore[arg-type]
+        return results(runs, inputs, seen, calls=0)
 
 
 @pytest.mark.parametrize("name", PACKS)
@@ -81,19 +115,16 @@ def test_any_order_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(results(TREE, inputs), expected, rtol=1e-4, atol=1e-5)
     apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
     assert apart[0].stride(2) != 1
-    torch.testing.assert_close(results(TREE, apart), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results(TREE, apart, calls=0), expected, rtol=1e-4, atol=1e-5)
     mixed = [inputs[0], *apart[1:]]
     torch.testing.assert_close(results(TREE, mixed), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_threads_change_no_bit() -> None:
-    inputs, before, found = tensors(TREE, 16, torch.bfloat16), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(results(TREE, inputs))
-    finally:
-        torch.set_num_threads(before)
+    inputs, found = tensors(TREE, 16, torch.bfloat16), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(results(TREE, inputs))
     assert all(torch.equal(one, other) for other in found[1:] for one, other in zip(found[0], other, strict=True))
 
 
@@ -107,6 +138,27 @@ def test_what_is_no_number_stays_where_it_is_seen() -> None:
     for x in (out, d_q):
         assert x[:, own.start + 1 : own.stop].isnan().all()
         assert not torch.cat([x[:, : own.start], x[:, own.stop :]], 1).isnan().any()
+
+
+def test_memory_bounds_what_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of keys and values of 2 heads of 8 float32, 128 bytes a key: segments see 5, 12, 12, 12, 71, 1, 64, 67, 87, 87."""
+    inputs = tensors(TREE, 8, torch.float32)
+    expected = results(TREE, inputs)
+    monkeypatch.setattr(host_attention, "KEYS_AT_ONCE_BYTES", 128 * 90)
+    host_attention._together.cache_clear()
+    # 5 + 3 x 12, 71 + 1, 64, 67, 87, 87
+    got = results(TREE, inputs, calls=6)
+    host_attention._together.cache_clear()
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[2:], expected[2:], rtol=1e-5, atol=1e-6)
+
+
+def test_more_threads_than_there_is_to_share_out_take_pytorch_s_products() -> None:
+    torch.set_num_threads(3)
+    results(ONE, tensors(ONE, 8, torch.float32), calls=0)
+    results(LONG, tensors(LONG, 8, torch.float32), calls=0)
+    torch.set_num_threads(2)
+    results(LONG, tensors(LONG, 8, torch.float32), calls=1)
 
 
 def test_extreme_scores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from togi.model import logprob_head
+from togi.model.host_kernels import HostKernels
 from togi.model.logprob_head import LogitTransform, token_logprobs
 
 CASES = {
@@ -66,10 +68,13 @@ def test_values_and_gradients_equal_the_plain_formula(case, chunk_bytes):
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=0.5)])
 @pytest.mark.parametrize("chunk_bytes", [1, 2**30])
 def test_kernels_for_bfloat16_are_the_operations_they_replace(monkeypatch, with_entropy, transform, chunk_bytes):
-    """Values to float32's rounding, gradients to bfloat16's: the product of a tile is rounded alike on both ways."""
+    """Values to float32's rounding, gradients to bfloat16's: the product of a tile is rounded alike on both ways.
+
+    So many tokens that threads share the rows of a tile.
+    """
     torch.manual_seed(0)
-    tokens, width, vocab = 7, 5, 4096 + 30
-    targets = torch.tensor([0, 1, 4095, 4096, 4097, vocab - 1, 17])
+    tokens, width, vocab = 9, 5, 4096 + 30
+    targets = torch.tensor([0, 1, 4095, 4096, 4097, vocab - 1, 17, 2, 3])
     up, up_entropy = torch.randn(2, tokens)
     start = [torch.randn(tokens, width).bfloat16(), torch.randn(vocab, width).bfloat16()]
 
@@ -87,14 +92,37 @@ def test_kernels_for_bfloat16_are_the_operations_they_replace(monkeypatch, with_
         total = logprobs @ up + (entropy @ up_entropy if with_entropy else 0.0)
         return [logprobs.detach(), entropy.detach(), *torch.autograd.grad(total, (hidden, weight))]
 
+    calls = Counter()
+
+    def count_calls(name):
+        kernel = getattr(HostKernels, name)
+
+        def counted(*arguments, **named):
+            calls[name] += 1
+            return kernel(*arguments, **named)
+
+        monkeypatch.setattr(HostKernels, name, counted)
+
+    count_calls("head")
+    count_calls("head_backward")
     ours = results()
+    assert calls["head"] >= 1 and calls["head_backward"] >= 2  # two slices of the vocabulary
+    found = calls.total()
     monkeypatch.setattr(logprob_head, "kernels_for", lambda *tensors: None)
     logprobs, entropy, *gradients = results()
+    assert calls.total() == found
     torch.testing.assert_close(ours[0], logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours[1], entropy, rtol=1e-5, atol=1e-5)
     for one, other in zip(ours[2:], gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-7 * float(other.abs().max()))
         assert (one != other).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("wrong", [-1, 20])
+def test_a_target_that_the_head_does_not_predict_is_an_error(wrong):
+    hidden, weight = torch.randn(3, 4).bfloat16(), torch.randn(20, 4).bfloat16()
+    with pytest.raises(IndexError, match=f"token {wrong} is none of the 20"):
+        token_logprobs(hidden, weight, torch.tensor([1, wrong, 3]))
 
 
 def test_what_is_no_number_stays_in_its_row_of_the_kernel():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache, and nothing loaded."""
     monkeypatch.setenv("TOGI_CACHE", str(tmp_path))
     monkeypatch.setattr(host_kernels, "compiled", host_kernels.compiled.__wrapped__)
-    return tmp_path / "kernels"
+    return tmp_path / f"kernels-{os.getuid()}"
 
 
 def test_the_library_is_built_once(
@@ -113,7 +114,7 @@ def test_the_library_is_built_once(
     assert sum("Compiled the kernels" in line for line in caplog.messages) == 1
 
 
-@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false", "cc '-O2"])
 def test_without_a_compiler_there_is_a_warning(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str
 ) -> None:
@@ -121,6 +122,14 @@ def test_without_a_compiler_there_is_a_warning(
     assert host_kernels.compiled() is None
     (line,) = caplog.messages
     assert "install a C compiler (gcc), or set TOGI_CPU_KERNELS=0" in line
+
+
+def test_a_folder_that_others_can_write_to_is_not_trusted(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fresh.mkdir()
+    fresh.chmod(0o777)
+    assert host_kernels.compiled() is None
+    assert f"Others than its user may write to {fresh}: remove it." in caplog.text
+    assert list(fresh.iterdir()) == []
 
 
 def test_they_can_be_switched_off(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
    Everything is float32 inside. A block of queries is done at a time, against all keys that its last query sees: so the softmax
    of a row is done at once, and the backward computes it again from queries and keys. All products go through one small one
-   whose sums stay in registers. No result depends on the number of threads.
+   whose sums stay in registers. No result depends on the number of threads. Both functions return 0, or 1 where there was not
+   enough memory: results are then not whole.
 
    Shape letters: T tokens, H query heads, G key/value heads, D head size, S segments; of one segment M keys. Memory: `spans` has
    pairs of first and last + 1 of the tokens that a segment sees, its own last; those of segment s are bounds[s] to bounds[s + 1]. */
@@ -33,8 +34,8 @@ typedef struct {
     float scale;
 } table;
 
-/* Scratch of a thread: keys and values [M, D] and turned [D, M], with rows of `columns` and `places` floats; two blocks of
-   queries [BLOCK, D] and of scores [BLOCK, M]. M and D are filled up to whole blocks and vectors. */
+/* Scratch of a thread: keys and values [M, D] and turned [D, M], with rows of `columns` and `places` floats; three blocks of
+   queries [BLOCK, D] and two of scores [BLOCK, M]. M and D are filled up to whole blocks and vectors. */
 typedef struct {
     float *keys, *values, *keys_turned, *values_turned, *queries, *slopes, *out, *weights, *d_weights;
     int64_t columns, places;
@@ -63,7 +64,7 @@ static inline __attribute__((always_inline)) void add_few(int vectors, float *c,
         for (int j = 0; j < vectors; j++) *(vector *)(c + i * c_row + j * LANES) = sums[i][j];
 }
 
-/* c [rows, columns] += a b. Whole groups of ROWS and of LANES are done: c has room for them. BLOCK rows of b and as many columns
+/* c [rows, columns] += a b. Whole groups of ROWS and of LANES are done: c has room for them, and a can be read there. BLOCK rows of b and as many columns
    as fit into registers stay in the nearest cache for all rows of a. */
 static void add_product(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row,
                         int64_t rows, int64_t columns, int64_t inner) {
@@ -161,7 +162,7 @@ static scratch *new_scratch(const table *t) {
     int64_t matrix = columns * places, block = BLOCK * columns, scores = BLOCK * places;
     int64_t floats = 4 * matrix + 3 * block + 2 * scores;
     scratch *s = calloc(1, sizeof(scratch) + LINE + floats * sizeof(float));
-    if (s == NULL) abort();
+    if (s == NULL) return NULL;
     float *next = (float *)(((uintptr_t)(s + 1) + LINE - 1) / LINE * LINE);
     s->columns = columns, s->places = places;
     s->keys = next, next += matrix;
@@ -233,38 +234,44 @@ static void backward_of(const table *t, scratch *s, const view *grad, const view
         }
 }
 
-void attention(const table *t, const view *q, const view *k, const view *v, const view *out) {
-#pragma omp parallel
+int attention(const table *t, const view *q, const view *k, const view *v, const view *out) {
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
     {
         scratch *s = new_scratch(t);
+        failed = s == NULL;
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t segment = 0; segment < t->segments; segment++)
-            for (int64_t group = 0; group < t->groups; group++) forward_of(t, s, q, k, v, out, segment, group);
+            for (int64_t group = 0; group < t->groups; group++)
+                if (s != NULL) forward_of(t, s, q, k, v, out, segment, group);
         free(s);
     }
+    return failed;
 }
 
 /* Adds to `d_k` and `d_v`, float32 [G, T, D] in one piece. Segments that see the same keys have sums of their own first. */
-void attention_backward(const table *t, const view *grad, const view *q, const view *k, const view *v, const view *d_q, float *d_k,
-                        float *d_v, int64_t tokens) {
+int attention_backward(const table *t, const view *grad, const view *q, const view *k, const view *v, const view *d_q, float *d_k,
+                       float *d_v, int64_t tokens) {
     int64_t columns = up_to(LANES, t->width), *starts = malloc((t->segments + 1) * sizeof(int64_t));
-    if (starts == NULL) abort();
+    if (starts == NULL) return 1;
     starts[0] = 0;
     for (int64_t segment = 0; segment < t->segments; segment++)
         starts[segment + 1] = starts[segment] + up_to(ROWS, keys_of(t, segment)) * columns;
     int64_t all = starts[t->segments];
     float *sums = aligned_alloc(LINE, up_to(LINE, 2 * t->groups * all * sizeof(float)));
-    if (sums == NULL) abort();
-#pragma omp parallel
+    int failed = sums == NULL;
+    if (failed) goto done;
+#pragma omp parallel reduction(| : failed)
     {
         scratch *s = new_scratch(t);
+        failed = s == NULL;
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t segment = 0; segment < t->segments; segment++)
             for (int64_t group = 0; group < t->groups; group++) {
                 float *d_keys = sums + 2 * group * all + starts[segment], *d_values = d_keys + all;
                 memset(d_keys, 0, (starts[segment + 1] - starts[segment]) * sizeof(float));
                 memset(d_values, 0, (starts[segment + 1] - starts[segment]) * sizeof(float));
-                backward_of(t, s, grad, q, k, v, d_q, d_keys, d_values, segment, group);
+                if (s != NULL) backward_of(t, s, grad, q, k, v, d_q, d_keys, d_values, segment, group);
             }
         free(s);
 #pragma omp for schedule(static) collapse(2)
@@ -280,6 +287,8 @@ void attention_backward(const table *t, const view *grad, const view *q, const v
                 }
             }
     }
+done:
     free(sums);
     free(starts);
+    return failed;
 }

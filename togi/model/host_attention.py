@@ -22,8 +22,11 @@ from torch.autograd.function import once_differentiable
 
 from togi.model.block_attention import attend_in_blocks, attend_in_blocks_backward, wins
 from togi.model.host_kernels import SegmentSpans, kernels_for
-from togi.model.logprob_head import full_precision
+from togi.model.logprob_head import wide_dtype
 from togi.model.partial_attention import Visibility, attend, attend_backward
+
+KEYS_AT_ONCE_BYTES = 2**27
+"""The kernel's backward has a float32 gradient of every key and value that a segment sees, for so many segments at once."""
 
 
 class Run(Protocol):
@@ -109,11 +112,14 @@ class HostAttention(torch.autograd.Function):
         # the memory order of a projection, so that the output projection reads it as it is
         out_HTD = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
         short = tuple(_is_short(part, visible) for part, visible in zip(parts, seen, strict=True))
-        together = _together(runs, short)
-        readable = together is not None and query.stride(2) == 1
-        kernels = kernels_for(query, key, value, float32=True) if readable else None
-        if kernels is not None and together is not None:
-            kernels.attention(query, key, value, together, scale, out_HTD)
+        together = _together(runs, short, 2 * len(key) * key.shape[2] * 4)
+        kernels = kernels_for(query, key, value, float32=True) if query.stride(2) == 1 else None
+        # it gives a thread one segment and key/value head at a time, PyTorch shares out single products
+        if sum(some.count for some in together) * len(key) < torch.get_num_threads():
+            kernels = None
+        if kernels is not None:
+            for some in together:
+                kernels.attention(query, key, value, some, scale, out_HTD)
         kept: list[Tensor | None] = []  # of short ones the backward needs neither
         for part, visible, is_short in zip(parts, seen, short, strict=True):
             if is_short and kernels is not None:
@@ -137,12 +143,10 @@ class HostAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_HTD: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         d_query = torch.empty_like(query)
-        d_key, d_value = (
-            torch.zeros_like(full_precision(x), memory_format=torch.contiguous_format) for x in (key, value)
-        )
-        if ctx.kernels is not None:
+        d_key, d_value = (torch.zeros(x.shape, dtype=wide_dtype(x), device=x.device) for x in (key, value))
+        for some in ctx.together if ctx.kernels is not None else ():
             grads = (d_query, d_key, d_value)
-            ctx.kernels.attention_backward(grad_HTD, (query, key, value), ctx.together, ctx.scale, grads)
+            ctx.kernels.attention_backward(grad_HTD, (query, key, value), some, ctx.scale, grads)
         for part, visible, out_nHLD, lse_nHL in zip(ctx.parts, ctx.seen, kept[::2], kept[1::2], strict=True):
             if lse_nHL is None and ctx.kernels is not None:
                 continue
@@ -163,15 +167,19 @@ def _is_short(part: Part, visible: Visibility) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _together(runs: tuple[Run, ...], short: tuple[bool, ...]) -> SegmentSpans | None:
-    """The segments of all short runs, which the compiled kernel does in one call."""
-    spans: list[tuple[int, int]] = []
-    bounds = [0]
+def _together(runs: tuple[Run, ...], short: tuple[bool, ...], bytes_per_key: int) -> list[SegmentSpans]:
+    """The segments of all short runs, which the compiled kernel does in one call, or in several where memory is short."""
+    found: list[SegmentSpans] = []
+    spans, bounds, keys = list[tuple[int, int]](), [0], 0
     for part, is_short in zip(parts_of(runs), short, strict=True):
         for own in part.segments() if is_short else ():
+            if spans and (keys + part.seen) * bytes_per_key > KEYS_AT_ONCE_BYTES:
+                found.append(SegmentSpans(torch.tensor(spans), torch.tensor(bounds)))
+                spans, bounds, keys = [], [0], 0
             spans += [(link.start, link.stop) for link in (*part.context, own)]
             bounds.append(len(spans))
-    return SegmentSpans(torch.tensor(spans), torch.tensor(bounds)) if spans else None
+            keys += part.seen
+    return [*found, SegmentSpans(torch.tensor(spans), torch.tensor(bounds))] if spans else found
 
 
 def host_attention(

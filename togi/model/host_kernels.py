@@ -60,12 +60,12 @@ def compiled() -> HostKernels | None:
         return None
     try:
         return HostKernels(ctypes.CDLL(str(library())))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        said = f"{getattr(error, 'stderr', None) or ''}{error}".strip()
         logger.warning(
-            "The kernels for the CPU cannot be compiled, so training takes about a fifth longer: install a C compiler (gcc), "
-            "or set TOGI_CPU_KERNELS=0 to do without. %s",
-            said.strip().splitlines()[0],
+            "The kernels for the CPU cannot be compiled or loaded, so training takes up to twice as long: install a C compiler "
+            "(gcc), or set TOGI_CPU_KERNELS=0 to do without. %s",
+            said.splitlines()[0],
         )
         return None
 
@@ -77,7 +77,7 @@ class HostKernels:
         self._library = library
         for name, types in SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, ctypes.c_int if name.startswith("attention") else None
 
     def norm(self, x_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """The output, and the scale [T, 1] in float32."""
@@ -118,8 +118,14 @@ class HostKernels:
         return d_gate_TH, d_up_TH
 
     def head(self, raw_kV: Tensor, factor: float, targets_k: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Of ``factor`` times each row of bfloat16: the target's, the log-sum-exp, and the entropy of its softmax, or nothing."""
-        raw_kV, targets_k = raw_kV.contiguous(), targets_k.contiguous()
+        """Of ``factor`` times each row of bfloat16: the target's, the log-sum-exp, and the entropy of its softmax, or nothing.
+
+        Raises IndexError for a target outside of the row, as PyTorch does: the kernel would read what lies behind it.
+        """
+        raw_kV, targets_k = raw_kV.contiguous(), targets_k.long().contiguous()
+        outside = targets_k[(targets_k < 0) | (targets_k >= raw_kV.shape[1])].tolist()
+        if outside:
+            raise IndexError(f"token {outside[0]} is none of the {raw_kV.shape[1]} that the model's head predicts")
         chosen_k, norm_k = torch.empty(2, len(raw_kV), dtype=torch.float32)
         entropy_k = torch.empty(len(raw_kV) if entropy else 0, dtype=torch.float32)
         outputs = _places(chosen_k, norm_k, entropy_k) if entropy else [*_places(chosen_k, norm_k), None]
@@ -157,7 +163,7 @@ class HostKernels:
     ) -> None:
         """Causal attention of these segments, written to ``out``. All of one type, bfloat16 or float32."""
         about = _Segments.of(segments, q_HTD, k_GTD, scale)
-        self._library.attention(byref(about), *_read(q_HTD, k_GTD, v_GTD), _written(out_HTD))
+        _succeeded(self._library.attention(byref(about), *_read(q_HTD, k_GTD, v_GTD), _written(out_HTD)))
 
     def attention_backward(
         self,
@@ -172,7 +178,8 @@ class HostKernels:
         assert d_k_GTD.is_contiguous() and d_v_GTD.is_contiguous() and d_k_GTD.dtype == d_v_GTD.dtype == torch.float32
         about = _Segments.of(segments, inputs[0], inputs[1], scale)
         views = (*_read(grad_HTD.to(d_q_HTD.dtype), *inputs), _written(d_q_HTD))
-        self._library.attention_backward(byref(about), *views, *_places(d_k_GTD, d_v_GTD), d_k_GTD.shape[1])
+        sums = _places(d_k_GTD, d_v_GTD)
+        _succeeded(self._library.attention_backward(byref(about), *views, *sums, d_k_GTD.shape[1]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,6 +192,11 @@ class SegmentSpans:
 
     spans: Tensor
     bounds: Tensor
+
+    @property
+    def count(self) -> int:
+        """Segments."""
+        return len(self.bounds) - 1
 
 
 class _Segments(ctypes.Structure):
@@ -199,7 +211,7 @@ class _Segments(ctypes.Structure):
 
     @classmethod
     def of(cls, segments: SegmentSpans, q_HTD: Tensor, k_GTD: Tensor, scale: float) -> _Segments:
-        sizes = (len(segments.bounds) - 1, len(q_HTD), len(k_GTD), q_HTD.shape[2], q_HTD.dtype == torch.bfloat16)
+        sizes = (segments.count, len(q_HTD), len(k_GTD), q_HTD.shape[2], q_HTD.dtype == torch.bfloat16)
         return cls(*_places(segments.spans, segments.bounds), *sizes, scale)
 
 
@@ -223,6 +235,11 @@ def _read(*tensors: Tensor) -> list[Any]:
 def _written(x_HTD: Tensor) -> Any:
     assert x_HTD.stride(2) == 1
     return byref(_View.of(x_HTD))
+
+
+def _succeeded(status: int) -> None:
+    if status != 0:
+        raise MemoryError("not enough memory for attention on the CPU: lower --max_tokens_per_gpu")
 
 
 def _places(*tensors: Tensor) -> list[int]:

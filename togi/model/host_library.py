@@ -1,6 +1,6 @@
 """The C kernels for CPUs as a library, built by the machine's own compiler for the processor at hand.
 
-That takes two seconds, once; the library stays in ``$TOGI_CACHE/kernels``.
+That takes two seconds, once; the library stays in ``$TOGI_CACHE/kernels-UID``, a folder for each user: it is code that they run.
 """
 
 from __future__ import annotations
@@ -30,23 +30,29 @@ FLAGS = ("-O3", "-march=native", "-std=c11", *_EXACT, "-fopenmp", "-fPIC", "-sha
 
 
 def library() -> Path:
-    """The library for this source, compiler and processor, built if it is not there. Raises OSError or SubprocessError."""
+    """The library for this source, compiler and processor, built if it is not there.
+
+    Raises OSError, SubprocessError, or ValueError for a CC that is no command; OSError too where others could have written it.
+    """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("There is none in the PATH.")
     sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
     parts = (*sources, str(FLAGS), compiler, torch.__version__, processor())
     name = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
-    folder = cache_folder() / "kernels"
+    folder = cache_folder() / f"kernels-{os.getuid()}"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    owner = folder.stat()
+    if owner.st_uid != os.getuid() or owner.st_mode & 0o022:
+        raise OSError(f"Others than its user may write to {folder}: remove it.")
     path = folder / f"{name}.so"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         start = time.perf_counter()
         # aside and renamed: other processes build it at the same time
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = Path(aside) / path.name
             words = [*shlex.split(compiler), *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
-            subprocess.run(words, check=True, capture_output=True, text=True, timeout=120)
+            subprocess.run(words, check=True, capture_output=True, text=True, errors="replace", timeout=120)
             made.replace(path)
         logger.info("Compiled the kernels for the CPU in %.1f s: %s", time.perf_counter() - start, path)
     return path
