@@ -81,7 +81,10 @@ class Backend(Protocol):
         ...
 
     def clip(self, max_norm: float) -> float:
-        """Scale gradients down to a global L2 norm of ``max_norm`` (``math.inf``: do not); returns the norm before."""
+        """Scale gradients down to a global L2 norm of ``max_norm`` (``math.inf``: do not); returns the norm before.
+
+        Once a step, before ``step``, which may do the scaling.
+        """
         ...
 
     def step(self, learning_rate: float) -> None:

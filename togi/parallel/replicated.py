@@ -56,7 +56,8 @@ class Replicated:
             for x in self._gradients().values()
         ]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-        self._factor = torch.clamp(max_norm / (norm + CLIP_EPSILON), max=1.0)
+        factor = max_norm / (norm + CLIP_EPSILON)
+        self._factor = factor if factor < 1 else None
         return float(norm)
 
     @torch.no_grad()
@@ -71,7 +72,7 @@ class Replicated:
                 else:
                     master.grad = gradient.to(master.device, master.dtype)
                     del gradient
-                    if factor is not None and factor < 1:
+                    if factor is not None:
                         master.grad.mul_(factor.to(master.device))
             take_step(self._optimizer, learning_rate)
             self._refresh(names)
