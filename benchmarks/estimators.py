@@ -11,7 +11,6 @@ KL term and one seed; the mean reward on 64 held-out prompts, four samples each,
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,8 +21,10 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 
+from togi.plan.machine import cache_folder
+
 ROOT = Path(__file__).parents[1]
-CACHE = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser()
+CACHE = cache_folder()
 RUNS = ROOT / "runs" / "estimators"
 TITLES = {
     "gae": "PPO (GAE, with a critic)",

@@ -25,8 +25,10 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer
 
+from togi.plan.machine import cache_folder
+
 ROOT = Path(__file__).parents[1]
-CACHE = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser()
+CACHE = cache_folder()
 MODEL = CACHE / "smollm2-135m-instruct"
 RUNS = ROOT / "runs" / "results"
 DOCS = ROOT / "docs"

@@ -19,8 +19,9 @@ from pathlib import Path
 import togi
 from comparison import machine
 from togi.obs.metrics import StepRecord, read_records
+from togi.plan.machine import cache_folder
 
-CACHE = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser()
+CACHE = cache_folder()
 ROOT = Path(__file__).parents[1]
 
 

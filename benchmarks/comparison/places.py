@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from comparison.summary import Size
+from togi.plan.machine import cache_folder
 
 ROOT = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser()
+CACHE = cache_folder()
 SOURCE = CACHE / "smollm2-135m-instruct"
 PAD = "<|endoftext|>"
 SIZES = "size.json"

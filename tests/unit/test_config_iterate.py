@@ -80,7 +80,7 @@ def test_each_step_is_a_sound_command(tmp_path: Path, method: str, rendering: st
     """Their own parsers and checks take them, with the settings handed on."""
     commands: list[list[str]] = []
     tuned = "--top_p 0.9 --seed 5 --adam_betas 0.8 0.9 --no_packing_samples --gradient_checkpointing --bf16"
-    tuned += " --lr_scheduler polynomial --lr_power 2 --adam_offload"
+    tuned += " --lr_scheduler polynomial --lr_power 2 --adam_offload --no_enable_prefix_caching"
     words = f"{method} {rendering} {tuned} --eval_temperature 0.3"
     steps = Steps(config(words), tmp_path, lambda module, argv: commands.append(list(argv)))
     command, argv = steps.training_command(3, "now")
@@ -101,6 +101,7 @@ def test_each_step_is_a_sound_command(tmp_path: Path, method: str, rendering: st
     check_infer(asked)
     assert (asked.config.top_p, asked.config.seed, asked.config.temperature) == (0.9, 8, 0.7)
     assert asked.config.enable_csft == (method == "csft")
+    assert not asked.config.enable_prefix_caching
 
 
 def test_a_step_is_done_once(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ TRAINING = (
     "adam_offload zpg grad_accum_dtype overlap_comm deepcompile gradient_checkpointing max_len save_steps"
 )
 PAIRS = "beta ipo label_smoothing nll_loss_coef"
-ON_BY_DEFAULT = {"packing_samples", "enable_prefix_caching"}
+ON_BY_DEFAULT = {name for name, field in IterateConfig.model_fields.items() if field.default is True}
 PR_SET_PDEATHSIG = 1
 
 
