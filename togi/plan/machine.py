@@ -13,6 +13,8 @@ import psutil
 # avx512bw: oneDNN computes bfloat16 with any AVX-512; bf16: ARM
 BF16_FLAGS = frozenset({"avx512bw", "avx512_bf16", "amx_bf16", "bf16"})
 
+GPU_DEVICES = ("nvidia", "dxg", "kfd")
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -30,7 +32,7 @@ class Machine:
 def this_machine() -> Machine:
     """Read the machine. GPUs are counted from CUDA_VISIBLE_DEVICES, or else from the NVIDIA device files."""
     gpus = _visible_gpus()
-    fast_bf16 = gpus > 0 or joins_cluster() or cpu_has_bf16(Path("/proc/cpuinfo"))
+    fast_bf16 = (gpus > 0 and _has_gpu_devices()) or joins_cluster() or cpu_has_bf16(Path("/proc/cpuinfo"))
     return Machine(len(os.sched_getaffinity(0)), psutil.virtual_memory().total, gpus, fast_bf16)
 
 
@@ -56,6 +58,11 @@ def cache_folder() -> Path:
 def joins_cluster() -> bool:
     """Whether RAY_ADDRESS (set by ``ray job submit``) names a cluster; its GPUs are then not those of this machine."""
     return os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
+def _has_gpu_devices(folder: Path = Path("/dev")) -> bool:
+    """Whether there is a driver of NVIDIA, WSL or AMD. DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES without any, too."""
+    return any(any(folder.glob(f"{name}*")) for name in GPU_DEVICES)
 
 
 def _visible_gpus() -> int:
