@@ -122,7 +122,10 @@ class TrainSettings(Settings):
     )
     max_lr_ratio: float = flag(10.0, "Highest rate of greedy as a multiple of the learning rate it starts from.", ge=1)
     seed: Int = flag(42, "Seed of data order, sampling and initialisation.")
-    full_determinism: bool = flag(False, "Deterministic kernels; a run repeats bit for bit on the same machine.")
+    full_determinism: bool = flag(
+        False,
+        "Deterministic kernels; a run repeats bit for bit on the same machine, but for log-probs that vLLM rounds by its batches.",
+    )
     backend: BackendName = flag(BackendName.FSDP2, "Training backend.")
     zero_stage: Int = flag(2, "0 replicates; 1, 2 shard gradients and optimizer; 3 shards weights too.", ge=0, le=3)
     adam_offload: bool = flag(False, "Keep master weights and Adam's moments in host memory, and run AdamW there.")

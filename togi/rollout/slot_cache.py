@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 ATTENTION = "togi_slots"
 ROW_STEP = 16
 TOKEN_STEP = 64
+KEY_STEP = 32
+"""Attention is over a multiple of so many keys: on a CPU float32 sums over other numbers of masked keys round in other ways, and
+the numbers of a sequence would depend on which others there are.
+"""
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -103,7 +107,7 @@ class SlotCache:
         self.prefilling = False
         self.rows = torch.arange(len(positions_N), device=positions_N.device)
         self.positions = positions_N
-        self.length = int(positions_N.max()) + 1
+        self.length = _round_up(int(positions_N.max()) + 1, KEY_STEP)
         self._reserve(len(positions_N))
 
     def move(self, source: int, target: int) -> None:
@@ -141,10 +145,17 @@ def _grouped_attention(
             query_NHgD, key_NHLD, value_NHLD, attn_mask=attention_mask, scale=scaling
         )
         return out_NHgD.reshape(len(query_NGQD), 1, heads, -1), None
+    queries, keys = query_NGQD.shape[2], key_NHLD.shape[2]
+    more_queries, more_keys = (_round_up(tokens, KEY_STEP) - tokens for tokens in (queries, keys))
     out_NGQD = scaled_dot_product_attention(
-        query_NGQD, key_NHLD, value_NHLD, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+        pad(query_NGQD, (0, 0, 0, more_queries)),
+        pad(key_NHLD, (0, 0, 0, more_keys)),
+        pad(value_NHLD, (0, 0, 0, more_keys)),
+        attn_mask=pad(attention_mask, (0, more_keys, 0, more_queries), value=False),
+        scale=scaling,
+        enable_gqa=True,
     )
-    return out_NGQD.transpose(1, 2).contiguous(), None
+    return out_NGQD[:, :, :queries].transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, _grouped_attention)
