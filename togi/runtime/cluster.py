@@ -40,12 +40,15 @@ from togi.plan.placement import (
     spread,
 )
 
+logger = logging.getLogger(__name__)
+
 OBJECT_STORE_BYTES = 1 << 30
 # A slot is a GPU, or a process that computes only in its own phase: CPU is bookkeeping and must never make one wait.
 CPU_PER_SLOT = 0.01
 SHARES_OF_ONE = 10_000
 """How finely Ray divides a resource."""
 PLACEMENT_TIMEOUT_S = 120.0
+SLOW_START = "timed out during startup"  # what Ray says
 RELEASE_TIMEOUT_S = 10.0
 """A job that has just ended may still be giving its GPUs back."""
 NODE_LABEL = "ray.io/node-id"
@@ -71,20 +74,33 @@ def connect(machine: Machine) -> Resources:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's own default starts a process for each core that no role can use: theirs have other environments.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        ray.init(
-            address="local",
-            num_cpus=machine.cpus,
-            num_gpus=machine.gpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",  # a private cluster listens on the loopback only
-        )
+        _start(machine)
     else:
         _join()
     gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
     return Resources(machine.cpus, tuple(number for number in gpus if number > 0))
+
+
+def _start(machine: Machine) -> None:
+    """Ray gives its own processes 30 s, which is too little on a machine that is very busy: then once more."""
+    for is_last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=machine.cpus,
+                num_gpus=machine.gpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",  # a private cluster listens on the loopback only
+            )
+            return
+        except Exception as error:  # of no class of its own
+            if is_last or SLOW_START not in str(error):
+                raise
+            logger.warning("Ray did not start within its time, so it is started again: this machine is busy.")
+            ray.shutdown()
 
 
 def own_gpus() -> tuple[str, ...]:
