@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from tests.example_scripts import run_script
 from tests.learn_tools import max_difference
 from tests.tiny import save_tiny_model, tiny_config
+from togi.plan.machine import this_machine
 
 pytestmark = pytest.mark.busy
 
@@ -322,8 +323,9 @@ def test_sleeping_changes_nothing(world: Path, tmp_path: Path) -> None:
         for name in ("generate/engines", "score/scorers", "train/learners", "save/learners", "sync/learners"):
             first = name.startswith("save") and asleep["step"] == 1  # a step is logged before its checkpoint is written
             assert (f"peak_memory/{name}" in asleep["values"]) != first
-        # of each parameter of both: its float32 master and two moments
-        assert asleep["values"]["released_memory/learners"] == pytest.approx(12 * parameters / 1e9)
+        # of each parameter of both: two moments, and its float32 master where it is not the parameter itself
+        size = 12 if this_machine().fast_bf16 else 8
+        assert asleep["values"]["released_memory/learners"] == pytest.approx(size * parameters / 1e9)
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("awake", "asleep")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
