@@ -22,7 +22,7 @@ test: export OMP_NUM_THREADS := 1
 test: setup
 	@$(VENV)/bin/python examples/demo/prepare.py
 	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "busy and not large" tests
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not busy and not large" tests
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not busy and not large" tests
 
 test-large: setup
 	@$(VENV)/bin/python -m pytest -m large tests/e2e

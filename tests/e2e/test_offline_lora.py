@@ -27,7 +27,8 @@ def test_an_adapter_learns_and_merges(world: Path, tmp_path: Path, command: str,
     before = (world / "model" / "model.safetensors").read_bytes()
     run, merged = tmp_path / "run", tmp_path / "merged"
     steps = train(world, command, run, "--max_epochs", "3", *LORA, *bits)
-    assert steps[-1]["eval/loss"] < steps[0]["eval/loss"]
+    before_training, *held_out = (step["eval/loss"] for step in steps if "eval/loss" in step)
+    assert min(held_out) < before_training  # later on it may know fourteen rows by heart
     assert (world / "model" / "model.safetensors").read_bytes() == before
     scalar = ["--is_rm"] if command == "rm" else []
     words = ["merge-lora", "--lora_path", str(run / "model"), "--output_path", str(merged), *scalar]
