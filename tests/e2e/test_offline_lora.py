@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.offline_world import DATA, flags, make_world, train
 from togi.cli.main import main
 
-LORA = ("--lora_rank", "4", "--lora_alpha", "8", "--learning_rate", "1e-2")
+LORA = ("--lora_rank", "4", "--lora_alpha", "8", "--learning_rate", "3e-3")
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,7 @@ def test_an_adapter_learns_and_merges(world: Path, tmp_path: Path, command: str,
     before = (world / "model" / "model.safetensors").read_bytes()
     run, merged = tmp_path / "run", tmp_path / "merged"
     steps = train(world, command, run, "--max_epochs", "3", *LORA, *bits)
-    before_training, *held_out = (step["eval/loss"] for step in steps if "eval/loss" in step)
-    assert min(held_out) < before_training  # later on it may know fourteen rows by heart
+    assert steps[-1]["eval/loss"] < steps[0]["eval/loss"]
     assert (world / "model" / "model.safetensors").read_bytes() == before
     scalar = ["--is_rm"] if command == "rm" else []
     words = ["merge-lora", "--lora_path", str(run / "model"), "--output_path", str(merged), *scalar]
