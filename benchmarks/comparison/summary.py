@@ -97,7 +97,7 @@ def fastest(runs: Sequence[Mapping[str, Any]], peer: str, allowed: Collection[st
     return max(own, key=lambda run: run["tokens_per_second"])["setting"] if own else None
 
 
-def table(case: str, runs: Sequence[Mapping[str, Any]], machine: Mapping[str, float], precision: str = "bf16") -> str:
+def table(case: str, runs: Sequence[Mapping[str, Any]], machine: Mapping[str, float], precision: str) -> str:
     """Markdown: medians of each side, and what Togi's is to each peer's. ``runs`` as in the JSON file.
 
     ``precision``: of both sides' products, "bf16" or "fp32".

@@ -85,7 +85,7 @@ def test_the_fastest_setting_is_one_that_is_allowed() -> None:
 
 def test_the_table_takes_medians_and_gives_ratios() -> None:
     runs = [run("togi", 0.5), run("trl", 1.0), run("togi", 0.4), run("trl", 2.0), run("togi", 9.0), run("trl", 1.0)]
-    lines = table("sft", runs, MACHINE).splitlines()
+    lines = table("sft", runs, MACHINE, "bf16").splitlines()
     assert lines[2] == "| togi (as is) | 200 | 60 % | 2.00 | 7.0 | 2, 1.5 | 1, 0.5 | 3 |"
     assert lines[3] == "| trl (as is) | 100 | 30 % | 4.00 | 7.0 | 2, 1.5 | 1, 0.5 | 3 |"
     assert "togi / trl (as is): 2.00 x the tokens/s, 0.50 x the memory, 1.00 x the time to the first step" in lines

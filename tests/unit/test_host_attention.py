@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kernel_calls import counted_calls
 from togi.model import host_attention
 from togi.model.attention import Run
 from togi.model.host_attention import parts_of
-from togi.model.host_kernels import HostKernels
 from togi.model.partial_attention import Visibility
 
 ONE = (Run(1, 1, ()),)
@@ -55,24 +53,12 @@ def results(
     """The output, and the gradients of q, k and v; the kernel was called so often in each direction."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     seen = [Visibility(causal=True)] * len(runs) if seen is None else seen
-    found = Counter[str]()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("attention", "attention_backward"):
-            count_calls(patch, name, found)
+        found = counted_calls(patch, "attention", "attention_backward")
         out = host_attention.HostAttention.apply(*leaves, runs, seen, 0.2)
         gradients = torch.autograd.grad(out, leaves, inputs[3])
     assert (found["attention"], found["attention_backward"]) == (calls, calls)
     return [out.detach(), *gradients]
-
-
-def count_calls(patch: pytest.MonkeyPatch, name: str, found: Counter[str]) -> None:
-    kernel = getattr(HostKernels, name)
-
-    def counted(*arguments: Any) -> None:
-        found[name] += 1
-        kernel(*arguments)
-
-    patch.setattr(HostKernels, name, counted)
 
 
 def plain(

@@ -3,14 +3,13 @@
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.kernel_calls import counted_calls
 from togi.model import logprob_head
-from togi.model.host_kernels import HostKernels
 from togi.model.logprob_head import LogitTransform, token_logprobs
 
 CASES = {
@@ -92,19 +91,7 @@ def test_kernels_for_bfloat16_are_the_operations_they_replace(monkeypatch, with_
         total = logprobs @ up + (entropy @ up_entropy if with_entropy else 0.0)
         return [logprobs.detach(), entropy.detach(), *torch.autograd.grad(total, (hidden, weight))]
 
-    calls = Counter()
-
-    def count_calls(name):
-        kernel = getattr(HostKernels, name)
-
-        def counted(*arguments, **named):
-            calls[name] += 1
-            return kernel(*arguments, **named)
-
-        monkeypatch.setattr(HostKernels, name, counted)
-
-    count_calls("head")
-    count_calls("head_backward")
+    calls = counted_calls(monkeypatch, "head", "head_backward")
     ours = results()
     assert calls["head"] >= 1 and calls["head_backward"] >= 2  # two slices of the vocabulary
     found = calls.total()
