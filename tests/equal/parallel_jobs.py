@@ -29,15 +29,18 @@ from tests.learn_tools import (
 )
 from togi.batch import Batch
 from togi.config.choices import BackendName
+from togi.config.shared import Recompute
 from togi.learn.learner import Learner, StepOutcome, UpdateReport
 from togi.learn.learner_state import load_learner, save_learner
 from togi.learn.scorer import Scorer
-from togi.parallel.backend import BackendOptions
+from togi.model.recompute import use_recompute
+from togi.parallel.backend import BackendOptions, decoder_blocks
 from togi.parallel.build import frozen, frozen_on_host, trainable
 from togi.parallel.parking import Parking
 from togi.parallel.process import World
 
 STEPS = 10
+RECOMPUTE_ABOVE = 7  # tokens: packs of the ranks lie on both sides of it, and of twice as many
 LAYOUTS = tuple(f"{backend}{stage}" for backend in BackendName for stage in range(4))
 # Layouts that differ in how they keep their state.
 KEEPERS = ("fsdp22", "deepspeed1", "deepspeed2", "deepspeed3")
@@ -225,10 +228,15 @@ def different_start(world: World) -> None:
 
 
 def four(world: World, folder: Path) -> None:
-    """Stage 3 with recomputed activations."""
+    """Stage 3 with recomputed activations, on each rank of as many layers as its own pack asks for."""
     model = precise_learner(world, "fsdp23")
-    model.backend.module.hf.gradient_checkpointing_enable({"use_reentrant": False})
-    reports = train(model, range(STEPS))
+    hf = model.backend.module.hf
+    use_recompute(hf, Recompute(above=RECOMPUTE_ABOVE))
+    reports, seen = [], set()
+    for step in range(STEPS):
+        reports += train(model, [step])
+        seen.add(tuple(world.gather("test", sum(layer.gradient_checkpointing for layer in decoder_blocks(hf)))))
+    assert any({0, 1, 2} <= set(counts) for counts in seen), seen
     torch.save(record(reports, weights(model.backend)), folder / f"four{world.rank}.pt")
 
 

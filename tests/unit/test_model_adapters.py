@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from togi.batch import Batch
 from togi.cli.main import main
-from togi.config.shared import LoRA
+from togi.config.shared import LoRA, Recompute
 from togi.data.packing import pack_all
 from togi.errors import ModelError
 from togi.model.adapters import save_adapter, without_adapter
@@ -135,8 +135,7 @@ def test_gradients_with_recomputed_activations(tmp_path: Path, reentrant: bool) 
             str(folder),
             torch.float32,
             flash_attn=False,
-            gradient_checkpointing=recompute,
-            use_reentrant=reentrant and recompute,
+            recompute=Recompute(reentrant) if recompute else None,
             lora=LORA,
         )
         stir(model)

@@ -7,19 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from tests.kept_memory import kept_bytes
 from tests.packs import plain_pack, random_groups
 from tests.tiny import tiny_config, tiny_model
 from togi.model import host_blocks, host_kernels, host_layers
 from togi.model.attention import SEGMENTS
 from togi.model.host_kernels import compiled
 from togi.model.host_layers import gated, rms_norm, use_host_layers
-from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,47 +136,20 @@ def test_the_mlp_runs_its_own_projections() -> None:
     torch.testing.assert_close(mlp(x), 2 * expected)
 
 
-class Allocated(TorchDispatchMode):
-    """Remembers the memory of every tensor that an operation makes, without keeping it alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **kwargs or {})
-        for x in tree_leaves(made):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                self.storages[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
-        return made
-
-    def alive(self) -> int:
-        return sum(nbytes for storage, nbytes in self.storages.values() if not storage.expired())
-
-
-def kept_bytes(layers: int) -> float:
+def kept_a_token(layers: int) -> float:
     """What the forward of a model in bfloat16 keeps for its backward, parameters aside, per token."""
     hf = tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=layers)
     hf.set_attn_implementation(SEGMENTS)
     use_host_layers(hf)
     model, batch = PolicyModel(hf).train(), plain_pack(random_groups(0, [(40, [60]), (30, [100]), (50, [120])]))
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.no_grad():
-        model(batch, Needs(logprobs=True))  # layouts are kept for the next pack of the same segments
-    with Allocated() as allocated:
-        outputs = model(batch, Needs(logprobs=True))
-    assert outputs.logprobs_K.requires_grad
-    for place in parameters:
-        allocated.storages.pop(place, None)
-    return allocated.alive() / batch.num_tokens
+    return kept_bytes(model, batch) / batch.num_tokens
 
 
 def test_what_a_layer_keeps_for_its_backward() -> None:
     """In bfloat16 inputs of two norms (64 wide), queries and attention (64), keys and values (32), gate and up (96); in float32 a
     scale of each norm. Transformers: 2,600.
     """
-    per_layer = (kept_bytes(4) - kept_bytes(2)) / 2
+    per_layer = (kept_a_token(4) - kept_a_token(2)) / 2
     assert per_layer == pytest.approx(2 * (2 * 64 + 2 * 64 + 2 * 32 + 2 * 96) + 4 * 2)
 
 

@@ -209,7 +209,7 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
 
 
 def _training(c: RLConfig) -> Iterator[str]:
-    yield from train_problems(c, in_4bit=c.load_in_4bit, bf16=c.bf16)
+    yield from train_problems(c, c)
     if c.train_batch_size > c.samples_per_rollout:
         yield (
             f"--train_batch_size {c.train_batch_size} is more than the {c.samples_per_rollout} samples of one rollout "
@@ -292,8 +292,14 @@ def check_mixture(path: str, kind: str) -> None:
 
 def model_problems(c: ModelSettings) -> Iterator[str]:
     """What is wrong with the model flags of any command."""
-    if c.gradient_checkpointing_use_reentrant and not c.gradient_checkpointing:
-        yield "--gradient_checkpointing_use_reentrant needs --gradient_checkpointing: add it or leave the first out."
+    for name in ("gradient_checkpointing_use_reentrant", "gradient_checkpointing_above"):
+        if c.changed(name) and not c.gradient_checkpointing:
+            yield f"--{name} needs --gradient_checkpointing: add it or leave the first out."
+    if c.gradient_checkpointing_use_reentrant and c.gradient_checkpointing_above > 0:
+        yield (
+            "--gradient_checkpointing_above is not for the kind of --gradient_checkpointing_use_reentrant, which needs the same "
+            "layers on all workers: leave one of them out."
+        )
     if c.gradient_checkpointing_use_reentrant and c.aux_loss_coef > 0:
         yield (
             "--aux_loss_coef with --gradient_checkpointing_use_reentrant would have no gradient, since that kind hides the "
@@ -307,12 +313,12 @@ def model_problems(c: ModelSettings) -> Iterator[str]:
         yield f"--target_modules {' '.join(c.target_modules)}: give {ALL_LINEAR} alone, or names without it."
 
 
-def train_problems(c: TrainSettings, *, in_4bit: bool, bf16: bool) -> Iterator[str]:
-    """What is wrong with the training flags of any command. ``in_4bit``: the model is quantised; ``bf16``: as the flag."""
-    if in_4bit and c.zero_stage == 3:
+def train_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
+    """What is wrong with the training flags of any command. ``model``: the model flags of the same."""
+    if model.load_in_4bit and c.zero_stage == 3:
         yield "--load_in_4bit with --zero_stage 3: quantised weights are not sharded, use --zero_stage 0, 1 or 2."
-    yield from _backend(c, in_4bit=in_4bit)
-    if c.grad_accum_dtype is GradAccumDtype.BF16 and not bf16:
+    yield from _backend(c, model)
+    if c.grad_accum_dtype is GradAccumDtype.BF16 and not model.bf16:
         yield "--grad_accum_dtype bf16 needs gradients in bfloat16: add --bf16, or leave the first out."
     if c.ring_head_stride > 1 and c.ring_attn_size == 1:
         yield f"--ring_head_stride {c.ring_head_stride} is about a ring of processes: add --ring_attn_size, or leave it out."
@@ -326,9 +332,14 @@ def train_problems(c: TrainSettings, *, in_4bit: bool, bf16: bool) -> Iterator[s
     yield from _schedule_problems(c)
 
 
-def _backend(c: TrainSettings, *, in_4bit: bool) -> Iterator[str]:
+def _backend(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
     """What one of the backends cannot do, or does only in some layouts."""
-    sharded = c.zero_stage > 0 and not in_4bit
+    sharded = c.zero_stage > 0 and not model.load_in_4bit
+    if model.gradient_checkpointing_above > 0 and c.backend is BackendName.DEEPSPEED and c.zero_stage == 3:
+        yield (
+            "--gradient_checkpointing_above with --backend deepspeed and --zero_stage 3: workers would gather other layers, each "
+            "by its own pack: leave the first out."
+        )
     if c.deepcompile and c.backend is not BackendName.DEEPSPEED:
         yield f"--deepcompile is DeepSpeed's compiler but --backend is {c.backend}: leave it out."
     if c.deepcompile:

@@ -81,7 +81,7 @@ def _rendering(c: SFTConfig | KTOConfig | KDConfig | RMConfig | DPOConfig, *, te
 
 def _training(c: OfflineConfig) -> Iterator[str]:
     yield from model_problems(c)
-    yield from train_problems(c, in_4bit=c.load_in_4bit, bf16=c.bf16)
+    yield from train_problems(c, c)
     yield from tensor_problems(c)
     chat = isinstance(c, PROMPTED | PAIRED) and c.apply_chat_template
     if c.tokenizer_chat_template is not None and not chat:

@@ -29,6 +29,14 @@ class LoRA:
     load_in_4bit: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Recompute:
+    """The settings of activation checkpointing. ``above``: packs of up to this many tokens keep everything."""
+
+    use_reentrant: bool = False
+    above: int = 0
+
+
 class PromptText(Protocol):
     """The settings that make text of a prompt, whichever command they belong to."""
 
@@ -50,6 +58,9 @@ class ModelSettings(Settings):
     )
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
     gradient_checkpointing_use_reentrant: bool = flag(False, "Use the re-entrant variant of gradient checkpointing.")
+    gradient_checkpointing_above: Int = flag(
+        0, "Recompute no more layers than needed to keep the activations of a pack of this many tokens; 0: all.", ge=0
+    )
     tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")
     trust_remote_code: bool = flag(
         False, "Run code that comes with a model folder. Off by default: it can do anything."
@@ -71,6 +82,13 @@ class ModelSettings(Settings):
     )
     lora_dropout: float = flag(0.0, "Dropout before the adapter, in training.", ge=0, lt=1)
     use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
+
+    @property
+    def recompute(self) -> Recompute | None:
+        """How activations are recomputed; None where all are kept."""
+        if not self.gradient_checkpointing:
+            return None
+        return Recompute(self.gradient_checkpointing_use_reentrant, self.gradient_checkpointing_above)
 
     @property
     def lora(self) -> LoRA | None:

@@ -10,8 +10,9 @@ Not here: kernels for other devices (``liger``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from types import MethodType
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from togi.model.host_kernels import compiled, is_plain
 NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 GATED = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
 ATTENTION = frozenset({"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"})
+_KEEPING = ContextVar("keeping", default=False)
 
 
 class Way(Protocol):
@@ -40,20 +42,16 @@ class Way(Protocol):
     def gate_backward(self, grad_TH: Tensor, gate_TH: Tensor, up_TH: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-def use_host_layers(hf: PreTrainedModel, *, again: bool = True) -> None:
-    """Give the layers that are known a forward for CPUs. On other devices and for other tensors they do as before.
-
-    ``again``: outputs of norms and gates are not kept for the backward. It must be off where something else decides what is
-    kept, as checkpointing without re-entrance does.
-    """
+def use_host_layers(hf: PreTrainedModel) -> None:
+    """Give the layers that are known a forward for CPUs. On other devices and for other tensors they do as before."""
     config: Any = hf.config
     for layer in hf.modules():
         kind = type(layer).__name__
         if kind in NORMS:
             layer.forward = MethodType(_norm, layer)
         elif kind in GATED and config.hidden_act == "silu":
-            layer.forward = MethodType(_lean_mlp if again else _gated_mlp, layer)
-        elif kind in ATTENTION and again:
+            layer.forward = MethodType(_gated_mlp, layer)
+        elif kind in ATTENTION:
             layer.forward = MethodType(_lean_attention, layer)
 
 
@@ -77,13 +75,6 @@ def _norm(layer: Any, x: Tensor) -> Tensor:
 
 
 def _gated_mlp(layer: Any, x: Tensor) -> Tensor:
-    gate, up = layer.gate_proj(x), layer.up_proj(x)
-    product = gated(gate, up) if _on_host(gate, up) else layer.act_fn(gate) * up
-    down: Tensor = layer.down_proj(product)
-    return down
-
-
-def _lean_mlp(layer: Any, x: Tensor) -> Tensor:
     with not_kept(x):
         gate, up = layer.gate_proj(x), layer.up_proj(x)
     product = gated(gate, up) if _on_host(gate, up) else layer.act_fn(gate) * up
@@ -100,10 +91,20 @@ def _lean_attention(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
 def not_kept(out: Tensor) -> AbstractContextManager[None]:
     """Inside, nothing keeps ``out`` for a backward if a norm or a gate here made it: it is computed again from their inputs."""
     node = out.grad_fn
-    if node is None or node.name() not in AGAIN:
+    if node is None or node.name() not in AGAIN or _KEEPING.get():
         return nullcontext()
     dropped = _Dropped(out, node, AGAIN[node.name()])
     return torch.autograd.graph.saved_tensors_hooks(dropped.pack, dropped.unpack)
+
+
+@contextmanager
+def keeping_outputs() -> Iterator[None]:
+    """Inside, outputs of norms and gates are kept like all others: something else decides what is kept, as checkpointing does."""
+    token = _KEEPING.set(True)
+    try:
+        yield
+    finally:
+        _KEEPING.reset(token)
 
 
 class _Dropped:

@@ -25,13 +25,14 @@ from transformers import (
 )
 
 from togi.config.checks import check_mixture
-from togi.config.shared import ADAPTER_CONFIG, LoRA
+from togi.config.shared import ADAPTER_CONFIG, LoRA, Recompute
 from togi.errors import ModelError
 from togi.model.attention import SEGMENTS, VARLEN
 from togi.model.deferred import Deferred, Reader, files_of, nothing_left, quiet
 from togi.model.host_layers import use_host_layers
 from togi.model.liger import apply_liger, check_liger
 from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.recompute import use_recompute
 from togi.model.support import PROVEN, logit_transform, refuse_unsupported, verify_packing
 
 HEAD = "score"
@@ -44,8 +45,7 @@ def load_causal_lm(
     *,
     flash_attn: bool,
     trust_remote_code: bool = False,
-    gradient_checkpointing: bool = False,
-    use_reentrant: bool = False,
+    recompute: Recompute | None = None,
     lora: LoRA | None = None,
     defer: bool = False,
     liger: bool = False,
@@ -53,8 +53,8 @@ def load_causal_lm(
     """A causal language model from a folder or hub id, on CPU, in ``dtype``, in training mode.
 
     With ``lora`` it is frozen (in NF4 if so asked, computing in ``dtype``) and has new adapters. ``defer``: leave the weights on
-    disk for ``model.read``, where that can be done. ``liger``: with Liger's kernels, on CUDA. Raises ModelError if the folder
-    cannot be read, lacks weights, or its architecture cannot be trained packed.
+    disk for ``model.read``, where that can be done. ``liger``: with Liger's kernels, on CUDA. ``recompute``: with activation
+    checkpointing. Raises ModelError if the folder cannot be read, lacks weights, or its architecture cannot be trained packed.
     """
     config = read_config(path, trust_remote_code)
     if liger:
@@ -64,7 +64,7 @@ def load_causal_lm(
     hf, reader = _load(AutoModelForCausalLM, read, defer=defer and lora is None)
     model = PolicyModel(hf, logit_transform(config))
     model.read = reader
-    return _ready(model, gradient_checkpointing, use_reentrant, lora, liger=liger)
+    return _ready(model, recompute, lora, liger=liger)
 
 
 def load_scalar_model(
@@ -75,8 +75,7 @@ def load_scalar_model(
     init_head: bool = False,
     value_head_prefix: str = HEAD,
     trust_remote_code: bool = False,
-    gradient_checkpointing: bool = False,
-    use_reentrant: bool = False,
+    recompute: Recompute | None = None,
     lora: LoRA | None = None,
     in_4bit: bool = False,
     defer: bool = False,
@@ -107,7 +106,7 @@ def load_scalar_model(
         _init_head(hf)
     model = ScalarModel(hf, prefix)
     model.read = reader
-    return _ready(model, gradient_checkpointing, use_reentrant, lora, liger=liger)
+    return _ready(model, recompute, lora, liger=liger)
 
 
 def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -272,21 +271,21 @@ def _init_head(hf: PreTrainedModel) -> None:
     nn.init.normal_(head.weight, mean=0.0, std=1.0 / (head.in_features + 1), generator=draws)
 
 
-def _ready(model: Model, gradient_checkpointing: bool, use_reentrant: bool, lora: LoRA | None, *, liger: bool) -> Model:
+def _ready(model: Model, recompute: Recompute | None, lora: LoRA | None, *, liger: bool) -> Model:
     if model.hf.config.model_type not in PROVEN:
         verify_packing(model)
     if liger:
         apply_liger(model.hf)
     else:
-        use_host_layers(model.hf, again=use_reentrant or not gradient_checkpointing)
+        use_host_layers(model.hf)
     if lora is not None:
         from togi.model.adapters import add_lora  # PEFT takes more than half a second to import
 
         add_lora(model, lora)
-        if gradient_checkpointing and use_reentrant:
+        if recompute is not None and recompute.use_reentrant:
             # the re-entrant kind drops the gradients of a block whose input needs none, and the embedding is frozen
             model.hf.enable_input_require_grads()
-    if gradient_checkpointing:
-        model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    if recompute is not None:
+        use_recompute(model.hf, recompute)
     model.train()
     return model
