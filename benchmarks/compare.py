@@ -12,8 +12,8 @@ run printed.
 Both keep float32 master weights and moments and compute in bfloat16: the peer by autocast, Togi from a bfloat16 copy of the
 weights. On a machine whose float32 products are the faster ones both compute in float32. Frozen models are what each makes of
 them: bfloat16 here, float32 under autocast there. Attention is PyTorch's SDPA,
-AdamW the fused one. Nothing is saved or evaluated in the steps that count. There is no PPO here: TRL 1.16 has no PPO trainer,
-and none among its experimental ones.
+AdamW the fused one. Nothing is saved or evaluated in the steps that count. PPO runs alone: TRL 1.16 has no PPO trainer, and none
+among its experimental ones.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def run(
     watched = run_watched(words, environment, ROOT, folder / "output.txt")
     steps = (togi_side if side == "togi" else peer_side).steps_of(case, material, folder, watched.started)
     shutil.rmtree(folder / "model", ignore_errors=True)
-    return summarise(side, setting.name, steps, watched.peak_gb, size_of(model), case.frozen)
+    return summarise(side, setting.name, steps, watched.peak_gb, size_of(model), case.forwards)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Kind(StrEnum):
     REPLAYED = "replayed"
     """GRPO on responses that are there already: scoring and update only."""
     GENERATED = "generated"
-    """The whole GRPO step."""
+    """The whole step of GRPO or PPO."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """``rows``: of one optimizer step (prompts, for GRPO). ``frozen``: forwards of frozen models on the same tokens.
+    """``rows``: of one optimizer step (prompts, for RL). ``frozen``: forwards of frozen models on the same tokens.
 
     ``best``: the name of TRL's setting that is compared with where there was no sweep; other peers take its batch size.
+    ``critic``: PPO's.
     """
 
     name: str
@@ -57,6 +58,12 @@ class Case:
     settings: tuple[Setting, ...]
     best: str
     peers: tuple[str, ...] = (TRL,)
+    critic: bool = False
+
+    @property
+    def forwards(self) -> int:
+        """What the step costs beside the update of the model, in forwards: a critic's values and update are worth four."""
+        return self.frozen + (4 if self.critic else 0)
 
     @property
     def items(self) -> int:
@@ -128,6 +135,7 @@ CASES = {
         Case("grpo128", Kind.REPLAYED, Spread(128), Spread(128), GROUP, 1, 4, 1e-6, 1, GROUP_SETTINGS, "batch4"),
         Case("grpo512", Kind.REPLAYED, Spread(512), Spread(128), GROUP, 1, 3, 1e-6, 1, GROUP_SETTINGS, "batch4"),
         Case("grpo_step", Kind.GENERATED, Spread(128), Spread(128), GROUP, 2, 4, 1e-6, 1, STEP_SETTINGS, "batch2"),
+        Case("ppo", Kind.GENERATED, Spread(128), Spread(128), GROUP, 2, 4, 1e-6, 1, (), "", (), critic=True),
         Case("launch", Kind.SFT, Spread(16), Spread(16), 1, 8, 3, 1e-5, 0, batches(8), "batch8"),
     )
 }
