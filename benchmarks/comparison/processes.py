@@ -12,6 +12,7 @@ from threading import Event, Thread
 import psutil
 
 INTERVAL = 0.25
+AGAIN = 1.0
 
 
 class RunFailed(SystemExit):
@@ -34,11 +35,14 @@ def run_watched(command: Sequence[str], environment: Mapping[str, str], cwd: Pat
         process = subprocess.Popen(command, env=environment, cwd=cwd, stdout=sink, stderr=subprocess.STDOUT)
 
         def watch() -> None:
-            most = 0
+            most, looked = 0, 0.0
             while not finished.wait(INTERVAL):
                 processes = family(process.pid)
-                if (now := sum(map(resident, processes))) > most:  # dividing shared pages costs time: only then
-                    most, peak[0] = now, max(peak[0], sum(map(proportional, processes)))
+                now, is_time = sum(map(resident, processes)), time.monotonic() - looked > AGAIN
+                # dividing shared pages costs time; a process that forks looks twice its size, so that no maximum is the last word
+                if now > most or (now > peak[0] and is_time):
+                    most, peak[0] = max(most, now), max(peak[0], sum(map(proportional, processes)))
+                    looked = time.monotonic()
 
         watcher = Thread(target=watch, daemon=True)
         watcher.start()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
+from pathlib import Path
 from statistics import fmean, median
 
 import pytest
 
 from comparison.cases import CASES, Case, Kind
 from comparison.machine import faster_precision
+from comparison.processes import run_watched
 from comparison.rows import Row, Spread, answer, lengths, make_rows, sorted_steps, text, words_of
 from comparison.summary import Size, Steps, Work, fastest, flops, summarise, table
 
@@ -57,6 +61,12 @@ def test_operations_of_a_step() -> None:
     """By hand: 10 parameters x 4 tokens = 40; 2 layers x 3 wide x 16 = 96; 136 in all, 6 times, and 2 for a frozen forward."""
     assert flops(Size(10, 2, 3), Work(4, 16), frozen=0) == 6 * 136
     assert flops(Size(10, 2, 3), Work(4, 16), frozen=1) == 8 * 136
+
+
+def test_what_ppo_costs_beside_its_update() -> None:
+    """The reference forward, 2 a parameter and token; values 2, and the critic's update 6."""
+    assert CASES["grpo_step"].forwards == 1
+    assert CASES["ppo"].forwards == 1 + 1 + 3
 
 
 def run(side: str, seconds: float) -> dict[str, object]:
@@ -111,3 +121,21 @@ def test_the_cases_have_the_lengths_that_they_are_named_after() -> None:
     assert {name: CASES[name].prompt.mean for name in ("grpo128", "grpo512")} == {"grpo128": 128, "grpo512": 512}
     assert CASES["dpo"].prompt.mean == 155 and CASES["dpo"].answer.mean == 170
     assert CASES["rm"].prompt == CASES["dpo"].prompt and CASES["grpo128"].kind is Kind.REPLAYED
+
+
+FORKS_AND_GROWS = """
+import os, time
+held = bytearray(100_000_000)
+if os.fork() == 0:
+    time.sleep(1)
+    os._exit(0)
+os.wait()
+more = bytearray(60_000_000)
+time.sleep(2)
+"""
+
+
+def test_a_fork_does_not_hide_what_comes_after_it(tmp_path: Path) -> None:
+    """With its child the process looks like 200 MB, which it never is; its most are the 160 MB at the end."""
+    watched = run_watched([sys.executable, "-c", FORKS_AND_GROWS], dict(os.environ), tmp_path, tmp_path / "output.txt")
+    assert 0.160 < watched.peak_gb < 0.190
