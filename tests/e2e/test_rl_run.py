@@ -126,7 +126,7 @@ EXAMPLES = {
     "rl_ppo.sh": ["--critic_learning_rate", "1e-3", "--kl_target", "0.1"],
     "rl_reinforce.sh": ["--n_samples_per_prompt", "1", "--train_batch_size", "4"],
     "rl_rloo.sh": ["--train_batch_size", "8"],
-    "rl_reinforce_baseline.sh": ["--gradient_checkpointing"],
+    "rl_reinforce_baseline.sh": ["--gradient_checkpointing", "--gradient_checkpointing_above", "64"],
     "rl_grpo.sh": ["--max_epochs", "2", "--eps_clip_low_high", "0.2", "0.27", "--dual_clip", "3", *SMALL_PACKS],
     "rl_grpo_lora.sh": ["--target_modules", "q_proj", "v_proj"],
     "rl_dr_grpo.sh": ["--no_share_prompts", *SMALL_PACKS],

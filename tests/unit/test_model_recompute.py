@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,16 @@ from torch import Tensor
 
 from tests.kept_memory import kept_bytes
 from tests.packs import plain_pack, random_groups
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny_model, tiny_model
 from togi.batch import Batch
+from togi.config.offline import SFTConfig
+from togi.config.parse import parse
 from togi.config.shared import Recompute
+from togi.errors import ModelError
+from togi.model import recompute
 from togi.model.attention import SEGMENTS
 from togi.model.host_layers import use_host_layers
+from togi.model.loading import load_causal_lm
 from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel
 from togi.model.recompute import recomputed_layers, use_recompute
@@ -79,6 +85,28 @@ def test_only_the_first_layers_run_again() -> None:
             runs.clear()
             gradients(model, pack_of(*lengths))
             assert [runs[place] for place in range(LAYERS)] == expected
+
+
+def test_from_the_flags_to_the_layers_of_a_loaded_model(tmp_path: Path) -> None:
+    """Two layers and 120 tokens, of which 60 are kept by all: one recomputes."""
+    words = ["--pretrain", "m", "--dataset", "d", "--output_key", "a"]
+    assert parse(SFTConfig, words, "sft").config.recompute is None
+    words += ["--gradient_checkpointing", "--gradient_checkpointing_above", "60"]
+    how = parse(SFTConfig, words, "sft").config.recompute
+    assert how == Recompute(use_reentrant=False, above=60)
+    model = load_causal_lm(str(save_tiny_model(tmp_path)), torch.float32, flash_attn=False, recompute=how)
+    model(pack_of(60, 60), Needs(logprobs=True))
+    assert [layer.gradient_checkpointing for layer in model.hf.model.layers] == [True, False]
+
+
+def test_layers_that_cannot_be_chosen_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a model that brings its own code for them."""
+    monkeypatch.setattr(recompute, "GradientCheckpointingLayer", type("Other", (), {}))
+    model_of(Recompute())
+    with pytest.raises(
+        ModelError, match="--gradient_checkpointing_above: layers of a llama model recompute all or none"
+    ):
+        model_of(Recompute(above=60))
 
 
 def test_a_long_pack_keeps_what_a_short_one_does() -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from togi.config.shared import Recompute
+from togi.errors import ModelError
 from togi.model.host_layers import keeping_outputs
 
 
@@ -28,9 +29,14 @@ def use_recompute(hf: PreTrainedModel, how: Recompute) -> None:
     """Let layers recompute in the backward: all of them, or of each pack as many as its tokens on this rank ask for.
 
     The first ones: the last keep theirs for the shortest time, so that recomputing begins when that memory is free again.
+    Raises ModelError if layers cannot be chosen.
     """
     hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": how.use_reentrant})
     layers: list[Any] = [layer for layer in hf.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if how.above > 0 and not layers:
+        raise ModelError(
+            f"--gradient_checkpointing_above: layers of a {hf.config.model_type} model recompute all or none: leave it out."
+        )
     for layer in layers:
         if not how.use_reentrant:
             layer._gradient_checkpointing_func = _checkpoint
