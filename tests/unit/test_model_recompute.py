@@ -100,9 +100,11 @@ def test_from_the_flags_to_the_layers_of_a_loaded_model(tmp_path: Path) -> None:
 
 
 def test_layers_that_cannot_be_chosen_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of a model that brings its own code for them."""
+    """As those of a model that brings its own code for them; all of them together recompute as ever."""
     monkeypatch.setattr(recompute, "GradientCheckpointingLayer", type("Other", (), {}))
-    model_of(Recompute())
+    batch = pack_of(40, 50)
+    expected, got = gradients(model_of(None), batch), gradients(model_of(Recompute()), batch)
+    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
     with pytest.raises(
         ModelError, match="--gradient_checkpointing_above: layers of a llama model recompute all or none"
     ):

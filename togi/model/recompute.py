@@ -37,9 +37,10 @@ def use_recompute(hf: PreTrainedModel, how: Recompute) -> None:
         raise ModelError(
             f"--gradient_checkpointing_above: layers of a {hf.config.model_type} model recompute all or none: leave it out."
         )
-    for layer in layers:
-        if not how.use_reentrant:
-            layer._gradient_checkpointing_func = _checkpoint
+    if not how.use_reentrant:
+        for module in hf.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = _checkpoint
 
     def choose(body: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         again = recomputed_layers(len(layers), named["input_ids"].numel(), how.above)
