@@ -12,7 +12,7 @@ from threading import Event, Thread
 import psutil
 
 INTERVAL = 0.25
-AGAIN = 1.0
+AGAIN = 1.0  # between two looks at what is shared, unless memory grows
 
 
 class RunFailed(SystemExit):

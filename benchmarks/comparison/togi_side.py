@@ -45,11 +45,11 @@ def command(case: Case, model: Path, material: Material, folder: Path, processes
     longest = int(case.prompt.mean)
     flags = (
         f"--prompt_data {material.togi} --input_key prompt --prompt_max_len {longest} --generate_max_len "
-        f"{int(case.answer.mean)} --init_kl_coef {KL} --use_kl_loss --kl_estimator k3 "
+        f"{int(case.answer.mean)} --advantage_estimator {'gae' if case.critic else 'group_norm'} "
+        f"--init_kl_coef {KL} --use_kl_loss --kl_estimator k3 "
         f"--n_samples_per_prompt {case.answers} --rollout_batch_size {case.rows} --train_batch_size {case.items} "
         f"--actor_learning_rate {case.learning_rate} --actor_num_gpus_per_node {processes} --ref_num_gpus_per_node {processes}"
     ).split()
-    flags += ["--advantage_estimator", "gae" if case.critic else "group_norm"]
     if case.critic:
         flags += ["--critic_learning_rate", str(case.learning_rate)]
     source = ["--reward_func", str(RL_REWARD), "--rollout_engine", "transformers", "--colocate_all_models"]
