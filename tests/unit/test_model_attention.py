@@ -110,14 +110,20 @@ def varlen_stand_in(q, k, v, **given):
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("keywords", [{}, {"sliding_window": 3}, {"softcap": 1.5, "scaling": 0.4}])
-def test_varlen_equals_dense_with_a_stand_in_for_the_kernel(monkeypatch, keywords):
+PLAIN = make_segments([4, 1, 3], [NO_PREFIX] * 3)
+WINDOW, CAP = {"sliding_window": 3}, {"softcap": 1.5, "scaling": 0.4}
+
+
+# a tree with neither is in test_model_flash_prefixes
+@pytest.mark.parametrize(
+    ("segments", "keywords"), [(PLAIN, {}), (PLAIN, WINDOW), (PLAIN, CAP), (TREE, WINDOW), (TREE, CAP)]
+)
+def test_varlen_equals_dense_with_a_stand_in_for_the_kernel(monkeypatch, segments, keywords):
     package = ModuleType("flash_attn")
     package.flash_attn_varlen_func = varlen_stand_in
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    for segments in (TREE, make_segments([4, 1, 3], [NO_PREFIX] * 3)):
-        one, other = run(varlen_attention, segments, **keywords), run(dense_attention, segments, **keywords)
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    one, other = run(varlen_attention, segments, **keywords), run(dense_attention, segments, **keywords)
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_varlen_table_by_hand():

@@ -7,13 +7,13 @@ The functions receive the ``Segments`` table as the keyword ``segments`` of the 
 of prefixes of its segment and its own segment up to itself, nothing else.
 
 * ``togi_segments``: one SDPA call for each run of equal segments, any device (on a CPU by ``host_attention``).
-* ``togi_varlen``: FlashAttention's variable-length kernel, one call, CUDA only. The name avoids the word "flash",
-  which makes Transformers look for a kernel of that name and lets models replace it by another.
+* ``togi_varlen``: FlashAttention's variable-length kernels, CUDA only: one call, and one more for what is shared
+  (``flash_prefixes``). The name avoids the word "flash", which makes Transformers look for a kernel of that name and lets
+  models replace it by another.
 * ``togi_dense``: the whole [T, T] mask and a plain softmax, as the reference in tests.
 
-A shared prefix is not recomputed by the layers; its keys are gathered again for every continuation. Attention itself
-costs what it does in the plain layout, less the prompt's own part: each response must read the prompt's keys anyway. So
-nothing is joined by log-sum-exp here; that is for rings of processes (``ring_attention``).
+A shared prefix is not recomputed by the layers. Where its keys are gathered again for every continuation, attention
+costs what it does in the plain layout, less the prompt's own part: each response must read the prompt's keys anyway.
 
 Whatever a model asks of attention that a back end cannot do is an error, never ignored.
 """
@@ -33,6 +33,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from togi.batch import Segments, segment_positions
 from togi.errors import ModelError
+from togi.model.flash_prefixes import attend_to_prefixes
 from togi.model.host_attention import host_attention
 
 SEGMENTS = "togi_segments"
@@ -184,12 +185,17 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """One call of ``flash_attn_varlen_func`` (flash-attn 2.1 or newer, whose causal mask is aligned bottom-right).
 
-    Written against the documented signature and tested on CPU with a stand-in of it; the kernel itself needs CUDA.
+    With shared prefixes ``flash_prefixes`` does without gathered keys, but for a window that cuts and capped scores. Written
+    against the documented signature and tested on CPU with a stand-in of it; the kernel itself needs CUDA.
     """
-    from flash_attn import flash_attn_varlen_func
-
     table = _checked(type(module).__name__, query, attention_mask, segments, others)
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
+    longest = max(table.context_length(s) + length for s, length in enumerate(table.lengths_S))
+    if not (table.is_plain or _is_windowed(sliding_window, longest) or softcap is not None):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend_to_prefixes(q_THD, k_TGD, v_TGD, table, scale)[None], None
+    from flash_attn import flash_attn_varlen_func
+
     index, starts_q, starts_k = varlen_table(table, query.device)
     if not table.is_plain:
         k_TGD, v_TGD = k_TGD.index_select(0, index), v_TGD.index_select(0, index)
@@ -200,7 +206,7 @@ def varlen_attention(
         cu_seqlens_q=starts_q,
         cu_seqlens_k=starts_k,
         max_seqlen_q=max(table.lengths_S),
-        max_seqlen_k=max(table.context_length(s) + length for s, length in enumerate(table.lengths_S)),
+        max_seqlen_k=longest,
         softmax_scale=scaling,
         causal=True,
         window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
