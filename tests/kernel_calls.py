@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from togi.model.host_kernels import HostKernels
+from togi.kernels.host import HostKernels
 
 
 def counted_calls(patch: pytest.MonkeyPatch, *names: str) -> Counter[str]:

@@ -13,9 +13,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from tests.kept_memory import kept_bytes
 from tests.packs import plain_pack, random_groups
 from tests.tiny import tiny_config, tiny_model
-from togi.model import host_blocks, host_kernels, host_layers
+from togi.kernels import host
+from togi.kernels.host import compiled
+from togi.model import host_blocks, host_layers
 from togi.model.attention import SEGMENTS
-from togi.model.host_kernels import compiled
 from togi.model.host_layers import gated, rms_norm, use_host_layers
 from togi.model.policy import PolicyModel
 
@@ -26,7 +27,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Several blocks, the last of them not full; or kernels, which are for bfloat16."""
     monkeypatch.setattr(host_blocks, "BLOCK_ELEMENTS", 200)
-    monkeypatch.setattr(host_kernels, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(host, "BLOCK_ROWS", 5)
     if request.param == "blocks":
         monkeypatch.setattr(host_layers, "compiled", lambda: None)
     else:

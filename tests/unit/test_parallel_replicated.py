@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from tests.kernel_calls import counted_calls
 from tests.learn_tools import CPU, max_difference, objective, packs, policy, rollouts, solo, weights
 from togi.config.choices import Scheduler
 from togi.learn.learner import Learner
@@ -60,13 +61,17 @@ def test_clipping_equals_torch_on_the_whole_model() -> None:
         assert ours.grad is None
 
 
+@pytest.mark.parametrize("by_kernel", [True, False])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("max_norm", [0.05, math.inf])
 def test_gradients_of_bfloat16_are_added_and_clipped_in_float32(
-    monkeypatch: pytest.MonkeyPatch, micro_batches: int, max_norm: float
+    monkeypatch: pytest.MonkeyPatch, micro_batches: int, max_norm: float, by_kernel: bool
 ) -> None:
-    """A step of one micro-batch or two, taken some parameters at a time, is AdamW's on masters with the sum as float32."""
-    monkeypatch.setattr(replicated, "BUCKET_ELEMENTS", 500)
+    """A step of one micro-batch or two, by a kernel or some parameters at a time, is AdamW's with the sum in float32."""
+    calls = counted_calls(monkeypatch, "adamw", "square_sum")
+    if not by_kernel:
+        monkeypatch.setattr(replicated, "compiled", lambda: None)
+        monkeypatch.setattr(replicated, "BUCKET_ELEMENTS", 500)
     backend, loss_of = trainable(policy(), World.solo(CPU), BackendOptions(bf16=True)), objective()
     masters = {name: x.clone().requires_grad_() for name, x in backend.full_parameters()}
     batches = [packs(rollouts(3, seed=seed), [3])[0] for seed in range(micro_batches)]
@@ -85,6 +90,8 @@ def test_gradients_of_bfloat16_are_added_and_clipped_in_float32(
     for name, master in backend.full_parameters():
         torch.testing.assert_close(master, masters[name].detach(), rtol=1e-6, atol=1e-6)
         assert torch.equal(dict(backend.module.named_parameters())[name], master.bfloat16())
+    count = len(masters) if by_kernel else 0
+    assert calls == dict.fromkeys(calls, count) and len(calls) == (2 if by_kernel else 0)
 
 
 def test_dropped_gradients_leave_nothing_for_the_next_step() -> None:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from togi.kernels.host import SegmentSpans, kernels_for
 from togi.model.block_attention import attend_in_blocks, attend_in_blocks_backward, wins
-from togi.model.host_kernels import SegmentSpans, kernels_for
 from togi.model.logprob_head import wide_dtype
 from togi.model.partial_attention import Visibility, attend, attend_backward
 

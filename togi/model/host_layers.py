@@ -2,7 +2,7 @@
 
 Shape letters: T tokens, H the width of a layer. Transformers computes a norm in float32 with a pass over all tokens for each
 operation, and autograd keeps two float32 copies of them; here the processor's cache sees all operations on a few tokens at once
-(``host_kernels``; ``host_blocks`` where those are not to be had) and only the input is kept. Nor do the projections that read a
+(``togi.kernels``; ``host_blocks`` where those are not to be had) and only the input is kept. Nor do the projections that read a
 norm's or gate's output keep that: it is computed again in the backward, which costs less than the memory did.
 
 Not here: kernels for other devices (``liger``).
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from togi.kernels.host import compiled, is_plain
 from togi.model import host_blocks
-from togi.model.host_kernels import compiled, is_plain
 
 NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 GATED = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from togi.model.host_kernels import HostKernels, kernels_for
+from togi.kernels.host import HostKernels, kernels_for
 
 CHUNK_BYTES = 32 * 2**20
 TILE_ROWS_V = 4096

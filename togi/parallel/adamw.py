@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from togi.kernels.host import HostKernels, Rates
 from togi.parallel.backend import BackendOptions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -65,6 +66,31 @@ def take_step(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
     set_rate(optimizer, learning_rate)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def take_host_step(
+    kernels: HostKernels,
+    optimizer: torch.optim.AdamW,
+    learning_rate: float,
+    factor: float,
+    parts: Mapping[Tensor, tuple[Tensor | None, Tensor]],
+) -> None:
+    """``take_step`` in host memory, in one pass over all that it reads and writes.
+
+    ``parts``: of each parameter its gradient, which is multiplied by ``factor`` (None: it took no part, and its moments go on),
+    and the tensor that gets it in bfloat16.
+    """
+    set_rate(optimizer, learning_rate)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient, working = parts[parameter]
+            if gradient is None:
+                gradient = torch.zeros_like(parameter)
+            state = optimizer.state[parameter]
+            state["step"] += 1
+            steps = int(state["step"])
+            rates = Rates(learning_rate, group["weight_decay"], group["betas"], group["eps"], steps, factor)
+            kernels.adamw(parameter, (state["exp_avg"], state["exp_avg_sq"]), gradient, working, rates)
 
 
 def fill_missing_gradients(parameters: Mapping[str, Tensor]) -> None:

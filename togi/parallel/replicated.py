@@ -2,18 +2,20 @@
 
 With bf16 the module's own parameters are bfloat16 working copies; float32 masters beside them collect the gradients
 of all micro-batches and are what AdamW updates, so that a step smaller than bfloat16's spacing is kept instead of
-rounded away. The gradients of a step of one micro-batch stay as they are, in bfloat16, until AdamW takes them, a few
-parameters at a time. With ``adam_offload`` masters, gradients and moments are in host memory.
+rounded away. The gradients of a step of one micro-batch stay as they are, in bfloat16, until AdamW takes them: on a CPU by one
+kernel, elsewhere a few parameters at a time. With ``adam_offload`` masters, gradients and moments are in host memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from togi.parallel.adamw import MOMENTS, fill_missing_gradients, make_adamw, moments, take_step
+from togi.kernels.host import HostKernels, compiled, is_plain
+from togi.parallel.adamw import MOMENTS, fill_missing_gradients, make_adamw, moments, take_host_step, take_step
 from togi.parallel.backend import BackendOptions, cast, check_same_weights
 from togi.parallel.process import World
 
@@ -38,7 +40,8 @@ class Replicated:
         if options.bf16:
             cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
         self._optimizer = make_adamw(self._masters, options)
-        self._factor: Tensor | None = None
+        self._factor = 1.0
+        self._on_host = all(_fits_kernels(master, working) for _, master, working in self._pairs())
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._hand_over_all()  # those of the micro-batch before: autograd would add to them in bfloat16
@@ -51,19 +54,18 @@ class Replicated:
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
         """``step`` multiplies by the factor that makes the norm ``max_norm``: bfloat16 gradients would be rounded by it here."""
-        norms = [
-            torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-            for x in self._gradients().values()
-        ]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-        factor = max_norm / (norm + CLIP_EPSILON)
-        self._factor = factor if factor < 1 else None
-        return float(norm)
+        norm = self._norm(list(self._gradients().values()))
+        self._factor = min(1.0, max_norm / (norm + CLIP_EPSILON))
+        return norm
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         gradients, factor = self._gradients(), self._factor
         self.drop_gradients()
+        if (kernels := self._kernels()) is not None:
+            parts = {master: (gradients.get(name), working) for name, master, working in self._pairs()}
+            take_host_step(kernels, self._optimizer, learning_rate, factor, parts)
+            return
         for names in self._buckets():
             for name in names:
                 master, gradient = self._masters[name], gradients.pop(name, None)
@@ -72,15 +74,15 @@ class Replicated:
                 else:
                     master.grad = gradient.to(master.device, master.dtype)
                     del gradient
-                    if factor is not None:
-                        master.grad.mul_(factor.to(master.device))
+                    if factor < 1:
+                        master.grad.mul_(factor)
             take_step(self._optimizer, learning_rate)
             self._refresh(names)
 
     def drop_gradients(self) -> None:
         for name, working in self._names.items():
             working.grad = self._masters[name].grad = None
-        self._factor = None
+        self._factor = 1.0
 
     def full_parameters(
         self, dtype: torch.dtype | None = None, *, trained_only: bool = False
@@ -137,6 +139,16 @@ class Replicated:
             if working is not master and working.grad is not None:
                 _hand_over(working, master)
 
+    def _kernels(self) -> HostKernels | None:
+        return compiled() if self._on_host else None
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        if (kernels := self._kernels()) is not None:
+            return math.sqrt(sum(kernels.square_sum(gradient) for gradient in gradients))
+        wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
+        norms = [torch.linalg.vector_norm(x, dtype=dtype) for x, dtype in zip(gradients, wide, strict=True)]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
     def _gradients(self) -> dict[str, Tensor]:
         """Those of this step, where they are now: of working copies or of masters."""
         found = {name: master.grad if working.grad is None else working.grad for name, master, working in self._pairs()}
@@ -178,6 +190,12 @@ class Replicated:
         parts = torch.split(flat, [gradient.numel() for gradient in bucket])
         for gradient, part in zip(bucket, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def _fits_kernels(master: Tensor, working: Tensor) -> bool:
+    """Whether a step on these is one that the kernels for CPUs do."""
+    plain = all(is_plain(x) and x.device.type == "cpu" and x.is_contiguous() for x in (master, working))
+    return plain and (master.dtype, working.dtype) == (torch.float32, torch.bfloat16)
 
 
 def _hand_over(working: Tensor, master: Tensor) -> None:

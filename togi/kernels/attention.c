@@ -1,4 +1,4 @@
-/* Causal attention of the segments of a pack on a CPU, each of which continues others; host_attention.py calls it.
+/* Causal attention of the segments of a pack on a CPU, each of which continues others; host.py calls it.
 
    Everything is float32 inside. A block of queries is done at a time, against all keys that its last query sees: so the softmax
    of a row is done at once, and the backward computes it again from queries and keys. All products go through one small one
@@ -10,7 +10,7 @@
 
 #include <stdlib.h>
 
-#include "host_kernels.h"
+#include "numbers.h"
 
 #ifdef __AVX512F__
 enum { LANES = 16, VECTORS = 4 };

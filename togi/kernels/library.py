@@ -22,8 +22,8 @@ from togi.plan.machine import cache_folder, processor
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "host_kernels.c", HERE / "host_attention.c")
-HEADERS = (HERE / "host_kernels.h",)
+SOURCES = tuple(HERE / name for name in ("layers.c", "attention.c", "optimizer.c"))
+HEADERS = (HERE / "numbers.h",)
 # NaN must stay NaN: no -ffast-math. libgomp is the one that torch has loaded, so both share one pool of threads.
 _EXACT = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 FLAGS = ("-O3", "-march=native", "-std=c11", *_EXACT, "-fopenmp", "-fPIC", "-shared")

@@ -1,10 +1,10 @@
-/* Norms and gates of bfloat16 on a CPU; host_kernels.py compiles and calls them. What they compute, and of which shapes, stands in
+/* Norms and gates of bfloat16 on a CPU; host.py calls them. What they compute, and of which shapes, stands in
    host_blocks.py, whose PyTorch operations give the same.
 
    Everything is float32 inside; bfloat16 is rounded to nearest even where Transformers' layers round. No result depends on the
    number of threads. */
 
-#include "host_kernels.h"
+#include "numbers.h"
 
 #define ENOUGH 32768 /* values for which a second thread pays */
 

@@ -1,10 +1,10 @@
-"""Norms, gates, the head's softmax and short attention on a CPU by C kernels, in place of many operations each.
+"""Norms, gates, the head's softmax, short attention and AdamW on a CPU by C kernels, in place of many operations each.
 
 Without a compiler, and with ``TOGI_CPU_KERNELS=0``, PyTorch's operations do the same more slowly (``host_blocks``,
 ``logprob_head``, ``block_attention``). Outputs in bfloat16 differ from theirs by a rounding at most, in very few places; all
 sums are float32.
 
-Not here: which tensors they are for (``host_layers``, ``logprob_head``, ``host_attention``), the compiler (``host_library``).
+Not here: which tensors they are for (``togi.model``, ``togi.parallel``), the compiler (``library``).
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from togi.model.host_library import library
+from togi.kernels.library import library
 
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 64
 """Rows whose gradients of a norm's weight are added up by one thread."""
+PART = 2**14
+"""Values whose squares are added up by one thread."""
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "norm": (_P, _P, _F, _P, _P, _I, _I),
@@ -36,6 +38,8 @@ SIGNATURES = {
     "gate_backward": (_P, _P, _P, _P, _P, _I),
     "head": (_P, _F, _P, _P, _P, _P, _I, _I),
     "head_backward": (_P, _F, _P, _P, _P, _P, _P, _I, _I),
+    "squares": (_P, _I, _P, _I),
+    "adamw": (_P, _P, _P, _P, _I, _P, _P, _I),
     "attention": (_P, _P, _P, _P, _P),
     "attention_backward": (_P, _P, _P, _P, _P, _P, _P, _P, _I),
 }
@@ -181,6 +185,48 @@ class HostKernels:
         sums = _places(d_k_GTD, d_v_GTD)
         _succeeded(self._library.attention_backward(byref(about), *views, *sums, d_k_GTD.shape[1]))
 
+    def square_sum(self, x: Tensor) -> float:
+        """The sum of squares of bfloat16 or float32, added up in float64."""
+        x = x.contiguous()
+        sums = torch.empty(-(-x.numel() // PART), dtype=torch.float64)
+        self._library.squares(x.data_ptr(), x.dtype == torch.bfloat16, sums.data_ptr(), x.numel())
+        return float(sums.sum())
+
+    def adamw(
+        self, master: Tensor, moments: tuple[Tensor, Tensor], gradient: Tensor, working: Tensor, rates: Rates
+    ) -> None:
+        """One step on a float32 master and its moments, in place; ``working`` gets it in bfloat16.
+
+        The gradient is bfloat16 or float32.
+        """
+        assert all(x.is_contiguous() for x in (master, *moments, working))
+        gradient = gradient.contiguous()
+        first = _places(master, *moments, gradient)
+        half = gradient.dtype == torch.bfloat16
+        self._library.adamw(*first, half, working.data_ptr(), byref(rates.as_struct()), master.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Numbers of one AdamW step (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2); ``steps`` counts this one.
+
+    ``factor``: what gradients are multiplied by first.
+    """
+
+    learning_rate: float
+    decay: float
+    betas: tuple[float, float]
+    epsilon: float
+    steps: int
+    factor: float
+
+    def as_struct(self) -> ctypes.Array[Any]:
+        """``rates`` of optimizer.c."""
+        first, second = self.betas
+        size, root = self.learning_rate / (1 - first**self.steps), (1 - second**self.steps) ** 0.5
+        keep = 1 - self.learning_rate * self.decay
+        return (_F * 8)(keep, 1 - first, second, 1 - second, size, root, self.epsilon, self.factor)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentSpans:
@@ -200,7 +246,7 @@ class SegmentSpans:
 
 
 class _Segments(ctypes.Structure):
-    """``table`` of host_attention.c."""
+    """``table`` of attention.c."""
 
     _fields_ = (
         ("spans", _P),
@@ -216,7 +262,7 @@ class _Segments(ctypes.Structure):
 
 
 class _View(ctypes.Structure):
-    """``view`` of host_attention.c; keeps the tensor alive."""
+    """``view`` of attention.c; keeps the tensor alive."""
 
     _fields_ = (("values", _P), ("head", _I), ("token", _I))
     tensor: Tensor

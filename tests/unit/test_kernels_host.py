@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from togi.model import host_blocks, host_kernels
-from togi.model.host_kernels import HostKernels, compiled
+from togi.kernels import host
+from togi.kernels.host import HostKernels, Rates, compiled
+from togi.model import host_blocks
 
 
 @pytest.fixture
@@ -55,6 +56,38 @@ def test_kernels_are_pytorch_s_operations(kernels: HostKernels, tensors: list[Te
         near(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1, 33, 100_000])
+def test_adamw_is_pytorch_s(kernels: HostKernels, size: int, dtype: torch.dtype) -> None:
+    """Three steps at growing rates, with decay and a factor on the gradients. A master's last bits may differ, no more."""
+    generator = torch.Generator().manual_seed(size)
+    master = torch.randn(size, generator=generator)
+    theirs, working = master.clone().requires_grad_(), torch.full((size,), torch.nan, dtype=torch.bfloat16)
+    moments = torch.zeros(size), torch.zeros(size)
+    optimizer = torch.optim.AdamW([theirs], betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3, fused=True)
+    for step in (1, 2, 3):
+        gradient = torch.randn(size, generator=generator).to(dtype)
+        kernels.adamw(master, moments, gradient, working, Rates(0.01 * step, 0.3, (0.8, 0.95), 1e-6, step, 0.25))
+        theirs.grad = gradient.float() * 0.25
+        optimizer.param_groups[0]["lr"] = 0.01 * step
+        optimizer.step()
+    torch.testing.assert_close(master, theirs.detach(), rtol=1e-6, atol=1e-7)
+    for moment, name in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
+        torch.testing.assert_close(moment, optimizer.state[theirs][name], rtol=1e-6, atol=1e-8)
+    assert torch.equal(working, master.bfloat16())
+
+
+def test_squares_are_added_in_float64(kernels: HostKernels) -> None:
+    """By hand, over more than two parts: 40,000 squares of 1.5 and one of 2,048, which float32 sums would lose some of."""
+    for dtype in (torch.bfloat16, torch.float32):
+        values = torch.full((40_001,), 1.5, dtype=dtype)
+        values[33_000] = -2048.0
+        assert kernels.square_sum(values) == 40_000 * 2.25 + 2048**2
+        assert kernels.square_sum(values.expand(2, -1).T) == 2 * kernels.square_sum(values)
+    assert kernels.square_sum(torch.tensor([1.0, torch.nan])) != kernels.square_sum(torch.tensor([1.0, torch.nan]))
+    assert kernels.square_sum(torch.tensor([3e38, -3e38]).bfloat16()) > 1e77
+
+
 def test_tensors_may_lie_in_memory_in_any_way(kernels: HostKernels) -> None:
     x, weight = torch.randn(8, 20).bfloat16(), torch.randn(40).bfloat16()[::2]
     turned = x.T.contiguous().T
@@ -71,7 +104,8 @@ def test_threads_change_no_bit(kernels: HostKernels) -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(kernels.norm_backward(grad, x, grad[0], scale))
+            sums = torch.tensor(kernels.square_sum(grad), dtype=torch.float64)
+            found.append((*kernels.norm_backward(grad, x, grad[0], scale), sums))
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, *found))
@@ -99,7 +133,7 @@ def test_extreme_values_and_what_is_no_number(kernels: HostKernels) -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache, and nothing loaded."""
     monkeypatch.setenv("TOGI_CACHE", str(tmp_path))
-    monkeypatch.setattr(host_kernels, "compiled", host_kernels.compiled.__wrapped__)
+    monkeypatch.setattr(host, "compiled", host.compiled.__wrapped__)
     return tmp_path / f"kernels-{os.getuid()}"
 
 
@@ -108,8 +142,8 @@ def test_the_library_is_built_once(
 ) -> None:
     monkeypatch.setenv("CC", "cc -g0")
     caplog.set_level(logging.INFO)
-    assert host_kernels.compiled() is not None
-    assert host_kernels.compiled() is not None
+    assert host.compiled() is not None
+    assert host.compiled() is not None
     assert len(list(fresh.iterdir())) == 1
     assert sum("Compiled the kernels" in line for line in caplog.messages) == 1
 
@@ -119,7 +153,7 @@ def test_without_a_compiler_there_is_a_warning(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str
 ) -> None:
     monkeypatch.setenv("CC", compiler)
-    assert host_kernels.compiled() is None
+    assert host.compiled() is None
     (line,) = caplog.messages
     assert "install a C compiler (gcc), or set TOGI_CPU_KERNELS=0" in line
 
@@ -127,12 +161,12 @@ def test_without_a_compiler_there_is_a_warning(
 def test_a_folder_that_others_can_write_to_is_not_trusted(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
     fresh.mkdir()
     fresh.chmod(0o777)
-    assert host_kernels.compiled() is None
+    assert host.compiled() is None
     assert f"Others than its user may write to {fresh}: remove it." in caplog.text
     assert list(fresh.iterdir()) == []
 
 
 def test_they_can_be_switched_off(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOGI_CPU_KERNELS", "0")
-    assert host_kernels.compiled() is None
+    assert host.compiled() is None
     assert not fresh.exists()
