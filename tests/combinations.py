@@ -32,6 +32,7 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
     "tensor": {"whole": (), "split": ("--ds_tensor_parallel_size", "2")},
     "packing": {"packed": (), "one by one": ("--no_packing_samples",)},
     "adapters": {"none": (), "LoRA": LORA, "QLoRA": (*LORA, "--load_in_4bit", "--bf16")},
+    "layers": {"as they are": (), "compiled": ("--torch_compile",)},
     "experts": {"dense": (), "MoE": ("--aux_loss_coef", "0.5")},
 }
 RL_NEEDS = ("--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "builtin:math", "--label_key", "a")
@@ -44,6 +45,7 @@ SHOWN_BY = {
     "ring": "tests/equal/test_offline_ranks.py::test_a_ring_of_two_equals_one",
     "split": "tests/equal/test_tensor_parallel.py",
     "LoRA": "tests/equal/test_offline_ranks.py::test_adapters_on_two_ranks_equal_one",
+    "compiled": "tests/equal/test_compiled_layers.py",
     "MoE": "tests/equal/test_offline_ranks.py::test_experts_on_two_ranks_equal_one",
     "one by one": "tests/equal/test_offline_ranks.py::test_micro_batches_equal_one_pack",
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from tests.offline_world import make_world, train
 from togi.recipes.notices import ONE_TOKENIZER
@@ -23,6 +24,15 @@ def learned(values: list[dict[str, float]]) -> list[dict[str, float]]:
     kept = [{name: step[name] for name in names if name in step} for step in values]
     assert all(kept)
     return kept
+
+
+def test_a_compiled_run_learns_the_same_and_says_what_compiling_took(world: Path, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    plain, other = train(world, "dpo", tmp_path / "plain"), train(world, "dpo", tmp_path / "other", "--torch_compile")
+    for one, two in zip(learned(plain), learned(other), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    first, *later = (step["compile/seconds"] for step in other if "loss" in step)
+    assert first > 0.5 > max(later)
 
 
 def test_a_run_from_modelscope_is_the_run_from_folders(

@@ -20,6 +20,7 @@ PPO = [*SETTINGS.split(), "--advantage_estimator", "gae", "--save_value_network"
 TWO = "--actor_num_gpus_per_node 2 --critic_num_gpus_per_node 2 --zero_stage 3"
 WORKERS = {
     "fsdp2 separate": "--ref_num_gpus_per_node 1",
+    "fsdp2 compiled": "--ref_num_gpus_per_node 1 --torch_compile",
     "deepspeed colocated": "--backend deepspeed --ref_num_gpus_per_node 2 --colocate_all_models",
 }
 COMPARED = (
@@ -81,6 +82,8 @@ def test_two_workers_of_each_model_have_equal_losses(world: Path, original: Path
     for before, after in zip(metrics(original), metrics(run), strict=True):
         for name in COMPARED:
             assert before["values"][name] == pytest.approx(after["values"][name], rel=5e-4, abs=1e-6), name
+    compiled = [record["values"].get("compile/seconds") for record in metrics(run)]
+    assert [seconds is not None and seconds > 0 for seconds in compiled] == ["compile" in WORKERS[workers], False]
     for model in ("model", "model_critic"):
         before, after, start = (
             load_file(folder / "model.safetensors") for folder in (original / model, run / model, world / "model")

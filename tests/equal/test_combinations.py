@@ -68,5 +68,13 @@ def test_pairs_of_ways_equal_one_plain_process(world: Path, what: tuple[str, ...
         assert max_difference(ours, theirs) < (2e-2 if loose else 3e-4), combination
 
 
+def test_layers_were_compiled(world: Path) -> None:
+    """In the first of the runs that ask for it, at the latest; later ones take what is there."""
+    reported = {name(c): [step.get("compile/seconds") for step in values(world / name(c))] for c in CHOSEN}
+    asked = {name(c) for c in CHOSEN if c["layers"] == "compiled"}
+    assert asked == {run for run, seconds in reported.items() if None not in seconds}
+    assert max(sum(reported[run]) for run in asked) > 1
+
+
 def test_the_page_is_what_the_settings_say() -> None:
     assert (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8") == page()

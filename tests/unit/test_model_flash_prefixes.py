@@ -1,5 +1,7 @@
 """FlashAttention over shared prefixes in two calls and more: who asks whom, the joined numbers, the real operators' shapes."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def pieces(starts_q, starts_k, longest_q, longest_k):
     assert starts_q.dtype == starts_k.dtype == torch.int32
     assert (longest_q, longest_k) == (starts_q.diff().max(), starts_k.diff().max())
     bounds_q, bounds_k = starts_q.tolist(), starts_k.tolist()
-    slices = [[slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)] for bounds in (bounds_q, bounds_k)]
+    slices = [[slice(*pair) for pair in pairwise(bounds)] for bounds in (bounds_q, bounds_k)]
     return list(zip(*slices, strict=True))
 
 
@@ -44,7 +46,23 @@ class StandIn:
         return out, lse, None, None, None
 
     def backward(
-        self, grad, q, k, v, out, lse, starts_q, starts_k, longest_q, longest_k, dropout, causal, _state, _unused, *, scale
+        self,
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        starts_q,
+        starts_k,
+        longest_q,
+        longest_k,
+        dropout,
+        causal,
+        _state,
+        _unused,
+        *,
+        scale,
     ):
         assert dropout == 0.0 and lse.is_contiguous()
         self.calls.append(("backward", causal, len(q), len(k)))

@@ -20,7 +20,7 @@ from togi.config.choices import (
     Scheduler,
     Verifier,
 )
-from togi.config.parallel_checks import tensor_problems
+from togi.config.parallel_checks import parallel_problems
 from togi.config.policy_checks import lora_sync_problems, policy_loss_problems
 from togi.config.rl import RLConfig
 from togi.config.sample_checks import sample_problems
@@ -221,7 +221,7 @@ def _training(c: RLConfig) -> Iterator[str]:
             "on fixed data, here constant_with_warmup or cosine_with_min_lr."
         )
     yield from model_problems(c)
-    yield from tensor_problems(c)
+    yield from parallel_problems(c)
     if c.max_tokens_per_gpu * c.ring_attn_size < c.prompt_max_len + c.generate_max_len:
         ring = f" x --ring_attn_size {c.ring_attn_size}" if c.ring_attn_size > 1 else ""
         yield (

@@ -79,6 +79,14 @@ class BackendName(StrEnum):
     DEEPSPEED = "deepspeed"
 
 
+class Layers(StrEnum):
+    """Who computes a model's layers; standard: Transformers, on a CPU with Togi's kernels for norms and gates."""
+
+    STANDARD = "standard"
+    LIGER = "liger"
+    COMPILED = "compiled"
+
+
 class SyncBackend(StrEnum):
     """What carries weights to the engines; auto: host memory on one host, a process group (nccl or gloo) across hosts."""
 

@@ -18,7 +18,7 @@ from togi.config.offline import (
     RMConfig,
     SFTConfig,
 )
-from togi.config.parallel_checks import tensor_problems
+from togi.config.parallel_checks import parallel_problems
 from togi.config.parse import Parsed, Source
 from togi.errors import ConfigError
 
@@ -82,7 +82,7 @@ def _rendering(c: SFTConfig | KTOConfig | KDConfig | RMConfig | DPOConfig, *, te
 def _training(c: OfflineConfig) -> Iterator[str]:
     yield from model_problems(c)
     yield from train_problems(c, c)
-    yield from tensor_problems(c)
+    yield from parallel_problems(c)
     chat = isinstance(c, PROMPTED | PAIRED) and c.apply_chat_template
     if c.tokenizer_chat_template is not None and not chat:
         yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."

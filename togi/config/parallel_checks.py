@@ -1,4 +1,4 @@
-"""What the ways to share a model among processes do not compose with, found before anything heavy starts."""
+"""What splitting a model's weights and compiling its layers do not compose with, found before anything heavy starts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,34 @@ from togi.config.shared import SPLITTABLE
 from togi.errors import ConfigError
 
 
-def tensor_problems(c: RLConfig | OfflineConfig) -> Iterator[str]:
-    """What is wrong with ``--ds_tensor_parallel_size``."""
+def parallel_problems(c: RLConfig | OfflineConfig) -> Iterator[str]:
+    """What is wrong with ``--ds_tensor_parallel_size`` and ``--torch_compile``."""
+    yield from _compiled(c)
+    yield from _tensor(c)
+
+
+def _compiled(c: RLConfig | OfflineConfig) -> Iterator[str]:
+    if not c.torch_compile:
+        return
+    if c.use_liger_kernel:
+        yield "--torch_compile and --use_liger_kernel exclude each other, both compute the layers: leave one of them out."
+    if c.load_in_4bit:
+        yield "--torch_compile with --load_in_4bit: weights in NF4 are not compiled, leave one of them out."
+    if c.aux_loss_coef > 0:
+        yield f"--torch_compile with --aux_loss_coef {c.aux_loss_coef:g}: experts are not compiled, leave one of them out."
+    if c.backend is BackendName.DEEPSPEED and c.zero_stage == 3:
+        yield (
+            "--torch_compile with --backend deepspeed and --zero_stage 3: weights would be gathered inside of what is compiled, "
+            "use --backend fsdp2, or leave the first out."
+        )
+    if c.ds_tensor_parallel_size > 1:
+        yield (
+            f"--torch_compile with --ds_tensor_parallel_size {c.ds_tensor_parallel_size}: split weights are not compiled, leave "
+            "one of them out."
+        )
+
+
+def _tensor(c: RLConfig | OfflineConfig) -> Iterator[str]:
     size = c.ds_tensor_parallel_size
     if size == 1:
         return

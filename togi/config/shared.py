@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from togi.config.choices import BackendName, GradAccumDtype, Scheduler
+from togi.config.choices import BackendName, GradAccumDtype, Layers, Scheduler
 from togi.config.fields import Count, Int, PathText, Settings, flag, later
 
 ALL_LINEAR = "all-linear"
@@ -71,6 +71,9 @@ class ModelSettings(Settings):
     use_liger_kernel: bool = flag(
         False, "Compute norms, rotary embeddings and MLPs with Liger's kernels where the device has them (CUDA)."
     )
+    torch_compile: bool = flag(
+        False, "Compile the layers with torch.compile at the first batches; what is built is kept for later runs."
+    )
     aux_loss_coef: float = flag(
         0.0, "Weight of the load-balancing loss of a mixture of experts, a mean over sequences; 0 turns it off.", ge=0
     )
@@ -82,6 +85,12 @@ class ModelSettings(Settings):
     )
     lora_dropout: float = flag(0.0, "Dropout before the adapter, in training.", ge=0, lt=1)
     use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
+
+    def layers(self, *, on_cuda: bool) -> Layers:
+        """Who computes the layers, on this kind of device. Liger's kernels are for CUDA."""
+        if self.torch_compile:
+            return Layers.COMPILED
+        return Layers.LIGER if self.use_liger_kernel and on_cuda else Layers.STANDARD
 
     @property
     def recompute(self) -> Recompute | None:

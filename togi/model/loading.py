@@ -25,9 +25,11 @@ from transformers import (
 )
 
 from togi.config.checks import check_mixture
+from togi.config.choices import Layers
 from togi.config.shared import ADAPTER_CONFIG, LoRA, Recompute
 from togi.errors import ModelError
 from togi.model.attention import SEGMENTS, VARLEN
+from togi.model.compiled_layers import check_compiled, compile_layers
 from togi.model.deferred import Deferred, Reader, files_of, nothing_left, quiet
 from togi.model.host_layers import use_host_layers
 from togi.model.liger import apply_liger, check_liger
@@ -48,23 +50,22 @@ def load_causal_lm(
     recompute: Recompute | None = None,
     lora: LoRA | None = None,
     defer: bool = False,
-    liger: bool = False,
+    layers: Layers = Layers.STANDARD,
 ) -> PolicyModel:
     """A causal language model from a folder or hub id, on CPU, in ``dtype``, in training mode.
 
     With ``lora`` it is frozen (in NF4 if so asked, computing in ``dtype``) and has new adapters. ``defer``: leave the weights on
-    disk for ``model.read``, where that can be done. ``liger``: with Liger's kernels, on CUDA. ``recompute``: with activation
-    checkpointing. Raises ModelError if the folder cannot be read, lacks weights, or its architecture cannot be trained packed.
+    disk for ``model.read``, where that can be done. ``recompute``: with activation checkpointing. ``layers``: who computes them.
+    Raises ModelError if the folder cannot be read, lacks weights, or its architecture cannot be trained packed.
     """
     config = read_config(path, trust_remote_code)
-    if liger:
-        check_liger(config.model_type)
+    _check_layers(layers, config.model_type)
     in_4bit = lora is not None and lora.load_in_4bit
     read = _Reading(path, config, dtype, flash_attn, trust_remote_code, in_4bit=in_4bit)
     hf, reader = _load(AutoModelForCausalLM, read, defer=defer and lora is None)
     model = PolicyModel(hf, logit_transform(config))
     model.read = reader
-    return _ready(model, recompute, lora, liger=liger)
+    return _ready(model, recompute, lora, layers)
 
 
 def load_scalar_model(
@@ -79,18 +80,17 @@ def load_scalar_model(
     lora: LoRA | None = None,
     in_4bit: bool = False,
     defer: bool = False,
-    liger: bool = False,
+    layers: Layers = Layers.STANDARD,
 ) -> ScalarModel:
     """A critic or reward model from a folder or hub id.
 
     ``value_head_prefix`` names the head in the checkpoint; one in config.json wins. A missing head is an error unless
     ``init_head``, which always draws a new head from a normal distribution with standard deviation 1/(hidden + 1), from
     torch's seed alone. With ``lora`` the body is as for a language model and the head is trained whole. ``in_4bit``: a model
-    that is only read, its body in NF4. ``defer`` and ``liger`` as there.
+    that is only read, its body in NF4. ``defer`` and ``layers`` as there.
     """
     config = read_config(path, trust_remote_code)
-    if liger:
-        check_liger(config.model_type)
+    _check_layers(layers, config.model_type)
     prefix = getattr(config, "value_head_prefix", value_head_prefix)
     config.num_labels = 1
     config.value_head_prefix = prefix
@@ -106,7 +106,15 @@ def load_scalar_model(
         _init_head(hf)
     model = ScalarModel(hf, prefix)
     model.read = reader
-    return _ready(model, recompute, lora, liger=liger)
+    return _ready(model, recompute, lora, layers)
+
+
+def _check_layers(layers: Layers, kind: str) -> None:
+    """Raise ModelError where they cannot be computed so for models of this type."""
+    if layers is Layers.LIGER:
+        check_liger(kind)
+    elif layers is Layers.COMPILED:
+        check_compiled(kind)
 
 
 def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -271,12 +279,12 @@ def _init_head(hf: PreTrainedModel) -> None:
     nn.init.normal_(head.weight, mean=0.0, std=1.0 / (head.in_features + 1), generator=draws)
 
 
-def _ready(model: Model, recompute: Recompute | None, lora: LoRA | None, *, liger: bool) -> Model:
+def _ready(model: Model, recompute: Recompute | None, lora: LoRA | None, layers: Layers) -> Model:
     if model.hf.config.model_type not in PROVEN:
         verify_packing(model)
-    if liger:
+    if layers is Layers.LIGER:
         apply_liger(model.hf)
-    else:
+    elif layers is Layers.STANDARD:
         use_host_layers(model.hf)
     if lora is not None:
         from togi.model.adapters import add_lora  # PEFT takes more than half a second to import
@@ -287,5 +295,7 @@ def _ready(model: Model, recompute: Recompute | None, lora: LoRA | None, *, lige
             model.hf.enable_input_require_grads()
     if recompute is not None:
         use_recompute(model.hf, recompute)
+    if layers is Layers.COMPILED:
+        compile_layers(model.hf)
     model.train()
     return model

@@ -90,6 +90,7 @@ STALENESS = "async/staleness"
 THROUGHPUT_GENERATE = "throughput/generated_tokens_per_second"
 THROUGHPUT_SCORE = "throughput/scored_tokens_per_second"
 THROUGHPUT_TRAIN = "throughput/trained_tokens_per_second"
+COMPILE_SECONDS = "compile/seconds"
 THROUGHPUT_SAMPLES = "throughput/samples_per_second"
 WEIGHT_SYNC_SECONDS = "weights/sync_seconds"
 WEIGHT_SYNC_BYTES = "weights/sync_bytes"
@@ -166,6 +167,7 @@ EXPLANATIONS: dict[str, str] = {
     THROUGHPUT_SCORE: "Tokens a second in scoring: sequence tokens x models that scored them / seconds.",
     WEIGHT_SYNC_SECONDS: "Seconds from asking for a weight update to the last engine's confirmation.",
     WEIGHT_SYNC_BYTES: "Bytes that each engine was sent: all weights, or with --lora_rank the adapter alone (--lora_sync).",
+    COMPILE_SECONDS: "Seconds that torch.compile took on the first rank of the trained model (--torch_compile).",
     THROUGHPUT_TRAIN: "Tokens trained on a second by all ranks together.",
     THROUGHPUT_SAMPLES: "Rollouts finished a second, over the whole step.",
     WEIGHT_SYNC_RATE: "Speed of the weight transfer from trainer to engines, in GB a second.",

@@ -19,7 +19,7 @@ from togi.obs.progress import Progress
 from togi.obs.run_dir import State
 from togi.parallel.process import World
 from togi.recipes.notices import NO_CUDA_FOR_LIGER
-from togi.recipes.offline_data import Data, Task, check_plan, load_data, task_of, uses_flash, uses_liger
+from togi.recipes.offline_data import Data, Task, check_plan, load_data, task_of, uses_flash
 from togi.recipes.offline_generation import check_ranks
 from togi.recipes.offline_journal import Journal, RunJournal
 from togi.recipes.offline_plan import EpochPlan
@@ -76,7 +76,7 @@ def _run(config: OfflineConfig, command: str, world: World, journal: Journal) ->
         )
     elif config.flash_attn and not uses_flash(config, world):
         journal.announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
-    if config.use_liger_kernel and not uses_liger(config, world):
+    if config.use_liger_kernel and world.device.type != "cuda":
         journal.announce(NO_CUDA_FOR_LIGER)
     if notice := offload_notice(config, task, world):
         journal.announce(notice)

@@ -156,11 +156,6 @@ def record_spec(config: OfflineConfig, dataset: str, split: str, *, training: bo
     return RecordSpec(**{**values, **limits, "dataset": dataset, "split": split})
 
 
-def uses_liger(config: OfflineConfig, world: World) -> bool:
-    """Liger's kernels are for CUDA."""
-    return config.use_liger_kernel and world.device.type == "cuda"
-
-
 def uses_flash(config: OfflineConfig, world: World) -> bool:
     """FlashAttention is for CUDA; elsewhere segments run through SDPA. A ring has attention of its own."""
     return config.flash_attn and world.device.type == "cuda" and world.ring_size == 1

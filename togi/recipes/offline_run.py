@@ -20,6 +20,7 @@ from togi.learn.evaluation import Measured, conclude, measure
 from togi.learn.learner import UpdateReport
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
 from togi.model.checkpoint import save_trained, written_aside
+from togi.model.compiled_layers import clock
 from togi.model.policy import ScalarModel
 from togi.obs import names
 from togi.parallel.process import World
@@ -115,6 +116,8 @@ class OfflineRun:
             names.RANK_IMBALANCE: report.load.imbalance,
             names.THROUGHPUT_TRAIN: unshared / (time.perf_counter() - start),
         }
+        if self.config.torch_compile:
+            self._values[names.COMPILE_SECONDS] = clock.take_seconds()
         return report
 
     @property

@@ -41,7 +41,7 @@ from togi.parallel.backend import BackendOptions, backend_options
 from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
 from togi.parallel.process import World
 from togi.parallel.ring import Ring
-from togi.recipes.offline_data import Data, Task, uses_flash, uses_liger
+from togi.recipes.offline_data import Data, Task, uses_flash
 from togi.recipes.offline_generation import Student, start_engines
 from togi.recipes.offline_journal import Journal
 from togi.recipes.offline_plan import EpochPlan
@@ -215,7 +215,7 @@ def dealer_of(config: OfflineConfig, task: Task, world: World) -> Dealer:
 
 def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | ScalarModel:
     """A reward model that starts from a language model gets a new head; one that is a reward model keeps its own."""
-    flash, liger = uses_flash(config, world), uses_liger(config, world)
+    flash, layers = uses_flash(config, world), config.layers(on_cuda=world.device.type == "cuda")
     # frozen weights need no float32 masters
     dtype = torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32
     defer = reads_parts(world, backend_options(config), trained=True)
@@ -228,7 +228,7 @@ def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | S
             recompute=config.recompute,
             lora=config.lora,
             defer=defer,
-            liger=liger,
+            layers=layers,
         )
     assert isinstance(config, RMConfig)
     kinds = read_config(config.pretrain, config.trust_remote_code).architectures or ()
@@ -242,7 +242,7 @@ def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | S
         recompute=config.recompute,
         lora=config.lora,
         defer=defer,
-        liger=liger,
+        layers=layers,
     )
 
 
@@ -254,7 +254,7 @@ def _frozen(config: OfflineConfig, path: str, join: Joining, world: World, optio
         flash_attn=uses_flash(config, world),
         trust_remote_code=config.trust_remote_code,
         defer=reads_parts(world, options, trained=False),
-        liger=uses_liger(config, world),
+        layers=config.layers(on_cuda=world.device.type == "cuda"),
     )
     join(model)
     if moves_weights(config, world):

@@ -7,7 +7,7 @@ from the driver; packing happens here, next to the model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,11 @@ from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
 from togi.learn.sft_objective import SFTObjective
 from togi.model.checkpoint import FullParameters, expected_manifest, save_trained, whole_tensors
+from togi.model.compiled_layers import clock
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import Manifest, TensorSpec, pack_buckets
+from togi.obs import names
 from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
 from togi.parallel.channel import Channel
@@ -125,7 +127,7 @@ class ModelWorker:
         config = self._config
         # a ring has attention of its own
         flash_attn = config.flash_attn and self._world.device.type == "cuda" and self._world.ring_size == 1
-        liger = config.use_liger_kernel and self._world.device.type == "cuda"
+        layers = config.layers(on_cuda=self._world.device.type == "cuda")
         trained = role in LEARNERS
         defer = reads_parts(self._world, backend_options(config), trained=trained)
         if role in (Role.ACTOR, Role.REF):
@@ -137,7 +139,7 @@ class ModelWorker:
                 recompute=config.recompute if trained else None,
                 lora=config.lora if trained else None,
                 defer=defer,
-                liger=liger,
+                layers=layers,
             )
         return load_scalar_model(
             path,
@@ -149,7 +151,7 @@ class ModelWorker:
             recompute=config.recompute if trained else None,
             lora=config.lora if trained else None,
             defer=defer,
-            liger=liger,
+            layers=layers,
         )
 
     def _packs(self, samples: Sequence[Sample], limit: int | str) -> Packs:
@@ -260,6 +262,8 @@ class LearnerWorker(ModelWorker):
             packs = self._packs(samples, self._config.micro_train_batch_size)
             stats = [pack_stats(batch) for batch in packs.batches]
             report = self._learner.update(packs.batches, self._mixed(mixed[number]) if mixed else None)
+            if self._config.torch_compile and self._role is Role.ACTOR:
+                report = replace(report, metrics={**report.metrics, names.COMPILE_SECONDS: clock.take_seconds()})
             if self._ema is not None and report.outcome is StepOutcome.UPDATED:
                 self._ema.update()
             logprobs = packs.in_order(report.logprobs) if report.logprobs else []
