@@ -12,7 +12,8 @@ from threading import Event, Thread
 import psutil
 
 INTERVAL = 0.25
-AGAIN = 1.0  # between two looks at what is shared, unless memory grows
+FAMILY = 1.0  # between two looks at which processes there are
+AGAIN = 5.0  # at what they share
 
 
 class RunFailed(SystemExit):
@@ -34,17 +35,7 @@ def run_watched(command: Sequence[str], environment: Mapping[str, str], cwd: Pat
         started = time.time()
         process = subprocess.Popen(command, env=environment, cwd=cwd, stdout=sink, stderr=subprocess.STDOUT)
 
-        def watch() -> None:
-            most, looked = 0, 0.0
-            while not finished.wait(INTERVAL):
-                processes = family(process.pid)
-                now, is_time = sum(map(resident, processes)), time.monotonic() - looked > AGAIN
-                # dividing shared pages costs time; a process that forks looks twice its size, so that no maximum is the last word
-                if now > most or (now > peak[0] and is_time):
-                    most, peak[0] = max(most, now), max(peak[0], sum(map(proportional, processes)))
-                    looked = time.monotonic()
-
-        watcher = Thread(target=watch, daemon=True)
+        watcher = Thread(target=watch, args=(process.pid, finished, peak), daemon=True)
         watcher.start()
         code = process.wait()
         finished.set()
@@ -52,6 +43,25 @@ def run_watched(command: Sequence[str], environment: Mapping[str, str], cwd: Pat
     if code != 0:
         raise RunFailed(f"{' '.join(command[:6])} ... failed, see {log}:\n{log.read_text()[-3000:]}")
     return Watched(started, peak[0] / 1e9)
+
+
+def watch(root: int, finished: Event, peak: list[int]) -> None:
+    """Keep ``peak[0]`` up to date.
+
+    Dividing shared pages among processes takes the machine 60 ms for a family of Ray's: on two cores that slows down what is
+    measured. So it is done where memory could be a new peak, going by what the same processes shared at the last two looks (the
+    lesser: a process that forks looks twice its size), and every few seconds.
+    """
+    shared, processes, found, looked = [0, 0], list[psutil.Process](), 0.0, 0.0
+    while not finished.wait(INTERVAL):
+        time_now = time.monotonic()
+        if time_now - found > FAMILY:
+            before, processes, found = processes, family(root), time_now
+            shared = shared if processes == before else [0, 0]
+        now = sum(map(resident, processes))
+        if now - min(shared) > peak[0] or (now > peak[0] and time_now - looked > AGAIN):
+            divided = sum(map(proportional, processes))
+            shared, peak[0], looked = [shared[1], now - divided], max(peak[0], divided), time_now
 
 
 def family(root: int) -> list[psutil.Process]:
