@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.kernel_calls import counted_calls
+from togi.kernels.host import SegmentSpans, compiled
 from togi.model import host_attention
 from togi.model.attention import Run
 from togi.model.host_attention import parts_of
@@ -153,3 +154,15 @@ def test_extreme_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     got, expected = results(GROUP, inputs), plain(monkeypatch, GROUP, inputs)
     assert all(x.isfinite().all() for x in got)
     torch.testing.assert_close(got[0], expected[0], rtol=1e-2, atol=1e-2)
+
+
+def test_too_little_memory_is_an_error() -> None:
+    """A table of more keys than any machine has room for: said before one of them is read, in both directions."""
+    kernels = compiled()
+    assert kernels is not None
+    endless = SegmentSpans(torch.tensor([[0, 2**40]]), torch.tensor([0, 1]))
+    q, k, v = (torch.zeros(heads, 4, 8) for heads in (2, 1, 1))
+    with pytest.raises(MemoryError, match="lower --max_tokens_per_gpu"):
+        kernels.attention(q, k, v, endless, 1.0, q.clone())
+    with pytest.raises(MemoryError, match="lower --max_tokens_per_gpu"):
+        kernels.attention_backward(q, (q, k, v), endless, 1.0, (q.clone(), k.clone(), v.clone()))
