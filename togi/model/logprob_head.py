@@ -228,7 +228,7 @@ def backward_in_tiles(
     for first in range(0, weight_VH.shape[0], TILE_ROWS_V):
         words = slice(first, first + TILE_ROWS_V)
         weight_vH = weight_VH[words]
-        sum_vH = torch.zeros_like(weight_vH, dtype=wide)
+        sum_vH: Tensor | float = 0.0
         for start in range(0, hidden_KH.shape[0], step):
             rows = slice(start, start + step)
             grad_kv = tile(rows, words)
@@ -237,7 +237,9 @@ def backward_in_tiles(
             narrow_kv = grad_kv.to(hidden_KH.dtype)
             grad_hidden_KH[rows] += narrow_kv @ weight_vH
             if grad_weight_VH is not None:
-                sum_vH += narrow_kv.T @ hidden_KH[rows]
+                part_vH = narrow_kv.T @ hidden_KH[rows]
+                # most often there is one part, which is rounded already
+                sum_vH = full_precision(sum_vH).add_(part_vH) if isinstance(sum_vH, Tensor) else part_vH
         if grad_weight_VH is not None:
             grad_weight_VH[words] = sum_vH
     return grad_hidden_KH.to(hidden_KH.dtype), grad_weight_VH, grad_bias_V
