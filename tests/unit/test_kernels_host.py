@@ -105,7 +105,10 @@ def test_threads_change_no_bit(kernels: HostKernels) -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             sums = torch.tensor(kernels.square_sum(grad), dtype=torch.float64)
-            found.append((*kernels.norm_backward(grad, x, grad[0], scale), sums))
+            state, working = [torch.zeros(100_001) for _ in range(3)], torch.empty(100_001, dtype=torch.bfloat16)
+            slopes = torch.linspace(-1, 1, 100_001)
+            kernels.adamw(state[0], (state[1], state[2]), slopes, working, Rates(0.01, 0.1, (0.9, 0.95), 1e-8, 1, 0.3))
+            found.append((*kernels.norm_backward(grad, x, grad[0], scale), sums, *state))
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, *found))

@@ -1,8 +1,8 @@
 """Norms, gates, the head's softmax, short attention and AdamW on a CPU by C kernels, in place of many operations each.
 
 Without a compiler, and with ``TOGI_CPU_KERNELS=0``, PyTorch's operations do the same more slowly (``host_blocks``,
-``logprob_head``, ``block_attention``). Outputs in bfloat16 differ from theirs by a rounding at most, in very few places; all
-sums are float32.
+``logprob_head``, ``block_attention``, ``parallel.replicated``). Outputs in bfloat16 differ from theirs by a rounding at most, in
+very few places; sums are float32, those of gradients' squares float64.
 
 Not here: which tensors they are for (``togi.model``, ``togi.parallel``), the compiler (``library``).
 """

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from togi.kernels.host import HostKernels, compiled, is_plain
+from togi.kernels.host import compiled, is_plain
 from togi.parallel.adamw import MOMENTS, fill_missing_gradients, make_adamw, moments, take_host_step, take_step
 from togi.parallel.backend import BackendOptions, cast, check_same_weights
 from togi.parallel.process import World
@@ -41,7 +41,11 @@ class Replicated:
             cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
         self._optimizer = make_adamw(self._masters, options)
         self._factor = 1.0
-        self._on_host = all(_fits_kernels(master, working) for _, master, working in self._pairs())
+        fits = all(_fits_kernels(master, working) for _, master, working in self._pairs())
+        self._kernels = compiled() if fits else None
+        # all ranks or none: the copies of the weights stay equal to the last bit
+        if not all(world.gather("kernels of AdamW", self._kernels is not None)):
+            self._kernels = None
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._hand_over_all()  # those of the micro-batch before: autograd would add to them in bfloat16
@@ -62,9 +66,9 @@ class Replicated:
     def step(self, learning_rate: float) -> None:
         gradients, factor = self._gradients(), self._factor
         self.drop_gradients()
-        if (kernels := self._kernels()) is not None:
+        if self._kernels is not None:
             parts = {master: (gradients.get(name), working) for name, master, working in self._pairs()}
-            take_host_step(kernels, self._optimizer, learning_rate, factor, parts)
+            take_host_step(self._kernels, self._optimizer, learning_rate, factor, parts)
             return
         for names in self._buckets():
             for name in names:
@@ -139,12 +143,9 @@ class Replicated:
             if working is not master and working.grad is not None:
                 _hand_over(working, master)
 
-    def _kernels(self) -> HostKernels | None:
-        return compiled() if self._on_host else None
-
     def _norm(self, gradients: list[Tensor]) -> float:
-        if (kernels := self._kernels()) is not None:
-            return math.sqrt(sum(kernels.square_sum(gradient) for gradient in gradients))
+        if self._kernels is not None:
+            return math.sqrt(sum(map(self._kernels.square_sum, gradients)))
         wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
         norms = [torch.linalg.vector_norm(x, dtype=dtype) for x, dtype in zip(gradients, wide, strict=True)]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
