@@ -1,16 +1,19 @@
 """FlashAttention over shared prefixes in two calls and more: who asks whom, the joined numbers, the real operators' shapes."""
 
+import sys
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
 
 from tests.packs import make_segments
-from tests.unit.test_model_attention import TREE, run
+from tests.unit.test_model_attention import TREE, random_qkv, run, varlen_stand_in
 from togi.batch import NO_PREFIX
 from togi.model import flash_prefixes
 from togi.model.attention import dense_attention, varlen_attention
 from togi.model.flash_prefixes import attend_to_prefixes, levels_of
+from togi.model.logprob_head import full_precision
 from togi.model.partial_attention import Visibility, attend_in_tiles, attend_in_tiles_backward
 
 GROUP = make_segments([2, 1, 2, 1], [NO_PREFIX, 0, 0, NO_PREFIX])
@@ -19,7 +22,7 @@ GROUP = make_segments([2, 1, 2, 1], [NO_PREFIX, 0, 0, NO_PREFIX])
 def pieces(starts_q, starts_k, longest_q, longest_k):
     """Rows of the queries and of the keys of each piece."""
     assert starts_q.dtype == starts_k.dtype == torch.int32
-    assert (longest_q, longest_k) == (starts_q.diff().max(), starts_k.diff().max())
+    assert longest_q >= max(2, starts_q.diff().max()) and longest_k == starts_k.diff().max()
     bounds_q, bounds_k = starts_q.tolist(), starts_k.tolist()
     slices = [[slice(*pair) for pair in pairwise(bounds)] for bounds in (bounds_q, bounds_k)]
     return list(zip(*slices, strict=True))
@@ -38,7 +41,7 @@ class StandIn:
     def forward(self, q, k, v, starts_q, starts_k, longest_q, longest_k, dropout, causal, debug, *, scale):
         assert dropout == 0.0 and not debug
         self.calls.append(("forward", causal, len(q), len(k)))
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
+        out, lse = torch.empty_like(q), full_precision(q.new_empty(q.shape[1], q.shape[0]))
         for rows, keys in pieces(starts_q, starts_k, longest_q, longest_k):
             inputs = [heads_first(x) for x in (q[rows], k[keys], v[keys])]
             part, lse[:, rows] = (x[0] for x in attend_in_tiles(*inputs, scale, Visibility(causal)))
@@ -101,6 +104,35 @@ def test_prefixes_equal_dense(kernels, keywords):
     # all on themselves; 8 tokens continue the first prompt of 3 and 5 the other of 2; 2 tokens continue the turn of 3
     levels = [(True, 23, 23), (False, 13, 5), (False, 2, 3)]
     assert kernels.calls == [(way, *level) for way in ("forward", "backward") for level in levels]
+
+
+def test_half_precision_is_rounded_once_a_part(kernels):
+    """Log-sum-exps stay float32; output and gradients are within three roundings of the exact ones of the same inputs."""
+    rounded = [x.detach().bfloat16() for x in random_qkv(sum(TREE.lengths_S))]
+    found = []
+    for function, dtype in ((varlen_attention, torch.bfloat16), (dense_attention, torch.float64)):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in rounded]
+        out, _ = function(torch.nn.Identity(), *inputs, None, segments=TREE)
+        (out.double() * torch.arange(out.numel()).view_as(out).cos().bfloat16().double()).sum().backward()
+        found.append([out, *(x.grad for x in inputs)])
+    assert {x.dtype for x in found[0]} == {torch.bfloat16}
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(
+            one.double(), other, rtol=3 * 2**-8, atol=3 * 2**-8 * float(other.detach().abs().max())
+        )
+    assert len(kernels.calls) == 6
+
+
+def test_heads_of_odd_sizes_take_gathered_keys(kernels, monkeypatch):
+    """The kernel is for multiples of eight."""
+    package = ModuleType("flash_attn")
+    package.flash_attn_varlen_func = varlen_stand_in
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, 23, 12, dtype=torch.float64) for heads in (4, 2, 2)]
+    one, other = (f(torch.nn.Identity(), *inputs, None, segments=TREE)[0] for f in (varlen_attention, dense_attention))
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert kernels.calls == []
 
 
 def test_the_real_operators_take_what_they_are_given():

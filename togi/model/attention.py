@@ -185,13 +185,15 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """One call of ``flash_attn_varlen_func`` (flash-attn 2.1 or newer, whose causal mask is aligned bottom-right).
 
-    With shared prefixes ``flash_prefixes`` does without gathered keys, but for a window that cuts and capped scores. Written
-    against the documented signature and tested on CPU with a stand-in of it; the kernel itself needs CUDA.
+    With shared prefixes ``flash_prefixes`` does without gathered keys, but for a window that cuts, capped scores and heads of odd
+    sizes. Written against the documented signature and tested on CPU with a stand-in of it; the kernel itself needs CUDA.
     """
     table = _checked(type(module).__name__, query, attention_mask, segments, others)
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
     longest = max(table.context_length(s) + length for s, length in enumerate(table.lengths_S))
-    if not (table.is_plain or _is_windowed(sliding_window, longest) or softcap is not None):
+    # PyTorch's kernel leaves filling heads up to a multiple of eight to its callers
+    as_it_is = query.shape[-1] % 8 == 0 and softcap is None and not _is_windowed(sliding_window, longest)
+    if as_it_is and not table.is_plain:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend_to_prefixes(q_THD, k_TGD, v_TGD, table, scale)[None], None
     from flash_attn import flash_attn_varlen_func

@@ -36,7 +36,7 @@ class Level:
     """One call: some tokens of the pack, in pieces, ask others, in as many pieces.
 
     ``queries_R`` and ``keys_U``: their packed indices. ``starts_q`` and ``starts_k``: bounds of the pieces (int32).
-    ``longest``: tokens of the longest piece of queries, of keys.
+    ``longest``: as many tokens as the longest piece of queries has, or more, and that of keys.
     """
 
     queries_R: Tensor
@@ -92,7 +92,8 @@ def _level(segments: Segments, pieces: list[tuple[int, list[int]]], *, causal: b
 
     queries_R, starts_q, longest_q = side([asking for _, asking in pieces])
     keys_U, starts_k, longest_k = side([[asked] for asked, _ in pieces])
-    return Level(queries_R, keys_U, starts_q, starts_k, (longest_q, longest_k), causal)
+    # where no piece has more than one query the kernel would take the way for decoding, which orders heads otherwise
+    return Level(queries_R, keys_U, starts_q, starts_k, (max(2, longest_q), longest_k), causal)
 
 
 def _tokens(segments: Segments, segment: int) -> Tensor:
@@ -130,8 +131,10 @@ class _FlashPrefixes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_TGD, v_TGD, out_THD, lse_TH = ctx.saved_tensors
-        d_q, d_k, d_v = (torch.zeros_like(full_precision(x)) for x in (q_THD, k_TGD, v_TGD))
-        for level in ctx.levels:
+        own, *others = ctx.levels
+        whole = own.backward(grad_THD, (q_THD, k_TGD, v_TGD), out_THD, lse_TH.t().contiguous(), ctx.scale)
+        d_q, d_k, d_v = (full_precision(x) for x in whole)
+        for level in others:
             rows, keys = level.queries_R, level.keys_U
             inputs = (q_THD[rows], k_TGD[keys], v_TGD[keys])
             grads = level.backward(grad_THD[rows], inputs, out_THD[rows], lse_TH[rows].t().contiguous(), ctx.scale)
