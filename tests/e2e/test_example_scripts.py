@@ -31,7 +31,14 @@ LAUNCHED = {
     "sft_deepspeed.sh": ("model", "--backend fsdp2 --zero_stage 0 --no_adam_offload"),
 }
 # All that are run here.
-EXAMPLES = {*LAUNCHED, "dpo_precomputed.sh", "continued_pretraining.sh", "sft_resumable.sh", "chat.sh"}
+EXAMPLES = {
+    *LAUNCHED,
+    "dpo_compiled.sh",
+    "dpo_precomputed.sh",
+    "continued_pretraining.sh",
+    "sft_resumable.sh",
+    "chat.sh",
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +89,18 @@ def test_a_precomputed_reference_changes_nothing(world: Path, tmp_path: Path) ->
     before = here("dpo_precomputed.sh", tmp_path / "a", world / "model", run=tmp_path / "before")
     during = here("dpo.sh", tmp_path / "b", world / "model", run=tmp_path / "during")
     assert_equal(before, during, ("loss", "eval/loss", "reward/margin"))
+
+
+def test_compiled_layers_that_partly_recompute_change_nothing(world: Path, tmp_path: Path) -> None:
+    """A budget of 100 tokens, below the tokens of each pack, so that some layers recompute and others do not."""
+    torch.compiler.reset()
+    off = ("--no_torch_compile", "--no_gradient_checkpointing", "--gradient_checkpointing_above", "0")
+    budget = ("--gradient_checkpointing_above", "100")
+    with_it = here("dpo_compiled.sh", tmp_path / "a", world / "model", *budget, run=tmp_path / "with")
+    without = here("dpo_compiled.sh", tmp_path / "b", world / "model", *off, run=tmp_path / "without")
+    assert_equal(with_it, without, ("loss", "eval/loss", "grad_norm", "reward/margin"))
+    assert with_it[1]["compile/seconds"] > 0 and with_it[1]["tokens/step"] > 100
+    assert "compile/seconds" not in without[1]
 
 
 def test_continued_pre_training_learns_every_token_of_plain_text(world: Path, tmp_path: Path) -> None:

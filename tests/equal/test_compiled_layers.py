@@ -1,21 +1,36 @@
 """``--torch_compile``: Inductor's layers = the layers as they are, in outputs and gradients, for packs of any size."""
 
+import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.offline_world import flags, make_world
 from tests.packs import random_groups, shared_pack
 from tests.tiny import save_tiny_model
 from togi.config.choices import Layers
-from togi.config.shared import LoRA, Recompute
-from togi.errors import ModelError
-from togi.model.compiled_layers import TESTED, clock
+from togi.config.offline import KDConfig
+from togi.config.parse import parse
+from togi.config.shared import COMPILABLE, LoRA, Recompute
+from togi.errors import ConfigError, ModelError
+from togi.model.adapters import without_adapter
+from togi.model.compiled_layers import clock
 from togi.model.loading import load_causal_lm
 from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel
+from togi.recipes.offline_preflight import check
+
+
+@pytest.fixture(autouse=True)
+def layers_must_be_compiled() -> Iterator[None]:
+    """Beyond the limit of ways to call them they would run as they are, and be equal."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
 
 NEEDS = Needs(logprobs=True, entropy=True)
 PACKS = [
@@ -37,6 +52,11 @@ def results(model: PolicyModel) -> list[Tensor]:
     return found + [p.grad for p in model.parameters() if p.grad is not None]
 
 
+def logprobs_without_adapter(model: PolicyModel) -> Tensor:
+    with without_adapter(model), torch.no_grad():
+        return model.eval()(PACKS[0], NEEDS).logprobs_K
+
+
 def assert_equal(model: PolicyModel, compiled: PolicyModel) -> None:
     ours, theirs = results(compiled), results(model)
     assert len(ours) == len(theirs) > 3 * len(PACKS)
@@ -44,7 +64,7 @@ def assert_equal(model: PolicyModel, compiled: PolicyModel) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("arch", TESTED)
+@pytest.mark.parametrize("arch", COMPILABLE)
 def test_compiled_layers_equal_those_as_they_are(tmp_path: Path, arch: str) -> None:
     save_tiny_model(tmp_path, arch=arch)
     load = [
@@ -83,15 +103,45 @@ def test_recomputing_and_adapters_change_nothing(tmp_path: Path, lora: LoRA | No
             str(tmp_path), torch.float32, flash_attn=False, recompute=Recompute(above=10), lora=lora, layers=layers
         )
         models.append(model)
-    if lora is not None:
+    before = clock.parts
+    if lora is None:
+        assert_equal(*models)
+    else:
         for model in models:
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    assert_equal(*models)
+        assert_equal(*models)
+        bases = [logprobs_without_adapter(model) for model in models]
+        torch.testing.assert_close(*bases, rtol=1e-5, atol=1e-5)
+        assert_equal(*models)
+        with torch.no_grad():
+            assert (models[1](PACKS[0], NEEDS).logprobs_K - bases[1]).abs().max() > 0.1
+    assert clock.parts > before
+
+
+@pytest.mark.parametrize(
+    ("lacks", "words"), [("CXX", "there is no .*/none: install it"), ("include", "install python3-dev")]
+)
+def test_what_compiling_needs_is_looked_for_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, words: str
+) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    if lacks == "CXX":
+        monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    else:
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(ConfigError, match=words):
+        load_causal_lm(str(tmp_path), torch.float32, flash_attn=False, layers=Layers.COMPILED)
 
 
 def test_an_architecture_it_was_not_tested_with_is_refused(tmp_path: Path) -> None:
-    save_tiny_model(tmp_path, arch="mixtral")
+    """In any role, by config.json; of a hub name when the model is loaded."""
+    make_world(tmp_path)
+    save_tiny_model(tmp_path / "mixtral", arch="mixtral")
+    argv = flags(tmp_path, "kd", tmp_path / "run", "--torch_compile", "--teacher_model", str(tmp_path / "mixtral"))
+    with pytest.raises(ConfigError, match=r"--torch_compile is tested .* --teacher_model \S+ is a mixtral model"):
+        check(parse(KDConfig, argv, "kd"))
     with pytest.raises(ModelError, match=r"--torch_compile is tested with gemma, .* and this is a mixtral model"):
-        load_causal_lm(str(tmp_path), torch.float32, flash_attn=False, layers=Layers.COMPILED)
+        load_causal_lm(str(tmp_path / "mixtral"), torch.float32, flash_attn=False, layers=Layers.COMPILED)

@@ -16,6 +16,8 @@ NO_METRIC = "none"
 MIXTURES = ("mixtral", "qwen3_moe")
 # Model types whose layers --ds_tensor_parallel_size can split.
 SPLITTABLE = ("llama", "qwen2", "qwen3", "mistral")
+# Model types whose layers were shown to be the same compiled. A mixture's experts get other numbers of tokens each time.
+COMPILABLE = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,21 @@ _EXACT = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 FLAGS = ("-O3", "-march=native", "-std=c11", *_EXACT, "-fopenmp", "-fPIC", "-shared")
 
 
+def own_folder(name: str) -> Path:
+    """A folder in the cache for code that is run, of this user alone. Raises OSError where others could have written it."""
+    folder = cache_folder() / f"{name}-{os.getuid()}"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    owner = folder.stat()
+    if owner.st_uid != os.getuid() or owner.st_mode & 0o022:
+        raise OSError(f"Others than its user may write to {folder}: remove it.")
+    return folder
+
+
+def processor_mark() -> str:
+    """A name for the processor: one home may be shared by machines that differ."""
+    return hashlib.blake2b(processor().encode(), digest_size=8).hexdigest()
+
+
 def library() -> Path:
     """The library for this source, compiler and processor, built if it is not there.
 
@@ -40,11 +55,7 @@ def library() -> Path:
     sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
     parts = (*sources, str(FLAGS), compiler, torch.__version__, processor())
     name = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
-    folder = cache_folder() / f"kernels-{os.getuid()}"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    owner = folder.stat()
-    if owner.st_uid != os.getuid() or owner.st_mode & 0o022:
-        raise OSError(f"Others than its user may write to {folder}: remove it.")
+    folder = own_folder("kernels")
     path = folder / f"{name}.so"
     if not path.exists():
         start = time.perf_counter()

@@ -8,37 +8,42 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from togi.config.shared import COMPILABLE
 from togi.errors import ModelError
+from togi.kernels.library import own_folder, processor_mark
 from togi.model.attention import SEGMENTS, VARLEN, segment_attention, varlen_attention
 from togi.model.ring_attention import RING, ring_attention
-from togi.plan.machine import cache_folder
+from togi.plan.machine import check_compiler
 
-# Shown equal to the layers as they are, in outputs and gradients. A mixture's experts get other numbers of tokens each time.
-TESTED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+RECOMPILE_LIMIT = 64
+"""Ways to call a layer that are compiled, such as without gradients; beyond it the layer would run as it is, without a word."""
 
 
 def check_compiled(kind: str) -> None:
-    """Raise ModelError where layers of this type were not tested compiled: before weights are read."""
-    if kind not in TESTED:
+    """Raise ModelError or ConfigError where layers of this type cannot be compiled: before weights are read."""
+    if kind not in COMPILABLE:
         raise ModelError(
-            f"--torch_compile is tested with {', '.join(TESTED)} models, and this is a {kind} model: leave the flag out."
+            f"--torch_compile is tested with {', '.join(COMPILABLE)} models, and this is a {kind} model: leave the flag out."
         )
+    check_compiler()
 
 
 def compile_layers(hf: PreTrainedModel) -> None:
     """Let every layer's forward be compiled when it is first called, for any number of tokens; what is built stays on disk."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / f"inductor-{os.getuid()}"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_folder("inductor") / processor_mark()))
     for name, function in ((SEGMENTS, segment_attention), (VARLEN, varlen_attention), (RING, ring_attention)):
         AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
     clock.start()
+    build: Any = torch.compile  # its types lack the limit
     for layer in hf.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            layer.forward = build(layer.forward, dynamic=True, recompile_limit=RECOMPILE_LIMIT)
 
 
 class CompileClock:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from togi.errors import ConfigError
 
 # avx512bw: oneDNN computes bfloat16 with any AVX-512; bf16: ARM
 BF16_FLAGS = frozenset({"avx512bw", "avx512_bf16", "amx_bf16", "bf16"})
@@ -53,6 +57,17 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def cache_folder() -> Path:
     """``$TOGI_CACHE``, by default ``~/.cache/togi``."""
     return Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser()
+
+
+def check_compiler() -> None:
+    """Raise ConfigError if this machine lacks what ``--torch_compile`` builds layers with."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"--torch_compile needs a C++ compiler and there is no {compiler}: install it, or leave the flag out."
+        )
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        raise ConfigError("--torch_compile needs Python's header files: install python3-dev, or leave the flag out.")
 
 
 def joins_cluster() -> bool:

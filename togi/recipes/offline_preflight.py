@@ -16,6 +16,7 @@ from togi.recipes.best_metric import offline_aim
 from togi.recipes.modelscope import with_local_names
 from togi.recipes.preflight import (
     check_backend,
+    check_compiled,
     check_engine,
     check_experts,
     check_folders,
@@ -43,6 +44,7 @@ def check(parsed: Parsed[OfflineConfig]) -> Parsed[OfflineConfig]:
     check_teams(config)
     check_heads(config, other_models(config).items())
     check_splits(config, [("pretrain", config.pretrain)])
+    check_compiled(config, other_models(config).items())
     check_experts(config)
     check_data(config)
     check_trackers(trackers(config))

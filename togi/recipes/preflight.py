@@ -21,12 +21,12 @@ from togi.config.parallel_checks import check_splittable
 from togi.config.parse import Parsed
 from togi.config.reward import verifier_of
 from togi.config.rl import RLConfig
-from togi.config.shared import ADAPTER_CONFIG, ModelSettings, OutputSettings, TrainSettings
+from togi.config.shared import ADAPTER_CONFIG, COMPILABLE, ModelSettings, OutputSettings, TrainSettings
 from togi.data.items import listed, parse_items
 from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError
 from togi.obs.sinks import TrackerOptions, check_trackers
-from togi.plan.machine import Machine, joins_cluster
+from togi.plan.machine import Machine, check_compiler, joins_cluster
 from togi.plan.placement import check_fits, check_spread, plan_groups, resolve
 from togi.recipes.best_metric import check_rl_metric
 from togi.recipes.modelscope import with_local_names
@@ -62,6 +62,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
         check_model(flag, path)
     check_heads(config, models)
     check_splits(config, trained_models(config))
+    check_compiled(config, models)
     check_context(config)
     check_engine_heads("vllm_tensor_parallel_size", config.vllm_tensor_parallel_size, config.pretrain)
     check_experts(config)
@@ -88,6 +89,21 @@ def check_heads(config: TrainSettings, models: Iterable[tuple[str, str]]) -> Non
             raise ConfigError(
                 f"--ring_head_stride {stride} does not divide the {heads} key/value heads of --{flag} {path}: choose a divisor."
             )
+
+
+def check_compiled(config: ModelSettings, models: Iterable[tuple[str, str]]) -> None:
+    """The layers of every model, given with its flag, can be compiled, here unless others do it."""
+    if not config.torch_compile:
+        return
+    for flag, path in models:
+        kind = model_settings(path).get("model_type")
+        if kind is not None and kind not in COMPILABLE:
+            raise ConfigError(
+                f"--torch_compile is tested with {', '.join(COMPILABLE)} models, but --{flag} {path} is a {kind} model: "
+                "leave it out."
+            )
+    if not joins_cluster():
+        check_compiler()
 
 
 def check_replayed(config: RLConfig, folder: Path) -> None:

@@ -281,6 +281,8 @@ def update_metrics(role: Role, reports: Sequence[UpdateReport]) -> dict[str, flo
     )
     keys = {key for report in reports for key in report.metrics}
     means = {key: float(np.mean([report.metrics[key] for report in reports if key in report.metrics])) for key in keys}
+    if names.COMPILE_SECONDS in means:
+        means[names.COMPILE_SECONDS] *= len(reports)  # it is a sum
     if role is Role.CRITIC and names.AUX_LOSS in means:
         means[names.VALUE_AUX_LOSS] = means.pop(names.AUX_LOSS)
     means[grad_norm] = float(np.mean([report.grad_norm for report in reports]))
