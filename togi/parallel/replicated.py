@@ -59,8 +59,8 @@ class Replicated:
     def clip(self, max_norm: float) -> float:
         """``step`` multiplies by the factor that makes the norm ``max_norm``: bfloat16 gradients would be rounded by it here."""
         norm = self._norm(list(self._gradients().values()))
-        self._factor = min(1.0, max_norm / (norm + CLIP_EPSILON))
-        return norm
+        self._factor = min(1.0, float(max_norm / (norm + CLIP_EPSILON)))
+        return float(norm)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
@@ -143,12 +143,12 @@ class Replicated:
             if working is not master and working.grad is not None:
                 _hand_over(working, master)
 
-    def _norm(self, gradients: list[Tensor]) -> float:
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
         if self._kernels is not None:
-            return math.sqrt(sum(map(self._kernels.square_sum, gradients)))
+            return torch.tensor(math.sqrt(sum(map(self._kernels.square_sum, gradients))))
         wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
         norms = [torch.linalg.vector_norm(x, dtype=dtype) for x, dtype in zip(gradients, wide, strict=True)]
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
     def _gradients(self) -> dict[str, Tensor]:
         """Those of this step, where they are now: of working copies or of masters."""
