@@ -43,6 +43,11 @@ class Segments:
         """How many tokens precede the segment's first token in its own sequence."""
         return sum(self.lengths_S[s] for s in self.chain(segment)[:-1])
 
+    def tokens(self, segment: int) -> Tensor:
+        """Packed indices of the segment's own tokens, int64."""
+        start = self.starts_S[segment]
+        return torch.arange(start, start + self.lengths_S[segment])
+
     @property
     def is_plain(self) -> bool:
         return all(prefix == NO_PREFIX for prefix in self.prefixes_S)

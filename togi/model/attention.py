@@ -222,9 +222,7 @@ def varlen_table(segments: Segments, device: torch.device) -> tuple[Tensor, Tens
     """Packed index of every key (segment by segment, each with its chain); int32 bounds of queries, and of keys."""
     keys, bounds_q, bounds_k = [], [0], [0]
     for s, length in enumerate(segments.lengths_S):
-        for link in segments.chain(s):
-            start = segments.starts_S[link]
-            keys.append(torch.arange(start, start + segments.lengths_S[link]))
+        keys += [segments.tokens(link) for link in segments.chain(s)]
         bounds_q.append(bounds_q[-1] + length)
         bounds_k.append(bounds_k[-1] + segments.context_length(s) + length)
     starts_q, starts_k = (torch.tensor(b, dtype=torch.int32, device=device) for b in (bounds_q, bounds_k))

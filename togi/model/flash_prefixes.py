@@ -87,18 +87,13 @@ def _level(segments: Segments, pieces: list[tuple[int, list[int]]], *, causal: b
     def side(pieces: list[list[int]]) -> tuple[Tensor, Tensor, int]:
         lengths = [sum(segments.lengths_S[s] for s in piece) for piece in pieces]
         starts = torch.tensor([0, *lengths]).cumsum(0)
-        index = torch.cat([_tokens(segments, s) for piece in pieces for s in piece])
+        index = torch.cat([segments.tokens(s) for piece in pieces for s in piece])
         return index.to(device), starts.to(device, torch.int32), max(lengths)
 
     queries_R, starts_q, longest_q = side([asking for _, asking in pieces])
     keys_U, starts_k, longest_k = side([[asked] for asked, _ in pieces])
     # where no piece has more than one query the kernel would take the way for decoding, which orders heads otherwise
     return Level(queries_R, keys_U, starts_q, starts_k, (max(2, longest_q), longest_k), causal)
-
-
-def _tokens(segments: Segments, segment: int) -> Tensor:
-    start = segments.starts_S[segment]
-    return torch.arange(start, start + segments.lengths_S[segment])
 
 
 def attend_to_prefixes(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, scale: float) -> Tensor:

@@ -130,12 +130,7 @@ def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
 
 
 def check_causal_lm(
-    path: str,
-    *,
-    flash_attn: bool,
-    trust_remote_code: bool = False,
-    lora: LoRA | None = None,
-    balanced: bool = False,
+    path: str, *, flash_attn: bool, trust_remote_code: bool = False, lora: LoRA | None = None, balanced: bool = False
 ) -> None:
     """Raise ModelError for what config.json alone tells about a model that cannot be trained. Loads no weights.
 

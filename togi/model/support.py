@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
@@ -74,7 +73,7 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
         packed_TH = hidden_states(model.hf, WholeLayout.of(batch))
         ours_K = model(batch, Needs(logprobs=True)).logprobs_K if isinstance(model, PolicyModel) else None
         for own in (1, 2, 3):
-            path = torch.cat([_rows(batch.segments, s) for s in batch.segments.chain(own)])
+            path = torch.cat([batch.segments.tokens(s) for s in batch.segments.chain(own)])
             tokens, length = batch.tokens_T[path], batch.segments.lengths_S[own]
             with _stock_attention(model.hf):
                 stock: Any = model.hf.base_model(input_ids=tokens[None], use_cache=False)
@@ -91,11 +90,6 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
             f"{model.hf.config.model_type} models give other results packed than alone (difference {worst:.2g}): "
             f"Togi cannot train this architecture; tested ones are {', '.join(sorted(PROVEN))}."
         )
-
-
-def _rows(segments: Segments, segment: int) -> Tensor:
-    start = segments.starts_S[segment]
-    return torch.arange(start, start + segments.lengths_S[segment])
 
 
 def _probe_batch(vocab: int) -> Batch:

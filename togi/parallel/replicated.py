@@ -146,8 +146,7 @@ class Replicated:
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         if self._kernels is not None:
             return torch.tensor(math.sqrt(sum(map(self._kernels.square_sum, gradients))))
-        wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
-        norms = [torch.linalg.vector_norm(x, dtype=dtype) for x, dtype in zip(gradients, wide, strict=True)]
+        norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in gradients]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
     def _gradients(self) -> dict[str, Tensor]:
