@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import START, STOP, tiny_tokenizer
-from togi.data.chat import decode, encode, load_tokenizer, render_prompt, stop_token_ids, visible
+from togi.data.chat import decode, encode, load_tokenizer, plain_prompt, render_messages, stop_token_ids, visible
 from togi.data.loader import LoaderState, PromptLoader
+from togi.data.messages import USER, dialogue_of
 from togi.data.prompts import PromptSpec, load_prompts
 from togi.data.report import Lengths
 from togi.errors import DataError
@@ -32,9 +33,13 @@ def write(path, rows):
     return str(path)
 
 
+def render_chat(value, tokenizer):
+    return render_messages(dialogue_of(value, USER, None), tokenizer, add_generation_prompt=True)
+
+
 def test_chat_text_and_tokens(tokenizer):
     for value in ("hi", [{"role": "user", "content": "hi"}], [{"role": "user", "content": "hi", "name": None}]):
-        text = render_prompt(value, tokenizer, apply_chat_template=True, input_template=None)
+        text = render_chat(value, tokenizer)
         assert text == RENDERED
     (ids,) = encode([text], tokenizer, add_special_tokens=False)
     # 3 special tokens, "user\nhi" (7 bytes), "\n" and "assistant\n" (10 bytes).
@@ -45,17 +50,17 @@ def test_chat_text_and_tokens(tokenizer):
 
 
 def test_plain_text(tokenizer):
-    assert render_prompt("{x} {}", tokenizer, apply_chat_template=False, input_template=None) == "{x} {}"
+    assert plain_prompt("{x} {}", None) == "{x} {}"
     template = "User: {}\nAssistant: {json}"
-    text = render_prompt("a{}", tokenizer, apply_chat_template=False, input_template=template)
+    text = plain_prompt("a{}", template)
     assert text == "User: a{}\nAssistant: {json}"
 
 
 @pytest.mark.parametrize(
     ("value", "chat", "message"),
     [
-        ([{"role": "user", "content": "x"}], False, "of type list, not a string: use --apply_chat_template"),
-        (3, True, "of type int: a prompt must be a string or a list of messages"),
+        ([{"role": "user", "content": "x"}], False, "is the list .*, not a string: use --apply_chat_template"),
+        (3, True, "is the number 3: it must be a string or a list of messages"),
         ([{"content": "x"}], True, "no role and content in its message 0"),
         (["x"], True, "no role and content in its message 0"),
     ],
@@ -126,16 +131,16 @@ def test_rendering_flags_are_checked_first(tokenizer):
 def test_load_tokenizer_and_stop_tokens(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     own = load_tokenizer(str(tmp_path), chat_template=None, trust_remote_code=False)
-    assert render_prompt("hi", own, apply_chat_template=True, input_template=None) == RENDERED
+    assert render_chat("hi", own) == RENDERED
     other = load_tokenizer(str(tmp_path), chat_template="{{ messages[0]['content'] }}", trust_remote_code=False)
-    assert render_prompt("hi", other, apply_chat_template=True, input_template=None) == "hi"
-    assert stop_token_ids(own, str(tmp_path)) == (STOP,)
+    assert render_chat("hi", other) == "hi"
+    assert stop_token_ids(own, str(tmp_path), chat=True) == (STOP,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 3]}')
-    assert stop_token_ids(own, str(tmp_path)) == (3, 7, STOP)
+    assert stop_token_ids(own, str(tmp_path), chat=True) == (3, 7, STOP)
     (tmp_path / "generation_config.json").unlink()
     own.eos_token = None
     with pytest.raises(DataError, match="names an EOS token"):
-        stop_token_ids(own, str(tmp_path))
+        stop_token_ids(own, str(tmp_path), chat=False)
     with pytest.raises(DataError, match="No tokenizer can be loaded from"):
         load_tokenizer(str(tmp_path / "nothing"), chat_template=None, trust_remote_code=False)
 
@@ -148,7 +153,7 @@ def test_real_tokenizer(tmp_path):
     assert prompts[0].text.endswith("<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n")
     assert visible(tokenizer, prompts[0].tokens) == prompts[0].text == prompts.report.examples[0]
     assert prompts[0].tokens[0] == 1 and prompts[0].tokens[1] != 1
-    assert stop_token_ids(tokenizer, str(SMOL)) == (2,)
+    assert stop_token_ids(tokenizer, str(SMOL), chat=True) == (2,)
 
 
 def test_every_row_is_accounted_for(tmp_path, tokenizer):

@@ -288,22 +288,22 @@ def test_too_many_faults_stop_the_run(tmp_path, tokenizer):
     ("row", "settings", "message"),
     [
         ({"q": "x"}, PLAIN, r"^Line 2 of .*a.jsonl has no field 'a'"),
-        ({"q": 3, "a": "x"}, PLAIN, r"^Line 2 of .*: the field 'q' is of type int, not a string"),
+        ({"q": 3, "a": "x"}, PLAIN, r"^Line 2 of .*: the field 'q' is the number 3, not a string: correct or remove the row"),
         (
             {"q": "x", "a": ["y"]},
             PLAIN,
-            r"^Line 2 of .*: the field 'a' is of type list, not a string: use --apply_chat",
+            r"^Line 2 of .*: the field 'a' is the list \['y'\], not a string: use --apply_chat_template for lists",
         ),
-        ({"q": 3, "a": "x"}, {**PLAIN, "apply_chat_template": True}, r"^Line 2 of .*: the field 'q' is of type int"),
+        ({"q": 3, "a": "x"}, {**PLAIN, "apply_chat_template": True}, r"^Line 2 of .*: the field 'q' is the number 3: it must"),
         (
             {"q": "x", "a": [{"role": "user", "content": "y"}]},
             {**PLAIN, "apply_chat_template": True},
             r"^Line 2 of .*: the field 'a' ends with a message of role 'user', which cannot be learned",
         ),
         (
-            {"q": TURNS[:1], "a": TURNS[:2]},
+            {"q": TURNS[:1], "a": TURNS[2:]},
             {**PLAIN, "apply_chat_template": True},
-            r"^Line 2 of .*: the field 'a' repeats the prompt in 'q'",
+            r"^Line 2 of .*: the conversation in 'a' does not begin with the prompt in 'q'",
         ),
         (
             {"q": "x", "a": "y"},
@@ -327,7 +327,7 @@ def test_bad_rows(tmp_path, tokenizer, row, settings, message):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages|length }}{{ messages[-1]['content'] }}", r"^Line 1 of .* has its message 1 rendered differently"),
+        ("{{ messages|length }}{{ messages[-1]['content'] }}", r"^Line 1 of .* before its message 1 rendered differently"),
         (
             CHAT_TEMPLATE.replace("message['content']", "message['content'] | upper"),
             r"^Line 1 of .* has its message 1 changed by the chat template \(.*'A1<\|im_end\|>', the message 'a1'\)",
@@ -349,7 +349,7 @@ def test_templates_that_cannot_be_used(tmp_path, template, message):
 
 
 def test_a_row_that_breaks_the_template_is_one_bad_row(tmp_path):
-    """Templates are code, and fail on a row in any way: here None + a string, and a field that is not there."""
+    """Templates are code, and fail on a row in any way: here a string + a list, and a field that is not there."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace(
         "message['content']", "message['content'] + '' + message['name'] * 0"
@@ -357,7 +357,7 @@ def test_a_row_that_breaks_the_template_is_one_bad_row(tmp_path):
     named = [{**turn, "name": ""} for turn in TURNS]
     rows = [
         {"m": named},
-        {"m": [{**named[0], "content": None}, *named[1:]]},
+        {"m": [named[0], {**named[1], "name": [1, 2]}, *named[2:]]},
         {"m": [*named[:3], {**named[3], "name": 2.5}]},
     ]
     examples = load(tmp_path, tokenizer, rows, apply_chat_template=True, input_key="m", max_bad_rows=0.7)

@@ -132,7 +132,7 @@ def test_long_pairs(tmp_path, tokenizer):
     [
         ({"chosen": "a"}, {}, r"^Line 2 of .* has no field 'rejected'; it has 'chosen'"),
         ({"chosen": "a", "rejected": "b"}, {"prompt_key": "p"}, r"^Line 2 of .* has no field 'p'"),
-        ({"chosen": "a", "rejected": 3}, {}, r"^Line 2 of .*: the field 'rejected' is of type int, not a string"),
+        ({"chosen": "a", "rejected": 3}, {}, r"^Line 2 of .*: the field 'rejected' is the number 3, not a string"),
         (
             {"chosen": "a", "rejected": "b", "margin": "big"},
             {},
@@ -155,9 +155,9 @@ def test_long_pairs(tmp_path, tokenizer):
             r"^Line 2 of .*: the field 'rejected' ends with a message of role 'user'",
         ),
         (
-            {"p": "q", "chosen": GOOD, "rejected": BAD},
+            {"p": "another", "chosen": GOOD, "rejected": BAD},
             {"apply_chat_template": True, "prompt_key": "p"},
-            r"^Line 2 of .*: the field 'chosen' repeats the prompt in 'p'",
+            r"^Line 2 of .*: the conversation in 'chosen' does not begin with the prompt in 'p'",
         ),
     ],
 )
@@ -301,7 +301,7 @@ def test_cut_steps_lose_their_labels(tmp_path, tokenizer):
         ({"label": []}, {}, r"^Line 2 of .* has no field 'input'"),
         ({"input": "a#", "label": "+"}, {}, r"^Line 2 of .*: the field 'label' is of type str, not a list"),
         ({"input": "a#", "label": ["+", "-"]}, {}, r"^Line 2 of .* has 2 labels in 'label' for 1 placeholders '#'"),
-        ({"input": ["a"], "label": ["+"]}, {}, r"^Line 2 of .*: the field 'input' is of type list"),
+        ({"input": ["a"], "label": ["+"]}, {}, r"^Line 2 of .*: the field 'input' is the list \['a'\], not a string: correct"),
         ({"input": "a#", "label": ["good"]}, {}, r"^Line 2 of .*: label 0 'good' is 4 tokens"),
         ({"input": "a#", "label": [None]}, {}, r"^Line 2 of .*: label 0 is of type NoneType"),
         ({"input": "a#", "label": [0.5]}, {}, r"^Line 2 of .*: label 0 is 0.5, but earlier labels are tokens"),

@@ -21,6 +21,9 @@ class TalkSettings(Settings):
     input_template: str | None = flag(
         PLAIN_TEMPLATE, "Format string with one {} around each message, in plain text only."
     )
+    tools: PathText | None = flag(
+        None, "JSON file with a list of tools that the chat template shows to the model, as in a row's field tools."
+    )
     ta_prompt: PathText | None = flag(None, "Text file that the conversation starts with, in plain text only.")
     enable_csft: bool = flag(False, "Put the reward text of --csft_prompt before each answer.")
     tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")

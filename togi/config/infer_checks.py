@@ -55,6 +55,8 @@ def _chat_problems(c: ChatConfig, given: set[str]) -> Iterator[str]:
         if c.apply_chat_template and name in given:
             yield f"--{name} is for plain text: add --no_apply_chat_template, or leave --{name} out."
     if not c.apply_chat_template:
+        if c.tools is not None:
+            yield "--tools needs the chat template, which shows them: leave --tools or --no_apply_chat_template out."
         if c.tokenizer_chat_template is not None:
             yield "--tokenizer_chat_template and --no_apply_chat_template exclude each other: leave one of them out."
         if c.input_template is not None:

@@ -24,7 +24,7 @@ from togi.errors import DataError
 from togi.plan import machine
 
 # Raise it when the same rows and settings become other samples than before, or the files another form.
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 20 * 2**30
 LEFT_OVER_SECONDS = 3600
 ASIDE = ".part"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import tokenizers
 import transformers
@@ -20,6 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from togi.config.checks import template_problems
 from togi.data.faults import Drop, RowError
+from togi.data.messages import ASSISTANT, USER, Dialogue, named_value
 from togi.errors import DataError
 
 SHOWN_CHARACTERS = 80
@@ -57,26 +59,22 @@ def check_rendering(tokenizer: Tokenizer, *, apply_chat_template: bool, input_te
         )
 
 
-def render_prompt(value: object, tokenizer: Tokenizer, *, apply_chat_template: bool, input_template: str | None) -> str:
-    """The text of one prompt: a string is one user message, a list of messages is rendered as it is. Raises RowError.
-
-    With the chat template the text ends with the generation prompt. ``input_template`` gets the string for its ``{}``.
-    """
-    if not apply_chat_template:
-        if not isinstance(value, str):
-            raise RowError(
-                Drop.WRONG_TYPE,
-                f"is of type {type(value).__name__}, not a string: use --apply_chat_template for lists of messages.",
-            )
-        return value if input_template is None else input_template.replace("{}", value)
-    return render_messages(as_messages(value), tokenizer, add_generation_prompt=True)
+def plain_prompt(value: object, input_template: str | None) -> str:
+    """The text of a prompt without a chat template; ``input_template`` gets the string for its ``{}``. Raises RowError."""
+    text = plain_text(value)
+    return text if input_template is None else input_template.replace("{}", text)
 
 
-def render_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, add_generation_prompt: bool) -> str:
-    """The text of a conversation. Raises RowError if the template refuses it."""
+def render_messages(dialogue: Dialogue, tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> str:
+    """The text of a conversation, with its tools. Raises RowError if the template refuses it."""
+    if not dialogue.messages:
+        return ""
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(dialogue.messages),
+            tools=list(dialogue.tools) or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
     except Exception as error:  # noqa: BLE001  a template is the user's code, and can fail in any way on a row
         raise _refused(error) from None
@@ -84,17 +82,46 @@ def render_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
     return text
 
 
+def template_text(tokenizer: Tokenizer) -> str:
+    """The chat template, all of them where there are several; "" where there is none."""
+    template = tokenizer.chat_template or ""
+    return template if isinstance(template, str) else "\n".join(template.values())
+
+
+def closing_text(tokenizer: Tokenizer) -> str:
+    """What the chat template writes after an answer, without white space around it: the token that closes a turn, or nothing."""
+    return _closing_text(tokenizer, template_text(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _closing_text(tokenizer: Tokenizer, template: str) -> str:
+    probe = Dialogue(({"role": USER, "content": "probe-1"}, {"role": ASSISTANT, "content": "probe-2"}))
+    try:
+        return render_messages(probe, tokenizer).rpartition("probe-2")[2].strip() if template else ""
+    except RowError:  # a template that takes no such conversation
+        return ""
+
+
+def closing_token(tokenizer: Tokenizer) -> int | None:
+    """The special token with which the chat template closes a turn of the assistant, so that an answer ends with it."""
+    ids = tokenizer(closing_text(tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    return ids[0] if ids and ids[0] in added and ids[0] != tokenizer.bos_token_id else None
+
+
 def marks_turns(tokenizer: Tokenizer) -> bool:
     """Whether the chat template says with ``{% generation %}`` which parts the model is to learn."""
-    return re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template()) is not None
+    return re.search(r"{%-?\s*generation\s*-?%}", template_text(tokenizer)) is not None
 
 
-def render_marked(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+def render_marked(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and the (start, end) characters of each part that the template marks for learning."""
+    tools = [dict(tool) for tool in dialogue.tools] or None
     try:
         texts, marks = render_jinja_template(
-            [list(messages)],
-            chat_template=tokenizer.get_chat_template(),
+            [list(dialogue.messages)],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(tools=tools),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
@@ -103,22 +130,13 @@ def render_marked(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -
     return texts[0], [(start, end) for start, end in marks[0]]
 
 
-def as_messages(value: object) -> list[dict[str, Any]]:
-    """A string as one user message, or a checked list of messages. Raises RowError."""
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, Sequence):
-        raise RowError(
-            Drop.WRONG_TYPE, f"is of type {type(value).__name__}: a prompt must be a string or a list of messages."
-        )
-    for number, message in enumerate(value):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise RowError(
-                Drop.WRONG_ROLES,
-                f"has no role and content in its message {number}: write {{'role': 'user', 'content': ...}}.",
-            )
-    # Arrow gives every message all keys that any message has; templates must not see those that are only filled in.
-    return [{key: item for key, item in message.items() if item is not None or key == "content"} for message in value]
+def plain_text(value: object, *, chat: bool = True) -> str:
+    """The value if it is a string. Raises RowError that says what it is; ``chat``: whether a chat template would take a list."""
+    if not isinstance(value, str):
+        is_chat = chat and isinstance(value, list | dict)
+        way_out = "use --apply_chat_template for lists of messages" if is_chat else "correct or remove the row"
+        raise RowError(Drop.WRONG_TYPE, f"is {named_value(value)}, not a string: {way_out}.")
+    return value
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[list[int]]:
@@ -148,12 +166,13 @@ def as_plain_text(text: str, tokenizer: Tokenizer) -> str:
     return text.removeprefix(str(tokenizer.bos_token)) if adds_bos(tokenizer) else text
 
 
-def stop_token_ids(tokenizer: Tokenizer, model_path: str) -> tuple[int, ...]:
-    """Every token that ends an answer: EOS of the model's generation config and of the tokenizer, ascending.
-
-    Raises DataError if there is none.
+def stop_token_ids(tokenizer: Tokenizer, model_path: str, *, chat: bool) -> tuple[int, ...]:
+    """Every token that ends an answer, ascending: EOS of the model's generation config and of the tokenizer, and in a ``chat``
+    the one that closes a turn. Raises DataError if there is none.
     """
     found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    closing = closing_token(tokenizer) if chat else None
+    found.update([] if closing is None else [closing])
     eos = _generation_eos(model_path)
     found.update([eos] if isinstance(eos, int) else eos)
     if not found:

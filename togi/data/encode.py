@@ -7,13 +7,13 @@ What a row becomes depends on the row, the reader and the tokenizer only, so tha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
 from togi.config.choices import Overlong
 from togi.data.chat import Tokenizer
-from togi.data.faults import SENTENCES, Drop, RowError, named
+from togi.data.faults import SENTENCES, Drop, Note, RowError, check_whole, named
 from togi.data.masks import Coded, Draft, check_decoding, check_start, encode_drafts, end_tokens
 from togi.data.pairs import join_pair, read_pair
 from togi.data.record_spec import RecordSpec
@@ -100,7 +100,7 @@ class StepReader:
 class Outcome:
     """What became of a row: its sequences, or why it has none. ``lengths`` in tokens before anything is cut.
 
-    ``fault``: what is wrong with a faulty row, to follow its place; "" for all others.
+    ``fault``: what is wrong with a faulty row, to follow its place; "" for all others. ``notes``: of a row that is used.
     """
 
     coded: tuple[Coded, ...]
@@ -108,6 +108,7 @@ class Outcome:
     drop: Drop | None
     was_cut: bool = False
     fault: str = ""
+    notes: frozenset[Note] = frozenset()
 
 
 def encode_rows(rows: Rows, numbers: range, reader: RowReader, tokenizer: Tokenizer) -> Iterator[Outcome]:
@@ -131,7 +132,9 @@ def encode_rows(rows: Rows, numbers: range, reader: RowReader, tokenizer: Tokeni
                 unchecked -= 1
                 with named(place):
                     _check_decoding(drafted, sequences, tokenizer)
-            yield _settle(sequences, place, reader, tokenizer)
+            outcome = _settle(sequences, place, reader, tokenizer)
+            notes = frozenset().union(*(draft.notes for draft in drafted))
+            yield replace(outcome, notes=notes) if notes and outcome.drop is None else outcome
 
 
 def _read(row: Row | BadRow, place: str, reader: RowReader, tokenizer: Tokenizer) -> tuple[Draft, ...] | Outcome:
@@ -142,21 +145,10 @@ def _read(row: Row | BadRow, place: str, reader: RowReader, tokenizer: Tokenizer
         if isinstance(drafts, Drop):
             return _fault(drafts, f" {SENTENCES[drafts]}")
         for draft in drafts:
-            _check_text(draft, place)
+            check_whole(draft.text, f"{place} has")
     except RowError as error:
         return _fault(error.kind, str(error).removeprefix(place))
     return drafts
-
-
-def _check_text(draft: Draft, place: str) -> None:
-    """JSON can hold half a character (a lone surrogate, where a text was cut inside an emoji); tokenizers cannot."""
-    try:
-        draft.text.encode()
-    except UnicodeEncodeError as error:
-        half = draft.text[error.start : error.end].encode("ascii", "backslashreplace").decode()
-        raise RowError(
-            Drop.BAD_TEXT, f"{place} has half a character ({half}) in its text: correct or remove the row."
-        ) from None
 
 
 def _check_decoding(drafts: tuple[Draft, ...], sequences: tuple[Coded, ...], tokenizer: Tokenizer) -> None:

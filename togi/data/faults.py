@@ -28,6 +28,29 @@ class Drop(StrEnum):
     CUT_EQUAL = "equal when cut"
 
 
+class Note(StrEnum):
+    """What is read otherwise than it is written, or lost on the way to the model, in a row that is used.
+
+    The value goes on after "3 of 40 rows".
+    """
+
+    SHAREGPT = "have from and value in place of role and content, and are read so"
+    ALIAS = "call a role by another name (human, gpt, model, Assistant, observation, ...), and are read as user, assistant or tool"
+    AS_TEXT = "hold messages or tools as text, which is read as the list that it stands for"
+    ONE_MESSAGE = "hold one message, or columns of messages, where a list is expected, and are read as one"
+    PARTS = "have content in parts of text, which are joined"
+    PROMPT_TWICE = "repeat the prompt in the conversation of the answer; it is used once, as the conversation has it"
+    PROMPT_IN_ANSWER = (
+        "have an answer that begins with the whole prompt: if it is there twice, leave it out of one field"
+    )
+    ANSWER_LEFT_OUT = "end with the assistant's answer, which is left out of the prompt"
+    TOOLS_UNSEEN = "have tools that the chat template does not show to the model: use a template that renders tools"
+    CONTEXT_LOST = (
+        "have a message in the context that the chat template leaves out or changes: look at the rendered examples"
+    )
+    REASONING_LOST = "have reasoning beside the content that the chat template leaves out, so that it is not learned"
+
+
 # What depends on --max_len; every other reason is a fault of the row, for which --max_bad_rows is the limit.
 LENGTH_DROPS = frozenset({Drop.TOO_LONG, Drop.CUT_AWAY, Drop.CUT_EQUAL})
 FAULTS = frozenset(Drop) - LENGTH_DROPS
@@ -60,3 +83,25 @@ def named(subject: str) -> Iterator[None]:
         raise RowError(error.kind, f"{subject} {error}") from None
     except DataError as error:
         raise DataError(f"{subject} {error}") from None
+
+
+def check_whole(value: object, subject: str) -> None:
+    """Raise RowError if a text, or one at any depth of a value, has half a character.
+
+    JSON can hold one (a lone surrogate, where a text was cut inside an emoji); tokenizers and files cannot.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start : error.end].encode("ascii", "backslashreplace").decode()
+            raise RowError(
+                Drop.BAD_TEXT, f"{subject} half a character ({half}) in its text: correct or remove the row."
+            ) from None
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_whole(key, subject)
+            check_whole(item, subject)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_whole(item, subject)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from togi.data.chat import Tokenizer, as_messages, render_prompt
-from togi.data.faults import Drop, RowError, named
+from togi.data.chat import Tokenizer, plain_prompt, plain_text, template_text
+from togi.data.faults import Drop, Note, RowError, named
 from togi.data.masks import Draft
+from togi.data.messages import ASSISTANT, SYSTEM, TOOL, TOOLS, USER, Dialogue, Message, dialogue_of, tools_of
 from togi.data.precheck import missing_field
 from togi.data.record_spec import RecordSpec
 from togi.data.tables import Row
-from togi.data.turns import Message, answer_messages, conversation
+from togi.data.turns import check_last, conversation
+
+# A shorter prompt may begin an answer by chance.
+LONG_PROMPT = 20
 
 
 def value_of(row: Row, where: str, flag: str, key: str) -> object:
@@ -26,59 +30,128 @@ def is_empty(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip()) or value == []
 
 
-def as_text(value: object, where: str, key: str) -> str:
-    """The value if it is a string. Raises RowError."""
-    if not isinstance(value, str):
-        raise RowError(
-            Drop.WRONG_TYPE,
-            f"{where}: the field {key!r} is of type {type(value).__name__}, not a string: use --apply_chat_template for "
-            "lists of messages.",
-        )
-    return value
+def as_text(value: object, where: str, key: str, *, chat: bool = True) -> str:
+    """The value if it is a string. ``chat``: whether a chat template would take messages there. Raises RowError."""
+    with named(f"{where}: the field {key!r}"):
+        return plain_text(value, chat=chat)
 
 
-def prompt_messages(value: object, where: str, key: str) -> list[Message]:
+def row_tools(row: Row, where: str) -> Dialogue:
+    """The tools of a row for its chat template. Raises RowError naming row and field."""
+    with named(f"{where}: the field {TOOLS!r}"):
+        return tools_of(row)
+
+
+def prompt_dialogue(value: object, where: str, key: str, tools: Dialogue, tokenizer: Tokenizer) -> Dialogue:
     """A string as one user message, or checked messages. Raises RowError naming row and field."""
     with named(f"{where}: the field {key!r}"):
-        return list(as_messages(value))
+        return dialogue_of(value, USER, template_text(tokenizer), tools)
 
 
-def reply_messages(value: object, where: str, key: str) -> list[Message]:
+def whole_dialogue(value: object, where: str, key: str, tools: Dialogue, flag: str, tokenizer: Tokenizer) -> Dialogue:
+    """A conversation that ends with the answer, where the field ``flag`` would name is not there. Raises RowError."""
+    found = prompt_dialogue(value, where, key, tools, tokenizer)
+    if isinstance(value, str) and Note.AS_TEXT not in found.notes:
+        raise RowError(
+            Drop.WRONG_TYPE,
+            f"{where}: the field {key!r} is a string, but without --{flag} it must be a list of messages that ends with the "
+            f"answer: set --{flag}, or give the list.",
+        )
+    return found
+
+
+def answer_dialogue(value: object, where: str, key: str, tools: Dialogue, tokenizer: Tokenizer) -> Dialogue:
     """A string as one assistant message, or checked messages that end with one. Raises RowError naming row, field."""
     with named(f"{where}: the field {key!r}"):
-        return list(answer_messages(value))
+        found = dialogue_of(value, ASSISTANT, template_text(tokenizer), tools)
+        if found.messages:
+            check_last(found.messages)
+    return found
 
 
-def chat_draft(messages: Sequence[Message], first: int, where: str, tokenizer: Tokenizer) -> Draft | Drop:
+def joined(prompt: Dialogue, answer: Dialogue, where: str, keys: tuple[str, str]) -> tuple[Dialogue, int]:
+    """Prompt and answer as one conversation, and the number of its messages that are not the answer's.
+
+    An answer that is a conversation itself may begin with the prompt: then that is there once, in the words of the answer's
+    field, with the system turn of either. ``keys``: the names of the fields. Raises RowError where the two differ.
+    """
+    prompt_system, asked = _parted(prompt.messages)
+    answer_system, said = _parted(answer.messages)
+    system = prompt_system or answer_system
+    if prompt_system and answer_system and not _alike(prompt_system, answer_system):
+        raise RowError(
+            Drop.WRONG_ROLES,
+            f"{where}: the fields {keys[0]!r} and {keys[1]!r} begin with different system turns: leave one of them out.",
+        )
+    repeats = bool(asked) and _alike(asked, said[: len(asked)])
+    if not repeats and asked and said and said[0]["role"] == USER and asked[-1]["role"] in (USER, TOOL):
+        raise RowError(
+            Drop.WRONG_ROLES,
+            f"{where}: the conversation in {keys[1]!r} does not begin with the prompt in {keys[0]!r}: let both have the same "
+            "turns, or give only one of the two fields.",
+        )
+    if not repeats and not answer_system:
+        return prompt.extended(answer), len(prompt.messages)
+    if not repeats and said[0]["role"] != USER:
+        raise RowError(
+            Drop.WRONG_ROLES,
+            f"{where}: the field {keys[1]!r} begins with a system turn behind the prompt in {keys[0]!r}: put it at the "
+            "beginning of the prompt.",
+        )
+    notes = prompt.notes | answer.notes | {Note.PROMPT_TWICE}
+    whole = (*system, *said) if repeats else (*system, *asked, *said)
+    return Dialogue(whole, prompt.tools, notes), len(system) + len(asked)
+
+
+def chat_draft(dialogue: Dialogue, first: int, where: str, tokenizer: Tokenizer) -> Draft | Drop:
     """Learn every assistant turn from message ``first`` on."""
     with named(where):
-        draft = conversation(messages, first, tokenizer)
+        draft = conversation(dialogue, first, tokenizer)
     return draft if draft.spans else Drop.EMPTY_ANSWER
 
 
-def plain_draft(prompt: str, answer: str) -> Draft:
+def plain_draft(prompt: str, answer: str, notes: frozenset[Note] = frozenset()) -> Draft:
     """Learn the answer, which follows the rendered prompt without anything between them."""
     text = prompt + answer
-    return Draft(text, ((len(prompt), len(text)),), complete=True)
+    return Draft(text, ((len(prompt), len(text)),), complete=True, notes=notes)
 
 
 def prompted_draft(
-    prompt: object, answer: object, where: str, keys: tuple[str, str], spec: RecordSpec, tokenizer: Tokenizer
+    row: Row, prompt: object, answer: object, where: str, keys: tuple[str, str], spec: RecordSpec, tokenizer: Tokenizer
 ) -> Draft | Drop:
     """Prompt and answer of two fields, as a chat or as plain text. ``keys``: their names. Raises RowError."""
     if is_empty(prompt):
         return Drop.EMPTY_PROMPT
     if is_empty(answer):
         return Drop.EMPTY_ANSWER
-    if not spec.apply_chat_template:
-        text = as_text(prompt, where, keys[0])
-        rendered = render_prompt(text, tokenizer, apply_chat_template=False, input_template=spec.template)
-        return plain_draft(rendered, as_text(answer, where, keys[1]))
-    messages, reply = prompt_messages(prompt, where, keys[0]), reply_messages(answer, where, keys[1])
-    if reply[: len(messages)] == messages:
-        raise RowError(
-            Drop.WRONG_ROLES,
-            f"{where}: the field {keys[1]!r} repeats the prompt in {keys[0]!r}: name only the field with the whole "
-            "conversation, or leave the prompt out of it.",
-        )
-    return chat_draft([*messages, *reply], 0 if spec.multiturn else len(messages), where, tokenizer)
+    if spec.apply_chat_template:
+        dialogue, first = prompted_dialogue(row, prompt, answer, where, keys, tokenizer)
+        return chat_draft(dialogue, 0 if spec.multiturn else first, where, tokenizer)
+    text, reply = as_text(prompt, where, keys[0]), as_text(answer, where, keys[1])
+    twice = len(text.strip()) >= LONG_PROMPT and reply.lstrip().startswith(text.strip())
+    notes = frozenset({Note.PROMPT_IN_ANSWER} if twice else ())
+    return plain_draft(plain_prompt(text, spec.template), reply, notes)
+
+
+def prompted_dialogue(
+    row: Row, prompt: object, answer: object, where: str, keys: tuple[str, str], tokenizer: Tokenizer
+) -> tuple[Dialogue, int]:
+    """Prompt and answer of two fields as one conversation, and the number of its messages before the answer."""
+    tools = row_tools(row, where)
+    question = prompt_dialogue(prompt, where, keys[0], tools, tokenizer)
+    return joined(question, answer_dialogue(answer, where, keys[1], tools, tokenizer), where, keys)
+
+
+def _parted(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """The system turn that a conversation begins with, if it does, and the rest."""
+    cut = 1 if messages and messages[0]["role"] in (SYSTEM, "developer") else 0
+    return tuple(messages[:cut]), tuple(messages[cut:])
+
+
+def _alike(some: Sequence[Message], others: Sequence[Message]) -> bool:
+    """Whether these are the same turns, white space apart."""
+    return [_bare(message) for message in some] == [_bare(message) for message in others]
+
+
+def _bare(message: Message) -> Mapping[str, object]:
+    return {"role": message["role"], "content": "".join(message["content"].split()), "calls": message.get("tool_calls")}

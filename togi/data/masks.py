@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.data.chat import Tokenizer, visible
-from togi.data.faults import Drop, RowError
+from togi.data.faults import Drop, Note, RowError
 from togi.errors import DataError
 from togi.sample import Sample
 
@@ -28,6 +28,7 @@ class Draft:
 
     ``spans``: (start, end) characters of each part to learn, ascending. ``complete``: an answer ends with the text, so
     that it must end with an end token. ``labels``: one number a span, or none. ``values``: as in ``Sample``.
+    ``notes``: what was read otherwise than written.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Draft:
     complete: bool
     labels: tuple[float, ...] = ()
     values: Mapping[str, float] = field(default_factory=dict)
+    notes: frozenset[Note] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,26 +7,29 @@ are of the same continuation, also if BPE merges the end of the prompt with the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from togi.data.chat import Tokenizer
-from togi.data.faults import Drop, RowError
+from togi.data.faults import Drop, RowError, named
 from togi.data.fields import (
     as_text,
     chat_draft,
     is_empty,
     plain_draft,
+    prompted_dialogue,
     prompted_draft,
-    reply_messages,
+    row_tools,
     value_of,
+    whole_dialogue,
 )
 from togi.data.masks import Coded, Draft
+from togi.data.messages import Dialogue
 from togi.data.record_spec import RecordSpec
 from togi.data.tables import Row
-from togi.data.turns import Message
+from togi.data.turns import check_last
 
 MARGIN = "margin"
 
@@ -45,21 +48,16 @@ def read_pair(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> t
         return Drop.EMPTY_ANSWER
     if answers[spec.chosen_key] == answers[spec.rejected_key]:
         return Drop.TIE
-    histories = _conversations(answers, where) if spec.apply_chat_template and spec.prompt_key is None else {}
-    if any(len(history) == 1 for history in histories.values()):
-        return Drop.EMPTY_PROMPT
-    drafts = []
-    for chosen, (key, answer) in zip((1.0, 0.0), answers.items(), strict=True):
-        if spec.prompt_key is not None:
-            draft = prompted_draft(prompt, answer, where, (spec.prompt_key, key), spec, tokenizer)
-        elif spec.apply_chat_template:
-            draft = chat_draft(histories[key], len(histories[key]) - 1, where, tokenizer)
-        else:
-            draft = plain_draft("", as_text(answer, where, key))
+    if spec.apply_chat_template:
+        drafts = _chats(row, prompt, answers, where, spec, tokenizer)
+    else:
+        drafts = [_plain(row, prompt, key, answer, where, spec, tokenizer) for key, answer in answers.items()]
+    pair = []
+    for chosen, draft in zip((1.0, 0.0), drafts, strict=True):
         if isinstance(draft, Drop):
             return draft
-        drafts.append(replace(draft, values={"chosen": chosen, "margin": margin}))
-    return tuple(drafts)
+        pair.append(replace(draft, values={"chosen": chosen, "margin": margin}))
+    return tuple(pair)
 
 
 def join_pair(coded: Sequence[Coded]) -> tuple[Coded, ...] | Drop:
@@ -86,22 +84,37 @@ def _margin(row: Row, where: str) -> float:
     return float(value)
 
 
-def _conversations(answers: dict[str, object], where: str) -> dict[str, list[Message]]:
-    """Both conversations, after a check that they differ in their last message only."""
-    found = {}
+def _plain(
+    row: Row, prompt: object, key: str, answer: object, where: str, spec: RecordSpec, tokenizer: Tokenizer
+) -> Draft | Drop:
+    """Without a prompt field the answer is the whole text."""
+    if spec.prompt_key is None:
+        return plain_draft("", as_text(answer, where, key))
+    return prompted_draft(row, prompt, answer, where, (spec.prompt_key, key), spec, tokenizer)
+
+
+def _chats(
+    row: Row, prompt: object, answers: Mapping[str, object], where: str, spec: RecordSpec, tokenizer: Tokenizer
+) -> list[Draft | Drop]:
+    """Both conversations, after a check that they answer the same history."""
+    found: list[tuple[Dialogue, int]] = []
     for key, value in answers.items():
-        if isinstance(value, str):
-            raise RowError(
-                Drop.WRONG_TYPE,
-                f"{where}: the field {key!r} is a string, but without --prompt_key it must be a conversation, a list of "
-                "messages that ends with the answer: set --prompt_key.",
-            )
-        found[key] = reply_messages(value, where, key)
-    (chosen_key, chosen), (rejected_key, rejected) = found.items()
-    if chosen[:-1] != rejected[:-1]:
+        if spec.prompt_key is not None:
+            found.append(prompted_dialogue(row, prompt, value, where, (spec.prompt_key, key), tokenizer))
+            continue
+        dialogue = whole_dialogue(value, where, key, row_tools(row, where), "prompt_key", tokenizer)
+        with named(f"{where}: the field {key!r}"):
+            check_last(dialogue.messages)
+        found.append((dialogue, len(dialogue.messages) - 1))
+    (chosen, chosen_first), (rejected, rejected_first) = found
+    if chosen.messages[:chosen_first] != rejected.messages[:rejected_first]:
+        names = " and ".join(map(repr, answers))
         raise RowError(
             Drop.WRONG_ROLES,
-            f"{where}: the conversations in {chosen_key!r} and {rejected_key!r} differ before their last message: both "
-            "must answer the same history.",
+            f"{where}: the conversations in {names} differ before their last message: both must answer the same history.",
         )
-    return found
+    if chosen_first == 0:
+        return [Drop.EMPTY_PROMPT] * 2
+    if chosen.messages == rejected.messages:
+        return [Drop.TIE] * 2
+    return [chat_draft(dialogue, first, where, tokenizer) for dialogue, first in found]

@@ -14,10 +14,12 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any, overload
 
-from togi.data.chat import Tokenizer, adds_bos, check_rendering, encode, render_prompt, visible
-from togi.data.faults import SHOWN_FAULTS, RowError, named
+from togi.data.chat import Tokenizer, adds_bos, check_rendering, encode, plain_prompt, render_messages, visible
+from togi.data.faults import SHOWN_FAULTS, Note, RowError, check_whole, named
 from togi.data.faults import Drop as FaultKind
+from togi.data.fields import is_empty, prompt_dialogue, row_tools
 from togi.data.items import DEFAULT_SPLIT
+from togi.data.messages import without_answers
 from togi.data.mixture import Mixture, load_mixture
 from togi.data.precheck import missing_field
 from togi.data.report import (
@@ -27,9 +29,11 @@ from togi.data.report import (
     Lengths,
     check_faults,
     loss_warning,
+    note_warnings,
     source_reports,
 )
 from togi.data.tables import BadRow, Row
+from togi.data.turns import lost
 from togi.errors import DataError
 from togi.sample import Prompt
 
@@ -118,6 +122,7 @@ class _Rendered:
     length: int
     drop: Drop | FaultKind | None
     faults: tuple[Fault, ...] = ()
+    notes: frozenset[Note] = frozenset()
 
 
 def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
@@ -155,24 +160,33 @@ def _render_source(
     while chunk := list(islice(numbers, CHUNK)):
         rows = list(zip(chunk, source.rows.fetch(chunk), strict=True))
         read = [_read(row, source.rows.place(number), spec, tokenizer) for number, row in rows]
-        texts = ["" if isinstance(text, Fault) else text for text in read]
+        texts = ["" if isinstance(found, Fault) else found.text for found in read]
         try:
             ids = encode(texts, tokenizer, add_special_tokens=not spec.apply_chat_template)
         except DataError as error:
             raise DataError(f"In {source.text}: {error}") from None
-        for (number, row), text, tokens in zip(rows, read, ids, strict=True):
-            if isinstance(text, Fault):
-                yield number, _Rendered("", (), "", fallback, 0, FaultKind(text.kind), (text,))
+        for (number, row), found, tokens in zip(rows, read, ids, strict=True):
+            if isinstance(found, Fault):
+                yield number, _Rendered("", (), "", fallback, 0, FaultKind(found.kind), (found,))
                 continue
             assert not isinstance(row, BadRow), "a row that cannot be read has no text"
-            drop = _why_dropped(text, len(tokens), spec.prompt_max_len)
+            drop = _why_dropped(found.text, len(tokens), spec.prompt_max_len)
             # One int object per token id, not one per token, keeps large prompt sets small.
             kept = tuple(map(vocabulary.__getitem__, tokens)) if drop is None else ()
             label = "" if spec.label_key is None else row[spec.label_key]
-            yield number, _Rendered(text, kept, label, _datasource(row, fallback), len(tokens), drop)
+            datasource = _datasource(row, fallback)
+            yield number, _Rendered(found.text, kept, label, datasource, len(tokens), drop, notes=found.notes)
 
 
-def _read(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> str | Fault:
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A rendered prompt, "" if it is empty, and what was read otherwise than written."""
+
+    text: str
+    notes: frozenset[Note] = frozenset()
+
+
+def _read(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> _Text | Fault:
     """The rendered prompt of a row, or what is wrong with it. Raises DataError where no faulty row is allowed."""
     try:
         return _text(row, where, spec, tokenizer)
@@ -182,20 +196,33 @@ def _read(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer)
         return Fault(where, error.kind, str(error))
 
 
-def _text(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> str:
-    """The rendered prompt of a row, "" if it is empty."""
+def _text(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> _Text:
     if isinstance(row, BadRow):
         raise RowError(FaultKind.UNREADABLE, f"{where} {row.reason}")
     for flag, key in (("input_key", spec.input_key), ("label_key", spec.label_key)):
         if key is not None and key not in row:
             raise missing_field(where, flag, key, row)
     value = row[spec.input_key]
-    if value is None or (isinstance(value, str) and not value.strip()) or value == []:
-        return ""
+    if is_empty(value):
+        return _Text("")
+    if spec.label_key is not None:
+        check_whole(row[spec.label_key], f"{where}: the field {spec.label_key!r} has")
+    if spec.apply_chat_template:
+        found = _chat(row, value, where, spec, tokenizer)
+    else:
+        with named(f"{where}: the field {spec.input_key!r}"):
+            found = _Text(plain_prompt(value, spec.input_template))
+    check_whole(found.text, f"{where}: the field {spec.input_key!r} has")
+    return found
+
+
+def _chat(row: Row, value: object, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> _Text:
+    """The prompt in the chat template. What an answer says at its end is not part of it."""
+    whole = prompt_dialogue(value, where, spec.input_key, row_tools(row, where), tokenizer)
+    dialogue = without_answers(whole)
     with named(f"{where}: the field {spec.input_key!r}"):
-        return render_prompt(
-            value, tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.input_template
-        )
+        text = render_messages(dialogue, tokenizer, add_generation_prompt=True)
+    return _Text(text, dialogue.notes | (lost(dialogue, text) if text else set()))
 
 
 def _why_dropped(text: str, length: int, limit: int) -> Drop | None:
@@ -238,6 +265,8 @@ def _report(
     faults = Faults(len(found), len(distinct), Counter(fault.kind for fault in found), tuple(found[:SHOWN_FAULTS]))
     if found:
         warnings += (faults.warning(),)
+    notes = Counter(note for row in distinct if row.drop is None for note in row.notes)
+    warnings += note_warnings(notes, len(distinct))
     lengths = [row.length for row in distinct if row.drop is not Drop.EMPTY and not row.faults]
     return DataReport(
         title=f"Prompts of {spec.prompt_data}",

@@ -25,7 +25,16 @@ from togi.data.masks import shown
 from togi.data.mixture import Mixture, Pick, load_mixture
 from togi.data.prepare import encoded
 from togi.data.record_spec import RecordSpec
-from togi.data.report import DataReport, Fault, Faults, Lengths, check_faults, loss_warning, source_reports
+from togi.data.report import (
+    DataReport,
+    Fault,
+    Faults,
+    Lengths,
+    check_faults,
+    loss_warning,
+    note_warnings,
+    source_reports,
+)
 from togi.data.sft import check_sft
 from togi.data.shards import REASONS, Table
 from togi.data.steps import StepLabels, step_labels
@@ -284,6 +293,7 @@ def _warnings(
     warnings = list(loss_warning(len(mixture), len(places)))
     if faults.rows > 0:
         warnings.append(faults.warning())
+    warnings += note_warnings(sum((table.notes() for table in tables), Counter()), sum(map(len, tables)))
     cut = sum(table.cut for table in tables)
     if cut > 0:
         warnings.append(f"{cut} rows were cut to --max_len {spec.max_len}; they have no end token.")

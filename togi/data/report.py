@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from togi.data.faults import Note
 from togi.data.mixture import Mixture
 from togi.errors import DataError
 
@@ -166,3 +167,8 @@ def loss_warning(picked: int, kept: int) -> tuple[str, ...]:
     if picked - kept <= LARGE_LOSS * picked:
         return ()
     return (f"{picked - kept} of {picked} rows were dropped: check the keys, the template and the length limit.",)
+
+
+def note_warnings(notes: Mapping[Note, int], rows: int) -> tuple[str, ...]:
+    """What is said of rows that are read otherwise than they are written: a sentence for each kind. ``rows``: all of them."""
+    return tuple(f"{notes[note]} of {rows} rows {note}." for note in Note if notes.get(note, 0) > 0)

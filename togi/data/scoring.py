@@ -6,16 +6,15 @@ output has a score too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from togi.data.chat import Tokenizer, check_rendering, encode, render_messages, render_prompt
-from togi.data.faults import named
-from togi.data.fields import as_text, prompt_messages, value_of
+from togi.data.chat import Tokenizer, check_rendering, encode, plain_prompt, render_messages
+from togi.data.faults import check_whole, named
+from togi.data.fields import answer_dialogue, as_text, joined, prompt_dialogue, row_tools, value_of
 from togi.data.masks import end_tokens
 from togi.data.mixture import Mixture
 from togi.data.tables import Row
-from togi.data.turns import ASSISTANT, Message, conversation
+from togi.data.turns import conversation
 from togi.errors import DataError
 
 
@@ -39,6 +38,8 @@ def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tu
     names = [mixture.place(pick) for pick in mixture.picks]
     rows = mixture.rows()
     texts = [_text(row, name, spec, tokenizer) for row, name in zip(rows, names, strict=True)]
+    for text, name in zip(texts, names, strict=True):
+        check_whole(text, f"{name} has")
     ids = encode(texts, tokenizer, add_special_tokens=not spec.apply_chat_template)
     enders = end_tokens(tokenizer, chat=spec.apply_chat_template)
     for name, tokens in zip(names, ids, strict=True):
@@ -52,18 +53,18 @@ def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tu
 def _text(row: Row, where: str, spec: OutputSpec, tokenizer: Tokenizer) -> str:
     prompt = value_of(row, where, "input_key", spec.input_key)
     value = value_of(row, where, "output_key", spec.output_key)
-    output = as_text(value, where, spec.output_key)
     if not spec.apply_chat_template:
-        text = as_text(prompt, where, spec.input_key)
-        template = spec.input_template
-        return _nonempty(
-            render_prompt(text, tokenizer, apply_chat_template=False, input_template=template) + output, where
-        )
-    messages: Sequence[Message] = prompt_messages(prompt, where, spec.input_key)
+        text, output = as_text(prompt, where, spec.input_key), as_text(value, where, spec.output_key)
+        return _nonempty(plain_prompt(text, spec.input_template) + output, where)
+    tools = row_tools(row, where)
+    dialogue = prompt_dialogue(prompt, where, spec.input_key, tools, tokenizer)
+    if value == "" or (isinstance(value, str) and not value.strip()):
+        with named(where):
+            return render_messages(dialogue, tokenizer, add_generation_prompt=True)
+    answer = answer_dialogue(value, where, spec.output_key, tools, tokenizer)
+    whole, first = joined(dialogue, answer, where, (spec.input_key, spec.output_key))
     with named(where):
-        if not output.strip():
-            return render_messages(messages, tokenizer, add_generation_prompt=True)
-        return conversation([*messages, {"role": ASSISTANT, "content": output}], len(messages), tokenizer).text
+        return conversation(whole, first, tokenizer).text
 
 
 def _nonempty(text: str, where: str) -> str:

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from togi.data.chat import Tokenizer
-from togi.data.faults import Drop, RowError, named
-from togi.data.fields import (
-    as_text,
-    chat_draft,
-    is_empty,
-    prompt_messages,
-    prompted_draft,
-    value_of,
-)
+from togi.data.faults import Drop, named
+from togi.data.fields import as_text, chat_draft, is_empty, prompted_draft, row_tools, value_of, whole_dialogue
 from togi.data.masks import Draft
 from togi.data.record_spec import RecordSpec
 from togi.data.tables import Row
@@ -34,33 +27,28 @@ def read_sft(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> tu
     if spec.pretrain_mode:
         draft = _raw(value, where, spec)
     elif spec.output_key is None:
-        draft = _conversation(value, where, spec, tokenizer)
+        draft = _conversation(row, value, where, spec, tokenizer)
     else:
         answer = value_of(row, where, "output_key", spec.output_key)
-        draft = prompted_draft(value, answer, where, (spec.input_key, spec.output_key), spec, tokenizer)
+        draft = prompted_draft(row, value, answer, where, (spec.input_key, spec.output_key), spec, tokenizer)
     return draft if isinstance(draft, Drop) else (draft,)
 
 
 def _raw(value: object, where: str, spec: RecordSpec) -> Draft | Drop:
     if is_empty(value):
         return Drop.EMPTY_PROMPT
-    text = as_text(value, where, spec.input_key)
+    text = as_text(value, where, spec.input_key, chat=False)
     return Draft(text, ((0, len(text)),), complete=False)
 
 
-def _conversation(value: object, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> Draft | Drop:
+def _conversation(row: Row, value: object, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> Draft | Drop:
     if is_empty(value):
         return Drop.EMPTY_PROMPT
-    if isinstance(value, str):
-        raise RowError(
-            Drop.WRONG_TYPE,
-            f"{where}: the field {spec.input_key!r} is a string, but without --output_key it must be a list of "
-            "messages that ends with the answer: set --output_key.",
-        )
-    messages = prompt_messages(value, where, spec.input_key)
+    dialogue = whole_dialogue(value, where, spec.input_key, row_tools(row, where), "output_key", tokenizer)
+    count = len(dialogue.messages)
     if not spec.multiturn:
         with named(f"{where}: the field {spec.input_key!r}"):
-            check_last(messages)
-        if len(messages) == 1:
+            check_last(dialogue.messages)
+        if count == 1:
             return Drop.EMPTY_PROMPT
-    return chat_draft(messages, 0 if spec.multiturn else len(messages) - 1, where, tokenizer)
+    return chat_draft(dialogue, 0 if spec.multiturn else count - 1, where, tokenizer)

@@ -8,6 +8,7 @@ decided in ``cache``.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,11 +21,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from togi.data.encode import Outcome
-from togi.data.faults import FAULTS, SHOWN_FAULTS, Drop
+from togi.data.faults import FAULTS, SHOWN_FAULTS, Drop, Note
 from togi.data.masks import Coded
 
 # A number for each reason in the arrays; 0 is none.
 REASONS: tuple[Drop | None, ...] = (None, *Drop)
+# A bit for each note.
+NOTES: tuple[Note, ...] = tuple(Note)
 FAULT_CODES = np.array([code for code, reason in enumerate(REASONS) if reason in FAULTS], dtype=np.uint8)
 
 _TYPES = {"I32": np.int32, "F64": np.float64, "U8": np.uint8, "BOOL": np.bool_}
@@ -50,6 +53,9 @@ def write_shard(path: Path, rows: Sequence[Outcome]) -> None:
     arrays = {
         "drops_N": np.array([REASONS.index(outcome.drop) for outcome in rows], dtype=np.uint8),
         "cut_N": np.array([outcome.was_cut for outcome in rows], dtype=np.bool_),
+        "notes_N": np.array(
+            [sum(1 << NOTES.index(note) for note in outcome.notes) for outcome in rows], dtype=np.int32
+        ),
         "widths_N": np.array([len(outcome.coded) for outcome in rows], dtype=np.uint8),
         "lengths_L": np.array([*chain.from_iterable(outcome.lengths for outcome in rows)], dtype=np.int32),
         "tokens_T": np.concatenate([np.empty(0, np.int32), *(sequence.tokens for sequence in coded)]),
@@ -79,6 +85,7 @@ class Shard:
         self._names: list[str] = words["names"]
         self.faults = [ShardFault(row, text) for row, text in words["faults"]]
         self.drops_N, self.cut_N = self._arrays["drops_N"].copy(), self._arrays["cut_N"].copy()
+        self.notes_N = self._arrays["notes_N"].copy()
         self.lengths_L = self._arrays["lengths_L"].copy()
         self._sequence_ends = np.cumsum(self._arrays["widths_N"], dtype=np.int64)
         self._token_ends = np.cumsum(self._arrays["token_counts_S"], dtype=np.int64)
@@ -135,6 +142,7 @@ class Table:
         self._shards = tuple(shards)
         self._ends = np.cumsum([len(shard) for shard in shards])
         self.drops_N = np.concatenate([shard.drops_N for shard in shards])
+        self.notes_N = np.concatenate([shard.notes_N for shard in shards])
         self.lengths_L = np.concatenate([shard.lengths_L for shard in shards])
         self.cut = sum(int(shard.cut_N.sum()) for shard in shards)
 
@@ -179,6 +187,10 @@ class Table:
             for fault in shard.faults
         )
         return [fault for _, fault in zip(range(SHOWN_FAULTS), found, strict=False)]
+
+    def notes(self) -> Counter[Note]:
+        """How many rows have each note."""
+        return Counter({note: int((self.notes_N >> bit & 1).sum()) for bit, note in enumerate(NOTES)})
 
     def coded(self, row: int) -> tuple[Coded, ...]:
         """The sequences of a row; none if it is not used."""

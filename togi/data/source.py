@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from togi.data.items import DEFAULT_SPLIT, FORMATS, Item, Kind, choose_split, parse_item, split_files
 from togi.data.lines import file_digest, open_rows
+from togi.data.messages import TOOLS, holds_messages, unfilled
 from togi.data.precheck import no_rows, unreadable
 from togi.data.tables import BadRow, Row
 from togi.errors import DataError
@@ -79,8 +80,11 @@ class TableRows:
         return len(self._dataset)
 
     def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]:
-        rows: list[Row | BadRow] = self._dataset[list(indices)].to_pylist()
-        return rows
+        rows: list[Row] = self._dataset[list(indices)].to_pylist()
+        return [
+            {key: unfilled(value) if key == TOOLS or holds_messages(value) else value for key, value in row.items()}
+            for row in rows
+        ]
 
     def place(self, index: int) -> str:
         return f"Row {index} of {self._text}"

@@ -64,7 +64,7 @@ def read_steps(row: Row, where: str, spec: RecordSpec, kind: StepLabels, tokeniz
     labels = value_of(row, where, "label_key", spec.label_key)
     if is_empty(value):
         return Drop.EMPTY_PROMPT
-    text = as_text(value, where, spec.input_key)
+    text = as_text(value, where, spec.input_key, chat=False)
     if not isinstance(labels, Sequence) or isinstance(labels, str):
         raise RowError(
             Drop.WRONG_TYPE,

@@ -166,7 +166,7 @@ async def _generate(
         config.max_new_tokens,
         config.sampling_temperature,
         config.top_p,
-        stop_token_ids=stop_token_ids(tokenizer, config.pretrain),
+        stop_token_ids=stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template),
         repetition_penalty=config.repetition_penalty,
     )
     environment = SingleTurn(partial(visible if config.keep_special_tokens else decode, tokenizer), sampling)

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from togi.config.chat import ChatConfig
-from togi.data.chat import Tokenizer, encode, load_tokenizer, render_prompt, stop_token_ids
+from togi.data.chat import Tokenizer, encode, load_tokenizer, render_messages, stop_token_ids
+from togi.data.faults import Note, check_whole, named
+from togi.data.messages import TOOLS, Dialogue, Tool, tools_of
 from togi.data.reward_text import asked_reward, with_reward
+from togi.data.turns import lost
 from togi.errors import DataError
 from togi.model.generate import Answering, load_generator, stream
 from togi.parallel.process import default_device
@@ -24,9 +27,9 @@ class Chat:
         path, trust = config.pretrain, config.trust_remote_code
         self._tokenizer = load_tokenizer(path, chat_template=config.tokenizer_chat_template, trust_remote_code=trust)
         self._history: ChatHistory | PlainHistory = (
-            ChatHistory(self._tokenizer, path) if config.apply_chat_template else PlainHistory(config)
+            ChatHistory(self._tokenizer, path, config.tools) if config.apply_chat_template else PlainHistory(config)
         )
-        stops = stop_token_ids(self._tokenizer, path)
+        stops = stop_token_ids(self._tokenizer, path, chat=config.apply_chat_template)
         temperature = 0.0 if config.greedy_sampling else config.temperature
         self._how = Answering(config.max_len, temperature, config.top_p, stops, config.repetition_penalty)
         self._model = load_generator(
@@ -57,26 +60,32 @@ class Chat:
 
 
 class ChatHistory:
-    """Messages. Raises DataError if the tokenizer has no template for them."""
+    """Messages. Raises DataError if the tokenizer has no template for them, or the file of ``--tools`` cannot be read."""
 
-    def __init__(self, tokenizer: Tokenizer, path: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, path: str, tools: str | None) -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 f"The tokenizer of {path} has no chat template: use an instruct model, give --tokenizer_chat_template, or "
                 "talk in plain text with --no_apply_chat_template."
             )
         self._tokenizer = tokenizer
+        self._tools = () if tools is None else _tools(Path(tools))
         self.clear()
 
     def clear(self) -> None:
         self._messages: list[dict[str, str]] = []
 
     def render(self, text: str) -> str:
-        messages = [*self._messages, {"role": "user", "content": text}]
-        try:
-            return render_prompt(messages, self._tokenizer, apply_chat_template=True, input_template=None)
-        except DataError as error:
-            raise DataError(f"The conversation {error}") from None
+        dialogue = Dialogue((*self._messages, {"role": "user", "content": text}), self._tools)
+        with named("The conversation"):
+            rendered = render_messages(dialogue, self._tokenizer, add_generation_prompt=True)
+            check_whole(rendered, "has")
+        if Note.TOOLS_UNSEEN in lost(dialogue, rendered):
+            raise DataError(
+                "--tools: the chat template does not show the tools to the model: use a template that renders tools "
+                "(--tokenizer_chat_template), or leave --tools out."
+            )
+        return rendered
 
     def add(self, text: str, answer: str) -> None:
         self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
@@ -87,7 +96,7 @@ class PlainHistory:
 
     def __init__(self, config: ChatConfig) -> None:
         self._template = "{}" if config.input_template is None else config.input_template
-        self._start = [] if config.ta_prompt is None else [_read(Path(config.ta_prompt))]
+        self._start = [] if config.ta_prompt is None else [_read(Path(config.ta_prompt), "ta_prompt", "a text file")]
         self.clear()
 
     def clear(self) -> None:
@@ -100,8 +109,14 @@ class PlainHistory:
         self._parts = [self.render(text) + answer]
 
 
-def _read(path: Path) -> str:
+def _tools(path: Path) -> tuple[Tool, ...]:
+    text = _read(path, "tools", "a JSON file with a list of tools")
+    with named(f"--tools {path}"):
+        return tools_of({TOOLS: text}).tools
+
+
+def _read(path: Path, flag: str, wanted: str) -> str:
     try:
         return path.read_text(encoding="utf-8").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--ta_prompt {path} cannot be read ({error}): give a text file.") from None
+        raise DataError(f"--{flag} {path} cannot be read ({error}): give {wanted}.") from None

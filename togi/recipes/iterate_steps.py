@@ -19,6 +19,7 @@ from togi.algo.evaluate import mean_with_error
 from togi.config.choices import EngineName, EvalTask, IterateMethod, PostProcessor
 from togi.config.iterate import IterateConfig
 from togi.data.lines import read_rows
+from togi.data.messages import TOOLS, USER, dialogue_of, without_answers
 from togi.data.mixture import load_mixture
 from togi.data.row_log import write_rows
 from togi.errors import DataError, RunError
@@ -121,7 +122,7 @@ class Steps:
         )
         rows = [dict(row) for row in selection.rows]
         if self._method is not IterateMethod.CSFT:
-            rows = [{**row, "prompt": prompts[_place(row)][c.input_key]} for row in rows]
+            rows = [{**row, **_shown(prompts[_place(row)], c.input_key)} for row in rows]
         empty, cut = len(scored) - len(spoken), len(spoken) - len(usable)
         account = selection.describe() + (f"; {empty} empty outputs are left out" if empty > 0 else "")
         account += f"; {cut} outputs cut at --max_new_tokens are left out" if cut > 0 else ""
@@ -190,8 +191,11 @@ class Steps:
         """Write ``prompts.jsonl`` and let ``togi infer`` write ``generated.jsonl``. ``told``: csft asks for its reward."""
         c = self._config
         folder.mkdir(parents=True, exist_ok=True)
-        keys = [c.input_key, *DATASOURCE_COLUMNS] + ([c.label_key] if c.label_key is not None else [])
-        write_rows(folder / "prompts.jsonl", [{key: row[key] for key in keys if key in row} for row in rows])
+        keys = [c.input_key, TOOLS, *DATASOURCE_COLUMNS] + ([c.label_key] if c.label_key is not None else [])
+        kept = [{key: row[key] for key in keys if key in row} for row in rows]
+        if c.apply_chat_template:
+            kept = [{**row, c.input_key: _asked(row.get(c.input_key))} for row in kept]
+        write_rows(folder / "prompts.jsonl", kept)
         task = EvalTask.GENERATE_VLLM if c.rollout_engine is EngineName.VLLM else EvalTask.GENERATE
         words = _flags({"eval_task": task, "pretrain": model, "dataset": folder / "prompts.jsonl"})
         words += _flags({"output_path": folder / "generated.jsonl", "input_key": c.input_key, "label_key": c.label_key})
@@ -218,7 +222,7 @@ class Steps:
         """The reward model reads the prompts as they are in the data, with its own tokenizer and template."""
         c = self._config
         prompts = read_rows(folder / "prompts.jsonl")
-        whole = [{"prompt": prompts[_place(row)][c.input_key], "output": row["output"]} for row in rows]
+        whole = [{**_shown(prompts[_place(row)], c.input_key), "output": row["output"]} for row in rows]
         write_rows(folder / "to_score.jsonl", whole)
         positions = max_positions(model)
         length = c.max_tokens_per_gpu if positions is None else min(c.max_tokens_per_gpu, positions)
@@ -259,6 +263,18 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
 def _place(row: Mapping[str, Any]) -> int:
     """Which row of ``prompts.jsonl`` an output answers: ids are "source:row"."""
     return int(str(row["id"]).partition(":")[2])
+
+
+def _asked(prompt: object) -> object:
+    """A prompt as the data has it, without an answer of the assistant at its end: every later step appends its own."""
+    if isinstance(prompt, str) or not prompt:
+        return prompt
+    return list(without_answers(dialogue_of(prompt, USER, None)).messages)
+
+
+def _shown(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What makes up the rendered prompt of a row: the prompt itself and its tools."""
+    return {"prompt": row[key]} | ({TOOLS: row[TOOLS]} if row.get(TOOLS) else {})
 
 
 def _plain(row: Mapping[str, Any]) -> str:

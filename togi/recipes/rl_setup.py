@@ -92,7 +92,7 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
         if config.generates:
             with progress.phase("trying the reward", expected_seconds=2):
                 await rewards.check([example(prompts[0])] * min(2, config.n_samples_per_prompt))
-        stops = stop_token_ids(tokenizer, config.pretrain)
+        stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
     except BaseException:
         await rewards.close()
         raise
