@@ -288,13 +288,21 @@ def test_too_many_faults_stop_the_run(tmp_path, tokenizer):
     ("row", "settings", "message"),
     [
         ({"q": "x"}, PLAIN, r"^Line 2 of .*a.jsonl has no field 'a'"),
-        ({"q": 3, "a": "x"}, PLAIN, r"^Line 2 of .*: the field 'q' is the number 3, not a string: correct or remove the row"),
+        (
+            {"q": 3, "a": "x"},
+            PLAIN,
+            r"^Line 2 of .*: the field 'q' is the number 3, not a string: correct or remove the row",
+        ),
         (
             {"q": "x", "a": ["y"]},
             PLAIN,
             r"^Line 2 of .*: the field 'a' is the list \['y'\], not a string: use --apply_chat_template for lists",
         ),
-        ({"q": 3, "a": "x"}, {**PLAIN, "apply_chat_template": True}, r"^Line 2 of .*: the field 'q' is the number 3: it must"),
+        (
+            {"q": 3, "a": "x"},
+            {**PLAIN, "apply_chat_template": True},
+            r"^Line 2 of .*: the field 'q' is the number 3: it must",
+        ),
         (
             {"q": "x", "a": [{"role": "user", "content": "y"}]},
             {**PLAIN, "apply_chat_template": True},
@@ -327,7 +335,10 @@ def test_bad_rows(tmp_path, tokenizer, row, settings, message):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages|length }}{{ messages[-1]['content'] }}", r"^Line 1 of .* before its message 1 rendered differently"),
+        (
+            "{{ messages|length }}{{ messages[-1]['content'] }}",
+            r"^Line 1 of .* before its message 1 rendered differently",
+        ),
         (
             CHAT_TEMPLATE.replace("message['content']", "message['content'] | upper"),
             r"^Line 1 of .* has its message 1 changed by the chat template \(.*'A1<\|im_end\|>', the message 'a1'\)",

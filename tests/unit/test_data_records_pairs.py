@@ -301,7 +301,11 @@ def test_cut_steps_lose_their_labels(tmp_path, tokenizer):
         ({"label": []}, {}, r"^Line 2 of .* has no field 'input'"),
         ({"input": "a#", "label": "+"}, {}, r"^Line 2 of .*: the field 'label' is of type str, not a list"),
         ({"input": "a#", "label": ["+", "-"]}, {}, r"^Line 2 of .* has 2 labels in 'label' for 1 placeholders '#'"),
-        ({"input": ["a"], "label": ["+"]}, {}, r"^Line 2 of .*: the field 'input' is the list \['a'\], not a string: correct"),
+        (
+            {"input": ["a"], "label": ["+"]},
+            {},
+            r"^Line 2 of .*: the field 'input' is the list \['a'\], not a string: correct",
+        ),
         ({"input": "a#", "label": ["good"]}, {}, r"^Line 2 of .*: label 0 'good' is 4 tokens"),
         ({"input": "a#", "label": [None]}, {}, r"^Line 2 of .*: label 0 is of type NoneType"),
         ({"input": "a#", "label": [0.5]}, {}, r"^Line 2 of .*: label 0 is 0.5, but earlier labels are tokens"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.coded_rows import examples_of
-from tests.tiny import tiny_tokenizer
+from tests.tiny import STOP, tiny_tokenizer
 from togi.config.offline import KDConfig
 from togi.data.masks import Coded
 from togi.data.packing import pack
@@ -58,7 +58,7 @@ def test_an_empty_response_is_in_the_pack_and_not_in_the_loss() -> None:
 def test_a_row_without_a_prompt_cannot_be_answered(tmp_path: Path) -> None:
     """As where one token holds the whole prompt and the start of the answer, which is learned."""
     row = (Coded(np.arange(4, dtype=np.int32), ((0, 4),), 0, merged=True),)
-    data = Data(tiny_tokenizer(), examples_of([row], tmp_path), ())
+    data = Data(tiny_tokenizer(), (STOP,), examples_of([row], tmp_path), ())
     check_plan(KDConfig(), PLAN, data)
     with pytest.raises(ConfigError, match=r"--on_policy_share.*--dataset without any"):
         check_plan(KDConfig(on_policy_share=0.5), PLAN, data)

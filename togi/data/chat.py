@@ -180,6 +180,17 @@ def stop_token_ids(tokenizer: Tokenizer, model_path: str, *, chat: bool) -> tupl
     return tuple(sorted(found))
 
 
+def end_notice(tokenizer: Tokenizer, model_path: str) -> str:
+    """What is to be said where answers end in a chat with a token that the model's files do not name as an end; else ""."""
+    closing = closing_token(tokenizer)
+    if closing is None or closing in stop_token_ids(tokenizer, model_path, chat=False):
+        return ""
+    return (
+        f"answers end with {visible(tokenizer, [closing])!r}, which is no end token in the files of {model_path}: generation "
+        "stops there too, and the saved model names it in its generation_config.json"
+    )
+
+
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Equal for tokenizers that render and tokenise alike: of the fast tokenizer's content, what is around it, and the
     versions of the libraries.

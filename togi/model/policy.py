@@ -10,7 +10,7 @@ sees all uses of them. Not here: reading and writing model folders (``loading``)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -121,6 +121,14 @@ class PolicyModel(_Model):
     def vocabulary(self) -> int:
         """How many tokens the head knows, padding rows included."""
         return int(self._head.weight.shape[0])
+
+    def end_answers_with(self, token_ids: Sequence[int]) -> None:
+        """Let the generation config that is saved with the model name these end tokens, and those that it names already."""
+        generation: Any = self.hf.generation_config
+        named = generation.eos_token_id
+        named = [] if named is None else [named] if isinstance(named, int) else named
+        ends = sorted({*named, *token_ids})
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
 
     def forward(
         self, batch: Batch, needs: Needs, temperature: float = 1.0, teacher: TeacherLogits | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from togi.config.export import ExportConfig
 from togi.config.shared import ADAPTER_CONFIG, LoRA
-from togi.data.chat import load_tokenizer
+from togi.data.chat import load_tokenizer, stop_token_ids
 from togi.errors import CheckpointError, ConfigError
 from togi.learn.checkpoint import HF_FOLDER, STATE, Checkpoint, CheckpointStore, read_checkpoint
 from togi.learn.learner_state import read_masters
@@ -131,6 +131,9 @@ def _convert(run: Run, checkpoint: Checkpoint, aside: Path, *, trust_remote_code
         chat_template=run.values["tokenizer_chat_template"],
         trust_remote_code=trust_remote_code,
     )
+    if isinstance(model, PolicyModel):
+        chat = bool(run.values.get("apply_chat_template"))
+        model.end_answers_with(stop_token_ids(tokenizer, run.values["pretrain"], chat=chat))
     save_hf(aside, model, _whole(model, run.dtype), tokenizer, run.dtype)
 
 

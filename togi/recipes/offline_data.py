@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from togi.config.offline import (
     RMConfig,
     SFTConfig,
 )
-from togi.data.chat import Tokenizer, load_tokenizer
+from togi.data.chat import Tokenizer, end_notice, load_tokenizer, stop_token_ids
 from togi.data.record_spec import RecordSpec
 from togi.data.records import Examples, load_pairs, load_sft, load_steps, load_unpaired
 from togi.data.report import DataReport
@@ -26,6 +27,7 @@ from togi.parallel.process import World
 from togi.recipes.offline_plan import EpochPlan
 
 UNLIMITED = 2**62
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,10 @@ def task_of(config: OfflineConfig) -> Task:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """``held_out`` is empty without ``--eval_dataset``: none or one set."""
+    """``held_out`` is empty without ``--eval_dataset``: none or one set. ``stop_token_ids``: each ends an answer."""
 
     tokenizer: Tokenizer
+    stop_token_ids: tuple[int, ...]
     train: Examples
     held_out: tuple[Examples, ...]
 
@@ -94,7 +97,8 @@ def load_data(config: OfflineConfig, task: Task, world: World, progress: Progres
         )
         if not world.is_first:
             world.barrier("first rank has read the data")
-        train = task.load(record_spec(config, config.dataset, config.split, training=True), tokenizer)
+        spec = record_spec(config, config.dataset, config.split, training=True)
+        train = task.load(spec, tokenizer)
         held_out = []
         if config.eval_dataset is not None:
             held_out.append(
@@ -104,7 +108,10 @@ def load_data(config: OfflineConfig, task: Task, world: World, progress: Progres
             world.barrier("first rank has read the data")
     if isinstance(config, KDConfig):
         check_vocabulary(config, tokenizer)
-    return Data(tokenizer, train, tuple(held_out))
+    chat = spec.apply_chat_template
+    if chat and not task.scalar and (notice := end_notice(tokenizer, config.pretrain)):
+        logger.warning("%s", notice)
+    return Data(tokenizer, stop_token_ids(tokenizer, config.pretrain, chat=chat), train, tuple(held_out))
 
 
 def check_plan(config: OfflineConfig, plan: EpochPlan, data: Data) -> None:

@@ -21,7 +21,6 @@ import torch
 
 from togi.config.choices import EngineName
 from togi.config.offline import KDConfig, OfflineConfig
-from togi.data.chat import stop_token_ids
 from togi.errors import ConfigError
 from togi.learn.distill_objective import GENERATED
 from togi.learn.learner import Learner
@@ -118,8 +117,7 @@ class Student:
         self._config, self._engine, self._model, self._backend = config, engine, model, learner.backend
         self._plan, self._dealer, self._world = plan, dealer, learner.backend.world
         self._policy = Scorer(learner.backend.module, self._world)
-        stops = stop_token_ids(data.tokenizer, config.pretrain, chat=config.apply_chat_template)
-        self._sampling = Sampling(config.generate_max_len, config.temperature, stop_token_ids=stops)
+        self._sampling = Sampling(config.generate_max_len, config.temperature, stop_token_ids=data.stop_token_ids)
         self._probe = probe(data.train[0][0].tokens.tolist(), config.max_len)
         self._dtype = torch.bfloat16 if config.bf16 else torch.float32
         dtype = str(self._dtype).removeprefix("torch.")

@@ -214,6 +214,8 @@ class OfflineRun:
         model, dtype = self._models.model, torch.bfloat16 if self.config.bf16 else torch.float32
         if isinstance(model, ScalarModel):
             self._measure_rewards(model)
+        else:
+            model.end_answers_with(self.data.stop_token_ids)
         target = folder if self._world.is_first else None
         save_trained(target, model, self._models.learner.backend.full_parameters, self.data.tokenizer, dtype)
         self._world.barrier("model written")

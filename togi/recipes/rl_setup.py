@@ -12,7 +12,7 @@ from typing import Any
 
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
-from togi.data.chat import decode, load_tokenizer, stop_token_ids, visible
+from togi.data.chat import decode, end_notice, load_tokenizer, stop_token_ids, visible
 from togi.data.loader import LoaderState, PromptLoader
 from togi.data.prompts import PromptSet, PromptSpec, load_prompts
 from togi.data.report import DataReport
@@ -92,6 +92,8 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
         if config.generates:
             with progress.phase("trying the reward", expected_seconds=2):
                 await rewards.check([example(prompts[0])] * min(2, config.n_samples_per_prompt))
+        if config.apply_chat_template and (notice := end_notice(tokenizer, config.pretrain)):
+            logger.warning("%s", notice)
         stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
     except BaseException:
         await rewards.close()

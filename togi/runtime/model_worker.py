@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from togi.config.choices import PolicyLossType
 from togi.config.rl import RLConfig
-from togi.data.chat import load_tokenizer
+from togi.data.chat import load_tokenizer, stop_token_ids
 from togi.data.packing import Packs, pack_all, pack_stats
 from togi.learn.ema import Ema
 from togi.learn.learner import Learner, Mixed, StepOutcome, UpdateReport
@@ -368,6 +368,9 @@ class LearnerWorker(ModelWorker):
         tokenizer = load_tokenizer(
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
         )
+        if isinstance(self._model, PolicyModel):
+            stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
+            self._model.end_answers_with(stops)
         target = folder if self._world.is_first else None
         save_trained(target, self._model, full_parameters, tokenizer, dtype)
         self._world.barrier("model written")
