@@ -83,6 +83,12 @@ def joined(prompt: Dialogue, answer: Dialogue, where: str, keys: tuple[str, str]
             Drop.WRONG_ROLES,
             f"{where}: the fields {keys[0]!r} and {keys[1]!r} begin with different system turns: leave one of them out.",
         )
+    if asked and said and asked[-1]["role"] == said[0]["role"] == ASSISTANT:
+        raise RowError(
+            Drop.WRONG_ROLES,
+            f"{where}: the prompt in {keys[0]!r} ends with a turn of the assistant, and the answer in {keys[1]!r} would follow "
+            "it: end the prompt with the turn that is answered.",
+        )
     repeats = bool(asked) and _alike(asked, said[: len(asked)])
     if not repeats and asked and said and said[0]["role"] == USER and asked[-1]["role"] in (USER, TOOL):
         raise RowError(

@@ -24,14 +24,9 @@ Tool: TypeAlias = Mapping[str, Any]
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
 ROLES = frozenset({SYSTEM, "developer", USER, ASSISTANT, TOOL})
 # What other data sets call those who speak.
-SPEAKERS = {
-    "human": USER,
-    "gpt": ASSISTANT,
-    "model": ASSISTANT,
-    "bot": ASSISTANT,
-    "chatgpt": ASSISTANT,
-    "ai": ASSISTANT,
-}
+SPEAKERS = dict.fromkeys(("human", "prompter"), USER) | dict.fromkeys(
+    ("gpt", "chatgpt", "model", "bot", "chatbot", "ai"), ASSISTANT
+)
 # The same for tools. A template that has a name of its own for them keeps it.
 ANSWERERS = dict.fromkeys(("observation", "tool_response", "function_response", "function", "ipython"), TOOL)
 # A turn of the assistant that is nothing but a call, written as JSON text.
@@ -70,6 +65,8 @@ def dialogue_of(value: object, role: str, template: str | None, tools: Dialogue 
     if isinstance(found, Mapping):
         found = _rows_of(found)
         notes.add(Note.ONE_MESSAGE)
+    if isinstance(found, list) and found and all(_is_part(item) for item in found):
+        found = [{"role": role, "content": found}]
     if not isinstance(found, Sequence):
         raise RowError(Drop.WRONG_TYPE, f"is {named_value(value)}: it must be a string or a list of messages.")
     messages = tuple(_message(message, number, template, notes) for number, message in enumerate(found))
@@ -170,6 +167,13 @@ _WRITTEN = re.compile(r"\[?\s*\{\s*['\"](role|content|from|value|type|function)[
 
 def _is_message(item: Mapping[str, Any]) -> bool:
     return ("role" in item and ("content" in item or "tool_calls" in item)) or _SHARED.keys() <= item.keys()
+
+
+def _is_part(item: object) -> bool:
+    """Whether an item of a list is a part of content, and no message."""
+    return (
+        isinstance(item, Mapping) and "role" not in item and "from" not in item and ("type" in item or "text" in item)
+    )
 
 
 def _is_tool(item: Mapping[str, Any]) -> bool:

@@ -6,16 +6,21 @@ output has a score too.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from dataclasses import dataclass
 
 from togi.data.chat import Tokenizer, check_rendering, encode, plain_prompt, render_messages
-from togi.data.faults import check_whole, named
+from togi.data.faults import Note, check_whole, named
 from togi.data.fields import answer_dialogue, as_text, joined, prompt_dialogue, row_tools, value_of
 from togi.data.masks import end_tokens
 from togi.data.mixture import Mixture
+from togi.data.report import note_warnings
 from togi.data.tables import Row
 from togi.data.turns import conversation
 from togi.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +42,12 @@ def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tu
     check_rendering(tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.input_template)
     names = [mixture.place(pick) for pick in mixture.picks]
     rows = mixture.rows()
-    texts = [_text(row, name, spec, tokenizer) for row, name in zip(rows, names, strict=True)]
+    notes = Counter[Note]()
+    texts = [_text(row, name, spec, tokenizer, notes) for row, name in zip(rows, names, strict=True)]
     for text, name in zip(texts, names, strict=True):
         check_whole(text, f"{name} has")
+    for warning in note_warnings(notes, len(rows)):
+        logger.warning("%s", warning)
     ids = encode(texts, tokenizer, add_special_tokens=not spec.apply_chat_template)
     enders = end_tokens(tokenizer, chat=spec.apply_chat_template)
     for name, tokens in zip(names, ids, strict=True):
@@ -50,7 +58,7 @@ def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tu
     return rows, ids
 
 
-def _text(row: Row, where: str, spec: OutputSpec, tokenizer: Tokenizer) -> str:
+def _text(row: Row, where: str, spec: OutputSpec, tokenizer: Tokenizer, notes: Counter[Note]) -> str:
     prompt = value_of(row, where, "input_key", spec.input_key)
     value = value_of(row, where, "output_key", spec.output_key)
     if not spec.apply_chat_template:
@@ -64,7 +72,9 @@ def _text(row: Row, where: str, spec: OutputSpec, tokenizer: Tokenizer) -> str:
     answer = answer_dialogue(value, where, spec.output_key, tools, tokenizer)
     whole, first = joined(dialogue, answer, where, (spec.input_key, spec.output_key))
     with named(where):
-        return conversation(whole, first, tokenizer).text
+        draft = conversation(whole, first, tokenizer)
+    notes.update(draft.notes)
+    return draft.text
 
 
 def _nonempty(text: str, where: str) -> str:
