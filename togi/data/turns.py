@@ -2,16 +2,18 @@
 
 A template that marks turns with ``{% generation %}`` is believed. For others the conversation is rendered once as a
 whole, and each turn lies between two renderings of its head: before it with the generation prompt, and with it; a template
-that renders the newest turn in another way than older ones shows the end of an older turn by the text that closes it.
-Either way the text of each turn must be in its part, and white space after the closing token of a turn is not learned, as
-generation stops there. Tokens are made in ``masks``.
+that renders the newest turn with more around it than older ones is met half way (see ``_kept``). Either way the text of each
+turn must be in its part. What generation does not write is not learned: the generation prompt, also where marks are around
+it, and white space after the closing token of a turn. Tokens are made in ``masks``.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 
-from togi.data.chat import Tokenizer, closing_text, marks_turns, render_marked, render_messages
+from togi.data.chat import Tokenizer, marks_turns, render_marked, render_messages
 from togi.data.faults import Drop, Note, RowError
 from togi.data.masks import Draft, Span
 from togi.data.messages import ASSISTANT, Dialogue, Message, call_names, reasoning_of, tool_names
@@ -54,23 +56,43 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft:
     notes = set(dialogue.notes)
     for turn, (start, end) in zip(turns, spans, strict=True):
         notes |= _check_text(messages[turn], turn, text[start:end])
-    end = spans[-1][1]
-    notes |= lost(Dialogue(messages[: turns[-1]], dialogue.tools), text[:end], learned=frozenset(turns))
+    start, end = spans[-1]
+    notes |= lost(Dialogue(messages[: turns[-1]], dialogue.tools), text[:start], learned=frozenset(turns))
     return Draft(text[:end], tuple(spans), complete=True, notes=frozenset(notes))
 
 
 def lost(dialogue: Dialogue, text: str, *, learned: frozenset[int] = frozenset()) -> set[Note]:
     """What of a dialogue is not in its rendered text; messages that are ``learned`` are checked on their own."""
-    notes = set[Note]()
-    if dialogue.tools and not any(name in text for name in tool_names(dialogue.tools)):
+    notes, called = set[Note](), [name for message in dialogue.messages for name in call_names(message)]
+    said = [
+        part
+        for message in dialogue.messages
+        for part in (message["content"], *reasoning_of(message))
+        if _holds(text, part)
+    ]
+
+    def named(name: str) -> int:
+        """How often the messages call a tool or speak of it."""
+        spoken: int = sum(part.count(name) for part in said)
+        return called.count(name) + spoken
+
+    if dialogue.tools and not any(text.count(name) > named(name) for name in tool_names(dialogue.tools)):
         notes.add(Note.TOOLS_UNSEEN)
-    for number, message in enumerate(dialogue.messages):
-        if number in learned:
-            continue
-        said = [message["content"], *call_names(message)]
-        if not all(part.strip() in text for part in said):
-            notes.add(Note.CONTEXT_LOST)
+    context = [message for number, message in enumerate(dialogue.messages) if number not in learned]
+    is_whole = all(_holds(text, message["content"]) for message in context)
+    if not is_whole or any(text.count(name) < named(name) for name in set(called)):
+        notes.add(Note.CONTEXT_LOST)
     return notes
+
+
+def _holds(text: str, said: str) -> bool:
+    """Whether what is said is in the text, as it is or as a string of JSON: some templates quote the answers of tools."""
+    return all(piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text for piece in _pieces(said))
+
+
+def _pieces(content: str) -> list[str]:
+    """Reasoning and answer. Templates write the tags anew, and the first may be in the generation prompt."""
+    return [piece.strip() for piece in re.split("</?think>", content)]
 
 
 def _marked(dialogue: Dialogue, turns: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[Span]]:
@@ -82,7 +104,15 @@ def _marked(dialogue: Dialogue, turns: Sequence[int], tokenizer: Tokenizer) -> t
             f"has {len(assistants)} messages of the assistant, but the chat template marks {len(marks)} parts with "
             "{% generation %}: let it mark each message of the assistant once.",
         )
-    return text, [marks[assistants.index(turn)] for turn in turns]
+    spans = []
+    for turn in turns:
+        start, end = marks[assistants.index(turn)]
+        head = Dialogue(dialogue.messages[:turn], dialogue.tools)
+        before = render_messages(head, tokenizer, add_generation_prompt=True)
+        # Some templates mark the header of a turn, too.
+        within = start < len(before) <= end and text.startswith(before)
+        spans.append((len(before) if within else start, end))
+    return text, spans
 
 
 def _located(dialogue: Dialogue, turns: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[Span]]:
@@ -99,12 +129,15 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
     if text.startswith(before):
         if text.startswith(after) and len(after) > len(before):
             return len(before), len(after)
-        if (end := _closed(messages[turn], text, len(before), tokenizer)) is not None:
-            return len(before), end
+        own = after.removeprefix(before) if after.startswith(before) else ""
+        if (length := _kept(own, text[len(before) :], messages[turn]["content"], tokenizer)) is not None:
+            return len(before), len(before) + length
+        *thoughts, _ = _pieces(messages[turn]["content"])
+        how = "differently" if all(thought in text for thought in thoughts) else "without its reasoning"
         raise RowError(
             Drop.TEMPLATE,
-            f"has its message {turn} rendered differently by the chat template when more messages follow, so that its "
-            f"place is not known: {_MARK}, or train on its last turn only.",
+            f"has its message {turn} rendered {how} by the chat template when more messages follow, so that its place is not "
+            f"known: {_way_out(messages, turn)}",
         )
     history = render_messages(Dialogue(messages[:turn], tools), tokenizer)
     opening = before.removeprefix(history)
@@ -119,36 +152,49 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
     raise RowError(
         Drop.TEMPLATE,
         f"has the messages before its message {turn} rendered differently by the chat template when more messages follow, so "
-        f"that the place of the message is not known: {_MARK}"
-        + ("." if is_last else ", or train on its last turn only."),
+        f"that it would be learned after another text than it is generated after: {_way_out(messages, turn)}",
     )
 
 
-def _closed(message: Message, text: str, start: int, tokenizer: Tokenizer) -> int | None:
-    """The end of a turn whose content is rendered right at ``start``: behind the text that closes a turn."""
-    content, closing = message["content"].strip(), closing_text(tokenizer)
-    if not closing or not text.startswith(content, start):
-        return None
-    found = text.find(closing, start + len(content))
-    return None if found < 0 else found + len(closing)
+def _way_out(messages: Sequence[Message], turn: int) -> str:
+    """What to do where a turn is rendered in one way as the newest message and in another with those that follow."""
+    if any(message["role"] == ASSISTANT for message in (*messages[turn - 1 : turn], *messages[turn + 1 : turn + 2])):
+        return "join messages of the assistant that follow each other."
+    if turn + 1 == len(messages):
+        return f"use a template that renders them alike, or {_MARK}."
+    return f"{_MARK}, or train on its last turn only."
+
+
+def _kept(own: str, rest: str, content: str, tokenizer: Tokenizer) -> int | None:
+    """The length of a turn at the start of ``rest`` if that is what its ``own`` rendering as the newest turn ends with.
+
+    Templates put reasoning, or the empty place of it, before the newest turn only, and EOS after it.
+    """
+    ended = own.removesuffix(str(tokenizer.eos_token))
+    closes = ended.rstrip().endswith(tuple(str(token) for token in tokenizer.added_tokens_decoder.values()))
+    for whole in (own, ended) if closes else (own,):
+        for start in range(len(whole)):
+            if rest.startswith(whole[start:]) and all(piece in whole[start:] for piece in _pieces(content)):
+                return len(whole) - start
+    return None
 
 
 def _check_text(message: Message, turn: int, part: str) -> set[Note]:
     """What of a learned message is left out without harm. Raises RowError if its content or its calls are not in ``part``."""
-    content = message["content"].strip()
-    reasoning = [text.strip() for text in reasoning_of(message)]
-    if content not in part:
+    content, reasoning = message["content"].strip(), reasoning_of(message)
+    if not all(piece in part for piece in _pieces(content)):
         raise RowError(
             Drop.TEMPLATE,
             f"has its message {turn} changed by the chat template (the part to learn is {part[:_SHOWN]!r}, the message "
             f"{content[:_SHOWN]!r}): use a template that keeps the text of the assistant.",
         )
-    if not all(name in part for name in call_names(message)):
+    calls = call_names(message)
+    if any(part.count(name) < content.count(name) + calls.count(name) for name in calls):
         raise RowError(
             Drop.TEMPLATE,
             f"has tool calls in its message {turn} that the chat template leaves out: use a template that renders tool_calls.",
         )
-    if all(text in part for text in reasoning):
+    if all(thought.strip() in part for thought in reasoning):
         return set()
     if not content and not call_names(message):
         raise RowError(
