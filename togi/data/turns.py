@@ -173,9 +173,12 @@ def _kept(own: str, rest: str, content: str, tokenizer: Tokenizer) -> int | None
     ended = own.removesuffix(str(tokenizer.eos_token))
     closes = ended.rstrip().endswith(tuple(str(token) for token in tokenizer.added_tokens_decoder.values()))
     for whole in (own, ended) if closes else (own,):
-        for start in range(len(whole)):
-            if rest.startswith(whole[start:]) and all(piece in whole[start:] for piece in _pieces(content)):
-                return len(whole) - start
+        start = whole.find(rest[:1])
+        while start >= 0:
+            kept = whole[start:]
+            if rest.startswith(kept) and all(piece in kept for piece in _pieces(content)):
+                return len(kept)
+            start = whole.find(rest[:1], start + 1)
     return None
 
 
