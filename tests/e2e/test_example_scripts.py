@@ -37,6 +37,7 @@ EXAMPLES = {
     "dpo_precomputed.sh",
     "continued_pretraining.sh",
     "sft_resumable.sh",
+    "sft_tools.sh",
     "chat.sh",
 }
 
@@ -143,3 +144,26 @@ def test_a_conversation(world: Path) -> None:
     )
     first, again, end = done.stdout.split("\n> ")[1:]
     assert first and again == f"> {first}" and end == "", "a cleared conversation starts anew"
+
+
+def test_rows_in_every_form_become_the_same_conversation(world: Path, tmp_path: Path) -> None:
+    """The same four turns in three forms: the call and the last answer are learned, and what was read otherwise is counted."""
+    run = tmp_path / "run"
+    here("sft_tools.sh", tmp_path / "words", world / "model", "--max_len", "512", run=run)
+    report = json.loads((run / "data" / "train.json").read_text())
+    sums = [(431, 254), (504, 766), (149, 174)]
+    for example, (a, b) in zip(report["examples"], sums, strict=True):
+        call = json.dumps({"name": "add", "arguments": {"a": a, "b": b}})
+        assert example.endswith(
+            f"<|im_start|>user\nWhat is {a} + {b}?<|im_end|>\n<|im_start|>assistant\n⟦<call>{call}</call><|im_end|>⟧\n"
+            f"<|im_start|>tool\n{a + b}<|im_end|>\n<|im_start|>assistant\n⟦{a} + {b} = {a + b}.<|im_end|>⟧"
+        )
+        assert example.startswith('<|im_start|>system\nTools: [{"name": "add", "description": "Add two numbers."')
+    said = [warning.partition(" of 6 rows ")[::2] for warning in report["warnings"] if " of 6 rows " in warning]
+    # Two rows of each form; ShareGPT's tools and the third form's messages are text.
+    assert [(count, text.split()[:2]) for count, text in said] == [
+        ("2", ["have", "from"]),
+        ("4", ["call", "a"]),
+        ("4", ["hold", "messages"]),
+        ("2", ["have", "content"]),
+    ]
