@@ -68,8 +68,19 @@ def run_in(
         return _run(parsed.config, command, world, journal)
 
 
-def _run(config: OfflineConfig, command: str, world: World, journal: Journal) -> Result:
-    task, world = task_of(config), world.in_teams(config.ring_attn_size, config.ds_tensor_parallel_size)
+@dataclass(frozen=True, slots=True, eq=False)
+class Opening:
+    """What a run knows before it loads a model or makes a folder. ``found``: the checkpoint it goes on from."""
+
+    task: Task
+    data: Data
+    plan: EpochPlan
+    found: Checkpoint | None
+
+
+def opening(config: OfflineConfig, command: str, world: World, journal: Journal) -> Opening:
+    """Everything of a run that comes before its models: what is said, its rows, its steps. Raises UserError."""
+    task = task_of(config)
     if config.flash_attn and config.ring_attn_size > 1:
         journal.announce(
             "--flash_attn: ring attention (--ring_attn_size) has kernels of its own, which are used instead"
@@ -88,10 +99,16 @@ def _run(config: OfflineConfig, command: str, world: World, journal: Journal) ->
     plan = EpochPlan(len(data.train), config.train_batch_size, config.max_epochs, config.seed)
     check_plan(config, plan, data)
     journal.announce(plan.describe())
-    found = find_checkpoint(config, command, data, world)
+    return Opening(task, data, plan, find_checkpoint(config, command, data, world))
+
+
+def _run(config: OfflineConfig, command: str, world: World, journal: Journal) -> Result:
+    world = world.in_teams(config.ring_attn_size, config.ds_tensor_parallel_size)
+    opened = opening(config, command, world, journal)
+    data, plan, found = opened.data, opened.plan, opened.found
     journal.open(data.reports, found.step if found is not None else 0, plan.steps)
     try:
-        with closing(start(config, command, task, data, plan, world, journal)) as run:
+        with closing(start(config, command, opened.task, data, plan, world, journal)) as run:
             evaluations = train(run, found)
     except BaseException as error:
         journal.close(State.FAILED, str(error) or type(error).__name__)

@@ -29,8 +29,11 @@ from togi.recipes.preflight import (
 )
 
 
-def check(parsed: Parsed[OfflineConfig]) -> Parsed[OfflineConfig]:
-    """The settings with local names. Raises the first UserError."""
+def check(parsed: Parsed[OfflineConfig], *, launched: bool = True) -> Parsed[OfflineConfig]:
+    """The settings with local names. Raises the first UserError.
+
+    ``launched``: this is one of the processes that are to train, so that their number can be checked.
+    """
     check_offline(parsed)
     offline_aim(parsed.config)
     parsed = with_local_names(parsed)
@@ -41,7 +44,8 @@ def check(parsed: Parsed[OfflineConfig]) -> Parsed[OfflineConfig]:
     for flag, path in other_models(config).items():
         check_model(flag, path)
     check_context(config)
-    check_teams(config)
+    if launched:
+        check_teams(config)
     check_heads(config, other_models(config).items())
     check_splits(config, [("pretrain", config.pretrain)])
     check_compiled(config, other_models(config).items())

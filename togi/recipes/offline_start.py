@@ -30,10 +30,21 @@ def start_offline(
     announce: Callable[[str], None] = logger.info,
 ) -> Result:
     """Check, then run ``togi <command>``. Raises UserError for whatever the user can mend."""
-    ready, notice = usable_precision(offline_preflight.check(parsed), this_machine())
-    if notice:
-        announce(notice)
-    say_ignored(ready.config, announce)
+    ready = opening(parsed, announce=announce)
     from togi.recipes.offline import run
 
     return run(ready, command, argv=argv, announce=announce)
+
+
+def opening(
+    parsed: Parsed[OfflineConfig], *, announce: Callable[[str], None], launched: bool = True
+) -> Parsed[OfflineConfig]:
+    """The settings as they are run, after all checks that need no tokenizer; says what is taken otherwise than it is written.
+
+    ``launched``: this is one of the processes that are to train.
+    """
+    ready, notice = usable_precision(offline_preflight.check(parsed, launched=launched), this_machine())
+    if notice:
+        announce(notice)
+    say_ignored(ready.config, announce)
+    return ready

@@ -17,10 +17,9 @@ from togi.obs.report import write_report
 from togi.obs.run_dir import RunDirectory, State
 from togi.plan.machine import this_machine
 from togi.plan.placement import Role
-from togi.recipes.plan import StepPlan
 from togi.recipes.rl_rewards import connect, describe
 from togi.recipes.rl_run import Run
-from togi.recipes.rl_setup import Material, best_aim, check_replay, find_checkpoint, open_run, prepare
+from togi.recipes.rl_setup import Opening, open_run, opening
 from togi.runtime.session import Session
 from togi.runtime.worker_group import StepUpdate
 
@@ -71,17 +70,11 @@ async def _run(
     announce: Callable[[str], None],
 ) -> Result:
     config = parsed.config
-    material = await prepare(config, reward, progress)
+    opened = await opening(config, reward, progress, announce)
     try:
-        plan = StepPlan.of(config, len(material.prompts))
-        best_aim(config, material)
-        announce(plan.describe(config))
-        if config.replay is not None:
-            announce(check_replay(config, config.replay, material, plan))
-        checkpoint = find_checkpoint(config, material, progress)
-        directory = open_run(parsed, argv, material)
+        directory = open_run(parsed, argv, opened.material)
         try:
-            result = await _with_session(config, material, plan, checkpoint, directory, progress, announce)
+            result = await _with_session(config, opened, directory, progress, announce)
         except BaseException as error:
             directory.write_status(State.FAILED, str(error) or type(error).__name__)
             write_report(directory.root)
@@ -90,18 +83,17 @@ async def _run(
         write_report(directory.root)
         return result
     finally:
-        await material.rewards.close()
+        await opened.material.rewards.close()
 
 
 async def _with_session(
     config: RLConfig,
-    material: Material,
-    plan: StepPlan,
-    checkpoint: Checkpoint | None,
+    opened: Opening,
     directory: RunDirectory,
     progress: Progress,
     announce: Callable[[str], None],
 ) -> Result:
+    material, plan = opened.material, opened.plan
     with progress.phase("starting engines and loading models", expected_seconds=25):
         updates = {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
         session = await Session.start(config, this_machine(), updates, announce)
@@ -114,7 +106,7 @@ async def _with_session(
         if line := describe(config, reward):
             announce(f"reward: {line}")
         with Run(config, material, reward, plan, session, directory, progress) as run_state:
-            evaluations = await train(run_state, checkpoint)
+            evaluations = await train(run_state, opened.checkpoint)
         await session.close()
     except BaseException:
         session.abandon()

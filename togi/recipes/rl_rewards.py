@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from togi.config.choices import BUILTIN, RemoteMode
@@ -19,8 +19,10 @@ from togi.reward.pool import CallLimits
 from togi.reward.remote import TOKEN_VARIABLE, Patience, RemoteReward
 from togi.reward.source import Reward
 from togi.runtime.model_reward import ModelScores
-from togi.runtime.session import Session
-from togi.sample import Rollout
+from togi.sample import Rollout, Score
+
+if TYPE_CHECKING:  # the check of a run has no session, and no Ray
+    from togi.runtime.session import Session
 
 Visible = Callable[[Sequence[int]], str]
 
@@ -60,12 +62,15 @@ class EarlyRewards:
         for urls, name in zip(shared_urls(config), own, strict=False):
             self.remotes.append(RemoteReward(urls, limits, patience, response, name))
 
-    async def check(self, group: Sequence[Rollout]) -> None:
-        """Call everything once for real. Raises RewardError for the first that fails."""
-        for function in self.functions:
-            await function.check(group)
-        for remote in self.remotes:
-            await remote.check(group)
+    async def check(self, group: Sequence[Rollout]) -> Mapping[str, Sequence[Score]]:
+        """Call everything once for real; the scores by the name of the reward. Raises RewardError for the first that fails."""
+        end = len(self.names) - len(self.functions)
+        scores: dict[str, Sequence[Score]] = {}
+        for name, function in zip(self.names[end:], self.functions, strict=True):
+            scores[name] = await function.check(group)
+        for name, remote in zip(self.names[end - len(self.remotes) : end], self.remotes, strict=True):
+            scores[name] = await remote.check(group)
+        return scores
 
     def take_paused_seconds(self) -> float:
         """Seconds since the last call in which the run waited for a server, the longest of all."""
@@ -87,6 +92,11 @@ async def connect(config: RLConfig, early: EarlyRewards, session: Session) -> Co
         mean, std = (await group.call_all("reward_statistics"))[0]
         standardization = Standardization(mean, std) if config.normalize_reward else None
         models.append(LocalModelReward(ModelScores(group).score, standardization, name))
+    return combined(config, early, models)
+
+
+def combined(config: RLConfig, early: EarlyRewards, models: Sequence[Reward]) -> CombinedReward:
+    """All rewards as one. ``models``: the local ones."""
     sources = [*models, *early.remotes, *early.functions]
     weights = config.reward_weights if config.reward_weights is not None else (1.0,) * len(sources)
     terms = [Term(name, source, weight) for name, source, weight in zip(early.names, sources, weights, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from togi.recipes.rl_pretrain import Pretraining, load_pretraining
 from togi.recipes.rl_rewards import EarlyRewards
 from togi.rollout.environment import SingleTurn
 from togi.runtime.replay import replay_feed
-from togi.sample import FinishReason, Prompt, Rollout, Sampling
+from togi.sample import FinishReason, Prompt, Rollout, Sampling, Score
 
 Decode = Callable[[Sequence[int]], str]
 COMMAND = "rl"
@@ -38,10 +38,19 @@ UNLIMITED = 2**62
 
 
 @dataclass(frozen=True, slots=True)
+class Opening:
+    """What a run knows before it starts a process or makes a folder. ``checkpoint``: what it goes on from."""
+
+    material: Material
+    plan: StepPlan
+    checkpoint: Checkpoint | None
+
+
+@dataclass(frozen=True, slots=True)
 class Material:
     """Prompts, held-out prompts (empty without ``--eval_dataset``), and the rewards that need no worker of the run.
 
-    ``pretraining`` is None without ``--pretrain_data``.
+    ``pretraining`` is None without ``--pretrain_data``. ``trial``: what each reward said of a made-up answer, by its name.
     """
 
     prompts: PromptSet
@@ -52,11 +61,29 @@ class Material:
     decode: Decode
     stop_token_ids: tuple[int, ...]
     rewards: EarlyRewards
+    trial: Mapping[str, Sequence[Score]] = field(default_factory=dict)
 
     def environment(self, config: RLConfig, temperature: float) -> SingleTurn:
         """One question, one answer, at the given temperature."""
         sampling = Sampling(config.generate_max_len, temperature, config.top_p, stop_token_ids=self.stop_token_ids)
         return SingleTurn(self.decode, sampling)
+
+
+async def opening(
+    config: RLConfig, function: Callable[..., Any] | None, progress: Progress, announce: Callable[[str], None]
+) -> Opening:
+    """Everything of a run that comes before its processes. Close the material's rewards at the end. Raises UserError."""
+    material = await prepare(config, function, progress)
+    try:
+        plan = StepPlan.of(config, len(material.prompts))
+        best_aim(config, material)
+        announce(plan.describe(config))
+        if config.replay is not None:
+            announce(check_replay(config, config.replay, material, plan))
+        return Opening(material, plan, find_checkpoint(config, material, progress))
+    except BaseException:
+        await material.rewards.close()
+        raise
 
 
 async def prepare(config: RLConfig, function: Callable[..., Any] | None, progress: Progress) -> Material:
@@ -89,9 +116,10 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 pretraining = load_pretraining(config, config.pretrain_data, tokenizer)
                 reports["pretrain_data"] = pretraining.examples.report
         rewards.connect_servers(config, partial(visible, tokenizer))
+        trial: Mapping[str, Sequence[Score]] = {}
         if config.generates:
             with progress.phase("trying the reward", expected_seconds=2):
-                await rewards.check([example(prompts[0])] * min(2, config.n_samples_per_prompt))
+                trial = await rewards.check([example(prompts[0])] * min(2, config.n_samples_per_prompt))
         if config.apply_chat_template and (notice := end_notice(tokenizer, config.pretrain)):
             logger.warning("%s", notice)
         stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
@@ -107,6 +135,7 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
         partial(decode, tokenizer),
         stops,
         rewards,
+        trial,
     )
 
 

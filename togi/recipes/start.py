@@ -34,11 +34,19 @@ def start_rl(
 
     Raises UserError for whatever the user can mend, before a model is loaded where that is possible.
     """
+    ready = opening(parsed, reward_given=reward is not None, announce=announce)
+    from togi.recipes.rl import run
+
+    return run(ready, argv=argv, reward=reward, announce=announce)
+
+
+def opening(parsed: Parsed[RLConfig], *, reward_given: bool, announce: Callable[[str], None]) -> Parsed[RLConfig]:
+    """The settings as they are run, after all checks that need no tokenizer; says what is taken otherwise than it is written."""
     if parsed.config.algo is not None:
         bringer, _ = parsed.config.preset({})
         announce(describe(parsed.config.algo, parsed.values_from(bringer)))
     machine = this_machine()
-    ready, notice = usable_precision(preflight.check(parsed, machine, reward_given=reward is not None), machine)
+    ready, notice = usable_precision(preflight.check(parsed, machine, reward_given=reward_given), machine)
     if notice:
         announce(notice)
     if ready.config.ref_reward_offload and machine.gpus == 0 and not joins_cluster():
@@ -46,6 +54,4 @@ def start_rl(
     if ready.config.use_liger_kernel and machine.gpus == 0 and not joins_cluster():
         announce(NO_CUDA_FOR_LIGER)
     say_ignored(ready.config, announce)
-    from togi.recipes.rl import run
-
-    return run(ready, argv=argv, reward=reward, announce=announce)
+    return ready

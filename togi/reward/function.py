@@ -23,7 +23,7 @@ from typing import Any
 from togi.config.choices import BUILTIN, Verifier
 from togi.errors import RewardError
 from togi.reward.pool import CallLimits, WorkerPool
-from togi.reward.scores import as_call, as_scores, failed, refuse_errors
+from togi.reward.scores import as_call, as_scores, failed, without_errors
 from togi.reward.wire import NO_INDEX, Answer, Call, Complaint, Load, LoadKind, encode
 from togi.sample import Rollout, Score
 
@@ -83,12 +83,12 @@ class FunctionReward:
         """
         return await self._score(group, self._retries)
 
-    async def check(self, group: Sequence[Rollout]) -> None:
-        """Import the function and call it once for real. Raises RewardError for every failure.
+    async def check(self, group: Sequence[Rollout]) -> list[Score]:
+        """Import the function and call it once for real; what it says. Raises RewardError for every failure.
 
         Two rollouts are enough to tell a number for each from a number for all.
         """
-        refuse_errors(await self._score(group, 0))
+        return without_errors(await self._score(group, 0))
 
     async def answer(self, call: Call) -> Answer | Complaint:
         """What the function says about one call, at the first try."""

@@ -23,7 +23,7 @@ from togi.errors import RewardError
 from togi.obs.progress import duration
 from togi.reward.http_server import FIRST_DELAY_SECONDS, ConnectionLimits, FaultKind, HttpServer, ServerFaultError
 from togi.reward.returned import DICT_KEYS, BadReturnError, checked
-from togi.reward.scores import as_call, as_scores, failed, refuse_errors
+from togi.reward.scores import as_call, as_scores, failed, without_errors
 from togi.reward.wire import NO_INDEX, Answer
 from togi.sample import Rollout, Score
 
@@ -88,16 +88,19 @@ class RemoteReward:
                 if fault.kind is FaultKind.FAILED:
                     await asyncio.sleep(FIRST_DELAY_SECONDS * 2 ** (failures - 1) * random.uniform(0.5, 1.0))
 
-    async def check(self, group: Sequence[Rollout]) -> None:
-        """Ask every server once for real. Raises RewardError for every failure, also of a server that is away."""
-        body = self._body(group)
+    async def check(self, group: Sequence[Rollout]) -> list[Score]:
+        """Ask every server once for real; what the last one says. Raises RewardError for every failure, also of a server that
+        is away.
+        """
+        body, scores = self._body(group), list[Score]()
         for server in self._servers:
             try:
-                refuse_errors(self._scores(await server.post(body), server, group))
+                scores = without_errors(self._scores(await server.post(body), server, group))
             except ServerFaultError as fault:
                 raise RewardError(
                     f"The reward server {server.shown_url} {fault.what}: start it, or correct --remote_rm_url."
                 ) from None
+        return scores
 
     async def close(self) -> None:
         """Close the connections."""

@@ -60,10 +60,11 @@ def first_error(scores: Sequence[Score]) -> str | None:
     return next((score.message for score in scores if score.outcome is Outcome.ERROR), None)
 
 
-def refuse_errors(scores: Sequence[Score]) -> None:
-    """Raise RewardError with the first error among ``scores``, if there is one."""
+def without_errors(scores: Sequence[Score]) -> list[Score]:
+    """``scores`` if none of them is an error. Raises RewardError with the first one."""
     if (message := first_error(scores)) is not None:
         raise RewardError(message)
+    return list(scores)
 
 
 def _score(answer: Answer, index: int, component: str, shown_as: str) -> Score:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from togi.runtime.worker_group import WorkerGroup
 from togi.sample import Sample
+
+if TYPE_CHECKING:  # who only asks a model needs no Ray
+    from togi.runtime.worker_group import WorkerGroup
 
 
 class ModelScores:
@@ -32,7 +35,7 @@ class ModelScores:
         try:
             while self._waiting:
                 taken, self._waiting = self._waiting, []
-                flat = [_sample(tokens) for sequences, _ in taken for tokens in sequences]
+                flat = [as_sample(tokens) for sequences, _ in taken for tokens in sequences]
                 try:
                     scores = np.concatenate(await self._group.per_sample("scores", flat)).tolist()
                 except BaseException as error:
@@ -46,5 +49,6 @@ class ModelScores:
             self._busy = False
 
 
-def _sample(tokens: Sequence[int]) -> Sample:
+def as_sample(tokens: Sequence[int]) -> Sample:
+    """Tokens to be scored as a whole."""
     return Sample(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_), 0, "score")
