@@ -1,0 +1,124 @@
+"""What a run will write to disk, against what is free there: arithmetic before it starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from togi.config.offline import OfflineConfig, RMConfig
+from togi.config.rl import RLConfig
+from togi.config.shared import NO_METRIC, ModelSettings, OutputSettings
+from togi.errors import CheckpointError
+from togi.learn.checkpoint import PREFIX, SPACE_MARGIN
+from togi.model.sizes import FLOAT32, Sizes, sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """Bytes that a run writes. ``state``, ``model``: of one checkpoint, 0 for a part that it does not have.
+
+    ``kept``: checkpoints that are there at most, the one being written among them. ``best``, ``final``: the folders of the best
+    model and of what is saved at the end.
+    """
+
+    state: int
+    model: int
+    kept: int
+    best: int
+    final: int
+
+    @property
+    def checkpoint(self) -> int:
+        return self.state + self.model
+
+    @property
+    def beside_checkpoints(self) -> int:
+        """In the folder of checkpoints."""
+        return self.checkpoint * self.kept + self.best
+
+    def describe(self) -> str:
+        """In one line."""
+        parts = []
+        if self.kept > 0:
+            inside = [f"{size(self.state)} masters and moments"] * (self.state > 0)
+            inside += [f"{size(self.model)} model"] * (self.model > 0)
+            parts.append(f"{self.kept} x {size(self.checkpoint)} checkpoints ({' + '.join(inside)})")
+        if self.best > 0:
+            parts.append(f"{size(self.best)} best model")
+        return " + ".join([*parts, f"{size(self.final)} final model"])
+
+
+def rl_writing(config: RLConfig, rollouts: int, of: Callable[[str, bool], Sizes]) -> Writing:
+    """``of``: the sizes of a model folder as a language model or with a scalar head."""
+    actor = of(config.pretrain, False)
+    model = actor.folder_bytes(bf16=config.bf16)
+    average = FLOAT32 * actor.trained if config.enable_ema else 0
+    state, final = actor.state_bytes + average, model * (2 if config.enable_ema else 1)
+    if config.uses_critic:
+        critic = of(config.critic_source, True)
+        state += critic.state_bytes
+        final += critic.folder_bytes(bf16=config.bf16) if config.save_value_network else 0
+    return _writing(config, rollouts, state, model, final)
+
+
+def offline_writing(config: OfflineConfig, steps: int, of: Callable[[str, bool], Sizes]) -> Writing:
+    """As ``rl_writing``, of a command on fixed data."""
+    trained = of(config.pretrain, isinstance(config, RMConfig))
+    model = trained.folder_bytes(bf16=config.bf16)
+    return _writing(config, steps, trained.state_bytes, model, model)
+
+
+def size_of(config: ModelSettings) -> Callable[[str, bool], Sizes]:
+    """The sizes of model folders under a command's settings."""
+    return lambda path, scalar: sizes(path, scalar=scalar, lora=config.lora, trust_remote_code=config.trust_remote_code)
+
+
+def _writing(config: OutputSettings, steps: int, state: int, model: int, final: int) -> Writing:
+    state = 0 if config.disable_ds_ckpt else state
+    inside = model if config.save_hf_ckpt else 0
+    written = steps // config.save_steps if config.save_steps > 0 else 0
+    fitting = max(1, int(config.max_ckpt_mem * 1e9 / max(1, state + inside)))
+    kept = min(written, config.max_ckpt_num, fitting)
+    # older ones are removed only when the next one is complete
+    return Writing(state, inside, kept + (written > kept), model if config.best_metric_key != NO_METRIC else 0, final)
+
+
+def check_room(config: OutputSettings, writing: Writing) -> str:
+    """A line about what is written and what is free. Raises CheckpointError where it does not fit.
+
+    Checkpoints that are there already make room for those that follow.
+    """
+    checkpoints, models = _existing(Path(config.ckpt_path)), _existing(Path(config.save_path))
+    there = sum(file.stat().st_size for file in Path(config.ckpt_path).glob(f"{PREFIX}*/**/*") if file.is_file())
+    wanted = {checkpoints: max(0, writing.beside_checkpoints - there)}
+    if checkpoints.stat().st_dev == models.stat().st_dev:
+        wanted[checkpoints] += writing.final
+    else:
+        wanted[models] = writing.final
+    free = {folder: shutil.disk_usage(folder).free for folder in wanted}
+    for folder, needed in wanted.items():
+        if free[folder] < needed * SPACE_MARGIN:
+            raise CheckpointError(
+                f"The run would write {size(needed)} to {folder} ({writing.describe()}), where {size(free[folder])} are free: "
+                "make room, choose another --ckpt_path or --save_path, or keep fewer checkpoints with --max_ckpt_num."
+            )
+    rooms = ", ".join(f"{size(number)} free in {folder}" for folder, number in free.items())
+    return f"{writing.describe()}; {rooms}"
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes for people, with three digits."""
+    for unit, step in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= step:
+            return f"{nbytes / step:.3g} {unit}"
+    return f"{nbytes} B"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    return nearest
