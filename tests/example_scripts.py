@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.offline_world import CONFIGS, ROOT
 from togi.config.chat import ChatConfig
+from togi.config.check import RLCheckConfig
 from togi.config.checks import check_rl
 from togi.config.export import ExportConfig
 from togi.config.fields import Settings
@@ -36,6 +37,7 @@ printf '\\036' >>"$RECORD"
 """
 CHECKS: dict[str, Any] = {
     "rl": (RLConfig, lambda parsed: check_rl(parsed.config)),
+    "check rl": (RLCheckConfig, lambda parsed: check_rl(parsed.config)),
     "infer": (InferConfig, check_infer),
     "iterate": (IterateConfig, check_iterate),
     "chat": (ChatConfig, check_chat),
@@ -96,6 +98,8 @@ def commands(script: Path, folder: Path, *flags: str, **variables: object) -> li
 
 def command_of(words: list[str]) -> Command:
     """Recorded words as a command: ``togi NAME flags``, or torchrun's words and then the flags."""
+    if words[0] == "check":
+        return Command(f"check {words[1]}", tuple(words[2:]))
     if "-m" not in words:
         return Command(words[0], tuple(words[1:]))
     module = words.index("-m") + 1

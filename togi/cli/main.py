@@ -24,6 +24,7 @@ COMMANDS = {
         "togi.cli.iterate",
         "rounds of generate, score, select, train: best-of-n, iterative DPO, conditional SFT",
     ),
+    "check": ("togi.cli.check", "everything a command does before its first step, in seconds; rl: would it learn?"),
     "chat": ("togi.cli.chat", "talk to a model in the terminal"),
     "serve-rm": ("togi.cli.serve_rm", "serve a reward model or function over HTTP"),
     "merge-lora": ("togi.cli.lora_combiner", "merge a LoRA adapter into its base model"),

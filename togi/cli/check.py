@@ -1,0 +1,56 @@
+"""``togi check COMMAND flags``: everything that a run does before its first step, and then no run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from togi.config.check import SAMPLE_GROUPS, RLCheckConfig, without_check
+from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
+from togi.config.parse import nearest, parse
+from togi.errors import ConfigError
+from togi.recipes.check import check_offline, check_rl
+
+CONFIGS: dict[str, type[OfflineConfig]] = {
+    "sft": SFTConfig,
+    "rm": RMConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "prm": PRMConfig,
+    "kd": KDConfig,
+}
+CHECKED = ("rl", *CONFIGS)
+USAGE = f"""usage: togi check COMMAND [flags of the command]
+
+Everything that a run does before its first step: settings, rows with rendered examples, tokenizer, sizes, the reward called once,
+placement, disk. Loads no weights, starts no Ray, makes no run folder; tokenised rows are kept for the run. Exit status 0, or 2
+and one sentence. With rl, --sample_groups N samples from the model and says what would stop learning.
+
+COMMAND is one of {", ".join(CHECKED)}; togi check COMMAND --help lists the flags."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command. Raises UserError for whatever the user can mend."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0)
+    command, *flags = argv
+    if command not in CHECKED:
+        near = nearest(command, CHECKED)
+        hint = f"; did you mean {near}?" if near else ": other commands check all of that when they start."
+        raise ConfigError(f"togi check looks at {', '.join(CHECKED)}, not at {command}{hint}")
+    if os.environ.get("RANK", "0") != "0":  # of several processes that a launcher started one is enough
+        return
+    if command != "rl" and f"--{SAMPLE_GROUPS}" in flags:
+        raise ConfigError(f"--{SAMPLE_GROUPS} samples answers to be rewarded: it is for togi check rl.")
+    if command == "rl":
+        parsed, groups = without_check(parse(RLCheckConfig, flags, "check rl"))
+        check_rl(parsed, sample_groups=groups, say=_say)
+    else:
+        check_offline(parse(CONFIGS[command], flags, f"check {command}"), command, say=_say)
+    _say("ok: the run can start")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,137 @@
+"""The part of ``togi check`` that needs tokenizer and rows: the run's own opening, and lines about what it found."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+
+from togi.config.offline import PAIRED, PROMPTED, KDConfig, OfflineConfig, RMConfig, SFTConfig
+from togi.config.parse import Parsed
+from togi.config.rl import RLConfig
+from togi.data.chat import Tokenizer, load_tokenizer
+from togi.errors import UserError
+from togi.obs.progress import Progress
+from togi.parallel.process import World
+from togi.plan.machine import joins_cluster, this_machine
+from togi.plan.placement import arithmetic, plan_groups
+from togi.recipes import check_text, offline, rl_setup
+from togi.recipes.disk import check_room, offline_writing, rl_writing, size_of
+from togi.recipes.learn_signs import Sign, Verdict, prompt_signs, setting_signs
+from togi.recipes.offline_journal import Journal
+from togi.recipes.preflight import max_positions
+from togi.recipes.rl_setup import Material, Opening
+
+Say = Callable[[str], None]
+
+
+class Speaking(Journal):
+    """Says what a run would say and writes nothing."""
+
+    def __init__(self, progress: Progress, say: Say) -> None:
+        super().__init__(progress)
+        self._say = say
+
+    def announce(self, line: str) -> None:
+        self._say(line)
+
+
+def look_at_offline(parsed: Parsed[OfflineConfig], command: str, say: Say) -> None:
+    """Everything that ``togi <command>`` does before it loads a model. Raises UserError."""
+    config, sizes = parsed.config, size_of(parsed.config)
+    _say_all(check_text.settings(parsed), say)
+    with Progress() as progress:
+        opened = offline.opening(config, command, World.solo(), Speaking(progress, say))
+    say(check_text.model("pretrain", config.pretrain, sizes(config.pretrain, isinstance(config, RMConfig))))
+    say(_lengths(f"--max_len {config.max_len}", config.pretrain))
+    say(check_text.tokenizer(opened.data.tokenizer, ()))
+    if isinstance(config, SFTConfig | KDConfig) and config.pretrain_mode:
+        say("template: none, every token is learnt (--pretrain_mode)")
+    elif isinstance(config, PROMPTED | PAIRED):
+        say(check_text.template(config, opened.data.tokenizer))
+    for name, report in opened.data.reports.items():
+        _say_all(check_text.rows(name, report, width=opened.task.width), say)
+    say(f"disk: {check_room(config, offline_writing(config, opened.plan.steps, sizes))}")
+
+
+def look_at_rl(parsed: Parsed[RLConfig], sample_groups: int, say: Say) -> None:
+    """Everything that ``togi rl`` does before its processes start; with ``sample_groups`` also what it would learn from.
+
+    Raises UserError.
+    """
+    _say_all(check_text.settings(parsed), say)
+    with Progress() as progress:
+        asyncio.run(_look_at_rl(parsed.config, sample_groups, progress, say))
+
+
+async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, say: Say) -> None:
+    opened = await rl_setup.opening(config, None, progress, say)
+    try:
+        tokenizer = load_tokenizer(
+            config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
+        )
+        _describe(config, opened, tokenizer, say)
+        signs = [*setting_signs(config, opened.plan), *prompt_signs(config, opened.material, tokenizer)]
+        if sample_groups > 0:
+            signs += await _sampled(config, opened.material, tokenizer, sample_groups, progress, say)
+    finally:
+        await opened.material.rewards.close()
+    conclude(signs, say)
+
+
+def _describe(config: RLConfig, opened: Opening, tokenizer: Tokenizer, say: Say) -> None:
+    """What the run is made of."""
+    material, sizes = opened.material, size_of(config)
+    say(check_text.model("pretrain", config.pretrain, sizes(config.pretrain, False)))
+    asked = f"--prompt_max_len {config.prompt_max_len} + --generate_max_len {config.generate_max_len}"
+    say(_lengths(asked if config.max_len is None else f"--max_len {config.max_len}", config.pretrain))
+    say(check_text.tokenizer(tokenizer, material.stop_token_ids))
+    say(check_text.template(config, tokenizer))
+    for name, report in material.reports.items():
+        _say_all(check_text.rows(name, report), say)
+    if material.trial:
+        answer = rl_setup.example(material.prompts[0]).response_text
+        _say_all(check_text.reward(material.trial, answer), say)
+    for path in config.scoring_models:
+        say(f"reward: the model {path} is loaded by the run, not here")
+    unit = "GPUs" if this_machine().gpus > 0 or joins_cluster() else "worker processes"
+    say(f"placement: {arithmetic(plan_groups(config), unit)}")
+    say(f"disk: {check_room(config, rl_writing(config, opened.plan.rollouts, sizes))}")
+
+
+async def _sampled(
+    config: RLConfig, material: Material, tokenizer: Tokenizer, groups: int, progress: Progress, say: Say
+) -> Sequence[Sign]:
+    """Signs of a few groups that the model to train has answered."""
+    from togi.model.hub import local_folder
+    from togi.recipes.answer_signs import answer_signs, template_signs
+    from togi.recipes.learn_signs import reward_signs
+    from togi.recipes.trial import sample
+    from togi.rollout.stops import end_token_ids
+
+    found = await sample(config, material, groups, progress)
+    _say_all(check_text.samples(found), say)
+    stops = tuple(sorted({*material.stop_token_ids, *end_token_ids(local_folder(config.pretrain))}))
+    return [
+        *reward_signs(config, found),
+        *answer_signs(config, found, tokenizer, stops),
+        *template_signs(config, found, tokenizer, stops),
+    ]
+
+
+def conclude(signs: Sequence[Sign], say: Say) -> None:
+    """Say every sign, and raise UserError if one of them stops learning."""
+    for sign in signs:
+        say(f"{sign.verdict}: {sign.sentence}")
+    stopping = [sign for sign in signs if sign.verdict is Verdict.STOPS]
+    if stopping:
+        raise UserError(f"The run would not learn. {stopping[0].sentence}")
+
+
+def _lengths(asked: str, path: str) -> str:
+    positions = max_positions(path)
+    return f"lengths: {asked}" + ("" if positions is None else f", of {positions} positions that the model has")
+
+
+def _say_all(lines: Iterable[str], say: Say) -> None:
+    for line in lines:
+        say(line)

@@ -1,0 +1,204 @@
+"""Whether a run would learn: what settings, prompts and sampled rewards say about it. Pure functions, one sentence a sign.
+
+A sign stops learning only where no update could come of what was seen; everything that is merely unlikely to work is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from togi.config.choices import BUILTIN, Verifier
+from togi.config.rl import RLConfig
+from togi.data.chat import Tokenizer
+from togi.recipes.plan import StepPlan
+from togi.recipes.rl_rewards import reward_names
+from togi.recipes.rl_setup import Material
+from togi.reward.length_penalties import OVERLONG, STOP_PROPERLY
+from togi.runtime.experience import ScoredGroup, Trainable, trainable
+from togi.sample import Outcome, Score
+
+# Of fewer answers nothing can be said for certain.
+ENOUGH = 8
+PARALLEL = 0.99
+
+
+class Verdict(StrEnum):
+    FINE = "fine"
+    NOTE = "note"
+    WARNING = "warning"
+    STOPS = "stops learning"
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """What was seen, with its number and the way out, in one sentence."""
+
+    verdict: Verdict
+    sentence: str
+
+
+def setting_signs(config: RLConfig, plan: StepPlan) -> Iterator[Sign]:
+    """Settings under which the actor never changes."""
+    if config.actor_learning_rate == 0:
+        yield Sign(Verdict.STOPS, "--actor_learning_rate 0 changes no weight: give a rate above 0, such as 1e-6.")
+    elif plan.actor_updates == 0:
+        yield Sign(
+            Verdict.STOPS,
+            f"--freezing_actor_steps {config.freezing_actor_steps} freezes the actor on all {plan.rollouts} rollouts: lower it, "
+            "or raise --num_episodes.",
+        )
+    else:
+        rate = config.actor_learning_rate
+        yield Sign(Verdict.FINE, f"{plan.actor_updates} updates of the actor at a learning rate of up to {rate:g}.")
+
+
+def prompt_signs(config: RLConfig, material: Material, tokenizer: Tokenizer) -> Iterator[Sign]:
+    """Labels that say nothing, and prompts that a chat model does not know."""
+    prompts = material.prompts
+    if config.label_key is not None:
+        yield from _label_signs(config.label_key, [prompt.label for prompt in prompts])
+    special = marks(tokenizer) - {tokenizer.bos_token_id}
+    rendered = any(not special.isdisjoint(prompt.tokens) for prompt in prompts[:ENOUGH])
+    if tokenizer.chat_template and not config.apply_chat_template and not rendered:
+        yield Sign(
+            Verdict.NOTE,
+            "The tokenizer has a chat template and prompts are plain text: if this is an instruct model, add "
+            "--apply_chat_template.",
+        )
+
+
+def marks(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that are no text: those with a role, and all that were added to the vocabulary, as templates use them."""
+    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
+
+
+def _label_signs(key: str, labels: Sequence[object]) -> Iterator[Sign]:
+    empty = sum(label is None or label in ("", [], {}) for label in labels)
+    if empty == len(labels):
+        text = (
+            f"The field {key!r} is empty in all {empty} rows: name the field of the reference answers with --label_key."
+        )
+        yield Sign(Verdict.WARNING, text)
+    elif empty > 0:
+        text = f"The field {key!r} is empty in {empty} of {len(labels)} rows: fill it, or leave those rows out."
+        yield Sign(Verdict.WARNING, text)
+    elif len(labels) > 1 and all(label == labels[0] for label in labels):
+        text = (
+            f"The field {key!r} is {labels[0]!r} in all {len(labels)} rows: if answers differ, name their field with "
+            "--label_key."
+        )
+        yield Sign(Verdict.WARNING, text)
+
+
+def reward_signs(config: RLConfig, groups: Sequence[ScoredGroup]) -> Iterator[Sign]:
+    """What the rewards of sampled groups teach."""
+    scores = [score for group in groups for score in group.scores]
+    yield from _failure_signs(config, scores)
+    items = trainable(groups, config.on_reward_error)
+    if not any(score.outcome is Outcome.SCORE for score in scores):
+        return
+    if not items and config.dynamic_filtering:
+        low, high = config.dynamic_filtering_reward_range
+        text = (
+            f"--dynamic_filtering leaves out all {len(groups)} groups, as none has a mean reward between {low:g} and {high:g}: "
+            "widen --dynamic_filtering_reward_range, or give prompts that are solved sometimes."
+        )
+        yield Sign(_certain(scores), text)
+    elif items:
+        yield from _variance_signs(config, groups, items)
+    yield from _part_signs(config, [score for score in scores if score.outcome is Outcome.SCORE])
+    yield from _length_signs(config, items)
+
+
+def _failure_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
+    """Rewards that are none."""
+    errors = [score for score in scores if score.outcome is Outcome.ERROR]
+    silent = sum(score.outcome is Outcome.ABSTAIN for score in scores)
+    allowed = config.allowed_reward_errors
+    if errors:
+        share = f"{len(errors)} of {len(scores)}"
+        yield Sign(
+            Verdict.STOPS if len(errors) == len(scores) or allowed == 0 else Verdict.WARNING,
+            f"The reward of {share} answers failed, and the run stops above a share of {allowed:g} of a rollout; the first: "
+            f"{errors[0].message}",
+        )
+    if silent > 0:
+        yield Sign(
+            Verdict.STOPS if silent == len(scores) else Verdict.WARNING,
+            f"The reward abstained on {silent} of {len(scores)} answers, which are not trained on: return a number for each "
+            "answer that is to count.",
+        )
+
+
+def _variance_signs(config: RLConfig, groups: Sequence[ScoredGroup], items: Sequence[Trainable]) -> Iterator[Sign]:
+    """Whether rewards differ where the advantages look for differences."""
+    values = [item.score.value for item in items]
+    by_group: dict[int, list[float]] = {}
+    for item in items:
+        by_group.setdefault(item.group, []).append(item.score.value)
+    flat = [rewards[0] for rewards in by_group.values() if min(rewards) == max(rewards)]
+    low, high, verdict = min(values), max(values), _certain(values)
+    if low == high:
+        yield Sign(
+            verdict,
+            f"The reward is {low:g} for all {len(values)} answers, so that no answer is better than another: try the reward "
+            "function on a right and on a wrong answer, and take prompts that the model solves sometimes.",
+        )
+    elif not config.advantage_estimator.uses_groups:
+        yield Sign(Verdict.FINE, f"Rewards differ: {low:g} to {high:g} over {len(values)} answers.")
+    elif len(flat) == len(by_group):
+        yield Sign(
+            verdict,
+            f"In all {len(flat)} groups every answer has the same reward, and --advantage_estimator {config.advantage_estimator} "
+            "learns from differences within a group: let the reward depend on the answer, or raise --n_samples_per_prompt.",
+        )
+    else:
+        text = f"{len(by_group) - len(flat)} of {len(by_group)} groups have answers that differ in reward ({low:g} to {high:g})"
+        worst, best = flat.count(low), flat.count(high)
+        ends = f"in {worst} of the others all are at {low:g}, in {best} all at {high:g}"
+        if 2 * len(flat) <= len(by_group):
+            yield Sign(Verdict.FINE, f"{text}.")
+        else:
+            advice = "take prompts that are solved sometimes, or raise --n_samples_per_prompt"
+            yield Sign(Verdict.WARNING, f"Only {text}; {ends}: {advice}.")
+
+
+def _part_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
+    """Named parts of the reward that nothing reaches. A part that a function logs may weigh nothing, so it is only noted."""
+    whole = reward_names(config, function_given=False)
+    skipped = {OVERLONG, STOP_PROPERLY, *(whole if len(whole) == 1 else ())}
+    names = dict.fromkeys(name for score in scores for name in score.components if name not in skipped)
+    for name in names:
+        values = [score.components[name] for score in scores if name in score.components]
+        if len(values) >= ENOUGH and not any(values):
+            text = (
+                f"The part {name!r} of the reward is 0 for all {len(values)} answers: nothing teaches to reach it, so show the "
+                "form in the prompt or by supervised fine-tuning first, or reward steps towards it."
+            )
+            yield Sign(Verdict.WARNING if name in whole else Verdict.NOTE, text)
+
+
+def _length_signs(config: RLConfig, items: Sequence[Trainable]) -> Iterator[Sign]:
+    """A reward that is a function of the length and of nothing else."""
+    if f"{BUILTIN}{Verifier.LENGTH}" in config.reward_files or config.uses_length_penalties:
+        return
+    lengths = np.array([len(item.rollout.response_tokens) for item in items], dtype=np.float64)
+    values = np.array([item.score.value for item in items])
+    if len(set(lengths)) < ENOUGH or len(set(values)) < ENOUGH:
+        return
+    along = float(np.corrcoef(lengths, values)[0, 1])
+    if abs(along) > PARALLEL:
+        yield Sign(
+            Verdict.WARNING,
+            f"The reward follows the length of the answers (correlation {along:.3f} over {len(items)} answers), so that "
+            f"{'long' if along > 0 else 'short'} answers alone are learnt: let it depend on what they say.",
+        )
+
+
+def _certain(seen: Sequence[object]) -> Verdict:
+    """What the same result for all answers means."""
+    return Verdict.STOPS if len(seen) >= ENOUGH else Verdict.WARNING
