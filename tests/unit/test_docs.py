@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_check_learning import EXAMPLES as CHECK_EXAMPLES
 from tests.e2e.test_example_scripts import EXAMPLES as MORE_EXAMPLES
 from tests.e2e.test_example_scripts_rl import EXAMPLES as MORE_RL_EXAMPLES
 from tests.e2e.test_export import EXAMPLES as EXPORT_EXAMPLES
@@ -17,7 +18,9 @@ from tests.e2e.test_rl_losses import EXAMPLES as LOSS_EXAMPLES
 from tests.e2e.test_rl_run import EXAMPLES
 from tests.e2e.test_rl_samples import EXAMPLES as SAMPLE_EXAMPLES
 from tests.e2e.test_rlhf_chain import EXAMPLES as CHAIN_EXAMPLES
+from togi.cli.check import CHECKED
 from togi.cli.main import COMMANDS
+from togi.config.check import RLCheckConfig
 from togi.config.checks import check_rl
 from togi.config.export import ExportConfig
 from togi.config.infer import InferConfig
@@ -38,7 +41,7 @@ OFFLINE: dict[str, type[OfflineConfig]] = {
     "prm": PRMConfig,
     "kd": KDConfig,
 }
-CONFIGS = (RLConfig, InferConfig, IterateConfig, ServeRMConfig, ExportConfig, *OFFLINE.values())
+CONFIGS = (RLConfig, RLCheckConfig, InferConfig, IterateConfig, ServeRMConfig, ExportConfig, *OFFLINE.values())
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
@@ -69,6 +72,12 @@ def test_commands_are_real(page: Path) -> None:
             assert words[1] in targets, line
         elif words[:1] == ["togi"]:
             assert words[1] in COMMANDS, line
+            if words[1] == "check":
+                assert words[2] in CHECKED, line
+                words = words[1:]
+                if words[1] == "rl":
+                    check_rl(parse(RLCheckConfig, words[2:], "check rl").config)
+                    continue
             if words[1] == "rl" and "--help" not in words:
                 check_rl(parse(RLConfig, words[2:], "rl").config)
             elif words[1] == "infer" and "--help" not in words:
@@ -82,7 +91,7 @@ def test_commands_are_real(page: Path) -> None:
 def test_every_script_is_in_the_index_and_in_the_tests() -> None:
     scripts = {path.name for path in (ROOT / "examples" / "scripts").glob("*.sh") if not path.name.startswith("common")}
     tested = {*EXAMPLES, *OFFLINE_EXAMPLES, *BEST_OF_N_EXAMPLES, *CHAIN_EXAMPLES, *LOSS_EXAMPLES}
-    tested |= {*MORE_EXAMPLES, *MORE_RL_EXAMPLES, *SAMPLE_EXAMPLES, *EXPORT_EXAMPLES}
+    tested |= {*MORE_EXAMPLES, *MORE_RL_EXAMPLES, *SAMPLE_EXAMPLES, *EXPORT_EXAMPLES, *CHECK_EXAMPLES}
     assert scripts == tested
     index = (ROOT / "examples" / "README.md").read_text()
     assert all(f"(scripts/{name})" in index for name in scripts)
