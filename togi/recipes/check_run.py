@@ -43,7 +43,7 @@ def look_at_offline(parsed: Parsed[OfflineConfig], command: str, say: Say) -> No
         opened = offline.opening(config, command, World.solo(), Speaking(progress, say))
     say(check_text.model("pretrain", config.pretrain, sizes(config.pretrain, isinstance(config, RMConfig))))
     say(_lengths(f"--max_len {config.max_len}", config.pretrain))
-    say(check_text.tokenizer(opened.data.tokenizer, ()))
+    say(check_text.tokenizer(opened.data.tokenizer, opened.data.stop_token_ids))
     if isinstance(config, SFTConfig | KDConfig) and config.pretrain_mode:
         say("template: none, every token is learnt (--pretrain_mode)")
     elif isinstance(config, PROMPTED | PAIRED):

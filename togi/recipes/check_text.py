@@ -28,7 +28,8 @@ def settings(parsed: Parsed[Any]) -> Iterator[str]:
     yield "settings (all others are at their defaults):"
     for name, value in given.items():
         words = " ".join(map(str, value)) if isinstance(value, list) else value
-        yield f"  --{name} {redact_value(name, words)} ({parsed.sources[name]})"
+        shown = " ".join(str(redact_value(name, words)).split())
+        yield f"  --{name} {shown if len(shown) <= SHOWN else shown[:SHOWN] + ' ...'} ({parsed.sources[name]})"
 
 
 def model(flag: str, path: str, found: Sizes) -> str:
