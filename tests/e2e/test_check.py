@@ -65,7 +65,8 @@ def test_everything_is_shown_and_nothing_written(
     assert "  --pretrain " in out and "secret" not in out
     assert "model: --pretrain " in out and "in 2 layers of width 64; its embedding has 300 rows" in out
     assert "of 512 positions that the model has" in out
-    assert "tokenizer: " in out and "with 260 tokens (BOS '<|im_start|>', EOS '<|im_end|>', padding '<pad>'); answers end at '<|im_end|>'\n" in out
+    special = "(BOS '<|im_start|>', EOS '<|im_end|>', padding '<pad>')"
+    assert "tokenizer: " in out and f"with 260 tokens {special}; answers end at '<|im_end|>'\n" in out
     assert [f"example {i}" in out for i in (1, 2, 3, 4)] == [True, True, True, False]
     assert "disk: 499 kB final model; " in out or command == "rm"
 
