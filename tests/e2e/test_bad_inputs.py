@@ -31,6 +31,7 @@ GOOD = """
     --rollout_engine transformers --advantage_estimator group_norm --n_samples_per_prompt 2 --rollout_batch_size 4
     --train_batch_size 8 --prompt_max_len 64 --generate_max_len 8 --init_kl_coef 0
 """
+ONE_OF_ONE = " (the first of 1 faulty rows among 1, more than --max_bad_rows 0.05 allows: correct them, or raise the limit to leave them out)."
 ROWS = [{"prompt": f"write number {i}", "answer": str(i)} for i in range(40)]
 FUNCTION = "def reward_func(queries, prompts, labels):\n"
 REWARDS = {
@@ -144,7 +145,46 @@ HEAVY = [
     Case(
         "prompt is a number",
         "--prompt_data @number.jsonl",
-        ("Line 1 of @number.jsonl: the field 'prompt' is of type int",),
+        (
+            f"Line 1 of @number.jsonl: the field 'prompt' is the number 3, not a string: correct or remove the row{ONE_OF_ONE}",
+        ),
+    ),
+    Case(
+        "half a character in a label",
+        "--prompt_data @label.jsonl",
+        (
+            f"Line 1 of @label.jsonl: the field 'answer' has half a character (\\ud83d) in its text: correct or "
+            f"remove the row{ONE_OF_ONE}",
+        ),
+    ),
+    Case(
+        "a role that nobody has",
+        "--prompt_data @role.jsonl --apply_chat_template",
+        (
+            "Line 1 of @role.jsonl: the field 'prompt' has the unknown role 'usr' in its message 0: write "
+            "system, user, assistant or "
+            f"tool, or use a chat template that names this role{ONE_OF_ONE}",
+        ),
+    ),
+    Case(
+        "a picture",
+        "--prompt_data @picture.jsonl --apply_chat_template",
+        (
+            "Line 1 of @picture.jsonl: the field 'prompt' has a part of type 'image_url' in the content in its "
+            "message 0: only text "
+            f"can be trained on, as {{'type': 'text', 'text': ...}}{ONE_OF_ONE}",
+        ),
+    ),
+    Case(
+        "tools of another sort",
+        "--prompt_data @hammer.jsonl --apply_chat_template",
+        (
+            "Line 1 of @hammer.jsonl: the field 'tools' has the entry 0 'hammer', but the field 'tools' goes to "
+            "the chat template: "
+            "write a list of {'type': 'function', 'function': {'name': ..., 'description': ..., 'parameters': "
+            "...}}, or rename the "
+            f"field if it means something else{ONE_OF_ONE}",
+        ),
     ),
     Case(
         "no chat template", "--pretrain @bare --apply_chat_template", ("--apply_chat_template needs a chat template",)
@@ -213,6 +253,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "row30.jsonl": [*lines[:30], '{"question": "?", "answer": ""}'],
         "number.jsonl": ['{"prompt": 3, "answer": ""}'],
         "long.jsonl": [json.dumps({"prompt": "x" * 100, "answer": ""})],
+        "label.jsonl": ['{"prompt": "p", "answer": "a \\ud83d"}'],
+        "role.jsonl": ['{"prompt": [{"role": "usr", "content": "p"}], "answer": ""}'],
+        "picture.jsonl": ['{"prompt": [{"role": "user", "content": [{"type": "image_url"}]}], "answer": ""}'],
+        "hammer.jsonl": ['{"prompt": "p", "answer": "", "tools": ["hammer"]}'],
         "empty.jsonl": [],
         "cells.csv": ["prompt,answer", "a,b", "a,b,c"],
         "notes.txt": ["text"],
