@@ -31,7 +31,10 @@ GOOD = """
     --rollout_engine transformers --advantage_estimator group_norm --n_samples_per_prompt 2 --rollout_batch_size 4
     --train_batch_size 8 --prompt_max_len 64 --generate_max_len 8 --init_kl_coef 0
 """
-ONE_OF_ONE = " (the first of 1 faulty rows among 1, more than --max_bad_rows 0.05 allows: correct them, or raise the limit to leave them out)."
+ONE_OF_ONE = (
+    " (the first of 1 faulty rows among 1, more than --max_bad_rows 0.05 allows: correct them, or raise the limit to "
+    "leave them out)."
+)
 ROWS = [{"prompt": f"write number {i}", "answer": str(i)} for i in range(40)]
 FUNCTION = "def reward_func(queries, prompts, labels):\n"
 REWARDS = {
