@@ -157,7 +157,7 @@ def test_folder_mistakes(tmp_path):
         ("a.jsonl", "\n", "has no rows"),
         ("a.csv", "input\n", "has no rows"),
         ("a.csv", 'input,label\na,b\n"c,d\ne,f\n', r"^Line 3 of .*a\.csv is not valid CSV \(unexpected end of data"),
-        ("a.csv", "input,input\na,b\n", "two columns of one name"),
+        ("a.csv", "input,input\na,b\n", "two columns of the name 'input'"),
         ("a.parquet", "no parquet", "cannot be read"),
         ("a.arrow", "no arrow", "cannot be read"),
         ("a.txt", "text", "unknown extension .txt"),

@@ -16,6 +16,12 @@ from togi.errors import DataError
 
 T = TypeVar("T")
 
+# Names of files that are no data yet, and what makes them so.
+OTHER_FORMATS = {
+    **dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip"), "is compressed: unpack it."),
+    **dict.fromkeys((".tsv", ".tab"), "is separated by tabs: write it with commas as .csv, or as .jsonl."),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a workbook: export it as CSV UTF-8."),
+}
 FORMATS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 SUPPORTED = ", ".join(FORMATS)
 DEFAULT_SPLIT = "train"
@@ -65,11 +71,30 @@ class Item:
 
 def parse_items(text: str) -> tuple[Item, ...]:
     """The entries of a comma-separated list. Raises DataError."""
-    return tuple(parse_item(part) for part in text.split(","))
+    return tuple(parse_item(part) for part in split_items(text))
 
 
-def parse_item(text: str) -> Item:
-    """Tell what ``name[@data_dir]`` is. Raises DataError for what does not exist or is not supported."""
+def split_items(text: str) -> list[str]:
+    """The parts of a comma-separated list. Raises DataError where a comma is in the middle of the name of a file."""
+    parts = text.split(",")
+    for size in range(2, len(parts) + 1):
+        for start in range(len(parts) - size + 1):
+            name = ",".join(parts[start : start + size]).strip()
+            if name and Path(name).expanduser().exists():
+                raise DataError(
+                    f"{name} has a comma in its name, and commas separate data sets: rename it, or give a link to it "
+                    "(ln -s) without one."
+                )
+    for part in parts if len(parts) > 1 else []:
+        parse_item(part, whole=text)
+    return parts
+
+
+def parse_item(text: str, whole: str = "") -> Item:
+    """Tell what ``name[@data_dir]`` is. Raises DataError for what does not exist or is not supported.
+
+    ``whole``: the list that it is part of.
+    """
     text = text.strip()
     if not text:
         raise DataError("The list of data sets has an empty entry: remove the extra comma or name a data set.")
@@ -85,7 +110,8 @@ def parse_item(text: str) -> Item:
         return _folder(text, path / data_dir)
     looks_local = path.suffix.lower() in FORMATS or name[0] in "./~" or not _HUB_NAME.fullmatch(name)
     if looks_local:
-        raise DataError(f"There is no file or folder {path}: check the path.")
+        commas = f", and the commas in {whole!r}, which separate data sets" if whole else ""
+        raise DataError(f"There is no file or folder {path}: check the path{commas}.")
     return Item(text, Kind.HUB, name, data_dir)
 
 
@@ -97,7 +123,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
     """
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and _is_data(p.relative_to(folder)))
     if not files:
-        raise DataError(f"The folder {folder} has no data files ({SUPPORTED}): point to the folder that holds them.")
+        raise no_data_files(folder)
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(_split_of(file.relative_to(folder)), []).append(file)
@@ -114,6 +140,16 @@ def split_files(folder: Path, split: str) -> list[Path]:
             f"The folder {folder} mixes the formats {', '.join(formats)}: give the files one by one instead."
         )
     return chosen
+
+
+def no_data_files(folder: Path) -> DataError:
+    """The error for a folder without data; names what is there instead, if that is data of another kind."""
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in OTHER_FORMATS:
+            return DataError(
+                f"The folder {folder} has no data files ({SUPPORTED}): {file.name} {OTHER_FORMATS[file.suffix.lower()]}"
+            )
+    return DataError(f"The folder {folder} has no data files ({SUPPORTED}): point to the folder that holds them.")
 
 
 def choose_split(where: str, splits: Mapping[str, T], split: str) -> T:
@@ -140,6 +176,8 @@ def _split_data_dir(text: str) -> tuple[str, str]:
 def _file(text: str, path: Path, data_dir: str) -> Item:
     if data_dir:
         raise DataError(f"{text!r} gives a data_dir for the single file {path}: remove @{data_dir}.")
+    if path.suffix.lower() in OTHER_FORMATS:
+        raise DataError(f"{path} {OTHER_FORMATS[path.suffix.lower()]}")
     if path.suffix.lower() not in FORMATS:
         problem = f"has the unknown extension {path.suffix}" if path.suffix else "has no extension"
         raise DataError(f"{path} {problem}: data files end in {SUPPORTED}.")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.data.items import FORMATS
+from togi.data.layout import check_content, check_objects
 from togi.data.tables import (
     BOM,
     BadRow,
@@ -88,6 +89,8 @@ class ItemRows:
 
 def open_rows(path: Path) -> LineRows | ItemRows:
     """The rows of a .json, .jsonl or .csv file. Raises DataError naming the file, if it cannot be read as a whole."""
+    with guarded(path):
+        check_content(path)
     kind = FORMATS[path.suffix.lower()]
     if kind == "csv":
         return _csv_rows(path)
@@ -115,6 +118,7 @@ def file_digest(path: Path) -> str:
 
 def _json_lines(path: Path) -> LineRows:
     with guarded(path):
+        check_objects(path)
         starts, blank, size = _scan(path)
     filled = np.flatnonzero(~blank)
     return LineRows(path, np.append(starts[filled], size), filled + 1, json_row)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from togi.data.items import DEFAULT_SPLIT
+from togi.data.items import DEFAULT_SPLIT, split_items
 from togi.data.precheck import parse_probs
 from togi.data.source import Source, load_source
 from togi.data.tables import Row, readable
@@ -75,7 +75,7 @@ def load_mixture(
     that later sets never vanish. With ``probs`` rows are drawn until every set was used up once (short sets repeat),
     and ``max_samples`` keeps the first of them. Raises DataError.
     """
-    items = datasets.split(",")
+    items = split_items(datasets)
     weights = None if probs is None else parse_probs(probs, len(items))
     sources = tuple(load_source(item, split) for item in items)
     sizes = [len(source.rows) for source in sources]

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from togi.data.faults import Drop, RowError
-from togi.data.items import DEFAULT_SPLIT, FORMATS, Item, Kind, choose_split, listed, parse_item, split_files
-from togi.data.tables import BadRow, read_head
+from togi.data.items import (
+    DEFAULT_SPLIT,
+    FORMATS,
+    Item,
+    Kind,
+    choose_split,
+    listed,
+    parse_item,
+    split_files,
+    split_items,
+)
+from togi.data.layout import check_content, check_names
+from togi.data.tables import BadRow, guarded, read_head
 from togi.errors import DataError
 
 Head = tuple[str, Sequence[str] | BadRow]
@@ -27,7 +39,7 @@ def check_sources(
     text: str, required: Mapping[str, str], split: str = DEFAULT_SPLIT, *, every_row: bool = True
 ) -> None:
     """``check_source`` for each entry of a comma-separated list."""
-    for part in text.split(","):
+    for part in split_items(text):
         check_source(part, required, split, every_row=every_row)
 
 
@@ -40,7 +52,7 @@ def check_source(text: str, required: Mapping[str, str], split: str = DEFAULT_SP
     item = parse_item(text)
     if item.kind is Kind.HUB:
         return
-    head = _head(item, split)
+    head = _head(item, split, tuple(required.values()))
     if not head:
         raise no_rows(item.text)
     bad = [f"{place} {row.reason}" for place, row in head if isinstance(row, BadRow)]
@@ -58,7 +70,7 @@ def missing_field(where: str, flag: str, key: str, fields: Iterable[str]) -> Row
     """The error for a field that is not there: names what there is, and the nearest name for the flag."""
     names = list(fields)
     near = difflib.get_close_matches(key, names, n=1)
-    way_out = f"did you mean --{flag} {near[0]}?" if near else f"set --{flag} to one of these."
+    way_out = f"did you mean --{flag} {shlex.quote(near[0])}?" if near else f"set --{flag} to one of these."
     return RowError(Drop.MISSING_FIELD, f"{where} has no field {key!r}; it has {listed(names)}: {way_out}")
 
 
@@ -82,18 +94,20 @@ def no_rows(name: str) -> DataError:
     return DataError(f"The data set {name} has no rows: check that it is the right file and was written completely.")
 
 
-def _head(item: Item, split: str) -> list[Head]:
+def _head(item: Item, split: str, required: Sequence[str]) -> list[Head]:
     """The field names of the first rows, each with its place; for tables one entry, none if there is no row."""
     if item.kind is Kind.SAVED:
         return _table_head(item, _saved_fields(item.path, split))
     files = [item.path] if item.kind is Kind.FILE else split_files(item.path, split)
     for file in files:
-        if head := _file_head(item, file):
+        if head := _file_head(item, file, required):
             return head
     return []
 
 
-def _file_head(item: Item, path: Path) -> list[Head]:
+def _file_head(item: Item, path: Path, required: Sequence[str]) -> list[Head]:
+    with guarded(path):
+        check_content(path)
     match FORMATS[path.suffix.lower()]:
         case "parquet":
             return _table_head(item, _parquet_fields(path))
@@ -101,11 +115,13 @@ def _file_head(item: Item, path: Path) -> list[Head]:
             return _table_head(item, _arrow_fields(path))
         case _:
             return [
-                (place, row if isinstance(row, BadRow) else tuple(row)) for place, row in read_head(path, HEAD_ROWS)
+                (place, row if isinstance(row, BadRow) else tuple(row))
+                for place, row in read_head(path, HEAD_ROWS, required)
             ]
 
 
 def _table_head(item: Item, columns: Sequence[str]) -> list[Head]:
+    check_names(item.text, columns)
     return [(f"Row 0 of {item.text}", columns)] if columns else []
 
 

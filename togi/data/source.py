@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from togi.data.items import DEFAULT_SPLIT, FORMATS, Item, Kind, choose_split, parse_item, split_files
+from togi.data.layout import check_content
 from togi.data.lines import file_digest, open_rows
 from togi.data.messages import TOOLS, holds_messages, unfilled
 from togi.data.precheck import no_rows, unreadable
-from togi.data.tables import BadRow, Row
+from togi.data.tables import BadRow, Row, guarded
 from togi.errors import DataError
 
 if TYPE_CHECKING:
@@ -129,6 +130,9 @@ def _load_files(text: str, files: Sequence[Path]) -> Rows:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    for file in files:
+        with guarded(file):
+            check_content(file)
     try:
         dataset = load_dataset(name, data_files=[str(file) for file in files], split="train")
     except (pyarrow.ArrowException, DatasetsError, OSError) as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from togi.data.items import FORMATS
+from togi.data.layout import HEAD_CHARACTERS, check_names, check_objects, csv_separator
 from togi.errors import DataError
 
 Row = Mapping[str, Any]
 
-HEAD_CHARACTERS = 1 << 20
 MAX_CELL = (1 << 31) - 1
 BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
@@ -96,8 +96,12 @@ def csv_parser(path: Path) -> CsvParser:
             header = _cells(record)
         except csv.Error as error:
             raise DataError(f"Line {places[0][1]} of {path} is not valid CSV ({error}): repair it.") from None
-    if len(set(header)) != len(header):
-        raise DataError(f"{path} has two columns of one name in its first line: rename one of them.")
+    check_names(path, header, " in its first line")
+    if separator := csv_separator(header):
+        raise DataError(
+            f"{path} separates its columns by {separator}, not by commas: write it with commas (pandas: "
+            "`to_csv(path, index=False)`), or as .jsonl."
+        )
     return CsvParser(tuple(header))
 
 
@@ -155,14 +159,18 @@ def is_json_list(path: Path) -> bool:
         return file.read(4096).removeprefix(BOM).lstrip()[:1] == b"["
 
 
-def read_head(path: Path, limit: int) -> list[tuple[str, Row | BadRow]]:
-    """At most ``limit`` first rows with their places; time and memory do not depend on the size of the file."""
+def read_head(path: Path, limit: int, fields: Collection[str] = ()) -> list[tuple[str, Row | BadRow]]:
+    """At most ``limit`` first rows with their places; time and memory do not depend on the number of rows.
+
+    ``fields``: those that rows are asked for.
+    """
     kind = FORMATS[path.suffix.lower()]
     with guarded(path):
         if kind == "csv":
             return _csv_head(path, limit)
         if kind == "json" and is_json_list(path):
             return [(item_place(path, i), as_row(item)) for i, item in enumerate(_list_head(path, limit))]
+        check_objects(path, fields)
         with path.open("rb") as lines:
             filled = ((number, line) for number, line in enumerate(_without_bom(lines), start=1) if line.strip())
             return [(line_place(path, number), json_row(line)) for number, line in islice(filled, limit)]

@@ -7,7 +7,7 @@ that the processes of a launcher download once.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -16,7 +16,7 @@ from togi.config.infer import InferConfig
 from togi.config.parse import Parsed
 from togi.config.serve_rm import ServeRMConfig
 from togi.config.shared import ModelSettings
-from togi.data.items import Kind, parse_item
+from togi.data.items import Kind, parse_item, split_items
 from togi.errors import ConfigError
 
 MODELS = ("pretrain", "critic_pretrain", "ref_pretrain", "teacher_model")
@@ -36,14 +36,14 @@ def with_local_names(parsed: Parsed[Config]) -> Parsed[Config]:
         raise ConfigError("--use_ms needs the package modelscope: pip install 'togi[modelscope]'.")
     given = parsed.config.model_dump()
     found = {name: _model(name, given[name]) for name in MODELS if given.get(name)}
-    found |= {name: _each(name, given[name], _model) for name in MODEL_LISTS if given.get(name)}
-    found |= {name: _each(name, given[name], _data_set) for name in DATA_LISTS if given.get(name)}
+    found |= {name: _each(name, given[name].split(","), _model) for name in MODEL_LISTS if given.get(name)}
+    found |= {name: _each(name, split_items(given[name]), _data_set) for name in DATA_LISTS if given.get(name)}
     return Parsed(cast(Config, parsed.config.model_copy(update=found)), parsed.sources)
 
 
-def _each(flag: str, text: str, find: Callable[[str, str], str]) -> str:
-    """``find(flag, entry)`` for each entry of a comma-separated list."""
-    return ",".join(find(flag, entry.strip()) for entry in text.split(","))
+def _each(flag: str, entries: Sequence[str], find: Callable[[str, str], str]) -> str:
+    """``find(flag, entry)`` for each entry, as a comma-separated list."""
+    return ",".join(find(flag, entry.strip()) for entry in entries)
 
 
 def _model(flag: str, name: str) -> str:
