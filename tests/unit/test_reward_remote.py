@@ -105,7 +105,19 @@ def test_a_server_that_is_away_is_waited_for(step: object) -> None:
         (says("", 307), 1, "answered with status 307"),
         (says("<html>"), 1, "returned '<html>', which is not JSON"),
         (says({"rewards": [1.0]}), 1, 'returned 1 "rewards" for 2 queries'),
-        (says({"reward": [1.0, 2.0]}), 1, "returned a dict with the keys []"),
+        (
+            says({"reward": [1.0, 2.0]}),
+            1,
+            "returned no rewards (but '{\"reward\": [1.0, 2.0]}') of prompt 'p-1'; let it answer {\"rewards\": [one number",
+        ),
+        (
+            says({"error": "CUDA out of\n memory"}),
+            1,
+            "returned no rewards (but 'CUDA out of memory') of prompt 'p-1'; let it",
+        ),
+        (says({"detail": "no query"}, 422), 1, "answered with status 422: no query (prompt"),
+        (says({"detail": [{"loc": ["body"]}]}, 422), 1, "answered with status 422: [{'loc': ['body']}] (prompt"),
+        (says("x" * 300, 400), 1, f"answered with status 400: {'x' * 200}... (prompt"),
         (says('{"rewards": [1, NaN]}'), 1, 'returned nan in "rewards" for sample 1'),
         (says({"rewards": [1, "good"]}), 1, "returned the string 'good' in \"rewards\" for sample 1"),
         (says({"rewards": 1}), 1, 'returned a single number as "rewards" for 2 queries'),
@@ -226,6 +238,14 @@ def test_balance_asks_the_least_busy_server_and_leaves_one_that_is_down() -> Non
         assert (len(one.bodies), len(two.bodies)) == (4, 4)
         scores += asyncio.run(many(f"http://127.0.0.1:{free_port()}/", two.url))
     assert [each.value for each in scores] == [9.0, 11.0] * 16
+
+
+def test_a_server_that_repeats_the_secrets_is_quoted_without_them() -> None:
+    with serving(says({"error": "wrong token long-secret of http://me:long-word@host/x"}, 403)) as script:
+        url = script.url.replace("://", "://me:long-word@")
+        (first, _) = score(url, token="long-secret")
+    assert "status 403: wrong token <redacted> of http://<redacted>@host/x (prompt 'p-1')" in first.message
+    assert "long-" not in first.message
 
 
 def test_the_token_is_a_header_and_a_login_in_the_url_wins() -> None:

@@ -66,10 +66,22 @@ def test_answers_refusals_and_metrics(caplog: pytest.LogCaptureFixture) -> None:
             ("{", 400, "not JSON"),
             ([1], 400, 'no "query"'),
             ({"query": []}, 400, "at least one text"),
-            ({"query": [1]}, 400, "list of at least one text"),
+            ({"query": 3}, 400, '"query" must be a text or a list of at least one text'),
+            ({"query": ["a", 1]}, 400, '"query" 1 is a number, not a text'),
+            ({"query": [None]}, 400, '"query" 0 is null, not a text'),
+            ({"query": [True]}, 400, '"query" 0 is true or false, not a text'),
+            ({"query": [["a"]]}, 400, '"query" 0 is a list, not a text'),
+            ({"query": [{"a": 1}]}, 400, '"query" 0 is an object, not a text'),
+            (
+                {"query": ["\U0001f600", "half \ud83d"]},
+                400,
+                '"query" 1 has half of a surrogate pair at character 5: a text was cut inside an emoji or another such '
+                "character; leave the half out",
+            ),
+            ({"query": ["a"], "prompts": ["\ude00"]}, 400, '"prompts" 0 has half of a surrogate pair at character 0'),
             ({"query": ["a"] * 4}, 400, "4 texts, more than the 3"),
             ({"query": ["a", "b"], "prompts": ["a"]}, 400, '"prompts" has 1 entries for 2 queries'),
-            ({"query": ["a"], "prompts": [3]}, 400, '"prompts" must be texts'),
+            ({"query": ["a"], "prompts": [3]}, 400, '"prompts" 0 is a number, not a text'),
             ({"query": ["a" * 3000]}, 413, "Too Large"),
             ({"query": ["wrong"]}, 422, "the reward raised ValueError; correct the function"),
             ({"query": ["late"]}, 500, "ran longer than 1 s"),
@@ -84,7 +96,7 @@ def test_answers_refusals_and_metrics(caplog: pytest.LogCaptureFixture) -> None:
             text = await (await session.get("/metrics")).text()
         for line in (
             'requests_total{status="200"} 1',
-            'requests_total{status="400"} 7',
+            'requests_total{status="400"} 14',
             "items_total 2",
             "waiting_items 0",
         ):

@@ -6,7 +6,9 @@ Not here: what is asked and how often it is tried again (``remote``).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
+import json
 import logging
 import math
 import random
@@ -20,7 +22,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from togi.obs.progress import duration
-from togi.obs.redact import redact_value
+from togi.obs.redact import redact_value, scrub
 
 CONNECT_SECONDS = 10.0
 # Less than the 5 s after which common servers close an idle connection, which would look like one that broke.
@@ -29,6 +31,8 @@ FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 10.0
 NOTICE_SECONDS = 30.0
 SHOWN_CHARACTERS = 200
+# Under which of its keys a JSON answer says what went wrong, as servers and their frameworks name them.
+ERROR_KEYS = ("error", "detail", "message")
 # What a server, or a proxy before it, answers while it cannot serve anybody.
 AWAY_STATUSES = frozenset({429, 502, 503, 504})
 PRIVATE_ENDINGS = (".localhost", ".local", ".internal", ".svc", ".lan")
@@ -145,8 +149,25 @@ class HttpServer:
             return content
         kind = FaultKind.FAILED if status >= 500 else FaultKind.REFUSED
         kind = FaultKind.AWAY if status in AWAY_STATUSES else kind
-        said = content[:SHOWN_CHARACTERS].decode(errors="replace").strip()
+        said = self.shown(content)
         raise ServerFaultError(kind, f"answered with status {status}" + (f": {said}" if said else ""))
+
+    def shown(self, content: bytes) -> str:
+        """The beginning of what the server said, on one line and without our token; of a JSON error its sentence."""
+        text = content.decode(errors="replace")
+        with contextlib.suppress(ValueError):
+            reply = json.loads(text)
+            text = (
+                next((str(reply[key]) for key in ERROR_KEYS if reply.get(key)), text)
+                if isinstance(reply, dict)
+                else text
+            )
+        secrets = (
+            self._limits.token,
+            *(part or "" for part in (urlsplit(self._url).username, urlsplit(self._url).password)),
+        )
+        text = " ".join(scrub(str(redact_value("", text)), secrets).split())
+        return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -28,7 +28,7 @@ from togi.reward.wire import NO_INDEX, Answer
 from togi.sample import Rollout, Score
 
 TOKEN_VARIABLE = "TOGI_REWARD_TOKEN"
-SHOWN_CHARACTERS = 80
+REWARDS = 'answer {"rewards": [one number per query]}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class RemoteReward:
         """The scores in an answer; errors where it is not one."""
         shown_as = f"The reward server {server.shown_url}"
         try:
-            answer = read_answer(content, len(group))
+            answer = read_answer(content, len(group), server.shown)
         except BadReturnError as error:
             where = f" for sample {error.index}" if error.index != NO_INDEX else ""
             return failed(
@@ -133,15 +133,14 @@ class RemoteReward:
         return as_scores(answer, self._component, shown_as, len(group))
 
 
-def read_answer(content: bytes, count: int) -> Answer:
-    """The answer of a server to ``count`` queries. Raises BadReturnError."""
+def read_answer(content: bytes, count: int, shown: Callable[[bytes], str]) -> Answer:
+    """The answer of a server to ``count`` queries; ``shown`` is how it is quoted. Raises BadReturnError."""
     try:
         reply: Any = json.loads(content)
     except ValueError:
-        shown = content[:SHOWN_CHARACTERS].decode(errors="replace")
-        raise BadReturnError(
-            f"returned {shown!r}, which is not JSON", 'answer {"rewards": [one number per query]}'
-        ) from None
+        raise BadReturnError(f"returned {shown(content)!r}, which is not JSON", REWARDS) from None
+    if isinstance(reply, dict) and "rewards" not in reply:
+        raise BadReturnError(f"returned no rewards (but {shown(content)!r})", REWARDS)
     if isinstance(reply, dict):
         optional = ("scores", "extra_logs")
         reply = {

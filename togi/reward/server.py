@@ -13,7 +13,7 @@ import logging
 import time
 import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,14 @@ PATH = "/get_reward"
 PREFIX = "togi_reward"
 # What a scoring source may say instead of an answer, as HTTP knows it.
 REFUSED, BROKEN = 422, 500
+
+_KINDS: Mapping[type, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+}
 
 logger = logging.getLogger(__name__)
 ScoreCall = Callable[[Call], Awaitable[Answer | Complaint]]
@@ -158,8 +166,9 @@ def read_call(body: bytes, most: int) -> Call:
         raise BadRequestError('the body has no "query"; send {"query": [texts]}')
     queries = request["query"]
     queries = [queries] if isinstance(queries, str) else queries
-    if not isinstance(queries, list) or not queries or not all(isinstance(query, str) for query in queries):
+    if not isinstance(queries, list) or not queries:
         raise BadRequestError('"query" must be a text or a list of at least one text')
+    _check_texts("query", queries)
     if len(queries) > most:
         raise BadRequestError(f'"query" has {len(queries)} texts, more than the {most} of one request')
     columns = []
@@ -171,10 +180,23 @@ def read_call(body: bytes, most: int) -> Call:
             raise BadRequestError(f'"{key}" has {len(values)} entries for {len(queries)} queries')
         columns.append(values)
     prompts, labels = columns
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise BadRequestError('"prompts" must be texts')
+    _check_texts("prompts", prompts)
     pairs = zip(queries, prompts, strict=True)
     return Call(queries, prompts, labels, {"responses": [query.removeprefix(prompt) for query, prompt in pairs]})
+
+
+def _check_texts(key: str, values: Sequence[object]) -> None:
+    """Raise BadRequestError for the first entry that is no text, or that no encoding can write."""
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise BadRequestError(f'"{key}" {index} is {_KINDS.get(type(value), "an object")}, not a text')
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadRequestError(
+                f'"{key}" {index} has half of a surrogate pair at character {error.start}: a text was cut inside an emoji '
+                "or another such character; leave the half out"
+            ) from None
 
 
 def _error(status: int, sentence: str, headers: dict[str, str] | None = None) -> web.Response:
