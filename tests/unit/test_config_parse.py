@@ -107,6 +107,12 @@ def test_parse_errors_name_flag_and_way_out(flags: list[str], words: list[str]) 
         ("seed: [1, 2]\n", ["--seed 1 2", "whole number"]),
         ("seed:\n", ["--seed (no value)", "whole number"]),
         ("adam_betas: 0.9\n", ["--adam_betas 0.9", "list"]),
+        (
+            "eval_dataset: None\n",
+            [
+                "--eval_dataset None is the text 'None', not the absence of a value; in YAML, write null or leave the line out."
+            ],
+        ),
         ("seed: 1\nbf16: true\nseed: 2\n", ["sets seed more than once"]),
     ],
 )
@@ -116,6 +122,14 @@ def test_file_errors(tmp_path: Path, content: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         rl("--config", str(file))
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_none_on_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        rl("--eval_dataset", "None")
+    assert str(error.value) == "--eval_dataset None is the text 'None', not the absence of a value: leave it out."
+    (tmp_path / "run.yaml").write_text("eval_dataset: null\nrun_dir: ~\n")
+    assert rl("--config", str(tmp_path / "run.yaml")).config.eval_dataset is None
 
 
 CONTRADICTIONS = [

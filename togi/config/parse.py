@@ -93,6 +93,13 @@ def build(config_class: type[C], values: Mapping[str, Any], sources: Mapping[str
     for name in values:
         if name not in config_class.model_fields:
             raise ConfigError(_unknown(name, config_class, prefix=""))
+        if values[name] == "None" and config_class.model_fields[name].default is None:
+            in_file = (
+                "; in YAML, write null or leave the line out."
+                if sources.get(name) == Source.FILE
+                else ": leave it out."
+            )
+            raise ConfigError(f"--{name} None is the text 'None', not the absence of a value{in_file}")
     config = _validated(config_class, values)
     for name in values:
         default = config_class.model_fields[name].default
