@@ -173,17 +173,27 @@ def test_bad_pairs(tmp_path, tokenizer, row, settings, message):
 
 
 def test_labelled_answers(tmp_path, tokenizer):
-    labels = [True, 0, 1, False, "1", "0", 1.0]
+    labels = [True, 0, 1, False, "1", "0", 1.0, "True", "FALSE", " true", "false", "1.0", "0.0"]
     examples = unpaired(tmp_path, tokenizer, [{"q": "hi", "a": "ok", "label": label} for label in labels])
-    assert [s.values["desirable"] for (s,) in examples] == [1, 0, 1, 0, 1, 0, 1]
+    assert [s.values["desirable"] for (s,) in examples] == [1, 0, 1, 0, 1, 0, 1, 1, 0, 1, 0, 1, 0]
     (sample,) = examples[0]
     assert parts(sample, tokenizer) == "hi[ok<|im_end|>]"
     assert sample.values["mismatched"] == 0.0
-    for label in (2, 0.5, "yes", None, [1]):
+    for label in (2, -1, 0.5, "yes", "", "01", None, [1]):
         with pytest.raises(DataError, match=r"^Line 1 of .*: the field 'label' is .*: a label must be true or 1"):
             unpaired(tmp_path, tokenizer, [{"q": "hi", "a": "ok", "label": label}])
     with pytest.raises(DataError, match=r"^Line 1 of .* has no field 'label'"):
         unpaired(tmp_path, tokenizer, [{"q": "hi", "a": "ok"}])
+
+
+@pytest.mark.parametrize("field", ["q", "a", "label"])
+def test_nan_is_a_missing_value(tmp_path, tokenizer, field):
+    row = {"q": "hi", "a": "ok", "label": 1} | {field: float("nan")}
+    with pytest.raises(DataError) as caught:
+        unpaired(tmp_path, tokenizer, [row])
+    assert str(caught.value).startswith(
+        f"Line 1 of {tmp_path}/a.jsonl: the field {field!r} is NaN, a missing value: fill it in or remove the row (the"
+    )
 
 
 @pytest.mark.parametrize("answer", ["ok", [{"role": "assistant", "content": "ok"}]])
@@ -255,6 +265,10 @@ def test_hard_steps(tmp_path, tokenizer):
     assert sample.streams["labels"].dtype == np.float32
     assert (examples.labels.soft, examples.labels.reward_ids) == (False, (plus, minus, other))
     free = steps(tmp_path, tokenizer, [row])
+    ((written,),) = steps(
+        tmp_path, tokenizer, [row | {"label": '["+", "-"]'}], reward_tokens=("+", "-")
+    )  # as in a CSV file
+    np.testing.assert_array_equal(written.streams["labels"], sample.streams["labels"])
     assert (free.labels.soft, free.labels.reward_ids) == (False, None)
 
 
@@ -273,7 +287,7 @@ def test_labels_of_the_first_rows_may_be_bad(tmp_path, tokenizer):
 
 
 def test_soft_steps(tmp_path, tokenizer):
-    rows = [{"input": "a#b#", "label": [0.25, 1]}, {"input": "a#", "label": [True]}]
+    rows = [{"input": "a#b#", "label": "[0.25, 1]"}, {"input": "a#", "label": [True]}]
     examples = steps(tmp_path, tokenizer, rows, reward_tokens=("+", "-"))
     (first,), (second,) = examples
     assert first.streams["labels"][first.loss_mask].tolist() == [0.25, 1.0]
@@ -299,7 +313,16 @@ def test_cut_steps_lose_their_labels(tmp_path, tokenizer):
     ("row", "settings", "message"),
     [
         ({"label": []}, {}, r"^Line 2 of .* has no field 'input'"),
-        ({"input": "a#", "label": "+"}, {}, r"^Line 2 of .*: the field 'label' is of type str, not a list"),
+        *(
+            (
+                {"input": "a#", "label": label},
+                {},
+                r"^Line 2 of .*: the field 'label' is of type str, not a list: give one label for each placeholder, in a CSV "
+                r'file as JSON \(\["\+", "-"\]\) ',
+            )
+            for label in ("+", "['+']", '["+"')
+        ),
+        ({"input": "a#", "label": '["+", "-"]'}, {}, r"^Line 2 of .* has 2 labels in 'label' for 1 placeholders '#'"),
         ({"input": "a#", "label": ["+", "-"]}, {}, r"^Line 2 of .* has 2 labels in 'label' for 1 placeholders '#'"),
         (
             {"input": ["a"], "label": ["+"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -72,6 +73,14 @@ class RowError(DataError):
     def __init__(self, kind: Drop, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def check_present(value: object, where: str, key: str) -> None:
+    """Raise RowError for NaN, which tables write where a value is missing."""
+    if isinstance(value, float) and math.isnan(value):
+        raise RowError(
+            Drop.WRONG_TYPE, f"{where}: the field {key!r} is NaN, a missing value: fill it in or remove the row."
+        )
 
 
 @contextmanager

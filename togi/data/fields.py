@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from togi.data.chat import Tokenizer, plain_prompt, plain_text, template_text
-from togi.data.faults import Drop, Note, RowError, named
+from togi.data.faults import Drop, Note, RowError, check_present, named
 from togi.data.masks import Draft
 from togi.data.messages import ASSISTANT, SYSTEM, TOOL, TOOLS, USER, Dialogue, Message, dialogue_of, tools_of
 from togi.data.precheck import missing_field
@@ -18,10 +18,11 @@ LONG_PROMPT = 20
 
 
 def value_of(row: Row, where: str, flag: str, key: str) -> object:
-    """The value of a field. Raises RowError naming row, flag and field if it is missing."""
+    """The value of a field. Raises RowError naming row, flag and field if it is missing or NaN."""
     if key not in row:
         raise missing_field(where, flag, key, row)
     value: object = row[key]
+    check_present(value, where, key)
     return value
 
 

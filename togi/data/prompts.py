@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any, overload
 
 from togi.data.chat import Tokenizer, adds_bos, check_rendering, encode, plain_prompt, render_messages, visible
-from togi.data.faults import SHOWN_FAULTS, Note, RowError, check_whole, named
+from togi.data.faults import SHOWN_FAULTS, Note, RowError, check_present, check_whole, named
 from togi.data.faults import Drop as FaultKind
 from togi.data.fields import is_empty, prompt_dialogue, row_tools
 from togi.data.items import DEFAULT_SPLIT
@@ -202,6 +202,8 @@ def _text(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer)
     for flag, key in (("input_key", spec.input_key), ("label_key", spec.label_key)):
         if key is not None and key not in row:
             raise missing_field(where, flag, key, row)
+        if key is not None:
+            check_present(row[key], where, key)
     value = row[spec.input_key]
     if is_empty(value):
         return _Text("")

@@ -37,7 +37,7 @@ from togi.data.report import (
 )
 from togi.data.sft import check_sft
 from togi.data.shards import REASONS, Table
-from togi.data.steps import StepLabels, step_labels
+from togi.data.steps import StepLabels, label_list, step_labels
 from togi.data.tables import BadRow
 from togi.errors import DataError
 from togi.sample import Sample
@@ -204,7 +204,7 @@ def _first_label(mixture: Mixture, key: str) -> object:
     """The first label that can be one, of the first row that has any; None if no row has one."""
     for pick in mixture.picks:
         (row,) = mixture.sources[pick.source].rows.fetch([pick.row])
-        labels = None if isinstance(row, BadRow) else row.get(key)
+        labels = None if isinstance(row, BadRow) else label_list(row.get(key))
         for label in labels if isinstance(labels, list) else []:
             if isinstance(label, str | int | float):
                 return label

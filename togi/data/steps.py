@@ -6,7 +6,9 @@ Hard labels are tokens (their ids travel in the stream), soft labels the probabi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from togi.data.chat import Tokenizer, visible
@@ -61,7 +63,7 @@ def token_id(text: str, flag: str, tokenizer: Tokenizer) -> int:
 def read_steps(row: Row, where: str, spec: RecordSpec, kind: StepLabels, tokenizer: Tokenizer) -> tuple[Draft] | Drop:
     """One draft; its spans are the placeholders. Raises RowError if the labels do not fit them."""
     value = value_of(row, where, "input_key", spec.input_key)
-    labels = value_of(row, where, "label_key", spec.label_key)
+    labels = label_list(value_of(row, where, "label_key", spec.label_key))
     if is_empty(value):
         return Drop.EMPTY_PROMPT
     text = as_text(value, where, spec.input_key, chat=False)
@@ -69,7 +71,7 @@ def read_steps(row: Row, where: str, spec: RecordSpec, kind: StepLabels, tokeniz
         raise RowError(
             Drop.WRONG_TYPE,
             f"{where}: the field {spec.label_key!r} is of type {type(labels).__name__}, not a list: give one label for "
-            "each placeholder.",
+            'each placeholder, in a CSV file as JSON (["+", "-"]).',
         )
     spans = _occurrences(text, kind.placeholder)
     if len(spans) != len(labels):
@@ -86,6 +88,14 @@ def read_steps(row: Row, where: str, spec: RecordSpec, kind: StepLabels, tokeniz
         )
     numbers = tuple(_number(label, f"{where}: label {i}", kind, tokenizer) for i, label in enumerate(labels))
     return (Draft(text, tuple(spans), complete=False, labels=numbers),)
+
+
+def label_list(value: object) -> object:
+    """The value, or the list that it is the JSON text of, as in the cells of a CSV file."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def is_soft(label: object) -> bool:
