@@ -39,6 +39,10 @@ class RunError(RuntimeError):
     """Something broke while a run was going on: the message says which process, doing what, and why."""
 
 
+class WriteError(RunError):
+    """A file that cannot be written while a run goes on. The message names it."""
+
+
 class WorkerError(RunError):
     """A worker process that failed or died. The message names it and holds its traceback."""
 

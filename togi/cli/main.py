@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import togi
 from togi.config.parse import nearest
 from togi.errors import RunError, UserError
+from togi.obs.way_out import advice, disk_reason
 
 COMMANDS = {
     "rl": ("togi.cli.train_ppo_ray", "online RL: PPO, GRPO, RLOO, REINFORCE++, Dr. GRPO"),
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(module: str, argv: Sequence[str]) -> int:
-    """Run a command's ``main(argv)``. A user's mistake becomes one sentence and status 2."""
+    """Run a command's ``main(argv)``. A user's mistake becomes one sentence and status 2, a full disk one and status 1."""
     try:
         importlib.import_module(module).main(list(argv))
     except UserError as error:
@@ -60,6 +61,11 @@ def run(module: str, argv: Sequence[str]) -> int:
         return 2
     except RunError as error:
         print(f"{_speaker()}: the run failed: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not disk_reason(error):
+            raise
+        print(f"{_speaker()}: the run failed: a file cannot be written ({error}): {advice(error)}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("togi: interrupted", file=sys.stderr)

@@ -21,6 +21,7 @@ from togi.data.chat import Tokenizer, tokenizer_digest
 from togi.data.encode import Outcome, RowReader
 from togi.data.shards import Shard, write_shard
 from togi.errors import DataError
+from togi.obs.way_out import advice, disk_reason
 from togi.plan import machine
 
 # Raise it when the same rows and settings become other samples than before, or the files another form.
@@ -66,9 +67,11 @@ class Entry:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_shard(aside, outcomes)
             aside.rename(self.folder / f"{_name(part)}.{_digest(aside)}.safetensors")
-        except OSError as error:
+        except Exception as error:
+            if not isinstance(error, OSError) and not disk_reason(error):
+                raise
             raise DataError(
-                f"Tokenised rows cannot be kept in {self.folder} ({error.strerror or error}): make room there, or set "
+                f"Tokenised rows cannot be kept in {self.folder} ({disk_reason(error) or error}): {advice(error)}, or set "
                 "TOGI_CACHE to another folder."
             ) from None
         finally:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from togi.data.faults import Note
 from togi.data.mixture import Mixture
 from togi.errors import DataError
+from togi.obs.way_out import writing
 
 LARGE_LOSS = 0.5
 
@@ -119,9 +120,11 @@ class DataReport:
 
     def write(self, path: Path) -> None:
         """Write ``path`` with the endings .json and .md."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False), encoding="utf-8")
-        path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+        with writing(path.with_suffix(".md")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+            path.with_suffix(".json").write_text(text, encoding="utf-8")
+            path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
 
     def markdown(self) -> str:
         """The report for people."""

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from togi.errors import CheckpointError
+from togi.obs.way_out import way_out, writing
 
 PARTIAL = ".partial"
 
@@ -43,7 +44,8 @@ class RowLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with way_out(f"closing {self._partial}"), writing(self._partial):
+            self._file.close()
 
     def add(self, unit: int, rows: Sequence[dict[str, Any]]) -> None:
         """Note that a unit is finished. It is in the hands of the system when this returns."""
@@ -62,8 +64,9 @@ class RowLog:
         return [row for unit in sorted(self.done) for row in self.done[unit]]
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
-        self._file.flush()
+        with writing(self._partial):
+            self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+            self._file.flush()
 
     def _read(self) -> int:
         """Fill ``done``; returns the bytes of complete lines."""
@@ -92,11 +95,15 @@ class RowLog:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """A JSONL file, written aside and renamed."""
+    """A JSONL file, written aside and renamed. Raises WriteError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8", errors="surrogatepass") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with writing(path):
+            with aside.open("w", encoding="utf-8", errors="surrogatepass") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from togi.errors import CheckpointError
 from togi.learn.checkpoint import flush_tree
+from togi.obs.way_out import advice, disk_reason
 
 FOLDER = "best"
 RECORD = "best.json"
@@ -83,8 +84,14 @@ class BestStore:
                 self.folder.rename(old)
             new.rename(self.folder)
             shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            raise CheckpointError(f"the best model could not be written to {self.folder}: {error}") from error
+        except Exception as error:
+            if not isinstance(error, OSError) and not disk_reason(error):
+                raise
+            shutil.rmtree(new, ignore_errors=True)
+            raise CheckpointError(
+                f"The best model cannot be written to {self.folder} ({disk_reason(error) or error}): {advice(error)}, and go "
+                "on with --load_checkpoint."
+            ) from error
 
     def read(self) -> Best | None:
         """The record of the model that is there; None where there is none."""

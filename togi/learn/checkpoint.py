@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from togi.errors import CheckpointError
+from togi.obs.way_out import advice, disk_reason
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,13 @@ class CheckpointStore:
         try:
             yield folder
             self.commit(folder, step, state)
-        except OSError as error:
-            raise CheckpointError(f"checkpoint of step {step} in {self.root} could not be written: {error}") from error
+        except Exception as error:
+            if not isinstance(error, OSError) and not disk_reason(error):
+                raise
+            raise CheckpointError(
+                f"The checkpoint of step {step} cannot be written to {self.root} ({disk_reason(error) or error}): "
+                f"{advice(error)}, and go on with --load_checkpoint."
+            ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

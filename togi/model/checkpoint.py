@@ -28,6 +28,7 @@ from togi.config.shared import ADAPTER_CONFIG
 from togi.model.loading import HEAD, read_config, skeleton
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import TensorSpec
+from togi.obs.way_out import writing
 
 SHARD_BYTES = 5 * 10**9
 UNFINISHED = ".unfinished"
@@ -151,20 +152,23 @@ def written_aside(target: Path) -> Iterator[Path]:
     """Yields a folder to write a model into; its files are moved to ``target`` when the block ends well.
 
     The folder lies inside the target, so it is on the same disk. Weights that an earlier model left in the target are removed:
-    Transformers would read them before those of a model in several files.
+    Transformers would read them before those of a model in several files. Raises WriteError, and then leaves nothing new.
     """
     aside = target.absolute() / UNFINISHED
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
-    for pattern in WEIGHT_FILES:
-        for stale in target.glob(pattern):
-            stale.unlink()
-    for file in aside.iterdir():
-        if (target / file.name).is_dir():
-            shutil.rmtree(target / file.name)
-        file.replace(target / file.name)
-    aside.rmdir()
+    try:
+        with writing(target):
+            aside.mkdir(parents=True)
+            yield aside
+            for pattern in WEIGHT_FILES:
+                for stale in target.glob(pattern):
+                    stale.unlink()
+            for file in aside.iterdir():
+                if (target / file.name).is_dir():
+                    shutil.rmtree(target / file.name)
+                file.replace(target / file.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int) -> None:

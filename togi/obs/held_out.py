@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from togi.obs.way_out import writing
+
 FOLDER = "held_out"
 SHOWN = 4
 
@@ -30,9 +32,11 @@ class HeldOutRow:
 def write_rows(root: Path, step: int, rows: Sequence[HeldOutRow]) -> None:
     """Keep the rows of the evaluation after ``step`` in the run folder ``root``."""
     folder = root / FOLDER
-    folder.mkdir(exist_ok=True)
     text = json.dumps([asdict(row) for row in rows], ensure_ascii=False)
-    (folder / f"step_{step:08d}.json").write_text(text, encoding="utf-8")
+    path = folder / f"step_{step:08d}.json"
+    with writing(path):
+        folder.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def read_rows(root: Path) -> dict[int, list[HeldOutRow]]:

@@ -14,6 +14,7 @@ Not here: checkpoints (``--ckpt_path``) and the final model (``--save_path``).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -27,10 +28,11 @@ from pathlib import Path
 import yaml
 
 from togi import __version__
-from togi.errors import ConfigError, DataError
+from togi.errors import ConfigError, DataError, WriteError
 from togi.obs.metrics import read_records
 from togi.obs.redact import REDACTED, redact_argv, redact_value
 from togi.obs.rollout_store import RolloutStore
+from togi.obs.way_out import writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +176,10 @@ class RunDirectory:
             self.root.mkdir(parents=True, exist_ok=True)
             write_atomically(self.info_path, json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n")
             write_atomically(self.config_path, _as_yaml(command, shown))
-        except OSError as error:
+        except (OSError, WriteError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
             raise ConfigError(
-                f"--run_dir {self.root} cannot be written ({error.strerror}): give a folder that can."
+                f"--run_dir {self.root} cannot be written ({getattr(cause, 'strerror', cause)}): give a folder that can."
             ) from error
         self.write_status(State.RUNNING)
 
@@ -228,10 +231,16 @@ class RunDirectory:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write aside, then rename: a reader sees the old text or the new, never half of it."""
+    """Write aside, then rename: a reader sees the old text or the new, never half of it. Raises WriteError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    with writing(path):
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
 
 
 def _plain(value: object) -> object:

@@ -27,6 +27,7 @@ from typing import IO, Any, Protocol
 from togi.errors import ConfigError
 from togi.obs.metrics import StepRecord
 from togi.obs.redact import looks_like_wandb_key, redact_values, scrub
+from togi.obs.way_out import writing
 
 log = logging.getLogger(__name__)
 
@@ -49,20 +50,23 @@ class JsonlSink:
 
     def __init__(self, path: Path) -> None:
         _drop_unfinished_line(path)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
         self._synced = time.monotonic()
 
     def write(self, record: StepRecord) -> None:
-        self._file.write(record.to_json() + "\n")
-        self._file.flush()
-        if time.monotonic() - self._synced >= _FSYNC_SECONDS:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
+        with writing(self._path):
+            self._file.write(record.to_json() + "\n")
+            self._file.flush()
+            if time.monotonic() - self._synced >= _FSYNC_SECONDS:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
 
 
 def _drop_unfinished_line(path: Path) -> None:
@@ -359,9 +363,11 @@ class Recorder:
             tracker.write(stamped)
 
     def close(self) -> None:
-        self._local.close()
-        for tracker in self._trackers:
-            tracker.close()
+        try:
+            self._local.close()
+        finally:
+            for tracker in self._trackers:
+                tracker.close()
 
 
 if __name__ == "__main__":

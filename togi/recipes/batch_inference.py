@@ -35,6 +35,7 @@ from togi.model.hub import local_folder
 from togi.model.loading import load_scalar_model
 from togi.model.policy import ScalarModel
 from togi.obs.progress import Progress
+from togi.obs.way_out import way_out
 from togi.parallel.process import World, default_device
 from togi.recipes.select import select
 from togi.reward.local_model import Standardization
@@ -188,7 +189,8 @@ async def _generate(
             log.add(unit, [_row(config, asked[unit], tokenizer, n, rollout) for n, rollout in enumerate(group)])
             progress.step(len(log.done))
     finally:
-        await engine.shutdown()
+        with way_out("shutting the engine down"):
+            await engine.shutdown()
 
 
 def engine_settings(config: InferConfig, model: str) -> EngineSettings:

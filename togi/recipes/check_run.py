@@ -11,6 +11,7 @@ from togi.config.rl import RLConfig
 from togi.data.chat import Tokenizer, load_tokenizer
 from togi.errors import UserError
 from togi.obs.progress import Progress
+from togi.obs.way_out import way_out
 from togi.parallel.process import World
 from togi.plan.machine import joins_cluster, this_machine
 from togi.plan.placement import arithmetic, plan_groups
@@ -74,7 +75,8 @@ async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, 
         if sample_groups > 0:
             signs += await _sampled(config, opened.material, tokenizer, sample_groups, progress, say)
     finally:
-        await opened.material.rewards.close()
+        with way_out("closing the rewards"):
+            await opened.material.rewards.close()
     conclude(signs, say)
 
 

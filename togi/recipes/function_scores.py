@@ -10,6 +10,7 @@ from typing import Any
 
 from togi.config.iterate import IterateConfig
 from togi.data.row_log import RowLog
+from togi.obs.way_out import way_out
 from togi.reward.function import FunctionReward
 from togi.reward.pool import CallLimits
 from togi.sample import FinishReason, Outcome, Prompt, Rollout
@@ -55,7 +56,8 @@ async def _try(config: IterateConfig, group: Sequence[Rollout]) -> None:
     try:
         await function.check(group)
     finally:
-        await function.close()
+        with way_out("closing the reward"):
+            await function.close()
 
 
 async def _score(config: IterateConfig, groups: Sequence[Sequence[Row]], log: RowLog) -> None:
@@ -76,7 +78,8 @@ async def _score(config: IterateConfig, groups: Sequence[Sequence[Row]], log: Ro
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     finally:
-        await function.close()
+        with way_out("closing the reward"):
+            await function.close()
 
 
 def _function(config: IterateConfig) -> FunctionReward:

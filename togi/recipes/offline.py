@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from togi.config.parse import Parsed
 from togi.learn.checkpoint import Checkpoint
 from togi.obs.progress import Progress
 from togi.obs.run_dir import State
+from togi.obs.way_out import way_out
 from togi.parallel.process import World
 from togi.recipes.notices import NO_CUDA_FOR_LIGER
 from togi.recipes.offline_data import Data, Task, check_plan, load_data, task_of, uses_flash
@@ -108,8 +108,12 @@ def _run(config: OfflineConfig, command: str, world: World, journal: Journal) ->
     data, plan, found = opened.data, opened.plan, opened.found
     journal.open(data.reports, found.step if found is not None else 0, plan.steps)
     try:
-        with closing(start(config, command, opened.task, data, plan, world, journal)) as run:
+        run = start(config, command, opened.task, data, plan, world, journal)
+        try:
             evaluations = train(run, found)
+        finally:
+            with way_out("ending what runs beside the training"):
+                run.close()
     except BaseException as error:
         journal.close(State.FAILED, str(error) or type(error).__name__)
         raise

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from togi.config.offline import OfflineConfig
 from togi.config.parse import Parsed
 from togi.data.report import DataReport
+from togi.obs.ending import end_run
 from togi.obs.held_out import HeldOutRow, write_rows
 from togi.obs.metrics import StepRecord
 from togi.obs.progress import Progress
@@ -78,6 +80,16 @@ class RunJournal(Journal):
         values = {name: Resolved(value, sources[name]) for name, value in settings.items()}
         opened = RunDirectory.resume if config.load_checkpoint else RunDirectory.create
         self._directory = opened(self.root, self._command, self._argv, values)
+        try:
+            self._fill(reports, step, settings)
+        except BaseException as error:
+            self.close(State.FAILED, str(error) or type(error).__name__)
+            raise
+        super().open(reports, step, steps)
+
+    def _fill(self, reports: Mapping[str, DataReport], step: int, settings: Mapping[str, Any]) -> None:
+        """Write what is known before the models are loaded, and open what is written to from then on."""
+        config = self._parsed.config
         for name, report in reports.items():
             report.write(self.root / "data" / name)
         if config.load_checkpoint:
@@ -87,7 +99,6 @@ class RunJournal(Journal):
         self._recorder = Recorder(self._directory.metrics_path, sinks)
         self._open.callback(self._recorder.close)
         self._watchdog = self._open.enter_context(Watchdog(STALL_SECONDS, self._directory.stacks_path))
-        super().open(reports, step, steps)
 
     def beat(self) -> None:
         self._watchdog.beat()
@@ -104,6 +115,4 @@ class RunJournal(Journal):
         write_rows(self.root, step, rows)
 
     def close(self, state: State, message: str = "") -> None:
-        self._open.close()
-        self._directory.write_status(state, message)
-        write_report(self.root)
+        end_run(self._directory, state, message, self._open.close)

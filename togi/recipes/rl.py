@@ -12,9 +12,10 @@ from typing import Any
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.learn.checkpoint import Checkpoint
+from togi.obs.ending import end_run
 from togi.obs.progress import Progress
-from togi.obs.report import write_report
 from togi.obs.run_dir import RunDirectory, State
+from togi.obs.way_out import way_out
 from togi.plan.machine import this_machine
 from togi.plan.placement import Role
 from togi.recipes.rl_rewards import connect, describe
@@ -76,14 +77,13 @@ async def _run(
         try:
             result = await _with_session(config, opened, directory, progress, announce)
         except BaseException as error:
-            directory.write_status(State.FAILED, str(error) or type(error).__name__)
-            write_report(directory.root)
+            end_run(directory, State.FAILED, str(error) or type(error).__name__)
             raise
-        directory.write_status(State.FINISHED)
-        write_report(directory.root)
+        end_run(directory, State.FINISHED)
         return result
     finally:
-        await opened.material.rewards.close()
+        with way_out("closing the rewards"):
+            await opened.material.rewards.close()
 
 
 async def _with_session(
@@ -109,7 +109,8 @@ async def _with_session(
             evaluations = await train(run_state, opened.checkpoint)
         await session.close()
     except BaseException:
-        session.abandon()
+        with way_out("ending the workers"):
+            session.abandon()
         raise
     return Result(directory.root, directory.report_path, Path(config.save_path), run_state.step, tuple(evaluations))
 

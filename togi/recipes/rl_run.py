@@ -27,6 +27,7 @@ from togi.obs.rollout_store import Split
 from togi.obs.run_dir import RunDirectory
 from togi.obs.sinks import Recorder, open_trackers
 from togi.obs.stall import Watchdog
+from togi.obs.way_out import way_out
 from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
 from togi.recipes.preflight import trackers
@@ -95,7 +96,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
+        with way_out("closing the run's files and trackers"):
+            self._open.close()
 
     async def resume(self, found: Checkpoint | None) -> None:
         """Go on from a checkpoint; the loader was put in its place before the models were loaded."""

@@ -21,8 +21,10 @@ from togi.learn.best import Aim
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.model.adapter_update import check_base_files
 from togi.model.loading import check_causal_lm
+from togi.obs.ending import end_run
 from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
+from togi.obs.way_out import way_out
 from togi.recipes.best_metric import rl_aim
 from togi.recipes.plan import StepPlan
 from togi.recipes.rl_pretrain import Pretraining, load_pretraining
@@ -82,7 +84,8 @@ async def opening(
             announce(check_replay(config, config.replay, material, plan))
         return Opening(material, plan, find_checkpoint(config, material, progress))
     except BaseException:
-        await material.rewards.close()
+        with way_out("closing the rewards"):
+            await material.rewards.close()
         raise
 
 
@@ -124,7 +127,8 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
             logger.warning("%s", notice)
         stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
     except BaseException:
-        await rewards.close()
+        with way_out("closing the rewards"):
+            await rewards.close()
         raise
     return Material(
         prompts,
@@ -168,8 +172,12 @@ def open_run(parsed: Parsed[RLConfig], argv: Sequence[str], material: Material) 
     values = {name: Resolved(plain(value), parsed.sources[name]) for name, value in config.model_dump().items()}
     opened = RunDirectory.resume if config.load_checkpoint else RunDirectory.create
     directory = opened(root, COMMAND, argv, values)
-    for name, report in material.reports.items():
-        report.write(root / "data" / name)
+    try:
+        for name, report in material.reports.items():
+            report.write(root / "data" / name)
+    except BaseException as error:
+        end_run(directory, State.FAILED, str(error) or type(error).__name__)
+        raise
     directory.write_status(State.RUNNING)
     return directory
 

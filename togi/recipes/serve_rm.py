@@ -21,6 +21,7 @@ from togi.data.packing import pack_all
 from togi.errors import ConfigError, DataError
 from togi.learn.scorer import Scorer
 from togi.model.loading import load_scalar_model
+from togi.obs.way_out import way_out
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen
 from togi.parallel.process import World, default_device
@@ -66,7 +67,8 @@ async def source(config: ServeRMConfig) -> AsyncIterator[ScoreCall]:
         try:
             yield function.answer
         finally:
-            await function.close()
+            with way_out("closing the reward"):
+                await function.close()
         return
     model = ServedModel(config)
     batcher = Batcher(model.forward, config.max_tokens_per_gpu, config.batch_size)
@@ -84,7 +86,8 @@ async def source(config: ServeRMConfig) -> AsyncIterator[ScoreCall]:
     try:
         yield score
     finally:
-        batcher.close()
+        with way_out("ending the batches"):
+            batcher.close()
 
 
 class ServedModel:

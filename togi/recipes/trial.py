@@ -16,6 +16,7 @@ from togi.learn.scorer import Scorer
 from togi.model.hub import local_folder
 from togi.model.loading import load_scalar_model
 from togi.obs.progress import Progress
+from togi.obs.way_out import way_out
 from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen
 from togi.parallel.process import World
@@ -47,7 +48,8 @@ async def sample(config: RLConfig, material: Material, groups: int, progress: Pr
         with progress.phase("sampling"):
             return await _scored(config, material, groups, engine, reward)
     finally:
-        await engine.shutdown()
+        with way_out("shutting the engine down"):
+            await engine.shutdown()
 
 
 async def _scored(

@@ -21,6 +21,7 @@ from togi.learn.learner import UpdateReport
 from togi.learn.policy_objective import OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS
 from togi.obs import names
 from togi.obs.names import Holder
+from togi.obs.way_out import way_out
 from togi.plan.machine import Machine
 from togi.plan.placement import LEARNERS, Role, plan_groups, team_size, used_roles
 from togi.rollout.engine import EngineSettings
@@ -86,7 +87,8 @@ class Session:
                 )
             return session
         except BaseException:
-            disconnect()
+            with way_out("leaving the cluster"):
+                disconnect()
             raise
 
     @classmethod
