@@ -1,6 +1,6 @@
 """A penalty for long responses, as an example of an async function and of returning a dict.
 
-    togi train_ppo_ray --reward_func examples/rewards/length_penalty.py ...
+    togi rl --reward_func examples/rewards/length_penalty.py ...
 
 Free up to FREE_WORDS words, then falling linearly to -1 at MAX_WORDS and beyond. A response that was cut off
 (finish reason "length") gets -1 however long it is. Use it together with a reward for the content.

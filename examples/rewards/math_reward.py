@@ -1,6 +1,6 @@
 r"""A reward for problems whose answer is a number, such as GSM8K: 1 if the response's number is the label's, else 0.
 
-    togi train_ppo_ray --reward_func examples/rewards/math_reward.py --label_key target ...
+    togi rl --reward_func examples/rewards/math_reward.py --label_key target ...
 
 The label is a number, or text that holds one (of a GSM8K solution that ends in "#### 18", what follows the last "####"
 counts). The response's number is the one in its last ``\boxed{...}``, or else the last number it contains. Numbers are
