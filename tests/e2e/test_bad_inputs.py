@@ -81,6 +81,49 @@ LIGHT = [
     Case("unknown extension", "--prompt_data @notes.txt", ("@notes.txt has the unknown extension .txt", ".jsonl")),
     Case("no extension", "--prompt_data @plain", ("@plain has no extension", ".jsonl")),
     Case("folder without data", "--prompt_data @nothing", ("The folder @nothing has no data files",)),
+    Case(
+        "comma in a path",
+        "--prompt_data @a,b/good.jsonl",
+        (
+            "--prompt_data: @a,b/good.jsonl has a comma in its name, and commas separate data sets: rename it, or give a",
+        ),
+    ),
+    Case(
+        "a part of a list is missing",
+        "--prompt_data @good.jsonl,@none.jsonl",
+        ("There is no file or folder @none.jsonl: check the path, and the commas in '@good.jsonl,@none.jsonl', which",),
+    ),
+    Case(
+        "semicolons",
+        "--prompt_data @semicolons.csv",
+        (
+            "--prompt_data: @semicolons.csv separates its columns by semicolons, not by commas: write it with commas "
+            "(pandas: `to_csv(path, index=False)`), or as .jsonl.",
+        ),
+    ),
+    Case(
+        "columns",
+        "--eval_dataset @columns.json",
+        (
+            "--eval_dataset: @columns.json is one object that holds a whole table: write one object a line (pandas: "
+            "`to_json(path, orient='records', lines=True)`).",
+        ),
+    ),
+    Case(
+        "rows in an object",
+        "--prompt_data @inside.json",
+        (
+            "--prompt_data: @inside.json is one object with rows in 'data': make a list of rows the whole file, or write "
+            "one row a line.",
+        ),
+    ),
+    Case(
+        "None in YAML",
+        "--config @none_word.yaml",
+        (
+            "--eval_dataset None is the text 'None', not the absence of a value; in YAML, write null or leave the line out.",
+        ),
+    ),
     Case("extra comma", "--prompt_data @good.jsonl,", ("empty entry",)),
     Case(
         "too few probabilities",
@@ -190,6 +233,27 @@ HEAVY = [
         ),
     ),
     Case(
+        "NaN",
+        "--prompt_data @nan.jsonl",
+        ("Line 2 of @nan.jsonl: the field 'prompt' is NaN, a missing value: fill it in or remove the row",),
+    ),
+    Case(
+        "labels of another kind further down",
+        "--prompt_data @kinds.jsonl --reward_func builtin:exact",
+        (
+            "togi: builtin:exact cannot use the label [1]: it is no text and no number (scoring prompt '0:2'); point "
+            "--label_key at the answer field.",
+        ),
+    ),
+    Case(
+        "labels that say nothing to a built-in function",
+        "--prompt_data @numbers.jsonl --reward_func builtin:code",
+        (
+            "builtin:code can use no label of those tried (the first: 4 of prompt '0:0'): point --label_key at the field "
+            "that it is made for.",
+        ),
+    ),
+    Case(
         "no chat template", "--pretrain @bare --apply_chat_template", ("--apply_chat_template needs a chat template",)
     ),
     Case("no tokenizer", "--pretrain @notokenizer", ("No tokenizer can be loaded from @notokenizer",)),
@@ -255,6 +319,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "line30.jsonl": [*lines[:29], "{'prompt'}"],
         "row30.jsonl": [*lines[:30], '{"question": "?", "answer": ""}'],
         "number.jsonl": ['{"prompt": 3, "answer": ""}'],
+        "nan.jsonl": [lines[0], '{"prompt": NaN, "answer": ""}'],
+        "kinds.jsonl": [*lines[:2], '{"prompt": "x", "answer": [1]}', *lines[2:]],
+        "numbers.jsonl": ['{"prompt": "2+2", "answer": 4}'] * 4,
+        "semicolons.csv": ["prompt;answer", "1+1, then?;2"],
+        "columns.json": ['{"prompt": {"0": "1+1", "1": "1+2"}, "answer": {"0": "2", "1": "3"}}'],
+        "inside.json": [json.dumps({"data": ROWS})],
+        "none_word.yaml": ["eval_dataset: None"],
+        "a,b/good.jsonl": lines,
         "long.jsonl": [json.dumps({"prompt": "x" * 100, "answer": ""})],
         "label.jsonl": ['{"prompt": "p", "answer": "a \\ud83d"}'],
         "role.jsonl": ['{"prompt": [{"role": "usr", "content": "p"}], "answer": ""}'],
@@ -268,6 +340,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "invalid.yaml": ["seed: 1", "bf16: [true"],
     }
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("".join(line + "\n" for line in content))
     (folder / "nothing").mkdir()
     (folder / "used").mkdir()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from togi.config.offline import SFTConfig
+from tests.tiny import STOP, tiny_tokenizer
+from togi.config.offline import KTOConfig, PRMConfig, SFTConfig
 from togi.config.parse import parse
+from togi.data.records import RecordSpec, load_steps, load_unpaired
 from togi.errors import ConfigError
 from togi.parallel.process import World
-from togi.recipes.offline_data import UNLIMITED, record_spec
+from togi.recipes.offline_data import UNLIMITED, Data, check_plan, record_spec
 from togi.recipes.offline_plan import EpochPlan
 
 
@@ -69,3 +75,59 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2 but RANK is ''"):
         World.from_environment()
+
+
+def kto_data(folder: Path, eval_labels: Sequence[int]) -> Data:
+    """Five rows to train on, and held-out ones with these labels."""
+    sets = []
+    for name, labels in (("train", [0, 1, 0, 1, 0]), ("eval", eval_labels)):
+        rows = [{"q": f"number {i}", "a": "ok", "label": label} for i, label in enumerate(labels)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        spec = RecordSpec(str(folder / f"{name}.jsonl"), input_key="q", output_key="a")
+        sets.append(load_unpaired(spec, tiny_tokenizer()))
+    return Data(tiny_tokenizer(), (STOP,), sets[0], (sets[1],))
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "missing"),
+    [
+        ("eval/reward/margin", [1, 1, 1], "undesirable"),
+        ("eval/reward/margin", [0, 0], "desirable"),
+        ("reward/rejected", [1, 1], "undesirable"),
+        ("eval/reward/chosen", [0, 0], "desirable"),
+        ("eval/reward/chosen", [1, 1], ""),
+        ("eval/reward/margin", [0, 1], ""),
+        ("eval/loss", [1, 1], ""),
+        ("none", [1, 1], ""),
+    ],
+)
+def test_the_best_model_is_chosen_by_what_the_rows_can_measure(
+    tmp_path: Path, metric: str, labels: list[int], missing: str
+) -> None:
+    """Else every evaluation would give NaN, and no best model would ever be kept."""
+    data, plan = kto_data(tmp_path, labels), EpochPlan(5, 5, 1, 0)
+    config = KTOConfig(best_metric_key=metric, best_metric_mode="max" if metric != "none" else "auto")
+    if not missing:
+        check_plan(config, plan, data)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_plan(config, plan, data)
+    assert str(caught.value) == (
+        f"--best_metric_key {metric} needs {missing} rows in --eval_dataset, which has none: choose another metric, such as "
+        "eval/loss, or add rows."
+    )
+
+
+def test_labels_of_two_kinds_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    def steps(name: str, row: Mapping[str, object]):
+        (tmp_path / name).write_text(json.dumps(row))
+        spec = RecordSpec(str(tmp_path / name), placeholder_token="#", reward_tokens=("+", "-"))
+        return load_steps(spec, tiny_tokenizer())
+
+    hard, soft = steps("a.jsonl", {"input": "a#", "label": ["+"]}), steps("b.jsonl", {"input": "a#", "label": [0.5]})
+    check_plan(PRMConfig(), EpochPlan(1, 1, 1, 0), Data(tiny_tokenizer(), (STOP,), hard, (hard,)))
+    with pytest.raises(ConfigError) as caught:
+        check_plan(PRMConfig(), EpochPlan(1, 1, 1, 0), Data(tiny_tokenizer(), (STOP,), hard, (soft,)))
+    assert str(caught.value) == (
+        "--dataset and --eval_dataset have labels of two kinds, tokens in one and probabilities in the other: use one kind."
+    )

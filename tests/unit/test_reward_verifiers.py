@@ -15,6 +15,8 @@ from togi.config.rl import RLConfig
 from togi.errors import ConfigError, RewardError
 from togi.recipes import preflight
 from togi.recipes.rl_rewards import EarlyRewards
+from togi.recipes.rl_setup import trial_prompts
+from togi.reward.returned import BadReturnError
 from togi.reward.verifiers import reasoning_gym as gym
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
@@ -43,6 +45,44 @@ def values(name: str, texts: list[str], label: object, *flags: str) -> list[floa
 def test_exact() -> None:
     assert values("exact", ["Paris", " Paris\n", "paris"], "Paris") == [1.0, 1.0, 0.0]
     assert values("exact", ["7", "a  b"], 7) == [1.0, 0.0]
+    assert values("exact", ["True", "1"], True) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["exact", "math"])
+@pytest.mark.parametrize("label", [None, "", "  ", [1], {"a": 1}])
+def test_a_label_that_no_response_can_be(name: str, label: object) -> None:
+    pytest.importorskip("math_verify")
+    (score,) = scored(["--reward_func", f"builtin:{name}"], ["x"], label)
+    why = "is empty" if isinstance(label, str) else "is no text and no number"
+    assert score.message == (
+        f"builtin:{name} cannot use the label {label!r}: it {why} (scoring prompt 'p'); point --label_key at the answer field."
+    )
+
+
+def test_a_reward_is_tried_on_each_kind_of_label() -> None:
+    labels = ["a", "b", "", 1, 2.5, [1], ["x"], [2], {"a": 1}, {"b": 1}, {"a": 2}]
+    prompts = [Prompt(str(i), (1,), "q", label, "set") for i, label in enumerate(labels)]
+    assert [prompt.id for prompt in trial_prompts(prompts)] == ["0", "2", "3", "4", "5", "6", "8", "9"]
+    others = [Prompt("c", (1,), "q", "b", "set"), Prompt("d", (1,), "q", "b", "other")]
+    assert [prompt.id for prompt in trial_prompts([prompts[0], *others])] == ["0", "d"]
+
+
+def test_rewards_are_closed_whichever_fails() -> None:
+    class Source:
+        def __init__(self, fails: bool) -> None:
+            self.fails, self.closed = fails, False
+
+        async def close(self) -> None:
+            self.closed = True
+            if self.fails:
+                raise OSError("no")
+
+    rewards = EarlyRewards(parse(RLConfig, [], "rl").config, None)
+    sources = [Source(False), Source(True), Source(False)]
+    rewards.functions = sources  # type: ignore[assignment]
+    with pytest.raises(OSError, match="no"):
+        asyncio.run(rewards.close())
+    assert all(source.closed for source in sources)
 
 
 def test_format() -> None:
@@ -74,7 +114,14 @@ def test_json_schema() -> None:
     assert values("json_schema", texts[:2], json.dumps(schema)) == [1.0, 0.0]
     wrong = scored(["--reward_func", "builtin:json_schema"], ["{}"], {"type": "nothing"})
     assert wrong[0].outcome is Outcome.ERROR
-    assert "builtin:json_schema raised SchemaError" in wrong[0].message
+    assert wrong[0].message == (
+        "builtin:json_schema cannot use the label {'type': 'nothing'}: it is no JSON Schema ('nothing' is not valid under any "
+        "of the given schemas) (scoring prompt 'p'); point --label_key at a field of schemas."
+    )
+    (text,) = scored(["--reward_func", "builtin:json_schema"], ["{}"], "7 apples")
+    assert text.message.startswith(
+        "builtin:json_schema cannot use the label '7 apples': it is no JSON Schema (Extra data"
+    )
 
 
 def test_math() -> None:
@@ -94,7 +141,10 @@ def test_math() -> None:
 
 def test_math_without_an_answer_in_the_label_is_an_error() -> None:
     pytest.importorskip("math_verify")
-    assert "holds no answer" in scored(["--reward_func", "builtin:math"], ["1"], "")[0].message
+    assert scored(["--reward_func", "builtin:math"], ["1"], "####")[0].message == (
+        "builtin:math cannot use the label '####': it holds no answer (scoring prompt 'p'); point --label_key at the answer "
+        "field."
+    )
 
 
 NEEDED = ["--pretrain", "m", "--prompt_data", "d.jsonl", "--reward_func"]
@@ -137,9 +187,9 @@ def test_reasoning_gym() -> None:
     assert scores("Let me see.\n20 + 10 + 29", "<answer>1</answer> or <answer>(29+20)+10</answer> ok") == [1.0, 1.0]
     assert scores("29 + 20 - 10", "29 + 30") == [0.05, 0.05]
     assert scores("", "9**9**9**9", "9* *9", "__import__('os')", "1" * 201) == [0.0] * 5
-    with pytest.raises(ValueError, match="evaluates what the model wrote"):
+    with pytest.raises(BadReturnError, match="evaluates what the model wrote"):
         gym.score("[]", {**label, "task": "n_queens"})
-    with pytest.raises(ValueError, match="is not an object"):
+    with pytest.raises(BadReturnError, match="is not an object"):
         gym.score("5", "5")
 
 

@@ -18,15 +18,23 @@ from togi.config.offline import (
 )
 from togi.data.chat import Tokenizer, end_notice, load_tokenizer, stop_token_ids
 from togi.data.record_spec import RecordSpec
-from togi.data.records import Examples, load_pairs, load_sft, load_steps, load_unpaired
+from togi.data.records import Examples, StepExamples, load_pairs, load_sft, load_steps, load_unpaired
 from togi.data.report import DataReport
 from togi.errors import ConfigError
 from togi.model.loading import check_causal_lm
+from togi.obs import names
 from togi.obs.progress import Progress
 from togi.parallel.process import World
+from togi.recipes.best_metric import PREFIX, offline_aim
 from togi.recipes.offline_plan import EpochPlan
 
 UNLIMITED = 2**62
+# Which labels an evaluation needs for what it measures of KTO's rows: 1 desirable, 0 undesirable.
+_LABELS_OF: Mapping[str, frozenset[float]] = {
+    names.REWARD_CHOSEN: frozenset({1.0}),
+    names.REWARD_REJECTED: frozenset({0.0}),
+    names.REWARD_MARGIN: frozenset({0.0, 1.0}),
+}
 logger = logging.getLogger(__name__)
 
 
@@ -115,17 +123,23 @@ def load_data(config: OfflineConfig, task: Task, world: World, progress: Progres
 
 
 def check_plan(config: OfflineConfig, plan: EpochPlan, data: Data) -> None:
-    """What only the rows can tell: KTO's KL estimate needs two prompts in every step, a generated response needs one.
-
-    Raises ConfigError.
+    """What only the rows can tell: KTO's KL estimate needs two prompts in every step, a generated response needs one, and a
+    metric that the best model is chosen by needs rows to measure it on. Raises ConfigError.
     """
     if isinstance(config, KDConfig) and config.on_policy_share > 0 and 0 in data.train.prompt_lengths():
         raise ConfigError(
             "--on_policy_share lets the student answer prompts, but there are rows in --dataset without any: fill --input_key "
             "or set --input_template."
         )
+    kinds = {examples.labels.soft for examples in (data.train, *data.held_out) if isinstance(examples, StepExamples)}
+    if len(kinds) > 1:
+        raise ConfigError(
+            "--dataset and --eval_dataset have labels of two kinds, tokens in one and probabilities in the other: "
+            "use one kind."
+        )
     if not isinstance(config, KTOConfig):
         return
+    _check_best(config, data)
     why = "and KTO pairs each prompt with the answer to another"
     for step in range(plan.steps):
         rows = plan.rows_of(step)
@@ -137,6 +151,24 @@ def check_plan(config: OfflineConfig, plan: EpochPlan, data: Data) -> None:
     for examples in data.held_out:
         if not _two_prompts(examples, range(len(examples))):
             raise ConfigError(f"--eval_dataset has only one distinct prompt, {why}: add rows, or leave it out.")
+
+
+def _check_best(config: KTOConfig, data: Data) -> None:
+    """The rewards of desirable and undesirable rows can be measured if there are such rows."""
+    aim = offline_aim(config)
+    needed = _LABELS_OF.get(aim.metric.removeprefix(PREFIX), frozenset()) if aim is not None else frozenset()
+    for examples in data.held_out:
+        found = set[float]()
+        for (sample,) in examples:
+            found.add(sample.values["desirable"])
+            if found >= needed:
+                break
+        else:
+            missing = "desirable" if 1.0 in needed - found else "undesirable"
+            raise ConfigError(
+                f"--best_metric_key {config.best_metric_key} needs {missing} rows in --eval_dataset, which has none: choose "
+                "another metric, such as eval/loss, or add rows."
+            )
 
 
 def _two_prompts(examples: Examples, rows: Sequence[int]) -> bool:

@@ -24,7 +24,7 @@ from togi.config.offline import (
     SFTConfig,
 )
 from togi.data.records import StepExamples
-from togi.errors import CheckpointError, ConfigError
+from togi.errors import CheckpointError
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint, CheckpointStore
 from togi.learn.distill_objective import DistillationObjective
 from togi.learn.learner import Learner
@@ -285,16 +285,7 @@ def _objective(config: OfflineConfig, data: Data, teachers: Sequence[Frozen], vo
 
 
 def _step_reward(data: Data) -> Objective:
-    """How labels are to be read is found in the data, and must be the same in both sets."""
-    kinds = []
-    for examples in (data.train, *data.held_out):
-        assert isinstance(examples, StepExamples)
-        kinds.append(examples.labels.soft)
-    if len(set(kinds)) > 1:
-        raise ConfigError(
-            "--dataset and --eval_dataset have labels of two kinds, tokens in one and probabilities in the other: "
-            "use one kind."
-        )
+    """How labels are to be read is found in the data, and is the same in both sets (``check_plan``)."""
     assert isinstance(data.train, StepExamples)
     return StepRewardObjective(data.train.labels.reward_ids, data.train.labels.soft)
 

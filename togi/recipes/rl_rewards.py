@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 from togi.config.choices import BUILTIN, RemoteMode
 from togi.config.reward import verifier_of
 from togi.config.rl import RLConfig
+from togi.errors import RewardError
 from togi.reward.combine import CombinedReward, Term, distinct_names
 from togi.reward.function import FunctionReward
 from togi.reward.http_server import ConnectionLimits
@@ -19,11 +21,12 @@ from togi.reward.pool import CallLimits
 from togi.reward.remote import TOKEN_VARIABLE, Patience, RemoteReward
 from togi.reward.source import Reward
 from togi.runtime.model_reward import ModelScores
-from togi.sample import Rollout, Score
+from togi.sample import Outcome, Rollout, Score
 
 if TYPE_CHECKING:  # the check of a run has no session, and no Ray
     from togi.runtime.session import Session
 
+SHOWN_CHARACTERS = 60
 Visible = Callable[[Sequence[int]], str]
 
 
@@ -62,15 +65,26 @@ class EarlyRewards:
         for urls, name in zip(shared_urls(config), own, strict=False):
             self.remotes.append(RemoteReward(urls, limits, patience, response, name))
 
-    async def check(self, group: Sequence[Rollout]) -> Mapping[str, Sequence[Score]]:
-        """Call everything once for real; the scores by the name of the reward. Raises RewardError for the first that fails."""
+    async def check(self, groups: Sequence[Sequence[Rollout]]) -> Mapping[str, Sequence[Score]]:
+        """Call everything for real on each group; the first one's scores by the name of the reward.
+
+        Raises RewardError for the first that fails, and for a built-in function that has nothing to say to any group.
+        """
         end = len(self.names) - len(self.functions)
-        scores: dict[str, Sequence[Score]] = {}
+        first: dict[str, Sequence[Score]] = {}
         for name, function in zip(self.names[end:], self.functions, strict=True):
-            scores[name] = await function.check(group)
+            scores = [await function.check(group) for group in groups]
+            if function.is_built_in and all(score.outcome is Outcome.ABSTAIN for found in scores for score in found):
+                prompt = groups[0][0].prompt
+                raise RewardError(
+                    f"{function.shown_as} can use no label of those tried (the first: {shown_label(prompt.label)} of prompt "
+                    f"{prompt.id!r}): point --label_key at the field that it is made for."
+                )
+            first[name] = scores[0]
         for name, remote in zip(self.names[end - len(self.remotes) : end], self.remotes, strict=True):
-            scores[name] = await remote.check(group)
-        return scores
+            scores = [await remote.check(group) for group in groups]
+            first[name] = scores[0]
+        return first
 
     def take_paused_seconds(self) -> float:
         """Seconds since the last call in which the run waited for a server, the longest of all."""
@@ -79,8 +93,9 @@ class EarlyRewards:
     async def close(self) -> None:
         """End processes and connections."""
         sources: list[Reward] = [*self.functions, *self.remotes]
-        for source in sources:
-            await source.close()
+        async with AsyncExitStack() as stack:  # all of them, whichever fails
+            for source in sources:
+                stack.push_async_callback(source.close)
 
 
 async def connect(config: RLConfig, early: EarlyRewards, session: Session) -> CombinedReward:
@@ -134,6 +149,12 @@ def reward_names(config: RLConfig, *, function_given: bool) -> list[str]:
     return distinct_names(
         [name for names, kind in kinds for name in (names if len(names) > 1 else [kind] * len(names))]
     )
+
+
+def shown_label(label: object) -> str:
+    """The beginning of a label, for messages."""
+    text = repr(label)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _host(url: str) -> str:

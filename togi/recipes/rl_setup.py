@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -37,6 +37,8 @@ Decode = Callable[[Sequence[int]], str]
 COMMAND = "rl"
 logger = logging.getLogger(__name__)
 UNLIMITED = 2**62
+# How many kinds of labels the reward is tried on at most.
+TRIALS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ async def opening(
 
 
 async def prepare(config: RLConfig, function: Callable[..., Any] | None, progress: Progress) -> Material:
-    """Load tokenizer and prompts, and call reward functions and servers once for real, on the first prompt."""
+    """Load tokenizer and prompts, and call reward functions and servers for real, on each kind of label."""
     rewards = EarlyRewards(config, function)  # processes start now and import while the prompts are read
     try:
         with progress.phase("reading prompts", expected_seconds=8):
@@ -122,7 +124,9 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
         trial: Mapping[str, Sequence[Score]] = {}
         if config.generates:
             with progress.phase("trying the reward", expected_seconds=2):
-                trial = await rewards.check([example(prompts[0])] * min(2, config.n_samples_per_prompt))
+                size = min(2, config.n_samples_per_prompt)
+                groups = [[example(prompt)] * size for prompt in trial_prompts((*prompts, *held_out))]
+                trial = await rewards.check(groups)
         if config.apply_chat_template and (notice := end_notice(tokenizer, config.pretrain)):
             logger.warning("%s", notice)
         stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
@@ -158,6 +162,22 @@ def spec(config: RLConfig, data: str, split: str, *, training: bool) -> PromptSp
         seed=config.seed,
         max_bad_rows=config.max_bad_rows,
     )
+
+
+def trial_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The first prompt of each data source and kind of label: what a reward cannot read should be found before the models."""
+    found: dict[object, Prompt] = {}
+    for prompt in prompts:
+        found.setdefault((prompt.datasource, _kind(prompt.label)), prompt)
+    return list(found.values())[:TRIALS]
+
+
+def _kind(label: Any) -> object:
+    if isinstance(label, Mapping):
+        return tuple(sorted(label))
+    if isinstance(label, list):
+        return list, *(_kind(item) for item in label[:1])
+    return type(label), isinstance(label, str) and not label.strip()
 
 
 def example(prompt: Prompt) -> Rollout:

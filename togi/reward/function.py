@@ -95,6 +95,11 @@ class FunctionReward:
         return await self._pool.run(encode(call))
 
     @property
+    def is_built_in(self) -> bool:
+        """Whether the function comes with Togi."""
+        return self._shown_as.startswith(BUILTIN)
+
+    @property
     def shown_as(self) -> str:
         """The function as messages name it."""
         return self._shown_as

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from togi.reward.verifiers.labels import plain_text
+
 
 def reward_func(
     queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
 ) -> list[bool]:
-    """One True or False (1 or 0) per query."""
-    return [response.split() == str(label).split() for response, label in zip(responses, labels, strict=True)]
+    """One True or False (1 or 0) per query. Raises BadReturnError for a label that no response can be."""
+    return [response.split() == plain_text(label).split() for response, label in zip(responses, labels, strict=True)]

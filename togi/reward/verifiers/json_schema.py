@@ -9,8 +9,11 @@ import json
 import re
 from typing import Any
 
+from jsonschema.exceptions import SchemaError
 from jsonschema.validators import validator_for
 from referencing import Registry
+
+from togi.reward.verifiers.labels import unusable
 
 FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
@@ -18,15 +21,19 @@ FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 def reward_func(
     queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
 ) -> list[float]:
-    """1 or 0 per query. Raises jsonschema's SchemaError for a label that is no schema."""
+    """1 or 0 per query. Raises BadReturnError for a label that is no schema."""
     return [float(fits(response, label)) for response, label in zip(responses, labels, strict=True)]
 
 
 def fits(response: str, label: Any) -> bool:
     """Whether a response holds JSON of the schema. References to other documents are never fetched."""
-    schema = json.loads(label) if isinstance(label, str) else label
-    kind = validator_for(schema)
-    kind.check_schema(schema)
+    try:
+        schema = json.loads(label) if isinstance(label, str) else label
+        kind = validator_for(schema)
+        kind.check_schema(schema)
+    except (ValueError, RecursionError, SchemaError) as error:
+        reason = getattr(error, "message", str(error))
+        raise unusable(label, f"is no JSON Schema ({reason})", "point --label_key at a field of schemas") from None
     blocks = FENCE.findall(response)
     try:
         value = json.loads(blocks[-1] if blocks else response)

@@ -12,12 +12,17 @@ from typing import Any
 
 from math_verify import parse, verify
 
+from togi.reward.verifiers.labels import plain_text, unusable
+
 
 def reward_func(
     queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
 ) -> list[float]:
-    """1 or 0 per query. Raises ValueError for a label without an answer: such a row cannot be trained on."""
-    return [float(verify(gold(str(label)), parse(response))) for response, label in zip(responses, labels, strict=True)]
+    """1 or 0 per query. Raises BadReturnError for a label without an answer: such a row cannot be trained on."""
+    return [
+        float(verify(gold(plain_text(label)), parse(response)))
+        for response, label in zip(responses, labels, strict=True)
+    ]
 
 
 @lru_cache(maxsize=64)
@@ -26,5 +31,5 @@ def gold(label: str) -> list[Any]:
     text = label.rsplit("####", 1)[-1].strip()
     found: list[Any] = parse(text if "\\boxed" in text else rf"\boxed{{{text}}}")
     if not found:
-        raise ValueError(f"the label {label[:80]!r} holds no answer; point --label_key at the answer field")
+        raise unusable(label, "holds no answer")
     return found

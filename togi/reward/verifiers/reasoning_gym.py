@@ -19,6 +19,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from togi.reward.verifiers.labels import unusable
+
 ARITHMETIC_TASKS = {"countdown", "puzzle24"}
 EVALUATING_TASKS = {
     "binary_matrix",
@@ -50,12 +52,14 @@ def answer_of(response: str) -> str:
 
 
 def score(answer: str, label: Any) -> float:
-    """The verifier's score of one answer. Raises ValueError for a label that is not as described above."""
+    """The verifier's score of one answer. Raises BadReturnError for a label that is not as described above."""
     if not isinstance(label, dict) or not {"task", "answer", "metadata"} <= label.keys():
-        raise ValueError(f'the label {str(label)[:80]!r} is not an object with "task", "answer" and "metadata"')
+        raise unusable(
+            label, 'is not an object with "task", "answer" and "metadata"', "point --label_key at such a field"
+        )
     task = label["task"]
     if task in EVALUATING_TASKS:
-        raise ValueError(f"the verifier of {task} evaluates what the model wrote; leave this task out")
+        raise unusable(task, "names a task whose verifier evaluates what the model wrote", "leave this task out")
     if not answer or (task in ARITHMETIC_TASKS and not PLAIN_ARITHMETIC.fullmatch(answer)):
         return 0.0
     return float(verifier(task)(answer, label))
