@@ -20,12 +20,14 @@ from togi.errors import CheckpointError
 from togi.learn.best import Aim
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.model.adapter_update import check_base_files
+from togi.learn.learner_state import check_rank
 from togi.model.loading import check_causal_lm
 from togi.obs.ending import end_run
 from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.obs.way_out import way_out
 from togi.recipes.best_metric import rl_aim
+from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
 from togi.recipes.rl_pretrain import Pretraining, load_pretraining
 from togi.recipes.rl_rewards import EarlyRewards
@@ -255,6 +257,7 @@ def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPl
     rollouts = plan.rollouts
     if config.dynamic_filtering:
         rollouts = min(rollouts, feed.steps_for(len(material.prompts) * config.num_episodes))
+    check_rank(found.path / Role.ACTOR, config.lora_rank)
     feed.check(rollouts)
     loader = PromptLoader(material.prompts, seed=config.seed, episodes=1)
     first = loader.take(feed.prompts_of(1, config.rollout_batch_size))
