@@ -21,8 +21,9 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from transformers import Gemma3Config
 
-from tests.tiny import save_tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from togi.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +175,24 @@ LIGHT = [
         ("--vllm_num_engines 2 x --vllm_tensor_parallel_size 1 is 2", "make them equal"),
     ),
     Case("below a file", "--save_path @notes.txt/model", ("--save_path @notes.txt/model: @notes.txt is a file",)),
+    Case(
+        "more tokens than learned positions",
+        "--pretrain @gpt2",
+        ("--prompt_max_len 64 + --generate_max_len 8 is more than the 64 positions of @gpt2: lower it.",),
+    ),
+    Case(
+        "reward model with fewer positions",
+        "--reward_pretrain @gpt2",
+        ("--prompt_max_len 64 + --generate_max_len 8 is more than the 64 positions of @gpt2: lower it.",),
+    ),
+    Case(
+        "dropout of the adapter",
+        "--lora_rank 4 --lora_dropout 0.1",
+        (
+            "--lora_dropout 0.1 would put noise into log-probs that are compared with those of a reference or of earlier weights: "
+            "leave it out.",
+        ),
+    ),
     Case("run folder in use", "--run_dir @used", ("--run_dir @used already holds a run", "--load_checkpoint")),
 ]
 HEAVY = [
@@ -260,6 +279,47 @@ HEAVY = [
     Case("broken tokenizer", "--pretrain @broken", ("No tokenizer can be loaded from @broken",)),
     Case("unknown architecture", "--pretrain @strange", ("@strange", "model type `strange`")),
     Case("eval prompts too long", "--eval_dataset @long.jsonl", ("No prompt of @long.jsonl", "1 too long")),
+    Case(
+        "prompts of tokens without a row",
+        "--pretrain @larger --prompt_data @added.jsonl",
+        (
+            "The tokenizer has 303 tokens and the embedding of @larger has 300 rows, none for '<42>' (302): use the tokenizer "
+            "that the model was made with, or enlarge the embedding (model.resize_token_embeddings(303) in Transformers) "
+            "and save the model.",
+        ),
+    ),
+    Case(
+        "reward model with fewer rows",
+        "--reward_pretrain @fewer",
+        (
+            "The tokenizer has 260 tokens and the embedding of @fewer has 256 rows, none for '<pad>' (259): use the tokenizer "
+            "that the model was made with, or enlarge the embedding (model.resize_token_embeddings(260) in Transformers) "
+            "and save the model.",
+        ),
+    ),
+    Case(
+        "a model that also sees",
+        "--pretrain @sees",
+        (
+            "gemma3 models take more than text, and Togi trains language models: give one without the other parts, with the "
+            "model_type gemma3_text in its config.json.",
+        ),
+    ),
+    Case(
+        "no such layer",
+        "--lora_rank 4 --target_modules c_attn",
+        (
+            "--target_modules c_attn: LlamaForCausalLM has no such linear layer in its decoder: choose from down_proj, gate_proj, "
+            "k_proj, o_proj, q_proj, up_proj, v_proj, or all-linear alone.",
+        ),
+    ),
+    Case(
+        "four bits of Conv1D layers",
+        "--pretrain @gpt2 --prompt_max_len 40 --lora_rank 4 --load_in_4bit",
+        (
+            "--load_in_4bit: GPT2LMHeadModel keeps its weights as [in, out], which cannot be quantised and merged: leave it out.",
+        ),
+    ),
     Case("reward raises at import", "--reward_func @import.py", ("cannot be imported: ZeroDivisionError", "at line 2")),
     Case("reward raises", "--reward_func @raises.py", ("reward_func in @raises.py raised KeyError", "at line 3")),
     Case("too few scores", "--reward_func @few.py", ("@few.py returned 1 rewards for 2 queries",)),
@@ -327,6 +387,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "inside.json": [json.dumps({"data": ROWS})],
         "none_word.yaml": ["eval_dataset: None"],
         "a,b/good.jsonl": lines,
+        "added.jsonl": ['{"prompt": "say <42>", "answer": ""}'],
         "long.jsonl": [json.dumps({"prompt": "x" * 100, "answer": ""})],
         "label.jsonl": ['{"prompt": "p", "answer": "a \\ud83d"}'],
         "role.jsonl": ['{"prompt": [{"role": "usr", "content": "p"}], "answer": ""}'],
@@ -350,7 +411,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_models(folder: Path) -> None:
     save_tiny_model(folder / "model")
-    for name in ("weightless", "brokencfg", "bare", "notokenizer", "broken", "strange"):
+    save_tiny_model(folder / "gpt2", "gpt2", max_position_embeddings=64)
+    for name in ("weightless", "brokencfg", "bare", "notokenizer", "broken", "strange", "larger", "fewer", "sees"):
         (folder / name).mkdir()
         for file in (folder / "model").iterdir():
             (folder / name / file.name).write_bytes(file.read_bytes())
@@ -360,6 +422,11 @@ def make_models(folder: Path) -> None:
         file.unlink()
     (folder / "broken" / "tokenizer.json").write_text('{"a": 1}')
     (folder / "strange" / "config.json").write_text('{"model_type": "strange"}')
+    tiny_config(vocab_size=256).save_pretrained(folder / "fewer")
+    Gemma3Config().save_pretrained(folder / "sees")
+    larger = tiny_tokenizer()
+    larger.add_tokens([f"<{i}>" for i in range(43)], special_tokens=True)
+    larger.save_pretrained(folder / "larger")
     (folder / "bare" / "chat_template.jinja").unlink()
     bare = tiny_tokenizer()
     bare.chat_template = None

@@ -71,7 +71,7 @@ def run_all(world: World, folder: Path) -> None:
     for command, stage in ADAPTED_DEEPSPEED.items():
         run_one(world, folder, command, "lora_deepspeed", *LORA, "--backend", "deepspeed", "--zero_stage", stage)
     epochs = ("--max_epochs", "2", "--lr_scheduler", "linear", "--save_steps", "1")
-    for command, more in (("dpo", ()), ("kto", (*LORA, "--lora_dropout", "0.2"))):
+    for command, more in (("dpo", ()), ("rm", (*LORA, "--lora_dropout", "0.2"))):
         run_one(world, folder, command, "whole", *epochs, *more)
         if world.is_first:
             step = f"checkpoints/step_{RESUMED_AFTER:08d}"

@@ -170,11 +170,11 @@ def test_students_that_generate_on_two_ranks_equal_one(world: Path, two: Runs) -
     assert_equal_runs(one, values(world / "parts_own" / "kd"))
 
 
-@pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("kto", "adapter_model.safetensors")])
+@pytest.mark.parametrize(("command", "file"), [("dpo", "model.safetensors"), ("rm", "adapter_model.safetensors")])
 def test_two_ranks_resume_bit_for_bit(world: Path, two: Runs, command: str, file: str) -> None:
     """From the checkpoint of step 6 of 8, in the middle of the second epoch, with a sharded model and a reference.
 
-    KTO with adapters and dropout, whose random numbers must go on where they stood.
+    A reward model with adapters and dropout, whose random numbers must go on where they stood.
     """
     whole, part = (values(world / name / command) for name in ("whole", "part"))
     assert len(whole) == 1 + 8

@@ -17,7 +17,7 @@ from togi.config.rl import RLConfig
 from togi.config.shared import LoRA
 from togi.errors import ConfigError, ModelError, WeightSyncError
 from togi.model.adapter_update import BaseFiles, check_base_files, merge
-from togi.model.adapters import adapter_scale, sent_names
+from togi.model.adapters import adapter_scale, as_sent, sent_specs
 from togi.model.checkpoint import expected_manifest, whole_tensors
 from togi.model.loading import load_causal_lm
 from togi.model.policy import PolicyModel
@@ -39,8 +39,10 @@ def adapted(folder: Path, dtype: torch.dtype, targets: tuple[str, ...]) -> Polic
 
 def sent(model: PolicyModel) -> dict[str, Tensor]:
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    names = sent_names(model, trained)
-    return {names[name]: tensor for name, tensor in trained.items()}
+    tensors = dict(as_sent(model, trained, trained.items()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+    assert sent_specs(model, shapes) == tuple(TensorSpec.of(name, tensor) for name, tensor in tensors.items())
+    return tensors
 
 
 def test_one_matrix_by_hand() -> None:
@@ -57,8 +59,9 @@ def test_one_matrix_by_hand() -> None:
         ("qwen3", ("all-linear",)),
         ("gemma", ("all-linear",)),
         ("mixtral", ("v_proj",)),
+        ("gpt2", ("all-linear",)),
     ],
-    ids=["llama", "qwen3", "gemma", "mixtral"],
+    ids=["llama", "qwen3", "gemma", "mixtral", "gpt2"],
 )
 def test_what_an_engine_makes_is_what_the_trainer_would_send(
     tmp_path: Path, arch: str, targets: tuple[str, ...], dtype: str

@@ -73,7 +73,7 @@ def plain_logprobs(hf: torch.nn.Module) -> Tensor:
     return torch.stack([table[i - 1, IDS[i]] for i in range(1, len(IDS))])
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma", "mixtral"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma", "mixtral", "gpt2"])
 def test_merged_weights_are_a_plain_model_that_answers_alike(tmp_path: Path, arch: str) -> None:
     """Names, shapes and order are those that engines expect; values make plain Transformers give the same log-probs."""
     folder = save_tiny_model(tmp_path, arch=arch)

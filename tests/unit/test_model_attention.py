@@ -137,7 +137,7 @@ def test_varlen_table_by_hand():
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"dropout": 0.1}, "attention_dropout to 0"),
+        ({"dropout": 0.1}, "at a rate that is not in the model's config.json"),
         ({"softcap": 50.0}, "attn_logit_softcapping"),
         ({"s_aux": torch.zeros(4)}, "passes s_aux to attention"),
         ({"is_causal": False}, "not causal"),

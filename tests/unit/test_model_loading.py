@@ -112,7 +112,6 @@ def test_a_folder_without_config_is_refused(tmp_path):
     ("arch", "overrides", "words"),
     [
         ("gemma2", {"attn_logit_softcapping": 50.0}, "caps its attention scores"),
-        ("llama", {"attention_dropout": 0.1}, "attention_dropout 0.1"),
         ("mamba", {"state_size": 4}, "carry a state"),
     ],
 )

@@ -21,7 +21,7 @@ from togi.config.choices import (
     Verifier,
 )
 from togi.config.parallel_checks import parallel_problems
-from togi.config.policy_checks import lora_sync_problems, policy_loss_problems
+from togi.config.policy_checks import lora_dropout_problems, lora_sync_problems, policy_loss_problems
 from togi.config.rl import RLConfig
 from togi.config.sample_checks import sample_problems
 from togi.config.shared import ALL_LINEAR, MIXTURES, NO_METRIC, ModelSettings, OutputSettings, TrainSettings
@@ -204,6 +204,7 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
         yield f"--kl_estimator {c.kl_estimator} belongs in the loss: add --use_kl_loss, or use --kl_estimator k1."
     yield from policy_loss_problems(c)
     yield from lora_sync_problems(c)
+    yield from lora_dropout_problems(c)
     if c.no_advantage_std_norm and estimator in (AdvantageEstimator.GROUP_NORM, AdvantageEstimator.DR_GRPO):
         yield f"--no_advantage_std_norm has no effect with --advantage_estimator {estimator}: leave it out."
 

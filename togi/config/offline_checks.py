@@ -20,6 +20,7 @@ from togi.config.offline import (
 )
 from togi.config.parallel_checks import parallel_problems
 from togi.config.parse import Parsed, Source
+from togi.config.policy_checks import lora_dropout_problems
 from togi.errors import ConfigError
 
 
@@ -46,6 +47,8 @@ def _problems(c: OfflineConfig, *, template_given: bool) -> Iterator[str]:
         yield from _pretrain_mode(c, template_given=template_given)
     if isinstance(c, RMConfig):
         yield from _rm(c)
+    if isinstance(c, DPOConfig | KTOConfig):
+        yield from lora_dropout_problems(c)
     if isinstance(c, DPOConfig):
         yield from _dpo(c)
     if isinstance(c, KTOConfig):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from togi.config.choices import Aggregation, LoraSync, PolicyLossType
 from togi.config.rl import RLConfig
+from togi.config.shared import ModelSettings
 
 
 def policy_loss_problems(c: RLConfig) -> Iterator[str]:
@@ -24,6 +25,15 @@ def policy_loss_problems(c: RLConfig) -> Iterator[str]:
             "leave the second out."
         )
     yield from _correction_problems(c)
+
+
+def lora_dropout_problems(c: ModelSettings) -> Iterator[str]:
+    """A policy that is compared with a reference, or with its own log-probs of before, must give the same ones again."""
+    if c.lora_dropout > 0:
+        yield (
+            f"--lora_dropout {c.lora_dropout:g} would put noise into log-probs that are compared with those of a reference or "
+            "of earlier weights: leave it out."
+        )
 
 
 def lora_sync_problems(c: RLConfig) -> Iterator[str]:

@@ -83,6 +83,10 @@ class Examples(Sequence[tuple[Sample, ...]]):
         prompt: bytes = first.tokens[: first.prompt_length].tobytes()
         return prompt
 
+    def largest_token(self) -> int:
+        """The largest token id in the rows; -1 if there is none."""
+        return max(table.largest_token() for table in self._tables)
+
     def learned(self) -> NDArray[np.int64]:
         """How many tokens in the loss each sequence has, row after row."""
         return self._per_sequence(lambda table: table.learned_S).reshape(-1)

@@ -173,6 +173,10 @@ class Table:
         """Leading tokens of each sequence that are not learned."""
         return np.concatenate([shard.content("prompt_lengths_S").astype(np.int64) for shard in self._shards])
 
+    def largest_token(self) -> int:
+        """The largest token id of all rows; -1 if there is none."""
+        return max(int(shard.content("tokens_T").max(initial=-1)) for shard in self._shards)
+
     @property
     def faulty_N(self) -> NDArray[np.bool_]:
         """Whether a row is left out for a fault of its own."""

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 2 * 10**9
 LEARNER = "learner.json"
+ADAPTER_A = ".lora_A."
 GENERATORS = "generators.json"
 
 
@@ -75,6 +76,19 @@ def load_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
         logger.warning("checkpoint of %d ranks loaded into %d: random streams will differ", len(generators), world.size)
     if world.rank < len(generators):
         _restore_generators(generators[world.rank])
+
+
+def check_rank(folder: Path, rank: int) -> None:
+    """Raise CheckpointError if the state in ``folder`` is of an adapter of another rank; ``rank`` 0 is none."""
+    record = json.loads((folder / LEARNER).read_text(encoding="utf-8"))
+    ranks = {shape[0] for name, shape in record["parameters"].items() if ADAPTER_A in name}
+    saved = ranks.pop() if len(ranks) == 1 else 0
+    if saved != rank:
+        has = f"an adapter of rank {saved}" if saved > 0 else "no adapter"
+        raise CheckpointError(
+            f"The checkpoint {folder} has {has}, but --lora_rank is {rank} here: go on with --lora_rank {saved}, or choose "
+            "another --ckpt_path."
+        )
 
 
 def read_masters(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:

@@ -4,14 +4,15 @@ A layer computes ``W x + (alpha / rank) B A x``; only A and B are trained, and a
 The layers are PEFT's; the model keeps its class, so everything else treats it as before. QLoRA (Dettmers et al. 2023, arXiv
 2305.14314) is the same over a base in NF4 (``loading``).
 
-Which layers: the ``nn.Linear`` of the decoder. Not the language-model head and the embedding, which the fused head reads
-directly; not experts, which Transformers keeps fused in one tensor for a layer.
+Which layers: the ``nn.Linear`` of the decoder, and GPT-2's ``Conv1D``, linear layers whose weight lies as [in, out]. Not the
+language-model head and the embedding, which the fused head reads directly; not experts, which Transformers keeps fused in one
+tensor for a layer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from togi.config.shared import ADAPTER_CONFIG, ALL_LINEAR, LoRA
 from togi.errors import ModelError
@@ -29,6 +31,7 @@ from togi.model import adapter_update
 from togi.model.checkpoint import checkpoint_tensors
 from togi.model.loading import HEAD
 from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.weights import TensorSpec
 
 ADAPTER = "default"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -43,12 +46,14 @@ def add_lora(model: PolicyModel | ScalarModel, lora: LoRA) -> None:
     Raises ModelError for a target that the model does not have.
     """
     kind = TaskType.SEQ_CLS if isinstance(model, ScalarModel) else TaskType.CAUSAL_LM
+    targets = target_layers(model.hf, lora.target_modules)
     config = LoraConfig(
         task_type=kind,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=target_layers(model.hf, lora.target_modules),
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in _targeted(model.hf, targets)),
         base_model_name_or_path=_base_path(model.hf),
     )
     inject_adapter_in_model(config, model.hf, ADAPTER)
@@ -67,7 +72,7 @@ def _base_path(hf: PreTrainedModel) -> str:
 
 def target_layers(hf: PreTrainedModel, wanted: Iterable[str]) -> list[str]:
     """The last parts of the names of the layers that get an adapter. Raises ModelError for a name that has none."""
-    linear = [name for name, part in hf.base_model.named_modules() if isinstance(part, nn.Linear)]
+    linear = [name for name, part in hf.base_model.named_modules() if isinstance(part, nn.Linear | Conv1D)]
     every = sorted({name.rpartition(".")[2] for name in linear})
     targets = list(wanted)
     if targets == [ALL_LINEAR]:
@@ -79,6 +84,11 @@ def target_layers(hf: PreTrainedModel, wanted: Iterable[str]) -> list[str]:
                 f"{', '.join(every)}, or {ALL_LINEAR} alone."
             )
     return targets
+
+
+def _targeted(hf: PreTrainedModel, targets: Iterable[str]) -> Iterator[nn.Module]:
+    ends = tuple(f".{target}" for target in targets)
+    return (part for name, part in hf.base_model.named_modules() if f".{name}".endswith(ends))
 
 
 @contextmanager
@@ -115,24 +125,61 @@ def merged(
             held[f"{layer}{_A}"] = tensor
         elif _B in name:
             layer = name.partition(_B)[0]
-            weight, a, scale = held.pop(layer), held.pop(f"{layer}{_A}"), _scale(model, layer)
-            yield f"{layer}.weight", adapter_update.merge(weight, a, tensor, scale).to(dtype)
+            part: Any = model.get_submodule(layer)
+            a, b = _as_it_lies(part, held.pop(f"{layer}{_A}"), tensor)
+            scale = float(part.scaling[ADAPTER])
+            yield f"{layer}.weight", adapter_update.merge(held.pop(layer), a, b, scale).to(dtype)
         else:
             yield name, tensor.to(dtype)
     assert not held, f"no adapter followed {sorted(held)}"
 
 
 def sent_names(model: PolicyModel, names: Iterable[str]) -> dict[str, str]:
-    """What the trained parameters ``names`` of an adapted model are called on the way to an engine: by checkpoint names."""
+    """What the trained parameters ``names`` of an adapted model are called on the way to an engine: by checkpoint names.
+
+    Those of ``turned`` are sent transposed, A^T in the place of B and B^T in that of A.
+    """
     ends = {_A: adapter_update.A, _B: adapter_update.B}
+    other = {_A: adapter_update.B, _B: adapter_update.A}
+    across = turned(model, names := list(names))
     parts = {name: name.partition(_A if _A in name else _B) for name in names}
     layers = list(dict.fromkeys(layer for layer, _, _ in parts.values()))
     numbered = ((f"{layer}.weight", torch.tensor(number)) for number, layer in enumerate(layers))
     weights = {layers[int(number)]: name for name, number in checkpoint_tensors(model, numbered)}
     return {
-        name: weights[layer].removesuffix(adapter_update.WEIGHT) + ends[kind]
+        name: weights[layer].removesuffix(adapter_update.WEIGHT) + (other if name in across else ends)[kind]
         for name, (layer, kind, _) in parts.items()
     }
+
+
+def _as_it_lies(layer: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B whose product is added to the weight as it lies: of one that lies as [in, out], (B A)^T = A^T B^T."""
+    # as engines get them: sums of other layouts are rounded in another order
+    return (b.T.contiguous(), a.T.contiguous()) if layer.fan_in_fan_out else (a, b)
+
+
+def as_sent(
+    model: PolicyModel, names: Iterable[str], named_tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The trained parameters ``names``, which ``named_tensors`` yields whole, as they go to an engine."""
+    names = list(names)
+    sent, across = sent_names(model, names), turned(model, names)
+    return ((sent[name], tensor.T.contiguous() if name in across else tensor) for name, tensor in named_tensors)
+
+
+def sent_specs(model: PolicyModel, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorSpec, ...]:
+    """Names and shapes of what ``as_sent`` yields."""
+    sent, across = sent_names(model, shapes), turned(model, shapes)
+    kind = str(adapter_update.DTYPE).removeprefix("torch.")
+    return tuple(
+        TensorSpec(sent[name], shape[::-1] if name in across else shape, kind) for name, shape in shapes.items()
+    )
+
+
+def turned(model: PolicyModel, names: Iterable[str]) -> set[str]:
+    """Those of the trained parameters ``names`` whose layer's weight lies as [in, out]."""
+    layers: dict[str, Any] = {name: model.get_submodule(name.partition(".lora_")[0]) for name in names}
+    return {name for name, layer in layers.items() if layer.fan_in_fan_out}
 
 
 def adapter_scale(model: PolicyModel) -> float:
@@ -192,11 +239,6 @@ def save_adapter(
 def adapter_name(name: str) -> str:
     """The name in PEFT's files of a parameter of our model."""
     return "base_model.model." + name.removeprefix(_PREFIX).replace(f".{ADAPTER}.", ".")
-
-
-def _scale(model: PolicyModel | ScalarModel, layer: str) -> float:
-    part: Any = model.get_submodule(layer)
-    return float(part.scaling[ADAPTER])
 
 
 def _peft_configs(model: PolicyModel | ScalarModel) -> Iterator[LoraConfig]:

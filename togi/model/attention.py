@@ -280,7 +280,9 @@ def check_asked(name: str, attention_mask: Tensor | None, table: Table | None, a
     if table is None:
         raise ModelError(f"{name} was called without its segment table: this architecture cannot be trained packed.")
     if asked.get("dropout", 0.0) > 0:
-        raise ModelError(f"{name} drops out attention weights: set attention_dropout to 0 in the model's config.json.")
+        raise ModelError(
+            f"{name} drops out attention weights, at a rate that is not in the model's config.json: use another model."
+        )
     if asked.get("is_causal") is False:
         raise ModelError(f"{name} asks for attention that is not causal: use a decoder model.")
     for key, value in asked.items():

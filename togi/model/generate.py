@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from togi.config.model_facts import position_limit
 from togi.errors import ModelError
 from togi.model.loading import check_4bit, keep_layout, nf4
 
@@ -98,7 +99,9 @@ def stream(
 
 def positions(model: PreTrainedModel) -> int:
     """The longest sequence the model was made for, in tokens."""
-    found = getattr(model.config, "max_position_embeddings", None)
+    found = position_limit(model.config.to_dict())
+    if found is None:  # what rotary scaling stretches has a number all the same
+        found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) else 2**31
 
 

@@ -7,7 +7,8 @@ time (``deferred``), sharding.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from togi.config.checks import check_mixture
 from togi.config.choices import Layers
+from togi.config.model_facts import check_length
 from togi.config.shared import ADAPTER_CONFIG, LoRA, Recompute
 from togi.errors import ModelError
+from togi.model import dropout
 from togi.model.attention import SEGMENTS, VARLEN
 from togi.model.compiled_layers import check_compiled, compile_layers
 from togi.model.deferred import Deferred, Reader, files_of, nothing_left, quiet
@@ -35,7 +39,9 @@ from togi.model.host_layers import use_host_layers
 from togi.model.liger import apply_liger, check_liger
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.recompute import use_recompute
-from togi.model.support import PROVEN, logit_transform, refuse_unsupported, verify_packing
+from togi.model.support import PROVEN, logit_transform, refuse_other_parts, refuse_unsupported, verify_packing
+
+logger = logging.getLogger(__name__)
 
 HEAD = "score"
 Model = TypeVar("Model", PolicyModel, ScalarModel)
@@ -56,9 +62,10 @@ def load_causal_lm(
 
     With ``lora`` it is frozen (in NF4 if so asked, computing in ``dtype``) and has new adapters. ``defer``: leave the weights on
     disk for ``model.read``, where that can be done. ``recompute``: with activation checkpointing. ``layers``: who computes them.
-    Raises ModelError if the folder cannot be read, lacks weights, or its architecture cannot be trained packed.
+    Its dropout is off. Raises ModelError if the folder cannot be read or lacks weights, or if it cannot be trained packed.
     """
     config = read_config(path, trust_remote_code)
+    dropout.switch_off(config)
     _check_layers(layers, config.model_type)
     in_4bit = lora is not None and lora.load_in_4bit
     read = _Reading(path, config, dtype, flash_attn, trust_remote_code, in_4bit=in_4bit)
@@ -90,6 +97,7 @@ def load_scalar_model(
     that is only read, its body in NF4. ``defer`` and ``layers`` as there.
     """
     config = read_config(path, trust_remote_code)
+    dropout.switch_off(config)
     _check_layers(layers, config.model_type)
     prefix = getattr(config, "value_head_prefix", value_head_prefix)
     config.num_labels = 1
@@ -130,13 +138,23 @@ def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
 
 
 def check_causal_lm(
-    path: str, *, flash_attn: bool, trust_remote_code: bool = False, lora: LoRA | None = None, balanced: bool = False
+    path: str,
+    *,
+    flash_attn: bool,
+    trust_remote_code: bool = False,
+    lora: LoRA | None = None,
+    balanced: bool = False,
+    asked: str = "",
+    longest: int = 0,
 ) -> None:
     """Raise ModelError for what config.json alone tells about a model that cannot be trained. Loads no weights.
 
-    ``balanced``: with a load-balancing loss, else ConfigError.
+    ``longest`` is the longest sequence, which the flags ``asked`` allow. ``balanced``: with a load-balancing loss. Both raise
+    ConfigError. Says which dropout is switched off.
     """
     config = read_config(path, trust_remote_code)
+    check_length(asked, longest, path, config.to_dict())
+    rates = dropout.switch_off(config)
     if balanced:
         check_mixture(path, config.model_type)
     model = _refuse(AutoModelForCausalLM, _Reading(path, config, torch.float32, flash_attn, trust_remote_code))
@@ -147,6 +165,18 @@ def check_causal_lm(
         from togi.model.adapters import target_layers
 
         target_layers(model, lora.target_modules)
+        if lora.load_in_4bit and any(isinstance(part, Conv1D) for part in model.modules()):
+            raise ModelError(
+                f"--load_in_4bit: {type(model).__name__} keeps its weights as [in, out], which cannot be quantised and merged: "
+                "leave it out."
+            )
+    if rates:
+        logger.warning(dropout.notice(path, rates))
+
+
+def known_tokens(path: str, trust_remote_code: bool = False) -> int:
+    """How many tokens the embedding of a model has a row for."""
+    return int(read_config(path, trust_remote_code).get_text_config().vocab_size)
 
 
 def check_4bit() -> None:
@@ -188,6 +218,7 @@ class _Reading:
 def _refuse(auto_class: Any, read: _Reading) -> PreTrainedModel:
     """The model's skeleton, if it is fit."""
     attention = VARLEN if read.flash_attn else SEGMENTS
+    refuse_other_parts(read.config)
     try:
         model = skeleton(auto_class, read.config, read.dtype, read.trust_remote_code)
         refuse_unsupported(model, attention)
@@ -207,7 +238,7 @@ def _load(auto_class: Any, read: _Reading, *, defer: bool) -> tuple[PreTrainedMo
     if files:
         empty.set_attn_implementation(attention)
         reader = Deferred(empty, read.path, files, read.renames)
-        _check_missing(read, reader.missing)
+        check_complete(read.path, reader.missing, read.optional)
         return empty, reader
     with quiet():
         model, info = auto_class.from_pretrained(
@@ -220,20 +251,20 @@ def _load(auto_class: Any, read: _Reading, *, defer: bool) -> tuple[PreTrainedMo
             quantization_config=nf4(read.dtype) if read.in_4bit else None,
             output_loading_info=True,
         )
-    _check_missing(read, info["missing_keys"])
+    check_complete(read.path, info["missing_keys"], read.optional)
     if read.in_4bit:
         keep_layout(model)
     return model, nothing_left
 
 
-def _check_missing(read: _Reading, missing: Iterable[str]) -> None:
-    """Raise ModelError for parameters that the checkpoint should have."""
-    lacks = sorted(set(missing) - read.optional)
+def check_complete(path: str, missing: Iterable[str], optional: Set[str] = frozenset()) -> None:
+    """Raise ModelError for parameters that a checkpoint should have."""
+    lacks = sorted(set(missing) - optional)
     if lacks:
         only_head = lacks == [f"{HEAD}.weight"]
         advice = "give one with a head, or ask for a new head" if only_head else "use a complete checkpoint"
         names = ", ".join(lacks[:5])
-        raise ModelError(f"the checkpoint {read.path!r} has no {names}, which would be random: {advice}.")
+        raise ModelError(f"the checkpoint {path!r} has no {names}, which would be random: {advice}.")
 
 
 def _attention(flash_attn: bool) -> str:
@@ -280,6 +311,7 @@ def _init_head(hf: PreTrainedModel) -> None:
 
 
 def _ready(model: Model, recompute: Recompute | None, lora: LoRA | None, layers: Layers) -> Model:
+    dropout.remove_fixed(model)
     if model.hf.config.model_type not in PROVEN:
         verify_packing(model)
     if layers is Layers.LIGER:

@@ -1,51 +1,62 @@
-"""Reading an adapter of any PEFT kind into its base model. The sum is PEFT's, in float32."""
+"""Reading an adapter of any PEFT kind into its base model. The sum is PEFT's, in float32, and proven (``proof``).
+
+An adapter may hold the whole embedding or head (``modules_to_save``), with other values or more rows than the base has. A head
+that is no longer the embedding is written as one, and config.json says so.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from togi.config.shared import ADAPTER_CONFIG
 from togi.errors import ModelError
-from togi.model.adapters import ADAPTER_WEIGHTS, HEAD_RECORD, adapter_name
-from togi.model.loading import HEAD, read_config
+from togi.model.adapters import ADAPTER, ADAPTER_WEIGHTS, HEAD_RECORD, adapter_name
+from togi.model.deferred import quiet
+from togi.model.loading import HEAD, check_complete, read_config
 from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.proof import check_equal, outputs, probe
 
 SCALAR_TASK = "SEQ_CLS"
+MERGED_TOLERANCE = 1e-3
+_PREFIX = "base_model.model."
+_SIZES = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)")
 
 
 def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: bool = False) -> PolicyModel | ScalarModel:
     """The base model with the adapter in its weights, in float32. ``base`` "" is the one that the adapter names.
 
     Raises ModelError for a folder without an adapter, one of another kind than ``scalar`` says, one without the scalar head,
-    and one whose layers the base does not have.
+    one whose layers or sizes the base does not have, and one that gives other outputs merged than beside the base.
     """
     record = _record(adapter)
     is_scalar = record.get("task_type") == SCALAR_TASK
     if is_scalar != scalar:
         advice = "add --is_rm" if is_scalar else "leave --is_rm out"
         raise ModelError(f"the adapter {adapter} is of a {'scalar' if is_scalar else 'language'} model: {advice}.")
-    names = _names(adapter)
-    if scalar and adapter_name(f"{HEAD}.weight") not in names:
+    shapes = _shapes(adapter)
+    if scalar and adapter_name(f"{HEAD}.weight") not in shapes:
         raise ModelError(f"the adapter {adapter} has no {HEAD} head, and a new one would be random: train it again.")
     path = base or record["base_model_name_or_path"]
     config = read_config(path, trust_remote_code)
     kind: Any = AutoModelForCausalLM
     if scalar:
         kind, config.num_labels = AutoModelForSequenceClassification, 1
-    model = kind.from_pretrained(path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    try:
-        hf: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"the adapter {adapter} does not fit the model {path}: {str(error).splitlines()[0]}"
-        ) from error
+    more = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    with quiet():
+        model, info = kind.from_pretrained(path, config=config, dtype=torch.float32, **more)
+    check_complete(path, info["missing_keys"], {f"{HEAD}.weight"} if scalar else frozenset())
+    _grow(model, adapter, path, shapes)
+    hf = _merge(model, adapter, path, shapes)
     if not scalar:
         return PolicyModel(hf)
     file = Path(adapter) / HEAD_RECORD
@@ -60,6 +71,119 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
     return merged
 
 
+def _merge(model: PreTrainedModel, adapter: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedModel:
+    """The sum, if it gives the outputs of the adapter beside the base."""
+    is_tied = bool(model.config.get_text_config().tie_word_embeddings)
+    _part_head(model, shapes)
+    with warnings.catch_warnings():
+        # PEFT warns of tied weights, which are taken care of here
+        warnings.simplefilter("ignore")
+        try:
+            beside: Any = PeftModel.from_pretrained(model, adapter)
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise ModelError(f"the adapter {adapter} does not fit the model {path}: {_reason(error)}.") from error
+        _check_names(beside, adapter, path, shapes)
+        tokens = probe(model)
+        before = outputs(beside.eval(), tokens)
+        try:
+            hf: PreTrainedModel = beside.merge_and_unload(safe_merge=True)
+        except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+            kind = beside.peft_config[ADAPTER].peft_type.value
+            raise ModelError(
+                f"the adapter {adapter} is of the kind {kind}, which PEFT cannot merge ({_reason(error)}): use it with PEFT."
+            ) from error
+    _settle_head(hf, is_tied=is_tied)
+    check_equal(
+        before, outputs(hf, tokens), MERGED_TOLERANCE, f"the adapter {adapter} beside {path}", "the merged model"
+    )
+    return hf
+
+
+def _part_head(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give a tied head its own copy if low-rank matrices go into embedding or head: a sum made in place would reach both."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    names = tuple(f"{_PREFIX}{name}.lora_" for name, part in model.named_modules() if part is head or part is embedding)
+    if any(name.startswith(names) for name in shapes):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+
+
+def _settle_head(hf: PreTrainedModel, *, is_tied: bool) -> None:
+    """Say in the configuration whether embedding and head are one; ``is_tied``: whether they were.
+
+    What is written and read again follows it: a head that is said to be the embedding is not written.
+    """
+    head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
+    if not is_tied or head is None:
+        return
+    ours, theirs = head.weight, embedding.weight
+    is_one = ours.shape == theirs.shape and torch.equal(ours, theirs)
+    if is_one:
+        head.weight = theirs
+    else:
+        name = next(name for name, part in hf.named_modules() if part is head)
+        hf.all_tied_weights_keys.pop(f"{name}.weight", None)
+        if ours is theirs or ours.data_ptr() == theirs.data_ptr():
+            head.weight = torch.nn.Parameter(ours.detach().clone())
+    for config in (hf.config, hf.config.get_text_config()):
+        config.tie_word_embeddings = is_one
+
+
+def _grow(model: PreTrainedModel, adapter: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give the base as many rows as the embedding had beside which the adapter was trained, if it holds all of them."""
+    parts = {part: name for name, part in model.named_modules()}
+    ends = [parts[part] for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    held = {name: [shape[0] for full, shape in shapes.items() if _is_whole(full, name)] for name in ends}
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    wanted = {size for sizes in held.values() for size in sizes} | _low_rank_rows(ends, shapes)
+    if wanted <= {rows}:
+        return
+    if len(wanted) > 1 or not all(held.values()):
+        raise ModelError(
+            f"the adapter {adapter} was trained beside an embedding of {max(wanted - {rows})} rows and does not hold all of them, "
+            f"and the model {path} has {rows}: give the model with the added tokens as --model_path."
+        )
+    model.resize_token_embeddings(wanted.pop(), mean_resizing=False)
+
+
+def _is_whole(full: str, name: str) -> bool:
+    """Whether a tensor of the adapter is the whole weight of the module ``name``."""
+    plain = full.removeprefix(_PREFIX)
+    for inner in (".modules_to_save", ".original_module", ".base_layer"):
+        plain = plain.replace(inner, "")
+    return plain == f"{name}.weight"
+
+
+def _low_rank_rows(names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
+    """The rows that low-rank matrices of the embedding (A is [rank, rows]) and of the head (B is [rows, rank]) were made for."""
+    embedding, *head = names
+    rows = {shape[1] for full, shape in shapes.items() if full == f"{_PREFIX}{embedding}.lora_embedding_A"}
+    return rows | {shape[0] for full, shape in shapes.items() if head and full == f"{_PREFIX}{head[0]}.lora_B.weight"}
+
+
+def _check_names(beside: Any, adapter: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor of the adapter has a place in the model, and every place a tensor: PEFT passes over both."""
+    inside = f".{ADAPTER}"
+    places = {name.replace(f"{inside}.", ".").removesuffix(inside) for name in beside.state_dict()}
+    needed = set(get_peft_model_state_dict(beside, save_embedding_layers=False))
+    strange = sorted(name for name in shapes.keys() - needed if name not in places)
+    lacking = sorted(needed - shapes.keys())
+    if strange or lacking:
+        what = f"the model has no place for {strange[0]}" if strange else f"the adapter has no {lacking[0]}"
+        raise ModelError(f"the adapter {adapter} does not fit the model {path}: {what.replace(_PREFIX, '')}.")
+
+
+def _reason(error: Exception) -> str:
+    """The first line, or the sizes that differ, without a full stop."""
+    sizes = _SIZES.search(str(error))
+    if sizes is None:
+        return str(error).splitlines()[0].rstrip(".:")
+    name, theirs, ours = sizes.groups()
+    name = name.removeprefix(_PREFIX).replace(f".{ADAPTER}.", ".")
+    return f"{name} is {theirs} in the adapter and {ours} for this model"
+
+
 def _record(adapter: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -68,9 +192,9 @@ def _record(adapter: str) -> dict[str, Any]:
     return record
 
 
-def _names(adapter: str) -> set[str]:
+def _shapes(adapter: str) -> dict[str, tuple[int, ...]]:
     path = Path(adapter) / ADAPTER_WEIGHTS
     if not path.is_file():
         raise ModelError(f"--lora_path {adapter} has no {ADAPTER_WEIGHTS}: save the adapter in safetensors.")
     with safe_open(path, framework="pt") as file:
-        return set(file.keys())
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
 from togi.errors import ModelError
@@ -36,6 +36,19 @@ def logit_transform(config: PreTrainedConfig) -> LogitTransform:
     return LogitTransform(scale, 0.0 if softcap is None else float(softcap))
 
 
+def refuse_other_parts(config: PreTrainedConfig) -> None:
+    """Refuse a model that also takes images or sounds, by its config alone. Raises ModelError."""
+    text = config.get_text_config()
+    if text is config or config.is_encoder_decoder:
+        return
+    known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    alone = f", with the model_type {text.model_type} in its config.json" if known else ""
+    raise ModelError(
+        f"{config.model_type} models take more than text, and Togi trains language models: give one without the other "
+        f"parts{alone}."
+    )
+
+
 def refuse_unsupported(model: PreTrainedModel, attention: str) -> None:
     """Refuse what a look at the class and the config can tell. Raises ModelError.
 
@@ -55,22 +68,26 @@ def refuse_unsupported(model: PreTrainedModel, attention: str) -> None:
         raise ModelError(
             f"This {kind} model caps its attention scores (attn_logit_softcapping): use --flash_attn on a CUDA device."
         )
-    if (getattr(config, "attention_dropout", None) or 0.0) > 0:
-        raise ModelError(
-            f"This {kind} model has attention_dropout {config.attention_dropout}: set it to 0 in its config.json."
-        )
 
 
 def verify_packing(model: PolicyModel | ScalarModel) -> None:
     """Compare a small pack (a shared prompt with two continuations, a plain sequence) with Transformers' own forward.
 
     Compared are the hidden states of each sequence's own segment and, for a policy, its log-probs: the median over a
-    segment's tokens (a mixture of experts in bf16 may route single tokens differently). Raises ModelError.
+    segment's tokens (a mixture of experts in bf16 may route single tokens differently). The pack must also give the same states
+    in training mode, or something is still drawn at random there. Raises ModelError.
     """
     batch = _probe_batch(model.hf.config.vocab_size).to(next(model.parameters()).device)
     worst = 0.0
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), _mode(model, training=True):
+        drawn_TH = hidden_states(model.hf, WholeLayout.of(batch))
+    with torch.no_grad(), _mode(model, training=False):
         packed_TH = hidden_states(model.hf, WholeLayout.of(batch))
+        if not torch.allclose(drawn_TH.float(), packed_TH.float(), rtol=1e-3, atol=1e-3):
+            raise ModelError(
+                f"{model.hf.config.model_type} models give other results in training than in evaluation, though all dropout "
+                f"in their config.json is off: Togi cannot train this architecture; tested ones are {', '.join(sorted(PROVEN))}."
+            )
         ours_K = model(batch, Needs(logprobs=True)).logprobs_K if isinstance(model, PolicyModel) else None
         for own in (1, 2, 3):
             path = torch.cat([batch.segments.tokens(s) for s in batch.segments.chain(own)])
@@ -113,10 +130,10 @@ def _stock_attention(hf: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: PolicyModel | ScalarModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
+def _mode(model: PolicyModel | ScalarModel, *, training: bool) -> Iterator[None]:
+    before = model.training
+    model.train(training)
     try:
         yield
     finally:
-        model.train(training)
+        model.train(before)

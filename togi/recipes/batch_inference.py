@@ -29,10 +29,11 @@ from togi.data.prompts import DEFAULT_DATASOURCE, PromptSpec, fingerprint, load_
 from togi.data.reward_text import asked_reward, with_reward
 from togi.data.row_log import RowLog
 from togi.data.scoring import OutputSpec, read_outputs
+from togi.data.vocabulary import check_tokens, check_vocabulary
 from togi.errors import ConfigError, RewardError
 from togi.learn.scorer import Scorer
 from togi.model.hub import local_folder
-from togi.model.loading import load_scalar_model
+from togi.model.loading import known_tokens, load_scalar_model
 from togi.model.policy import ScalarModel
 from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
@@ -92,7 +93,11 @@ def generate(config: InferConfig, announce: Announce) -> Written:
     with Progress() as progress:
         with progress.phase("reading prompts", expected_seconds=8):
             tokenizer = _tokenizer(config)
+            known = known_tokens(config.pretrain, config.trust_remote_code)
+            check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
             asked = ask(config, tokenizer, announce)
+            largest = max((max(each.prompt.tokens, default=-1) for each in asked), default=-1)
+            check_tokens(tokenizer, config.pretrain, known, lambda: largest)
         model = local_folder(config.pretrain)
         prompts = [each.prompt for each in asked]
         identity = identity_of(config, GENERATION, model) | {"--dataset": fingerprint(prompts)}
@@ -253,6 +258,9 @@ def score(config: InferConfig, announce: Announce) -> Written:
                 config.input_key, config.output_key, config.apply_chat_template, config.input_template, config.max_len
             )
             rows, ids = read_outputs(mixture, spec, tokenizer)
+            known = known_tokens(config.pretrain, config.trust_remote_code)
+            largest = max((max(tokens, default=-1) for tokens in ids), default=-1)
+            check_tokens(tokenizer, config.pretrain, known, lambda: largest)
         tokens = hashlib.blake2b(repr(ids).encode(), digest_size=16).hexdigest()
         identity = identity_of(config, SCORING, local_folder(config.pretrain)) | {"--dataset": tokens}
         with RowLog(Path(config.output_path), identity) as log:

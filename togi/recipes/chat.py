@@ -15,8 +15,10 @@ from togi.data.faults import Note, check_whole, named
 from togi.data.messages import TOOLS, Dialogue, Tool, tools_of
 from togi.data.reward_text import asked_reward, with_reward
 from togi.data.turns import lost
+from togi.data.vocabulary import check_tokens, check_vocabulary
 from togi.errors import DataError
 from togi.model.generate import Answering, load_generator, stream
+from togi.model.loading import known_tokens
 from togi.parallel.process import default_device
 
 
@@ -29,6 +31,8 @@ class Chat:
         self._history: ChatHistory | PlainHistory = (
             ChatHistory(self._tokenizer, path, config.tools) if config.apply_chat_template else PlainHistory(config)
         )
+        self._known = known_tokens(path, trust)
+        check_vocabulary(self._tokenizer, path, self._known, apply_chat_template=config.apply_chat_template)
         stops = stop_token_ids(self._tokenizer, path, chat=config.apply_chat_template)
         temperature = 0.0 if config.greedy_sampling else config.temperature
         self._how = Answering(config.max_len, temperature, config.top_p, stops, config.repetition_penalty)
@@ -52,6 +56,7 @@ class Chat:
             reward = asked_reward(config.csft_prompt, config.reward_template)
             rendered = with_reward(config.reward_template, rendered, reward)
         tokens = encode([rendered], self._tokenizer, add_special_tokens=not config.apply_chat_template)[0]
+        check_tokens(self._tokenizer, config.pretrain, self._known, lambda: max(tokens))
         pieces = []
         for piece in stream(self._model, self._tokenizer, tokens, self._how):
             pieces.append(piece)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
+from togi.config.model_facts import position_limit
 from togi.config.offline import PAIRED, PROMPTED, KDConfig, OfflineConfig, RMConfig, SFTConfig
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
@@ -19,7 +20,7 @@ from togi.recipes import check_text, offline, rl_setup
 from togi.recipes.disk import check_room, offline_writing, rl_writing, size_of
 from togi.recipes.learn_signs import Sign, Verdict, prompt_signs, setting_signs
 from togi.recipes.offline_journal import Journal
-from togi.recipes.preflight import max_positions
+from togi.recipes.preflight import model_settings
 from togi.recipes.rl_setup import Material, Opening
 
 Say = Callable[[str], None]
@@ -130,7 +131,7 @@ def conclude(signs: Sequence[Sign], say: Say) -> None:
 
 
 def _lengths(asked: str, path: str) -> str:
-    positions = max_positions(path)
+    positions = position_limit(model_settings(path))
     return f"lengths: {asked}" + ("" if positions is None else f", of {positions} positions that the model has")
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from togi.config.export import ExportConfig
 from togi.config.shared import ADAPTER_CONFIG, LoRA
@@ -25,6 +24,7 @@ from togi.model.checkpoint import save_hf, written_aside
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.merge import load_merged
 from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.proof import save_adapted, save_proven
 from togi.obs.model_card import CARD, model_card
 from togi.obs.run_dir import RunDirectory
 
@@ -134,7 +134,10 @@ def _convert(run: Run, checkpoint: Checkpoint, aside: Path, *, trust_remote_code
     if isinstance(model, PolicyModel):
         chat = bool(run.values.get("apply_chat_template"))
         model.end_answers_with(stop_token_ids(tokenizer, run.values["pretrain"], chat=chat))
-    save_hf(aside, model, _whole(model, run.dtype), tokenizer, run.dtype)
+    if model.is_adapted:
+        save_adapted(aside, model, tokenizer, run.dtype, trust_remote_code=trust_remote_code)
+    else:
+        save_hf(aside, model, model.named_parameters(), tokenizer, run.dtype)
 
 
 def _untrained(run: Run, *, trust_remote_code: bool) -> PolicyModel | ScalarModel:
@@ -154,18 +157,10 @@ def _untrained(run: Run, *, trust_remote_code: bool) -> PolicyModel | ScalarMode
     )
 
 
-def _whole(model: PolicyModel | ScalarModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    if not model.is_adapted:
-        return model.named_parameters()
-    from togi.model.adapters import merged
-
-    return merged(model, model.named_parameters(), dtype)
-
-
 def _merge(run: Run, adapter: Path, aside: Path, *, trust_remote_code: bool) -> None:
     model = load_merged(str(adapter), run.pretrain, scalar=run.is_scalar, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(str(adapter), chat_template=None, trust_remote_code=trust_remote_code)
-    save_hf(aside, model, model.named_parameters(), tokenizer, run.dtype)
+    save_proven(aside, model, tokenizer, run.dtype, trust_remote_code=trust_remote_code)
 
 
 def _copy(source: Path, aside: Path) -> None:

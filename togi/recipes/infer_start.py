@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from togi.config.choices import PostProcessor
 from togi.config.infer import InferConfig
 from togi.config.infer_checks import check_infer
+from togi.config.model_facts import check_length
 from togi.config.parse import Parsed
 from togi.data.items import parse_items
 from togi.data.precheck import parse_probs
@@ -25,7 +26,7 @@ from togi.recipes.preflight import (
     check_model,
     check_sets,
     check_writable,
-    max_positions,
+    model_settings,
 )
 
 if TYPE_CHECKING:
@@ -59,13 +60,11 @@ def check(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
     check_model("pretrain", config.pretrain)
     if config.eval_task.generates:
         check_engine_heads("tp_size", config.tp_size, config.pretrain)
-    positions = max_positions(config.pretrain)
     length, asked = config.max_len, f"--max_len {config.max_len}"
     if config.eval_task.generates:
         length = config.context_length
         asked = f"--prompt_max_len {config.prompt_max_len} + --max_new_tokens {config.max_new_tokens}"
-    if positions is not None and length > positions:
-        raise ConfigError(f"{asked} is more than the {positions} positions of {config.pretrain}: lower it.")
+    check_length(asked, length, config.pretrain, model_settings(config.pretrain))
     keys: dict[str, str | None] = {"input_key": config.input_key, "label_key": config.label_key}
     if not config.eval_task.generates:
         keys["output_key"] = config.output_key

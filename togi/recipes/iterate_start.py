@@ -9,13 +9,13 @@ from pathlib import Path
 from togi.config.choices import IterateMethod
 from togi.config.iterate import IterateConfig
 from togi.config.iterate_checks import check_iterate
+from togi.config.model_facts import check_length
 from togi.config.offline import DPOConfig, OfflineConfig, SFTConfig
 from togi.config.offline_checks import check_offline
 from togi.config.parse import Parsed, parse
 from togi.data.items import parse_items
 from togi.data.precheck import parse_probs
 from togi.data.reward_text import asked_reward
-from togi.errors import ConfigError
 from togi.plan.machine import this_machine
 from togi.plan.precision import usable_precision
 from togi.recipes.iterate import Result, run
@@ -26,7 +26,7 @@ from togi.recipes.preflight import (
     check_reward_file,
     check_sets,
     check_writable,
-    max_positions,
+    model_settings,
 )
 
 logger = logging.getLogger(__name__)
@@ -71,13 +71,11 @@ def check(parsed: Parsed[IterateConfig]) -> None:
 
 def check_lengths(config: IterateConfig) -> None:
     """What is generated and what is trained on fits the model's positions."""
-    positions = max_positions(config.pretrain)
     for length, asked in (
         (config.context_length, f"--prompt_max_len {config.prompt_max_len} + --max_new_tokens {config.max_new_tokens}"),
         (config.max_len, f"--max_len {config.max_len}"),
     ):
-        if positions is not None and length > positions:
-            raise ConfigError(f"{asked} is more than the {positions} positions of {config.pretrain}: lower it.")
+        check_length(asked, length, config.pretrain, model_settings(config.pretrain))
 
 
 def check_training(config: IterateConfig) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from togi.algo.evaluate import mean_with_error
 from togi.config.choices import EngineName, EvalTask, IterateMethod, PostProcessor
 from togi.config.iterate import IterateConfig
+from togi.config.model_facts import position_limit
 from togi.data.lines import read_rows
 from togi.data.messages import TOOLS, USER, dialogue_of, without_answers
 from togi.data.mixture import load_mixture
@@ -25,7 +26,7 @@ from togi.data.row_log import write_rows
 from togi.errors import DataError, RunError
 from togi.recipes.function_scores import function_scores, try_function
 from togi.recipes.iterate_state import Facts
-from togi.recipes.preflight import max_positions
+from togi.recipes.preflight import model_settings
 from togi.recipes.select import select
 from togi.sample import FinishReason
 
@@ -224,7 +225,7 @@ class Steps:
         prompts = read_rows(folder / "prompts.jsonl")
         whole = [{**_shown(prompts[_place(row)], c.input_key), "output": row["output"]} for row in rows]
         write_rows(folder / "to_score.jsonl", whole)
-        positions = max_positions(model)
+        positions = position_limit(model_settings(model))
         length = c.max_tokens_per_gpu if positions is None else min(c.max_tokens_per_gpu, positions)
         words = _flags({"eval_task": EvalTask.RM, "pretrain": model, "dataset": folder / "to_score.jsonl"})
         words += _flags({"output_path": folder / "model_scores.jsonl", "input_key": "prompt", "max_len": length})

@@ -7,9 +7,34 @@ from pathlib import Path
 import torch
 
 from togi.config.merge import MergeConfig
-from togi.data.chat import load_tokenizer
-from togi.model.checkpoint import save_hf, written_aside
+from togi.data.chat import Tokenizer, load_tokenizer
+from togi.errors import DataError, ModelError
+from togi.model.checkpoint import written_aside
 from togi.model.merge import load_merged
+from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.proof import save_proven
+
+
+def _check_rows(config: MergeConfig, model: PolicyModel | ScalarModel, tokenizer: Tokenizer) -> None:
+    """The tokens that were added beside the adapter have rows in it. Raises ModelError.
+
+    A tokenizer that is larger than its model is only a fault where that of the base is not.
+    """
+    base, largest = str(model.hf.config.name_or_path), max(tokenizer.get_vocab().values())
+    rows = int(model.hf.get_input_embeddings().weight.shape[0])
+    if largest < rows:
+        return
+    try:
+        known = max(
+            load_tokenizer(base, chat_template=None, trust_remote_code=config.trust_remote_code).get_vocab().values()
+        )
+    except DataError:  # a base without a tokenizer: nothing says that tokens were added
+        known = largest
+    if known < rows:
+        raise ModelError(
+            f"the tokenizer of the adapter {config.lora_path} has {largest + 1} tokens and the model {base} has {rows} rows in "
+            "its embedding, and the adapter does not hold the others: give the model with the added tokens as --model_path."
+        )
 
 
 def merge(config: MergeConfig) -> None:
@@ -22,6 +47,8 @@ def merge(config: MergeConfig) -> None:
     beside = (Path(config.lora_path) / "tokenizer_config.json").is_file()
     source = config.lora_path if beside else model.hf.config.name_or_path
     tokenizer = load_tokenizer(source, chat_template=None, trust_remote_code=trust)
+    if beside:
+        _check_rows(config, model, tokenizer)
     with written_aside(Path(config.output_path)) as aside:
         dtype = torch.bfloat16 if config.bf16 else torch.float32
-        save_hf(aside, model, model.named_parameters(), tokenizer, dtype)
+        save_proven(aside, model, tokenizer, dtype, trust_remote_code=trust)

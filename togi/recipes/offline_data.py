@@ -20,8 +20,9 @@ from togi.data.chat import Tokenizer, end_notice, load_tokenizer, stop_token_ids
 from togi.data.record_spec import RecordSpec
 from togi.data.records import Examples, StepExamples, load_pairs, load_sft, load_steps, load_unpaired
 from togi.data.report import DataReport
+from togi.data.vocabulary import check_tokens, check_vocabulary
 from togi.errors import ConfigError
-from togi.model.loading import check_causal_lm
+from togi.model.loading import check_causal_lm, known_tokens
 from togi.obs import names
 from togi.obs.progress import Progress
 from togi.parallel.process import World
@@ -99,13 +100,22 @@ def load_data(config: OfflineConfig, task: Task, world: World, progress: Progres
             trust_remote_code=config.trust_remote_code,
             lora=config.lora,
             balanced=config.aux_loss_coef > 0,
+            asked=f"--max_len {config.max_len}",
+            longest=config.max_len,
         )
         tokenizer = load_tokenizer(
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
         )
+        spec = record_spec(config, config.dataset, config.split, training=True)
+        rows = {
+            path: known_tokens(path, config.trust_remote_code)
+            for path in dict.fromkeys((config.pretrain, task.reference, task.teacher))
+            if path
+        }
+        for path, known in rows.items():
+            check_vocabulary(tokenizer, path, known, apply_chat_template=spec.apply_chat_template)
         if not world.is_first:
             world.barrier("first rank has read the data")
-        spec = record_spec(config, config.dataset, config.split, training=True)
         train = task.load(spec, tokenizer)
         held_out = []
         if config.eval_dataset is not None:
@@ -114,8 +124,10 @@ def load_data(config: OfflineConfig, task: Task, world: World, progress: Progres
             )
         if world.is_first:
             world.barrier("first rank has read the data")
+        for path, known in rows.items():
+            check_tokens(tokenizer, path, known, lambda: max(each.largest_token() for each in (train, *held_out)))
     if isinstance(config, KDConfig):
-        check_vocabulary(config, tokenizer)
+        check_same_tokens(config, tokenizer)
     chat = spec.apply_chat_template
     if chat and not task.scalar and (notice := end_notice(tokenizer, config.pretrain)):
         logger.warning("%s", notice)
@@ -177,7 +189,7 @@ def _two_prompts(examples: Examples, rows: Sequence[int]) -> bool:
     return any(examples.prompt(row) != first for row in rows)
 
 
-def check_vocabulary(config: KDConfig, tokenizer: Tokenizer) -> None:
+def check_same_tokens(config: KDConfig, tokenizer: Tokenizer) -> None:
     """Teacher and student must mean the same by every token. Raises ConfigError."""
     teacher = load_tokenizer(config.teacher_model, chat_template=None, trust_remote_code=config.trust_remote_code)
     if teacher.get_vocab() != tokenizer.get_vocab():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from togi.config.model_facts import check_length
 from togi.config.offline import PAIRED, PROMPTED, DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig
 from togi.config.offline_checks import check_offline
 from togi.config.parse import Parsed
@@ -24,7 +25,7 @@ from togi.recipes.preflight import (
     check_model,
     check_sets,
     check_splits,
-    max_positions,
+    model_settings,
     trackers,
 )
 
@@ -69,9 +70,7 @@ def other_models(config: OfflineConfig) -> Mapping[str, str]:
 def check_context(config: OfflineConfig) -> None:
     """The longest sequence fits the positions of every model that reads it."""
     for path in other_models(config).values():
-        positions = max_positions(path)
-        if positions is not None and config.max_len > positions:
-            raise ConfigError(f"--max_len {config.max_len} is more than the {positions} positions of {path}: lower it.")
+        check_length(f"--max_len {config.max_len}", config.max_len, path, model_settings(path))
 
 
 def check_teams(config: OfflineConfig) -> None:

@@ -28,6 +28,7 @@ from togi.errors import CheckpointError
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint, CheckpointStore
 from togi.learn.distill_objective import DistillationObjective
 from togi.learn.learner import Learner
+from togi.learn.learner_state import check_rank
 from togi.learn.measured_rate import MeasuredRate
 from togi.learn.objective import Objective
 from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
@@ -87,6 +88,7 @@ def find_checkpoint(config: OfflineConfig, command: str, data: Data, world: Worl
             f"The checkpoint {found.path} was written with --disable_ds_ckpt and cannot be resumed: start without "
             f"--load_checkpoint, with --pretrain set to its folder {HF_FOLDER}."
         )
+    check_rank(found.path, config.lora_rank)
     saved, now = found.state["identity"], identity(config, command, data)
     if saved != now:
         pairs = {name: (saved.get(name, NOT_SET), now.get(name, NOT_SET)) for name in {**now, **saved}}

@@ -17,6 +17,7 @@ from typing import Any
 
 from togi.config.checks import check_mixture, check_rl
 from togi.config.choices import BackendName, EngineName
+from togi.config.model_facts import check_length
 from togi.config.parallel_checks import check_splittable
 from togi.config.parse import Parsed
 from togi.config.reward import verifier_of
@@ -221,13 +222,16 @@ def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
 
 
 def check_context(config: RLConfig) -> None:
-    """The longest sequence fits the positions that a model folder's config.json names, if nothing stretches them."""
-    positions = max_positions(config.pretrain)
-    if positions is not None and config.context_length > positions:
-        asked = f"--prompt_max_len {config.prompt_max_len} + --generate_max_len {config.generate_max_len}"
-        if config.max_len is not None:
-            asked = f"--max_len {config.max_len}"
-        raise ConfigError(f"{asked} is more than the {positions} positions of {config.pretrain}: lower it.")
+    """The longest sequence fits the positions that every model folder's config.json names, if nothing stretches them."""
+    for _, path in models_of(config):
+        check_length(asked_context(config), config.context_length, path, model_settings(path))
+
+
+def asked_context(config: RLConfig) -> str:
+    """The flags that allow the longest sequence."""
+    if config.max_len is not None:
+        return f"--max_len {config.max_len}"
+    return f"--prompt_max_len {config.prompt_max_len} + --generate_max_len {config.generate_max_len}"
 
 
 def check_engine_heads(flag: str, size: int, path: str) -> None:
@@ -241,15 +245,6 @@ def key_value_heads(path: str) -> int | None:
     """The key/value heads of a layer by a model folder's config.json; None where it does not say."""
     heads = model_settings(path).get("num_key_value_heads")
     return heads if isinstance(heads, int) else None
-
-
-def max_positions(path: str) -> int | None:
-    """The longest sequence that a model folder's config.json allows; None where nothing there limits it."""
-    settings = model_settings(path)
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    positions = settings.get("max_position_embeddings")
-    is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    return positions if is_plain and isinstance(positions, int) else None
 
 
 def check_experts(config: ModelSettings) -> None:

@@ -12,21 +12,25 @@ from typing import Any
 
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
-from togi.data.chat import decode, end_notice, load_tokenizer, stop_token_ids, visible
+from togi.data.chat import Tokenizer, decode, end_notice, load_tokenizer, stop_token_ids, visible
 from togi.data.loader import LoaderState, PromptLoader
 from togi.data.prompts import PromptSet, PromptSpec, load_prompts
 from togi.data.report import DataReport
+from togi.data.vocabulary import check_tokens, check_vocabulary
 from togi.errors import CheckpointError
 from togi.learn.best import Aim
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
+from togi.learn.learner_state import check_rank
 from togi.model.adapter_update import check_base_files
-from togi.model.loading import check_causal_lm
+from togi.model.loading import check_causal_lm, known_tokens
 from togi.obs.ending import end_run
 from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.obs.way_out import way_out
+from togi.plan.placement import Role
 from togi.recipes.best_metric import rl_aim
 from togi.recipes.plan import StepPlan
+from togi.recipes.preflight import asked_context, models_of
 from togi.recipes.rl_pretrain import Pretraining, load_pretraining
 from togi.recipes.rl_rewards import EarlyRewards
 from togi.rollout.environment import SingleTurn
@@ -102,6 +106,8 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 trust_remote_code=config.trust_remote_code,
                 lora=config.lora,
                 balanced=config.aux_loss_coef > 0,
+                asked=asked_context(config),
+                longest=config.context_length,
             )
             if config.generates and config.sends_adapter:
                 check_base_files(config.pretrain, "bfloat16" if config.bf16 else "float32", config.trust_remote_code)
@@ -110,6 +116,8 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 chat_template=config.tokenizer_chat_template,
                 trust_remote_code=config.trust_remote_code,
             )
+            known = known_tokens(config.pretrain, config.trust_remote_code)
+            check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
             prompts = load_prompts(spec(config, config.prompt_data, config.prompt_split, training=True), tokenizer)
             reports = {"prompts": prompts.report}
             held_out: Sequence[Prompt] = ()
@@ -120,6 +128,7 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
             if config.pretrain_data is not None:
                 pretraining = load_pretraining(config, config.pretrain_data, tokenizer)
                 reports["pretrain_data"] = pretraining.examples.report
+            check_rows(config, tokenizer, [*prompts, *held_out], pretraining)
         rewards.connect_servers(config, partial(visible, tokenizer))
         trial: Mapping[str, Sequence[Score]] = {}
         if config.generates:
@@ -145,6 +154,25 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
         rewards,
         trial,
     )
+
+
+def check_rows(
+    config: RLConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], pretraining: Pretraining | None
+) -> None:
+    """Every model has a row for every token: the policy for those of the rows, others for all that it may write.
+
+    Raises ModelError.
+    """
+
+    def largest() -> int:
+        mixed = -1 if pretraining is None else pretraining.examples.largest_token()
+        return max(mixed, *(max(prompt.tokens, default=-1) for prompt in prompts))
+
+    known = known_tokens(config.pretrain, config.trust_remote_code)
+    check_tokens(tokenizer, config.pretrain, known, largest)
+    written = min(known - 1, max(tokenizer.get_vocab().values()))
+    for _, path in models_of(config)[1:]:
+        check_tokens(tokenizer, path, known_tokens(path, config.trust_remote_code), lambda: written)
 
 
 def spec(config: RLConfig, data: str, split: str, *, training: bool) -> PromptSpec:
@@ -229,6 +257,7 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
             f"The checkpoint {found.path} was written with --disable_ds_ckpt and cannot be resumed: start without "
             "--load_checkpoint, with --pretrain set to its folder hf."
         )
+    check_rank(found.path / Role.ACTOR, config.lora_rank)
     saved = found.state["rollout_batch_size"]
     if saved != config.rollout_batch_size:
         raise CheckpointError(

@@ -15,12 +15,14 @@ from contextlib import asynccontextmanager
 import numpy as np
 import torch
 
+from togi.config.model_facts import position_limit
 from togi.config.serve_rm import ServeRMConfig
 from togi.data.chat import Tokenizer, adds_bos, encode, load_tokenizer
 from togi.data.packing import pack_all
+from togi.data.vocabulary import check_vocabulary
 from togi.errors import ConfigError, DataError
 from togi.learn.scorer import Scorer
-from togi.model.loading import load_scalar_model
+from togi.model.loading import known_tokens, load_scalar_model
 from togi.obs.way_out import way_out
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen
@@ -98,6 +100,8 @@ class ServedModel:
         self._max_len = config.max_len
         self._budget = config.max_tokens_per_gpu
         self._tokenizer = load_tokenizer(path, chat_template=None, trust_remote_code=config.trust_remote_code)
+        self._known = known_tokens(path, config.trust_remote_code)
+        check_vocabulary(self._tokenizer, path, self._known)
         world = World.solo()
         model = load_scalar_model(
             path,
@@ -107,6 +111,7 @@ class ServedModel:
             trust_remote_code=config.trust_remote_code,
             in_4bit=config.load_in_4bit,
         )
+        self._positions = position_limit(model.hf.config.to_dict())
         mean_std = (model.reward_mean, model.reward_std) if config.normalize_reward else (0.0, 1.0)
         self._standardize = Standardization(*mean_std)
         options = BackendOptions(config.bf16, 0, (0.9, 0.95), 0.0)
@@ -124,6 +129,15 @@ class ServedModel:
             if len(tokens) > self._max_len:
                 what = f"model is not asked about query {index}: it has {len(tokens)} tokens, more than --max_len {self._max_len}"
                 return Complaint(what, "shorten it, or start the server with a larger --max_len")
+            if self._positions is not None and len(tokens) > self._positions:
+                what = f"model cannot read query {index}: it has {len(tokens)} tokens, and the model {self._positions} positions"
+                return Complaint(what, "shorten it")
+            if max(tokens) >= self._known:
+                unknown = self._tokenizer.convert_ids_to_tokens(max(tokens))
+                what = (
+                    f"model cannot read query {index}: {unknown!r} has no row among the {self._known} of its embedding"
+                )
+                return Complaint(what, "leave it out, or serve the model with its own tokenizer")
         return sequences
 
     def forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:

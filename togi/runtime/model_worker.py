@@ -31,7 +31,7 @@ from togi.model.checkpoint import FullParameters, expected_manifest, save_traine
 from togi.model.compiled_layers import clock
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
-from togi.model.weights import Manifest, TensorSpec, pack_buckets
+from togi.model.weights import Manifest, pack_buckets
 from togi.obs import names
 from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
@@ -314,14 +314,13 @@ class LearnerWorker(ModelWorker):
 
     def _begin_adapter(self, version: int) -> Manifest:
         from togi.model.adapter_update import DTYPE
-        from togi.model.adapters import adapter_scale, sent_names
+        from togi.model.adapters import adapter_scale, as_sent, sent_specs
 
         assert isinstance(self._model, PolicyModel)
         backend = self._learner.backend
-        shapes, kind = backend.shapes(), str(DTYPE).removeprefix("torch.")
-        sent = sent_names(self._model, shapes)
-        self._send((sent[name], tensor) for name, tensor in backend.full_parameters(DTYPE, trained_only=True))
-        specs = tuple(TensorSpec(sent[name], shape, kind) for name, shape in shapes.items())
+        shapes = backend.shapes()
+        self._send(as_sent(self._model, shapes, backend.full_parameters(DTYPE, trained_only=True)))
+        specs = sent_specs(self._model, shapes)
         return Manifest(version, specs, adapter_scale(self._model))
 
     def _send(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -1,0 +1,59 @@
+"""What a model's config.json says about lengths, as plain data: neither torch nor Transformers is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from togi.errors import ConfigError
+
+# Where the configuration of a model that also sees images or sounds keeps that of its language model.
+TEXT_PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
+# What configurations call the longest sequence.
+POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "model_max_length",
+    "seq_length",
+)
+PLAIN_ROPE = ("default", "mrope")
+
+
+def text_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the language model: those of the whole, overlaid by those of its text part if it has one."""
+    for name in TEXT_PARTS:
+        part = settings.get(name)
+        if isinstance(part, Mapping):
+            return text_settings({**{key: value for key, value in settings.items() if key != name}, **part})
+    return settings
+
+
+def position_limit(settings: Mapping[str, Any]) -> int | None:
+    """The longest sequence that a config.json allows; None where nothing there limits it, or rotary scaling stretches it."""
+    text = text_settings(settings)
+    if _is_stretched(text.get("rope_parameters") or text.get("rope_scaling")):
+        return None
+    return min((limit for name in POSITIONS if (limit := _count(text.get(name))) > 0), default=None)
+
+
+def check_length(asked: str, length: int, path: str, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a model has no positions for sequences of ``length``, which the flags ``asked`` allow."""
+    limit = position_limit(settings)
+    if limit is not None and length > limit:
+        raise ConfigError(f"{asked} is more than the {limit} positions of {path}: lower it.")
+
+
+def _is_stretched(rope: object) -> bool:
+    """Whether rotary embeddings are scaled. Some models have parameters for each kind of layer."""
+    if not isinstance(rope, Mapping):
+        return False
+    kinds = [part for part in rope.values() if isinstance(part, Mapping)] or [rope]
+    return any((kind.get("rope_type") or kind.get("type") or "default") not in PLAIN_ROPE for kind in kinds)
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
