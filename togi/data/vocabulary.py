@@ -29,7 +29,7 @@ def check_tokens(tokenizer: Tokenizer, path: str, rows: int, largest: Callable[[
 
 
 def _without_row(tokenizer: Tokenizer, rows: int) -> dict[int, str]:
-    return {token: text for text, token in tokenizer.get_vocab().items() if token >= rows}
+    return dict(sorted((token, text) for text, token in tokenizer.get_vocab().items() if token >= rows))
 
 
 def _refused(texts: dict[int, str], path: str, rows: int, token: int) -> ModelError:
