@@ -124,7 +124,8 @@ def _is_columns(value: Mapping[str, Any]) -> bool:
         return True
     if not all(isinstance(column, list) and column for column in columns):
         return False
-    plain = any(isinstance(item, str) for column in columns for item in column)
+    items = [item for column in columns for item in column]
+    plain = any(isinstance(item, str) for item in items) and not any(isinstance(item, dict | list) for item in items)
     return plain and len({len(column) for column in columns}) == 1
 
 
