@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiny import CHAT_TEMPLATE, STOP, tiny_tokenizer
 from tests.unit.test_data_records import parts
-from togi.data.chat import closing_token, end_notice, stop_token_ids
+from togi.data.chat import closing_token, end_notice, enders, stop_token_ids
 from togi.data.mixture import load_mixture
 from togi.data.prompts import PromptSpec, load_prompts
 from togi.data.records import RecordSpec, load_pairs, load_sft, load_unpaired
@@ -94,6 +94,13 @@ DIALECTS = {
     "oasst": ([{"role": "prompter", "content": "q"}, ANSWER], "another name"),
     "json text": (json.dumps([USER, ANSWER]), "hold messages or tools as text"),
     "python text": (str([USER, ANSWER]), "hold messages or tools as text"),
+    "numpy text": (
+        "array([{'content': 'q', 'role': 'user'}\n {'content': 'a', 'role': 'assistant'}], dtype=object)",
+        "hold messages or tools as text",
+    ),
+    "text of a text": (json.dumps(json.dumps([USER, ANSWER])), "hold messages or tools as text"),
+    "half sharegpt": ([{"from": "user", "content": "q"}, {"role": "assistant", "value": "a"}], "from and value"),
+    "one part": ([{"role": "user", "content": {"type": "text", "text": "q"}}, ANSWER], "in parts of text"),
     "columns": ({"role": ["user", "assistant"], "content": ["q", "a"]}, "columns of messages"),
     "parts": ([{"role": "user", "content": [{"type": "text", "text": "q"}]}, ANSWER], "in parts of text"),
     "bare parts": ([USER, {"role": "assistant", "content": [{"text": "a", "image": None}]}], "in parts of text"),
@@ -125,6 +132,10 @@ def test_text_that_only_looks_like_messages_stays_text(tmp_path):
         '{"role": "king"}',
         "[x for x in y]",
         "{a: 1}",
+        '{"content": "hello"} -- translate it',
+        '{"type": "object", "properties": {...}} Explain this.',
+        '[{"role": "admin"}, ...] Which roles are in this list?',
+        '[{"role": "admin", "content": ...}] What is wrong here?',
     ):
         (prompt,) = asked(tmp_path, [{"m": text}])
         assert prompt.text == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
@@ -188,7 +199,7 @@ def test_calls_and_answers_of_tools_as_turns_of_their_own(tmp_path):
     rows = [{"m": [{"from": role, "value": value} for role, value in names]}]
     assert learned(sft(tmp_path, rows, TOOL_TEMPLATE)) == CALLED_TEXT
     # A template with a name of its own for them is asked by that name.
-    own = TOOL_TEMPLATE + "{# 'observation' #}"
+    own = TOOL_TEMPLATE.replace("{{ m.content }}", "{% if m.role == 'observation' %}{% endif %}{{ m.content }}")
     assert "<|im_start|>observation\nhere" in learned(sft(tmp_path, rows, own))
 
 
@@ -306,8 +317,8 @@ def test_prompts_do_not_hold_their_answer(tmp_path):
         assert "1 of 1 rows end with the assistant's answer, which is left out of the prompt." in warnings(prompts)
     kept = asked(tmp_path, [{"m": [USER, ANSWER, USER]}])
     assert (kept[0].text, warnings(kept)) == (QA.replace("[", "").replace("]", "") + "\n" + HEAD, [])
-    with pytest.raises(DataError, match=r"^No prompt of .* can be used \(dropped: 1 empty; "):
-        asked(tmp_path, [{"m": [ANSWER]}])
+    alone = fault(tmp_path, {"m": [ANSWER]}, loader=asked)
+    assert alone == "holds nothing but the assistant's answer: put the question before it."
 
 
 WRITE = "write {'role': 'user', 'content': ...}."
@@ -380,9 +391,9 @@ FAULTS = {
         "{...}} as JSON",
     ),
     "broken text": (
-        "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]",
-        "is a text that looks like a list of messages or tools but is not JSON (\"[{'role': 'user', 'content': 'q'}\\n {'role': "
-        "'assistant', 'co...\"): write the list itself, or as JSON",
+        "[{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': a}]",
+        "is a text that looks like a list of messages but is not JSON (\"[{'role': 'user', 'content': 'q'}, {'role': 'assistant', "
+        "'co...\"): write the list itself, or as JSON",
     ),
     "string": (
         "q",
@@ -468,15 +479,141 @@ def test_half_characters_are_found_when_rows_are_read(tmp_path):
 
 def test_the_token_that_closes_a_turn_ends_answers(tmp_path):
     tokenizer = chatting()
-    assert (closing_token(tokenizer), end_notice(tokenizer, str(tmp_path))) == (STOP, "")
+    assert (closing_token(tokenizer), end_notice(tokenizer, str(tmp_path), [STOP])) == (STOP, "")
     tokenizer.eos_token = "<|endoftext|>"
     assert stop_token_ids(tokenizer, str(tmp_path), chat=True) == (256, STOP)
     assert stop_token_ids(tokenizer, str(tmp_path), chat=False) == (256,)
-    assert end_notice(tokenizer, str(tmp_path)) == (
+    assert end_notice(tokenizer, str(tmp_path), [STOP, 256]) == (
         f"answers end with '<|im_end|>', which is no end token in the files of {tmp_path}: generation stops there too, and the "
         "saved model names it in its generation_config.json"
     )
+    # A template that wants a system turn is given one.
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    assert closing_token(tokenizer) == STOP
     # Text that is no token of its own ends nothing, and a template that cannot be asked is not.
     for template in (CHAT_TEMPLATE.replace("<|im_end|>", "###"), "{{ raise_exception('no') }}"):
         tokenizer.chat_template = template
         assert closing_token(tokenizer) is None
+
+
+def test_every_end_that_the_rows_teach_is_found(tmp_path):
+    """Calls may end with a token of their own, which only the rows show."""
+    own = "{% endfor %}{{ '<|endoftext|>' if m.tool_calls else '<|im_end|>' }}"
+    template = TOOL_TEMPLATE.replace("{% endfor %}<|im_end|>", own)
+    assert sft(tmp_path, [{"m": CALLED}], template).last_tokens() == {256, STOP}
+    assert sft(tmp_path, [{"m": [USER, ANSWER]}], template).last_tokens() == {STOP}
+    assert enders(tiny_tokenizer(), {5, 256, 257, STOP}) == {256, STOP}  # a byte ends nothing, and 257 is BOS
+
+
+def test_templates_that_know_content_in_parts_only(tmp_path):
+    """As those of models that also see images: a text would be walked through letter by letter, and nothing rendered."""
+    text = "{% for p in message.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    parts_only = CHAT_TEMPLATE.replace("{{ message['content'] }}", text)
+    assert learned(sft(tmp_path, [{"m": [USER, ANSWER]}], parts_only)) == QA
+    (prompt,) = asked(tmp_path, [{"m": "q"}], parts_only)
+    assert prompt.text == HEAD
+    assert closing_token(chatting(parts_only)) == STOP
+    deaf = CHAT_TEMPLATE.replace("{{ message['content'] }}", "")
+    assert fault(tmp_path, {"m": "q"}, deaf, asked) == (
+        "has its last message left out or changed by the chat template (it says 'q'): use a template that keeps what is asked."
+    )
+
+
+OLD_CALL = {"name": "find", "arguments": '{"color": "red"}'}
+
+
+@pytest.mark.parametrize(
+    ("said", "noted"),
+    [
+        ({"content": None, "tool_calls": [], "function_call": OLD_CALL}, True),
+        ({"content": "", "function_call": json.dumps(OLD_CALL)}, True),
+        ({"tool_calls": [{"name": "find", "parameters": {"color": "red"}}]}, True),
+        ({"tool_calls": [{"type": "tool_use", "name": "find", "input": {"color": "red"}}]}, True),
+        ({"tool_calls": [{"function": json.dumps(OLD_CALL)}]}, False),
+    ],
+)
+def test_calls_of_other_interfaces_are_read_and_said(tmp_path, said, noted):
+    rows = [{"m": [USER, {"role": "assistant", **said}, *CALLED[2:]]}]
+    examples = sft(tmp_path, rows, TOOL_TEMPLATE)
+    assert learned(examples) == CALLED_TEXT
+    text = "1 of 1 rows write tool calls otherwise than OpenAI's tool_calls with arguments (function_call, parameters, input)"
+    assert warnings(examples) == ([f"{text}, and are read so."] if noted else [])
+
+
+def test_arguments_that_a_template_leaves_out(tmp_path):
+    template = TOOL_TEMPLATE.replace("c.function.arguments | tojson", "c.arguments")
+    assert fault(tmp_path, {"m": CALLED}, template) == (
+        " has a tool call in its message 1 whose arguments the chat template leaves out (it renders '<call>find </call><|im_end|>'"
+        "): use a template that renders them"
+    )
+
+
+def test_roles_that_a_template_speaks_of_without_asking_for_them(tmp_path):
+    for role in ("content", "find", ""):
+        told = fault(tmp_path, {"m": [{"role": role, "content": "q"}, ANSWER]}, TOOL_TEMPLATE + "{# 'find' #}{{ '' }}")
+        assert told.startswith(f"has the unknown role {role!r} in its message 0: ")
+
+
+def test_system_turns_and_tools_in_other_places(tmp_path):
+    system = "<|im_start|>system\ns<|im_end|>\n"
+    examples = sft(tmp_path, [{"m": [USER, ANSWER], "system": "s", "functions": [FIND]}], TOOL_TEMPLATE)
+    assert learned(examples) == SHOWN_TOOLS + system + QA
+    assert warnings(examples) == ["1 of 1 rows have a field system, which is read as the system turn."]
+    own = sft(tmp_path, [{"m": [{"role": "system", "content": "t"}, USER, ANSWER], "system": "s"}])
+    assert learned(own) == system.replace("s<|", "t<|") + QA
+    pair = {"p": "q", "chosen": "a", "rejected": "b", "system": "s"}
+    spec = RecordSpec(write(tmp_path, [pair]), prompt_key="p", apply_chat_template=True)
+    ((chosen, _),) = load_pairs(spec, chatting())
+    assert parts(chosen, tiny_tokenizer()) == system + QA
+    inside = [{"role": "system", "content": "s", "tools": json.dumps(TOOLS)}, USER, ANSWER]
+    said = warnings(sft(tmp_path, [{"m": inside}]))
+    assert any("have tools that the chat template does not show" in text for text in said)
+
+
+def test_turns_that_say_that_they_are_not_to_be_learned(tmp_path):
+    for mark in ({"weight": 0}, {"train": False}):
+        messages = [USER, {**ANSWER, **mark}, USER, ANSWER]
+        examples = sft(tmp_path, [{"m": messages}])
+        assert learned(examples) == QA.replace("[", "").replace("]", "") + "\n" + QA
+        assert warnings(examples) == [
+            "1 of 1 rows have turns of the assistant that are marked with weight 0 or train false, and are not learned."
+        ]
+    assert fault(tmp_path, {"m": [USER, {**ANSWER, "weight": 0}]}) == (
+        " has nothing to learn, since each answer is marked with weight 0 or train false: remove the row"
+    )
+    assert fault(tmp_path, {"m": [USER, {**ANSWER, "weight": 0.5}]}) == (
+        "has the weight 0.5 in its message 1: a turn is learned or not, write 1 or 0"
+    )
+
+
+def test_reasoning_in_two_places(tmp_path):
+    answer = {"role": "assistant", "content": "<think>hm</think>a", "reasoning_content": "hm"}
+    assert fault(tmp_path, {"m": [USER, answer]}) == (
+        "has reasoning both in its content and beside it in its message 1: keep it in one of the two places"
+    )
+
+
+def test_pairs_that_differ_in_what_is_not_rendered(tmp_path):
+    pair = {"p": "q", "chosen": [{**ANSWER, "reasoning_content": "why"}], "rejected": [ANSWER]}
+    told = r"^Line 1 of .* has two answers that become the same text, since the chat template leaves out or trims what differs: "
+    with pytest.raises(DataError, match=told):
+        load_pairs(RecordSpec(write(tmp_path, [pair]), prompt_key="p", apply_chat_template=True), chatting())
+
+
+def test_answers_that_say_nothing_have_a_score_in_every_form(tmp_path):
+    spec, tokenizer = OutputSpec("m", "o", True, None, 400), chatting()
+    found = []
+    for output in ("", " ", [], [{"role": "assistant", "content": ""}]):
+        _, (ids,) = read_outputs(load_mixture(write(tmp_path, [{"m": "q", "o": output}]), None), spec, tokenizer)
+        found.append(ids)
+    assert all(ids == found[0] == [*tokenizer(HEAD)["input_ids"], STOP] for ids in found)
+    with pytest.raises(DataError, match=r"^Line 1 of .* has an empty prompt: fill it in or remove the row"):
+        read_outputs(load_mixture(write(tmp_path, [{"m": [], "o": "x"}]), None), spec, tokenizer)
+
+
+def test_half_a_character_in_the_name_of_a_source(tmp_path):
+    assert fault(tmp_path, {"m": "q", "datasource": "\ud83d"}, loader=asked) == (
+        ": the field 'datasource' has half a character (\\ud83d) in its text: correct or remove the row."
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
@@ -20,11 +20,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from togi.config.checks import template_problems
+from togi.data.calls import Tool
 from togi.data.faults import Drop, RowError
-from togi.data.messages import ASSISTANT, USER, Dialogue, named_value
+from togi.data.messages import ASSISTANT, SYSTEM, USER, Dialogue, Message
+from togi.data.written import named_value
 from togi.errors import DataError
 
 SHOWN_CHARACTERS = 80
+PROBE = "probe-text"
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
@@ -69,17 +72,43 @@ def render_messages(dialogue: Dialogue, tokenizer: Tokenizer, *, add_generation_
     """The text of a conversation, with its tools. Raises RowError if the template refuses it."""
     if not dialogue.messages:
         return ""
+    return _rendered(_as_asked(dialogue, tokenizer), dialogue.tools, tokenizer, add_generation_prompt)
+
+
+def _rendered(messages: list[Message], tools: Sequence[Tool], tokenizer: Tokenizer, opened: bool) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            list(dialogue.messages),
-            tools=list(dialogue.tools) or None,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+            messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=opened
         )
     except Exception as error:  # noqa: BLE001  a template is the user's code, and can fail in any way on a row
         raise _refused(error) from None
     assert isinstance(text, str)
     return text
+
+
+def _as_asked(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Message]:
+    """The messages as the template reads them: those of models that also see images may know content in parts only."""
+    if not _knows_parts_only(tokenizer, template_text(tokenizer)):
+        return list(dialogue.messages)
+    return [{**message, "content": _as_part(message["content"])} for message in dialogue.messages]
+
+
+def _as_part(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+@lru_cache(maxsize=8)
+def _knows_parts_only(tokenizer: Tokenizer, template: str) -> bool:
+    if not template:
+        return False
+
+    def shows(content: object) -> bool:
+        try:
+            return PROBE in _rendered([{"role": USER, "content": content}], (), tokenizer, opened=False)
+        except RowError:
+            return False
+
+    return not shows(PROBE) and shows(_as_part(PROBE))
 
 
 def template_text(tokenizer: Tokenizer) -> str:
@@ -88,25 +117,31 @@ def template_text(tokenizer: Tokenizer) -> str:
     return template if isinstance(template, str) else "\n".join(template.values())
 
 
-def closing_text(tokenizer: Tokenizer) -> str:
-    """What the chat template writes after an answer, without white space around it: the token that closes a turn, or nothing."""
-    return _closing_text(tokenizer, template_text(tokenizer))
-
-
 @lru_cache(maxsize=8)
 def _closing_text(tokenizer: Tokenizer, template: str) -> str:
-    probe = Dialogue(({"role": USER, "content": "probe-1"}, {"role": ASSISTANT, "content": "probe-2"}))
-    try:
-        return render_messages(probe, tokenizer).rpartition("probe-2")[2].strip() if template else ""
-    except RowError:  # a template that takes no such conversation
-        return ""
+    """What the template writes after an answer, without white space around it; "" where it cannot be told."""
+    question = ({"role": USER, "content": "?"}, {"role": ASSISTANT, "content": PROBE})
+    for probe in (question, ({"role": SYSTEM, "content": "!"}, *question)) if template else ():
+        try:
+            _, found, rest = render_messages(Dialogue(probe), tokenizer).rpartition(PROBE)
+        except RowError:  # a template that takes no such conversation
+            continue
+        if found:
+            return rest.strip()
+    return ""
 
 
 def closing_token(tokenizer: Tokenizer) -> int | None:
     """The special token with which the chat template closes a turn of the assistant, so that an answer ends with it."""
-    ids = tokenizer(closing_text(tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
+    text = _closing_text(tokenizer, template_text(tokenizer))
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids[0] if ids and ids[0] in enders(tokenizer, ids[:1]) else None
+
+
+def enders(tokenizer: Tokenizer, token_ids: Iterable[int]) -> set[int]:
+    """Those of the tokens that can end a turn: special ones, and not BOS."""
     added = tokenizer.added_tokens_decoder
-    return ids[0] if ids and ids[0] in added and ids[0] != tokenizer.bos_token_id else None
+    return {token for token in token_ids if token in added and added[token].special} - {tokenizer.bos_token_id}
 
 
 def marks_turns(tokenizer: Tokenizer) -> bool:
@@ -119,7 +154,7 @@ def render_marked(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[str, list[t
     tools = [dict(tool) for tool in dialogue.tools] or None
     try:
         texts, marks = render_jinja_template(
-            [list(dialogue.messages)],
+            [_as_asked(dialogue, tokenizer)],
             tools=tools,
             chat_template=tokenizer.get_chat_template(tools=tools),
             return_assistant_tokens_mask=True,
@@ -180,14 +215,14 @@ def stop_token_ids(tokenizer: Tokenizer, model_path: str, *, chat: bool) -> tupl
     return tuple(sorted(found))
 
 
-def end_notice(tokenizer: Tokenizer, model_path: str) -> str:
-    """What is to be said where answers end in a chat with a token that the model's files do not name as an end; else ""."""
-    closing = closing_token(tokenizer)
-    if closing is None or closing in stop_token_ids(tokenizer, model_path, chat=False):
+def end_notice(tokenizer: Tokenizer, model_path: str, ends: Iterable[int]) -> str:
+    """What is to be said where answers end in a chat with tokens that the model's files do not name as an end; else ""."""
+    new = sorted(set(ends) - set(stop_token_ids(tokenizer, model_path, chat=False)))
+    if not new:
         return ""
     return (
-        f"answers end with {visible(tokenizer, [closing])!r}, which is no end token in the files of {model_path}: generation "
-        "stops there too, and the saved model names it in its generation_config.json"
+        f"answers end with {', '.join(repr(visible(tokenizer, [token])) for token in new)}, which is no end token in the files of "
+        f"{model_path}: generation stops there too, and the saved model names it in its generation_config.json"
     )
 
 

@@ -27,6 +27,10 @@ from togi.errors import DataError
 CHUNK = 128
 CHECKED = 32
 LONGEST_FAULT = 500
+SAME_TEXT = (
+    "has two answers that become the same text, since the chat template leaves out or trims what differs: use another "
+    "template, or remove the row."
+)
 
 
 class RowReader(Protocol):
@@ -181,7 +185,8 @@ def _settle(sequences: tuple[Coded, ...], place: str, reader: RowReader, tokeniz
     except RowError as error:
         return _fault(error.kind, f" {error}", lengths)
     if isinstance(finished, Drop):
-        return Outcome((), lengths, finished)
+        same = finished is Drop.CUT_EQUAL and not too_long
+        return _fault(Drop.TIE, f" {SAME_TEXT}", lengths) if same else Outcome((), lengths, finished)
     return Outcome(finished, lengths, None, was_cut=too_long)
 
 

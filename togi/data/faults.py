@@ -39,12 +39,15 @@ class Note(StrEnum):
     ALIAS = "call a role by another name (human, gpt, model, Assistant, observation, ...), and are read as user, assistant or tool"
     AS_TEXT = "hold messages or tools as text, which is read as the list that it stands for"
     ONE_MESSAGE = "hold one message, or columns of messages, where a list is expected, and are read as one"
+    CALL = "write tool calls otherwise than OpenAI's tool_calls with arguments (function_call, parameters, input), and are read so"
+    SYSTEM_FIELD = "have a field system, which is read as the system turn"
     PARTS = "have content in parts of text, which are joined"
     PROMPT_TWICE = "repeat the prompt in the conversation of the answer; it is used once, as the conversation has it"
     PROMPT_IN_ANSWER = (
         "have an answer that begins with the whole prompt: if it is there twice, leave it out of one field"
     )
     ANSWER_LEFT_OUT = "end with the assistant's answer, which is left out of the prompt"
+    MARKED_OFF = "have turns of the assistant that are marked with weight 0 or train false, and are not learned"
     TOOLS_UNSEEN = "have tools that the chat template does not show to the model: use a template that renders tools"
     CONTEXT_LOST = (
         "have a message in the context that the chat template leaves out or changes: look at the rendered examples"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from togi.data.chat import Tokenizer, plain_prompt, plain_text, template_text
 from togi.data.faults import Drop, Note, RowError, check_present, named
 from togi.data.masks import Draft
-from togi.data.messages import ASSISTANT, SYSTEM, TOOL, TOOLS, USER, Dialogue, Message, dialogue_of, tools_of
+from togi.data.messages import ASSISTANT, SYSTEM, TOOL, TOOLS, USER, Dialogue, Message, dialogue_of, frame_of
 from togi.data.precheck import missing_field
 from togi.data.record_spec import RecordSpec
 from togi.data.tables import Row
@@ -37,21 +38,21 @@ def as_text(value: object, where: str, key: str, *, chat: bool = True) -> str:
         return plain_text(value, chat=chat)
 
 
-def row_tools(row: Row, where: str) -> Dialogue:
-    """The tools of a row for its chat template. Raises RowError naming row and field."""
+def row_frame(row: Row, where: str) -> Dialogue:
+    """Tools and system turn that a row has in fields of their own. Raises RowError naming row and field."""
     with named(f"{where}: the field {TOOLS!r}"):
-        return tools_of(row)
+        return frame_of(row)
 
 
-def prompt_dialogue(value: object, where: str, key: str, tools: Dialogue, tokenizer: Tokenizer) -> Dialogue:
+def prompt_dialogue(value: object, where: str, key: str, frame: Dialogue, tokenizer: Tokenizer) -> Dialogue:
     """A string as one user message, or checked messages. Raises RowError naming row and field."""
     with named(f"{where}: the field {key!r}"):
-        return dialogue_of(value, USER, template_text(tokenizer), tools)
+        return dialogue_of(value, USER, template_text(tokenizer), frame)
 
 
-def whole_dialogue(value: object, where: str, key: str, tools: Dialogue, flag: str, tokenizer: Tokenizer) -> Dialogue:
+def whole_dialogue(value: object, where: str, key: str, frame: Dialogue, flag: str, tokenizer: Tokenizer) -> Dialogue:
     """A conversation that ends with the answer, where the field ``flag`` would name is not there. Raises RowError."""
-    found = prompt_dialogue(value, where, key, tools, tokenizer)
+    found = prompt_dialogue(value, where, key, frame, tokenizer)
     if isinstance(value, str) and Note.AS_TEXT not in found.notes:
         raise RowError(
             Drop.WRONG_TYPE,
@@ -61,10 +62,10 @@ def whole_dialogue(value: object, where: str, key: str, tools: Dialogue, flag: s
     return found
 
 
-def answer_dialogue(value: object, where: str, key: str, tools: Dialogue, tokenizer: Tokenizer) -> Dialogue:
+def answer_dialogue(value: object, where: str, key: str, frame: Dialogue, tokenizer: Tokenizer) -> Dialogue:
     """A string as one assistant message, or checked messages that end with one. Raises RowError naming row, field."""
     with named(f"{where}: the field {key!r}"):
-        found = dialogue_of(value, ASSISTANT, template_text(tokenizer), tools)
+        found = dialogue_of(value, ASSISTANT, template_text(tokenizer), replace(frame, messages=()))
         if found.messages:
             check_last(found.messages)
     return found
@@ -135,18 +136,26 @@ def prompted_draft(
         dialogue, first = prompted_dialogue(row, prompt, answer, where, keys, tokenizer)
         return chat_draft(dialogue, 0 if spec.multiturn else first, where, tokenizer)
     text, reply = as_text(prompt, where, keys[0]), as_text(answer, where, keys[1])
-    twice = len(text.strip()) >= LONG_PROMPT and reply.lstrip().startswith(text.strip())
-    notes = frozenset({Note.PROMPT_IN_ANSWER} if twice else ())
-    return plain_draft(plain_prompt(text, spec.template), reply, notes)
+    rendered = plain_prompt(text, spec.template)
+    notes = frozenset({Note.PROMPT_IN_ANSWER} if _begins(reply, text) or _begins(reply, rendered) else ())
+    return plain_draft(rendered, reply, notes)
 
 
 def prompted_dialogue(
     row: Row, prompt: object, answer: object, where: str, keys: tuple[str, str], tokenizer: Tokenizer
 ) -> tuple[Dialogue, int]:
     """Prompt and answer of two fields as one conversation, and the number of its messages before the answer."""
-    tools = row_tools(row, where)
-    question = prompt_dialogue(prompt, where, keys[0], tools, tokenizer)
-    return joined(question, answer_dialogue(answer, where, keys[1], tools, tokenizer), where, keys)
+    frame = row_frame(row, where)
+    question = prompt_dialogue(prompt, where, keys[0], frame, tokenizer)
+    whole, first = joined(question, answer_dialogue(answer, where, keys[1], frame, tokenizer), where, keys)
+    if isinstance(prompt, str) and isinstance(answer, str) and _begins(answer, prompt):
+        whole = replace(whole, notes=whole.notes | {Note.PROMPT_IN_ANSWER})
+    return whole, first
+
+
+def _begins(answer: str, prompt: str) -> bool:
+    """Whether an answer begins with the whole prompt, and not by chance."""
+    return len(prompt.strip()) >= LONG_PROMPT and answer.lstrip().startswith(prompt.strip())
 
 
 def _parted(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:

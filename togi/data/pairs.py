@@ -21,7 +21,7 @@ from togi.data.fields import (
     plain_draft,
     prompted_dialogue,
     prompted_draft,
-    row_tools,
+    row_frame,
     value_of,
     whole_dialogue,
 )
@@ -102,7 +102,7 @@ def _chats(
         if spec.prompt_key is not None:
             found.append(prompted_dialogue(row, prompt, value, where, (spec.prompt_key, key), tokenizer))
             continue
-        dialogue = whole_dialogue(value, where, key, row_tools(row, where), "prompt_key", tokenizer)
+        dialogue = whole_dialogue(value, where, key, row_frame(row, where), "prompt_key", tokenizer)
         with named(f"{where}: the field {key!r}"):
             check_last(dialogue.messages)
         found.append((dialogue, len(dialogue.messages) - 1))

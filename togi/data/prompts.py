@@ -17,7 +17,7 @@ from typing import Any, overload
 from togi.data.chat import Tokenizer, adds_bos, check_rendering, encode, plain_prompt, render_messages, visible
 from togi.data.faults import SHOWN_FAULTS, Note, RowError, check_present, check_whole, named
 from togi.data.faults import Drop as FaultKind
-from togi.data.fields import is_empty, prompt_dialogue, row_tools
+from togi.data.fields import is_empty, prompt_dialogue, row_frame
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.messages import without_answers
 from togi.data.mixture import Mixture, load_mixture
@@ -33,7 +33,7 @@ from togi.data.report import (
     source_reports,
 )
 from togi.data.tables import BadRow, Row
-from togi.data.turns import lost
+from togi.data.turns import is_held, lost
 from togi.errors import DataError
 from togi.sample import Prompt
 
@@ -215,15 +215,27 @@ def _text(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer)
         with named(f"{where}: the field {spec.input_key!r}"):
             found = _Text(plain_prompt(value, spec.input_template))
     check_whole(found.text, f"{where}: the field {spec.input_key!r} has")
+    for column in DATASOURCE_COLUMNS:
+        check_whole(row.get(column), f"{where}: the field {column!r} has")
     return found
 
 
 def _chat(row: Row, value: object, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> _Text:
     """The prompt in the chat template. What an answer says at its end is not part of it."""
-    whole = prompt_dialogue(value, where, spec.input_key, row_tools(row, where), tokenizer)
+    whole = prompt_dialogue(value, where, spec.input_key, row_frame(row, where), tokenizer)
     dialogue = without_answers(whole)
     with named(f"{where}: the field {spec.input_key!r}"):
+        if not dialogue.messages and whole.messages:
+            raise RowError(
+                FaultKind.EMPTY_PROMPT, "holds nothing but the assistant's answer: put the question before it."
+            )
         text = render_messages(dialogue, tokenizer, add_generation_prompt=True)
+        if dialogue.messages and not is_held(dialogue.messages[-1]["content"], text):
+            raise RowError(
+                FaultKind.TEMPLATE,
+                "has its last message left out or changed by the chat template (it says "
+                f"{dialogue.messages[-1]['content'][:60]!r}): use a template that keeps what is asked.",
+            )
     return _Text(text, dialogue.notes | (lost(dialogue, text) if text else set()))
 
 

@@ -83,6 +83,10 @@ class Examples(Sequence[tuple[Sample, ...]]):
         prompt: bytes = first.tokens[: first.prompt_length].tobytes()
         return prompt
 
+    def last_tokens(self) -> set[int]:
+        """The tokens with which the learned parts end."""
+        return set[int]().union(*(table.last_tokens() for table in self._tables))
+
     def largest_token(self) -> int:
         """The largest token id in the rows; -1 if there is none."""
         return max(table.largest_token() for table in self._tables)

@@ -11,8 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from togi.data.chat import Tokenizer, check_rendering, encode, plain_prompt, render_messages
-from togi.data.faults import Note, check_whole, named
-from togi.data.fields import answer_dialogue, as_text, joined, prompt_dialogue, row_tools, value_of
+from togi.data.faults import SENTENCES, Drop, Note, check_whole, named
+from togi.data.fields import answer_dialogue, as_text, joined, prompt_dialogue, row_frame, value_of
 from togi.data.masks import end_tokens
 from togi.data.mixture import Mixture
 from togi.data.report import note_warnings
@@ -64,15 +64,19 @@ def _text(row: Row, where: str, spec: OutputSpec, tokenizer: Tokenizer, notes: C
     if not spec.apply_chat_template:
         text, output = as_text(prompt, where, spec.input_key), as_text(value, where, spec.output_key)
         return _nonempty(plain_prompt(text, spec.input_template) + output, where)
-    tools = row_tools(row, where)
-    dialogue = prompt_dialogue(prompt, where, spec.input_key, tools, tokenizer)
+    frame = row_frame(row, where)
+    dialogue = prompt_dialogue(prompt, where, spec.input_key, frame, tokenizer)
+    if not dialogue.messages:
+        raise DataError(f"{where} {SENTENCES[Drop.EMPTY_PROMPT]}")
     if value == "" or (isinstance(value, str) and not value.strip()):
         with named(where):
             return render_messages(dialogue, tokenizer, add_generation_prompt=True)
-    answer = answer_dialogue(value, where, spec.output_key, tools, tokenizer)
+    answer = answer_dialogue(value, where, spec.output_key, frame, tokenizer)
     whole, first = joined(dialogue, answer, where, (spec.input_key, spec.output_key))
     with named(where):
         draft = conversation(whole, first, tokenizer)
+        if not draft.spans:  # an answer that says nothing has a score, too
+            return render_messages(dialogue, tokenizer, add_generation_prompt=True)
     notes.update(draft.notes)
     return draft.text
 

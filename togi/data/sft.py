@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from togi.data.chat import Tokenizer
 from togi.data.faults import Drop, named
-from togi.data.fields import as_text, chat_draft, is_empty, prompted_draft, row_tools, value_of, whole_dialogue
+from togi.data.fields import as_text, chat_draft, is_empty, prompted_draft, row_frame, value_of, whole_dialogue
 from togi.data.masks import Draft
 from togi.data.record_spec import RecordSpec
 from togi.data.tables import Row
@@ -44,7 +44,7 @@ def _raw(value: object, where: str, spec: RecordSpec) -> Draft | Drop:
 def _conversation(row: Row, value: object, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> Draft | Drop:
     if is_empty(value):
         return Drop.EMPTY_PROMPT
-    dialogue = whole_dialogue(value, where, spec.input_key, row_tools(row, where), "output_key", tokenizer)
+    dialogue = whole_dialogue(value, where, spec.input_key, row_frame(row, where), "output_key", tokenizer)
     count = len(dialogue.messages)
     if not spec.multiturn:
         with named(f"{where}: the field {spec.input_key!r}"):

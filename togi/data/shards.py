@@ -114,6 +114,13 @@ class Shard:
         counts_S = np.bincount(sequences_R, ends_R - np.maximum(starts_R, 1), minlength=len(self._run_ends))
         return counts_S.astype(np.int64)
 
+    def last_tokens(self) -> set[int]:
+        """The tokens with which the learned parts end."""
+        starts_S = self._token_ends - self._arrays["token_counts_S"]
+        starts_R = np.repeat(starts_S, self._arrays["run_counts_S"])
+        lasts_R = starts_R + np.maximum(self._arrays["runs_R"][:, 1], 1) - 1
+        return set(np.unique(self._arrays["tokens_T"][lasts_R]).tolist())
+
     def coded(self, row: int) -> tuple[Coded, ...]:
         """The sequences of a row."""
         return tuple(self._sequence(i) for i in range(*_span(self._sequence_ends, row)))
@@ -172,6 +179,10 @@ class Table:
     def prompt_lengths_S(self) -> NDArray[np.int64]:
         """Leading tokens of each sequence that are not learned."""
         return np.concatenate([shard.content("prompt_lengths_S").astype(np.int64) for shard in self._shards])
+
+    def last_tokens(self) -> set[int]:
+        """The tokens with which the learned parts end."""
+        return set[int]().union(*(shard.last_tokens() for shard in self._shards))
 
     def largest_token(self) -> int:
         """The largest token id of all rows; -1 if there is none."""

@@ -13,10 +13,11 @@ import json
 import re
 from collections.abc import Sequence
 
+from togi.data.calls import argument_texts, call_names, tool_names
 from togi.data.chat import Tokenizer, marks_turns, render_marked, render_messages
 from togi.data.faults import Drop, Note, RowError
 from togi.data.masks import Draft, Span
-from togi.data.messages import ASSISTANT, Dialogue, Message, call_names, reasoning_of, tool_names
+from togi.data.messages import ASSISTANT, Dialogue, Message, is_marked_off, reasoning_of
 
 _SHOWN = 60
 _MARK = "mark the assistant's turns in the template with {% generation %} and {% endgeneration %} (--tokenizer_chat_template)"
@@ -48,6 +49,12 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft:
         for i, message in enumerate(messages)
         if i >= max(first, 1) and message["role"] == ASSISTANT and says_something(message)
     ]
+    if turns and all(is_marked_off(messages[i]) for i in turns):
+        raise RowError(
+            Drop.EMPTY_ANSWER,
+            "has nothing to learn, since each answer is marked with weight 0 or train false: remove the row.",
+        )
+    turns = [i for i in turns if not is_marked_off(messages[i])]
     if not turns:
         return Draft("", (), complete=False)
     marked = marks_turns(tokenizer)
@@ -68,7 +75,7 @@ def lost(dialogue: Dialogue, text: str, *, learned: frozenset[int] = frozenset()
         part
         for message in dialogue.messages
         for part in (message["content"], *reasoning_of(message))
-        if _holds(text, part)
+        if is_held(part, text)
     ]
 
     def named(name: str) -> int:
@@ -78,14 +85,22 @@ def lost(dialogue: Dialogue, text: str, *, learned: frozenset[int] = frozenset()
 
     if dialogue.tools and not any(text.count(name) > named(name) for name in tool_names(dialogue.tools)):
         notes.add(Note.TOOLS_UNSEEN)
+    in_system = _names_in([message["tools"] for message in dialogue.messages if message.get("tools")])
+    if in_system and not any(name in text for name in in_system):
+        notes.add(Note.TOOLS_UNSEEN)
     context = [message for number, message in enumerate(dialogue.messages) if number not in learned]
-    is_whole = all(_holds(text, message["content"]) for message in context)
+    is_whole = all(is_held(message["content"], text) for message in context)
     if not is_whole or any(text.count(name) < named(name) for name in set(called)):
         notes.add(Note.CONTEXT_LOST)
     return notes
 
 
-def _holds(text: str, said: str) -> bool:
+def _names_in(tools: object) -> list[str]:
+    """The names of tools that a message holds itself, as objects or as text."""
+    return re.findall(r'"name": ?"([^"]+)"', json.dumps(tools).replace('\\"', '"'))
+
+
+def is_held(said: str, text: str) -> bool:
     """Whether what is said is in the text, as it is or as a string of JSON: some templates quote the answers of tools."""
     return all(piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text for piece in _pieces(said))
 
@@ -197,6 +212,13 @@ def _check_text(message: Message, turn: int, part: str) -> set[Note]:
             Drop.TEMPLATE,
             f"has tool calls in its message {turn} that the chat template leaves out: use a template that renders tool_calls.",
         )
+    for text, written in argument_texts(message):
+        if text not in part and written not in part:
+            raise RowError(
+                Drop.TEMPLATE,
+                f"has a tool call in its message {turn} whose arguments the chat template leaves out (it renders "
+                f"{part[:_SHOWN]!r}): use a template that renders them.",
+            )
     if all(thought.strip() in part for thought in reasoning):
         return set()
     if not content and not call_names(message):

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from togi.config.chat import ChatConfig
+from togi.data.calls import Tool, read_tools
 from togi.data.chat import Tokenizer, encode, load_tokenizer, render_messages, stop_token_ids
 from togi.data.faults import Note, check_whole, named
-from togi.data.messages import TOOLS, Dialogue, Tool, tools_of
+from togi.data.messages import Dialogue
 from togi.data.reward_text import asked_reward, with_reward
 from togi.data.turns import lost
 from togi.data.vocabulary import check_tokens, check_vocabulary
@@ -117,7 +118,7 @@ class PlainHistory:
 def _tools(path: Path) -> tuple[Tool, ...]:
     text = _read(path, "tools", "a JSON file with a list of tools")
     with named(f"--tools {path}"):
-        return tools_of({TOOLS: text}).tools
+        return read_tools(text, set())
 
 
 def _read(path: Path, flag: str, wanted: str) -> str:

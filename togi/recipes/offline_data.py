@@ -16,7 +16,7 @@ from togi.config.offline import (
     RMConfig,
     SFTConfig,
 )
-from togi.data.chat import Tokenizer, end_notice, load_tokenizer, stop_token_ids
+from togi.data.chat import Tokenizer, end_notice, enders, load_tokenizer, stop_token_ids
 from togi.data.record_spec import RecordSpec
 from togi.data.records import Examples, StepExamples, load_pairs, load_sft, load_steps, load_unpaired
 from togi.data.report import DataReport
@@ -128,10 +128,20 @@ def load_data(config: OfflineConfig, task: Task, world: World, progress: Progres
             check_tokens(tokenizer, path, known, lambda: max(each.largest_token() for each in (train, *held_out)))
     if isinstance(config, KDConfig):
         check_same_tokens(config, tokenizer)
-    chat = spec.apply_chat_template
-    if chat and not task.scalar and (notice := end_notice(tokenizer, config.pretrain)):
+    return Data(tokenizer, _ends(config, spec, task, tokenizer, train), train, tuple(held_out))
+
+
+def _ends(
+    config: OfflineConfig, spec: RecordSpec, task: Task, tokenizer: Tokenizer, train: Examples
+) -> tuple[int, ...]:
+    """The tokens that end an answer: those that the files name, and in a chat those that the rows teach. Says what is new."""
+    stops = stop_token_ids(tokenizer, config.pretrain, chat=spec.apply_chat_template)
+    if not spec.apply_chat_template or task.scalar:
+        return stops
+    taught = enders(tokenizer, train.last_tokens())
+    if notice := end_notice(tokenizer, config.pretrain, taught):
         logger.warning("%s", notice)
-    return Data(tokenizer, stop_token_ids(tokenizer, config.pretrain, chat=chat), train, tuple(held_out))
+    return tuple(sorted({*stops, *taught}))
 
 
 def check_plan(config: OfflineConfig, plan: EpochPlan, data: Data) -> None:

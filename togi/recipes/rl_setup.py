@@ -136,9 +136,9 @@ async def prepare(config: RLConfig, function: Callable[..., Any] | None, progres
                 size = min(2, config.n_samples_per_prompt)
                 groups = [[example(prompt)] * size for prompt in trial_prompts((*prompts, *held_out))]
                 trial = await rewards.check(groups)
-        if config.apply_chat_template and (notice := end_notice(tokenizer, config.pretrain)):
-            logger.warning("%s", notice)
         stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
+        if notice := end_notice(tokenizer, config.pretrain, stops):
+            logger.warning("%s", notice)
     except BaseException:
         with way_out("closing the rewards"):
             await rewards.close()
