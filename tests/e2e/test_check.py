@@ -88,6 +88,12 @@ def test_what_is_said_of_an_rl_run(world: Path, capsys: pytest.CaptureFixture[st
         assert line in lines
 
 
+def test_a_rate_of_zero_is_said(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "sft", *words(world, "sft", "--learning_rate", "0")]) == 0
+    warning = "warning: --learning_rate 0 changes no weight: give a rate above 0, unless that is meant."
+    assert warning in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize(
     ("command", "line"),
     [

@@ -117,9 +117,13 @@ def template_text(tokenizer: Tokenizer) -> str:
     return template if isinstance(template, str) else "\n".join(template.values())
 
 
+def closing_text(tokenizer: Tokenizer) -> str:
+    """What the chat template writes after an answer, without white space around it; "" where it cannot be told."""
+    return _closing_text(tokenizer, template_text(tokenizer))
+
+
 @lru_cache(maxsize=8)
 def _closing_text(tokenizer: Tokenizer, template: str) -> str:
-    """What the template writes after an answer, without white space around it; "" where it cannot be told."""
     question = ({"role": USER, "content": "?"}, {"role": ASSISTANT, "content": PROBE})
     for probe in (question, ({"role": SYSTEM, "content": "!"}, *question)) if template else ():
         try:
@@ -133,8 +137,7 @@ def _closing_text(tokenizer: Tokenizer, template: str) -> str:
 
 def closing_token(tokenizer: Tokenizer) -> int | None:
     """The special token with which the chat template closes a turn of the assistant, so that an answer ends with it."""
-    text = _closing_text(tokenizer, template_text(tokenizer))
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(closing_text(tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
     return ids[0] if ids and ids[0] in enders(tokenizer, ids[:1]) else None
 
 

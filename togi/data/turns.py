@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from togi.data.calls import argument_texts, call_names, tool_names
-from togi.data.chat import Tokenizer, marks_turns, render_marked, render_messages
+from togi.data.chat import Tokenizer, closing_text, marks_turns, render_marked, render_messages
 from togi.data.faults import Drop, Note, RowError
 from togi.data.masks import Draft, Span
 from togi.data.messages import ASSISTANT, Dialogue, Message, is_marked_off, reasoning_of
@@ -140,6 +140,8 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
     messages, tools = dialogue.messages, dialogue.tools
     before = render_messages(Dialogue(messages[:turn], tools), tokenizer, add_generation_prompt=True)
     is_last = turn + 1 == len(messages)
+    if text.startswith(before) and (plain := _plainly_closed(messages[turn], text, len(before), tokenizer)) > 0:
+        return len(before), len(before) + plain
     after = text if is_last else render_messages(Dialogue(messages[: turn + 1], tools), tokenizer)
     if text.startswith(before):
         if text.startswith(after) and len(after) > len(before):
@@ -169,6 +171,15 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
         f"has the messages before its message {turn} rendered differently by the chat template when more messages follow, so "
         f"that it would be learned after another text than it is generated after: {_way_out(messages, turn)}",
     )
+
+
+def _plainly_closed(message: Message, text: str, start: int, tokenizer: Tokenizer) -> int:
+    """The length of a turn that is its content and what closes a turn, without another rendering; 0 if it is not."""
+    closing = closing_text(tokenizer)
+    if not closing or message.get("tool_calls") or reasoning_of(message):
+        return 0
+    plain = message["content"] + closing
+    return len(plain) if text.startswith(plain, start) else 0
 
 
 def _way_out(messages: Sequence[Message], turn: int) -> str:

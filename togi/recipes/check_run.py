@@ -53,6 +53,11 @@ def look_at_offline(parsed: Parsed[OfflineConfig], command: str, say: Say) -> No
     for name, report in opened.data.reports.items():
         _say_all(check_text.rows(name, report, width=opened.task.width), say)
     say(f"disk: {check_room(config, offline_writing(config, opened.plan.steps, sizes))}")
+    if config.learning_rate == 0:
+        conclude(
+            [Sign(Verdict.WARNING, "--learning_rate 0 changes no weight: give a rate above 0, unless that is meant.")],
+            say,
+        )
 
 
 def look_at_rl(parsed: Parsed[RLConfig], sample_groups: int, say: Say) -> None:

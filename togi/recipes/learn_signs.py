@@ -148,6 +148,10 @@ def _variance_signs(config: RLConfig, groups: Sequence[ScoredGroup], items: Sequ
             f"The reward is {low:g} for all {len(values)} answers, so that no answer is better than another: try the reward "
             "function on a right and on a wrong answer, and take prompts that the model solves sometimes.",
         )
+        if config.label_key is None:
+            yield Sign(
+                Verdict.NOTE, "No --label_key is set, so that the reward is given empty labels: name their field."
+            )
     elif not config.advantage_estimator.uses_groups:
         yield Sign(Verdict.FINE, f"Rewards differ: {low:g} to {high:g} over {len(values)} answers.")
     elif len(flat) == len(by_group):
