@@ -16,6 +16,7 @@ from togi.data.prompts import PromptSpec, load_prompts
 from togi.data.records import RecordSpec, load_pairs, load_sft, load_unpaired
 from togi.data.scoring import OutputSpec, read_outputs
 from togi.errors import DataError
+from togi.recipes.iterate_steps import _asked, _shown
 
 TOOL_TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>\n{% endif %}"
@@ -617,3 +618,11 @@ def test_half_a_character_in_the_name_of_a_source(tmp_path):
     assert fault(tmp_path, {"m": "q", "datasource": "\ud83d"}, loader=asked) == (
         ": the field 'datasource' has half a character (\\ud83d) in its text: correct or remove the row."
     )
+
+
+def test_loops_take_the_prompt_of_a_row_with_all_that_renders_it():
+    row = {"q": [USER, ANSWER], "tools": TOOLS, "system": "s", "functions": None, "other": 1}
+    asked_for = _asked(row["q"])
+    assert asked_for == [USER]
+    assert _asked("q") == "q"
+    assert _shown({**row, "q": asked_for}, "q") == {"prompt": [USER], "tools": TOOLS, "system": "s"}

@@ -32,7 +32,9 @@ CALLERS = frozenset({"function_call", "tool_call"})
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Marks of a turn that is not to be learned: OpenAI's weight, and what others call it.
 MARKS = {"weight": (0, 1), "train": (False, True), "trainable": (False, True)}
-TOOLS = "tools"
+TOOLS, FUNCTIONS = "tools", "functions"
+# The fields of a row that belong to the rendered prompt beside the messages.
+FRAME = (TOOLS, FUNCTIONS, SYSTEM)
 _SHARED = {"from": "role", "value": "content"}
 # The types of a part that is text, in OpenAI's two interfaces.
 _TEXTS = ("text", "input_text", "output_text")
@@ -53,6 +55,7 @@ class Dialogue:
 
     @property
     def begins_with_system(self) -> bool:
+        """Whether the first turn is a system turn."""
         return bool(self.messages) and self.messages[0]["role"] in (SYSTEM, "developer")
 
 
@@ -87,7 +90,7 @@ def frame_of(row: Row) -> Dialogue:
 
     Raises RowError, without the name of the field, for tools that are none.
     """
-    notes, functions = set[Note](), row.get("functions")
+    notes, functions = set[Note](), row.get(FUNCTIONS)
     tools = read_tools(row.get(TOOLS), notes)
     if not tools and is_tools(functions):
         tools = read_tools(functions, notes)

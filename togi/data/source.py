@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from togi.data.items import DEFAULT_SPLIT, FORMATS, Item, Kind, choose_split, parse_item, split_files
 from togi.data.layout import check_content
 from togi.data.lines import file_digest, open_rows
-from togi.data.messages import TOOLS, holds_messages, unfilled
+from togi.data.messages import FRAME, holds_messages, unfilled
 from togi.data.precheck import no_rows, unreadable
 from togi.data.tables import BadRow, Row, guarded
 from togi.errors import DataError
@@ -83,7 +83,7 @@ class TableRows:
     def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]:
         rows: list[Row] = self._dataset[list(indices)].to_pylist()
         return [
-            {key: unfilled(value) if key == TOOLS or holds_messages(value) else value for key, value in row.items()}
+            {key: unfilled(value) if key in FRAME or holds_messages(value) else value for key, value in row.items()}
             for row in rows
         ]
 

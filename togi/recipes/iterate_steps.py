@@ -20,7 +20,7 @@ from togi.config.choices import EngineName, EvalTask, IterateMethod, PostProcess
 from togi.config.iterate import IterateConfig
 from togi.config.model_facts import position_limit
 from togi.data.lines import read_rows
-from togi.data.messages import TOOLS, USER, dialogue_of, without_answers
+from togi.data.messages import FRAME, USER, dialogue_of, without_answers
 from togi.data.mixture import load_mixture
 from togi.data.row_log import write_rows
 from togi.errors import DataError, RunError
@@ -192,7 +192,7 @@ class Steps:
         """Write ``prompts.jsonl`` and let ``togi infer`` write ``generated.jsonl``. ``told``: csft asks for its reward."""
         c = self._config
         folder.mkdir(parents=True, exist_ok=True)
-        keys = [c.input_key, TOOLS, *DATASOURCE_COLUMNS] + ([c.label_key] if c.label_key is not None else [])
+        keys = [c.input_key, *FRAME, *DATASOURCE_COLUMNS] + ([c.label_key] if c.label_key is not None else [])
         kept = [{key: row[key] for key in keys if key in row} for row in rows]
         if c.apply_chat_template:
             kept = [{**row, c.input_key: _asked(row.get(c.input_key))} for row in kept]
@@ -274,8 +274,8 @@ def _asked(prompt: object) -> object:
 
 
 def _shown(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """What makes up the rendered prompt of a row: the prompt itself and its tools."""
-    return {"prompt": row[key]} | ({TOOLS: row[TOOLS]} if row.get(TOOLS) else {})
+    """What makes up the rendered prompt of a row: the prompt itself, tools and system turn."""
+    return {name: row[name] for name in FRAME if row.get(name)} | {"prompt": row[key]}
 
 
 def _plain(row: Mapping[str, Any]) -> str:
