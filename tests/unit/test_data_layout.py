@@ -65,6 +65,14 @@ FOREIGN = [
         for name, rows in (("a.json", ROWS[:1]), ("a.json", ROWS), ("a.jsonl", ROWS))
     ),
     *(
+        (
+            "a.jsonl",
+            json.dumps(ROWS, indent=indent).encode(),
+            "{} is one JSON list: let its name end in .json, or write one object a line (`jq -c .[] FILE`).",
+        )
+        for indent in (None, 2)
+    ),
+    *(
         ("a.csv", f"prompt{mark}answer\nWho, then?{mark}Tom.\n".encode(), COMMAS % name)
         for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars"))
     ),

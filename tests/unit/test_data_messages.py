@@ -307,6 +307,22 @@ def test_plain_prompts_that_begin_the_answer_are_said(tmp_path):
     ]
 
 
+def test_words_for_missing_values_are_said(tmp_path):
+    for word in ("nan", " None ", "null"):
+        rows = [{"m": "q", "o": word}, {"m": "q", "o": "banana"}]
+        for chat in (False, True):
+            examples = sft(tmp_path, rows, output_key="o", apply_chat_template=chat, multiturn=False)
+            assert warnings(examples) == [
+                "1 of 2 rows have an answer or a prompt that says nan, None or null: if that stands for a missing value, remove "
+                "the row."
+            ]
+
+
+def test_messages_as_text_need_the_chat_template(tmp_path):
+    told = fault(tmp_path, {"m": str([USER]), "o": "a"}, output_key="o", apply_chat_template=False, multiturn=False)
+    assert told == "is a list of messages, as text (\"[{'role': 'user', 'content': 'q'}]\"): use --apply_chat_template"
+
+
 def test_prompts_do_not_hold_their_answer(tmp_path):
     for rows in (
         [{"m": [USER, ANSWER]}],
@@ -561,7 +577,8 @@ def test_system_turns_and_tools_in_other_places(tmp_path):
     system = "<|im_start|>system\ns<|im_end|>\n"
     examples = sft(tmp_path, [{"m": [USER, ANSWER], "system": "s", "functions": [FIND]}], TOOL_TEMPLATE)
     assert learned(examples) == SHOWN_TOOLS + system + QA
-    assert warnings(examples) == ["1 of 1 rows have a field system, which is read as the system turn."]
+    assert warnings(examples) == ["1 of 1 rows have a field system or system_prompt, which is read as the system turn."]
+    assert learned(sft(tmp_path, [{"m": [USER, ANSWER], "system_prompt": "s"}])) == system + QA
     own = sft(tmp_path, [{"m": [{"role": "system", "content": "t"}, USER, ANSWER], "system": "s"}])
     assert learned(own) == system.replace("s<|", "t<|") + QA
     pair = {"p": "q", "chosen": "a", "rejected": "b", "system": "s"}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from tests.tiny import VOCAB, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.tiny import STOP, VOCAB, save_tiny_model, tiny_model, tiny_tokenizer
 from togi.cli.main import main
 from togi.errors import ModelError
 from togi.model import proof
@@ -273,3 +273,62 @@ def test_conv1d_layers(tmp_path: Path) -> None:
     logits = adapter_of(base, tmp_path / "adapter", lora(target_modules=layers, fan_in_fan_out=True))
     assert merge(base, tmp_path / "adapter", tmp_path / "out") == 0
     torch.testing.assert_close(reread(tmp_path / "out"), logits, rtol=0, atol=1e-4)
+
+
+def test_the_ends_of_answers_go_with_the_merged_model(tmp_path: Path) -> None:
+    """Tokens that the adapter was trained to end with are in its generation config, and not in that of the base."""
+    base = save_tiny_model(tmp_path / "base")
+    adapter_of(base, tmp_path / "adapter", lora())
+    (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert merge(base, tmp_path / "adapter", tmp_path / "out") == 0
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [7, 9, STOP]
+
+
+def test_nothing_that_is_merged_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = save_tiny_model(tmp_path / "base"), tmp_path / "adapter"
+    adapter_of(base, adapter, lora())
+    for out, flag, source in (
+        (adapter, "lora_path", adapter),
+        (base, "model_path", base),
+        (tmp_path, "lora_path", adapter),
+    ):
+        assert merge(base, adapter, out) == 2
+        sentence = f"togi: --output_path {out} would replace --{flag} {source}: give another folder.\n"
+        assert capsys.readouterr().err.endswith(sentence)
+    assert (adapter / "adapter_model.safetensors").is_file() and (base / "model.safetensors").is_file()
+
+
+def _named(adapter: Path, base: object) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda a: _named(a, None), "the adapter {} does not name its base model: give it as --model_path."),
+        (
+            lambda a: _named(a, "/gone/base"),
+            "the adapter {} was trained beside /gone/base, which is not there: give the base as --model_path.",
+        ),
+        (
+            lambda a: (a / "adapter_config.json").write_text("[]"),
+            "--lora_path {} is not an adapter: its adapter_config.json holds no settings.",
+        ),
+        (
+            lambda a: (a / "adapter_model.safetensors").write_bytes(b"version https://git-lfs"),
+            "{}/adapter_model.safetensors cannot be read (",
+        ),
+    ],
+    ids=["no base", "base gone", "no settings", "no weights"],
+)
+def test_folders_that_are_no_whole_adapter(
+    tmp_path: Path, spoil: Callable[[Path], object], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter_of(save_tiny_model(tmp_path / "base"), adapter, lora())
+    spoil(adapter)
+    assert main(["merge-lora", "--lora_path", str(adapter), "--output_path", str(tmp_path / "out")]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("togi: ")]
+    assert said.startswith(f"togi: {sentence.format(adapter)}")

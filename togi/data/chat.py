@@ -22,8 +22,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from togi.config.checks import template_problems
 from togi.data.calls import Tool
 from togi.data.faults import Drop, RowError
-from togi.data.messages import ASSISTANT, SYSTEM, USER, Dialogue, Message
-from togi.data.written import named_value
+from togi.data.messages import ASSISTANT, SYSTEM, USER, Dialogue, Message, is_message
+from togi.data.written import named_value, parsed, short
 from togi.errors import DataError
 
 SHOWN_CHARACTERS = 80
@@ -174,7 +174,16 @@ def plain_text(value: object, *, chat: bool = True) -> str:
         is_chat = chat and isinstance(value, list | dict)
         way_out = "use --apply_chat_template for lists of messages" if is_chat else "correct or remove the row"
         raise RowError(Drop.WRONG_TYPE, f"is {named_value(value)}, not a string: {way_out}.")
+    if chat and _holds_messages(value):
+        raise RowError(Drop.WRONG_TYPE, f"is a list of messages, as text ({short(value)}): use --apply_chat_template.")
     return value
+
+
+def _holds_messages(text: str) -> bool:
+    try:
+        return not isinstance(parsed(text, is_message), str)
+    except RowError:  # what only looks like messages is text here
+        return False
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[list[int]]:

@@ -40,8 +40,11 @@ class Note(StrEnum):
     AS_TEXT = "hold messages or tools as text, which is read as the list that it stands for"
     ONE_MESSAGE = "hold one message, or columns of messages, where a list is expected, and are read as one"
     CALL = "write tool calls otherwise than OpenAI's tool_calls with arguments (function_call, parameters, input), and are read so"
-    SYSTEM_FIELD = "have a field system, which is read as the system turn"
+    SYSTEM_FIELD = "have a field system or system_prompt, which is read as the system turn"
     PARTS = "have content in parts of text, which are joined"
+    MISSING_WORD = (
+        "have an answer or a prompt that says nan, None or null: if that stands for a missing value, remove the row"
+    )
     PROMPT_TWICE = "repeat the prompt in the conversation of the answer; it is used once, as the conversation has it"
     PROMPT_IN_ANSWER = (
         "have an answer that begins with the whole prompt: if it is there twice, leave it out of one field"

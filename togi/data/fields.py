@@ -16,6 +16,7 @@ from togi.data.turns import check_last, conversation
 
 # A shorter prompt may begin an answer by chance.
 LONG_PROMPT = 20
+MISSING_WORDS = frozenset({"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NaT"})
 
 
 def value_of(row: Row, where: str, flag: str, key: str) -> object:
@@ -138,7 +139,7 @@ def prompted_draft(
     text, reply = as_text(prompt, where, keys[0]), as_text(answer, where, keys[1])
     rendered = plain_prompt(text, spec.template)
     notes = frozenset({Note.PROMPT_IN_ANSWER} if _begins(reply, text) or _begins(reply, rendered) else ())
-    return plain_draft(rendered, reply, notes)
+    return plain_draft(rendered, reply, notes | _missing(text, reply))
 
 
 def prompted_dialogue(
@@ -150,7 +151,13 @@ def prompted_dialogue(
     whole, first = joined(question, answer_dialogue(answer, where, keys[1], frame, tokenizer), where, keys)
     if isinstance(prompt, str) and isinstance(answer, str) and _begins(answer, prompt):
         whole = replace(whole, notes=whole.notes | {Note.PROMPT_IN_ANSWER})
-    return whole, first
+    return replace(whole, notes=whole.notes | _missing(prompt, answer)), first
+
+
+def _missing(*values: object) -> frozenset[Note]:
+    """Whether a text is what programs write for a value that is not there. It may be meant, so it is only said."""
+    words = {value.strip() for value in values if isinstance(value, str)}
+    return frozenset({Note.MISSING_WORD} if words & MISSING_WORDS else ())
 
 
 def _begins(answer: str, prompt: str) -> bool:

@@ -52,6 +52,10 @@ def check_objects(path: Path, fields: Collection[str] = ()) -> None:
     ``fields``: those that rows are asked for, if they are known; one object on one line that has them is a row.
     """
     text, value, end = _first_value(path)
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value) and not text[end:].strip():
+        raise DataError(
+            f"{path} is one JSON list: let its name end in .json, or write one object a line (`jq -c .[] FILE`)."
+        )
     if not isinstance(value, dict):
         return
     lines = text[:end].strip().count("\n") + 1

@@ -34,7 +34,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 MARKS = {"weight": (0, 1), "train": (False, True), "trainable": (False, True)}
 TOOLS, FUNCTIONS = "tools", "functions"
 # The fields of a row that belong to the rendered prompt beside the messages.
-FRAME = (TOOLS, FUNCTIONS, SYSTEM)
+SYSTEM_FIELDS = (SYSTEM, "system_prompt")
+FRAME = (TOOLS, FUNCTIONS, *SYSTEM_FIELDS)
 _SHARED = {"from": "role", "value": "content"}
 # The types of a part that is text, in OpenAI's two interfaces.
 _TEXTS = ("text", "input_text", "output_text")
@@ -69,7 +70,7 @@ def dialogue_of(value: object, role: str, template: str | None, frame: Dialogue 
     notes = set[Note](frame.notes)
     found = value
     if isinstance(value, str):
-        found = parsed(value, _is_message)
+        found = parsed(value, is_message)
         notes |= set() if isinstance(found, str) else {Note.AS_TEXT}
     if isinstance(found, str):
         found = [{"role": role, "content": found}]
@@ -94,7 +95,8 @@ def frame_of(row: Row) -> Dialogue:
     tools = read_tools(row.get(TOOLS), notes)
     if not tools and is_tools(functions):
         tools = read_tools(functions, notes)
-    system, messages = row.get(SYSTEM), tuple[Message, ...]()
+    system = next((row[name] for name in SYSTEM_FIELDS if row.get(name)), None)
+    messages = tuple[Message, ...]()
     if isinstance(system, str) and system.strip():
         messages = ({"role": SYSTEM, "content": system},)
         notes.add(Note.SYSTEM_FIELD)
@@ -134,7 +136,8 @@ def unfilled(value: Any) -> Any:
     return [unfilled(item) for item in value] if isinstance(value, list) else value
 
 
-def _is_message(item: Mapping[str, Any]) -> bool:
+def is_message(item: Mapping[str, Any]) -> bool:
+    """Whether an object that was written as text is a message."""
     return ("role" in item or "from" in item) and bool({"content", "value", "tool_calls"} & item.keys())
 
 

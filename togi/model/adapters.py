@@ -78,6 +78,11 @@ def target_layers(hf: PreTrainedModel, wanted: Iterable[str]) -> list[str]:
     if targets == [ALL_LINEAR]:
         return every
     for target in targets:
+        if "," in target:
+            names = " ".join(part.strip() for part in target.split(",") if part.strip())
+            raise ModelError(
+                f"--target_modules {target}: separate the names by spaces, as in --target_modules {names}."
+            )
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             raise ModelError(
                 f"--target_modules {target}: {type(hf).__name__} has no such linear layer in its decoder: choose from "

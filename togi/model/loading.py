@@ -7,6 +7,7 @@ time (``deferred``), sharding.
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
@@ -175,7 +176,10 @@ def check_causal_lm(
 
 
 def known_tokens(path: str, trust_remote_code: bool = False) -> int:
-    """How many tokens the embedding of a model has a row for."""
+    """How many tokens the embedding of a model has a row for; of an adapter, that of the base that it names."""
+    record = Path(path) / ADAPTER_CONFIG
+    if record.is_file() and not (Path(path) / "config.json").is_file():
+        path = str(json.loads(record.read_text(encoding="utf-8"))["base_model_name_or_path"])
     return int(read_config(path, trust_remote_code).get_text_config().vocab_size)
 
 

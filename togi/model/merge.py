@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from togi.config.shared import ADAPTER_CONFIG
@@ -27,6 +27,7 @@ from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.proof import check_equal, outputs, probe
 
 SCALAR_TASK = "SEQ_CLS"
+GENERATION = "generation_config.json"
 MERGED_TOLERANCE = 1e-3
 _PREFIX = "base_model.model."
 _SIZES = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)")
@@ -38,15 +39,14 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
     Raises ModelError for a folder without an adapter, one of another kind than ``scalar`` says, one without the scalar head,
     one whose layers or sizes the base does not have, and one that gives other outputs merged than beside the base.
     """
-    record = _record(adapter)
-    is_scalar = record.get("task_type") == SCALAR_TASK
+    record, shapes = _record(adapter), _shapes(adapter)
+    is_scalar = record.get("task_type") == SCALAR_TASK or adapter_name(f"{HEAD}.weight") in shapes
     if is_scalar != scalar:
         advice = "add --is_rm" if is_scalar else "leave --is_rm out"
         raise ModelError(f"the adapter {adapter} is of a {'scalar' if is_scalar else 'language'} model: {advice}.")
-    shapes = _shapes(adapter)
     if scalar and adapter_name(f"{HEAD}.weight") not in shapes:
         raise ModelError(f"the adapter {adapter} has no {HEAD} head, and a new one would be random: train it again.")
-    path = base or record["base_model_name_or_path"]
+    path = base or _named_base(adapter, record)
     config = read_config(path, trust_remote_code)
     kind: Any = AutoModelForCausalLM
     if scalar:
@@ -58,7 +58,7 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
     _grow(model, adapter, path, shapes)
     hf = _merge(model, adapter, path, shapes)
     if not scalar:
-        return PolicyModel(hf)
+        return _with_ends(PolicyModel(hf), Path(adapter) / GENERATION)
     file = Path(adapter) / HEAD_RECORD
     # one that PEFT has written has no such file
     head: dict[str, Any] = {"value_head_prefix": HEAD}
@@ -71,6 +71,26 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
     return merged
 
 
+def _named_base(adapter: str, record: Mapping[str, Any]) -> str:
+    """The base that the adapter names. Raises ModelError where it names none, or a folder that is not there."""
+    path = record.get("base_model_name_or_path")
+    if not isinstance(path, str) or not path:
+        raise ModelError(f"the adapter {adapter} does not name its base model: give it as --model_path.")
+    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+        raise ModelError(
+            f"the adapter {adapter} was trained beside {path}, which is not there: give the base as --model_path."
+        )
+    return path
+
+
+def _with_ends(model: PolicyModel, generation: Path) -> PolicyModel:
+    """The model, ending its answers with the tokens that the adapter was trained to end them with."""
+    ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+    if ends is not None:
+        model.end_answers_with(ends if isinstance(ends, list) else [ends])
+    return model
+
+
 def _merge(model: PreTrainedModel, adapter: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedModel:
     """The sum, if it gives the outputs of the adapter beside the base."""
     is_tied = bool(model.config.get_text_config().tie_word_embeddings)
@@ -80,7 +100,7 @@ def _merge(model: PreTrainedModel, adapter: str, path: str, shapes: Mapping[str,
         warnings.simplefilter("ignore")
         try:
             beside: Any = PeftModel.from_pretrained(model, adapter)
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
             raise ModelError(f"the adapter {adapter} does not fit the model {path}: {_reason(error)}.") from error
         _check_names(beside, adapter, path, shapes)
         tokens = probe(model)
@@ -88,6 +108,10 @@ def _merge(model: PreTrainedModel, adapter: str, path: str, shapes: Mapping[str,
         try:
             hf: PreTrainedModel = beside.merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+            if "NaN" in str(error):
+                raise ModelError(
+                    f"the adapter {adapter} has weights that are not numbers (NaN): train it again."
+                ) from error
             kind = beside.peft_config[ADAPTER].peft_type.value
             raise ModelError(
                 f"the adapter {adapter} is of the kind {kind}, which PEFT cannot merge ({_reason(error)}): use it with PEFT."
@@ -189,6 +213,8 @@ def _record(adapter: str) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"--lora_path {adapter} is not an adapter: its {ADAPTER_CONFIG} cannot be read.") from error
+    if not isinstance(record, dict):
+        raise ModelError(f"--lora_path {adapter} is not an adapter: its {ADAPTER_CONFIG} holds no settings.")
     return record
 
 
@@ -196,5 +222,8 @@ def _shapes(adapter: str) -> dict[str, tuple[int, ...]]:
     path = Path(adapter) / ADAPTER_WEIGHTS
     if not path.is_file():
         raise ModelError(f"--lora_path {adapter} has no {ADAPTER_WEIGHTS}: save the adapter in safetensors.")
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ModelError(f"{path} cannot be read ({error}): copy or download it again, whole.") from error

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable
 
 from togi.obs.report import write_report
 from togi.obs.run_dir import RunDirectory, State
-from togi.obs.way_out import way_out
+from togi.obs.way_out import tolerated, way_out
+
+
+def cause(error: BaseException) -> str:
+    """Why a run ended, in words for its status."""
+    if isinstance(error, KeyboardInterrupt | CancelledError):
+        return "interrupted"
+    return str(error) or type(error).__name__
 
 
 def end_run(directory: RunDirectory, state: State, message: str = "", close: Callable[[], None] = lambda: None) -> None:
@@ -15,5 +23,5 @@ def end_run(directory: RunDirectory, state: State, message: str = "", close: Cal
         close()
     with way_out("writing the run's status"):
         directory.write_status(state, message)
-    with way_out("writing the report page"):
+    with tolerated("writing the report page"), way_out("writing the report page"):
         write_report(directory.root)

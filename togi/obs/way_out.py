@@ -42,6 +42,15 @@ def way_out(what: str) -> Iterator[None]:
 
 
 @contextmanager
+def tolerated(what: str) -> Iterator[None]:
+    """For what a run can do without: that it fails is logged, and the run goes on."""
+    try:
+        yield
+    except (OSError, WriteError) as error:
+        logger.warning("%s failed, and the run goes on without it (%s)", what, " ".join(str(error).split()))
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise WriteError naming ``path`` when the block cannot write."""
     try:

@@ -27,6 +27,7 @@ from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.proof import save_adapted, save_proven
 from togi.obs.model_card import CARD, model_card
 from togi.obs.run_dir import RunDirectory
+from togi.recipes.merge import check_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def export(config: ExportConfig) -> Iterator[str]:
         raise ConfigError(
             f"The run {config.run_dir} has no final model in {source}: give one of its checkpoints by --ckpt."
         )
+    check_target(config.output_path, {"run_dir": config.run_dir, "save_path": str(source), "pretrain": run.pretrain})
     with written_aside(Path(config.output_path)) as aside:
         if checkpoint is not None and checkpoint.state["resumable"]:
             _convert(run, checkpoint, aside, trust_remote_code=config.trust_remote_code)

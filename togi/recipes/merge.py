@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from togi.config.merge import MergeConfig
 from togi.data.chat import Tokenizer, load_tokenizer
-from togi.errors import DataError, ModelError
+from togi.errors import ConfigError, DataError, ModelError
 from togi.model.checkpoint import written_aside
 from togi.model.merge import load_merged
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.proof import save_proven
+
+
+def check_target(output: str, sources: Mapping[str, str]) -> None:
+    """Raise ConfigError if what is written would take the place of what it is made of, or of a folder around it."""
+    target = Path(output).resolve()
+    for flag, source in sources.items():
+        if source and Path(source).exists() and Path(source).resolve().is_relative_to(target):
+            raise ConfigError(f"--output_path {output} would replace --{flag} {source}: give another folder.")
 
 
 def _check_rows(config: MergeConfig, model: PolicyModel | ScalarModel, tokenizer: Tokenizer) -> None:
@@ -42,6 +51,7 @@ def merge(config: MergeConfig) -> None:
 
     Raises ModelError for an adapter that does not fit.
     """
+    check_target(config.output_path, {"lora_path": config.lora_path, "model_path": config.model_path})
     trust = config.trust_remote_code
     model = load_merged(config.lora_path, config.model_path, scalar=config.is_rm, trust_remote_code=trust)
     beside = (Path(config.lora_path) / "tokenizer_config.json").is_file()

@@ -14,6 +14,7 @@ from pathlib import Path
 from togi.config.offline import KDConfig, OfflineConfig
 from togi.config.parse import Parsed
 from togi.learn.checkpoint import Checkpoint
+from togi.obs.ending import cause
 from togi.obs.progress import Progress
 from togi.obs.run_dir import State
 from togi.obs.way_out import way_out
@@ -115,7 +116,7 @@ def _run(config: OfflineConfig, command: str, world: World, journal: Journal) ->
             with way_out("ending what runs beside the training"):
                 run.close()
     except BaseException as error:
-        journal.close(State.FAILED, str(error) or type(error).__name__)
+        journal.close(State.FAILED, cause(error))
         raise
     journal.close(State.FINISHED)
     return Result(journal.root, Path(config.save_path), plan.steps, tuple(evaluations), world.is_first)

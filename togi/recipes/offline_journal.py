@@ -11,7 +11,7 @@ from typing import Any
 from togi.config.offline import OfflineConfig
 from togi.config.parse import Parsed
 from togi.data.report import DataReport
-from togi.obs.ending import end_run
+from togi.obs.ending import cause, end_run
 from togi.obs.held_out import HeldOutRow, write_rows
 from togi.obs.metrics import StepRecord
 from togi.obs.progress import Progress
@@ -19,6 +19,7 @@ from togi.obs.report import write_report
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.obs.sinks import Recorder, open_trackers
 from togi.obs.stall import Watchdog
+from togi.obs.way_out import tolerated
 from togi.recipes.preflight import trackers
 
 STALL_SECONDS = 1800.0
@@ -83,7 +84,7 @@ class RunJournal(Journal):
         try:
             self._fill(reports, step, settings)
         except BaseException as error:
-            self.close(State.FAILED, str(error) or type(error).__name__)
+            self.close(State.FAILED, cause(error))
             raise
         super().open(reports, step, steps)
 
@@ -108,7 +109,8 @@ class RunJournal(Journal):
         if step > 0:
             self.progress.step(step, note)
         if time.monotonic() > self._report_due:
-            write_report(self.root)
+            with tolerated("writing the report page"):
+                write_report(self.root)
             self._report_due = time.monotonic() + REPORT_SECONDS
 
     def write_rows(self, step: int, rows: Sequence[HeldOutRow]) -> None:

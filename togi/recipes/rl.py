@@ -12,7 +12,7 @@ from typing import Any
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.learn.checkpoint import Checkpoint
-from togi.obs.ending import end_run
+from togi.obs.ending import cause, end_run
 from togi.obs.progress import Progress
 from togi.obs.run_dir import RunDirectory, State
 from togi.obs.way_out import way_out
@@ -77,7 +77,7 @@ async def _run(
         try:
             result = await _with_session(config, opened, directory, progress, announce)
         except BaseException as error:
-            end_run(directory, State.FAILED, str(error) or type(error).__name__)
+            end_run(directory, State.FAILED, cause(error))
             raise
         end_run(directory, State.FINISHED)
         return result

@@ -27,7 +27,7 @@ from togi.obs.rollout_store import Split
 from togi.obs.run_dir import RunDirectory
 from togi.obs.sinks import Recorder, open_trackers
 from togi.obs.stall import Watchdog
-from togi.obs.way_out import way_out
+from togi.obs.way_out import tolerated, way_out
 from togi.plan.placement import Role
 from togi.recipes.plan import StepPlan
 from togi.recipes.preflight import trackers
@@ -279,7 +279,8 @@ class Run:
         self._progress.step(self.step, note)
         self._values = {}
         if time.monotonic() > self._report_due:
-            write_report(self._directory.root)
+            with tolerated("writing the report page"):
+                write_report(self._directory.root)
             self._report_due = time.monotonic() + REPORT_SECONDS
 
     async def checkpoint_if_due(self) -> None:

@@ -23,7 +23,7 @@ from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.learn.learner_state import check_rank
 from togi.model.adapter_update import check_base_files
 from togi.model.loading import check_causal_lm, known_tokens
-from togi.obs.ending import end_run
+from togi.obs.ending import cause, end_run
 from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.obs.way_out import way_out
@@ -224,7 +224,7 @@ def open_run(parsed: Parsed[RLConfig], argv: Sequence[str], material: Material) 
         for name, report in material.reports.items():
             report.write(root / "data" / name)
     except BaseException as error:
-        end_run(directory, State.FAILED, str(error) or type(error).__name__)
+        end_run(directory, State.FAILED, cause(error))
         raise
     directory.write_status(State.RUNNING)
     return directory

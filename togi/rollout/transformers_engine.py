@@ -172,14 +172,18 @@ class TransformersCore:
         self._slots.clear()
 
     def _load(self, kind: Any, folder: str | None, **arguments: Any) -> PreTrainedModel:
-        model, info = kind.from_pretrained(
-            folder,
-            dtype=getattr(torch, self._settings.dtype),
-            attn_implementation="sdpa",
-            trust_remote_code=self._settings.trust_remote_code,
-            output_loading_info=True,
-            **arguments,
-        )
+        try:
+            model, info = kind.from_pretrained(
+                folder,
+                dtype=getattr(torch, self._settings.dtype),
+                attn_implementation="sdpa",
+                trust_remote_code=self._settings.trust_remote_code,
+                output_loading_info=True,
+                **arguments,
+            )
+        except ValueError as error:  # an architecture without an attention interface, such as BLOOM
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"the Transformers engine cannot generate with {folder!r}: {reason}") from error
         if info["missing_keys"]:
             raise ModelError(f"the checkpoint {folder!r} lacks {', '.join(sorted(info['missing_keys'])[:5])}")
         model.set_attn_implementation(

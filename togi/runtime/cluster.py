@@ -26,7 +26,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from togi.errors import ConfigError
+from togi.errors import ConfigError, RunError
 from togi.plan.machine import Machine, joins_cluster
 from togi.plan.placement import (
     Group,
@@ -98,7 +98,11 @@ def _start(machine: Machine) -> None:
             return
         except Exception as error:  # of no class of its own
             if is_last or SLOW_START not in str(error):
-                raise
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise RunError(
+                    f"Ray cannot be started on this machine ({reason[:300]}): look at free memory, at room in /tmp and at the "
+                    "limits of the shell (ulimit -a)."
+                ) from error
             logger.warning("Ray did not start within its time, so it is started again: this machine is busy.")
             ray.shutdown()
 
