@@ -318,6 +318,11 @@ def test_words_for_missing_values_are_said(tmp_path):
             ]
 
 
+def test_a_string_stays_one_where_the_tools_are_text(tmp_path):
+    told = fault(tmp_path, {"m": "q", "tools": json.dumps(TOOLS)}, TOOL_TEMPLATE)
+    assert told.startswith("is a string, but without --output_key it must be a list of messages")
+
+
 def test_messages_as_text_need_the_chat_template(tmp_path):
     told = fault(tmp_path, {"m": str([USER]), "o": "a"}, output_key="o", apply_chat_template=False, multiturn=False)
     assert told == "is a list of messages, as text (\"[{'role': 'user', 'content': 'q'}]\"): use --apply_chat_template"

@@ -8,11 +8,23 @@ from dataclasses import replace
 from togi.data.chat import Tokenizer, plain_prompt, plain_text, template_text
 from togi.data.faults import Drop, Note, RowError, check_present, named
 from togi.data.masks import Draft
-from togi.data.messages import ASSISTANT, SYSTEM, TOOL, TOOLS, USER, Dialogue, Message, dialogue_of, frame_of
+from togi.data.messages import (
+    ASSISTANT,
+    SYSTEM,
+    TOOL,
+    TOOLS,
+    USER,
+    Dialogue,
+    Message,
+    dialogue_of,
+    frame_of,
+    is_message,
+)
 from togi.data.precheck import missing_field
 from togi.data.record_spec import RecordSpec
 from togi.data.tables import Row
 from togi.data.turns import check_last, conversation
+from togi.data.written import parsed
 
 # A shorter prompt may begin an answer by chance.
 LONG_PROMPT = 20
@@ -54,7 +66,7 @@ def prompt_dialogue(value: object, where: str, key: str, frame: Dialogue, tokeni
 def whole_dialogue(value: object, where: str, key: str, frame: Dialogue, flag: str, tokenizer: Tokenizer) -> Dialogue:
     """A conversation that ends with the answer, where the field ``flag`` would name is not there. Raises RowError."""
     found = prompt_dialogue(value, where, key, frame, tokenizer)
-    if isinstance(value, str) and Note.AS_TEXT not in found.notes:
+    if isinstance(value, str) and isinstance(parsed(value, is_message), str):
         raise RowError(
             Drop.WRONG_TYPE,
             f"{where}: the field {key!r} is a string, but without --{flag} it must be a list of messages that ends with the "
