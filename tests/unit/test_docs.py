@@ -20,6 +20,7 @@ from tests.e2e.test_rl_samples import EXAMPLES as SAMPLE_EXAMPLES
 from tests.e2e.test_rlhf_chain import EXAMPLES as CHAIN_EXAMPLES
 from togi.cli.check import CHECKED
 from togi.cli.main import COMMANDS
+from togi.config.chat import ChatConfig
 from togi.config.check import RLCheckConfig
 from togi.config.checks import check_rl
 from togi.config.export import ExportConfig
@@ -41,7 +42,16 @@ OFFLINE: dict[str, type[OfflineConfig]] = {
     "prm": PRMConfig,
     "kd": KDConfig,
 }
-CONFIGS = (RLConfig, RLCheckConfig, InferConfig, IterateConfig, ServeRMConfig, ExportConfig, *OFFLINE.values())
+CONFIGS = (
+    RLConfig,
+    RLCheckConfig,
+    ChatConfig,
+    InferConfig,
+    IterateConfig,
+    ServeRMConfig,
+    ExportConfig,
+    *OFFLINE.values(),
+)
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",

@@ -80,6 +80,8 @@ def load_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
 
 def check_rank(folder: Path, rank: int) -> None:
     """Raise CheckpointError if the state in ``folder`` is of an adapter of another rank; ``rank`` 0 is none."""
+    if not (folder / LEARNER).is_file():  # what loads it says what is missing
+        return
     record = json.loads((folder / LEARNER).read_text(encoding="utf-8"))
     ranks = {shape[0] for name, shape in record["parameters"].items() if ADAPTER_A in name}
     saved = ranks.pop() if len(ranks) == 1 else 0
