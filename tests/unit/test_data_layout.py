@@ -82,7 +82,7 @@ FOREIGN = [
     ("a.csv", "prompt,answer\na,b\n".encode("utf-16-le"), UTF16),
     ("a.csv", b"prompt,answer,prompt\na,b,c\n", "{} has two columns of the name 'prompt' in its first line: rename one of them."),
     *((f"a.{name}", POINTER, LFS) for name in ("jsonl", "json", "csv", "parquet", "arrow")),
-    ("a.jsonl", gzip.compress(json.dumps(ROWS[0]).encode()), "{} is compressed: unpack it."),
+    ("a.jsonl", gzip.compress(json.dumps(ROWS[0]).encode(), mtime=0), "{} is compressed: unpack it."),
     ("a.jsonl.gz", b"", "{} is compressed: unpack it."),
     ("a.json.zst", b"", "{} is compressed: unpack it."),
     ("a.xlsx", b"PK\x03\x04", "{} is a workbook: export it as CSV UTF-8."),
