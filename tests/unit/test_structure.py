@@ -96,7 +96,7 @@ def test_fences(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_size_bars(path: Path) -> None:
     source = path.read_text()
-    assert len(source.splitlines()) <= 400, f"{relative(path)} is longer than 400 lines"
+    assert len(source.splitlines()) <= 500, f"{relative(path)} is longer than 500 lines"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1

@@ -93,6 +93,13 @@ def cispo_loss(
     return PolicyTerms(loss_K, ratio_K, weight_K != ratio_K, log_ratio_K, torch.zeros_like(weight_K, dtype=torch.bool))
 
 
+def with_ratio(loss_K: Tensor, log_ratio_K: Tensor, clip_low: float, clip_high: float) -> PolicyTerms:
+    """A loss of another making with the ratio's reports: ``clipped_K`` is where the ratio is beyond [1 - low, 1 + high]."""
+    ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    beyond_K = (ratio_K < 1 - clip_low) | (ratio_K > 1 + clip_high)
+    return PolicyTerms(loss_K, ratio_K, beyond_K, log_ratio_K, torch.zeros_like(beyond_K))
+
+
 def _clipped(
     log_ratio_K: Tensor, advantages_K: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> PolicyTerms:

@@ -20,6 +20,7 @@ from togi.config.choices import (
     Scheduler,
     Verifier,
 )
+from togi.config.hooks import Hook
 from togi.config.parallel_checks import parallel_problems
 from togi.config.policy_checks import lora_dropout_problems, lora_sync_problems, policy_loss_problems
 from togi.config.rl import RLConfig
@@ -205,6 +206,15 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
     yield from policy_loss_problems(c)
     yield from lora_sync_problems(c)
     yield from lora_dropout_problems(c)
+    yield from _useless(c)
+
+
+def _useless(c: RLConfig) -> Iterator[str]:
+    """Settings of advantages that the estimator does not read."""
+    estimator = c.advantage_estimator
+    if isinstance(estimator, Hook):
+        for name in c.changed("gamma", "lambd", "reward_clip_range", "no_advantage_std_norm"):
+            yield f"--{name} has no effect with --advantage_estimator {estimator}, whose result is used as it is: leave it out."
     if c.no_advantage_std_norm and estimator in (AdvantageEstimator.GROUP_NORM, AdvantageEstimator.DR_GRPO):
         yield f"--no_advantage_std_norm has no effect with --advantage_estimator {estimator}: leave it out."
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from togi.config.choices import Aggregation, LoraSync, PolicyLossType
+from togi.config.hooks import Hook
 from togi.config.rl import RLConfig
 from togi.config.shared import ModelSettings
 
@@ -19,6 +20,8 @@ def policy_loss_problems(c: RLConfig) -> Iterator[str]:
         yield f"{flag}: the clip range {low:g} {high:g} must be positive and the lower number {limit}."
     if c.dual_clip is not None and is_cispo:
         yield "--dual_clip bounds a ratio that --policy_loss_type cispo bounds already, on both sides: leave it out."
+    if c.dual_clip is not None and isinstance(kind, Hook):
+        yield f"--dual_clip has no effect with --policy_loss_type {kind}: leave it out."
     if kind is PolicyLossType.GSPO and c.aggregation is not Aggregation.SEQUENCE_MEAN:
         yield (
             f"--policy_loss_type gspo is a mean over sequences of their token means, not --loss_aggregation {c.aggregation}: "

@@ -17,6 +17,7 @@ from togi.config.choices import (
     SyncBackend,
 )
 from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag
+from togi.config.hooks import HookField
 from togi.config.presets import preset_values
 from togi.config.reward import RewardSettings
 from togi.config.samples import PretrainMixSettings, SampleSettings
@@ -105,13 +106,16 @@ class AlgorithmSettings(Settings):
         None,
         "Start from the published settings of an algorithm; what is given otherwise wins, and sizes are not part of it.",
     )
-    advantage_estimator: AdvantageEstimator = flag(AdvantageEstimator.GAE, "How rewards become advantages.")
+    advantage_estimator: AdvantageEstimator | HookField = flag(
+        AdvantageEstimator.GAE,
+        "How rewards become advantages; FILE.py:name for a function of your own (examples/hooks).",
+    )
     gamma: float = flag(1.0, "Discount. Group estimators need 1.", gt=0, le=1)
     lambd: float = flag(1.0, "GAE lambda.", ge=0, le=1)
-    policy_loss_type: PolicyLossType = flag(
+    policy_loss_type: PolicyLossType | HookField = flag(
         PolicyLossType.PPO,
         "Policy objective: ppo clips each token's ratio, gspo one ratio a sequence (published with --eps_clip_low_high 3e-4 "
-        "4e-4), cispo the weight of a gradient that is never dropped.",
+        "4e-4), cispo the weight of a gradient that is never dropped; FILE.py:name for a function of your own.",
     )
     eps_clip: float = flag(0.2, "Clip range of the ratio.", gt=0)
     eps_clip_low_high: tuple[float, float] | None = flag(None, "Separate lower and upper clip; replaces --eps_clip.")

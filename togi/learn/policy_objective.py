@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from togi.algo import aggregate
 from togi.algo.correction import TokenWeights, correction
 from togi.algo.kl import kl_estimate
-from togi.algo.policy_loss import PolicyTerms, cispo_loss, gspo_loss, policy_loss, value_loss
+from togi.algo.policy_loss import PolicyTerms, cispo_loss, gspo_loss, policy_loss, value_loss, with_ratio
 from togi.batch import Batch
 from togi.config.choices import Aggregation, CorrectionType, KLEstimator, PolicyLossType
+from togi.config.hooks import Hook
+from togi.learn.hooks import load_policy_loss
 from togi.learn.objective import Loss, Objective, token_metrics
 from togi.model.outputs import Needs, Outputs
 from togi.obs import names
@@ -69,7 +71,7 @@ class PolicyObjective(Objective):
     clip_low: float
     clip_high: float
     aggregation: Aggregation
-    kind: PolicyLossType = PolicyLossType.PPO
+    kind: PolicyLossType | Hook = PolicyLossType.PPO
     dual_clip: float | None = None
     constant: float = 1.0
     kl: KLInLoss | None = None
@@ -137,6 +139,25 @@ class PolicyObjective(Objective):
                 )
             case PolicyLossType.CISPO:
                 return cispo_loss(*streams, clip_low=self.clip_low, clip_high=self.clip_high)
+            case Hook() as hook:
+                return self._hooked(hook, *streams, batch.target_sequences_K)
+
+    def _hooked(
+        self, hook: Hook, logprobs_K: Tensor, base_K: Tensor, advantages_K: Tensor, sequences_K: Tensor
+    ) -> PolicyTerms:
+        """The user's loss. What is reported as clipped is what lies beyond the clip range, whatever the loss does there."""
+        if logprobs_K.numel() == 0:  # a share without a token to train: no affair of the user's
+            loss_K = logprobs_K
+        else:
+            loss_K = load_policy_loss(hook)(
+                logprobs_K=logprobs_K,
+                old_logprobs_K=base_K.clone(),
+                advantages_K=advantages_K.clone(),
+                sequences_K=sequences_K,
+                clip_low=self.clip_low,
+                clip_high=self.clip_high,
+            )
+        return with_ratio(loss_K, (logprobs_K - base_K).detach(), self.clip_low, self.clip_high)
 
     def _trust(self, settings: EngineCorrection, old_K: Tensor, batch: Batch) -> TokenWeights:
         return correction(

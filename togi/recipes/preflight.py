@@ -17,6 +17,7 @@ from typing import Any
 
 from togi.config.checks import check_mixture, check_rl
 from togi.config.choices import BackendName, EngineName
+from togi.config.hooks import Hook
 from togi.config.model_facts import check_length
 from togi.config.parallel_checks import check_splittable
 from togi.config.parse import Parsed
@@ -25,7 +26,7 @@ from togi.config.rl import RLConfig
 from togi.config.shared import ADAPTER_CONFIG, COMPILABLE, ModelSettings, OutputSettings, TrainSettings
 from togi.data.items import listed, parse_items
 from togi.data.precheck import check_sources, parse_probs
-from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError
+from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError, UserError
 from togi.obs.sinks import TrackerOptions, check_trackers
 from togi.plan.machine import Machine, check_compiler, joins_cluster
 from togi.plan.placement import check_fits, check_spread, plan_groups, resolve
@@ -70,6 +71,12 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     check_prompts(config)
     for file in config.reward_files:
         check_reward(file)
+    for name, value in (
+        ("advantage_estimator", config.advantage_estimator),
+        ("policy_loss_type", config.policy_loss_type),
+    ):
+        if isinstance(value, Hook):
+            check_hook_file(name, value)
     check_trackers(trackers(config))
     check_folders(config)
     return parsed
@@ -276,23 +283,37 @@ def check_reward(item: str) -> None:
 
 def check_reward_file(path: Path) -> None:
     """The file must parse and define ``reward_func``; it is not run here."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except OSError as error:
-        raise RewardError(
-            f"The reward file {path} cannot be read ({error.strerror}): give --{FUNCTION} the path of a Python file."
-        ) from None
-    except SyntaxError as error:
-        raise RewardError(f"The reward file {path} has a syntax error in line {error.lineno}: {error.msg}.") from None
-    except ValueError as error:
-        raise RewardError(f"The reward file {path} is not Python text: {error}.") from None
-    defined = _defined(tree)
+    defined = _defined(_syntax(path, f"The reward file {path}", f"--{FUNCTION}", RewardError))
     if FUNCTION not in defined and "*" not in defined:
         there = listed(sorted(defined)) or "nothing"
         raise RewardError(
             f"The reward file {path} must define {FUNCTION}(queries, prompts, labels, **kwargs) but defines {there}: "
             f"add it, or rename your function to {FUNCTION}."
         )
+
+
+def check_hook_file(flag: str, hook: Hook) -> None:
+    """The file of ``FILE.py:name`` must parse and define the name; it is not run here."""
+    if hook.function is not None:
+        return
+    defined = _defined(_syntax(Path(hook.path).expanduser(), f"--{flag} {hook}: the file", f"--{flag}", ConfigError))
+    if hook.name not in defined and "*" not in defined:
+        raise ConfigError(
+            f"--{flag} {hook}: the file defines no {hook.name}, but {listed(sorted(defined)) or 'nothing'}: write one of those "
+            "after the colon, or add it."
+        )
+
+
+def _syntax(path: Path, shown: str, flag: str, kind: type[UserError]) -> ast.Module:
+    """The syntax tree of a user's Python file. Raises ``kind``."""
+    try:
+        return ast.parse(path.read_bytes())
+    except OSError as error:
+        raise kind(f"{shown} cannot be read ({error.strerror}): give {flag} the path of a Python file.") from None
+    except SyntaxError as error:
+        raise kind(f"{shown} has a syntax error in line {error.lineno}: {error.msg}.") from None
+    except ValueError as error:
+        raise kind(f"{shown} is not Python text: {error}.") from None
 
 
 def _defined(tree: ast.Module) -> set[str]:

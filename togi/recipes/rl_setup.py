@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from togi.config.hooks import Hook
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.data.chat import Tokenizer, decode, end_notice, load_tokenizer, stop_token_ids, visible
@@ -20,6 +21,7 @@ from togi.data.vocabulary import check_tokens, check_vocabulary
 from togi.errors import CheckpointError
 from togi.learn.best import Aim
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
+from togi.learn.hooks import check_estimator, check_policy_loss
 from togi.learn.learner_state import check_rank
 from togi.model.adapter_update import check_base_files
 from togi.model.loading import check_causal_lm, known_tokens
@@ -81,6 +83,7 @@ async def opening(
     config: RLConfig, function: Callable[..., Any] | None, progress: Progress, announce: Callable[[str], None]
 ) -> Opening:
     """Everything of a run that comes before its processes. Close the material's rewards at the end. Raises UserError."""
+    check_hooks(config)
     material = await prepare(config, function, progress)
     try:
         plan = StepPlan.of(config, len(material.prompts))
@@ -93,6 +96,15 @@ async def opening(
         with way_out("closing the rewards"):
             await material.rewards.close()
         raise
+
+
+def check_hooks(config: RLConfig) -> None:
+    """Try the user's own estimator and policy loss on a made-up batch. Raises ConfigError."""
+    if isinstance(config.advantage_estimator, Hook):
+        check_estimator(config.advantage_estimator, penalised=config.uses_reference and not config.use_kl_loss)
+    if isinstance(config.policy_loss_type, Hook):
+        clips = bool(config.changed("eps_clip", "eps_clip_low_high"))
+        check_policy_loss(config.policy_loss_type, *config.clip_range, clips=clips)
 
 
 async def prepare(config: RLConfig, function: Callable[..., Any] | None, progress: Progress) -> Material:

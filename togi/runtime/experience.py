@@ -16,7 +16,9 @@ from torch import Tensor
 from togi.algo.advantages import advantages
 from togi.algo.kl import kl_estimate
 from togi.config.choices import KLEstimator, OnRewardError
+from togi.config.hooks import Hook
 from togi.config.rl import RLConfig
+from togi.learn.hooks import load_estimator
 from togi.learn.policy_objective import (
     ADVANTAGES,
     OLD_LOGPROBS,
@@ -94,10 +96,19 @@ def with_advantages(
     lengths = torch.tensor([int(sample.loss_mask.sum()) for sample in samples])
     sequences_K = torch.repeat_interleave(torch.arange(len(samples)), lengths)
     in_reward = config.uses_reference and not config.use_kl_loss
+    rewards_N = torch.tensor([item.score.value for item in items], dtype=torch.float64)
+    groups_N = torch.tensor([item.group for item in items])
+    ends = np.cumsum(lengths.numpy())[:-1]
+    if isinstance(config.advantage_estimator, Hook):
+        penalties_K = kl_coef * _reference_kl(samples) if in_reward else torch.zeros(len(sequences_K)).double()
+        estimated_K = load_estimator(config.advantage_estimator)(
+            rewards_N=rewards_N, groups_N=groups_N, sequences_K=sequences_K, penalties_K=penalties_K
+        )
+        return with_streams(samples, {ADVANTAGES: np.split(estimated_K.numpy().astype(np.float32), ends)})
     result = advantages(
         config.advantage_estimator,
-        torch.tensor([item.score.value for item in items], dtype=torch.float64),
-        torch.tensor([item.group for item in items]),
+        rewards_N,
+        groups_N,
         sequences_K,
         reward_clip=config.reward_clip_range,
         kl_K=_reference_kl(samples) if in_reward else None,
@@ -107,7 +118,6 @@ def with_advantages(
         lam=config.lambd,
         no_std_norm=config.no_advantage_std_norm,
     )
-    ends = np.cumsum(lengths.numpy())[:-1]
     per_sample = {
         name: np.split(flat_K.numpy().astype(np.float32), ends)
         for name, flat_K in ((ADVANTAGES, result.advantages_K), (RETURNS, result.returns_K))

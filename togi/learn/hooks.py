@@ -1,0 +1,178 @@
+"""Advantage estimators and policy losses of the user's own: what they are given, loading them, trying them.
+
+An advantage estimator (``--advantage_estimator FILE.py:name``) is called once a step, with all its samples::
+
+    def estimator(rewards_N, groups_N, sequences_K, penalties_K) -> advantages_K
+
+A policy loss (``--policy_loss_type FILE.py:name``) is called on each micro-batch::
+
+    def loss(logprobs_K, old_logprobs_K, advantages_K, sequences_K, clip_low, clip_high) -> loss_K
+
+Shape letters: K tokens in the loss, flat, in order; N sequences. ``rewards_N`` (float64) are the scores as the reward gave them,
+``groups_N`` (int64) the prompt of each sequence: samples of one prompt share a number, groups have any size. ``sequences_K``
+(int64) is the sequence of each token, in ascending runs. ``penalties_K`` (float64) is the KL coefficient x the estimated KL of
+each token to the reference, in nats, to be taken off the reward; zeros without a KL in the reward. What an estimator returns is
+used as it is: no clip and no normalisation follows. ``logprobs_K`` has the gradient; old log-probs and advantages are constants.
+A loss is returned for each token; summing and dividing by the count of the whole step (``--loss_aggregation``), the correction
+for the engine, KL and entropy are Togi's. A function takes those of the arguments that it names, and must be pure: equal
+arguments, equal results, no argument changed. ``togi.algo`` has the parts that the built-in ones are made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from togi.config.hooks import Hook
+from togi.errors import ConfigError
+
+ESTIMATOR = ("rewards_N", "groups_N", "sequences_K", "penalties_K")
+LOSS = ("logprobs_K", "old_logprobs_K", "advantages_K", "sequences_K", "clip_low", "clip_high")
+# Two sequences on their own must have the losses that they have together: rounding is all that may differ.
+TOLERANCE = 1e-5
+
+
+def load(hook: Hook, flag: str, known: tuple[str, ...]) -> Callable[..., Tensor]:
+    """The function, which is then called with all arguments of ``known`` by name. Raises ConfigError naming ``--flag``."""
+    function = hook.function if hook.function is not None else _from_file(hook, flag)
+    shown = f"--{flag} {hook}"
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        raise ConfigError(f"{shown} is not a plain function: give one that takes {', '.join(known)}.")
+    parameters = inspect.signature(function).parameters.values()
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if unknown := [name for name in required if name not in known]:
+        raise ConfigError(f"{shown} asks for {unknown[0]}, which it cannot have: it may take {', '.join(known)}.")
+    wanted = frozenset(known if takes_all else named)
+
+    def call(**arguments: Any) -> Tensor:
+        result = function(**{name: value for name, value in arguments.items() if name in wanted})
+        assert isinstance(result, Tensor), f"{shown} returned {type(result).__name__}, not a tensor"
+        return result
+
+    return call
+
+
+def load_estimator(hook: Hook) -> Callable[..., Tensor]:
+    """The estimator, to be called with the arguments of ``ESTIMATOR`` by name."""
+    return load(hook, "advantage_estimator", ESTIMATOR)
+
+
+def load_policy_loss(hook: Hook) -> Callable[..., Tensor]:
+    """The policy loss, to be called with the arguments of ``LOSS`` by name."""
+    return load(hook, "policy_loss_type", LOSS)
+
+
+def check_estimator(hook: Hook, *, penalised: bool) -> None:
+    """Try the estimator on five made-up sequences of three prompts. ``penalised``: a KL is in the reward.
+
+    Raises ConfigError.
+    """
+    function, shown = load_estimator(hook), f"--advantage_estimator {hook}"
+    arguments = {
+        "rewards_N": torch.tensor([1.0, 0.0, 0.5, 0.25, -1.0], dtype=torch.float64),
+        "groups_N": torch.tensor([0, 0, 1, 1, 2]),
+        "sequences_K": torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 4, 4]),
+        "penalties_K": torch.zeros(10, dtype=torch.float64),
+    }
+    result_K = _tried(function, shown, arguments, tokens=10)
+    if not penalised:
+        return
+    penalties_K = torch.linspace(0.1, 1.0, 10, dtype=torch.float64)
+    if torch.equal(result_K, _tried(function, shown, {**arguments, "penalties_K": penalties_K}, tokens=10)):
+        raise ConfigError(
+            f"{shown} does not use penalties_K, so the KL that --init_kl_coef puts into the reward would have no effect: use it, "
+            "add --use_kl_loss, or set --init_kl_coef 0."
+        )
+
+
+def check_policy_loss(hook: Hook, clip_low: float, clip_high: float, *, clips: bool) -> None:
+    """Try the loss on two made-up sequences, together and alone. ``clips``: the clip range was given by the user.
+
+    Raises ConfigError.
+    """
+    function, shown = load_policy_loss(hook), f"--policy_loss_type {hook}"
+
+    def loss(first: int, end: int, low: float, high: float) -> tuple[Tensor, Tensor]:
+        """Losses and their gradient on tokens ``first`` to ``end``."""
+        logprobs_K = torch.tensor([-0.1, -2.0, -0.5, -1.0, -3.0])[first:end].requires_grad_()
+        streams = {
+            "logprobs_K": logprobs_K,
+            "old_logprobs_K": torch.tensor([-0.1, -1.5, -1.5, -1.1, -0.5])[first:end],
+            "advantages_K": torch.tensor([1.0, 1.0, 1.0, -0.5, -0.5])[first:end],
+            "sequences_K": torch.tensor([0, 0, 0, 1, 1])[first:end] - int(first > 0),
+        }
+        loss_K = _tried(function, shown, {**streams, "clip_low": low, "clip_high": high}, tokens=end - first)
+        if not loss_K.requires_grad:
+            raise ConfigError(f"{shown} has no gradient: its result must be computed from logprobs_K.")
+        (gradient_K,) = torch.autograd.grad(loss_K.sum(), logprobs_K)
+        if not bool(gradient_K.isfinite().all()):
+            raise ConfigError(f"{shown} has a gradient that is not finite ({gradient_K.tolist()}).")
+        return loss_K.detach(), gradient_K
+
+    whole = loss(0, 5, clip_low, clip_high)
+    alone = [
+        torch.cat(parts) for parts in zip(loss(0, 3, clip_low, clip_high), loss(3, 5, clip_low, clip_high), strict=True)
+    ]
+    if not all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in zip(whole, alone, strict=True)):
+        raise ConfigError(
+            f"{shown} gives a sequence another loss when other sequences are beside it, so the result would depend on how tokens "
+            "are packed: use only tokens of a token's own sequence (sequences_K), and return no mean over tokens."
+        )
+    if clips and all(torch.equal(a, b) for a, b in zip(whole, loss(0, 5, clip_low / 8, clip_high / 8), strict=True)):
+        raise ConfigError(
+            f"{shown} does not use clip_low and clip_high, so the clip range has no effect: use them, or leave --eps_clip and "
+            "--eps_clip_low_high out."
+        )
+
+
+def _tried(function: Callable[..., Tensor], shown: str, arguments: Mapping[str, Any], *, tokens: int) -> Tensor:
+    """One call: a finite floating point tensor of one number a token, and no argument changed."""
+    given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    try:
+        result_K = function(**given)
+    except Exception as error:  # whatever the user's code raises is told as it is
+        raise ConfigError(f"{shown} failed on a made-up batch ({type(error).__name__}: {error}).") from error
+    if result_K.shape != (tokens,):
+        raise ConfigError(
+            f"{shown} returned a tensor of shape {tuple(result_K.shape)} for {tokens} tokens: it must return one number a token, "
+            f"shape ({tokens},); a number a sequence becomes that by x_N[sequences_K]."
+        )
+    if not result_K.is_floating_point() or not bool(result_K.isfinite().all()):
+        raise ConfigError(f"{shown} returned {result_K.tolist()} on a made-up batch: every number must be finite.")
+    for name, value in given.items():
+        if isinstance(value, Tensor) and not torch.equal(value, arguments[name]):
+            raise ConfigError(f"{shown} changes its argument {name}: work on a copy, {name}.clone().")
+    return result_K
+
+
+def _from_file(hook: Hook, flag: str) -> Any:
+    """Import the file under a name of its own, its folder importable meanwhile."""
+    path, shown = Path(hook.path).expanduser().absolute(), f"--{flag} {hook}"
+    name = f"togi_hook_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and pickles of the file look themselves up
+        sys.path.insert(0, str(path.parent))
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ConfigError(f"{shown} cannot be loaded ({type(error).__name__}: {error}).") from error
+        finally:
+            sys.path.remove(str(path.parent))
+    found = vars(sys.modules[name])
+    if hook.name not in found:
+        raise ConfigError(f"{shown}: the file defines no {hook.name} when it is loaded.")
+    return found[hook.name]
