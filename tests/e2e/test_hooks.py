@@ -12,10 +12,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests.example_scripts import run_script
 from tests.offline_world import ROOT, values, write
 from tests.tiny import save_tiny_model
 
 HOOKS = ROOT / "examples" / "hooks"
+EXAMPLES = ("rl_own_loss.sh",)
+TINY = "--no_bf16 --rollout_engine transformers --no_enforce_eager --max_steps 2 --rollout_batch_size 2 --train_batch_size 8 "
+TINY += "--n_samples_per_prompt 4 --prompt_max_len 64 --generate_max_len 8 --max_tokens_per_gpu 256 --actor_learning_rate 1e-2"
 REWARD = (
     "def reward_func(queries, prompts, labels, responses):\n    return [len(response) / 10 for response in responses]\n"
 )
@@ -30,9 +34,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def names(world: Path, out: Path) -> dict[str, str]:
-    places = {"MODEL": world / "model", "DATA": world / "prompts.jsonl", "OUT": out, "PYTHONPATH": ROOT, "STEPS": 2}
-    return os.environ | {name: str(value) for name, value in places.items()}
+def places(world: Path, out: Path) -> dict[str, Path]:
+    return {"MODEL": world / "model", "DATA": world / "prompts.jsonl", "REWARD": world / "reward.py", "OUT": out}
 
 
 def check_median(run: Path, samples: int) -> None:
@@ -48,38 +51,17 @@ def check_median(run: Path, samples: int) -> None:
                 assert advantages == pytest.approx([reward - middle] * len(advantages), abs=1e-6)
 
 
-def test_from_files(world: Path, tmp_path: Path) -> None:
-    flags = [
-        *("rl", "--pretrain", world / "model", "--prompt_data", world / "prompts.jsonl", "--input_key", "prompt"),
-        *("--reward_func", world / "reward.py", "--rollout_engine", "transformers", "--init_kl_coef", "0"),
-        *(
-            "--advantage_estimator",
-            f"{HOOKS / 'median.py'}:median_baseline",
-            "--policy_loss_type",
-            f"{HOOKS / 'spo.py'}:spo",
-        ),
-        *("--n_samples_per_prompt", "4", "--rollout_batch_size", "2", "--train_batch_size", "8", "--max_epochs", "2"),
-        *("--prompt_max_len", "64", "--generate_max_len", "8", "--max_steps", "2", "--actor_learning_rate", "1e-2"),
-        *(
-            "--colocate_all_models",
-            "--run_dir",
-            tmp_path / "run",
-            "--save_path",
-            tmp_path / "model",
-            "--ckpt_path",
-            tmp_path / "c",
-        ),
-    ]
-    words = [sys.executable, "-m", "togi", *map(str, flags)]
-    subprocess.run(words, check=True, cwd=ROOT, capture_output=True)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_from_files(name: str, world: Path, tmp_path: Path) -> None:
+    run_script(name, *TINY.split(), **places(world, tmp_path / "run"))
     check_median(tmp_path / "run", 4)
     assert values(tmp_path / "run")[-1]["policy/ratio_max"] > 1  # the loss was used for more than one update
 
 
 def test_from_python(world: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, HOOKS / "train.py"], env=names(world, tmp_path / "out"), capture_output=True, text=True
-    )
+    places_of = {name: str(path) for name, path in places(world, tmp_path / "out").items()}
+    environment = os.environ | places_of | {"PYTHONPATH": str(ROOT), "STEPS": "2"}
+    done = subprocess.run([sys.executable, HOOKS / "train.py"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"model: {tmp_path / 'out' / 'model'}\n")
     check_median(tmp_path / "out", 4)

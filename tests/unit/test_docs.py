@@ -12,6 +12,7 @@ from tests.e2e.test_check_learning import EXAMPLES as CHECK_EXAMPLES
 from tests.e2e.test_example_scripts import EXAMPLES as MORE_EXAMPLES
 from tests.e2e.test_example_scripts_rl import EXAMPLES as MORE_RL_EXAMPLES
 from tests.e2e.test_export import EXAMPLES as EXPORT_EXAMPLES
+from tests.e2e.test_hooks import EXAMPLES as HOOK_EXAMPLES
 from tests.e2e.test_iterate import EXAMPLES as BEST_OF_N_EXAMPLES
 from tests.e2e.test_offline_run import EXAMPLES as OFFLINE_EXAMPLES
 from tests.e2e.test_rl_losses import EXAMPLES as LOSS_EXAMPLES
@@ -101,7 +102,7 @@ def test_commands_are_real(page: Path) -> None:
 def test_every_script_is_in_the_index_and_in_the_tests() -> None:
     scripts = {path.name for path in (ROOT / "examples" / "scripts").glob("*.sh") if not path.name.startswith("common")}
     tested = {*EXAMPLES, *OFFLINE_EXAMPLES, *BEST_OF_N_EXAMPLES, *CHAIN_EXAMPLES, *LOSS_EXAMPLES}
-    tested |= {*MORE_EXAMPLES, *MORE_RL_EXAMPLES, *SAMPLE_EXAMPLES, *EXPORT_EXAMPLES, *CHECK_EXAMPLES}
+    tested |= {*MORE_EXAMPLES, *MORE_RL_EXAMPLES, *SAMPLE_EXAMPLES, *EXPORT_EXAMPLES, *CHECK_EXAMPLES, *HOOK_EXAMPLES}
     assert scripts == tested
     index = (ROOT / "examples" / "README.md").read_text()
     assert all(f"(scripts/{name})" in index for name in scripts)

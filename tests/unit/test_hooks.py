@@ -297,7 +297,7 @@ def test_a_share_without_tokens_does_not_reach_the_function() -> None:
     nothing = replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
     made = replace(objective(PolicyLossType.PPO)(), kind=python(broken), dual_clip=None)
     batch = pack([nothing], share_prefix=False)
-    assert float(made.loss(made.forward(policy(), batch), batch).sum) == 0.0
+    assert made.loss(made.forward(policy(), batch), batch).sum.item() == 0.0
 
 
 def rloo_again(rewards_N: Tensor, groups_N: Tensor, sequences_K: Tensor, penalties_K: Tensor) -> Tensor:
