@@ -21,7 +21,7 @@ from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.plan.machine import this_machine
 from togi.plan.placement import Role, resolve
-from togi.runtime.session import Session
+from togi.workers.session import Session
 
 FLAGS = "--bf16 --advantage_estimator group_norm --init_kl_coef 0 --prompt_max_len 64 --generate_max_len 64"
 

@@ -7,8 +7,8 @@ Text is tokenised once, when a ``Prompt`` is made; from there on token ids are t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -132,3 +132,18 @@ class Sample:
         assert 0 <= self.prompt_length <= length
         assert not self.loss_mask[:1].any(), "the first token has no prediction and cannot be in the loss"
         assert all(len(stream) == length for stream in self.streams.values()), "a stream and tokens differ in length"
+
+
+def with_streams(samples: Sequence[Sample], streams: Mapping[str, Sequence[NDArray[np.float32]]]) -> list[Sample]:
+    """Add per-token results to each sample. Each array holds the sample's trained tokens only, in order."""
+    result = []
+    for n, sample in enumerate(samples):
+        added = {name: _spread(arrays[n], sample.loss_mask) for name, arrays in streams.items()}
+        result.append(replace(sample, streams={**sample.streams, **added}))
+    return result
+
+
+def _spread(values: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    stream = np.full(len(mask), np.nan, dtype=np.float32)
+    stream[mask] = values
+    return stream

@@ -21,8 +21,8 @@ from togi.model.weights import Checksum, pack_buckets
 from togi.plan.carrier import Carrier, Route
 from togi.plan.machine import this_machine
 from togi.plan.placement import Role, resolve
-from togi.runtime.session import Session
-from togi.runtime.weight_sync import WeightSync
+from togi.workers.ray.weight_sync import WeightSync
+from togi.workers.session import Session
 
 PROBE = list(range(20, 60))
 

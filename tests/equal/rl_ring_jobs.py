@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from togi.config.rl import RLConfig
 from togi.plan.placement import Role
-from togi.runtime.model_worker import LearnerWorker, ScorerWorker
+from togi.workers.model_worker import LearnerWorker, ScorerWorker
 
 
 class Player(LearnerWorker):

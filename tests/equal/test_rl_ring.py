@@ -18,7 +18,7 @@ from tests.tiny import save_tiny_model, tiny_config
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.plan.placement import Role
-from togi.runtime.worker_group import StepUpdate, WorkerGroup
+from togi.workers.worker_group import StepUpdate, WorkerGroup
 
 pytestmark = pytest.mark.busy
 

@@ -121,7 +121,7 @@ def test_engines_are_not_cut_in_two() -> None:
 
 
 def test_the_shares_of_a_gpu_never_add_up_to_more() -> None:
-    from togi.runtime.cluster import _share
+    from togi.workers.ray.cluster import _share
 
     for roles in range(1, 9):
         share = _share(1.0, Group((Role.REWARD,) * roles, 1, 1))

@@ -27,7 +27,8 @@ LEVELS = {
     "learn": 6,
     "rollout": 6,
     "reward": 6,
-    "runtime": 7,
+    "pump": 7,
+    "workers": 7,
     "recipes": 8,
     "cli": 9,
     "__init__": 10,
@@ -35,10 +36,10 @@ LEVELS = {
 }
 # Where a package from outside may be imported; a path is a file or a folder below togi/.
 FENCES = {
-    "ray": ("runtime/",),
+    "ray": ("workers/",),
     "vllm": ("rollout/vllm_engine.py",),
     "deepspeed": ("parallel/deepspeed.py",),
-    "torch.distributed": ("parallel/", "runtime/weight_sync.py"),
+    "torch.distributed": ("parallel/"),
     "transformers": ("model/", "data/chat.py", "rollout/transformers_engine.py", "rollout/slot_cache.py"),
     "huggingface_hub": ("model/", "recipes/preflight.py"),
     "peft": ("model/",),

@@ -16,8 +16,8 @@ from togi.model.weights import Bucket, Checksum, TensorSpec, pack_buckets
 from togi.parallel.channel import Channel
 from togi.parallel.process import Rendezvous, open_store
 from togi.plan.carrier import Carrier, choose
-from togi.runtime.parcels import Announced, Exporter, Inbox, OverChannel, ThroughDriver
-from togi.runtime.weight_sync import _Progress, agreed_checksum
+from togi.workers.parcels import Announced, Exporter, Inbox, OverChannel, ThroughDriver
+from togi.workers.ray.weight_sync import _Progress, agreed_checksum
 
 HOST, GLOO, NCCL, IPC = Carrier.HOST, Carrier.GLOO, Carrier.NCCL, Carrier.IPC
 

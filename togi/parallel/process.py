@@ -2,7 +2,7 @@
 
 Here: ``World`` (who am I, on which device, with whom), through which every collective outside a backend's own
 gradient and parameter traffic goes, each with a tag, so that a stalled or failed one can be named. Not here: sharding
-(``fsdp2``) and sending weights to generation engines (``togi.runtime``). A world of one opens no sockets and no
+(``fsdp2``) and sending weights to generation engines (``togi.workers``). A world of one opens no sockets and no
 process group.
 """
 

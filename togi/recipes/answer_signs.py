@@ -8,8 +8,8 @@ from togi.config.rl import RLConfig
 from togi.data.chat import Tokenizer, encode, render_messages, visible
 from togi.data.messages import ASSISTANT, USER, Dialogue
 from togi.errors import DataError
+from togi.pump.experience import ScoredGroup
 from togi.recipes.learn_signs import ENOUGH, Sign, Verdict
-from togi.runtime.experience import ScoredGroup
 from togi.sample import FinishReason, Rollout
 
 # Shares of the answers above which something is worth a warning.

@@ -11,7 +11,7 @@ from togi.data.chat import Tokenizer, visible
 from togi.data.report import DataReport
 from togi.model.sizes import Sizes
 from togi.obs.redact import redact_value
-from togi.runtime.experience import ScoredGroup
+from togi.pump.experience import ScoredGroup
 from togi.sample import Outcome, Score
 
 LONGEST = 2000

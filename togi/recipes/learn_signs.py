@@ -14,11 +14,11 @@ import numpy as np
 from togi.config.choices import BUILTIN, Verifier
 from togi.config.rl import RLConfig
 from togi.data.chat import Tokenizer
+from togi.pump.experience import ScoredGroup, Trainable, trainable
 from togi.recipes.plan import StepPlan
 from togi.recipes.rl_rewards import reward_names
 from togi.recipes.rl_setup import Material
 from togi.reward.length_penalties import OVERLONG, STOP_PROPERLY
-from togi.runtime.experience import ScoredGroup, Trainable, trainable
 from togi.sample import Outcome, Score
 
 # Of fewer answers nothing can be said for certain.

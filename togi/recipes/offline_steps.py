@@ -21,8 +21,7 @@ from togi.learn.policy_objective import REF_LOGPROBS
 from togi.learn.preference_objective import KL_ESTIMATE
 from togi.learn.scorer import Scorer
 from togi.parallel.process import World
-from togi.runtime.experience import with_streams
-from togi.sample import Sample
+from togi.sample import Sample, with_streams
 
 
 @dataclass(frozen=True, slots=True)

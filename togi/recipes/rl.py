@@ -21,8 +21,8 @@ from togi.plan.placement import Role
 from togi.recipes.rl_rewards import connect, describe
 from togi.recipes.rl_run import Run
 from togi.recipes.rl_setup import Opening, open_run, opening
-from togi.runtime.session import Session
-from togi.runtime.worker_group import StepUpdate
+from togi.workers.session import Session
+from togi.workers.worker_group import StepUpdate
 
 logger = logging.getLogger(__name__)
 

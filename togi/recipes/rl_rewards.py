@@ -20,11 +20,11 @@ from togi.reward.local_model import LocalModelReward, Standardization
 from togi.reward.pool import CallLimits
 from togi.reward.remote import TOKEN_VARIABLE, Patience, RemoteReward
 from togi.reward.source import Reward
-from togi.runtime.model_reward import ModelScores
 from togi.sample import Outcome, Rollout, Score
+from togi.workers.model_reward import ModelScores
 
 if TYPE_CHECKING:  # the check of a run has no session, and no Ray
-    from togi.runtime.session import Session
+    from togi.workers.session import Session
 
 SHOWN_CHARACTERS = 60
 Visible = Callable[[Sequence[int]], str]

@@ -29,20 +29,20 @@ from togi.obs.sinks import Recorder, open_trackers
 from togi.obs.stall import Watchdog
 from togi.obs.way_out import tolerated, way_out
 from togi.plan.placement import Role
+from togi.pump import measure
+from togi.pump.experience import ScoredGroup, Trainable, to_sample, trainable, with_advantages
+from togi.pump.feed import Feed, RolloutFeed
+from togi.pump.filtering import GroupFilter
+from togi.pump.replay import replay_feed
 from togi.recipes.plan import StepPlan
 from togi.recipes.preflight import trackers
 from togi.recipes.rl_setup import Material, best_aim, checkpoint_store, plain
 from togi.reward.combine import CombinedReward
 from togi.reward.length_penalties import LengthPenalties
-from togi.runtime import measure
-from togi.runtime.experience import ScoredGroup, Trainable, to_sample, trainable, with_advantages, with_streams
-from togi.runtime.feed import Feed, RolloutFeed
-from togi.runtime.filtering import GroupFilter
-from togi.runtime.phases import Phase
-from togi.runtime.replay import replay_feed
-from togi.runtime.session import Session, single_logprobs, update_metrics
-from togi.runtime.worker_group import StepUpdate
-from togi.sample import Sample
+from togi.sample import Sample, with_streams
+from togi.workers.phases import Phase
+from togi.workers.session import Session, single_logprobs, update_metrics
+from togi.workers.worker_group import StepUpdate
 
 logger = logging.getLogger(__name__)
 

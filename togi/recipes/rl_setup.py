@@ -30,13 +30,13 @@ from togi.obs.progress import Progress
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.obs.way_out import way_out
 from togi.plan.placement import Role
+from togi.pump.replay import replay_feed
 from togi.recipes.best_metric import rl_aim
 from togi.recipes.plan import StepPlan
 from togi.recipes.preflight import asked_context, models_of
 from togi.recipes.rl_pretrain import Pretraining, load_pretraining
 from togi.recipes.rl_rewards import EarlyRewards
 from togi.rollout.environment import SingleTurn
-from togi.runtime.replay import replay_feed
 from togi.sample import FinishReason, Prompt, Rollout, Sampling, Score
 
 Decode = Callable[[Sequence[int]], str]

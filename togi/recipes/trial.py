@@ -20,6 +20,8 @@ from togi.obs.way_out import way_out
 from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen
 from togi.parallel.process import World
+from togi.pump.experience import ScoredGroup
+from togi.pump.filtering import GroupFilter
 from togi.recipes.rl_rewards import combined, reward_names
 from togi.recipes.rl_setup import Material
 from togi.reward.combine import CombinedReward
@@ -28,10 +30,8 @@ from togi.reward.local_model import LocalModelReward, Standardization
 from togi.rollout.collect import collect_groups
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
-from togi.runtime.experience import ScoredGroup
-from togi.runtime.filtering import GroupFilter
-from togi.runtime.model_reward import as_sample
 from togi.sample import Rollout
+from togi.workers.model_reward import as_sample
 
 MOST_AT_ONCE = 256
 

@@ -12,11 +12,11 @@ from togi.config.rl import RLConfig
 from togi.learn.learner import Load, StepOutcome, UpdateReport
 from togi.obs import names
 from togi.plan.placement import Role
+from togi.pump.experience import ScoredGroup, trainable
+from togi.pump.measure import eval_metrics, rollout_metrics
 from togi.recipes.rl_setup import spec
-from togi.runtime.experience import ScoredGroup, trainable
-from togi.runtime.measure import eval_metrics, rollout_metrics
-from togi.runtime.session import update_metrics
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
+from togi.workers.session import update_metrics
 
 
 def group(name: str, rewards: list[float | None], source: str = "a") -> ScoredGroup:

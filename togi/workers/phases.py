@@ -17,8 +17,8 @@ from enum import StrEnum
 from togi.obs import names
 from togi.obs.names import Holder
 from togi.plan.memory import Released
-from togi.runtime.engine_worker import EnginePool
-from togi.runtime.worker_group import WorkerGroup
+from togi.workers.engine_worker import EnginePool
+from togi.workers.worker_group import WorkerGroup
 
 
 class Phase(StrEnum):

@@ -14,12 +14,12 @@ from togi.config.rl import RLConfig
 from togi.data.loader import LoaderState, PromptLoader
 from togi.errors import ConfigError, RewardError
 from togi.obs.rollout_store import Split
+from togi.pump.experience import ScoredGroup, trainable
+from togi.pump.feed import RolloutFeed
+from togi.pump.filtering import GroupFilter
+from togi.pump.measure import filter_metrics, rollout_metrics, rows
 from togi.reward.length_penalties import LengthPenalties
 from togi.rollout.environment import SingleTurn
-from togi.runtime.experience import ScoredGroup, trainable
-from togi.runtime.feed import RolloutFeed
-from togi.runtime.filtering import GroupFilter
-from togi.runtime.measure import filter_metrics, rollout_metrics, rows
 from togi.sample import FinishReason, Generation, Outcome, Prompt, Rollout, Sampling, Score
 
 SAMPLES = 2

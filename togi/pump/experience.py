@@ -5,12 +5,11 @@ Shape letters: K trained tokens of all samples in order, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from togi.algo.advantages import advantages
@@ -27,7 +26,7 @@ from togi.learn.policy_objective import (
     RETURNS,
     ROLLOUT_LOGPROBS,
 )
-from togi.sample import Outcome, Rollout, Sample, Score
+from togi.sample import Outcome, Rollout, Sample, Score, with_streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +79,6 @@ def to_sample(item: Trainable) -> Sample:
     return Sample(tokens, mask, prompt, rollout.group_id, {ROLLOUT_LOGPROBS: logprobs})
 
 
-def with_streams(samples: Sequence[Sample], streams: Mapping[str, Sequence[NDArray[np.float32]]]) -> list[Sample]:
-    """Add per-token results to each sample. Each array holds the sample's trained tokens only, in order."""
-    result = []
-    for n, sample in enumerate(samples):
-        added = {name: _spread(arrays[n], sample.loss_mask) for name, arrays in streams.items()}
-        result.append(replace(sample, streams={**sample.streams, **added}))
-    return result
-
-
 def with_advantages(
     items: Sequence[Trainable], samples: Sequence[Sample], config: RLConfig, kl_coef: float
 ) -> list[Sample]:
@@ -134,9 +124,3 @@ def gather(samples: Sequence[Sample], name: str) -> Tensor:
 
 def _reference_kl(samples: Sequence[Sample]) -> Tensor:
     return kl_estimate(gather(samples, OLD_LOGPROBS), gather(samples, REF_LOGPROBS), KLEstimator.K1)
-
-
-def _spread(values: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    stream = np.full(len(mask), np.nan, dtype=np.float32)
-    stream[mask] = values
-    return stream

@@ -19,9 +19,9 @@ from togi.errors import WeightSyncError
 from togi.model.weights import Manifest
 from togi.parallel.process import Rendezvous
 from togi.plan.carrier import Carrier, Route, choose
-from togi.runtime.calls import results_of
-from togi.runtime.engine_worker import EnginePool
-from togi.runtime.worker_group import WorkerGroup
+from togi.workers.engine_worker import EnginePool
+from togi.workers.ray.calls import results_of
+from togi.workers.worker_group import WorkerGroup
 
 
 @dataclass(frozen=True, slots=True)

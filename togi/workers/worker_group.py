@@ -18,9 +18,9 @@ from ray.actor import ActorHandle
 from togi.data.partition import split_ranks
 from togi.learn.learner import UpdateReport
 from togi.plan.placement import Role
-from togi.runtime.calls import result_of, results_of
-from togi.runtime.model_worker import StepResult
 from togi.sample import Sample
+from togi.workers.model_worker import StepResult
+from togi.workers.ray.calls import result_of, results_of
 
 
 @dataclass(frozen=True, slots=True)

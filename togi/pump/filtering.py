@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from togi.config.choices import OnRewardError
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError
-from togi.runtime.experience import takes_group
+from togi.pump.experience import takes_group
 from togi.sample import Outcome, Score
 
 

@@ -11,14 +11,14 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from togi.data.loader import PromptLoader
+from togi.pump.experience import ScoredGroup
+from togi.pump.filtering import GroupFilter
 from togi.reward.combine import ErrorLimit
 from togi.reward.length_penalties import LengthPenalties
 from togi.reward.source import Reward
 from togi.rollout.collect import collect_groups
 from togi.rollout.environment import Environment, Generate
-from togi.runtime.calls import all_or_none
-from togi.runtime.experience import ScoredGroup
-from togi.runtime.filtering import GroupFilter
+from togi.rollout.tasks import all_or_none
 from togi.sample import Prompt, Rollout
 
 MAX_IN_FLIGHT = 4096

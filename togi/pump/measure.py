@@ -17,7 +17,7 @@ from togi.config.choices import KLEstimator
 from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS, REF_LOGPROBS, ROLLOUT_LOGPROBS
 from togi.obs import names
 from togi.obs.rollout_store import RolloutRow, Split
-from togi.runtime.experience import ScoredGroup, Trainable, gather
+from togi.pump.experience import ScoredGroup, Trainable, gather
 from togi.sample import FinishReason, Outcome, Sample, Score
 
 

@@ -42,9 +42,9 @@ from togi.parallel.ring import Ring
 from togi.plan.carrier import Carrier
 from togi.plan.memory import PeakMemory, Released, return_freed
 from togi.plan.placement import LEARNERS, Role
-from togi.runtime.cluster import own_gpus, see_only
-from togi.runtime.parcels import Carriage, Exporter, OverChannel, Parcel, SameDevice, ThroughDriver
 from togi.sample import Sample
+from togi.workers.parcels import Carriage, Exporter, OverChannel, Parcel, SameDevice, ThroughDriver
+from togi.workers.ray.cluster import own_gpus, see_only
 
 Arrays = list[NDArray[np.float32]]
 # Small enough that engines load the first while the next are made; over gloo two to four times as fast as 256 MB.

@@ -21,10 +21,10 @@ from togi.plan.carrier import Carrier
 from togi.plan.memory import PeakMemory, Released
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
-from togi.runtime.calls import result_of, results_of
-from togi.runtime.cluster import own_gpus, see_only
-from togi.runtime.parcels import Inbox, Parcel
 from togi.sample import Generation, Sampling
+from togi.workers.parcels import Inbox, Parcel
+from togi.workers.ray.calls import result_of, results_of
+from togi.workers.ray.cluster import own_gpus, see_only
 
 MAX_CONCURRENT_CALLS = 4096
 

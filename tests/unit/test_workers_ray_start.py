@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from togi.plan.machine import Machine
-from togi.runtime import cluster
+from togi.workers.ray import cluster
 
 SLOW = "The current node timed out during startup. This could happen because the GCS has become overloaded."
 

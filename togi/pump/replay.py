@@ -16,7 +16,7 @@ from togi.data.loader import PromptLoader
 from togi.errors import DataError
 from togi.obs.rollout_store import RolloutRow, RolloutStore, Split
 from togi.obs.run_dir import RunDirectory
-from togi.runtime.experience import ScoredGroup
+from togi.pump.experience import ScoredGroup
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 

@@ -26,14 +26,13 @@ from togi.plan.machine import Machine
 from togi.plan.placement import LEARNERS, Role, plan_groups, team_size, used_roles
 from togi.rollout.engine import EngineSettings
 from togi.rollout.parity import check_probe, compare, probe
-from togi.runtime.cluster import Cluster, connect, describe, disconnect
-from togi.runtime.engine_worker import MAX_CONCURRENT_CALLS, EnginePool, EngineWorker
-from togi.runtime.experience import with_streams
-from togi.runtime.model_worker import LearnerWorker, ScorerWorker
-from togi.runtime.phases import Phases
-from togi.runtime.weight_sync import SyncReport, WeightSync
-from togi.runtime.worker_group import StepUpdate, WorkerGroup
-from togi.sample import Sample
+from togi.sample import Sample, with_streams
+from togi.workers.engine_worker import MAX_CONCURRENT_CALLS, EnginePool, EngineWorker
+from togi.workers.model_worker import LearnerWorker, ScorerWorker
+from togi.workers.phases import Phases
+from togi.workers.ray.cluster import Cluster, connect, describe, disconnect
+from togi.workers.ray.weight_sync import SyncReport, WeightSync
+from togi.workers.worker_group import StepUpdate, WorkerGroup
 
 logger = logging.getLogger(__name__)
 

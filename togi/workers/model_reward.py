@@ -11,7 +11,7 @@ import numpy as np
 from togi.sample import Sample
 
 if TYPE_CHECKING:  # who only asks a model needs no Ray
-    from togi.runtime.worker_group import WorkerGroup
+    from togi.workers.worker_group import WorkerGroup
 
 
 class ModelScores:

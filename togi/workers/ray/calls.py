@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ray import ObjectRef
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from togi.errors import RunError, UserError, WorkerError
-
-T = TypeVar("T")
+from togi.rollout.tasks import all_or_none
 
 
 async def result_of(ref: ObjectRef, who: str) -> Any:
@@ -42,13 +40,3 @@ async def results_of(refs: Sequence[ObjectRef], who: str, arrived: Callable[[int
         return result
 
     return await all_or_none(one(place, ref) for place, ref in enumerate(refs))
-
-
-async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, in order; the first failure ends the others."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()

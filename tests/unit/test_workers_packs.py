@@ -12,8 +12,8 @@ from togi.config.rl import RLConfig
 from togi.learn.scorer import Scorer
 from togi.model.policy import PolicyModel
 from togi.parallel.process import World
-from togi.runtime.model_worker import ModelWorker
 from togi.sample import Sample
+from togi.workers.model_worker import ModelWorker
 
 LENGTHS = (5, 30, 7, 28, 6, 25, 9, 12)
 
