@@ -20,24 +20,29 @@ def trees() -> dict[str, ast.Module]:
 @cache
 def modules() -> frozenset[str]:
     """The dotted names of all modules of the package."""
-    return frozenset(
-        ".".join(("togi", *path.removesuffix(".py").split("/"))).removesuffix(".__init__") for path in trees()
-    )
+    return frozenset(map(module_of, trees()))
+
+
+def module_of(path: str) -> str:
+    """The dotted name of a file below togi/."""
+    return ".".join(("togi", *path.removesuffix(".py").split("/"))).removesuffix(".__init__")
 
 
 def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
+@cache
+def imports(tree: ast.AST) -> frozenset[str]:
     """The names of all modules that are imported, and of what is taken from them."""
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             assert node.level == 0, "imports are absolute"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(names)
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
