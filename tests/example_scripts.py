@@ -35,6 +35,14 @@ RECORDER = """#!/bin/sh
 for word; do printf '%s\\0' "$word"; done >>"$RECORD"
 printf '\\036' >>"$RECORD"
 """
+# In the place of togi: rounds of togi iterate run in its own process.
+ONE_PROCESS = """#!{python}
+import importlib, sys
+from togi.cli.main import main
+from togi.recipes.iterate_start import start_iterate
+start_iterate.__kwdefaults__["launch"] = lambda name, argv: importlib.import_module(name).main(list(argv))
+sys.exit(main())
+"""
 CHECKS: dict[str, Any] = {
     "rl": (RLConfig, lambda parsed: check_rl(parsed.config)),
     "check rl": (RLCheckConfig, lambda parsed: check_rl(parsed.config)),

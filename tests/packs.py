@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
+from togi.model.outputs import Needs
+from togi.model.policy import PolicyModel
 
 Group = tuple[list[int], list[list[int]]]
 
@@ -66,3 +69,24 @@ def _batch(tokens: list[int], mask: list[bool], owners: list[int], segments: Seg
         streams={},
         values={},
     ).validate()
+
+
+TEMPERATURE = 0.7
+GROUPS = random_groups(0, [(5, [4, 4, 6]), (3, [7]), (9, [2, 3, 3, 3]), (6, [5, 5])])
+NEEDS = Needs(logprobs=True, entropy=True)
+
+
+def loss_of(logprobs_K: Tensor, entropy_K: Tensor) -> Tensor:
+    return logprobs_K.square().sum() + entropy_K.exp().sum()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def packed(model: PolicyModel, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    outputs = model(batch, NEEDS, TEMPERATURE)
+    loss_of(outputs.logprobs_K, outputs.entropy_K).backward()
+    return outputs.logprobs_K.detach(), outputs.entropy_K.detach(), gradients(model)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from togi.version import __version__
+
 if TYPE_CHECKING:
     from togi.recipes.rl import Result
 
-__version__ = "0.1.0"
-__all__ = ["rl"]
+__all__ = ["__version__", "rl"]
 
 
 def rl(*, reward: Callable[..., Any] | None = None, **settings: Any) -> Result:

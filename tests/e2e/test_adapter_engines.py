@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.e2e.test_rollout_engines import GREEDY, PROMPTS, generate, start
+from tests.engines import GREEDY, PROMPTS, generate, start
 from tests.tiny import save_tiny_model
 from togi.config.choices import EngineName
 from togi.config.shared import LoRA

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.example_scripts import run_script
+from tests.example_scripts import ONE_PROCESS, run_script
 from tests.offline_world import ROOT, write
 from tests.tiny import STOP, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 from togi.config.iterate import IterateConfig
@@ -268,13 +268,6 @@ EXAMPLES = {
 }
 TINY = "--no_bf16 --max_samples 4 --prompt_max_len 100 --max_new_tokens 8"
 TINY_LOOP = "--max_len 160 --max_tokens_per_gpu 1024 --keep_truncated --eval_n_samples_per_prompt 1 --eval_dataset"
-ONE_PROCESS = """#!{python}
-import importlib, sys
-from togi.cli.main import main
-from togi.recipes.iterate_start import start_iterate
-start_iterate.__kwdefaults__["launch"] = lambda name, argv: importlib.import_module(name).main(list(argv))
-sys.exit(main())
-"""
 
 
 @pytest.mark.parametrize("script", EXAMPLES)

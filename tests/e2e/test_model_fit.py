@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_rl_run import GRPO, HF, metrics, train
 from tests.offline_world import answer, flags, make_world, pair, steps, values, verdict, write
+from tests.rl_world import GRPO, HF, metrics, train
 from tests.tiny import VOCAB, save_tiny_model, tiny_model, tiny_tokenizer
 from togi.cli.main import main
 from togi.config.serve_rm import ServeRMConfig

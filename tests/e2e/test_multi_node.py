@@ -19,11 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_rl_run import GRPO, HF, ROOT, command, loads_in_a_plain_script, metrics, world
+from tests.rl_world import GRPO, HF, ROOT, command, loads_in_a_plain_script, metrics
 
 pytestmark = pytest.mark.busy
 
-__all__ = ["world"]
 RAY = Path(sys.executable).with_name("ray")
 SECONDS = 120
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from tests.e2e.test_rl_run import GRPO, HF, ROOT, command, metrics
+from tests.rl_world import GRPO, HF, ROOT, command, metrics
 from tests.scripted_server import free_port
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from togi.model.loading import keep_layout, nf4

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.test_rl_run import GRPO, HF, ROOT, loads_in_a_plain_script, metrics, train, world
+from tests.rl_world import GRPO, HF, ROOT, loads_in_a_plain_script, metrics, train
 
 pytestmark = pytest.mark.busy
 
-__all__ = ["world"]
 LORA = ["--lora_rank", "4", "--lora_alpha", "8", "--lora_dropout", "0"]
 KL = ["--advantage_estimator", "group_norm", "--use_kl_loss", "--kl_estimator", "k3", "--init_kl_coef", "1e-3"]
 

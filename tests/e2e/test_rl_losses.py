@@ -5,7 +5,6 @@ The rollouts are real, made by the Transformers engine; then their engine log-pr
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests import policy_cases
-from tests.e2e.test_rl_run import GRPO, HF, metrics, train, world
-from tests.example_scripts import run_script
+from tests.rl_world import GRPO, HF, example, metrics, train
 
-__all__ = ["world"]
 STEP = Path("rollouts/step_000001.parquet")
-SIZES = "--rollout_batch_size 4 --n_samples_per_prompt 4 --train_batch_size 16 --prompt_max_len 64 --generate_max_len 8"
 CLIP = f"--eps_clip_low_high {policy_cases.LOW} {policy_cases.HIGH}"
 TRUST = f"--enable_vllm_is_correction --vllm_is_truncated_threshold {policy_cases.TRUST[0]} {policy_cases.TRUST[1]}"
 
@@ -102,12 +98,6 @@ def test_loss_and_gradient_are_those_of_the_formulas(world: Path, moved: Path, t
     if case.script is None:
         assert "--algo grpo sets --loss_aggregation sequence_mean" in done.stdout
         assert "--algo grpo" in (run / "config.yaml").read_text()
-
-
-def example(world: Path, run: Path, script: str, *flags: str, **more: Path) -> subprocess.CompletedProcess[str]:
-    """An example's script on the tiny world, in float32."""
-    places = {"MODEL": world / "model", "DATA": world / "prompts.jsonl", "REWARD": world / "reward.py", "OUT": run}
-    return run_script(script, *SIZES.split(), "--no_bf16", *flags, LABEL_KEY="letter", **places, **more)
 
 
 def terms(model: nn.Module, row: dict[str, Any], case: Case) -> tuple[Tensor, Tensor]:

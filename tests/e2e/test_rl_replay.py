@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.e2e.test_rl_run import HF, ROOT, command, metrics, model_bytes, train, world
+from tests.rl_world import HF, ROOT, command, metrics, model_bytes, train
 
-__all__ = ["world"]
 # Two updates of actor and critic on each of two rollouts, with the reference in the reward.
 SETTINGS = "--max_steps 2 --train_batch_size 8 --critic_learning_rate 1e-3 --lr_scheduler constant --lr_warmup_ratio 0"
 PPO = [*SETTINGS.split(), "--advantage_estimator", "gae", "--save_value_network"]

@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,62 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from tests.example_scripts import run_script
 from tests.learn_tools import max_difference
+from tests.rl_world import GRPO, HF, ROOT, command, loads_in_a_plain_script, metrics, model_bytes, train
 from tests.tiny import save_tiny_model, tiny_config
 from togi.plan.machine import this_machine
 
 pytestmark = pytest.mark.busy
-
-ROOT = Path(__file__).parents[2]
-REWARD = """
-def reward_func(queries, prompts, labels):
-    # arbitrary but spread out: the responses of a group hardly ever have equal rewards, so every step has a gradient
-    answers = [query[len(prompt):] for query, prompt in zip(queries, prompts)]
-    return [sum(map(ord, answer + label)) % 97 / 97 for answer, label in zip(answers, labels)]
-"""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model, prompts and a reward function."""
-    folder = tmp_path_factory.mktemp("world")
-    save_tiny_model(folder / "model", arch="llama", seed=0, num_attention_heads=4, num_key_value_heads=2)
-    rows = [{"prompt": f"write number {i}", "letter": "e"} for i in range(10)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "reward.py").write_text(REWARD)
-    return folder
-
-
-def command(world: Path, run: Path, *flags: str) -> list[str]:
-    paths = ["--run_dir", run, "--save_path", run / "model", "--ckpt_path", run / "checkpoints"]
-    fixed = [
-        "--pretrain",
-        world / "model",
-        "--prompt_data",
-        world / "prompts.jsonl",
-        "--reward_func",
-        world / "reward.py",
-    ]
-    sizes = (
-        "--rollout_batch_size 4 --n_samples_per_prompt 4 --train_batch_size 16 --prompt_max_len 64 --generate_max_len 8"
-    )
-    keys = "--input_key prompt --label_key letter --apply_chat_template --actor_learning_rate 1e-3"
-    words = [sys.executable, "-m", "togi.cli.train_ppo_ray", *fixed, *paths, *sizes.split(), *keys.split(), *flags]
-    return [str(word) for word in words]
-
-
-def train(world: Path, run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(world, run, *flags), cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-GRPO = ["--advantage_estimator", "group_norm", "--init_kl_coef", "0"]
-HF = ["--rollout_engine", "transformers"]
 
 
 def test_vllm_run_leaves_everything_behind(world: Path, tmp_path: Path) -> None:
@@ -107,16 +55,6 @@ def test_vllm_run_leaves_everything_behind(world: Path, tmp_path: Path) -> None:
     best = json.loads((run / "checkpoints" / "best" / "best.json").read_text())
     assert best["value"] == max(measured.values()) == measured[best["step"]]
     loads_in_a_plain_script(run / "checkpoints" / "best")
-
-
-def loads_in_a_plain_script(model: Path) -> None:
-    script = (
-        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "assert t.chat_template; assert torch.isfinite(m(**t('abc', return_tensors='pt')).logits).all()"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(model)], capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # Several packs for each scoring pass and each update, so that results must find their way back to their samples.
@@ -405,7 +343,3 @@ def test_a_reward_that_always_abstains_trains_nothing_and_loses_nothing(world: P
     assert not stale.exists()
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "model", run / "model"))
     assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
-
-
-def model_bytes(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()

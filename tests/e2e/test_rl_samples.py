@@ -12,14 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.e2e.test_rl_losses import example
-from tests.e2e.test_rl_run import GRPO, HF, metrics, model_bytes, train, world
 from tests.learn_tools import max_difference
+from tests.rl_world import GRPO, HF, example, metrics, model_bytes, train
 from tests.tiny import tiny_config
 from togi.cli.main import main
 from togi.recipes.offline_plan import EpochPlan
 
-__all__ = ["world"]
 EXAMPLES = {"rl_ppo_warmup.sh", "rl_mixed.sh"}
 # Of every third prompt all responses are right; the others' first response is wrong.
 SOLVED = """

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_rl_run import metrics, train, world
+from tests.rl_world import metrics, train
 
-__all__ = ["world"]
 STEPS, SAMPLES = 6, 32
 # The share of characters with an even code: about 0.3 at first, and quickly learnt.
 REWARD = """

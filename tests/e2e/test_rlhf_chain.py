@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from examples.rlhf_chain import table, wait_for_server
-from tests.e2e.test_iterate import ONE_PROCESS
+from tests.example_scripts import ONE_PROCESS
 from tests.offline_world import ROOT
 from tests.tiny import save_tiny_model
 

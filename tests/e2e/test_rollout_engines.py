@@ -17,53 +17,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.engines import GREEDY, MAX_LEN, PROMPTS, generate, manifest_of, settings, start, weights
 from tests.tiny import STOP, save_tiny_model
 from togi.config.choices import EngineName
 from togi.errors import ConfigError, DataError, WeightSyncError
 from togi.model.checkpoint import expected_manifest
 from togi.model.weights import Bucket, Manifest, TensorSpec, pack_buckets
-from togi.rollout.create import create_engine
-from togi.rollout.engine import EngineSettings, RolloutEngine
+from togi.rollout.engine import RolloutEngine
 from togi.rollout.threaded import Finished, ThreadedEngine
 from togi.rollout.vllm_engine import VllmCore, _finished
 from togi.sample import FinishReason, Generation, Sampling
 
 pytestmark = pytest.mark.busy
 
-MAX_LEN = 400
 ENGINES = [EngineName.VLLM, EngineName.TRANSFORMERS]
-PROMPTS = [[(7 * i + 3 * j) % 250 for j in range(length)] for i, length in enumerate([5, 1, 17, 9, 40, 3])]
-GREEDY = Sampling(max_tokens=12, temperature=0.0)
 SHARED = [(11 * j) % 250 for j in range(300)]  # more than nine of vLLM's cache blocks of 32 tokens
 LONG = [[*SHARED, i, i + 1] for i in range(3)]
-
-
-def settings(folder: Path) -> EngineSettings:
-    return EngineSettings(
-        str(folder), dtype="float32", max_model_len=MAX_LEN, kv_cache_gb=0.1, max_num_seqs=8, threads=1
-    )
-
-
-def start(name: EngineName, folder: Path) -> RolloutEngine:
-    return create_engine(name, settings(folder))
-
-
-def generate(engine: RolloutEngine, prompts: list[list[int]], *sampling: Sampling) -> list[Generation]:
-    async def gather() -> list[Generation]:
-        each = sampling if len(sampling) == len(prompts) else sampling * len(prompts)
-        return await asyncio.gather(*(engine.generate(p, s) for p, s in zip(prompts, each, strict=True)))
-
-    return asyncio.run(gather())
-
-
-def weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
-    from safetensors.torch import load_file
-
-    return list(load_file(folder / "model.safetensors").items())
-
-
-def manifest_of(tensors: list[tuple[str, torch.Tensor]], version: int) -> Manifest:
-    return Manifest(version, tuple(TensorSpec.of(name, tensor) for name, tensor in tensors))
 
 
 async def update(engine: RolloutEngine, folder: Path, version: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.e2e.test_rollout_engines import manifest_of, start, weights
+from tests.engines import manifest_of, start, weights
 from tests.tiny import save_tiny_model
 from togi.algo.mismatch import router_disagreement
 from togi.config.choices import EngineName

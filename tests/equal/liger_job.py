@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.equal.test_model_packing import GROUPS, packed
-from tests.packs import shared_pack
+from tests.packs import GROUPS, packed, shared_pack
 from tests.tiny import save_tiny_model
 from togi.config.choices import Layers
 from togi.model.loading import load_causal_lm

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -359,3 +360,11 @@ def finish(world: World, model: Learner, reports: list[UpdateReport], path: Path
     final = weights(model.backend)
     if world.rank == 0:
         torch.save({**record(reports, final), "draws": draws, "steps": model.steps}, path)
+
+
+def assert_same(result: dict[str, object], reference: dict[str, object], tolerance: float = 1e-9) -> None:
+    for step, (ours, theirs) in enumerate(zip(result["metrics"], reference["metrics"], strict=True)):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance / 100), (step, name)
+    assert max_difference(result["weights"], reference["weights"]) < tolerance

@@ -11,19 +11,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.packs import Group, plain_pack, random_groups, shared_pack
+from tests.packs import (
+    GROUPS,
+    NEEDS,
+    TEMPERATURE,
+    Group,
+    gradients,
+    loss_of,
+    packed,
+    plain_pack,
+    random_groups,
+    shared_pack,
+)
 from tests.tiny import tiny_model
-from togi.batch import Batch
 from togi.config.shared import MIXTURES
 from togi.model.attention import DENSE, SEGMENTS
 from togi.model.loading import load_causal_lm
-from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel
 from togi.model.support import PROVEN, logit_transform
 
-TEMPERATURE = 0.7
-GROUPS = random_groups(0, [(5, [4, 4, 6]), (3, [7]), (9, [2, 3, 3, 3]), (6, [5, 5])])
-NEEDS = Needs(logprobs=True, entropy=True)
 CACHED_MODEL = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser() / "smollm2-135m-instruct"
 
 
@@ -33,22 +39,6 @@ def policy(arch: str, attention: str = SEGMENTS, **overrides: object) -> PolicyM
     if arch in MIXTURES:
         hf.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
     return PolicyModel(hf, logit_transform(hf.config)).train()
-
-
-def loss_of(logprobs_K: Tensor, entropy_K: Tensor) -> Tensor:
-    return logprobs_K.square().sum() + entropy_K.exp().sum()
-
-
-def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def packed(model: PolicyModel, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    outputs = model(batch, NEEDS, TEMPERATURE)
-    loss_of(outputs.logprobs_K, outputs.entropy_K).backward()
-    return outputs.logprobs_K.detach(), outputs.entropy_K.detach(), gradients(model)
 
 
 def one_by_one(model: PolicyModel, groups: list[Group]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

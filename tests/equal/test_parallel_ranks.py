@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.equal import parallel_jobs as jobs
+from tests.equal.parallel_jobs import assert_same
 from tests.learn_tools import (
     CPU,
     assert_nearly_as_far,
@@ -43,14 +44,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(jobs.one_rank, 1, folder)
     run_ranks(jobs.two_ranks_again, 2, folder)
     return folder
-
-
-def assert_same(result: dict[str, object], reference: dict[str, object], tolerance: float = 1e-9) -> None:
-    for step, (ours, theirs) in enumerate(zip(result["metrics"], reference["metrics"], strict=True)):
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance / 100), (step, name)
-    assert max_difference(result["weights"], reference["weights"]) < tolerance
 
 
 @pytest.mark.parametrize("size", [1, 2])

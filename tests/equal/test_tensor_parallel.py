@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.equal import tensor_jobs as jobs
-from tests.equal.test_parallel_ranks import assert_same
+from tests.equal.parallel_jobs import assert_same
 from tests.learn_tools import CPU, assert_nearly_as_far, max_difference, run_ranks, weights
 from togi.config.parallel_checks import check_splittable
 from togi.errors import ConfigError

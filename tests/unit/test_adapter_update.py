@@ -16,9 +16,9 @@ from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.config.shared import LoRA
 from togi.errors import ConfigError, ModelError, WeightSyncError
-from togi.model.adapter_update import BaseFiles, check_base_files, merge
+from togi.model.adapter_update import BaseFiles, merge
 from togi.model.adapters import adapter_scale, as_sent, sent_specs
-from togi.model.checkpoint import expected_manifest, whole_tensors
+from togi.model.checkpoint import check_base_files, expected_manifest, whole_tensors
 from togi.model.loading import load_causal_lm
 from togi.model.policy import PolicyModel
 from togi.model.weights import Manifest, TensorSpec

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import pytest
 
+from tests.source import read_attributes
 from togi.config.fields import is_later
 from togi.config.infer import InferConfig
 from togi.config.infer_checks import check_infer
@@ -121,13 +121,6 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but --eval_task rm runs in one process"):
         check_infer(parse(InferConfig, [*NEEDED.split(), "--eval_task", "rm"], "infer"))
-
-
-def read_attributes() -> set[str]:
-    """Every attribute that code outside the declarations reads."""
-    files = [p for p in (ROOT / "togi").rglob("*.py") if not p.name.endswith(("checks.py", "fields.py", "parse.py"))]
-    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
-    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
 
 
 def test_every_accepted_flag_is_read_somewhere() -> None:

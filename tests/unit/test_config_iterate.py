@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_config_infer import read_attributes
+from tests.source import read_attributes
 from togi.config.fields import is_later
 from togi.config.infer import InferConfig
 from togi.config.infer_checks import check_infer

@@ -8,8 +8,8 @@ import json
 import datasets
 import pytest
 
+from tests.records import parts
 from tests.tiny import CHAT_TEMPLATE, STOP, tiny_tokenizer
-from tests.unit.test_data_records import parts
 from togi.data.chat import closing_token, end_notice, enders, stop_token_ids
 from togi.data.mixture import load_mixture
 from togi.data.prompts import PromptSpec, load_prompts

@@ -2,30 +2,23 @@
 
 import dataclasses
 import json
-import os
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from tokenizers import normalizers, processors
+from transformers import ByT5Tokenizer
 
-from tests.tiny import CHAT_TEMPLATE, SPECIAL, START, STOP, tiny_tokenizer
+from tests.records import MARKED, SMOL, merging_tokenizer, parts
+from tests.tiny import CHAT_TEMPLATE, START, STOP, tiny_tokenizer
 from togi.config.choices import Overlong
-from togi.data.chat import load_tokenizer, visible
+from togi.data.chat import load_tokenizer
 from togi.data.masks import Draft, check_decoding, encode_drafts
 from togi.data.records import RecordSpec, load_sft
 from togi.errors import DataError
 
-SMOL = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser() / "smollm2-135m-instruct"
-MARKED = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}{% else %}{{ message['content'] }}"
-    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TURNS = [
     {"role": "user", "content": "q1"},
     {"role": "assistant", "content": "a1"},
@@ -39,31 +32,10 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def merging_tokenizer(*merges):
-    """The tiny tokenizer with merges of two symbols of the byte-level alphabet ("Ġ" is a space)."""
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate([*symbols, *("".join(pair) for pair in merges)])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|im_start|>", chat_template=CHAT_TEMPLATE
-    )
-
-
 def load(tmp_path, tokenizer, rows, **settings):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_sft(RecordSpec(str(path), **settings), tokenizer)
-
-
-def parts(sample, tokenizer):
-    """The text of each run of tokens, those learned in brackets."""
-    edges = np.flatnonzero(np.diff(sample.loss_mask.astype(int))) + 1
-    runs = np.split(np.arange(len(sample.tokens)), edges)
-    texts = [(visible(tokenizer, sample.tokens[run].tolist()), bool(sample.loss_mask[run[0]])) for run in runs]
-    return "".join(f"[{text}]" if learned else text for text, learned in texts)
 
 
 def only(examples):

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from tests.records import MARKED, SMOL, merging_tokenizer, parts
 from tests.tiny import STOP, tiny_tokenizer
-from tests.unit.test_data_records import MARKED, SMOL, merging_tokenizer, parts
 from togi.config.choices import Overlong
 from togi.data.chat import load_tokenizer
 from togi.data.packing import pack, pack_stats

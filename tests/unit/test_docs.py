@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_check_learning import EXAMPLES as CHECK_EXAMPLES
-from tests.e2e.test_example_scripts import EXAMPLES as MORE_EXAMPLES
-from tests.e2e.test_example_scripts_rl import EXAMPLES as MORE_RL_EXAMPLES
-from tests.e2e.test_export import EXAMPLES as EXPORT_EXAMPLES
-from tests.e2e.test_hooks import EXAMPLES as HOOK_EXAMPLES
-from tests.e2e.test_iterate import EXAMPLES as BEST_OF_N_EXAMPLES
-from tests.e2e.test_offline_run import EXAMPLES as OFFLINE_EXAMPLES
-from tests.e2e.test_rl_losses import EXAMPLES as LOSS_EXAMPLES
-from tests.e2e.test_rl_run import EXAMPLES
-from tests.e2e.test_rl_samples import EXAMPLES as SAMPLE_EXAMPLES
-from tests.e2e.test_rlhf_chain import EXAMPLES as CHAIN_EXAMPLES
 from togi.cli.check import CHECKED
 from togi.cli.main import COMMANDS
 from togi.config.chat import ChatConfig
@@ -99,11 +89,25 @@ def test_commands_are_real(page: Path) -> None:
                 check_offline(parse(OFFLINE[words[1]], words[2:], words[1]))
 
 
+def examples_of(module: Path) -> set[str]:
+    """The scripts that a test module lists as its EXAMPLES, and in what that list is made of."""
+    values = {
+        target.id: node.value
+        for node in ast.parse(module.read_text()).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    nodes = list(ast.walk(values["EXAMPLES"])) if "EXAMPLES" in values else []
+    for name in [node.id for node in nodes if isinstance(node, ast.Name) and node.id in values]:
+        nodes += ast.walk(values[name])
+    words = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return {word for word in words if word.endswith(".sh")}
+
+
 def test_every_script_is_in_the_index_and_in_the_tests() -> None:
     scripts = {path.name for path in (ROOT / "examples" / "scripts").glob("*.sh") if not path.name.startswith("common")}
-    tested = {*EXAMPLES, *OFFLINE_EXAMPLES, *BEST_OF_N_EXAMPLES, *CHAIN_EXAMPLES, *LOSS_EXAMPLES}
-    tested |= {*MORE_EXAMPLES, *MORE_RL_EXAMPLES, *SAMPLE_EXAMPLES, *EXPORT_EXAMPLES, *CHECK_EXAMPLES, *HOOK_EXAMPLES}
-    assert scripts == tested
+    assert scripts == {name for module in (ROOT / "tests" / "e2e").glob("test_*.py") for name in examples_of(module)}
     index = (ROOT / "examples" / "README.md").read_text()
     assert all(f"(scripts/{name})" in index for name in scripts)
 

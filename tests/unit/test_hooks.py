@@ -28,9 +28,9 @@ from togi.config.rl import RLConfig
 from togi.data.packing import pack
 from togi.errors import ConfigError
 from togi.learn.hooks import check_estimator, check_policy_loss, load_estimator, load_policy_loss
+from togi.pump.experience import Trainable, to_sample, with_advantages
 from togi.recipes.preflight import check_hook_file
-from togi.runtime.experience import Trainable, to_sample, with_advantages, with_streams
-from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
+from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score, with_streams
 
 NEEDED = ["--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "reward.py"]
 MEDIAN = Hook(str(ROOT / "examples" / "hooks" / "median.py"), "median_baseline")

@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.attention_cases import TREE, random_qkv, run, varlen_stand_in
 from tests.packs import make_segments
-from tests.unit.test_model_attention import TREE, random_qkv, run, varlen_stand_in
 from togi.batch import NO_PREFIX
 from togi.model import flash_prefixes
 from togi.model.attention import dense_attention, varlen_attention

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.packs import plain_pack, random_groups, shared_pack
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 from togi.errors import ModelError
-from togi.model.checkpoint import checkpoint_tensors, expected_manifest, save_hf
+from togi.model.checkpoint import expected_manifest, save_hf
 from togi.model.loading import load_causal_lm, load_scalar_model
 from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel, last_tokens, parameter_count
 from togi.model.support import logit_transform, verify_packing
+from togi.model.tensor_names import checkpoint_tensors
 from togi.model.weights import TensorSpec, differences
 
 GROUPS = random_groups(3, [(4, [3, 5]), (2, [6])])

@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from tests.unit.test_obs_run_dir import ARGV, KEY, VALUES, row
+from tests.run_rows import ARGV, KEY, VALUES, row
 from togi.errors import DataError
 from togi.obs import names
 from togi.obs.held_out import HeldOutRow, write_rows

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.rewards import scored
 from tests.shared_data import shared_rows
-from tests.unit.test_reward_verifiers import scored
 from togi.reward.sandbox import run
 from togi.reward.sandbox.run import Limits, run_program, run_tests, walls_are_to_be_had
 from togi.reward.verifiers import code

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from tests.rewards import scored
 from tests.shared_data import shared_rows
 from togi.config.checks import check_rl
 from togi.config.choices import Verifier
@@ -18,22 +19,7 @@ from togi.recipes.rl_rewards import EarlyRewards
 from togi.recipes.rl_setup import trial_prompts
 from togi.reward.returned import BadReturnError
 from togi.reward.verifiers import reasoning_gym as gym
-from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
-
-
-def scored(flags: list[str], texts: list[str], label: object, tokens: int = 1) -> list[Score]:
-    async def run() -> list[Score]:
-        rewards = EarlyRewards(parse(RLConfig, [*flags, "--reward_workers", "1"], "rl").config, None)
-        prompt = Prompt("p", (1,), "How many? 99 ", label)
-        group = [
-            Rollout(prompt, "g", (3,) * tokens, (True,) * tokens, (-1.0,) * tokens, text, FinishReason.STOP, 0)
-            for text in texts
-        ]
-        scores = await rewards.functions[0].score(group)
-        await rewards.close()
-        return scores
-
-    return asyncio.run(run())
+from togi.sample import Outcome, Prompt
 
 
 def values(name: str, texts: list[str], label: object, *flags: str) -> list[float]:

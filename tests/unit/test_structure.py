@@ -1,19 +1,22 @@
-"""The shape of the house, read from the syntax tree: arrows, fences, size bars, typed signatures, no print."""
+"""The shape of the house, read from the syntax trees: arrows, circles, fences, sizes, typed signatures, what is not to be found.
+
+Each test looks at every file and names all that it finds. ``test_measures`` holds the measures that are numbers.
+"""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from graphlib import CycleError, TopologicalSorter
 
-import pytest
+from tests.source import PACKAGE, ROOT, functions, imported_modules, imports, module_of, places, trees
 
-PACKAGE = Path(__file__).parents[2] / "togi"
-FILES = sorted(PACKAGE.rglob("*.py"))
-
+LINES, FUNCTION_LINES = 500, 60
 # A package may import packages of a lower level, and itself. Nothing imports sideways.
 LEVELS = {
     "errors": 0,
+    "version": 0,
     "config": 1,
     "obs": 1,
     "sample": 2,
@@ -30,101 +33,247 @@ LEVELS = {
     "pump": 7,
     "workers": 7,
     "recipes": 8,
-    "cli": 9,
-    "__init__": 10,
-    "__main__": 10,
+    "__init__": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 # Where a package from outside may be imported; a path is a file or a folder below togi/.
 FENCES = {
     "ray": ("workers/",),
     "vllm": ("rollout/vllm_engine.py",),
     "deepspeed": ("parallel/deepspeed.py",),
-    "torch.distributed": ("parallel/"),
+    "torch.distributed": ("parallel/",),
     "transformers": ("model/", "data/chat.py", "rollout/transformers_engine.py", "rollout/slot_cache.py"),
     "huggingface_hub": ("model/", "recipes/preflight.py"),
     "peft": ("model/",),
     "bitsandbytes": ("model/",),
     "wandb": ("obs/sinks.py",),
-    "torch.utils.tensorboard": ("obs/sinks.py",),
+    "torch.utils.tensorboard": (),
     "tensorboard": ("obs/sinks.py",),
 }
-TORCH_FREE = ("config", "plan", "obs", "errors", "sample")
+TORCH_FREE = ("config", "plan", "obs", "errors", "sample", "version")
+# Attributes that objects of other projects may lack, or that only a name knows: "file: function" and how many.
+FOREIGN_ATTRIBUTES = Counter(
+    {
+        # the configuration of a model: each architecture has settings of its own
+        "model/checkpoint.py: save_hf": 1,
+        "model/generate.py: positions": 1,
+        "model/loading.py: load_scalar_model": 1,
+        "model/policy.py: ScalarModel.reward_mean": 1,
+        "model/policy.py: ScalarModel.reward_std": 1,
+        "model/ring_attention.py: refuse_ring": 1,
+        "model/support.py: logit_transform": 3,
+        "model/support.py: refuse_unsupported": 2,
+        "rollout/transformers_engine.py: Masks.of": 3,
+        "rollout/transformers_engine.py: TransformersCore.__init__": 2,
+        # modules and parameters that a library marked
+        "model/adapters.py: full_weight": 1,
+        "model/recompute.py: use_recompute": 1,
+        "parallel/deepspeed.py: _gathered": 1,
+        "parallel/deepspeed.py: _partition": 1,
+        "rollout/vllm_engine.py: _start_reload": 2,
+        # torch's data types, C functions and Ray's remote methods by their names
+        "model/adapter_update.py: BaseFiles.with_adapter": 1,
+        "model/checkpoint.py: expected_manifest": 1,
+        "model/weights.py: Bucket.unpack": 1,
+        "model/weights.py: TensorSpec.nbytes": 1,
+        "rollout/transformers_engine.py: TransformersCore._load": 1,
+        "kernels/host.py: HostKernels.__init__": 1,
+        "workers/worker_group.py: WorkerGroup.per_sample": 1,
+        "workers/worker_group.py: WorkerGroup.start_all": 1,
+        # what an operating system or an exception may not have
+        "data/prepare.py: _number_of_processes": 1,
+        "kernels/host.py: compiled": 1,
+        "obs/run_dir.py: RunDirectory._write_info": 1,
+        "obs/way_out.py: writing": 1,
+        "plan/memory.py: keep_freed": 1,
+        "plan/memory.py: return_freed": 1,
+        "reward/verifiers/json_schema.py: fits": 1,
+        # the user's module, and what its function returned
+        "config/hooks.py: _hook": 1,
+        "reward/returned.py: _plain": 1,
+        "reward/worker.py: _find": 3,
+    }
+)
+# Of our own records, by a name that is a value: none is wanted, and no further one is allowed.
+OWN_ATTRIBUTES = Counter(
+    {
+        "cli/lora_combiner.py: main": 1,
+        "config/parse.py: build": 2,
+        "obs/rollout_store.py: _stored": 1,
+        "parallel/deepspeed.py: _Tensors.__init__": 1,
+        "plan/placement.py: resolve": 2,
+        "recipes/preflight.py: check_replayed": 1,
+    }
+)
+# Where any exception is caught and another one, or the same, is raised: something is closed, or the user told what failed.
+RAISED_AGAIN = Counter(
+    {
+        "data/cache.py: Entry.write": 1,
+        "data/chat.py: _rendered": 1,
+        "data/chat.py: load_tokenizer": 1,
+        "data/chat.py: render_marked": 1,
+        "learn/best.py: BestStore.write": 1,
+        "learn/hooks.py: _from_file": 1,
+        "learn/hooks.py: _tried": 1,
+        "learn/checkpoint.py: CheckpointStore.write": 1,
+        "model/generate.py: _generate": 1,
+        "obs/way_out.py: writing": 1,
+        "recipes/modelscope.py: _downloaded": 1,
+        "recipes/offline.py: _run": 1,
+        "recipes/offline_journal.py: RunJournal.open": 1,
+        "recipes/rl.py: _run": 1,
+        "recipes/rl.py: _with_session": 1,
+        "recipes/rl_setup.py: open_run": 1,
+        "recipes/rl_setup.py: opening": 1,
+        "recipes/rl_setup.py: prepare": 1,
+        "reward/function.py: _load_callable": 1,
+        "rollout/collect.py: _run_one": 1,
+        "workers/model_reward.py: ModelScores._drain": 1,
+        "workers/session.py: Session.start": 1,
+    }
+)
+# Where any exception ends: it becomes a value that somebody waits for, or a line that somebody reads.
+CAUGHT = Counter(
+    {
+        # code that is not ours: a reward, a loss, a program under test, a tracker
+        "obs/sinks.py: Background._work": 1,
+        "reward/sandbox/calls.py: _answer": 1,
+        "reward/sandbox/calls.py: judge": 2,
+        "reward/worker.py: answer": 1,
+        "reward/worker.py: load_function": 1,
+        # the edge of a thread, a process or a request: the caller is on the other side
+        "obs/sinks.py: _wandb_main": 1,
+        "reward/batcher.py: Batcher._drain": 1,
+        "reward/server.py: RewardServer._guard": 1,
+        "rollout/threaded.py: ThreadedEngine._admit": 1,
+        "rollout/threaded.py: ThreadedEngine._call.call": 1,
+        "rollout/threaded.py: ThreadedEngine._run": 2,
+        # Ray has no class for a slow start, after which it is started again
+        "workers/ray/cluster.py: _start": 1,
+        # the last word: the exit status, and a failure while another one is on its way
+        "cli/main.py: run": 1,
+        "obs/way_out.py: way_out": 1,
+    }
+)
 
 
-def relative(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
-
-
-def package_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else path.stem
-
-
-def imports(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            assert node.level == 0, "imports are absolute"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+def package_of(path: str) -> str:
+    return path.partition("/")[0].removesuffix(".py")
 
 
 def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_arrows_point_right(path: Path) -> None:
-    own = package_of(path)
-    for name in imports(ast.parse(path.read_text())):
-        parts = name.split(".")
-        if parts[0] != "togi" or len(parts) == 1 or parts[1] == own or parts[1] not in LEVELS:
-            continue
-        assert LEVELS[parts[1]] < LEVELS[own], f"{relative(path)} ({own}) imports {name}"
+def test_arrows_point_right_and_make_no_circle() -> None:
+    wrong = []
+    for path, tree in trees().items():
+        own = package_of(path)
+        for name in (name for name in imports(tree) if within(name, "togi")):
+            other = name.split(".")[1] if "." in name else "__init__"
+            if other in LEVELS and other != own and LEVELS[other] >= LEVELS[own]:
+                wrong.append(f"{path} ({own}) imports {name}")
+    try:
+        # imports inside functions count, those for the type checker alone do not
+        TopologicalSorter({module_of(path): set(imported_modules(tree)) for path, tree in trees().items()}).prepare()
+    except CycleError as error:
+        wrong.append(f"a circle: {' -> '.join(error.args[1])}")
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_fences(path: Path) -> None:
-    for name in imports(ast.parse(path.read_text())):
-        for package, allowed in FENCES.items():
-            if within(name, package):
-                assert relative(path).startswith(allowed), f"{relative(path)} imports {name}"
-        if package_of(path) in TORCH_FREE:
-            assert not within(name, "torch"), f"{relative(path)} must not import torch"
+def test_fences() -> None:
+    wrong = []
+    for path, tree in trees().items():
+        for name in imports(tree):
+            wrong += [
+                f"{path} imports {name}"
+                for package, allowed in FENCES.items()
+                if within(name, package) and not path.startswith(allowed)
+            ]
+            if package_of(path) in TORCH_FREE and within(name, "torch"):
+                wrong.append(f"{path} must not import torch")
+    assert wrong == []
+    used = {
+        (package, path)
+        for path, tree in trees().items()
+        for package in FENCES
+        if any(within(name, package) for name in imports(tree))
+    }
+    idle = [
+        (package, place)
+        for package, allowed in FENCES.items()
+        for place in allowed
+        if not any(name == package and path.startswith(place) for name, path in used)
+    ]
+    assert idle == [], "these do not use what they may use"
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_size_bars(path: Path) -> None:
-    source = path.read_text()
-    assert len(source.splitlines()) <= 500, f"{relative(path)} is longer than 500 lines"
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+def test_size_bars() -> None:
+    wrong = []
+    for path, tree in trees().items():
+        lines = len((PACKAGE / path).read_text().splitlines())
+        if lines > LINES:
+            wrong.append(f"{path} has {lines} lines")
+        for node in functions(tree):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= 60, f"{relative(path)}: {node.name} has {length} lines"
+            if length > FUNCTION_LINES:
+                wrong.append(f"{path}: {node.name} has {length} lines")
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_signatures_are_typed(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        assert node.returns is not None, f"{relative(path)}: {node.name} has no return type"
-        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        for argument in arguments:
-            if argument.arg not in ("self", "cls", "ctx"):
-                assert argument.annotation is not None, f"{relative(path)}: {node.name}({argument.arg}) is not typed"
+def test_signatures_are_typed() -> None:
+    wrong = []
+    for path, tree in trees().items():
+        for node in functions(tree):
+            if node.returns is None:
+                wrong.append(f"{path}: {node.name} has no return type")
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            wrong += [
+                f"{path}: {node.name}({argument.arg}) is not typed"
+                for argument in arguments
+                if argument.arg not in ("self", "cls", "ctx") and argument.annotation is None
+            ]
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_no_print_no_catch_all_no_soft_getattr(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-            assert package_of(path) == "cli", f"{relative(path)}:{node.lineno} prints"
-        if isinstance(node, ast.ExceptHandler) and node.type is None:
-            raise AssertionError(f"{relative(path)}:{node.lineno} catches everything")
+def test_no_print_no_catch_all_no_soft_getattr() -> None:
+    prints, attributes, caught, raised = [], Counter[str](), Counter[str](), Counter[str]()
+    for path, tree in trees().items():
+        for place, node in places(path, tree):
+            match node:
+                case ast.Call(func=ast.Name(id="print")) if package_of(path) != "cli":
+                    prints.append(place)
+                case ast.Call(func=ast.Name(id="getattr" | "hasattr")):
+                    attributes[place] += 1
+                case ast.ExceptHandler() if catches_all(node):
+                    (raised if isinstance(node.body[-1], ast.Raise) else caught)[place] += 1
+    assert prints == []
+    # both ways: what is no longer needed leaves the lists above
+    assert sorted((attributes - FOREIGN_ATTRIBUTES - OWN_ATTRIBUTES).elements()) == []
+    assert sorted((FOREIGN_ATTRIBUTES + OWN_ATTRIBUTES - attributes).elements()) == []
+    assert (caught - CAUGHT, CAUGHT - caught) == (Counter(), Counter())
+    assert (raised - RAISED_AGAIN, RAISED_AGAIN - raised) == (Counter(), Counter())
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_every_module_says_what_it_is(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text())), f"{relative(path)} has no docstring"
+def catches_all(handler: ast.ExceptHandler) -> bool:
+    names = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return any(
+        name is None or (isinstance(name, ast.Name) and name.id in ("Exception", "BaseException")) for name in names
+    )
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert [path for path, tree in trees().items() if not ast.get_docstring(tree)] == []
+
+
+def test_no_test_imports_another_test() -> None:
+    """What tests share lies in helper modules and conftest.py."""
+    assert list(shared_by_tests()) == []
+
+
+def shared_by_tests() -> Iterator[str]:
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for name in imports(ast.parse(path.read_text())):
+            if name.startswith("tests.") and any(part.startswith("test_") for part in name.split(".")[1:3]):
+                yield f"{path.relative_to(ROOT)} imports {name}"

@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from togi.errors import ModelError
-from togi.model.checkpoint import expected_manifest
 from togi.model.deferred import files_of
 from togi.model.weights import TensorSpec, differences
 
@@ -87,8 +86,3 @@ class BaseFiles:
                 if stem + A in adapter:
                     weight = merge(weight, adapter[stem + A], adapter[stem + B], scale).to(dtype)
                 yield spec.name, weight
-
-
-def check_base_files(model: str, dtype: str, trust_remote_code: bool) -> None:
-    """Raise ModelError where engines could not read the weights that they merge an adapter into."""
-    BaseFiles.of(model, expected_manifest(model, dtype, trust_remote_code))

@@ -28,9 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from togi.config.shared import ADAPTER_CONFIG, ALL_LINEAR, LoRA
 from togi.errors import ModelError
 from togi.model import adapter_update
-from togi.model.checkpoint import checkpoint_tensors
-from togi.model.loading import HEAD
-from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.policy import HEAD, PolicyModel, ScalarModel
+from togi.model.tensor_names import checkpoint_tensors
 from togi.model.weights import TensorSpec
 
 ADAPTER = "default"

@@ -1,20 +1,13 @@
-"""Writing model folders, and the names that tensors have in them.
-
-A folder is plain Hugging Face: safetensors, config, generation config, tokenizer. The same names go to generation
-engines. In memory Transformers may hold tensors in another form (experts of a layer fused in one tensor) and our modules
-add a prefix; ``checkpoint_tensors`` undoes both, a decoder layer at a time, so that a large model streams.
-"""
+"""Writing model folders: plain Hugging Face, which is safetensors, config, generation config and tokenizer."""
 
 from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,19 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
 
 from togi.config.shared import ADAPTER_CONFIG
-from togi.model.loading import HEAD, read_config, skeleton
+from togi.model.adapter_update import BaseFiles
+from togi.model.loading import read_config, skeleton
 from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.tensor_names import checkpoint_tensors
 from togi.model.weights import TensorSpec
 from togi.obs.way_out import writing
 
 SHARD_BYTES = 5 * 10**9
 UNFINISHED = ".unfinished"
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", ADAPTER_CONFIG)
-_PREFIX = "hf."
-_LAYER = re.compile(r"^.*?\.\d+\.")
 
 
 class FullParameters(Protocol):
@@ -45,34 +37,6 @@ class FullParameters(Protocol):
     ) -> Iterator[tuple[str, Tensor]]: ...
 
 
-def checkpoint_tensors(
-    model: PolicyModel | ScalarModel, named_tensors: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Full parameters of ``model``, by its own names, as (checkpoint name, tensor).
-
-    Tied copies are left out. The tensors of one decoder layer must come one after the other, as ``named_parameters``
-    and ``state_dict`` yield them; names are sorted within a layer. What is yielded may be views of what came in.
-    """
-    hf: Any = model.hf
-    tied = hf.all_tied_weights_keys
-    plain = ((name.removeprefix(_PREFIX), tensor) for name, tensor in named_tensors)
-    kept = ((name, tensor) for name, tensor in plain if name not in tied)
-    for _, layer in groupby(kept, key=lambda item: _layer_of(item[0])):
-        for name, tensor in sorted(revert_weight_conversion(hf, dict(layer)).items()):
-            yield _head_name(model, name), tensor
-
-
-def _layer_of(name: str) -> str:
-    match = _LAYER.match(name)
-    return match.group() if match else ""
-
-
-def _head_name(model: PolicyModel | ScalarModel, name: str) -> str:
-    if isinstance(model, ScalarModel) and name.startswith(f"{HEAD}."):
-        return f"{model.value_head_prefix}.{name.removeprefix(f'{HEAD}.')}"
-    return name
-
-
 @cache
 def expected_manifest(path: str, dtype: str, trust_remote_code: bool = False) -> tuple[TensorSpec, ...]:
     """The tensors that a causal language model of this folder sends, from its config alone; ``dtype``: "bfloat16"."""
@@ -81,6 +45,11 @@ def expected_manifest(path: str, dtype: str, trust_remote_code: bool = False) ->
     model = PolicyModel(skeleton(AutoModelForCausalLM, config, kind, trust_remote_code))
     tensors = checkpoint_tensors(model, model.state_dict().items())
     return tuple(TensorSpec(name, tuple(tensor.shape), dtype) for name, tensor in tensors)
+
+
+def check_base_files(model: str, dtype: str, trust_remote_code: bool) -> None:
+    """Raise ModelError where engines could not read the weights that they merge an adapter into."""
+    BaseFiles.of(model, expected_manifest(model, dtype, trust_remote_code))
 
 
 def save_hf(

@@ -38,13 +38,12 @@ from togi.model.compiled_layers import check_compiled, compile_layers
 from togi.model.deferred import Deferred, Reader, files_of, nothing_left, quiet
 from togi.model.host_layers import use_host_layers
 from togi.model.liger import apply_liger, check_liger
-from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.policy import HEAD, PolicyModel, ScalarModel
 from togi.model.recompute import use_recompute
 from togi.model.support import PROVEN, logit_transform, refuse_other_parts, refuse_unsupported, verify_packing
 
 logger = logging.getLogger(__name__)
 
-HEAD = "score"
 Model = TypeVar("Model", PolicyModel, ScalarModel)
 
 

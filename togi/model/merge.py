@@ -22,8 +22,8 @@ from togi.config.shared import ADAPTER_CONFIG
 from togi.errors import ModelError
 from togi.model.adapters import ADAPTER, ADAPTER_WEIGHTS, HEAD_RECORD, adapter_name
 from togi.model.deferred import quiet
-from togi.model.loading import HEAD, check_complete, read_config
-from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.loading import check_complete, read_config
+from togi.model.policy import HEAD, PolicyModel, ScalarModel
 from togi.model.proof import check_equal, outputs, probe
 
 SCALAR_TASK = "SEQ_CLS"

@@ -31,6 +31,9 @@ from togi.model.outputs import LABELS, Needs, Outputs
 from togi.model.ring_attention import RING, refuse_ring
 from togi.model.ring_layout import Layout, Places, Ring, RingLayout, WholeLayout
 
+HEAD = "score"
+"""What Transformers calls the head of a scalar model."""
+
 
 def hidden_states(hf: PreTrainedModel, layout: Layout) -> Tensor:
     """One forward of the body over the tokens of this rank: [t, H]."""

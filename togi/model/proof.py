@@ -21,8 +21,8 @@ from togi.config.model_facts import position_limit
 from togi.errors import ModelError
 from togi.model.checkpoint import save_hf
 from togi.model.deferred import quiet
-from togi.model.loading import HEAD, check_complete
-from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.loading import check_complete
+from togi.model.policy import HEAD, PolicyModel, ScalarModel
 
 PROBE_TOKENS = 32
 # Both are made of the same rounded numbers.

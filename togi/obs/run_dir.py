@@ -27,12 +27,12 @@ from pathlib import Path
 
 import yaml
 
-from togi import __version__
 from togi.errors import ConfigError, DataError, WriteError
 from togi.obs.metrics import read_records
 from togi.obs.redact import REDACTED, redact_argv, redact_value
 from togi.obs.rollout_store import RolloutStore
 from togi.obs.way_out import writing
+from togi.version import __version__
 
 
 @dataclass(frozen=True, slots=True)

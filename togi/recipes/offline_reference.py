@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
-from togi import __version__
 from togi.config.offline import OfflineConfig
 from togi.data.records import Examples
 from togi.learn.policy_objective import REF_LOGPROBS
@@ -26,6 +25,7 @@ from togi.model.hub import local_folder
 from togi.recipes.offline_data import Data
 from togi.recipes.offline_journal import Journal
 from togi.recipes.offline_steps import Dealer
+from togi.version import __version__
 
 FOLDER = "reference"
 ROWS_AT_ONCE = 512

@@ -23,7 +23,7 @@ from togi.learn.best import Aim
 from togi.learn.checkpoint import Checkpoint, CheckpointStore
 from togi.learn.hooks import check_estimator, check_policy_loss
 from togi.learn.learner_state import check_rank
-from togi.model.adapter_update import check_base_files
+from togi.model.checkpoint import check_base_files
 from togi.model.loading import check_causal_lm, known_tokens
 from togi.obs.ending import cause, end_run
 from togi.obs.progress import Progress

@@ -1,0 +1,188 @@
+"""The measures of the whole house: how long its ways are, and how much of it there is.
+
+A bar that is not reached yet has a limit, the value of today, which must not grow. Whoever improves a measure lowers its limit.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+
+from tests.source import PACKAGE, module_of, modules, trees
+from togi.cli.main import COMMANDS
+
+# The loop of a command. Its frames are counted from togi.cli.main.main, the loop's included.
+LOOPS = {"rl": "togi.recipes.rl.train", "sft": "togi.recipes.offline.train"}
+# What a rollout is on its way from a row of a file to a metric and a row of a table, in this order.
+ROLLOUT = (
+    "data/prompts.py: _Rendered",
+    "sample.py: Prompt",
+    "rollout/collect.py: _Group",
+    "rollout/threaded.py: _Request",
+    "rollout/threaded.py: Finished",
+    "sample.py: Generation",
+    "sample.py: Rollout",
+    "reward/wire.py: Call",
+    "reward/wire.py: Answer",
+    "sample.py: Score",
+    "runtime/experience.py: ScoredGroup",
+    "runtime/experience.py: Trainable",
+    "sample.py: Sample",
+    "data/packing.py: Packs",
+    "batch.py: Batch",
+    "model/outputs.py: Outputs",
+    "algo/policy_loss.py: PolicyTerms",
+    "learn/objective.py: Loss",
+    "learn/learner.py: UpdateReport",
+    "runtime/model_worker.py: StepResult",
+    "runtime/worker_group.py: StepUpdate",
+    "obs/metrics.py: StepRecord",
+    "obs/rollout_store.py: RolloutRow",
+)
+
+
+class Lines(NamedTuple):
+    """Of the package: all, those of imports, those with a comment, and those of code (none of the former, docstring or blank)."""
+
+    all: int
+    imports: int
+    comments: int
+    code: int
+
+
+@cache
+def lines() -> Lines:
+    every = imported = comments = code = 0
+    for path, tree in trees().items():
+        source = (PACKAGE / path).read_text()
+        skipped = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+        written: set[int] = set()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                comments += 1
+            elif token.type not in skipped:
+                written |= set(range(token.start[0], token.end[0] + 1))
+        imports = {line for node in of_type(tree, ast.Import, ast.ImportFrom) for line in span(node)}
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        texts = {line for node in of_type(tree, *documented) if ast.get_docstring(node) for line in span(node.body[0])}
+        every += source.count("\n")
+        imported += len(imports)
+        code += len(written - imports - texts)
+    return Lines(every, imported, comments, code)
+
+
+def of_type(tree: ast.AST, *types: type[ast.AST]) -> Iterator[ast.AST]:
+    return (node for node in ast.walk(tree) if isinstance(node, types))
+
+
+def span(node: ast.AST) -> range:
+    return range(node.lineno, node.end_lineno + 1)
+
+
+def any_per_thousand_lines() -> float:
+    names = sum(node.id == "Any" for tree in trees().values() for node in of_type(tree, ast.Name))
+    return 1000 * names / lines().all
+
+
+def config_types_asked_for() -> int:
+    """``isinstance(config, ...)`` and ``case XConfig()``: what a command is, asked outside of it."""
+    found = 0
+    for tree in trees().values():
+        for node in ast.walk(tree):
+            match node:
+                case ast.Call(func=ast.Name(id="isinstance"), args=[ast.Name(id="config" | "settings"), *_]):
+                    found += 1
+                case ast.MatchClass(cls=ast.Name(id=name)) if name.endswith("Config"):
+                    found += 1
+    return found
+
+
+def frames(command: str) -> int:
+    """Calls from ``togi.cli.main.main`` to the loop, by the shortest way through functions that name each other."""
+    start, loop = f"{COMMANDS[command][0]}.main", LOOPS[command]
+    depths, waiting = {start: 3}, deque([start])  # main, run, and the command's main
+    while waiting:
+        function = waiting.popleft()
+        if function == loop:
+            return depths[function]
+        for other in named_in(function) - depths.keys():
+            depths[other] = depths[function] + 1
+            waiting.append(other)
+    raise AssertionError(f"no way from {start} to {loop}")
+
+
+@cache
+def named_in(function: str) -> frozenset[str]:
+    """The functions and classes of the package that one of them names, by their full names."""
+    module, _, name = function.rpartition(".")
+    if module not in modules():
+        return frozenset()
+    tree, own = definitions(module)
+    known = {**imported_names(tree), **{other: f"{module}.{other}" for other in own}}
+    found: set[str] = set()
+    for node in ast.walk(own[name]) if name in own else ():
+        match node:
+            case ast.Attribute(value=ast.Name(id=base), attr=attribute) if known.get(base) in modules():
+                found.add(f"{known[base]}.{attribute}")
+            case ast.Name(id=other) if other in known:
+                found.add(known[other])
+    return frozenset(found)
+
+
+@cache
+def definitions(module: str) -> tuple[ast.Module, dict[str, ast.AST]]:
+    (tree,) = (tree for path, tree in trees().items() if module_of(path) == module)
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return tree, {node.name: node for node in tree.body if isinstance(node, kinds)}
+
+
+def imported_names(tree: ast.Module) -> dict[str, str]:
+    return {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in of_type(tree, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+class Measure(NamedTuple):
+    """A value, its limit today and the bar that is aimed at; both are upper bounds unless ``at_least``."""
+
+    value: Callable[[], float]
+    limit: float
+    bar: float
+    at_least: bool = False
+
+
+MEASURES = {
+    "frames from togi rl to its loop": Measure(lambda: frames("rl"), 8, 4),
+    "frames from togi sft to its loop": Measure(lambda: frames("sft"), 9, 4),
+    "record types that one rollout passes": Measure(lambda: len(ROLLOUT), 23, 12),
+    "isinstance(config, ...) and case XConfig()": Measure(config_types_asked_for, 35, 3),
+    "Any per 1,000 lines": Measure(any_per_thousand_lines, 10.3, 4),
+    "import lines, percent": Measure(lambda: 100 * lines().imports / lines().all, 9.0, 6),
+    "comment lines, percent": Measure(lambda: 100 * lines().comments / lines().all, 0.9, 2, at_least=True),
+    "files": Measure(lambda: len(trees()), 286, 200),
+    "lines of code": Measure(lambda: lines().code, 21_700, 14_000),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_no_measure_is_worse_than_its_limit(name: str) -> None:
+    measure = MEASURES[name]
+    value = measure.value()
+    assert value >= measure.limit if measure.at_least else value <= measure.limit, f"{name}: {value:.2f}"
+    assert measure.limit <= measure.bar if measure.at_least else measure.limit >= measure.bar, (
+        "the bar is reached: hold it"
+    )
+
+
+def test_the_records_of_a_rollout_are_those_of_the_code() -> None:
+    classes = {f"{path}: {node.name}" for path, tree in trees().items() for node in of_type(tree, ast.ClassDef)}
+    assert [record for record in ROLLOUT if record not in classes] == []

@@ -1,0 +1,48 @@
+"""The names that tensors have in model folders, which are also those that go to generation engines.
+
+In memory Transformers may hold tensors in another form (experts of a layer fused in one tensor) and our modules add a prefix;
+``checkpoint_tensors`` undoes both, a decoder layer at a time, so that a large model streams.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from togi.model.policy import HEAD, PolicyModel, ScalarModel
+
+_PREFIX = "hf."
+_LAYER = re.compile(r"^.*?\.\d+\.")
+
+
+def checkpoint_tensors(
+    model: PolicyModel | ScalarModel, named_tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Full parameters of ``model``, by its own names, as (checkpoint name, tensor).
+
+    Tied copies are left out. The tensors of one decoder layer must come one after the other, as ``named_parameters``
+    and ``state_dict`` yield them; names are sorted within a layer. What is yielded may be views of what came in.
+    """
+    hf: Any = model.hf
+    tied = hf.all_tied_weights_keys
+    plain = ((name.removeprefix(_PREFIX), tensor) for name, tensor in named_tensors)
+    kept = ((name, tensor) for name, tensor in plain if name not in tied)
+    for _, layer in groupby(kept, key=lambda item: _layer_of(item[0])):
+        for name, tensor in sorted(revert_weight_conversion(hf, dict(layer)).items()):
+            yield _head_name(model, name), tensor
+
+
+def _layer_of(name: str) -> str:
+    match = _LAYER.match(name)
+    return match.group() if match else ""
+
+
+def _head_name(model: PolicyModel | ScalarModel, name: str) -> str:
+    if isinstance(model, ScalarModel) and name.startswith(f"{HEAD}."):
+        return f"{model.value_head_prefix}.{name.removeprefix(f'{HEAD}.')}"
+    return name
