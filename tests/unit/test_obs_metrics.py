@@ -8,7 +8,7 @@ import pytest
 from togi.errors import DataError, RewardError
 from togi.obs import names
 from togi.obs.metrics import StepRecord, maximum, mean, merge, minimum, read_records, reduced, total
-from togi.obs.report import CHARTS, HEADLINES
+from togi.obs.report import chart_table
 
 
 def test_a_mean_is_divided_once_by_the_total_weight():
@@ -72,7 +72,8 @@ def test_reading_ignores_an_unfinished_last_line_and_names_a_broken_one(tmp_path
 
 def test_every_standard_name_and_every_name_of_the_report_is_explained_in_one_sentence():
     standard = {value for key, value in vars(names).items() if key.isupper() and isinstance(value, str)}
-    drawn = {pattern for chart in CHARTS for pattern in chart.patterns if "*" not in pattern} | set(HEADLINES)
+    table = chart_table()
+    drawn = {name for chart in table["charts"] for name in chart["metrics"] if "*" not in name} | set(table["headlines"])
     assert standard == set(names.EXPLANATIONS)
     assert drawn <= standard
     made = [

@@ -2,9 +2,11 @@
 
 import json
 import math
+import tomllib
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -13,11 +15,12 @@ from togi.errors import DataError
 from togi.obs import names
 from togi.obs.held_out import HeldOutRow, write_rows
 from togi.obs.metrics import StepRecord
-from togi.obs.report import Limits, spread_order, write_report
+from togi.obs.report import Limits, chart_table, spread_order, write_report
 from togi.obs.rollout_store import Split
 from togi.obs.run_dir import RunDirectory
 from togi.obs.sinks import Recorder
 
+PACKAGE = Path(__file__).parents[2] / "togi"
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- \u2028 & @@DATA@@"
 
 
@@ -154,3 +157,17 @@ def test_a_run_that_has_only_begun_has_a_page_and_another_folder_has_none(tmp_pa
     assert (data["steps"], data["rollouts"], data["charts"]) == ([], [], [])
     with pytest.raises(DataError, match="is not the folder of a run"):
         write_report(tmp_path)
+
+
+def test_the_table_of_charts_knows_its_kinds():
+    assert {chart.get("kind", "lines") for chart in chart_table()["charts"]} == {"lines", "log lines", "stacked"}
+
+
+def test_a_wheel_holds_every_file_that_is_no_python():
+    patterns = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "togi"
+    ]
+    packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    every = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert every == packed
+    assert PACKAGE / "obs/page/report.js" in packed

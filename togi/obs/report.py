@@ -1,127 +1,32 @@
 """``report.html``: one page with a run's curves and rollouts that needs no network and no server.
 
 ``write_report`` reads only the run directory, so the page can be refreshed during a run or made long after it. All data
-travel as JSON and are shown as text by the page's script (``report_page``), so nothing a model wrote can act as HTML.
+travel as JSON and are shown as text by the page's script, so nothing a model wrote can act as HTML. The page's markup, style,
+script and table of charts are files in ``page/``.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from fnmatch import fnmatchcase
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from togi.obs import names, report_page
+import yaml
+from jinja2 import Environment, PackageLoader
+from jinja2.utils import htmlsafe_json_dumps
+
+from togi.obs import names
 from togi.obs.held_out import read_rows
 from togi.obs.metrics import StepRecord, read_records
 from togi.obs.rollout_store import RolloutFile, RolloutStore
 from togi.obs.run_dir import RunDirectory, RunInfo, Status, write_atomically
-
-
-class ChartKind(StrEnum):
-    LINES = "lines"
-    LOG_LINES = "log lines"
-    STACKED = "stacked"
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """One chart. ``patterns``: metric names or shell patterns; a metric is drawn by the first chart that wants it."""
-
-    title: str
-    unit: str
-    patterns: tuple[str, ...]
-    kind: ChartKind = ChartKind.LINES
-
-
-CHARTS = (
-    Chart("Reward", "", (names.REWARD_MEAN, names.EVAL_REWARD, "eval/*/pass*")),
-    Chart(
-        "Loss",
-        "",
-        (
-            names.LOSS,
-            names.POLICY_LOSS,
-            names.POLICY_TOTAL_LOSS,
-            names.VALUE_LOSS,
-            names.PTX_LOSS,
-            names.EVAL_LOSS,
-        ),
-    ),
-    Chart("Load-balancing loss of the experts", "", (names.AUX_LOSS, names.VALUE_AUX_LOSS)),
-    Chart("Accuracy", "share", (names.ACCURACY, names.EVAL_ACCURACY)),
-    Chart(
-        "Preference",
-        "reward",
-        (names.REWARD_CHOSEN, names.REWARD_REJECTED, names.REWARD_MARGIN, "eval/reward/*"),
-    ),
-    Chart("Response length", "tokens", (names.LENGTH_RESPONSE, names.EVAL_LENGTH, "eval/*/length")),
-    Chart("KL from the reference", "nats a token", (names.KL_REFERENCE,)),
-    Chart("Cross-entropy", "nats a token", (f"*{names.CROSS_ENTROPY}", f"*{names.CHOSEN_NLL}")),
-    Chart("Perplexity", "", (f"*{names.PERPLEXITY}",), ChartKind.LOG_LINES),
-    Chart("KL to the teacher", "nats a token", (f"*{names.KL_TEACHER}",)),
-    Chart("KL estimate", "nats a row", (f"*{names.KL_ESTIMATE}",)),
-    Chart("Entropy", "nats a token", (names.ENTROPY,)),
-    Chart(
-        "Mismatch of engine and trainer",
-        "nats a token",
-        (names.MISMATCH_MEAN_ABS, names.MISMATCH_K3, names.MISMATCH_PROBE_MEAN_ABS),
-    ),
-    Chart(
-        "Probability ratio of trainer and engine",
-        "ratio",
-        (names.MISMATCH_MEAN_RATIO, names.MISMATCH_P99_RATIO, names.MISMATCH_MAX_RATIO),
-        ChartKind.LOG_LINES,
-    ),
-    Chart(
-        "Shares to keep an eye on",
-        "share",
-        (
-            names.LENGTH_TRUNCATED,
-            names.GROUPS_ZERO_VARIANCE,
-            names.GROUPS_DROPPED,
-            names.POLICY_CLIP_FRACTION,
-            names.REWARD_ERRORS,
-            names.REWARD_ABSTAINED,
-            names.MISMATCH_CORRECTED_SHARE,
-            names.MISMATCH_MASKED_SHARE,
-            names.SHARED_SHARE,
-        ),
-    ),
-    Chart("Groups generated for a rollout", "times its prompts", (names.GROUPS_GENERATIONS,)),
-    Chart("Padding and balance of ranks", "share, ratio", (names.PADDING_SHARE, names.RANK_IMBALANCE)),
-    Chart("Reward spread", "reward", (names.REWARD_STD, names.REWARD_GROUP_STD)),
-    Chart("Reward components", "reward", ("reward/*",)),
-    Chart("Gradient norm", "", (names.GRAD_NORM, names.POLICY_GRAD_NORM, names.VALUE_GRAD_NORM), ChartKind.LOG_LINES),
-    Chart("Learning rate", "", (names.LEARNING_RATE, names.POLICY_LR, names.VALUE_LR)),
-    Chart("Time by phase", "seconds a step", ("time/*",), ChartKind.STACKED),
-    Chart("Throughput", "a second", ("throughput/*",), ChartKind.LOG_LINES),
-    Chart("Memory", "GB", ("memory/*", "released_memory/*")),
-    Chart("Peak memory by phase", "GB", ("peak_memory/*",)),
-)
-
-HEADLINES = (
-    names.REWARD_MEAN,
-    names.EVAL_REWARD,
-    names.LOSS,
-    names.EVAL_LOSS,
-    names.ACCURACY,
-    names.EVAL_ACCURACY,
-    names.REWARD_MARGIN,
-    names.LENGTH_RESPONSE,
-    names.LENGTH_TRUNCATED,
-    names.KL_REFERENCE,
-    names.ENTROPY,
-    names.MISMATCH_MEAN_ABS,
-    names.GROUPS_ZERO_VARIANCE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,19 +73,35 @@ def write_report(root: Path, limits: Limits | None = None) -> Path:
     """
     from plotly.offline import get_plotlyjs
 
-    limits = limits or Limits()
     run = RunDirectory(root)
-    data = _page_data(run, limits)
-    title = html.escape(f"Togi: {root.resolve().name}")
-    text = report_page.compose(title, _embedded(data), get_plotlyjs(), nonce=secrets.token_urlsafe(16))
+    template = Environment(loader=PackageLoader("togi.obs", "page"), autoescape=True).get_template("report.html.j2")
+    text = template.render(
+        title=f"Togi: {root.resolve().name}",
+        nonce=secrets.token_urlsafe(16),
+        style=_asset("report.css"),
+        script=_asset("report.js"),
+        plotly=get_plotlyjs(),
+        data=_embedded(_page_data(run, limits or Limits())),
+    )
     write_atomically(run.report_path, text)
     return run.report_path
+
+
+def _asset(name: str) -> str:
+    return files("togi.obs").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def chart_table() -> dict[str, Any]:
+    """Headlines and charts of the page, as ``page/charts.yaml`` lists them."""
+    table: dict[str, Any] = yaml.safe_load(_asset("charts.yaml"))
+    return table
 
 
 def _page_data(run: RunDirectory, limits: Limits) -> dict[str, Any]:
     info, status = run.read_info(), run.read_status()
     records = read_records(run.metrics_path)
     shown = _thinned(records, limits.points)
+    table = chart_table()
     series = _series(shown)
     rollouts, notes = _rollouts(run.rollouts, limits)
     if len(shown) < len(records):
@@ -188,10 +109,10 @@ def _page_data(run: RunDirectory, limits: Limits) -> dict[str, Any]:
     return {
         "facts": _facts(run, info, status, records),
         "state": {"name": status.state, "message": status.message},
-        "headlines": [_headline(name, series[name]) for name in HEADLINES if name in series],
+        "headlines": [_headline(name, series[name]) for name in table["headlines"] if name in series],
         "steps": [record.step for record in shown],
         "series": series,
-        "charts": _charts(series),
+        "charts": _charts(table["charts"], series),
         "explain": {name: names.explain(name) for name in series},
         "rollouts": rollouts,
         "examples": _examples(run.root, limits),
@@ -276,14 +197,16 @@ def _series(records: Sequence[StepRecord]) -> dict[str, list[float | None]]:
     return {name: [_number(row.get(name, math.nan)) for row in rows] for name in found}
 
 
-def _charts(series: Mapping[str, object]) -> list[dict[str, Any]]:
+def _charts(table: Sequence[Mapping[str, Any]], series: Mapping[str, object]) -> list[dict[str, Any]]:
+    """The charts of ``charts.yaml`` that have something to draw."""
     left = [name for name in series if not name.endswith("_stderr")]
     charts = []
-    for chart in CHARTS:
-        drawn = [name for name in left if any(fnmatchcase(name, pattern) for pattern in chart.patterns)]
+    for chart in table:
+        drawn = [name for name in left if any(fnmatchcase(name, pattern) for pattern in chart["metrics"])]
         left = [name for name in left if name not in drawn]
         if drawn:
-            charts.append({"title": chart.title, "unit": chart.unit, "kind": chart.kind, "names": drawn})
+            kind = chart.get("kind", "lines")
+            charts.append({"title": chart["title"], "unit": chart.get("unit", ""), "kind": kind, "names": drawn})
     return charts
 
 
@@ -383,7 +306,4 @@ def _short(value: object) -> str:
 
 def _embedded(data: object) -> str:
     """JSON that cannot end the script element it stands in, whatever its strings hold."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    return htmlsafe_json_dumps(data, allow_nan=False, separators=(",", ":"))
