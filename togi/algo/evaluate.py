@@ -16,22 +16,12 @@ class Estimate:
     count: int
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that at least one of ``k`` samples is right, from ``n`` samples of which ``c`` were right.
-
-    ``1 - C(n - c, k) / C(n, k)``, unbiased (Chen et al. 2021, arXiv 2107.03374); exact integers, so no overflow. Needs
-    ``0 <= c <= n`` and ``1 <= k <= n``.
-    """
-    assert 0 <= c <= n and 1 <= k <= n, f"pass@{k} is undefined for {c} right out of {n}"
-    total = math.comb(n, k)
-    return (total - math.comb(n - c, k)) / total
-
-
 def expected_best(values: Sequence[float], k: int) -> float:
-    """The expected greatest of ``k`` of the values, drawn without replacement: ``pass_at_k`` for any rewards.
+    """The expected greatest of ``k`` of the values, drawn without replacement: pass@k for any rewards.
 
     ``sum over i of C(i - 1, k - 1) / C(n, k) x the i-th smallest``, since so many of the draws have that one as their greatest.
-    For values 0 and 1 it is ``pass_at_k``; for ``k`` = n the greatest of all. Needs ``1 <= k <= n``.
+    For values 0 and 1 it is the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374); for ``k`` = n the greatest of all.
+    Exact integers, so no overflow. Needs ``1 <= k <= n``.
     """
     n = len(values)
     assert 1 <= k <= n, f"the best of {k} is undefined for {n} values"

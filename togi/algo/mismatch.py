@@ -20,13 +20,12 @@ TOP_SHARE = 0.99
 class Mismatch:
     """Over the tokens of a step, with ``ratio = trainer probability / engine probability`` of the sampled token.
 
-    ``abs_log_ratio_*`` in nats. ``ratio_mean`` is 1 in expectation when the tokens really come from the engine's
+    ``abs_log_ratio_mean`` in nats. ``ratio_mean`` is 1 in expectation when the tokens really come from the engine's
     distribution. ``ratio_p99`` is the smallest ratio that at least 99 % of the tokens do not exceed. ``kl``: k3
     estimate of KL(engine || trainer), the mean of ``ratio - 1 - log ratio``, in nats per token.
     """
 
     abs_log_ratio_mean: float
-    abs_log_ratio_max: float
     ratio_mean: float
     ratio_p99: float
     ratio_max: float
@@ -45,7 +44,6 @@ def mismatch(rollout_logprobs_K: Tensor, logprobs_K: Tensor) -> Mismatch:
     rank = math.ceil(TOP_SHARE * len(ratio_K))
     return Mismatch(
         abs_log_ratio_mean=float(log_ratio_K.abs().mean()),
-        abs_log_ratio_max=float(log_ratio_K.abs().max()),
         ratio_mean=float(ratio_K.mean()),
         # torch.quantile refuses more than 16 million elements; a long step has more.
         ratio_p99=float(torch.kthvalue(ratio_K, rank).values),

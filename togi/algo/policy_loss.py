@@ -21,15 +21,13 @@ class PolicyTerms:
 
     ``ratio_K``: exp of the log ratio held in [-20, 20], of the token or (GSPO) of its sequence. ``clipped_K``: the clip
     bounds the ratio; in PPO and GSPO the token then has no gradient, in CISPO a bounded one. ``log_ratio_K``: raw
-    log pi_new - log pi_old. ``dual_clipped_K``: the dual clip bounds the loss, no gradient either; never together with
-    ``clipped_K``.
+    log pi_new - log pi_old.
     """
 
     loss_K: Tensor
     ratio_K: Tensor
     clipped_K: Tensor
     log_ratio_K: Tensor
-    dual_clipped_K: Tensor
 
 
 def policy_loss(
@@ -90,14 +88,14 @@ def cispo_loss(
     ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     weight_K = ratio_K.clamp(1 - clip_low, 1 + clip_high)
     loss_K = -weight_K * advantages_K.detach() * logprobs_K
-    return PolicyTerms(loss_K, ratio_K, weight_K != ratio_K, log_ratio_K, torch.zeros_like(weight_K, dtype=torch.bool))
+    return PolicyTerms(loss_K, ratio_K, weight_K != ratio_K, log_ratio_K)
 
 
 def with_ratio(loss_K: Tensor, log_ratio_K: Tensor, clip_low: float, clip_high: float) -> PolicyTerms:
     """A loss of another making with the ratio's reports: ``clipped_K`` is where the ratio is beyond [1 - low, 1 + high]."""
     ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     beyond_K = (ratio_K < 1 - clip_low) | (ratio_K > 1 + clip_high)
-    return PolicyTerms(loss_K, ratio_K, beyond_K, log_ratio_K, torch.zeros_like(beyond_K))
+    return PolicyTerms(loss_K, ratio_K, beyond_K, log_ratio_K)
 
 
 def _clipped(
@@ -111,12 +109,10 @@ def _clipped(
     bounded_K = ratio_K.clamp(1 - clip_low, 1 + clip_high) * advantages_K
     clipped_K = bounded_K < plain_K
     surrogate_K = torch.where(clipped_K, bounded_K, plain_K)
-    dual_clipped_K = torch.zeros_like(clipped_K)
     if dual_clip is not None:
         floor_K = dual_clip * advantages_K
-        dual_clipped_K = (advantages_K < 0) & (surrogate_K < floor_K)
-        surrogate_K = torch.where(dual_clipped_K, floor_K, surrogate_K)
-    return PolicyTerms(-surrogate_K, ratio_K.detach(), clipped_K, log_ratio_K.detach(), dual_clipped_K)
+        surrogate_K = torch.where((advantages_K < 0) & (surrogate_K < floor_K), floor_K, surrogate_K)
+    return PolicyTerms(-surrogate_K, ratio_K.detach(), clipped_K, log_ratio_K.detach())
 
 
 def value_loss(values_K: Tensor, old_values_K: Tensor, returns_K: Tensor, clip: float) -> Tensor:

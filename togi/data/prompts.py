@@ -78,9 +78,8 @@ class PromptSet(Sequence[Prompt]):
 
     def __init__(self, prompts: Sequence[Prompt], report: DataReport) -> None:
         self._prompts = tuple(prompts)
-        self._by_id = {prompt.id: prompt for prompt in self._prompts}
         self.report = report
-        assert len(self._by_id) == len(self._prompts), "prompt ids are not unique"
+        assert len({prompt.id for prompt in self._prompts}) == len(self._prompts), "prompt ids are not unique"
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -91,10 +90,6 @@ class PromptSet(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
     def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
         return self._prompts[index]
-
-    def by_id(self, prompt_id: str) -> Prompt:
-        """The prompt with this id (KeyError if there is none)."""
-        return self._by_id[prompt_id]
 
     def fingerprint(self) -> str:
         """A digest of ids and texts: equal for the same prompts in the same order."""

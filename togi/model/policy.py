@@ -245,8 +245,3 @@ class ScalarModel(_Model):
     def _head(self, states: Tensor) -> Tensor:
         head: Any = self.hf.score
         return full_precision(head(states).squeeze(-1))
-
-
-def parameter_count(model: nn.Module) -> int:
-    """How many parameters there are; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())

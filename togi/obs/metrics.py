@@ -21,7 +21,6 @@ class Reduction(StrEnum):
     MEAN = "mean"
     SUM = "sum"
     MAX = "max"
-    MIN = "min"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +45,7 @@ class Metric:
             return Metric(self.reduction, self.total + other.total, self.weight + other.weight)
         if math.isnan(self.total) or math.isnan(other.total):
             return Metric(self.reduction, math.nan)
-        pick = max if self.reduction is Reduction.MAX else min
-        return Metric(self.reduction, pick(self.total, other.total))
+        return Metric(self.reduction, max(self.total, other.total))
 
 
 def mean(total: float, weight: float) -> Metric:
@@ -62,10 +60,6 @@ def total(value: float) -> Metric:
 
 def maximum(value: float) -> Metric:
     return Metric(Reduction.MAX, value)
-
-
-def minimum(value: float) -> Metric:
-    return Metric(Reduction.MIN, value)
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:

@@ -17,7 +17,6 @@ REWARD_GROUP_STD = "reward/group_std"
 REWARD_ABSTAINED = "reward/abstained_share"
 REWARD_ERRORS = "reward/error_share"
 REWARD_PAUSED = "reward/paused_seconds"
-RETURN_MEAN = "reward/return"
 REWARD_CHOSEN = "reward/chosen"
 REWARD_REJECTED = "reward/rejected"
 REWARD_MARGIN = "reward/margin"
@@ -31,7 +30,6 @@ EVAL_ACCURACY = "eval/accuracy"
 
 LENGTH_RESPONSE = "length/response"
 LENGTH_PROMPT = "length/prompt"
-LENGTH_TOTAL = "length/total"
 LENGTH_TRUNCATED = "length/truncated_share"
 
 KL_REFERENCE = "kl/reference"
@@ -59,7 +57,6 @@ POLICY_GRAD_NORM = "policy/grad_norm"
 POLICY_LR = "policy/lr"
 VALUE_LOSS = "value/loss"
 VALUE_MEAN = "value/mean"
-VALUE_CLIP_FRACTION = "value/clip_fraction"
 VALUE_GRAD_NORM = "value/grad_norm"
 VALUE_LR = "value/lr"
 VALUE_AUX_LOSS = "value/aux_loss"
@@ -85,13 +82,10 @@ PADDING_SHARE = "tokens/padding_share"
 RANK_IMBALANCE = "tokens/rank_imbalance"
 SHARED_SHARE = "tokens/shared_share"
 
-STALENESS = "async/staleness"
-
 THROUGHPUT_GENERATE = "throughput/generated_tokens_per_second"
 THROUGHPUT_SCORE = "throughput/scored_tokens_per_second"
 THROUGHPUT_TRAIN = "throughput/trained_tokens_per_second"
 COMPILE_SECONDS = "compile/seconds"
-THROUGHPUT_SAMPLES = "throughput/samples_per_second"
 WEIGHT_SYNC_SECONDS = "weights/sync_seconds"
 WEIGHT_SYNC_BYTES = "weights/sync_bytes"
 WEIGHT_SYNC_RATE = "throughput/weight_sync_gb_per_second"
@@ -103,7 +97,6 @@ EXPLANATIONS: dict[str, str] = {
     REWARD_ABSTAINED: "Share of rollouts for which the reward source gave no opinion; they are left out of the means.",
     REWARD_ERRORS: "Share of rollouts for which the reward source failed; should be 0.",
     REWARD_PAUSED: "Seconds of the step in which a reward server was down and the run waited for it.",
-    RETURN_MEAN: "Mean return: the reward after KL penalty and discounting, as the advantage estimator sees it.",
     REWARD_CHOSEN: "Mean (implicit) reward of the preferred responses.",
     REWARD_REJECTED: "Mean (implicit) reward of the rejected responses.",
     REWARD_MARGIN: "Mean difference between the rewards of the preferred and the rejected response.",
@@ -115,7 +108,6 @@ EXPLANATIONS: dict[str, str] = {
     EVAL_ACCURACY: "Share of evaluation rows that are ranked or classified correctly.",
     LENGTH_RESPONSE: "Mean response length in tokens; growth without reward is a sign of a length bias.",
     LENGTH_PROMPT: "Mean prompt length in tokens.",
-    LENGTH_TOTAL: "Mean length of prompt and response together, in tokens.",
     LENGTH_TRUNCATED: "Share of responses cut off by the token limit instead of ending by themselves.",
     KL_REFERENCE: "KL of the policy from the reference model, in nats a token: how far training has moved the model.",
     KL_TEACHER: "KL between teacher and student on the data, in nats a token, in the direction trained; it should fall.",
@@ -140,7 +132,6 @@ EXPLANATIONS: dict[str, str] = {
     POLICY_LR: "Learning rate of the policy.",
     VALUE_LOSS: "Squared error of the critic against the returns.",
     VALUE_MEAN: "Mean value that the critic predicts.",
-    VALUE_CLIP_FRACTION: "Share of tokens whose value update was clipped.",
     VALUE_GRAD_NORM: "Norm of the critic's gradient before clipping.",
     VALUE_LR: "Learning rate of the critic.",
     VALUE_AUX_LOSS: "Load-balancing loss of the critic, if it is a mixture of experts.",
@@ -162,14 +153,12 @@ EXPLANATIONS: dict[str, str] = {
     PADDING_SHARE: "Share of computed positions that carry no token: what ranks without work compute to keep in step.",
     RANK_IMBALANCE: "Tokens of the busiest rank / mean over ranks; 1 is even, at 2 half of the time is spent waiting.",
     SHARED_SHARE: "Share of all tokens that were not computed, because their prompt is shared: 1 - computed / all.",
-    STALENESS: "How many weight versions old the rollouts were when they were trained on, on average.",
     THROUGHPUT_GENERATE: "Tokens generated a second by all engines together.",
     THROUGHPUT_SCORE: "Tokens a second in scoring: sequence tokens x models that scored them / seconds.",
     WEIGHT_SYNC_SECONDS: "Seconds from asking for a weight update to the last engine's confirmation.",
     WEIGHT_SYNC_BYTES: "Bytes that each engine was sent: all weights, or with --lora_rank the adapter alone (--lora_sync).",
     COMPILE_SECONDS: "Seconds that torch.compile took on the first rank of the trained model (--torch_compile).",
     THROUGHPUT_TRAIN: "Tokens trained on a second by all ranks together.",
-    THROUGHPUT_SAMPLES: "Rollouts finished a second, over the whole step.",
     WEIGHT_SYNC_RATE: "Speed of the weight transfer from trainer to engines, in GB a second.",
 }
 
