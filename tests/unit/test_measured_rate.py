@@ -15,7 +15,7 @@ from togi.config.offline import SFTConfig
 from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.errors import ConfigError
-from togi.learn.measured_rate import MeasuredRate
+from togi.learn.schedule import MeasuredRate
 
 START = 0.1
 # Falls, stands still, rises, falls by less than either threshold, breaks, and falls again.
@@ -75,8 +75,8 @@ def test_by_hand_with_a_warm_up_and_through_a_checkpoint() -> None:
 
 
 def test_the_factor_is_the_kinds_own_unless_given() -> None:
-    assert MeasuredRate.of(SFTConfig(lr_scheduler=Scheduler.GREEDY), 1.0, 10).factor == 0.95
-    assert MeasuredRate.of(SFTConfig(lr_scheduler=Scheduler.REDUCE_LR_ON_PLATEAU), 1.0, 10).factor == 0.1
+    assert MeasuredRate.of(SFTConfig(lr_scheduler=Scheduler.GREEDY), 1.0, 10).rule.factor == 0.95
+    assert MeasuredRate.of(SFTConfig(lr_scheduler=Scheduler.REDUCE_LR_ON_PLATEAU), 1.0, 10).rule.factor == 0.1
 
 
 @pytest.mark.parametrize(

@@ -373,8 +373,10 @@ def _backend(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
 def _schedule_problems(c: TrainSettings) -> Iterator[str]:
     kind = c.lr_scheduler
     used = {
-        "min_lr_ratio": kind.has_floor,
-        "lr_num_cycles": kind.has_waves,
+        "min_lr_ratio": kind.follows_a_loss
+        or kind.endswith("with_min_lr")
+        or kind in (Scheduler.POLYNOMIAL, Scheduler.WARMUP_STABLE_DECAY),
+        "lr_num_cycles": kind.startswith("cosine") or kind is Scheduler.WARMUP_STABLE_DECAY,
         "lr_power": kind is Scheduler.POLYNOMIAL,
         "lr_decay_ratio": kind is Scheduler.WARMUP_STABLE_DECAY,
         "lr_factor": kind.follows_a_loss,

@@ -123,28 +123,6 @@ class Scheduler(StrEnum):
         """Whether the rate depends on measured losses, not on the step alone."""
         return self in (Scheduler.REDUCE_LR_ON_PLATEAU, Scheduler.GREEDY)
 
-    @property
-    def factor(self) -> float:
-        """What one that follows a loss multiplies the rate by, as in torch and Transformers."""
-        return 0.95 if self is Scheduler.GREEDY else 0.1
-
-    @property
-    def has_floor(self) -> bool:
-        """Whether it ends at, or is held above, ``--min_lr_ratio`` times the peak."""
-        return self in (
-            Scheduler.COSINE_WITH_MIN_LR,
-            Scheduler.COSINE_WARMUP_WITH_MIN_LR,
-            Scheduler.POLYNOMIAL,
-            Scheduler.WARMUP_STABLE_DECAY,
-            Scheduler.REDUCE_LR_ON_PLATEAU,
-            Scheduler.GREEDY,
-        )
-
-    @property
-    def has_waves(self) -> bool:
-        """Whether it is made of cosines, ``--lr_num_cycles`` of them."""
-        return self.value.startswith("cosine") or self is Scheduler.WARMUP_STABLE_DECAY
-
 
 class LoraSync(StrEnum):
     """What engines get of a policy that trains an adapter: the adapter alone, or whole weights with it merged in."""

@@ -1,26 +1,26 @@
-"""Learning-rate schedules: pure functions of the number of optimizer steps taken, equal to Transformers' of the same
-name.
+"""Learning rates: Transformers' schedules by their names, as functions of the number of optimizer steps taken.
 
 The unit is optimizer steps, never micro-batches, rollouts or samples. The first step is number 0, so with a warm-up
-it is taken at a rate of 0, as in Transformers (but for cosine_warmup_with_min_lr, which counts it from 1). Not here:
-schedules that follow a measured loss (``measured_rate``): they are no function of the step.
+it is taken at a rate of 0, as in Transformers (but for cosine_warmup_with_min_lr, which counts it from 1).
+reduce_lr_on_plateau and greedy follow a loss measured on held-out rows instead: they are no function of the step, and what
+they have seen is part of a checkpoint.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol, Self
+
+import torch
 
 from togi.config.choices import Scheduler
 from togi.config.shared import TrainSettings
 
-# What Transformers takes where it is not told: half a wave falls from the peak to the floor, one cycle does not restart.
-HALF_WAVE = 0.5
-ONE_CYCLE = 1.0
-# The time scale of inverse_sqrt without a warm-up, in steps.
-TIMESCALE = 10_000
+# What a rule that follows a loss has come to, by the names in its state_dict; all else there are settings.
+_SEEN = ("best", "num_bad_epochs", "num_good_epochs", "reset_start", "last_epoch", "_last_lr")
 
 
 class LearningRate(Protocol):
@@ -30,12 +30,12 @@ class LearningRate(Protocol):
 
     def observe(self, loss: float) -> None: ...
 
-    def state(self) -> dict[str, float]: ...
+    def state(self) -> dict[str, Any]: ...
 
-    def load_state(self, state: Mapping[str, float]) -> None: ...
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Schedule:
     """``peak``: the highest rate. ``total``: planned optimizer steps. ``warmup``: steps of linear warm-up.
 
@@ -54,7 +54,7 @@ class Schedule:
     decay: int = 0
 
     @classmethod
-    def of(cls, settings: TrainSettings, peak: float, total: int) -> Schedule:
+    def of(cls, settings: TrainSettings, peak: float, total: int) -> Self:
         """The schedule that the flags ask for: shares of the run are rounded up to whole steps."""
         return cls(
             settings.lr_scheduler,
@@ -69,58 +69,105 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""
-        return self.peak * self._factor(step)
+        return self.peak * self._share(step if self.kind is Scheduler.INVERSE_SQRT else min(step, self._last))
 
     def observe(self, loss: float) -> None:
         """Nothing: the step alone decides."""
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """Empty: the step alone decides."""
         return {}
 
-    def load_state(self, state: Mapping[str, float]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         assert not state, f"{self.kind} was given the state of a measured rate"
 
-    def _factor(self, step: int) -> float:
-        """The rate as a share of the peak."""
-        if self.kind is Scheduler.CONSTANT:
-            return 1.0
-        share = self._rising(step) if step < self.warmup else self._falling(step)
-        # the warm-up of all but one starts from 0, not from the floor
-        lifted = self.kind.has_floor and (step >= self.warmup or self.kind is Scheduler.WARMUP_STABLE_DECAY)
-        return share * (1 - self.floor) + self.floor if lifted else share
+    @property
+    def _last(self) -> int:
+        """The step at which the schedule has come to its end; after it some kinds of Transformers' rise again."""
+        return max(self.total, self.warmup + 1) - (self.kind is Scheduler.COSINE_WARMUP_WITH_MIN_LR)
 
-    def _rising(self, step: int) -> float:
-        return (step + (self.kind is Scheduler.COSINE_WARMUP_WITH_MIN_LR)) / self.warmup
-
-    def _falling(self, step: int) -> float:
-        """What is left of the way from the peak to the floor (or to 0)."""
-        after, span = step - self.warmup, max(1, self.total - self.warmup)
-        done = min(1.0, after / span)
-        match self.kind:
-            case Scheduler.LINEAR:
-                share = 1 - done
-            case Scheduler.COSINE | Scheduler.COSINE_WITH_MIN_LR:
-                share = self._wave(done)
-            case Scheduler.COSINE_WARMUP_WITH_MIN_LR:
-                share = self._wave(min(1.0, (after + 1) / span))
-            case Scheduler.COSINE_WITH_RESTARTS:
-                cycles = ONE_CYCLE if self.cycles is None else self.cycles
-                share = 0.0 if done == 1 else 0.5 * (1 + math.cos(math.pi * (cycles * done % 1)))
-            case Scheduler.POLYNOMIAL:
-                share = (1 - done) ** self.power
-            case Scheduler.INVERSE_SQRT:
-                scale = self.warmup or TIMESCALE
-                share = 1 / math.sqrt((after + scale) / scale)
+    @cached_property
+    def _share(self) -> Callable[[int], float]:
+        """Transformers' own function of the step: the rate as a share of the peak."""
+        kind, options = self.kind, {} if self.cycles is None else {"num_cycles": self.cycles}
+        match kind:
+            case Scheduler.COSINE_WITH_MIN_LR | Scheduler.COSINE_WARMUP_WITH_MIN_LR:
+                options["min_lr_rate"] = self.floor
+            case Scheduler.POLYNOMIAL if self.floor < 1:
+                options = {"lr_end": self.floor, "power": self.power}
+            case Scheduler.POLYNOMIAL:  # from the peak to the peak, which Transformers refuses
+                kind, options = Scheduler.CONSTANT_WITH_WARMUP, {}
             case Scheduler.WARMUP_STABLE_DECAY:
-                falling = step - (self.total - self.decay)
-                share = 1.0 if falling < 0 else self._wave(falling / self.decay) if falling < self.decay else 0.0
-            case _:
-                assert self.kind is Scheduler.CONSTANT_WITH_WARMUP, f"{self.kind} is no function of the step"
-                share = 1.0
+                options |= {"num_decay_steps": self.decay, "min_lr_ratio": self.floor}
+        share: Callable[[int], float] = _scheduler(
+            kind, options, num_warmup_steps=self.warmup, num_training_steps=max(self.total, self.warmup + 1)
+        ).lr_lambdas[0]
         return share
 
-    def _wave(self, done: float) -> float:
-        """From 1 to 0 and, with more than half a wave, up again."""
-        cycles = HALF_WAVE if self.cycles is None else self.cycles
-        return 0.5 * (1 + math.cos(math.pi * cycles * 2 * done))
+
+class MeasuredRate:
+    """A rate that follows a held-out loss by torch's ``ReduceLROnPlateau`` or Transformers' ``GreedyLR`` (arXiv 2512.14527).
+
+    ``start``: the first rate after ``warmup`` steps. ``floor``, ``ceiling``: bounds as shares of it (greedy's own are
+    0.001 and 1, which no language model survives). After more than ``patience`` evaluations in a row without a better loss
+    the rate is multiplied by ``factor`` (None: the rule's own); greedy also divides it by ``factor`` after more than
+    ``patience`` better ones in a row. No change is too small to be made.
+    """
+
+    def __init__(
+        self,
+        kind: Scheduler,
+        start: float,
+        *,
+        warmup: int = 0,
+        floor: float = 0.0,
+        ceiling: float = math.inf,
+        factor: float | None = None,
+        patience: int,
+    ) -> None:
+        assert kind.follows_a_loss and 0 <= floor <= 1 <= ceiling
+        self.start, self.warmup = start, warmup
+        options: dict[str, float] = {"min_lr": floor, "patience": patience, "eps": 0.0}
+        options |= {} if factor is None else {"factor": factor}
+        options |= {"max_lr": ceiling} if kind is Scheduler.GREEDY else {}
+        self.rule = _scheduler(kind, options)
+
+    @classmethod
+    def of(cls, settings: TrainSettings, start: float, total: int) -> Self:
+        """What the flags ask for. ``total``: planned optimizer steps, for the warm-up."""
+        return cls(
+            settings.lr_scheduler,
+            start,
+            warmup=math.ceil(settings.lr_warmup_ratio * total),
+            floor=settings.min_lr_ratio,
+            ceiling=settings.max_lr_ratio,
+            factor=settings.lr_factor,
+            patience=settings.lr_patience,
+        )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step ``step``, counted from 0, by what was observed before it."""
+        rising = step / self.warmup if step < self.warmup else 1.0
+        share: float = self.rule.optimizer.param_groups[0]["lr"]
+        return self.start * share * rising
+
+    def observe(self, loss: float) -> None:
+        """Take the loss of one evaluation, in nats. One that is not a number counts as no better."""
+        self.rule.step(loss)
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs, as JSON."""
+        return {name: value for name, value in self.rule.state_dict().items() if name in _SEEN}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state`` gave."""
+        self.rule.load_state_dict(dict(state))
+        self.rule.optimizer.param_groups[0]["lr"] = state["_last_lr"][0]
+
+
+def _scheduler(kind: Scheduler, options: Mapping[str, float], **steps: int) -> Any:
+    """Transformers' scheduler of an optimizer whose rate is 1, so that its rates are shares."""
+    from transformers import get_scheduler  # it brings PEFT along: only for those who train
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    return get_scheduler(kind.value, optimizer, scheduler_specific_kwargs=dict(options), **steps)

@@ -29,10 +29,9 @@ from togi.learn.checkpoint import HF_FOLDER, Checkpoint, CheckpointStore
 from togi.learn.distill_objective import DistillationObjective
 from togi.learn.learner import Learner
 from togi.learn.learner_state import check_rank
-from togi.learn.measured_rate import MeasuredRate
 from togi.learn.objective import Objective
 from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
-from togi.learn.schedule import Schedule
+from togi.learn.schedule import MeasuredRate, Schedule
 from togi.learn.scorer import Scorer
 from togi.learn.sft_objective import SFTObjective
 from togi.learn.step_objective import StepRewardObjective
