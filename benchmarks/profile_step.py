@@ -30,8 +30,8 @@ from togi.batch import Batch
 from togi.config.choices import Scheduler
 from togi.data.packing import pack
 from togi.learn.learner import Learner
+from togi.learn.objective import SFTObjective
 from togi.learn.schedule import Schedule
-from togi.learn.sft_objective import SFTObjective
 from togi.model.loading import load_causal_lm
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import trainable

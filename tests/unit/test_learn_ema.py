@@ -11,9 +11,8 @@ from torch import Tensor
 from tests.learn_tools import CPU, learner, max_difference, packs, rollouts, solo, weights
 from tests.tiny import save_tiny_model
 from togi.config.shared import LoRA
-from togi.learn.ema import Ema
 from togi.learn.learner import Learner
-from togi.learn.learner_state import load_learner, save_learner
+from togi.learn.learner_state import Ema, load_learner, save_learner
 from togi.model.loading import load_causal_lm
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import trainable

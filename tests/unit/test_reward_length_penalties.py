@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from togi.algo.length_penalty import overlong_penalty, stop_properly
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import RewardError
-from togi.reward.length_penalties import LengthPenalties
+from togi.reward.combine import LengthPenalties, overlong_penalty, stop_properly
 from togi.runtime.experience import ScoredGroup
 from togi.runtime.measure import rollout_metrics
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score

@@ -14,7 +14,7 @@ from togi.config.rl import RLConfig
 from togi.data.loader import LoaderState, PromptLoader
 from togi.errors import ConfigError, RewardError
 from togi.obs.rollout_store import Split
-from togi.reward.length_penalties import LengthPenalties
+from togi.reward.combine import LengthPenalties
 from togi.rollout.environment import SingleTurn
 from togi.runtime.experience import ScoredGroup, trainable
 from togi.runtime.feed import RolloutFeed

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from togi.algo.best_of_n import standardized
-from togi.algo.evaluate import mean_with_error
+from togi.algo.best_of_n import mean_with_error, standardized
 from togi.config.choices import EngineName, PostProcessor
 from togi.config.infer import InferConfig
 from togi.data.chat import Tokenizer, as_plain_text, decode, encode, load_tokenizer, stop_token_ids, visible

@@ -17,7 +17,7 @@ from togi.data.chat import Tokenizer
 from togi.recipes.plan import StepPlan
 from togi.recipes.rl_rewards import reward_names
 from togi.recipes.rl_setup import Material
-from togi.reward.length_penalties import OVERLONG, STOP_PROPERLY
+from togi.reward.combine import OVERLONG, STOP_PROPERLY
 from togi.runtime.experience import ScoredGroup, Trainable, trainable
 from togi.sample import Outcome, Score
 

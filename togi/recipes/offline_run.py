@@ -14,11 +14,10 @@ import torch
 from togi.config.offline import OfflineConfig
 from togi.data.packing import PackStats, pack_stats
 from togi.data.records import Examples
-from togi.learn.best import Best, BestStore, better
-from togi.learn.checkpoint import HF_FOLDER, Checkpoint, CheckpointStore
-from togi.learn.evaluation import Measured, conclude, measure
+from togi.learn.checkpoint import HF_FOLDER, Best, BestStore, Checkpoint, CheckpointStore, better
 from togi.learn.learner import UpdateReport
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
+from togi.learn.scorer import Measured, conclude, measure
 from togi.model.checkpoint import save_trained, written_aside
 from togi.model.compiled_layers import clock
 from togi.model.policy import ScalarModel

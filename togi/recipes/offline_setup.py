@@ -29,12 +29,10 @@ from togi.learn.checkpoint import HF_FOLDER, Checkpoint, CheckpointStore
 from togi.learn.distill_objective import DistillationObjective
 from togi.learn.learner import Learner
 from togi.learn.learner_state import check_rank
-from togi.learn.objective import Objective
+from togi.learn.objective import Objective, SFTObjective, StepRewardObjective
 from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
 from togi.learn.schedule import MeasuredRate, Schedule
 from togi.learn.scorer import Scorer
-from togi.learn.sft_objective import SFTObjective
-from togi.learn.step_objective import StepRewardObjective
 from togi.model.loading import load_causal_lm, load_scalar_model, read_config
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.parallel.backend import BackendOptions, backend_options

@@ -27,11 +27,10 @@ from togi.obs.way_out import way_out
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen
 from togi.parallel.process import World, default_device
-from togi.reward.batcher import Batcher
 from togi.reward.function import FunctionReward
 from togi.reward.local_model import Standardization
 from togi.reward.pool import CallLimits
-from togi.reward.server import PATH, RewardServer, ScoreCall, ServerLimits
+from togi.reward.server import PATH, Batcher, RewardServer, ScoreCall, ServerLimits
 from togi.reward.wire import Answer, Call, Complaint
 from togi.sample import Sample
 

@@ -22,8 +22,7 @@ from togi.parallel.build import frozen
 from togi.parallel.process import World
 from togi.recipes.rl_rewards import combined, reward_names
 from togi.recipes.rl_setup import Material
-from togi.reward.combine import CombinedReward
-from togi.reward.length_penalties import LengthPenalties
+from togi.reward.combine import CombinedReward, LengthPenalties
 from togi.reward.local_model import LocalModelReward, Standardization
 from togi.rollout.collect import collect_groups
 from togi.rollout.create import create_engine

@@ -11,9 +11,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from togi.data.loader import PromptLoader
-from togi.reward.combine import ErrorLimit
-from togi.reward.length_penalties import LengthPenalties
-from togi.reward.source import Reward
+from togi.reward.combine import ErrorLimit, LengthPenalties
+from togi.reward.scores import Reward
 from togi.rollout.collect import collect_groups
 from togi.rollout.environment import Environment, Generate
 from togi.runtime.calls import all_or_none

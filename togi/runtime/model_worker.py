@@ -19,14 +19,12 @@ from togi.config.choices import PolicyLossType
 from togi.config.rl import RLConfig
 from togi.data.chat import load_tokenizer, stop_token_ids
 from togi.data.packing import Packs, pack_all, pack_stats
-from togi.learn.ema import Ema
 from togi.learn.learner import Learner, Mixed, StepOutcome, UpdateReport
-from togi.learn.learner_state import expected_bytes, load_learner, save_learner
-from togi.learn.objective import Objective
+from togi.learn.learner_state import Ema, expected_bytes, load_learner, save_learner
+from togi.learn.objective import Objective, SFTObjective
 from togi.learn.policy_objective import EngineCorrection, KLInLoss, PolicyObjective, ValueObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
-from togi.learn.sft_objective import SFTObjective
 from togi.model.checkpoint import FullParameters, expected_manifest, save_trained, whole_tensors
 from togi.model.compiled_layers import clock
 from togi.model.loading import load_causal_lm, load_scalar_model
