@@ -23,7 +23,7 @@ from tests.equal.test_model_packing import GROUPS, packed
 from tests.packs import shared_pack
 from tests.tiny import save_tiny_model
 from togi.config.choices import Layers
-from togi.model.loading import load_causal_lm
+from togi.model.loading import ModelSource, load_causal_lm
 
 convert = interpreter._implicit_cvt
 
@@ -60,8 +60,8 @@ def main() -> None:
     for arch in sys.argv[1:]:
         with TemporaryDirectory() as folder:
             save_tiny_model(Path(folder), arch=arch)
-            one = packed(load_causal_lm(folder, torch.float32, flash_attn=False), batch)
-            model = load_causal_lm(folder, torch.float32, flash_attn=False, layers=Layers.LIGER)
+            one = packed(load_causal_lm(ModelSource(folder, torch.float32)), batch)
+            model = load_causal_lm(ModelSource(folder, torch.float32, layers=Layers.LIGER))
         other = packed(model, batch)
         assert one[2].keys() == other[2].keys()
         gaps = {
