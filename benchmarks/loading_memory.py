@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.learn_tools import run_ranks
-from togi.model.loading import load_causal_lm
+from togi.model.loading import ModelSource, load_causal_lm
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen, trainable
 from togi.parallel.process import World
@@ -34,7 +34,7 @@ def measure(world: World, folder: Path) -> None:
     """Load in the way that the file ``way`` names; the first rank prints what each rank took."""
     defer, trains = ((folder / "way").read_text() == "in parts"), (folder / "trains").exists()
     options, before = BackendOptions(bf16=False, zero_stage=3), resident("VmRSS")
-    model = load_causal_lm(str(folder / "model"), torch.float32, flash_attn=False, defer=defer)
+    model = load_causal_lm(ModelSource(str(folder / "model"), torch.float32, defer=defer))
     if trains:
         trainable(model, world, options, model.read)
     else:

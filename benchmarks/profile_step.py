@@ -30,9 +30,9 @@ from togi.batch import Batch
 from togi.config.choices import Scheduler
 from togi.data.packing import pack
 from togi.learn.learner import Learner
+from togi.learn.objective import SFTObjective
 from togi.learn.schedule import Schedule
-from togi.learn.sft_objective import SFTObjective
-from togi.model.loading import load_causal_lm
+from togi.model.loading import ModelSource, load_causal_lm
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import trainable
 from togi.parallel.process import World
@@ -85,7 +85,7 @@ def main() -> None:
 
 def make_learner(folder: Path, *, bf16: bool) -> Learner:
     """What ``togi sft`` trains with in one process, with or without ``--bf16``."""
-    model = load_causal_lm(str(folder), torch.float32, flash_attn=False)
+    model = load_causal_lm(ModelSource(str(folder), torch.float32))
     backend = trainable(model, World.solo(torch.device("cpu")), BackendOptions(bf16=bf16))
     return Learner(backend, SFTObjective(), Schedule(Scheduler.CONSTANT, 1e-6, 1), math.inf)
 

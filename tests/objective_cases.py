@@ -20,10 +20,8 @@ from togi.batch import Batch
 from togi.config.choices import CorrectionType, Divergence, PolicyLossType, RewardLoss
 from togi.data.packing import pack
 from togi.learn.distill_objective import DistillationObjective
-from togi.learn.objective import Objective
+from togi.learn.objective import Objective, SFTObjective, StepRewardObjective
 from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
-from togi.learn.sft_objective import SFTObjective
-from togi.learn.step_objective import StepRewardObjective
 from togi.obs.metrics import merge, reduced
 from togi.sample import Sample
 

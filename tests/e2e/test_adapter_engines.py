@@ -18,7 +18,7 @@ from togi.config.shared import LoRA
 from togi.errors import WeightSyncError
 from togi.model.adapters import adapter_scale, sent_names
 from togi.model.checkpoint import whole_tensors
-from togi.model.loading import load_causal_lm
+from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.policy import PolicyModel
 from togi.model.weights import Manifest, TensorSpec, pack_buckets
 from togi.rollout.engine import RolloutEngine
@@ -68,7 +68,7 @@ def test_an_adapter_alone_does_what_merged_weights_do(name: EngineName, arch: st
     """Only q and down are adapted, of which vLLM keeps q in one tensor with k and v. After five others the first is the same."""
     folder = save_tiny_model(tmp_path, arch=arch)
     targets = ("q_proj", "down_proj") if arch == "llama" else ("all-linear",)
-    model = load_causal_lm(str(folder), torch.float32, flash_attn=False, lora=LoRA(4, 12, 0.0, targets, False))
+    model = load_causal_lm(ModelSource(str(folder), torch.float32, lora=LoRA(4, 12, 0.0, targets, False)))
     engine = start(name, folder)
     first, scale = stir(model, 1), adapter_scale(model)
     asyncio.run(update(engine, whole(model), 1, None))

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.example_scripts import BIN, run_script
 from tests.offline_world import CONFIGS, DATA, ROOT, flags, launch, make_world, train
 from togi.cli.main import main
-from togi.obs.held_out import read_rows
+from togi.obs.run_dir import read_held_out
 from togi.recipes.best_metric import offline_metrics
 
 
@@ -44,7 +44,7 @@ def test_a_command_learns_and_leaves_everything_behind(world: Path, tmp_path: Pa
     assert {name for name in steps[0] if name.startswith("eval/")} <= drawn
     assert {"loss", "lr", "grad_norm", "tokens/padding_share", "tokens/rank_imbalance"} <= drawn
     assert {"throughput/trained_tokens_per_second", "time/training", "time/evaluating"} <= drawn
-    assert list(read_rows(run)) == [0, 3, 5, 6, 9]
+    assert list(read_held_out(run)) == [0, 3, 5, 6, 9]
     assert json.loads((run / "data" / "train.json").read_text())["sources"][0]["kept"] == 14
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     kind = AutoModelForSequenceClassification if command == "rm" else AutoModelForCausalLM
@@ -87,7 +87,7 @@ def test_the_held_out_loss_is_plain_transformers_token_mean(world: Path, tmp_pat
         scored = [plain.logprobs(f"User: {r['q']}\nAssistant: ", r["a"]) for r in rows(world, "sft_eval")]
         assert measured["eval/loss"] == pytest.approx(-float(torch.cat(scored).mean()), rel=1e-5)
     losses = sorted((-float(each.mean()) for each in scored), reverse=True)
-    shown = read_rows(tmp_path / "run")[4]
+    shown = read_held_out(tmp_path / "run")[4]
     assert [row.values[0] for row in shown] == pytest.approx(losses, rel=1e-5)  # five rows: all of them, worst first
     assert [row.place for row in shown] == ["worst"] * 3 + ["best"] * 2
     texts = {f"User: {r['q']}\nAssistant: ⟦{r['a']}<|im_end|>⟧" for r in rows(world, "sft_eval")}
@@ -106,7 +106,7 @@ def test_dpo_evaluates_like_plain_transformers(world: Path, tmp_path: Path) -> N
         margins.append(0.3 * float(gains[0] - gains[1]))
         rewards.append([0.3 * float(gain) for gain in gains])
     rewards.sort(key=lambda pair: pair[0] - pair[1])
-    for shown, expected in zip(read_rows(tmp_path / "run")[4], rewards, strict=True):
+    for shown, expected in zip(read_held_out(tmp_path / "run")[4], rewards, strict=True):
         assert shown.values == pytest.approx(expected, abs=1e-5) and len(shown.texts) == 2
     assert steps[-1]["eval/reward/margin"] == pytest.approx(sum(margins) / 5, rel=1e-4)
     assert steps[-1]["eval/accuracy"] == sum(margin > 0 for margin in margins) / 5

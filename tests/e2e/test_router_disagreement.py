@@ -16,7 +16,7 @@ from togi.algo.mismatch import router_disagreement
 from togi.config.choices import EngineName
 from togi.data.packing import pack_all
 from togi.learn.scorer import Scorer
-from togi.model.loading import load_causal_lm
+from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.weights import pack_buckets
 from togi.parallel.process import World
 from togi.rollout.engine import RolloutEngine
@@ -36,7 +36,7 @@ async def update(engine: RolloutEngine, tensors: list[tuple[str, Tensor]]) -> No
 
 def trainer_routes(folder: Path) -> Tensor:
     """Those of tokens 1 to 59, of the trainer's own forward, which packs the probe with another sequence."""
-    model = load_causal_lm(str(folder), torch.float32, flash_attn=False)
+    model = load_causal_lm(ModelSource(str(folder), torch.float32))
     samples = [probe(TOKENS[::-1], 400), probe(TOKENS, 400)]
     packs = pack_all(samples, max_tokens=400, max_sequences=None, share_prefix=False)
     assert len(packs.batches) == 1

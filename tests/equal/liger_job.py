@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 from tests.packs import GROUPS, packed, shared_pack
 from tests.tiny import save_tiny_model
 from togi.config.choices import Layers
-from togi.model.loading import load_causal_lm
+from togi.model.loading import ModelSource, load_causal_lm
 
 convert = interpreter._implicit_cvt
 
@@ -59,8 +59,8 @@ def main() -> None:
     for arch in sys.argv[1:]:
         with TemporaryDirectory() as folder:
             save_tiny_model(Path(folder), arch=arch)
-            one = packed(load_causal_lm(folder, torch.float32, flash_attn=False), batch)
-            model = load_causal_lm(folder, torch.float32, flash_attn=False, layers=Layers.LIGER)
+            one = packed(load_causal_lm(ModelSource(folder, torch.float32)), batch)
+            model = load_causal_lm(ModelSource(folder, torch.float32, layers=Layers.LIGER))
         other = packed(model, batch)
         assert one[2].keys() == other[2].keys()
         gaps = {

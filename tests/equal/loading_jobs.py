@@ -15,7 +15,7 @@ from tests.tiny import tiny_tokenizer
 from togi.config.choices import BackendName
 from togi.learn.scorer import Scorer
 from togi.model.checkpoint import save_trained
-from togi.model.loading import load_causal_lm, load_scalar_model
+from togi.model.loading import ModelSource, load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.parallel.backend import BackendOptions, Reader
 from togi.parallel.build import frozen, trainable
@@ -29,11 +29,9 @@ SEED = 7
 
 def load(folder: Path, name: str, *, scalar: bool, defer: bool) -> PolicyModel | ScalarModel:
     if not scalar:
-        return load_causal_lm(str(folder / name), torch.float32, flash_attn=False, defer=defer)
+        return load_causal_lm(ModelSource(str(folder / name), torch.float32, defer=defer))
     torch.manual_seed(SEED)
-    return load_scalar_model(
-        str(folder / name), torch.float32, flash_attn=False, init_head=name != "scalar", defer=defer
-    )
+    return load_scalar_model(ModelSource(str(folder / name), torch.float32, defer=defer), init_head=name != "scalar")
 
 
 def held_bytes(module: nn.Module) -> int:
@@ -83,11 +81,11 @@ def reads(world: World, folder: Path, name: str, *, scalar: bool, tensor_size: i
 
 def scores_frozen(world: World, folder: Path) -> None:
     """A frozen model in bfloat16: sharded part by part it scores as one that was read at once."""
-    model = load_causal_lm(str(folder / "llama"), torch.bfloat16, flash_attn=False, defer=True)
+    model = load_causal_lm(ModelSource(str(folder / "llama"), torch.bfloat16, defer=True))
     options = BackendOptions(bf16=True, zero_stage=3)
     deferred = Scorer(frozen(model, world, options, model.read), world).logprobs(packs(rollouts(4), [4]))
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    at_once = load_causal_lm(str(folder / "llama"), torch.bfloat16, flash_attn=False)
+    at_once = load_causal_lm(ModelSource(str(folder / "llama"), torch.bfloat16))
     plain = Scorer(frozen(at_once, world, options), world).logprobs(packs(rollouts(4), [4]))
     assert all((ours == theirs).all() for ours, theirs in zip(deferred, plain, strict=True))
 

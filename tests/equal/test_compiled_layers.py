@@ -19,7 +19,7 @@ from togi.config.shared import COMPILABLE, LoRA, Recompute
 from togi.errors import ConfigError, ModelError
 from togi.model.adapters import without_adapter
 from togi.model.compiled_layers import clock
-from togi.model.loading import load_causal_lm
+from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel
 from togi.recipes.offline_preflight import check
@@ -68,9 +68,7 @@ def assert_equal(model: PolicyModel, compiled: PolicyModel) -> None:
 def test_compiled_layers_equal_those_as_they_are(tmp_path: Path, arch: str) -> None:
     save_tiny_model(tmp_path, arch=arch)
     load = [
-        load_causal_lm(str(tmp_path), torch.float32, flash_attn=False, layers=x)
-        for x in Layers
-        if x is not Layers.LIGER
+        load_causal_lm(ModelSource(str(tmp_path), torch.float32, layers=x)) for x in Layers if x is not Layers.LIGER
     ]
     before = clock.parts
     assert_equal(*load)
@@ -81,14 +79,14 @@ def test_layers_and_packs_are_not_compiled_again(tmp_path: Path) -> None:
     """Nine layers and packs of other sizes take the parts that the first layer and pack took."""
     torch.compiler.reset()
     save_tiny_model(tmp_path, num_hidden_layers=9)
-    model = load_causal_lm(str(tmp_path), torch.float32, flash_attn=False, layers=Layers.COMPILED)
+    model = load_causal_lm(ModelSource(str(tmp_path), torch.float32, layers=Layers.COMPILED))
     before, _, start = clock.parts, clock.take_seconds(), time.perf_counter()
     results(model)
     parts = clock.parts - before
     assert 0 < parts <= 8 < 9
     assert 0 < clock.take_seconds() <= time.perf_counter() - start
     results(model)
-    results(load_causal_lm(str(tmp_path), torch.float32, flash_attn=False, layers=Layers.COMPILED))
+    results(load_causal_lm(ModelSource(str(tmp_path), torch.float32, layers=Layers.COMPILED)))
     assert clock.parts - before == parts
     assert clock.take_seconds() == 0
 
@@ -100,7 +98,7 @@ def test_recomputing_and_adapters_change_nothing(tmp_path: Path, lora: LoRA | No
     for layers in (Layers.STANDARD, Layers.COMPILED):
         torch.manual_seed(0)
         model = load_causal_lm(
-            str(tmp_path), torch.float32, flash_attn=False, recompute=Recompute(above=10), lora=lora, layers=layers
+            ModelSource(str(tmp_path), torch.float32, recompute=Recompute(above=10), lora=lora, layers=layers)
         )
         models.append(model)
     before = clock.parts
@@ -133,7 +131,7 @@ def test_what_compiling_needs_is_looked_for_before_weights_are_read(
     else:
         monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ConfigError, match=words):
-        load_causal_lm(str(tmp_path), torch.float32, flash_attn=False, layers=Layers.COMPILED)
+        load_causal_lm(ModelSource(str(tmp_path), torch.float32, layers=Layers.COMPILED))
 
 
 def test_an_architecture_it_was_not_tested_with_is_refused(tmp_path: Path) -> None:
@@ -144,4 +142,4 @@ def test_an_architecture_it_was_not_tested_with_is_refused(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"--torch_compile is tested .* --teacher_model \S+ is a mixtral model"):
         check(parse(KDConfig, argv, "kd"))
     with pytest.raises(ModelError, match=r"--torch_compile is tested with gemma, .* and this is a mixtral model"):
-        load_causal_lm(str(tmp_path / "mixtral"), torch.float32, flash_attn=False, layers=Layers.COMPILED)
+        load_causal_lm(ModelSource(str(tmp_path / "mixtral"), torch.float32, layers=Layers.COMPILED))

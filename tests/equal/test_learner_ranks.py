@@ -22,9 +22,9 @@ from tests.learn_tools import (
     weights,
 )
 from togi.config.choices import BackendName
-from togi.learn.ema import Ema
 from togi.learn.learner import Learner, Mixed, UpdateReport
-from togi.learn.sft_objective import SFTObjective
+from togi.learn.learner_state import Ema
+from togi.learn.objective import SFTObjective
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import trainable
 from togi.parallel.process import World

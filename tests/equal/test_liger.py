@@ -11,7 +11,7 @@ from tests.tiny import save_tiny_model
 from togi.config.choices import Layers
 from togi.errors import ModelError
 from togi.model.liger import TESTED
-from togi.model.loading import load_causal_lm
+from togi.model.loading import ModelSource, load_causal_lm
 
 
 def test_the_kernels_equal_the_layers_they_replace():
@@ -32,4 +32,4 @@ def test_the_kernels_equal_the_layers_they_replace():
 def test_an_architecture_it_was_not_tested_with_is_refused(tmp_path):
     save_tiny_model(tmp_path, arch="mixtral")
     with pytest.raises(ModelError, match="--use_liger_kernel is tested with llama, mistral, qwen2, qwen3 models"):
-        load_causal_lm(str(tmp_path), torch.float32, flash_attn=False, layers=Layers.LIGER)
+        load_causal_lm(ModelSource(str(tmp_path), torch.float32, layers=Layers.LIGER))

@@ -14,7 +14,7 @@ from tests.learn_tools import CPU, max_difference, packs, rollouts, run_ranks
 from tests.tiny import save_tiny_model, tiny_config
 from togi.errors import ModelError
 from togi.learn.scorer import Scorer
-from togi.model.loading import load_causal_lm, load_scalar_model
+from togi.model.loading import ModelSource, load_causal_lm, load_scalar_model
 from togi.parallel.process import World
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -87,16 +87,16 @@ def test_weights_that_groups_split_are_not_kept_whole(runs: Path) -> None:
 def test_a_checkpoint_that_lacks_weights_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     save_tiny_model(tmp_path)
     with pytest.raises(ModelError, match=r"has no score.weight, which would be random: give one with a head"):
-        load_scalar_model(str(tmp_path), torch.float32, flash_attn=False, defer=True)
+        load_scalar_model(ModelSource(str(tmp_path), torch.float32, defer=True))
 
 
 def test_reading_all_at_once_works_too(tmp_path: Path) -> None:
     """One process that was told to wait reads the whole model in one go; generation settings come along."""
     save_tiny_model(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.25, "do_sample": true}')
-    model = load_causal_lm(str(tmp_path), torch.float32, flash_attn=False, defer=True)
+    model = load_causal_lm(ModelSource(str(tmp_path), torch.float32, defer=True))
     model.read(model)
-    plain = load_causal_lm(str(tmp_path), torch.float32, flash_attn=False)
+    plain = load_causal_lm(ModelSource(str(tmp_path), torch.float32))
     assert max_difference(dict(model.named_parameters()), dict(plain.named_parameters())) == 0.0
     assert model.hf.generation_config.temperature == plain.hf.generation_config.temperature == 0.25
     buffers = dict(plain.named_buffers())

@@ -17,8 +17,8 @@ from togi.batch import Batch
 from togi.config.choices import Scheduler
 from togi.config.shared import MIXTURES
 from togi.learn.learner import Learner
+from togi.learn.objective import SFTObjective
 from togi.learn.schedule import Schedule
-from togi.learn.sft_objective import SFTObjective
 from togi.model.attention import SEGMENTS
 from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel, ScalarModel

@@ -26,7 +26,7 @@ from tests.packs import (
 from tests.tiny import tiny_model
 from togi.config.shared import MIXTURES
 from togi.model.attention import DENSE, SEGMENTS
-from togi.model.loading import load_causal_lm
+from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.policy import PolicyModel
 from togi.model.support import PROVEN, logit_transform
 
@@ -119,7 +119,7 @@ def test_a_batch_without_targets_gives_zero_gradients_for_every_parameter():
 
 @pytest.mark.skipif(not CACHED_MODEL.is_dir(), reason=f"the real model is not in {CACHED_MODEL} (set TOGI_CACHE)")
 def test_the_real_model_packed_equals_unpacked():
-    model = load_causal_lm(str(CACHED_MODEL), torch.float32, flash_attn=False).eval()
+    model = load_causal_lm(ModelSource(str(CACHED_MODEL), torch.float32)).eval()
     groups = random_groups(1, [(12, [10, 10]), (7, [20])], vocab=40_000)
     with torch.no_grad():
         shared = model(shared_pack(groups), NEEDS, TEMPERATURE)

@@ -9,7 +9,7 @@ import torch
 from tests.learn_tools import max_difference
 from tests.objective_cases import CASES, Case, Step, gradients, padded, run, split
 from togi.data.packing import pack
-from togi.learn.ragged import dummy_batch, nothing
+from togi.learn.scorer import dummy_batch, nothing
 
 PAIRED = [name for name, case in CASES.items() if case.unit == 2]
 

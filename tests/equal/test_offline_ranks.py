@@ -24,7 +24,7 @@ from tests.equal.offline_jobs import (
 )
 from tests.learn_tools import max_difference, run_ranks, share_apart
 from tests.offline_world import DATA, make_world, train, values
-from togi.obs.held_out import read_rows
+from togi.obs.run_dir import read_held_out
 
 Runs = dict[str, list[dict[str, float]]]
 UNEQUAL = (
@@ -76,7 +76,7 @@ def but_for_ties(run: list[dict[str, float]], one: list[dict[str, float]]) -> li
 
 def assert_equal_held_out(one: Path, other: Path) -> None:
     """The worst and best held-out rows of both evaluations, each row once."""
-    first, second = read_rows(one), read_rows(other)
+    first, second = read_held_out(one), read_held_out(other)
     assert first.keys() == second.keys() == {0, 4}
     for a, b in zip((*first[0], *first[4]), (*second[0], *second[4]), strict=True):
         assert a.values == pytest.approx(b.values, rel=5e-4, abs=2e-5)

@@ -15,6 +15,7 @@ from torch import nn
 from tests.offline_world import make_world, train
 from tests.tiny import save_tiny_model
 from togi.learn.learner import Learner
+from togi.model.loading import ModelSource
 from togi.model.policy import PolicyModel
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen_on_host
@@ -48,9 +49,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
     seen = Loaded()
     load, update = offline_setup.load_causal_lm, Learner.update
 
-    def note(path: str, *args: object, **settings: object) -> PolicyModel:
-        model = load(path, *args, **settings)
-        seen.folders.append(Path(path).name)
+    def note(source: ModelSource) -> PolicyModel:
+        model = load(source)
+        seen.folders.append(Path(source.path).name)
         seen.models.append(weakref.ref(model))
         return model
 

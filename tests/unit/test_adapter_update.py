@@ -19,7 +19,7 @@ from togi.errors import ConfigError, ModelError, WeightSyncError
 from togi.model.adapter_update import BaseFiles, merge
 from togi.model.adapters import adapter_scale, as_sent, sent_specs
 from togi.model.checkpoint import check_base_files, expected_manifest, whole_tensors
-from togi.model.loading import load_causal_lm
+from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.policy import PolicyModel
 from togi.model.weights import Manifest, TensorSpec
 from togi.rollout.updates import UpdateLog
@@ -29,7 +29,7 @@ RL = "--pretrain m --prompt_data d --rollout_batch_size 8 --train_batch_size 8 -
 
 def adapted(folder: Path, dtype: torch.dtype, targets: tuple[str, ...]) -> PolicyModel:
     """Adapters in float32 that do something, beside a base in ``dtype``, as in training."""
-    model = load_causal_lm(str(folder), dtype, flash_attn=False, lora=LoRA(4, 12, 0.0, targets, load_in_4bit=False))
+    model = load_causal_lm(ModelSource(str(folder), dtype, lora=LoRA(4, 12, 0.0, targets, load_in_4bit=False)))
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

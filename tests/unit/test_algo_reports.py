@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from togi.algo.evaluate import Estimate, expected_best, mean_with_error, reported_ks
+from togi.algo.best_of_n import Estimate, expected_best, mean_with_error, reported_ks
 from togi.algo.mismatch import chosen_experts, mismatch, router_disagreement
 
 

@@ -12,8 +12,7 @@ from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import CheckpointError, ConfigError
-from togi.learn.best import Aim, Best, BestStore, better
-from togi.learn.checkpoint import CheckpointStore
+from togi.learn.checkpoint import Aim, Best, BestStore, CheckpointStore, better
 from togi.recipes.best_metric import check_rl_metric, offline_aim, rl_aim
 
 LOSS, REWARD = Aim("eval/loss", highest=False), Aim("eval/reward", highest=True)

@@ -11,10 +11,9 @@ from torch import Tensor
 from tests.learn_tools import CPU, learner, max_difference, packs, rollouts, solo, weights
 from tests.tiny import save_tiny_model
 from togi.config.shared import LoRA
-from togi.learn.ema import Ema
 from togi.learn.learner import Learner
-from togi.learn.learner_state import load_learner, save_learner
-from togi.model.loading import load_causal_lm
+from togi.learn.learner_state import Ema, load_learner, save_learner
+from togi.model.loading import ModelSource, load_causal_lm
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import trainable
 from togi.parallel.process import World
@@ -68,7 +67,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
 
 def test_of_a_model_with_an_adapter_only_the_adapter_is_averaged(tmp_path: Path) -> None:
     lora = LoRA(4, 8, 0.0, ("q_proj",), load_in_4bit=False)
-    hf = load_causal_lm(str(save_tiny_model(tmp_path)), torch.float32, flash_attn=False, lora=lora)
+    hf = load_causal_lm(ModelSource(str(save_tiny_model(tmp_path)), torch.float32, lora=lora))
     model = learner(trainable(hf, World.solo(CPU), BackendOptions(bf16=False)), lr=1e-2)
     ema = Ema(model.backend, BETA, CPU)
     before = weights(model.backend)

@@ -21,9 +21,8 @@ from tests.learn_tools import (
 from togi.config.choices import Aggregation, Scheduler
 from togi.learn.learner import Learner, StepOutcome
 from togi.learn.policy_objective import PolicyObjective, ValueObjective
-from togi.learn.ragged import dummy_batch, nothing
 from togi.learn.schedule import Schedule
-from togi.learn.scorer import Scorer
+from togi.learn.scorer import Scorer, dummy_batch, nothing
 from togi.model.outputs import Needs
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen, trainable

@@ -12,9 +12,8 @@ from torch import Tensor
 from tests.learn_tools import CPU, objective, packs, policy, rollouts
 from togi.config.choices import Scheduler
 from togi.learn.learner import Learner, Mixed, UpdateReport
-from togi.learn.objective import Objective
+from togi.learn.objective import Objective, SFTObjective
 from togi.learn.schedule import Schedule
-from togi.learn.sft_objective import SFTObjective
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import trainable
 from togi.parallel.process import World

@@ -21,12 +21,10 @@ from togi.errors import ConfigError
 from togi.learn import preference_objective
 from togi.learn.distill_objective import DistillationObjective
 from togi.learn.learner import Learner
-from togi.learn.objective import Objective
+from togi.learn.objective import Objective, SFTObjective, StepRewardObjective
 from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
-from togi.learn.sft_objective import SFTObjective
-from togi.learn.step_objective import StepRewardObjective
 from togi.model.attention import SEGMENTS
 from togi.model.outputs import Needs, Outputs
 from togi.model.policy import PolicyModel

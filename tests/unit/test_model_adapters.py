@@ -22,7 +22,7 @@ from togi.data.packing import pack_all
 from togi.errors import ModelError
 from togi.model.adapters import save_adapter, without_adapter
 from togi.model.checkpoint import expected_manifest, whole_tensors
-from togi.model.loading import check_causal_lm, load_causal_lm, load_scalar_model
+from togi.model.loading import ModelSource, check_causal_lm, load_causal_lm, load_scalar_model
 from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.sample import Sample
@@ -41,7 +41,7 @@ def one_sequence() -> Batch:
 
 def adapted(folder: Path, lora: LoRA = LORA) -> PolicyModel:
     """A language model whose adapter does something."""
-    model = load_causal_lm(str(folder), torch.float32, flash_attn=False, lora=lora)
+    model = load_causal_lm(ModelSource(str(folder), torch.float32, lora=lora))
     stir(model)
     return model
 
@@ -106,7 +106,7 @@ def logprobs_of_base(model: PolicyModel) -> Tensor:
 def test_only_the_adapter_is_trained_and_the_base_is_inside(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path)
     model = adapted(folder)
-    base = load_causal_lm(str(folder), torch.float32, flash_attn=False)
+    base = load_causal_lm(ModelSource(str(folder), torch.float32))
     assert torch.equal(logprobs_of_base(model), logprobs(base))
     assert not torch.equal(logprobs(model), logprobs(base))
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
@@ -120,7 +120,7 @@ def test_only_the_adapter_is_trained_and_the_base_is_inside(tmp_path: Path) -> N
 
 def test_a_new_adapter_changes_nothing(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path)
-    new = load_causal_lm(str(folder), torch.float32, flash_attn=False, lora=LORA)
+    new = load_causal_lm(ModelSource(str(folder), torch.float32, lora=LORA))
     torch.testing.assert_close(logprobs(new), logprobs_of_base(new), rtol=0, atol=0)
 
 
@@ -132,11 +132,7 @@ def test_gradients_with_recomputed_activations(tmp_path: Path, reentrant: bool) 
     for recompute in (False, True):
         torch.manual_seed(0)
         model = load_causal_lm(
-            str(folder),
-            torch.float32,
-            flash_attn=False,
-            recompute=Recompute(reentrant) if recompute else None,
-            lora=LORA,
+            ModelSource(str(folder), torch.float32, recompute=Recompute(reentrant) if recompute else None, lora=LORA)
         )
         stir(model)
         model(one_sequence(), Needs(logprobs=True)).logprobs_K.sum().backward()
@@ -159,7 +155,7 @@ def test_the_saved_adapter_is_peft_s(tmp_path: Path) -> None:
 
 def scalar_model(folder: Path, prefix: str = "score") -> ScalarModel:
     model = load_scalar_model(
-        str(folder), torch.float32, flash_attn=False, init_head=True, value_head_prefix=prefix, lora=LORA
+        ModelSource(str(folder), torch.float32, lora=LORA), init_head=True, value_head_prefix=prefix
     )
     stir(model)
     return model
@@ -188,7 +184,7 @@ def test_a_reward_model_keeps_its_head(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(words) == 2
     assert "add --is_rm" in capsys.readouterr().err
     assert main([*words, "--is_rm"]) == 0
-    merged = load_scalar_model(str(tmp_path / "merged"), torch.float32, flash_attn=False)
+    merged = load_scalar_model(ModelSource(str(tmp_path / "merged"), torch.float32))
     torch.testing.assert_close(scores(merged), own, rtol=1e-4, atol=1e-5)
     assert (merged.reward_mean, merged.reward_std, merged.value_head_prefix) == (0.25, 1.5, "value_head")
     assert "value_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from togi.algo.distill import divergence, divergence_gradient
+from togi.algo.kl import divergence, divergence_gradient
 from togi.config.choices import Divergence
 from togi.model.distill_head import TeacherLogits, distill_logprobs
 from togi.model.logprob_head import LogitTransform, some_logits, token_logprobs, top_tokens

@@ -14,7 +14,7 @@ from transformers import DbrxConfig, OPTConfig
 from tests.tiny import save_tiny_model
 from togi.config.shared import LoRA
 from togi.model import dropout
-from togi.model.loading import check_causal_lm, load_causal_lm, load_scalar_model
+from togi.model.loading import ModelSource, check_causal_lm, load_causal_lm, load_scalar_model
 from togi.model.outputs import Needs
 from togi.model.support import _probe_batch
 
@@ -43,7 +43,7 @@ def test_a_forward_in_training_is_that_of_evaluation(
     assert caplog.messages == [
         f"{folder}: dropout is off in training ({told} in its config.json, 0 in that of the trained model)"
     ]
-    model = load_causal_lm(str(folder), torch.float32, flash_attn=False)
+    model = load_causal_lm(ModelSource(str(folder), torch.float32))
     batch, needs = _probe_batch(300), Needs(logprobs=True)
     with torch.no_grad():
         assert model.training
@@ -55,7 +55,7 @@ def test_a_forward_in_training_is_that_of_evaluation(
 
 def test_a_reward_model_too(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, "gpt2", **RATES["gpt2"])
-    model = load_scalar_model(str(folder), torch.float32, flash_attn=False, init_head=True)
+    model = load_scalar_model(ModelSource(str(folder), torch.float32), init_head=True)
     with torch.no_grad():
         scores = [model.train(training)(_probe_batch(300), Needs(scores=True)).scores_N for training in (True, False)]
     assert torch.equal(*scores)
@@ -63,7 +63,7 @@ def test_a_reward_model_too(tmp_path: Path) -> None:
 
 def test_the_adapters_own_dropout_stays(tmp_path: Path) -> None:
     lora = LoRA(4, 8, 0.5, ("all-linear",), False)
-    model = load_causal_lm(str(save_tiny_model(tmp_path)), torch.float32, flash_attn=False, lora=lora)
+    model = load_causal_lm(ModelSource(str(save_tiny_model(tmp_path)), torch.float32, lora=lora))
     rates = {part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)}
     assert rates == {0.5}
 

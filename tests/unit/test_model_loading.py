@@ -12,7 +12,7 @@ from tests.packs import plain_pack, random_groups, shared_pack
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 from togi.errors import ModelError
 from togi.model.checkpoint import expected_manifest, save_hf
-from togi.model.loading import load_causal_lm, load_scalar_model
+from togi.model.loading import ModelSource, load_causal_lm, load_scalar_model
 from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel, last_tokens
 from togi.model.support import logit_transform, verify_packing
@@ -24,11 +24,11 @@ TOKENS = torch.tensor([GROUPS[0][0] + GROUPS[0][1][1]])
 
 
 def load(path: Path, **keywords) -> PolicyModel:
-    return load_causal_lm(str(path), torch.float32, flash_attn=False, **keywords)
+    return load_causal_lm(ModelSource(str(path), torch.float32, **keywords))
 
 
 def load_scalar(path: Path, **keywords):
-    return load_scalar_model(str(path), torch.float32, flash_attn=False, **keywords)
+    return load_scalar_model(ModelSource(str(path), torch.float32), **keywords)
 
 
 def save(directory: Path, model, **keywords) -> Path:
@@ -126,7 +126,7 @@ def test_architectures_that_cannot_be_packed_are_refused_before_weights_are_read
 def test_flash_attention_without_a_device_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match="--flash_attn needs a CUDA device"):
-        load_causal_lm(str(save_tiny_model(tmp_path)), torch.float32, flash_attn=True)
+        load_causal_lm(ModelSource(str(save_tiny_model(tmp_path)), torch.float32, flash_attn=True))
 
 
 @pytest.mark.parametrize("arch", ["granite", "cohere", "olmo2", "phi3"])

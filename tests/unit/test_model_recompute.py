@@ -20,7 +20,7 @@ from togi.errors import ModelError
 from togi.model import recompute
 from togi.model.attention import SEGMENTS
 from togi.model.host_layers import use_host_layers
-from togi.model.loading import load_causal_lm
+from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel
 from togi.model.recompute import recomputed_layers, use_recompute
@@ -94,7 +94,7 @@ def test_from_the_flags_to_the_layers_of_a_loaded_model(tmp_path: Path) -> None:
     words += ["--gradient_checkpointing", "--gradient_checkpointing_above", "60"]
     how = parse(SFTConfig, words, "sft").config.recompute
     assert how == Recompute(use_reentrant=False, above=60)
-    model = load_causal_lm(str(save_tiny_model(tmp_path)), torch.float32, flash_attn=False, recompute=how)
+    model = load_causal_lm(ModelSource(str(save_tiny_model(tmp_path)), torch.float32, recompute=how))
     model(pack_of(60, 60), Needs(logprobs=True))
     assert [layer.gradient_checkpointing for layer in model.hf.model.layers] == [True, False]
 

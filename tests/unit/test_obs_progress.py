@@ -6,8 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from togi.obs.progress import Expectation, Progress, duration
-from togi.obs.stall import Watchdog
+from togi.obs.progress import Expectation, Progress, Watchdog, duration
 
 
 class Clock:

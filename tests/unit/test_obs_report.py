@@ -13,11 +13,10 @@ import pytest
 from tests.run_rows import ARGV, KEY, VALUES, row
 from togi.errors import DataError
 from togi.obs import names
-from togi.obs.held_out import HeldOutRow, write_rows
 from togi.obs.metrics import StepRecord
 from togi.obs.report import Limits, chart_table, spread_order, write_report
 from togi.obs.rollout_store import Split
-from togi.obs.run_dir import RunDirectory
+from togi.obs.run_dir import HeldOutRow, RunDirectory, write_held_out
 from togi.obs.sinks import Recorder
 
 PACKAGE = Path(__file__).parents[2] / "togi"
@@ -94,7 +93,7 @@ def test_rows_of_the_data_and_of_evaluations_are_on_the_page_as_text(run):
     (run.root / "data" / "train.json").write_text(json.dumps({"title": ATTACK, "examples": [ATTACK, "x" * 50]}))
     pair = HeldOutRow("worst", "reward", (ATTACK, "b"), (-0.25, math.nan))
     for step in (0, 2, 4):
-        write_rows(run.root, step, [pair, HeldOutRow("best", "reward", ("c", "d"), (1.0, 0.5))])
+        write_held_out(run.root, step, [pair, HeldOutRow("best", "reward", ("c", "d"), (1.0, 0.5))])
     text, page, data = page_of(run, Limits(text_characters=40, evaluations=2))
     assert len(page.scripts) == 3 and "alert(1)</script>" not in text
     cut = f"{ATTACK[:40]} […]"

@@ -25,14 +25,11 @@ from togi.cli.main import run as run_command
 from togi.data.report import DataReport, Lengths
 from togi.data.row_log import RowLog, write_rows
 from togi.errors import CheckpointError, RunError, WriteError
-from togi.learn.best import Aim, Best, BestStore
-from togi.learn.checkpoint import CheckpointStore
+from togi.learn.checkpoint import Aim, Best, BestStore, CheckpointStore
 from togi.model.checkpoint import written_aside
-from togi.obs.ending import cause, end_run
-from togi.obs.held_out import HeldOutRow
-from togi.obs.held_out import write_rows as write_held_out
 from togi.obs.metrics import StepRecord
-from togi.obs.run_dir import RunDirectory, State
+from togi.obs.report import cause, end_run
+from togi.obs.run_dir import HeldOutRow, RunDirectory, State, write_held_out
 from togi.obs.sinks import Recorder
 from togi.obs.way_out import disk_reason, way_out, writing
 

@@ -18,7 +18,7 @@ from togi.pump.experience import ScoredGroup, trainable
 from togi.pump.feed import RolloutFeed
 from togi.pump.filtering import GroupFilter
 from togi.pump.measure import filter_metrics, rollout_metrics, rows
-from togi.reward.length_penalties import LengthPenalties
+from togi.reward.combine import LengthPenalties
 from togi.rollout.environment import SingleTurn
 from togi.sample import FinishReason, Generation, Outcome, Prompt, Rollout, Sampling, Score
 

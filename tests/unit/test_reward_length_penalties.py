@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from togi.algo.length_penalty import overlong_penalty, stop_properly
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import RewardError
 from togi.pump.experience import ScoredGroup
 from togi.pump.measure import rollout_metrics
-from togi.reward.length_penalties import LengthPenalties
+from togi.reward.combine import LengthPenalties, overlong_penalty, stop_properly
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 

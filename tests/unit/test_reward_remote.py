@@ -11,17 +11,15 @@ import pytest
 
 from tests.scripted_server import Script, free_port, lengths, resets, says, serving
 from togi.errors import RewardError
-from togi.reward import http_server
-from togi.reward.http_server import ConnectionLimits, is_private, proxy_of
-from togi.reward.remote import Patience, RemoteReward
+from togi.reward import remote
+from togi.reward.remote import ConnectionLimits, Patience, RemoteReward, is_private, proxy_of
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first delay of a retry in a hundredth of its time."""
-    for module in ("togi.reward.http_server", "togi.reward.remote"):
-        monkeypatch.setattr(f"{module}.FIRST_DELAY_SECONDS", 0.005)
+    monkeypatch.setattr(remote, "FIRST_DELAY_SECONDS", 0.005)
 
 
 def rollout(text: str, label: object = "") -> Rollout:
@@ -194,9 +192,7 @@ def test_a_server_that_is_down_pauses_the_run_and_goes_on(caplog: pytest.LogCapt
     assert [[each.value for each in scores] for scores in results] == [[9.0, 11.0]] * 8
     assert 0.25 < paused <= seconds
     assert [
-        record.message.partition("get_reward ")[2][:15]
-        for record in caplog.records
-        if record.name == http_server.__name__
+        record.message.partition("get_reward ")[2][:15] for record in caplog.records if record.name == remote.__name__
     ] == [
         "does not answer",
         "answers again a",
@@ -282,11 +278,11 @@ def test_labels_that_are_no_json_values_are_refused() -> None:
 
 def test_the_wait_doubles_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """0.5, 1, 2, 4, 8, 10, 10 s, each times a random factor of 0.5 to 1."""
-    monkeypatch.setattr(http_server, "FIRST_DELAY_SECONDS", 0.5)
+    monkeypatch.setattr(remote, "FIRST_DELAY_SECONDS", 0.5)
     clock = [100.0]
-    monkeypatch.setattr(http_server.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(http_server.random, "uniform", lambda low, high: high)
-    server = http_server.HttpServer("http://127.0.0.1:1/", ConnectionLimits())
+    monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(remote.random, "uniform", lambda low, high: high)
+    server = remote.HttpServer("http://127.0.0.1:1/", ConnectionLimits())
     waits = []
     for _ in range(7):
         server._is_away("does not answer")

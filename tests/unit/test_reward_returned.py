@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from togi.reward.returned import BadReturnError, checked
-from togi.reward.wire import NO_INDEX
+from togi.reward.wire import NO_INDEX, BadReturnError, checked
 
 
 @pytest.mark.parametrize(

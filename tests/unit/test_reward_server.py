@@ -18,10 +18,8 @@ from togi.config.parse import parse
 from togi.config.serve_rm import ServeRMConfig, check_serve_rm
 from togi.errors import ConfigError
 from togi.recipes.serve_rm import query_tokens
-from togi.reward.batcher import Batcher
-from togi.reward.http_server import ConnectionLimits
-from togi.reward.remote import Patience, RemoteReward
-from togi.reward.server import RewardServer, ServerLimits, read_call
+from togi.reward.remote import ConnectionLimits, Patience, RemoteReward
+from togi.reward.server import Batcher, RewardServer, ServerLimits, read_call
 from togi.reward.wire import Answer, Call, Complaint
 from togi.sample import FinishReason, Outcome, Prompt, Rollout
 

@@ -17,8 +17,8 @@ from togi.errors import ConfigError, RewardError
 from togi.recipes import preflight
 from togi.recipes.rl_rewards import EarlyRewards
 from togi.recipes.rl_setup import trial_prompts
-from togi.reward.returned import BadReturnError
 from togi.reward.verifiers import reasoning_gym as gym
+from togi.reward.wire import BadReturnError
 from togi.sample import Outcome, Prompt
 
 

@@ -97,7 +97,7 @@ FOREIGN_ATTRIBUTES = Counter(
         "reward/verifiers/json_schema.py: fits": 1,
         # the user's module, and what its function returned
         "config/hooks.py: _hook": 1,
-        "reward/returned.py: _plain": 1,
+        "reward/wire.py: _plain": 1,
         "reward/worker.py: _find": 3,
     }
 )

@@ -62,7 +62,7 @@ class PolicyLossType(StrEnum):
 
 
 class CorrectionType(StrEnum):
-    """What becomes of tokens to which engine and trainer give different probabilities (``togi.algo.correction``)."""
+    """What becomes of tokens to which engine and trainer give different probabilities (``togi.algo.mismatch``)."""
 
     TIS = "tis"
     ICEPOP = "icepop"

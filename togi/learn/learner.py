@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from togi.batch import Batch
 from togi.learn.objective import Objective, token_metrics
-from togi.learn.ragged import DUMMY_TOKENS, even_rounds, nothing, per_sequence
 from togi.learn.schedule import LearningRate
+from togi.learn.scorer import DUMMY_TOKENS, even_rounds, nothing, per_sequence
 from togi.obs import names
 from togi.obs.metrics import Metric, merge, reduced
 from togi.parallel.backend import Backend

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from togi.algo import aggregate
-from togi.algo.correction import TokenWeights, correction
 from togi.algo.kl import kl_estimate
+from togi.algo.mismatch import TokenWeights, correction
 from togi.algo.policy_loss import PolicyTerms, cispo_loss, gspo_loss, policy_loss, value_loss, with_ratio
 from togi.batch import Batch
 from togi.config.choices import Aggregation, CorrectionType, KLEstimator, PolicyLossType
@@ -51,7 +51,7 @@ class KLInLoss:
 
 @dataclass(frozen=True, slots=True)
 class EngineCorrection:
-    """The weights of ``togi.algo.correction``, with its bounds of the ratio trainer / engine."""
+    """The weights of ``togi.algo.mismatch``, with its bounds of the ratio trainer / engine."""
 
     kind: CorrectionType
     low: float

@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any, Protocol, Self
 
 import torch
-from transformers import get_scheduler
 
 from togi.config.choices import Scheduler
 from togi.config.shared import TrainSettings
@@ -100,8 +99,9 @@ class Schedule:
                 kind, options = Scheduler.CONSTANT_WITH_WARMUP, {}
             case Scheduler.WARMUP_STABLE_DECAY:
                 options |= {"num_decay_steps": self.decay, "min_lr_ratio": self.floor}
-        total = max(self.total, self.warmup + 1)
-        share: Callable[[int], float] = get_scheduler(kind.value, _one(), self.warmup, total, options).lr_lambdas[0]
+        share: Callable[[int], float] = _scheduler(
+            kind, options, num_warmup_steps=self.warmup, num_training_steps=max(self.total, self.warmup + 1)
+        ).lr_lambdas[0]
         return share
 
 
@@ -130,7 +130,7 @@ class MeasuredRate:
         options: dict[str, float] = {"min_lr": floor, "patience": patience, "eps": 0.0}
         options |= {} if factor is None else {"factor": factor}
         options |= {"max_lr": ceiling} if kind is Scheduler.GREEDY else {}
-        self.rule = get_scheduler(kind.value, _one(), scheduler_specific_kwargs=options)
+        self.rule = _scheduler(kind, options)
 
     @classmethod
     def of(cls, settings: TrainSettings, start: float, total: int) -> Self:
@@ -165,6 +165,9 @@ class MeasuredRate:
         self.rule.optimizer.param_groups[0]["lr"] = state["_last_lr"][0]
 
 
-def _one() -> torch.optim.Optimizer:
-    """Something whose rate a scheduler can set, of which the rate is 1: rates are shares."""
-    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+def _scheduler(kind: Scheduler, options: Mapping[str, float], **steps: int) -> Any:
+    """Transformers' scheduler of an optimizer whose rate is 1, so that its rates are shares."""
+    from transformers import get_scheduler  # it brings PEFT along: only for those who train
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    return get_scheduler(kind.value, optimizer, scheduler_specific_kwargs=dict(options), **steps)

@@ -1,19 +1,81 @@
-"""A model that is only read, frozen or a learner's between two steps: log-probs of given tokens, values, scores."""
+"""A model that is only read, frozen or a learner's between two steps: log-probs of given tokens, values, scores, losses.
+
+Below: how ranks keep in step, the scorer, and an objective on held-out batches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from togi.batch import Batch
-from togi.learn.ragged import even_rounds, per_sequence
+from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
+from togi.learn.objective import Objective
 from togi.model.outputs import Needs, Outputs
+from togi.obs.metrics import Metric, merge, reduced
 from togi.parallel.process import World
+
+# Keeping ranks in step when they have different numbers of micro-batches, and results back in the caller's order.
+
+DUMMY_TOKENS = 2
+
+
+def even_rounds(world: World, batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool, bool]]:
+    """This rank's batches on its device, then dummies until every rank has had equally many: (batch, is real, is last).
+
+    Sharded models gather their weights in every forward: a rank that stopped early would leave the others waiting.
+    """
+    rounds = int(world.max("micro-batches", [len(batches)])[0])
+    for number in range(rounds):
+        real = number < len(batches)
+        batch = batches[number] if real else dummy_batch()
+        yield batch.to(world.device), real, number == rounds - 1
+
+
+def dummy_batch() -> Batch:
+    """``DUMMY_TOKENS`` tokens of no sequence, none of them in the loss."""
+    segments = Segments(starts_S=(0,), lengths_S=(DUMMY_TOKENS,), prefixes_S=(NO_PREFIX,))
+    return Batch(
+        tokens_T=torch.zeros(DUMMY_TOKENS, dtype=torch.int64),
+        positions_T=segment_positions(segments),
+        sources_T=predecessors(segments),
+        sequences_T=torch.full((DUMMY_TOKENS,), NO_SEQUENCE),
+        loss_mask_T=torch.zeros(DUMMY_TOKENS, dtype=torch.bool),
+        segments=segments,
+        order_N=(),
+        streams={},
+        values={},
+    ).validate()
+
+
+def nothing(outputs: Outputs) -> Tensor:
+    """The loss of a dummy: the sum over no elements, exactly 0, with a graph that reaches every parameter it can."""
+    tensors = (
+        outputs.logprobs_K,
+        outputs.values_K,
+        outputs.scores_N,
+        outputs.label_logprobs_K,
+        outputs.next_logits_KR,
+        outputs.balance_N,
+    )
+    assert all(tensor.numel() == 0 for tensor in tensors), "a dummy has outputs"
+    return torch.stack([tensor.sum() for tensor in tensors if tensor.requires_grad]).sum()
+
+
+def per_sequence(per_token_K: Tensor, batch: Batch) -> list[NDArray[np.float32]]:
+    """Split values at the tokens in the loss by sequence, in the order of the list that the batch was packed from."""
+    order_K = torch.argsort(batch.target_sequences_K, stable=True)
+    sorted_K = per_token_K.detach()[order_K].float().cpu()
+    parts = torch.split(sorted_K, batch.tokens_per_sequence_N().tolist())
+    by_place = dict(zip(batch.order_N, parts, strict=True))
+    assert len(by_place) == batch.num_sequences, "two sequences of a batch claim one place"
+    return [by_place[place].numpy() for place in sorted(by_place)]
+
 
 Arrays = tuple[NDArray[np.float32], ...]
 
@@ -69,3 +131,51 @@ class Scorer:
                     outputs = forward(batch)
                 if real:
                     yield outputs, batch
+
+
+# An objective on held-out batches: the same loss and metrics as in training, without gradients.
+#
+# Sums and counts are added over batches and ranks and divided once, so every row counts alike however rows are packed.
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Part of an evaluation: the loss as sum and count, and partial metrics. Parts of one set add up.
+
+    ``judged``: ``Objective.judge`` of each sequence, batch after batch, each in the order of the list it was packed from.
+    """
+
+    total: float
+    count: float
+    metrics: Mapping[str, Metric]
+    judged: tuple[float, ...] = ()
+
+    @classmethod
+    def merged(cls, parts: Iterable[Measured]) -> Measured:
+        """Several parts as one."""
+        every = list(parts)
+        metrics = merge(part.metrics for part in every)
+        judged = tuple(value for part in every for value in part.judged)
+        return cls(sum(part.total for part in every), sum(part.count for part in every), metrics, judged)
+
+
+def measure(module: nn.Module, objective: Objective, world: World, batches: Sequence[Batch]) -> Measured:
+    """One part of an evaluation, from this rank's batches; all ranks call together. The result is this rank's share."""
+    module.eval()
+    parts = [Measured(0.0, 0.0, {})]
+    for batch, real, _ in even_rounds(world, batches):
+        with torch.no_grad():
+            outputs = objective.forward(module, batch)
+            if real:
+                loss = objective.loss(outputs, batch)
+                judged_N = objective.judge(outputs, batch).float().cpu().numpy()
+                listed = tuple(judged_N[np.argsort(batch.order_N)].tolist()) if len(judged_N) > 0 else ()
+                parts.append(Measured(float(loss.sum), objective.count(batch), loss.metrics, listed))
+    return Measured.merged(parts)
+
+
+def conclude(objective: Objective, world: World, measured: Measured) -> tuple[float, dict[str, float]]:
+    """(loss, metrics) over all ranks: total / count, and the objective's summary of the merged metrics."""
+    whole = Measured.merged(world.gather_shares("evaluation", measured))
+    assert whole.count > 0, "nothing of the evaluation set is in the loss"
+    return whole.total / whole.count, objective.summary(reduced(whole.metrics))

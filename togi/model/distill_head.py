@@ -2,7 +2,7 @@
 
 Shape letters as in ``logprob_head``; J is the teacher's hidden size. The student's and the teacher's logits of one block
 of tokens exist at a time, never those of all tokens; the backward recomputes both tile by tile. The formulas are in
-``togi.algo.distill``. Not here: running the teacher.
+``togi.algo.kl``. Not here: running the teacher.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from togi.algo.distill import divergence, divergence_gradient
+from togi.algo.kl import divergence, divergence_gradient
 from togi.config.choices import Divergence
 from togi.model.logprob_head import (
     CHUNK_BYTES,

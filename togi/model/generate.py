@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from togi.config.model_facts import position_limit
 from togi.errors import ModelError
-from togi.model.loading import check_4bit, keep_layout, nf4
+from togi.model.loading import check_4bit, dtype_of, keep_layout, nf4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def load_generator(
 ) -> PreTrainedModel:
     """A causal language model for generation, on the accelerator if there is one. Raises ModelError."""
     hf_logging.disable_progress_bar()
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = dtype_of(bf16)
     if in_4bit:
         check_4bit()
     try:

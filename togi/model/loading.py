@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from togi.config.checks import check_mixture
 from togi.config.choices import Layers
 from togi.config.model_facts import check_length
-from togi.config.shared import ADAPTER_CONFIG, LoRA, Recompute
+from togi.config.shared import ADAPTER_CONFIG, LoRA, ModelSettings, Recompute
 from togi.errors import ModelError
 from togi.model import dropout
 from togi.model.attention import SEGMENTS, VARLEN
@@ -47,82 +47,98 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", PolicyModel, ScalarModel)
 
 
-def load_causal_lm(
-    path: str,
-    dtype: torch.dtype,
-    *,
-    flash_attn: bool,
-    trust_remote_code: bool = False,
-    recompute: Recompute | None = None,
-    lora: LoRA | None = None,
-    defer: bool = False,
-    layers: Layers = Layers.STANDARD,
-) -> PolicyModel:
-    """A causal language model from a folder or hub id, on CPU, in ``dtype``, in training mode.
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model's folder or hub id, and how it is read.
 
-    With ``lora`` it is frozen (in NF4 if so asked, computing in ``dtype``) and has new adapters. ``defer``: leave the weights on
-    disk for ``model.read``, where that can be done. ``recompute``: with activation checkpointing. ``layers``: who computes them.
-    Its dropout is off. Raises ModelError if the folder cannot be read or lacks weights, or if it cannot be trained packed.
+    ``dtype``: of the weights. ``layers``: who computes them. ``lora``: with new adapters, and all else frozen, in NF4 if so
+    asked, computing in ``dtype``. ``recompute``: with activation checkpointing. ``in_4bit``: a model that is only read, its
+    body in NF4. ``defer``: leave the weights on disk for ``model.read``, where that can be done.
     """
-    config = read_config(path, trust_remote_code)
-    dropout.switch_off(config)
-    _check_layers(layers, config.model_type)
-    in_4bit = lora is not None and lora.load_in_4bit
-    read = _Reading(path, config, dtype, flash_attn, trust_remote_code, in_4bit=in_4bit)
-    hf, reader = _load(AutoModelForCausalLM, read, defer=defer and lora is None)
+
+    path: str
+    dtype: torch.dtype
+    flash_attn: bool = False
+    trust_remote_code: bool = False
+    layers: Layers = Layers.STANDARD
+    lora: LoRA | None = None
+    recompute: Recompute | None = None
+    in_4bit: bool = False
+    defer: bool = False
+
+    @classmethod
+    def of(
+        cls, config: ModelSettings, path: str, device: torch.device, *, in_ring: bool, trained: bool, defer: bool
+    ) -> ModelSource:
+        """As the flags ask for a model on this kind of device. A ring has attention of its own."""
+        on_cuda = device.type == "cuda"
+        return cls(
+            path,
+            # what is trained has float32 masters; frozen weights under an adapter need none
+            dtype_of(config.bf16 and (not trained or config.lora is not None)),
+            flash_attn=config.flash_attn and on_cuda and not in_ring,
+            trust_remote_code=config.trust_remote_code,
+            layers=config.layers(on_cuda=on_cuda),
+            lora=config.lora if trained else None,
+            recompute=config.recompute if trained else None,
+            defer=defer,
+        )
+
+    @property
+    def quantised(self) -> bool:
+        return self.in_4bit or (self.lora is not None and self.lora.load_in_4bit)
+
+
+def dtype_of(bf16: bool) -> torch.dtype:
+    """The numbers that ``--bf16`` asks for."""
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def load_causal_lm(source: ModelSource) -> PolicyModel:
+    """A causal language model on CPU, in training mode, with its dropout off.
+
+    Raises ModelError if the folder cannot be read or lacks weights, or if it cannot be trained packed.
+    """
+    config = _fit_config(source)
+    hf, reader = _load(AutoModelForCausalLM, _Reading(source, config))
     model = PolicyModel(hf, logit_transform(config))
     model.read = reader
-    return _ready(model, recompute, lora, layers)
+    return _ready(model, source)
 
 
-def load_scalar_model(
-    path: str,
-    dtype: torch.dtype,
-    *,
-    flash_attn: bool,
-    init_head: bool = False,
-    value_head_prefix: str = HEAD,
-    trust_remote_code: bool = False,
-    recompute: Recompute | None = None,
-    lora: LoRA | None = None,
-    in_4bit: bool = False,
-    defer: bool = False,
-    layers: Layers = Layers.STANDARD,
-) -> ScalarModel:
-    """A critic or reward model from a folder or hub id.
+def load_scalar_model(source: ModelSource, *, init_head: bool = False, value_head_prefix: str = HEAD) -> ScalarModel:
+    """A critic or reward model, as ``load_causal_lm``; with ``lora`` the head is trained whole.
 
     ``value_head_prefix`` names the head in the checkpoint; one in config.json wins. A missing head is an error unless
     ``init_head``, which always draws a new head from a normal distribution with standard deviation 1/(hidden + 1), from
-    torch's seed alone. With ``lora`` the body is as for a language model and the head is trained whole. ``in_4bit``: a model
-    that is only read, its body in NF4. ``defer`` and ``layers`` as there.
+    torch's seed alone.
     """
-    config = read_config(path, trust_remote_code)
-    dropout.switch_off(config)
-    _check_layers(layers, config.model_type)
+    config = _fit_config(source)
     prefix = getattr(config, "value_head_prefix", value_head_prefix)
     config.num_labels = 1
     config.value_head_prefix = prefix
     # Transformers calls the head "score"; a head of another name is renamed when it is read and when it is written
     renames = {} if prefix == HEAD else {rf"^{prefix}\.": f"{HEAD}."}
     optional = frozenset({f"{HEAD}.weight"}) if init_head else frozenset[str]()
-    in_4bit = in_4bit or (lora is not None and lora.load_in_4bit)
-    read = _Reading(path, config, dtype, flash_attn, trust_remote_code, renames, optional, in_4bit)
-    hf, reader = _load(AutoModelForSequenceClassification, read, defer=defer and lora is None and not in_4bit)
+    hf, reader = _load(AutoModelForSequenceClassification, _Reading(source, config, renames, optional))
     if init_head and isinstance(reader, Deferred):
         reader.finish = partial(_init_head, hf)
     elif init_head:
         _init_head(hf)
     model = ScalarModel(hf, prefix)
     model.read = reader
-    return _ready(model, recompute, lora, layers)
+    return _ready(model, source)
 
 
-def _check_layers(layers: Layers, kind: str) -> None:
-    """Raise ModelError where they cannot be computed so for models of this type."""
-    if layers is Layers.LIGER:
-        check_liger(kind)
-    elif layers is Layers.COMPILED:
-        check_compiled(kind)
+def _fit_config(source: ModelSource) -> PreTrainedConfig:
+    """The model's config without dropout. Raises ModelError where its layers cannot be computed as asked."""
+    config = read_config(source.path, source.trust_remote_code)
+    dropout.switch_off(config)
+    if source.layers is Layers.LIGER:
+        check_liger(config.model_type)
+    elif source.layers is Layers.COMPILED:
+        check_compiled(config.model_type)
+    return config
 
 
 def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -157,7 +173,8 @@ def check_causal_lm(
     rates = dropout.switch_off(config)
     if balanced:
         check_mixture(path, config.model_type)
-    model = _refuse(AutoModelForCausalLM, _Reading(path, config, torch.float32, flash_attn, trust_remote_code))
+    source = ModelSource(path, torch.float32, flash_attn, trust_remote_code)
+    model = _refuse(AutoModelForCausalLM, source, config)
     if lora is not None:
         _check_package("lora_rank", "peft")
         if lora.load_in_4bit:
@@ -203,59 +220,53 @@ def skeleton(
 
 @dataclass(frozen=True)
 class _Reading:
-    """What to read: ``renames`` maps patterns of checkpoint names to ours, ``optional`` weights may be missing.
+    """``renames`` maps patterns of checkpoint names to ours, ``optional`` weights may be missing."""
 
-    ``in_4bit``: linear layers but the heads are quantised and compute in ``dtype``.
-    """
-
-    path: str
+    source: ModelSource
     config: PreTrainedConfig
-    dtype: torch.dtype
-    flash_attn: bool
-    trust_remote_code: bool
     renames: Mapping[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
-    in_4bit: bool = False
 
 
-def _refuse(auto_class: Any, read: _Reading) -> PreTrainedModel:
+def _refuse(auto_class: Any, source: ModelSource, config: PreTrainedConfig) -> PreTrainedModel:
     """The model's skeleton, if it is fit."""
-    attention = VARLEN if read.flash_attn else SEGMENTS
-    refuse_other_parts(read.config)
+    refuse_other_parts(config)
     try:
-        model = skeleton(auto_class, read.config, read.dtype, read.trust_remote_code)
-        refuse_unsupported(model, attention)
+        model = skeleton(auto_class, config, source.dtype, source.trust_remote_code)
+        refuse_unsupported(model, VARLEN if source.flash_attn else SEGMENTS)
     except ValueError as error:
         if isinstance(error, ModelError):
             raise
         reason = str(error).splitlines()[0]
-        raise ModelError(f"{read.path!r} cannot be loaded as this kind of model: {reason}") from error
+        raise ModelError(f"{source.path!r} cannot be loaded as this kind of model: {reason}") from error
     return model
 
 
-def _load(auto_class: Any, read: _Reading, *, defer: bool) -> tuple[PreTrainedModel, Reader]:
+def _load(auto_class: Any, read: _Reading) -> tuple[PreTrainedModel, Reader]:
     """The model, and what reads it if its weights could be left on disk."""
-    attention = _attention(read.flash_attn)
-    empty = _refuse(auto_class, read)
-    files = files_of(read.path) if defer and read.config.model_type in PROVEN else []
+    source, config = read.source, read.config
+    attention = _attention(source.flash_attn)
+    empty = _refuse(auto_class, source, config)
+    defer = source.defer and source.lora is None and not source.in_4bit and config.model_type in PROVEN
+    files = files_of(source.path) if defer else []
     if files:
         empty.set_attn_implementation(attention)
-        reader = Deferred(empty, read.path, files, read.renames)
-        check_complete(read.path, reader.missing, read.optional)
+        reader = Deferred(empty, source.path, files, read.renames)
+        check_complete(source.path, reader.missing, read.optional)
         return empty, reader
     with quiet():
         model, info = auto_class.from_pretrained(
-            read.path,
-            config=read.config,
-            dtype=read.dtype,
+            source.path,
+            config=config,
+            dtype=source.dtype,
             attn_implementation=attention,
-            trust_remote_code=read.trust_remote_code,
+            trust_remote_code=source.trust_remote_code,
             key_mapping=dict(read.renames) or None,
-            quantization_config=nf4(read.dtype) if read.in_4bit else None,
+            quantization_config=nf4(source.dtype) if source.quantised else None,
             output_loading_info=True,
         )
-    check_complete(read.path, info["missing_keys"], read.optional)
-    if read.in_4bit:
+    check_complete(source.path, info["missing_keys"], read.optional)
+    if source.quantised:
         keep_layout(model)
     return model, nothing_left
 
@@ -313,7 +324,8 @@ def _init_head(hf: PreTrainedModel) -> None:
     nn.init.normal_(head.weight, mean=0.0, std=1.0 / (head.in_features + 1), generator=draws)
 
 
-def _ready(model: Model, recompute: Recompute | None, lora: LoRA | None, layers: Layers) -> Model:
+def _ready(model: Model, source: ModelSource) -> Model:
+    recompute, lora, layers = source.recompute, source.lora, source.layers
     dropout.remove_fixed(model)
     if model.hf.config.model_type not in PROVEN:
         verify_packing(model)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from asyncio import CancelledError
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -23,10 +24,10 @@ from jinja2 import Environment, PackageLoader
 from jinja2.utils import htmlsafe_json_dumps
 
 from togi.obs import names
-from togi.obs.held_out import read_rows
 from togi.obs.metrics import StepRecord, read_records
 from togi.obs.rollout_store import RolloutFile, RolloutStore
-from togi.obs.run_dir import RunDirectory, RunInfo, Status, write_atomically
+from togi.obs.run_dir import RunDirectory, RunInfo, State, Status, read_held_out, write_atomically
+from togi.obs.way_out import tolerated, way_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def _examples(root: Path, limits: Limits) -> list[dict[str, Any]]:
 
 def _held_out(root: Path, limits: Limits) -> list[dict[str, Any]]:
     """The rows of evaluations, by step, evenly chosen."""
-    rows = read_rows(root)
+    rows = read_held_out(root)
     steps = sorted(list(rows)[index] for index in islice(spread_order(len(rows)), limits.evaluations))
     return [
         {
@@ -307,3 +308,23 @@ def _short(value: object) -> str:
 def _embedded(data: object) -> str:
     """JSON that cannot end the script element it stands in, whatever its strings hold."""
     return htmlsafe_json_dumps(data, allow_nan=False, separators=(",", ":"))
+
+
+# The end of a run in its folder: how it ended, and the report page.
+
+
+def cause(error: BaseException) -> str:
+    """Why a run ended, in words for its status."""
+    if isinstance(error, KeyboardInterrupt | CancelledError):
+        return "interrupted"
+    return str(error) or type(error).__name__
+
+
+def end_run(directory: RunDirectory, state: State, message: str = "", close: Callable[[], None] = lambda: None) -> None:
+    """``close`` what writes into the folder, then say there how the run ended. Fit for ``except``: see ``way_out``."""
+    with way_out("closing the run's files and trackers"):
+        close()
+    with way_out("writing the run's status"):
+        directory.write_status(state, message)
+    with tolerated("writing the report page"), way_out("writing the report page"):
+        write_report(directory.root)

@@ -113,7 +113,7 @@ class RunDirectory:
 
     @property
     def stacks_path(self) -> Path:
-        """Where a stalled process writes its Python stacks (``stall``)."""
+        """Where a stalled process writes its Python stacks (``progress.Watchdog``)."""
         return self.root / "stacks.txt"
 
     @property
@@ -265,3 +265,46 @@ def _as_yaml(command: str, values: Mapping[str, Resolved]) -> str:
         shown = text.removesuffix("\n").removesuffix("\n...")
         lines.append(f"{name}: {shown}  # {item.source}")
     return "\n".join(lines) + "\n"
+
+
+# Held-out rows of an evaluation with their numbers on disk, for people: ``held_out/step_00000012.json``.
+#
+# The worst and the best of each evaluation; all numbers over all rows are in ``metrics.jsonl``.
+
+HELD_OUT_FOLDER = "held_out"
+SHOWN_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutRow:
+    """One row as the model saw it. ``texts`` and ``values`` of its one sequence, or of the chosen and the rejected one.
+
+    ``place``: "worst" or "best". ``number``: what the values are, such as "nats a token".
+    """
+
+    place: str
+    number: str
+    texts: tuple[str, ...]
+    values: tuple[float, ...]
+
+
+def write_held_out(root: Path, step: int, rows: Sequence[HeldOutRow]) -> None:
+    """Keep the rows of the evaluation after ``step`` in the run folder ``root``."""
+    folder = root / HELD_OUT_FOLDER
+    text = json.dumps([asdict(row) for row in rows], ensure_ascii=False)
+    path = folder / f"step_{step:08d}.json"
+    with writing(path):
+        folder.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def read_held_out(root: Path) -> dict[int, list[HeldOutRow]]:
+    """The rows by step, ascending; empty where there are none."""
+    rows = {}
+    for path in sorted((root / HELD_OUT_FOLDER).glob("step_*.json")):
+        step = int(path.stem.removeprefix("step_"))
+        rows[step] = [
+            HeldOutRow(row["place"], row["number"], tuple(row["texts"]), tuple(row["values"]))
+            for row in json.loads(path.read_text(encoding="utf-8"))
+        ]
+    return rows

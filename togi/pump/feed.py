@@ -13,9 +13,8 @@ from typing import Protocol
 from togi.data.loader import PromptLoader
 from togi.pump.experience import ScoredGroup
 from togi.pump.filtering import GroupFilter
-from togi.reward.combine import ErrorLimit
-from togi.reward.length_penalties import LengthPenalties
-from togi.reward.source import Reward
+from togi.reward.combine import ErrorLimit, LengthPenalties
+from togi.reward.scores import Reward
 from togi.rollout.collect import collect_groups
 from togi.rollout.environment import Environment, Generate
 from togi.rollout.tasks import all_or_none

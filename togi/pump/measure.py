@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from togi.algo.evaluate import expected_best, mean_with_error, reported_ks
+from togi.algo.best_of_n import expected_best, mean_with_error, reported_ks
 from togi.algo.kl import kl_estimate
 from togi.algo.mismatch import mismatch
 from togi.config.choices import KLEstimator

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from togi.algo.best_of_n import standardized
-from togi.algo.evaluate import mean_with_error
+from togi.algo.best_of_n import mean_with_error, standardized
 from togi.config.choices import EngineName, PostProcessor
 from togi.config.infer import InferConfig
 from togi.data.chat import Tokenizer, as_plain_text, decode, encode, load_tokenizer, stop_token_ids, visible
@@ -33,7 +32,7 @@ from togi.data.vocabulary import check_tokens, check_vocabulary
 from togi.errors import ConfigError, RewardError
 from togi.learn.scorer import Scorer
 from togi.model.hub import local_folder
-from togi.model.loading import known_tokens, load_scalar_model
+from togi.model.loading import ModelSource, dtype_of, known_tokens, load_scalar_model
 from togi.model.policy import ScalarModel
 from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
@@ -301,11 +300,13 @@ def load_scorer(config: InferConfig) -> tuple[ScalarModel, Scorer]:
     """The reward model, frozen, on this machine's device."""
     device = default_device(max(config.local_rank, 0))
     model = load_scalar_model(
-        config.pretrain,
-        torch.bfloat16 if config.bf16 else torch.float32,
-        flash_attn=config.flash_attn and device.type == "cuda",
+        ModelSource(
+            config.pretrain,
+            dtype_of(config.bf16),
+            flash_attn=config.flash_attn and device.type == "cuda",
+            trust_remote_code=config.trust_remote_code,
+        ),
         value_head_prefix=config.value_head_prefix,
-        trust_remote_code=config.trust_remote_code,
     )
     model.requires_grad_(False).to(device)
     return model, Scorer(model, World.solo(device))

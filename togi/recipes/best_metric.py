@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from togi.algo.evaluate import reported_ks
+from togi.algo.best_of_n import reported_ks
 from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
 from togi.config.rl import RLConfig
 from togi.config.shared import NO_METRIC, OutputSettings
 from togi.errors import ConfigError
-from togi.learn.best import Aim
+from togi.learn.checkpoint import Aim
 from togi.obs import names
 
 PREFIX = "eval/"

@@ -21,7 +21,7 @@ from togi.errors import CheckpointError, ConfigError
 from togi.learn.checkpoint import HF_FOLDER, STATE, Checkpoint, CheckpointStore, read_checkpoint
 from togi.learn.learner_state import read_masters
 from togi.model.checkpoint import save_hf, written_aside
-from togi.model.loading import load_causal_lm, load_scalar_model
+from togi.model.loading import ModelSource, dtype_of, load_causal_lm, load_scalar_model
 from togi.model.merge import load_merged
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.proof import save_adapted, save_proven
@@ -48,7 +48,7 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """What the run itself writes its models in."""
-        return torch.bfloat16 if self.values["bf16"] else torch.float32
+        return dtype_of(self.values["bf16"])
 
     @property
     def final_model(self) -> Path:
@@ -144,19 +144,10 @@ def _convert(run: Run, checkpoint: Checkpoint, aside: Path, *, trust_remote_code
 
 def _untrained(run: Run, *, trust_remote_code: bool) -> PolicyModel | ScalarModel:
     """The model that training started from, in float32. A scalar head may be new: the checkpoint has it."""
+    source = ModelSource(run.pretrain, torch.float32, trust_remote_code=trust_remote_code, lora=run.lora)
     if not run.is_scalar:
-        return load_causal_lm(
-            run.pretrain, torch.float32, flash_attn=False, trust_remote_code=trust_remote_code, lora=run.lora
-        )
-    return load_scalar_model(
-        run.pretrain,
-        torch.float32,
-        flash_attn=False,
-        init_head=True,
-        value_head_prefix=run.values["value_head_prefix"],
-        trust_remote_code=trust_remote_code,
-        lora=run.lora,
-    )
+        return load_causal_lm(source)
+    return load_scalar_model(source, init_head=True, value_head_prefix=run.values["value_head_prefix"])
 
 
 def _merge(run: Run, adapter: Path, aside: Path, *, trust_remote_code: bool) -> None:

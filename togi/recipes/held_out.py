@@ -11,7 +11,7 @@ from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, P
 from togi.data.chat import Tokenizer, visible
 from togi.data.records import Examples
 from togi.learn.preference_objective import DESIRABLE
-from togi.obs.held_out import SHOWN, HeldOutRow
+from togi.obs.run_dir import SHOWN_ROWS, HeldOutRow
 from togi.sample import Sample
 
 _NUMBERS: dict[type[OfflineConfig], str] = {
@@ -51,15 +51,15 @@ def _badness(sequences: Sequence[tuple[Sample, float]]) -> float:
 
 
 def ends(judged: Sequence[Judged]) -> list[Judged]:
-    """The ``SHOWN`` worst and best of them, worst first; all if they are few. Those of all are among those of each part."""
+    """The ``SHOWN_ROWS`` worst and best of them, worst first; all if they are few. Those of all are among those of each part."""
     ranked = sorted(judged, key=lambda row: (-row.badness, row.row))
-    return ranked if len(ranked) <= 2 * SHOWN else ranked[:SHOWN] + ranked[-SHOWN:]
+    return ranked if len(ranked) <= 2 * SHOWN_ROWS else ranked[:SHOWN_ROWS] + ranked[-SHOWN_ROWS:]
 
 
 def worst_and_best(
     config: OfflineConfig, judged: Sequence[Judged], examples: Examples, tokenizer: Tokenizer
 ) -> list[HeldOutRow]:
-    """At most ``SHOWN`` rows of each end, worst first, no row twice."""
+    """At most ``SHOWN_ROWS`` rows of each end, worst first, no row twice."""
     ranked = ends(judged)
     half = (len(ranked) + 1) // 2
     marked = [("worst", row) for row in ranked[:half]] + [("best", row) for row in ranked[half:]]

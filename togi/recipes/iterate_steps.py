@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from togi.algo.evaluate import mean_with_error
+from togi.algo.best_of_n import mean_with_error
 from togi.config.choices import EngineName, EvalTask, IterateMethod, PostProcessor
 from togi.config.iterate import IterateConfig
 from togi.config.model_facts import position_limit

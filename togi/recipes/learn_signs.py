@@ -18,7 +18,7 @@ from togi.pump.experience import ScoredGroup, Trainable, trainable
 from togi.recipes.plan import StepPlan
 from togi.recipes.rl_rewards import reward_names
 from togi.recipes.rl_setup import Material
-from togi.reward.length_penalties import OVERLONG, STOP_PROPERLY
+from togi.reward.combine import OVERLONG, STOP_PROPERLY
 from togi.sample import Outcome, Score
 
 # Of fewer answers nothing can be said for certain.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from togi.config.merge import MergeConfig
 from togi.data.chat import Tokenizer, load_tokenizer
 from togi.errors import ConfigError, DataError, ModelError
 from togi.model.checkpoint import written_aside
+from togi.model.loading import dtype_of
 from togi.model.merge import load_merged
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.proof import save_proven
@@ -60,5 +59,5 @@ def merge(config: MergeConfig) -> None:
     if beside:
         _check_rows(config, model, tokenizer)
     with written_aside(Path(config.output_path)) as aside:
-        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        dtype = dtype_of(config.bf16)
         save_proven(aside, model, tokenizer, dtype, trust_remote_code=trust)

@@ -14,8 +14,8 @@ from pathlib import Path
 from togi.config.offline import KDConfig, OfflineConfig
 from togi.config.parse import Parsed
 from togi.learn.checkpoint import Checkpoint
-from togi.obs.ending import cause
 from togi.obs.progress import Progress
+from togi.obs.report import cause
 from togi.obs.run_dir import State
 from togi.obs.way_out import way_out
 from togi.parallel.process import World

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from togi.config.choices import EngineName
 from togi.config.offline import KDConfig, OfflineConfig
@@ -27,6 +26,7 @@ from togi.learn.learner import Learner
 from togi.learn.scorer import Scorer
 from togi.model.checkpoint import expected_manifest, whole_tensors
 from togi.model.hub import local_folder
+from togi.model.loading import dtype_of
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import Manifest, pack_buckets
 from togi.obs import names
@@ -119,7 +119,7 @@ class Student:
         self._policy = Scorer(learner.backend.module, self._world)
         self._sampling = Sampling(config.generate_max_len, config.temperature, stop_token_ids=data.stop_token_ids)
         self._probe = probe(data.train[0][0].tokens.tolist(), config.max_len)
-        self._dtype = torch.bfloat16 if config.bf16 else torch.float32
+        self._dtype = dtype_of(config.bf16)
         dtype = str(self._dtype).removeprefix("torch.")
         self._tensors = expected_manifest(local_folder(config.pretrain), dtype, config.trust_remote_code)
 

@@ -11,14 +11,11 @@ from typing import Any
 from togi.config.offline import OfflineConfig
 from togi.config.parse import Parsed
 from togi.data.report import DataReport
-from togi.obs.ending import cause, end_run
-from togi.obs.held_out import HeldOutRow, write_rows
 from togi.obs.metrics import StepRecord
-from togi.obs.progress import Progress
-from togi.obs.report import write_report
-from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
+from togi.obs.progress import Progress, Watchdog
+from togi.obs.report import cause, end_run, write_report
+from togi.obs.run_dir import HeldOutRow, Resolved, RunDirectory, State, default_run_dir, write_held_out
 from togi.obs.sinks import Recorder, open_trackers
-from togi.obs.stall import Watchdog
 from togi.obs.way_out import tolerated
 from togi.recipes.preflight import trackers
 
@@ -114,7 +111,7 @@ class RunJournal(Journal):
             self._report_due = time.monotonic() + REPORT_SECONDS
 
     def write_rows(self, step: int, rows: Sequence[HeldOutRow]) -> None:
-        write_rows(self.root, step, rows)
+        write_held_out(self.root, step, rows)
 
     def close(self, state: State, message: str = "") -> None:
         end_run(self._directory, state, message, self._open.close)

@@ -9,18 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from togi.config.offline import OfflineConfig
 from togi.data.packing import PackStats, pack_stats
 from togi.data.records import Examples
-from togi.learn.best import Best, BestStore, better
-from togi.learn.checkpoint import HF_FOLDER, Checkpoint, CheckpointStore
-from togi.learn.evaluation import Measured, conclude, measure
+from togi.learn.checkpoint import HF_FOLDER, Best, BestStore, Checkpoint, CheckpointStore, better
 from togi.learn.learner import UpdateReport
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
+from togi.learn.scorer import Measured, conclude, measure
 from togi.model.checkpoint import save_trained, written_aside
 from togi.model.compiled_layers import clock
+from togi.model.loading import dtype_of
 from togi.model.policy import ScalarModel
 from togi.obs import names
 from togi.parallel.process import World
@@ -211,7 +210,7 @@ class OfflineRun:
             student.close()
 
     def _write_model(self, folder: Path) -> None:
-        model, dtype = self._models.model, torch.bfloat16 if self.config.bf16 else torch.float32
+        model, dtype = self._models.model, dtype_of(self.config.bf16)
         if isinstance(model, ScalarModel):
             self._measure_rewards(model)
         else:

@@ -29,19 +29,17 @@ from togi.learn.checkpoint import HF_FOLDER, Checkpoint, CheckpointStore
 from togi.learn.distill_objective import DistillationObjective
 from togi.learn.learner import Learner
 from togi.learn.learner_state import check_rank
-from togi.learn.objective import Objective
+from togi.learn.objective import Objective, SFTObjective, StepRewardObjective
 from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
 from togi.learn.schedule import MeasuredRate, Schedule
 from togi.learn.scorer import Scorer
-from togi.learn.sft_objective import SFTObjective
-from togi.learn.step_objective import StepRewardObjective
-from togi.model.loading import load_causal_lm, load_scalar_model, read_config
+from togi.model.loading import ModelSource, load_causal_lm, load_scalar_model, read_config
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.parallel.backend import BackendOptions, backend_options
 from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
 from togi.parallel.process import World
 from togi.parallel.ring import Ring
-from togi.recipes.offline_data import Data, Task, uses_flash
+from togi.recipes.offline_data import Data, Task
 from togi.recipes.offline_generation import Student, start_engines
 from togi.recipes.offline_journal import Journal
 from togi.recipes.offline_plan import EpochPlan
@@ -216,47 +214,18 @@ def dealer_of(config: OfflineConfig, task: Task, world: World) -> Dealer:
 
 def _trained(config: OfflineConfig, task: Task, world: World) -> PolicyModel | ScalarModel:
     """A reward model that starts from a language model gets a new head; one that is a reward model keeps its own."""
-    flash, layers = uses_flash(config, world), config.layers(on_cuda=world.device.type == "cuda")
-    # frozen weights need no float32 masters
-    dtype = torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32
-    defer = reads_parts(world, backend_options(config), trained=True)
+    source = _source(config, config.pretrain, world, backend_options(config), trained=True)
     if not task.scalar:
-        return load_causal_lm(
-            config.pretrain,
-            dtype,
-            flash_attn=flash,
-            trust_remote_code=config.trust_remote_code,
-            recompute=config.recompute,
-            lora=config.lora,
-            defer=defer,
-            layers=layers,
-        )
+        return load_causal_lm(source)
     assert isinstance(config, RMConfig)
     kinds = read_config(config.pretrain, config.trust_remote_code).architectures or ()
-    return load_scalar_model(
-        config.pretrain,
-        dtype,
-        flash_attn=flash,
-        init_head=not any(kind.endswith(CLASSIFIER) for kind in kinds),
-        value_head_prefix=config.value_head_prefix,
-        trust_remote_code=config.trust_remote_code,
-        recompute=config.recompute,
-        lora=config.lora,
-        defer=defer,
-        layers=layers,
-    )
+    init_head = not any(kind.endswith(CLASSIFIER) for kind in kinds)
+    return load_scalar_model(source, init_head=init_head, value_head_prefix=config.value_head_prefix)
 
 
 def _frozen(config: OfflineConfig, path: str, join: Joining, world: World, options: BackendOptions) -> Frozen:
     """A language model that is only read, where the offload flags want it."""
-    model = load_causal_lm(
-        path,
-        torch.bfloat16 if config.bf16 else torch.float32,
-        flash_attn=uses_flash(config, world),
-        trust_remote_code=config.trust_remote_code,
-        defer=reads_parts(world, options, trained=False),
-        layers=config.layers(on_cuda=world.device.type == "cuda"),
-    )
+    model = load_causal_lm(_source(config, path, world, options, trained=False))
     join(model)
     if moves_weights(config, world):
         return Frozen(model, frozen_on_host(model, world, options, model.read))
@@ -302,3 +271,8 @@ def _base(policy: Scorer) -> Scorer:
     from togi.model.adapters import without_adapter
 
     return Scorer(policy.module, policy.world, partial(without_adapter, policy.module))
+
+
+def _source(config: OfflineConfig, path: str, world: World, options: BackendOptions, *, trained: bool) -> ModelSource:
+    defer = reads_parts(world, options, trained=trained)
+    return ModelSource.of(config, path, world.device, in_ring=world.ring_size > 1, trained=trained, defer=defer)

@@ -12,8 +12,8 @@ from typing import Any
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.learn.checkpoint import Checkpoint
-from togi.obs.ending import cause, end_run
 from togi.obs.progress import Progress
+from togi.obs.report import cause, end_run
 from togi.obs.run_dir import RunDirectory, State
 from togi.obs.way_out import way_out
 from togi.plan.machine import this_machine

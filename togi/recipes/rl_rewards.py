@@ -15,11 +15,10 @@ from togi.config.rl import RLConfig
 from togi.errors import RewardError
 from togi.reward.combine import CombinedReward, Term, distinct_names
 from togi.reward.function import FunctionReward
-from togi.reward.http_server import ConnectionLimits
 from togi.reward.local_model import LocalModelReward, Standardization
 from togi.reward.pool import CallLimits
-from togi.reward.remote import TOKEN_VARIABLE, Patience, RemoteReward
-from togi.reward.source import Reward
+from togi.reward.remote import TOKEN_VARIABLE, ConnectionLimits, Patience, RemoteReward
+from togi.reward.scores import Reward
 from togi.sample import Outcome, Rollout, Score
 from togi.workers.model_reward import ModelScores
 

@@ -15,18 +15,16 @@ import numpy as np
 
 from togi.algo.kl import kl_controller
 from togi.config.rl import RLConfig
-from togi.learn.best import Best, BestStore, better
-from togi.learn.checkpoint import HF_FOLDER, Checkpoint
+from togi.learn.checkpoint import HF_FOLDER, Best, BestStore, Checkpoint, better
 from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS
 from togi.model.checkpoint import written_aside
 from togi.obs import names
 from togi.obs.metrics import StepRecord
-from togi.obs.progress import Progress
+from togi.obs.progress import Progress, Watchdog
 from togi.obs.report import write_report
 from togi.obs.rollout_store import Split
 from togi.obs.run_dir import RunDirectory
 from togi.obs.sinks import Recorder, open_trackers
-from togi.obs.stall import Watchdog
 from togi.obs.way_out import tolerated, way_out
 from togi.plan.placement import Role
 from togi.pump import measure
@@ -37,8 +35,7 @@ from togi.pump.replay import replay_feed
 from togi.recipes.plan import StepPlan
 from togi.recipes.preflight import trackers
 from togi.recipes.rl_setup import Material, best_aim, checkpoint_store, plain
-from togi.reward.combine import CombinedReward
-from togi.reward.length_penalties import LengthPenalties
+from togi.reward.combine import CombinedReward, LengthPenalties
 from togi.sample import Sample, with_streams
 from togi.workers.phases import Phase
 from togi.workers.session import Session, single_logprobs, update_metrics

@@ -19,14 +19,13 @@ from togi.data.prompts import PromptSet, PromptSpec, load_prompts
 from togi.data.report import DataReport
 from togi.data.vocabulary import check_tokens, check_vocabulary
 from togi.errors import CheckpointError
-from togi.learn.best import Aim
-from togi.learn.checkpoint import Checkpoint, CheckpointStore
+from togi.learn.checkpoint import Aim, Checkpoint, CheckpointStore
 from togi.learn.hooks import check_estimator, check_policy_loss
 from togi.learn.learner_state import check_rank
 from togi.model.checkpoint import check_base_files
 from togi.model.loading import check_causal_lm, known_tokens
-from togi.obs.ending import cause, end_run
 from togi.obs.progress import Progress
+from togi.obs.report import cause, end_run
 from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.obs.way_out import way_out
 from togi.plan.placement import Role

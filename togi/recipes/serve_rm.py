@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
-import torch
 
 from togi.config.model_facts import position_limit
 from togi.config.serve_rm import ServeRMConfig
@@ -22,16 +21,15 @@ from togi.data.packing import pack_all
 from togi.data.vocabulary import check_vocabulary
 from togi.errors import ConfigError, DataError
 from togi.learn.scorer import Scorer
-from togi.model.loading import known_tokens, load_scalar_model
+from togi.model.loading import ModelSource, dtype_of, known_tokens, load_scalar_model
 from togi.obs.way_out import way_out
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen
 from togi.parallel.process import World, default_device
-from togi.reward.batcher import Batcher
 from togi.reward.function import FunctionReward
 from togi.reward.local_model import Standardization
 from togi.reward.pool import CallLimits
-from togi.reward.server import PATH, RewardServer, ScoreCall, ServerLimits
+from togi.reward.server import PATH, Batcher, RewardServer, ScoreCall, ServerLimits
 from togi.reward.wire import Answer, Call, Complaint
 from togi.sample import Sample
 
@@ -104,12 +102,14 @@ class ServedModel:
         check_vocabulary(self._tokenizer, path, self._known)
         world = World.solo()
         model = load_scalar_model(
-            path,
-            torch.bfloat16 if config.bf16 else torch.float32,
-            flash_attn=config.flash_attn and default_device().type == "cuda",
+            ModelSource(
+                path,
+                dtype_of(config.bf16),
+                flash_attn=config.flash_attn and default_device().type == "cuda",
+                trust_remote_code=config.trust_remote_code,
+                in_4bit=config.load_in_4bit,
+            ),
             value_head_prefix=config.value_head_prefix,
-            trust_remote_code=config.trust_remote_code,
-            in_4bit=config.load_in_4bit,
         )
         self._positions = position_limit(model.hf.config.to_dict())
         mean_std = (model.reward_mean, model.reward_std) if config.normalize_reward else (0.0, 1.0)

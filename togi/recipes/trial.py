@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-import torch
-
 from togi.config.choices import EngineName
 from togi.config.rl import RLConfig
 from togi.data.loader import PromptLoader
@@ -14,7 +12,7 @@ from togi.data.packing import pack_all
 from togi.errors import ConfigError
 from togi.learn.scorer import Scorer
 from togi.model.hub import local_folder
-from togi.model.loading import load_scalar_model
+from togi.model.loading import ModelSource, dtype_of, load_scalar_model
 from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
 from togi.parallel.backend import backend_options
@@ -24,8 +22,7 @@ from togi.pump.experience import ScoredGroup
 from togi.pump.filtering import GroupFilter
 from togi.recipes.rl_rewards import combined, reward_names
 from togi.recipes.rl_setup import Material
-from togi.reward.combine import CombinedReward
-from togi.reward.length_penalties import LengthPenalties
+from togi.reward.combine import CombinedReward, LengthPenalties
 from togi.reward.local_model import LocalModelReward, Standardization
 from togi.rollout.collect import collect_groups
 from togi.rollout.create import create_engine
@@ -98,11 +95,8 @@ def local_reward(config: RLConfig, number: int) -> LocalModelReward:
     """One of ``--reward_pretrain`` in this process, under its name in the run."""
     world = World.solo()
     model = load_scalar_model(
-        config.reward_models[number],
-        torch.bfloat16 if config.bf16 else torch.float32,
-        flash_attn=False,
+        ModelSource(config.reward_models[number], dtype_of(config.bf16), trust_remote_code=config.trust_remote_code),
         value_head_prefix=config.value_head_prefix,
-        trust_remote_code=config.trust_remote_code,
     )
     standardize = Standardization(model.reward_mean, model.reward_std) if config.normalize_reward else None
     scorer = Scorer(frozen(model, world, backend_options(config)), world)

@@ -1,17 +1,18 @@
-"""Several reward sources as one: their names, and the weighted sum or mean of their scores. Not here: clipping."""
+"""Several reward sources as one: names, the weighted sum or mean of scores, length penalties. Not here: clipping."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from togi.config.choices import RewardCombination
+from togi.config.rl import RLConfig
 from togi.errors import RewardError
 from togi.obs.names import RESERVED_COMPONENTS
-from togi.reward.source import Reward
-from togi.sample import Outcome, Rollout, Score
+from togi.reward.scores import Reward
+from togi.sample import FinishReason, Outcome, Rollout, Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +106,78 @@ class ErrorLimit:
                 f"The reward of {self.errors} of {self.total} samples failed, above the allowed share of {self.share:g} "
                 f"(--max_reward_errors, or 0 with --on_reward_error stop): {failures[0]}"
             )
+
+
+# Length penalties as named parts of the reward, beside what its sources said.
+
+OVERLONG = "overlong_penalty"
+STOP_PROPERLY = "stop_properly_penalty"
+
+
+@dataclass(frozen=True, slots=True)
+class LengthPenalties:
+    """``buffer`` None and ``coef`` None: no such penalty. ``limit``: tokens that a response may have."""
+
+    limit: int
+    buffer: int | None
+    factor: float
+    coef: float | None
+
+    @classmethod
+    def of(cls, config: RLConfig) -> LengthPenalties:
+        return cls(
+            config.generate_max_len,
+            config.overlong_buffer_len,
+            config.overlong_penalty_factor,
+            config.stop_properly_penalty_coef,
+        )
+
+    def applied(self, group: Sequence[Rollout], scores: Sequence[Score]) -> list[Score]:
+        """The scores with what each penalty adds as a component of its own; abstentions and errors stay as they are.
+
+        A response that is cut off is first judged for that; what it loses for its length is then taken off, so that a
+        coefficient near 0 does not make it milder.
+        """
+        return [
+            self._applied(rollout, score) if score.outcome is Outcome.SCORE else score
+            for rollout, score in zip(group, scores, strict=True)
+        ]
+
+    def _applied(self, rollout: Rollout, score: Score) -> Score:
+        parts: dict[str, float] = {}
+        value = score.value
+        if self.coef is not None:
+            cut_off = rollout.finish_reason is FinishReason.LENGTH
+            value = stop_properly(value, self.coef) if cut_off else value
+            parts[STOP_PROPERLY] = value - score.value
+        if self.buffer is not None:
+            parts[OVERLONG] = overlong_penalty(len(rollout.response_tokens), self.limit, self.buffer, self.factor)
+            value += parts[OVERLONG]
+        for name in parts:
+            if name in score.components:
+                raise RewardError(
+                    f"The reward has a part named {name!r}, which is the name of a length penalty: use another name."
+                )
+        return replace(score, value=value, components={**score.components, **parts})
+
+
+# What a response costs that comes near the length limit, or does not end by itself. Plain numbers.
+
+
+def overlong_penalty(length: int, limit: int, buffer: int, factor: float) -> float:
+    """What to add to the reward, from 0 to ``-factor``: the soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13).
+
+    0 up to ``limit - buffer`` tokens, then ``factor (limit - buffer - length) / buffer``, at the limit and above ``-factor``.
+    """
+    assert 0 < buffer <= limit, "the buffer is the last part of the limit"
+    return -factor * min(max(length - (limit - buffer), 0), buffer) / buffer
+
+
+def stop_properly(reward: float, coef: float) -> float:
+    """The reward of a response that the limit has cut off, after ProRL (arXiv 2505.24864).
+
+    ``coef * reward`` for a coefficient from 0 to 1, ``coef`` itself for one below 0. A reward below 0 is made milder by the
+    first, so give tasks with such rewards the second.
+    """
+    assert coef <= 1, "a response that is cut off must not gain"
+    return coef * reward if coef >= 0 else coef

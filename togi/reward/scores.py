@@ -1,15 +1,35 @@
-"""Between rollouts and what functions and servers see and say: a group as a call, an answer as scores."""
+"""What a source of rewards promises; and a group as the call that functions and servers see, their answer as scores."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from togi.errors import RewardError
 from togi.reward.wire import Answer, Call
 from togi.sample import Outcome, Rollout, Score
+
+# The one protocol of every source of rewards.
+#
+# Here: what a source promises. Not here: how advantages are made of scores, clipping, filtering (``togi.algo``).
+
+
+class Reward(Protocol):
+    """Scores finished rollouts, always a whole group (all samples of one prompt) in one call."""
+
+    async def score(self, group: Sequence[Rollout]) -> list[Score]:
+        """One ``Score`` per rollout, in the order of ``group``. Calls for different groups may overlap.
+
+        A source that failed, hung, or returned something that is not a number gives the outcome error. Raises RewardError
+        for what cannot get better: a function that cannot be loaded, a server that stays away.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Release processes and connections. The source cannot be used afterwards."""
+        ...
 
 
 def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Call:

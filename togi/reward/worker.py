@@ -26,8 +26,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from togi.reward.returned import BadReturnError, checked
-from togi.reward.wire import OPTIONAL_ARGUMENTS, Answer, Call, Complaint, Load, LoadKind, encode, receive, send
+from togi.reward.wire import (
+    OPTIONAL_ARGUMENTS,
+    Answer,
+    BadReturnError,
+    Call,
+    Complaint,
+    Load,
+    LoadKind,
+    checked,
+    encode,
+    receive,
+    send,
+)
 
 MODULE_NAME = "togi_user_reward"
 FORM = "(queries, prompts, labels, **kwargs)"

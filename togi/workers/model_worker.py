@@ -19,17 +19,15 @@ from togi.config.choices import PolicyLossType
 from togi.config.rl import RLConfig
 from togi.data.chat import load_tokenizer, stop_token_ids
 from togi.data.packing import Packs, pack_all, pack_stats
-from togi.learn.ema import Ema
 from togi.learn.learner import Learner, Mixed, StepOutcome, UpdateReport
-from togi.learn.learner_state import expected_bytes, load_learner, save_learner
-from togi.learn.objective import Objective
+from togi.learn.learner_state import Ema, expected_bytes, load_learner, save_learner
+from togi.learn.objective import Objective, SFTObjective
 from togi.learn.policy_objective import EngineCorrection, KLInLoss, PolicyObjective, ValueObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
-from togi.learn.sft_objective import SFTObjective
 from togi.model.checkpoint import FullParameters, expected_manifest, save_trained, whole_tensors
 from togi.model.compiled_layers import clock
-from togi.model.loading import load_causal_lm, load_scalar_model
+from togi.model.loading import ModelSource, dtype_of, load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.model.weights import Manifest, pack_buckets
 from togi.obs import names
@@ -115,44 +113,22 @@ class ModelWorker:
         world = World.join(Rendezvous(rank, size, address, port), default_device())
         self._world = world.in_teams(config.ring_attn_size, tensor_size)
 
-    def _load(self, role: Role, path: str, dtype: torch.dtype) -> PolicyModel | ScalarModel:
+    def _load(self, role: Role, path: str) -> PolicyModel | ScalarModel:
         """The role's model on the CPU, in this rank's ring if there are rings."""
-        model = self._read(role, path, dtype)
+        model = self._read(role, path)
         if self._world.ring_size > 1:
             model.join_ring(Ring(self._world), self._config.ring_head_stride)
         return model
 
-    def _read(self, role: Role, path: str, dtype: torch.dtype) -> PolicyModel | ScalarModel:
+    def _read(self, role: Role, path: str) -> PolicyModel | ScalarModel:
         """A critic that starts from the policy gets a new head; others must bring one."""
-        config = self._config
-        # a ring has attention of its own
-        flash_attn = config.flash_attn and self._world.device.type == "cuda" and self._world.ring_size == 1
-        layers = config.layers(on_cuda=self._world.device.type == "cuda")
-        trained = role in LEARNERS
-        defer = reads_parts(self._world, backend_options(config), trained=trained)
+        config, world, trained = self._config, self._world, role in LEARNERS
+        defer = reads_parts(world, backend_options(config), trained=trained)
+        source = ModelSource.of(config, path, world.device, in_ring=world.ring_size > 1, trained=trained, defer=defer)
         if role in (Role.ACTOR, Role.REF):
-            return load_causal_lm(
-                path,
-                dtype,
-                flash_attn=flash_attn,
-                trust_remote_code=config.trust_remote_code,
-                recompute=config.recompute if trained else None,
-                lora=config.lora if trained else None,
-                defer=defer,
-                layers=layers,
-            )
-        return load_scalar_model(
-            path,
-            dtype,
-            flash_attn=flash_attn,
-            init_head=role is Role.CRITIC and path == config.pretrain,
-            value_head_prefix=config.value_head_prefix,
-            trust_remote_code=config.trust_remote_code,
-            recompute=config.recompute if trained else None,
-            lora=config.lora if trained else None,
-            defer=defer,
-            layers=layers,
-        )
+            return load_causal_lm(source)
+        init_head = role is Role.CRITIC and path == config.pretrain
+        return load_scalar_model(source, init_head=init_head, value_head_prefix=config.value_head_prefix)
 
     def _packs(self, samples: Sequence[Sample], limit: int | str) -> Packs:
         """Pack this rank's samples by the token budget. A ring has that of all its ranks."""
@@ -172,7 +148,7 @@ class ScorerWorker(ModelWorker):
     def start(self, rank: int, size: int, address: str, port: int, config: RLConfig, role: Role, path: str) -> None:
         """``path``: the model's folder or hub name."""
         self._join(rank, size, address, port, config)
-        model = self._load(role, path, torch.bfloat16 if config.bf16 else torch.float32)
+        model = self._load(role, path)
         self._model = model
         options = backend_options(config)
         if config.ref_reward_offload and self._world.device.type != "cpu":
@@ -204,9 +180,7 @@ class LearnerWorker(ModelWorker):
         """``total``: planned optimizer steps, for the schedule."""
         self._join(rank, size, address, port, config, config.ds_tensor_parallel_size)
         self._role = role
-        # frozen weights need no float32 masters
-        dtype = torch.bfloat16 if config.bf16 and config.lora is not None else torch.float32
-        self._model = self._load(role, config.pretrain if role is Role.ACTOR else config.critic_source, dtype)
+        self._model = self._load(role, config.pretrain if role is Role.ACTOR else config.critic_source)
         backend = trainable(self._model, self._world, backend_options(config), self._model.read)
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
         schedule = Schedule.of(config, peak, total)
@@ -307,7 +281,7 @@ class LearnerWorker(ModelWorker):
         config, backend = self._config, self._learner.backend
         if config.sends_adapter:
             return self._begin_adapter(version)
-        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        dtype = dtype_of(config.bf16)
         self._send(whole_tensors(self._model, backend.full_parameters, dtype))
         name = str(dtype).removeprefix("torch.")
         return Manifest(version, expected_manifest(config.pretrain, name, config.trust_remote_code))
@@ -362,7 +336,7 @@ class LearnerWorker(ModelWorker):
         self._write(folder, self._ema.full_parameters)
 
     def _write(self, folder: Path, full_parameters: FullParameters) -> None:
-        dtype = torch.bfloat16 if self._config.bf16 else torch.float32
+        dtype = dtype_of(self._config.bf16)
         config = self._config
         tokenizer = load_tokenizer(
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code

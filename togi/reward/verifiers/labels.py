@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from togi.reward.returned import BadReturnError
+from togi.reward.wire import BadReturnError
 
 SHOWN_CHARACTERS = 80
 
