@@ -39,7 +39,7 @@ LEVELS = {
 }
 # Where a package from outside may be imported; a path is a file or a folder below togi/.
 FENCES = {
-    "ray": ("workers/",),
+    "ray": ("workers/ray/",),
     "vllm": ("rollout/vllm_engine.py",),
     "deepspeed": ("parallel/deepspeed.py",),
     "torch.distributed": ("parallel/",),
@@ -85,8 +85,8 @@ FOREIGN_ATTRIBUTES = Counter(
         "model/weights.py: TensorSpec.nbytes": 1,
         "rollout/transformers_engine.py: TransformersCore._load": 1,
         "kernels/host.py: HostKernels.__init__": 1,
-        "workers/worker_group.py: WorkerGroup.per_sample": 1,
-        "workers/worker_group.py: WorkerGroup.start_all": 1,
+        "workers/ray/calls.py: RayWorkers.call": 1,
+        "workers/ray/weight_sync.py: WeightSync._ask_actor": 1,
         # what an operating system or an exception may not have
         "data/prepare.py: _number_of_processes": 1,
         "kernels/host.py: compiled": 1,
@@ -136,7 +136,7 @@ RAISED_AGAIN = Counter(
         "reward/function.py: _load_callable": 1,
         "rollout/collect.py: _run_one": 1,
         "workers/model_reward.py: ModelScores._drain": 1,
-        "workers/session.py: Session.start": 1,
+        "workers/ray/start.py: start": 1,
     }
 )
 # Where any exception ends: it becomes a value that somebody waits for, or a line that somebody reads.
