@@ -21,7 +21,7 @@ from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.plan.machine import this_machine
 from togi.plan.placement import Role, resolve
-from togi.workers.session import Session
+from togi.workers.start import start
 
 FLAGS = "--bf16 --advantage_estimator group_norm --init_kl_coef 0 --prompt_max_len 64 --generate_max_len 64"
 
@@ -64,7 +64,7 @@ def make_large(folder: Path) -> Path:
 
 async def updates(config: RLConfig, count: int) -> tuple[int, list[float]]:
     """The bytes of an update and the seconds of each after the first."""
-    session = await Session.start(config, this_machine(), {Role.ACTOR: 10}, print)
+    session = await start(config, this_machine(), {Role.ACTOR: 10}, print)
     try:
         reports = [await session.weights.send(version) for version in range(1, count + 2)]
     finally:

@@ -156,7 +156,7 @@ def test_two_reward_models_beside_a_function(world: Path, tmp_path: Path) -> Non
 
 def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -> None:
     """No hang and no pile of tracebacks: the first failure, in words, and nothing left running."""
-    flags = [*GRPO, *HF, "--num_episodes", "1000", "--save_steps", "1"]
+    flags = [*GRPO, *HF, "--workers", "ray", "--num_episodes", "1000", "--save_steps", "1"]
     run = tmp_path / "run"
     process = subprocess.Popen(
         command(world, run, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -165,7 +165,7 @@ def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     children = psutil.Process(process.pid).children(recursive=True)
-    engine = next(child for child in children if "EngineWorker" in " ".join(child.cmdline()))
+    engine = next(child for child in children if "EngineActor" in " ".join(child.cmdline()))
     engine.kill()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1

@@ -21,8 +21,9 @@ from togi.model.weights import Checksum, pack_buckets
 from togi.plan.carrier import Carrier, Route
 from togi.plan.machine import this_machine
 from togi.plan.placement import Role, resolve
+from togi.workers.ray.calls import RayWorkers
 from togi.workers.ray.weight_sync import WeightSync
-from togi.workers.session import Session
+from togi.workers.start import start
 
 PROBE = list(range(20, 60))
 
@@ -52,13 +53,14 @@ def stopped(kind: str) -> Iterator[None]:
 
 
 async def scenario(config: RLConfig) -> None:
-    session = await Session.start(config, this_machine(), {Role.ACTOR: 10}, print)
+    session = await start(config, this_machine(), {Role.ACTOR: 10}, print)
     try:
-        assert processes("EngineWorker") and not processes("ray::IDLE")  # a process for each role, and none beside them
-        assert session.weights.route == Route(Carrier.HOST)
-        actor, engines = session.groups[Role.ACTOR], session.engines
+        assert processes("EngineActor") and not processes("ray::IDLE")  # a process for each role, and none beside them
+        through_host, actor, engines = session.weights, session.actor.workers, session.engines.workers
+        assert isinstance(through_host, WeightSync) and through_host.route == Route(Carrier.HOST)
+        assert isinstance(actor, RayWorkers) and isinstance(engines, RayWorkers)
         over_gloo = WeightSync(actor, engines, Route(Carrier.GLOO), 120.0)
-        for version, way in enumerate((session.weights, over_gloo)):
+        for version, way in enumerate((through_host, over_gloo)):
             if way is over_gloo:
                 await way.connect()
             report = await way.send(version)
@@ -66,7 +68,7 @@ async def scenario(config: RLConfig) -> None:
             assert await session.probe(PROBE) < 1e-4
         over_gloo._timeout = 5.0
         with (
-            stopped("EngineWorker"),
+            stopped("EngineActor"),
             pytest.raises(WeightSyncError, match=r"engine [01] confirmed 0 of \d+ tensors\.$"),
         ):
             await over_gloo.send(9)

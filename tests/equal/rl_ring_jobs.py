@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from togi.config.rl import RLConfig
+from togi.parallel.process import Rendezvous
 from togi.plan.placement import Role
-from togi.workers.model_worker import LearnerWorker, ScorerWorker
+from togi.workers.model_worker import ScorerWorker
+from togi.workers.ray.actors import LearnerActor
 
 
-class Player(LearnerWorker):
+class Player(LearnerActor):
     """A worker that plays one role after the other, since processes start slowly."""
 
-    def start(
-        self, rank: int, size: int, address: str, port: int, config: RLConfig, role: Role, last: int | str
-    ) -> None:
-        start = LearnerWorker.start if isinstance(last, int) else ScorerWorker.start
-        start(self, rank, size, address, port, config, role, last)
+    def start(self, meeting: Rendezvous, config: RLConfig, role: Role, last: int | str) -> None:
+        start = LearnerActor.start if isinstance(last, int) else ScorerWorker.start
+        start(self, meeting, config, role, last)
 
     scores = ScorerWorker.scores
 

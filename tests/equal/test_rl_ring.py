@@ -18,7 +18,9 @@ from tests.tiny import save_tiny_model, tiny_config
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.plan.placement import Role
-from togi.workers.worker_group import StepUpdate, WorkerGroup
+from togi.workers.ray.calls import RayWorkers
+from togi.workers.ray.start import load
+from togi.workers.worker_group import LearnerGroup, StepUpdate
 
 pytestmark = pytest.mark.busy
 
@@ -48,10 +50,11 @@ def players(models: Path) -> Iterator[list[ray.actor.ActorHandle]]:
     ray.shutdown()
 
 
-def groups(players: list[ray.actor.ActorHandle], role: Role) -> list[WorkerGroup]:
+def groups(players: list[ray.actor.ActorHandle], role: Role) -> list[LearnerGroup]:
+    alone, rings = RayWorkers[Player](role, players[:1]), RayWorkers[Player](role, players[1:])
     return [
-        WorkerGroup(role, players[:1], share_prompts=True),
-        WorkerGroup(role, players[1:], share_prompts=True, ranks_per_share=RING),
+        LearnerGroup(role, alone, share_prompts=True),
+        LearnerGroup(role, rings, share_prompts=True, ranks_per_share=RING),
     ]
 
 
@@ -68,16 +71,16 @@ def play(
 ) -> list[tuple[list[np.ndarray], list[StepUpdate], list[np.ndarray]]]:
     """Results of ``method``, of two optimizer steps (a learner's), and of ``method`` again; alone and in rings."""
 
-    async def once(group: WorkerGroup, config: RLConfig) -> tuple:
-        await group.start(config, role, last)
-        before = await group.per_sample(method, rollouts(SAMPLES, seed=0))
+    async def once(group: LearnerGroup, config: RLConfig) -> tuple:
+        await load(group.workers, Player.start, config, role, last)
+        before = await group.per_sample(getattr(Player, method), rollouts(SAMPLES, seed=0))
         steps = (
             await group.update([rollouts(SAMPLES, seed=1), rollouts(SAMPLES, seed=2)], 0.0)
             if isinstance(last, int)
             else []
         )
-        after = await group.per_sample(method, rollouts(SAMPLES, seed=0))
-        await group.call_all("leave")
+        after = await group.per_sample(getattr(Player, method), rollouts(SAMPLES, seed=0))
+        await group.call_all(Player.leave)
         return before, steps, after
 
     return [

@@ -39,7 +39,7 @@ LEVELS = {
 }
 # Where a package from outside may be imported; a path is a file or a folder below togi/.
 FENCES = {
-    "ray": ("workers/",),
+    "ray": ("workers/ray/",),
     "vllm": ("rollout/vllm_engine.py",),
     "deepspeed": ("parallel/deepspeed.py",),
     "torch.distributed": ("parallel/",),
@@ -85,8 +85,8 @@ FOREIGN_ATTRIBUTES = Counter(
         "model/weights.py: TensorSpec.nbytes": 1,
         "rollout/transformers_engine.py: TransformersCore._load": 1,
         "kernels/host.py: HostKernels.__init__": 1,
-        "workers/worker_group.py: WorkerGroup.per_sample": 1,
-        "workers/worker_group.py: WorkerGroup.start_all": 1,
+        "workers/ray/calls.py: RayWorkers.call": 1,
+        "workers/ray/weight_sync.py: WeightSync._ask_actor": 1,
         # what an operating system or an exception may not have
         "data/prepare.py: _number_of_processes": 1,
         "kernels/host.py: compiled": 1,
@@ -119,7 +119,7 @@ RAISED_AGAIN = Counter(
         "data/chat.py: _rendered": 1,
         "data/chat.py: load_tokenizer": 1,
         "data/chat.py: render_marked": 1,
-        "learn/best.py: BestStore.write": 1,
+        "learn/checkpoint.py: BestStore.write": 1,
         "learn/hooks.py: _from_file": 1,
         "learn/hooks.py: _tried": 1,
         "learn/checkpoint.py: CheckpointStore.write": 1,
@@ -136,7 +136,7 @@ RAISED_AGAIN = Counter(
         "reward/function.py: _load_callable": 1,
         "rollout/collect.py: _run_one": 1,
         "workers/model_reward.py: ModelScores._drain": 1,
-        "workers/session.py: Session.start": 1,
+        "workers/ray/start.py: start": 1,
     }
 )
 # Where any exception ends: it becomes a value that somebody waits for, or a line that somebody reads.
@@ -150,7 +150,7 @@ CAUGHT = Counter(
         "reward/worker.py: load_function": 1,
         # the edge of a thread, a process or a request: the caller is on the other side
         "obs/sinks.py: _wandb_main": 1,
-        "reward/batcher.py: Batcher._drain": 1,
+        "reward/server.py: Batcher._drain": 1,
         "reward/server.py: RewardServer._guard": 1,
         "rollout/threaded.py: ThreadedEngine._admit": 1,
         "rollout/threaded.py: ThreadedEngine._call.call": 1,

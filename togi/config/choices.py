@@ -87,6 +87,14 @@ class Layers(StrEnum):
     COMPILED = "compiled"
 
 
+class WorkersKind(StrEnum):
+    """Where models and engines run: in this process, or each in a process of its own under Ray."""
+
+    AUTO = "auto"
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class SyncBackend(StrEnum):
     """What carries weights to the engines; auto: host memory on one host, a process group (nccl or gloo) across hosts."""
 

@@ -15,6 +15,7 @@ from togi.config.choices import (
     LoraSync,
     PolicyLossType,
     SyncBackend,
+    WorkersKind,
 )
 from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag
 from togi.config.hooks import HookField
@@ -168,6 +169,11 @@ class RLTrainSettings(Settings):
 class PlacementSettings(Settings):
     """Placement"""
 
+    workers: WorkersKind = flag(
+        WorkersKind.AUTO,
+        "local: models and engine are objects of this process, which needs no Ray and suits notebooks and debuggers; ray: each "
+        "has processes of its own; auto: local where one process is enough.",
+    )
     actor_num_nodes: Count = flag(1, "Nodes of the actor.")
     actor_num_gpus_per_node: CountOrAuto = flag(
         "auto", "GPUs per node; without GPUs: worker processes. auto: all GPUs, or 1."

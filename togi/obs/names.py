@@ -183,6 +183,8 @@ class Holder(StrEnum):
     ENGINES = "engines"
     LEARNERS = "learners"
     SCORERS = "scorers"
+    ALL = "processes"
+    """Where one process is all of them."""
 
 
 def phase_memory(phase: str, kind: Holder) -> str:

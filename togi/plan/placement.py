@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from togi.config.choices import WorkersKind
 from togi.config.parse import Parsed, Source
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError
 from togi.plan.machine import Machine
+from togi.plan.workers import what_needs_ray
 
 
 class Role(StrEnum):
@@ -72,7 +74,7 @@ def team_size(config: RLConfig, role: Role) -> int:
 
 
 def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
-    """Replace every ``auto`` of the placement by a number, and say so in the sources.
+    """Replace every ``auto`` of the placement by a number, and that of --workers, and say so in the sources.
 
     Without GPUs every role gets one worker, or as many as make a team (``team_size``) or a colocated engine. With GPUs,
     colocated roles get all of them and separate groups equal shares, of whole teams and engines.
@@ -97,6 +99,9 @@ def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
     if config.vllm_num_engines == "auto":
         slots = actor_per_node * config.actor_num_nodes if colocated else share
         values["vllm_num_engines"] = max(1, slots // engine_size)
+    config = config.model_copy(update=values)
+    if config.workers is WorkersKind.AUTO:
+        values["workers"] = WorkersKind.RAY if what_needs_ray(config, machine) else WorkersKind.LOCAL
     sources = dict(parsed.sources) | dict.fromkeys(values, Source.AUTO)
     return Parsed(config.model_copy(update=values), sources)
 

@@ -30,6 +30,7 @@ from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardEr
 from togi.obs.sinks import TrackerOptions, check_trackers
 from togi.plan.machine import Machine, check_compiler, joins_cluster
 from togi.plan.placement import check_fits, check_spread, plan_groups, resolve
+from togi.plan.workers import check_workers
 from togi.recipes.best_metric import check_rl_metric
 from togi.recipes.modelscope import with_local_names
 
@@ -51,6 +52,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     parsed = with_local_names(resolve(parsed, machine))
     config = parsed.config
     groups = plan_groups(config)
+    check_workers(config, machine)
     if not joins_cluster():
         check_fits(groups, machine.gpus)
         check_spread(groups, 1)

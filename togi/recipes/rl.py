@@ -21,7 +21,7 @@ from togi.plan.placement import Role
 from togi.recipes.rl_rewards import connect, describe
 from togi.recipes.rl_run import Run
 from togi.recipes.rl_setup import Opening, open_run, opening
-from togi.workers.session import Session
+from togi.workers import start as workers
 from togi.workers.worker_group import StepUpdate
 
 logger = logging.getLogger(__name__)
@@ -96,11 +96,7 @@ async def _with_session(
     material, plan = opened.material, opened.plan
     with progress.phase("starting engines and loading models", expected_seconds=25):
         updates = {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
-        session = await Session.start(config, this_machine(), updates, announce)
-    if line := session.cluster.describe_nodes():
-        announce(f"nodes: {line}")
-    if config.generates:
-        announce(session.weights.route.describe())
+        session = await workers.start(config, this_machine(), updates, announce)
     try:
         reward = await connect(config, material.rewards, session)
         if line := describe(config, reward):
@@ -128,7 +124,7 @@ async def train(run: Run, checkpoint: Checkpoint | None) -> list[Evaluation]:
         updates: list[StepUpdate] = []
         if items:
             samples = run.with_advantages(items, samples)
-            if Role.CRITIC in run.session.groups:
+            if Role.CRITIC in run.session.learners:
                 await run.update(Role.CRITIC, samples)
             if not run.actor_is_frozen:
                 updates = await run.update(Role.ACTOR, samples)

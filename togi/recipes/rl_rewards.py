@@ -21,8 +21,9 @@ from togi.reward.remote import TOKEN_VARIABLE, ConnectionLimits, Patience, Remot
 from togi.reward.scores import Reward
 from togi.sample import Outcome, Rollout, Score
 from togi.workers.model_reward import ModelScores
+from togi.workers.model_worker import ScorerWorker
 
-if TYPE_CHECKING:  # the check of a run has no session, and no Ray
+if TYPE_CHECKING:  # the check of a run has no session
     from togi.workers.session import Session
 
 SHOWN_CHARACTERS = 60
@@ -103,7 +104,7 @@ async def connect(config: RLConfig, early: EarlyRewards, session: Session) -> Co
         return CombinedReward(())
     models: list[Reward] = []
     for name, group in zip(early.names, session.reward_models, strict=False):
-        mean, std = (await group.call_all("reward_statistics"))[0]
+        mean, std = (await group.call_all(ScorerWorker.reward_statistics))[0]
         standardization = Standardization(mean, std) if config.normalize_reward else None
         models.append(LocalModelReward(ModelScores(group).score, standardization, name))
     return combined(config, early, models)

@@ -6,12 +6,13 @@ Tokens in, tokens out: engines never see text. ``vllm_engine`` and ``transformer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from togi.errors import ConfigError
 from togi.model.weights import Bucket, Manifest
@@ -98,6 +99,12 @@ class RolloutEngine(Protocol):
         """Load some tensors of the manifest. ``bucket.data`` may be reused once this returns."""
         ...
 
+    async def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """``load_bucket`` for tensors of this process, which the engine may use as they are: they must not change before the
+        next update begins.
+        """
+        ...
+
     async def finish_update(self) -> None:
         """Close the update: caches of the old weights are dropped and ``version`` becomes the manifest's.
 
@@ -127,4 +134,8 @@ class RolloutEngine(Protocol):
 
     async def shutdown(self) -> None:
         """Stop the engine's thread and free what it holds. Unfinished requests fail."""
+        ...
+
+    def stop(self) -> None:
+        """The same outside an event loop; waits no longer than a step takes."""
         ...

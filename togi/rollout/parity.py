@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from togi.errors import WeightSyncError
 from togi.sample import Sample
@@ -26,7 +27,7 @@ class Parity:
     max_abs: float
 
 
-def compare(engine_logprobs: Sequence[float], trainer_logprobs: Sequence[float]) -> Parity:
+def compare(engine_logprobs: Sequence[float], trainer_logprobs: Sequence[float] | NDArray[np.float32]) -> Parity:
     """Compare the log-probs of one probe sequence, token by token."""
     assert len(engine_logprobs) == len(trainer_logprobs) > 0
     gaps = np.abs(np.subtract(engine_logprobs, trainer_logprobs, dtype=np.float64))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +31,7 @@ from togi.sample import FinishReason, Generation, Sampling
 
 T = TypeVar("T")
 MERGED_BUCKET_BYTES = 256 << 20
+STOP_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Core(Protocol):
     def routes(self, tokens: tuple[int, ...]) -> NDArray[np.int64]: ...
     def begin_update(self) -> None: ...
     def load(self, bucket: Bucket) -> None: ...
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None: ...
     def finish_update(self) -> None: ...
     def sleep(self) -> Released: ...
     def wake(self) -> None: ...
@@ -123,6 +125,9 @@ class ThreadedEngine:
     async def load_bucket(self, bucket: Bucket) -> None:
         await self._call(partial(self._load_bucket, bucket))
 
+    async def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        await self._call(partial(self._load_tensors, tensors))
+
     async def finish_update(self) -> None:
         await self._call(self._finish_update)
 
@@ -144,6 +149,11 @@ class ThreadedEngine:
         if self._failure is None:
             self._send(self._stop)
         await asyncio.to_thread(self._thread.join)
+
+    def stop(self) -> None:
+        if self._failure is None:
+            self._send(self._stop)
+        self._thread.join(STOP_SECONDS)
 
     def _check_length(self, tokens: Sequence[int]) -> None:
         if not 1 < len(tokens) < self._max_model_len:
@@ -259,6 +269,17 @@ class ThreadedEngine:
             self._core.load(bucket)
         else:
             self._adapter |= dict(bucket.own().unpack())
+
+    def _load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        if self._log.adapter_scale is None:
+            self._core.load_tensors(self._arriving(tensors))
+        else:
+            self._adapter |= {name: tensor.clone() for name, tensor in self._arriving(tensors)}
+
+    def _arriving(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            self._log.arrive([TensorSpec.of(name, tensor)])
+            yield name, tensor
 
     def _finish_update(self) -> None:
         self._log.check_complete()

@@ -7,6 +7,7 @@ that ends makes room at once. Not here: paged memory, prefix caching between req
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -151,8 +152,10 @@ class TransformersCore:
         self._arriving = {}
 
     def load(self, bucket: Bucket) -> None:
-        own = bucket.own()
-        self._arriving.update(own.unpack())
+        self.load_tensors(bucket.own().unpack())
+
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._arriving.update(tensors)
 
     def finish_update(self) -> None:
         """Load the tensors as a checkpoint is loaded: in memory they may have another form (experts in one tensor)."""

@@ -130,7 +130,8 @@ class VllmCore:
 
     def load(self, bucket: Bucket) -> None:
         if self._in_process:
-            self._ask_workers(_load, bucket)
+            # The reload keeps references until a layer is complete, so it gets a copy that the sender cannot overwrite.
+            self.load_tensors(bucket.own().unpack())
             return
         segment = SharedMemory(create=True, size=max(1, bucket.data.nbytes))
         try:
@@ -139,6 +140,10 @@ class VllmCore:
         finally:
             segment.close()
             segment.unlink()
+
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        assert self._in_process
+        self._ask_workers(_load, tensors)
 
     def finish_update(self) -> None:
         self._ask_workers(_finish_reload)
@@ -256,13 +261,12 @@ def _start_reload(worker: Any) -> None:
         initialize_layerwise_reload(model)
 
 
-def _load(worker: Any, bucket: Bucket) -> None:
+def _load(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """The reload keeps references to the tensors until a layer is complete."""
     from vllm.config import set_current_vllm_config
 
-    # The reload keeps references until a layer is complete, so it gets a copy that the sender cannot overwrite.
-    own = bucket.own()
     with set_current_vllm_config(worker.vllm_config):
-        worker.model_runner.get_model().load_weights(own.unpack())
+        worker.model_runner.get_model().load_weights(tensors)
 
 
 def _load_shared(
@@ -270,7 +274,7 @@ def _load_shared(
 ) -> None:
     segment = SharedMemory(name)
     try:
-        _load(worker, Bucket(tensors, offsets, _bytes_of(segment, nbytes)))
+        _load(worker, Bucket(tensors, offsets, _bytes_of(segment, nbytes)).own().unpack())
     finally:
         segment.close()
 

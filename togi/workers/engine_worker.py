@@ -1,16 +1,15 @@
-"""A generation engine in a Ray worker, and the pool of them that the driver talks to."""
+"""A generation engine as a worker, and the pool of them that a run talks to."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
-from ray.actor import ActorHandle
+from torch import Tensor
 
 from togi.config.choices import EngineName
 from togi.model.hub import local_folder
@@ -21,25 +20,21 @@ from togi.plan.carrier import Carrier
 from togi.plan.memory import PeakMemory, Released
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
+from togi.rollout.tasks import all_or_none
 from togi.sample import Generation, Sampling
 from togi.workers.parcels import Inbox, Parcel
-from togi.workers.ray.calls import result_of, results_of
-from togi.workers.ray.cluster import own_gpus, see_only
-
-MAX_CONCURRENT_CALLS = 4096
+from togi.workers.protocol import Workers
 
 
 class EngineWorker:
-    """Remote methods of one engine. Every call is asynchronous, so one process serves many requests at once."""
+    """One engine. Every call is asynchronous, so one serves many requests at once."""
 
     def __init__(self) -> None:
         self._engine: RolloutEngine
         self._memory = PeakMemory()
         self._channels: list[Channel] = []
 
-    async def start(self, name: EngineName, settings: EngineSettings, gpus: Sequence[str]) -> None:
-        """``gpus``: all that the engine may use, where they are not those that Ray gave this process."""
-        see_only(gpus or own_gpus())
+    async def start(self, name: EngineName, settings: EngineSettings) -> None:
         # Resolved here, on the node that runs the engine: a hub name is cached on each node by itself.
         self._engine = create_engine(name, replace(settings, model=local_folder(settings.model)))
 
@@ -52,9 +47,13 @@ class EngineWorker:
     async def routes(self, tokens: Sequence[int]) -> NDArray[np.int64]:
         return await self._engine.routes(tokens)
 
-    async def node(self) -> str:
-        """The node that this process is on."""
-        return str(ray.get_runtime_context().get_node_id())
+    async def take_weights(self, manifest: Manifest, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """A whole update from tensors of this process, which must keep their values until the next one begins."""
+        await self._engine.begin_update(manifest)
+        synchronize()  # the engine's thread has streams of its own
+        await self._engine.load_tensors(tensors)
+        await self._engine.finish_update()
+        synchronize()
 
     async def join_channel(self, meeting: Rendezvous, carrier: Carrier) -> None:
         """Meet the actor's first rank and the other engines, to get weights from it."""
@@ -93,49 +92,56 @@ class EngineWorker:
     async def shutdown(self) -> None:
         await self._engine.shutdown()
 
+    def stop(self) -> None:
+        """End the engine after the step that it is in."""
+        self._engine.stop()
+
+
+def synchronize() -> None:
+    """Wait for what any thread of this process has begun on the accelerator."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
 
 class EnginePool:
     """Sends each request to the engine with the fewest unfinished ones."""
 
-    def __init__(self, workers: Sequence[ActorHandle]) -> None:
-        self.workers = list(workers)
-        self._unfinished = [0] * len(self.workers)
-
-    async def start(self, name: EngineName, settings: Sequence[EngineSettings], gpus: Sequence[Sequence[str]]) -> None:
-        """``settings`` and ``gpus`` of each engine; see ``EngineWorker.start``."""
-        each = zip(self.workers, settings, gpus, strict=True)
-        await results_of([worker.start.remote(name, *arguments) for worker, *arguments in each], "engine")
+    def __init__(self, workers: Workers[EngineWorker]) -> None:
+        self.workers = workers
+        self._unfinished = [0] * len(workers)
 
     async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
         """Generate on the least loaded engine."""
         index = min(range(len(self.workers)), key=self._unfinished.__getitem__)
         self._unfinished[index] += 1
         try:
-            ref = self.workers[index].generate.remote(prompt_tokens, sampling)
-            generation: Generation = await result_of(ref, f"engine {index}")
+            return await self.workers.call(index, EngineWorker.generate, prompt_tokens, sampling)
         finally:
             self._unfinished[index] -= 1
-        return generation
 
     async def score(self, tokens: Sequence[int]) -> list[list[float]]:
         """Log-probs of the same tokens from every engine."""
-        return await results_of([worker.score.remote(tokens) for worker in self.workers], "engine")
+        return await all_or_none(self.workers.call(i, EngineWorker.score, tokens) for i in self._all)
 
     async def routes(self, tokens: Sequence[int]) -> list[NDArray[np.int64]]:
         """Where the same tokens go in every engine."""
-        return await results_of([worker.routes.remote(tokens) for worker in self.workers], "engine")
+        return await all_or_none(self.workers.call(i, EngineWorker.routes, tokens) for i in self._all)
 
     async def sleep(self) -> list[Released]:
-        return await results_of([worker.sleep.remote() for worker in self.workers], "engine")
+        return await all_or_none(self.workers.call(i, EngineWorker.sleep) for i in self._all)
 
     async def wake(self) -> None:
-        await results_of([worker.wake.remote() for worker in self.workers], "engine")
+        _: list[None] = await all_or_none(self.workers.call(i, EngineWorker.wake) for i in self._all)
 
     async def take_peaks(self) -> list[int]:
-        return await results_of([worker.take_peak.remote() for worker in self.workers], "engine")
+        return await all_or_none(self.workers.call(i, EngineWorker.take_peak) for i in self._all)
 
     async def memory_bytes(self) -> list[int]:
-        return await results_of([worker.memory_bytes.remote() for worker in self.workers], "engine")
+        return await all_or_none(self.workers.call(i, EngineWorker.memory_bytes) for i in self._all)
 
     async def shutdown(self) -> None:
-        await results_of([worker.shutdown.remote() for worker in self.workers], "engine")
+        _: list[None] = await all_or_none(self.workers.call(i, EngineWorker.shutdown) for i in self._all)
+
+    @property
+    def _all(self) -> range:
+        return range(len(self.workers))

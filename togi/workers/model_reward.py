@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from togi.sample import Sample
-
-if TYPE_CHECKING:  # who only asks a model needs no Ray
-    from togi.workers.worker_group import WorkerGroup
+from togi.workers.model_worker import ScorerWorker
+from togi.workers.worker_group import WorkerGroup
 
 
 class ModelScores:
     """Scores token sequences. Groups finish one by one; batching what has gathered keeps the model's packs full."""
 
-    def __init__(self, group: WorkerGroup) -> None:
+    def __init__(self, group: WorkerGroup[ScorerWorker]) -> None:
         self._group = group
         self._waiting: list[tuple[Sequence[Sequence[int]], asyncio.Future[list[float]]]] = []
         self._busy = False
@@ -37,7 +35,7 @@ class ModelScores:
                 taken, self._waiting = self._waiting, []
                 flat = [as_sample(tokens) for sequences, _ in taken for tokens in sequences]
                 try:
-                    scores = np.concatenate(await self._group.per_sample("scores", flat)).tolist()
+                    scores = np.concatenate(await self._group.per_sample(ScorerWorker.scores, flat)).tolist()
                 except BaseException as error:
                     for _, future in taken:
                         future.set_exception(error)

@@ -1,17 +1,16 @@
-"""A model in a Ray worker process: one rank of the actor, the critic, the reference or the reward model.
+"""A model as a worker: one rank of the actor, the critic, the reference or the reward model.
 
 Two kinds, as everywhere: a model that changes (``LearnerWorker``) and one that is only read (``ScorerWorker``). Samples come in
-from the driver; packing happens here, next to the model.
+whole; packing happens here, next to the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 
@@ -35,19 +34,17 @@ from togi.parallel.backend import backend_options
 from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
 from togi.parallel.channel import Channel
 from togi.parallel.parking import Parking
-from togi.parallel.process import Rendezvous, World, default_device, open_store
+from togi.parallel.process import Rendezvous, World, default_device
 from togi.parallel.ring import Ring
 from togi.plan.carrier import Carrier
 from togi.plan.memory import PeakMemory, Released, return_freed
 from togi.plan.placement import LEARNERS, Role
 from togi.sample import Sample
 from togi.workers.parcels import Carriage, Exporter, OverChannel, Parcel, SameDevice, ThroughDriver
-from togi.workers.ray.cluster import own_gpus, see_only
 
 Arrays = list[NDArray[np.float32]]
 # Small enough that engines load the first while the next are made; over gloo two to four times as fast as 256 MB.
 BUCKET_BYTES = 64 << 20
-MEETING_TIMEOUT_S = 300.0
 EMA_FOLDER = "ema"
 PTX = "ptx"
 """The family of the metrics of mixed-in rows."""
@@ -74,16 +71,6 @@ class ModelWorker:
         self._config: RLConfig
         self._memory = PeakMemory()
 
-    def open_meeting(self) -> tuple[str, int]:
-        """Open the meeting place of the ranks, on rank 0; returns its address and port."""
-        address = ray.util.get_node_ip_address()
-        self._store = open_store(address, MEETING_TIMEOUT_S)
-        return address, self._store.port
-
-    def gpus(self) -> tuple[str, ...]:
-        """The GPUs that Ray gave this process."""
-        return own_gpus()
-
     def device_type(self) -> str:
         return self._world.device.type
 
@@ -96,21 +83,14 @@ class ModelWorker:
         torch.accelerator.reset_peak_memory_stats(device)
         return peak
 
-    def node(self) -> str:
-        """The node that this process is on."""
-        return str(ray.get_runtime_context().get_node_id())
-
     def memory_bytes(self) -> int:
         """The largest resident size that ``take_peak`` has seen."""
         return self._memory.highest
 
-    def _join(self, rank: int, size: int, address: str, port: int, config: RLConfig, tensor_size: int = 1) -> None:
+    def _join(self, meeting: Rendezvous, config: RLConfig, tensor_size: int = 1) -> None:
         self._config = config
-        see_only(own_gpus())
         torch.manual_seed(config.seed)
-        if config.full_determinism:
-            torch.use_deterministic_algorithms(True)
-        world = World.join(Rendezvous(rank, size, address, port), default_device())
+        world = World.join(meeting, default_device())
         self._world = world.in_teams(config.ring_attn_size, tensor_size)
 
     def _load(self, role: Role, path: str) -> PolicyModel | ScalarModel:
@@ -145,9 +125,9 @@ class ModelWorker:
 class ScorerWorker(ModelWorker):
     """One rank of a frozen model."""
 
-    def start(self, rank: int, size: int, address: str, port: int, config: RLConfig, role: Role, path: str) -> None:
+    def start(self, meeting: Rendezvous, config: RLConfig, role: Role, path: str) -> None:
         """``path``: the model's folder or hub name."""
-        self._join(rank, size, address, port, config)
+        self._join(meeting, config)
         model = self._load(role, path)
         self._model = model
         options = backend_options(config)
@@ -176,9 +156,9 @@ class ScorerWorker(ModelWorker):
 class LearnerWorker(ModelWorker):
     """One rank of a model in training."""
 
-    def start(self, rank: int, size: int, address: str, port: int, config: RLConfig, role: Role, total: int) -> None:
+    def start(self, meeting: Rendezvous, config: RLConfig, role: Role, total: int) -> None:
         """``total``: planned optimizer steps, for the schedule."""
-        self._join(rank, size, address, port, config, config.ds_tensor_parallel_size)
+        self._join(meeting, config, config.ds_tensor_parallel_size)
         self._role = role
         self._model = self._load(role, config.pretrain if role is Role.ACTOR else config.critic_source)
         backend = trainable(self._model, self._world, backend_options(config), self._model.read)
@@ -259,12 +239,6 @@ class LearnerWorker(ModelWorker):
         rows = self._packs(samples, self._config.micro_train_batch_size)
         return Mixed(PTX, SFTObjective(), rows.batches, self._config.ptx_coef)
 
-    def open_channel(self) -> tuple[str, int]:
-        """Open the meeting place of this rank and the engines; returns its address and port."""
-        address = ray.util.get_node_ip_address()
-        self._channel_store = open_store(address, MEETING_TIMEOUT_S)
-        return address, self._channel_store.port
-
     def prepare_export(self, carrier: Carrier, meeting: Rendezvous | None) -> None:
         """How weights will leave this rank. ``meeting``: with the engines, where rank 0 sends over a channel."""
         self._carriage = ThroughDriver(sends=self._world.is_first)
@@ -276,29 +250,34 @@ class LearnerWorker(ModelWorker):
         elif carrier is Carrier.IPC:
             self._carriage = SameDevice()
 
-    def begin_export(self, version: int) -> Manifest:
-        """What the next weight update will send; ``next_bucket`` then gives it piece by piece. On all ranks together."""
+    def weights(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:
+        """What engines are sent: all weights as their type, or the adapter alone. All ranks gather together.
+
+        Where nothing has to be gathered, cast or merged the tensors are those that are trained, not copies.
+        """
         config, backend = self._config, self._learner.backend
         if config.sends_adapter:
-            return self._begin_adapter(version)
+            return self._adapter(version)
         dtype = dtype_of(config.bf16)
-        self._send(whole_tensors(self._model, backend.full_parameters, dtype))
         name = str(dtype).removeprefix("torch.")
-        return Manifest(version, expected_manifest(config.pretrain, name, config.trust_remote_code))
+        manifest = Manifest(version, expected_manifest(config.pretrain, name, config.trust_remote_code))
+        return manifest, whole_tensors(self._model, backend.full_parameters, dtype)
 
-    def _begin_adapter(self, version: int) -> Manifest:
+    def begin_export(self, version: int) -> Manifest:
+        """What the next weight update will send; ``next_bucket`` then gives it piece by piece. On all ranks together."""
+        manifest, tensors = self.weights(version)
+        self._export = Exporter(pack_buckets(tensors, BUCKET_BYTES, self._bucket_device), self._carriage)
+        return manifest
+
+    def _adapter(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:
         from togi.model.adapter_update import DTYPE
         from togi.model.adapters import adapter_scale, as_sent, sent_specs
 
         assert isinstance(self._model, PolicyModel)
         backend = self._learner.backend
         shapes = backend.shapes()
-        self._send(as_sent(self._model, shapes, backend.full_parameters(DTYPE, trained_only=True)))
-        specs = sent_specs(self._model, shapes)
-        return Manifest(version, specs, adapter_scale(self._model))
-
-    def _send(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self._export = Exporter(pack_buckets(tensors, BUCKET_BYTES, self._bucket_device), self._carriage)
+        tensors = as_sent(self._model, shapes, backend.full_parameters(DTYPE, trained_only=True))
+        return Manifest(version, sent_specs(self._model, shapes), adapter_scale(self._model)), tensors
 
     def next_bucket(self) -> tuple[int, Parcel | None]:
         """(number of tensors, what goes to the engines from here); gathering takes all ranks."""

@@ -18,7 +18,9 @@ from togi.obs import names
 from togi.obs.names import Holder
 from togi.plan.memory import Released
 from togi.workers.engine_worker import EnginePool
-from togi.workers.worker_group import WorkerGroup
+from togi.workers.model_worker import LearnerWorker
+from togi.workers.protocol import Meter
+from togi.workers.worker_group import LearnerGroup
 
 
 class Phase(StrEnum):
@@ -53,14 +55,14 @@ class Phases:
     def __init__(
         self,
         engines: EnginePool,
-        learners: Sequence[WorkerGroup],
-        scorers: Sequence[WorkerGroup],
+        learners: Sequence[LearnerGroup],
+        meter: Meter,
         sleepers: frozenset[Holder],
         asleep: frozenset[Holder],
         *,
         adapted: bool,
     ) -> None:
-        self._engines, self._learners, self._scorers = engines, tuple(learners), tuple(scorers)
+        self._engines, self._learners, self._meter = engines, tuple(learners), meter
         self._sleepers, self._adapted = sleepers, adapted
         self._asleep = set(asleep)
         self._values = dict[str, float]()
@@ -88,12 +90,7 @@ class Phases:
         return values
 
     async def _measure(self) -> None:
-        kinds = {
-            Holder.ENGINES: self._engines.take_peaks(),
-            Holder.LEARNERS: _of_all(self._learners, "take_peak"),
-            Holder.SCORERS: _of_all(self._scorers, "take_peak"),
-        }
-        for kind, peaks in zip(kinds, await asyncio.gather(*kinds.values()), strict=True):
+        for kind, peaks in (await self._meter.take_peaks()).items():
             if peaks:
                 name = names.phase_memory(self.current, kind)
                 self._values[name] = max(self._values.get(name, 0.0), sum(peaks) / 1e9)
@@ -107,7 +104,7 @@ class Phases:
             released = {
                 f"{group.role} {rank}": each
                 for group in self._learners
-                for rank, each in enumerate(await group.call_all("sleep"))
+                for rank, each in enumerate(await group.call_all(LearnerWorker.sleep))
             }
         for who, each in released.items():
             each.check(who)
@@ -117,11 +114,5 @@ class Phases:
         if holder is Holder.ENGINES:
             await self._engines.wake()
         else:
-            await _of_all(self._learners, "wake")
+            await asyncio.gather(*(group.call_all(LearnerWorker.wake) for group in self._learners))
         self._asleep.discard(holder)
-
-
-async def _of_all(groups: Sequence[WorkerGroup], method: str) -> list[int]:
-    """The answers of every worker of every group."""
-    answers = await asyncio.gather(*(group.call_all(method) for group in groups))
-    return [answer for each in answers for answer in each]

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from ray import ObjectRef
+from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from togi.errors import RunError, UserError, WorkerError
 from togi.rollout.tasks import all_or_none
+
+W_co = TypeVar("W_co", covariant=True)
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class RayWorkers(Generic[W_co]):
+    """``Workers`` in processes of their own. ``who``: what they are called in errors."""
+
+    def __init__(self, who: str, handles: Sequence[ActorHandle]) -> None:
+        self.who, self.handles = who, tuple(handles)
+
+    def __len__(self) -> int:
+        return len(self.handles)
+
+    async def call(
+        self,
+        index: int,
+        method: Callable[Concatenate[W_co, P], Coroutine[Any, Any, T] | T],
+        *arguments: P.args,
+        **named: P.kwargs,
+    ) -> T:
+        remote = getattr(self.handles[index], method.__name__).remote
+        result: T = await result_of(remote(*arguments, **named), f"{self.who} {index}")
+        return result
 
 
 async def result_of(ref: ObjectRef, who: str) -> Any:

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ray import ObjectRef
 
@@ -19,26 +20,10 @@ from togi.errors import WeightSyncError
 from togi.model.weights import Manifest
 from togi.parallel.process import Rendezvous
 from togi.plan.carrier import Carrier, Route, choose
-from togi.workers.engine_worker import EnginePool
-from togi.workers.ray.calls import results_of
-from togi.workers.worker_group import WorkerGroup
-
-
-@dataclass(frozen=True, slots=True)
-class SyncReport:
-    """One weight update: bytes sent to each engine and seconds from the first call to the last confirmation.
-
-    ``checksum``: of the weights, the same on every rank of the actor and every engine.
-    """
-
-    version: int
-    nbytes: int
-    seconds: float
-    checksum: str
-
-    @property
-    def gb_per_second(self) -> float:
-        return self.nbytes / 1e9 / self.seconds
+from togi.workers.model_worker import LearnerWorker
+from togi.workers.protocol import SyncReport
+from togi.workers.ray.actors import EngineActor, LearnerActor
+from togi.workers.ray.calls import RayWorkers, results_of
 
 
 @dataclass(slots=True)
@@ -66,26 +51,30 @@ class _Progress:
 class WeightSync:
     """The way from an actor to its engines. Make one with ``open``."""
 
-    def __init__(self, actor: WorkerGroup, engines: EnginePool, route: Route, timeout: float) -> None:
+    def __init__(
+        self, actor: RayWorkers[LearnerActor], engines: RayWorkers[EngineActor], route: Route, timeout: float
+    ) -> None:
         self.route = route
         self._actor, self._engines, self._timeout = actor, engines, timeout
 
     @classmethod
-    async def open(cls, actor: WorkerGroup, engines: EnginePool, config: RLConfig) -> WeightSync:
+    async def open(
+        cls, actor: RayWorkers[LearnerActor], engines: RayWorkers[EngineActor], config: RLConfig
+    ) -> WeightSync:
         """Choose the carrier by where the processes are, and connect them. A replay has no engines to connect."""
-        if not engines.workers:
+        if not engines.handles:
             return cls(actor, engines, Route(Carrier.HOST), config.weight_sync_timeout)
-        nodes = set(await results_of([worker.node.remote() for worker in engines.workers], "engine"))
-        nodes.add((await actor.call_all("node"))[0])
-        on_gpu = (await actor.call_all("device_type"))[0] == "cuda"
+        nodes = set(await results_of([engine.node.remote() for engine in engines.handles], "engine"))
+        nodes.add(await actor.call(0, LearnerActor.node))
+        on_gpu = await actor.call(0, LearnerWorker.device_type) == "cuda"
         sync = cls(actor, engines, choose(config, on_gpu=on_gpu, one_host=len(nodes) == 1), config.weight_sync_timeout)
         await sync.connect()
         return sync
 
     async def connect(self) -> None:
         """Let actor and engines meet where they send through a group."""
-        carrier, first, workers = self.route.carrier, self._actor.workers[0], self._engines.workers
-        meetings: list[Rendezvous | None] = [None] * self._actor.size
+        carrier, first, workers = self.route.carrier, self._actor.handles[0], self._engines.handles
+        meetings: list[Rendezvous | None] = [None] * len(self._actor)
         joins: list[ObjectRef] = []
         if carrier.is_group:
             ((address, port),) = await results_of([first.open_channel.remote()], "actor")
@@ -97,7 +86,7 @@ class WeightSync:
             ]
         ready = [
             worker.prepare_export.remote(carrier, meeting)
-            for worker, meeting in zip(self._actor.workers, meetings, strict=True)
+            for worker, meeting in zip(self._actor.handles, meetings, strict=True)
         ]
         await asyncio.gather(results_of(ready, "actor"), results_of(joins, "engine"))
 
@@ -107,7 +96,7 @@ class WeightSync:
         Raises WeightSyncError when an engine refuses (the message names the tensors that differ), when it has got other bytes
         than were sent, or when the deadline passes (the message names who is behind).
         """
-        start, progress = time.perf_counter(), _Progress([-1] * len(self._engines.workers))
+        start, progress = time.perf_counter(), _Progress([-1] * len(self._engines))
         try:
             manifest, checksum = await asyncio.wait_for(self._send(version, progress), self._timeout)
         except TimeoutError:
@@ -118,8 +107,8 @@ class WeightSync:
         return SyncReport(version, manifest.nbytes, time.perf_counter() - start, checksum)
 
     async def _send(self, version: int, progress: _Progress) -> tuple[Manifest, str]:
-        actor, engines = self._actor, self._engines.workers
-        manifests: list[Manifest] = await actor.call_all("begin_export", version)
+        engines = self._engines.handles
+        manifests: list[Manifest] = await self._ask_actor("begin_export", version)
         manifest = manifests[0]
         progress.total = len(manifest.tensors)
         agreed = [worker.begin_update.remote(manifest) for worker in engines]
@@ -127,7 +116,7 @@ class WeightSync:
         loading: list[asyncio.Future[list[None]]] = []
         try:
             while progress.sent < len(manifest.tensors):
-                refs = actor.start_all("next_bucket", returns=2)
+                refs = [rank.next_bucket.options(num_returns=2).remote() for rank in self._actor.handles]
                 counts: list[int] = await results_of([ref[0] for ref in refs], "actor")
                 if loading:
                     await loading.pop()
@@ -138,16 +127,19 @@ class WeightSync:
         finally:
             for unfinished in loading:
                 unfinished.cancel()
-        sent: list[str] = await actor.call_all("end_export")
+        sent: list[str] = await self._ask_actor("end_export")
         got: list[str] = await results_of([worker.finish_update.remote() for worker in engines], "engine")
         return manifest, agreed_checksum(sent, got)
+
+    async def _ask_actor(self, method: str, *arguments: object) -> list[Any]:
+        return await results_of([getattr(rank, method).remote(*arguments) for rank in self._actor.handles], "actor")
 
     async def _load(self, parcels: Sequence[ObjectRef], count: int, progress: _Progress) -> list[None]:
         """Hand each engine its parcel: that of the rank on its GPU, or what rank 0 sends to all."""
         own = self.route.carrier is Carrier.IPC
         loads = [
             worker.load_bucket.remote(parcels[index if own else 0])
-            for index, worker in enumerate(self._engines.workers)
+            for index, worker in enumerate(self._engines.handles)
         ]
         return await results_of(loads, "engine", lambda engine: progress.add(engine, count))
 

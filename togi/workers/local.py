@@ -1,0 +1,169 @@
+"""Workers as plain objects of this process: no other processes, no copies of weights on their way, no Ray.
+
+What belongs to a process of its own under Ray is kept apart or put back here: the number of threads, deterministic algorithms (for
+models only, not for the engine), and the random numbers that a model is started with. Models compute on the caller's thread, where
+a debugger finds them. Two things have a thread of their own: the engine, and reward models, which score while others generate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+import torch
+
+from togi.config.rl import RLConfig
+from togi.errors import WeightSyncError
+from togi.obs.names import Holder
+from togi.parallel.process import Rendezvous, default_device
+from togi.plan.machine import Machine
+from togi.plan.memory import PeakMemory
+from togi.plan.placement import LEARNERS, Role, used_roles
+from togi.workers.engine_worker import EnginePool, EngineWorker
+from togi.workers.model_worker import LearnerWorker, ScorerWorker
+from togi.workers.protocol import SyncReport
+from togi.workers.session import ENVIRONMENT, Session, engine_settings, sleepers
+from togi.workers.worker_group import LearnerGroup, WorkerGroup
+
+W_co = TypeVar("W_co", covariant=True)
+T = TypeVar("T")
+P = ParamSpec("P")
+ALONE = Rendezvous(0, 1, "", 0)
+"""Where one rank meets itself."""
+
+
+class LocalWorkers(Generic[W_co]):
+    """``Workers`` that are objects of this process. ``thread``: where they compute, None for the caller's."""
+
+    def __init__(self, *workers: W_co, deterministic: bool = False, thread: ThreadPoolExecutor | None = None) -> None:
+        self._workers, self._deterministic, self._thread = workers, deterministic, thread
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    async def call(
+        self,
+        index: int,
+        method: Callable[Concatenate[W_co, P], Coroutine[Any, Any, T] | T],
+        *arguments: P.args,
+        **named: P.kwargs,
+    ) -> T:
+        def work() -> Coroutine[Any, Any, T] | T:
+            with deterministic(self._deterministic):
+                return method(self._workers[index], *arguments, **named)
+
+        if self._thread is None:
+            result = work()
+        else:
+            result = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await result if isinstance(result, Coroutine) else result
+
+
+class LocalWeights:
+    """The actor's tensors, given to the engine as they are. A replay has none to give them to. ``Weights``."""
+
+    def __init__(self, actor: LearnerWorker, engines: Sequence[EngineWorker], timeout: float) -> None:
+        self._actor, self._engines, self._timeout = actor, tuple(engines), timeout
+
+    async def send(self, version: int) -> SyncReport:
+        (engine,), start = self._engines, time.perf_counter()
+        manifest, tensors = self._actor.weights(version)
+        try:
+            await asyncio.wait_for(engine.take_weights(manifest, tensors), self._timeout)
+        except TimeoutError:
+            raise WeightSyncError(
+                f"The engine did not load the weights of version {version} within --weight_sync_timeout {self._timeout:.0f} s."
+            ) from None
+        return SyncReport(version, manifest.nbytes, time.perf_counter() - start, "")
+
+
+class LocalMeter:
+    """This process is all there is. On a GPU the memory of that, on which engines count only what torch has allocated."""
+
+    def __init__(self) -> None:
+        self._memory, self._device = PeakMemory(), default_device()
+
+    async def take_peaks(self) -> dict[Holder, list[int]]:
+        resident = self._memory.take()
+        if self._device.type == "cpu":
+            return {Holder.ALL: [resident]}
+        peak = int(torch.accelerator.max_memory_allocated(self._device))
+        torch.accelerator.reset_peak_memory_stats(self._device)
+        return {Holder.ALL: [peak]}
+
+    async def highest(self) -> dict[str, int]:
+        return {"local": self._memory.highest}
+
+
+async def start(
+    config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
+) -> Session:
+    """Load the engine, then every model, one after the other: they would share this process's threads and random numbers.
+
+    ``updates``: planned optimizer steps of each learner.
+    """
+    roles = used_roles(config)
+    announce(f"placement: {', '.join(roles)} in this process")
+    with ExitStack() as undo:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        undo.enter_context(threads(machine.cpus))
+        engines = []
+        if config.generates:
+            engines.append(EngineWorker())
+            await engines[0].start(config.rollout_engine, engine_settings(config, 0, machine.cpus))
+            undo.callback(engines[0].stop)
+        pool, asleep = EnginePool(LocalWorkers(*engines)), sleepers(config) & {Holder.ENGINES}
+        if asleep:  # the models then find the memory that the engine has reserved and does not use yet
+            await pool.sleep()
+
+        scoring = ThreadPoolExecutor(1, "reward models")
+        undo.callback(partial(scoring.shutdown, wait=False, cancel_futures=True))
+        learners = dict[Role, LearnerGroup]()
+        scorers = list[WorkerGroup[ScorerWorker]]()
+        for role in LEARNERS:
+            if role in roles:
+                learner = LearnerWorker()
+                ranks = LocalWorkers(learner, deterministic=config.full_determinism)
+                await ranks.call(0, LearnerWorker.start, ALONE, config, role, updates[role])
+                learners[role] = LearnerGroup(role, ranks, share_prompts=config.share_prompts)
+                if role is Role.ACTOR:
+                    weights = LocalWeights(learner, engines, config.weight_sync_timeout)
+        models: list[tuple[Role, str, ThreadPoolExecutor | None]] = []
+        if config.loads_reference:
+            models.append((Role.REF, config.pretrain, None))
+        models += [(Role.REWARD, path, scoring) for path in config.scoring_models]
+        for role, path, thread in models:
+            scorer = LocalWorkers(ScorerWorker(), deterministic=config.full_determinism, thread=thread)
+            await scorer.call(0, ScorerWorker.start, ALONE, config, role, path)
+            scorers.append(WorkerGroup(role, scorer, share_prompts=config.share_prompts))
+        end = undo.pop_all().close
+    return Session(config, pool, learners, scorers, weights, LocalMeter(), asleep, end)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """As many threads as a worker's process would have, and in the end as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Deterministic algorithms, if wanted, inside only: engines have operations that are not."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

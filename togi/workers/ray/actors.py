@@ -1,0 +1,74 @@
+"""Workers as Ray actors: what an object has to know and do in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ray
+import torch
+
+from togi.config.choices import EngineName
+from togi.config.rl import RLConfig
+from togi.parallel.process import Rendezvous, open_store
+from togi.rollout.engine import EngineSettings
+from togi.workers.engine_worker import EngineWorker
+from togi.workers.model_worker import LearnerWorker, ModelWorker, ScorerWorker
+from togi.workers.ray.cluster import own_gpus, see_only
+
+MEETING_TIMEOUT_S = 300.0
+
+
+class ModelActor(ModelWorker):
+    """One rank of a model in a process of its own."""
+
+    def open_meeting(self) -> tuple[str, int]:
+        """Open the meeting place of the ranks, on rank 0; returns its address and port."""
+        address = ray.util.get_node_ip_address()
+        self._store = open_store(address, MEETING_TIMEOUT_S)
+        return address, self._store.port
+
+    def gpus(self) -> tuple[str, ...]:
+        """The GPUs that Ray gave this process."""
+        return own_gpus()
+
+    def node(self) -> str:
+        """The node that this process is on."""
+        return this_node()
+
+    def _join(self, meeting: Rendezvous, config: RLConfig, tensor_size: int = 1) -> None:
+        see_only(own_gpus())
+        if config.full_determinism:
+            torch.use_deterministic_algorithms(True)
+        super()._join(meeting, config, tensor_size)
+
+
+class LearnerActor(ModelActor, LearnerWorker):
+    """One rank of a model in training."""
+
+    def open_channel(self) -> tuple[str, int]:
+        """Open the meeting place of this rank and the engines; returns its address and port."""
+        address = ray.util.get_node_ip_address()
+        self._channel_store = open_store(address, MEETING_TIMEOUT_S)
+        return address, self._channel_store.port
+
+
+class ScorerActor(ModelActor, ScorerWorker):
+    """One rank of a frozen model."""
+
+
+class EngineActor(EngineWorker):
+    """One engine in a process of its own."""
+
+    async def start_on(self, name: EngineName, settings: EngineSettings, gpus: Sequence[str]) -> None:
+        """``gpus``: all that the engine may use, where they are not those that Ray gave this process."""
+        see_only(gpus or own_gpus())
+        await self.start(name, settings)
+
+    async def node(self) -> str:
+        """The node that this process is on."""
+        return this_node()
+
+
+def this_node() -> str:
+    """The id of the node that this process is on."""
+    return str(ray.get_runtime_context().get_node_id())
