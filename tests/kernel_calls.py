@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from togi.kernels.host import HostKernels
+from togi.cpu.kernels import HostKernels
 
 
 def counted_calls(patch: pytest.MonkeyPatch, *names: str) -> Counter[str]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from togi.model import block_attention
-from togi.model.block_attention import LONGEST, MOST_KEYS, attend_in_blocks, attend_in_blocks_backward, wins
-from togi.model.partial_attention import Visibility, attend, attend_backward
+from togi.algo.partial_attention import Visibility, attend, attend_backward
+from togi.cpu import block_attention
+from togi.cpu.block_attention import LONGEST, MOST_KEYS, attend_in_blocks, attend_in_blocks_backward, wins
 
 CAUSAL = Visibility(causal=True)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.kernel_calls import counted_calls
-from togi.model import host_attention
+from togi.algo.partial_attention import Visibility
+from togi.cpu import attention as host_attention
+from togi.cpu.attention import parts_of
 from togi.model.attention import Run
-from togi.model.host_attention import parts_of
-from togi.model.partial_attention import Visibility
 
 ONE = (Run(1, 1, ()),)
 LONG = (Run(1, 300, ()),)
@@ -159,7 +159,7 @@ def test_extreme_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TOO_LITTLE = """
 import torch
-from togi.kernels.host import SegmentSpans, compiled
+from togi.cpu.kernels import SegmentSpans, compiled
 
 endless = SegmentSpans(torch.tensor([[0, 2**40]]), torch.tensor([0, 1]))
 q, k, v = (torch.zeros(heads, 4, 8) for heads in (2, 1, 1))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from togi.kernels import host
-from togi.kernels.host import HostKernels, Rates, compiled
-from togi.model import host_blocks
+from togi.cpu import blocks as host_blocks
+from togi.cpu import kernels as host
+from togi.cpu.kernels import HostKernels, Rates, compiled
 
 
 @pytest.fixture

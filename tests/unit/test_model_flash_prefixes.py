@@ -9,12 +9,12 @@ import torch
 
 from tests.attention_cases import TREE, random_qkv, run, varlen_stand_in
 from tests.packs import make_segments
+from togi.algo.partial_attention import Visibility, attend_in_tiles, attend_in_tiles_backward
+from togi.algo.precision import full_precision
 from togi.batch import NO_PREFIX
 from togi.model import flash_prefixes
 from togi.model.attention import dense_attention, varlen_attention
 from togi.model.flash_prefixes import attend_to_prefixes, levels_of
-from togi.model.logprob_head import full_precision
-from togi.model.partial_attention import Visibility, attend_in_tiles, attend_in_tiles_backward
 
 GROUP = make_segments([2, 1, 2, 1], [NO_PREFIX, 0, 0, NO_PREFIX])
 

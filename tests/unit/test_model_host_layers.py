@@ -13,11 +13,12 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from tests.kept_memory import kept_bytes
 from tests.packs import plain_pack, random_groups
 from tests.tiny import tiny_config, tiny_model
-from togi.kernels import host
-from togi.kernels.host import compiled
-from togi.model import host_blocks, host_layers
+from togi.cpu import blocks as host_blocks
+from togi.cpu import kernels as host
+from togi.cpu import layers as host_layers
+from togi.cpu.kernels import compiled
+from togi.cpu.layers import gated, rms_norm, use_host_layers
 from togi.model.attention import SEGMENTS
-from togi.model.host_layers import gated, rms_norm, use_host_layers
 from togi.model.policy import PolicyModel
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,10 +16,10 @@ from togi.batch import Batch
 from togi.config.offline import SFTConfig
 from togi.config.parse import parse
 from togi.config.shared import Recompute
+from togi.cpu.layers import use_host_layers
 from togi.errors import ModelError
 from togi.model import recompute
 from togi.model.attention import SEGMENTS
-from togi.model.host_layers import use_host_layers
 from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.outputs import Needs
 from togi.model.policy import PolicyModel

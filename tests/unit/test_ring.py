@@ -7,10 +7,8 @@ import torch
 
 from tests.packs import make_segments
 from tests.tiny import tiny_config
-from togi.batch import NO_PREFIX, Segments
-from togi.errors import ConfigError, ModelError
-from togi.model import partial_attention
-from togi.model.partial_attention import (
+from togi.algo import partial_attention
+from togi.algo.partial_attention import (
     Visibility,
     attend,
     attend_backward,
@@ -18,6 +16,8 @@ from togi.model.partial_attention import (
     attend_in_tiles_backward,
     join,
 )
+from togi.batch import NO_PREFIX, Segments
+from togi.errors import ConfigError, ModelError
 from togi.model.ring_attention import plan, refuse_ring, travelling
 from togi.model.ring_layout import Chunk, Shards, deal, packed_indices
 from togi.parallel.process import World

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import save_tiny_model, tiny_model
+from togi.cpu import packed_linear
+from togi.cpu.packed_linear import pack_linears, packable
 from togi.model.weights import pack_buckets
-from togi.rollout import packed_linear
 from togi.rollout.engine import EngineSettings
-from togi.rollout.packed_linear import pack_linears, packable
 from togi.rollout.transformers_engine import TransformersCore
 
 TOKENS = tuple(range(20, 60))

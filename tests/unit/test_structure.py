@@ -23,7 +23,7 @@ LEVELS = {
     "batch": 2,
     "algo": 3,
     "plan": 3,
-    "kernels": 4,
+    "cpu": 4,
     "data": 5,
     "model": 5,
     "parallel": 5,
@@ -57,6 +57,8 @@ FENCES = {
     "torch.utils.tensorboard": (),
     "tensorboard": ("obs/sinks.py",),
 }
+# Modules behind the door ``togi.cpu``.
+CPU = {path.stem for path in (PACKAGE / "cpu").glob("*.py")}
 TORCH_FREE = ("config", "plan", "obs", "errors", "sample", "version")
 # Attributes that objects of other projects may lack, or that only a name knows: "file: function" and how many.
 FOREIGN_ATTRIBUTES = Counter(
@@ -84,12 +86,12 @@ FOREIGN_ATTRIBUTES = Counter(
         "model/weights.py: Bucket.unpack": 1,
         "model/weights.py: TensorSpec.nbytes": 1,
         "rollout/transformers_engine.py: TransformersCore._load": 1,
-        "kernels/host.py: HostKernels.__init__": 1,
+        "cpu/kernels.py: HostKernels.__init__": 1,
         "workers/ray/calls.py: RayWorkers.call": 1,
         "workers/ray/weight_sync.py: WeightSync._ask_actor": 1,
         # what an operating system or an exception may not have
         "data/prepare.py: _number_of_processes": 1,
-        "kernels/host.py: compiled": 1,
+        "cpu/kernels.py: compiled": 1,
         "obs/run_dir.py: RunDirectory._write_info": 1,
         "obs/way_out.py: writing": 1,
         "plan/memory.py: keep_freed": 1,
@@ -197,6 +199,13 @@ def test_fences() -> None:
                 for package, allowed in FENCES.items()
                 if within(name, package) and not path.startswith(allowed)
             ]
+            if (
+                name.startswith("togi.cpu.")
+                and name.count(".") > 1
+                and package_of(path) != "cpu"
+                and name.split(".")[2] in CPU
+            ):
+                wrong.append(f"{path} imports {name}: what is for CPUs alone has one door, togi.cpu")
             if package_of(path) in TORCH_FREE and within(name, "torch"):
                 wrong.append(f"{path} must not import torch")
     assert wrong == []

@@ -32,9 +32,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from togi.batch import Segments, segment_positions
+from togi.cpu import host_attention
 from togi.errors import ModelError
 from togi.model.flash_prefixes import attend_to_prefixes
-from togi.model.host_attention import host_attention
 
 SEGMENTS = "togi_segments"
 VARLEN = "togi_varlen"

@@ -15,8 +15,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from togi.config.shared import COMPILABLE
+from togi.cpu import own_folder, processor_mark
 from togi.errors import ModelError
-from togi.kernels.library import own_folder, processor_mark
 from togi.model.attention import SEGMENTS, VARLEN, segment_attention, varlen_attention
 from togi.model.ring_attention import RING, ring_attention
 from togi.plan.machine import check_compiler

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from togi.algo.kl import divergence, divergence_gradient
+from togi.algo.precision import wide_dtype
 from togi.config.choices import Divergence
 from togi.model.logprob_head import (
     CHUNK_BYTES,
@@ -22,7 +23,6 @@ from togi.model.logprob_head import (
     add_at_targets,
     backward_in_tiles,
     through_logits,
-    wide_dtype,
 )
 
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from togi.algo.partial_attention import join
+from togi.algo.precision import full_precision
 from togi.batch import Segments
-from togi.model.logprob_head import full_precision
-from togi.model.partial_attention import join
 
 _FLASH = torch.ops.aten._flash_attention_forward
 _FLASH_BACKWARD = torch.ops.aten._flash_attention_backward

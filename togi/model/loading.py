@@ -31,12 +31,12 @@ from togi.config.checks import check_mixture
 from togi.config.choices import Layers
 from togi.config.model_facts import check_length
 from togi.config.shared import ADAPTER_CONFIG, LoRA, ModelSettings, Recompute
+from togi.cpu import use_host_layers
 from togi.errors import ModelError
 from togi.model import dropout
 from togi.model.attention import SEGMENTS, VARLEN
 from togi.model.compiled_layers import check_compiled, compile_layers
 from togi.model.deferred import Deferred, Reader, files_of, nothing_left, quiet
-from togi.model.host_layers import use_host_layers
 from togi.model.liger import apply_liger, check_liger
 from togi.model.policy import HEAD, PolicyModel, ScalarModel
 from togi.model.recompute import use_recompute

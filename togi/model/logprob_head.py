@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from togi.kernels.host import HostKernels, kernels_for
+from togi.algo.precision import full_precision, wide_dtype
+from togi.cpu import HostKernels, kernels_for
 
 CHUNK_BYTES = 32 * 2**20
 TILE_ROWS_V = 4096
@@ -55,16 +56,6 @@ class LogitTransform:
         if self.softcap > 0:
             return (logits * (temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
         return factor
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is when float64."""
-    return tensor.to(wide_dtype(tensor))
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """That of ``full_precision``."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def token_logprobs(

@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 
 from togi.algo.balance import balance_loss, routing_sums
 from togi.algo.mismatch import chosen_experts
+from togi.algo.precision import full_precision
 from togi.batch import NO_SEQUENCE, Batch
 from togi.config.choices import Divergence
 from togi.config.shared import MIXTURES
 from togi.model.deferred import Reader, nothing_left
 from togi.model.distill_head import TeacherLogits, distill_logprobs
-from togi.model.logprob_head import LogitTransform, full_precision, some_logits, token_logprobs, top_tokens
+from togi.model.logprob_head import LogitTransform, some_logits, token_logprobs, top_tokens
 from togi.model.outputs import LABELS, Needs, Outputs
 from togi.model.ring_attention import RING, refuse_ring
 from togi.model.ring_layout import Layout, Places, Ring, RingLayout, WholeLayout

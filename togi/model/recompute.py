@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from togi.config.shared import Recompute
+from togi.cpu import keeping_outputs
 from togi.errors import ModelError
-from togi.model.host_layers import keeping_outputs
 
 
 def recomputed_layers(layers: int, tokens: int, above: int) -> int:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from togi.algo.partial_attention import Visibility, attend, attend_backward, join
+from togi.algo.precision import full_precision
 from togi.errors import ModelError
 from togi.model.attention import check_asked, no_mask
-from togi.model.logprob_head import full_precision
-from togi.model.partial_attention import Visibility, attend, attend_backward, join
 from togi.model.ring_layout import Chunk, Ring, RingTable, Shards
 
 RING = "togi_ring"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from togi.kernels.host import HostKernels, Rates
+from togi.cpu import HostKernels, Rates
 from togi.parallel.backend import BackendOptions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

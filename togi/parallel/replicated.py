@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from togi.kernels.host import compiled, is_plain
+from togi.cpu import compiled, is_plain
 from togi.parallel.adamw import MOMENTS, fill_missing_gradients, make_adamw, moments, take_host_step, take_step
 from togi.parallel.backend import BackendOptions, cast, check_same_weights
 from togi.parallel.process import World

@@ -20,13 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from togi.algo.mismatch import chosen_experts
+from togi.cpu import pack_linears
 from togi.errors import ConfigError, ModelError
 from togi.model.checkpoint import expected_manifest
 from togi.model.weights import Bucket
 from togi.parallel.process import default_device
 from togi.plan.memory import Released, resident_bytes, return_freed
 from togi.rollout.engine import EngineSettings
-from togi.rollout.packed_linear import pack_linears
 from togi.rollout.sampler import Choice, choose
 from togi.rollout.slot_cache import ATTENTION, SlotCache
 from togi.rollout.stops import end_token_ids

@@ -1,6 +1,6 @@
 """RMS norms and gates on a CPU by PyTorch operations, a few tokens at a time: what is computed on them stays in the cache.
 
-The way of ``host_layers`` for float32, and where the kernels cannot be compiled. Shape letters: T tokens, H the width of a
+The way of ``layers`` for float32, and where the kernels cannot be compiled. Shape letters: T tokens, H the width of a
 layer. Outputs are those of Transformers' layers bit for bit; gradients are computed in float32 and rounded once.
 """
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from togi.model.logprob_head import wide_dtype
+from togi.algo.precision import wide_dtype
 
 # At more queries or keys the fused kernel, which tiles both, is faster (torch 2.13, AVX512).
 LONGEST, MOST_KEYS = 512, 1024

@@ -1,8 +1,8 @@
 """Norms, gates, the head's softmax, short attention and AdamW on a CPU by C kernels, in place of many operations each.
 
-Without a compiler, and with ``TOGI_CPU_KERNELS=0``, PyTorch's operations do the same more slowly (``host_blocks``,
-``logprob_head``, ``block_attention``, ``parallel.replicated``). Outputs in bfloat16 differ from theirs by a rounding at most, in
-very few places; sums are float32, those of gradients' squares float64.
+Without a compiler, and with ``TOGI_CPU_KERNELS=0``, PyTorch's operations do the same more slowly (``togi.cpu.blocks``,
+``togi.cpu.block_attention``, ``logprob_head``, ``parallel.replicated``). Outputs in bfloat16 differ from theirs by a rounding at
+most, in very few places; sums are float32, those of gradients' squares float64.
 
 Not here: which tensors they are for (``togi.model``, ``togi.parallel``), the compiler (``library``).
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from togi.kernels.library import library
+from togi.cpu.library import library
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def compiled() -> HostKernels | None:
 
 
 class HostKernels:
-    """Norms and gates have the arguments and results of ``host_blocks``, in bfloat16."""
+    """Norms and gates have the arguments and results of ``togi.cpu.blocks``, in bfloat16."""
 
     def __init__(self, library: Any) -> None:
         self._library = library

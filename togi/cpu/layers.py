@@ -2,7 +2,7 @@
 
 Shape letters: T tokens, H the width of a layer. Transformers computes a norm in float32 with a pass over all tokens for each
 operation, and autograd keeps two float32 copies of them; here the processor's cache sees all operations on a few tokens at once
-(``togi.kernels``; ``host_blocks`` where those are not to be had) and only the input is kept. Nor do the projections that read a
+(``togi.cpu.kernels``; ``blocks`` where those are not to be had) and only the input is kept. Nor do the projections that read a
 norm's or gate's output keep that: it is computed again in the backward, which costs less than the memory did.
 
 Not here: kernels for other devices (``liger``).
@@ -17,12 +17,11 @@ from types import MethodType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 
-from togi.kernels.host import compiled, is_plain
-from togi.model import host_blocks
+from togi.cpu import blocks
+from togi.cpu.kernels import compiled, is_plain
 
 NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 GATED = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
@@ -31,7 +30,7 @@ _KEEPING = ContextVar("keeping", default=False)
 
 
 class Way(Protocol):
-    """How norms and gates are computed: ``host_blocks`` says what each of these is."""
+    """How norms and gates are computed: ``blocks`` says what each of these is."""
 
     def norm(self, x_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]: ...
     def norm_again(self, x_TH: Tensor, weight_H: Tensor, scale_T1: Tensor) -> Tensor: ...
@@ -42,7 +41,7 @@ class Way(Protocol):
     def gate_backward(self, grad_TH: Tensor, gate_TH: Tensor, up_TH: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-def use_host_layers(hf: PreTrainedModel) -> None:
+def use_host_layers(hf: nn.Module) -> None:
     """Give the layers that are known a forward for CPUs. On other devices and for other tensors they do as before."""
     config: Any = hf.config
     for layer in hf.modules():
@@ -138,7 +137,7 @@ def _on_host(*tensors: Tensor) -> bool:
 
 def _by(x: Tensor) -> Way:
     """Compiled kernels for bfloat16 where there are some."""
-    return (compiled() if x.dtype == torch.bfloat16 else None) or host_blocks
+    return (compiled() if x.dtype == torch.bfloat16 else None) or blocks
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from togi.model.logprob_head import full_precision
+from togi.algo.precision import full_precision
 
 TILE_BYTES = 64 * 2**20
 

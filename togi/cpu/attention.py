@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from togi.kernels.host import SegmentSpans, kernels_for
-from togi.model.block_attention import attend_in_blocks, attend_in_blocks_backward, wins
-from togi.model.logprob_head import wide_dtype
-from togi.model.partial_attention import Visibility, attend, attend_backward
+from togi.algo.partial_attention import Visibility, attend, attend_backward
+from togi.algo.precision import wide_dtype
+from togi.cpu.block_attention import attend_in_blocks, attend_in_blocks_backward, wins
+from togi.cpu.kernels import SegmentSpans, kernels_for
 
 KEYS_AT_ONCE_BYTES = 2**27
 """The kernel's backward has a float32 gradient of every key and value that a segment sees, for so many segments at once."""

@@ -1,5 +1,5 @@
 /* Norms and gates of bfloat16 on a CPU; host.py calls them. What they compute, and of which shapes, stands in
-   host_blocks.py, whose PyTorch operations give the same.
+   blocks.py, whose PyTorch operations give the same.
 
    Everything is float32 inside; bfloat16 is rounded to nearest even where Transformers' layers round. No result depends on the
    number of threads. */

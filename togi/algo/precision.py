@@ -1,0 +1,16 @@
+"""In which numbers sums and results are computed: float32, or float64 from float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is when float64."""
+    return tensor.to(wide_dtype(tensor))
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """That of ``full_precision``."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,26 @@
+"""All that exists only for speed on CPUs, behind this one door: whoever computes on GPUs need not read further.
+
+C kernels for norms, gates, attention, the head's softmax and AdamW, built by the machine's own compiler; the layers and the
+attention that call them, with PyTorch operations where there is no compiler; linear layers in oneDNN's order. Every result equals
+that of the plain path (``tests/unit``). The rest of the package imports from here, never from the modules within.
+"""
+
+from togi.cpu.attention import host_attention
+from togi.cpu.kernels import HostKernels, Rates, compiled, is_plain, kernels_for
+from togi.cpu.layers import keeping_outputs, use_host_layers
+from togi.cpu.library import own_folder, processor_mark
+from togi.cpu.packed_linear import pack_linears
+
+__all__ = [
+    "HostKernels",
+    "Rates",
+    "compiled",
+    "host_attention",
+    "is_plain",
+    "keeping_outputs",
+    "kernels_for",
+    "own_folder",
+    "pack_linears",
+    "processor_mark",
+    "use_host_layers",
+]
