@@ -41,7 +41,8 @@ def rl(*, reward: Callable[..., Any] | None = None, **settings: Any) -> Result:
         )
         print(result.model, result.report)
 
-    Returns where the run left what (``togi.recipes.rl.Result``). Raises ``togi.errors.UserError`` with one sentence for
+    Models and engine are objects of this process where one is enough (``workers``), so it runs in a notebook and under a
+    debugger. Returns where the run left what (``togi.recipes.rl.Result``). Raises ``togi.errors.UserError`` with one sentence for
     what the user can mend.
     """
     from togi.config.parse import Source, build
@@ -54,20 +55,5 @@ def rl(*, reward: Callable[..., Any] | None = None, **settings: Any) -> Result:
             f"reward must be a function of (queries, prompts, labels), not {type(reward).__name__}: "
             "for a file use reward_func."
         )
-    if _in_event_loop():
-        raise ConfigError(
-            "togi.rl cannot run inside a running event loop, as in a notebook: write "
-            "await asyncio.to_thread(togi.rl, ...) with the same arguments."
-        )
     parsed = build(RLConfig, settings, dict.fromkeys(settings, Source.PYTHON))
     return start_rl(parsed, reward=reward)
-
-
-def _in_event_loop() -> bool:
-    import asyncio
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

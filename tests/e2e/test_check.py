@@ -81,7 +81,7 @@ def test_what_is_said_of_an_rl_run(world: Path, capsys: pytest.CaptureFixture[st
         "    <|im_start|>user",
         "    say 0<|im_end|>",
         "reward: function says 0 of the answer 'A trial answer: 42' to the first prompt",
-        "placement: engine 1 + actor 1 + ref 1 = 3 worker processes",
+        "placement: engine 1 + actor 1 + ref 1 = 3 workers in this process",
         "4 prompts x 4 samples = 16 samples a rollout -> 2 updates of up to 8; 3 rollouts, 5 updates in all",
         "fine: 5 updates of the actor at a learning rate of up to 1e-06.",
     ):

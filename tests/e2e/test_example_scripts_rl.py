@@ -90,7 +90,7 @@ def served(world: Path) -> Iterator[str]:
 def train(world: Path, script: str, run: Path, **more: object) -> list[dict[str, Any]]:
     """Run a script for one step; returns its stored rollouts."""
     done = run_script(script, *TINY.split(), *MORE.get(script, []), **{**places(world, run), **more})
-    assert f"placement: {EXAMPLES[script]} worker processes\n" in done.stdout
+    assert f"placement: {EXAMPLES[script]} workers in this process\n" in done.stdout
     (step,) = values(run)
     assert math.isfinite(step["policy/loss"]) and math.isfinite(step["policy/grad_norm"])
     assert math.isfinite(step.get("value/loss", 0.0)) and ("value/loss" in step) == ("critic" in EXAMPLES[script])

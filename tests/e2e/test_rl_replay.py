@@ -59,7 +59,7 @@ def test_a_replay_repeats_the_run_bit_for_bit(world: Path, original: Path, tmp_p
     done = replay(world, run, original, path=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"replay of {original}: no engine runs and no reward is called" in done.stdout
-    assert "placement: actor 1 + critic 1 + ref 1 = 3 worker processes" in done.stdout
+    assert "placement: actor 1 + critic 1 + ref 1 = 3 workers in this process" in done.stdout
     for before, after in zip(metrics(original), metrics(run), strict=True):
         missing = {name for name in before["values"] if name not in after["values"]}
         assert not any(name.startswith(("policy", "value", "reward", "kl", "mismatch/k3")) for name in missing)

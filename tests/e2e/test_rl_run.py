@@ -243,9 +243,22 @@ def test_actor_and_critic_that_are_mixtures_balance_their_experts(world: Path, t
         assert min(step[name] for step in values[-3:]) < values[0][name] - 0.02 < 3, name
 
 
-def test_sleeping_changes_nothing(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["local", "ray"])
+def test_sleeping_changes_nothing(world: Path, tmp_path: Path, workers: str) -> None:
     """Bit for bit: masters and moments of actor and critic are put away in every phase but training and saving."""
-    common = [*HF, "--bf16", "--full_determinism", "--max_steps", "2", "--save_steps", "1", "--train_batch_size", "8"]
+    common = [
+        *HF,
+        "--workers",
+        workers,
+        "--bf16",
+        "--full_determinism",
+        "--max_steps",
+        "2",
+        "--save_steps",
+        "1",
+        "--train_batch_size",
+        "8",
+    ]
     sleep = ["--vllm_enable_sleep", "--trainer_enable_sleep"]
     for name, flags in (("awake", []), ("asleep", sleep)):
         train(world, tmp_path / name, *common, *flags)
@@ -258,7 +271,8 @@ def test_sleeping_changes_nothing(world: Path, tmp_path: Path) -> None:
         kept = {name for name in awake["values"] if not name.startswith(measured)}
         assert "value/loss" in kept
         assert {name: awake["values"][name] for name in kept} == {name: asleep["values"][name] for name in kept}
-        for name in ("generate/engines", "score/scorers", "train/learners", "save/learners", "sync/learners"):
+        kinds = ("generate/engines", "score/scorers", "train/learners", "save/learners", "sync/learners")
+        for name in kinds if workers == "ray" else [f"{kind.partition('/')[0]}/processes" for kind in kinds]:
             first = name.startswith("save") and asleep["step"] == 1  # a step is logged before its checkpoint is written
             assert (f"peak_memory/{name}" in asleep["values"]) != first
         # of each parameter of both: two moments, and its float32 master where it is not the parameter itself

@@ -20,6 +20,7 @@ from togi.plan.placement import (
     plan_groups,
     resolve,
 )
+from togi.plan.workers import check_workers, what_needs_ray
 
 NEEDED = ["--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "reward.py"]
 GRPO = ["--advantage_estimator", "group_norm", "--n_samples_per_prompt", "4"]
@@ -138,3 +139,41 @@ def test_tensor_parallelism_is_of_vllm() -> None:
     config = rl(*NEEDED, *GRPO, "--vllm_tensor_parallel_size", "2", "--rollout_engine", "transformers").config
     with pytest.raises(ConfigError, match="--vllm_tensor_parallel_size 2 needs --rollout_engine vllm"):
         check_rl(config, reward_given=False)
+
+
+ONE = Machine(cpus=8, memory_bytes=0, gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "needed"),
+    [
+        (LAPTOP, [], ""),
+        (LAPTOP, ["--critic_num_gpus_per_node", "2"], ""),  # there is no critic
+        (ONE, ["--colocate_all_models"], ""),
+        (BOX, ["--colocate_all_models"], "--vllm_num_engines 8"),
+        (BOX, ["--actor_num_gpus_per_node", "1", "--vllm_num_engines", "1"], "a GPU for each model (without"),
+        (LAPTOP, ["--ref_num_gpus_per_node", "2"], "--ref_num_gpus_per_node 2"),
+        (LAPTOP, ["--vllm_num_engines", "2"], "--vllm_num_engines 2"),
+        (LAPTOP, ["--backend", "deepspeed"], "--backend deepspeed"),
+        (LAPTOP, ["--vllm_sync_backend", "gloo"], "--vllm_sync_backend gloo"),
+        (LAPTOP, ["--vllm_sync_with_ray"], "--vllm_sync_with_ray"),
+    ],
+)
+def test_workers_are_local_where_one_process_is_enough(machine: Machine, flags: list[str], needed: str) -> None:
+    config = resolve(rl(*NEEDED, *GRPO, *flags), machine).config
+    assert config.workers == ("ray" if needed else "local")
+    assert what_needs_ray(config, machine).startswith(needed) and bool(needed) == bool(what_needs_ray(config, machine))
+    for kind in ("local", "ray"):
+        forced = resolve(rl(*NEEDED, *GRPO, *flags, "--workers", kind), machine).config
+        assert forced.workers == kind
+        if kind == "local" and needed:
+            with pytest.raises(ConfigError, match=r"^--workers local keeps everything in one process, but ") as error:
+                check_workers(forced, machine)
+            assert needed in str(error.value)
+        else:
+            check_workers(forced, machine)
+
+
+def test_a_cluster_to_join_takes_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert what_needs_ray(resolve(rl(*NEEDED, *GRPO), LAPTOP).config, LAPTOP) == "RAY_ADDRESS 10.0.0.1:6379"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,8 +16,9 @@ import pytest
 import togi
 from togi.config.parse import Parsed, Source
 from togi.config.rl import RLConfig
-from togi.errors import ConfigError, UserError
+from togi.errors import UserError
 from togi.recipes import start
+from togi.recipes.event_loop import run_to_end
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,9 +97,32 @@ def test_mistakes_are_one_sentence(settings: dict[str, Any], words: list[str]) -
     assert "\n" not in message and len(message) < 300
 
 
-def test_a_running_event_loop_is_refused_with_the_way_out() -> None:
-    async def notebook() -> None:
-        togi.rl(pretrain="m", prompt_data="p", reward=reward)
+def test_work_runs_to_its_end_beside_a_running_event_loop() -> None:
+    async def work() -> asyncio.AbstractEventLoop:
+        await asyncio.sleep(0)
+        return asyncio.get_running_loop()
 
-    with pytest.raises(ConfigError, match=r"await asyncio.to_thread"):
-        asyncio.run(notebook())
+    async def notebook() -> bool:
+        return run_to_end(work()) is not asyncio.get_running_loop()
+
+    assert asyncio.run(notebook())
+
+
+def test_an_interrupt_beside_a_running_event_loop_lets_the_work_close_what_it_opened() -> None:
+    closed: list[str] = []
+
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does: the main thread gets it
+            await asyncio.sleep(60)
+        finally:
+            closed.append("work")
+
+    async def notebook() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            run_to_end(work())
+        assert closed == ["work"]
+
+    loop = asyncio.new_event_loop()  # asyncio.run would take the signal for itself
+    loop.run_until_complete(notebook())
+    loop.close()

@@ -29,6 +29,8 @@ class Role(StrEnum):
 
 
 LEARNERS = (Role.ACTOR, Role.CRITIC)
+IN_PROCESS = "workers in this process"
+"""What the slots of a placement are under --workers local."""
 
 
 @dataclass(frozen=True, slots=True)

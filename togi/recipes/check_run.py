@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
+from togi.config.choices import WorkersKind
 from togi.config.model_facts import position_limit
 from togi.config.offline import PAIRED, PROMPTED, KDConfig, OfflineConfig, RMConfig, SFTConfig
 from togi.config.parse import Parsed
@@ -15,7 +16,7 @@ from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
 from togi.parallel.process import World
 from togi.plan.machine import joins_cluster, this_machine
-from togi.plan.placement import arithmetic, plan_groups
+from togi.plan.placement import IN_PROCESS, arithmetic, plan_groups
 from togi.recipes import check_text, offline, rl_setup
 from togi.recipes.disk import check_room, offline_writing, rl_writing, size_of
 from togi.recipes.learn_signs import Sign, Verdict, prompt_signs, setting_signs
@@ -102,6 +103,7 @@ def _describe(config: RLConfig, opened: Opening, tokenizer: Tokenizer, say: Say)
     for path in config.scoring_models:
         say(f"reward: the model {path} is loaded by the run, not here")
     unit = "GPUs" if this_machine().gpus > 0 or joins_cluster() else "worker processes"
+    unit = IN_PROCESS if config.workers is WorkersKind.LOCAL else unit
     say(f"placement: {arithmetic(plan_groups(config), unit)}")
     say(f"disk: {check_room(config, rl_writing(config, opened.plan.rollouts, sizes))}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from togi.obs.run_dir import RunDirectory, State
 from togi.obs.way_out import way_out
 from togi.plan.machine import this_machine
 from togi.plan.placement import Role
+from togi.recipes.event_loop import run_to_end
 from togi.recipes.rl_rewards import connect, describe
 from togi.recipes.rl_run import Run
 from togi.recipes.rl_setup import Opening, open_run, opening
@@ -60,7 +60,7 @@ def run(
     reward function or a loaded model can tell.
     """
     with Progress() as progress:
-        return asyncio.run(_run(parsed, argv, reward, progress, announce))
+        return run_to_end(_run(parsed, argv, reward, progress, announce))
 
 
 async def _run(

@@ -86,6 +86,7 @@ class TransformersCore:
         disable_progress_bar()
         config = AutoConfig.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code)
         self._model = self._load(AutoModelForCausalLM, settings.model, config=config)
+        self._kind, self._config = type(self._model), self._model.config
         self._masks = Masks.of(config.get_text_config())
         config = config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -159,7 +160,8 @@ class TransformersCore:
 
     def finish_update(self) -> None:
         """Load the tensors as a checkpoint is loaded: in memory they may have another form (experts in one tensor)."""
-        self._model = self._load(type(self._model), None, config=self._model.config, state_dict=self._arriving)
+        del self._model  # or old and new weights would be in memory together; nobody may generate before this succeeds
+        self._model = self._load(self._kind, None, config=self._config, state_dict=self._arriving)
         self._arriving = {}
 
     def sleep(self) -> Released:

@@ -24,7 +24,7 @@ from togi.obs.names import Holder
 from togi.parallel.process import Rendezvous, default_device
 from togi.plan.machine import Machine
 from togi.plan.memory import PeakMemory
-from togi.plan.placement import LEARNERS, Role, used_roles
+from togi.plan.placement import IN_PROCESS, LEARNERS, Role, arithmetic, plan_groups, used_roles
 from togi.workers.engine_worker import EnginePool, EngineWorker
 from togi.workers.model_worker import LearnerWorker, ScorerWorker
 from togi.workers.protocol import SyncReport
@@ -109,7 +109,7 @@ async def start(
     ``updates``: planned optimizer steps of each learner.
     """
     roles = used_roles(config)
-    announce(f"placement: {', '.join(roles)} in this process")
+    announce(f"placement: {arithmetic(plan_groups(config), IN_PROCESS)}")
     with ExitStack() as undo:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
