@@ -15,7 +15,7 @@ import togi
 from togi.config.parse import Parsed, Source
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError, UserError
-from togi.recipes import start
+from togi.run import start
 
 ROOT = Path(__file__).parents[2]
 

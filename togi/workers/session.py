@@ -32,8 +32,6 @@ from togi.workers.worker_group import LearnerGroup, StepUpdate, WorkerGroup
 
 logger = logging.getLogger(__name__)
 
-# What cuBLAS needs to be deterministic under --full_determinism; it costs a few MB.
-ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 SHUTDOWN_SECONDS = 60.0
 
 
