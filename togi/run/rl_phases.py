@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from togi.algo.kl import kl_controller
 from togi.config.rl import RLConfig
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
-from togi.learn.policy_objective import ADVANTAGES, OLD_LOGPROBS
+from togi.learn.policy_objective import ADVANTAGES, KL_COEF, OLD_LOGPROBS
 from togi.model.checkpoint import written_aside
 from togi.obs import names
 from togi.obs.rollout_store import Split
@@ -153,8 +153,11 @@ class RLRun:
         return self.step < self.config.freezing_actor_steps
 
     def with_advantages(self, items: Sequence[Trainable], samples: Sequence[Sample]) -> list[Sample]:
-        """Advantages and returns over the whole step."""
-        return with_advantages(items, samples, self.config, self._kl.value)
+        """Advantages and returns over the whole step, and the coefficient of a KL in the loss."""
+        samples = with_advantages(items, samples, self.config, self._kl.value)
+        if not (self.config.uses_reference and self.config.use_kl_loss):
+            return samples
+        return [replace(sample, values={**sample.values, KL_COEF: self._kl.value}) for sample in samples]
 
     async def update(self, role: Role, samples: Sequence[Sample]) -> tuple[list[StepUpdate], dict[str, float]]:
         """All optimizer steps of one model on this rollout."""
@@ -162,7 +165,7 @@ class RLRun:
         start, batches = time.perf_counter(), mini_batches(samples, self.config, self.step)
         mixed = self._pretraining(len(batches)) if role is Role.ACTOR else []
         with self.journal.progress.phase(f"training the {role}"):
-            updates = await self.session.update(role, batches, self._kl.value, mixed)
+            updates = await self.session.update(role, batches, mixed)
         metrics = update_metrics(role, [update.report for update in updates])
         if role is Role.ACTOR:
             tokens = sum(update.unshared_tokens for update in updates)

@@ -91,10 +91,10 @@ class Session:
         return self.config.uses_reference + (Role.CRITIC in self.learners) + self.needs_old_logprobs
 
     async def update(
-        self, role: Role, steps: Sequence[Sequence[Sample]], kl_coef: float, mixed: Sequence[Sequence[Sample]]
+        self, role: Role, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]
     ) -> list[StepUpdate]:
         """Optimizer steps of the actor or the critic. ``mixed``: supervised rows for each step, or nothing at all."""
-        return await self.learners[role].update(steps, kl_coef, mixed)
+        return await self.learners[role].update(steps, mixed)
 
     async def sync(self, version: int) -> SyncReport:
         """Give every engine the actor's weights."""
