@@ -39,7 +39,7 @@ printf '\\036' >>"$RECORD"
 ONE_PROCESS = """#!{python}
 import importlib, sys
 from togi.cli.main import main
-from togi.recipes.iterate_start import start_iterate
+from togi.run.iterate import start_iterate
 start_iterate.__kwdefaults__["launch"] = lambda name, argv: importlib.import_module(name).main(list(argv))
 sys.exit(main())
 """

@@ -16,7 +16,7 @@ from togi.batch import Batch
 from togi.config.choices import Aggregation, KLEstimator, Scheduler
 from togi.data.packing import pack
 from togi.learn.learner import Learner
-from togi.learn.policy_objective import KLInLoss, PolicyObjective
+from togi.learn.policy_objective import PolicyObjective
 from togi.learn.schedule import Schedule
 from togi.model.attention import SEGMENTS
 from togi.model.policy import PolicyModel, ScalarModel
@@ -65,7 +65,7 @@ def rollouts(number: int, seed: int = 0) -> list[Sample]:
             "old_values": stream(-1, 1),
             "returns": stream(-1, 1),
         }
-        samples.append(Sample(rng.integers(0, 256, length), mask, prompt, str(i), streams))
+        samples.append(Sample(rng.integers(0, 256, length), mask, prompt, str(i), streams, {"kl_coef": 0.1}))
     return samples
 
 
@@ -77,8 +77,7 @@ def packs(samples: Sequence[Sample], sizes: Sequence[int]) -> list[Batch]:
 
 
 def objective(aggregation: Aggregation = Aggregation.TOKEN_MEAN) -> PolicyObjective:
-    kl = KLInLoss(0.1, KLEstimator.K3)
-    return PolicyObjective(0.2, 0.3, aggregation, dual_clip=3.0, constant=8.0, kl=kl, temperature=0.7)
+    return PolicyObjective(0.2, 0.3, aggregation, dual_clip=3.0, constant=8.0, kl=KLEstimator.K3, temperature=0.7)
 
 
 def learner(backend: Backend, lr: float = 1e-3, max_norm: float = 1.0) -> Learner:

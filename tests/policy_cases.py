@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from tests.learn_tools import policy
 from togi.config.choices import Aggregation, CorrectionType, KLEstimator, PolicyLossType
-from togi.learn.policy_objective import EngineCorrection, KLInLoss, PolicyObjective
+from togi.learn.policy_objective import EngineCorrection, PolicyObjective
 from togi.sample import Sample
 
 TEMPERATURE = 0.7
 LOW, HIGH, DUAL = 0.2, 0.3, 1.4
-ENTROPY, KL_COEF = 0.3, 0.1
+# The KL coefficient travels with the samples as a float32, which holds this one exactly.
+ENTROPY, KL_COEF = 0.3, 0.125
 TRUST = (0.9, 1.15)
 
 
@@ -42,7 +43,7 @@ def rollout_pairs(one_advantage: bool = False, number: int = 4) -> list[Sample]:
             ref = own + rng.normal(0, 0.3, len(tokens))
             streams = {"advantages": advantages, "old_logprobs": old, "rollout_logprobs": engine, "ref_logprobs": ref}
             masked = {name: np.where(mask, s, np.nan).astype(np.float32) for name, s in streams.items()}
-            samples.append(Sample(tokens, mask, len(prompt), str(group), masked))
+            samples.append(Sample(tokens, mask, len(prompt), str(group), masked, {"kl_coef": KL_COEF}))
     return samples
 
 
@@ -71,7 +72,7 @@ def objective(kind: PolicyLossType, *, correction: CorrectionType | None = None,
             Aggregation.SEQUENCE_MEAN if is_gspo else Aggregation.TOKEN_MEAN,
             kind=kind,
             dual_clip=None if kind is PolicyLossType.CISPO else DUAL,
-            kl=KLInLoss(KL_COEF, KLEstimator.K3),
+            kl=KLEstimator.K3,
             entropy_coef=ENTROPY,
             correction=None if correction is None else EngineCorrection(correction, *TRUST),
             against_engine=engine,

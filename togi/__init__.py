@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from togi.version import __version__
 
 if TYPE_CHECKING:
-    from togi.recipes.rl import Result
+    from togi.run.rl import Result
 
 __all__ = ["__version__", "rl"]
 
@@ -42,13 +42,13 @@ def rl(*, reward: Callable[..., Any] | None = None, **settings: Any) -> Result:
         print(result.model, result.report)
 
     Models and engine are objects of this process where one is enough (``workers``), so it runs in a notebook and under a
-    debugger. Returns where the run left what (``togi.recipes.rl.Result``). Raises ``togi.errors.UserError`` with one sentence for
+    debugger. Returns where the run left what (``togi.run.rl.Result``). Raises ``togi.errors.UserError`` with one sentence for
     what the user can mend.
     """
     from togi.config.parse import Source, build
     from togi.config.rl import RLConfig
     from togi.errors import ConfigError
-    from togi.recipes.start import start_rl
+    from togi.run.start import start_rl
 
     if reward is not None and not callable(reward):
         raise ConfigError(

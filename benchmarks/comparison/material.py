@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from comparison.cases import Case, Kind
 from comparison.rows import Row, answer, make_rows, sorted_steps, text, words_of
 from comparison.summary import Work
-from togi.recipes.offline_plan import EpochPlan
+from togi.run.plan import EpochPlan
 
 SEED = 42
 

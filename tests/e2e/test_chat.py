@@ -17,7 +17,7 @@ from togi.data.reward_text import with_reward
 from togi.errors import ModelError
 from togi.model.generate import Answering, stream
 from togi.model.loading import keep_layout, nf4
-from togi.recipes.notices import ONE_TOKENIZER
+from togi.run.start import ONE_TOKENIZER
 
 ROOT = Path(__file__).parents[2]
 BANNER = 'Type a message; "clear" starts anew, "exit" ends.'

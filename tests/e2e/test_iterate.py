@@ -7,7 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from tests.tiny import STOP, save_tiny_model, tiny_config, tiny_model, tiny_toke
 from togi.config.iterate import IterateConfig
 from togi.config.parse import parse
 from togi.errors import CheckpointError, DataError
-from togi.recipes.iterate import Result
-from togi.recipes.iterate_start import start_iterate
-from togi.recipes.iterate_steps import Launch, subprocess_step
-from togi.recipes.offline_run import OfflineRun
+from togi.run.iterate import Result, start_iterate
+from togi.run.iterate_steps import Launch, subprocess_step
+from togi.run.offline_phases import OfflineRun
 
 REWARD = """
 def reward_func(queries, prompts, labels):
@@ -185,8 +184,8 @@ def test_a_run_that_was_stopped_again_and_again_ends_equal(
 
         return launch
 
-    def interrupt(run: OfflineRun) -> None:
-        log(run)
+    def interrupt(run: OfflineRun, values: Mapping[str, float]) -> None:
+        log(run, values)
         if run.step == 2:
             interrupted.append(run.step)
             raise Stopped

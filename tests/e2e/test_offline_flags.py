@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.offline_world import make_world, train
-from togi.recipes.notices import ONE_TOKENIZER
+from togi.run.start import ONE_TOKENIZER
 
 
 @pytest.fixture(scope="module")

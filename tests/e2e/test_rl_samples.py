@@ -16,7 +16,7 @@ from tests.learn_tools import max_difference
 from tests.rl_world import GRPO, HF, example, metrics, model_bytes, train
 from tests.tiny import tiny_config
 from togi.cli.main import main
-from togi.recipes.offline_plan import EpochPlan
+from togi.run.plan import EpochPlan
 
 EXAMPLES = {"rl_ppo_warmup.sh", "rl_mixed.sh"}
 # Of every third prompt all responses are right; the others' first response is wrong.

@@ -9,7 +9,7 @@ from tests.learn_tools import partition_small_weights
 from tests.offline_world import CONFIGS, flags
 from togi.config.parse import parse
 from togi.parallel.process import World
-from togi.recipes.offline import run_in
+from togi.run.offline import run
 
 STAGE_3 = ("rm", "kto", "kd")
 RESUMED_AFTER = 6
@@ -94,4 +94,4 @@ def run_few(world: World, folder: Path) -> None:
 
 def run_one(world: World, folder: Path, command: str, name: str, *more: str) -> None:
     config_class, argv = CONFIGS[command], flags(folder, command, folder / name / command, *more, "--max_ckpt_num", "9")
-    run_in(world, parse(config_class, argv, command), command, argv=argv, announce=lambda line: None)
+    run(world, parse(config_class, argv, command), command, argv=argv, announce=lambda line: None)

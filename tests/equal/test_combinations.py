@@ -14,7 +14,6 @@ from tests.learn_tools import max_difference, partition_small_weights, run_ranks
 from tests.offline_world import CONFIGS, flags, make_world, train, values
 from togi.config.parse import parse
 from togi.parallel.process import World
-from togi.recipes.offline import run_in
 
 ROOT = Path(__file__).parents[2]
 # What decides the numbers; everything else is about how they are computed.
@@ -39,7 +38,7 @@ def run_chosen(world: World, folder: Path) -> None:
     for combination in CHOSEN:
         command, run = combination["command"], folder / name(combination)
         argv = flags(folder, command, run, *more(folder, combination), *words(combination), evaluate=False)
-        run_in(world, parse(CONFIGS[command], argv, command), command, argv=argv, announce=lambda line: None)
+        run(world, parse(CONFIGS[command], argv, command), command, argv=argv, announce=lambda line: None)
 
 
 @pytest.fixture(scope="module")

@@ -75,9 +75,7 @@ def play(
         await load(group.workers, Player.start, config, role, last)
         before = await group.per_sample(getattr(Player, method), rollouts(SAMPLES, seed=0))
         steps = (
-            await group.update([rollouts(SAMPLES, seed=1), rollouts(SAMPLES, seed=2)], 0.0)
-            if isinstance(last, int)
-            else []
+            await group.update([rollouts(SAMPLES, seed=1), rollouts(SAMPLES, seed=2)]) if isinstance(last, int) else []
         )
         after = await group.per_sample(getattr(Player, method), rollouts(SAMPLES, seed=0))
         await group.call_all(Player.leave)

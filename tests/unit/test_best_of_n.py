@@ -14,7 +14,7 @@ from togi.config.infer import CSFT_PROMPT, REWARD_TEMPLATE
 from togi.data.reward_text import asked_reward, with_reward
 from togi.data.row_log import RowLog
 from togi.errors import CheckpointError, DataError
-from togi.recipes.select import select
+from togi.run.select import select
 
 SCORED = [
     {"input": "p", "output": "p0", "reward": 1.0, "id": "a"},

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import tiny_tokenizer
 from togi.config.rl import RLConfig
 from togi.pump.experience import ScoredGroup
-from togi.recipes.answer_signs import drift, template_signs
-from togi.recipes.learn_signs import Sign, Verdict, reward_signs
+from togi.run.signs import Sign, Verdict, drift, reward_signs, template_signs
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 ERROR = Score(Outcome.ERROR, message="reward_func raised.")

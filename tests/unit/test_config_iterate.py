@@ -21,8 +21,8 @@ from togi.config.offline import DPOConfig, SFTConfig
 from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.errors import CheckpointError, ConfigError, RunError
-from togi.recipes.iterate_state import IterateState
-from togi.recipes.iterate_steps import Steps, subprocess_step
+from togi.run.iterate import IterateState
+from togi.run.iterate_steps import Steps, subprocess_step
 
 ROOT = Path(__file__).parents[2]
 NEEDED = "--pretrain m --prompt_data d.jsonl --run_dir r --reward_func f.py --method"
@@ -68,7 +68,7 @@ def test_what_makes_no_sense_is_refused(flags: str, sentence: str) -> None:
 def test_every_accepted_flag_is_read_somewhere() -> None:
     """By name here, or in the lists of settings that are handed to the steps' commands."""
     accepted = {name for name in IterateConfig.model_fields if not is_later(IterateConfig, name)}
-    handed = set((ROOT / "togi" / "recipes" / "iterate_steps.py").read_text().replace('"', " ").split())
+    handed = set((ROOT / "togi" / "run" / "iterate_steps.py").read_text().replace('"', " ").split())
     assert accepted - read_attributes() - handed == set()
 
 
@@ -135,7 +135,7 @@ def test_a_step_does_not_outlive_a_killed_iteration(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text(
         f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(60)\n"
     )
-    script = "from togi.recipes.iterate_steps import subprocess_step; subprocess_step('sleeper', [])"
+    script = "from togi.run.iterate_steps import subprocess_step; subprocess_step('sleeper', [])"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
     deadline = time.monotonic() + 30

@@ -16,7 +16,7 @@ from togi.data.prompts import PromptSpec, load_prompts
 from togi.data.records import RecordSpec, load_pairs, load_sft, load_unpaired
 from togi.data.scoring import OutputSpec, read_outputs
 from togi.errors import DataError
-from togi.recipes.iterate_steps import _asked, _shown
+from togi.run.iterate_steps import _asked, _shown
 
 TOOL_TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>\n{% endif %}"

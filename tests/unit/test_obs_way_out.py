@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from tests.offline_world import ROOT, make_world
 from tests.tiny import tiny_tokenizer
-from togi.cli.main import run as run_command
+from togi.cli.main import main as run_command
 from togi.data.report import DataReport, Lengths
 from togi.data.row_log import RowLog, write_rows
 from togi.errors import CheckpointError, RunError, WriteError
@@ -143,7 +143,7 @@ def test_any_command_says_in_one_sentence_that_a_disk_is_full(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/x")
 
     monkeypatch.setattr("togi.cli.report.main", main)
-    assert run_command("togi.cli.report", []) == 1
+    assert run_command(["report"]) == 1
     assert capsys.readouterr().err == (
         "togi: the run failed: a file cannot be written ([Errno 28] No space left on device: '/data/x'): make room there.\n"
     )

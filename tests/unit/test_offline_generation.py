@@ -17,7 +17,7 @@ from togi.errors import ConfigError
 from togi.parallel.process import World
 from togi.recipes.offline_data import Data, check_plan
 from togi.recipes.offline_generation import answered, check_ranks, places_to_answer
-from togi.recipes.offline_plan import EpochPlan
+from togi.run.plan import EpochPlan
 from togi.sample import Sample
 
 PLAN = EpochPlan(rows=14, batch=4, epochs=2, seed=3)  # steps of 4, 4, 4 and 2 rows, twice

@@ -16,7 +16,7 @@ from togi.data.records import RecordSpec, load_steps, load_unpaired
 from togi.errors import ConfigError
 from togi.parallel.process import World
 from togi.recipes.offline_data import UNLIMITED, Data, check_plan, record_spec
-from togi.recipes.offline_plan import EpochPlan
+from togi.run.plan import EpochPlan
 
 
 def test_every_row_comes_once_an_epoch_and_none_is_dropped() -> None:

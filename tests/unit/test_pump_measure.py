@@ -14,7 +14,7 @@ from togi.obs import names
 from togi.plan.placement import Role
 from togi.pump.experience import ScoredGroup, trainable
 from togi.pump.measure import eval_metrics, rollout_metrics
-from togi.recipes.rl_setup import spec
+from togi.run.rl_setup import spec
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 from togi.workers.session import update_metrics
 

@@ -15,10 +15,10 @@ from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError, RewardError
 from togi.recipes import preflight
-from togi.recipes.rl_rewards import EarlyRewards
-from togi.recipes.rl_setup import trial_prompts
 from togi.reward.verifiers import reasoning_gym as gym
 from togi.reward.wire import BadReturnError
+from togi.run.rl_rewards import EarlyRewards
+from togi.run.rl_setup import trial_prompts
 from togi.sample import Outcome, Prompt
 
 

@@ -14,8 +14,8 @@ from togi.config.rl import RLConfig
 from togi.data.loader import PromptLoader
 from togi.errors import CheckpointError, DataError
 from togi.obs.progress import Progress
-from togi.recipes.rl_pretrain import Pretraining, load_pretraining
-from togi.recipes.rl_setup import Material, checkpoint_store, find_checkpoint
+from togi.run.keep import checkpoint_store
+from togi.run.rl_setup import Material, Pretraining, find_checkpoint, load_pretraining
 from togi.sample import Prompt
 
 ROWS = [{"input": f"text {i}", "output": f"answer {i}"} for i in range(5)]

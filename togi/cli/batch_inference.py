@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from togi.cli.main import run as run_module
+from togi.cli.main import main as run_togi
 from togi.config.infer import InferConfig
 from togi.config.parse import parse
 from togi.recipes.infer_start import start_infer
@@ -18,4 +18,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))
+    sys.exit(run_togi(["infer", *sys.argv[1:]]))

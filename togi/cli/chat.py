@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 
-from togi.cli.main import run as run_module
+from togi.cli.main import main as run_togi
 from togi.config.chat import ChatConfig
 from togi.config.infer_checks import check_chat
 from togi.config.parse import parse
 from togi.data.reward_text import asked_reward
 from togi.errors import UserError
 from togi.recipes.modelscope import with_local_names
-from togi.recipes.notices import say_ignored
 from togi.recipes.preflight import check_model
+from togi.run.start import say_ignored
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,4 +53,4 @@ def _answer(pieces: Iterator[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))
+    sys.exit(run_togi(["chat", *sys.argv[1:]]))

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from togi.config.check import SAMPLE_GROUPS, RLCheckConfig, without_check
 from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
-from togi.config.parse import nearest, parse
+from togi.config.parse import Parsed, nearest, parse
 from togi.errors import ConfigError
-from togi.recipes.check import check_offline, check_rl
+from togi.run.start import offline_door, rl_door
 
 CONFIGS: dict[str, type[OfflineConfig]] = {
     "sft": SFTConfig,
@@ -46,10 +46,23 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--{SAMPLE_GROUPS} samples answers to be rewarded: it is for togi check rl.")
     if command == "rl":
         parsed, groups = without_check(parse(RLCheckConfig, flags, "check rl"))
-        check_rl(parsed, sample_groups=groups, say=_say)
+        ready = rl_door(parsed, reward_given=False, announce=_say)
+        from togi.run.check import look_at_rl
+
+        look_at_rl(ready, groups, _say)
     else:
-        check_offline(parse(CONFIGS[command], flags, f"check {command}"), command, say=_say)
+        _check_offline(parse(CONFIGS[command], flags, f"check {command}"), command)
     _say("ok: the run can start")
+
+
+def _check_offline(parsed: Parsed[OfflineConfig], command: str) -> None:
+    config, launched = parsed.config, "WORLD_SIZE" in os.environ
+    ready = offline_door(parsed, announce=_say, launched=launched)
+    if not launched and (team := config.ring_attn_size * config.ds_tensor_parallel_size) > 1:
+        _say(f"processes: the run needs a multiple of {team}, started with torchrun --nproc_per_node {team}")
+    from togi.run.check import look_at_offline
+
+    look_at_offline(ready, command, _say)
 
 
 def _say(line: str) -> None:

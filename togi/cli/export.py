@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
     for name, value in (("run_dir", config.run_dir), ("output_path", config.output_path)):
         if not value:
             raise ConfigError(f"--{name} is required: {ExportConfig.model_fields[name].description}")
-    from togi.recipes.export import export
+    from togi.run.export import export
 
     for line in export(config):
         print(line)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from togi.cli.chat import main
-from togi.cli.main import run as run_module
+from togi.cli.main import main as run_togi
 
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))
+    sys.exit(run_togi(["chat", *sys.argv[1:]]))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from togi.cli.main import run as run_module
+from togi.cli.main import main as run_togi
 from togi.config.iterate import IterateConfig
 from togi.config.parse import parse
-from togi.recipes.iterate_start import start_iterate
+from togi.run.iterate import start_iterate
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,4 +19,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))
+    sys.exit(run_togi(["iterate", *sys.argv[1:]]))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from togi.cli.main import run as run_module
+from togi.cli.main import main as run_togi
 from togi.config.merge import MergeConfig
 from togi.config.parse import parse
 from togi.errors import ConfigError
@@ -18,11 +18,11 @@ def main(argv: Sequence[str]) -> None:
     for name in ("lora_path", "output_path"):
         if not getattr(config, name):
             raise ConfigError(f"--{name} is required: {MergeConfig.model_fields[name].description}")
-    from togi.recipes.merge import merge
+    from togi.run.export import merge
 
     merge(config)
     print(f"merged model: {Path(config.output_path)}")
 
 
 if __name__ == "__main__":
-    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))
+    sys.exit(run_togi(["merge-lora", *sys.argv[1:]]))

@@ -35,7 +35,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command, as ``togi`` and as ``python -m togi.cli.<module>`` do; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -49,28 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near}?" if near else f". Commands: {', '.join(COMMANDS)}."
         print(f"togi: unknown command {name}{hint}", file=sys.stderr)
         return 2
-    return run(COMMANDS[name][0], rest)
-
-
-def run(module: str, argv: Sequence[str]) -> int:
-    """Run a command's ``main(argv)``. A user's mistake becomes one sentence and status 2, a full disk one and status 1."""
+    status, why = 0, ""
     try:
-        importlib.import_module(module).main(list(argv))
+        importlib.import_module(COMMANDS[name][0]).main(rest)
     except UserError as error:
-        print(f"{_speaker()}: {error}", file=sys.stderr)
-        return 2
+        status, why = 2, str(error)
     except RunError as error:
-        print(f"{_speaker()}: the run failed: {error}", file=sys.stderr)
-        return 1
+        status, why = 1, f"the run failed: {error}"
     except Exception as error:
         if not disk_reason(error):
             raise
-        print(f"{_speaker()}: the run failed: a file cannot be written ({error}): {advice(error)}.", file=sys.stderr)
-        return 1
+        status, why = 1, f"the run failed: a file cannot be written ({error}): {advice(error)}."
     except KeyboardInterrupt:
-        print("togi: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        status, why = 130, "interrupted"
+    if status != 0:
+        print(f"{_speaker()}: {why}", file=sys.stderr)
+    return status
 
 
 def _speaker() -> str:

@@ -6,19 +6,24 @@ from collections.abc import Sequence
 
 from togi.config.offline import OfflineConfig
 from togi.config.parse import parse
-from togi.recipes.offline_start import start_offline
+from togi.run.start import offline_door
 
 
 def train(config_class: type[OfflineConfig], command: str, argv: Sequence[str]) -> None:
     """Run a command. Raises UserError for the user's mistakes."""
-    parsed = parse(config_class, argv, command)
-    result = start_offline(parsed, command, argv=argv, announce=lambda line: print(line, flush=True))
+    ready = offline_door(parse(config_class, argv, command), announce=_say)
+    from togi.run.offline import launched, run
+
+    with launched(ready.config.local_rank) as world:
+        result = run(world, ready, command, argv=argv, announce=_say)
     if not result.is_first:
         return
     for evaluation in result.evaluations:
         when = "before training" if evaluation.step == 0 else f"after {evaluation.step} steps"
         shown = {"loss": evaluation.loss, **evaluation.metrics}
-        print(f"held-out, {when}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-    print(f"run folder:  {result.run_dir}")
-    print(f"report page: {result.report}")
-    print(f"model:       {result.model}")
+        _say(f"held-out, {when}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    _say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from togi.cli.main import run as run_module
+from togi.cli.main import main as run_togi
 from togi.config.parse import parse
 from togi.config.serve_rm import ServeRMConfig, check_serve_rm
 from togi.errors import ConfigError
 from togi.recipes.modelscope import with_local_names
-from togi.recipes.notices import say_ignored
 from togi.recipes.preflight import check_model, check_reward_file
+from togi.run.start import say_ignored
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,4 +48,4 @@ def _token(config: ServeRMConfig) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))
+    sys.exit(run_togi(["serve-rm", *sys.argv[1:]]))

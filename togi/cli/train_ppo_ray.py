@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from togi.cli.main import run as run_module
+from togi.cli.main import main as run_togi
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
-from togi.recipes.start import start_rl
-
-COMMAND = "rl"
+from togi.run.start import rl_door
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command. Raises UserError for the user's mistakes."""
-    result = start_rl(parse(RLConfig, argv, COMMAND), argv=argv, announce=lambda line: print(line, flush=True))
+    ready = rl_door(parse(RLConfig, argv, "rl"), reward_given=False, announce=_say)
+    from togi.run.rl import run
+
+    result = asyncio.run(run(ready, argv=argv, announce=_say))
     for evaluation in result.evaluations:
         when = "before training" if evaluation.step == 0 else f"after {evaluation.step} rollouts"
-        print(f"held-out reward {when}: {evaluation.reward:.3f} +- {evaluation.stderr:.3f} (standard error)")
-    print(f"run folder:  {result.run_dir}")
-    print(f"report page: {result.report}")
-    print(f"model:       {result.model}")
+        _say(f"held-out reward {when}: {evaluation.reward:.3f} +- {evaluation.stderr:.3f} (standard error)")
     program = sys.argv[0] if Path(sys.argv[0]).name == "togi" else "togi"
-    print(f"talk to it:  {program} chat --pretrain {result.model}")
+    _say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
+    _say(f"talk to it:  {program} chat --pretrain {result.model}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))
+    sys.exit(run_togi(["rl", *sys.argv[1:]]))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
-from togi.cli.main import run as run_module
+from togi.cli.main import main as run_togi
 from togi.cli.offline import train
 from togi.config.offline import RMConfig
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the command. Raises UserError for the user's mistakes."""
-    train(RMConfig, "rm", argv)
-
+main = partial(train, RMConfig, "rm")
 
 if __name__ == "__main__":
-    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))
+    sys.exit(run_togi(["rm", *sys.argv[1:]]))

@@ -1,6 +1,6 @@
 """The settings of ``togi sft | rm | dpo | kto | prm | kd`` (established names: ``train_sft``, ``train_rm``, ...).
 
-One class a command. ``OfflineConfig`` is what all of them have and what the one loop (``togi.recipes.offline``) reads.
+One class a command. ``OfflineConfig`` is what all of them have and what the one loop (``togi.run.offline``) reads.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a reward is told to a model in conditional SFT. One function writes the text, in training and in generation.
 
-Here: the text. Not here: which reward (``togi.recipes.select``), where prompts are rendered (``prompts``).
+Here: the text. Not here: which reward (``togi.run.select``), where prompts are rendered (``prompts``).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The mathematics is in ``togi.algo``; here are the streams it reads and the metrics it reports. Streams of the policy:
 ``advantages``; ``old_logprobs`` when more than one update is made on the same rollouts; ``rollout_logprobs``, the engine's,
-when the loss is corrected for them; ``ref_logprobs`` when the KL to a reference is part of the loss. Streams of the critic:
-``old_values``, ``returns``. Shape letter: K tokens in the loss.
+when the loss is corrected for them; ``ref_logprobs`` when the KL to a reference is part of the loss, whose coefficient is then
+the value ``kl_coef`` of every sequence. Streams of the critic: ``old_values``, ``returns``. Shape letter: K tokens in the loss.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ ROLLOUT_LOGPROBS = "rollout_logprobs"
 REF_LOGPROBS = "ref_logprobs"
 OLD_VALUES = "old_values"
 RETURNS = "returns"
+KL_COEF = "kl_coef"
 
 RATIO_MAX = "policy/ratio_max"
 VALUE_RETURN = "value/return"
@@ -39,14 +40,6 @@ EXPLAINED_VARIANCE = "value/explained_variance"
 _RETURN_SQUARED = "value/return_squared"
 _ERROR = "value/error"
 _ERROR_SQUARED = "value/error_squared"
-
-
-@dataclass(frozen=True, slots=True)
-class KLInLoss:
-    """A penalty ``coef`` x estimate of KL(policy || reference), with the aggregation of the policy loss."""
-
-    coef: float
-    estimator: KLEstimator
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +67,7 @@ class PolicyObjective(Objective):
     kind: PolicyLossType | Hook = PolicyLossType.PPO
     dual_clip: float | None = None
     constant: float = 1.0
-    kl: KLInLoss | None = None
+    kl: KLEstimator | None = None
     entropy_coef: float = 0.0
     correction: EngineCorrection | None = None
     against_engine: bool = False
@@ -114,8 +107,11 @@ class PolicyObjective(Objective):
         if self.entropy_coef > 0:
             total = total - self.entropy_coef * (weights_K * entropy_K).sum()
         if self.kl is not None:
-            kl_K = kl_estimate(logprobs_K, batch.select(REF_LOGPROBS), self.kl.estimator)
-            total = total + self.kl.coef * (weights_K * kl_K).sum()
+            kl_K = kl_estimate(logprobs_K, batch.select(REF_LOGPROBS), self.kl)
+            coef = batch.values[KL_COEF][
+                0
+            ]  # a controller may move it between rollouts; within one it is the same for all
+            total = total + coef * (weights_K * kl_K).sum()
             sums[names.KL_REFERENCE] = kl_K.sum()
         tokens = logprobs_K.numel()
         maxima = {RATIO_MAX: terms.ratio_K.max()} if tokens > 0 else {}

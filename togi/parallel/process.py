@@ -24,9 +24,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from togi.errors import ConfigError
 
 T = TypeVar("T")
+CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""What cuBLAS needs to be deterministic. It reads the environment when it is first used; the price is a few MB."""
 
 # Control messages travel over gloo in host memory, tensors of an accelerator over its own library.
 _LIBRARIES = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+
+
+def be_deterministic() -> None:
+    """``--full_determinism``: this process uses no kernel whose result depends on the order of threads."""
+    for name, value in CUBLAS.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
 
 
 def default_device(local_rank: int = 0) -> torch.device:

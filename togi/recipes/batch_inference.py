@@ -36,13 +36,13 @@ from togi.model.loading import ModelSource, dtype_of, known_tokens, load_scalar_
 from togi.model.policy import ScalarModel
 from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
-from togi.parallel.process import World, default_device
-from togi.recipes.select import select
+from togi.parallel.process import World, be_deterministic, default_device
 from togi.reward.local_model import Standardization
 from togi.rollout.collect import collect_groups
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings
 from togi.rollout.environment import SingleTurn
+from togi.run.select import select
 from togi.sample import FinishReason, Prompt, Rollout, Sample, Sampling
 
 SCORED_AT_ONCE = 64
@@ -88,7 +88,7 @@ def generate(config: InferConfig, announce: Announce) -> Written:
     Each output has a seed of its own, so that how many run at once changes nothing but time.
     """
     if config.full_determinism:
-        torch.use_deterministic_algorithms(True)
+        be_deterministic()
     with Progress() as progress:
         with progress.phase("reading prompts", expected_seconds=8):
             tokenizer = _tokenizer(config)
@@ -242,7 +242,7 @@ def _tokenizer(config: InferConfig) -> Tokenizer:
 def score(config: InferConfig, announce: Announce) -> Written:
     """The reward of every row, then the post-processor. What a row has beside prompt and output is kept."""
     if config.full_determinism:
-        torch.use_deterministic_algorithms(True)
+        be_deterministic()
     with Progress() as progress:
         with progress.phase("reading rows", expected_seconds=8):
             tokenizer = _tokenizer(config)

@@ -19,7 +19,6 @@ from togi.errors import ConfigError
 from togi.plan.machine import this_machine
 from togi.plan.precision import usable_precision
 from togi.recipes.modelscope import with_local_names
-from togi.recipes.notices import say_ignored
 from togi.recipes.preflight import (
     check_engine,
     check_engine_heads,
@@ -28,6 +27,7 @@ from togi.recipes.preflight import (
     check_writable,
     model_settings,
 )
+from togi.run.start import say_ignored
 
 if TYPE_CHECKING:
     from togi.recipes.batch_inference import Written

@@ -27,7 +27,7 @@ from togi.obs import names
 from togi.obs.progress import Progress
 from togi.parallel.process import World
 from togi.recipes.best_metric import PREFIX, offline_aim
-from togi.recipes.offline_plan import EpochPlan
+from togi.run.plan import EpochPlan
 
 UNLIMITED = 2**62
 # Which labels an evaluation needs for what it measures of KTO's rows: 1 desirable, 0 undesirable.

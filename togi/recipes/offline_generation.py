@@ -32,12 +32,12 @@ from togi.model.weights import Manifest, pack_buckets
 from togi.obs import names
 from togi.parallel.process import World
 from togi.recipes.offline_data import Data
-from togi.recipes.offline_plan import EpochPlan
 from togi.recipes.offline_steps import Dealer
 from togi.rollout.collect import Seeded
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.rollout.parity import check_probe, compare, probe
+from togi.run.plan import EpochPlan
 from togi.sample import FinishReason, Generation, Sample, Sampling
 
 BUCKET_BYTES = 256 << 20

@@ -23,8 +23,8 @@ from togi.learn.policy_objective import REF_LOGPROBS
 from togi.learn.scorer import Scorer
 from togi.model.hub import local_folder
 from togi.recipes.offline_data import Data
-from togi.recipes.offline_journal import Journal
 from togi.recipes.offline_steps import Dealer
+from togi.run.journal import Journal
 from togi.version import __version__
 
 FOLDER = "reference"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -24,11 +21,8 @@ from togi.config.offline import (
     SFTConfig,
 )
 from togi.data.records import StepExamples
-from togi.errors import CheckpointError
-from togi.learn.checkpoint import HF_FOLDER, Checkpoint, CheckpointStore
 from togi.learn.distill_objective import DistillationObjective
 from togi.learn.learner import Learner
-from togi.learn.learner_state import check_rank
 from togi.learn.objective import Objective, SFTObjective, StepRewardObjective
 from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
 from togi.learn.schedule import MeasuredRate, Schedule
@@ -37,64 +31,21 @@ from togi.model.loading import ModelSource, load_causal_lm, load_scalar_model, r
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.parallel.backend import BackendOptions, backend_options
 from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
-from togi.parallel.process import World
+from togi.parallel.process import World, be_deterministic
 from togi.parallel.ring import Ring
 from togi.recipes.offline_data import Data, Task
 from togi.recipes.offline_generation import Student, start_engines
-from togi.recipes.offline_journal import Journal
-from togi.recipes.offline_plan import EpochPlan
 from togi.recipes.offline_reference import with_reference
 from togi.recipes.offline_steps import Dealer, Preparation, Share, WithKL, WithReference
+from togi.run.journal import Journal
+from togi.run.plan import EpochPlan
 
-NOT_SET = "not one that follows a loss"
 CLASSIFIER = "ForSequenceClassification"
-logger = logging.getLogger(__name__)
 Model = TypeVar("Model", PolicyModel, ScalarModel, PolicyModel | ScalarModel)
 
 
 class Joining(Protocol):
     def __call__(self, model: Model) -> Model: ...
-
-
-def identity(config: OfflineConfig, command: str, data: Data) -> dict[str, str]:
-    """What must be the same for a resumed run to see every row exactly as often as an uninterrupted one."""
-    same = {
-        "command": f"togi {command}",
-        "--dataset": data.train.fingerprint(),
-        "--seed": str(config.seed),
-        "--train_batch_size": str(config.train_batch_size),
-    }
-    # What such a schedule has seen is in the checkpoint; the others need only the step.
-    return same | ({"--lr_scheduler": config.lr_scheduler.value} if config.lr_scheduler.follows_a_loss else {})
-
-
-def find_checkpoint(config: OfflineConfig, command: str, data: Data, world: World) -> Checkpoint | None:
-    """With ``--load_checkpoint`` the newest complete checkpoint. The first rank looks, the others are told.
-
-    Raises CheckpointError when it is another run's or holds no resumable state.
-    """
-    if not config.load_checkpoint:
-        return None
-    found = CheckpointStore(Path(config.ckpt_path)).latest() if world.is_first else None
-    found = world.gather("checkpoint", found)[0]
-    if found is None:
-        logger.warning("--load_checkpoint: %s has no complete checkpoint, starting anew", config.ckpt_path)
-        return None
-    if not found.state["resumable"]:
-        raise CheckpointError(
-            f"The checkpoint {found.path} was written with --disable_ds_ckpt and cannot be resumed: start without "
-            f"--load_checkpoint, with --pretrain set to its folder {HF_FOLDER}."
-        )
-    check_rank(found.path, config.lora_rank)
-    saved, now = found.state["identity"], identity(config, command, data)
-    if saved != now:
-        pairs = {name: (saved.get(name, NOT_SET), now.get(name, NOT_SET)) for name in {**now, **saved}}
-        different = "; ".join(f"{name} was {a}, is {b}" for name, (a, b) in pairs.items() if a != b)
-        raise CheckpointError(
-            f"The checkpoint {found.path} belongs to another run ({different}): resume with the same rows and settings, "
-            "or choose another --ckpt_path."
-        )
-    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,8 +78,7 @@ def load_models(
     """Load every model and put it on this rank's device. Random numbers start from ``--seed`` on every rank alike."""
     engines = start_engines(config, world)
     if config.full_determinism:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-        torch.use_deterministic_algorithms(True)
+        be_deterministic()
     options = backend_options(config)
     join, dealer = joining(config, world), dealer_of(config, task, world)
     if scores_ahead(config) and not base_is_reference(config, task):

@@ -1,7 +1,7 @@
 """Everything that can be found wrong with a run in under a second: no torch, no model, no Ray.
 
 Contradictions between flags come first, then placement, packages, models, data, the reward file and folders. What needs the
-tokenizer or a real call of the reward function is checked right after, still before any model is loaded (``togi.recipes.rl``).
+tokenizer or a real call of the reward function is checked right after, still before any model is loaded (``togi.run.rl``).
 """
 
 from __future__ import annotations

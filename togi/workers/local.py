@@ -21,14 +21,14 @@ import torch
 from togi.config.rl import RLConfig
 from togi.errors import WeightSyncError
 from togi.obs.names import Holder
-from togi.parallel.process import Rendezvous, default_device
+from togi.parallel.process import CUBLAS, Rendezvous, default_device
 from togi.plan.machine import Machine
 from togi.plan.memory import PeakMemory
 from togi.plan.placement import IN_PROCESS, LEARNERS, Role, arithmetic, plan_groups, used_roles
 from togi.workers.engine_worker import EnginePool, EngineWorker
 from togi.workers.model_worker import LearnerWorker, ScorerWorker
 from togi.workers.protocol import SyncReport
-from togi.workers.session import ENVIRONMENT, Session, engine_settings, sleepers
+from togi.workers.session import Session, engine_settings, sleepers
 from togi.workers.worker_group import LearnerGroup, WorkerGroup
 
 W_co = TypeVar("W_co", covariant=True)
@@ -111,7 +111,7 @@ async def start(
     roles = used_roles(config)
     announce(f"placement: {arithmetic(plan_groups(config), IN_PROCESS)}")
     with ExitStack() as undo:
-        for name, value in ENVIRONMENT.items():
+        for name, value in CUBLAS.items():
             os.environ.setdefault(name, value)
         undo.enter_context(threads(machine.cpus))
         engines = []

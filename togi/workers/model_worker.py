@@ -21,7 +21,7 @@ from togi.data.packing import Packs, pack_all, pack_stats
 from togi.learn.learner import Learner, Mixed, StepOutcome, UpdateReport
 from togi.learn.learner_state import Ema, expected_bytes, load_learner, save_learner
 from togi.learn.objective import Objective, SFTObjective
-from togi.learn.policy_objective import EngineCorrection, KLInLoss, PolicyObjective, ValueObjective
+from togi.learn.policy_objective import EngineCorrection, PolicyObjective, ValueObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
 from togi.model.checkpoint import FullParameters, expected_manifest, save_trained, whole_tensors
@@ -166,7 +166,7 @@ class LearnerWorker(ModelWorker):
         schedule = Schedule.of(config, peak, total)
         max_norm = config.max_norm if config.max_norm > 0 else float("inf")
         balance = config.aux_loss_coef if self._model.is_mixture else 0.0  # a critic may be dense
-        self._learner = Learner(backend, self._objective(config.init_kl_coef), schedule, max_norm, balance)
+        self._learner = Learner(backend, self._objective(), schedule, max_norm, balance)
         self._parking = Parking(backend.at_rest, self._world.device)
         self._scorer = Scorer(backend.module, self._world)
         self._ema: Ema | None = None
@@ -202,15 +202,12 @@ class LearnerWorker(ModelWorker):
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
         return packs.in_order(self._scorer.values(packs.batches))
 
-    def update(
-        self, steps: Sequence[Sequence[Sample]], kl_coef: float, mixed: Sequence[Sequence[Sample]]
-    ) -> list[StepResult]:
+    def update(self, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]) -> list[StepResult]:
         """One optimizer step per element of ``steps``, each this rank's share of that step's samples.
 
         ``mixed``: this rank's share of the supervised rows of each step, or nothing at all.
         """
         assert not self._parking.is_asleep
-        self._learner.objective = self._objective(kl_coef)
         results = []
         for number, samples in enumerate(steps):
             packs = self._packs(samples, self._config.micro_train_batch_size)
@@ -327,7 +324,7 @@ class LearnerWorker(ModelWorker):
         save_trained(target, self._model, full_parameters, tokenizer, dtype)
         self._world.barrier("model written")
 
-    def _objective(self, kl_coef: float) -> Objective:
+    def _objective(self) -> Objective:
         config = self._config
         if self._role is Role.CRITIC:
             return ValueObjective(config.value_clip)
@@ -343,7 +340,7 @@ class LearnerWorker(ModelWorker):
             kind=config.policy_loss_type,
             dual_clip=config.dual_clip,
             constant=float(config.generate_max_len),
-            kl=KLInLoss(kl_coef, config.kl_estimator) if config.uses_reference and config.use_kl_loss else None,
+            kl=config.kl_estimator if config.uses_reference and config.use_kl_loss else None,
             entropy_coef=config.entropy_loss_coef,
             correction=EngineCorrection(config.vllm_is_correction_type, *bounds) if weighted else None,
             against_engine=against_engine,

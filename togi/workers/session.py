@@ -32,8 +32,6 @@ from togi.workers.worker_group import LearnerGroup, StepUpdate, WorkerGroup
 
 logger = logging.getLogger(__name__)
 
-# What cuBLAS needs to be deterministic under --full_determinism; it costs a few MB.
-ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 SHUTDOWN_SECONDS = 60.0
 
 
@@ -93,10 +91,10 @@ class Session:
         return self.config.uses_reference + (Role.CRITIC in self.learners) + self.needs_old_logprobs
 
     async def update(
-        self, role: Role, steps: Sequence[Sequence[Sample]], kl_coef: float, mixed: Sequence[Sequence[Sample]]
+        self, role: Role, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]
     ) -> list[StepUpdate]:
         """Optimizer steps of the actor or the critic. ``mixed``: supervised rows for each step, or nothing at all."""
-        return await self.learners[role].update(steps, kl_coef, mixed)
+        return await self.learners[role].update(steps, mixed)
 
     async def sync(self, version: int) -> SyncReport:
         """Give every engine the actor's weights."""

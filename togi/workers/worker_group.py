@@ -105,7 +105,7 @@ class LearnerGroup(WorkerGroup[LearnerWorker]):
     """The ranks of a model in training."""
 
     async def update(
-        self, steps: Sequence[Sequence[Sample]], kl_coef: float, mixed: Sequence[Sequence[Sample]] = ()
+        self, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]] = ()
     ) -> list[StepUpdate]:
         """One optimizer step per element of ``steps``; each step's samples are dealt by tokens.
 
@@ -115,7 +115,7 @@ class LearnerGroup(WorkerGroup[LearnerWorker]):
         _, dealt_rows = self._deal(mixed)
         shares = [self._share(rank) for rank in range(self.size)]
         answers = await all_or_none(
-            self.workers.call(rank, LearnerWorker.update, dealt[share], kl_coef, dealt_rows[share])
+            self.workers.call(rank, LearnerWorker.update, dealt[share], dealt_rows[share])
             for rank, share in enumerate(shares)
         )
         by_share = self._one_per_share(answers)

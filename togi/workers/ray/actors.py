@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import ray
-import torch
 
 from togi.config.choices import EngineName
 from togi.config.rl import RLConfig
-from togi.parallel.process import Rendezvous, open_store
+from togi.parallel.process import Rendezvous, be_deterministic, open_store
 from togi.rollout.engine import EngineSettings
 from togi.workers.engine_worker import EngineWorker
 from togi.workers.model_worker import LearnerWorker, ModelWorker, ScorerWorker
@@ -38,7 +37,7 @@ class ModelActor(ModelWorker):
     def _join(self, meeting: Rendezvous, config: RLConfig, tensor_size: int = 1) -> None:
         see_only(own_gpus())
         if config.full_determinism:
-            torch.use_deterministic_algorithms(True)
+            be_deterministic()
         super()._join(meeting, config, tensor_size)
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from togi.config.rl import RLConfig
 from togi.obs.names import Holder
 from togi.obs.way_out import way_out
-from togi.parallel.process import Rendezvous
+from togi.parallel.process import CUBLAS, Rendezvous
 from togi.plan.machine import Machine
 from togi.plan.placement import LEARNERS, Role, plan_groups, team_size, used_roles
 from togi.rollout.tasks import all_or_none
@@ -19,7 +19,7 @@ from togi.workers.ray.actors import EngineActor, LearnerActor, ModelActor, Score
 from togi.workers.ray.calls import RayWorkers
 from togi.workers.ray.cluster import Cluster, connect, describe, disconnect
 from togi.workers.ray.weight_sync import WeightSync
-from togi.workers.session import ENVIRONMENT, Session, engine_settings, sleepers
+from togi.workers.session import Session, engine_settings, sleepers
 from togi.workers.worker_group import LearnerGroup, WorkerGroup
 
 M = TypeVar("M", bound=ModelActor)
@@ -56,7 +56,7 @@ async def _start(
     config: RLConfig, cluster: Cluster, updates: Mapping[Role, int], announce: Callable[[str], None]
 ) -> Session:
     # processes: all of them begin at once
-    concurrent = cluster.start(EngineActor, Role.ENGINE, ENVIRONMENT, concurrency=MAX_CONCURRENT_CALLS)
+    concurrent = cluster.start(EngineActor, Role.ENGINE, CUBLAS, concurrency=MAX_CONCURRENT_CALLS)
     engines = RayWorkers[EngineActor](Role.ENGINE, concurrent)
     trained = {role: _learners(cluster, role) for role in LEARNERS if role in used_roles(config)}
     frozen = [(Role.REF, config.pretrain, _scorers(cluster, Role.REF, 0))] if config.loads_reference else []
@@ -124,11 +124,11 @@ class RayMeter:
 
 
 def _learners(cluster: Cluster, role: Role) -> RayWorkers[LearnerActor]:
-    return RayWorkers(role, cluster.start(LearnerActor, role, ENVIRONMENT))
+    return RayWorkers(role, cluster.start(LearnerActor, role, CUBLAS))
 
 
 def _scorers(cluster: Cluster, role: Role, number: int) -> RayWorkers[ScorerActor]:
-    return RayWorkers(role, cluster.start(ScorerActor, role, ENVIRONMENT, number=number))
+    return RayWorkers(role, cluster.start(ScorerActor, role, CUBLAS, number=number))
 
 
 async def load(

@@ -20,13 +20,13 @@ from togi.parallel.build import frozen
 from togi.parallel.process import World
 from togi.pump.experience import ScoredGroup
 from togi.pump.filtering import GroupFilter
-from togi.recipes.rl_rewards import combined, reward_names
-from togi.recipes.rl_setup import Material
 from togi.reward.combine import CombinedReward, LengthPenalties
 from togi.reward.local_model import LocalModelReward, Standardization
 from togi.rollout.collect import collect_groups
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
+from togi.run.rl_rewards import combined, reward_names
+from togi.run.rl_setup import Material
 from togi.sample import Rollout
 from togi.workers.model_reward import as_sample
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from threading import Event
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+SECONDS_AT_MOST = 0.5
 
 
 def run_to_end(work: Coroutine[Any, Any, T]) -> T:
@@ -18,21 +20,30 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
     if not _in_event_loop():
         return asyncio.run(work)
     started = Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]]()
+    may_begin = Event()
 
     async def main() -> T:
+        may_begin.wait()
         task = asyncio.current_task()
         assert task is not None
         started.set_result((asyncio.get_running_loop(), task))
         return await work
 
     with ThreadPoolExecutor(1, "togi") as thread:
-        done = thread.submit(asyncio.run, main())
+        done = None
         try:
+            done = thread.submit(asyncio.run, main())
+            may_begin.set()  # only now can an interrupt of the work be answered
+            # A signal just before a wait does not end that wait, so none may be long.
+            while not wait([done], timeout=SECONDS_AT_MOST).done:
+                pass
             return done.result()
         except KeyboardInterrupt:
-            loop, task = started.result()
-            loop.call_soon_threadsafe(task.cancel)
-            wait([done])
+            may_begin.set()
+            if done is not None and not done.done():
+                loop, task = started.result()
+                loop.call_soon_threadsafe(task.cancel)
+                wait([done])
             raise
 
 

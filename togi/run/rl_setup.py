@@ -1,42 +1,40 @@
-"""What an RL run is made of before any model is loaded: prompts, rewards, the run folder."""
+"""What an RL run is made of before any model is loaded: prompts, mixed-in rows, rewards, the checkpoint to resume from."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from togi.config.hooks import Hook
-from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.data.chat import Tokenizer, decode, end_notice, load_tokenizer, stop_token_ids, visible
 from togi.data.loader import LoaderState, PromptLoader
 from togi.data.prompts import PromptSet, PromptSpec, load_prompts
+from togi.data.record_spec import RecordSpec
+from togi.data.records import Examples, load_sft
 from togi.data.report import DataReport
 from togi.data.vocabulary import check_tokens, check_vocabulary
-from togi.errors import CheckpointError
-from togi.learn.checkpoint import Aim, Checkpoint, CheckpointStore
+from togi.errors import CheckpointError, DataError
+from togi.learn.checkpoint import Aim, Checkpoint
 from togi.learn.hooks import check_estimator, check_policy_loss
 from togi.learn.learner_state import check_rank
 from togi.model.checkpoint import check_base_files
 from togi.model.loading import check_causal_lm, known_tokens
 from togi.obs.progress import Progress
-from togi.obs.report import cause, end_run
-from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
 from togi.obs.way_out import way_out
 from togi.plan.placement import Role
 from togi.pump.replay import replay_feed
 from togi.recipes.best_metric import rl_aim
-from togi.recipes.plan import StepPlan
 from togi.recipes.preflight import asked_context, models_of
-from togi.recipes.rl_pretrain import Pretraining, load_pretraining
-from togi.recipes.rl_rewards import EarlyRewards
 from togi.rollout.environment import SingleTurn
-from togi.sample import FinishReason, Prompt, Rollout, Sampling, Score
+from togi.run.keep import DRIVER, newest_checkpoint
+from togi.run.plan import EpochPlan, StepPlan
+from togi.run.rl_rewards import EarlyRewards
+from togi.sample import FinishReason, Prompt, Rollout, Sample, Sampling, Score
 
 Decode = Callable[[Sequence[int]], str]
 COMMAND = "rl"
@@ -44,6 +42,41 @@ logger = logging.getLogger(__name__)
 UNLIMITED = 2**62
 # How many kinds of labels the reward is tried on at most.
 TRIALS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Pretraining:
+    """Supervised rows that are mixed into the actor's updates, so that it does not unlearn what they teach.
+
+    PPO-ptx of InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, equation 2): their language-model loss, times ``--ptx_coef``,
+    is added to the policy loss in every optimizer step. Which rows a step gets depends on seed and number of the step only;
+    there are as many epochs as the steps need.
+    """
+
+    examples: Examples
+    plan: EpochPlan
+
+    def batch(self, step: int) -> list[Sample]:
+        """The rows of optimizer step ``step``, counted from 0."""
+        return [sample for row in self.plan.rows_of(step) for sample in self.examples[row]]
+
+    def state(self, steps: int) -> dict[str, Any]:
+        """What a checkpoint holds after ``steps`` optimizer steps."""
+        return {"steps": steps, "batch": self.plan.batch, "fingerprint": self.examples.fingerprint()}
+
+    def steps_of(self, state: Mapping[str, Any] | None) -> int:
+        """The number of steps in a checkpoint's state. Raises CheckpointError when it was made with other rows or none."""
+        if state is None:
+            raise CheckpointError(
+                "The checkpoint was made without --pretrain_data: leave it out, or start anew without --load_checkpoint."
+            )
+        steps: int = state["steps"]
+        if state != self.state(steps):
+            raise CheckpointError(
+                "The checkpoint was made with other rows of --pretrain_data, or another number of them a step: go on with the "
+                "same ones, or start anew without --load_checkpoint."
+            )
+        return steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +111,24 @@ class Material:
         return SingleTurn(self.decode, sampling)
 
 
+@asynccontextmanager
 async def opening(
     config: RLConfig, function: Callable[..., Any] | None, progress: Progress, announce: Callable[[str], None]
-) -> Opening:
-    """Everything of a run that comes before its processes. Close the material's rewards at the end. Raises UserError."""
+) -> AsyncIterator[Opening]:
+    """Everything of a run that comes before its processes. The rewards end with the block. Raises UserError."""
     check_hooks(config)
-    material = await prepare(config, function, progress)
+    rewards = EarlyRewards(config, function)  # processes start now and import while the prompts are read
     try:
+        material = await prepare(config, rewards, progress)
         plan = StepPlan.of(config, len(material.prompts))
         best_aim(config, material)
         announce(plan.describe(config))
         if config.replay is not None:
             announce(check_replay(config, config.replay, material, plan))
-        return Opening(material, plan, find_checkpoint(config, material, progress))
-    except BaseException:
+        yield Opening(material, plan, find_checkpoint(config, material, progress))
+    finally:
         with way_out("closing the rewards"):
-            await material.rewards.close()
-        raise
+            await rewards.close()
 
 
 def check_hooks(config: RLConfig) -> None:
@@ -106,54 +140,48 @@ def check_hooks(config: RLConfig) -> None:
         check_policy_loss(config.policy_loss_type, *config.clip_range, clips=clips)
 
 
-async def prepare(config: RLConfig, function: Callable[..., Any] | None, progress: Progress) -> Material:
+async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -> Material:
     """Load tokenizer and prompts, and call reward functions and servers for real, on each kind of label."""
-    rewards = EarlyRewards(config, function)  # processes start now and import while the prompts are read
-    try:
-        with progress.phase("reading prompts", expected_seconds=8):
-            check_causal_lm(
-                config.pretrain,
-                flash_attn=config.flash_attn,
-                trust_remote_code=config.trust_remote_code,
-                lora=config.lora,
-                balanced=config.aux_loss_coef > 0,
-                asked=asked_context(config),
-                longest=config.context_length,
-            )
-            if config.generates and config.sends_adapter:
-                check_base_files(config.pretrain, "bfloat16" if config.bf16 else "float32", config.trust_remote_code)
-            tokenizer = load_tokenizer(
-                config.pretrain,
-                chat_template=config.tokenizer_chat_template,
-                trust_remote_code=config.trust_remote_code,
-            )
-            known = known_tokens(config.pretrain, config.trust_remote_code)
-            check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
-            prompts = load_prompts(spec(config, config.prompt_data, config.prompt_split, training=True), tokenizer)
-            reports = {"prompts": prompts.report}
-            held_out: Sequence[Prompt] = ()
-            if config.eval_dataset is not None:
-                loaded = load_prompts(spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer)
-                held_out, reports["eval_prompts"] = loaded, loaded.report
-            pretraining = None
-            if config.pretrain_data is not None:
-                pretraining = load_pretraining(config, config.pretrain_data, tokenizer)
-                reports["pretrain_data"] = pretraining.examples.report
-            check_rows(config, tokenizer, [*prompts, *held_out], pretraining)
-        rewards.connect_servers(config, partial(visible, tokenizer))
-        trial: Mapping[str, Sequence[Score]] = {}
-        if config.generates:
-            with progress.phase("trying the reward", expected_seconds=2):
-                size = min(2, config.n_samples_per_prompt)
-                groups = [[example(prompt)] * size for prompt in trial_prompts((*prompts, *held_out))]
-                trial = await rewards.check(groups)
-        stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
-        if notice := end_notice(tokenizer, config.pretrain, stops):
-            logger.warning("%s", notice)
-    except BaseException:
-        with way_out("closing the rewards"):
-            await rewards.close()
-        raise
+    with progress.phase("reading prompts", expected_seconds=8):
+        check_causal_lm(
+            config.pretrain,
+            flash_attn=config.flash_attn,
+            trust_remote_code=config.trust_remote_code,
+            lora=config.lora,
+            balanced=config.aux_loss_coef > 0,
+            asked=asked_context(config),
+            longest=config.context_length,
+        )
+        if config.generates and config.sends_adapter:
+            check_base_files(config.pretrain, "bfloat16" if config.bf16 else "float32", config.trust_remote_code)
+        tokenizer = load_tokenizer(
+            config.pretrain,
+            chat_template=config.tokenizer_chat_template,
+            trust_remote_code=config.trust_remote_code,
+        )
+        known = known_tokens(config.pretrain, config.trust_remote_code)
+        check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
+        prompts = load_prompts(spec(config, config.prompt_data, config.prompt_split, training=True), tokenizer)
+        reports = {"prompts": prompts.report}
+        held_out: Sequence[Prompt] = ()
+        if config.eval_dataset is not None:
+            loaded = load_prompts(spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer)
+            held_out, reports["eval_prompts"] = loaded, loaded.report
+        pretraining = None
+        if config.pretrain_data is not None:
+            pretraining = load_pretraining(config, config.pretrain_data, tokenizer)
+            reports["pretrain_data"] = pretraining.examples.report
+        check_rows(config, tokenizer, [*prompts, *held_out], pretraining)
+    rewards.connect_servers(config, partial(visible, tokenizer))
+    trial: Mapping[str, Sequence[Score]] = {}
+    if config.generates:
+        with progress.phase("trying the reward", expected_seconds=2):
+            size = min(2, config.n_samples_per_prompt)
+            groups = [[example(prompt)] * size for prompt in trial_prompts((*prompts, *held_out))]
+            trial = await rewards.check(groups)
+    stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
+    if notice := end_notice(tokenizer, config.pretrain, stops):
+        logger.warning("%s", notice)
     return Material(
         prompts,
         PromptLoader(prompts, seed=config.seed, episodes=config.num_episodes),
@@ -224,28 +252,6 @@ def example(prompt: Prompt) -> Rollout:
     return Rollout(prompt, "trial", (0,), (True,), (0.0,), "A trial answer: 42", FinishReason.STOP, 0)
 
 
-def open_run(parsed: Parsed[RLConfig], argv: Sequence[str], material: Material) -> RunDirectory:
-    """Make the run folder, or go on with it, and write configuration and data reports into it."""
-    config = parsed.config
-    root = Path(config.run_dir) if config.run_dir is not None else default_run_dir(COMMAND)
-    values = {name: Resolved(plain(value), parsed.sources[name]) for name, value in config.model_dump().items()}
-    opened = RunDirectory.resume if config.load_checkpoint else RunDirectory.create
-    directory = opened(root, COMMAND, argv, values)
-    try:
-        for name, report in material.reports.items():
-            report.write(root / "data" / name)
-    except BaseException as error:
-        end_run(directory, State.FAILED, cause(error))
-        raise
-    directory.write_status(State.RUNNING)
-    return directory
-
-
-def checkpoint_store(config: RLConfig) -> CheckpointStore:
-    """The checkpoints of this run."""
-    return CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
-
-
 def best_aim(config: RLConfig, material: Material) -> Aim | None:
     """What the best model is the best in; None where none is kept. Raises ConfigError for a metric that is not measured."""
     return rl_aim(config, sorted({prompt.datasource for prompt in material.held_out}))
@@ -259,15 +265,9 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
     if not config.load_checkpoint:
         return None
     with progress.phase("looking for a checkpoint", expected_seconds=5):
-        found = checkpoint_store(config).latest()
+        found = newest_checkpoint(config, DRIVER)
     if found is None:
-        logger.warning("--load_checkpoint: %s has no complete checkpoint, starting anew", config.ckpt_path)
         return None
-    if not found.state["resumable"]:
-        raise CheckpointError(
-            f"The checkpoint {found.path} was written with --disable_ds_ckpt and cannot be resumed: start without "
-            "--load_checkpoint, with --pretrain set to its folder hf."
-        )
     check_rank(found.path / Role.ACTOR, config.lora_rank)
     saved = found.state["rollout_batch_size"]
     if saved != config.rollout_batch_size:
@@ -302,8 +302,25 @@ def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPl
     return f"replay of {folder}: no engine runs and no reward is called"
 
 
-def plain(value: object) -> object:
-    """A setting as JSON knows it."""
-    if isinstance(value, Enum):
-        return value.value
-    return list(value) if isinstance(value, tuple) else value
+def load_pretraining(config: RLConfig, data: str, tokenizer: Tokenizer) -> Pretraining:
+    """Read ``--pretrain_data``: plain texts, of which every token is learned, or prompts and responses. Raises DataError."""
+    rows = RecordSpec(
+        dataset=data,
+        dataset_probs=config.pretrain_data_probs,
+        split=config.pretrain_split,
+        max_samples=config.pretrain_max_samples,
+        max_len=config.pretrain_max_len or config.prompt_max_len + config.generate_max_len,
+        input_key=config.pretrain_input_key,
+        output_key=config.pretrain_output_key,
+        input_template=config.input_template,
+        apply_chat_template=config.apply_chat_template and config.pretrain_output_key is not None,
+        pretrain_mode=config.pretrain_output_key is None,
+        seed=config.seed,
+        max_bad_rows=config.max_bad_rows,
+    )
+    try:
+        examples = load_sft(rows, tokenizer)
+    except DataError as error:
+        raise DataError(f"--pretrain_data: {error}") from None
+    # ``rows_of`` goes on after the last epoch of a plan, in new orders.
+    return Pretraining(examples, EpochPlan(len(examples), config.pretrain_rows, epochs=1, seed=config.seed))

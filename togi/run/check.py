@@ -13,29 +13,16 @@ from togi.config.rl import RLConfig
 from togi.data.chat import Tokenizer, load_tokenizer
 from togi.errors import UserError
 from togi.obs.progress import Progress
-from togi.obs.way_out import way_out
 from togi.parallel.process import World
 from togi.plan.machine import joins_cluster, this_machine
 from togi.plan.placement import IN_PROCESS, arithmetic, plan_groups
-from togi.recipes import check_text, offline, rl_setup
 from togi.recipes.disk import check_room, offline_writing, rl_writing, size_of
-from togi.recipes.learn_signs import Sign, Verdict, prompt_signs, setting_signs
-from togi.recipes.offline_journal import Journal
 from togi.recipes.preflight import model_settings
-from togi.recipes.rl_setup import Material, Opening
+from togi.run import check_text, offline, rl_setup
+from togi.run.rl_setup import Material, Opening
+from togi.run.signs import Sign, Verdict, prompt_signs, setting_signs
 
 Say = Callable[[str], None]
-
-
-class Speaking(Journal):
-    """Says what a run would say and writes nothing."""
-
-    def __init__(self, progress: Progress, say: Say) -> None:
-        super().__init__(progress)
-        self._say = say
-
-    def announce(self, line: str) -> None:
-        self._say(line)
 
 
 def look_at_offline(parsed: Parsed[OfflineConfig], command: str, say: Say) -> None:
@@ -43,7 +30,7 @@ def look_at_offline(parsed: Parsed[OfflineConfig], command: str, say: Say) -> No
     config, sizes = parsed.config, size_of(parsed.config)
     _say_all(check_text.settings(parsed), say)
     with Progress() as progress:
-        opened = offline.opening(config, command, World.solo(), Speaking(progress, say))
+        opened = offline.opening(config, command, World.solo(), progress, say)
     say(check_text.model("pretrain", config.pretrain, sizes(config.pretrain, isinstance(config, RMConfig))))
     say(_lengths(f"--max_len {config.max_len}", config.pretrain))
     say(check_text.tokenizer(opened.data.tokenizer, opened.data.stop_token_ids))
@@ -72,8 +59,7 @@ def look_at_rl(parsed: Parsed[RLConfig], sample_groups: int, say: Say) -> None:
 
 
 async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, say: Say) -> None:
-    opened = await rl_setup.opening(config, None, progress, say)
-    try:
+    async with rl_setup.opening(config, None, progress, say) as opened:
         tokenizer = load_tokenizer(
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
         )
@@ -81,9 +67,6 @@ async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, 
         signs = [*setting_signs(config, opened.plan), *prompt_signs(config, opened.material, tokenizer)]
         if sample_groups > 0:
             signs += await _sampled(config, opened.material, tokenizer, sample_groups, progress, say)
-    finally:
-        with way_out("closing the rewards"):
-            await opened.material.rewards.close()
     conclude(signs, say)
 
 
@@ -113,10 +96,9 @@ async def _sampled(
 ) -> Sequence[Sign]:
     """Signs of a few groups that the model to train has answered."""
     from togi.model.hub import local_folder
-    from togi.recipes.answer_signs import answer_signs, template_signs
-    from togi.recipes.learn_signs import reward_signs
-    from togi.recipes.trial import sample
     from togi.rollout.stops import end_token_ids
+    from togi.run.signs import answer_signs, reward_signs, template_signs
+    from togi.run.trial import sample
 
     found = await sample(config, material, groups, progress)
     _say_all(check_text.samples(found), say)

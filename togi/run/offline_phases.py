@@ -1,10 +1,9 @@
-"""The state of an offline run between its phases. Each method is one line of the recipe (``togi.recipes.offline.train``)."""
+"""The phases of a run on fixed data and its state between them. Each is one line of the loop (``togi.run.offline.train``)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import numpy as np
 from togi.config.offline import OfflineConfig
 from togi.data.packing import PackStats, pack_stats
 from togi.data.records import Examples
-from togi.learn.checkpoint import HF_FOLDER, Best, BestStore, Checkpoint, CheckpointStore, better
-from togi.learn.learner import UpdateReport
+from togi.learn.checkpoint import HF_FOLDER, Checkpoint
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
 from togi.learn.scorer import Measured, conclude, measure
 from togi.model.checkpoint import save_trained, written_aside
@@ -22,13 +20,15 @@ from togi.model.compiled_layers import clock
 from togi.model.loading import dtype_of
 from togi.model.policy import ScalarModel
 from togi.obs import names
+from togi.obs.way_out import way_out
 from togi.parallel.process import World
 from togi.recipes.best_metric import offline_aim
 from togi.recipes.held_out import Judged, ends, judge, worst_and_best
 from togi.recipes.offline_data import Data, Task
-from togi.recipes.offline_journal import Journal
-from togi.recipes.offline_plan import EpochPlan
-from togi.recipes.offline_setup import Models, identity
+from togi.recipes.offline_setup import Models
+from togi.run.journal import Journal
+from togi.run.keep import Keep, every
+from togi.run.plan import EpochPlan
 from togi.sample import Sample
 
 SMALLEST_STD = 1e-8
@@ -42,51 +42,59 @@ class Evaluation:
     loss: float
     metrics: Mapping[str, float]
 
+    @property
+    def values(self) -> dict[str, float]:
+        """By the names in the logs."""
+        return {f"eval/{name}": value for name, value in self.metrics.items()} | {names.EVAL_LOSS: self.loss}
+
 
 class OfflineRun:
-    """``step`` optimizer steps have been done. Every method is called by all ranks together."""
+    """``step`` optimizer steps have been done. Every method is called by all ranks together.
+
+    A phase returns what it measured, by metric name.
+    """
 
     def __init__(
         self,
         config: OfflineConfig,
         command: str,
         task: Task,
-        data: Data,
         plan: EpochPlan,
         models: Models,
         world: World,
         journal: Journal,
     ) -> None:
-        self.config, self.plan, self.data = config, plan, data
-        self._command, self._task, self._models, self._world, self._journal = command, task, models, world, journal
+        self.config, self.plan, self.data = config, plan, models.data
+        self._task, self._models, self._world, self._journal = task, models, world, journal
         self.step = 0
-        self._identity = identity(config, command, data)
+        self._identity = identity(config, command, models.data)
         self._tokens_seen = 0.0
-        self._values: dict[str, float] = {}
-        self._store = CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
-        self._aim, self._bests = offline_aim(config), BestStore(Path(config.ckpt_path))
-        self._best: Best | None = None
+        self._keep = Keep(config, offline_aim(config), world, journal)
+
+    def close(self) -> None:
+        """Stop what runs beside the training."""
+        with way_out("ending what runs beside the training"):
+            for student in self._models.students:
+                student.close()
 
     def resume(self, found: Checkpoint | None) -> None:
-        """Go on from a checkpoint: weights, moments, random generators; the step alone says which rows come next."""
-        if found is None:
-            return
-        with self._journal.progress.phase(f"loading checkpoint of step {found.step}", expected_seconds=10):
-            load_learner(self._models.learner, found.path, self._identity)
-        self.step, self._tokens_seen = found.step, found.state["tokens_seen"]
-        if self._aim is not None:
-            best = self._bests.resumed(self._aim, found.state.get("best")) if self._world.is_first else None
-            self._best = self._world.gather("best evaluation", best)[0]
+        """Resume from a checkpoint: weights, moments, random generators; the step alone says which rows come next."""
+        if found is not None:
+            with self._journal.progress.phase(f"loading checkpoint of step {found.step}", expected_seconds=10):
+                load_learner(self._models.learner, found.path, self._identity)
+            self.step, self._tokens_seen = found.step, found.state["tokens_seen"]
+            self._keep.resume(found)
+        self._journal.progress.start_steps(self.plan.steps, done=self.step)
 
-    def next_samples(self) -> list[Sample]:
+    def next_samples(self) -> tuple[list[Sample], dict[str, float]]:
         """The rows of this optimizer step as samples, the same on every rank; some answered by the student if so asked."""
-        samples = self._samples(self.data.train, self.plan.rows_of(self.step))
+        samples, measured = self._samples(self.data.train, self.plan.rows_of(self.step)), dict[str, float]()
         for student in self._models.students:
             self._journal.beat()
             with self._journal.progress.phase("generating"):
                 samples, metrics = student.answer(samples, self.step)
-            self._values |= metrics
-        return samples
+            measured |= metrics
+        return samples, measured
 
     def prepare(self, samples: Sequence[Sample]) -> list[Sample]:
         """This rank's share, with what the loss needs of other models."""
@@ -94,7 +102,7 @@ class OfflineRun:
         with self._journal.progress.phase("preparing"):
             return self._models.prepare(samples, seed=self._seed(self.step))
 
-    def update(self, samples: Sequence[Sample]) -> UpdateReport:
+    def update(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One optimizer step."""
         start = time.perf_counter()
         with self._journal.progress.phase("training"):
@@ -104,7 +112,8 @@ class OfflineRun:
             tokens, unshared = self._world.sum_shares("tokens", [stats.tokens, stats.unshared_tokens])
         self.step += 1
         self._tokens_seen += unshared
-        self._values |= {
+        compiling = {names.COMPILE_SECONDS: clock.take_seconds()} if self.config.torch_compile else {}
+        return compiling | {
             **report.metrics,
             names.GRAD_NORM: report.grad_norm,
             names.LEARNING_RATE: report.learning_rate,
@@ -115,21 +124,16 @@ class OfflineRun:
             names.RANK_IMBALANCE: report.load.imbalance,
             names.THROUGHPUT_TRAIN: unshared / (time.perf_counter() - start),
         }
-        if self.config.torch_compile:
-            self._values[names.COMPILE_SECONDS] = clock.take_seconds()
-        return report
 
     @property
     def evaluation_is_due(self) -> bool:
         """Every ``--eval_steps`` steps and at the end of each epoch."""
-        due = self.config.eval_steps > 0 and self.step % self.config.eval_steps == 0
-        return bool(self.data.held_out) and (due or self.step % self.plan.steps_per_epoch == 0)
+        due = every(self.config.eval_steps, self.step) or every(self.plan.steps_per_epoch, self.step)
+        return bool(self.data.held_out) and due
 
-    def evaluate(self) -> list[Evaluation]:
-        """Loss and metrics over all rows of the held-out set: one, or none without a set."""
-        return [self._evaluate(examples) for examples in self.data.held_out]
-
-    def _evaluate(self, examples: Examples) -> Evaluation:
+    def evaluate(self) -> Evaluation:
+        """Loss and metrics over all rows of the held-out set. The weights are kept if they are the best so far."""
+        (examples,) = self.data.held_out
         objective, parts, rows = self._models.learner.objective, list[Measured](), list[Judged]()
         with self._journal.progress.phase("evaluating"):
             for samples in self._in_parts(examples):
@@ -141,54 +145,29 @@ class OfflineRun:
                 self._journal.beat()
             rows = [row for share in self._world.gather_shares("held-out rows", ends(rows)) for row in share]
             loss, metrics = conclude(objective, self._world, Measured.merged(parts))
-        values = {f"eval/{name}": value for name, value in metrics.items()} | {names.EVAL_LOSS: loss}
-        self._values |= values
         if self._world.is_first:
             shown = worst_and_best(self.config, rows, examples, self.data.tokenizer)
             self._journal.write_rows(self.step, shown)
-        self._keep_if_best(values)
-        if self.step == 0:
-            self._journal.write(0, values, "")
-            self._values = {}
-        else:
+        evaluation = Evaluation(self.step, loss, metrics)
+        if self._keep.is_best(evaluation.values):
+            with self._keep.best(self.step, evaluation.values) as folder:
+                self._write_model(folder)
+        if self.step > 0:
             self._models.learner.schedule.observe(loss)
-        return Evaluation(self.step, loss, metrics)
+        return evaluation
 
-    def _keep_if_best(self, values: Mapping[str, float]) -> None:
-        """Write the model beside the checkpoints if no evaluation before was as good."""
-        aim, bests = self._aim, self._bests
-        if aim is None or not better(aim, values[aim.metric], self._best):
-            return
-        self._best = Best(aim, values[aim.metric], self.step)
-        with self._journal.progress.phase("writing the best model"), ExitStack() as stack:
-            folder = stack.enter_context(bests.write(self._best)) if self._world.is_first else bests.folder
-            self._write_model(folder)
-        self._journal.announce(
-            f"best so far: {aim.metric} {self._best.value:.5g} at step {self.step}, in {bests.folder}"
-        )
-
-    def log(self) -> None:
-        """Metrics, every step."""
-        self._journal.write(self.step, self._values, f"loss {self._values.get(names.LOSS, np.nan):.4f}")
-        self._values = {}
+    def log(self, values: Mapping[str, float]) -> None:
+        """Metrics, every step; step 0 is an evaluation before training."""
+        self._journal.write(self.step, values, f"loss {values.get(names.LOSS, np.nan):.4f}")
 
     def checkpoint_if_due(self) -> None:
         """A resumable checkpoint and, if asked for, a model folder inside it. The first rank writes."""
-        config, world = self.config, self._world
-        if config.save_steps <= 0 or self.step % config.save_steps != 0:
+        config = self.config
+        if not self._keep.checkpoint_is_due(self.step):
             return
-        resumable = not config.disable_ds_ckpt
-        state = {
-            "resumable": resumable,
-            "identity": self._identity,
-            "tokens_seen": self._tokens_seen,
-            "best": self._best.to_json() if self._best is not None else None,
-        }
-        size = expected_bytes(self._models.learner) if resumable else 0
-        with self._journal.progress.phase("writing a checkpoint"), ExitStack() as stack:
-            folder = stack.enter_context(self._store.write(self.step, state, size)) if world.is_first else Path()
-            folder = world.gather("checkpoint folder", folder)[0]
-            if resumable:
+        state = {"identity": self._identity, "tokens_seen": self._tokens_seen}
+        with self._keep.checkpoint(self.step, state, expected_bytes(self._models.learner)) as folder:
+            if not config.disable_ds_ckpt:
                 save_learner(self._models.learner, folder, self._identity)
             if config.save_hf_ckpt:
                 self._write_model(folder / HF_FOLDER)
@@ -203,11 +182,6 @@ class OfflineRun:
             else:
                 self._write_model(target)  # takes part in gathering, writes nothing
             self._world.barrier("model in place")
-
-    def close(self) -> None:
-        """Stop what runs beside the training."""
-        for student in self._models.students:
-            student.close()
 
     def _write_model(self, folder: Path) -> None:
         model, dtype = self._models.model, dtype_of(self.config.bf16)
@@ -244,3 +218,15 @@ class OfflineRun:
     @staticmethod
     def _samples(examples: Examples, rows: Sequence[int]) -> list[Sample]:
         return [sample for row in rows for sample in examples[row]]
+
+
+def identity(config: OfflineConfig, command: str, data: Data) -> dict[str, str]:
+    """What must be the same for a resumed run to see every row exactly as often as an uninterrupted one."""
+    same = {
+        "command": f"togi {command}",
+        "--dataset": data.train.fingerprint(),
+        "--seed": str(config.seed),
+        "--train_batch_size": str(config.train_batch_size),
+    }
+    # What such a schedule has seen is in the checkpoint; the others need only the step.
+    return same | ({"--lr_scheduler": config.lr_scheduler.value} if config.lr_scheduler.follows_a_loss else {})

@@ -1,0 +1,215 @@
+"""Best-of-n loops in one screen: rejection sampling, iterative DPO, conditional SFT. See ``run`` for the order of things.
+
+A round generates outputs with the newest model, scores them, selects what to learn and trains. Each step is a command of its
+own in a process of its own (``iterate_steps``), so that its memory is free before the next begins, and is done once
+(``IterateState``), so that a stopped iteration resumes where it was. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from togi.config.choices import IterateMethod
+from togi.config.iterate import IterateConfig
+from togi.config.iterate_checks import check_iterate
+from togi.config.model_facts import check_length
+from togi.config.offline import DPOConfig, OfflineConfig, SFTConfig
+from togi.config.offline_checks import check_offline
+from togi.config.parse import Parsed, parse
+from togi.data.items import parse_items
+from togi.data.precheck import parse_probs
+from togi.data.reward_text import asked_reward
+from togi.errors import CheckpointError
+from togi.obs.run_dir import write_atomically
+from togi.plan.machine import this_machine
+from togi.plan.precision import usable_precision
+from togi.recipes.preflight import (
+    check_engine,
+    check_model,
+    check_reward_file,
+    check_sets,
+    check_writable,
+    model_settings,
+)
+from togi.run.iterate_steps import Facts, Launch, Steps, subprocess_step
+
+# Settings that may change while an iteration goes on: how long it is, and how its steps are run.
+FREE = frozenset({"rounds", "run_dir", "save_steps", "reward_workers", "reward_timeout", "max_num_seqs"})
+STATE = "iterate.json"
+SUMMARY = "summary.json"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Where a finished iteration left what. ``rounds``: the facts of each, round 0 being the start."""
+
+    model: Path
+    summary: Path
+    rounds: tuple[Mapping[str, object], ...]
+
+
+def start_iterate(
+    parsed: Parsed[IterateConfig],
+    *,
+    announce: Callable[[str], None] = logger.info,
+    launch: Launch = subprocess_step,
+) -> Result:
+    """Check, then run all rounds. ``launch`` runs one command of a step. Raises UserError for the user's mistakes."""
+    check(parsed)
+    ready, notice = usable_precision(parsed, this_machine())
+    if notice:
+        announce(notice)
+    return run(ready.config, announce, launch)
+
+
+def check(parsed: Parsed[IterateConfig]) -> None:
+    """Raise the first UserError. No model is loaded, and of the data only its head is read."""
+    check_iterate(parsed)
+    config = parsed.config
+    check_engine(config.rollout_engine)
+    check_model("pretrain", config.pretrain)
+    if config.reward_pretrain is not None:
+        check_model("reward_pretrain", config.reward_pretrain)
+    check_lengths(config)
+    if config.method is IterateMethod.CSFT:
+        asked_reward(config.csft_prompt, config.reward_template)
+    keys = {"input_key": config.input_key} | ({"label_key": config.label_key} if config.label_key is not None else {})
+    check_sets("prompt_data", config.prompt_data, keys, config.prompt_split)
+    if config.prompt_data_probs is not None:
+        parse_probs(config.prompt_data_probs, len(parse_items(config.prompt_data)), "--prompt_data_probs")
+    if config.eval_dataset is not None:
+        check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
+    if config.reward_file is not None:
+        check_reward_file(Path(config.reward_file))
+    check_writable("run_dir", Path(config.run_dir))
+    check_training(config)
+
+
+def check_lengths(config: IterateConfig) -> None:
+    """What is generated and what is trained on fits the model's positions."""
+    for length, asked in (
+        (config.context_length, f"--prompt_max_len {config.prompt_max_len} + --max_new_tokens {config.max_new_tokens}"),
+        (config.max_len, f"--max_len {config.max_len}"),
+    ):
+        check_length(asked, length, config.pretrain, model_settings(config.pretrain))
+
+
+def check_training(config: IterateConfig) -> None:
+    """The command that every round trains with is sound."""
+    command, argv = Steps(config, Path(config.run_dir), subprocess_step).training_command(1, config.pretrain)
+    config_class: type[OfflineConfig] = DPOConfig if config.method is IterateMethod.DPO else SFTConfig
+    check_offline(parse(config_class, argv, command))
+
+
+def run(config: IterateConfig, announce: Callable[[str], None], launch: Launch) -> Result:
+    """All rounds that are not done yet. Settings come checked from ``iterate_start``."""
+    root = Path(config.run_dir)
+    steps = Steps(config, root, launch)
+    state = IterateState(root, identity(config))
+    if (done := state.open()) > 0:
+        announce(f"going on in {root}: {done} steps are done")
+    steps.try_reward()
+    rounds: list[Facts] = []
+    model = config.pretrain
+    if config.eval_dataset is not None:
+        rounds.append({"round": 0, **state.once(0, "evaluate", lambda: steps.evaluate(0, config.pretrain))})
+        announce(describe(rounds[-1]))
+    for number in range(1, config.rounds + 1):
+        model, facts = one_round(number, model, config, steps, state)
+        rounds.append(facts)
+        state.summarize(rounds)
+        announce(describe(facts))
+    return Result(Path(model), state.summarize(rounds), tuple(rounds))
+
+
+def one_round(number: int, model: str, config: IterateConfig, steps: Steps, state: IterateState) -> tuple[str, Facts]:
+    """Generate, score, select, train, evaluate: the new model and what came of it."""
+    facts: Facts = {"round": number}
+    facts |= state.once(number, "generate", lambda: steps.generate(number, model))
+    facts |= state.once(number, "score", lambda: steps.score(number))
+    facts |= state.once(number, "select", lambda: steps.select(number))
+    facts |= state.once(number, "train", lambda: steps.train(number, model))
+    new = str(steps.model(number))
+    if config.eval_dataset is not None:
+        facts |= state.once(number, "evaluate", lambda: steps.evaluate(number, new))
+    return new, facts
+
+
+def identity(config: IterateConfig) -> dict[str, str]:
+    """Every setting that the results depend on, and what the reward function says by now."""
+    settings = {f"--{name}": str(value) for name, value in config.model_dump(mode="json").items() if name not in FREE}
+    if config.reward_file is None:
+        return settings
+    code = hashlib.blake2b(Path(config.reward_file).read_bytes(), digest_size=16).hexdigest()
+    return settings | {"the content of --reward_func": code}
+
+
+def describe(facts: Facts) -> str:
+    """A round in one line."""
+    parts = []
+    if "selected" in facts:
+        parts.append(f"reward of outputs {facts['reward']:.4f}; {facts['selected']}")
+    if "eval_reward" in facts:
+        error = facts["eval_stderr"]
+        spread = "" if error is None else f" +- {error:.4f} (standard error)"
+        parts.append(f"held-out reward {facts['eval_reward']:.4f}{spread}")
+    return f"round {facts['round']}: " + "; ".join(parts)
+
+
+class IterateState:
+    """``identity``: settings by flag, as text, that every step depends on."""
+
+    def __init__(self, root: Path, identity: Mapping[str, str]) -> None:
+        self.root = root
+        self._identity = dict(identity)
+        self._done: dict[str, Facts] = {}
+
+    def open(self) -> int:
+        """Make the folder, or read what was done there: the number of finished steps.
+
+        Raises CheckpointError if it was done with other settings.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        file = self.root / STATE
+        if not file.is_file():
+            if any(self.root.iterdir()):
+                raise CheckpointError(
+                    f"--run_dir {self.root} is not empty and holds no iteration: choose another folder."
+                )
+            self._write()
+            return 0
+        record = json.loads(file.read_text(encoding="utf-8"))
+        before = record["identity"]
+        different = [name for name in {**before, **self._identity} if before.get(name) != self._identity.get(name)]
+        if different:
+            changes = "; ".join(f"{name} was {before.get(name)}, is {self._identity.get(name)}" for name in different)
+            raise CheckpointError(
+                f"--run_dir {self.root} holds an iteration with other settings ({changes}): go on with the same, or choose "
+                "another folder."
+            )
+        self._done = record["done"]
+        return len(self._done)
+
+    def once(self, round_number: int, step: str, work: Callable[[], Facts]) -> Facts:
+        """The facts of a step: those of the past, or of ``work`` done now."""
+        name = f"round {round_number}: {step}"
+        if name not in self._done:
+            self._done[name] = work()
+            self._write()
+        return self._done[name]
+
+    def summarize(self, rounds: list[Facts]) -> Path:
+        """Write what every round came to, for people and programs."""
+        path = self.root / SUMMARY
+        write_atomically(path, json.dumps({"rounds": rounds}, indent=2, ensure_ascii=False) + "\n")
+        return path
+
+    def _write(self) -> None:
+        record = {"identity": self._identity, "done": self._done}
+        write_atomically(self.root / STATE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

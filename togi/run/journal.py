@@ -1,0 +1,123 @@
+"""What a run tells the world: its folder, metrics, trackers, progress, the report. RL and fixed data have the same one.
+
+Of several ranks only the first one speaks; the others have a ``Journal`` that keeps time and says nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from togi.config.parse import Parsed
+from togi.config.shared import OutputSettings
+from togi.data.report import DataReport
+from togi.learn.checkpoint import Checkpoint
+from togi.obs.metrics import StepRecord
+from togi.obs.progress import Progress, Watchdog
+from togi.obs.report import cause, end_run, write_report
+from togi.obs.run_dir import HeldOutRow, Resolved, RunDirectory, State, default_run_dir, write_held_out
+from togi.obs.sinks import Recorder, open_trackers
+from togi.obs.way_out import tolerated
+from togi.recipes.preflight import trackers
+
+STALL_SECONDS = 1800.0
+REPORT_SECONDS = 60.0
+Config = TypeVar("Config", bound=OutputSettings)
+
+
+class Journal:
+    """The silent one."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.root = Path()
+
+    def announce(self, line: str) -> None:
+        """One line for the user."""
+
+    def beat(self) -> None:
+        """Something is still happening."""
+
+    def write(self, step: int, values: Mapping[str, float], note: str = "") -> None:
+        """The metrics of a step, and now and then the report. Step 0 is before training."""
+
+    def write_rows(self, step: int, rows: Sequence[HeldOutRow]) -> None:
+        """Held-out rows worth a look, of the evaluation after ``step``."""
+
+
+class RunJournal(Journal):
+    """The one that writes into the folder of a run. ``open_journal`` makes it."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        recorder: Recorder,
+        watchdog: Watchdog,
+        progress: Progress,
+        announce: Callable[[str], None],
+    ) -> None:
+        super().__init__(progress)
+        self.root, self.rollouts = directory.root, directory.rollouts
+        self._recorder, self._watchdog, self._announce = recorder, watchdog, announce
+        self._report_due = 0.0
+
+    def announce(self, line: str) -> None:
+        self._announce(line)
+
+    def beat(self) -> None:
+        self._watchdog.beat()
+
+    def write(self, step: int, values: Mapping[str, float], note: str = "") -> None:
+        self._recorder.write(StepRecord(step, values, self.progress.take_seconds()))
+        if step > 0:
+            self.progress.step(step, note)
+        if time.monotonic() > self._report_due:
+            with tolerated("writing the report page"):
+                write_report(self.root)
+            self._report_due = time.monotonic() + REPORT_SECONDS
+
+    def write_rows(self, step: int, rows: Sequence[HeldOutRow]) -> None:
+        write_held_out(self.root, step, rows)
+
+
+@contextmanager
+def open_journal(
+    parsed: Parsed[Config],
+    command: str,
+    argv: Sequence[str],
+    progress: Progress,
+    announce: Callable[[str], None],
+    reports: Mapping[str, DataReport],
+    found: Checkpoint | None,
+) -> Iterator[RunJournal]:
+    """Make the folder of a run, or wind it back to the checkpoint ``found`` and resume in it; at the end it says how it ended.
+
+    ``reports``: of the data sets, by the name of the folder that each goes to.
+    """
+    config = parsed.config
+    root = Path(config.run_dir) if config.run_dir is not None else default_run_dir(command)
+    settings = config.model_dump(mode="json")
+    resolved = {name: Resolved(value, parsed.sources[name]) for name, value in settings.items()}
+    opened = RunDirectory.resume if config.load_checkpoint else RunDirectory.create
+    directory = opened(root, command, argv, resolved)
+    # Without a checkpoint nothing of an earlier attempt counts, not even its evaluation before training.
+    last_step = found.step if found is not None else -1
+    files = ExitStack()
+    try:
+        for name, report in reports.items():
+            report.write(root / "data" / name)
+        if config.load_checkpoint:
+            directory.truncate_after(last_step)
+        sinks = open_trackers(trackers(config), directory.read_info().run_id, root, settings, last_step + 1)
+        recorder = Recorder(directory.metrics_path, sinks)
+        files.callback(recorder.close)
+        watchdog = files.enter_context(Watchdog(STALL_SECONDS, directory.stacks_path))
+        yield RunJournal(directory, recorder, watchdog, progress, announce)
+        files.close()
+    except BaseException as error:
+        end_run(directory, State.FAILED, cause(error), files.close)
+        raise
+    end_run(directory, State.FINISHED)

@@ -1,0 +1,158 @@
+"""Training on a fixed data set in one screen, for ``togi sft | rm | dpo | kto | prm | kd`` alike: see ``train``.
+
+One process, or several that a launcher started (``torchrun -m togi.cli.train_sft``); no Ray. What a command reads and
+which loss it has is its ``Task`` (``offline_data``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from togi.config.offline import KDConfig, OfflineConfig
+from togi.config.parse import Parsed
+from togi.errors import CheckpointError
+from togi.learn.checkpoint import Checkpoint
+from togi.learn.learner_state import check_rank
+from togi.obs.progress import Progress
+from togi.parallel.process import World
+from togi.recipes.offline_data import Data, Task, check_plan, load_data, task_of, uses_flash
+from togi.recipes.offline_generation import check_ranks
+from togi.recipes.offline_setup import load_models, offload_notice
+from togi.run.journal import Journal, open_journal
+from togi.run.keep import newest_checkpoint
+from togi.run.offline_phases import Evaluation, OfflineRun, identity
+from togi.run.plan import EpochPlan
+from togi.run.start import NO_CUDA_FOR_LIGER
+
+NOT_SET = "not one that follows a loss"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Where a finished run left what. ``evaluations`` are in the order of training. ``is_first``: of the rank that speaks."""
+
+    run_dir: Path
+    model: Path
+    steps: int
+    evaluations: tuple[Evaluation, ...]
+    is_first: bool
+
+    @property
+    def report(self) -> Path:
+        return self.run_dir / "report.html"
+
+
+@contextmanager
+def launched(local_rank: int) -> Iterator[World]:
+    """This process among those that a launcher started; only the first of them logs more than errors."""
+    world = World.from_environment(local_rank)
+    if not world.is_first:
+        logging.getLogger("togi").setLevel(logging.ERROR)
+    yield world
+    world.leave()  # not after an error, when others may still wait in a collective
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opening:
+    """What a run knows before it loads a model or makes a folder. ``found``: the checkpoint it resumes from."""
+
+    task: Task
+    data: Data
+    plan: EpochPlan
+    found: Checkpoint | None
+
+
+def run(
+    world: World,
+    parsed: Parsed[OfflineConfig],
+    command: str,
+    *,
+    argv: Sequence[str],
+    announce: Callable[[str], None],
+) -> Result:
+    """Train with settings that came through ``start.offline_door``, among processes that have met already."""
+    config, first = parsed.config, world.is_first
+    world = world.in_teams(config.ring_attn_size, config.ds_tensor_parallel_size)
+    with Progress(quiet=not first) as progress, ExitStack() as stack:
+        opened = opening(config, command, world, progress, announce if first else silent)
+        journal, data, found = Journal(progress), opened.data, opened.found
+        if first:
+            folder = open_journal(parsed, command, argv, progress, announce, data.reports, found)
+            journal = stack.enter_context(folder)
+        with progress.phase("loading models", expected_seconds=10):
+            models = load_models(config, opened.task, data, opened.plan, world, journal)
+        state = OfflineRun(config, command, opened.task, opened.plan, models, world, journal)
+        stack.callback(state.close)
+        evaluations = train(state, found)
+    return Result(journal.root, Path(config.save_path), opened.plan.steps, tuple(evaluations), first)
+
+
+def opening(
+    config: OfflineConfig, command: str, world: World, progress: Progress, announce: Callable[[str], None]
+) -> Opening:
+    """Everything of a run that comes before its models: what is said, its rows, its steps. Raises UserError."""
+    task = task_of(config)
+    if config.flash_attn and config.ring_attn_size > 1:
+        announce("--flash_attn: ring attention (--ring_attn_size) has kernels of its own, which are used instead")
+    elif config.flash_attn and not uses_flash(config, world):
+        announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
+    if config.use_liger_kernel and world.device.type != "cuda":
+        announce(NO_CUDA_FOR_LIGER)
+    if notice := offload_notice(config, task, world):
+        announce(notice)
+    if isinstance(config, KDConfig):
+        check_ranks(config, world)
+    if config.eval_steps > 0 and config.eval_dataset is None:
+        announce("--eval_steps: there is no --eval_dataset, so nothing is evaluated")
+    data = load_data(config, task, world, progress)
+    plan = EpochPlan(len(data.train), config.train_batch_size, config.max_epochs, config.seed)
+    check_plan(config, plan, data)
+    announce(plan.describe())
+    return Opening(task, data, plan, find_checkpoint(config, command, data, world))
+
+
+def silent(line: str) -> None:
+    """What the ranks other than the first say."""
+
+
+def train(run: OfflineRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
+    """The loop: a batch of rows, one optimizer step, and now and then an evaluation and a checkpoint.
+
+    ``metrics``: what each phase of a step has measured.
+    """
+    evaluations = list[Evaluation]()
+    run.resume(checkpoint)
+    if run.config.eval_at_start and run.step == 0 and run.data.held_out:
+        evaluations.append(run.evaluate())
+        run.log(evaluations[-1].values)
+    while run.step < run.plan.steps:
+        samples, metrics = run.next_samples()
+        metrics |= run.update(run.prepare(samples))
+        if run.evaluation_is_due:
+            evaluations.append(run.evaluate())
+            metrics |= evaluations[-1].values
+        run.log(metrics)
+        run.checkpoint_if_due()
+    run.save()
+    return evaluations
+
+
+def find_checkpoint(config: OfflineConfig, command: str, data: Data, world: World) -> Checkpoint | None:
+    """The checkpoint to resume from. Raises CheckpointError when it is another run's or holds no resumable state."""
+    found = newest_checkpoint(config, world) if config.load_checkpoint else None
+    if found is None:
+        return None
+    check_rank(found.path, config.lora_rank)
+    saved, now = found.state["identity"], identity(config, command, data)
+    if saved != now:
+        pairs = {name: (saved.get(name, NOT_SET), now.get(name, NOT_SET)) for name in {**now, **saved}}
+        different = "; ".join(f"{name} was {a}, is {b}" for name, (a, b) in pairs.items() if a != b)
+        raise CheckpointError(
+            f"The checkpoint {found.path} belongs to another run ({different}): resume with the same rows and settings, "
+            "or choose another --ckpt_path."
+        )
+    return found

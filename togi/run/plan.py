@@ -1,0 +1,102 @@
+"""How many steps a run has and what is in each: arithmetic that is shown before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from togi.config.rl import RLConfig
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """``rows`` are dealt in batches of ``batch`` (the last one of an epoch is smaller), ``epochs`` times.
+
+    Which rows make up which optimizer step is a pure function of the step, so that a resume needs the step only.
+    """
+
+    rows: int
+    batch: int
+    epochs: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """ceil(rows / batch)."""
+        return -(-self.rows // self.batch)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+    @property
+    def smallest_batch(self) -> int:
+        """Rows of the last batch of an epoch."""
+        return self.rows - (self.steps_per_epoch - 1) * self.batch
+
+    def rows_of(self, step: int) -> list[int]:
+        """The rows of step ``step``, counted from 0. Every epoch has its own seeded order of all rows."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = _order(self.seed, epoch, self.rows)
+        rows: list[int] = order[place * self.batch : (place + 1) * self.batch].tolist()
+        return rows
+
+    def rows_before(self, step: int) -> int:
+        """How many rows the steps before ``step`` had, over all epochs."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return epoch * self.rows + place * self.batch
+
+    def describe(self) -> str:
+        """The batch arithmetic in one line."""
+        rest = (
+            "" if self.smallest_batch == min(self.batch, self.rows) else f", the last of an epoch {self.smallest_batch}"
+        )
+        return (
+            f"{self.rows} rows in batches of {min(self.batch, self.rows)}{rest}: {self.steps_per_epoch} optimizer steps "
+            f"an epoch, {self.epochs} epochs, {self.steps} steps in all"
+        )
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
+    """The order of all rows in an epoch, kept as every step of it asks for a part."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """``prompts`` of each rollout of one episode; ``rollouts`` and ``updates`` of the whole run.
+
+    ``actor_updates`` are those of the actor, which may be frozen at first.
+    """
+
+    prompts: tuple[int, ...]
+    rollouts: int
+    updates: int
+    actor_updates: int
+
+    @classmethod
+    def of(cls, config: RLConfig, num_prompts: int) -> StepPlan:
+        """The last rollout of an episode takes the prompts that are left; none is dropped."""
+        full, rest = divmod(num_prompts, config.rollout_batch_size)
+        prompts = (config.rollout_batch_size,) * full + ((rest,) if rest > 0 else ())
+        every = prompts * config.num_episodes
+        used = every if config.max_steps < 0 else every[: config.max_steps]
+        per_update, samples = config.train_batch_size, config.n_samples_per_prompt
+        updates = [-(-count * samples // per_update) * config.max_epochs for count in used]
+        return cls(prompts, len(used), sum(updates), sum(updates[max(0, config.freezing_actor_steps) :]))
+
+    def describe(self, config: RLConfig) -> str:
+        """The batch arithmetic in one line. Filtering makes a rollout of more prompts, so that there are fewer of them."""
+        most = "at most " if config.dynamic_filtering else ""
+        frozen = f", {most}{self.actor_updates} of the actor" if self.actor_updates < self.updates else ""
+        return (
+            f"{self.prompts[0]} prompts x {config.n_samples_per_prompt} samples = "
+            f"{self.prompts[0] * config.n_samples_per_prompt} samples a rollout -> "
+            f"{-(-self.prompts[0] * config.n_samples_per_prompt // config.train_batch_size) * config.max_epochs} updates of up to "
+            f"{config.train_batch_size}; {most}{self.rollouts} rollouts, {most}{self.updates} updates in all{frozen}"
+        )
