@@ -9,7 +9,8 @@ processes, and compares each run with one plain process.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 
@@ -74,7 +75,18 @@ def refusal(combination: Combination) -> str | None:
     return None
 
 
-def covering(supported: list[dict[str, str]]) -> list[dict[str, str]]:
+@cache
+def verdicts() -> tuple[tuple[dict[str, str], str | None], ...]:
+    """Every combination and what the settings say against it. There are thousands, so this takes half a minute."""
+    return tuple((combination, refusal(combination)) for combination in everything())
+
+
+def supported() -> tuple[dict[str, str], ...]:
+    """All that the settings take."""
+    return tuple(combination for combination, reason in verdicts() if reason is None)
+
+
+def covering(supported: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """A selection that holds every pair of values that some supported combination holds, chosen greedily."""
     pairs = {id(c): set(combinations(c.items(), 2)) for c in supported}
     missing, chosen = set[tuple[tuple[str, str], ...]]().union(*pairs.values()), []
@@ -100,18 +112,17 @@ def boxes(chosen: Iterable[Combination]) -> list[dict[str, tuple[str, ...]]]:
 
 def page() -> str:
     """docs/parallelism.md."""
-    verdicts = [(c, refusal(c)) for c in everything()]
-    supported = [c for c, reason in verdicts if reason is None]
+    taken = supported()
     lines = [
         "# Which ways of computing a step go together",
         "",
         "    .venv/bin/python -m tests.combinations > docs/parallelism.md    # makes this page again",
         "",
-        f"The settings take {len(supported)} of {len(verdicts)} combinations and refuse the others, each with the sentence below,",
+        f"The settings take {len(taken)} of {len(verdicts())} combinations and refuse the others, each with the sentence below,",
         "before anything is loaded. Each works with any number of processes that the size of its ring or group divides, data",
         "parallel.",
         f"`{COVERED}`",
-        f"trains a selection of {len(covering(training(supported)))}, in which every pair of values that may go together on fixed",
+        f"trains a selection of {len(covering(training(taken)))}, in which every pair of values that may go together on fixed",
         "data does, on two processes, and compares losses, gradient norms and saved weights with one plain process;",
         "`TOGI_COMBINATIONS=all` before the test's command trains all of them. What else shows a value:",
         "",
@@ -121,13 +132,13 @@ def page() -> str:
         "",
         "## Supported",
         "",
-        *table(boxes(supported)),
+        *table(boxes(taken)),
         "",
         "## Refused",
         "",
     ]
     reasons: dict[str, list[dict[str, str]]] = {}
-    for combination, reason in verdicts:
+    for combination, reason in verdicts():
         if reason is not None:
             reasons.setdefault(reason, []).append(combination)
     for reason, refused in reasons.items():

@@ -27,6 +27,14 @@ from togi.sample import Sample
 
 CPU = torch.device("cpu")
 JOB_SECONDS = 900.0
+# What jobs import, which takes a process several seconds. None of it starts a thread, so that it may be forked.
+PRELOADED = [
+    "tests.learn_tools",
+    "tests.offline_world",
+    "togi.parallel.deepspeed",
+    "togi.model.adapters",
+    "togi.recipes.offline",
+]
 
 
 def policy(seed: int = 0, dtype: torch.dtype = torch.float32, arch: str = "llama") -> PolicyModel:
@@ -141,8 +149,12 @@ def partition_small_weights() -> None:
 
 
 def run_ranks(job: Callable[[World, Path], None], size: int, folder: Path) -> None:
-    """Run ``job`` on ``size`` gloo processes, each told where to leave its results."""
-    context = multiprocessing.get_context("spawn")
+    """Run ``job`` on ``size`` gloo processes, each told where to leave its results.
+
+    They are forked from one that only imports, and whose environment is that of the first call.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     store = open_store("127.0.0.1", JOB_SECONDS)
     meetings = [Rendezvous(rank, size, "127.0.0.1", store.port, JOB_SECONDS) for rank in range(size)]
     processes = [context.Process(target=_enter, args=(job, meeting, folder)) for meeting in meetings]

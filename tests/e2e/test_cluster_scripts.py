@@ -19,7 +19,7 @@ from tests.offline_world import DATA, ROOT, answer, train, values, write
 from tests.scripted_server import free_port
 from tests.tiny import save_tiny_model
 
-pytestmark = pytest.mark.busy
+pytestmark = [pytest.mark.busy, pytest.mark.large]
 
 BIN = Path(sys.executable).parent
 CLUSTER = ROOT / "examples" / "cluster"

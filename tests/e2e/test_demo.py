@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.busy
+pytestmark = [pytest.mark.busy, pytest.mark.large]
 
 ROOT = Path(__file__).parents[2]
 SMALL = "--max_steps 1 --rollout_batch_size 4 --train_batch_size 32 --eval_n_samples_per_prompt 1"

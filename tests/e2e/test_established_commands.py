@@ -66,7 +66,12 @@ def conversations(i: int) -> dict[str, Any]:
     return {key: [prompt, {"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected")}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+EVERY_TIME = ("sft", "dpo")  # each process imports everything, and what the others add has tests of its own
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.large) for name in COMMANDS]
+)
 def test_the_command_runs_as_it_is(data: Path, tmp_path: Path, command: str) -> None:
     places = {"DATA": str(data), "OUT": str(tmp_path), "TEMPLATE": "User: {}\nAssistant: "}
     flags = []

@@ -182,7 +182,10 @@ def test_the_large_script_in_small_numbers(world: Path, tmp_path: Path) -> None:
         assert row["reward"] == pytest.approx(score(world / "helpful", tokens(row)), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo", "reinforce"])
+@pytest.mark.parametrize(
+    "name",
+    ["grpo", pytest.param("ppo", marks=pytest.mark.large), pytest.param("reinforce", marks=pytest.mark.large)],
+)
 def test_hybrid_engines(world: Path, tmp_path: Path, name: str) -> None:
     """What slept is whole again: the trainer's log-probs are the engine's."""
     for row in train(world, f"rl_{name}_hybrid.sh", tmp_path / "run"):

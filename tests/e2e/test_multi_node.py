@@ -21,7 +21,7 @@ import pytest
 
 from tests.rl_world import GRPO, HF, ROOT, command, loads_in_a_plain_script, metrics
 
-pytestmark = pytest.mark.busy
+pytestmark = [pytest.mark.busy, pytest.mark.large]
 
 RAY = Path(sys.executable).with_name("ray")
 SECONDS = 120

@@ -154,8 +154,7 @@ def submit(place: Cluster, folder: Path, words: list[str], seconds: float) -> su
     )
 
 
-def test_the_hybrid_command_as_a_job(tmp_path: Path) -> None:
-    """Everything on two declared GPUs, with an engine of two processes; more than there is ends at once."""
+def test_a_job_that_asks_for_more_than_there_is_ends_at_once(tmp_path: Path) -> None:
     data = make_data(tmp_path)
     with cluster(gpus=2) as place:
         refused = submit(place, tmp_path, command(data, tmp_path, 4, 2), 120)
@@ -164,7 +163,13 @@ def test_the_hybrid_command_as_a_job(tmp_path: Path) -> None:
             "engine 2 x 2, actor, critic, ref, reward 4 = 4 GPUs but the cluster has 2"
             in refused.stdout + refused.stderr
         )
-        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.large
+def test_the_hybrid_command_as_a_job(tmp_path: Path) -> None:
+    """Everything on two declared GPUs, with an engine of two processes."""
+    data = make_data(tmp_path)
+    with cluster(gpus=2) as place:
         run_job(place, data, tmp_path, 2, 1)
 
 

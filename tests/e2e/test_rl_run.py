@@ -176,25 +176,33 @@ def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -
     assert not alive, [child.cmdline() for child in alive]
 
 
-def test_two_workers_equal_one(world: Path, tmp_path: Path) -> None:
-    """With a seed for every sample the rollouts are the same, so losses and weights must be too.
+SEEDED = [*GRPO, *HF, "--max_steps", "2", "--full_determinism", "--train_batch_size", "8"]
 
-    Also on DeepSpeed, in a ring, and where two split the weights of each layer.
-    """
-    common = [*GRPO, *HF, "--max_steps", "2", "--full_determinism", "--train_batch_size", "8"]
-    runs = {}
-    two = ["--actor_num_gpus_per_node", "2", "--vllm_num_engines", "2"]
-    deepspeed = [*two, "--backend", "deepspeed", "--zero_stage", "3"]
-    teams = {"ring": [*two, "--ring_attn_size", "2"], "split": [*two, "--ds_tensor_parallel_size", "2"]}
-    for name, flags in {"one": [], "two": two, "deepspeed": deepspeed, **teams}.items():
-        train(world, tmp_path / name, *common, *flags)
-        runs[name] = metrics(tmp_path / name)
-    for other in ("two", "deepspeed", *teams):
-        for one, two in zip(runs["one"], runs[other], strict=True):
-            for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy"):
-                assert one["values"][name] == pytest.approx(two["values"][name], rel=2e-4, abs=1e-6), (other, name)
-        models = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", other))
-        assert max_difference(*models) < 1e-4
+
+@pytest.fixture(scope="module")
+def one_worker(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("one_worker") / "run"
+    train(world, run, *SEEDED)
+    return run
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "",
+        "--ds_tensor_parallel_size 2",
+        pytest.param("--ring_attn_size 2", marks=pytest.mark.large),
+        pytest.param("--backend deepspeed --zero_stage 3", marks=pytest.mark.large),
+    ],
+)
+def test_two_workers_equal_one(world: Path, tmp_path: Path, one_worker: Path, way: str) -> None:
+    """With a seed for every sample the rollouts are the same, so losses and weights must be too."""
+    train(world, tmp_path, *SEEDED, "--actor_num_gpus_per_node", "2", "--vllm_num_engines", "2", *way.split())
+    for one, two in zip(metrics(one_worker), metrics(tmp_path), strict=True):
+        for name in ("reward/mean", "policy/loss", "policy/grad_norm", "entropy"):
+            assert one["values"][name] == pytest.approx(two["values"][name], rel=2e-4, abs=1e-6), name
+    models = (load_file(run / "model" / "model.safetensors") for run in (one_worker, tmp_path))
+    assert max_difference(*models) < 1e-4
 
 
 def test_a_killed_run_goes_on_and_trains_every_prompt_once(world: Path, tmp_path: Path) -> None:

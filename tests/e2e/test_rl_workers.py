@@ -10,6 +10,8 @@ import pytest
 
 from tests.rl_world import metrics, train
 
+pytestmark = pytest.mark.large
+
 STEPS, SAMPLES = 6, 32
 # The share of characters with an even code: about 0.3 at first, and quickly learnt.
 REWARD = """
@@ -54,9 +56,9 @@ def task(folder: Path) -> list[str]:
     "where",
     [
         "--backend deepspeed --colocate_all_models",
-        pytest.param("--backend deepspeed", marks=pytest.mark.large),
-        pytest.param("--backend fsdp2 --colocate_all_models", marks=pytest.mark.large),
-        pytest.param("--backend fsdp2", marks=pytest.mark.large),
+        "--backend deepspeed",
+        "--backend fsdp2 --colocate_all_models",
+        "--backend fsdp2",
     ],
 )
 def test_the_reward_of_two_workers_is_that_of_one_within_sampling_noise(

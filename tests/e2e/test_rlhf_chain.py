@@ -43,6 +43,7 @@ def run(folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.busy
+@pytest.mark.large
 def test_the_chain_trains_every_model_and_compares_them(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     done = run(tmp_path, EVAL_MODELS="sft rs")

@@ -33,28 +33,40 @@ ADAPTED_DEEPSPEED = {"dpo": "3", "rm": "2"}
 
 
 def run_all(world: World, folder: Path) -> None:
-    """``folder`` is that of ``make_world``; the runs are left in its folders ``two`` and, with ZeRO stage 3, ``three``.
+    """``folder`` is that of ``make_world``; the runs are left in its folders.
 
-    ``parts`` are those that split the weights of each layer, ``ring`` those of a ring; ``ring_lora``, ``ring_experts``, ... are
-    like ``lora``, ``experts``, ... in a ring. ``lora``
-    trains adapters, ``experts`` mixtures of experts, ``ahead`` scores with a sharded reference before training, ``own``
-    generates; ``deepspeed`` and ``lora_deepspeed`` train with the other backend. ``whole`` and ``part`` are one run, the second
-    resumed from the checkpoint of the first in the middle of an epoch.
+    ``two`` are two ranks, ``ring`` those of a ring, ``parts`` those that split the weights of each layer. ``whole`` and ``part``
+    are one run, the second resumed from the checkpoint of the first in the middle of an epoch.
     """
     partition_small_weights()
     for command in CONFIGS:
         run_one(world, folder, command, "two")
+        run_one(world, folder, command, "ring", "--ring_attn_size", "2")
+    for command, stage in SPLIT.items():
+        run_one(world, folder, command, "parts", "--ds_tensor_parallel_size", "2", "--zero_stage", stage)
+    epochs = ("--max_epochs", "2", "--lr_scheduler", "linear", "--save_steps", "1")
+    for command, more in (("dpo", ()), ("rm", (*LORA, "--lora_dropout", "0.2"))):
+        run_one(world, folder, command, "whole", *epochs, *more)
+        if world.is_first:
+            step = f"checkpoints/step_{RESUMED_AFTER:08d}"
+            shutil.copytree(folder / "whole" / command / step, folder / "part" / command / step)
+        world.barrier("checkpoint copied")
+        run_one(world, folder, command, "part", *epochs, *more, "--load_checkpoint")
+
+
+def run_more(world: World, folder: Path) -> None:
+    """Further ways: ``three`` is ZeRO stage 3, ``lora`` trains adapters, ``experts`` mixtures of experts, ``ahead`` scores with a
+    sharded reference before training, ``own`` generates; ``deepspeed`` and ``lora_deepspeed`` train with the other backend.
+    ``ring_lora``, ``parts_own``, ... are like ``lora``, ``own``, ... in a ring or with split weights.
+    """
+    partition_small_weights()
     for command in STAGE_3:
         run_one(world, folder, command, "three", "--zero_stage", "3")
-    for command in CONFIGS:
-        run_one(world, folder, command, "ring", "--ring_attn_size", "2")
     run_one(world, folder, "dpo", "ring_lora", *LORA, "--ring_attn_size", "2", "--gradient_checkpointing")
     run_one(world, folder, "kto", "ring_deepspeed", "--ring_attn_size", "2", "--backend", "deepspeed")
     run_one(world, folder, "rm", "ring_deepspeed", *RING_3, "--backend", "deepspeed")
     run_one(world, folder, "dpo", "ring_ahead", *RING_3, "--precompute_ref")
     run_one(world, folder, "kd", "ring_own", "--ring_attn_size", "2", *ON_POLICY)
-    for command, stage in SPLIT.items():
-        run_one(world, folder, command, "parts", "--ds_tensor_parallel_size", "2", "--zero_stage", stage)
     for command, stage in ADAPTED.items():
         run_one(world, folder, command, "lora", *LORA, "--zero_stage", stage)
     for command, (model, *more) in EXPERTS.items():
@@ -70,14 +82,6 @@ def run_all(world: World, folder: Path) -> None:
         run_one(world, folder, command, "deepspeed", "--backend", "deepspeed", "--zero_stage", stage)
     for command, stage in ADAPTED_DEEPSPEED.items():
         run_one(world, folder, command, "lora_deepspeed", *LORA, "--backend", "deepspeed", "--zero_stage", stage)
-    epochs = ("--max_epochs", "2", "--lr_scheduler", "linear", "--save_steps", "1")
-    for command, more in (("dpo", ()), ("rm", (*LORA, "--lora_dropout", "0.2"))):
-        run_one(world, folder, command, "whole", *epochs, *more)
-        if world.is_first:
-            step = f"checkpoints/step_{RESUMED_AFTER:08d}"
-            shutil.copytree(folder / "whole" / command / step, folder / "part" / command / step)
-        world.barrier("checkpoint copied")
-        run_one(world, folder, command, "part", *epochs, *more, "--load_checkpoint")
 
 
 def run_few(world: World, folder: Path) -> None:

@@ -40,7 +40,7 @@ from togi.parallel.build import frozen, frozen_on_host, trainable
 from togi.parallel.parking import Parking
 from togi.parallel.process import World
 
-STEPS = 10
+STEPS = 5  # one of each plan below
 RECOMPUTE_ABOVE = 7  # tokens: packs of the ranks lie on both sides of it, and of twice as many
 LAYOUTS = tuple(f"{backend}{stage}" for backend in BackendName for stage in range(4))
 # Layouts that differ in how they keep their state.
@@ -119,7 +119,7 @@ def two_ranks_again(world: World, folder: Path) -> None:
 
 
 def layouts(world: World, folder: Path) -> None:
-    """Ten steps in every layout, what a non-finite rank does, and what is kept of a model of which a half is trained."""
+    """A step of each plan in every layout, what a non-finite rank does, and what is kept of a model of which a half is trained."""
     for layout in LAYOUTS:
         model = precise_learner(world, layout)
         reports = train(model, range(STEPS))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch._dynamo
 from safetensors.torch import load_file
 
-from tests.combinations import AXES, covering, everything, page, refusal, training, words
+from tests.combinations import AXES, RL, covering, page, supported, training, words
 from tests.learn_tools import max_difference, partition_small_weights, run_ranks
 from tests.offline_world import CONFIGS, flags, make_world, train, values
 from togi.config.parse import parse
@@ -18,10 +20,18 @@ from togi.parallel.process import World
 ROOT = Path(__file__).parents[2]
 # What decides the numbers; everything else is about how they are computed.
 WHAT = ("command", "adapters", "experts")
-SUPPORTED = training([c for c in everything() if refusal(c) is None])
-CHOSEN = SUPPORTED if os.environ.get("TOGI_COMBINATIONS") == "all" else covering(SUPPORTED)
 STEPS = ("--train_batch_size", "5")  # 14 rows: 5, 5 and 4, so that two ranks never have the same number
 FILES = {"none": "model.safetensors", "LoRA": "adapter_model.safetensors", "QLoRA": "adapter_model.safetensors"}
+
+
+CHOSEN = "chosen.json"
+
+
+@cache
+def chosen() -> list[dict[str, str]]:
+    """The combinations that are trained; found when a test asks for them, as it takes a while."""
+    taken = training(supported())
+    return taken if os.environ.get("TOGI_COMBINATIONS") == "all" else covering(taken)
 
 
 def more(folder: Path, combination: dict[str, str]) -> list[str]:
@@ -35,7 +45,7 @@ def name(combination: dict[str, str]) -> str:
 def run_chosen(world: World, folder: Path) -> None:
     partition_small_weights()
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # layers that are no longer compiled would be equal, too
-    for combination in CHOSEN:
+    for combination in json.loads((folder / CHOSEN).read_text()):
         command, run = combination["command"], folder / name(combination)
         argv = flags(folder, command, run, *more(folder, combination), *words(combination), evaluate=False)
         run(world, parse(CONFIGS[command], argv, command), command, argv=argv, announce=lambda line: None)
@@ -44,35 +54,40 @@ def run_chosen(world: World, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_world(tmp_path_factory.mktemp("world"))
+    (folder / CHOSEN).write_text(json.dumps(chosen()))
     run_ranks(run_chosen, 2, folder)
     return folder
 
 
-@pytest.mark.parametrize("what", sorted({tuple(c[axis] for axis in WHAT) for c in CHOSEN}))
-def test_pairs_of_ways_equal_one_plain_process(world: Path, what: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("command", [command for command in AXES["command"] if command != RL])
+def test_pairs_of_ways_equal_one_plain_process(world: Path, command: str) -> None:
     """Loss, gradient norm and tokens of every step, and the weights that are saved."""
-    plain = {axis: next(iter(AXES[axis])) for axis in AXES} | dict(zip(WHAT, what, strict=True))
-    one = world / "one" / "-".join(what)
-    first = train(world, plain["command"], one, *more(world, plain), *words(plain, WHAT), evaluate=False)
+    for what in sorted({tuple(c[axis] for axis in WHAT) for c in chosen() if c["command"] == command}):
+        plain = {axis: next(iter(AXES[axis])) for axis in AXES} | dict(zip(WHAT, what, strict=True))
+        one = world / "one" / "-".join(what)
+        first = train(world, command, one, *more(world, plain), *words(plain, WHAT), evaluate=False)
+        for combination in (c for c in chosen() if tuple(c[axis] for axis in WHAT) == what):
+            assert_equal(one, first, world / name(combination), combination)
+
+
+def assert_equal(one: Path, first: list[dict[str, float]], run: Path, combination: dict[str, str]) -> None:
     # 4-bit weights are computed with in bfloat16, which rounds other sums in another order
-    loose, file = plain["adapters"] == "QLoRA", FILES[plain["adapters"]]
-    for combination in (c for c in CHOSEN if tuple(c[axis] for axis in WHAT) == what):
-        run = world / name(combination)
-        second = values(run)
-        assert len(first) == len(second) == 3
-        for step, (a, b) in enumerate(zip(first, second, strict=True)):
-            for key in ("loss", "grad_norm", "tokens/seen"):
-                assert b[key] == pytest.approx(a[key], rel=5e-2 if loose else 5e-4, abs=2e-5), (step, key, combination)
-        ours, theirs = (load_file(folder / "model" / file) for folder in (one, run))
-        assert ours.keys() == theirs.keys(), combination
-        # a gradient that is hardly more than float32's rounding still makes a good part of an AdamW step, here of 3e-3
-        assert max_difference(ours, theirs) < (2e-2 if loose else 3e-4), combination
+    loose, file = combination["adapters"] == "QLoRA", FILES[combination["adapters"]]
+    second = values(run)
+    assert len(first) == len(second) == 3
+    for step, (a, b) in enumerate(zip(first, second, strict=True)):
+        for key in ("loss", "grad_norm", "tokens/seen"):
+            assert b[key] == pytest.approx(a[key], rel=5e-2 if loose else 5e-4, abs=2e-5), (step, key, combination)
+    ours, theirs = (load_file(folder / "model" / file) for folder in (one, run))
+    assert ours.keys() == theirs.keys(), combination
+    # a gradient that is hardly more than float32's rounding still makes a good part of an AdamW step, here of 3e-3
+    assert max_difference(ours, theirs) < (2e-2 if loose else 3e-4), combination
 
 
 def test_layers_were_compiled(world: Path) -> None:
     """In the first of the runs that ask for it, at the latest; later ones take what is there."""
-    reported = {name(c): [step.get("compile/seconds") for step in values(world / name(c))] for c in CHOSEN}
-    asked = {name(c) for c in CHOSEN if c["layers"] == "compiled"}
+    reported = {name(c): [step.get("compile/seconds") for step in values(world / name(c))] for c in chosen()}
+    asked = {name(c) for c in chosen() if c["layers"] == "compiled"}
     assert asked == {run for run, seconds in reported.items() if None not in seconds}
     assert max(sum(reported[run]) for run in asked) > 1
 

@@ -21,6 +21,7 @@ from tests.equal.offline_jobs import (
     THREE,
     run_all,
     run_few,
+    run_more,
 )
 from tests.learn_tools import max_difference, run_ranks, share_apart
 from tests.offline_world import DATA, make_world, train, values
@@ -54,8 +55,15 @@ def two(world: Path) -> Runs:
     return {command: values(world / "two" / command) for command in DATA}
 
 
+@pytest.fixture(scope="module")
+def more(world: Path) -> None:
+    """What each pair of these ways has been shown for in ``test_combinations``, here with evaluation and every metric."""
+    run_ranks(run_more, 2, world)
+
+
+@pytest.mark.large
 @pytest.mark.parametrize("command", STAGE_3)
-def test_sharded_weights_equal_one(world: Path, one: Runs, two: Runs, command: str) -> None:
+def test_sharded_weights_equal_one(world: Path, one: Runs, more: None, command: str) -> None:
     """ZeRO stage 3: a scalar model, a frozen reference that is sharded too, a teacher that is not."""
     assert_equal_runs(one[command], values(world / "three" / command))
 
@@ -114,14 +122,16 @@ def test_two_ranks_that_split_the_weights_equal_one(world: Path, one: Runs, two:
         assert step["tokens/padding_share"] == 0 and step["tokens/rank_imbalance"] == 1
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("command", ["kto", "rm"])
-def test_a_ring_on_deepspeed_equals_one(world: Path, one: Runs, two: Runs, command: str) -> None:
+def test_a_ring_on_deepspeed_equals_one(world: Path, one: Runs, more: None, command: str) -> None:
     """ZeRO stages 2 and 3."""
     assert_equal_runs(one[command], values(world / "ring_deepspeed" / command))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("command", ADAPTED)
-def test_adapters_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -> None:
+def test_adapters_on_two_ranks_equal_one(world: Path, more: None, command: str) -> None:
     """The frozen base is sharded too; DPO's reference is the base inside, a reward model's head is trained whole."""
     one = train(world, command, world / "one_lora" / command, *LORA)
     assert_equal_runs(one, values(world / "lora" / command))
@@ -130,16 +140,18 @@ def test_adapters_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -
     assert_equal_runs(one, values(world / "lora_deepspeed" / command))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("command", DEEPSPEED)
-def test_deepspeed_equals_one(world: Path, one: Runs, two: Runs, command: str) -> None:
+def test_deepspeed_equals_one(world: Path, one: Runs, more: None, command: str) -> None:
     """ZeRO stage 2, and stage 3 with a scalar model and with a reference; what is saved is what one process saves."""
     assert_equal_runs(one[command], values(world / "deepspeed" / command))
     ours, theirs = (load_file(world / run / command / "model" / "model.safetensors") for run in ("one", "deepspeed"))
     assert max_difference(ours, theirs) < 1e-4
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("command", EXPERTS)
-def test_experts_on_two_ranks_equal_one(world: Path, two: Runs, command: str) -> None:
+def test_experts_on_two_ranks_equal_one(world: Path, more: None, command: str) -> None:
     """With a load-balancing loss: rows one at a time on two ranks against everything in one pack."""
     model = str(world / EXPERTS[command][0])
     one = train(world, command, world / "one_experts" / command, *BALANCED, "--pretrain", model)
@@ -154,14 +166,16 @@ def test_experts_on_two_ranks_equal_one(world: Path, two: Runs, command: str) ->
     assert one[1]["tokens/padding_share"] == 0 and one[1]["tokens/rank_imbalance"] == 1
 
 
-def test_a_reference_that_scores_ahead_on_two_ranks_equals_one(world: Path, one: Runs, two: Runs) -> None:
+@pytest.mark.large
+def test_a_reference_that_scores_ahead_on_two_ranks_equals_one(world: Path, one: Runs, more: None) -> None:
     """Both ranks score a part of the rows, the first one writes, and each then reads what it needs."""
     assert_equal_runs(one["dpo"], values(world / "ahead" / "dpo"))
     for run in ("ring_ahead", "parts_ahead"):
         assert_equal_runs(one["dpo"], but_for_ties(values(world / run / "dpo"), one["dpo"]))
 
 
-def test_students_that_generate_on_two_ranks_equal_one(world: Path, two: Runs) -> None:
+@pytest.mark.large
+def test_students_that_generate_on_two_ranks_equal_one(world: Path, more: None) -> None:
     """Each rank has an engine and answers a part of the rows; seeds belong to rows, so the responses are the same."""
     one = train(world, "kd", world / "one_own" / "kd", *ON_POLICY)
     assert [step["length/response"] > 0 for step in one[1:]] == [True] * 4
@@ -190,12 +204,14 @@ def few(world: Path) -> None:
     run_ranks(run_few, 4, world)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("command", FEW)
 def test_ranks_without_any_row_equal_one(world: Path, few: None, command: str) -> None:
     one = train(world, command, world / "one_few" / command, *THREE)
     assert_equal_runs(one, values(world / "few" / command), steps=5)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("command", ["sft", "dpo"])
 def test_teams_without_any_row_equal_one(world: Path, few: None, command: str) -> None:
     """One row a step: in every step one of two teams has none."""

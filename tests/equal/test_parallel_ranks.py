@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("layout", jobs.LAYOUTS)
 def test_every_layout_equals_one_plain_process(runs: Path, alone: dict[str, object], layout: str, size: int) -> None:
-    """Ten steps of ragged ranks, of different numbers of micro-batches, once of none."""
+    """Five steps of ragged ranks, of different numbers of micro-batches, once of none."""
     for rank in range(size):
         result = torch.load(runs / f"{layout}_{size}_{rank}.pt")
         assert_same(result, alone, 1e-4 if layout.startswith("deepspeed") else 1e-9)

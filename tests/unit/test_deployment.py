@@ -74,9 +74,52 @@ def test_all_that_the_set_up_reads_is_copied(name: str) -> None:
 
 @pytest.mark.parametrize(("words", "gpu"), [(["--gpu"], True), (["--cpu"], False), ([".venv", "--gpu"], True)])
 def test_the_set_up_is_told_what_the_image_is_for(words: list[str], gpu: bool) -> None:
+    assert set_up()["is_for_gpu"](words) is gpu
+
+
+def set_up() -> dict[str, Any]:
+    """What scripts/setup.py defines."""
     namespace: dict[str, Any] = {"__name__": "setup", "__file__": str(ROOT / "scripts" / "setup.py")}
     exec((ROOT / "scripts" / "setup.py").read_text(), namespace)
-    assert namespace["is_for_gpu"](words) is gpu
+    return namespace
+
+
+PIP = """#!/bin/sh
+echo "$*" >>"$CALLS"
+case "$*" in
+    *"config list") echo "global.index-url='https://index.example/simple'"
+        echo "install.find-links='/wheels /more'"
+        echo ":env:.index-url='https://mine.example/simple'"
+        echo ":env:.cert='/etc/mine.pem'" ;;
+    *" uv") exit "$NO_UV" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("no_uv", [0, 1])
+def test_uv_asks_what_pip_would_ask_and_pip_does_it_without_uv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_uv: int
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(PIP)
+    python.chmod(0o755)
+    for name, value in {"CALLS": tmp_path / "calls", "NO_UV": no_uv, "PATH": tmp_path}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("SSL_CERT_FILE", "")
+    monkeypatch.delenv("SSL_CERT_FILE")
+    installer = set_up()["Installer"](python, use_uv=True)
+    if not no_uv:
+        (tmp_path / "uv").write_text('#!/bin/sh\necho "uv $*, $SSL_CERT_FILE" >>"$CALLS"\n')
+        (tmp_path / "uv").chmod(0o755)
+    assert installer.is_uv == (not no_uv)
+    assert installer.install("--no-deps", "some==1")
+    call = (tmp_path / "calls").read_text().splitlines()[-1]
+    if no_uv:
+        assert call == "-m pip install --quiet --disable-pip-version-check --no-deps some==1"
+    else:
+        words = f"uv pip install --python {python} --index-strategy unsafe-best-match --compile-bytecode"
+        words += " --index-url https://mine.example/simple --find-links /wheels --find-links /more"
+        assert call == f"{words} --no-deps some==1, /etc/mine.pem"
 
 
 def stand_ins(folder: Path, *names: str) -> dict[str, str]:
