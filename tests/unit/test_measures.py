@@ -116,7 +116,7 @@ MEASURES = {
     "import lines, percent": Measure(lambda: 100 * lines().imports / lines().all, 8.8, 6),
     "comment lines, percent": Measure(lambda: 100 * lines().comments / lines().all, 1.1, 2, at_least=True),
     "files": Measure(lambda: len(trees()), 271, 190),
-    "lines of code": Measure(lambda: lines().code, 21_500, 17_500),
+    "lines of code": Measure(lambda: lines().code, 21_600, 17_500),
 }
 
 
