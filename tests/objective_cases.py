@@ -19,9 +19,12 @@ from tests.learn_tools import critic, policy
 from togi.batch import Batch
 from togi.config.choices import CorrectionType, Divergence, PolicyLossType, RewardLoss
 from togi.data.packing import pack
-from togi.learn.distill_objective import DistillationObjective
-from togi.learn.objective import Objective, SFTObjective, StepRewardObjective
-from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
+from togi.learn.objective import Objective, SFTObjective
+from togi.methods.dpo_objective import DPOObjective
+from togi.methods.kd_objective import DistillationObjective
+from togi.methods.kto_objective import KTOObjective
+from togi.methods.prm_objective import StepRewardObjective
+from togi.methods.rm_objective import PairwiseRewardObjective
 from togi.obs.metrics import merge, reduced
 from togi.sample import Sample
 

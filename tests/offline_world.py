@@ -13,7 +13,6 @@ import torch
 
 from tests.tiny import save_tiny_model
 from togi.cli.main import main
-from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
 from togi.config.shared import MIXTURES
 
 ROOT = Path(__file__).parents[1]
@@ -59,14 +58,6 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-CONFIGS: dict[str, type[OfflineConfig]] = {
-    "sft": SFTConfig,
-    "kd": KDConfig,
-    "rm": RMConfig,
-    "dpo": DPOConfig,
-    "kto": KTOConfig,
-    "prm": PRMConfig,
-}
 DATA = {
     "sft": ("sft", "--input_key q --output_key a"),
     "kd": ("sft", "--input_key q --output_key a"),

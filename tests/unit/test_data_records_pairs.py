@@ -11,8 +11,8 @@ from togi.config.choices import Overlong
 from togi.data.chat import load_tokenizer
 from togi.data.packing import pack, pack_stats
 from togi.data.records import RecordSpec, load_pairs, load_steps, load_unpaired
-from togi.data.unpaired import mismatched
 from togi.errors import DataError
+from togi.methods.kto_objective import mismatched
 
 HISTORY = [{"role": "user", "content": "q"}]
 GOOD = [*HISTORY, {"role": "assistant", "content": "good"}]

@@ -18,13 +18,16 @@ from togi.batch import Batch
 from togi.config.choices import Divergence, RewardLoss, Scheduler
 from togi.data.packing import pack
 from togi.errors import ConfigError
-from togi.learn import preference_objective
-from togi.learn.distill_objective import DistillationObjective
 from togi.learn.learner import Learner
-from togi.learn.objective import Objective, SFTObjective, StepRewardObjective
-from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
+from togi.learn.objective import Objective, SFTObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
+from togi.methods import preference
+from togi.methods.dpo_objective import DPOObjective
+from togi.methods.kd_objective import DistillationObjective
+from togi.methods.kto_objective import KTOObjective
+from togi.methods.prm_objective import StepRewardObjective
+from togi.methods.rm_objective import PairwiseRewardObjective
 from togi.model.attention import SEGMENTS
 from togi.model.outputs import Needs, Outputs
 from togi.model.policy import PolicyModel
@@ -85,15 +88,15 @@ def test_sft_is_a_token_mean_with_its_perplexity():
 def test_pairs_follow_the_list_that_was_packed(share_prefix):
     batch = pack([*pair("a", 2, 1), *pair("b", 1, 2)], share_prefix=share_prefix)
     shuffled = dataclasses.replace(batch, order_N=(7, 4, 5, 6), values={"chosen": torch.tensor([0.0, 1, 0, 1])})
-    assert [side.tolist() for side in preference_objective.pairs(batch)] == [[0, 2], [1, 3]]
-    assert [side.tolist() for side in preference_objective.pairs(shuffled)] == [[1, 3], [2, 0]]
+    assert [side.tolist() for side in preference.pairs(batch)] == [[0, 2], [1, 3]]
+    assert [side.tolist() for side in preference.pairs(shuffled)] == [[1, 3], [2, 0]]
 
 
 def test_a_torn_pair_is_a_defect():
     first, second = pair("a", 2, 1), pair("b", 1, 2)
     for samples in (first[:1], [first[0], second[0]], [first[1], first[0]]):
         with pytest.raises(AssertionError, match="pair"):
-            preference_objective.pairs(pack(samples, share_prefix=False))
+            preference.pairs(pack(samples, share_prefix=False))
 
 
 def test_reward_model_by_hand():
@@ -250,12 +253,16 @@ def test_the_first_response_token_is_distilled_and_the_last_has_no_successor():
         (lambda: StepRewardObjective((1, 2, 3), soft=True), "--reward_tokens"),
         (lambda: StepRewardObjective((1, 1)), "--reward_tokens"),
         (lambda: DistillationObjective(policy(), VOCAB, kd_coef=1.5), "--kd_coef"),
-        (lambda: DistillationObjective(policy(), VOCAB - 1), "--teacher_model predicts 300 tokens and --pretrain 299"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make: Callable[[], Objective], flag: str):
-    with pytest.raises(ConfigError, match=flag):
+def test_what_the_settings_refuse_is_a_defect(make: Callable[[], Objective], flag: str):
+    with pytest.raises(AssertionError, match=flag):
         make()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match="--teacher_model predicts 300 tokens and --pretrain 299"):
+        DistillationObjective(policy(), VOCAB - 1)
 
 
 def test_a_label_outside_the_reward_tokens_is_a_defect():

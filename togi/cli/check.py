@@ -7,20 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from togi.config.check import SAMPLE_GROUPS, RLCheckConfig, without_check
-from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
 from togi.config.parse import nearest, parse
 from togi.errors import ConfigError
+from togi.methods import METHODS
 from togi.recipes.check import check_offline, check_rl
 
-CONFIGS: dict[str, type[OfflineConfig]] = {
-    "sft": SFTConfig,
-    "rm": RMConfig,
-    "dpo": DPOConfig,
-    "kto": KTOConfig,
-    "prm": PRMConfig,
-    "kd": KDConfig,
-}
-CHECKED = ("rl", *CONFIGS)
+CHECKED = ("rl", *METHODS)
 USAGE = f"""usage: togi check COMMAND [flags of the command]
 
 Everything that a run does before its first step: settings, rows with rendered examples, tokenizer, sizes, the reward called once,
@@ -48,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         parsed, groups = without_check(parse(RLCheckConfig, flags, "check rl"))
         check_rl(parsed, sample_groups=groups, say=_say)
     else:
-        check_offline(parse(CONFIGS[command], flags, f"check {command}"), command, say=_say)
+        check_offline(parse(METHODS[command], flags, f"check {command}"), command, say=_say)
     _say("ok: the run can start")
 
 

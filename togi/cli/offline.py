@@ -1,18 +1,19 @@
-"""What ``togi sft | rm | dpo | kto | prm | kd`` have in common: parse, check, train, say where everything is."""
+"""The command of every method of training on fixed data: parse, check, train, say where everything is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from togi.config.offline import OfflineConfig
 from togi.config.parse import parse
+from togi.methods import METHODS
 from togi.recipes.offline_start import start_offline
 
 
-def train(config_class: type[OfflineConfig], command: str, argv: Sequence[str]) -> None:
-    """Run a command. Raises UserError for the user's mistakes."""
-    parsed = parse(config_class, argv, command)
-    result = start_offline(parsed, command, argv=argv, announce=lambda line: print(line, flush=True))
+def main(argv: Sequence[str]) -> None:
+    """Run the command that the first word names. Raises UserError for the user's mistakes."""
+    command, *flags = argv
+    parsed = parse(METHODS[command], flags, command)
+    result = start_offline(parsed, command, argv=flags, announce=lambda line: print(line, flush=True))
     if not result.is_first:
         return
     for evaluation in result.evaluations:

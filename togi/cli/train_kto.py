@@ -1,19 +1,8 @@
-"""``togi kto``, also ``python -m togi.cli.train_kto`` and under torchrun: KTO."""
-
-from __future__ import annotations
+"""``togi kto`` under its established name: ``python -m togi.cli.train_kto``, also under torchrun."""
 
 import sys
-from collections.abc import Sequence
 
-from togi.cli.main import run as run_module
-from togi.cli.offline import train
-from togi.config.offline import KTOConfig
-
-
-def main(argv: Sequence[str]) -> None:
-    """Run the command. Raises UserError for the user's mistakes."""
-    train(KTOConfig, "kto", argv)
-
+from togi.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))
+    sys.exit(main(["kto", *sys.argv[1:]]))

@@ -1,19 +1,8 @@
-"""``togi rm``, also ``python -m togi.cli.train_rm`` and under torchrun: a reward model."""
-
-from __future__ import annotations
+"""``togi rm`` under its established name: ``python -m togi.cli.train_rm``, also under torchrun."""
 
 import sys
-from collections.abc import Sequence
 
-from togi.cli.main import run as run_module
-from togi.cli.offline import train
-from togi.config.offline import RMConfig
-
-
-def main(argv: Sequence[str]) -> None:
-    """Run the command. Raises UserError for the user's mistakes."""
-    train(RMConfig, "rm", argv)
-
+from togi.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))
+    sys.exit(main(["rm", *sys.argv[1:]]))

@@ -1,19 +1,8 @@
-"""``togi sft``, also ``python -m togi.cli.train_sft`` and under torchrun: supervised fine-tuning."""
-
-from __future__ import annotations
+"""``togi sft`` under its established name: ``python -m togi.cli.train_sft``, also under torchrun."""
 
 import sys
-from collections.abc import Sequence
 
-from togi.cli.main import run as run_module
-from togi.cli.offline import train
-from togi.config.offline import SFTConfig
-
-
-def main(argv: Sequence[str]) -> None:
-    """Run the command. Raises UserError for the user's mistakes."""
-    train(SFTConfig, "sft", argv)
-
+from togi.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(run_module(__spec__.name if __spec__ else __name__, sys.argv[1:]))
+    sys.exit(main(["sft", *sys.argv[1:]]))

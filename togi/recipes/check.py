@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from togi.config.offline import OfflineConfig
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
+from togi.methods.method import Method
 from togi.recipes import offline_start, start
 
 Say = Callable[[str], None]
@@ -24,7 +24,7 @@ def check_rl(parsed: Parsed[RLConfig], *, sample_groups: int, say: Say) -> None:
     look_at_rl(ready, sample_groups, say)
 
 
-def check_offline(parsed: Parsed[OfflineConfig], command: str, *, say: Say) -> None:
+def check_offline(parsed: Parsed[Method], command: str, *, say: Say) -> None:
     """Check a command on fixed data. Raises UserError."""
     config, launched = parsed.config, "WORLD_SIZE" in os.environ
     ready = offline_start.opening(parsed, announce=say, launched=launched)

@@ -16,7 +16,5 @@ NO_CUDA_FOR_LIGER = "--use_liger_kernel: there is no CUDA device here, Transform
 
 def say_ignored(config: ModelSettings | InferConfig | ChatConfig | ServeRMConfig, say: Callable[[str], None]) -> None:
     """Say it, a line a flag."""
-    if isinstance(config, InferConfig) and config.zero_stage > 0:
-        say(f"--zero_stage {config.zero_stage}: one process has nothing to shard, and holds the whole model")
     if config.disable_fast_tokenizer:
         say(ONE_TOKENIZER)

@@ -1,7 +1,6 @@
-"""Training on a fixed data set in one screen, for ``togi sft | rm | dpo | kto | prm | kd`` alike: see ``train``.
+"""Training on a fixed data set in one screen, the same for every method (``togi.methods``): see ``train``.
 
-One process, or several that a launcher started (``torchrun -m togi.cli.train_sft``); no Ray. What a command reads and
-which loss it has is its ``Task`` (``offline_data``).
+One process, or several that a launcher started (``torchrun -m togi.cli.train_sft``); no Ray.
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from togi.config.offline import KDConfig, OfflineConfig
 from togi.config.parse import Parsed
 from togi.learn.checkpoint import Checkpoint
+from togi.methods.method import Method
 from togi.obs.progress import Progress
 from togi.obs.report import cause
 from togi.obs.run_dir import State
 from togi.obs.way_out import way_out
 from togi.parallel.process import World
 from togi.recipes.notices import NO_CUDA_FOR_LIGER
-from togi.recipes.offline_data import Data, Task, check_plan, load_data, task_of, uses_flash
+from togi.recipes.offline_data import Data, check_plan, load_data, uses_flash
 from togi.recipes.offline_generation import check_ranks
 from togi.recipes.offline_journal import Journal, RunJournal
 from togi.recipes.offline_plan import EpochPlan
@@ -45,7 +44,7 @@ class Result:
         return self.run_dir / "report.html"
 
 
-def run(parsed: Parsed[OfflineConfig], command: str, *, argv: Sequence[str], announce: Callable[[str], None]) -> Result:
+def run(parsed: Parsed[Method], command: str, *, argv: Sequence[str], announce: Callable[[str], None]) -> Result:
     """Train with settings that ``offline_preflight.check`` let through (``offline_start`` calls both)."""
     world = World.from_environment(parsed.config.local_rank)
     if not world.is_first:
@@ -57,7 +56,7 @@ def run(parsed: Parsed[OfflineConfig], command: str, *, argv: Sequence[str], ann
 
 def run_in(
     world: World,
-    parsed: Parsed[OfflineConfig],
+    parsed: Parsed[Method],
     command: str,
     *,
     argv: Sequence[str],
@@ -73,15 +72,13 @@ def run_in(
 class Opening:
     """What a run knows before it loads a model or makes a folder. ``found``: the checkpoint it goes on from."""
 
-    task: Task
     data: Data
     plan: EpochPlan
     found: Checkpoint | None
 
 
-def opening(config: OfflineConfig, command: str, world: World, journal: Journal) -> Opening:
+def opening(config: Method, command: str, world: World, journal: Journal) -> Opening:
     """Everything of a run that comes before its models: what is said, its rows, its steps. Raises UserError."""
-    task = task_of(config)
     if config.flash_attn and config.ring_attn_size > 1:
         journal.announce(
             "--flash_attn: ring attention (--ring_attn_size) has kernels of its own, which are used instead"
@@ -90,26 +87,25 @@ def opening(config: OfflineConfig, command: str, world: World, journal: Journal)
         journal.announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
     if config.use_liger_kernel and world.device.type != "cuda":
         journal.announce(NO_CUDA_FOR_LIGER)
-    if notice := offload_notice(config, task, world):
+    if notice := offload_notice(config, world):
         journal.announce(notice)
-    if isinstance(config, KDConfig):
-        check_ranks(config, world)
+    check_ranks(config, world)
     if config.eval_steps > 0 and config.eval_dataset is None:
         journal.announce("--eval_steps: there is no --eval_dataset, so nothing is evaluated")
-    data = load_data(config, task, world, journal.progress)
+    data = load_data(config, world, journal.progress)
     plan = EpochPlan(len(data.train), config.train_batch_size, config.max_epochs, config.seed)
     check_plan(config, plan, data)
     journal.announce(plan.describe())
-    return Opening(task, data, plan, find_checkpoint(config, command, data, world))
+    return Opening(data, plan, find_checkpoint(config, command, data, world))
 
 
-def _run(config: OfflineConfig, command: str, world: World, journal: Journal) -> Result:
+def _run(config: Method, command: str, world: World, journal: Journal) -> Result:
     world = world.in_teams(config.ring_attn_size, config.ds_tensor_parallel_size)
     opened = opening(config, command, world, journal)
     data, plan, found = opened.data, opened.plan, opened.found
     journal.open(data.reports, found.step if found is not None else 0, plan.steps)
     try:
-        run = start(config, command, opened.task, data, plan, world, journal)
+        run = start(config, command, data, plan, world, journal)
         try:
             evaluations = train(run, found)
         finally:
@@ -140,9 +136,8 @@ def train(run: OfflineRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
 
 
 def start(
-    config: OfflineConfig,
+    config: Method,
     command: str,
-    task: Task,
     data: Data,
     plan: EpochPlan,
     world: World,
@@ -150,5 +145,5 @@ def start(
 ) -> OfflineRun:
     """Load the models."""
     with journal.progress.phase("loading models", expected_seconds=10):
-        models = load_models(config, task, data, plan, world, journal)
-    return OfflineRun(config, command, task, models.data, plan, models, world, journal)
+        models = load_models(config, data, plan, world, journal)
+    return OfflineRun(config, command, models.data, plan, models, world, journal)

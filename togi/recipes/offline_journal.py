@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from togi.config.offline import OfflineConfig
 from togi.config.parse import Parsed
 from togi.data.report import DataReport
+from togi.methods.method import Method
 from togi.obs.metrics import StepRecord
 from togi.obs.progress import Progress, Watchdog
 from togi.obs.report import cause, end_run, write_report
@@ -55,7 +55,7 @@ class RunJournal(Journal):
 
     def __init__(
         self,
-        parsed: Parsed[OfflineConfig],
+        parsed: Parsed[Method],
         command: str,
         argv: Sequence[str],
         announce: Callable[[str], None],

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from togi.config.offline import OfflineConfig
 from togi.data.packing import PackStats, pack_stats
 from togi.data.records import Examples
 from togi.learn.checkpoint import HF_FOLDER, Best, BestStore, Checkpoint, CheckpointStore, better
 from togi.learn.learner import UpdateReport
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
 from togi.learn.scorer import Measured, conclude, measure
+from togi.methods.method import Method
 from togi.model.checkpoint import save_trained, written_aside
 from togi.model.compiled_layers import clock
 from togi.model.loading import dtype_of
@@ -25,7 +25,7 @@ from togi.obs import names
 from togi.parallel.process import World
 from togi.recipes.best_metric import offline_aim
 from togi.recipes.held_out import Judged, ends, judge, worst_and_best
-from togi.recipes.offline_data import Data, Task
+from togi.recipes.offline_data import Data
 from togi.recipes.offline_journal import Journal
 from togi.recipes.offline_plan import EpochPlan
 from togi.recipes.offline_setup import Models, identity
@@ -48,9 +48,8 @@ class OfflineRun:
 
     def __init__(
         self,
-        config: OfflineConfig,
+        config: Method,
         command: str,
-        task: Task,
         data: Data,
         plan: EpochPlan,
         models: Models,
@@ -58,7 +57,7 @@ class OfflineRun:
         journal: Journal,
     ) -> None:
         self.config, self.plan, self.data = config, plan, data
-        self._command, self._task, self._models, self._world, self._journal = command, task, models, world, journal
+        self._command, self._models, self._world, self._journal = command, models, world, journal
         self.step = 0
         self._identity = identity(config, command, data)
         self._tokens_seen = 0.0
@@ -136,7 +135,7 @@ class OfflineRun:
                 mine = self._models.prepare(samples, seed=self._seed(0))
                 packs = self._models.dealer.packs(mine)
                 part = measure(self._models.learner.backend.module, objective, self._world, packs.batches)
-                rows += judge(mine, packs.in_order(part.judged))
+                rows += judge(mine, packs.in_order(part.judged), self.config.badness)
                 parts.append(replace(part, judged=()))
                 self._journal.beat()
             rows = [row for share in self._world.gather_shares("held-out rows", ends(rows)) for row in share]
@@ -144,7 +143,7 @@ class OfflineRun:
         values = {f"eval/{name}": value for name, value in metrics.items()} | {names.EVAL_LOSS: loss}
         self._values |= values
         if self._world.is_first:
-            shown = worst_and_best(self.config, rows, examples, self.data.tokenizer)
+            shown = worst_and_best(self.config.number, rows, examples, self.data.tokenizer)
             self._journal.write_rows(self.step, shown)
         self._keep_if_best(values)
         if self.step == 0:
@@ -234,7 +233,7 @@ class OfflineRun:
 
     def _in_parts(self, examples: Examples) -> Iterator[list[Sample]]:
         """All rows, a bounded number at a time; at once where the loss looks at all of them together."""
-        size = len(examples) if self._task.mismatched else self.config.train_batch_size
+        size = len(examples) if self.config.looks_at_all_rows else self.config.train_batch_size
         for start in range(0, len(examples), size):
             yield self._samples(examples, range(start, min(start + size, len(examples))))
 

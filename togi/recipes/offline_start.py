@@ -9,8 +9,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from togi.config.offline import OfflineConfig
 from togi.config.parse import Parsed
+from togi.methods.method import Method
 from togi.plan.machine import this_machine
 from togi.plan.precision import usable_precision
 from togi.recipes import offline_preflight
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_offline(
-    parsed: Parsed[OfflineConfig],
+    parsed: Parsed[Method],
     command: str,
     *,
     argv: Sequence[str] = (),
@@ -36,9 +36,7 @@ def start_offline(
     return run(ready, command, argv=argv, announce=announce)
 
 
-def opening(
-    parsed: Parsed[OfflineConfig], *, announce: Callable[[str], None], launched: bool = True
-) -> Parsed[OfflineConfig]:
+def opening(parsed: Parsed[Method], *, announce: Callable[[str], None], launched: bool = True) -> Parsed[Method]:
     """The settings as they are run, after all checks that need no tokenizer; says what is taken otherwise than it is written.
 
     ``launched``: this is one of the processes that are to train.

@@ -1,0 +1,82 @@
+"""A method of training is its own files: nothing else names one, and nothing asks which class of settings it was given."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.unit.test_structure import FILES, PACKAGE, imports, relative, within
+from togi.methods import METHODS
+from togi.methods.method import Method
+
+FOLDER = PACKAGE / "methods"
+OWN = {name: [path for path in FOLDER.glob("*.py") if path.stem in (name, f"{name}_objective")] for name in METHODS}
+# Established module names, each of which starts its command.
+SHIMS = {f"cli/train_{name}.py" for name in METHODS}
+OUTSIDE = [path for path in FILES if path.parent != FOLDER and relative(path) not in SHIMS]
+# Words that are a method's name and something else too: values of flags of other commands, and commands that a loop gives.
+WORDS = {"config/choices.py": {"rm", "dpo"}, "recipes/iterate_steps.py": {"sft", "dpo"}}
+
+
+def classes(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)}
+
+
+def names_used(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.alias):
+            yield node.name.rpartition(".")[2]
+
+
+def type_tests(tree: ast.AST, settings: set[str]) -> Iterator[int]:
+    """The lines that ask for a class of settings: ``isinstance(x, SomeConfig)`` and ``case SomeConfig()``."""
+    for node in ast.walk(tree):
+        asked: ast.AST | None = None
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            asked = node.args[1]
+        elif isinstance(node, ast.MatchClass):
+            asked = node.cls
+        if asked is not None and not settings.isdisjoint(names_used(asked)):
+            yield getattr(node, "lineno", 0)
+
+
+def test_a_method_is_found_by_its_name() -> None:
+    for name, method in METHODS.items():
+        assert issubclass(method, Method) and method.command == name
+        assert method.__module__ == f"togi.methods.{name}" and OWN[name]
+
+
+def test_nothing_else_names_a_method() -> None:
+    theirs = set().union(*(classes(own) for files in OWN.values() for own in files))
+    modules = [f"togi.methods.{own.stem}" for files in OWN.values() for own in files]
+    for path in OUTSIDE:
+        tree = ast.parse(path.read_text())
+        for name in imports(tree):
+            assert not any(within(name, module) for module in modules), f"{relative(path)} imports {name}"
+        assert theirs.isdisjoint(names_used(tree)), f"{relative(path)} names {theirs & set(names_used(tree))}"
+        words = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        assert words & set(METHODS) <= WORDS.get(relative(path), set()), f"{relative(path)} has the word of a method"
+
+
+def test_methods_do_not_name_each_other() -> None:
+    for name, files in OWN.items():
+        others = {f"togi.methods.{own.stem}" for other, theirs in OWN.items() if other != name for own in theirs}
+        for path in files:
+            assert others.isdisjoint(imports(ast.parse(path.read_text()))), relative(path)
+
+
+def test_settings_are_asked_for_what_they_say_and_not_for_their_class() -> None:
+    folders = [*(PACKAGE / "config").glob("*.py"), *FOLDER.glob("*.py")]
+    settings = set().union(*(classes(path) for path in folders))
+    found = [f"{relative(path)}:{line}" for path in FILES for line in type_tests(ast.parse(path.read_text()), settings)]
+    assert len(found) <= 3, found
+
+
+def test_a_type_test_is_found() -> None:
+    code = "isinstance(c, A | B)\nmatch c:\n    case A(x=1):\n        pass\nisinstance(c, D)"
+    assert sorted(type_tests(ast.parse(code), {"A"})) == [1, 3]
