@@ -113,8 +113,8 @@ def command_of(words: list[str]) -> Command:
         return Command(words[0], tuple(words[1:]))
     module = words.index("-m") + 1
     processes = int(words[words.index("--nproc_per_node") + 1])
-    name = words[module].removeprefix("togi.cli.train_")
-    return Command(name, tuple(words[module + 1 :]), processes)
+    assert words[module] == "togi"
+    return Command(words[module + 1], tuple(words[module + 2 :]), processes)
 
 
 def header(script: Path) -> list[str]:

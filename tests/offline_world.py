@@ -63,6 +63,8 @@ DATA = {
     "kd": ("sft", "--input_key q --output_key a"),
     "rm": ("pairs", "--prompt_key q"),
     "dpo": ("pairs", "--prompt_key q"),
+    "simpo": ("pairs", "--prompt_key q"),
+    "orpo": ("pairs", "--prompt_key q"),
     "kto": ("kto", "--input_key q --output_key a"),
     "prm": ("steps", "--input_key text --placeholder_token # --reward_tokens + -"),
 }
@@ -88,9 +90,15 @@ def train(world: Path, command: str, run: Path, *more: str, evaluate: bool = Tru
     return values(run)
 
 
+def module(command: str) -> str:
+    """What ``python -m`` starts: the established name where there is one."""
+    established = ROOT / "togi" / "cli" / f"train_{command}.py"
+    return f"togi.cli.train_{command}" if established.is_file() else f"togi {command}"
+
+
 def launch(world: Path, command: str, run: Path, ranks: int, *more: str) -> list[dict[str, float]]:
     """Run under torchrun."""
-    launcher = f"-m torch.distributed.run --nproc_per_node {ranks} --standalone -m togi.cli.train_{command}"
+    launcher = f"-m torch.distributed.run --nproc_per_node {ranks} --standalone -m {module(command)}"
     words = [sys.executable, *launcher.split(), *flags(world, command, run, *more)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -243,6 +243,8 @@ EXAMPLES = {
     "sft_ring.sh": ["--ring_head_stride", "1"],
     "rm.sh": ["--loss", "logexp"],
     "dpo.sh": ["--label_smoothing", "0.1"],
+    "simpo.sh": ["--gamma", "0.5"],
+    "orpo.sh": ["--odds_ratio_coef", "0.2"],
     "kto.sh": ["--desirable_loss_weight", "1.5"],
     "prm.sh": ["--gradient_checkpointing"],
     "kd_on_policy.sh": ["--generate_max_len", "8"],

@@ -13,7 +13,7 @@ from togi.methods.method import Method
 FOLDER = PACKAGE / "methods"
 OWN = {name: [path for path in FOLDER.glob("*.py") if path.stem in (name, f"{name}_objective")] for name in METHODS}
 # Established module names, each of which starts its command.
-SHIMS = {f"cli/train_{name}.py" for name in METHODS}
+SHIMS = {f"cli/train_{name}.py" for name in ("sft", "rm", "dpo", "kto", "prm", "kd")}
 OUTSIDE = [path for path in FILES if path.parent != FOLDER and relative(path) not in SHIMS]
 # Words that are a method's name and something else too: values of flags of other commands, and commands that a loop gives.
 WORDS = {"config/choices.py": {"rm", "dpo"}, "recipes/iterate_steps.py": {"sft", "dpo"}}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from togi.config.fields import Count, PathText, flag
-from togi.methods.method import Good, Measure
+from togi.methods.method import REWARD_MEASURES, Good, Measure
 from togi.methods.reference import HeldToReference
 from togi.methods.rows import Pairs
 from togi.obs import names
@@ -22,13 +22,7 @@ class DPO(Pairs, HeldToReference):
     command = "dpo"
     summary = "preference training: DPO, cDPO, IPO"
     title = "direct preference optimisation"
-    measures = (
-        Measure(names.ACCURACY, Good.HIGH),
-        Measure(names.REWARD_CHOSEN, Good.HIGH),
-        Measure(names.REWARD_REJECTED),
-        Measure(names.REWARD_MARGIN, Good.HIGH),
-        Measure(names.CHOSEN_NLL, Good.LOW),
-    )
+    measures = (*REWARD_MEASURES, Measure(names.CHOSEN_NLL, Good.LOW))
     number = "reward"
 
     beta: float = flag(0.1, "Temperature: how strongly the policy is held to the reference.", gt=0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from togi.config.fields import PathText, flag
 from togi.errors import ConfigError
-from togi.methods.method import Good, Measure
+from togi.methods.method import REWARD_MEASURES, Measure
 from togi.methods.reference import HeldToReference
 from togi.methods.rows import PromptAndResponse, rendering_problems
 from togi.obs import names
@@ -35,13 +35,7 @@ class KTO(PromptAndResponse, HeldToReference):
     command = "kto"
     summary = "preference training from single labelled answers"
     title = "Kahneman-Tversky optimisation"
-    measures = (
-        Measure(names.ACCURACY, Good.HIGH),
-        Measure(names.REWARD_CHOSEN, Good.HIGH),
-        Measure(names.REWARD_REJECTED),
-        Measure(names.REWARD_MARGIN, Good.HIGH),
-        Measure(names.KL_ESTIMATE),
-    )
+    measures = (*REWARD_MEASURES, Measure(names.KL_ESTIMATE))
     number = "reward"
     looks_at_all_rows = True
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from togi.config.offline import OfflineConfig
 from togi.config.shared import PromptText
 from togi.methods.on_policy import OnPolicySettings
+from togi.obs import names
 
 if TYPE_CHECKING:
     from togi.data.chat import Tokenizer
@@ -46,6 +47,15 @@ class Measure:
     name: str
     good: Good = Good.EITHER
     explanation: str = ""
+
+
+REWARD_MEASURES = (
+    Measure(names.ACCURACY, Good.HIGH),
+    Measure(names.REWARD_CHOSEN, Good.HIGH),
+    Measure(names.REWARD_REJECTED),
+    Measure(names.REWARD_MARGIN, Good.HIGH),
+)
+"""Of methods that tell better responses from worse ones by a reward, explicit or implicit."""
 
 
 class Method(OfflineConfig, ABC):

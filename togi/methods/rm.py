@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from togi.config.choices import RewardLoss
 from togi.config.fields import Count, PathText, flag
-from togi.methods.method import Good, Measure
+from togi.methods.method import REWARD_MEASURES
 from togi.methods.rows import Pairs
-from togi.obs import names
 
 if TYPE_CHECKING:
     from togi.learn.objective import Objective
@@ -22,12 +21,7 @@ class RM(Pairs):
     command = "rm"
     summary = "reward model from preference pairs"
     title = "training as a reward model"
-    measures = (
-        Measure(names.ACCURACY, Good.HIGH),
-        Measure(names.REWARD_CHOSEN, Good.HIGH),
-        Measure(names.REWARD_REJECTED),
-        Measure(names.REWARD_MARGIN, Good.HIGH),
-    )
+    measures = REWARD_MEASURES
     number = "score"
     is_scalar = True
 
