@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.unit.test_structure import FILES, PACKAGE, imports, relative, within
+from togi.config.fields import Settings
 from togi.methods import METHODS
 from togi.methods.method import Method
 
@@ -21,6 +24,13 @@ WORDS = {"config/choices.py": {"rm", "dpo"}, "recipes/iterate_steps.py": {"sft",
 
 def classes(path: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)}
+
+
+def below(kind: type[Settings]) -> Iterator[type[Settings]]:
+    """Every class derived from one."""
+    for each in kind.__subclasses__():
+        yield each
+        yield from below(each)
 
 
 def names_used(tree: ast.AST) -> Iterator[str]:
@@ -71,8 +81,10 @@ def test_methods_do_not_name_each_other() -> None:
 
 
 def test_settings_are_asked_for_what_they_say_and_not_for_their_class() -> None:
-    folders = [*(PACKAGE / "config").glob("*.py"), *FOLDER.glob("*.py")]
-    settings = set().union(*(classes(path) for path in folders))
+    for module in pkgutil.iter_modules([str(PACKAGE / "config")]):
+        importlib.import_module(f"togi.config.{module.name}")
+    settings = {kind.__name__ for kind in below(Settings)}
+    assert {"RLConfig", "ModelSettings", "Method", *(kind.__name__ for kind in METHODS.values())} <= settings
     found = [f"{relative(path)}:{line}" for path in FILES for line in type_tests(ast.parse(path.read_text()), settings)]
     assert len(found) <= 3, found
 

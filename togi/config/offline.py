@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from togi.config.choices import Overlong
 from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag
-from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
 
 
 class DatasetSettings(Settings):
@@ -44,14 +43,3 @@ class LaunchSettings(Settings):
     """Launch"""
 
     local_rank: Int = flag(-1, "Set by launchers that start one process per device; wins over LOCAL_RANK.")
-
-
-class OfflineConfig(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, EvaluationSettings, OutputSettings):
-    """Training on a fixed data set."""
-
-    learning_rate: float = flag(5e-6, "Peak learning rate.", ge=0)
-
-    @property
-    def split(self) -> str:
-        """The split of the training sets."""
-        return self.dataset_split

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
-from togi.config.offline import OfflineConfig
-from togi.config.shared import PromptText
+from togi.config.fields import flag
+from togi.config.offline import DatasetSettings, EvaluationSettings, LaunchSettings
+from togi.config.shared import ModelSettings, OutputSettings, PromptText, TrainSettings
 from togi.methods.on_policy import OnPolicySettings
 from togi.obs import names
 
@@ -58,8 +59,8 @@ REWARD_MEASURES = (
 """Of methods that tell better responses from worse ones by a reward, explicit or implicit."""
 
 
-class Method(OfflineConfig, ABC):
-    """A method of training on fixed data."""
+class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, EvaluationSettings, OutputSettings, ABC):
+    """Training on fixed data"""
 
     command: ClassVar[str]
     """Its name on the command line."""
@@ -78,7 +79,14 @@ class Method(OfflineConfig, ABC):
     looks_at_all_rows: ClassVar[bool] = False
     """Whether the loss of a row depends on the others of its step, so that an evaluation takes all rows at once."""
 
+    learning_rate: float = flag(5e-6, "Peak learning rate.", ge=0)
+
     # ---- settings
+
+    @property
+    def split(self) -> str:
+        """The split of the training sets."""
+        return self.dataset_split
 
     def problems(self, *, template_given: bool) -> Iterator[str]:
         """The contradictions between its own settings: sentences that name both flags and the way out.
