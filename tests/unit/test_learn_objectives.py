@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from tests.learn_tools import CPU, critic, policy
 from tests.objective_cases import BAD, GOOD, VOCAB, pairs, responses, steps, teacher, verdicts
+from tests.objective_tools import LOG2, LOG3, double, history, learner, pair, row, summary
 from tests.tiny import tiny_model
-from togi.batch import Batch
-from togi.config.choices import Divergence, RewardLoss, Scheduler
+from togi.config.choices import Divergence, RewardLoss
 from togi.data.packing import pack
 from togi.errors import ConfigError
-from togi.learn.learner import Learner
 from togi.learn.objective import Objective, SFTObjective
-from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
 from togi.methods import preference
 from togi.methods.dpo_objective import DPOObjective
@@ -31,32 +29,8 @@ from togi.methods.rm_objective import PairwiseRewardObjective
 from togi.model.attention import SEGMENTS
 from togi.model.outputs import Needs, Outputs
 from togi.model.policy import PolicyModel
-from togi.obs.metrics import merge, reduced
-from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 from togi.sample import Sample
-
-LOG2, LOG3 = math.log(2), math.log(3)
-
-
-def row(length: int, group: str, values: dict[str, float], ref: Sequence[float] = (), prompt: int = 1) -> Sample:
-    """``prompt`` tokens, then a response, all of it in the loss."""
-    mask = np.arange(length) >= prompt
-    stream = np.full(length, np.nan, dtype=np.float32)
-    if ref:
-        stream[mask] = ref
-    return Sample(np.arange(length), mask, prompt, group, {"ref_logprobs": stream} if ref else {}, values)
-
-
-def pair(group: str, chosen: int, rejected: int, margin: float = 0.0) -> list[Sample]:
-    """Responses of so many tokens, one token of prompt, reference log-probs of -1 everywhere."""
-    sides = ((1.0, chosen), (0.0, rejected))
-    return [row(1 + n, group, {"chosen": mark, "margin": margin}, [-1.0] * n) for mark, n in sides]
-
-
-def summary(objective: Objective, outputs: Outputs, batch: Batch) -> dict[str, float]:
-    return objective.summary(reduced(merge([objective.loss(outputs, batch).metrics])))
 
 
 def stock_logits(model: PolicyModel, tokens: np.ndarray) -> Tensor:
@@ -66,10 +40,6 @@ def stock_logits(model: PolicyModel, tokens: np.ndarray) -> Tensor:
         logits = model.hf(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0]
     model.hf.set_attn_implementation(SEGMENTS)
     return logits
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 # ---- by hand
@@ -273,17 +243,6 @@ def test_a_label_outside_the_reward_tokens_is_a_defect():
 
 
 # ---- a few steps go the right way
-
-
-def learner(model: nn.Module, objective: Objective) -> Learner:
-    backend = trainable(model, World.solo(CPU), BackendOptions(bf16=False))
-    return Learner(backend, objective, Schedule(Scheduler.CONSTANT, 1e-3, 8), 1.0)
-
-
-def history(learner: Learner, samples: Sequence[Sample], number: int = 8) -> list[dict[str, float]]:
-    """Metrics before each of some updates on the same rows, in two micro-batches."""
-    batches = [pack(samples[:2], share_prefix=True), pack(samples[2:], share_prefix=True)]
-    return [dict(learner.update(batches).metrics) for _ in range(number)]
 
 
 def scored(model: nn.Module, samples: Sequence[Sample]) -> list[Sample]:

@@ -6,24 +6,23 @@ import ast
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from pathlib import Path
 
-from tests.unit.test_structure import FILES, PACKAGE, imports, relative, within
+from tests.source import PACKAGE, imports, module_of, trees
 from togi.config.fields import Settings
 from togi.methods import METHODS
 from togi.methods.method import Method
 
-FOLDER = PACKAGE / "methods"
-OWN = {name: [path for path in FOLDER.glob("*.py") if path.stem in (name, f"{name}_objective")] for name in METHODS}
+# The files of each method, below togi/.
+OWN = {name: {f"methods/{name}.py", f"methods/{name}_objective.py"} & set(trees()) for name in METHODS}
 # Established module names, each of which starts its command.
 SHIMS = {f"cli/train_{name}.py" for name in ("sft", "rm", "dpo", "kto", "prm", "kd")}
-OUTSIDE = [path for path in FILES if path.parent != FOLDER and relative(path) not in SHIMS]
+OUTSIDE = {path: tree for path, tree in trees().items() if not path.startswith("methods/") and path not in SHIMS}
 # Words that are a method's name and something else too: values of flags of other commands, and commands that a loop gives.
 WORDS = {"config/choices.py": {"rm", "dpo"}, "recipes/iterate_steps.py": {"sft", "dpo"}}
 
 
-def classes(path: Path) -> set[str]:
-    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)}
+def classes(path: str) -> set[str]:
+    return {node.name for node in ast.walk(trees()[path]) if isinstance(node, ast.ClassDef)}
 
 
 def below(kind: type[Settings]) -> Iterator[type[Settings]]:
@@ -60,24 +59,22 @@ def test_a_method_is_found_by_its_name() -> None:
 
 
 def test_nothing_else_names_a_method() -> None:
-    theirs = set().union(*(classes(own) for files in OWN.values() for own in files))
-    modules = [f"togi.methods.{own.stem}" for files in OWN.values() for own in files]
-    for path in OUTSIDE:
-        tree = ast.parse(path.read_text())
-        for name in imports(tree):
-            assert not any(within(name, module) for module in modules), f"{relative(path)} imports {name}"
-        assert theirs.isdisjoint(names_used(tree)), f"{relative(path)} names {theirs & set(names_used(tree))}"
+    files = set().union(*OWN.values())
+    theirs, modules = set().union(*map(classes, files)), set(map(module_of, files))
+    for path, tree in OUTSIDE.items():
+        assert modules.isdisjoint(imports(tree)), f"{path} imports {modules & imports(tree)}"
+        assert theirs.isdisjoint(names_used(tree)), f"{path} names {theirs & set(names_used(tree))}"
         words = {
             node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
-        assert words & set(METHODS) <= WORDS.get(relative(path), set()), f"{relative(path)} has the word of a method"
+        assert words & set(METHODS) <= WORDS.get(path, set()), f"{path} has the word of a method"
 
 
 def test_methods_do_not_name_each_other() -> None:
     for name, files in OWN.items():
-        others = {f"togi.methods.{own.stem}" for other, theirs in OWN.items() if other != name for own in theirs}
+        others = {module_of(path) for other, theirs in OWN.items() if other != name for path in theirs}
         for path in files:
-            assert others.isdisjoint(imports(ast.parse(path.read_text()))), relative(path)
+            assert others.isdisjoint(imports(trees()[path])), path
 
 
 def test_settings_are_asked_for_what_they_say_and_not_for_their_class() -> None:
@@ -85,7 +82,7 @@ def test_settings_are_asked_for_what_they_say_and_not_for_their_class() -> None:
         importlib.import_module(f"togi.config.{module.name}")
     settings = {kind.__name__ for kind in below(Settings)}
     assert {"RLConfig", "ModelSettings", "Method", *(kind.__name__ for kind in METHODS.values())} <= settings
-    found = [f"{relative(path)}:{line}" for path in FILES for line in type_tests(ast.parse(path.read_text()), settings)]
+    found = [f"{path}:{line}" for path, tree in trees().items() for line in type_tests(tree, settings)]
     assert len(found) <= 3, found
 
 

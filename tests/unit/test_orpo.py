@@ -9,7 +9,7 @@ import torch
 
 from tests.learn_tools import policy
 from tests.objective_cases import pairs
-from tests.unit.test_learn_objectives import LOG2, LOG3, double, history, learner, pair, summary
+from tests.objective_tools import LOG2, LOG3, double, history, learner, pair, summary
 from togi.algo.preference import log_odds
 from togi.config.parse import parse
 from togi.data.packing import pack

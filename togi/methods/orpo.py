@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from togi.learn.objective import Objective
     from togi.methods.training import Material
 
-LOG_ODDS_RATIO = "log_odds_ratio"
-
 
 class ORPO(Pairs):
     """Odds ratio preference optimisation: learn the chosen response, and prefer it to the rejected one."""
@@ -29,7 +27,7 @@ class ORPO(Pairs):
         *REWARD_MEASURES,
         Measure(names.CHOSEN_NLL, Good.LOW),
         Measure(
-            LOG_ODDS_RATIO,
+            "log_odds_ratio",
             Good.HIGH,
             "Mean log of the odds of the preferred response over those of the rejected one, by their probability a token.",
         ),

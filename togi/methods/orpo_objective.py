@@ -10,7 +10,6 @@ from torch.nn.functional import logsigmoid
 from togi.algo.preference import log_odds
 from togi.batch import Batch
 from togi.learn.objective import Loss, sequence_means, token_metrics
-from togi.methods.orpo import LOG_ODDS_RATIO
 from togi.methods.preference import OverPairs, pair_metrics, pairs
 from togi.model.outputs import Needs, Outputs
 from togi.obs import names
@@ -43,6 +42,6 @@ class ORPOObjective(OverPairs):
         chosen_P, rejected_P = means_N[first_P], means_N[second_P]
         ratios_P = log_odds(chosen_P) - log_odds(rejected_P)
         total = (-chosen_P - self.coef * logsigmoid(ratios_P)).sum()
-        own = {names.LOSS: total, names.CHOSEN_NLL: -chosen_P.sum(), LOG_ODDS_RATIO: ratios_P.sum()}
+        own = {names.LOSS: total, names.CHOSEN_NLL: -chosen_P.sum(), "log_odds_ratio": ratios_P.sum()}
         sums = pair_metrics(own, self.coef * chosen_P, self.coef * rejected_P)
         return Loss(total, token_metrics(sums, len(first_P), {}))

@@ -216,6 +216,11 @@ def add_explanations(explanations: Mapping[str, str]) -> None:
     _OF_METHODS.update(explanations)
 
 
+def of_methods() -> tuple[str, ...]:
+    """The metrics that only one method of training has."""
+    return tuple(_OF_METHODS)
+
+
 def explain(name: str) -> str:
     """One sentence about a metric; for a name that is not Togi's own, one that says so."""
     known = EXPLANATIONS | _OF_METHODS
