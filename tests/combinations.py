@@ -14,19 +14,20 @@ from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 
-from tests.offline_world import CONFIGS, flags
+from tests.offline_world import flags
 from togi.config.checks import check_rl
-from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError
+from togi.methods import METHODS
+from togi.methods.checks import check_method
 
 Combination = Mapping[str, str]
 LORA = ("--lora_rank", "4", "--target_modules", "q_proj", "v_proj")
 RL = "rl"
 # axis -> value -> flags. The first value of each is the plain one.
 AXES: dict[str, dict[str, tuple[str, ...]]] = {
-    "command": dict.fromkeys((*CONFIGS, RL), ()),
+    "command": dict.fromkeys((*METHODS, RL), ()),
     "backend": {"fsdp2": (), "deepspeed": ("--backend", "deepspeed")},
     "ZeRO stage": {stage: ("--zero_stage", stage) for stage in "0123"},
     "ring": {"1": (), "2": ("--ring_attn_size", "2")},
@@ -69,7 +70,7 @@ def refusal(combination: Combination) -> str | None:
         if command == RL:
             check_rl(parse(RLConfig, [*RL_NEEDS, *more], command).config)
         else:
-            check_offline(parse(CONFIGS[command], flags(Path("w"), command, Path("r"), *more), command))
+            check_method(parse(METHODS[command], flags(Path("w"), command, Path("r"), *more), command))
     except ConfigError as error:
         return str(error)
     return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.offline_world import CONFIGS, ROOT
+from tests.offline_world import ROOT
 from togi.config.chat import ChatConfig
 from togi.config.check import RLCheckConfig
 from togi.config.checks import check_rl
@@ -20,10 +20,11 @@ from togi.config.infer_checks import check_chat, check_infer
 from togi.config.iterate import IterateConfig
 from togi.config.iterate_checks import check_iterate
 from togi.config.merge import MergeConfig
-from togi.config.offline_checks import check_offline
 from togi.config.parse import Parsed, parse
 from togi.config.rl import RLConfig
 from togi.config.serve_rm import ServeRMConfig, check_serve_rm
+from togi.methods import METHODS
+from togi.methods.checks import check_method
 
 SCRIPTS = ROOT / "examples" / "scripts"
 BIN = Path(sys.executable).parent
@@ -52,7 +53,7 @@ CHECKS: dict[str, Any] = {
     "serve-rm": (ServeRMConfig, lambda parsed: check_serve_rm(parsed.config, has_token=False)),
     "merge-lora": (MergeConfig, lambda parsed: None),
     "export": (ExportConfig, lambda parsed: None),
-    **{command: (config, check_offline) for command, config in CONFIGS.items()},
+    **{command: (config, check_method) for command, config in METHODS.items()},
 }
 
 
@@ -112,8 +113,8 @@ def command_of(words: list[str]) -> Command:
         return Command(words[0], tuple(words[1:]))
     module = words.index("-m") + 1
     processes = int(words[words.index("--nproc_per_node") + 1])
-    name = words[module].removeprefix("togi.cli.train_")
-    return Command(name, tuple(words[module + 1 :]), processes)
+    assert words[module] == "togi"
+    return Command(words[module + 1], tuple(words[module + 2 :]), processes)
 
 
 def header(script: Path) -> list[str]:

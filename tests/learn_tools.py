@@ -33,7 +33,7 @@ PRELOADED = [
     "tests.offline_world",
     "togi.parallel.deepspeed",
     "togi.model.adapters",
-    "togi.recipes.offline",
+    "togi.run.offline",
 ]
 
 

@@ -19,9 +19,14 @@ from tests.learn_tools import critic, policy
 from togi.batch import Batch
 from togi.config.choices import CorrectionType, Divergence, PolicyLossType, RewardLoss
 from togi.data.packing import pack
-from togi.learn.distill_objective import DistillationObjective
-from togi.learn.objective import Objective, SFTObjective, StepRewardObjective
-from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
+from togi.learn.objective import Objective, SFTObjective
+from togi.methods.dpo_objective import DPOObjective
+from togi.methods.kd_objective import DistillationObjective
+from togi.methods.kto_objective import KTOObjective
+from togi.methods.orpo_objective import ORPOObjective
+from togi.methods.prm_objective import StepRewardObjective
+from togi.methods.rm_objective import PairwiseRewardObjective
+from togi.methods.simpo_objective import SimPOObjective
 from togi.obs.metrics import merge, reduced
 from togi.sample import Sample
 
@@ -180,6 +185,23 @@ def naive_dpo(kind: str) -> Callable[[nn.Module, Rows], Tensor]:
     return loss
 
 
+def mean_logp(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
+    """The mean log-prob of the tokens of the chosen and of the rejected responses."""
+    means = token_logp(model, rows).sum(1) / rows.mask.sum(1)
+    return means[0::2], means[1::2]
+
+
+def naive_simpo(model: nn.Module, rows: Rows) -> Tensor:
+    chosen, rejected = mean_logp(model, rows)
+    return -torch.log(torch.sigmoid(2.5 * (chosen - rejected) - 1.25)).mean()
+
+
+def naive_orpo(model: nn.Module, rows: Rows) -> Tensor:
+    chosen, rejected = mean_logp(model, rows)
+    odds = [torch.exp(mean) / (1 - torch.exp(mean)) for mean in (chosen, rejected)]
+    return (-chosen - 0.3 * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1])))).mean()
+
+
 def naive_kto(model: nn.Module, rows: Rows) -> Tensor:
     gap = 0.2 * (ratios(model, rows)[0] - KL)
     good = rows.values["desirable"] == 1
@@ -246,6 +268,8 @@ CASES: dict[str, Case] = {
     "cdpo": Case(lambda: DPOObjective(label_smoothing=0.2), pairs, naive_dpo("cdpo"), unit=2),
     "ipo": Case(lambda: DPOObjective(ipo=True), pairs, naive_dpo("ipo"), unit=2),
     "dpo_nll": Case(lambda: DPOObjective(nll_loss_coef=0.3), pairs, naive_dpo("nll"), unit=2),
+    "simpo": Case(lambda: SimPOObjective(2.5, 1.25), pairs, naive_simpo, unit=2),
+    "orpo": Case(lambda: ORPOObjective(0.3), pairs, naive_orpo, unit=2),
     "kto": Case(lambda: KTOObjective(0.2, 1.5, 0.5), verdicts, naive_kto),
     "prm_vocabulary": Case(StepRewardObjective, steps, naive_steps("vocabulary")),
     "prm_tokens": Case(lambda: StepRewardObjective((GOOD, BAD)), steps, naive_steps("hard")),

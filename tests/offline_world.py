@@ -13,7 +13,6 @@ import torch
 
 from tests.tiny import save_tiny_model
 from togi.cli.main import main
-from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
 from togi.config.shared import MIXTURES
 
 ROOT = Path(__file__).parents[1]
@@ -59,19 +58,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-CONFIGS: dict[str, type[OfflineConfig]] = {
-    "sft": SFTConfig,
-    "kd": KDConfig,
-    "rm": RMConfig,
-    "dpo": DPOConfig,
-    "kto": KTOConfig,
-    "prm": PRMConfig,
-}
 DATA = {
     "sft": ("sft", "--input_key q --output_key a"),
     "kd": ("sft", "--input_key q --output_key a"),
     "rm": ("pairs", "--prompt_key q"),
     "dpo": ("pairs", "--prompt_key q"),
+    "simpo": ("pairs", "--prompt_key q"),
+    "orpo": ("pairs", "--prompt_key q"),
     "kto": ("kto", "--input_key q --output_key a"),
     "prm": ("steps", "--input_key text --placeholder_token # --reward_tokens + -"),
 }
@@ -97,9 +90,15 @@ def train(world: Path, command: str, run: Path, *more: str, evaluate: bool = Tru
     return values(run)
 
 
+def module(command: str) -> str:
+    """What ``python -m`` starts: the established name where there is one."""
+    established = ROOT / "togi" / "cli" / f"train_{command}.py"
+    return f"togi.cli.train_{command}" if established.is_file() else f"togi {command}"
+
+
 def launch(world: Path, command: str, run: Path, ranks: int, *more: str) -> list[dict[str, float]]:
     """Run under torchrun."""
-    launcher = f"-m torch.distributed.run --nproc_per_node {ranks} --standalone -m togi.cli.train_{command}"
+    launcher = f"-m torch.distributed.run --nproc_per_node {ranks} --standalone -m {module(command)}"
     words = [sys.executable, *launcher.split(), *flags(world, command, run, *more)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

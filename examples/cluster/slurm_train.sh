@@ -21,7 +21,7 @@ RUN="${RUN:-$PWD/runs/slurm-$SLURM_JOB_ID}"
 export TORCHRUN TOGI_CACHE
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-64}"   # a step does not take it over from the job
 
-command="${1:?name the command: sft, rm, dpo, kto, prm or kd}"
+command="${1:?name the command: sft, rm, dpo, simpo, orpo, kto, prm or kd}"
 shift
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 echo "$SLURM_JOB_NUM_NODES nodes x $GPUS_PER_NODE processes meet at $first:$PORT"
@@ -29,4 +29,4 @@ echo "$SLURM_JOB_NUM_NODES nodes x $GPUS_PER_NODE processes meet at $first:$PORT
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
   bash -c 'exec "$TORCHRUN" --node_rank "$SLURM_NODEID" "$@"' torchrun \
   --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$GPUS_PER_NODE" --master_addr "$first" --master_port "$PORT" \
-  -m "togi.cli.train_$command" --run_dir "$RUN" --save_path "$RUN/model" --ckpt_path "$RUN/checkpoints" "$@"
+  -m togi "$command" --run_dir "$RUN" --save_path "$RUN/model" --ckpt_path "$RUN/checkpoints" "$@"

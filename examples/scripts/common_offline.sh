@@ -19,5 +19,5 @@ train() {  # train COMMAND ROWS flags...
 in_processes() {  # TOGI=in_processes: PROCESSES of torchrun in the place of one
   command="$1"
   shift
-  "${TORCHRUN:-torchrun}" --standalone --nproc_per_node "$PROCESSES" -m "togi.cli.train_$command" "$@"
+  "${TORCHRUN:-torchrun}" --standalone --nproc_per_node "$PROCESSES" -m togi "$command" "$@"
 }

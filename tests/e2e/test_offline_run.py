@@ -18,8 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.example_scripts import BIN, run_script
-from tests.offline_world import CONFIGS, DATA, ROOT, flags, launch, make_world, train
+from tests.offline_world import DATA, ROOT, flags, launch, make_world, train
 from togi.cli.main import main
+from togi.methods import METHODS
 from togi.obs.run_dir import read_held_out
 from togi.recipes.best_metric import offline_metrics
 
@@ -37,7 +38,7 @@ def test_a_command_learns_and_leaves_everything_behind(world: Path, tmp_path: Pa
     assert [i for i, values in enumerate(steps) if "eval/loss" in values] == [0, 3, 5, 6, 9]
     assert steps[-1]["eval/loss"] < steps[0]["eval/loss"]
     assert steps[-1]["loss"] < steps[1]["loss"]
-    assert {name for name in steps[0] if name.startswith("eval/")} == set(offline_metrics(CONFIGS[command]()))
+    assert {name for name in steps[0] if name.startswith("eval/")} == set(offline_metrics(METHODS[command]()))
     for values in steps[1:]:
         assert all(math.isfinite(values[name]) for name in ("loss", "grad_norm", "lr"))
     drawn = drawn_on(run / "report.html")
@@ -242,6 +243,8 @@ EXAMPLES = {
     "sft_ring.sh": ["--ring_head_stride", "1"],
     "rm.sh": ["--loss", "logexp"],
     "dpo.sh": ["--label_smoothing", "0.1"],
+    "simpo.sh": ["--gamma", "0.5"],
+    "orpo.sh": ["--odds_ratio_coef", "0.2"],
     "kto.sh": ["--desirable_loss_weight", "1.5"],
     "prm.sh": ["--gradient_checkpointing"],
     "kd_on_policy.sh": ["--generate_max_len", "8"],

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 from tests.learn_tools import partition_small_weights
-from tests.offline_world import CONFIGS, flags
+from tests.offline_world import flags
 from togi.config.parse import parse
+from togi.methods import METHODS
 from togi.parallel.process import World
 from togi.run.offline import run
 
@@ -39,7 +40,7 @@ def run_all(world: World, folder: Path) -> None:
     are one run, the second resumed from the checkpoint of the first in the middle of an epoch.
     """
     partition_small_weights()
-    for command in CONFIGS:
+    for command in METHODS:
         run_one(world, folder, command, "two")
         run_one(world, folder, command, "ring", "--ring_attn_size", "2")
     for command, stage in SPLIT.items():
@@ -62,6 +63,8 @@ def run_more(world: World, folder: Path) -> None:
     partition_small_weights()
     for command in STAGE_3:
         run_one(world, folder, command, "three", "--zero_stage", "3")
+    for command in METHODS:
+        run_one(world, folder, command, "ring", "--ring_attn_size", "2")
     run_one(world, folder, "dpo", "ring_lora", *LORA, "--ring_attn_size", "2", "--gradient_checkpointing")
     run_one(world, folder, "kto", "ring_deepspeed", "--ring_attn_size", "2", "--backend", "deepspeed")
     run_one(world, folder, "rm", "ring_deepspeed", *RING_3, "--backend", "deepspeed")
@@ -97,5 +100,5 @@ def run_few(world: World, folder: Path) -> None:
 
 
 def run_one(world: World, folder: Path, command: str, name: str, *more: str) -> None:
-    config_class, argv = CONFIGS[command], flags(folder, command, folder / name / command, *more, "--max_ckpt_num", "9")
+    config_class, argv = METHODS[command], flags(folder, command, folder / name / command, *more, "--max_ckpt_num", "9")
     run(world, parse(config_class, argv, command), command, argv=argv, announce=lambda line: None)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from tests.combinations import AXES, RL, covering, page, supported, training, words
 from tests.learn_tools import max_difference, partition_small_weights, run_ranks
-from tests.offline_world import CONFIGS, flags, make_world, train, values
+from tests.offline_world import flags, make_world, train, values
 from togi.config.parse import parse
+from togi.methods import METHODS
 from togi.parallel.process import World
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def run_chosen(world: World, folder: Path) -> None:
     for combination in json.loads((folder / CHOSEN).read_text()):
         command, run = combination["command"], folder / name(combination)
         argv = flags(folder, command, run, *more(folder, combination), *words(combination), evaluate=False)
-        run(world, parse(CONFIGS[command], argv, command), command, argv=argv, announce=lambda line: None)
+        run(world, parse(METHODS[command], argv, command), command, argv=argv, announce=lambda line: None)
 
 
 @pytest.fixture(scope="module")

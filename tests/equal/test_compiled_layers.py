@@ -13,10 +13,10 @@ from tests.offline_world import flags, make_world
 from tests.packs import random_groups, shared_pack
 from tests.tiny import save_tiny_model
 from togi.config.choices import Layers
-from togi.config.offline import KDConfig
 from togi.config.parse import parse
 from togi.config.shared import COMPILABLE, LoRA, Recompute
 from togi.errors import ConfigError, ModelError
+from togi.methods.kd import KD
 from togi.model.adapters import without_adapter
 from togi.model.compiled_layers import clock
 from togi.model.loading import ModelSource, load_causal_lm
@@ -140,6 +140,6 @@ def test_an_architecture_it_was_not_tested_with_is_refused(tmp_path: Path) -> No
     save_tiny_model(tmp_path / "mixtral", arch="mixtral")
     argv = flags(tmp_path, "kd", tmp_path / "run", "--torch_compile", "--teacher_model", str(tmp_path / "mixtral"))
     with pytest.raises(ConfigError, match=r"--torch_compile is tested .* --teacher_model \S+ is a mixtral model"):
-        check(parse(KDConfig, argv, "kd"))
+        check(parse(KD, argv, "kd"))
     with pytest.raises(ModelError, match=r"--torch_compile is tested with gemma, .* and this is a mixtral model"):
         load_causal_lm(ModelSource(str(tmp_path / "mixtral"), torch.float32, layers=Layers.COMPILED))

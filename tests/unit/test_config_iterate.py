@@ -17,10 +17,11 @@ from togi.config.infer import InferConfig
 from togi.config.infer_checks import check_infer
 from togi.config.iterate import IterateConfig
 from togi.config.iterate_checks import check_iterate
-from togi.config.offline import DPOConfig, SFTConfig
-from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.errors import CheckpointError, ConfigError, RunError
+from togi.methods.checks import check_method
+from togi.methods.dpo import DPO
+from togi.methods.sft import SFT
 from togi.run.iterate import IterateState
 from togi.run.iterate_steps import Steps, subprocess_step
 
@@ -84,18 +85,18 @@ def test_each_step_is_a_sound_command(tmp_path: Path, method: str, rendering: st
     words = f"{method} {rendering} {tuned} --eval_temperature 0.3"
     steps = Steps(config(words), tmp_path, lambda module, argv: commands.append(list(argv)))
     command, argv = steps.training_command(3, "now")
-    kind = DPOConfig if method == "dpo" else SFTConfig
+    kind = DPO if method == "dpo" else SFT
     parsed = parse(kind, argv, command)
-    check_offline(parsed)
+    check_method(parsed)
     trained = parsed.config
     assert (trained.pretrain, trained.seed, trained.adam_betas) == ("now", 8, (0.8, 0.9))
     assert (trained.packing_samples, trained.gradient_checkpointing, trained.bf16) == (False, True, True)
     assert (trained.lr_power, trained.adam_offload) == (2, True)
     assert trained.learning_rate == (5e-7 if method == "dpo" else 2e-6)
-    if isinstance(trained, DPOConfig):
+    if isinstance(trained, DPO):
         assert trained.ref_pretrain == "m"  # the first model, in every round
         again = Steps(config(f"{words} --ref_previous_round"), tmp_path, print).training_command(3, "now")[1]
-        assert parse(DPOConfig, again, "dpo").config.ref_pretrain == "now"
+        assert parse(DPO, again, "dpo").config.ref_pretrain == "now"
     steps._ask(tmp_path, [{"input": "a"}], "now", 3, 4, 0.7, told=True)
     asked = parse(InferConfig, commands[0], "infer")
     check_infer(asked)

@@ -11,20 +11,14 @@ from pathlib import Path
 import pytest
 
 from togi.config.fields import is_later
-from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
-from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.errors import ConfigError, DataError
+from togi.methods import METHODS
+from togi.methods.checks import check_method
+from togi.methods.sft import SFT
 from togi.recipes import offline_preflight
 
-COMMANDS: dict[str, type[OfflineConfig]] = {
-    "sft": SFTConfig,
-    "rm": RMConfig,
-    "dpo": DPOConfig,
-    "kto": KTOConfig,
-    "prm": PRMConfig,
-    "kd": KDConfig,
-}
+COMMANDS = {name: METHODS[name] for name in ("sft", "rm", "dpo", "kto", "prm", "kd")}
 # Flags that a command written for the established interface may carry, by command, beside those of all six.
 SHARED = (
     "save_path save_steps logging_steps eval_steps ckpt_path max_ckpt_num max_ckpt_mem load_checkpoint "
@@ -79,14 +73,14 @@ def test_established_flags_and_defaults(command: str) -> None:
 def refused(command: str, flags: str) -> str:
     words = f"--pretrain m --dataset d.jsonl {REQUIRED[command]} {flags}".split()
     with pytest.raises(ConfigError) as caught:
-        check_offline(parse(COMMANDS[command], words, command))
+        check_method(parse(COMMANDS[command], words, command))
     return str(caught.value)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_plain_command_is_let_through(command: str) -> None:
     words = f"--pretrain m --dataset d.jsonl {REQUIRED[command]}".split()
-    check_offline(parse(COMMANDS[command], words, command))
+    check_method(parse(COMMANDS[command], words, command))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -94,7 +88,7 @@ def test_what_is_required_is_named(command: str) -> None:
     check = COMMANDS[command]
     for words, flag in ((["--dataset", "d"], "--pretrain"), (["--pretrain", "m"], "--dataset")):
         with pytest.raises(ConfigError, match=f"{flag} is required"):
-            check_offline(parse(check, words, command))
+            check_method(parse(check, words, command))
 
 
 ABOVE = "--gradient_checkpointing --gradient_checkpointing_above 9"
@@ -178,13 +172,13 @@ def test_values_that_cannot_be(command: str, flags: str, sentence: str) -> None:
 
 def test_the_default_template_gives_way_to_a_chat_template() -> None:
     words = ["--pretrain", "m", "--dataset", "d", "--apply_chat_template", "--input_key", "messages"]
-    check_offline(parse(SFTConfig, words, "sft"))
+    check_method(parse(SFT, words, "sft"))
 
 
 def test_launcher_flags_are_taken() -> None:
     """The DeepSpeed launcher adds --local_rank to every command."""
-    assert parse(SFTConfig, ["--local_rank=1"], "sft").config.local_rank == 1
-    assert not is_later(SFTConfig, "local_rank")
+    assert parse(SFT, ["--local_rank=1"], "sft").config.local_rank == 1
+    assert not is_later(SFT, "local_rank")
 
 
 def test_preflight_looks_at_models_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,4 +255,4 @@ def test_commands_of_the_field_are_taken_unchanged(command: str) -> None:
     words = FIELD_COMMANDS[command].split()
     if command == "sft":
         words += ["--input_template", "User: {}\nAssistant: "]
-    check_offline(parse(COMMANDS[command], words, command))
+    check_method(parse(COMMANDS[command], words, command))

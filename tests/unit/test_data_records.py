@@ -295,13 +295,17 @@ def test_too_many_faults_stop_the_run(tmp_path, tokenizer):
             {"input_key": "q", "apply_chat_template": True},
             r"^Line 2 of .*: the field 'q' ends with a message of role 'user'",
         ),
-        ({"q": "x", "a": "y"}, {"input_key": "q"}, r"^--output_key is not set"),
     ],
 )
 def test_bad_rows(tmp_path, tokenizer, row, settings, message):
     fine = {"q": TURNS[:2] if "output_key" not in settings else "x", "a": "y"}
     with pytest.raises(DataError, match=message):
         load(tmp_path, tokenizer, [fine, row], **settings)
+
+
+def test_an_answer_without_a_field_is_a_defect_as_the_settings_refuse_it(tmp_path, tokenizer):
+    with pytest.raises(AssertionError, match="--output_key is not set"):
+        load(tmp_path, tokenizer, [{"q": "x", "a": "y"}], input_key="q")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Preference pairs, labelled answers and their mismatched copies, and labelled steps: values derived by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,8 +12,9 @@ from togi.config.choices import Overlong
 from togi.data.chat import load_tokenizer
 from togi.data.packing import pack, pack_stats
 from togi.data.records import RecordSpec, load_pairs, load_steps, load_unpaired
-from togi.data.unpaired import mismatched
+from togi.data.steps import step_labels
 from togi.errors import DataError
+from togi.methods.kto_objective import mismatched
 
 HISTORY = [{"role": "user", "content": "q"}]
 GOOD = [*HISTORY, {"role": "assistant", "content": "good"}]
@@ -373,3 +375,13 @@ def test_real_tokenizer(tmp_path):
     assert len(chosen.tokens) - chosen.prompt_length == 2
     assert rejected.tokens[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id != STOP
+
+
+def test_two_reward_tokens_that_a_tokenizer_takes_for_one_are_refused():
+    def folding(text, add_special_tokens):
+        return {"input_ids": [{"#": 1, "yes": 2}.get(text.lower(), 3)]}
+
+    spec = RecordSpec("", placeholder_token="#", reward_tokens=("yes", "Yes"))
+    with pytest.raises(DataError, match="Two of --reward_tokens yes Yes are the same token"):
+        step_labels(spec, "yes", folding)
+    assert step_labels(dataclasses.replace(spec, reward_tokens=("Yes", "no")), "no", folding).reward_ids == (2, 3)

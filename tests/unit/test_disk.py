@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from tests.offline_world import make_world, train
-from togi.config.offline import RMConfig, SFTConfig
 from togi.config.rl import RLConfig
 from togi.config.shared import LoRA
 from togi.errors import CheckpointError
+from togi.methods.rm import RM
+from togi.methods.sft import SFT
 from togi.model.sizes import Sizes, sizes
 from togi.recipes.disk import Writing, check_room, offline_writing, rl_writing, size, size_of
 
@@ -41,11 +42,11 @@ def of(path: str, scalar: bool) -> Sizes:
     ],
 )
 def test_what_a_run_on_fixed_data_writes(settings: dict[str, Any], expected: Writing) -> None:
-    assert offline_writing(SFTConfig(**settings), 10, of) == expected
+    assert offline_writing(SFT(**settings), 10, of) == expected
 
 
 def test_a_reward_model_is_written_with_its_head() -> None:
-    assert offline_writing(RMConfig(), 10, of) == Writing(12 * 90, 0, 0, 0, 4 * 90)
+    assert offline_writing(RM(), 10, of) == Writing(12 * 90, 0, 0, 0, 4 * 90)
 
 
 def test_an_rl_run_also_writes_critic_and_average() -> None:
@@ -58,7 +59,7 @@ def test_an_rl_run_also_writes_critic_and_average() -> None:
 
 def test_a_full_disk_is_found_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """4 checkpoints and a model are 5200 bytes; with 5% in reserve 5460 are enough and 5459 are not."""
-    config = SFTConfig(ckpt_path=str(tmp_path / "a" / "b"), save_path=str(tmp_path / "c"))
+    config = SFT(ckpt_path=str(tmp_path / "a" / "b"), save_path=str(tmp_path / "c"))
     writing = Writing(1200, 0, 4, 0, 400)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 0, 5460))
     line = "4 x 1.2 kB checkpoints (1.2 kB masters and moments) + 400 B final model"
@@ -80,7 +81,7 @@ def test_what_is_written_is_what_was_foretold(tmp_path: Path, flags: str) -> Non
     """Beside tensors the files have only headers and records."""
     world = make_world(tmp_path / "world")
     train(world, "sft", tmp_path / "run", "--save_steps", "4", "--save_hf_ckpt", *flags.split(), evaluate=False)
-    config = SFTConfig(pretrain=str(world / "model"), lora_rank=2 if flags else 0)
+    config = SFT(pretrain=str(world / "model"), lora_rank=2 if flags else 0)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     state = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     model = sum(file.stat().st_size for file in (checkpoint / "hf").glob("*.safetensors"))

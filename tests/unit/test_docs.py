@@ -19,20 +19,12 @@ from togi.config.infer import InferConfig
 from togi.config.infer_checks import check_infer
 from togi.config.iterate import IterateConfig
 from togi.config.iterate_checks import check_iterate
-from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
-from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.config.serve_rm import ServeRMConfig
+from togi.methods import METHODS
+from togi.methods.checks import check_method
 
-OFFLINE: dict[str, type[OfflineConfig]] = {
-    "sft": SFTConfig,
-    "rm": RMConfig,
-    "dpo": DPOConfig,
-    "kto": KTOConfig,
-    "prm": PRMConfig,
-    "kd": KDConfig,
-}
 CONFIGS = (
     RLConfig,
     RLCheckConfig,
@@ -41,7 +33,7 @@ CONFIGS = (
     IterateConfig,
     ServeRMConfig,
     ExportConfig,
-    *OFFLINE.values(),
+    *METHODS.values(),
 )
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -85,8 +77,8 @@ def test_commands_are_real(page: Path) -> None:
                 check_infer(parse(InferConfig, words[2:], "infer"))
             elif words[1] == "iterate" and "--help" not in words:
                 check_iterate(parse(IterateConfig, words[2:], "iterate"))
-            elif words[1] in OFFLINE and "--help" not in words:
-                check_offline(parse(OFFLINE[words[1]], words[2:], words[1]))
+            elif words[1] in METHODS and "--help" not in words:
+                check_method(parse(METHODS[words[1]], words[2:], words[1]))
 
 
 def examples_of(module: Path) -> set[str]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from tests.tiny import tiny_tokenizer
+from togi.methods.dpo import DPO
+from togi.methods.kto import KTO
+from togi.methods.method import Method
+from togi.methods.sft import SFT
 from togi.recipes.held_out import Judged, as_seen, ends, judge
 from togi.sample import Sample
 
@@ -13,16 +17,19 @@ def sample(row: str, **values: float) -> Sample:
     return Sample(np.array([65, 66, 67]), np.array([False, True, False]), 1, row, values=values)
 
 
-def badness(samples: list[Sample], values: list[float]) -> dict[str, float]:
-    return {row.row: row.badness for row in judge(samples, values)}
+def badness(method: Method, samples: list[Sample], values: list[float]) -> dict[str, float]:
+    return {row.row: row.badness for row in judge(samples, values, method.badness)}
 
 
 def test_what_is_bad_depends_on_the_kind_of_row() -> None:
-    assert badness([sample("a"), sample("b")], [1.5, 0.5]) == {"a": 1.5, "b": 0.5}  # losses
+    assert badness(SFT(), [sample("a"), sample("b")], [1.5, 0.5]) == {"a": 1.5, "b": 0.5}  # losses
     pairs = [sample("a", chosen=1), sample("a", chosen=0), sample("b", chosen=1), sample("b", chosen=0)]
-    assert badness(pairs, [1.0, 3.0, 2.0, -1.0]) == {"a": 2.0, "b": -3.0}  # rejected above chosen
+    assert badness(DPO(), pairs, [1.0, 3.0, 2.0, -1.0]) == {"a": 2.0, "b": -3.0}  # rejected above chosen
     verdicts = [sample("a", desirable=1), sample("b", desirable=0)]
-    assert badness(verdicts, [0.5, 0.25]) == {"a": -0.5, "b": 0.25}  # a low reward of a good one, a high one of a bad
+    assert badness(KTO(), verdicts, [0.5, 0.25]) == {
+        "a": -0.5,
+        "b": 0.25,
+    }  # a low reward of a good one, a high one of a bad
 
 
 def test_the_ends_of_all_are_found_among_the_ends_of_the_parts() -> None:

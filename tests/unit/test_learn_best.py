@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from togi.config.offline import DPOConfig, OfflineConfig, RMConfig, SFTConfig
-from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import CheckpointError, ConfigError
 from togi.learn.checkpoint import Aim, Best, BestStore, CheckpointStore, better
+from togi.methods.checks import check_method
+from togi.methods.dpo import DPO
+from togi.methods.method import Method
+from togi.methods.rm import RM
+from togi.methods.sft import SFT
 from togi.recipes.best_metric import check_rl_metric, offline_aim, rl_aim
 
 LOSS, REWARD = Aim("eval/loss", highest=False), Aim("eval/reward", highest=True)
@@ -89,19 +92,19 @@ def test_pruning_leaves_the_best_alone(tmp_path: Path) -> None:
 HELD_OUT = "--pretrain m --dataset d.jsonl --eval_dataset e.jsonl"
 
 
-def aim(config_class: type[OfflineConfig], flags: str) -> Aim | None:
+def aim(config_class: type[Method], flags: str) -> Aim | None:
     parsed = parse(config_class, f"{HELD_OUT} {flags}".split(), "x")
     return offline_aim(parsed.config)
 
 
 def test_the_direction_follows_from_the_metric() -> None:
-    assert aim(SFTConfig, "") is None
-    assert aim(SFTConfig, "--best_metric_key none") is None
-    assert aim(SFTConfig, "--best_metric_key eval/loss") == LOSS
-    assert aim(SFTConfig, "--best_metric_key perplexity") == Aim("eval/perplexity", highest=False)
-    assert aim(RMConfig, "--best_metric_key accuracy") == Aim("eval/accuracy", highest=True)
-    assert aim(DPOConfig, "--best_metric_key reward/margin") == Aim("eval/reward/margin", highest=True)
-    lowest = aim(DPOConfig, "--best_metric_key eval/reward/rejected --best_metric_mode min")
+    assert aim(SFT, "") is None
+    assert aim(SFT, "--best_metric_key none") is None
+    assert aim(SFT, "--best_metric_key eval/loss") == LOSS
+    assert aim(SFT, "--best_metric_key perplexity") == Aim("eval/perplexity", highest=False)
+    assert aim(RM, "--best_metric_key accuracy") == Aim("eval/accuracy", highest=True)
+    assert aim(DPO, "--best_metric_key reward/margin") == Aim("eval/reward/margin", highest=True)
+    lowest = aim(DPO, "--best_metric_key eval/reward/rejected --best_metric_mode min")
     assert lowest == Aim("eval/reward/rejected", highest=False)
     rl = RLConfig(best_metric_key="eval/math/pass4", eval_n_samples_per_prompt=4)
     assert rl_aim(rl, ["math"]) == Aim("eval/math/pass4", highest=True)
@@ -110,9 +113,9 @@ def test_the_direction_follows_from_the_metric() -> None:
 
 def test_a_metric_that_is_not_measured_is_an_early_error() -> None:
     with pytest.raises(ConfigError, match="an evaluation of this run has eval/loss, eval/perplexity: choose one"):
-        aim(SFTConfig, "--best_metric_key accuracy")
+        aim(SFT, "--best_metric_key accuracy")
     with pytest.raises(ConfigError, match="say which with --best_metric_mode"):
-        aim(DPOConfig, "--best_metric_key reward/rejected")
+        aim(DPO, "--best_metric_key reward/rejected")
     check_rl_metric(RLConfig(best_metric_key="math/pass4", eval_n_samples_per_prompt=4))
     with pytest.raises(
         ConfigError,
@@ -136,4 +139,4 @@ def test_a_metric_that_is_not_measured_is_an_early_error() -> None:
 def test_flags_that_need_each_other(flags: str, sentence: str) -> None:
     words = f"--pretrain m --dataset d.jsonl --output_key a {flags}".split()
     with pytest.raises(ConfigError, match=sentence):
-        check_offline(parse(SFTConfig, words, "sft"))
+        check_method(parse(SFT, words, "sft"))

@@ -13,47 +13,24 @@ from torch import Tensor, nn
 
 from tests.learn_tools import CPU, critic, policy
 from tests.objective_cases import BAD, GOOD, VOCAB, pairs, responses, steps, teacher, verdicts
+from tests.objective_tools import LOG2, LOG3, double, history, learner, pair, row, summary
 from tests.tiny import tiny_model
-from togi.batch import Batch
-from togi.config.choices import Divergence, RewardLoss, Scheduler
+from togi.config.choices import Divergence, RewardLoss
 from togi.data.packing import pack
 from togi.errors import ConfigError
-from togi.learn import preference_objective
-from togi.learn.distill_objective import DistillationObjective
-from togi.learn.learner import Learner
-from togi.learn.objective import Objective, SFTObjective, StepRewardObjective
-from togi.learn.preference_objective import DPOObjective, KTOObjective, PairwiseRewardObjective
-from togi.learn.schedule import Schedule
+from togi.learn.objective import Objective, SFTObjective
 from togi.learn.scorer import Scorer
+from togi.methods import preference
+from togi.methods.dpo_objective import DPOObjective
+from togi.methods.kd_objective import DistillationObjective
+from togi.methods.kto_objective import KTOObjective
+from togi.methods.prm_objective import StepRewardObjective
+from togi.methods.rm_objective import PairwiseRewardObjective
 from togi.model.attention import SEGMENTS
 from togi.model.outputs import Needs, Outputs
 from togi.model.policy import PolicyModel
-from togi.obs.metrics import merge, reduced
-from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 from togi.sample import Sample
-
-LOG2, LOG3 = math.log(2), math.log(3)
-
-
-def row(length: int, group: str, values: dict[str, float], ref: Sequence[float] = (), prompt: int = 1) -> Sample:
-    """``prompt`` tokens, then a response, all of it in the loss."""
-    mask = np.arange(length) >= prompt
-    stream = np.full(length, np.nan, dtype=np.float32)
-    if ref:
-        stream[mask] = ref
-    return Sample(np.arange(length), mask, prompt, group, {"ref_logprobs": stream} if ref else {}, values)
-
-
-def pair(group: str, chosen: int, rejected: int, margin: float = 0.0) -> list[Sample]:
-    """Responses of so many tokens, one token of prompt, reference log-probs of -1 everywhere."""
-    sides = ((1.0, chosen), (0.0, rejected))
-    return [row(1 + n, group, {"chosen": mark, "margin": margin}, [-1.0] * n) for mark, n in sides]
-
-
-def summary(objective: Objective, outputs: Outputs, batch: Batch) -> dict[str, float]:
-    return objective.summary(reduced(merge([objective.loss(outputs, batch).metrics])))
 
 
 def stock_logits(model: PolicyModel, tokens: np.ndarray) -> Tensor:
@@ -63,10 +40,6 @@ def stock_logits(model: PolicyModel, tokens: np.ndarray) -> Tensor:
         logits = model.hf(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0]
     model.hf.set_attn_implementation(SEGMENTS)
     return logits
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 # ---- by hand
@@ -85,15 +58,15 @@ def test_sft_is_a_token_mean_with_its_perplexity():
 def test_pairs_follow_the_list_that_was_packed(share_prefix):
     batch = pack([*pair("a", 2, 1), *pair("b", 1, 2)], share_prefix=share_prefix)
     shuffled = dataclasses.replace(batch, order_N=(7, 4, 5, 6), values={"chosen": torch.tensor([0.0, 1, 0, 1])})
-    assert [side.tolist() for side in preference_objective.pairs(batch)] == [[0, 2], [1, 3]]
-    assert [side.tolist() for side in preference_objective.pairs(shuffled)] == [[1, 3], [2, 0]]
+    assert [side.tolist() for side in preference.pairs(batch)] == [[0, 2], [1, 3]]
+    assert [side.tolist() for side in preference.pairs(shuffled)] == [[1, 3], [2, 0]]
 
 
 def test_a_torn_pair_is_a_defect():
     first, second = pair("a", 2, 1), pair("b", 1, 2)
     for samples in (first[:1], [first[0], second[0]], [first[1], first[0]]):
         with pytest.raises(AssertionError, match="pair"):
-            preference_objective.pairs(pack(samples, share_prefix=False))
+            preference.pairs(pack(samples, share_prefix=False))
 
 
 def test_reward_model_by_hand():
@@ -250,12 +223,16 @@ def test_the_first_response_token_is_distilled_and_the_last_has_no_successor():
         (lambda: StepRewardObjective((1, 2, 3), soft=True), "--reward_tokens"),
         (lambda: StepRewardObjective((1, 1)), "--reward_tokens"),
         (lambda: DistillationObjective(policy(), VOCAB, kd_coef=1.5), "--kd_coef"),
-        (lambda: DistillationObjective(policy(), VOCAB - 1), "--teacher_model predicts 300 tokens and --pretrain 299"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make: Callable[[], Objective], flag: str):
-    with pytest.raises(ConfigError, match=flag):
+def test_what_the_settings_refuse_is_a_defect(make: Callable[[], Objective], flag: str):
+    with pytest.raises(AssertionError, match=flag):
         make()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match="--teacher_model predicts 300 tokens and --pretrain 299"):
+        DistillationObjective(policy(), VOCAB - 1)
 
 
 def test_a_label_outside_the_reward_tokens_is_a_defect():
@@ -266,17 +243,6 @@ def test_a_label_outside_the_reward_tokens_is_a_defect():
 
 
 # ---- a few steps go the right way
-
-
-def learner(model: nn.Module, objective: Objective) -> Learner:
-    backend = trainable(model, World.solo(CPU), BackendOptions(bf16=False))
-    return Learner(backend, objective, Schedule(Scheduler.CONSTANT, 1e-3, 8), 1.0)
-
-
-def history(learner: Learner, samples: Sequence[Sample], number: int = 8) -> list[dict[str, float]]:
-    """Metrics before each of some updates on the same rows, in two micro-batches."""
-    batches = [pack(samples[:2], share_prefix=True), pack(samples[2:], share_prefix=True)]
-    return [dict(learner.update(batches).metrics) for _ in range(number)]
 
 
 def scored(model: nn.Module, samples: Sequence[Sample]) -> list[Sample]:

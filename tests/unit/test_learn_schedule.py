@@ -9,11 +9,11 @@ import torch
 from transformers import SchedulerType, get_scheduler
 
 from togi.config.choices import Scheduler
-from togi.config.offline import SFTConfig
-from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.errors import ConfigError
 from togi.learn.schedule import Schedule
+from togi.methods.checks import check_method
+from togi.methods.sft import SFT
 
 TOTAL, PEAK = 20, 3e-4
 FLOOR = {"min_lr_rate": 0.25}
@@ -62,7 +62,7 @@ def test_equal_to_transformers(kind: Scheduler, theirs: dict[str, Any], ours: di
 
 
 def test_warm_up_is_a_ceiling_and_the_floor_holds() -> None:
-    schedule = Schedule.of(SFTConfig(), 1.0, 101)
+    schedule = Schedule.of(SFT(), 1.0, 101)
     assert schedule.warmup == 4
     assert [schedule.rate(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
     for step in (101, 500):
@@ -70,7 +70,7 @@ def test_warm_up_is_a_ceiling_and_the_floor_holds() -> None:
 
 
 def test_the_flags_reach_the_schedule() -> None:
-    config = SFTConfig(
+    config = SFT(
         lr_scheduler=Scheduler.WARMUP_STABLE_DECAY,
         lr_warmup_ratio=0.1,
         lr_decay_ratio=0.25,
@@ -80,7 +80,7 @@ def test_the_flags_reach_the_schedule() -> None:
     rates = [Schedule.of(config, 10.0, 10).rate(step) for step in range(11)]
     # one step of warm-up from the floor, six at the peak, then ceil(0.25 x 10) = 3 along half a cosine
     assert rates == pytest.approx([2.0, 10, 10, 10, 10, 10, 10, 10, 8.0, 4.0, 2.0])
-    power = SFTConfig(lr_scheduler=Scheduler.POLYNOMIAL, lr_warmup_ratio=0, lr_power=2, min_lr_ratio=0)
+    power = SFT(lr_scheduler=Scheduler.POLYNOMIAL, lr_warmup_ratio=0, lr_power=2, min_lr_ratio=0)
     assert [Schedule.of(power, 1.0, 4).rate(step) for step in range(5)] == [1.0, 0.5625, 0.25, 0.0625, 0.0]
 
 
@@ -101,5 +101,5 @@ def test_the_flags_reach_the_schedule() -> None:
 def test_what_a_schedule_does_not_use_is_refused(flags: str, sentence: str) -> None:
     words = f"--pretrain m --dataset d.jsonl --output_key a {flags}".split()
     with pytest.raises(ConfigError) as caught:
-        check_offline(parse(SFTConfig, words, "sft"))
+        check_method(parse(SFT, words, "sft"))
     assert str(caught.value).startswith(sentence)

@@ -11,11 +11,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import GreedyLR
 
 from togi.config.choices import Scheduler
-from togi.config.offline import SFTConfig
-from togi.config.offline_checks import check_offline
 from togi.config.parse import parse
 from togi.errors import ConfigError
 from togi.learn.schedule import MeasuredRate
+from togi.methods.checks import check_method
+from togi.methods.sft import SFT
 
 START = 0.1
 # Falls, stands still, rises, falls by less than either threshold, breaks, and falls again.
@@ -54,7 +54,7 @@ def test_greedy_is_transformers(patience: int) -> None:
 
 
 def test_by_hand_with_a_warm_up_and_through_a_checkpoint() -> None:
-    config = SFTConfig(
+    config = SFT(
         lr_scheduler=Scheduler.GREEDY,
         lr_warmup_ratio=0.2,
         lr_patience=0,
@@ -75,8 +75,8 @@ def test_by_hand_with_a_warm_up_and_through_a_checkpoint() -> None:
 
 
 def test_the_factor_is_the_kinds_own_unless_given() -> None:
-    assert MeasuredRate.of(SFTConfig(lr_scheduler=Scheduler.GREEDY), 1.0, 10).rule.factor == 0.95
-    assert MeasuredRate.of(SFTConfig(lr_scheduler=Scheduler.REDUCE_LR_ON_PLATEAU), 1.0, 10).rule.factor == 0.1
+    assert MeasuredRate.of(SFT(lr_scheduler=Scheduler.GREEDY), 1.0, 10).rule.factor == 0.95
+    assert MeasuredRate.of(SFT(lr_scheduler=Scheduler.REDUCE_LR_ON_PLATEAU), 1.0, 10).rule.factor == 0.1
 
 
 @pytest.mark.parametrize(
@@ -93,5 +93,5 @@ def test_the_factor_is_the_kinds_own_unless_given() -> None:
 )
 def test_what_does_not_fit_is_refused(flags: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_offline(parse(SFTConfig, f"--pretrain m --dataset d.jsonl --output_key a {flags}".split(), "sft"))
+        check_method(parse(SFT, f"--pretrain m --dataset d.jsonl --output_key a {flags}".split(), "sft"))
     assert str(caught.value).startswith(sentence)

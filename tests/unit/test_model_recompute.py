@@ -13,11 +13,11 @@ from tests.kept_memory import kept_bytes
 from tests.packs import plain_pack, random_groups
 from tests.tiny import save_tiny_model, tiny_model
 from togi.batch import Batch
-from togi.config.offline import SFTConfig
 from togi.config.parse import parse
 from togi.config.shared import Recompute
 from togi.cpu.layers import use_host_layers
 from togi.errors import ModelError
+from togi.methods.sft import SFT
 from togi.model import recompute
 from togi.model.attention import SEGMENTS
 from togi.model.loading import ModelSource, load_causal_lm
@@ -90,9 +90,9 @@ def test_only_the_first_layers_run_again() -> None:
 def test_from_the_flags_to_the_layers_of_a_loaded_model(tmp_path: Path) -> None:
     """Two layers and 120 tokens, of which 60 are kept by all: one recomputes."""
     words = ["--pretrain", "m", "--dataset", "d", "--output_key", "a"]
-    assert parse(SFTConfig, words, "sft").config.recompute is None
+    assert parse(SFT, words, "sft").config.recompute is None
     words += ["--gradient_checkpointing", "--gradient_checkpointing_above", "60"]
-    how = parse(SFTConfig, words, "sft").config.recompute
+    how = parse(SFT, words, "sft").config.recompute
     assert how == Recompute(use_reentrant=False, above=60)
     model = load_causal_lm(ModelSource(str(save_tiny_model(tmp_path)), torch.float32, recompute=how))
     model(pack_of(60, 60), Needs(logprobs=True))

@@ -13,10 +13,10 @@ import pytest
 
 from togi.config.fields import Settings
 from togi.config.infer import InferConfig
-from togi.config.offline import DPOConfig
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError
+from togi.methods.dpo import DPO
 from togi.recipes.modelscope import with_local_names
 
 
@@ -62,7 +62,7 @@ def test_every_name_is_downloaded_and_paths_stay(asked: list[tuple[Any, ...]], t
 
 
 def test_reference_and_inference_too(asked: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    config = local(DPOConfig, "--use_ms --pretrain org/a --ref_pretrain org/b --dataset org/pairs")
+    config = local(DPO, "--use_ms --pretrain org/a --ref_pretrain org/b --dataset org/pairs")
     assert config.ref_pretrain == f"{tmp_path}/cache/model/org/b"
     assert (
         local(InferConfig, "--use_ms --pretrain org/a --dataset org/rows").dataset == f"{tmp_path}/cache/data/org/rows"
@@ -70,7 +70,7 @@ def test_reference_and_inference_too(asked: list[tuple[Any, ...]], tmp_path: Pat
 
 
 def test_nothing_is_asked_without_the_flag(asked: list[tuple[Any, ...]]) -> None:
-    assert local(DPOConfig, "--pretrain org/a --dataset org/pairs").pretrain == "org/a"
+    assert local(DPO, "--pretrain org/a --dataset org/pairs").pretrain == "org/a"
     assert asked == []
 
 
@@ -87,11 +87,11 @@ def test_nothing_is_asked_without_the_flag(asked: list[tuple[Any, ...]]) -> None
 )
 def test_what_cannot_be_had_is_one_sentence(asked: list[tuple[Any, ...]], flags: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence) as error:
-        local(DPOConfig, f"--use_ms {flags}")
+        local(DPO, f"--use_ms {flags}")
     assert "\n" not in str(error.value)
 
 
 def test_the_package_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"--use_ms needs the package modelscope: pip install 'togi\[modelscope\]'"):
-        local(DPOConfig, "--use_ms --pretrain org/a --dataset org/b")
+        local(DPO, "--use_ms --pretrain org/a --dataset org/b")

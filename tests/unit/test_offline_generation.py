@@ -10,10 +10,10 @@ import torch
 
 from tests.coded_rows import examples_of
 from tests.tiny import STOP, tiny_tokenizer
-from togi.config.offline import KDConfig
 from togi.data.masks import Coded
 from togi.data.packing import pack
 from togi.errors import ConfigError
+from togi.methods.kd import KD
 from togi.parallel.process import World
 from togi.recipes.offline_data import Data, check_plan
 from togi.recipes.offline_generation import answered, check_ranks, places_to_answer
@@ -59,13 +59,13 @@ def test_a_row_without_a_prompt_cannot_be_answered(tmp_path: Path) -> None:
     """As where one token holds the whole prompt and the start of the answer, which is learned."""
     row = (Coded(np.arange(4, dtype=np.int32), ((0, 4),), 0, merged=True),)
     data = Data(tiny_tokenizer(), (STOP,), examples_of([row], tmp_path), ())
-    check_plan(KDConfig(), PLAN, data)
+    check_plan(KD(), PLAN, data)
     with pytest.raises(ConfigError, match=r"--on_policy_share.*--dataset without any"):
-        check_plan(KDConfig(on_policy_share=0.5), PLAN, data)
+        check_plan(KD(on_policy_share=0.5), PLAN, data)
 
 
 def test_vllm_in_one_of_several_processes_is_refused() -> None:
-    config = KDConfig(on_policy_share=0.5)
+    config = KD(on_policy_share=0.5)
     check_ranks(config, World.solo(torch.device("cpu")))
     with pytest.raises(ConfigError, match=r"--rollout_engine vllm.*one of 2"):
         check_ranks(config, World(0, 2, torch.device("cpu")))

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from tests.tiny import STOP, tiny_tokenizer
-from togi.config.offline import KTOConfig, PRMConfig, SFTConfig
 from togi.config.parse import parse
 from togi.data.records import RecordSpec, load_steps, load_unpaired
 from togi.errors import ConfigError
+from togi.methods.kto import KTO
+from togi.methods.prm import PRM
+from togi.methods.sft import SFT
 from togi.parallel.process import World
 from togi.recipes.offline_data import UNLIMITED, Data, check_plan, record_spec
 from togi.run.plan import EpochPlan
@@ -48,7 +50,7 @@ def test_the_order_of_an_epoch_is_a_seeded_permutation() -> None:
 def test_held_out_sets_are_read_whole_in_their_own_split() -> None:
     words = "--pretrain m --dataset a,b@c --dataset_probs 0.3,0.7 --train_split dev --max_samples 9 --eval_dataset e"
     words += " --eval_split validation --max_bad_rows 0.5 --dataset_num_proc 3 --output_key a --max_len 77"
-    config = parse(SFTConfig, words.split(), "sft").config
+    config = parse(SFT, words.split(), "sft").config
     train = record_spec(config, config.dataset, config.split, training=True)
     assert (train.dataset, train.dataset_probs, train.split, train.max_samples) == ("a,b@c", "0.3,0.7", "dev", 9)
     assert (train.max_bad_rows, train.dataset_num_proc, train.output_key, train.max_len) == (0.5, 3, "a", 77)
@@ -106,7 +108,7 @@ def test_the_best_model_is_chosen_by_what_the_rows_can_measure(
 ) -> None:
     """Else every evaluation would give NaN, and no best model would ever be kept."""
     data, plan = kto_data(tmp_path, labels), EpochPlan(5, 5, 1, 0)
-    config = KTOConfig(best_metric_key=metric, best_metric_mode="max" if metric != "none" else "auto")
+    config = KTO(best_metric_key=metric, best_metric_mode="max" if metric != "none" else "auto")
     if not missing:
         check_plan(config, plan, data)
         return
@@ -125,9 +127,9 @@ def test_labels_of_two_kinds_are_told_before_a_model_is_loaded(tmp_path: Path) -
         return load_steps(spec, tiny_tokenizer())
 
     hard, soft = steps("a.jsonl", {"input": "a#", "label": ["+"]}), steps("b.jsonl", {"input": "a#", "label": [0.5]})
-    check_plan(PRMConfig(), EpochPlan(1, 1, 1, 0), Data(tiny_tokenizer(), (STOP,), hard, (hard,)))
+    check_plan(PRM(), EpochPlan(1, 1, 1, 0), Data(tiny_tokenizer(), (STOP,), hard, (hard,)))
     with pytest.raises(ConfigError) as caught:
-        check_plan(PRMConfig(), EpochPlan(1, 1, 1, 0), Data(tiny_tokenizer(), (STOP,), hard, (soft,)))
+        check_plan(PRM(), EpochPlan(1, 1, 1, 0), Data(tiny_tokenizer(), (STOP,), hard, (soft,)))
     assert str(caught.value) == (
         "--dataset and --eval_dataset have labels of two kinds, tokens in one and probabilities in the other: use one kind."
     )

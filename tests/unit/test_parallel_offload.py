@@ -15,8 +15,8 @@ from torch import nn
 from tests.learn_tools import CPU, policy
 from tests.objective_cases import VOCAB, responses, teacher
 from togi.data.packing import pack
-from togi.learn.distill_objective import DistillationObjective
 from togi.learn.scorer import Scorer
+from togi.methods.kd_objective import DistillationObjective
 from togi.parallel.backend import BackendOptions
 from togi.parallel.build import frozen_on_host
 from togi.parallel.offload import HostWeights

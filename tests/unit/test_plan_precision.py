@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from togi.config.offline import SFTConfig
 from togi.config.parse import Source, parse
+from togi.methods.sft import SFT
 from togi.plan import machine
 from togi.plan.machine import Machine, cpu_has_bf16, this_machine
 from togi.plan.precision import usable_precision
@@ -57,11 +57,11 @@ def test_only_a_gpu_that_is_there_computes_for_a_processor(
 
 
 def test_the_flag_is_turned_off_and_it_is_said() -> None:
-    parsed = parse(SFTConfig, ["--pretrain", "m", "--dataset", "d.jsonl", "--bf16"], "sft")
+    parsed = parse(SFT, ["--pretrain", "m", "--dataset", "d.jsonl", "--bf16"], "sft")
     slow, fast = (Machine(cpus=2, memory_bytes=0, gpus=0, fast_bf16=is_fast) for is_fast in (False, True))
     ready, notice = usable_precision(parsed, slow)
     assert (ready.config.bf16, ready.sources["bf16"]) == (False, Source.AUTO)
     assert "--bf16: this CPU has no bfloat16 instructions" in notice
     assert usable_precision(parsed, fast) == (parsed, "")
-    plain = parse(SFTConfig, ["--pretrain", "m", "--dataset", "d.jsonl"], "sft")
+    plain = parse(SFT, ["--pretrain", "m", "--dataset", "d.jsonl"], "sft")
     assert usable_precision(plain, slow) == (plain, "")

@@ -30,6 +30,7 @@ LEVELS = {
     "learn": 6,
     "rollout": 6,
     "reward": 6,
+    "methods": 7,
     "pump": 7,
     "workers": 7,
     "run": 8,

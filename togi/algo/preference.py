@@ -1,6 +1,7 @@
-"""Losses of preference training: reward models (Bradley-Terry), DPO, cDPO, IPO, and KTO with its KL estimate.
+"""Losses of preference training: reward models (Bradley-Terry), DPO, cDPO, IPO, SimPO, ORPO's odds, KTO
+with its KL estimate.
 
-Pure functions of scores and of log-probabilities summed over a response. Not here: which rows are a pair, and any mean
+Pure functions of scores and of log-probabilities summed or averaged over a response. Not here: which rows are a pair, and any mean
 over rows: terms come back one a pair or row, and the learner divides their sum once.
 Shape letters: K tokens in the loss, N sequences, P pairs, M mismatched rows.
 """
@@ -57,6 +58,24 @@ def ipo_loss(log_ratios_P: Tensor, beta: float) -> Tensor:
     h as in ``dpo_loss``: of sums over responses, as in the paper, not of means over their tokens.
     """
     return (log_ratios_P - 1 / (2 * beta)).square()
+
+
+def simpo_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float, gamma: float) -> Tensor:
+    """``-log sigmoid(b (chosen - rejected) - g)``, shape P (Meng et al. 2024, arXiv 2405.14734, equation 6).
+
+    ``chosen_P``, ``rejected_P``: mean log-probability of the response's tokens, in nats. No reference.
+    """
+    return -logsigmoid(beta * (chosen_P - rejected_P) - gamma)
+
+
+def log_odds(means_N: Tensor) -> Tensor:
+    """``log(p / (1 - p))`` of ``p = exp(mean log-probability of a response's tokens)``, shape N.
+
+    Hong et al. 2024, arXiv 2403.07691, equation 4. A response of which every token is certain has infinite odds; it gets
+    those of the largest probability below 1, and no gradient.
+    """
+    below_N = means_N.clamp(max=-torch.finfo(means_N.dtype).eps)
+    return below_N - torch.log(-torch.expm1(below_N))
 
 
 def kto_kl_estimate(policy_sums: Sequence[float], reference_sums: Sequence[float]) -> float:

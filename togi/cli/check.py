@@ -7,20 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from togi.config.check import SAMPLE_GROUPS, RLCheckConfig, without_check
-from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
 from togi.config.parse import Parsed, nearest, parse
 from togi.errors import ConfigError
+from togi.methods import METHODS
+from togi.methods.method import Method
 from togi.run.start import offline_door, rl_door
 
-CONFIGS: dict[str, type[OfflineConfig]] = {
-    "sft": SFTConfig,
-    "rm": RMConfig,
-    "dpo": DPOConfig,
-    "kto": KTOConfig,
-    "prm": PRMConfig,
-    "kd": KDConfig,
-}
-CHECKED = ("rl", *CONFIGS)
+CHECKED = ("rl", *METHODS)
 USAGE = f"""usage: togi check COMMAND [flags of the command]
 
 Everything that a run does before its first step: settings, rows with rendered examples, tokenizer, sizes, the reward called once,
@@ -51,11 +44,11 @@ def main(argv: Sequence[str]) -> None:
 
         look_at_rl(ready, groups, _say)
     else:
-        _check_offline(parse(CONFIGS[command], flags, f"check {command}"), command)
+        _check_offline(parse(METHODS[command], flags, f"check {command}"), command)
     _say("ok: the run can start")
 
 
-def _check_offline(parsed: Parsed[OfflineConfig], command: str) -> None:
+def _check_offline(parsed: Parsed[Method], command: str) -> None:
     config, launched = parsed.config, "WORLD_SIZE" in os.environ
     ready = offline_door(parsed, announce=_say, launched=launched)
     if not launched and (team := config.ring_attn_size * config.ds_tensor_parallel_size) > 1:

@@ -10,16 +10,12 @@ from collections.abc import Sequence
 import togi
 from togi.config.parse import nearest
 from togi.errors import RunError, UserError
+from togi.methods import METHODS
 from togi.obs.way_out import advice, disk_reason
 
 COMMANDS = {
     "rl": ("togi.cli.train_ppo_ray", "online RL: PPO, GRPO, RLOO, REINFORCE++, Dr. GRPO"),
-    "sft": ("togi.cli.train_sft", "supervised fine-tuning, continued pre-training"),
-    "rm": ("togi.cli.train_rm", "reward model from preference pairs"),
-    "dpo": ("togi.cli.train_dpo", "preference training: DPO, cDPO, IPO"),
-    "kto": ("togi.cli.train_kto", "preference training from single labelled answers"),
-    "prm": ("togi.cli.train_prm", "process reward model"),
-    "kd": ("togi.cli.train_kd", "distillation from a teacher"),
+    **{name: ("togi.cli.offline", method.summary) for name, method in METHODS.items()},
     "infer": ("togi.cli.batch_inference", "outputs for a file of prompts, scores for a file of outputs"),
     "iterate": (
         "togi.cli.iterate",
@@ -51,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     status, why = 0, ""
     try:
-        importlib.import_module(COMMANDS[name][0]).main(rest)
+        importlib.import_module(COMMANDS[name][0]).main(words if name in METHODS else rest)
     except UserError as error:
         status, why = 2, str(error)
     except RunError as error:

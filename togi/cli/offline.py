@@ -1,21 +1,22 @@
-"""What ``togi sft | rm | dpo | kto | prm | kd`` have in common: parse, check, train, say where everything is."""
+"""The command of every method of training on fixed data: parse, check, train, say where everything is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from togi.config.offline import OfflineConfig
 from togi.config.parse import parse
+from togi.methods import METHODS
 from togi.run.start import offline_door
 
 
-def train(config_class: type[OfflineConfig], command: str, argv: Sequence[str]) -> None:
-    """Run a command. Raises UserError for the user's mistakes."""
-    ready = offline_door(parse(config_class, argv, command), announce=_say)
+def main(argv: Sequence[str]) -> None:
+    """Run the command that the first word names. Raises UserError for the user's mistakes."""
+    command, *flags = argv
+    ready = offline_door(parse(METHODS[command], flags, command), announce=_say)
     from togi.run.offline import launched, run
 
     with launched(ready.config.local_rank) as world:
-        result = run(world, ready, command, argv=argv, announce=_say)
+        result = run(world, ready, command, argv=flags, announce=_say)
     if not result.is_first:
         return
     for evaluation in result.evaluations:

@@ -1,15 +1,8 @@
-"""``togi kd``, also ``python -m togi.cli.train_kd`` and under torchrun: knowledge distillation."""
-
-from __future__ import annotations
+"""``togi kd`` under its established name: ``python -m togi.cli.train_kd``, also under torchrun."""
 
 import sys
-from functools import partial
 
-from togi.cli.main import main as run_togi
-from togi.cli.offline import train
-from togi.config.offline import KDConfig
-
-main = partial(train, KDConfig, "kd")
+from togi.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(run_togi(["kd", *sys.argv[1:]]))
+    sys.exit(main(["kd", *sys.argv[1:]]))

@@ -1,15 +1,8 @@
-"""``togi prm``, also ``python -m togi.cli.train_prm`` and under torchrun: a process reward model."""
-
-from __future__ import annotations
+"""``togi prm`` under its established name: ``python -m togi.cli.train_prm``, also under torchrun."""
 
 import sys
-from functools import partial
 
-from togi.cli.main import main as run_togi
-from togi.cli.offline import train
-from togi.config.offline import PRMConfig
-
-main = partial(train, PRMConfig, "prm")
+from togi.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(run_togi(["prm", *sys.argv[1:]]))
+    sys.exit(main(["prm", *sys.argv[1:]]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from togi.config.fields import Count, PathText, Settings, flag
 from togi.config.infer import RewardTextSettings
-from togi.config.offline import PLAIN_TEMPLATE
+from togi.config.shared import PLAIN_TEMPLATE
 
 
 class TalkSettings(Settings):

@@ -232,7 +232,7 @@ def _training(c: RLConfig) -> Iterator[str]:
             "on fixed data, here constant_with_warmup or cosine_with_min_lr."
         )
     yield from model_problems(c)
-    yield from parallel_problems(c)
+    yield from parallel_problems(c, c)
     if c.max_tokens_per_gpu * c.ring_attn_size < c.prompt_max_len + c.generate_max_len:
         ring = f" x --ring_attn_size {c.ring_attn_size}" if c.ring_attn_size > 1 else ""
         yield (

@@ -40,7 +40,8 @@ PathText = Annotated[str, BeforeValidator(_path)]
 class Settings(BaseModel):
     """Frozen and closed: an unknown name is an error and nothing changes after parsing."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, validate_default=False)
+    # Deferred: what judges values is built for the one class that a command parses, not for every class that is imported.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, validate_default=False, defer_build=True)
 
     def changed(self, *names: str) -> dict[str, Any]:
         """Those of the settings ``names`` that are not at their defaults, with their values."""

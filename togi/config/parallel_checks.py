@@ -6,27 +6,25 @@ from collections.abc import Iterator
 from typing import Any
 
 from togi.config.choices import BackendName
-from togi.config.offline import OfflineConfig
-from togi.config.rl import RLConfig
-from togi.config.shared import SPLITTABLE
+from togi.config.shared import SPLITTABLE, ModelSettings, TrainSettings
 from togi.errors import ConfigError
 
 
-def parallel_problems(c: RLConfig | OfflineConfig) -> Iterator[str]:
+def parallel_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
     """What is wrong with ``--ds_tensor_parallel_size`` and ``--torch_compile``."""
-    yield from _compiled(c)
-    yield from _tensor(c)
+    yield from _compiled(c, model)
+    yield from _tensor(c, model)
 
 
-def _compiled(c: RLConfig | OfflineConfig) -> Iterator[str]:
-    if not c.torch_compile:
+def _compiled(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
+    if not model.torch_compile:
         return
-    if c.use_liger_kernel:
+    if model.use_liger_kernel:
         yield "--torch_compile and --use_liger_kernel exclude each other, both compute the layers: leave one of them out."
-    if c.load_in_4bit:
+    if model.load_in_4bit:
         yield "--torch_compile with --load_in_4bit: weights in NF4 are not compiled, leave one of them out."
-    if c.aux_loss_coef > 0:
-        yield f"--torch_compile with --aux_loss_coef {c.aux_loss_coef:g}: experts are not compiled, leave one of them out."
+    if model.aux_loss_coef > 0:
+        yield f"--torch_compile with --aux_loss_coef {model.aux_loss_coef:g}: experts are not compiled, leave one of them out."
     if c.backend is BackendName.DEEPSPEED and c.zero_stage == 3:
         yield (
             "--torch_compile with --backend deepspeed and --zero_stage 3: weights would be gathered inside of what is compiled, "
@@ -39,7 +37,7 @@ def _compiled(c: RLConfig | OfflineConfig) -> Iterator[str]:
         )
 
 
-def _tensor(c: RLConfig | OfflineConfig) -> Iterator[str]:
+def _tensor(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
     size = c.ds_tensor_parallel_size
     if size == 1:
         return
@@ -53,11 +51,11 @@ def _tensor(c: RLConfig | OfflineConfig) -> Iterator[str]:
         yield f"{tensor} splits weights beneath FSDP2: use --backend fsdp2, or leave it out."
     if c.zero_stage == 0:
         yield f"{tensor} with --zero_stage 0, which keeps every weight whole: use --zero_stage 1, 2 or 3."
-    if c.lora is not None:
-        yield f"{tensor} with --lora_rank {c.lora_rank}: adapters are not split, leave one of them out."
-    if c.aux_loss_coef > 0:
-        yield f"{tensor} with --aux_loss_coef {c.aux_loss_coef:g}: experts are not split, leave one of them out."
-    if c.use_liger_kernel:
+    if model.lora is not None:
+        yield f"{tensor} with --lora_rank {model.lora_rank}: adapters are not split, leave one of them out."
+    if model.aux_loss_coef > 0:
+        yield f"{tensor} with --aux_loss_coef {model.aux_loss_coef:g}: experts are not split, leave one of them out."
+    if model.use_liger_kernel:
         yield f"{tensor} with --use_liger_kernel: Liger's kernels take whole weights, leave one of them out."
     if c.adam_offload:
         yield f"{tensor} with --adam_offload is not supported yet: leave one of them out."

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 from togi.config.choices import BackendName, GradAccumDtype, Layers, Scheduler
 from togi.config.fields import Count, Int, PathText, Settings, flag, later
 
+PLAIN_TEMPLATE = "User: {}\nAssistant: "
+"""Around a prompt without a chat template."""
 ALL_LINEAR = "all-linear"
 ADAPTER_CONFIG = "adapter_config.json"
 """What makes a folder that of a LoRA adapter."""

@@ -1,4 +1,4 @@
-"""A row -> a chosen and a rejected answer to one prompt, for reward models and DPO.
+"""A row -> a chosen and a rejected answer to one prompt.
 
 ``join_pair`` finds the tokens that both share. What follows them is learned in both, so that the two log-probabilities
 are of the same continuation, also if BPE merges the end of the prompt with the start of only one answer.

@@ -35,7 +35,6 @@ from togi.data.report import (
     note_warnings,
     source_reports,
 )
-from togi.data.sft import check_sft
 from togi.data.shards import REASONS, Table
 from togi.data.steps import StepLabels, label_list, step_labels
 from togi.data.tables import BadRow
@@ -180,7 +179,6 @@ class StepExamples(Examples):
 
 def load_sft(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """One sample a row; answers (or whole texts) are learned. Raises DataError naming set, row and field."""
-    check_sft(spec)
     return Examples(*_load(_mixture(spec), spec, tokenizer, AnswerReader(spec.of_a_row())))
 
 
@@ -191,7 +189,6 @@ def load_pairs(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
 
 def load_unpaired(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """One sample a row with values "desirable" and "mismatched" (0). Raises DataError naming set, row and field."""
-    check_sft(spec)
     return Examples(*_load(_mixture(spec), spec, tokenizer, UnpairedReader(spec.of_a_row())))
 
 

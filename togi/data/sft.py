@@ -9,20 +9,11 @@ from togi.data.masks import Draft
 from togi.data.record_spec import RecordSpec
 from togi.data.tables import Row
 from togi.data.turns import check_last
-from togi.errors import DataError
-
-
-def check_sft(spec: RecordSpec) -> None:
-    """Raise DataError if the settings name no answer."""
-    if spec.output_key is None and not (spec.apply_chat_template or spec.pretrain_mode):
-        raise DataError(
-            "--output_key is not set, so that there is no answer to learn: name its field, or use --apply_chat_template "
-            "for conversations or --pretrain_mode for plain texts."
-        )
 
 
 def read_sft(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
     """One draft: see the modes in the module's title. Raises RowError."""
+    assert spec.output_key is not None or spec.apply_chat_template or spec.pretrain_mode, "--output_key is not set"
     value = value_of(row, where, "input_key", spec.input_key)
     if spec.pretrain_mode:
         draft = _raw(value, where, spec)

@@ -40,6 +40,11 @@ def step_labels(spec: RecordSpec, first_label: object, tokenizer: Tokenizer) -> 
     token_id(spec.placeholder_token, "--placeholder_token", tokenizer)
     tokens = spec.reward_tokens
     ids = None if tokens is None else tuple(token_id(token, "--reward_tokens", tokenizer) for token in tokens)
+    if ids is not None and len(set(ids)) < len(ids):
+        raise DataError(
+            f"Two of --reward_tokens {' '.join(tokens or ())} are the same token of this tokenizer: choose texts of different "
+            "tokens."
+        )
     soft = is_soft(first_label)
     if soft and (ids is None or len(ids) != 2):
         raise DataError(

@@ -20,15 +20,6 @@ from togi.obs.redact import REDACTED, SECRET_FLAGS, scrub
 from togi.obs.run_dir import RunDirectory, RunInfo
 
 CARD = "README.md"
-COMMANDS = {
-    "sft": "supervised fine-tuning",
-    "rm": "training as a reward model",
-    "dpo": "direct preference optimisation",
-    "kto": "Kahneman-Tversky optimisation",
-    "prm": "training as a process reward model",
-    "kd": "distillation",
-    "rl": "online reinforcement learning",
-}
 LIBRARIES = ("torch", "transformers", "safetensors", "peft", "bitsandbytes", "deepspeed", "vllm", "ray")
 # Of the machine and of people, not of the model.
 NOT_SHOWN = SECRET_FLAGS | {
@@ -50,8 +41,11 @@ SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "TOGI
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(run: RunDirectory, *, base_model: str, is_scalar: bool, step: int | None) -> str:
-    """The text of README.md. ``step``: that of the checkpoint, None for the final model. Raises DataError without a run."""
+def model_card(run: RunDirectory, *, base_model: str, training: str, is_scalar: bool, step: int | None) -> str:
+    """The text of README.md. Raises DataError without a run.
+
+    ``training``: what the model went through, in words. ``step``: that of the checkpoint, None for the final model.
+    """
     info = run.read_info()
     records = [record for record in read_records(run.metrics_path) if step is None or record.step <= step]
     lines = [
@@ -59,7 +53,7 @@ def model_card(run: RunDirectory, *, base_model: str, is_scalar: bool, step: int
         yaml.safe_dump(_metadata(info, base_model, is_scalar=is_scalar), sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        f"# {shown(base_model)} after {COMMANDS.get(info.command, info.command)}",
+        f"# {shown(base_model)} after {training}",
         "",
         f"Made from `{shown(base_model)}` by `togi {info.command}`"
         + ("." if step is None else f"; this is the checkpoint of step {step}."),

@@ -7,6 +7,7 @@ Names that carry a part chosen at run time (a reward component, a phase, a proce
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 from togi.errors import RewardError
@@ -162,6 +163,9 @@ EXPLANATIONS: dict[str, str] = {
     WEIGHT_SYNC_RATE: "Speed of the weight transfer from trainer to engines, in GB a second.",
 }
 
+# Of metrics that one method of training alone has, in its own file.
+_OF_METHODS: dict[str, str] = {}
+
 RESERVED_COMPONENTS = {name.removeprefix("reward/") for name in EXPLANATIONS if name.startswith("reward/")}
 
 
@@ -207,10 +211,21 @@ def eval_of(source: str, key: str) -> str:
     return f"eval/{source}/{key}"
 
 
+def add_explanations(explanations: Mapping[str, str]) -> None:
+    """Sentences about metrics that only a method of training has; called once, when the methods are imported."""
+    _OF_METHODS.update(explanations)
+
+
+def of_methods() -> tuple[str, ...]:
+    """The metrics that only one method of training has."""
+    return tuple(_OF_METHODS)
+
+
 def explain(name: str) -> str:
     """One sentence about a metric; for a name that is not Togi's own, one that says so."""
-    if name in EXPLANATIONS:
-        return EXPLANATIONS[name]
+    known = EXPLANATIONS | _OF_METHODS
+    if name in known:
+        return known[name]
     family, _, rest = name.partition("/")
     if family == "reward" and rest:
         return f"Mean of the reward component {rest!r} over the step's rollouts."
@@ -218,7 +233,7 @@ def explain(name: str) -> str:
         return f"Seconds of the step spent in {rest!r}."
     if family in ("memory", "peak_memory", "released_memory") and rest:
         return _explain_memory(family, rest)
-    if family == "eval" and (rest in EXPLANATIONS or "/" in rest):
+    if family == "eval" and (rest in known or "/" in rest):
         return _explain_eval(rest)
     return f"{name!r} is not one of Togi's standard metrics; it comes from the recipe, reward function or environment."
 
@@ -233,8 +248,9 @@ def _explain_memory(family: str, rest: str) -> str:
 
 
 def _explain_eval(rest: str) -> str:
-    if rest in EXPLANATIONS:
-        return f"On the evaluation data: {EXPLANATIONS[rest]}"
+    known = EXPLANATIONS | _OF_METHODS
+    if rest in known:
+        return f"On the evaluation data: {known[rest]}"
     source, _, key = rest.rpartition("/")
     if key == "pass1":
         return f"Mean reward over all samples of the evaluation set {source!r}."

@@ -199,7 +199,7 @@ def _series(records: Sequence[StepRecord]) -> dict[str, list[float | None]]:
 
 
 def _charts(table: Sequence[Mapping[str, Any]], series: Mapping[str, object]) -> list[dict[str, Any]]:
-    """The charts of ``charts.yaml`` that have something to draw."""
+    """The charts of ``charts.yaml`` that have something to draw, and one for each metric that only one method has."""
     left = [name for name in series if not name.endswith("_stderr")]
     charts = []
     for chart in table:
@@ -208,6 +208,9 @@ def _charts(table: Sequence[Mapping[str, Any]], series: Mapping[str, object]) ->
         if drawn:
             kind = chart.get("kind", "lines")
             charts.append({"title": chart["title"], "unit": chart.get("unit", ""), "kind": kind, "names": drawn})
+    for own in names.of_methods():
+        if drawn := [name for name in left if name in (own, f"eval/{own}")]:
+            charts.append({"title": own.replace("_", " "), "unit": "", "kind": "lines", "names": drawn})
     return charts
 
 

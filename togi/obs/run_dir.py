@@ -5,7 +5,7 @@
     status.json     running | finished | failed, and since when
     metrics.jsonl   one line a step (``metrics``)
     rollouts/       one Parquet file a step (``rollout_store``)
-    reference/      log-probs of the reference, under ``--precompute_ref`` of ``togi dpo``
+    reference/      log-probs of the reference, under ``--precompute_ref``
     report.html     the page (``report``)
     discarded/      what steps after a checkpoint left behind before the run was resumed from it
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from togi.config.choices import BackendName, GradAccumDtype
-from togi.config.offline import OfflineConfig
-from togi.config.rl import RLConfig
+from togi.config.shared import TrainSettings
 from togi.parallel.process import World
 
 
@@ -50,10 +49,10 @@ class BackendOptions:
         return self.backend is BackendName.DEEPSPEED and self.zero_stage == 3 and self.zpg == 1
 
 
-def backend_options(config: RLConfig | OfflineConfig) -> BackendOptions:
+def backend_options(config: TrainSettings, *, bf16: bool) -> BackendOptions:
     """What the flags of a command ask of a backend."""
     return BackendOptions(
-        bf16=config.bf16,
+        bf16=bf16,
         zero_stage=config.zero_stage,
         betas=config.adam_betas,
         weight_decay=config.l2,
@@ -61,7 +60,7 @@ def backend_options(config: RLConfig | OfflineConfig) -> BackendOptions:
         adam_offload=config.adam_offload,
         overlap_comm=config.overlap_comm,
         zpg=config.zpg,
-        bf16_accumulation=config.bf16 and config.grad_accum_dtype is GradAccumDtype.BF16,
+        bf16_accumulation=bf16 and config.grad_accum_dtype is GradAccumDtype.BF16,
     )
 
 

@@ -2,63 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from togi.algo.best_of_n import reported_ks
-from togi.config.offline import DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig, RMConfig, SFTConfig
 from togi.config.rl import RLConfig
 from togi.config.shared import NO_METRIC, OutputSettings
 from togi.errors import ConfigError
 from togi.learn.checkpoint import Aim
+from togi.methods.method import Good, Measure, Method
 from togi.obs import names
 
 PREFIX = "eval/"
-_REWARDS = (names.ACCURACY, names.REWARD_CHOSEN, names.REWARD_REJECTED, names.REWARD_MARGIN)
-# The metrics of an evaluation beside its loss, by command.
-_MEASURED: dict[type[OfflineConfig], tuple[str, ...]] = {
-    SFTConfig: (names.PERPLEXITY,),
-    RMConfig: _REWARDS,
-    DPOConfig: (*_REWARDS, names.CHOSEN_NLL),
-    KTOConfig: (*_REWARDS, names.KL_ESTIMATE),
-    PRMConfig: (names.ACCURACY,),
-    KDConfig: (names.CROSS_ENTROPY, names.KL_TEACHER),
-}
-_LOWER = (
-    names.LOSS,
-    names.PERPLEXITY,
-    names.CROSS_ENTROPY,
-    names.CHOSEN_NLL,
-    names.KL_TEACHER,
-    names.EVAL_TRUNCATED.removeprefix(PREFIX),
-)
-_HIGHER = (
-    names.ACCURACY,
-    names.REWARD_CHOSEN,
-    names.REWARD_MARGIN,
-    names.EVAL_REWARD.removeprefix(PREFIX),
-)
 
 
-def offline_metrics(config: OfflineConfig) -> list[str]:
+def offline_metrics(config: Method) -> list[str]:
     """The metrics of an evaluation of this command, by their names in the logs."""
-    return [f"{PREFIX}{name}" for name in (names.LOSS, *_MEASURED[type(config)])]
+    return [_logged(measure) for measure in _offline_measures(config)]
 
 
-def rl_metrics(config: RLConfig, sources: Iterable[str]) -> list[str]:
-    """The metrics of an evaluation on prompts of these data sources."""
-    keys = [f"pass{k}" for k in reported_ks(config.eval_n_samples_per_prompt)]
-    passes = [names.eval_of(source, key) for source in sources for key in keys]
-    return [names.EVAL_REWARD, names.EVAL_LENGTH, names.EVAL_TRUNCATED, *passes]
-
-
-def offline_aim(config: OfflineConfig) -> Aim | None:
+def offline_aim(config: Method) -> Aim | None:
     """What the best model of this run is the best in; None where none is kept. Raises ConfigError."""
-    return _aim(config, offline_metrics(config))
+    return _aim(config, _offline_measures(config))
 
 
 def rl_aim(config: RLConfig, sources: Iterable[str]) -> Aim | None:
     """The same for a run with held-out prompts of these data sources."""
-    return _aim(config, rl_metrics(config, sources))
+    return _aim(config, _rl_measures(config, sources))
 
 
 def check_rl_metric(config: RLConfig) -> None:
@@ -67,19 +36,36 @@ def check_rl_metric(config: RLConfig) -> None:
     rl_aim(config, [source] if source else [])
 
 
-def _aim(config: OutputSettings, measured: list[str]) -> Aim | None:
+def _offline_measures(config: Method) -> list[Measure]:
+    return [Measure(names.LOSS, Good.LOW), *config.measures]
+
+
+def _rl_measures(config: RLConfig, sources: Iterable[str]) -> list[Measure]:
+    keys = [f"pass{k}" for k in reported_ks(config.eval_n_samples_per_prompt)]
+    passes = [names.eval_of(source, key) for source in sources for key in keys]
+    good = {names.EVAL_REWARD: Good.HIGH, names.EVAL_LENGTH: Good.EITHER, names.EVAL_TRUNCATED: Good.LOW}
+    good |= dict.fromkeys(passes, Good.HIGH)
+    return [Measure(name.removeprefix(PREFIX), which) for name, which in good.items()]
+
+
+def _aim(config: OutputSettings, measures: Sequence[Measure]) -> Aim | None:
     if config.best_metric_key == NO_METRIC:
         return None
     name = config.best_metric_key.removeprefix(PREFIX)
-    if f"{PREFIX}{name}" not in measured:
+    found = next((measure for measure in measures if measure.name == name), None)
+    if found is None:
+        measured = ", ".join(map(_logged, measures))
         raise ConfigError(
-            f"--best_metric_key {config.best_metric_key}: an evaluation of this run has {', '.join(measured)}: choose one of them."
+            f"--best_metric_key {config.best_metric_key}: an evaluation of this run has {measured}: choose one of them."
         )
-    last = name.rpartition("/")[2]
     if config.best_metric_mode != "auto":
-        return Aim(f"{PREFIX}{name}", config.best_metric_mode == "max")
-    if name not in (*_LOWER, *_HIGHER) and not last.startswith("pass"):
+        return Aim(_logged(found), config.best_metric_mode == "max")
+    if found.good is Good.EITHER:
         raise ConfigError(
             f"--best_metric_key {config.best_metric_key} may be good high or low: say which with --best_metric_mode min or max."
         )
-    return Aim(f"{PREFIX}{name}", name not in _LOWER)
+    return Aim(_logged(found), found.good is Good.HIGH)
+
+
+def _logged(measure: Measure) -> str:
+    return f"{PREFIX}{measure.name}"

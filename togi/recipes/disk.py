@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from togi.config.offline import OfflineConfig, RMConfig
 from togi.config.rl import RLConfig
 from togi.config.shared import NO_METRIC, ModelSettings, OutputSettings
 from togi.errors import CheckpointError
 from togi.learn.checkpoint import PREFIX, SPACE_MARGIN
+from togi.methods.method import Method
 from togi.model.sizes import FLOAT32, Sizes, sizes
 
 
@@ -63,9 +63,9 @@ def rl_writing(config: RLConfig, rollouts: int, of: Callable[[str, bool], Sizes]
     return _writing(config, rollouts, state, model, final)
 
 
-def offline_writing(config: OfflineConfig, steps: int, of: Callable[[str, bool], Sizes]) -> Writing:
+def offline_writing(config: Method, steps: int, of: Callable[[str, bool], Sizes]) -> Writing:
     """As ``rl_writing``, of a command on fixed data."""
-    trained = of(config.pretrain, isinstance(config, RMConfig))
+    trained = of(config.pretrain, config.is_scalar)
     model = trained.folder_bytes(bf16=config.bf16)
     return _writing(config, steps, trained.state_bytes, model, model)
 

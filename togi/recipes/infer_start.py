@@ -41,6 +41,8 @@ def start_infer(parsed: Parsed[InferConfig], *, announce: Callable[[str], None] 
     if notice:
         announce(notice)
     say_ignored(ready.config, announce)
+    if ready.config.zero_stage > 0:
+        announce(f"--zero_stage {ready.config.zero_stage}: one process has nothing to shard, and holds the whole model")
     from togi.recipes.batch_inference import generate, score
 
     task = ready.config.eval_task

@@ -1,7 +1,7 @@
 """On-policy distillation (``--on_policy_share``): some rows of a step get a response of the student's own.
 
 A generation engine in this process holds a copy of the student, brought up to date before each generation. What it samples
-replaces the response of the row's data, and the divergence from the teacher is learned on it (``togi.learn.distill_objective``
+replaces the response of the row's data, and the divergence from the teacher is learned on it (``togi.methods.kd_objective``
 has the formula and the papers). Which rows, and the seed of each response, depend on ``--seed``, the step and the row's place
 only, so a run repeats and resumes.
 
@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from togi.config.choices import EngineName
-from togi.config.offline import KDConfig, OfflineConfig
 from togi.errors import ConfigError
-from togi.learn.distill_objective import GENERATED
 from togi.learn.learner import Learner
 from togi.learn.scorer import Scorer
+from togi.methods.method import Method
+from togi.methods.on_policy import GENERATED
+from togi.methods.training import Dealer
 from togi.model.checkpoint import expected_manifest, whole_tensors
 from togi.model.hub import local_folder
 from togi.model.loading import dtype_of
@@ -32,7 +33,6 @@ from togi.model.weights import Manifest, pack_buckets
 from togi.obs import names
 from togi.parallel.process import World
 from togi.recipes.offline_data import Data
-from togi.recipes.offline_steps import Dealer
 from togi.rollout.collect import Seeded
 from togi.rollout.create import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
@@ -43,20 +43,22 @@ from togi.sample import FinishReason, Generation, Sample, Sampling
 BUCKET_BYTES = 256 << 20
 
 
-def check_ranks(config: KDConfig, world: World) -> None:
+def check_ranks(config: Method, world: World) -> None:
     """Raise ConfigError where vLLM would have to share a process with one rank of several."""
-    if config.on_policy_share > 0 and config.rollout_engine is EngineName.VLLM and world.size > 1:
+    how = config.on_policy
+    if how is not None and how.rollout_engine is EngineName.VLLM and world.size > 1:
         raise ConfigError(
             f"--rollout_engine vllm cannot run inside one of {world.size} training processes, whose process group it would "
             "take for its own: use --rollout_engine transformers, or one process."
         )
 
 
-def start_engines(config: OfflineConfig, world: World) -> list[RolloutEngine]:
+def start_engines(config: Method, world: World) -> list[RolloutEngine]:
     """This rank's engine, if the settings want one. It comes before the models: vLLM measures the memory that is left for it
     and sets the global seed.
     """
-    if not isinstance(config, KDConfig) or config.on_policy_share == 0:
+    how = config.on_policy
+    if how is None:
         return []
     on_cpu = world.device.type == "cpu"
     settings = EngineSettings(
@@ -64,13 +66,13 @@ def start_engines(config: OfflineConfig, world: World) -> list[RolloutEngine]:
         dtype="bfloat16" if config.bf16 else "float32",
         max_model_len=config.max_len,
         seed=config.seed + world.rank,
-        enforce_eager=config.enforce_eager or on_cpu,
-        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-        kv_cache_gb=config.vllm_cpu_kv_cache_gb,
+        enforce_eager=how.enforce_eager or on_cpu,
+        gpu_memory_utilization=how.vllm_gpu_memory_utilization,
+        kv_cache_gb=how.vllm_cpu_kv_cache_gb,
         trust_remote_code=config.trust_remote_code,
         device_index=0 if world.device.index is None else world.device.index,
     )
-    return [create_engine(config.rollout_engine, settings)]
+    return [create_engine(how.rollout_engine, settings)]
 
 
 def places_to_answer(plan: EpochPlan, step: int, share: float) -> list[int]:
@@ -105,7 +107,7 @@ class Student:
 
     def __init__(
         self,
-        config: OfflineConfig,
+        config: Method,
         engine: RolloutEngine,
         model: PolicyModel | ScalarModel,
         learner: Learner,
@@ -113,11 +115,13 @@ class Student:
         data: Data,
         dealer: Dealer,
     ) -> None:
-        assert isinstance(config, KDConfig)
-        self._config, self._engine, self._model, self._backend = config, engine, model, learner.backend
+        assert config.on_policy is not None
+        how = config.on_policy
+        self._config, self._how = config, how
+        self._engine, self._model, self._backend = engine, model, learner.backend
         self._plan, self._dealer, self._world = plan, dealer, learner.backend.world
         self._policy = Scorer(learner.backend.module, self._world)
-        self._sampling = Sampling(config.generate_max_len, config.temperature, stop_token_ids=data.stop_token_ids)
+        self._sampling = Sampling(how.generate_max_len, how.temperature, stop_token_ids=data.stop_token_ids)
         self._probe = probe(data.train[0][0].tokens.tolist(), config.max_len)
         self._dtype = dtype_of(config.bf16)
         dtype = str(self._dtype).removeprefix("torch.")
@@ -128,7 +132,7 @@ class Student:
 
         Every sample has the value ``generated``, 1 or 0. Raises WeightSyncError if the engine does not hold the weights.
         """
-        places = places_to_answer(self._plan, step, self._config.on_policy_share)
+        places = places_to_answer(self._plan, step, self._how.on_policy_share)
         result = [replace(sample, values={**sample.values, GENERATED: 0.0}) for sample in samples]
         if not places:
             return result, {}

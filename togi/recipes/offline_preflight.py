@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 
 from togi.config.model_facts import check_length
-from togi.config.offline import PAIRED, PROMPTED, DPOConfig, KDConfig, KTOConfig, OfflineConfig, PRMConfig
-from togi.config.offline_checks import check_offline
 from togi.config.parse import Parsed
 from togi.data.items import parse_items
 from togi.data.precheck import parse_probs
 from togi.errors import ConfigError
+from togi.methods.checks import check_method
+from togi.methods.method import Method
 from togi.obs.sinks import check_trackers
 from togi.recipes.best_metric import offline_aim
 from togi.recipes.modelscope import with_local_names
@@ -30,17 +30,17 @@ from togi.recipes.preflight import (
 )
 
 
-def check(parsed: Parsed[OfflineConfig], *, launched: bool = True) -> Parsed[OfflineConfig]:
+def check(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Method]:
     """The settings with local names. Raises the first UserError.
 
     ``launched``: this is one of the processes that are to train, so that their number can be checked.
     """
-    check_offline(parsed)
+    check_method(parsed)
     offline_aim(parsed.config)
     parsed = with_local_names(parsed)
     config = parsed.config
-    if isinstance(config, KDConfig) and config.on_policy_share > 0:
-        check_engine(config.rollout_engine)
+    if config.on_policy is not None:
+        check_engine(config.on_policy.rollout_engine)
     check_backend(config.backend)
     for flag, path in other_models(config).items():
         check_model(flag, path)
@@ -57,23 +57,18 @@ def check(parsed: Parsed[OfflineConfig], *, launched: bool = True) -> Parsed[Off
     return parsed
 
 
-def other_models(config: OfflineConfig) -> Mapping[str, str]:
+def other_models(config: Method) -> Mapping[str, str]:
     """Every model folder by its flag, the trained one first."""
-    paths: dict[str, str] = {"pretrain": config.pretrain}
-    if isinstance(config, DPOConfig | KTOConfig) and config.ref_pretrain is not None:
-        paths["ref_pretrain"] = config.ref_pretrain
-    if isinstance(config, KDConfig):
-        paths["teacher_model"] = config.teacher_model
-    return paths
+    return {"pretrain": config.pretrain, **config.more_models}
 
 
-def check_context(config: OfflineConfig) -> None:
+def check_context(config: Method) -> None:
     """The longest sequence fits the positions of every model that reads it."""
     for path in other_models(config).values():
         check_length(f"--max_len {config.max_len}", config.max_len, path, model_settings(path))
 
 
-def check_teams(config: OfflineConfig) -> None:
+def check_teams(config: Method) -> None:
     """The processes that a launcher started can be put into rings, or into groups that part the weights."""
     for flag, size in (
         ("--ring_attn_size", config.ring_attn_size),
@@ -92,30 +87,11 @@ def check_teams(config: OfflineConfig) -> None:
             )
 
 
-def check_data(config: OfflineConfig) -> None:
+def check_data(config: Method) -> None:
     """Sets, fields and probabilities. Single bad rows are counted when the data is loaded."""
-    keys = fields(config)
+    keys = {flag: key for flag, key in config.row_fields.items() if key is not None}
     check_sets("dataset", config.dataset, keys, config.split, every_row=False)
     if config.dataset_probs is not None:
         parse_probs(config.dataset_probs, len(parse_items(config.dataset)), "--dataset_probs")
     if config.eval_dataset is not None:
         check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split, every_row=False)
-
-
-def fields(config: OfflineConfig) -> Mapping[str, str]:
-    """The field that each flag names, of those every row must have."""
-    named: dict[str, str | None] = {}
-    if isinstance(config, PROMPTED):
-        plain = isinstance(config, KDConfig) and config.pretrain_mode
-        named = {"input_key": config.input_key, "output_key": None if plain else config.output_key}
-    if isinstance(config, PAIRED):
-        named = {
-            "prompt_key": config.prompt_key,
-            "chosen_key": config.chosen_key,
-            "rejected_key": config.rejected_key,
-        }
-    if isinstance(config, PRMConfig):
-        named = {"input_key": config.input_key}
-    if isinstance(config, KTOConfig | PRMConfig):
-        named["label_key"] = config.label_key
-    return {flag: key for flag, key in named.items() if key is not None}

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
-from togi.config.offline import OfflineConfig
 from togi.data.records import Examples
 from togi.learn.policy_objective import REF_LOGPROBS
 from togi.learn.scorer import Scorer
+from togi.methods.method import Method
+from togi.methods.training import Dealer
 from togi.model.hub import local_folder
 from togi.recipes.offline_data import Data
-from togi.recipes.offline_steps import Dealer
 from togi.run.journal import Journal
 from togi.version import __version__
 
@@ -32,7 +32,7 @@ ROWS_AT_ONCE = 512
 
 
 def with_reference(
-    config: OfflineConfig, reference: str, data: Data, load: Callable[[], Scorer], dealer: Dealer, journal: Journal
+    config: Method, reference: str, data: Data, load: Callable[[], Scorer], dealer: Dealer, journal: Journal
 ) -> Data:
     """The same rows with the stream ``ref_logprobs``. On all ranks together.
 
@@ -53,7 +53,7 @@ def with_reference(
     return replace(data, train=scored[0], held_out=tuple(scored[1:]))
 
 
-def _files(config: OfflineConfig, reference: str, sets: Sequence[Examples], folder: Path) -> list[Path]:
+def _files(config: Method, reference: str, sets: Sequence[Examples], folder: Path) -> list[Path]:
     """Where the numbers of each set belong."""
     model = Path(local_folder(reference))
     files = sorted(path for path in model.iterdir() if path.suffix in (".json", ".safetensors"))

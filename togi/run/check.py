@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from togi.config.choices import WorkersKind
 from togi.config.model_facts import position_limit
-from togi.config.offline import PAIRED, PROMPTED, KDConfig, OfflineConfig, RMConfig, SFTConfig
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.data.chat import Tokenizer, load_tokenizer
 from togi.errors import UserError
+from togi.methods.method import Method
 from togi.obs.progress import Progress
 from togi.parallel.process import World
 from togi.plan.machine import joins_cluster, this_machine
@@ -25,21 +25,21 @@ from togi.run.signs import Sign, Verdict, prompt_signs, setting_signs
 Say = Callable[[str], None]
 
 
-def look_at_offline(parsed: Parsed[OfflineConfig], command: str, say: Say) -> None:
+def look_at_offline(parsed: Parsed[Method], command: str, say: Say) -> None:
     """Everything that ``togi <command>`` does before it loads a model. Raises UserError."""
     config, sizes = parsed.config, size_of(parsed.config)
     _say_all(check_text.settings(parsed), say)
     with Progress() as progress:
         opened = offline.opening(config, command, World.solo(), progress, say)
-    say(check_text.model("pretrain", config.pretrain, sizes(config.pretrain, isinstance(config, RMConfig))))
+    say(check_text.model("pretrain", config.pretrain, sizes(config.pretrain, config.is_scalar)))
     say(_lengths(f"--max_len {config.max_len}", config.pretrain))
     say(check_text.tokenizer(opened.data.tokenizer, opened.data.stop_token_ids))
-    if isinstance(config, SFTConfig | KDConfig) and config.pretrain_mode:
+    if config.learns_every_token:
         say("template: none, every token is learnt (--pretrain_mode)")
-    elif isinstance(config, PROMPTED | PAIRED):
-        say(check_text.template(config, opened.data.tokenizer))
+    elif config.prompt_text is not None:
+        say(check_text.template(config.prompt_text, opened.data.tokenizer))
     for name, report in opened.data.reports.items():
-        _say_all(check_text.rows(name, report, width=opened.task.width), say)
+        _say_all(check_text.rows(name, report, width=config.width), say)
     say(f"disk: {check_room(config, offline_writing(config, opened.plan.steps, sizes))}")
     if config.learning_rate == 0:
         conclude(

@@ -21,6 +21,7 @@ from togi.data.chat import Tokenizer, load_tokenizer, stop_token_ids
 from togi.errors import CheckpointError, ConfigError, DataError, ModelError
 from togi.learn.checkpoint import HF_FOLDER, STATE, Checkpoint, CheckpointStore, read_checkpoint
 from togi.learn.learner_state import read_masters
+from togi.methods import METHODS
 from togi.model.checkpoint import save_hf, written_aside
 from togi.model.loading import ModelSource, dtype_of, load_causal_lm, load_scalar_model
 from togi.model.merge import load_merged
@@ -43,7 +44,12 @@ class Run:
     @property
     def is_scalar(self) -> bool:
         """Whether the model to export has a scalar head."""
-        return self.command == "rm" or self.role == "critic"
+        return self.role == "critic" or (self.command in METHODS and METHODS[self.command].is_scalar)
+
+    @property
+    def training(self) -> str:
+        """What the model went through."""
+        return METHODS[self.command].title if self.command in METHODS else "online reinforcement learning"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,14 +85,16 @@ def export(config: ExportConfig) -> Iterator[str]:
     with written_aside(Path(config.output_path)) as aside:
         if checkpoint is not None and checkpoint.state["resumable"]:
             _convert(run, checkpoint, aside, trust_remote_code=config.trust_remote_code)
-            if run.command == "rm":
+            if run.is_scalar and run.role != "critic":
                 yield "mean and std of the rewards are measured when a run writes its model; a checkpoint has none"
         elif (source / ADAPTER_CONFIG).is_file():
             _merge(run, source, aside, trust_remote_code=config.trust_remote_code)
         else:
             _copy(source, aside)
         step = None if checkpoint is None else checkpoint.step
-        card = model_card(run.directory, base_model=run.pretrain, is_scalar=run.is_scalar, step=step)
+        card = model_card(
+            run.directory, base_model=run.pretrain, training=run.training, is_scalar=run.is_scalar, step=step
+        )
         (aside / CARD).write_text(card, encoding="utf-8")
 
 

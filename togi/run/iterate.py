@@ -18,13 +18,13 @@ from togi.config.choices import IterateMethod
 from togi.config.iterate import IterateConfig
 from togi.config.iterate_checks import check_iterate
 from togi.config.model_facts import check_length
-from togi.config.offline import DPOConfig, OfflineConfig, SFTConfig
-from togi.config.offline_checks import check_offline
 from togi.config.parse import Parsed, parse
 from togi.data.items import parse_items
 from togi.data.precheck import parse_probs
 from togi.data.reward_text import asked_reward
 from togi.errors import CheckpointError
+from togi.methods import METHODS
+from togi.methods.checks import check_method
 from togi.obs.run_dir import write_atomically
 from togi.plan.machine import this_machine
 from togi.plan.precision import usable_precision
@@ -103,8 +103,7 @@ def check_lengths(config: IterateConfig) -> None:
 def check_training(config: IterateConfig) -> None:
     """The command that every round trains with is sound."""
     command, argv = Steps(config, Path(config.run_dir), subprocess_step).training_command(1, config.pretrain)
-    config_class: type[OfflineConfig] = DPOConfig if config.method is IterateMethod.DPO else SFTConfig
-    check_offline(parse(config_class, argv, command))
+    check_method(parse(METHODS[command], argv, command))
 
 
 def run(config: IterateConfig, announce: Callable[[str], None], launch: Launch) -> Result:

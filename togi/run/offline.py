@@ -1,7 +1,6 @@
-"""Training on a fixed data set in one screen, for ``togi sft | rm | dpo | kto | prm | kd`` alike: see ``train``.
+"""Training on a fixed data set in one screen, the same for every method (``togi.methods``): see ``train``.
 
-One process, or several that a launcher started (``torchrun -m togi.cli.train_sft``); no Ray. What a command reads and
-which loss it has is its ``Task`` (``offline_data``).
+One process, or several that a launcher started (``torchrun -m togi.cli.train_sft``); no Ray.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from togi.config.offline import KDConfig, OfflineConfig
 from togi.config.parse import Parsed
 from togi.errors import CheckpointError
 from togi.learn.checkpoint import Checkpoint
 from togi.learn.learner_state import check_rank
+from togi.methods.method import Method
 from togi.obs.progress import Progress
 from togi.parallel.process import World
-from togi.recipes.offline_data import Data, Task, check_plan, load_data, task_of, uses_flash
+from togi.recipes.offline_data import Data, check_plan, load_data, uses_flash
 from togi.recipes.offline_generation import check_ranks
 from togi.recipes.offline_setup import load_models, offload_notice
 from togi.run.journal import Journal, open_journal
@@ -60,7 +59,6 @@ def launched(local_rank: int) -> Iterator[World]:
 class Opening:
     """What a run knows before it loads a model or makes a folder. ``found``: the checkpoint it resumes from."""
 
-    task: Task
     data: Data
     plan: EpochPlan
     found: Checkpoint | None
@@ -68,7 +66,7 @@ class Opening:
 
 def run(
     world: World,
-    parsed: Parsed[OfflineConfig],
+    parsed: Parsed[Method],
     command: str,
     *,
     argv: Sequence[str],
@@ -84,35 +82,31 @@ def run(
             folder = open_journal(parsed, command, argv, progress, announce, data.reports, found)
             journal = stack.enter_context(folder)
         with progress.phase("loading models", expected_seconds=10):
-            models = load_models(config, opened.task, data, opened.plan, world, journal)
-        state = OfflineRun(config, command, opened.task, opened.plan, models, world, journal)
+            models = load_models(config, data, opened.plan, world, journal)
+        state = OfflineRun(config, command, opened.plan, models, world, journal)
         stack.callback(state.close)
         evaluations = train(state, found)
     return Result(journal.root, Path(config.save_path), opened.plan.steps, tuple(evaluations), first)
 
 
-def opening(
-    config: OfflineConfig, command: str, world: World, progress: Progress, announce: Callable[[str], None]
-) -> Opening:
+def opening(config: Method, command: str, world: World, progress: Progress, announce: Callable[[str], None]) -> Opening:
     """Everything of a run that comes before its models: what is said, its rows, its steps. Raises UserError."""
-    task = task_of(config)
     if config.flash_attn and config.ring_attn_size > 1:
         announce("--flash_attn: ring attention (--ring_attn_size) has kernels of its own, which are used instead")
     elif config.flash_attn and not uses_flash(config, world):
         announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
     if config.use_liger_kernel and world.device.type != "cuda":
         announce(NO_CUDA_FOR_LIGER)
-    if notice := offload_notice(config, task, world):
+    if notice := offload_notice(config, world):
         announce(notice)
-    if isinstance(config, KDConfig):
-        check_ranks(config, world)
+    check_ranks(config, world)
     if config.eval_steps > 0 and config.eval_dataset is None:
         announce("--eval_steps: there is no --eval_dataset, so nothing is evaluated")
-    data = load_data(config, task, world, progress)
+    data = load_data(config, world, progress)
     plan = EpochPlan(len(data.train), config.train_batch_size, config.max_epochs, config.seed)
     check_plan(config, plan, data)
     announce(plan.describe())
-    return Opening(task, data, plan, find_checkpoint(config, command, data, world))
+    return Opening(data, plan, find_checkpoint(config, command, data, world))
 
 
 def silent(line: str) -> None:
@@ -141,7 +135,7 @@ def train(run: OfflineRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
     return evaluations
 
 
-def find_checkpoint(config: OfflineConfig, command: str, data: Data, world: World) -> Checkpoint | None:
+def find_checkpoint(config: Method, command: str, data: Data, world: World) -> Checkpoint | None:
     """The checkpoint to resume from. Raises CheckpointError when it is another run's or holds no resumable state."""
     found = newest_checkpoint(config, world) if config.load_checkpoint else None
     if found is None:

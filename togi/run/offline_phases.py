@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from togi.config.offline import OfflineConfig
 from togi.data.packing import PackStats, pack_stats
 from togi.data.records import Examples
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
 from togi.learn.scorer import Measured, conclude, measure
+from togi.methods.method import Method
 from togi.model.checkpoint import save_trained, written_aside
 from togi.model.compiled_layers import clock
 from togi.model.loading import dtype_of
@@ -24,7 +24,7 @@ from togi.obs.way_out import way_out
 from togi.parallel.process import World
 from togi.recipes.best_metric import offline_aim
 from togi.recipes.held_out import Judged, ends, judge, worst_and_best
-from togi.recipes.offline_data import Data, Task
+from togi.recipes.offline_data import Data
 from togi.recipes.offline_setup import Models
 from togi.run.journal import Journal
 from togi.run.keep import Keep, every
@@ -56,16 +56,15 @@ class OfflineRun:
 
     def __init__(
         self,
-        config: OfflineConfig,
+        config: Method,
         command: str,
-        task: Task,
         plan: EpochPlan,
         models: Models,
         world: World,
         journal: Journal,
     ) -> None:
         self.config, self.plan, self.data = config, plan, models.data
-        self._task, self._models, self._world, self._journal = task, models, world, journal
+        self._models, self._world, self._journal = models, world, journal
         self.step = 0
         self._identity = identity(config, command, models.data)
         self._tokens_seen = 0.0
@@ -140,13 +139,13 @@ class OfflineRun:
                 mine = self._models.prepare(samples, seed=self._seed(0))
                 packs = self._models.dealer.packs(mine)
                 part = measure(self._models.learner.backend.module, objective, self._world, packs.batches)
-                rows += judge(mine, packs.in_order(part.judged))
+                rows += judge(mine, packs.in_order(part.judged), self.config.badness)
                 parts.append(replace(part, judged=()))
                 self._journal.beat()
             rows = [row for share in self._world.gather_shares("held-out rows", ends(rows)) for row in share]
             loss, metrics = conclude(objective, self._world, Measured.merged(parts))
         if self._world.is_first:
-            shown = worst_and_best(self.config, rows, examples, self.data.tokenizer)
+            shown = worst_and_best(self.config.number, rows, examples, self.data.tokenizer)
             self._journal.write_rows(self.step, shown)
         evaluation = Evaluation(self.step, loss, metrics)
         if self._keep.is_best(evaluation.values):
@@ -208,7 +207,7 @@ class OfflineRun:
 
     def _in_parts(self, examples: Examples) -> Iterator[list[Sample]]:
         """All rows, a bounded number at a time; at once where the loss looks at all of them together."""
-        size = len(examples) if self._task.mismatched else self.config.train_batch_size
+        size = len(examples) if self.config.looks_at_all_rows else self.config.train_batch_size
         for start in range(0, len(examples), size):
             yield self._samples(examples, range(start, min(start + size, len(examples))))
 
@@ -220,7 +219,7 @@ class OfflineRun:
         return [sample for row in rows for sample in examples[row]]
 
 
-def identity(config: OfflineConfig, command: str, data: Data) -> dict[str, str]:
+def identity(config: Method, command: str, data: Data) -> dict[str, str]:
     """What must be the same for a resumed run to see every row exactly as often as an uninterrupted one."""
     same = {
         "command": f"togi {command}",

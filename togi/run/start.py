@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from togi.config.chat import ChatConfig
 from togi.config.infer import InferConfig
-from togi.config.offline import OfflineConfig
 from togi.config.parse import Parsed
 from togi.config.presets import describe
 from togi.config.rl import RLConfig
 from togi.config.serve_rm import ServeRMConfig
 from togi.config.shared import ModelSettings
+from togi.methods.method import Method
 from togi.plan.machine import joins_cluster, this_machine
 from togi.plan.precision import usable_precision
 from togi.recipes import offline_preflight, preflight
@@ -62,7 +62,7 @@ def rl_door(parsed: Parsed[RLConfig], *, reward_given: bool, announce: Announce)
     return ready
 
 
-def offline_door(parsed: Parsed[OfflineConfig], *, announce: Announce, launched: bool = True) -> Parsed[OfflineConfig]:
+def offline_door(parsed: Parsed[Method], *, announce: Announce, launched: bool = True) -> Parsed[Method]:
     """The settings as a run on fixed data takes them; says what is taken otherwise than it is written. Raises UserError.
 
     ``launched``: this is one of the processes that are to train.
@@ -76,7 +76,5 @@ def offline_door(parsed: Parsed[OfflineConfig], *, announce: Announce, launched:
 
 def say_ignored(config: ModelSettings | InferConfig | ChatConfig | ServeRMConfig, announce: Announce) -> None:
     """Say which flags are accepted and change nothing here, a line a flag."""
-    if isinstance(config, InferConfig) and config.zero_stage > 0:
-        announce(f"--zero_stage {config.zero_stage}: one process has nothing to shard, and holds the whole model")
     if config.disable_fast_tokenizer:
         announce(ONE_TOKENIZER)

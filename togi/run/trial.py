@@ -99,7 +99,7 @@ def local_reward(config: RLConfig, number: int) -> LocalModelReward:
         value_head_prefix=config.value_head_prefix,
     )
     standardize = Standardization(model.reward_mean, model.reward_std) if config.normalize_reward else None
-    scorer = Scorer(frozen(model, world, backend_options(config)), world)
+    scorer = Scorer(frozen(model, world, backend_options(config, bf16=config.bf16)), world)
     name = reward_names(config, function_given=False)[number]
     return LocalModelReward(_scores(config, scorer), standardize, name)
 

@@ -103,7 +103,7 @@ class ModelWorker:
     def _read(self, role: Role, path: str) -> PolicyModel | ScalarModel:
         """A critic that starts from the policy gets a new head; others must bring one."""
         config, world, trained = self._config, self._world, role in LEARNERS
-        defer = reads_parts(world, backend_options(config), trained=trained)
+        defer = reads_parts(world, backend_options(config, bf16=config.bf16), trained=trained)
         source = ModelSource.of(config, path, world.device, in_ring=world.ring_size > 1, trained=trained, defer=defer)
         if role in (Role.ACTOR, Role.REF):
             return load_causal_lm(source)
@@ -130,7 +130,7 @@ class ScorerWorker(ModelWorker):
         self._join(meeting, config)
         model = self._load(role, path)
         self._model = model
-        options = backend_options(config)
+        options = backend_options(config, bf16=config.bf16)
         if config.ref_reward_offload and self._world.device.type != "cpu":
             self._scorer = Scorer(model, self._world, frozen_on_host(model, self._world, options, model.read))
         else:
@@ -161,7 +161,7 @@ class LearnerWorker(ModelWorker):
         self._join(meeting, config, config.ds_tensor_parallel_size)
         self._role = role
         self._model = self._load(role, config.pretrain if role is Role.ACTOR else config.critic_source)
-        backend = trainable(self._model, self._world, backend_options(config), self._model.read)
+        backend = trainable(self._model, self._world, backend_options(config, bf16=config.bf16), self._model.read)
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
         schedule = Schedule.of(config, peak, total)
         max_norm = config.max_norm if config.max_norm > 0 else float("inf")

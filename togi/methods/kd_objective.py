@@ -24,11 +24,10 @@ from togi.batch import Batch
 from togi.config.choices import Divergence
 from togi.errors import ConfigError
 from togi.learn.objective import Loss, Objective, sequence_means, token_metrics
+from togi.methods.on_policy import GENERATED
 from togi.model.outputs import Needs, Outputs
 from togi.model.policy import PolicyModel
 from togi.obs import names
-
-GENERATED = "generated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,7 @@ class DistillationObjective(Objective):
                 f"--teacher_model predicts {self.teacher.vocabulary} tokens and --pretrain {self.vocabulary}: "
                 "distillation compares them token by token, so choose two models with one vocabulary"
             )
-        if not 0 <= self.kd_coef <= 1:
-            raise ConfigError(f"--kd_coef is {self.kd_coef}: it is a share, from 0 to 1")
+        assert 0 <= self.kd_coef <= 1, "--kd_coef is a share, from 0 to 1"
 
     @property
     def needs(self) -> Needs:

@@ -1,27 +1,46 @@
-"""From the rows of one optimizer step to this rank's micro-batches, with what the loss needs of other models in them.
+"""What a method is given to train with: rows and frozen models, and how the rows of a step come to this rank.
 
-A ``Preparation`` gets the samples of the whole step, the same on every rank, and returns this rank's share. All ranks
-call it together.
+A ``Preparation`` gets the samples of the whole optimizer step, the same on every rank, and returns this rank's share, with
+what the loss needs of other models in them. All ranks call it together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from togi.algo.preference import kto_kl_estimate
 from togi.data.packing import Packs, pack_all
 from togi.data.partition import split_ranks
-from togi.data.unpaired import mismatched
+from togi.data.records import Examples
 from togi.learn.policy_objective import REF_LOGPROBS
-from togi.learn.preference_objective import KL_ESTIMATE
 from togi.learn.scorer import Scorer
+from togi.model.policy import PolicyModel
 from togi.parallel.process import World
 from togi.sample import Sample, with_streams
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frozen:
+    """A language model that is only read, and the context to run it in."""
+
+    model: PolicyModel
+    around: Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Material:
+    """What an objective may ask for. ``teachers``: the method's ``teacher``, loaded, or none. ``vocabulary``: tokens that the
+    model in training predicts, 0 with a scalar head.
+    """
+
+    rows: Examples
+    teachers: tuple[Frozen, ...]
+    vocabulary: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +103,3 @@ class WithReference:
     def __call__(self, samples: Sequence[Sample], seed: int) -> list[Sample]:
         mine = self.dealer.share(samples)
         return with_streams(mine, {REF_LOGPROBS: self.dealer.logprobs(self.reference, mine)})
-
-
-@dataclass(frozen=True, slots=True)
-class WithKL:
-    """KTO's: adds ``ref_logprobs`` and the KL estimate of the whole step, from mismatched pairs of all its rows."""
-
-    dealer: Dealer
-    reference: Scorer
-    policy: Scorer
-
-    def __call__(self, samples: Sequence[Sample], seed: int) -> list[Sample]:
-        kl = self._estimate(mismatched(samples, seed))
-        mine = WithReference(self.dealer, self.reference)(samples, seed)
-        return [replace(sample, values={**sample.values, KL_ESTIMATE: kl}) for sample in mine]
-
-    def _estimate(self, mismatches: Sequence[Sample]) -> float:
-        """The log-probabilities of each mismatched answer, this rank's and then everybody's."""
-        mine = self.dealer.share(mismatches)
-        own = [self.dealer.logprobs(scorer, mine) for scorer in (self.policy, self.reference)]
-        sums = [[float(row.sum(dtype=np.float64)) for row in rows] for rows in own]
-        parts = self.dealer.world.gather_shares("KL estimate", sums)
-        policy, reference = ([total for part in parts for total in part[which]] for which in (0, 1))
-        return kto_kl_estimate(policy, reference)

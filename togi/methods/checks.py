@@ -1,0 +1,69 @@
+"""Contradictions between the settings of a method's command, found before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from togi.config.checks import model_problems, output_problems, train_problems
+from togi.config.parallel_checks import parallel_problems
+from togi.config.parse import Parsed, Source
+from togi.errors import ConfigError
+from togi.methods.method import Method
+
+
+def check_method(parsed: Parsed[Method]) -> None:
+    """Raise ConfigError with the first contradiction. Each message names both flags and the way out."""
+    config = parsed.config
+    for message in _problems(config, template_given=_template_given(parsed)):
+        raise ConfigError(message)
+
+
+def _template_given(parsed: Parsed[Method]) -> bool:
+    """Whether the user wrote ``--input_template``: its default gives way to a chat template, a wish does not."""
+    return parsed.sources.get("input_template", Source.DEFAULT) is not Source.DEFAULT
+
+
+def _problems(c: Method, *, template_given: bool) -> Iterator[str]:
+    yield from _required(c)
+    yield from c.problems(template_given=template_given)
+    yield from _training(c)
+    yield from _output(c)
+
+
+def _required(c: Method) -> Iterator[str]:
+    if not c.pretrain:
+        yield "--pretrain is required: the Hugging Face folder or hub name of the model to train."
+    if not c.dataset:
+        yield "--dataset is required: a JSON, JSONL, CSV, Parquet or Arrow file, a saved data set folder or a hub name."
+
+
+def _training(c: Method) -> Iterator[str]:
+    yield from model_problems(c)
+    yield from train_problems(c, c)
+    yield from parallel_problems(c, c)
+    chat = c.prompt_text is not None and c.prompt_text.apply_chat_template
+    if c.tokenizer_chat_template is not None and not chat:
+        yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."
+    if c.tokenizer_chat_template is not None and "{" not in c.tokenizer_chat_template:
+        yield (
+            f"--tokenizer_chat_template {c.tokenizer_chat_template!r} is no Jinja template: give its text, "
+            'in bash "$(cat FILE)".'
+        )
+    if c.max_tokens_per_gpu * c.ring_attn_size < c.max_len:
+        yield (
+            f"--max_tokens_per_gpu {c.max_tokens_per_gpu} x --ring_attn_size {c.ring_attn_size} is less than --max_len "
+            f"{c.max_len}: raise one of the first two or lower the third."
+        )
+    if c.lr_scheduler.follows_a_loss and c.eval_dataset is None:
+        yield (
+            f"--lr_scheduler {c.lr_scheduler} follows the held-out loss: add --eval_dataset (and --eval_steps), or choose a "
+            "schedule that needs no measurement."
+        )
+    if c.eval_at_start and c.eval_dataset is None:
+        yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
+
+
+def _output(c: Method) -> Iterator[str]:
+    yield from output_problems(c, evaluates=c.eval_dataset is not None)
+    if c.eval_steps == 0:
+        yield "--eval_steps must be positive, or -1."

@@ -1,0 +1,146 @@
+"""The loss of KTO and the KL estimate that it needs, which is of the whole optimizer step.
+
+Values of a row: ``desirable``, ``mismatched``, ``kl_estimate``. Stream: ``ref_logprobs``. Shape letters: K tokens in the loss, N
+rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from togi.algo.preference import kto_kl_estimate, kto_loss, sequence_sums
+from togi.batch import Batch
+from togi.errors import DataError
+from togi.learn.objective import Loss, Objective, token_metrics
+from togi.learn.policy_objective import REF_LOGPROBS
+from togi.learn.scorer import Scorer
+from togi.methods.preference import implicit_rewards
+from togi.methods.training import Dealer, WithReference
+from togi.model.outputs import Needs, Outputs
+from togi.obs import names
+from togi.sample import Sample
+
+DESIRABLE = "desirable"
+MISMATCHED = "mismatched"
+KL_ESTIMATE = "kl_estimate"
+
+
+@dataclass(frozen=True, slots=True)
+class KTOObjective(Objective):
+    """KTO, ``togi.algo.preference.kto_loss``, a mean over the rows of the step.
+
+    It needs one number before any loss: the KL estimate of the whole step. So a step is three things: score mismatched
+    copies of its rows with policy and reference, join the sums of all ranks in ``togi.algo.preference.kto_kl_estimate``,
+    and write the number into the value ``kl_estimate`` of every row. Mismatched copies themselves are never trained on.
+
+    Metrics: loss, the estimate, the implicit rewards ``beta (S_policy - S_ref)`` of desirable and undesirable rows
+    (under the names of chosen and rejected) and their difference, and accuracy: desirable rows above the estimate,
+    undesirable ones below.
+    """
+
+    beta: float = 0.01
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert self.beta > 0, "--beta must be above 0"
+        weights = (self.desirable_weight, self.undesirable_weight)
+        assert min(weights) >= 0, "--desirable_loss_weight and --undesirable_loss_weight cannot be negative"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(logprobs=True)
+
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return implicit_rewards(self.beta, outputs, batch)
+
+    def count(self, batch: Batch) -> float:
+        return float(batch.num_sequences)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        assert not bool(batch.values[MISMATCHED].any()), "mismatched rows are for the KL estimate only"
+        sequences_K, number = batch.target_sequences_K, batch.num_sequences
+        ref_K = batch.select(REF_LOGPROBS)
+        ratios_N = sequence_sums(outputs.logprobs_K - ref_K, sequences_K, number)
+        desirable_N, kl_N = batch.values[DESIRABLE] == 1, batch.values[KL_ESTIMATE]
+        total = kto_loss(
+            ratios_N,
+            desirable_N,
+            kl_N,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        ).sum()
+        ratios_N = ratios_N.detach()
+        right_N = torch.where(desirable_N, ratios_N > kl_N, ratios_N < kl_N)
+        sums = {names.LOSS: total, names.ACCURACY: right_N.sum(), names.KL_ESTIMATE: kl_N.sum()}
+        metrics = token_metrics(sums, number, {})
+        for name, rows_N in ((names.REWARD_CHOSEN, desirable_N), (names.REWARD_REJECTED, ~desirable_N)):
+            rewards = self.beta * ratios_N[rows_N]
+            metrics |= token_metrics({name: rewards.sum()}, len(rewards), {})
+        return Loss(total, metrics)
+
+    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Adds the difference of the mean rewards; NaN in a step that has only one kind of row."""
+        return {**values, names.REWARD_MARGIN: values[names.REWARD_CHOSEN] - values[names.REWARD_REJECTED]}
+
+
+@dataclass(frozen=True, slots=True)
+class WithKL:
+    """KTO's: adds ``ref_logprobs`` and the KL estimate of the whole step, from mismatched pairs of all its rows."""
+
+    dealer: Dealer
+    reference: Scorer
+    policy: Scorer
+
+    def __call__(self, samples: Sequence[Sample], seed: int) -> list[Sample]:
+        kl = self._estimate(mismatched(samples, seed))
+        mine = WithReference(self.dealer, self.reference)(samples, seed)
+        return [replace(sample, values={**sample.values, KL_ESTIMATE: kl}) for sample in mine]
+
+    def _estimate(self, mismatches: Sequence[Sample]) -> float:
+        """The log-probabilities of each mismatched answer, this rank's and then everybody's."""
+        mine = self.dealer.share(mismatches)
+        own = [self.dealer.logprobs(scorer, mine) for scorer in (self.policy, self.reference)]
+        sums = [[float(row.sum(dtype=np.float64)) for row in rows] for rows in own]
+        parts = self.dealer.world.gather_shares("KL estimate", sums)
+        policy, reference = ([total for part in parts for total in part[which]] for which in (0, 1))
+        return kto_kl_estimate(policy, reference)
+
+
+def mismatched(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """For each row its prompt with the answer of a row with another prompt, drawn evenly among those.
+
+    The mean log-ratio of policy and reference on such pairs is KTO's estimate of their KL divergence (Ethayarajh et
+    al., "KTO: Model Alignment as Prospect Theoretic Optimization", 2024, section 4.1). ``samples`` must be the rows of
+    the whole optimizer step, so that the estimate does not depend on how they are split. Copies keep the ``group_id``
+    of the prompt's row and share its prompt; none is longer than the longest row, so that memory stays bounded: answers
+    are cut to that. Raises DataError if all prompts are the same.
+    """
+    prompts = [sample.tokens[: sample.prompt_length].tobytes() for sample in samples]
+    if len(set(prompts)) < 2:
+        raise DataError(
+            f"A batch of {len(samples)} rows has only one distinct prompt, but KTO estimates a KL divergence from "
+            "answers to other prompts: raise --train_batch_size, or mix the data."
+        )
+    longest = max(len(sample.tokens) for sample in samples)
+    generator = np.random.default_rng(seed)
+    others: dict[bytes, list[int]] = {
+        prompt: [i for i, other in enumerate(prompts) if other != prompt] for prompt in set(prompts)
+    }
+    drawn = [others[prompt][int(generator.integers(len(others[prompt])))] for prompt in prompts]
+    return [_joined(sample, samples[i], longest) for sample, i in zip(samples, drawn, strict=True)]
+
+
+def _joined(prompt: Sample, answer: Sample, longest: int) -> Sample:
+    """The prompt of one row with the answer of another."""
+    start = prompt.prompt_length
+    tokens = np.concatenate([prompt.tokens[:start], answer.tokens[answer.prompt_length :]])[:longest]
+    mask = np.concatenate([prompt.loss_mask[:start], answer.loss_mask[answer.prompt_length :]])[:longest]
+    mask[:1] = False
+    return replace(prompt, tokens=tokens, loss_mask=mask, streams={}, values={"desirable": 0.0, "mismatched": 1.0})

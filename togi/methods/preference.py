@@ -1,0 +1,59 @@
+"""What the objectives over pairs and over rows with a verdict share: who is paired with whom, rewards, metrics.
+
+Values of pairs: ``chosen`` (1 or 0). The formulas are in ``togi.algo.preference``. Shape letters: K tokens in the loss, N
+sequences, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from togi.algo.preference import sequence_sums
+from togi.batch import Batch
+from togi.learn.objective import Objective
+from togi.learn.policy_objective import REF_LOGPROBS
+from togi.model.outputs import Outputs
+from togi.obs import names
+
+CHOSEN = "chosen"
+
+
+def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The sequence numbers of the chosen and of the rejected response of each pair (int64, P, on the batch's device).
+
+    A pair is two neighbours, chosen first, in the list that the batch was packed from; however the layout reordered
+    them. Asserts that no pair is torn apart.
+    """
+    assert batch.num_sequences % 2 == 0, "a pair is torn apart: pack with whole_groups"
+    listed_N = torch.tensor(batch.order_N, dtype=torch.int64).argsort().to(batch.tokens_T.device)
+    chosen_P, rejected_P = listed_N[0::2], listed_N[1::2]
+    marks_N = batch.values[CHOSEN]
+    assert bool((marks_N[chosen_P] == 1).all() & (marks_N[rejected_P] == 0).all()), "pairs are not chosen, rejected"
+    return chosen_P, rejected_P
+
+
+def pair_metrics(sums: Mapping[str, Tensor], chosen_P: Tensor, rejected_P: Tensor) -> dict[str, Tensor]:
+    """Sums over pairs of the rewards, their difference, and how often the chosen response has the higher one."""
+    return {
+        **sums,
+        names.ACCURACY: (chosen_P > rejected_P).sum(),
+        names.REWARD_CHOSEN: chosen_P.sum(),
+        names.REWARD_REJECTED: rejected_P.sum(),
+        names.REWARD_MARGIN: (chosen_P - rejected_P).sum(),
+    }
+
+
+def implicit_rewards(beta: float, outputs: Outputs, batch: Batch) -> Tensor:
+    """``beta (S_policy - S_ref)`` of each sequence."""
+    gains_K = outputs.logprobs_K - batch.select(REF_LOGPROBS)
+    return beta * sequence_sums(gains_K, batch.target_sequences_K, batch.num_sequences)
+
+
+class OverPairs(Objective):
+    """Sums divided by the number of pairs of the step."""
+
+    def count(self, batch: Batch) -> float:
+        return batch.num_sequences / 2
