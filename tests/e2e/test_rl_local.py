@@ -58,7 +58,7 @@ def scalar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
 def test_local_workers_equal_ray_bit_for_bit(world: Path, tmp_path: Path, scalar: Path, engine: str) -> None:
     """Actor, critic, reference and a reward model in one process have the numbers that each has alone, in both data types."""
     flags = [
