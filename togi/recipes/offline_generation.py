@@ -182,4 +182,4 @@ class Student:
         """The largest mean difference of log-probs of an engine and the trainer on the probe, over ranks."""
         (trainer,) = self._dealer.logprobs(self._policy, [self._probe])
         engine = await self._engine.score(self._probe.tokens.tolist())
-        return check_probe(self._world.max("probe", [compare(engine, trainer.tolist()).mean_abs])[0])
+        return check_probe(self._world.max("probe", [compare(engine, trainer.tolist())])[0])

@@ -110,7 +110,7 @@ class Session:
         sample = probe(tokens, self.config.context_length)
         trainer = (await self.actor.call_all(LearnerWorker.logprobs, [sample], 1.0))[0][0]
         engines = await self.engines.score(sample.tokens.tolist())
-        return check_probe(float(np.mean([compare(logprobs, trainer).mean_abs for logprobs in engines])))
+        return check_probe(float(np.mean([compare(logprobs, trainer) for logprobs in engines])))
 
     async def routing(self, tokens: Sequence[int]) -> dict[str, float]:
         """By metric name, how differently engines and trainer route the probe of a mixture; nothing for other models."""
