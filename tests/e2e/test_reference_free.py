@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from togi.obs.held_out import read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.offline_world import flags, make_world, train
 from togi.cli.main import main
+from togi.obs.run_dir import read_held_out
 
 METHODS = {"simpo": ("--beta", "2", "--gamma", "0.5"), "orpo": ("--odds_ratio_coef", "0.5")}
 
@@ -64,7 +64,7 @@ def test_it_learns_and_evaluates_like_plain_transformers(world: Path, tmp_path: 
     margins = [values["eval/reward/margin"] for values in steps if "eval/reward/margin" in values]
     best = json.loads((run / "checkpoints" / "best" / "best.json").read_text())
     assert best["aim"] == {"metric": "eval/reward/margin", "highest": True} and best["value"] == max(margins)
-    worst = read_rows(run)[0][0]
+    worst = read_held_out(run)[0][0]
     assert (worst.place, worst.number, len(worst.texts)) == ("worst", "reward", 2)
     assert not (run / "reference").exists()
 
