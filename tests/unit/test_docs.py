@@ -81,6 +81,17 @@ def test_commands_are_real(page: Path) -> None:
                 check_method(parse(METHODS[words[1]], words[2:], words[1]))
 
 
+def test_the_files_that_the_architecture_names_are_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = {
+        name
+        for name in re.findall(r"`((?:\w+/)+\w+\.\w+)`", text)
+        if not name.endswith(("X.py", "X_engine.py", "X_objective.py"))
+    }
+    assert len(named) > 30
+    assert [name for name in sorted(named) if not (ROOT / "togi" / name).exists() and not (ROOT / name).exists()] == []
+
+
 def examples_of(module: Path) -> set[str]:
     """The scripts that a test module lists as its EXAMPLES, and in what that list is made of."""
     values = {
