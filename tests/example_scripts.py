@@ -38,10 +38,11 @@ printf '\\036' >>"$RECORD"
 """
 # In the place of togi: rounds of togi iterate run in its own process.
 ONE_PROCESS = """#!{python}
-import importlib, sys
+import sys
+from tests.offline_world import call
 from togi.cli.main import main
 from togi.run.iterate import start_iterate
-start_iterate.__kwdefaults__["launch"] = lambda name, argv: importlib.import_module(name).main(list(argv))
+start_iterate.__kwdefaults__["launch"] = call
 sys.exit(main())
 """
 CHECKS: dict[str, Any] = {

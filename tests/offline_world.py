@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.tiny import save_tiny_model
+from togi.cli import offline
 from togi.cli.main import main
 from togi.config.shared import MIXTURES
+from togi.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefghijklmnop"
@@ -108,3 +112,12 @@ def launch(world: Path, command: str, run: Path, ranks: int, *more: str) -> list
 
 def values(run: Path) -> list[dict[str, float]]:
     return [json.loads(line)["values"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def call(module: str, argv: Sequence[str]) -> None:
+    """A command in this process, named by the module that a launcher would start. Raises UserError."""
+    command = module.rpartition(".train_")[2]
+    if command in METHODS:
+        offline.main([command, *argv])
+    else:
+        importlib.import_module(module).main(list(argv))

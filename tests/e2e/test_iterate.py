@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from tests.example_scripts import ONE_PROCESS, run_script
-from tests.offline_world import ROOT, write
+from tests.offline_world import ROOT, call, write
 from tests.tiny import STOP, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 from togi.config.iterate import IterateConfig
 from togi.config.parse import parse
@@ -83,7 +82,7 @@ def command(world: Path, run: Path, method: str, *more: str) -> list[str]:
 
 def here(module: str, argv: Sequence[str]) -> None:
     """A step in this process: start-up is most of the time of a tiny one."""
-    importlib.import_module(module).main(list(argv))
+    call(module, argv)
 
 
 def iterate(world: Path, run: Path, method: str, *more: str, launch: Launch = here) -> Result:
