@@ -42,5 +42,6 @@ def balance_loss(sums_2SE: Tensor, top_k: int, chains_NS: Tensor) -> Tensor:
     """
     probabilities_NE, choices_NE = chains_NS.to(sums_2SE.dtype) @ sums_2SE
     routings_N = choices_NE.sum(1) / top_k
+    # f_e and P_e are sums here: the square divides both by M n
     losses_N: Tensor = sums_2SE.shape[2] * (choices_NE * probabilities_NE).sum(1) / routings_N.square()
     return losses_N

@@ -83,6 +83,7 @@ class HostKernels:
     def __init__(self, library: Any) -> None:
         self._library = library
         for name, types in SIGNATURES.items():
+            # without declared types ctypes would pass pointers and sizes as 32-bit integers
             function = getattr(library, name)
             function.argtypes, function.restype = types, ctypes.c_int if name.startswith("attention") else None
 

@@ -45,6 +45,7 @@ def use_host_layers(hf: nn.Module) -> None:
     """Give the supported layers of ``hf`` a forward for CPUs, in place. Other devices and tensors use the original forward."""
     config: Any = hf.config
     for layer in hf.modules():
+        # bound to the instance: other models of the process keep the original forward
         kind = type(layer).__name__
         if kind in NORMS:
             layer.forward = MethodType(_norm, layer)

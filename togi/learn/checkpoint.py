@@ -327,6 +327,7 @@ class BestStore:
     def _mend(self) -> None:
         """Finish the renames of a process that was killed between them. A folder with a record is complete."""
         if not self.folder.exists():
+            # killed between the two renames: the new model is complete, the old one is the fallback
             for name in (_NEW, _OLD):
                 if (self.root / name / BEST_RECORD).is_file():
                     (self.root / name).rename(self.folder)

@@ -59,7 +59,7 @@ def save_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
         record["learning_rate"] = learner.schedule.state()
         (folder / LEARNER).write_text(json.dumps(record), encoding="utf-8")
         (folder / GENERATORS).write_text(json.dumps(generators), encoding="utf-8")
-    # no rank may go on before the checkpoint is complete
+    # all ranks wait until the checkpoint is complete
     world.barrier("checkpoint written")
 
 

@@ -37,6 +37,7 @@ def problems(base: Iterable[TensorSpec], offered: Iterable[TensorSpec]) -> list[
     weights = {spec.name: spec for spec in base}
     have = tuple(offered)
     stems = {spec.name.removesuffix(end) for spec in have for end in (A, B) if spec.name.endswith(end)}
+    # each adapted layer must have A and B that fit its weight
     expected: list[TensorSpec] = []
     ranks = {spec.name: spec.shape[0] for spec in have if spec.name.endswith(A)}
     for stem in sorted(stems):
@@ -78,7 +79,7 @@ class BaseFiles:
             opened: dict[Path, Any] = {}
             for spec in expected:
                 file = self._files[spec.name]
-                # each file is opened once; only the tensor at hand is in memory
+                # each file is opened once; only the current tensor is in memory
                 if file not in opened:
                     opened[file] = stack.enter_context(safe_open(file, framework="pt"))
                 dtype: torch.dtype = getattr(torch, spec.dtype)

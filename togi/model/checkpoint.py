@@ -157,7 +157,7 @@ def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype:
         size += ready.nbytes
         total += ready.nbytes
     files.append(_write_shard(directory, len(files), held))
-    # the names of the files hold their number, which is known only now
+    # the final names contain the number of files, which is known only now
     if len(files) == 1:
         _shard(directory, 0).rename(directory / "model.safetensors")
         return

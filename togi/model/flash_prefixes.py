@@ -132,7 +132,7 @@ class _FlashPrefixes(torch.autograd.Function):
         own, *others = ctx.levels
         whole = own.backward(grad_THD, (q_THD, k_TGD, v_TGD), out_THD, lse_TH.t().contiguous(), ctx.scale)
         d_q, d_k, d_v = (full_precision(x) for x in whole)
-        # sum the gradients of all levels in float32: a key of a prefix has queries in many pieces
+        # sum over levels in float32: a token is a query and a key in several of them
         for level in others:
             rows, keys = level.queries_R, level.keys_U
             inputs = (q_THD[rows], k_TGD[keys], v_TGD[keys])

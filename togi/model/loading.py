@@ -251,7 +251,7 @@ def _load(auto_class: Any, read: _Reading) -> tuple[PreTrainedModel, Reader]:
     attention = _attention(source.flash_attn)
     # refuse an unsupported architecture before any weight is read
     empty = _refuse(auto_class, source, config)
-    # only proven architectures: the packing check of the others runs the weights at once
+    # only proven architectures: the packing check of the others runs the model at once
     defer = source.defer and source.lora is None and not source.in_4bit and config.model_type in PROVEN
     files = files_of(source.path) if defer else []
     if files:

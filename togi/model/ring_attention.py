@@ -154,7 +154,7 @@ def _call(
     keys: Sequence[tuple[int, Chunk]],
     window: int | None,
 ) -> Iterator[Call]:
-    """One call, from (first row, chunk) pairs, without the queries and keys that are all outside of the window. May be none."""
+    """One call, from (first row, chunk) pairs, without queries and keys that the window excludes. May yield none."""
     rows_L, rows_M = (torch.cat([torch.arange(start, start + len(c)) for start, c in part]) for part in (queries, keys))
     at_L, at_M = (torch.cat([_positions(shards, c) for _, c in part]) for part in (queries, keys))
     if window is not None:

@@ -254,7 +254,7 @@ class RingLayout:
         # the inverse of index_t: from a packed index to the row on this rank
         rows_T = torch.full((batch.num_tokens + fillers,), -1, device=device)
         rows_T[index_t] = torch.arange(len(index_t), device=device)
-        # fillers lie behind the batch: token 0 at position 0
+        # fillers come after the batch: token 0 at position 0
         tokens_t, positions_t = (
             torch.cat([stream, stream.new_zeros(fillers)])[index_t] for stream in (batch.tokens_T, batch.positions_T)
         )

@@ -32,6 +32,7 @@ def checkpoint_tensors(
     tied = hf.all_tied_weights_keys
     plain = ((name.removeprefix(_PREFIX), tensor) for name, tensor in named_tensors)
     kept = ((name, tensor) for name, tensor in plain if name not in tied)
+    # a conversion may need all tensors of a layer, such as all its experts
     for _, layer in groupby(kept, key=lambda item: _layer_of(item[0])):
         for name, tensor in sorted(revert_weight_conversion(hf, dict(layer)).items()):
             yield _head_name(model, name), tensor

@@ -46,6 +46,7 @@ def add_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> Non
     """Add zero moments and a step count for each parameter."""
     for parameter in parameters:
         state = optimizer.state[parameter]
+        # a tensor on the device, as the fused kernel requires
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(parameter, requires_grad=False)

@@ -32,6 +32,7 @@ def trainable(module: nn.Module, world: World, options: BackendOptions, read: Re
     would leave them whole anyway.
     """
     if world.device.type == "cpu":
+        # a training step frees and allocates the same gigabytes again and again
         keep_freed()
     quantised = any(not parameter.is_floating_point() for parameter in module.parameters())
     if options.backend is BackendName.DEEPSPEED and options.zero_stage > 0 and not quantised:

@@ -36,6 +36,7 @@ class Channel:
         Raises torch's ``DistStoreError`` or RuntimeError if the others do not join in time.
         """
         limit = timedelta(seconds=meeting.timeout_s)
+        # a prefix, since other groups may use the same store
         store = PrefixStore(NAME, TCPStore(meeting.address, meeting.port, is_master=False, timeout=limit))
         if device.type == "cpu":
             return cls(dist.ProcessGroupGloo(store, meeting.rank, meeting.size, limit), device)
@@ -45,6 +46,7 @@ class Channel:
 
     def send(self, buffer: Tensor) -> None:
         """Start to send ``buffer`` (bytes, on ``device``) when the one before is sent. It must not change until ``flush``."""
+        # at most one buffer is being sent, so at most two are in memory
         self.flush()
         self._sending.append((self._broadcast(buffer), buffer))
 

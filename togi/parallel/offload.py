@@ -44,6 +44,7 @@ class HostWeights:
         try:
             yield
         finally:
+            # the modules refer to the host copies again, so the device copies are freed
             self._put(self._hosts)
 
     def _put(self, weights: Sequence[nn.Parameter]) -> None:

@@ -40,6 +40,7 @@ class Parking:
             self._parked = [(s, s.nbytes()) for s in storages.values() if s.device.type == self._device.type]
             for number, (storage, _) in enumerate(self._parked):
                 self._put_out(number, storage)
+                # frees the memory; the tensor objects stay, which the optimizer and the modules refer to
                 storage.resize_(0)
             self._return_freed()
             self.is_asleep = True
@@ -59,6 +60,7 @@ class Parking:
         if self._device.type == "cpu":
             self._file.write(_view(storage))
             return
+        # pinned memory is slow to allocate: keep it for the next sleep
         host = self._hosts.get(number)
         if host is None or host.numel() != storage.nbytes():
             host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)

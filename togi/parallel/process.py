@@ -217,6 +217,7 @@ class World:
         return self._reduce(tag, values, dist.ReduceOp.MAX)
 
     def _reduce(self, tag: str, values: Sequence[float], op: Any) -> list[float]:
+        # on the CPU, over gloo: control flow must not wait for the device
         numbers = torch.tensor(list(values), dtype=torch.float64)
         if self.size > 1:
             with self.collective(tag):

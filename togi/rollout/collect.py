@@ -64,7 +64,7 @@ async def collect_groups(
                 if group.left == 0:
                     yield [other.result() for other in group.tasks]
     finally:
-        # closed or failed: no rollout may go on in the background
+        # closed or failed: no rollout may keep running in the background
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)

@@ -44,7 +44,9 @@ def choose(logits_NV: Tensor, choices: Sequence[Choice]) -> tuple[Tensor, Tensor
     if greedy:
         tokens_N[greedy] = logprobs_NV[greedy].argmax(dim=-1)
     if drawn:
+        # each sequence draws from its own generator, so its tokens do not depend on the rest of the batch
         uniform_n = torch.cat([torch.rand(1, generator=choices[row].generator, dtype=torch.float64) for row in drawn])
+        # logprobs_NV is still needed: overwrite only a copy of it
         chances_NV = logprobs_NV[drawn].exp_() if greedy else logprobs_NV.exp()
         tokens_N[drawn] = invert_cdf(chances_NV, uniform_n.to(logits_NV.device))
     return tokens_N, logprobs_NV.gather(1, tokens_N[:, None])[:, 0]

@@ -23,6 +23,7 @@ def end_token_ids(folder: str) -> frozenset[int]:
         eos = _read(root / name).get("eos_token_id")
         if eos is not None:
             found.update(eos if isinstance(eos, list) else [eos])
+    # the tokenizer configuration has the text of the token: look up its id
     token = _read(root / "tokenizer_config.json").get("eos_token")
     content = token["content"] if isinstance(token, dict) else token
     added = _read(root / "tokenizer.json").get("added_tokens", [])

@@ -36,6 +36,7 @@ class UpdateLog:
 
     def begin(self, manifest: Manifest) -> None:
         """Begin an update, which may replace an unfinished one. Raises WeightSyncError, without any change, if it does not fit."""
+        # check everything before any change
         compare = differences if manifest.adapter_scale is None else adapter_update.problems
         lines = compare(self.expected, manifest.tensors)
         if len({spec.name for spec in manifest.tensors}) != len(manifest.tensors):
@@ -54,6 +55,7 @@ class UpdateLog:
         if not self.open:
             raise WeightSyncError("a bucket of weights arrived outside an update: call begin_update first")
         specs = tuple(tensors)
+        # check all tensors before any is recorded
         for spec in specs:
             wanted = self._missing.get(spec.name)
             if wanted is None:
