@@ -48,7 +48,7 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
         raise ModelError(f"the adapter {adapter} is of a {'scalar' if is_scalar else 'language'} model: {advice}.")
     if scalar and adapter_name(f"{HEAD}.weight") not in shapes:
         raise ModelError(f"the adapter {adapter} has no {HEAD} head, and a new one would be random: train it again.")
-    # the base in float32
+    # the base in float32, so that the merge is rounded only once, when it is written
     path = base or _named_base(adapter, record)
     config = read_config(path, trust_remote_code)
     kind: Any = AutoModelForCausalLM
@@ -58,7 +58,6 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
     with quiet():
         model, info = kind.from_pretrained(path, config=config, dtype=torch.float32, **more)
     check_complete(path, info["missing_keys"], {f"{HEAD}.weight"} if scalar else frozenset())
-    # merge
     _grow(model, adapter, path, shapes)
     hf = _merge(model, adapter, path, shapes)
     if not scalar:
