@@ -3,9 +3,9 @@
 Shape letters: T packed tokens, K tokens in the loss, S segments, N sequences.
 
 A *segment* is a run of consecutive packed tokens. A segment may continue another one (its *prefix*), as a response
-continues a prompt that several responses share; attention of a token covers the chain of prefixes of its segment and its own
-segment up to itself. A *sequence* is what has a loss and per-sequence values. In the plain layout every sequence is one
-segment without a prefix; in the shared-prefix layout a prompt is a segment of its own and every response continues it.
+continues a prompt that several responses share. A token attends to the chain of prefixes of its segment, and to its own segment
+up to itself. A *sequence* has a loss and per-sequence values. In the plain layout every sequence is one segment without a prefix.
+In the shared-prefix layout a prompt is a segment of its own, and every response continues it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Segments:
         return tuple(reversed(links))
 
     def context_length(self, segment: int) -> int:
-        """How many tokens precede the segment's first token in its own sequence."""
+        """The number of tokens before the segment's first token in its own sequence."""
         return sum(self.lengths_S[s] for s in self.chain(segment)[:-1])
 
     def tokens(self, segment: int) -> Tensor:
@@ -57,10 +57,11 @@ class Segments:
 class Batch:
     """A pack of sequences. Element i of every ``_T`` tensor is about token i.
 
-    ``sources_T[i]`` is the packed index of the token whose hidden state predicts token i (``NO_SOURCE`` for a first token):
-    this is the only place where the shift by one lives, see ``predecessors``.
+    ``sources_T[i]`` is the packed index of the token whose hidden state predicts token i (``NO_SOURCE`` for a first token).
+    The shift by one between tokens and predictions is only here, see ``predecessors``.
     ``sequences_T[i]`` is the sequence of token i (``NO_SEQUENCE`` for a shared prompt's tokens).
-    ``order_N[n]`` is the place of sequence n in the list that the batch was packed from.
+    ``order_N[n]`` is the place of sequence n in the list that the batch was packed from. ``streams`` are float tensors [T] by
+    name, ``values`` tensors [N] by name.
     """
 
     tokens_T: Tensor
@@ -92,20 +93,20 @@ class Batch:
         return self.sequences_T[self.targets_K]
 
     def select(self, name: str) -> Tensor:
-        """Stream ``name`` at the tokens in the loss, shape K. What is masked is never read."""
+        """Stream ``name`` at the tokens in the loss, shape [K]. Masked entries are never read."""
         return self.streams[name][self.targets_K]
 
     def tokens_per_sequence_N(self) -> Tensor:
-        """How many tokens of each sequence are in the loss (int64, N)."""
+        """How many tokens of each sequence are in the loss (int64, [N])."""
         return torch.bincount(self.target_sequences_K, minlength=self.num_sequences)
 
     def segments_T(self) -> Tensor:
-        """The segment of each packed token (int64)."""
+        """The segment of each packed token (int64, [T])."""
         lengths_S = torch.tensor(self.segments.lengths_S)
         return torch.repeat_interleave(torch.arange(len(self.segments)), lengths_S).to(self.tokens_T.device)
 
     def chains_NS(self) -> Tensor:
-        """Which segments make up which sequence, a shared prompt being part of several: 1 where one does, else 0."""
+        """1 where a segment is part of a sequence, else 0 (float32, [N, S]). A shared prompt is part of several sequences."""
         chains_NS = torch.zeros(self.num_sequences, len(self.segments))
         owners_S = self.sequences_T[torch.tensor(self.segments.starts_S, device=self.sequences_T.device)].tolist()
         for segment, sequence in enumerate(owners_S):
@@ -129,10 +130,12 @@ class Batch:
     def validate(self) -> Batch:
         """Check the invariants that packing must keep. Called where a batch is built; raises AssertionError."""
         total, table = self.num_tokens, self.segments
+        # the shapes
         for tensor in (self.positions_T, self.sources_T, self.sequences_T, self.loss_mask_T, *self.streams.values()):
             assert tensor.shape == (total,), "a token stream has the wrong length"
         for value in self.values.values():
             assert value.shape == (self.num_sequences,), "a per-sequence value has the wrong length"
+        # the segment table
         assert sum(table.lengths_S) == total, "segments do not cover the tokens"
         assert all(length > 0 for length in table.lengths_S), "an empty segment"
         assert all(prefix < s for s, prefix in enumerate(table.prefixes_S)), (
@@ -142,6 +145,7 @@ class Batch:
         for start, length in zip(table.starts_S, table.lengths_S, strict=True):
             assert start == end, "segments must be contiguous"
             end = start + length
+        # the loss: each of its tokens has a source and a sequence
         assert torch.equal(self.sources_T.cpu(), predecessors(table)), "sources do not follow the segment table"
         assert bool((self.sources_T[self.loss_mask_T] != NO_SOURCE).all()), (
             "a token without a prediction is in the loss"
@@ -151,7 +155,7 @@ class Batch:
 
 
 def predecessors(segments: Segments) -> Tensor:
-    """For each packed token the packed index of the token before it in its own sequence, or ``NO_SOURCE``.
+    """For each packed token the packed index of the token before it in its own sequence, or ``NO_SOURCE``. int64, [T].
 
     The first token of a continuing segment follows the last token of its prefix, wherever that lies in the pack.
     """
@@ -163,7 +167,7 @@ def predecessors(segments: Segments) -> Tensor:
 
 
 def segment_positions(segments: Segments) -> Tensor:
-    """The position id of each packed token: counted from the start of its sequence through its chain of prefixes."""
+    """The position id of each packed token (int64, [T]), counted from the start of its sequence through its chain of prefixes."""
     runs = []
     for s, length in enumerate(segments.lengths_S):
         first = segments.context_length(s)

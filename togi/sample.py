@@ -1,7 +1,7 @@
-"""The records that travel between rollout, reward and training: plain Python and NumPy, no torch.
+"""The records that pass between rollout, reward and training: plain Python and NumPy, no torch.
 
 ``Prompt`` -> engine -> ``Generation`` -> environment -> ``Rollout`` -> reward -> ``Score`` -> ``Sample``.
-Text is tokenised once, when a ``Prompt`` is made; from there on token ids are the truth and text is for people.
+Text is tokenised once, when a ``Prompt`` is made. From then on all code uses the token ids, and text is for display.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 
 class FinishReason(StrEnum):
-    """Why generation ended. Masks and penalties look at this, never at token values."""
+    """Why generation ended. Masks and penalties depend on this, never on token values."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -25,7 +25,7 @@ class FinishReason(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What a reward source said about one rollout: a failure is never silently a score of zero."""
+    """The result kind of a reward source for one rollout. A failure is never silently a score of zero."""
 
     SCORE = "score"
     ABSTAIN = "abstain"
@@ -49,10 +49,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. ``temperature`` 0 is greedy. ``seed`` None leaves the engine's own generator in charge.
+    """How to sample. ``temperature`` 0 is greedy. ``seed`` None uses the engine's own generator.
 
-    ``repetition_penalty`` divides the positive logits of tokens that prompt or response hold already and multiplies the
-    negative ones (Keskar et al., CTRL, 2019, section 4.1); 1 changes nothing.
+    ``repetition_penalty`` divides the positive logits of tokens that are already in the prompt or the response, and multiplies
+    the negative ones (Keskar et al., CTRL, 2019, section 4.1). 1 changes nothing.
     """
 
     max_tokens: int
@@ -67,10 +67,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What an engine returns for one request.
+    """An engine's response to one request.
 
-    ``logprobs`` are of the distribution really sampled from (after temperature), one per token, in nats.
-    ``policy_version`` is that of the weights that produced the tokens.
+    ``logprobs`` are those of the distribution that was sampled from (after temperature), one per token, in nats.
+    ``policy_version`` is the version of the weights that generated the tokens.
     """
 
     tokens: tuple[int, ...]
@@ -83,7 +83,7 @@ class Generation:
 class Rollout:
     """One finished trajectory. ``response_*`` have one entry per token after the prompt.
 
-    ``response_mask`` is True where the policy chose the token (False for an environment's observation);
+    ``response_mask`` is True where the policy chose the token (False for an environment's observation).
     ``group_id`` is shared by the samples of one prompt in one step.
     """
 
@@ -103,7 +103,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The reward of one rollout: the sum and its named components, or why there is none."""
+    """The reward of one rollout: the sum and its named components, or the reason (``message``) why there is none."""
 
     outcome: Outcome
     value: float = math.nan
@@ -116,7 +116,7 @@ class Sample:
     """One sequence ready for packing. All arrays have length L = ``len(tokens)``.
 
     Element i of every stream is about token i; entries where ``loss_mask`` is False are never read (they may be NaN).
-    ``prompt_length`` is how many leading tokens may be shared with other samples of the same ``group_id``.
+    ``prompt_length`` is the number of leading tokens that may be shared with other samples of the same ``group_id``.
     """
 
     tokens: NDArray[np.int64]
@@ -135,7 +135,7 @@ class Sample:
 
 
 def with_streams(samples: Sequence[Sample], streams: Mapping[str, Sequence[NDArray[np.float32]]]) -> list[Sample]:
-    """Add per-token results to each sample. Each array holds the sample's trained tokens only, in order."""
+    """Add per-token results to each sample as streams. Each array holds only the sample's tokens in the loss, in order."""
     result = []
     for n, sample in enumerate(samples):
         added = {name: _spread(arrays[n], sample.loss_mask) for name, arrays in streams.items()}

@@ -1,12 +1,12 @@
 """From one reward per sequence to one advantage per token: baselines, KL in the reward, returns, GAE, normalisation.
 
-Here: pure functions on flat tensors. Not here: what a reward is, which samples take part (the caller leaves out what
-must not count in a baseline), and any reduction over processes (``Moments`` merge instead).
+Pure functions on flat tensors. Not here: what a reward is; which samples take part (the caller leaves out those that must not
+count in a baseline); reductions over processes (the caller merges ``Moments``).
 
 Shape letters: K tokens in the loss, in order; N sequences; G groups. ``sequences_K`` (int64) holds the sequence of each
 token in ascending runs; a sequence may have no token. ``groups_N`` (int64) holds the group id of each sequence: groups
-may have any sizes and any order, nothing is ever reshaped. Masked positions do not exist here, so nothing bootstraps
-from them, discounts across them, or puts a reward on them.
+may have any size and any order. Masked positions are not in these tensors, so nothing bootstraps from them, discounts across
+them, or puts a reward on them.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def advantages(
     lam: float,
     no_std_norm: bool,
 ) -> Advantages:
-    """Advantages and returns of all tokens of one step; normalisation is over everything given here.
+    """Advantages and returns of all tokens of one step. Normalisation is over all tokens given.
 
     Order: baseline over groups, clip to ``reward_clip``, shaped scalar on the last token and -kl_coef * KL on each
-    token, GAE or discounted sums, normalisation. ``kl_K`` is None when the KL is not in the reward. ``values_K`` is
-    given for gae and only for gae; ``gamma`` must be 1 for the estimators with groups, whose scalar is not to depend on
-    the length. ``lam`` is read for gae only.
+    token, GAE or discounted sums, normalisation. ``kl_K`` is None if the KL is not in the reward. ``values_K`` is
+    for gae and only for gae. ``gamma`` must be 1 for the estimators with groups, whose scalar must not depend on the length.
+    ``lam`` is used by gae only.
     """
     assert (values_K is not None) == (estimator is AdvantageEstimator.GAE), "values are for gae, and gae needs them"
     assert gamma == 1.0 or not estimator.uses_groups, f"{estimator} has no discount"
@@ -91,16 +91,15 @@ def advantages(
 
 
 def baselined_rewards(estimator: AdvantageEstimator, rewards_N: Tensor, groups_N: Tensor) -> Tensor:
-    """The reward of each sequence less what its group (the samples of one prompt) got. Shape N, dtype of the rewards.
+    """The reward of each sequence - the baseline of its group (the samples of one prompt). Shape [N], dtype of the rewards.
 
     * rloo: R - mean of the others (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
     * reinforce_baseline, dr_grpo: R - group mean (REINFORCE++, arXiv 2501.03262; Dr. GRPO, arXiv 2503.20783).
     * group_norm: (R - group mean) / (group std + 1e-9), unbiased std (GRPO, arXiv 2402.03300).
     * gae, reinforce: R.
 
-    A group of one has nothing to compare with: every group estimator gives exactly 0, so the sequence trains nothing.
-    A group of equal rewards gives exactly 0 as well. Every sequence given counts in its group's baseline, one without
-    tokens too.
+    A group of one has no baseline: every group estimator gives exactly 0, so the sequence trains nothing. A group of equal
+    rewards gives exactly 0 as well. Every sequence counts in its group's baseline, even one without tokens.
     """
     assert rewards_N.shape == groups_N.shape, "one group id per reward"
     assert rewards_N.is_floating_point(), "rewards must be floating point numbers"
@@ -109,8 +108,8 @@ def baselined_rewards(estimator: AdvantageEstimator, rewards_N: Tensor, groups_N
         return rewards_N
     _, index_N, sizes_G = torch.unique(groups_N, return_inverse=True, return_counts=True)
     sizes_N = sizes_G[index_N].to(rewards_N.dtype)
-    # Baselines do not change when a group is shifted; measured from its lowest reward, equal rewards are exact zeros,
-    # where their floating point mean could miss them by an ulp, which group_norm would then blow up.
+    # Shifting a group does not change the result. Relative to the lowest reward, equal rewards are exact zeros. Their floating
+    # point mean could be off by an ulp, which group_norm would blow up.
     lowest_G = rewards_N.new_empty(len(sizes_G)).scatter_reduce_(0, index_N, rewards_N, "amin", include_self=False)
     above_N = rewards_N - lowest_G[index_N]
     sums_N = _group_sums(above_N, index_N, len(sizes_G))
@@ -125,9 +124,9 @@ def baselined_rewards(estimator: AdvantageEstimator, rewards_N: Tensor, groups_N
 
 
 def token_rewards(rewards_N: Tensor, kl_K: Tensor | None, kl_coef: float, sequences_K: Tensor) -> Tensor:
-    """-kl_coef * KL at every token, plus the sequence's scalar at its last token in the loss. Shape K.
+    """-kl_coef * KL at every token, plus the sequence's scalar at its last token in the loss. Shape [K].
 
-    ``kl_K``: one estimate per token in nats, or None for a reward without KL. A sequence without tokens gets nothing.
+    ``kl_K``: one estimate per token in nats, or None for a reward without KL. A sequence without tokens gets no reward.
     """
     _check_runs(sequences_K, len(rewards_N))
     assert kl_coef >= 0, "a KL coefficient below zero would reward distance from the reference"
@@ -138,16 +137,16 @@ def token_rewards(rewards_N: Tensor, kl_K: Tensor | None, kl_coef: float, sequen
 
 
 def discounted_returns(rewards_K: Tensor, sequences_K: Tensor, gamma: float) -> Tensor:
-    """``G_t = r_t + gamma * G_{t+1}`` within each sequence. Shape K."""
+    """``G_t = r_t + gamma * G_{t+1}`` within each sequence. Shape [K]."""
     return _discounted_suffix_sums(rewards_K, sequences_K, gamma)
 
 
 def gae(rewards_K: Tensor, values_K: Tensor, sequences_K: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438): advantages and returns, both K.
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438): advantages and returns, both [K].
 
     ``delta_t = r_t + gamma V_{t+1} - V_t`` with ``V = 0`` after a sequence's last token,
-    ``A_t = delta_t + gamma lam A_{t+1}``, ``return_t = A_t + V_t``. Time counts the tokens in the loss only: tool
-    output between two of them is no time.
+    ``A_t = delta_t + gamma lam A_{t+1}``, ``return_t = A_t + V_t``. A time step is a token in the loss: tool
+    output between two of them takes no time.
     """
     assert rewards_K.shape == values_K.shape == sequences_K.shape, "token streams differ in length"
     next_values_K = torch.zeros_like(values_K)
@@ -163,7 +162,7 @@ def normalizes(estimator: AdvantageEstimator) -> bool:
 
 
 def normalize(advantages_K: Tensor, *, mean_only: bool) -> Tensor:
-    """``normalize_by`` the tensor's own moments: for the case that all tokens of the step are here."""
+    """``normalize_by`` the tensor's own moments. Use it if all tokens of the step are in one tensor."""
     return normalize_by(advantages_K, moments(advantages_K), mean_only=mean_only)
 
 
@@ -199,8 +198,8 @@ def _last_tokens(sequences_K: Tensor) -> Tensor:
 def _discounted_suffix_sums(values_K: Tensor, sequences_K: Tensor, decay: float) -> Tensor:
     """``S_t = x_t + decay * S_{t+1}`` within each sequence, in log2(longest sequence) passes over all tokens.
 
-    After the pass with stride s, ``S_t`` covers the 2s tokens from t on (Hillis & Steele 1986). No padding, no powers
-    above one, and rounding grows with log L where a loop over time grows with L.
+    After the pass with stride s, ``S_t`` covers the 2s tokens from t on (Hillis & Steele 1986). It needs no padding,
+    and powers of ``decay`` stay at most 1. Rounding errors grow with log L; those of a loop over time grow with L.
     """
     assert values_K.shape == sequences_K.shape, "token streams differ in length"
     assert 0 <= decay <= 1, "a discount must lie in [0, 1]"

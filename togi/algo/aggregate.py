@@ -1,4 +1,4 @@
-"""How per-token terms become one number: the only reduction of token losses in the project.
+"""The aggregation of per-token terms into one number: the only reduction of token losses in the project.
 
     loss = sum over the step of (token_weights * terms) / sum over the step of count
 
@@ -22,10 +22,10 @@ def token_weights(
     constant: float,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The weight of each token's term. Shape K, on the device of ``sequences_K``.
+    """The weight of each token's term. Shape [K], on the device of ``sequences_K``.
 
     token_mean and constant: 1. sequence_mean: 1 / number of tokens in the loss of the token's own sequence.
-    ``constant`` is unused here and kept so that weights and count are called alike.
+    ``constant`` is unused; it is a parameter so that ``token_weights`` and ``count`` are called alike.
     """
     match aggregation:
         case Aggregation.TOKEN_MEAN | Aggregation.CONSTANT:
@@ -39,8 +39,8 @@ def count(aggregation: Aggregation, sequences_K: Tensor, num_sequences: int, con
     """This part's share of the denominator; the shares of all parts are added.
 
     token_mean: tokens. sequence_mean: sequences with at least one token in the loss. constant (Dr. GRPO,
-    arXiv 2503.20783): all sequences times ``constant``, the generation limit in tokens, which no answer's length can
-    change.
+    arXiv 2503.20783): all sequences times ``constant``, the generation limit in tokens, so that the length of an answer cannot
+    change it.
     """
     match aggregation:
         case Aggregation.TOKEN_MEAN:
@@ -53,7 +53,7 @@ def count(aggregation: Aggregation, sequences_K: Tensor, num_sequences: int, con
 
 
 def mean_of_own_sequence(values_K: Tensor, sequences_K: Tensor, num_sequences: int) -> Tensor:
-    """At each token the mean over the tokens in the loss of its own sequence. Shape K, differentiable."""
+    """For each token the mean over the tokens in the loss of its own sequence. Shape [K], differentiable."""
     sums_N = values_K.new_zeros(num_sequences).index_add(0, sequences_K, values_K)
     lengths_N = torch.bincount(sequences_K, minlength=num_sequences)
     # gathered before the division: a sequence without tokens would divide by 0

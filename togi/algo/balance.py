@@ -1,10 +1,10 @@
-"""Load balancing of a mixture of experts, for each sequence on its own.
+"""The load-balancing loss of a mixture of experts, for each sequence on its own.
 
-For one sequence of n tokens through M layers of E experts, of which each token takes k: with f_e the number of choices of
-expert e over all M n routings, divided by M n, and P_e the mean probability that the router gives it, the loss is
-E sum_e f_e P_e, which is k where all experts are used alike. This is Switch Transformer's (Fedus et al. 2021, arXiv
-2101.03961, equations 4 to 6), as Transformers computes it for that sequence alone; taken sequence by sequence as in
-DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20), so that what else is in a batch cannot change it.
+A sequence has n tokens, each of which passes M layers and takes k of E experts in each. f_e is the number of choices of expert e
+over all M n routings, divided by M n. P_e is the mean probability that the router gives expert e. The loss is E sum_e f_e P_e,
+which is k if all experts are used alike. It is the loss of Switch Transformer (Fedus et al. 2021, arXiv 2101.03961, equations 4 to
+6), as Transformers computes it for one sequence. It is taken sequence by sequence, as in DeepSeek-V3 (arXiv 2412.19437, equations
+17 to 20), so that the other sequences of a batch cannot change it.
 
 Shape letters: T tokens, E experts, S segments, N sequences.
 """
@@ -18,9 +18,9 @@ from torch import Tensor
 
 
 def routing_sums(logits_TE: Sequence[Tensor], top_k: int, segments_T: Tensor, segments: int) -> Tensor:
-    """Sums over the tokens and layers of each segment, shape 2, S, E: the router's probabilities, and choices (no gradient).
+    """Sums over the tokens and layers of each segment, shape [2, S, E]: the router's probabilities, and choices (no gradient).
 
-    ``logits_TE``: the router's of each layer. ``segments_T``: the segment of each token, below ``segments``. float32, or
+    ``logits_TE``: the router logits of each layer. ``segments_T``: the segment of each token, below ``segments``. float32, or
     float64 from a float64 model.
     """
     dtype = torch.promote_types(logits_TE[0].dtype, torch.float32)
@@ -36,11 +36,12 @@ def routing_sums(logits_TE: Sequence[Tensor], top_k: int, segments_T: Tensor, se
 
 
 def balance_loss(sums_2SE: Tensor, top_k: int, chains_NS: Tensor) -> Tensor:
-    """One number a sequence, shape N, from ``routing_sums`` over all of its tokens, with a gradient through the probabilities.
+    """The loss of each sequence, shape [N], from ``routing_sums`` over all tokens, with a gradient through the probabilities.
 
     ``chains_NS``: 1 where a segment is part of a sequence (a shared prompt is part of several), else 0.
     """
     probabilities_NE, choices_NE = chains_NS.to(sums_2SE.dtype) @ sums_2SE
     routings_N = choices_NE.sum(1) / top_k
+    # f_e and P_e are sums here: the square divides both by M n
     losses_N: Tensor = sums_2SE.shape[2] * (choices_NE * probabilities_NE).sum(1) / routings_N.square()
     return losses_N

@@ -1,4 +1,4 @@
-"""Choosing among several answers to one prompt, and what the best is expected to get. Plain Python; who asks keeps the answers.
+"""Choose among several answers to one prompt by their rewards, and estimate the expected best. Plain Python on rewards alone.
 
 Best-of-n as in Stiennon et al., "Learning to summarize from human feedback", 2020 (rejection sampling); best and worst as
 preference pairs: Dong et al., "RLHF Workflow", 2024; z-scores for conditional SFT: Hu et al., "Aligning Language Models
@@ -13,19 +13,19 @@ from dataclasses import dataclass
 
 
 def best(rewards: Sequence[float]) -> int:
-    """The place of the greatest reward; the first of equals."""
+    """The index of the greatest reward; the first among equals."""
     return max(range(len(rewards)), key=lambda i: rewards[i])
 
 
 def best_and_worst(rewards: Sequence[float]) -> tuple[int, int] | None:
-    """The places of the greatest and the least reward, each the first of its equals; None if all rewards are equal."""
+    """The indices of the greatest and the least reward, each the first among equals. None if all rewards are equal."""
     chosen = best(rewards)
     rejected = min(range(len(rewards)), key=lambda i: rewards[i])
     return None if rewards[chosen] == rewards[rejected] else (chosen, rejected)
 
 
 def standardized(rewards: Sequence[float]) -> list[float]:
-    """``(r - mean) / std`` with the unbiased standard deviation; all 0 where there is no spread to divide by."""
+    """``(r - mean) / std`` with the unbiased standard deviation; all 0 if the rewards do not differ."""
     count = len(rewards)
     if count < 2:
         return [0.0] * count
@@ -49,11 +49,11 @@ class Estimate:
 
 
 def expected_best(values: Sequence[float], k: int) -> float:
-    """The expected greatest of ``k`` of the values, drawn without replacement: pass@k for any rewards.
+    """The expected maximum of ``k`` values drawn without replacement: pass@k for any rewards.
 
-    ``sum over i of C(i - 1, k - 1) / C(n, k) x the i-th smallest``, since so many of the draws have that one as their greatest.
-    For values 0 and 1 it is the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374); for ``k`` = n the greatest of all.
-    Exact integers, so no overflow. Needs ``1 <= k <= n``.
+    ``sum over i of C(i - 1, k - 1) / C(n, k) x the i-th smallest value``: the share of draws with that value as their maximum.
+    For values 0 and 1 it is the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374); for ``k`` = n it is the maximum.
+    The binomials are exact integers and cannot overflow. Needs ``1 <= k <= n``.
     """
     n = len(values)
     assert 1 <= k <= n, f"the best of {k} is undefined for {n} values"

@@ -1,7 +1,7 @@
-"""Estimates of KL(policy || reference) from sampled tokens, and the controllers of its coefficient; KL of two whole distributions.
+"""Estimates of KL(policy || reference) from sampled tokens, controllers of the KL coefficient, and KL of two whole distributions.
 
-Not here: whether the estimate goes into the reward or into the loss (never both). Placement matters, because the
-estimators agree in value and differ in gradient. With tokens drawn from the current policy, the expected gradient of
+Not here: whether the estimate goes into the reward or into the loss (never both). It matters, because the estimators agree
+in value and differ in gradient. With tokens drawn from the current policy, the expected gradient of
 
 * k1 is zero. As a loss it only adds noise; it belongs in the reward.
 * k2 is that of KL(policy || reference): the one for the loss.
@@ -27,12 +27,12 @@ MAX_RELATIVE_ERROR = 0.2
 
 
 def kl_estimate(logprobs_K: Tensor, ref_logprobs_K: Tensor, estimator: KLEstimator) -> Tensor:
-    """One estimate per token, in nats (Schulman, "Approximating KL Divergence", 2020). Shape K, differentiable.
+    """One estimate per token, in nats (Schulman, "Approximating KL Divergence", 2020). Shape [K], differentiable.
 
     With ``d = logprobs - ref_logprobs``: k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, low variance),
-    k3 = exp(-d) - 1 + d (unbiased, never negative). Only k3 can overflow, so only its d is held at -20 and above: a
-    token that the policy finds more than e^20 times less likely than the reference does counts as e^20 - 21, with no
-    gradient. k1 and k2 are never changed.
+    k3 = exp(-d) - 1 + d (unbiased, never negative). Only k3 can overflow, so only its d is clamped to at least -20: a
+    token that is more than e^20 times less likely under the policy than under the reference counts as e^20 - 21, with no
+    gradient. k1 and k2 are never clamped.
     """
     log_ratio_K = logprobs_K - ref_logprobs_K
     match estimator:
@@ -42,27 +42,27 @@ def kl_estimate(logprobs_K: Tensor, ref_logprobs_K: Tensor, estimator: KLEstimat
             return log_ratio_K.square() / 2
         case KLEstimator.K3:
             bounded_K = log_ratio_K.clamp(min=-MAX_LOG_RATIO)
-            # expm1: near d = 0, where training lives, exp(-d) - 1 would lose the digits that d^2 / 2 is made of.
+            # expm1: near d = 0, the usual case, exp(-d) - 1 would lose the digits of d^2 / 2.
             return torch.expm1(-bounded_K) + bounded_K
 
 
 @dataclass(frozen=True, slots=True)
 class FixedKLController:
-    """A coefficient that stays what the flag says. ``value`` is the coefficient."""
+    """A constant coefficient. ``value`` is the coefficient, from the flag."""
 
     value: float
 
     @property
     def state(self) -> float:
-        """What a checkpoint keeps."""
+        """The value for a checkpoint."""
         return self.value
 
     def update(self, kl: float, n: int) -> FixedKLController:
-        """Itself, whatever was measured."""
+        """Returns itself: the measured KL has no effect."""
         return self
 
     def restored(self, state: float) -> FixedKLController:
-        """Itself: a fixed coefficient is the flag's, also after a resume."""
+        """Returns itself: after a resume too the coefficient comes from the flag."""
         return self
 
 
@@ -82,14 +82,14 @@ class AdaptiveKLController:
 
     @property
     def state(self) -> float:
-        """What a checkpoint keeps; target and horizon come from the flags."""
+        """The value for a checkpoint. Target and horizon come from the flags."""
         return self.value
 
     def update(self, kl: float, n: int) -> AdaptiveKLController:
         """The controller after a step of ``n`` samples with mean KL ``kl`` over the tokens in the loss.
 
-        ``value *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon``. Raises ConfigError when a step is so large
-        against the horizon that the factor could reach zero or turn the penalty into a bonus.
+        ``value *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon``. Raises ConfigError if a step is so
+        large for the horizon that the factor could be zero or negative, which would turn the penalty into a bonus.
         """
         assert math.isfinite(kl), "the measured KL is not a finite number"
         if MAX_RELATIVE_ERROR * n >= self.horizon:
@@ -109,19 +109,19 @@ KLController = FixedKLController | AdaptiveKLController
 
 
 def kl_controller(init: float, target: float | None, horizon: int) -> KLController:
-    """Adaptive when there is a target, else fixed."""
+    """An adaptive controller if there is a ``target`` (nats per token), else a fixed one. ``horizon`` is in samples."""
     return FixedKLController(init) if target is None else AdaptiveKLController(init, target, horizon)
 
 
-# The distance between a teacher's and a student's distribution over the vocabulary, and its gradient.
+# The divergence between a teacher's and a student's distribution over the vocabulary, and its gradient.
 #
-# Both functions see log-probabilities of one block of tokens. Not here: how the blocks come about without logits of all
-# tokens (``togi.model.distill_head``).
+# Both functions take the log-probabilities of one block of tokens. Not here: computing them block by block, without the logits of
+# all tokens (``togi.model.distill_head``).
 # Shape letters: k tokens of a block, V the whole vocabulary, v a slice of it.
 
 
 def divergence(teacher_logp_kV: Tensor, student_logp_kV: Tensor, kind: Divergence) -> Tensor:
-    """KL between the two, in nats, shape k.
+    """KL divergence between the two, in nats, shape [k].
 
     forward: ``sum_v pT (log pT - log pS)`` (Hinton, Vinyals & Dean 2015, arXiv 1503.02531, whose cross-entropy is
     this plus the teacher's entropy, a constant). reverse: ``sum_v pS (log pS - log pT)`` (MiniLLM: Gu et al. 2023,
@@ -135,7 +135,7 @@ def divergence(teacher_logp_kV: Tensor, student_logp_kV: Tensor, kind: Divergenc
 def divergence_gradient(
     teacher_logp_kv: Tensor, student_logp_kv: Tensor, divergence_k: Tensor, kind: Divergence
 ) -> Tensor:
-    """d divergence / d student's logits, for any slice of the vocabulary. Shape k, v.
+    """d divergence / d student's logits, for any slice of the vocabulary. Shape [k, v].
 
     forward: ``pS - pT``. reverse: ``pS (log pS - log pT - D)``, with D the divergence over the whole vocabulary.
     """

@@ -1,6 +1,6 @@
-"""How far the generation engine's log-probs, and its routing of tokens to experts, are from the trainer's, for the same tokens.
+"""Engine mismatch: how far the engine's log-probs and expert routing are from the trainer's for the same tokens.
 
-The numbers are raw, never clipped: they are the alarm. Below them is the correction. Not here: thresholds.
+First the raw numbers, never clipped, which show a problem; then the correction. Not here: thresholds.
 Shape letters: K tokens in the loss, T tokens, E experts, M layers with experts, C experts chosen for a token.
 """
 
@@ -21,9 +21,9 @@ TOP_SHARE = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Over the tokens of a step, with ``ratio = trainer probability / engine probability`` of the sampled token.
+    """Statistics over the tokens of a step, with ``ratio = trainer probability / engine probability`` of the sampled token.
 
-    ``abs_log_ratio_mean`` in nats. ``ratio_mean`` is 1 in expectation when the tokens really come from the engine's
+    ``abs_log_ratio_mean`` in nats. ``ratio_mean`` is 1 in expectation if the tokens come from the engine's reported
     distribution. ``ratio_p99`` is the smallest ratio that at least 99 % of the tokens do not exceed. ``kl``: k3
     estimate of KL(engine || trainer), the mean of ``ratio - 1 - log ratio``, in nats per token.
     """
@@ -56,36 +56,36 @@ def mismatch(rollout_logprobs_K: Tensor, logprobs_K: Tensor) -> Mismatch:
 
 
 def chosen_experts(logits_TE: Sequence[Tensor], choices: int) -> Tensor:
-    """The experts that each layer's router chooses: those of the highest logits (int64, T x M x C)."""
+    """The experts that each layer's router chooses, by the highest logits (int64, [T, M, C])."""
     return torch.stack([layer_TE.float().topk(choices, dim=-1).indices for layer_TE in logits_TE], dim=1)
 
 
 def router_disagreement(engine_TMC: Tensor, trainer_TMC: Tensor) -> float:
-    """Share of the trainer's choices, over tokens and layers, that the engine did not make; their order does not count."""
+    """The share of the trainer's choices, over tokens and layers, that the engine did not make. Their order does not count."""
     assert engine_TMC.shape == trainer_TMC.shape, "routings of different tokens, layers or numbers of choices"
     assert engine_TMC.numel() > 0, "nothing to compare"
     made_TMC = (trainer_TMC[..., :, None] == engine_TMC[..., None, :]).any(-1)
     return float((~made_TMC).double().mean())
 
 
-# Weights that correct the policy gradient for the engine and the trainer disagreeing about the sampled tokens.
+# Weights that correct the policy gradient for the mismatch between engine and trainer.
 #
-# Tokens are drawn by the engine, gradients are the trainer's, and for the same weights the two give a token slightly different
-# probabilities. Here: one weight a token from the ratio ``trainer / engine``. Not here: the raw numbers, which are reported
-# whether or not they are corrected, and the ratio of PPO, which compares the trainer with itself.
+# The engine samples the tokens and the trainer computes the gradients. For the same weights the two give a token slightly
+# different probabilities. The correction is one weight a token, from the ratio ``trainer / engine``. It is not PPO's ratio, which
+# compares the trainer with itself.
 # Shape letter: K tokens in the loss.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenWeights:
-    """Constants. ``weights_K`` within the bounds where ``kept_K``, else 0; ``truncated_K``: kept, and moved to a bound."""
+    """Constants. ``weights_K``: within the bounds where ``kept_K``, else 0. ``truncated_K``: kept, but moved to a bound."""
 
     weights_K: Tensor
     kept_K: Tensor
     truncated_K: Tensor
 
     def select(self, terms_K: Tensor) -> Tensor:
-        """Weighted terms; exactly 0 without a gradient where a token is masked, whatever its term is."""
+        """The weighted terms. A masked token gives exactly 0 without a gradient, even if its term is not finite."""
         return torch.where(self.kept_K, self.weights_K * terms_K, 0.0)
 
 
@@ -107,7 +107,7 @@ def correction(
     * seq-mask-tis: ``clip(w, low, high)`` where the geometric mean of w over the token's sequence lies within the bounds,
       else the sequence is masked (Liu et al. 2025, "When Speed Kills Stability").
 
-    A masked token still counts in the denominator of the loss: it is left out of the sum, and the others weigh as before.
+    A masked token still counts in the denominator of the loss, so the weight of the other tokens does not change.
     ``sequences_K`` as in ``aggregate``.
     """
     assert logprobs_K.shape == rollout_logprobs_K.shape == sequences_K.shape, "token streams differ in length"

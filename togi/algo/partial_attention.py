@@ -1,14 +1,13 @@
-"""Attention of some queries to some of their keys, and how such parts are joined exactly.
+"""Partial attention: attention of some queries to some of their keys, and the exact join of such parts.
 
 Shape letters: n independent attentions of one shape, L queries, M keys, H query heads, G key/value heads, D head size.
 
-The softmax over all keys of a query is known from parts: each gives its output and the logarithm of the sum of its
-exponentials (log-sum-exp), and ``join`` weighs the outputs with those (Milakov & Gimelshein 2018, arXiv 1805.02867;
-Liu et al. 2023, arXiv 2310.01889). The gradient needs no joining: with the whole output and the whole log-sum-exp the
-backward of a part is the part of the backward.
+Each part gives its output and the logarithm of the sum of its exponentials (log-sum-exp). ``join`` weighs the outputs of the
+parts with them, which gives the softmax over all keys (Milakov & Gimelshein 2018, arXiv 1805.02867; Liu et al. 2023, arXiv
+2310.01889). The backward needs no join: given the joined output and log-sum-exp, each part computes its own share of the gradient.
 
-On the CPU PyTorch's fused kernel, which gives the log-sum-exp and has a backward that takes it. Elsewhere a plain
-implementation in tiles of bounded size. Results and sums are float32 (float64 from float64) whatever the inputs are.
+On the CPU this calls PyTorch's fused kernel, which returns the log-sum-exp and whose backward takes it. Elsewhere it is a plain
+implementation in tiles of bounded size. Results and sums are float32 (float64 from float64) for any input dtype.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from togi.algo.precision import full_precision
 
 TILE_BYTES = 64 * 2**20
 
-# Up to so many queries the half-precision kernels of the CPU are slower than float32, backward by up to three times (torch 2.13,
-# AVX512-BF16: at 150 queries 5.0 ms against 2.6, at 300 11.5 against 9.4, at 1,024 equal), and float32 is the more exact.
+# Up to this many queries the half-precision kernels of the CPU are slower than float32, backward by up to three times (torch 2.13,
+# AVX512-BF16: at 150 queries 5.0 ms against 2.6, at 300 11.5 against 9.4, at 1,024 equal), and float32 is more exact.
 SHORT = 512
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -32,16 +31,16 @@ _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Visibility:
-    """Which of the keys a query sees: ``seen_LM`` if there is one, else with ``causal`` those up to its own place.
+    """Which keys a query sees: those in ``seen_LM`` if it is set, else with ``causal`` the keys up to its own position.
 
-    The last query is at the place of the last key.
+    The last query is at the position of the last key.
     """
 
     causal: bool = False
     seen_LM: Tensor | None = None
 
     def rows(self, rows: slice, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """``seen_LM`` at some queries; None where all is seen."""
+        """The mask of some queries, [l, M]. None if they see all keys."""
         if self.seen_LM is not None:
             return self.seen_LM[rows]
         if not self.causal:
@@ -51,7 +50,7 @@ class Visibility:
 
 
 def attend(q_nHLD: Tensor, k_nGMD: Tensor, v_nGMD: Tensor, scale: float, visible: Visibility) -> tuple[Tensor, Tensor]:
-    """Output [n, H, L, D] and log-sum-exp [n, H, L]. Every query must see a key."""
+    """Returns the output [n, H, L, D] and the log-sum-exp [n, H, L]. Every query must see at least one key."""
     if q_nHLD.device.type == "cpu":
         q, k, v = _widened(q_nHLD, k_nGMD, v_nGMD)
         mask_LM = _additive(visible, q, k)
@@ -69,7 +68,7 @@ def attend_backward(
     scale: float,
     visible: Visibility,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This part's gradients of ``inputs`` (q, k, v). ``out`` and ``lse`` are those over all keys, ``grad`` that of ``out``."""
+    """This part's gradients of ``inputs`` (q, k, v). ``out`` and ``lse`` are over all keys; ``grad`` is that of ``out``."""
     if inputs[0].device.type == "cpu":
         q, k, v = _widened(*inputs)
         mask_LM = _additive(visible, q, k)
@@ -81,7 +80,7 @@ def attend_backward(
 
 
 def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two parts of the same queries as one. ``out`` [..., D] and ``lse`` [...] are over other keys than ``more``."""
+    """Join two parts of the same queries over different keys. ``out`` and ``more`` are [..., D], their log-sum-exps [...]."""
     whole = torch.logaddexp(lse, more_lse)
     return out * (lse - whole).exp()[..., None] + more * (more_lse - whole).exp()[..., None], whole
 
@@ -92,7 +91,7 @@ def _widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _additive(visible: Visibility, q_nHLD: Tensor, k_nGMD: Tensor) -> Tensor | None:
-    """The mask for the fused kernel, None where that masks on its own."""
+    """The additive mask for the fused kernel. None if the kernel needs none or makes the causal mask itself."""
     queries, keys = q_nHLD.shape[2], k_nGMD.shape[2]
     if visible.seen_LM is None and (not visible.causal or queries == keys):
         return None
@@ -107,7 +106,7 @@ def _additive(visible: Visibility, q_nHLD: Tensor, k_nGMD: Tensor) -> Tensor | N
 def attend_in_tiles(
     q_nHLD: Tensor, k_nGMD: Tensor, v_nGMD: Tensor, scale: float, visible: Visibility
 ) -> tuple[Tensor, Tensor]:
-    """``attend`` in plain operations; no more than ``TILE_BYTES`` of scores at a time."""
+    """``attend`` in plain operations, with at most ``TILE_BYTES`` of scores at a time."""
     repeats = q_nHLD.shape[1] // k_nGMD.shape[1]
     k_nHMD, v_nHMD = (x.repeat_interleave(repeats, dim=1) for x in (k_nGMD, v_nGMD))
     out = full_precision(q_nHLD.new_empty(*q_nHLD.shape[:3], v_nGMD.shape[3]))
@@ -134,6 +133,7 @@ def attend_in_tiles_backward(
     grad_q, grad_k, grad_v = (torch.zeros_like(full_precision(x)) for x in (q, k, v))
     delta_nHL = (full_precision(grad_nHLD) * full_precision(out_nHLD)).sum(-1)
     for rows, scores_nHlM in _tiles(q, k, scale, visible):
+        # the weights again, from the log-sum-exp over all keys
         weights = scores_nHlM.sub_(lse_nHL[:, :, rows, None]).exp_()
         grad = grad_nHLD[:, :, rows].to(v.dtype)
         grad_v += full_precision(weights.to(v.dtype).transpose(-1, -2) @ grad)
@@ -141,12 +141,13 @@ def attend_in_tiles_backward(
         slope = (weights * inner * scale).to(q.dtype)
         grad_q[:, :, rows] = full_precision(slope @ k)
         grad_k += full_precision(slope.transpose(-1, -2) @ q[:, :, rows])
+    # sum over the query heads that share a key/value head
     shape = (k.shape[0], k_nGMD.shape[1], repeats, k.shape[2], -1)
     return grad_q, grad_k.view(shape).sum(2), grad_v.view(shape).sum(2)
 
 
 def _tiles(q_nHLD: Tensor, k_nHMD: Tensor, scale: float, visible: Visibility) -> Iterator[tuple[slice, Tensor]]:
-    """Some queries at a time and their scores, -inf where a key is not seen."""
+    """Yield some queries at a time with their scores, -inf for a key that is not seen."""
     count, heads, queries, _ = q_nHLD.shape
     keys = k_nHMD.shape[2]
     step = max(1, TILE_BYTES // (4 * count * heads * keys))

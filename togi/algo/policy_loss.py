@@ -1,4 +1,4 @@
-"""The losses of the policy (PPO, GSPO, CISPO) and of the critic, per token. Summing and dividing are ``aggregate``'s.
+"""The losses of the policy (PPO, GSPO, CISPO) and of the critic, per token. ``aggregate`` sums and divides them.
 
 Shape letter: K tokens in the loss.
 """
@@ -17,10 +17,10 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicyTerms:
-    """``loss_K`` has the gradient; the rest is for reports and has none.
+    """``loss_K`` has the gradient. The rest is for metrics and has none.
 
-    ``ratio_K``: exp of the log ratio held in [-20, 20], of the token or (GSPO) of its sequence. ``clipped_K``: the clip
-    bounds the ratio; in PPO and GSPO the token then has no gradient, in CISPO a bounded one. ``log_ratio_K``: raw
+    ``ratio_K``: exp of the log ratio clamped to [-20, 20], of the token or (GSPO) of its sequence. ``clipped_K``: where the clip
+    changes the ratio; in PPO and GSPO the token then has no gradient, in CISPO a bounded one. ``log_ratio_K``: raw
     log pi_new - log pi_old.
     """
 
@@ -43,7 +43,7 @@ def policy_loss(
 
     PPO (Schulman et al. 2017, arXiv 1707.06347); two different bounds: clip-higher of DAPO (arXiv 2503.14476). With
     ``dual_clip`` c > 1 (Ye et al. 2020, arXiv 1912.09729) the loss of a token with A < 0 is at most ``-c A``: it bounds
-    the push away from a token that the policy has made much likelier meanwhile. Old log-probs and advantages are
+    the push away from a token that has become much likelier since. Old log-probs and advantages are
     constants.
     """
     assert logprobs_K.shape == old_logprobs_K.shape, "token streams differ in length"
@@ -66,11 +66,12 @@ def gspo_loss(
 
     GSPO (Zheng et al. 2025, arXiv 2507.18071), in the paper's token form (section 4.3): each token's ratio is
     ``sg[s] exp(logprobs - sg[logprobs])``. Where the tokens of a sequence have one advantage, loss and gradient are
-    exactly those of the sequence form; where they differ, as with a KL in the reward, each token is pushed by its own.
+    exactly those of the sequence form; where they differ, as with a KL in the reward, each token uses its own advantage.
     The paper's loss is a mean over sequences of means over tokens: aggregate with sequence_mean. ``sequences_K`` as in
     ``aggregate``; ``dual_clip`` as in ``policy_loss``.
     """
     assert logprobs_K.shape == old_logprobs_K.shape == sequences_K.shape, "token streams differ in length"
+    # the value of the sequence's ratio, with the gradient of the token's own log-prob
     fixed_K = logprobs_K.detach()
     mean_K = mean_of_own_sequence(fixed_K - old_logprobs_K.detach(), sequences_K, num_sequences)
     return _clipped(mean_K + (logprobs_K - fixed_K), advantages_K, clip_low, clip_high, dual_clip)
@@ -92,7 +93,7 @@ def cispo_loss(
 
 
 def with_ratio(loss_K: Tensor, log_ratio_K: Tensor, clip_low: float, clip_high: float) -> PolicyTerms:
-    """A loss of another making with the ratio's reports: ``clipped_K`` is where the ratio is beyond [1 - low, 1 + high]."""
+    """Any loss, with the metrics of the ratio. ``clipped_K``: where the ratio is outside of [1 - clip_low, 1 + clip_high]."""
     ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     beyond_K = (ratio_K < 1 - clip_low) | (ratio_K > 1 + clip_high)
     return PolicyTerms(loss_K, ratio_K, beyond_K, log_ratio_K)
@@ -110,6 +111,7 @@ def _clipped(
     clipped_K = bounded_K < plain_K
     surrogate_K = torch.where(clipped_K, bounded_K, plain_K)
     if dual_clip is not None:
+        # A < 0 only: the surrogate r A has no lower bound there
         floor_K = dual_clip * advantages_K
         surrogate_K = torch.where((advantages_K < 0) & (surrogate_K < floor_K), floor_K, surrogate_K)
     return PolicyTerms(-surrogate_K, ratio_K.detach(), clipped_K, log_ratio_K.detach())

@@ -1,8 +1,8 @@
 """Losses of preference training: reward models (Bradley-Terry), DPO, cDPO, IPO, SimPO, ORPO's odds, KTO
 with its KL estimate.
 
-Pure functions of scores and of log-probabilities summed or averaged over a response. Not here: which rows are a pair, and any mean
-over rows: terms come back one a pair or row, and the learner divides their sum once.
+Pure functions of scores and of log-probabilities summed or averaged over a response. They return one term a pair or row, and the
+learner divides the sum once. Not here: which rows are a pair.
 Shape letters: K tokens in the loss, N sequences, P pairs, M mismatched rows.
 """
 
@@ -19,7 +19,7 @@ from togi.config.choices import RewardLoss
 
 
 def sequence_sums(values_K: Tensor, sequences_K: Tensor, num_sequences: int) -> Tensor:
-    """The sum of each sequence's values, shape N; 0 for a sequence without tokens. S(y) of log-probs, in nats."""
+    """The sum of each sequence's values, shape [N]; 0 for a sequence without tokens. Of log-probs: S(y), in nats."""
     return values_K.new_zeros(num_sequences).index_add(0, sequences_K, values_K)
 
 
@@ -30,8 +30,8 @@ def pairwise_reward_loss(
 
     sigmoid: ``-log sigmoid(chosen - rejected - margin)``, the loss of InstructGPT (Ouyang et al. 2022, arXiv
     2203.02155) with the margin of Llama 2 (Touvron et al. 2023, arXiv 2307.09288); ``margins_P`` None is no margin.
-    logexp: ``log(1 + exp(rejected - chosen))``, the same number as sigmoid without a margin, and it takes none. Both
-    are written as log-sigmoid, which cannot overflow.
+    logexp: ``log(1 + exp(rejected - chosen))``, equal to sigmoid without a margin; it takes no margin. Both are computed
+    as log-sigmoid, which cannot overflow.
     """
     assert kind is RewardLoss.SIGMOID or margins_P is None, "logexp has no margin"
     gaps_P = chosen_P - rejected_P
@@ -71,8 +71,8 @@ def simpo_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float, gamma: float) 
 def log_odds(means_N: Tensor) -> Tensor:
     """``log(p / (1 - p))`` of ``p = exp(mean log-probability of a response's tokens)``, shape N.
 
-    Hong et al. 2024, arXiv 2403.07691, equation 4. A response of which every token is certain has infinite odds; it gets
-    those of the largest probability below 1, and no gradient.
+    Hong et al. 2024, arXiv 2403.07691, equation 4. A response whose tokens are all certain has infinite odds. It gets
+    the odds of the largest probability below 1, and no gradient.
     """
     below_N = means_N.clamp(max=-torch.finfo(means_N.dtype).eps)
     return below_N - torch.log(-torch.expm1(below_N))
@@ -82,8 +82,8 @@ def kto_kl_estimate(policy_sums: Sequence[float], reference_sums: Sequence[float
     """The reference point of KTO: ``max(0, mean over M of (S_policy - S_ref))``, in nats a row.
 
     Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1. The rows are mismatched: the prompt of one row with the
-    response of another. They must be those of the whole optimizer step, of all ranks and micro-batches; a mean of
-    local maxima would be another, larger number. It has no gradient.
+    response of another. They must be those of the whole optimizer step, of all ranks and micro-batches: a mean of
+    local maxima would be larger. It has no gradient.
     """
     assert len(policy_sums) == len(reference_sums) > 0, "the KL estimate needs both models on the same mismatched rows"
     gaps = (float(p) - float(r) for p, r in zip(policy_sums, reference_sums, strict=True))

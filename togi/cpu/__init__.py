@@ -1,8 +1,8 @@
-"""All that exists only for speed on CPUs, behind this one door: whoever computes on GPUs need not read further.
+"""Code that exists only for speed on CPUs. Training on GPUs does not use it.
 
-C kernels for norms, gates, attention, the head's softmax and AdamW, built by the machine's own compiler; the layers and the
-attention that call them, with PyTorch operations where there is no compiler; linear layers in oneDNN's order. Every result equals
-that of the plain path (``tests/unit``). The rest of the package imports from here, never from the modules within.
+It has C kernels for norms, gates, attention, the head's softmax and AdamW, built by the machine's own compiler; the layers and the
+attention that call them, with PyTorch operations as the fallback without a compiler; linear layers in oneDNN's weight layout.
+Every result equals that of the plain path (``tests/unit``). Other packages import from here, never from the modules within.
 """
 
 from togi.cpu.attention import host_attention

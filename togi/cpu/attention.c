@@ -1,13 +1,14 @@
-/* Causal attention of the segments of a pack on a CPU, each of which continues others; host.py calls it.
+/* Causal attention of the segments of a pack on a CPU, where a segment may continue others; kernels.py calls it.
 
-   Everything is float32 inside. A block of queries is done at a time, against all keys that its last query sees: so the softmax
-   of a row is done at once, and the backward computes it again from queries and keys. All products go through one small one
-   whose sums stay in registers, but those of two bfloat16 factors, scores and the gradients of weights, by the processor's own
-   instruction for pairs of them, where it has one: exact products, sums in float32, twice as fast. No result depends on the number
-   of threads. Both functions return 0, or 1 where there was not enough memory: results are then not whole.
+   All computation is in float32. A block of queries is computed at a time, against all keys that its last query sees. So the
+   softmax of a row is computed at once, and the backward computes it again from queries and keys. All products use one small
+   kernel whose sums stay in registers, except products of two bfloat16 factors (scores, and the gradients of weights). These use
+   the processor's instruction for pairs of bfloat16, if it has one: exact products and float32 sums, twice as fast.
+   No result depends on the number of threads. Both functions return 0, or 1 if memory is short: results are then incomplete.
 
-   Shape letters: T tokens, H query heads, G key/value heads, D head size, S segments; of one segment M keys. Memory: `spans` has
-   pairs of first and last + 1 of the tokens that a segment sees, its own last; those of segment s are bounds[s] to bounds[s + 1]. */
+   Shape letters: T tokens, H query heads, G key/value heads, D head size, S segments; M keys of one segment. Memory: `spans` has
+   pairs of first and last + 1 of the tokens that a segment sees, its own tokens last. Segment s has the spans from bounds[s] to
+   bounds[s + 1]. */
 
 #include <stdlib.h>
 
@@ -22,12 +23,12 @@ enum { LANES = 16, VECTORS = 4 };
 #else
 enum { LANES = 8, VECTORS = 2 };
 #endif
-enum { LINE = 64 }; /* bytes of a line of the cache, in which all rows start */
+enum { LINE = 64 }; /* bytes of a cache line; all rows start at one */
 enum { ROWS = 4, BLOCK = 64 }; /* BLOCK: queries; a multiple of ROWS and of VECTORS * LANES */
 
 typedef float vector __attribute__((vector_size(LANES * 4), aligned(4)));
 
-/* What is attended to: [heads, T, D], bfloat16 or float32; a row is in one piece. */
+/* Queries, keys, values or outputs: [heads, T, D], bfloat16 or float32; a row of D values is contiguous. */
 typedef struct {
     void *values;
     int64_t head, token;
@@ -39,9 +40,9 @@ typedef struct {
     float scale;
 } table;
 
-/* Scratch of a thread: keys and values [M, D] and turned [D, M] (with pairs [D / 2, M] of bfloat16), with rows of `columns` and
-   `places` floats; three blocks of queries [BLOCK, D] and two of scores [BLOCK, M]. M and D are filled up to whole blocks and
-   vectors. */
+/* Scratch memory of a thread: keys and values [M, D], and transposed [D, M] (in pairs of bfloat16: [D / 2, M]), with rows of
+   `columns` and `places` floats; three blocks of queries [BLOCK, D] and two of scores [BLOCK, M]. M and D are padded to whole
+   blocks and vectors. */
 typedef struct {
     float *keys, *values, *keys_turned, *values_turned, *queries, *slopes, *out, *weights, *d_weights;
     int64_t columns, places;
@@ -57,6 +58,7 @@ static inline __attribute__((always_inline)) void add_few(int vectors, float *c,
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < vectors; j++) sums[i][j] = *(const vector *)(c + i * c_row + j * LANES);
+    /* the inner loop: each value of b is loaded once for ROWS rows of a */
     for (int64_t k = 0; k < inner; k++) {
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++)
@@ -70,8 +72,8 @@ static inline __attribute__((always_inline)) void add_few(int vectors, float *c,
         for (int j = 0; j < vectors; j++) *(vector *)(c + i * c_row + j * LANES) = sums[i][j];
 }
 
-/* c [rows, columns] += a b. Whole groups of ROWS and of LANES are done: c has room for them, and a can be read there. BLOCK rows of b and as many columns
-   as fit into registers stay in the nearest cache for all rows of a. */
+/* c [rows, columns] += a b. It computes whole groups of ROWS and of LANES: c must have room for them, and a must be readable
+   there. BLOCK rows of b, in as many columns as fit into registers, stay in the nearest cache for all rows of a. */
 static void add_product(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row,
                         int64_t rows, int64_t columns, int64_t inner) {
     for (int64_t k = 0; k < inner; k += BLOCK, a += BLOCK * a_column, b += BLOCK * b_row) {
@@ -85,7 +87,7 @@ static void add_product(float *c, int64_t c_row, const float *a, int64_t a_row, 
     }
 }
 
-/* Whether products of two bfloat16 factors are done in pairs. */
+/* Whether products of two bfloat16 factors use the instruction for pairs. */
 static int in_pairs(const table *t) {
 #ifdef __AVX512BF16__
     return t->half && t->width % 2 == 0;
@@ -94,12 +96,13 @@ static int in_pairs(const table *t) {
 #endif
 }
 
-/* c [rows, columns] = a b' over `width`, where b is turned in pairs, [width / 2, columns]. Of `a` there are `queries` rows; the last
-   fills up a group of ROWS. */
+/* c [rows, columns] = a b' over `width`, where b is transposed in pairs, [width / 2, columns]. `a` has `queries` rows; the last
+   row is repeated to fill a group of ROWS. */
 static void product_in_pairs(float *c, int64_t c_row, const view *a, int64_t head, int64_t token, const float *b, int64_t b_row,
                              int64_t queries, int64_t columns, int64_t width) {
 #ifdef __AVX512BF16__
     for (int64_t i = 0; i < queries; i += ROWS) {
+        /* rows of a, read in bfloat16 from the pack itself */
         const bf16 *row[ROWS];
         for (int r = 0; r < ROWS; r++) {
             int64_t own = i + r < queries ? i + r : queries - 1;
@@ -111,6 +114,7 @@ static void product_in_pairs(float *c, int64_t c_row, const view *a, int64_t hea
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
                 for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_setzero_ps();
+            /* two values of the width at a time */
             for (int64_t k = 0; k < width / 2; k++) {
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
@@ -151,7 +155,7 @@ static void write_row(const view *to, const float *from, int64_t head, int64_t t
     }
 }
 
-/* Two neighbours, which are numbers of bfloat16, in the place of one float. */
+/* Two neighbouring floats that hold bfloat16 numbers, packed into the memory of one float. */
 static inline float as_pair(const float *x) {
     uint32_t low, high;
     memcpy(&low, x, 4);
@@ -168,13 +172,13 @@ static int64_t keys_of(const table *t, int64_t segment) {
     return keys;
 }
 
-/* The keys (values) that a segment sees, in order, [M, D]; and turned, unless that is null. */
+/* Gather the keys (values) that a segment sees, in order, as [M, D]; and transposed, unless `turned` is null. */
 static void gather(float *rows, float *turned, const scratch *s, const view *from, int64_t segment, int64_t group, const table *t) {
     int64_t key = 0;
     for (int64_t i = t->bounds[segment]; i < t->bounds[segment + 1]; i++)
         for (int64_t token = t->spans[2 * i]; token < t->spans[2 * i + 1]; token++, key++)
             read_row(rows + key * s->columns, from, group, token, t);
-    for (int64_t first = 0; turned != NULL && first < key; first += LANES) { /* LANES rows at a time, so that lines are written whole */
+    for (int64_t first = 0; turned != NULL && first < key; first += LANES) { /* LANES rows at a time, to write whole cache lines */
         if (in_pairs(t))
             for (int64_t pair = 0; pair < t->width / 2; pair++)
                 for (int64_t k = first; k < first + LANES; k++)
@@ -186,12 +190,13 @@ static void gather(float *rows, float *turned, const scratch *s, const view *fro
     }
 }
 
-/* Scores of a block's queries to weights: the softmax over the keys up to each query's own; zero beyond. Whole vectors are done:
-   a few values one by one would take as long as all the others. */
+/* Scores of a block's queries to weights: the softmax over the keys up to each query's own, and zero beyond. It computes whole
+   vectors: the remaining values one by one would take as long as all others. */
 static void to_weights(float *scores, int64_t row, int64_t queries, int64_t first_seen, int64_t columns, float scale) {
     for (int64_t i = 0; i < queries; i++, scores += row) {
         int64_t seen = first_seen + i, whole = up_to(LANES, seen);
         float top = -INFINITY, sum = 0;
+        /* mask the keys after the query, up to a whole vector */
         for (int64_t k = seen; k < whole; k++) scores[k] = -INFINITY;
 #pragma omp simd reduction(max : top)
         for (int64_t k = 0; k < whole; k++) top = scores[k] > top ? scores[k] : top;
@@ -206,7 +211,7 @@ static void to_weights(float *scores, int64_t row, int64_t queries, int64_t firs
     }
 }
 
-/* Weights and their gradients to gradients of the scores, in place of the latter: P (dP - sum P dP) scale. */
+/* Overwrite the gradients of the weights with those of the scores: P (dP - sum P dP) scale. */
 static void to_slopes(float *d_weights, const float *weights, int64_t row, int64_t queries, int64_t first_seen, int64_t columns,
                       float scale) {
     for (int64_t i = 0; i < queries; i++, d_weights += row, weights += row) {
@@ -227,7 +232,7 @@ static scratch *new_scratch(const table *t) {
         most = keys > most ? keys : most;
     }
     int64_t columns = up_to(LANES, t->width);
-    int64_t places = up_to(BLOCK, most) + LANES; /* rows a power of two apart would share lines of the cache */
+    int64_t places = up_to(BLOCK, most) + LANES; /* + LANES: rows a power of two apart would evict each other from the cache */
     int64_t matrix = columns * places, block = BLOCK * columns, scores = BLOCK * places;
     int64_t floats = 4 * matrix + 3 * block + 2 * scores;
     scratch *s = calloc(1, sizeof(scratch) + LINE + floats * sizeof(float));
@@ -246,7 +251,7 @@ static scratch *new_scratch(const table *t) {
     return s;
 }
 
-/* Some queries of one head to a block; returns how many there are from `first` on. */
+/* Read queries of one head into a block, from `token` on. Returns their number, at most BLOCK. */
 static int64_t read_queries(float *to, const scratch *s, const view *from, int64_t head, int64_t token, int64_t left, const table *t) {
     int64_t queries = left < BLOCK ? left : BLOCK;
     for (int64_t i = 0; i < queries; i++) read_row(to + i * s->columns, from, head, token + i, t);
@@ -257,7 +262,7 @@ static void clear(float *c, int64_t c_row, int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < rows; i++) memset(c + i * c_row, 0, columns * sizeof(float));
 }
 
-/* c = `block` times keys (values) turned; `from` has the same rows as they are in memory. */
+/* c = `block` times the transposed keys (values). `from` holds the rows of `block` as they are in the pack. */
 static void times_turned(float *c, const scratch *s, const float *block, const view *from, int64_t head, int64_t token,
                          const float *turned, int64_t queries, int64_t places, const table *t) {
     if (in_pairs(t)) {
@@ -277,16 +282,18 @@ static void forward_of(const table *t, scratch *s, const view *q, const view *k,
     for (int64_t head = group * repeats; head < (group + 1) * repeats; head++)
         for (int64_t first = 0; first < length; first += BLOCK) {
             int64_t queries = read_queries(s->queries, s, q, head, own[0] + first, length - first, t);
+            /* the weights: P = softmax(q k') */
             int64_t seen = before + first + queries, rows = up_to(ROWS, queries), places = up_to(BLOCK, seen);
             times_turned(s->weights, s, s->queries, q, head, own[0] + first, s->keys_turned, queries, places, t);
             to_weights(s->weights, s->places, queries, before + first + 1, places, t->scale);
+            /* the output: P v */
             clear(s->out, s->columns, rows, s->columns);
             add_product(s->out, s->columns, s->weights, s->places, 1, s->values, s->columns, rows, s->columns, seen);
             for (int64_t i = 0; i < queries; i++) write_row(out, s->out + i * s->columns, head, own[0] + first + i, t);
         }
 }
 
-/* `d_keys` and `d_values`: [M, columns] of this segment and group, zero. */
+/* `d_keys` and `d_values`: [M, columns] of this segment and group, zero at the start. */
 static void backward_of(const table *t, scratch *s, const view *grad, const view *q, const view *k, const view *v, const view *d_q,
                         float *d_keys, float *d_values, int64_t segment, int64_t group) {
     const int64_t *own = t->spans + 2 * (t->bounds[segment + 1] - 1);
@@ -297,12 +304,15 @@ static void backward_of(const table *t, scratch *s, const view *grad, const view
         for (int64_t first = 0; first < length; first += BLOCK) {
             int64_t queries = read_queries(s->queries, s, q, head, own[0] + first, length - first, t);
             read_queries(s->slopes, s, grad, head, own[0] + first, length - first, t);
+            /* P again, and dP = dO v' */
             int64_t seen = before + first + queries, rows = up_to(ROWS, queries), places = up_to(BLOCK, seen);
             times_turned(s->weights, s, s->queries, q, head, own[0] + first, s->keys_turned, queries, places, t);
             to_weights(s->weights, s->places, queries, before + first + 1, places, t->scale);
             times_turned(s->d_weights, s, s->slopes, grad, head, own[0] + first, s->values_turned, queries, places, t);
+            /* dv += P' dO */
             int64_t keys = up_to(ROWS, seen);
             add_product(d_values, s->columns, s->weights, 1, s->places, s->slopes, s->columns, keys, s->columns, queries);
+            /* dS = P (dP - sum P dP), dk += dS' q, dq = dS k */
             to_slopes(s->d_weights, s->weights, s->places, queries, before + first + 1, places, t->scale);
             add_product(d_keys, s->columns, s->d_weights, 1, s->places, s->queries, s->columns, keys, s->columns, queries);
             clear(s->out, s->columns, rows, s->columns);
@@ -326,9 +336,11 @@ int attention(const table *t, const view *q, const view *k, const view *v, const
     return failed;
 }
 
-/* Adds to `d_k` and `d_v`, float32 [G, T, D] in one piece. Segments that see the same keys have sums of their own first. */
+/* Adds to `d_k` and `d_v`, float32 [G, T, D] and contiguous. Each segment sums its own gradients first, since segments may share
+   keys. */
 int attention_backward(const table *t, const view *grad, const view *q, const view *k, const view *v, const view *d_q, float *d_k,
                        float *d_v, int64_t tokens) {
+    /* one buffer for the sums of all segments, of which each has its own part */
     int64_t columns = up_to(LANES, t->width), *starts = malloc((t->segments + 1) * sizeof(int64_t));
     if (starts == NULL) return 1;
     starts[0] = 0;
@@ -351,6 +363,7 @@ int attention_backward(const table *t, const view *grad, const view *q, const vi
                 if (s != NULL) backward_of(t, s, grad, q, k, v, d_q, d_keys, d_values, segment, group);
             }
         free(s);
+/* add up the segments in a fixed order, so that the result does not depend on threads */
 #pragma omp for schedule(static) collapse(2)
         for (int64_t group = 0; group < t->groups; group++)
             for (int64_t which = 0; which < 2; which++) {

@@ -1,7 +1,7 @@
-"""RMS norms and gates on a CPU by PyTorch operations, a few tokens at a time: what is computed on them stays in the cache.
+"""RMS norms and gates on a CPU by PyTorch operations, a few tokens at a time, so that intermediate values stay in the cache.
 
-The way of ``layers`` for float32, and where the kernels cannot be compiled. Shape letters: T tokens, H the width of a
-layer. Outputs are those of Transformers' layers bit for bit; gradients are computed in float32 and rounded once.
+``layers`` uses it for float32, and as the fallback if the kernels cannot be compiled. Shape letters: T tokens, H the width of a
+layer. Outputs equal Transformers' layers bit for bit. Gradients are computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 BLOCK_ELEMENTS = 2**17
-"""Float32 values of a block: half a megabyte, of which a backward holds three."""
+"""Float32 values of a block: half a megabyte. A backward holds three blocks."""
 
 
 def norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The output, and ``1 / sqrt(mean(x^2) + epsilon)`` [T, 1] in float32 for the functions below."""
+    """The output [T, H], and ``1 / sqrt(mean(x^2) + epsilon)`` [T, 1] in float32 for the functions below."""
     out_TH = torch.empty_like(x_TH)
     scale_T1 = torch.empty(len(x_TH), 1, dtype=torch.float32)
     for rows in _blocks(*x_TH.shape):
@@ -28,7 +28,7 @@ def norm(x_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor
 
 
 def norm_again(x_TH: Tensor, weight_H: Tensor, scale_T1: Tensor) -> Tensor:
-    """The output alone."""
+    """The output again, from the scale of ``norm``."""
     out_TH = torch.empty_like(x_TH)
     for rows in _blocks(*x_TH.shape):
         torch.mul(weight_H, (x_TH[rows].float() * scale_T1[rows]).to(x_TH.dtype), out=out_TH[rows])
@@ -36,7 +36,7 @@ def norm_again(x_TH: Tensor, weight_H: Tensor, scale_T1: Tensor) -> Tensor:
 
 
 def norm_backward(grad_TH: Tensor, x_TH: Tensor, weight_H: Tensor, scale_T1: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of x, and that of the weight in float32."""
+    """The gradient of x [T, H], and that of the weight [H] in float32."""
     d_x_TH = torch.empty_like(x_TH)
     d_weight_H = torch.zeros_like(weight_H, dtype=torch.float32)
     wide_H = weight_H.float()
@@ -45,6 +45,7 @@ def norm_backward(grad_TH: Tensor, x_TH: Tensor, weight_H: Tensor, scale_T1: Ten
         slope = grad_TH[rows].float()
         d_weight_H += (slope * normal).sum(0)
         slope = slope * wide_H
+        # the norm takes out the part of the gradient along x
         along = (slope * normal).mean(-1, keepdim=True)
         d_x_TH[rows] = slope.sub_(normal.mul_(along)).mul_(scale_T1[rows])
     return d_x_TH, d_weight_H

@@ -1,10 +1,10 @@
-"""Norms, gates, the head's softmax, short attention and AdamW on a CPU by C kernels, in place of many operations each.
+"""Python wrappers of the C kernels for CPUs: norms, gates, the head's softmax, short attention and AdamW.
 
-Without a compiler, and with ``TOGI_CPU_KERNELS=0``, PyTorch's operations do the same more slowly (``togi.cpu.blocks``,
-``togi.cpu.block_attention``, ``logprob_head``, ``parallel.replicated``). Outputs in bfloat16 differ from theirs by a rounding at
-most, in very few places; sums are float32, those of gradients' squares float64.
+Without a compiler, or with ``TOGI_CPU_KERNELS=0``, PyTorch operations are the slower fallback (``togi.cpu.blocks``,
+``togi.cpu.block_attention``, ``logprob_head``, ``parallel.replicated``). Outputs in bfloat16 differ from the fallback's by at most
+one rounding, in very few places. Sums are float32; sums of squared gradients are float64.
 
-Not here: which tensors they are for (``togi.model``, ``togi.parallel``), the compiler (``library``).
+Not here: the callers (``togi.model``, ``togi.parallel``), the compiler (``library``).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from togi.cpu.library import library
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 64
-"""Rows whose gradients of a norm's weight are added up by one thread."""
+"""Rows over which one thread sums the gradient of a norm's weight."""
 PART = 2**14
-"""Values whose squares are added up by one thread."""
+"""Values whose squares one thread sums. The same number is in optimizer.c."""
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "norm": (_P, _P, _F, _P, _P, _I, _I),
@@ -46,20 +46,23 @@ SIGNATURES = {
 
 
 def kernels_for(*tensors: Tensor, float32: bool = False) -> HostKernels | None:
-    """The kernels, if there are some and all these are plain CPU tensors (as opposed to shards) of bfloat16, or of float32."""
+    """The kernels, if they are compiled and all ``tensors`` are plain CPU tensors (no shards) of bfloat16. Else None.
+
+    ``float32`` allows tensors that are all float32 too.
+    """
     dtypes = {x.dtype for x in tensors}
     fit = dtypes == {torch.bfloat16} or (float32 and dtypes == {torch.float32})
     return compiled() if fit and all(is_plain(x) and x.device.type == "cpu" for x in tensors) else None
 
 
 def is_plain(x: Tensor) -> bool:
-    """A tensor or parameter of PyTorch itself."""
+    """Whether ``x`` is a tensor or parameter of PyTorch itself, not of a subclass."""
     return type(x) in (Tensor, nn.Parameter)
 
 
 @cache
 def compiled() -> HostKernels | None:
-    """The kernels; None, with a warning, where they cannot be compiled."""
+    """The kernels, compiled at the first call. None, with a logged warning, if they cannot be compiled."""
     if os.environ.get("TOGI_CPU_KERNELS") == "0":
         return None
     try:
@@ -75,32 +78,34 @@ def compiled() -> HostKernels | None:
 
 
 class HostKernels:
-    """Norms and gates have the arguments and results of ``togi.cpu.blocks``, in bfloat16."""
+    """The C functions as methods. Norms and gates have the arguments and results of ``togi.cpu.blocks``, in bfloat16."""
 
     def __init__(self, library: Any) -> None:
         self._library = library
         for name, types in SIGNATURES.items():
+            # without declared types ctypes would pass pointers and sizes as 32-bit integers
             function = getattr(library, name)
             function.argtypes, function.restype = types, ctypes.c_int if name.startswith("attention") else None
 
     def norm(self, x_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """The output, and the scale [T, 1] in float32."""
+        """The output [T, H], and the scale [T, 1] in float32."""
         x_TH, weight_H = x_TH.contiguous(), weight_H.contiguous()
         out_TH, scale_T1 = torch.empty_like(x_TH), torch.empty(len(x_TH), 1, dtype=torch.float32)
         self._library.norm(*_places(x_TH, weight_H), epsilon, *_places(out_TH, scale_T1), *x_TH.shape)
         return out_TH, scale_T1
 
     def norm_again(self, x_TH: Tensor, weight_H: Tensor, scale_T1: Tensor) -> Tensor:
-        """The output alone."""
+        """The output again, from the scale of ``norm``."""
         x_TH, weight_H = x_TH.contiguous(), weight_H.contiguous()
         out_TH = torch.empty_like(x_TH)
         self._library.norm_again(*_places(x_TH, weight_H, scale_T1, out_TH), *x_TH.shape)
         return out_TH
 
     def norm_backward(self, grad_TH: Tensor, x_TH: Tensor, weight_H: Tensor, scale_T1: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of x, and that of the weight in float32."""
+        """The gradient of x [T, H], and that of the weight [H] in float32."""
         grad_TH, x_TH, weight_H = grad_TH.contiguous(), x_TH.contiguous(), weight_H.contiguous()
         rows, width = x_TH.shape
+        # one partial sum for each block of rows: the result does not depend on the number of threads
         d_x_TH, d_weight_BH = torch.empty_like(x_TH), torch.zeros(-(-rows // BLOCK_ROWS), width)
         places = _places(grad_TH, x_TH, weight_H, scale_T1, d_x_TH, d_weight_BH)
         self._library.norm_backward(*places, BLOCK_ROWS, rows, width)
@@ -122,9 +127,10 @@ class HostKernels:
         return d_gate_TH, d_up_TH
 
     def head(self, raw_kV: Tensor, factor: float, targets_k: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Of ``factor`` times each row of bfloat16: the target's, the log-sum-exp, and the entropy of its softmax, or nothing.
+        """For each row of ``factor`` x ``raw``: the target's logit, the log-sum-exp, and the entropy, all float32 [k].
 
-        Raises IndexError for a target outside of the row, as PyTorch does: the kernel would read what lies behind it.
+        Without ``entropy`` the last is empty. Raises IndexError for a target outside of the vocabulary, as PyTorch does: the
+        kernel would read beyond the row.
         """
         raw_kV, targets_k = raw_kV.contiguous(), targets_k.long().contiguous()
         outside = targets_k[(targets_k < 0) | (targets_k >= raw_kV.shape[1])].tolist()
@@ -145,9 +151,9 @@ class HostKernels:
         entropy: tuple[Tensor, Tensor] | None,
         targets_k: Tensor,
     ) -> Tensor:
-        """The gradient of some columns of ``raw``, in its place; ``targets`` are counted from the first of them.
+        """Overwrite ``raw``, some columns of the logits, with their gradient. ``targets`` count from the first of these columns.
 
-        ``up``: the gradient of the target's log-prob; ``entropy``: the entropies and their gradients, if they have some.
+        ``up_k``: the gradient of the target's log-prob. ``entropy``: the entropies and their gradients, if there are any.
         """
         assert raw_kv.is_contiguous()
         norm_k, up_k, targets_k = norm_k.contiguous(), up_k.contiguous(), targets_k.contiguous()
@@ -165,7 +171,10 @@ class HostKernels:
     def attention(
         self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, segments: SegmentSpans, scale: float, out_HTD: Tensor
     ) -> None:
-        """Causal attention of these segments, written to ``out``. All of one type, bfloat16 or float32."""
+        """Write causal attention of these segments to ``out_HTD``. All tensors are bfloat16, or all float32.
+
+        Raises MemoryError.
+        """
         about = _Segments.of(segments, q_HTD, k_GTD, scale)
         _succeeded(self._library.attention(byref(about), *_read(q_HTD, k_GTD, v_GTD), _written(out_HTD)))
 
@@ -177,7 +186,10 @@ class HostKernels:
         scale: float,
         grads: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        """Write the gradient of q to the first of ``grads``, and add those of k and v to the others, which are float32."""
+        """Write the gradient of q to ``grads[0]``, and add those of k and v to the other two, which are float32.
+
+        Raises MemoryError.
+        """
         d_q_HTD, d_k_GTD, d_v_GTD = grads
         assert d_k_GTD.is_contiguous() and d_v_GTD.is_contiguous() and d_k_GTD.dtype == d_v_GTD.dtype == torch.float32
         about = _Segments.of(segments, inputs[0], inputs[1], scale)
@@ -186,7 +198,7 @@ class HostKernels:
         _succeeded(self._library.attention_backward(byref(about), *views, *sums, d_k_GTD.shape[1]))
 
     def square_sum(self, x: Tensor) -> float:
-        """The sum of squares of bfloat16 or float32, added up in float64."""
+        """The sum of squares of a bfloat16 or float32 tensor, in float64."""
         x = x.contiguous()
         sums = torch.empty(-(-x.numel() // PART), dtype=torch.float64)
         self._library.squares(x.data_ptr(), x.dtype == torch.bfloat16, sums.data_ptr(), x.numel())
@@ -195,7 +207,7 @@ class HostKernels:
     def adamw(
         self, master: Tensor, moments: tuple[Tensor, Tensor], gradient: Tensor, working: Tensor, rates: Rates
     ) -> None:
-        """One step on a float32 master and its moments, in place; ``working`` gets it in bfloat16.
+        """One AdamW step on a float32 master and its moments, in place. ``working`` gets the master rounded to bfloat16.
 
         The gradient is bfloat16 or float32.
         """
@@ -208,9 +220,9 @@ class HostKernels:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Numbers of one AdamW step (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2); ``steps`` counts this one.
+    """Numbers of one AdamW step (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2). ``steps`` includes this step.
 
-    ``factor``: what gradients are multiplied by first.
+    ``factor`` multiplies the gradients first.
     """
 
     learning_rate: float
@@ -221,7 +233,7 @@ class Rates:
     factor: float
 
     def as_struct(self) -> ctypes.Array[Any]:
-        """``rates`` of optimizer.c."""
+        """The struct ``rates`` of optimizer.c."""
         first, second = self.betas
         size, root = self.learning_rate / (1 - first**self.steps), (1 - second**self.steps) ** 0.5
         keep = 1 - self.learning_rate * self.decay
@@ -230,10 +242,10 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentSpans:
-    """Which tokens of a pack each segment sees.
+    """The tokens of a pack that each segment sees.
 
-    ``spans`` [X, 2]: first and last + 1; ``bounds`` [S + 1]: which of them are whose. A segment's own tokens are its last span,
-    and its last query sees them all. Both int64.
+    ``spans`` [X, 2]: first token and last + 1 of each span. ``bounds`` [S + 1]: segment s has the spans from ``bounds[s]`` to
+    ``bounds[s + 1]``. A segment's own tokens are its last span. Both are int64.
     """
 
     spans: Tensor
@@ -241,12 +253,12 @@ class SegmentSpans:
 
     @property
     def count(self) -> int:
-        """Segments."""
+        """The number of segments."""
         return len(self.bounds) - 1
 
 
 class _Segments(ctypes.Structure):
-    """``table`` of attention.c."""
+    """The struct ``table`` of attention.c. The caller keeps ``SegmentSpans`` alive."""
 
     _fields_ = (
         ("spans", _P),
@@ -262,7 +274,7 @@ class _Segments(ctypes.Structure):
 
 
 class _View(ctypes.Structure):
-    """``view`` of attention.c; keeps the tensor alive."""
+    """The struct ``view`` of attention.c. It keeps the tensor alive."""
 
     _fields_ = (("values", _P), ("head", _I), ("token", _I))
     tensor: Tensor

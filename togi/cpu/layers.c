@@ -1,12 +1,12 @@
-/* Norms and gates of bfloat16 on a CPU; host.py calls them. What they compute, and of which shapes, stands in
-   blocks.py, whose PyTorch operations give the same.
+/* Norms, gates and the head's softmax of bfloat16 on a CPU; kernels.py calls them. blocks.py documents the functions and shapes
+   of norms and gates, and its PyTorch operations give the same results.
 
-   Everything is float32 inside; bfloat16 is rounded to nearest even where Transformers' layers round. No result depends on the
-   number of threads. */
+   All computation is in float32. Results are rounded to bfloat16 (to nearest even) where Transformers' layers round. No result
+   depends on the number of threads. */
 
 #include "numbers.h"
 
-#define ENOUGH 32768 /* values for which a second thread pays */
+#define ENOUGH 32768 /* the number of values from which more threads are faster */
 
 void norm(const bf16 *x, const bf16 *weight, float epsilon, bf16 *out, float *scale, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static) if (rows * width > ENOUGH)
@@ -37,6 +37,7 @@ void norm_backward(const bf16 *grad, const bf16 *x, const bf16 *weight, const fl
                    int64_t block, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static) if (rows * width > ENOUGH)
     for (int64_t start = 0; start < rows; start += block) {
+        /* each block of rows has its own sum for the weight */
         float *own = d_weight + start / block * width;
         int64_t stop = start + block < rows ? start + block : rows;
         for (int64_t row = start; row < stop; row++) {
@@ -69,13 +70,14 @@ void gate_backward(const bf16 *grad, const bf16 *gate, const bf16 *up, bf16 *d_g
 #pragma omp parallel for simd schedule(static) if (parallel : count > ENOUGH)
     for (int64_t i = 0; i < count; i++) {
         float x = wide(gate[i]), slope = wide(grad[i]);
+        /* the sigmoid */
         float share = 1.0f / (1.0f + exp_of_minus(x));
         d_gate[i] = narrow(slope * wide(up[i]) * share * (1.0f + x * (1.0f - share)));
         d_up[i] = narrow(slope * x * share);
     }
 }
 
-/* Of rows of logits, `factor` times `raw`: that of the target and log-sum-exp, and the entropy unless it is null. */
+/* For each row of logits, `factor` times `raw`: the target's logit, the log-sum-exp, and the entropy unless it is null. */
 void head(const bf16 *raw, float factor, const int64_t *targets, float *chosen, float *norm, float *entropy, int64_t rows,
           int64_t words) {
 #pragma omp parallel for schedule(static) if (rows * words > ENOUGH)
@@ -96,8 +98,8 @@ void head(const bf16 *raw, float factor, const int64_t *targets, float *chosen, 
     }
 }
 
-/* Logits to gradients of `raw`, in its place. `targets` are counted from the first of these words; those of other words are
-   outside. With p = softmax and S its entropy: d logprob = onehot - p, d S = -p (log p + S); `up_entropy` may be null. */
+/* Overwrite `raw` with its gradient. `targets` count from the first of these words; a target among other words is out of range.
+   With p = softmax and S its entropy: d logprob = onehot - p, d S = -p (log p + S); `up_entropy` may be null. */
 void head_backward(bf16 *raw, float factor, const float *norm, const float *up, const float *entropy, const float *up_entropy,
                    const int64_t *targets, int64_t rows, int64_t words) {
 #pragma omp parallel for schedule(static) if (rows * words > ENOUGH)
@@ -106,6 +108,7 @@ void head_backward(bf16 *raw, float factor, const float *norm, const float *up, 
         float n = norm[row], slope = up[row], steep = up_entropy ? up_entropy[row] : 0, all = up_entropy ? entropy[row] : 0;
         int64_t target = targets[row];
         int here = target >= 0 && target < words;
+        /* read before the loop overwrites it */
         float own = here ? wide(at[target]) * factor - n : 0;
 #pragma omp simd
         for (int64_t i = 0; i < words; i++) {

@@ -1,9 +1,9 @@
-"""RMS norms and gated MLPs on a CPU: what goes into the layers of a model, and what they keep for the backward.
+"""RMS norms and gated MLPs on a CPU: faster forwards for the layers of a model, which keep less for the backward.
 
-Shape letters: T tokens, H the width of a layer. Transformers computes a norm in float32 with a pass over all tokens for each
-operation, and autograd keeps two float32 copies of them; here the processor's cache sees all operations on a few tokens at once
-(``togi.cpu.kernels``; ``blocks`` where those are not to be had) and only the input is kept. Nor do the projections that read a
-norm's or gate's output keep that: it is computed again in the backward, which costs less than the memory did.
+Shape letters: T tokens, H the width of a layer. Transformers computes a norm in float32 with one pass over all tokens for each
+operation, and autograd keeps two float32 copies. Here all operations run on a few tokens while these are in the processor's cache
+(``togi.cpu.kernels``, with ``blocks`` as the fallback), and only the input is kept. The projections that read a norm's or gate's
+output do not keep it either: the backward computes it again, which costs less than the memory.
 
 Not here: kernels for other devices (``liger``).
 """
@@ -30,7 +30,7 @@ _KEEPING = ContextVar("keeping", default=False)
 
 
 class Way(Protocol):
-    """How norms and gates are computed: ``blocks`` says what each of these is."""
+    """An implementation of norms and gates: the C kernels or ``blocks``, which documents each function."""
 
     def norm(self, x_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]: ...
     def norm_again(self, x_TH: Tensor, weight_H: Tensor, scale_T1: Tensor) -> Tensor: ...
@@ -42,9 +42,10 @@ class Way(Protocol):
 
 
 def use_host_layers(hf: nn.Module) -> None:
-    """Give the layers that are known a forward for CPUs. On other devices and for other tensors they do as before."""
+    """Give the supported layers of ``hf`` a forward for CPUs, in place. Other devices and tensors use the original forward."""
     config: Any = hf.config
     for layer in hf.modules():
+        # bound to the instance: other models of the process keep the original forward
         kind = type(layer).__name__
         if kind in NORMS:
             layer.forward = MethodType(_norm, layer)
@@ -88,7 +89,7 @@ def _lean_attention(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
 
 
 def not_kept(out: Tensor) -> AbstractContextManager[None]:
-    """Inside, nothing keeps ``out`` for a backward if a norm or a gate here made it: it is computed again from their inputs."""
+    """Inside the block, autograd does not save ``out`` if a norm or gate of this module made it: the backward recomputes it."""
     node = out.grad_fn
     if node is None or node.name() not in AGAIN or _KEEPING.get():
         return nullcontext()
@@ -98,7 +99,7 @@ def not_kept(out: Tensor) -> AbstractContextManager[None]:
 
 @contextmanager
 def keeping_outputs() -> Iterator[None]:
-    """Inside, outputs of norms and gates are kept like all others: something else decides what is kept, as checkpointing does."""
+    """Inside the block, ``not_kept`` has no effect: activation checkpointing decides itself which tensors are saved."""
     token = _KEEPING.set(True)
     try:
         yield
@@ -107,7 +108,7 @@ def keeping_outputs() -> Iterator[None]:
 
 
 class _Dropped:
-    """The output of ``node``, which ``again`` makes of what the node keeps, once for all who need it in one backward."""
+    """The output of ``node``, which is not saved. ``again`` recomputes it once for all its users in one backward."""
 
     def __init__(self, out: Tensor, node: Any, again: Callable[..., Tensor]) -> None:
         self._place, self._node, self._again = out.untyped_storage().data_ptr(), node, again
@@ -115,6 +116,7 @@ class _Dropped:
         self._made: Tensor | None = None
 
     def pack(self, saved: Tensor) -> Tensor | tuple[Any, ...]:
+        # autograd also saves weights here: only the output itself, or a view of it, is dropped
         if not is_plain(saved) or saved.untyped_storage().data_ptr() != self._place:
             return saved
         self._users += 1
@@ -124,24 +126,25 @@ class _Dropped:
         if isinstance(saved, Tensor):
             return saved
         made = self._again(*self._node.saved_tensors) if self._made is None else self._made
+        # the last user frees the recomputed output
         self._users -= 1
         self._made = made if self._users > 0 else None
         return made.as_strided(*saved)
 
 
 def _on_host(*tensors: Tensor) -> bool:
-    """Plain CPU tensors of one type, as opposed to the shards of tensor parallelism."""
+    """Whether all are plain CPU tensors of one supported dtype. Shards of tensor parallelism are not plain."""
     plain = all(is_plain(x) and x.device.type == "cpu" for x in tensors)
     return plain and len({x.dtype for x in tensors}) == 1 and tensors[0].dtype in (torch.bfloat16, torch.float32)
 
 
 def _by(x: Tensor) -> Way:
-    """Compiled kernels for bfloat16 where there are some."""
+    """The C kernels for bfloat16 if they are compiled, else ``blocks``."""
     return (compiled() if x.dtype == torch.bfloat16 else None) or blocks
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[T, H]."""
+    """``x`` as [T, H]."""
     return x.reshape(-1, x.shape[-1])
 
 
@@ -154,7 +157,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def again(x: Tensor, weight_H: Tensor, scale_T1: Tensor) -> Tensor:
-        """The output, from what is kept for the backward."""
+        """The output, from the tensors saved for the backward."""
         return _by(x).norm_again(_flat(x), weight_H, scale_T1).view(x.shape)
 
     @staticmethod
@@ -173,7 +176,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def again(gate: Tensor, up: Tensor) -> Tensor:
-        """The output, from what is kept for the backward."""
+        """The output, from the tensors saved for the backward."""
         return _by(gate).gate(_flat(gate), _flat(up)).view(gate.shape)
 
     @staticmethod

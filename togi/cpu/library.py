@@ -1,6 +1,7 @@
-"""The C kernels for CPUs as a library, built by the machine's own compiler for the processor at hand.
+"""Compile the C kernels into a shared library, by the machine's own compiler and for its own processor.
 
-That takes two seconds, once; the library stays in ``$TOGI_CACHE/kernels-UID``, a folder for each user: it is code that they run.
+That takes two seconds, once. The library is cached in ``$TOGI_CACHE/kernels-UID``. Each user has a folder, because the library is
+code that runs in the user's processes.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 SOURCES = tuple(HERE / name for name in ("layers.c", "attention.c", "optimizer.c"))
 HEADERS = (HERE / "numbers.h",)
-# NaN must stay NaN: no -ffast-math. libgomp is the one that torch has loaded, so both share one pool of threads.
+# No -ffast-math, because NaN must stay NaN. libgomp is the one that torch has loaded, so both share one thread pool.
 _EXACT = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 FLAGS = ("-O3", "-march=native", "-std=c11", *_EXACT, "-fopenmp", "-fPIC", "-shared")
 
 
 def own_folder(name: str) -> Path:
-    """A folder in the cache for code that is run, of this user alone. Raises OSError where others could have written it."""
+    """A folder in the cache for executable code of this user alone. Raises OSError if other users can write to it."""
     folder = cache_folder() / f"{name}-{os.getuid()}"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     owner = folder.stat()
@@ -40,18 +41,20 @@ def own_folder(name: str) -> Path:
 
 
 def processor_mark() -> str:
-    """A name for the processor: one home may be shared by machines that differ."""
+    """A hash of the processor's name, for caches in a home folder that different machines share."""
     return hashlib.blake2b(processor().encode(), digest_size=8).hexdigest()
 
 
 def library() -> Path:
-    """The library for this source, compiler and processor, built if it is not there.
+    """The path of the library for this source, compiler and processor. Builds it if it is missing.
 
-    Raises OSError, SubprocessError, or ValueError for a CC that is no command; OSError too where others could have written it.
+    Raises OSError if there is no compiler or other users can write to the folder, SubprocessError if compiling fails, and
+    ValueError if CC is not a valid command.
     """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("There is none in the PATH.")
+    # the name is a hash of all that the library depends on
     sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
     parts = (*sources, str(FLAGS), compiler, torch.__version__, processor())
     name = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
@@ -59,7 +62,7 @@ def library() -> Path:
     path = folder / f"{name}.so"
     if not path.exists():
         start = time.perf_counter()
-        # aside and renamed: other processes build it at the same time
+        # built in a temporary folder and renamed, because other processes may build it at the same time
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = Path(aside) / path.name
             words = [*shlex.split(compiler), *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]

@@ -1,4 +1,4 @@
-/* Numbers of the kernels for CPUs: bfloat16 and float32, and the exponential. */
+/* Number formats of the CPU kernels: bfloat16 and float32, and the exponential function. */
 
 #pragma once
 
@@ -22,8 +22,8 @@ static inline bf16 narrow(float x) {
     return x != x ? 0x7fc0 : (bf16)rounded;
 }
 
-/* exp(-x) to two units in the last place: 2^k e^r with |r| at most ln(2) / 2. Beyond e^88 it is infinite, from x = 87 on it stays
-   e^-87, which is less than 2e-38; NaN stays NaN. */
+/* exp(-x) to two units in the last place, as 2^k e^r with |r| at most ln(2) / 2. Results above e^88 are infinite. From x = 87 on
+   the result stays e^-87, which is less than 2e-38. NaN stays NaN. */
 static inline float exp_of_minus(float x) {
     float y = -x;
     y = y < -87.0f ? -87.0f : y;

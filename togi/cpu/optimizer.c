@@ -1,9 +1,9 @@
-/* AdamW and the norms of its gradients on a CPU, each in one pass over memory; host.py calls them. No result depends on the number
-   of threads. */
+/* AdamW and the norms of its gradients on a CPU, each in one pass over memory; kernels.py calls them. No result depends on the
+   number of threads. */
 
 #include "numbers.h"
 
-enum { PART = 1 << 14 }; /* also in host.py */
+enum { PART = 1 << 14 }; /* also in kernels.py */
 
 /* Numbers of one step: master *= keep; mean += new_mean (g - mean); square = old_square square + new_square g g;
    master -= size mean / (sqrt(square) / root + epsilon), with g = factor times the gradient. */

@@ -1,8 +1,7 @@
-"""Linear layers for generation on a CPU: their weights in the order that oneDNN's products read.
+"""Linear layers for generation on a CPU, with their weights in the layout that oneDNN reads.
 
-A decode step multiplies few tokens with all weights, and PyTorch reorders a weight anew in each product: that is more than a
-third of the product's time. Weights that change only with an update are reordered once instead. Results are the same up to the
-order of float32 sums.
+A decode step multiplies few tokens by all weights, and PyTorch reorders the weight for each product, which takes more than a third
+of its time. Here each weight is reordered once after a weight update. Results are the same up to the order of float32 sums.
 """
 
 from __future__ import annotations
@@ -13,25 +12,25 @@ import torch
 from torch import Tensor, nn
 
 TOKENS = 16
-"""Of a product, for which oneDNN chooses the order. Products of any other number are right too, and not slower."""
+"""The number of tokens for which oneDNN chooses the layout. Products of any other number are correct too, and not slower."""
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Reorder the weights of all linear layers of ``model``, which only infers from now on, and let go of the plain ones.
+    """Reorder the weights of all linear layers of ``model`` in place, and free the plain ones. It can then only infer.
 
-    Leaves those alone that are on other devices, of other types than ``packable`` says, or of a class of their own.
+    Skips layers on other devices, of dtypes that are not in ``packable()``, or of a subclass of ``nn.Linear``.
     """
     types = packable()
     for layer in model.modules():
         if type(layer) is nn.Linear and layer.weight.device.type == "cpu" and layer.weight.dtype in types:
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), TOKENS)
             layer.forward = partial(_linear, packed, layer.bias)  # type: ignore[method-assign]
-            # an embedding that is tied to it keeps its own
+            # a tied embedding keeps the plain weight
             layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
 
 def packable() -> frozenset[torch.dtype]:
-    """What oneDNN multiplies on this processor: float32, and bfloat16 where there are instructions for it."""
+    """The dtypes that oneDNN multiplies on this processor: float32, and bfloat16 if it has instructions for it."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return frozenset()
     narrow = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()

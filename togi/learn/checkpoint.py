@@ -1,9 +1,8 @@
-"""A folder of checkpoints that a crash cannot spoil.
+"""Crash-safe checkpoints: a folder of checkpoints, and the folder of the best model.
 
-A checkpoint is written aside, listed in a manifest (sizes and SHA-256), flushed to disk, renamed in one go, and only
-then pointed to by ``latest``; older ones are pruned last and the newest never. A reader takes the newest complete one
-and names what it skipped. Only one process writes through this class; what goes inside (``learner_state``) is not its
-business.
+A checkpoint is written to a temporary folder, listed in a manifest (sizes and SHA-256), flushed to disk and renamed in one
+operation. Then ``latest`` points to it. Old checkpoints are pruned last, the newest never. A reader loads the newest complete
+checkpoint and logs what it skipped. Only one process writes. Not here: the contents of a checkpoint (``learner_state``).
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ UNFINISHED = ".unfinished_"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 HF_FOLDER = "hf"
-"""Where a checkpoint has its model in Hugging Face format, if it has."""
+"""The subfolder of a checkpoint with the model in Hugging Face format, if it was saved."""
 POINTER = "latest"
 SCHEMA = 1
-# File systems hold back some space, and tensors are not all that is written.
+# File systems reserve some space, and a checkpoint also holds small files beside the tensors.
 SPACE_MARGIN = 1.05
 
 
@@ -57,9 +56,9 @@ class CheckpointStore:
 
     @contextmanager
     def write(self, step: int, state: Mapping[str, Any], expected_bytes: int) -> Iterator[Path]:
-        """Yields a folder to write into and makes it checkpoint ``step`` when the block ends; else leaves nothing.
+        """Yield a folder to write into, and commit it as checkpoint ``step`` when the block ends. An error leaves no checkpoint.
 
-        ``state`` must be JSON. Raises CheckpointError when ``expected_bytes`` do not fit or the disk fails.
+        ``state`` must be JSON. Raises CheckpointError if ``expected_bytes`` do not fit on the disk or the disk fails.
         """
         folder = self.begin(step, expected_bytes)
         try:
@@ -76,7 +75,7 @@ class CheckpointStore:
             shutil.rmtree(folder, ignore_errors=True)
 
     def begin(self, step: int, expected_bytes: int) -> Path:
-        """An empty folder beside the checkpoints, after removing what killed runs left behind."""
+        """Make an empty folder beside the checkpoints, after removing unfinished ones of killed runs. Raises CheckpointError."""
         self.root.mkdir(parents=True, exist_ok=True)
         for left_over in self.root.glob(f"{UNFINISHED}*"):
             logger.warning("removing an unfinished checkpoint: %s", left_over)
@@ -84,6 +83,7 @@ class CheckpointStore:
                 shutil.rmtree(left_over)
             else:  # the pointer, of a run killed between writing and renaming it
                 left_over.unlink()
+        # check the space before writing gigabytes
         free, needed = shutil.disk_usage(self.root).free, expected_bytes * SPACE_MARGIN
         if free < needed:
             raise CheckpointError(
@@ -95,7 +95,8 @@ class CheckpointStore:
         return folder
 
     def commit(self, folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-        """Turn a folder from ``begin``, written by any process that sees it, into checkpoint ``step``."""
+        """Turn a folder from ``begin`` into checkpoint ``step``. Any process may have written the files. Returns the new path."""
+        # list and flush all files before the folder gets its name: a rename must not overtake the data
         _write_json(folder / STATE, dict(state))
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         listing = {str(path.relative_to(folder)): {"bytes": _size(path), "sha256": _digest(path)} for path in files}
@@ -103,10 +104,11 @@ class CheckpointStore:
         flush_tree(folder)
         target = self.root / f"{PREFIX}{step:08d}"
         if target.exists():
-            # A run that resumed from an earlier step, because this one was damaged, has come here again.
+            # A run resumed from an earlier step, because this checkpoint was damaged, and has reached the step again.
             shutil.rmtree(target)
         folder.rename(target)
         _flush(self.root)
+        # the pointer too is written aside and renamed, so that it is never half written
         pointer = self.root / f"{UNFINISHED}{POINTER}"
         pointer.write_text(target.name, encoding="utf-8")
         _flush(pointer)
@@ -115,9 +117,9 @@ class CheckpointStore:
         return target
 
     def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, every file checked against its hash; None where there is none.
+        """The newest complete checkpoint, with every file checked against its hash. None if there is none.
 
-        What is newer but damaged or unfinished is skipped and named in the log.
+        Newer checkpoints that are damaged or unfinished are skipped and logged.
         """
         for left_over in sorted(self.root.glob(f"{UNFINISHED}*/")):
             logger.warning("skipping %s: it was never finished", left_over)
@@ -133,7 +135,7 @@ class CheckpointStore:
         return sorted(folders, key=_step)
 
     def _prune(self, newest: Path) -> None:
-        """Remove the oldest until both limits hold, never ``newest``."""
+        """Remove the oldest checkpoints until both limits hold, but never ``newest``."""
         kept = [(path, _folder_size(path)) for path in self._all() if path != newest]
         total = _folder_size(newest) + sum(size for _, size in kept)
         while kept and (len(kept) + 1 > self.max_num or total > self.max_gb * 1e9):
@@ -143,7 +145,7 @@ class CheckpointStore:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder. Raises CheckpointError where it is damaged."""
+    """Load the checkpoint in a folder. Raises CheckpointError if it is damaged."""
     problem = damage(path)
     if problem:
         raise CheckpointError(f"The checkpoint {path} is damaged ({problem}): take another.")
@@ -156,7 +158,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def damage(path: Path) -> str:
-    """What is wrong with a checkpoint folder, in words; "" if it is complete."""
+    """Say what is wrong with a checkpoint folder. Returns "" if it is complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -194,7 +196,7 @@ def _digest(path: Path) -> str:
 
 
 def flush_tree(folder: Path) -> None:
-    """Wait until everything in a folder is on disk."""
+    """Wait until all files of a folder are on disk (fsync)."""
     for path in [*folder.rglob("*"), folder]:
         _flush(path)
 
@@ -205,7 +207,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file or a folder's entries are on disk."""
+    """Wait until a file, or the list of files of a folder, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -213,11 +215,11 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-# The best model so far by a named metric, in plain Hugging Face format, in a folder that a crash cannot spoil.
+# The best model so far by a named metric, in plain Hugging Face format.
 #
-# A new best is written aside, and the old one is removed only when the new one is in its place. Beside the model lies a
-# record of the value and the step. The same record belongs into every checkpoint's state: after a resume from any of them
-# a worse evaluation cannot replace a better model. Not here: checkpoints, whose pruning never touches this folder.
+# A new best model is written to a temporary folder. The old one is removed only after the new one is in its place. A file beside
+# the model records the value and the step. The same record is part of every checkpoint's state: so after a resume from any of
+# them a worse evaluation cannot replace a better model. Pruning checkpoints never touches this folder.
 
 BEST_FOLDER = "best"
 BEST_RECORD = "best.json"
@@ -226,7 +228,7 @@ _NEW, _OLD = ".best_new", ".best_old"
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """Which value is looked at, by its name in the logs, and whether the highest or the lowest is the best."""
+    """The metric that selects the best model, by its name in the logs, and whether the highest or the lowest value is best."""
 
     metric: str
     highest: bool
@@ -234,7 +236,7 @@ class Aim:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The best evaluation so far: its value and after how many steps it was."""
+    """The best evaluation so far: its value and the number of steps before it."""
 
     aim: Aim
     value: float
@@ -249,7 +251,7 @@ class Best:
 
 
 def better(aim: Aim, value: float, best: Best | None) -> bool:
-    """Whether ``value`` is better than all before. What is not finite never is; an equal one neither."""
+    """Whether ``value`` is strictly better than ``best``. A value that is not finite never is."""
     if not math.isfinite(value):
         return False
     if best is None:
@@ -269,13 +271,14 @@ class BestStore:
 
     @contextmanager
     def write(self, best: Best) -> Iterator[Path]:
-        """Yields a folder to write the model into; it takes the place of the old best when the block ends well."""
+        """Yield a folder to write the model into. It replaces the old best when the block ends without an error."""
         self._mend()
         new, old = self.root / _NEW, self.root / _OLD
         try:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
             yield new
+            # the record is written last: a folder that has one is complete (``_mend``)
             flush_tree(new)
             (new / BEST_RECORD).write_text(json.dumps(best.to_json(), indent=1), encoding="utf-8")
             flush_tree(new)
@@ -293,7 +296,7 @@ class BestStore:
             ) from error
 
     def read(self) -> Best | None:
-        """The record of the model that is there; None where there is none."""
+        """The record of the model in the folder. None if there is none. Raises CheckpointError if it cannot be read."""
         self._mend()
         path = self.folder / BEST_RECORD
         if not path.is_file():
@@ -304,9 +307,9 @@ class BestStore:
             raise CheckpointError(f"{path} cannot be read ({error}): remove its folder {self.folder}.") from error
 
     def resumed(self, aim: Aim, saved: Mapping[str, Any] | None) -> Best | None:
-        """What to go on from: the better of a checkpoint's record and of that in the folder, which may be newer.
+        """The best evaluation to resume from: the better of a checkpoint's record and the folder's, which may be newer.
 
-        Raises CheckpointError when they are about another metric.
+        Raises CheckpointError if one of them is for another metric.
         """
         best: Best | None = None
         for found in (Best.from_json(saved) if saved is not None else None, self.read()):
@@ -322,8 +325,9 @@ class BestStore:
         return best
 
     def _mend(self) -> None:
-        """Finish what a killed process had begun between two renames: a folder with a record is complete."""
+        """Finish the renames of a process that was killed between them. A folder with a record is complete."""
         if not self.folder.exists():
+            # killed between the two renames: the new model is complete, the old one is the fallback
             for name in (_NEW, _OLD):
                 if (self.root / name / BEST_RECORD).is_file():
                     (self.root / name).rename(self.folder)

@@ -1,6 +1,6 @@
-"""Advantage estimators and policy losses of the user's own: what they are given, loading them, trying them.
+"""The user's own advantage estimators and policy losses: their arguments, loading and checking.
 
-An advantage estimator (``--advantage_estimator FILE.py:name``) is called once a step, with all its samples::
+An advantage estimator (``--advantage_estimator FILE.py:name``) is called once a step, with all samples of the step::
 
     def estimator(rewards_N, groups_N, sequences_K, penalties_K) -> advantages_K
 
@@ -8,14 +8,14 @@ A policy loss (``--policy_loss_type FILE.py:name``) is called on each micro-batc
 
     def loss(logprobs_K, old_logprobs_K, advantages_K, sequences_K, clip_low, clip_high) -> loss_K
 
-Shape letters: K tokens in the loss, flat, in order; N sequences. ``rewards_N`` (float64) are the scores as the reward gave them,
-``groups_N`` (int64) the prompt of each sequence: samples of one prompt share a number, groups have any size. ``sequences_K``
-(int64) is the sequence of each token, in ascending runs. ``penalties_K`` (float64) is the KL coefficient x the estimated KL of
-each token to the reference, in nats, to be taken off the reward; zeros without a KL in the reward. What an estimator returns is
-used as it is: no clip and no normalisation follows. ``logprobs_K`` has the gradient; old log-probs and advantages are constants.
-A loss is returned for each token; summing and dividing by the count of the whole step (``--loss_aggregation``), the correction
-for the engine, KL and entropy are Togi's. A function takes those of the arguments that it names, and must be pure: equal
-arguments, equal results, no argument changed. ``togi.algo`` has the parts that the built-in ones are made of.
+Shape letters: K tokens in the loss, flat, in order; N sequences. ``rewards_N`` (float64) are the raw scores of the reward.
+``groups_N`` (int64) is the prompt of each sequence: samples of one prompt share a number, and groups may have any size.
+``sequences_K`` (int64) is the sequence of each token, in ascending runs. ``penalties_K`` (float64) is the KL coefficient x the
+estimated KL of each token to the reference, in nats, to subtract from the reward; zeros if the reward has no KL. The result of an
+estimator is used unchanged: no clip and no normalisation follow. ``logprobs_K`` has the gradient; old log-probs and advantages are
+constants. A loss function returns a loss for each token. Togi sums them, divides by the count of the whole step
+(``--loss_aggregation``), and adds the engine correction, KL and entropy. A function gets only the arguments that it names. It must
+be pure: equal arguments give equal results, and no argument is changed. ``togi.algo`` has the parts of the built-in functions.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ from togi.errors import ConfigError
 
 ESTIMATOR = ("rewards_N", "groups_N", "sequences_K", "penalties_K")
 LOSS = ("logprobs_K", "old_logprobs_K", "advantages_K", "sequences_K", "clip_low", "clip_high")
-# Two sequences on their own must have the losses that they have together: rounding is all that may differ.
+# Two sequences must have the same losses alone and together, up to rounding.
 TOLERANCE = 1e-5
 
 
 def load(hook: Hook, flag: str, known: tuple[str, ...]) -> Callable[..., Tensor]:
-    """The function, which is then called with all arguments of ``known`` by name. Raises ConfigError naming ``--flag``."""
+    """Load the function. Call the result with all arguments of ``known`` by name. Raises ConfigError naming ``--flag``."""
     function = hook.function if hook.function is not None else _from_file(hook, flag)
     shown = f"--{flag} {hook}"
     if not callable(function) or inspect.iscoroutinefunction(function):
         raise ConfigError(f"{shown} is not a plain function: give one that takes {', '.join(known)}.")
+    # a wrong parameter name is reported here, before the run starts
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -54,6 +55,7 @@ def load(hook: Hook, flag: str, known: tuple[str, ...]) -> Callable[..., Tensor]
         raise ConfigError(f"{shown} asks for {unknown[0]}, which it cannot have: it may take {', '.join(known)}.")
     wanted = frozenset(known if takes_all else named)
 
+    # the caller passes everything; the function gets only what its signature names
     def call(**arguments: Any) -> Tensor:
         result = function(**{name: value for name, value in arguments.items() if name in wanted})
         assert isinstance(result, Tensor), f"{shown} returned {type(result).__name__}, not a tensor"
@@ -63,19 +65,19 @@ def load(hook: Hook, flag: str, known: tuple[str, ...]) -> Callable[..., Tensor]
 
 
 def load_estimator(hook: Hook) -> Callable[..., Tensor]:
-    """The estimator, to be called with the arguments of ``ESTIMATOR`` by name."""
+    """Load the estimator. Call it with the arguments of ``ESTIMATOR`` by name. Raises ConfigError."""
     return load(hook, "advantage_estimator", ESTIMATOR)
 
 
 def load_policy_loss(hook: Hook) -> Callable[..., Tensor]:
-    """The policy loss, to be called with the arguments of ``LOSS`` by name."""
+    """Load the policy loss. Call it with the arguments of ``LOSS`` by name. Raises ConfigError."""
     return load(hook, "policy_loss_type", LOSS)
 
 
 def check_estimator(hook: Hook, *, penalised: bool) -> None:
-    """Try the estimator on five made-up sequences of three prompts. ``penalised``: a KL is in the reward.
+    """Test the estimator on five made-up sequences of three prompts. ``penalised``: a KL is in the reward.
 
-    Raises ConfigError.
+    Raises ConfigError if the result is invalid, or ignores the KL.
     """
     function, shown = load_estimator(hook), f"--advantage_estimator {hook}"
     arguments = {
@@ -96,9 +98,9 @@ def check_estimator(hook: Hook, *, penalised: bool) -> None:
 
 
 def check_policy_loss(hook: Hook, clip_low: float, clip_high: float, *, clips: bool) -> None:
-    """Try the loss on two made-up sequences, together and alone. ``clips``: the clip range was given by the user.
+    """Test the loss on two made-up sequences, together and alone. ``clips``: the user set the clip range.
 
-    Raises ConfigError.
+    Raises ConfigError if the result is invalid, depends on packing, or ignores the clip range.
     """
     function, shown = load_policy_loss(hook), f"--policy_loss_type {hook}"
 
@@ -119,6 +121,7 @@ def check_policy_loss(hook: Hook, clip_low: float, clip_high: float, *, clips: b
             raise ConfigError(f"{shown} has a gradient that is not finite ({gradient_K.tolist()}).")
         return loss_K.detach(), gradient_K
 
+    # packing must not matter: both sequences in one call, and each in a call of its own
     whole = loss(0, 5, clip_low, clip_high)
     alone = [
         torch.cat(parts) for parts in zip(loss(0, 3, clip_low, clip_high), loss(3, 5, clip_low, clip_high), strict=True)
@@ -128,6 +131,7 @@ def check_policy_loss(hook: Hook, clip_low: float, clip_high: float, *, clips: b
             f"{shown} gives a sequence another loss when other sequences are beside it, so the result would depend on how tokens "
             "are packed: use only tokens of a token's own sequence (sequences_K), and return no mean over tokens."
         )
+    # a clip range eight times as narrow must change some loss or gradient
     if clips and all(torch.equal(a, b) for a, b in zip(whole, loss(0, 5, clip_low / 8, clip_high / 8), strict=True)):
         raise ConfigError(
             f"{shown} does not use clip_low and clip_high, so the clip range has no effect: use them, or leave --eps_clip and "
@@ -136,11 +140,11 @@ def check_policy_loss(hook: Hook, clip_low: float, clip_high: float, *, clips: b
 
 
 def _tried(function: Callable[..., Tensor], shown: str, arguments: Mapping[str, Any], *, tokens: int) -> Tensor:
-    """One call: a finite floating point tensor of one number a token, and no argument changed."""
+    """Call the function once. Raises ConfigError unless it returns one finite float a token and changes no argument."""
     given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
     try:
         result_K = function(**given)
-    except Exception as error:  # whatever the user's code raises is told as it is
+    except Exception as error:  # the user's code may raise anything: report it unchanged
         raise ConfigError(f"{shown} failed on a made-up batch ({type(error).__name__}: {error}).") from error
     if result_K.shape != (tokens,):
         raise ConfigError(
@@ -156,14 +160,14 @@ def _tried(function: Callable[..., Tensor], shown: str, arguments: Mapping[str, 
 
 
 def _from_file(hook: Hook, flag: str) -> Any:
-    """Import the file under a name of its own, its folder importable meanwhile."""
+    """Import the file under a unique module name, with its folder on ``sys.path`` during the import."""
     path, shown = Path(hook.path).expanduser().absolute(), f"--{flag} {hook}"
     name = f"togi_hook_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses and pickles of the file look themselves up
+        sys.modules[name] = module  # dataclasses and pickles of the file look up their module
         sys.path.insert(0, str(path.parent))
         try:
             spec.loader.exec_module(module)

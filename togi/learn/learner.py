@@ -1,10 +1,10 @@
-"""The one training loop: a model that changes, an objective, a schedule.
+"""The training step that all methods share: a trainable model, an objective, a schedule.
 
-``update`` is one optimizer step. The denominator is the sum of ``Objective.count`` over all micro-batches of all
-ranks, added up before the first forward; every micro-batch is divided by it and gradients are summed. So packing,
-accumulation and world size cannot change a gradient. The load-balancing loss of a mixture of experts, which has
-nothing to do with the objective, is added as a mean over the sequences of the step; a second objective (``Mixed``) has
-a denominator of its own. Not here: batches (``togi.data``), sharding (``togi.parallel``), files (``learner_state``).
+``update`` is one optimizer step. Its denominator is the sum of ``Objective.count`` over all micro-batches of all ranks, known
+before the first forward. Every micro-batch's loss is divided by it, and gradients are summed. So packing, accumulation and world
+size cannot change a gradient. The load-balancing loss of a mixture of experts does not depend on the objective: it is added as a
+mean over the sequences of the step. A second objective (``Mixed``) has its own denominator. Not here: batches (``togi.data``),
+sharding (``togi.parallel``), files (``learner_state``).
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ logger = logging.getLogger(__name__)
 class StepOutcome(StrEnum):
     UPDATED = "updated"
     SKIPPED_EMPTY = "skipped_empty"
-    """Nothing was in the loss on any rank."""
+    """No token or row was in the loss on any rank."""
     SKIPPED_NOT_FINITE = "skipped_not_finite"
-    """The gradient norm was NaN or infinite; the weights are as before."""
+    """The gradient norm was NaN or infinite. The weights are unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """``padding_share``: of the positions computed on all ranks, those without a token. ``imbalance``: tokens of the
+    """How evenly a step loads the ranks.
+
+    ``padding_share``: the share of positions without a token among those computed on all ranks. ``imbalance``: tokens of the
     busiest rank / mean over ranks, at least 1.
     """
 
@@ -52,9 +54,8 @@ class UpdateReport:
     """One call of ``Learner.update``. All but ``logprobs`` is the same on every rank.
 
     ``steps``: optimizer steps taken so far. ``learning_rate``: that of this step. ``grad_norm``: global L2 norm before
-    clipping, NaN when nothing was computed. ``count``: the denominator. ``logprobs``: this rank's log-probs at the
-    tokens in the loss before the step, one array a sequence: batch after batch, each in the order of the list it was
-    packed from.
+    clipping, NaN if no gradient was computed. ``count``: the denominator. ``logprobs``: this rank's log-probs (nats) at the tokens
+    in the loss before the step, one array a sequence: batch after batch, each in the order of the list it was packed from.
     """
 
     outcome: StepOutcome
@@ -69,7 +70,7 @@ class UpdateReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixed:
-    """A second objective in the same step: ``coef`` x its sum / its own count, which is over all its batches on all ranks.
+    """A second objective in the same step. It adds ``coef`` x its sum / its count, over all its batches on all ranks.
 
     Its metrics are reported as ``name``/metric.
     """
@@ -81,9 +82,9 @@ class Mixed:
 
 
 class Learner:
-    """A model in training. ``max_norm``: bound on the global gradient norm; ``math.inf`` for none.
+    """Trains one model. ``max_norm``: bound on the global gradient norm; ``math.inf`` for none.
 
-    ``aux_loss_coef``: weight of the load-balancing loss (``togi.algo.balance``), of a mixture of experts only.
+    ``aux_loss_coef``: weight of the load-balancing loss (``togi.algo.balance``), only for a mixture of experts.
     """
 
     def __init__(
@@ -103,13 +104,14 @@ class Learner:
         self.steps = 0
 
     def update(self, micro_batches: Sequence[Batch], mixed: Mixed | None = None) -> UpdateReport:
-        """One optimizer step on the micro-batches of all ranks; ranks may bring different numbers of them, also none.
+        """One optimizer step on the micro-batches of all ranks. Ranks may have different numbers of micro-batches, also none.
 
-        ``mixed`` adds a second objective, on all ranks or on none. A step without anything in the loss of the first, or with a
-        gradient that is not finite, is skipped, logged and reported.
+        ``mixed`` adds a second objective, on all ranks or on none. The step is skipped, logged and reported if the first objective
+        has no token or row in its loss, or if the gradient is not finite.
         """
         backend, rate = self.backend, self.schedule.rate(self.steps)
         world = backend.world
+        # the denominators, over all ranks, before the first forward
         own = [sum(self.objective.count(b) for b in micro_batches), sum(b.num_sequences for b in micro_batches)]
         if mixed is not None:
             own.append(sum(mixed.objective.count(b) for b in mixed.batches))
@@ -118,6 +120,7 @@ class Learner:
         if count == 0:
             logger.warning("optimizer step %d skipped: no token or row is in the loss", self.steps)
             return UpdateReport(StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, Load(0.0, 1.0), {}, ())
+        # forward and backward: gradients are summed over micro-batches and, after the last one, over ranks
         balanced_over = sequences if self.aux_loss_coef > 0 else None
         metrics, logprobs = self._accumulate(
             self.objective, micro_batches, count, balanced_over=balanced_over, last=mixed is None
@@ -125,6 +128,7 @@ class Learner:
         if mixed is not None:
             assert others[0] > 0, "nothing is in the loss of the second objective"
             added, _ = self._accumulate(mixed.objective, mixed.batches, others[0] / mixed.coef, last=True)
+        # clip and step, or drop a gradient that is not finite: every rank sees the same norm
         grad_norm = backend.clip(self.max_norm)
         if math.isfinite(grad_norm):
             backend.step(rate)
@@ -134,6 +138,7 @@ class Learner:
             backend.drop_gradients()
             logger.warning("optimizer step %d skipped: the gradient norm is %s", self.steps, grad_norm)
             outcome = StepOutcome.SKIPPED_NOT_FINITE
+        # metrics over all ranks
         values = self.objective.summary(reduced(merge(world.gather_shares("metrics", metrics))))
         if mixed is not None:
             others_values = mixed.objective.summary(reduced(merge(world.gather_shares("mixed metrics", added))))
@@ -141,9 +146,9 @@ class Learner:
         return UpdateReport(outcome, self.steps, rate, grad_norm, count, self._load(micro_batches), values, logprobs)
 
     def _load(self, micro_batches: Sequence[Batch]) -> Load:
-        """How evenly the tokens of a step lie on the ranks. A rank computes a dummy where another has a batch more.
+        """How evenly the tokens of a step are spread over ranks. A rank computes a dummy batch if another has more batches.
 
-        The ranks of a ring count as one, which has the tokens of their batches.
+        The ranks of a ring count as one.
         """
         tokens, world = float(sum(batch.num_tokens for batch in micro_batches)), self.backend.world
         highest, rounds = world.max("load", [tokens, len(micro_batches)])
@@ -160,10 +165,10 @@ class Learner:
         balanced_over: float | None = None,
         last: bool,
     ) -> tuple[dict[str, Metric], tuple[NDArray[np.float32], ...]]:
-        """Forward and backward over this rank's micro-batches of one objective; returns its metrics and log-probs.
+        """Forward and backward over this rank's micro-batches of one objective. Returns its metrics and log-probs.
 
-        ``divisor``: of the sum of the loss. ``balanced_over``: the sequences of the step, on all ranks, over which the balance
-        loss is a mean; None leaves it out. ``last``: no other batches follow in this step.
+        ``divisor`` divides the sum of the loss. ``balanced_over``: the number of sequences of the step on all ranks, over which
+        the balance loss is a mean; None for no balance loss. ``last``: no other batches follow in this step.
         """
         balanced = balanced_over is not None
         parts: list[Mapping[str, Metric]] = []
@@ -172,6 +177,7 @@ class Learner:
         for batch, real, ends in even_rounds(self.backend.world, micro_batches):
             outputs = objective.forward(model, batch, balance=balanced)
             if real:
+                # divide each micro-batch by the count of the whole step
                 loss = objective.loss(outputs, batch)
                 parts.append(loss.metrics)
                 if objective.needs.logprobs:
@@ -183,5 +189,6 @@ class Learner:
                     parts.append(token_metrics({names.AUX_LOSS: aux_loss}, batch.num_sequences, {}))
                 self.backend.backward(total, ends and last)
             else:
+                # a dummy batch: its zero gradient keeps this rank in the collectives of the others
                 self.backend.backward(nothing(outputs), ends and last)
         return merge(parts), tuple(logprobs)

@@ -1,7 +1,7 @@
-"""A learner on disk: masters and moments as whole tensors in safetensors files, the step, and the random generators.
+"""A learner's state on disk: masters and moments as whole tensors in safetensors files, the step, and the random generators.
 
-Whole tensors fit any number of ranks and either backend. No pickle anywhere. Rank 0 writes, every rank reads its own
-part. Loading checks that model and parameters are the same and refuses with the differences.
+Whole tensors can be loaded by any number of ranks and any backend. No file is a pickle. Rank 0 writes, and every rank loads its
+own part. Loading checks that the model and its parameters are the same, and raises CheckpointError with the differences otherwise.
 """
 
 from __future__ import annotations
@@ -33,22 +33,24 @@ GENERATORS = "generators.json"
 
 
 def expected_bytes(learner: Learner) -> int:
-    """The size on disk: a float32 master and two moments of each trained parameter."""
+    """The size of the state on disk: a float32 master and two moments for each trainable parameter."""
     return sum(3 * spec.nbytes for spec in _specs(learner))
 
 
 def save_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) -> None:
-    """Write the learner's state into ``folder``, which rank 0 makes. Called by all ranks.
+    """Write the learner's state into ``folder``, which rank 0 makes. All ranks call it.
 
-    ``identity`` names what must be the same to go on (model, hash of its configuration, ...).
+    ``identity`` names what must be the same to resume (model, hash of its configuration, ...).
     """
     world = learner.backend.world
     writer = TensorWriter(folder)
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
+    # gathering is collective: every rank runs the loop, rank 0 writes
     for name, tensor in learner.backend.state():
         if world.is_first:
             writer.add(name, tensor)
+    # each rank has its own random streams; rank 0 writes them all
     generators = world.gather("random generators", _generators())
     if world.is_first:
         writer.finish()
@@ -57,13 +59,14 @@ def save_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
         record["learning_rate"] = learner.schedule.state()
         (folder / LEARNER).write_text(json.dumps(record), encoding="utf-8")
         (folder / GENERATORS).write_text(json.dumps(generators), encoding="utf-8")
+    # all ranks wait until the checkpoint is complete
     world.barrier("checkpoint written")
 
 
 def load_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) -> None:
-    """Take back what ``save_learner`` wrote, on any number of ranks. Raises CheckpointError on a different model.
+    """Load the state that ``save_learner`` wrote, on any number of ranks. Raises CheckpointError for a different model.
 
-    Random generators are restored on the ranks that existed at the save; others keep theirs.
+    Random generators are restored on the ranks that existed when saving. Other ranks keep theirs.
     """
     record = json.loads((folder / LEARNER).read_text(encoding="utf-8"))
     _check_identity(record, learner, identity, folder)
@@ -80,8 +83,8 @@ def load_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
 
 
 def check_rank(folder: Path, rank: int) -> None:
-    """Raise CheckpointError if the state in ``folder`` is of an adapter of another rank; ``rank`` 0 is none."""
-    if not (folder / LEARNER).is_file():  # what loads it says what is missing
+    """Raise CheckpointError if the state in ``folder`` has an adapter of another LoRA rank. ``rank`` 0 means no adapter."""
+    if not (folder / LEARNER).is_file():  # the loader reports what is missing
         return
     record = json.loads((folder / LEARNER).read_text(encoding="utf-8"))
     ranks = {shape[0] for name, shape in record["parameters"].items() if ADAPTER_A in name}
@@ -95,9 +98,9 @@ def check_rank(folder: Path, rank: int) -> None:
 
 
 def read_masters(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """The trained parameters that ``save_learner`` wrote, whole and in float32, by the model's own names.
+    """Yield the trained parameters that ``save_learner`` wrote, in full and in float32, by the model's own names.
 
-    ``expected``: names and shapes of the parameters to fill. Raises CheckpointError where others were trained.
+    ``expected``: names and shapes of the parameters to load. Raises CheckpointError if other parameters were saved.
     """
     saved = json.loads((folder / LEARNER).read_text(encoding="utf-8"))["parameters"]
     lines = differences(
@@ -138,7 +141,7 @@ class TensorWriter:
 
 
 class TensorReader:
-    """Finds tensors by name over several files; one tensor in memory at a time."""
+    """Reads tensors by name from several files. Only the requested tensor is in memory."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.handles = [safe_open(file, framework="pt") for file in files]
@@ -155,6 +158,7 @@ def _specs(learner: Learner) -> list[TensorSpec]:
 
 def _check_identity(record: Mapping[str, Any], learner: Learner, identity: Mapping[str, str], folder: Path) -> None:
     saved = [TensorSpec(name, tuple(shape), "float32") for name, shape in record["parameters"].items()]
+    # what identifies the run, then names and shapes of the parameters
     lines = [
         f"{key} is {identity.get(key, 'not set')}, the checkpoint has {record['identity'].get(key, 'none')}"
         for key in sorted(identity.keys() | record["identity"].keys())
@@ -192,23 +196,24 @@ def _restore_generators(states: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
 
 
-# An exponential moving average of trained weights: a smoother policy than the last one.
+# An exponential moving average (EMA) of the trained weights.
 #
-# Each rank keeps some of the parameters whole, in float32, so that the average is spread over ranks like everything else,
-# whichever backend holds the weights. It is updated from gathered parameters, which costs as much as a weight sync in each
-# optimizer step. With LoRA it is that of the adapter's matrices.
+# Each rank keeps some of the parameters whole, in float32. So the average is spread over ranks under any backend. It is updated
+# from gathered parameters, which costs as much as a weight update of an engine in each optimizer step. With LoRA it averages the
+# adapter's matrices.
 
 
 class Ema:
-    """``average <- beta average + (1 - beta) weights`` after each optimizer step, from the weights at the start.
+    """``average <- beta average + (1 - beta) weights`` after each optimizer step, starting from the initial weights.
 
-    ``home``: where the average is kept. Every method is called by all ranks together.
+    ``home``: the device of the average. All methods are collective: all ranks call them together.
     """
 
     def __init__(self, backend: Backend, beta: float, home: torch.device) -> None:
         assert 0 < beta < 1
         self.backend = backend
         self.beta = beta
+        # round robin over ranks
         self._kept = {
             name: tensor.to(home, torch.float32, copy=True)
             for place, (name, tensor) in enumerate(backend.full_parameters(trained_only=True))
@@ -216,7 +221,7 @@ class Ema:
         }
 
     def update(self) -> None:
-        """Take in the present weights."""
+        """Update the average with the current weights."""
         for name, tensor in self.backend.full_parameters(trained_only=True):
             if name in self._kept:
                 kept = self._kept[name]
@@ -225,7 +230,7 @@ class Ema:
     def full_parameters(
         self, dtype: torch.dtype | None = None, *, trained_only: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """As ``Backend.full_parameters``, with the averages in place of what is trained."""
+        """Like ``Backend.full_parameters``, with the averages in place of the trainable parameters."""
         shapes = self.backend.shapes()
         for name, tensor in self.backend.full_parameters(dtype, trained_only=trained_only):
             yield name, self._whole(name, shapes[name]).to(tensor.dtype) if name in shapes else tensor
@@ -244,13 +249,13 @@ class Ema:
         world.barrier("averages written")
 
     def load(self, folder: Path) -> None:
-        """Take back what ``save`` wrote, on any number of ranks."""
+        """Load the averages that ``save`` wrote, on any number of ranks."""
         reader = TensorReader(sorted(folder.glob("*.safetensors")))
         for name, kept in self._kept.items():
             kept.copy_(reader.read(name))
 
     def _whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One average on every rank: those that do not keep it add zeros."""
+        """Broadcast one average to every rank, as a sum: ranks that do not keep it add zeros."""
         world = self.backend.world
         if name in self._kept:
             whole = self._kept[name].to(world.device, copy=True)

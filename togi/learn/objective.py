@@ -1,8 +1,8 @@
-"""What is minimised: an ``Objective`` asks the model for outputs and maps them and the batch to a sum and its metrics.
+"""The ``Objective`` protocol: which outputs the model must compute, and how they and the batch give a loss sum and metrics.
 
 The sum is not divided here. Its denominator, ``count``, is known before any forward, so the learner can add it up over
-micro-batches and ranks and divide once. Here too: cross-entropy, which supervised fine-tuning minimises
-and ``togi rl`` can mix in.
+micro-batches and ranks and divide once. Also here: cross-entropy, the objective of supervised fine-tuning, which ``togi rl`` can
+mix in.
 """
 
 from __future__ import annotations
@@ -30,44 +30,44 @@ class Loss:
 
 
 class Objective(Protocol):
-    """Inherit from this class: then ``forward`` and ``summary`` need not be written."""
+    """Inherit from this class to get its ``forward``, ``judge`` and ``summary``."""
 
     @property
     def needs(self) -> Needs: ...
 
     def count(self, batch: Batch) -> float:
-        """This batch's share of the denominator (tokens, sequences, pairs, ...), at least 0."""
+        """This batch's share of the denominator (tokens, sequences, pairs, ...), at least 0. Needs no forward."""
         ...
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...
 
     def forward(self, model: nn.Module, batch: Batch, *, balance: bool = False) -> Outputs:
-        """Call the model. Overridden by objectives that pass it more, such as a temperature.
+        """Call the model. Override it to pass more arguments, such as a temperature.
 
-        ``balance``: also for the load-balancing loss, which is the learner's business.
+        ``balance``: also compute the load-balancing loss, which the learner adds.
         """
         outputs: Outputs = model(batch, replace(self.needs, balance=balance))
         return outputs
 
     def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """One number a sequence, shape N, that shows people how each held-out one did; empty if there is none to show."""
+        """One number a sequence, shape [N], to show how each held-out sequence did. Empty if the objective has none."""
         return torch.empty(0)
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The step's metrics after reduction; overridden to derive what is no mean of anything, such as a ratio."""
+        """The step's metrics after reduction. Override it to derive metrics that are not means, such as ratios."""
         return dict(values)
 
 
 def sequence_means(values_K: Tensor, batch: Batch) -> Tensor:
-    """The mean of each sequence's values at its tokens in the loss, shape N."""
+    """The mean of each sequence's values at its tokens in the loss, shape [N]."""
     sums_N = values_K.new_zeros(batch.num_sequences).index_add(0, batch.target_sequences_K, values_K)
     return sums_N / batch.tokens_per_sequence_N()
 
 
 def token_metrics(sums: Mapping[str, Tensor], weight: float, maxima: Mapping[str, Tensor]) -> dict[str, Metric]:
-    """Metrics of the tokens of one batch: means from scalar sums over ``weight`` tokens, and maxima.
+    """Metrics of the tokens of one batch: means, from scalar sums over ``weight`` tokens, and maxima.
 
-    One transfer from the device for all of them.
+    All of them take one transfer from the device.
     """
     with torch.no_grad():
         numbers = torch.stack([value.detach().double() for value in (*sums.values(), *maxima.values())]).tolist()
@@ -75,9 +75,7 @@ def token_metrics(sums: Mapping[str, Tensor], weight: float, maxima: Mapping[str
     return means | {name: maximum(number) for name, number in zip(maxima, numbers[len(sums) :], strict=True)}
 
 
-# Supervised fine-tuning and continued pre-training: cross-entropy on the tokens in the loss.
-#
-# Which tokens those are is the data's business.
+# Supervised fine-tuning and continued pre-training: cross-entropy on the tokens in the loss, which ``togi.data`` chooses.
 
 MAX_EXPONENT = 700.0
 
@@ -104,6 +102,6 @@ class SFTObjective(Objective):
         return sequence_means(-outputs.logprobs_K, batch)
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Adds the perplexity, exp(loss): of the mean over the step, since means of perplexities do not add up."""
+        """Add the perplexity, exp(loss), from the mean loss of the step: perplexities themselves cannot be averaged."""
         loss = values[names.LOSS]
         return {**values, names.PERPLEXITY: math.inf if loss > MAX_EXPONENT else math.exp(loss)}

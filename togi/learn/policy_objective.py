@@ -1,9 +1,9 @@
 """The two objectives of online RL over packed batches: the policy loss and the clipped value loss.
 
-The mathematics is in ``togi.algo``; here are the streams it reads and the metrics it reports. Streams of the policy:
-``advantages``; ``old_logprobs`` when more than one update is made on the same rollouts; ``rollout_logprobs``, the engine's,
-when the loss is corrected for them; ``ref_logprobs`` when the KL to a reference is part of the loss, whose coefficient is then
-the value ``kl_coef`` of every sequence. Streams of the critic: ``old_values``, ``returns``. Shape letter: K tokens in the loss.
+The mathematics is in ``togi.algo``. Here are the streams that it reads and the metrics that it reports. Streams of the policy:
+``advantages``; ``old_logprobs`` if the same rollouts get more than one update; ``rollout_logprobs``, those of the engine, if the
+loss is corrected for them; ``ref_logprobs`` if the KL to a reference is part of the loss. The KL coefficient is then the value
+``kl_coef`` of every sequence. Streams of the critic: ``old_values``, ``returns``. Shape letter: K tokens in the loss.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ERROR_SQUARED = "value/error_squared"
 
 @dataclass(frozen=True, slots=True)
 class EngineCorrection:
-    """The weights of ``togi.algo.mismatch``, with its bounds of the ratio trainer / engine."""
+    """The correction of ``togi.algo.mismatch``: its kind and its bounds on the ratio trainer / engine."""
 
     kind: CorrectionType
     low: float
@@ -53,12 +53,12 @@ class EngineCorrection:
 
 @dataclass(frozen=True, slots=True)
 class PolicyObjective(Objective):
-    """A surrogate of ``togi.algo.policy_loss``, less ``entropy_coef`` x entropy, plus the KL penalty, aggregated alike.
+    """A surrogate of ``togi.algo.policy_loss`` - ``entropy_coef`` x entropy + the KL penalty, all aggregated alike.
 
-    A batch without ``old_logprobs`` is the first and only update on its rollouts: the old log-probs are then the
-    forward's own, detached, the ratio is exactly 1 and a scoring pass is saved. With a ``correction`` the surrogate's terms
-    are weighted; with ``against_engine`` the engine's log-probs take the place of the old ones. ``constant`` is the divisor
-    of ``Aggregation.CONSTANT`` in tokens; ``temperature`` is that of sampling.
+    A batch without ``old_logprobs`` gets the first and only update on its rollouts. Its old log-probs are the forward's own,
+    detached: the ratio is exactly 1, and no scoring pass is needed. With a ``correction`` the surrogate's terms are weighted. With
+    ``against_engine`` the engine's log-probs replace the old ones. ``constant`` is the divisor of ``Aggregation.CONSTANT`` in
+    tokens; ``temperature`` is that of sampling.
     """
 
     clip_low: float
@@ -86,6 +86,7 @@ class PolicyObjective(Objective):
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         logprobs_K, entropy_K = outputs.logprobs_K, outputs.entropy_K
+        # the surrogate of each token
         old_K = (
             batch.select(OLD_LOGPROBS).to(logprobs_K.dtype) if OLD_LOGPROBS in batch.streams else logprobs_K.detach()
         )
@@ -94,6 +95,7 @@ class PolicyObjective(Objective):
         if self.correction is not None:
             trust = self._trust(self.correction, old_K, batch)
             loss_K, sums = trust.select(loss_K), _correction_sums(trust)
+        # the aggregation: a weighted sum over tokens
         weights_K = aggregate.token_weights(
             self.aggregation, batch.target_sequences_K, batch.num_sequences, self.constant, logprobs_K.dtype
         )
@@ -104,15 +106,15 @@ class PolicyObjective(Objective):
             names.POLICY_PPO_KL: -terms.log_ratio_K.sum(),
             names.ENTROPY: entropy_K.sum(),
         }
+        # entropy bonus and KL penalty, with the weights of the surrogate
         if self.entropy_coef > 0:
             total = total - self.entropy_coef * (weights_K * entropy_K).sum()
         if self.kl is not None:
             kl_K = kl_estimate(logprobs_K, batch.select(REF_LOGPROBS), self.kl)
-            coef = batch.values[KL_COEF][
-                0
-            ]  # a controller may move it between rollouts; within one it is the same for all
+            coef = batch.values[KL_COEF][0]  # the same for all sequences: a controller changes it only between rollouts
             total = total + coef * (weights_K * kl_K).sum()
             sums[names.KL_REFERENCE] = kl_K.sum()
+        # metrics: the total over the count of the step, all others over tokens
         tokens = logprobs_K.numel()
         maxima = {RATIO_MAX: terms.ratio_K.max()} if tokens > 0 else {}
         minimised = token_metrics({names.POLICY_TOTAL_LOSS: total}, self.count(batch), {})
@@ -141,8 +143,8 @@ class PolicyObjective(Objective):
     def _hooked(
         self, hook: Hook, logprobs_K: Tensor, base_K: Tensor, advantages_K: Tensor, sequences_K: Tensor
     ) -> PolicyTerms:
-        """The user's loss. What is reported as clipped is what lies beyond the clip range, whatever the loss does there."""
-        if logprobs_K.numel() == 0:  # a share without a token to train: no affair of the user's
+        """The user's loss. The clip fraction counts the ratios outside of the clip range, whatever the loss does there."""
+        if logprobs_K.numel() == 0:  # no token to train on this rank: do not call the user's function
             loss_K = logprobs_K
         else:
             loss_K = load_policy_loss(hook)(
@@ -178,7 +180,7 @@ def _correction_sums(trust: TokenWeights) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class ValueObjective(Objective):
-    """The critic's clipped squared error, ``togi.algo.policy_loss.value_loss``, a mean over the tokens of the step."""
+    """The critic's clipped squared error (``togi.algo.policy_loss.value_loss``), a mean over the tokens of the step."""
 
     clip: float
 
@@ -194,6 +196,7 @@ class ValueObjective(Objective):
         old_K, returns_K = (batch.select(name).to(values_K.dtype) for name in (OLD_VALUES, RETURNS))
         loss_K = value_loss(values_K, old_K, returns_K, self.clip)
         errors_K = returns_K - values_K.detach()
+        # first and second moments over tokens, from which ``summary`` derives the variances
         sums: dict[str, Tensor] = {
             names.VALUE_LOSS: loss_K.sum(),
             names.VALUE_MEAN: values_K.sum(),
@@ -205,9 +208,9 @@ class ValueObjective(Objective):
         return Loss(loss_K.sum(), token_metrics(sums, values_K.numel(), {}))
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Adds the explained variance, ``1 - Var(return - value) / Var(return)``: 1 is a perfect critic, 0 a constant.
+        """Add the explained variance, ``1 - Var(return - value) / Var(return)``: 1 for a perfect critic, 0 for a constant.
 
-        NaN where all returns are equal.
+        NaN if all returns are equal.
         """
         shown = dict(values)
         error_variance = shown.pop(_ERROR_SQUARED) - shown.pop(_ERROR) ** 2

@@ -1,9 +1,8 @@
 """Learning rates: Transformers' schedules by their names, as functions of the number of optimizer steps taken.
 
-The unit is optimizer steps, never micro-batches, rollouts or samples. The first step is number 0, so with a warm-up
-it is taken at a rate of 0, as in Transformers (but for cosine_warmup_with_min_lr, which counts it from 1).
-reduce_lr_on_plateau and greedy follow a loss measured on held-out rows instead: they are no function of the step, and what
-they have seen is part of a checkpoint.
+The unit is optimizer steps, never micro-batches, rollouts or samples. The first step is number 0. So with a warm-up its rate is
+0, as in Transformers (except cosine_warmup_with_min_lr, which counts from 1). reduce_lr_on_plateau and greedy are no functions of
+the step: they follow a loss on held-out rows, and their state is part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from togi.config.choices import Scheduler
 from togi.config.shared import TrainSettings
 
-# What a rule that follows a loss has come to, by the names in its state_dict; all else there are settings.
+# The state of a rule that follows a loss, by the names in its state_dict; all other entries are settings.
 _SEEN = ("best", "num_bad_epochs", "num_good_epochs", "reset_start", "last_epoch", "_last_lr")
 
 
@@ -39,9 +38,9 @@ class LearningRate(Protocol):
 class Schedule:
     """``peak``: the highest rate. ``total``: planned optimizer steps. ``warmup``: steps of linear warm-up.
 
-    ``floor``: the lowest rate as a share of the peak, of the kinds that have one. ``cycles``: waves of the cosine, or its
-    number of restarts; None for the kind's own. ``power``: exponent of polynomial. ``decay``: last steps of
-    warmup_stable_decay, in which the rate falls. Steps past ``total`` keep the last rate (inverse_sqrt goes on).
+    ``floor``: the lowest rate as a share of the peak, for the kinds that have one. ``cycles``: waves of the cosine, or its
+    number of restarts; None for the kind's default. ``power``: exponent of polynomial. ``decay``: the last steps of
+    warmup_stable_decay, in which the rate falls. Steps past ``total`` keep the last rate, except that inverse_sqrt decays further.
     """
 
     kind: Scheduler
@@ -55,7 +54,7 @@ class Schedule:
 
     @classmethod
     def of(cls, settings: TrainSettings, peak: float, total: int) -> Self:
-        """The schedule that the flags ask for: shares of the run are rounded up to whole steps."""
+        """The schedule that the flags describe. Shares of the run are rounded up to whole steps."""
         return cls(
             settings.lr_scheduler,
             peak,
@@ -72,10 +71,10 @@ class Schedule:
         return self.peak * self._share(step if self.kind is Scheduler.INVERSE_SQRT else min(step, self._last))
 
     def observe(self, loss: float) -> None:
-        """Nothing: the step alone decides."""
+        """Ignore the loss: the rate depends on the step alone."""
 
     def state(self) -> dict[str, Any]:
-        """Empty: the step alone decides."""
+        """Empty: the rate depends on the step alone."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -83,19 +82,19 @@ class Schedule:
 
     @property
     def _last(self) -> int:
-        """The step at which the schedule has come to its end; after it some kinds of Transformers' rise again."""
+        """The last step of the schedule. After it some of Transformers' schedules would rise again."""
         return max(self.total, self.warmup + 1) - (self.kind is Scheduler.COSINE_WARMUP_WITH_MIN_LR)
 
     @cached_property
     def _share(self) -> Callable[[int], float]:
-        """Transformers' own function of the step: the rate as a share of the peak."""
+        """Transformers' own function from the step to the rate, as a share of the peak."""
         kind, options = self.kind, {} if self.cycles is None else {"num_cycles": self.cycles}
         match kind:
             case Scheduler.COSINE_WITH_MIN_LR | Scheduler.COSINE_WARMUP_WITH_MIN_LR:
                 options["min_lr_rate"] = self.floor
             case Scheduler.POLYNOMIAL if self.floor < 1:
                 options = {"lr_end": self.floor, "power": self.power}
-            case Scheduler.POLYNOMIAL:  # from the peak to the peak, which Transformers refuses
+            case Scheduler.POLYNOMIAL:  # floor = peak, which Transformers refuses
                 kind, options = Scheduler.CONSTANT_WITH_WARMUP, {}
             case Scheduler.WARMUP_STABLE_DECAY:
                 options |= {"num_decay_steps": self.decay, "min_lr_ratio": self.floor}
@@ -108,10 +107,10 @@ class Schedule:
 class MeasuredRate:
     """A rate that follows a held-out loss by torch's ``ReduceLROnPlateau`` or Transformers' ``GreedyLR`` (arXiv 2512.14527).
 
-    ``start``: the first rate after ``warmup`` steps. ``floor``, ``ceiling``: bounds as shares of it (greedy's own are
-    0.001 and 1, which no language model survives). After more than ``patience`` evaluations in a row without a better loss
-    the rate is multiplied by ``factor`` (None: the rule's own); greedy also divides it by ``factor`` after more than
-    ``patience`` better ones in a row. No change is too small to be made.
+    ``start``: the first rate after ``warmup`` steps. ``floor``, ``ceiling``: bounds as shares of ``start``. (GreedyLR's own
+    defaults, 0.001 and 1, are far too high for a language model.) After more than ``patience`` evaluations in a row without a
+    better loss the rate is multiplied by ``factor`` (None: the rule's default). Greedy also divides it by ``factor`` after more
+    than ``patience`` better losses in a row. Even the smallest change is applied.
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class MeasuredRate:
 
     @classmethod
     def of(cls, settings: TrainSettings, start: float, total: int) -> Self:
-        """What the flags ask for. ``total``: planned optimizer steps, for the warm-up."""
+        """The rate that the flags describe. ``total``: planned optimizer steps, for the warm-up."""
         return cls(
             settings.lr_scheduler,
             start,
@@ -146,28 +145,28 @@ class MeasuredRate:
         )
 
     def rate(self, step: int) -> float:
-        """The learning rate of optimizer step ``step``, counted from 0, by what was observed before it."""
+        """The learning rate of optimizer step ``step``, counted from 0, after the losses observed before it."""
         rising = step / self.warmup if step < self.warmup else 1.0
         share: float = self.rule.optimizer.param_groups[0]["lr"]
         return self.start * share * rising
 
     def observe(self, loss: float) -> None:
-        """Take the loss of one evaluation, in nats. One that is not a number counts as no better."""
+        """Update the rate from the loss of one evaluation, in nats. NaN counts as no better."""
         self.rule.step(loss)
 
     def state(self) -> dict[str, Any]:
-        """What a resume needs, as JSON."""
+        """The state for a resume, as JSON."""
         return {name: value for name, value in self.rule.state_dict().items() if name in _SEEN}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state`` gave."""
+        """Load what ``state`` returned."""
         self.rule.load_state_dict(dict(state))
         self.rule.optimizer.param_groups[0]["lr"] = state["_last_lr"][0]
 
 
 def _scheduler(kind: Scheduler, options: Mapping[str, float], **steps: int) -> Any:
-    """Transformers' scheduler of an optimizer whose rate is 1, so that its rates are shares."""
-    from transformers import get_scheduler  # it brings PEFT along: only for those who train
+    """Transformers' scheduler over a dummy optimizer with a rate of 1, so that its rates are shares."""
+    from transformers import get_scheduler  # slow: it imports PEFT too
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     return get_scheduler(kind.value, optimizer, scheduler_specific_kwargs=dict(options), **steps)

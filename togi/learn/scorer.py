@@ -1,6 +1,6 @@
-"""A model that is only read, frozen or a learner's between two steps: log-probs of given tokens, values, scores, losses.
+"""Forwards without gradients, by a frozen model or by a learner's between two steps: log-probs, values, scores, losses.
 
-Below: how ranks keep in step, the scorer, and an objective on held-out batches.
+In this order: batches that keep ranks in step, the scorer, and an objective on held-out batches.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from togi.model.outputs import Needs, Outputs
 from togi.obs.metrics import Metric, merge, reduced
 from togi.parallel.process import World
 
-# Keeping ranks in step when they have different numbers of micro-batches, and results back in the caller's order.
+# Keep ranks in step if they have different numbers of micro-batches, and return results in the caller's order.
 
 DUMMY_TOKENS = 2
 
 
 def even_rounds(world: World, batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool, bool]]:
-    """This rank's batches on its device, then dummies until every rank has had equally many: (batch, is real, is last).
+    """Yield (batch, is real, is last): this rank's batches on its device, then dummies until all ranks have had equally many.
 
-    Sharded models gather their weights in every forward: a rank that stopped early would leave the others waiting.
+    Sharded models gather their weights in every forward. A rank that stopped early would leave the others waiting.
     """
     rounds = int(world.max("micro-batches", [len(batches)])[0])
     for number in range(rounds):
@@ -54,7 +54,7 @@ def dummy_batch() -> Batch:
 
 
 def nothing(outputs: Outputs) -> Tensor:
-    """The loss of a dummy: the sum over no elements, exactly 0, with a graph that reaches every parameter it can."""
+    """The loss of a dummy batch: a sum over no elements, exactly 0, whose graph reaches the parameters of the model."""
     tensors = (
         outputs.logprobs_K,
         outputs.values_K,
@@ -69,6 +69,7 @@ def nothing(outputs: Outputs) -> Tensor:
 
 def per_sequence(per_token_K: Tensor, batch: Batch) -> list[NDArray[np.float32]]:
     """Split values at the tokens in the loss by sequence, in the order of the list that the batch was packed from."""
+    # a pack may reorder its sequences: group the tokens by sequence, then undo the order
     order_K = torch.argsort(batch.target_sequences_K, stable=True)
     sorted_K = per_token_K.detach()[order_K].float().cpu()
     parts = torch.split(sorted_K, batch.tokens_per_sequence_N().tolist())
@@ -81,10 +82,10 @@ Arrays = tuple[NDArray[np.float32], ...]
 
 
 class Scorer:
-    """Runs ``module`` without gradients, in evaluation mode. All ranks call together, with as many batches as each has.
+    """Runs ``module`` without gradients, in evaluation mode. All ranks call it together, each with its own number of batches.
 
-    Results come batch after batch, inside a batch in the order of the list that it was packed from. ``around`` each call
-    is a context to run it in, such as one without the adapter, or with the weights on the device.
+    Results come batch after batch, each in the order of the list that it was packed from. ``around`` makes the context for each
+    call, such as one without the adapter, or with the weights on the device.
     """
 
     def __init__(
@@ -100,17 +101,17 @@ class Scorer:
         return self._per_token(batches, lambda batch: self.module(batch, needs, temperature), lambda o: o.logprobs_K)
 
     def routes(self, batches: Sequence[Batch]) -> Arrays:
-        """The experts that each token in the loss goes to, of a mixture: an array a sequence (tokens x layers x choices)."""
+        """The experts to which a mixture routes each token in the loss: one array [tokens, layers, choices] a sequence."""
         needs = Needs(routes=True)
         return self._per_token(batches, lambda batch: self.module(batch, needs), lambda o: o.routes_KMC)
 
     def values(self, batches: Sequence[Batch]) -> Arrays:
-        """Values of the states in which the tokens in the loss were chosen, arranged like ``logprobs``."""
+        """Values of the states in which the tokens in the loss were chosen: one array a sequence."""
         needs = Needs(values=True)
         return self._per_token(batches, lambda batch: self.module(batch, needs), lambda o: o.values_K)
 
     def scores(self, batches: Sequence[Batch]) -> NDArray[np.float32]:
-        """One score a sequence."""
+        """One score a sequence, in one array."""
         needs = Needs(scores=True)
         parts = [np.empty(0, dtype=np.float32)]
         for outputs, batch in self._run(batches, lambda batch: self.module(batch, needs)):
@@ -129,18 +130,19 @@ class Scorer:
             for batch, real, _ in even_rounds(self.world, batches):
                 with torch.no_grad():
                     outputs = forward(batch)
+                # the forward of a dummy only keeps this rank in the collectives
                 if real:
                     yield outputs, batch
 
 
 # An objective on held-out batches: the same loss and metrics as in training, without gradients.
 #
-# Sums and counts are added over batches and ranks and divided once, so every row counts alike however rows are packed.
+# Sums and counts are added over batches and ranks and divided once, so every row counts alike under any packing.
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Part of an evaluation: the loss as sum and count, and partial metrics. Parts of one set add up.
+    """Part of an evaluation: the loss as sum and count, and partial metrics. The parts of one set add up (``merged``).
 
     ``judged``: ``Objective.judge`` of each sequence, batch after batch, each in the order of the list it was packed from.
     """
@@ -160,7 +162,7 @@ class Measured:
 
 
 def measure(module: nn.Module, objective: Objective, world: World, batches: Sequence[Batch]) -> Measured:
-    """One part of an evaluation, from this rank's batches; all ranks call together. The result is this rank's share."""
+    """Evaluate ``objective`` on this rank's batches. All ranks call it together. Returns this rank's part."""
     module.eval()
     parts = [Measured(0.0, 0.0, {})]
     for batch, real, _ in even_rounds(world, batches):

@@ -1,12 +1,12 @@
 """LoRA: a frozen model with small trained matrices beside its linear layers (Hu et al. 2021, arXiv 2106.09685).
 
-A layer computes ``W x + (alpha / rank) B A x``; only A and B are trained, and a scalar head, which has no good frozen value.
-The layers are PEFT's; the model keeps its class, so everything else treats it as before. QLoRA (Dettmers et al. 2023, arXiv
-2305.14314) is the same over a base in NF4 (``loading``).
+A layer computes ``W x + (alpha / rank) B A x``. Only A and B are trained, and a scalar head, which has no useful frozen value.
+The layers are PEFT's. The model keeps its class, so the rest of the code treats it like any other model. QLoRA (Dettmers et al.
+2023, arXiv 2305.14314) is LoRA over a base in NF4 (``loading``).
 
-Which layers: the ``nn.Linear`` of the decoder, and GPT-2's ``Conv1D``, linear layers whose weight lies as [in, out]. Not the
-language-model head and the embedding, which the fused head reads directly; not experts, which Transformers keeps fused in one
-tensor for a layer.
+Adapted layers: the ``nn.Linear`` of the decoder, and GPT-2's ``Conv1D``, a linear layer whose weight is stored as [in, out]. Not
+adapted: the language-model head and the embedding, because the fused head reads their weights directly; experts, because
+Transformers keeps all experts of a layer in one tensor.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def add_lora(model: PolicyModel | ScalarModel, lora: LoRA) -> None:
 
 
 def _base_path(hf: PreTrainedModel) -> str:
-    """What the adapter says that it belongs to: a folder must be found from anywhere."""
+    """The base model that the adapter names. A folder becomes an absolute path, so that it is found from any directory."""
     path = Path(hf.config.name_or_path)
     return str(path.resolve()) if path.is_dir() else str(hf.config.name_or_path)
 
 
 def target_layers(hf: PreTrainedModel, wanted: Iterable[str]) -> list[str]:
-    """The last parts of the names of the layers that get an adapter. Raises ModelError for a name that has none."""
+    """The last parts of the names of the layers that get an adapter. Raises ModelError for a name without such a layer."""
     linear = [name for name, part in hf.base_model.named_modules() if isinstance(part, nn.Linear | Conv1D)]
     every = sorted({name.rpartition(".")[2] for name in linear})
     targets = list(wanted)
@@ -97,7 +97,7 @@ def _targeted(hf: PreTrainedModel, targets: Iterable[str]) -> Iterator[nn.Module
 
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its frozen base: the reference of a policy that is trained with LoRA."""
+    """Disable the adapter inside the block. The frozen base is the reference model of a policy trained with LoRA."""
     layers = _layers(model)
     # PEFT's own switch also turns requires_grad off and on, and FSDP2 remembers the first value that it sees.
     for layer in layers:
@@ -112,11 +112,12 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 def merged(
     model: PolicyModel | ScalarModel, named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of ``model`` as those of a plain model: ``W + (alpha / rank) B A``, added in float32, in ``dtype``.
+    """Yield the parameters of ``model`` as a plain model has them: ``W + (alpha / rank) B A``, added in float32, in ``dtype``.
 
-    ``named_tensors`` are all parameters, whole, in the order of ``named_parameters``, in which W, A and B of a layer follow
-    each other. Quantised weights come out dequantised. Without adapters this only casts.
+    ``named_tensors`` are all full parameters in the order of ``named_parameters``, where W, A and B of a layer follow each
+    other. Quantised weights are dequantised. Without adapters the tensors are only cast.
     """
+    # W and A wait here until B of the same layer arrives: only one layer is held at a time
     held: dict[str, Tensor] = {}
     for name, tensor in named_tensors:
         layer, separator, rest = name.partition(_BASE)
@@ -139,15 +140,16 @@ def merged(
 
 
 def sent_names(model: PolicyModel, names: Iterable[str]) -> dict[str, str]:
-    """What the trained parameters ``names`` of an adapted model are called on the way to an engine: by checkpoint names.
+    """Map the trainable parameters ``names`` of an adapted model to the names under which an engine receives them.
 
-    Those of ``turned`` are sent transposed, A^T in the place of B and B^T in that of A.
+    A name is the checkpoint name of the layer and A or B. Parameters in ``turned`` are sent transposed: A^T as B and B^T as A.
     """
     ends = {_A: adapter_update.A, _B: adapter_update.B}
     other = {_A: adapter_update.B, _B: adapter_update.A}
     across = turned(model, names := list(names))
     parts = {name: name.partition(_A if _A in name else _B) for name in names}
     layers = list(dict.fromkeys(layer for layer, _, _ in parts.values()))
+    # checkpoint_tensors renames and sorts: a number in place of each weight shows which layer got which name
     numbered = ((f"{layer}.weight", torch.tensor(number)) for number, layer in enumerate(layers))
     weights = {layers[int(number)]: name for name, number in checkpoint_tensors(model, numbered)}
     return {
@@ -157,22 +159,22 @@ def sent_names(model: PolicyModel, names: Iterable[str]) -> dict[str, str]:
 
 
 def _as_it_lies(layer: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B whose product is added to the weight as it lies: of one that lies as [in, out], (B A)^T = A^T B^T."""
-    # as engines get them: sums of other layouts are rounded in another order
+    """A and B in the layout of the stored weight. For a weight stored as [in, out]: (B A)^T = A^T B^T."""
+    # contiguous, as engines receive them: a product of another memory layout is rounded in another order
     return (b.T.contiguous(), a.T.contiguous()) if layer.fan_in_fan_out else (a, b)
 
 
 def as_sent(
     model: PolicyModel, names: Iterable[str], named_tensors: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The trained parameters ``names``, which ``named_tensors`` yields whole, as they go to an engine."""
+    """Yield the trainable parameters ``names`` as they are sent to an engine. ``named_tensors`` yields them in full."""
     names = list(names)
     sent, across = sent_names(model, names), turned(model, names)
     return ((sent[name], tensor.T.contiguous() if name in across else tensor) for name, tensor in named_tensors)
 
 
 def sent_specs(model: PolicyModel, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorSpec, ...]:
-    """Names and shapes of what ``as_sent`` yields."""
+    """Names, shapes and dtype of the tensors that ``as_sent`` yields."""
     sent, across = sent_names(model, shapes), turned(model, shapes)
     kind = str(adapter_update.DTYPE).removeprefix("torch.")
     return tuple(
@@ -181,13 +183,13 @@ def sent_specs(model: PolicyModel, shapes: Mapping[str, tuple[int, ...]]) -> tup
 
 
 def turned(model: PolicyModel, names: Iterable[str]) -> set[str]:
-    """Those of the trained parameters ``names`` whose layer's weight lies as [in, out]."""
+    """The subset of the trainable parameters ``names`` whose layer stores its weight as [in, out]."""
     layers: dict[str, Any] = {name: model.get_submodule(name.partition(".lora_")[0]) for name in names}
     return {name for name, layer in layers.items() if layer.fan_in_fan_out}
 
 
 def adapter_scale(model: PolicyModel) -> float:
-    """What B A is multiplied by, in every layer: alpha / rank."""
+    """The factor of B A, the same in every layer: alpha / rank."""
     (scale,) = {float(part.scaling[ADAPTER]) for part in _layers(model)}
     return scale
 
@@ -197,7 +199,7 @@ def _layers(model: nn.Module) -> list[Any]:
 
 
 def full_weight(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """``tensor``, or what the quantised ``parameter`` stands for."""
+    """``tensor`` itself, or its dequantised value if ``parameter`` is quantised."""
     state: Any = getattr(parameter, "quant_state", None)  # only bitsandbytes' parameters have one
     if state is None:
         return tensor
@@ -215,15 +217,17 @@ def save_adapter(
 ) -> None:
     """Write a folder that PEFT loads: the adapter (and a scalar head) in float32, its configuration, the tokenizer.
 
-    ``named_tensors`` are the trained parameters, whole, by the names of ``model``. There is no ``config.json``: with one
-    Transformers would look for a whole model. What training puts into that file, the name of the head and the statistics of
-    rewards, is in ``value_head.json``.
+    ``named_tensors`` are the trainable parameters in full, by the names of ``model``. No ``config.json`` is written, because
+    Transformers would then look for a whole model. The values that training puts into that file, the name of the head and the
+    reward statistics, are in ``value_head.json``.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    # a copy on the CPU: safetensors refuses tensors that share memory
     kept = {
         adapter_name(name): tensor.to("cpu", torch.float32, copy=True).contiguous() for name, tensor in named_tensors
     }
     save_file(kept, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    # the record of peft.PeftModel.save_pretrained, which is not called since the model keeps its class
     config: LoraConfig = next(iter(_peft_configs(model)))
     record = config.to_dict() | {
         "target_modules": sorted(config.target_modules or ()),

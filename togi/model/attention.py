@@ -4,18 +4,18 @@ Shape letters: T packed tokens, H query heads, G key/value heads, D head size; n
 are a context of C tokens followed by their own L: M = C + L.
 
 The functions receive the ``Segments`` table as the keyword ``segments`` of the model's forward. A token sees the chain
-of prefixes of its segment and its own segment up to itself, nothing else.
+of prefixes of its segment, and its own segment up to itself, and nothing else.
 
 * ``togi_segments``: one SDPA call for each run of equal segments, any device (on a CPU by ``host_attention``).
-* ``togi_varlen``: FlashAttention's variable-length kernels, CUDA only: one call, and one more for what is shared
+* ``togi_varlen``: FlashAttention's variable-length kernels, CUDA only: one call, and one more for each level of shared prefixes
   (``flash_prefixes``). The name avoids the word "flash", which makes Transformers look for a kernel of that name and lets
   models replace it by another.
 * ``togi_dense``: the whole [T, T] mask and a plain softmax, as the reference in tests.
 
-A shared prefix is not recomputed by the layers. Where its keys are gathered again for every continuation, attention
-costs what it does in the plain layout, less the prompt's own part: each response must read the prompt's keys anyway.
+The layers compute a shared prefix once. Where a back end gathers the prefix's keys again for every continuation, attention costs
+as much as in the plain layout, less the prompt's own part: each response must read the prompt's keys anyway.
 
-Whatever a model asks of attention that a back end cannot do is an error, never ignored.
+An attention feature that a back end does not support raises ModelError. It is never ignored.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ DENSE = "togi_dense"
 
 Table = TypeVar("Table")
 
-# "dropout" and "is_causal" are looked at on their own; router logits are recorded by hooks outside of attention
+# check_asked checks "dropout" and "is_causal" itself; hooks outside of attention record the router logits
 _HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "dropout", "is_causal", "output_router_logits"})
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """``count`` consecutive segments of ``length`` tokens that continue the same ``chain`` of runs, outermost first."""
+    """``count`` consecutive segments of ``length`` tokens each, which share the same ``chain`` of prefix runs, outermost first."""
 
     count: int
     length: int
@@ -61,7 +61,7 @@ class Run:
 
 @lru_cache(maxsize=8)
 def plan_runs(segments: Segments) -> tuple[Run, ...]:
-    """Group neighbouring segments that one SDPA call can do. A segment that others continue is a run of its own."""
+    """Group neighbouring segments that fit one SDPA call. A segment that is the prefix of others is a run of its own."""
     runs: list[Run] = []
     run_of: dict[int, int] = {}
     prefixes = set(segments.prefixes_S)
@@ -78,7 +78,7 @@ def plan_runs(segments: Segments) -> tuple[Run, ...]:
 
 
 def seen_by(runs: Sequence[Run], run: Run) -> int:
-    """How many keys each segment of a run has before it and in it."""
+    """The number of keys that a segment of the run attends to: its prefixes and itself."""
     return sum(runs[link].length for link in run.chain) + run.length
 
 
@@ -95,7 +95,10 @@ def segment_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA run by run. ``query`` is [1, H, T, D], ``key`` and ``value`` [1, G, T, D]; the result is [1, T, H, D]."""
+    """SDPA run by run. ``query`` is [1, H, T, D], ``key`` and ``value`` [1, G, T, D]; the result is [1, T, H, D].
+
+    Raises ModelError for capped attention scores, which SDPA does not support.
+    """
     table = _checked(type(module).__name__, query, attention_mask, segments, others)
     if softcap is not None:
         raise ModelError(
@@ -103,6 +106,7 @@ def segment_attention(
             "use --flash_attn on a CUDA device."
         )
     runs = plan_runs(table)
+    # on a CPU: one C kernel for all runs, with masks only where the window cuts
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         totals = [seen_by(runs, run) for run in runs]
@@ -113,6 +117,7 @@ def segment_attention(
             for run, total in zip(runs, totals, strict=True)
         )
         return host_attention(query[0], key[0], value[0], runs, masks, scale).transpose(0, 1)[None], None
+    # elsewhere: one SDPA call a run, each with the keys of its prefixes in front
     sizes = [run.tokens for run in runs]
     # split, not slices: the backward of a split is one concatenation, that of a slice a full-size tensor of zeros
     queries, keys, values = (torch.split(x[0].transpose(0, 1), sizes) for x in (query, key, value))
@@ -155,7 +160,7 @@ def _attend(q_nLHD: Tensor, k_nMGD: Tensor, v_nMGD: Tensor, scaling: float | Non
 
 
 def visible_keys(length: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which of ``total`` keys each of the last ``length`` tokens sees (bool, [L, M]); None if plain causality says it.
+    """Which of ``total`` keys each of the last ``length`` tokens sees (bool, [L, M]). None where ``is_causal`` is enough.
 
     ``window`` counts keys, the token itself included, as Transformers does.
     """
@@ -185,19 +190,21 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """One call of ``flash_attn_varlen_func`` (flash-attn 2.1 or newer, whose causal mask is aligned bottom-right).
 
-    With shared prefixes ``flash_prefixes`` does without gathered keys, but for a window that cuts, capped scores and heads of odd
-    sizes. Written against the documented signature and tested on CPU with a stand-in of it; the kernel itself needs CUDA.
+    Shared prefixes go to ``flash_prefixes``, which gathers no keys. It takes no window that cuts, no capped scores, and only head
+    sizes that are multiples of eight. The code follows the documented signature and is tested on CPU with a stand-in of the
+    kernel, which itself needs CUDA.
     """
     table = _checked(type(module).__name__, query, attention_mask, segments, others)
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
     longest = max(table.context_length(s) + length for s, length in enumerate(table.lengths_S))
-    # PyTorch's kernel leaves filling heads up to a multiple of eight to its callers
+    # PyTorch's kernel does not pad the head size to a multiple of eight: flash-attn does
     as_it_is = query.shape[-1] % 8 == 0 and softcap is None and not _is_windowed(sliding_window, longest)
     if as_it_is and not table.is_plain:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend_to_prefixes(q_THD, k_TGD, v_TGD, table, scale)[None], None
     from flash_attn import flash_attn_varlen_func
 
+    # the fallback for prefixes: gather the keys of the whole chain again for every segment
     index, starts_q, starts_k = varlen_table(table, query.device)
     if not table.is_plain:
         k_TGD, v_TGD = k_TGD.index_select(0, index), v_TGD.index_select(0, index)
@@ -242,7 +249,7 @@ def dense_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The definition, with nothing left out and nothing fast: softmax of masked scores in the input dtype."""
+    """The reference definition: softmax of the masked scores in the input dtype. Slow, O(T^2) memory."""
     table = _checked(type(module).__name__, query, attention_mask, segments, others)
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -276,7 +283,10 @@ def _checked(
 
 
 def check_asked(name: str, attention_mask: Tensor | None, table: Table | None, asked: dict[str, Any]) -> Table:
-    """The table, once nothing is asked of the attention layer ``name`` that would be ignored."""
+    """The table, if the attention layer ``name`` passes no argument that would be ignored.
+
+    Raises ModelError for a missing table, attention dropout, attention that is not causal, or any other unknown argument.
+    """
     if table is None:
         raise ModelError(f"{name} was called without its segment table: this architecture cannot be trained packed.")
     if asked.get("dropout", 0.0) > 0:
@@ -293,7 +303,7 @@ def check_asked(name: str, attention_mask: Tensor | None, table: Table | None, a
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:
-    """The mask is in the segment table."""
+    """Make no mask: the segment table says what a token sees."""
 
 
 for _name, _function in ((SEGMENTS, segment_attention), (VARLEN, varlen_attention), (DENSE, dense_attention)):

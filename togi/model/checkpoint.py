@@ -1,4 +1,4 @@
-"""Writing model folders: plain Hugging Face, which is safetensors, config, generation config and tokenizer."""
+"""Writing model folders in plain Hugging Face form: safetensors, config, generation config and tokenizer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FullParameters(Protocol):
 
 @cache
 def expected_manifest(path: str, dtype: str, trust_remote_code: bool = False) -> tuple[TensorSpec, ...]:
-    """The tensors that a causal language model of this folder sends, from its config alone; ``dtype``: "bfloat16"."""
+    """The tensors of a weight update of this folder's language model, from its config alone. ``dtype`` as in "bfloat16"."""
     kind: torch.dtype = getattr(torch, dtype)
     config = read_config(path, trust_remote_code)
     model = PolicyModel(skeleton(AutoModelForCausalLM, config, kind, trust_remote_code))
@@ -48,7 +48,7 @@ def expected_manifest(path: str, dtype: str, trust_remote_code: bool = False) ->
 
 
 def check_base_files(model: str, dtype: str, trust_remote_code: bool) -> None:
-    """Raise ModelError where engines could not read the weights that they merge an adapter into."""
+    """Raise ModelError if the files lack a weight that engines merge an adapter into."""
     BaseFiles.of(model, expected_manifest(model, dtype, trust_remote_code))
 
 
@@ -62,13 +62,14 @@ def save_hf(
 ) -> None:
     """Write a folder that plain Transformers loads. Not atomic: see ``written_aside``.
 
-    ``named_tensors`` are the full parameters by the names of ``model`` (which itself may be sharded and is only asked for
-    its configuration); at most ``shard_bytes`` of them are held at a time.
+    ``named_tensors`` are the full parameters by the names of ``model``. The model itself may be sharded: only its configuration
+    is read. At most ``shard_bytes`` of tensors are held at a time.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _write_shards(directory, checkpoint_tensors(model, named_tensors), dtype, shard_bytes)
     config: Any = copy.deepcopy(model.hf.config)
     config.dtype = dtype
+    # FSDP2 puts "FSDP" before the class name of a sharded model
     config.architectures = [type(model.hf).__name__.removeprefix("FSDP")]
     config.save_pretrained(directory)
     if isinstance(model, PolicyModel) and model.hf.can_generate():
@@ -76,6 +77,7 @@ def save_hf(
         model.hf.generation_config.to_json_file(directory / "generation_config.json")
     tokenizer.save_pretrained(directory)
     source = Path(model.hf.config.name_or_path)
+    # a model with code of its own needs its Python files beside the weights
     if getattr(config, "auto_map", None) and source.is_dir():
         for module in source.glob("*.py"):
             shutil.copy(module, directory)
@@ -88,13 +90,14 @@ def save_trained(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> None:
-    """Write what was trained: a whole model, or with LoRA the adapter (``adapters.save_adapter``).
+    """Write the trained model, or with LoRA only the adapter (``adapters.save_adapter``).
 
-    Gathering takes all ranks: all of them call this, with a ``directory`` on the one that writes.
+    Collective: all ranks call it to gather the parameters. The rank that writes passes ``directory``, the others None.
     """
     adapter = model.is_adapted
     tensors = full_parameters(None if adapter else dtype, trained_only=adapter)
     if directory is None:
+        # the gather is collective: ranks that do not write must take part in it
         for _ in tensors:
             pass
     elif adapter:
@@ -108,7 +111,7 @@ def save_trained(
 def whole_tensors(
     model: PolicyModel | ScalarModel, full_parameters: FullParameters, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """All parameters as a plain model has them, by checkpoint names: adapters are merged into the weights."""
+    """Yield all full parameters by checkpoint name, with adapters merged into the weights."""
     if not model.is_adapted:
         return checkpoint_tensors(model, full_parameters(dtype))
     from togi.model.adapters import merged
@@ -118,10 +121,10 @@ def whole_tensors(
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """Yields a folder to write a model into; its files are moved to ``target`` when the block ends well.
+    """Yield a folder to write a model into, and move its files to ``target`` when the block ends without an error.
 
-    The folder lies inside the target, so it is on the same disk. Weights that an earlier model left in the target are removed:
-    Transformers would read them before those of a model in several files. Raises WriteError, and then leaves nothing new.
+    The folder is inside the target, so it is on the same disk. Weights of an earlier model in the target are removed: Transformers
+    would read a single old file before a new model in several files. Raises WriteError and then leaves no new file.
     """
     aside = target.absolute() / UNFINISHED
     shutil.rmtree(aside, ignore_errors=True)
@@ -129,6 +132,7 @@ def written_aside(target: Path) -> Iterator[Path]:
         with writing(target):
             aside.mkdir(parents=True)
             yield aside
+            # the new model is complete: remove the old weights, then move the new files in
             for pattern in WEIGHT_FILES:
                 for stale in target.glob(pattern):
                     stale.unlink()
@@ -144,7 +148,7 @@ def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype:
     files: list[list[str]] = []
     total, size, held = 0, 0, dict[str, Tensor]()
     for name, tensor in tensors:
-        # a copy of its own: safetensors refuses views, and a shard should not keep what the caller lets go of
+        # a copy of its own: safetensors refuses views, and a shard must not keep memory that the caller frees
         ready = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
         if held and size + ready.nbytes > shard_bytes:
             files.append(_write_shard(directory, len(files), held))
@@ -153,6 +157,7 @@ def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype:
         size += ready.nbytes
         total += ready.nbytes
     files.append(_write_shard(directory, len(files), held))
+    # the final names contain the number of files, which is known only now
     if len(files) == 1:
         _shard(directory, 0).rename(directory / "model.safetensors")
         return

@@ -1,7 +1,7 @@
-"""The layers of a model by ``torch.compile``: one region a layer, compiled once for all layers that are alike.
+"""``torch.compile`` for the layers of a model: one region a layer, compiled once for all layers that are alike.
 
-Attention is left out, and runs between the parts: what it does depends on the segment table, of which every pack has its own.
-Only the forward itself is compiled, not the call around it, where sharding and recomputing hook in.
+Attention is not compiled and runs between the compiled parts, because it depends on the segment table, which differs for every
+pack. Only ``forward`` is compiled, not ``__call__``, where the hooks of sharding and recomputing are.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from togi.model.ring_attention import RING, ring_attention
 from togi.plan.machine import check_compiler
 
 RECOMPILE_LIMIT = 64
-"""Ways to call a layer that are compiled, such as without gradients; beyond it the layer would run as it is, without a word."""
+"""The most variants of a layer that are compiled, such as one without gradients. Beyond it torch silently runs eagerly."""
 
 
 def check_compiled(kind: str) -> None:
-    """Raise ModelError or ConfigError where layers of this type cannot be compiled: before weights are read."""
+    """Raise ModelError or ConfigError if layers of this model type cannot be compiled. Call it before weights are read."""
     if kind not in COMPILABLE:
         raise ModelError(
             f"--torch_compile is tested with {', '.join(COMPILABLE)} models, and this is a {kind} model: leave the flag out."
@@ -35,8 +35,9 @@ def check_compiled(kind: str) -> None:
 
 
 def compile_layers(hf: PreTrainedModel) -> None:
-    """Let every layer's forward be compiled when it is first called, for any number of tokens; what is built stays on disk."""
+    """Compile every layer's forward at its first call, for any number of tokens. The result is cached on disk."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_folder("inductor") / processor_mark()))
+    # a graph break around attention, whose Python code reads the segment table
     for name, function in ((SEGMENTS, segment_attention), (VARLEN, varlen_attention), (RING, ring_attention)):
         AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
     clock.start()
@@ -47,7 +48,7 @@ def compile_layers(hf: PreTrainedModel) -> None:
 
 
 class CompileClock:
-    """``parts``: how many were compiled in this process, or read from disk."""
+    """Measures the time that compiling takes. ``parts``: regions compiled in this process or loaded from the disk cache."""
 
     def __init__(self) -> None:
         self.parts = 0
@@ -55,7 +56,7 @@ class CompileClock:
         self._begun = 0.0
 
     def start(self) -> None:
-        """From now on; a second call changes nothing."""
+        """Start measuring. A second call has no effect."""
         from torch._dynamo.callback import callback_handler  # takes a second to import
 
         if self._begin not in callback_handler.start_callbacks:
@@ -70,7 +71,7 @@ class CompileClock:
         self._seconds += time.perf_counter() - self._begun
 
     def take_seconds(self) -> float:
-        """How long that took since the last call."""
+        """Seconds spent compiling since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 

@@ -1,8 +1,8 @@
-"""Weights that stay on disk until a part of the model is wanted.
+"""Deferred loading: weights stay on disk until a part of the model is needed.
 
-A model that will be sharded is built without weights; then ``togi.parallel`` has a part read, shards it and lets go of the rest
-before it has the next one read. So a process never holds more than its shards and one part: a decoder block, or what is
-outside of blocks. Names and layouts of checkpoints are Transformers' business, whose own loader (5.19) is called for each part.
+A model that will be sharded is built without weights. Then ``togi.parallel`` loads one part, shards it and frees the rest before
+it loads the next part. So a process never holds more than its shards and one part: a decoder block, or all that is outside of
+blocks. Transformers' own loader (5.19) is called for each part, since it knows the names and layouts of checkpoints.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from transformers.utils import logging as hf_logging
 from togi.model.hub import local_folder
 
 Reader = Callable[[nn.Module], None]
-"""Reads the weights of a part of a model that are still on disk."""
+"""Loads the weights of a part of a model that are still on disk."""
 
 
 def nothing_left(part: nn.Module) -> None:
-    """The reader of a model that was read at once."""
+    """The reader of a model whose weights are already loaded."""
 
 
 def files_of(path: str) -> list[Path]:
-    """The safetensors files of a model folder or hub name, from which a part alone can be read; none if it has others."""
+    """The safetensors files of a model folder or hub name. Empty if the folder has no such files, so nothing can be deferred."""
     folder = Path(local_folder(path))
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
@@ -48,9 +48,10 @@ def _already_whole() -> None:
 
 
 class Deferred:
-    """The reader of ``hf``, which was built on the meta device. Part by part, and in the end the whole model.
+    """The reader of ``hf``, which was built on the meta device. Call it for each part, and last for the whole model.
 
-    ``renames``: patterns of checkpoint names, to be replaced. ``finish`` makes in the end what the checkpoint need not have.
+    ``renames``: patterns of checkpoint names and their replacements. ``finish`` runs at the end and makes the weights that the
+    checkpoint may lack, such as a new head.
     """
 
     def __init__(self, hf: PreTrainedModel, path: str, files: list[Path], renames: Mapping[str, str]) -> None:
@@ -60,33 +61,37 @@ class Deferred:
         self._names = {module: name for name, module in hf.named_modules()}
         self._targets = dict(self._places())
         self._left = set(self._targets)
+        # meta tensors have no values, and buffers and the generation config are not in the weight files
         _make_buffers(hf)
         if hf.can_generate() and (Path(local_folder(path)) / "generation_config.json").is_file():
             hf.generation_config = GenerationConfig.from_pretrained(local_folder(path))
 
     @property
     def missing(self) -> set[str]:
-        """Parameters that the files do not have."""
+        """Names of the parameters that are not in the files."""
         there = {target for target, _ in self._targets.values()}
         return {name for name, _ in self._hf.named_parameters()} - there - set(self._hf.all_tied_weights_keys)
 
     def __call__(self, part: nn.Module) -> None:
-        """``part`` is a module of the model, or one that holds it."""
+        """Load the weights of ``part``: a module of the model, or a module that contains the whole model."""
         prefix = f"{self._names[part]}." if part in self._names else ""
+        # each tensor is loaded once: the last call, for the whole model, takes what no part took
         wanted = [key for key in sorted(self._left) if self._targets[key][0].startswith(prefix)]
         self._left -= set(wanted)
         trained = {name: parameter.requires_grad for name, parameter in part.named_parameters()}
         with quiet(), _opened(self._files) as handles:
             slices = {key: handles[self._targets[key][1]].get_slice(key) for key in wanted}
             convert_and_load_state_dict_in_model(self._hf, slices, LoadStateDictConfig(weight_mapping=self._mapping))
+        # the whole model: everything is loaded now, so tied weights can be tied again
         if not prefix:
             self.finish()
             self._hf.tie_weights()
+        # the loader puts in new parameters: keep which of them are trainable
         for name, parameter in part.named_parameters():
             parameter.requires_grad_(trained[name])
 
     def _places(self) -> Iterator[tuple[str, tuple[str, Path]]]:
-        """For each tensor of the files the parameter that it becomes, or a part of, and its file."""
+        """Yield for each tensor of the files: its key, the parameter that it becomes (or is merged into), and its file."""
         parameters: dict[str, Any] = dict(self._hf.state_dict())
         renamings = [each for each in self._mapping if isinstance(each, WeightRenaming)]
         converters = [each for each in self._mapping if isinstance(each, WeightConverter)]
@@ -104,7 +109,7 @@ def _opened(files: list[Path]) -> Iterator[dict[Path, Any]]:
 
 
 def _make_buffers(hf: PreTrainedModel) -> None:
-    """Buffers that no checkpoint has, such as the frequencies of rotary embeddings."""
+    """Make the buffers that no checkpoint has, such as the frequencies of rotary embeddings, on the CPU."""
     for module in hf.modules():
         names = [name for name, _ in module.named_buffers(recurse=False)]
         for name in names:
@@ -115,7 +120,7 @@ def _make_buffers(hf: PreTrainedModel) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, and no report of missing weights: that is an error of ours, not a warning."""
+    """Silence progress bars and the report of missing weights: for Togi that is an error, not a warning (``check_complete``)."""
     verbosity = hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()

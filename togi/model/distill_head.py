@@ -1,8 +1,8 @@
-"""The fused head with a teacher beside it: log-probs of the tokens and the divergence from the teacher, both chunked.
+"""The fused head with a teacher: log-probs of the tokens and the divergence from the teacher, both in chunks.
 
-Shape letters as in ``logprob_head``; J is the teacher's hidden size. The student's and the teacher's logits of one block
-of tokens exist at a time, never those of all tokens; the backward recomputes both tile by tile. The formulas are in
-``togi.algo.kl``. Not here: running the teacher.
+Shape letters as in ``logprob_head``; J is the teacher's hidden size. Only one block of tokens has its student and teacher logits
+in memory at a time. The backward recomputes both tile by tile. The formulas are in ``togi.algo.kl``. Not here: running the
+teacher.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from togi.model.logprob_head import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TeacherLogits:
-    """A frozen model's logits for the tokens in the loss, not computed yet: hidden states and its head.
+    """A frozen model's logits for the tokens in the loss, before the head is applied: its hidden states and its head.
 
-    ``kind`` is the divergence that is wanted. Nothing here gets a gradient.
+    ``kind`` selects the divergence. No tensor here gets a gradient.
     """
 
     states_KJ: Tensor
@@ -51,7 +51,7 @@ def distill_logprobs(
     transform: LogitTransform | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """The student's log-probability of each target and its divergence from the teacher; in nats, float32, shape K.
+    """The student's log-probability of each target and its divergence from the teacher, both in nats, float32, shape [K].
 
     Both are differentiable with respect to the student. ``temperature`` divides both models' logits. ``chunk_bytes``
     bounds one tile of logits of both models together.
@@ -86,13 +86,16 @@ class _DistillHead(torch.autograd.Function):
         step = own.tokens(weight_VH.shape[0])
         for start in range(0, total, step):
             rows = slice(start, start + step)
+            # the student: log-softmax in place
             logits_kV = own.logits(hidden_KH[rows], weight_VH, bias_V)
             norm_K[rows] = logits_kV.logsumexp(1)
             logp_kV = logits_kV.sub_(norm_K[rows, None])
             logprobs_K[rows] = logp_kV.gather(1, targets_K[rows, None]).squeeze(1)
+            # the teacher: the same tokens, in the second half of the chunk
             teacher_kV = others.logits(teacher.states_KJ[rows], teacher.weight_VJ, teacher.bias_V)
             teacher_norm_K[rows] = teacher_kV.logsumexp(1)
             divergence_K[rows] = divergence(teacher_kV.sub_(teacher_norm_K[rows, None]), logp_kV, teacher.kind)
+        # beside the inputs only a few numbers a token are kept: the backward recomputes the logits
         ctx.save_for_backward(hidden_KH, weight_VH, bias_V, targets_K, norm_K, teacher_norm_K, divergence_K)
         ctx.extra = teacher, own, others
         ctx.set_materialize_grads(False)
@@ -112,6 +115,7 @@ class _DistillHead(torch.autograd.Function):
             bias_v = None if teacher.bias_V is None else teacher.bias_V[words]
             teacher_kv = others.logits(teacher.states_KJ[rows], teacher.weight_VJ[words], bias_v)
             teacher_kv.sub_(teacher_norm_K[rows, None])
+            # d divergence / d logits, then d log-prob / d logits = onehot - p
             grad_kv = divergence_gradient(teacher_kv, logp_kv, divergence_K[rows], teacher.kind)
             grad_kv.mul_(up_divergence_K[rows, None])
             grad_kv.sub_(logp_kv.exp_().mul_(up_K[rows, None]))

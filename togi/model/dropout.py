@@ -1,7 +1,7 @@
-"""No dropout while a model trains: its log-probs are compared with a reference's, an engine's or their own of before.
+"""Switch off dropout in training, because log-probs are compared with those of a reference, an engine or an earlier forward.
 
-A model reads its rates from its configuration when it is built, as modules or as numbers for functions; so they are set to 0
-there, under whatever names it has. ``--lora_dropout`` is not a part of the model, and stays.
+A model reads its dropout rates from its configuration when it is built, and keeps them in modules or passes them to functions. So
+the rates are set to 0 in the configuration, under any name. ``--lora_dropout`` is not part of the model and stays.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-# "jitter" is what routers of experts multiply their inputs by in training.
+# "jitter" is the noise by which routers of experts multiply their inputs in training.
 NOISE = ("drop", "jitter")
-# Rates of heads for other tasks, which no model here has.
+# Rates of heads for other tasks, which Togi does not load.
 OTHER_HEADS = ("classifier", "summary")
 
 
 def switch_off(config: PreTrainedConfig) -> dict[str, float]:
-    """Set every rate to 0, in place. Returns what was not, by the configuration's own keys."""
+    """Set every rate to 0, in place. Returns the rates that were not 0, by the configuration's own keys."""
     return _zeroed(vars(config))
 
 
@@ -52,6 +52,6 @@ def remove_fixed(model: nn.Module) -> None:
 
 
 def notice(path: str, rates: Mapping[str, float]) -> str:
-    """What is said about it."""
+    """The warning for the user about the ``rates`` that were switched off."""
     told = ", ".join(f"{key} {rate:g}" for key, rate in sorted(rates.items()))
     return f"{path}: dropout is off in training ({told} in its config.json, 0 in that of the trained model)"

@@ -1,16 +1,16 @@
-"""FlashAttention of a pack in which segments continue others, without a second copy of any key.
+"""FlashAttention over a pack with shared prefixes, without a second copy of any key.
 
-Shape letters as in ``attention``: T packed tokens, H query heads, G key/value heads, D head size; R of the tokens ask, U are
-asked.
+Shape letters as in ``attention``: T packed tokens, H query heads, G key/value heads, D head size. In one call R of the tokens are
+queries and U are keys.
 
-Each token sees its own segment causally, which one variable-length call does for the whole pack, and its prefixes whole: a
-second call does those that continue nothing, where all that continues a prompt is one long row of queries to it; one more call
-does each deeper level of a tree of turns. The parts are joined by their log-sum-exps; given the whole output and the whole
-log-sum-exp the kernel's backward of a part is the part of the backward (``partial_attention``). So what is kept for the backward
-is what the layer has, where gathered keys would be kept once for every continuation.
+Each token attends causally to its own segment: one variable-length call for the whole pack. It attends to all tokens of its
+prefixes: a second call for the outermost prefixes, where all continuations of a prompt are one long row of queries; one more call
+for each deeper level of a tree of turns. The partial results are joined by their log-sum-exps. Given the joined output and
+log-sum-exp, the kernel's backward of a part is that part of the whole gradient (``partial_attention``). So the backward keeps only
+the layer's own tensors. Gathered keys would be kept once for every continuation.
 
-The kernels are those that come with PyTorch (``torch.nn.attention.varlen`` calls the same operators, but its gradient takes no
-joined output); CUDA and half precision only. They were run on tensors without data and with a stand-in, as there was no GPU.
+The kernels come with PyTorch, for CUDA and half precision only. (``torch.nn.attention.varlen`` calls the same operators, but its
+gradient takes no joined output.) They were tested on tensors without data and with a stand-in, as there was no GPU.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _FLASH_BACKWARD = torch.ops.aten._flash_attention_backward
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Level:
-    """One call: some tokens of the pack, in pieces, ask others, in as many pieces.
+    """One kernel call: pieces of queries, each of which attends to the piece of keys at the same place.
 
-    ``queries_R`` and ``keys_U``: their packed indices. ``starts_q`` and ``starts_k``: bounds of the pieces (int32).
-    ``longest``: as many tokens as the longest piece of queries has, or more, and that of keys.
+    ``queries_R`` and ``keys_U``: packed indices of the tokens. ``starts_q`` and ``starts_k``: bounds of the pieces (int32).
+    ``longest``: upper bounds on the tokens in a piece of queries and in a piece of keys.
     """
 
     queries_R: Tensor
@@ -47,7 +47,7 @@ class Level:
     causal: bool
 
     def attend(self, q_RHD: Tensor, k_UGD: Tensor, v_UGD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Output [R, H, D] and log-sum-exp [H, R]."""
+        """Attention of this level alone. Returns the output [R, H, D] and the log-sum-exp [H, R]."""
         bounds = (self.starts_q, self.starts_k, *self.longest)
         out_RHD, lse_HR, *_ = _FLASH(q_RHD, k_UGD, v_UGD, *bounds, 0.0, self.causal, False, scale=scale)
         assert lse_HR.shape == (q_RHD.shape[1], q_RHD.shape[0])
@@ -56,9 +56,9 @@ class Level:
     def backward(
         self, grad_RHD: Tensor, inputs: tuple[Tensor, Tensor, Tensor], out_RHD: Tensor, lse_HR: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of ``inputs`` (q, k, v), given output and log-sum-exp over all keys of all levels."""
+        """Gradients of ``inputs`` (q, k, v). ``out_RHD`` and ``lse_HR`` are those over the keys of all levels."""
         bounds = (self.starts_q, self.starts_k, *self.longest)
-        random = torch.zeros(2, dtype=torch.uint64, device=grad_RHD.device)  # nothing is dropped out
+        random = torch.zeros(2, dtype=torch.uint64, device=grad_RHD.device)  # no dropout: the seed is not used
         unused = torch.empty(0, device=grad_RHD.device)
         grads: tuple[Tensor, Tensor, Tensor] = _FLASH_BACKWARD(
             grad_RHD, *inputs, out_RHD, lse_HR, *bounds, 0.0, self.causal, random, unused, scale=scale
@@ -68,11 +68,12 @@ class Level:
 
 @lru_cache(maxsize=8)
 def levels_of(segments: Segments, device: torch.device) -> tuple[Level, ...]:
-    """The calls on a pack: every segment on itself, then on what it continues, outermost first."""
+    """The calls for a pack: first every segment on itself, then on its prefixes, outermost first."""
     everyone = range(len(segments))
     levels = [_level(segments, [(s, [s]) for s in everyone], causal=True, device=device)]
     chains = [segments.chain(s)[:-1] for s in everyone]
     for depth in range(max(map(len, chains))):
+        # one piece for each prefix at this depth: all segments below it are its queries
         asking: dict[int, list[int]] = {}
         for s, chain in enumerate(chains):
             if depth < len(chain):
@@ -82,7 +83,7 @@ def levels_of(segments: Segments, device: torch.device) -> tuple[Level, ...]:
 
 
 def _level(segments: Segments, pieces: list[tuple[int, list[int]]], *, causal: bool, device: torch.device) -> Level:
-    """``pieces``: a segment that is asked, and those that ask it."""
+    """``pieces``: the segment of the keys, and the segments of the queries."""
 
     def side(pieces: list[list[int]]) -> tuple[Tensor, Tensor, int]:
         lengths = [sum(segments.lengths_S[s] for s in piece) for piece in pieces]
@@ -92,31 +93,33 @@ def _level(segments: Segments, pieces: list[tuple[int, list[int]]], *, causal: b
 
     queries_R, starts_q, longest_q = side([asking for _, asking in pieces])
     keys_U, starts_k, longest_k = side([[asked] for asked, _ in pieces])
-    # where no piece has more than one query the kernel would take the way for decoding, which orders heads otherwise
+    # at least 2: with one query a piece the kernel takes its path for decoding, which orders heads differently
     return Level(queries_R, keys_U, starts_q, starts_k, (max(2, longest_q), longest_k), causal)
 
 
 def attend_to_prefixes(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, scale: float) -> Tensor:
-    """Attention of every token to its segment up to itself and to all that this continues; [T, H, D]."""
+    """Attention of every token to its segment up to itself and to all prefixes of that segment. Returns [T, H, D]."""
     levels = levels_of(segments, q_THD.device)
     out_THD: Tensor = _FlashPrefixes.apply(q_THD, k_TGD, v_TGD, levels, scale)  # type: ignore[no-untyped-call]
     return out_THD
 
 
 class _FlashPrefixes(torch.autograd.Function):
-    """The first of ``levels`` is of all tokens in order."""
+    """The first of ``levels`` holds all tokens in their order; the others hold some of them."""
 
     @staticmethod
     def forward(
         ctx: Any, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, levels: tuple[Level, ...], scale: float
     ) -> Tensor:
         own, *others = levels
+        # each token on its own segment, then the result of each level of prefixes joined in
         part_THD, lse_HT = own.attend(q_THD, k_TGD, v_TGD, scale)
         out_THD, lse_TH = full_precision(part_THD), lse_HT.t().contiguous()
         for level in others:
             rows, keys = level.queries_R, level.keys_U
             part_RHD, part_HR = level.attend(q_THD[rows], k_TGD[keys], v_TGD[keys], scale)
             out_THD[rows], lse_TH[rows] = join(out_THD[rows], lse_TH[rows], full_precision(part_RHD), part_HR.t())
+        # joined in float32, rounded once
         narrow_THD = out_THD.to(q_THD.dtype)
         ctx.save_for_backward(q_THD, k_TGD, v_TGD, narrow_THD, lse_TH)
         ctx.levels, ctx.scale = levels, scale
@@ -129,6 +132,7 @@ class _FlashPrefixes(torch.autograd.Function):
         own, *others = ctx.levels
         whole = own.backward(grad_THD, (q_THD, k_TGD, v_TGD), out_THD, lse_TH.t().contiguous(), ctx.scale)
         d_q, d_k, d_v = (full_precision(x) for x in whole)
+        # sum over levels in float32: a token is a query and a key in several of them
         for level in others:
             rows, keys = level.queries_R, level.keys_U
             inputs = (q_THD[rows], k_TGD[keys], v_TGD[keys])

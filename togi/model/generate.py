@@ -1,4 +1,4 @@
-"""Text from a model, streamed, for a conversation. Rollouts do not come from here (``togi.rollout``)."""
+"""Streamed text generation for a conversation (``togi chat``). Rollouts are in ``togi.rollout``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from togi.model.loading import check_4bit, dtype_of, keep_layout, nf4
 
 @dataclass(frozen=True, slots=True)
 class Answering:
-    """How an answer is drawn. ``temperature`` 0 is greedy; ``top_p`` is not used then."""
+    """How an answer is sampled. ``temperature`` 0 is greedy and ignores ``top_p``."""
 
     max_new_tokens: int
     temperature: float
@@ -39,7 +39,7 @@ class Answering:
 def load_generator(
     path: str, *, bf16: bool, trust_remote_code: bool, flash_attn: bool = False, in_4bit: bool = False
 ) -> PreTrainedModel:
-    """A causal language model for generation, on the accelerator if there is one. Raises ModelError."""
+    """Load a causal language model for generation, on the accelerator if there is one. Raises ModelError if that fails."""
     hf_logging.disable_progress_bar()
     dtype = dtype_of(bf16)
     if in_4bit:
@@ -63,10 +63,10 @@ def load_generator(
 def stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], how: Answering
 ) -> Iterator[str]:
-    """Pieces of text as they are generated, without special tokens.
+    """Yield pieces of text as they are generated, without special tokens.
 
-    Raises ModelError before the first piece if ``tokens`` leave no position for an answer; one that reaches the
-    model's last position ends there.
+    Raises ModelError before the first piece if ``tokens`` leave no position for an answer. An answer ends at the model's last
+    position.
     """
     room = positions(model) - len(tokens)
     if room < 1:
@@ -87,20 +87,21 @@ def stream(
         "repetition_penalty": how.repetition_penalty,
         **sampling,
     }
+    # generate in a thread, so that this generator can yield text while the model runs
     stop = _Stop()
     with ThreadPoolExecutor(1, thread_name_prefix="generate") as threads:
         done = threads.submit(_generate, model, arguments | {"stopping_criteria": StoppingCriteriaList([stop])})
         try:
             yield from streamer
         finally:
-            stop.asked.set()  # the reader may leave early, by Ctrl-C
+            stop.asked.set()  # the reader may stop early, by Ctrl-C
         done.result()
 
 
 def positions(model: PreTrainedModel) -> int:
-    """The longest sequence the model was made for, in tokens."""
+    """The longest sequence that the model was made for, in tokens. 2^31 if its configuration sets no limit."""
     found = position_limit(model.config.to_dict())
-    if found is None:  # what rotary scaling stretches has a number all the same
+    if found is None:  # rotary scaling stretches the limit, but the configuration still has a number
         found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) else 2**31
 
@@ -109,12 +110,12 @@ def _generate(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     try:
         model.generate(**arguments)
     except BaseException:
-        arguments["streamer"].end()  # else the reader would wait for ever
+        arguments["streamer"].end()  # otherwise the reader would wait for ever
         raise
 
 
 class _Stop(StoppingCriteria):  # type: ignore[misc]
-    """Ends the generation at its next token once ``asked`` is set."""
+    """Ends the generation at its next token once the event ``asked`` is set."""
 
     def __init__(self) -> None:
         self.asked = Event()

@@ -1,4 +1,4 @@
-"""A model by hub name, as a folder on this machine."""
+"""Download a model from the Hugging Face hub and return its local folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
 def local_folder(model: str) -> str:
-    """The folder itself, or the hub's files in the cache (downloaded first if they are not there).
+    """``model`` itself if it is a folder, or else the folder of the hub's files in the cache, downloaded if they are missing.
 
     Raises ModelError when the name is unknown or the hub cannot be reached.
     """

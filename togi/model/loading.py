@@ -1,7 +1,7 @@
-"""Reading model folders into the two model roles.
+"""Load model folders into the two model roles, ``PolicyModel`` and ``ScalarModel``.
 
-Not here: writing folders and checkpoint names (``checkpoint``), which architectures are fit (``support``), reading a part at a
-time (``deferred``), sharding.
+Not here: writing folders and checkpoint names (``checkpoint``), which architectures are supported (``support``), loading a part
+at a time (``deferred``), sharding.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ Model = TypeVar("Model", PolicyModel, ScalarModel)
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model's folder or hub id, and how it is read.
+    """A model's folder or hub id, and how to load it.
 
-    ``dtype``: of the weights. ``layers``: who computes them. ``lora``: with new adapters, and all else frozen, in NF4 if so
-    asked, computing in ``dtype``. ``recompute``: with activation checkpointing. ``in_4bit``: a model that is only read, its
-    body in NF4. ``defer``: leave the weights on disk for ``model.read``, where that can be done.
+    ``dtype``: of the weights. ``layers``: the implementation of the layers. ``lora``: add new adapters and freeze the base, which
+    computes in ``dtype`` and is in NF4 if ``lora.load_in_4bit``. ``recompute``: with activation checkpointing. ``in_4bit``: for a
+    model that is not trained, its body in NF4. ``defer``: leave the weights on disk for ``model.read``, where that is possible.
     """
 
     path: str
@@ -70,11 +70,11 @@ class ModelSource:
     def of(
         cls, config: ModelSettings, path: str, device: torch.device, *, in_ring: bool, trained: bool, defer: bool
     ) -> ModelSource:
-        """As the flags ask for a model on this kind of device. A ring has attention of its own."""
+        """The source that the flags describe, for this kind of device. ``in_ring``: ring attention replaces FlashAttention."""
         on_cuda = device.type == "cuda"
         return cls(
             path,
-            # what is trained has float32 masters; frozen weights under an adapter need none
+            # full training needs float32 masters; frozen weights under an adapter do not
             dtype_of(config.bf16 and (not trained or config.lora is not None)),
             flash_attn=config.flash_attn and on_cuda and not in_ring,
             trust_remote_code=config.trust_remote_code,
@@ -90,14 +90,14 @@ class ModelSource:
 
 
 def dtype_of(bf16: bool) -> torch.dtype:
-    """The numbers that ``--bf16`` asks for."""
+    """The dtype that ``--bf16`` selects."""
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def load_causal_lm(source: ModelSource) -> PolicyModel:
-    """A causal language model on CPU, in training mode, with its dropout off.
+    """Load a causal language model on the CPU, in training mode, with its dropout off.
 
-    Raises ModelError if the folder cannot be read or lacks weights, or if it cannot be trained packed.
+    Raises ModelError if the folder cannot be read, lacks weights, or has an architecture that cannot be trained packed.
     """
     config = _fit_config(source)
     hf, reader = _load(AutoModelForCausalLM, _Reading(source, config))
@@ -107,11 +107,11 @@ def load_causal_lm(source: ModelSource) -> PolicyModel:
 
 
 def load_scalar_model(source: ModelSource, *, init_head: bool = False, value_head_prefix: str = HEAD) -> ScalarModel:
-    """A critic or reward model, as ``load_causal_lm``; with ``lora`` the head is trained whole.
+    """Load a critic or reward model, like ``load_causal_lm``. With ``lora`` the whole head is trained too.
 
-    ``value_head_prefix`` names the head in the checkpoint; one in config.json wins. A missing head is an error unless
-    ``init_head``, which always draws a new head from a normal distribution with standard deviation 1/(hidden + 1), from
-    torch's seed alone.
+    ``value_head_prefix`` names the head in the checkpoint; a name in config.json takes precedence. A missing head is an error
+    unless ``init_head`` is set, which always draws a new head from a normal distribution with standard deviation 1/(hidden + 1).
+    The draw depends on torch's seed alone.
     """
     config = _fit_config(source)
     prefix = getattr(config, "value_head_prefix", value_head_prefix)
@@ -121,6 +121,7 @@ def load_scalar_model(source: ModelSource, *, init_head: bool = False, value_hea
     renames = {} if prefix == HEAD else {rf"^{prefix}\.": f"{HEAD}."}
     optional = frozenset({f"{HEAD}.weight"}) if init_head else frozenset[str]()
     hf, reader = _load(AutoModelForSequenceClassification, _Reading(source, config, renames, optional))
+    # a deferred model draws its head last: the weights do not exist yet
     if init_head and isinstance(reader, Deferred):
         reader.finish = partial(_init_head, hf)
     elif init_head:
@@ -131,7 +132,7 @@ def load_scalar_model(source: ModelSource, *, init_head: bool = False, value_hea
 
 
 def _fit_config(source: ModelSource) -> PreTrainedConfig:
-    """The model's config without dropout. Raises ModelError where its layers cannot be computed as asked."""
+    """The model's config with dropout off. Raises ModelError if its layers do not support ``source.layers``."""
     config = read_config(source.path, source.trust_remote_code)
     dropout.switch_off(config)
     if source.layers is Layers.LIGER:
@@ -142,7 +143,7 @@ def _fit_config(source: ModelSource) -> PreTrainedConfig:
 
 
 def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's config.json. Raises ModelError if there is none."""
+    """Load the model's config.json. Raises ModelError if it cannot be read."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -163,10 +164,10 @@ def check_causal_lm(
     asked: str = "",
     longest: int = 0,
 ) -> None:
-    """Raise ModelError for what config.json alone tells about a model that cannot be trained. Loads no weights.
+    """Raise ModelError if config.json alone shows that the model cannot be trained. Loads no weights.
 
-    ``longest`` is the longest sequence, which the flags ``asked`` allow. ``balanced``: with a load-balancing loss. Both raise
-    ConfigError. Says which dropout is switched off.
+    ``longest``: the longest sequence that the flags named in ``asked`` allow. ``balanced``: with a load-balancing loss. Both raise
+    ConfigError if the model does not support them. Logs which dropout is switched off.
     """
     config = read_config(path, trust_remote_code)
     check_length(asked, longest, path, config.to_dict())
@@ -174,8 +175,10 @@ def check_causal_lm(
     if balanced:
         check_mixture(path, config.model_type)
     source = ModelSource(path, torch.float32, flash_attn, trust_remote_code)
+    # the architecture, on a skeleton without weights
     model = _refuse(AutoModelForCausalLM, source, config)
     if lora is not None:
+        # the adapter: its packages, its target layers, its quantisation
         _check_package("lora_rank", "peft")
         if lora.load_in_4bit:
             check_4bit()
@@ -192,7 +195,7 @@ def check_causal_lm(
 
 
 def known_tokens(path: str, trust_remote_code: bool = False) -> int:
-    """How many tokens the embedding of a model has a row for; of an adapter, that of the base that it names."""
+    """The number of rows of a model's embedding. For an adapter: that of the base model that it names."""
     record = Path(path) / ADAPTER_CONFIG
     if record.is_file() and not (Path(path) / "config.json").is_file():
         path = str(json.loads(record.read_text(encoding="utf-8"))["base_model_name_or_path"])
@@ -200,7 +203,7 @@ def known_tokens(path: str, trust_remote_code: bool = False) -> int:
 
 
 def check_4bit() -> None:
-    """Raise ModelError if ``--load_in_4bit`` lacks its package."""
+    """Raise ModelError if the package for ``--load_in_4bit`` is not installed."""
     _check_package("load_in_4bit", "bitsandbytes")
 
 
@@ -220,7 +223,7 @@ def skeleton(
 
 @dataclass(frozen=True)
 class _Reading:
-    """``renames`` maps patterns of checkpoint names to ours, ``optional`` weights may be missing."""
+    """``renames`` maps patterns of checkpoint names to ours. ``optional`` names the weights that may be missing."""
 
     source: ModelSource
     config: PreTrainedConfig
@@ -229,7 +232,7 @@ class _Reading:
 
 
 def _refuse(auto_class: Any, source: ModelSource, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model's skeleton, if it is fit."""
+    """The model's skeleton. Raises ModelError if the architecture is not supported."""
     refuse_other_parts(config)
     try:
         model = skeleton(auto_class, config, source.dtype, source.trust_remote_code)
@@ -243,10 +246,12 @@ def _refuse(auto_class: Any, source: ModelSource, config: PreTrainedConfig) -> P
 
 
 def _load(auto_class: Any, read: _Reading) -> tuple[PreTrainedModel, Reader]:
-    """The model, and what reads it if its weights could be left on disk."""
+    """The model, and the reader of its weights, which has nothing to do unless they were left on disk."""
     source, config = read.source, read.config
     attention = _attention(source.flash_attn)
+    # refuse an unsupported architecture before any weight is read
     empty = _refuse(auto_class, source, config)
+    # only proven architectures: the packing check of the others runs the model at once
     defer = source.defer and source.lora is None and not source.in_4bit and config.model_type in PROVEN
     files = files_of(source.path) if defer else []
     if files:
@@ -254,6 +259,7 @@ def _load(auto_class: Any, read: _Reading) -> tuple[PreTrainedModel, Reader]:
         reader = Deferred(empty, source.path, files, read.renames)
         check_complete(source.path, reader.missing, read.optional)
         return empty, reader
+    # load all weights now
     with quiet():
         model, info = auto_class.from_pretrained(
             source.path,
@@ -272,7 +278,7 @@ def _load(auto_class: Any, read: _Reading) -> tuple[PreTrainedModel, Reader]:
 
 
 def check_complete(path: str, missing: Iterable[str], optional: Set[str] = frozenset()) -> None:
-    """Raise ModelError for parameters that a checkpoint should have."""
+    """Raise ModelError if parameters are ``missing`` in a checkpoint and not ``optional``."""
     lacks = sorted(set(missing) - optional)
     if lacks:
         only_head = lacks == [f"{HEAD}.weight"]
@@ -292,7 +298,7 @@ def _attention(flash_attn: bool) -> str:
 
 
 def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's format: 4-bit normal floats with quantised scales."""
+    """QLoRA's format (arXiv 2305.14314): 4-bit normal floats with quantised scales. ``compute``: the dtype of matrix products."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -303,10 +309,10 @@ def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
 
 
 def keep_layout(hf: nn.Module) -> None:
-    """Keep quantised weights in the one layout that training and merging read.
+    """Keep quantised weights in the layout that training and merging read.
 
-    On CPUs with bfloat16 instructions bitsandbytes repacks them in the first evaluation, which fails for layers whose inputs are
-    no multiple of its blocks and leaves scales of another order behind.
+    On CPUs with bfloat16 instructions bitsandbytes repacks them in the first evaluation. That fails for layers whose input size is
+    not a multiple of its blocks, and leaves the scales in another order.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -316,7 +322,7 @@ def keep_layout(hf: nn.Module) -> None:
 
 
 def _init_head(hf: PreTrainedModel) -> None:
-    """From a generator of its own: what else was drawn before depends on how the model was loaded."""
+    """Draw a new head. The generator is its own, because earlier draws depend on how the model was loaded."""
     head: Any = hf.score
     if head.weight.is_meta:
         head.weight = nn.Parameter(torch.empty_like(head.weight, device="cpu"))
@@ -327,8 +333,10 @@ def _init_head(hf: PreTrainedModel) -> None:
 def _ready(model: Model, source: ModelSource) -> Model:
     recompute, lora, layers = source.recompute, source.lora, source.layers
     dropout.remove_fixed(model)
+    # before kernels and adapters change the layers: the proof compares with the plain model
     if model.hf.config.model_type not in PROVEN:
         verify_packing(model)
+    # replace layers first, since adapters wrap the layers that they find
     if layers is Layers.LIGER:
         apply_liger(model.hf)
     elif layers is Layers.STANDARD:
@@ -342,6 +350,7 @@ def _ready(model: Model, source: ModelSource) -> Model:
             model.hf.enable_input_require_grads()
     if recompute is not None:
         use_recompute(model.hf, recompute)
+    # last: it compiles the forward that all of the above left
     if layers is Layers.COMPILED:
         compile_layers(model.hf)
     model.train()

@@ -1,13 +1,13 @@
 """The fused head: log-probabilities and entropies straight from hidden states, without logits for all tokens.
 
-Shape letters: K tokens in the loss, H hidden size, V vocabulary, R a few tokens of it; k and v are tiles of K and V.
+Shape letters: K tokens in the loss, H hidden size, V vocabulary, R a few chosen tokens of it; k and v are tiles of K and V.
 
 ``[K, V]`` is never materialised. The forward walks over blocks of tokens and keeps only the log-normaliser of each
 token. The backward recomputes logits tile by tile, vocabulary in the outer loop, so that a slice of the weight's
 gradient is complete before the next one starts: no ``[V, H]`` accumulator is needed, and sums are float32.
 Matrix products run in the dtype of the weight, everything after them in float32 (float64 stays float64).
 
-Not here: choosing which tokens, which is the policy model's business.
+Not here: the choice of tokens (``policy``).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ TILE_ROWS_V = 4096
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What a model does to its logits after the head's matrix product: ``cap * tanh(scale * x / cap)``.
+    """The function that a model applies to its logits after the head's matrix product: ``cap * tanh(scale * x / cap)``.
 
-    ``softcap`` 0 means no capping. Gemma 2 caps; Granite and Cohere scale.
+    ``softcap`` 0 means no capping: ``scale * x``. Gemma 2 caps; Granite and Cohere scale.
     """
 
     scale: float = 1.0
     softcap: float = 0.0
 
     def __call__(self, raw: Tensor, temperature: float) -> Tensor:
-        """Final logits / temperature, in place of ``raw`` (float32 or float64)."""
-        # each factor is a pass over the largest tensor there is: one where two would do, none where it is 1
+        """Final logits / temperature, computed in place of ``raw`` (float32 or float64)."""
+        # each factor is a pass over the largest tensor of all: merge factors, and skip a factor of 1
         if self.softcap > 0:
             return raw.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / temperature)
         factor = self.scale / temperature
@@ -69,10 +69,10 @@ def token_logprobs(
     entropy: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and, if asked for, the entropy of its distribution; in nats, float32, shape K.
+    """Log-probability of each target and, with ``entropy``, the entropy of its distribution; in nats, float32, shape [K].
 
-    The distribution is softmax(logits / temperature). Both results are differentiable; the entropy is an empty tensor
-    when not asked for. ``chunk_bytes`` bounds one float32 tile of logits; peak memory is about three tiles.
+    The distribution is softmax(logits / temperature). Both results are differentiable. Without ``entropy`` the second
+    is an empty tensor. ``chunk_bytes`` bounds one float32 tile of logits; peak memory is about three tiles.
     """
     assert temperature > 0, "temperature must be positive"
     assert hidden_KH.dtype == weight_VH.dtype, f"hidden is {hidden_KH.dtype}, the head's weight is {weight_VH.dtype}"
@@ -83,7 +83,7 @@ def token_logprobs(
 
 @dataclass(frozen=True, slots=True)
 class HeadSettings:
-    """How logits are made, and how many at a time."""
+    """How logits are computed, and how many at a time."""
 
     temperature: float
     transform: LogitTransform
@@ -95,17 +95,17 @@ class HeadSettings:
 
     @property
     def factor(self) -> float:
-        """Of raw logits, where none is capped."""
+        """The factor from raw logits to logits / temperature, without capping."""
         return self.transform.scale / self.temperature
 
     def kernels(self, hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> HostKernels | None:
-        """Those for logits of this kind, if there are some."""
+        """The C kernels for these logits, or None: they support scaled logits without a bias or capping."""
         scaled_only = bias_V is None and self.transform.softcap == 0 and self.factor > 0
         return kernels_for(hidden_KH, weight_VH) if scaled_only else None
 
     def logits(self, hidden_kH: Tensor, weight_vH: Tensor, bias_v: Tensor | None) -> Tensor:
         raw_kv = hidden_kH @ weight_vH.T
-        # .float() of a float32 product is the product itself: free to be changed in place, nobody else has it
+        # float() of a float32 product returns the product itself, which nobody else holds: it may be changed in place
         wide_kv = full_precision(raw_kv)
         if bias_v is not None:
             wide_kv += bias_v
@@ -113,7 +113,7 @@ class HeadSettings:
 
 
 def _chosen_norm_entropy(logits_kV: Tensor, targets_k: Tensor, *, entropy: bool) -> tuple[Tensor, ...]:
-    """The target's logit, the log-sum-exp and, if asked for, the entropy; overwrites ``logits_kV``."""
+    """The target's logit, the log-sum-exp and, with ``entropy``, the entropy. Overwrites ``logits_kV``."""
     chosen_k = logits_kV.gather(1, targets_k[:, None]).squeeze(1)
     top_k = logits_kV.amax(1)
     below_kV = logits_kV.sub_(top_k[:, None])
@@ -136,6 +136,7 @@ class _FusedHead(torch.autograd.Function):
         norm_K = torch.empty_like(chosen_K)
         entropy_K = torch.empty(total if settings.entropy else 0, dtype=wide, device=hidden_KH.device)
         step, kernels = settings.tokens(weight_VH.shape[0]), settings.kernels(hidden_KH, weight_VH, bias_V)
+        # all words for a block of tokens at a time; nothing of size [k, V] outlives the loop
         for start in range(0, total, step):
             rows = slice(start, start + step)
             if kernels is None:
@@ -169,6 +170,7 @@ class _FusedHead(torch.autograd.Function):
             return grad_kv
 
         kernels = settings.kernels(hidden_KH, weight_VH, bias_V)
+        # one C pass over a tile where there is a kernel, else PyTorch's operators
         if kernels is None:
             tile = through_logits(hidden_KH, weight_VH, bias_V, settings, gradient)
         else:
@@ -184,7 +186,7 @@ class _FusedHead(torch.autograd.Function):
 
 
 Tile = Callable[[slice, slice], Tensor]
-"""Some rows and words to the gradient of the head's matrix product there, [k, v]."""
+"""Maps a slice of tokens and a slice of the vocabulary to the gradient of the head's matrix product there, [k, v]."""
 
 
 def through_logits(
@@ -194,12 +196,14 @@ def through_logits(
     settings: HeadSettings,
     gradient: Callable[[Tensor, slice, slice], Tensor],
 ) -> Tile:
-    """``gradient(logits_kv, rows, words)`` turns a recomputed tile of logits, which it may overwrite, into the gradient
-    with respect to it.
+    """A tile that recomputes the logits and takes their gradient back through the logit transform.
+
+    ``gradient(logits_kv, rows, words)`` returns the gradient with respect to a tile of logits, which it may overwrite.
     """
 
     def tile(rows: slice, words: slice) -> Tensor:
         logits_kv = settings.logits(hidden_KH[rows], weight_VH[words], None if bias_V is None else bias_V[words])
+        # before ``gradient`` overwrites the logits
         slope = settings.transform.slope(logits_kv, settings.temperature)
         grad_kv = gradient(logits_kv, rows, words)
         return grad_kv if isinstance(slope, float) and slope == 1.0 else grad_kv.mul_(slope)
@@ -210,12 +214,13 @@ def through_logits(
 def backward_in_tiles(
     ctx: Any, hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, settings: HeadSettings, tile: Tile
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight (None if ``ctx`` says that nobody wants it) and bias."""
+    """Gradients of hidden states [K, H], weight [V, H] (None if ``ctx`` says that it is not needed) and bias [V]."""
     wide = wide_dtype(hidden_KH)
     grad_hidden_KH = torch.zeros_like(hidden_KH, dtype=wide)
     grad_weight_VH = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
     grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
     step = settings.tokens(TILE_ROWS_V)
+    # vocabulary outside, tokens inside: one slice of the weight gradient is summed at a time
     for first in range(0, weight_VH.shape[0], TILE_ROWS_V):
         words = slice(first, first + TILE_ROWS_V)
         weight_vH = weight_VH[words]
@@ -225,11 +230,12 @@ def backward_in_tiles(
             grad_kv = tile(rows, words)
             if grad_bias_V is not None:
                 grad_bias_V[words] += grad_kv.sum(0)
+            # matrix products run in the dtype of the weight
             narrow_kv = grad_kv.to(hidden_KH.dtype)
             grad_hidden_KH[rows] += narrow_kv @ weight_vH
             if grad_weight_VH is not None:
                 part_vH = narrow_kv.T @ hidden_KH[rows]
-                # most often there is one part, which is rounded already
+                # most often there is only one part, and a float32 sum would gain nothing
                 sum_vH = full_precision(sum_vH).add_(part_vH) if isinstance(sum_vH, Tensor) else part_vH
         if grad_weight_VH is not None:
             grad_weight_VH[words] = sum_vH
@@ -237,7 +243,7 @@ def backward_in_tiles(
 
 
 def _with_entropy(logp_kv: Tensor, up_k: Tensor, up_entropy_k: Tensor, entropy_k: Tensor) -> Tensor:
-    """The gradient with respect to the logits, but for the target's own term; overwrites ``logp_kv``.
+    """The gradient with respect to the logits, without the target's own term. Overwrites ``logp_kv``.
 
     With p = softmax(l) and S its entropy: d logprob / d l = onehot - p and d S / d l = -p (log p + S).
     """
@@ -247,7 +253,7 @@ def _with_entropy(logp_kv: Tensor, up_k: Tensor, up_entropy_k: Tensor, entropy_k
 
 
 def add_at_targets(grad_kv: Tensor, targets_k: Tensor, up_k: Tensor) -> None:
-    """Add each token's upstream gradient in its target's column, where that lies in this slice of the vocabulary."""
+    """Add each token's upstream gradient at the column of its target, if the target is in this slice of the vocabulary."""
     inside_k = (targets_k >= 0) & (targets_k < grad_kv.shape[1])
     columns_k = torch.where(inside_k, targets_k, 0)
     grad_kv.scatter_add_(1, columns_k[:, None], torch.where(inside_k, up_k, 0.0)[:, None])
@@ -256,7 +262,7 @@ def add_at_targets(grad_kv: Tensor, targets_k: Tensor, up_k: Tensor) -> None:
 def top_tokens(
     hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None, transform: LogitTransform | None = None
 ) -> Tensor:
-    """The likeliest token of each distribution (int64, K; the first of equals), without gradients."""
+    """The likeliest token of each distribution (int64, [K]; the first among equals), without gradients."""
     settings = HeadSettings(1.0, transform or LogitTransform(), entropy=False, chunk_bytes=CHUNK_BYTES)
     tops_K = torch.empty(hidden_KH.shape[0], dtype=torch.int64, device=hidden_KH.device)
     step = settings.tokens(weight_VH.shape[0])
@@ -274,7 +280,7 @@ def some_logits(
     bias_V: Tensor | None = None,
     transform: LogitTransform | None = None,
 ) -> Tensor:
-    """The logits of a few tokens only, float32, shape K, ``len(tokens)``; differentiable."""
+    """The logits of a few tokens only: float32, shape [K, len(tokens)], differentiable."""
     chosen_R = torch.tensor(tokens, device=hidden_KH.device)
     logits_KR = full_precision(hidden_KH @ weight_VH.index_select(0, chosen_R).T)
     if bias_V is not None:

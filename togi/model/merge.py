@@ -1,7 +1,7 @@
-"""Reading an adapter of any PEFT kind into its base model. The sum is PEFT's, in float32, and proven (``proof``).
+"""Merge an adapter of any PEFT kind into its base model. PEFT does the merge, in float32, and ``proof`` checks the result.
 
-An adapter may hold the whole embedding or head (``modules_to_save``), with other values or more rows than the base has. A head
-that is no longer the embedding is written as one, and config.json says so.
+An adapter may hold the whole embedding or head (``modules_to_save``), with other values or more rows than the base has. If the
+head then differs from the embedding, both are written, and config.json says that they are not tied.
 """
 
 from __future__ import annotations
@@ -34,18 +34,21 @@ _SIZES = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?tor
 
 
 def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: bool = False) -> PolicyModel | ScalarModel:
-    """The base model with the adapter in its weights, in float32. ``base`` "" is the one that the adapter names.
+    """The base model with the adapter merged into its weights, in float32. An empty ``base`` takes the one that the adapter names.
 
-    Raises ModelError for a folder without an adapter, one of another kind than ``scalar`` says, one without the scalar head,
-    one whose layers or sizes the base does not have, and one that gives other outputs merged than beside the base.
+    Raises ModelError if the folder has no adapter, if the adapter is for the other kind of model than ``scalar`` says, lacks the
+    scalar head, or has layers or sizes that the base lacks, and if the merged model gives other outputs than the adapter beside
+    the base.
     """
     record, shapes = _record(adapter), _shapes(adapter)
+    # the kind of model, from the record and the names of the tensors
     is_scalar = record.get("task_type") == SCALAR_TASK or adapter_name(f"{HEAD}.weight") in shapes
     if is_scalar != scalar:
         advice = "add --is_rm" if is_scalar else "leave --is_rm out"
         raise ModelError(f"the adapter {adapter} is of a {'scalar' if is_scalar else 'language'} model: {advice}.")
     if scalar and adapter_name(f"{HEAD}.weight") not in shapes:
         raise ModelError(f"the adapter {adapter} has no {HEAD} head, and a new one would be random: train it again.")
+    # the base in float32, so that the merge is rounded only once, when it is written
     path = base or _named_base(adapter, record)
     config = read_config(path, trust_remote_code)
     kind: Any = AutoModelForCausalLM
@@ -59,8 +62,9 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
     hf = _merge(model, adapter, path, shapes)
     if not scalar:
         return _with_ends(PolicyModel(hf), Path(adapter) / GENERATION)
+    # a scalar model also gets the name of its head and the reward statistics
     file = Path(adapter) / HEAD_RECORD
-    # one that PEFT has written has no such file
+    # an adapter that PEFT wrote has no such file
     head: dict[str, Any] = {"value_head_prefix": HEAD}
     if file.is_file():
         head = json.loads(file.read_text(encoding="utf-8"))
@@ -72,7 +76,7 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
 
 
 def _named_base(adapter: str, record: Mapping[str, Any]) -> str:
-    """The base that the adapter names. Raises ModelError where it names none, or a folder that is not there."""
+    """The base that the adapter names. Raises ModelError if it names none, or a folder that does not exist."""
     path = record.get("base_model_name_or_path")
     if not isinstance(path, str) or not path:
         raise ModelError(f"the adapter {adapter} does not name its base model: give it as --model_path.")
@@ -84,7 +88,7 @@ def _named_base(adapter: str, record: Mapping[str, Any]) -> str:
 
 
 def _with_ends(model: PolicyModel, generation: Path) -> PolicyModel:
-    """The model, ending its answers with the tokens that the adapter was trained to end them with."""
+    """The model, with the end tokens of the adapter's generation config added to its own."""
     ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
     if ends is not None:
         model.end_answers_with(ends if isinstance(ends, list) else [ends])
@@ -92,11 +96,11 @@ def _with_ends(model: PolicyModel, generation: Path) -> PolicyModel:
 
 
 def _merge(model: PreTrainedModel, adapter: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedModel:
-    """The sum, if it gives the outputs of the adapter beside the base."""
+    """The merged model. Raises ModelError unless it gives the same outputs as the adapter beside the base."""
     is_tied = bool(model.config.get_text_config().tie_word_embeddings)
     _part_head(model, shapes)
     with warnings.catch_warnings():
-        # PEFT warns of tied weights, which are taken care of here
+        # PEFT warns of tied weights, which _part_head and _settle_head handle
         warnings.simplefilter("ignore")
         try:
             beside: Any = PeftModel.from_pretrained(model, adapter)
@@ -124,7 +128,7 @@ def _merge(model: PreTrainedModel, adapter: str, path: str, shapes: Mapping[str,
 
 
 def _part_head(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give a tied head its own copy if low-rank matrices go into embedding or head: a sum made in place would reach both."""
+    """Give a tied head its own copy if the embedding or the head is adapted: a merge in place would change both."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
@@ -134,9 +138,9 @@ def _part_head(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def _settle_head(hf: PreTrainedModel, *, is_tied: bool) -> None:
-    """Say in the configuration whether embedding and head are one; ``is_tied``: whether they were.
+    """Set in the configuration whether embedding and head are tied after the merge. ``is_tied``: whether they were before.
 
-    What is written and read again follows it: a head that is said to be the embedding is not written.
+    Saving and loading follow the configuration: a tied head is not written.
     """
     head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
     if not is_tied or head is None:
@@ -147,6 +151,7 @@ def _settle_head(hf: PreTrainedModel, *, is_tied: bool) -> None:
         head.weight = theirs
     else:
         name = next(name for name, part in hf.named_modules() if part is head)
+        # no longer tied: take the head off Transformers' list, and give it memory of its own
         hf.all_tied_weights_keys.pop(f"{name}.weight", None)
         if ours is theirs or ours.data_ptr() == theirs.data_ptr():
             head.weight = torch.nn.Parameter(ours.detach().clone())
@@ -155,7 +160,7 @@ def _settle_head(hf: PreTrainedModel, *, is_tied: bool) -> None:
 
 
 def _grow(model: PreTrainedModel, adapter: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give the base as many rows as the embedding had beside which the adapter was trained, if it holds all of them."""
+    """Resize the base's embedding to the rows that it had in training, if the adapter holds the whole embedding."""
     parts = {part: name for name, part in model.named_modules()}
     ends = [parts[part] for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
     held = {name: [shape[0] for full, shape in shapes.items() if _is_whole(full, name)] for name in ends}
@@ -163,6 +168,7 @@ def _grow(model: PreTrainedModel, adapter: str, path: str, shapes: Mapping[str, 
     wanted = {size for sizes in held.values() for size in sizes} | _low_rank_rows(ends, shapes)
     if wanted <= {rows}:
         return
+    # low-rank matrices alone cannot give the rows that were added
     if len(wanted) > 1 or not all(held.values()):
         raise ModelError(
             f"the adapter {adapter} was trained beside an embedding of {max(wanted - {rows})} rows and does not hold all of them, "
@@ -180,14 +186,14 @@ def _is_whole(full: str, name: str) -> bool:
 
 
 def _low_rank_rows(names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
-    """The rows that low-rank matrices of the embedding (A is [rank, rows]) and of the head (B is [rows, rank]) were made for."""
+    """The numbers of rows that the low-rank matrices of the embedding (A: [rank, rows]) and the head (B: [rows, rank]) fit."""
     embedding, *head = names
     rows = {shape[1] for full, shape in shapes.items() if full == f"{_PREFIX}{embedding}.lora_embedding_A"}
     return rows | {shape[0] for full, shape in shapes.items() if head and full == f"{_PREFIX}{head[0]}.lora_B.weight"}
 
 
 def _check_names(beside: Any, adapter: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Every tensor of the adapter has a place in the model, and every place a tensor: PEFT passes over both."""
+    """Raise ModelError unless the adapter's tensors and the places in the model match one to one. PEFT silently skips both."""
     inside = f".{ADAPTER}"
     places = {name.replace(f"{inside}.", ".").removesuffix(inside) for name in beside.state_dict()}
     needed = set(get_peft_model_state_dict(beside, save_embedding_layers=False))
@@ -199,7 +205,7 @@ def _check_names(beside: Any, adapter: str, path: str, shapes: Mapping[str, tupl
 
 
 def _reason(error: Exception) -> str:
-    """The first line, or the sizes that differ, without a full stop."""
+    """The first line of an error, or the sizes that differ in it, without a full stop."""
     sizes = _SIZES.search(str(error))
     if sizes is None:
         return str(error).splitlines()[0].rstrip(".:")

@@ -1,4 +1,4 @@
-"""What an objective may ask of a model, and what one forward gives back.
+"""``Needs``: what an objective requests from a forward. ``Outputs``: what the forward returns.
 
 Shape letters: K tokens in the loss (ascending packed index, ``Batch.targets_K``), N sequences, H hidden size, R the tokens
 of ``Needs.next_logits``, M layers with experts, C experts chosen for a token.
@@ -17,11 +17,11 @@ LABELS = "labels"
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the forward must compute. Nothing that is not asked for is computed.
+    """What the forward must compute. Outputs that are not requested are not computed.
 
-    ``label_logprobs`` and ``next_logits`` (ids of a few tokens) are predictions made at the token in the loss itself,
-    about what follows it; all others are about that token. ``states`` asks for hidden states in place of their results.
-    ``balance`` and ``routes``, of a mixture of experts only, come on top of any of them.
+    ``label_logprobs`` and ``next_logits`` (ids of a few tokens) are predictions at a token in the loss about the token that
+    follows it; all others are about the token itself. ``states`` requests hidden states in place of log-probs. ``balance`` and
+    ``routes`` are for a mixture of experts only, and can be added to any of the others.
     """
 
     logprobs: bool = False
@@ -44,16 +44,16 @@ class Outputs:
     """Results of one forward over a ``Batch``, all float32 (float64 from a float64 model).
 
     ``logprobs_K[k]``: log-probability of token ``targets_K[k]`` given its own sequence before it, of logits / temperature.
-    ``entropy_K[k]``: entropy of that distribution in nats (differentiable). ``values_K[k]``: the value head at the state in
-    which that token is chosen. ``scores_N``: the scalar head at each sequence's last token.
+    ``entropy_K[k]``: entropy of that distribution in nats (differentiable). ``values_K[k]``: the value of the state in which that
+    token is chosen. ``scores_N``: the scalar head at each sequence's last token.
     ``label_logprobs_K[k]``: log-probability of the label as the token after ``targets_K[k]``; ``label_hits_K`` (bool):
-    it is the likeliest there. ``next_logits_KR``: the logits of the tokens asked for, same place.
-    ``divergence_K[k]``: how far the distribution of token ``targets_K[k]`` is from a teacher's, in nats.
+    whether the label is the likeliest token there. ``next_logits_KR``: the logits of the tokens of ``Needs.next_logits`` there.
+    ``divergence_K[k]``: divergence of the distribution of token ``targets_K[k]`` from a teacher's, in nats.
     ``balance_N``: the load-balancing loss of each sequence (``togi.algo.balance``).
-    ``routes_KMC`` (int64): the experts that token ``targets_K[k]`` itself goes to, in each layer.
-    ``states_kH``: the hidden states from which ``logprobs_K`` would be made, in the model's own dtype; in a ring only those of
-    this rank (``ring_layout``), where they are needed.
-    A field that was not asked for is an empty tensor.
+    ``routes_KMC`` (int64): the experts to which token ``targets_K[k]`` itself is routed, in each layer.
+    ``states_kH``: the hidden states from which ``logprobs_K`` is computed, in the model's own dtype; in a ring only those of this
+    rank (``ring_layout``).
+    A field that was not requested is an empty tensor.
     """
 
     logprobs_K: Tensor = field(default_factory=_empty)

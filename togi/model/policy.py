@@ -1,11 +1,11 @@
-"""The two model roles' forwards: a ``Batch`` in, ``Outputs`` out.
+"""The forward of the two model roles, policy and scalar model: a ``Batch`` in, ``Outputs`` out.
 
-Shape letters: T packed tokens, K tokens in the loss, N sequences, H hidden size; t and k those computed on this rank, which
-are all of them outside of a ring (``ring_layout``).
+Shape letters: T packed tokens, K tokens in the loss, N sequences, H hidden size; t and k: those computed on this rank. Without a
+ring (``ring_layout``) a rank computes all of them.
 
-Everything happens inside the module's own ``forward``, heads included, so that a sharding back end that gathers the
-root's parameters there (FSDP2 on the root and on the decoder layers, the embedding and heads staying with the root)
-sees all uses of them. Not here: reading and writing model folders (``loading``), losses (``algo``).
+The module's own ``forward`` does everything, heads included. A sharding back end gathers the root's parameters only there: FSDP2
+shards each decoder layer, and the embedding and the heads belong to the root. Not here: loading and writing model folders
+(``loading``, ``checkpoint``), losses (``algo``).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from togi.model.ring_attention import RING, refuse_ring
 from togi.model.ring_layout import Layout, Places, Ring, RingLayout, WholeLayout
 
 HEAD = "score"
-"""What Transformers calls the head of a scalar model."""
+"""Transformers' name for the head of a scalar model."""
 
 
 def hidden_states(hf: PreTrainedModel, layout: Layout) -> Tensor:
-    """One forward of the body over the tokens of this rank: [t, H]."""
+    """One forward of the body over the tokens of this rank. Returns the last hidden states, [t, H]."""
     states_tH: Tensor = _body(hf, layout).last_hidden_state[0]
     return states_tH
 
@@ -54,7 +54,7 @@ def _body(hf: PreTrainedModel, layout: Layout, **more: Any) -> Any:
 
 
 def last_tokens(batch: Batch) -> Tensor:
-    """Packed index of the last token of each sequence (int64, N)."""
+    """Packed index of the last token of each sequence (int64, [N])."""
     owned = (batch.sequences_T != NO_SEQUENCE).nonzero().squeeze(-1)
     last_N = torch.full((batch.num_sequences,), -1, device=owned.device)
     last_N.scatter_reduce_(0, batch.sequences_T[owned], owned, "amax")
@@ -62,9 +62,9 @@ def last_tokens(batch: Batch) -> Tensor:
 
 
 class _Model(nn.Module):
-    """``is_adapted``: the weights are frozen and LoRA adapters beside them are trained (``togi.model.adapters``).
+    """``is_adapted``: the weights are frozen and only LoRA adapters are trained (``togi.model.adapters``).
 
-    ``layout_of``: which tokens of a batch this rank computes: all of them, unless it has joined a ring. ``read``: reads the
+    ``layout_of``: the tokens of a batch that this rank computes: all of them, unless it has joined a ring. ``read``: loads the
     weights of a part that are still on disk (``togi.model.deferred``).
     """
 
@@ -76,10 +76,10 @@ class _Model(nn.Module):
         self.layout_of: Callable[[Batch], Layout] = WholeLayout.of
 
     def join_ring(self, ring: Ring, head_stride: int) -> None:
-        """From now on the tokens of each batch are computed by all ranks of ``ring`` together, which call together.
+        """Split the tokens of each batch over the ranks of ``ring`` from now on. All its ranks must call the model together.
 
-        Every rank gets the same outputs, and back-propagates only its share of a loss made of them. ``head_stride``:
-        key/value heads sent at a time, a divisor of their number. Raises ModelError.
+        Every rank gets the same outputs, and back-propagates only its share of the loss. ``head_stride``: key/value heads sent
+        at a time, a divisor of their number. Raises ModelError if the model does not support ring attention.
         """
         refuse_ring(self.hf.config, head_stride)
         self.layout_of = partial(RingLayout.of, ring=ring, head_stride=head_stride)
@@ -87,11 +87,11 @@ class _Model(nn.Module):
 
     @property
     def is_mixture(self) -> bool:
-        """Whether it is a mixture of experts whose router can be balanced."""
+        """Whether the model is a mixture of experts whose router can be balanced."""
         return self.hf.config.model_type in MIXTURES
 
     def _states(self, layout: Layout, batch: Batch, needs: Needs) -> tuple[Tensor, Outputs]:
-        """Hidden states, [t, H], and what was asked about the routing of a mixture of experts."""
+        """Hidden states, [t, H], and for a mixture of experts the requested outputs about its routing."""
         if not (needs.balance or needs.routes):
             states_tH = hidden_states(self.hf, layout)
             return states_tH, Outputs(balance_N=states_tH.new_empty(0))
@@ -101,18 +101,20 @@ class _Model(nn.Module):
         states_tH, top_k, segments = output.last_hidden_state[0], config.num_experts_per_tok, len(batch.segments)
         routing = Outputs(balance_N=states_tH.new_empty(0))
         if needs.balance:
+            # sums over each segment: a prefix counts in every sequence that continues it. The last row is for filler tokens
             own_2SE = routing_sums(output.router_logits, top_k, layout.segments_of(batch), segments + 1)[:, :segments]
             balance_N = balance_loss(layout.total(own_2SE), top_k, batch.chains_NS())
             routing = replace(routing, balance_N=balance_N)
         if needs.routes:
             places = layout.at(batch.targets_K)
+            # the routing of a token is at the token itself, not at its source
             own_kMC = places.states(chosen_experts(output.router_logits, top_k))
             routing = replace(routing, routes_KMC=places.whole(own_kMC))
         return states_tH, routing
 
 
 class PolicyModel(_Model):
-    """A causal language model that answers with log-probabilities and entropies of the tokens in the loss.
+    """A causal language model whose forward returns log-probabilities and entropies of the tokens in the loss.
 
     ``hf`` is the Transformers model; its attention must be one of ``togi.model.attention``.
     """
@@ -123,11 +125,11 @@ class PolicyModel(_Model):
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the head knows, padding rows included."""
+        """The number of tokens of the head, padding rows included."""
         return int(self._head.weight.shape[0])
 
     def end_answers_with(self, token_ids: Sequence[int]) -> None:
-        """Let the generation config that is saved with the model name these end tokens, and those that it names already."""
+        """Add end tokens to those in the generation config that is saved with the model."""
         generation: Any = self.hf.generation_config
         named = generation.eos_token_id
         named = [] if named is None else [named] if isinstance(named, int) else named
@@ -137,9 +139,9 @@ class PolicyModel(_Model):
     def forward(
         self, batch: Batch, needs: Needs, temperature: float = 1.0, teacher: TeacherLogits | None = None
     ) -> Outputs:
-        """Only tokens in the loss pass through the LM head. A batch without any gives empty, connected results.
+        """Only tokens in the loss pass through the LM head. A batch without any gives empty results that still have a graph.
 
-        With a ``teacher`` there are log-probs and the divergence from it.
+        ``temperature`` divides the logits. With a ``teacher`` the outputs are log-probs and the divergence from the teacher.
         """
         assert not (needs.values or needs.scores), "a policy has no scalar head"
         layout = self.layout_of(batch)
@@ -157,11 +159,13 @@ class PolicyModel(_Model):
         teacher: TeacherLogits | None,
     ) -> Outputs:
         targets_K = batch.targets_K
+        # predictions about the token that follows: made at the tokens in the loss themselves
         if needs.label_logprobs or needs.next_logits:
             assert not (needs.logprobs or needs.entropy or needs.states), "ask for tokens or for what follows them"
             return self._what_follows(states_tH, layout.at(targets_K), batch, needs)
         if not (needs.logprobs or needs.entropy or needs.states):
             return Outputs()
+        # predictions about the tokens in the loss: made at the token before, the source
         places = layout.at(batch.sources_T[targets_K])
         states_kH = places.states(states_tH)
         if needs.states:
@@ -177,9 +181,9 @@ class PolicyModel(_Model):
         return Outputs(places.whole(logprobs_k), entropy_K) if needs.logprobs else Outputs(entropy_K=entropy_K)
 
     def logits_of(self, states_kH: Tensor, kind: Divergence) -> TeacherLogits:
-        """This model as the teacher at states that it gave for ``Needs(states=True)``.
+        """This model as a teacher, from hidden states that its forward returned for ``Needs(states=True)``.
 
-        Its head must be whole on this rank, since it is read after the forward: a teacher cannot be sharded.
+        The head is read outside of a forward, so it must be whole on this rank: a teacher cannot be sharded.
         """
         weight_VJ, bias_V = self._head.weight.detach(), self._head.bias
         assert type(weight_VJ) is Tensor, "the teacher's head is sharded"
@@ -188,12 +192,12 @@ class PolicyModel(_Model):
         )
 
     def _what_follows(self, states_tH: Tensor, places: Places, batch: Batch, needs: Needs) -> Outputs:
-        """Predictions made at the tokens in the loss, about the token after each."""
+        """Predictions at the tokens in the loss about the token after each."""
         weight_VH, bias_V, states_kH = self._head.weight, self._head.bias, places.states(states_tH)
         if needs.next_logits:
             logits_kR = some_logits(states_kH, weight_VH, needs.next_logits, bias_V, self.transform)
             return Outputs(next_logits_KR=places.whole(logits_kR))
-        # float32 holds every id below 2^24 exactly; a dummy of a rank without work has no tokens and no streams
+        # streams are float32, which holds every id below 2^24 exactly; a dummy batch has no tokens and no streams
         labels_K = batch.select(LABELS).long() if len(batch.targets_K) > 0 else batch.tokens_T[:0]
         labels_k = places.own(labels_K)
         logprobs_k, _ = token_logprobs(states_kH, weight_VH, labels_k, bias_V=bias_V, transform=self.transform)
@@ -209,8 +213,8 @@ class ScalarModel(_Model):
     """A body with one linear output: a critic (value of each state) or a reward model (score of each sequence).
 
     ``hf`` is a Transformers sequence classification model with one label. ``value_head_prefix`` is the name of the head
-    in the checkpoint. ``reward_mean`` and ``reward_std`` are the statistics kept in the config for ``--normalize_reward``
-    (0 and 1 if never measured); the model does not apply them.
+    in the checkpoint. ``reward_mean`` and ``reward_std`` are the reward statistics in the config for ``--normalize_reward``
+    (0 and 1 if never measured). The model does not apply them.
     """
 
     def __init__(self, hf: PreTrainedModel, value_head_prefix: str = "score") -> None:
@@ -226,7 +230,7 @@ class ScalarModel(_Model):
         return float(getattr(self.hf.config, "std", 1.0))
 
     def set_reward_statistics(self, mean: float, std: float) -> None:
-        """Keep the mean and the standard deviation of rewards in the config, to be saved with the model."""
+        """Store the mean and the standard deviation of rewards in the config, which is saved with the model."""
         self.hf.config.mean, self.hf.config.std = mean, std
 
     def forward(self, batch: Batch, needs: Needs, temperature: float = 1.0) -> Outputs:
@@ -238,6 +242,7 @@ class ScalarModel(_Model):
         empty = states_tH.new_empty(0, dtype=torch.float32)
         values_K, scores_N = empty, empty
         if needs.values:
+            # the value of a token is that of the state before it, its source
             values_K = self._at(layout.at(batch.sources_T[batch.targets_K]), states_tH)
         if needs.scores:
             scores_N = self._at(layout.at(last_tokens(batch)), states_tH)

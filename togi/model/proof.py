@@ -1,6 +1,7 @@
-"""Proof that two forms of a model are one: their outputs for a few tokens. An adapter beside its base is compared with the two
-merged, and these with what was written. What gets lost on the way, such as a head that is taken for the embedding, is an error
-here and not a bad model.
+"""Check that two forms of a model are equal, by their outputs for a few tokens.
+
+The adapter beside its base is compared with the merged model, and the merged model with the files written. So a loss on the way,
+such as a head that is taken for the embedding, raises an error and does not yield a bad model.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from togi.model.loading import check_complete
 from togi.model.policy import HEAD, PolicyModel, ScalarModel
 
 PROBE_TOKENS = 32
-# Both are made of the same rounded numbers.
+# Both models have the same rounded weights.
 READ_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
-# One of float32 numbers, the other of what they are rounded to.
+# One model has float32 weights, the other the same weights rounded.
 ROUNDED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def probe(hf: PreTrainedModel) -> Tensor:
-    """Token ids from all over the vocabulary, its last ones among them: tokens that were added are at its end."""
+    """Token ids [1, length] spread over the vocabulary. Its last ids are among them, since added tokens are at its end."""
     rows = int(hf.get_input_embeddings().weight.shape[0])
     length = min(PROBE_TOKENS, position_limit(hf.config.to_dict()) or PROBE_TOKENS)
     spread = (torch.arange(length) * 7919 + 13) % rows
@@ -41,14 +42,14 @@ def probe(hf: PreTrainedModel) -> Tensor:
 
 
 def outputs(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits, or the score of a model with a scalar head."""
+    """Logits in float32, or the score of a model with a scalar head."""
     with torch.no_grad():
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.float()
 
 
 def check_equal(one: Tensor, other: Tensor, tolerance: float, this: str, that: str) -> None:
-    """Raise ModelError if the two differ by more than ``tolerance`` of their size."""
+    """Raise ModelError if the norm of the difference exceeds ``tolerance`` times the norm of ``one``."""
     same = one.shape == other.shape
     gap = float((one - other).norm() / one.norm()) if same else float("inf")
     if not gap <= tolerance:
@@ -66,14 +67,15 @@ def save_proven(
     *,
     trust_remote_code: bool,
 ) -> None:
-    """``save_hf`` of a plain model, then proof that what was written is it. The model is used up. Raises ModelError."""
+    """Write a plain model (``save_hf``) and check the files against it. The model is unusable afterwards. Raises ModelError."""
     save_hf(directory, model, model.named_parameters(), tokenizer, dtype)
     tokens = probe(model.hf)
+    # round the weights as the files have them
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     expected = outputs(model.hf.eval(), tokens)
     prefix = model.value_head_prefix if isinstance(model, ScalarModel) else None
-    model.to("meta")  # two large models need not be held at once
+    model.to("meta")  # free its weights: two large models need not be in memory at once
     check_written(directory, tokens, expected, dtype, READ_TOLERANCE[dtype], prefix, trust_remote_code)
 
 
@@ -85,10 +87,11 @@ def save_adapted(
     *,
     trust_remote_code: bool,
 ) -> None:
-    """Write a model in training with its adapter merged in, then prove it. The model is used up. Raises ModelError."""
+    """Write a trained model with its adapter merged in, and check the files. The model is unusable after. Raises ModelError."""
     from togi.model.adapters import merged  # PEFT takes more than half a second to import
 
     save_hf(directory, model, merged(model, model.named_parameters(), dtype), tokenizer, dtype)
+    # plain Transformers calls follow, which pass no segment table to Togi's attention
     model.hf.set_attn_implementation("sdpa" if model.hf._supports_sdpa else "eager")
     tokens = probe(model.hf)
     expected = outputs(model.hf.eval(), tokens)
@@ -106,7 +109,7 @@ def check_written(
     head_prefix: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Raise ModelError if a model folder gives other outputs than ``expected``. ``head_prefix``: the name of a scalar head."""
+    """Raise ModelError if the files give other outputs than ``expected``. ``head_prefix``: the name of a scalar head."""
     kind: Any = AutoModelForCausalLM
     more: dict[str, Any] = {}
     if head_prefix is not None:

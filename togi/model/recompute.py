@@ -1,7 +1,7 @@
-"""Activation checkpointing: which layers keep what their backward needs, and which compute it again.
+"""Activation checkpointing: which layers keep their activations for the backward, and which recompute them.
 
-The layers do the work (Transformers' ``GradientCheckpointingLayer``); here it is turned on, and chosen for each pack how many of
-them take part.
+Transformers' ``GradientCheckpointingLayer`` does the work. This module turns it on, and chooses for each pack how many layers
+recompute.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from togi.errors import ModelError
 
 
 def recomputed_layers(layers: int, tokens: int, above: int) -> int:
-    """How many of ``layers`` must recompute, so that the others keep no more than all keep of ``above`` tokens."""
+    """How many of ``layers`` must recompute, so that the others keep no more than all layers would for ``above`` tokens."""
     return max(0, -(-layers * (tokens - above) // max(tokens, 1)))
 
 
 def use_recompute(hf: PreTrainedModel, how: Recompute) -> None:
-    """Let layers recompute in the backward: all of them, or of each pack as many as its tokens on this rank ask for.
+    """Let layers recompute in the backward: all of them, or for each pack as many as its tokens on this rank require.
 
-    The first ones: the last keep theirs for the shortest time, so that recomputing begins when that memory is free again.
-    Raises ModelError if layers cannot be chosen.
+    The first layers recompute. The last layers keep their activations for the shortest time, and free them before recomputing
+    begins. Raises ModelError if the architecture cannot choose single layers.
     """
     hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": how.use_reentrant})
     layers: list[Any] = [layer for layer in hf.modules() if isinstance(layer, GradientCheckpointingLayer)]
@@ -38,6 +38,7 @@ def use_recompute(hf: PreTrainedModel, how: Recompute) -> None:
             f"--gradient_checkpointing_above: layers of a {hf.config.model_type} model recompute all or none: leave it out."
         )
     if not how.use_reentrant:
+        # the re-entrant kind runs its first forward without gradients and keeps nothing
         for module in hf.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = _checkpoint
@@ -52,7 +53,7 @@ def use_recompute(hf: PreTrainedModel, how: Recompute) -> None:
 
 
 def _checkpoint(layer: Callable[..., Any], *inputs: Any) -> Any:
-    """What is kept in a layer's second forward must be what its first would have kept."""
+    """Both forwards of a layer must save the same tensors for the backward (``keeping_outputs``)."""
     return checkpoint(partial(_keeping, layer), *inputs, use_reentrant=False)
 
 

@@ -4,12 +4,12 @@ Liu, Zaharia & Abbeel 2023, arXiv 2310.01889, over the chunks of a segment table
 of this rank, b rows of a visiting block, H query heads, G key/value heads, D head size, W = D of keys + D of values;
 n, L, M as in ``partial_attention``.
 
-A chunk sees itself causally and, whole, every earlier chunk of its segment and every chunk of its segment's prefixes. So
-a visit is a few plain attentions: chunks that see the same keys go into one call, such as all responses to one prompt,
-and equal chunks see themselves in one. Only keys that another rank needs travel. The next block is under way while
-one is worked on; in the backward pass the gradients of a block follow it around the ring and home, in float32.
+A chunk attends causally to itself, and to every token of the earlier chunks of its segment and of all chunks of its prefixes. So a
+visit is a few plain attention calls. Chunks that attend to the same keys share one call, such as all responses to one prompt.
+Chunks of equal length share the call for themselves. A rank sends only the keys that another rank needs. The next block is sent
+while the present one is computed. In the backward the gradient of a block follows it around the ring and back home, in float32.
 
-``head_stride`` key/value heads travel at a time: G / stride times as many messages, and so much smaller ones.
+``head_stride`` key/value heads are sent at a time, so there are G / stride times as many messages, each as much smaller.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ KEYS, GRADIENTS = 0, 1
 class Call:
     """``count`` attentions of one shape. ``queries_nL``: rows of this rank; ``keys_nM``: rows of the visiting block.
 
-    ``causal``: queries and keys are the same tokens. ``positions``: of queries and keys in their sequence, the same for all
-    of ``count``. ``window``: how many keys a query may see, itself included; None where that takes nothing away.
+    ``causal``: queries and keys are the same tokens. ``positions``: positions of queries and keys in their sequence, the same for
+    all ``count``. ``window``: the number of keys that a query may see, itself included; None if the window excludes no key.
     """
 
     queries_nL: Tensor
@@ -73,9 +73,9 @@ class Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """What a rank does. ``visits[i]``: the calls on the block of the rank i places before; the first block is its own.
+    """The work of one rank. ``visits[i]``: the calls on the block of the rank i places before; the first block is its own.
 
-    ``sent_b``: its rows that travel. ``sizes[i]``: the rows that travel from the rank i places before.
+    ``sent_b``: the rows that this rank sends. ``sizes[i]``: the number of rows that the rank i places before sends.
     """
 
     visits: tuple[tuple[Call, ...], ...]
@@ -84,7 +84,7 @@ class Plan:
 
 
 def seen_whole(shards: Shards, rank: int, source: int) -> dict[tuple[Chunk, ...], list[Chunk]]:
-    """Chunks of ``rank`` by the chunks of ``source`` of which they see every token."""
+    """Group the chunks of ``rank`` by the chunks of ``source`` whose every token they see."""
     by_segment: dict[int, list[Chunk]] = defaultdict(list)
     for chunk in shards.chunks[source]:
         by_segment[chunk.segment].append(chunk)
@@ -99,7 +99,7 @@ def seen_whole(shards: Shards, rank: int, source: int) -> dict[tuple[Chunk, ...]
 
 
 def travelling(shards: Shards, source: int) -> list[Chunk]:
-    """The chunks of ``source`` that another rank sees."""
+    """The chunks of ``source`` that another rank sees, which ``source`` must send."""
     others = [rank for rank in range(len(shards.chunks)) if rank != source]
     seen = {chunk for rank in others for keys in seen_whole(shards, rank, source) for chunk in keys}
     return [chunk for chunk in shards.chunks[source] if chunk in seen]
@@ -107,12 +107,13 @@ def travelling(shards: Shards, source: int) -> list[Chunk]:
 
 @lru_cache(maxsize=8)
 def plan(shards: Shards, rank: int, window: int | None, device: torch.device) -> Plan:
-    """What ``rank`` does, with index tensors on ``device``. ``window`` counts keys, the token itself included."""
+    """The plan of ``rank``, with index tensors on ``device``. ``window`` counts keys, the token itself included."""
     size = len(shards.chunks)
     own = _rows(shards.chunks[rank])
     travels = [travelling(shards, (rank - step) % size) for step in range(size)]
     visits = []
     for step in range(size):
+        # the own block is complete; a visiting block holds only the rows that its rank sends
         block = own if step == 0 else _rows(travels[step])
         calls = list(_diagonals(shards, rank, window)) if step == 0 else []
         for keys, queries in seen_whole(shards, rank, (rank - step) % size).items():
@@ -123,7 +124,7 @@ def plan(shards: Shards, rank: int, window: int | None, device: torch.device) ->
 
 
 def _rows(chunks: Sequence[Chunk]) -> dict[Chunk, int]:
-    """The first row of each chunk when they are laid one after another."""
+    """The first row of each chunk if the chunks are laid one after another."""
     rows, start = {}, 0
     for chunk in chunks:
         rows[chunk] = start
@@ -137,7 +138,7 @@ def _positions(shards: Shards, chunk: Chunk) -> Tensor:
 
 
 def _diagonals(shards: Shards, rank: int, window: int | None) -> Iterator[Call]:
-    """Each chunk on itself; those of equal length in one call. Every row is in exactly one of these calls."""
+    """Each chunk on itself, one call for each length. Every row is in exactly one of these calls."""
     by_length: dict[int, list[Tensor]] = defaultdict(list)
     for chunk, start in _rows(shards.chunks[rank]).items():
         by_length[len(chunk)].append(torch.arange(start, start + len(chunk)))
@@ -153,19 +154,21 @@ def _call(
     keys: Sequence[tuple[int, Chunk]],
     window: int | None,
 ) -> Iterator[Call]:
-    """One call, given the first row and the chunk of each part, less queries and keys that the window keeps apart."""
+    """One call, from (first row, chunk) pairs, without queries and keys that the window excludes. May yield none."""
     rows_L, rows_M = (torch.cat([torch.arange(start, start + len(c)) for start, c in part]) for part in (queries, keys))
     at_L, at_M = (torch.cat([_positions(shards, c) for _, c in part]) for part in (queries, keys))
     if window is not None:
+        # drop queries that see none of the keys, and keys that no query sees
         near_L, near_M = at_L - at_M.max() < window, at_L.min() - at_M < window
         rows_L, at_L, rows_M, at_M = rows_L[near_L], at_L[near_L], rows_M[near_M], at_M[near_M]
     if len(rows_L) > 0:
+        # a mask only if the window still cuts between some query and some key
         cut = window if window is not None and window <= int(at_L.max() - at_M.min()) else None
         yield Call(rows_L, rows_M, 1, causal=False, window=cut, positions=(at_L, at_M))
 
 
 def refuse_ring(config: Any, head_stride: int) -> None:
-    """Raise ModelError for a model that cannot be computed in a ring, given its Transformers config."""
+    """Raise ModelError if a model with this Transformers config does not support ring attention."""
     if config.num_key_value_heads % head_stride != 0:
         raise ModelError(
             f"--ring_head_stride {head_stride} does not divide the {config.num_key_value_heads} key/value heads of the model: "
@@ -193,7 +196,10 @@ def ring_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """``query`` is [1, H, t, D], ``key`` and ``value`` [1, G, t, D]; the result is [1, t, H, D]. All ranks call together."""
+    """``query`` is [1, H, t, D], ``key`` and ``value`` [1, G, t, D]; the result is [1, t, H, D]. All ranks call together.
+
+    Raises ModelError for capped attention scores.
+    """
     name = type(module).__name__
     table = check_asked(name, attention_mask, segments, others)
     if softcap is not None:
@@ -221,16 +227,17 @@ class _RingAttention(torch.autograd.Function):
         out_tHD = wide.new_empty(*q_tHD.shape[:2], kv_tGW.shape[2] - width)
         lse_tH = wide.new_empty(q_tHD.shape[:2])
         for queries, keys in _head_groups(q_tHD, kv_tGW, table.head_stride):
-            out, lse = out_tHD[:, queries], lse_tH[:, queries]  # views: written in place
+            out, lse = out_tHD[:, queries], lse_tH[:, queries]  # views of the results: the calls below write into them
             for step, block in _blocks(kv_tGW[:, keys], todo, table.ring):
                 for call in todo.visits[step]:
                     part, part_lse = _attend(q_tHD[:, queries], block, call, width, scale)
                     rows = call.queries_nL
-                    # the calls on the own chunks come first and reach every row: from then on there is something to join
+                    # the causal calls come first and write every row once: all later calls join their part to it
                     if not call.causal:
                         part, part_lse = join(out[rows], lse[rows], part, part_lse)
                     out[rows], lse[rows] = part, part_lse
         narrow_tHD = out_tHD.to(q_tHD.dtype)
+        # no visiting block is kept: the backward sends them around again
         ctx.save_for_backward(q_tHD, kv_tGW, narrow_tHD, lse_tH)
         ctx.fixed = (width, scale, todo, table)
         return narrow_tHD
@@ -250,14 +257,14 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _head_groups(q_tHD: Tensor, kv_tGW: Tensor, stride: int) -> Iterator[tuple[slice, slice]]:
-    """Query heads with the key/value heads that they read, ``stride`` of the latter at a time."""
+    """Yield slices of query heads and of the ``stride`` key/value heads that they read."""
     repeats = q_tHD.shape[1] // kv_tGW.shape[1]
     for first in range(0, kv_tGW.shape[1], stride):
         yield slice(first * repeats, (first + stride) * repeats), slice(first, first + stride)
 
 
 def _blocks(own_tgW: Tensor, todo: Plan, ring: Ring) -> Iterator[tuple[int, Tensor]]:
-    """The own block, then the visiting ones; the next one is under way while one is worked on."""
+    """Yield (step, block): the own block, then the visiting ones. The next block is received while the caller computes."""
     arriving = ring.pass_on(own_tgW.index_select(0, todo.sent_b), todo.sizes[1], KEYS)
     yield 0, own_tgW
     for step in range(1, ring.size):
@@ -286,7 +293,7 @@ def _attend(q_tHD: Tensor, block_bgW: Tensor, call: Call, width: int, scale: flo
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Visitor:
-    """What the backward of a call needs beside the block: of some heads, over all keys."""
+    """The tensors that the backward of a call needs beside the block: those of some heads, over all keys."""
 
     q_tHD: Tensor
     grad_tHD: Tensor
@@ -296,7 +303,7 @@ class _Visitor:
     scale: float
 
     def gradient(self, block_bgW: Tensor, calls: Sequence[Call], grad_q_tHD: Tensor) -> Tensor:
-        """The gradient of a block from this rank's queries, [b, g, W]; that of the queries is added to ``grad_q``."""
+        """The gradient of a block from this rank's queries, [b, g, W]. Adds the gradient of the queries to ``grad_q_tHD``."""
         grad_block_bgW = torch.zeros_like(full_precision(block_bgW))
         for call in calls:
             q, grad, out = (_shaped(x, call.queries_nL, call.count) for x in (self.q_tHD, self.grad_tHD, self.out_tHD))
@@ -314,12 +321,15 @@ class _Visitor:
 def _return_home(visitor: _Visitor, own_tgW: Tensor, grad_q_tHD: Tensor, todo: Plan, ring: Ring) -> Tensor:
     """The gradient of this rank's block from the queries of all ranks.
 
-    A block's gradient sets out on the first rank that it visits and is passed on a step behind it, home in the end.
+    The gradient of a block starts on the first rank that the block visits. Each rank adds its share and passes the gradient on,
+    one step behind the block, until it is home.
     """
     blocks = _blocks(own_tgW, todo, ring)
     grads = (visitor.gradient(block, todo.visits[step], grad_q_tHD) for step, block in blocks)
+    # the share of the own queries stays here; the gradient of the first visitor is sent on
     own_grad_tgW = next(grads)
     arriving = ring.pass_on(next(grads), todo.sizes[2 % ring.size], GRADIENTS)
+    # add what the rank before collected for this block
     for step, grad in enumerate(grads, start=2):
         arriving = ring.pass_on(grad.add_(arriving()), todo.sizes[(step + 1) % ring.size], GRADIENTS)
     return own_grad_tgW.index_add_(0, todo.sent_b, arriving())

@@ -1,15 +1,14 @@
-"""The third layout of a ``Batch``: its tokens dealt to the ranks of a ring, each of which computes only its own.
+"""The third layout of a ``Batch``: its tokens are dealt to the ranks of a ring, and each rank computes only its own.
 
 Shape letters: T packed tokens, t those of this rank, K tokens in the loss, k those of them whose prediction is made on
 this rank, N sequences.
 
-Every rank of a ring has the same ``Batch``. ``deal`` cuts its segments into *chunks* and says which rank computes which:
-a function of the segment table alone, so that nothing needs to be agreed on. Long segments are cut in 2R chunks, of
-which rank r takes chunks r and 2R-1-r: one early and one late, since a late query sees more keys. Segments that need
-not be cut stay whole, and their keys never travel. A rank takes its part of the batch (``RingLayout``), runs the model on
-it and makes the predictions whose source token it has; ``Places.whole`` gathers those into tensors of the whole batch, of
-which every rank computes the same loss and back-propagates its own share. Gradients are then summed over ranks
-as ever.
+Every rank of a ring has the same ``Batch``. ``deal`` cuts its segments into *chunks* and assigns them to ranks. It depends on the
+segment table alone, so the ranks need not communicate. A long segment is cut into 2R chunks for R ranks, and rank r takes chunks
+r and 2R-1-r: one early and one late, since a late query sees more keys. Short segments stay whole, and the keys of a segment that
+only its own rank sees are never sent. A rank takes its part of the batch (``RingLayout``), runs the model on it and makes the
+predictions whose source token it has. ``Places.whole`` gathers them into tensors of the whole batch. Every rank computes the same
+loss from these and back-propagates its own share. Gradients are then summed over ranks as without a ring.
 
 Not here: attention between chunks (``ring_attention``), sending (``togi.parallel.ring``).
 """
@@ -31,7 +30,7 @@ MAX_IMBALANCE = 1.05
 
 
 class Ring(Protocol):
-    """This process among those that share the tokens of each batch. Methods are called by all of them together."""
+    """The ranks that share the tokens of each batch, as one of them sees it. Methods are collective: all ranks call them."""
 
     @property
     def rank(self) -> int: ...
@@ -40,7 +39,7 @@ class Ring(Protocol):
     def size(self) -> int: ...
 
     def pass_on(self, block: Tensor, rows: int, channel: int) -> Callable[[], Tensor]:
-        """Send ``block`` to the next rank. The result waits for that of the rank before, which has ``rows`` rows."""
+        """Start to send ``block`` to the next rank. Call the result to wait for the block of the rank before, of ``rows`` rows."""
         ...
 
     def add_up(self, tensor: Tensor) -> None:
@@ -50,7 +49,7 @@ class Ring(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens ``first`` to ``end`` of a segment."""
+    """Tokens ``first`` to ``end`` of a segment, ``end`` excluded."""
 
     segment: int
     first: int
@@ -62,7 +61,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The chunks of each rank. ``segments`` is the table of the batch, then one token for each rank that would have none."""
+    """The chunks of each rank. ``segments``: the table of the batch, and a filler token for each rank that would have none."""
 
     segments: Segments
     chunks: tuple[tuple[Chunk, ...], ...]
@@ -71,7 +70,7 @@ class Shards:
         return sum(len(chunk) for chunk in self.chunks[rank])
 
     def pairs(self, rank: int) -> int:
-        """Query-key pairs of a rank, what attention costs: each token sees its context and its segment up to itself."""
+        """Query-key pairs of a rank, the cost of attention. Each token sees its context and its segment up to itself."""
         return sum(_pairs(self.segments, chunk) for chunk in self.chunks[rank])
 
 
@@ -82,13 +81,14 @@ def _pairs(segments: Segments, chunk: Chunk) -> int:
 
 @lru_cache(maxsize=8)
 def deal(segments: Segments, size: int) -> Shards:
-    """Deal the tokens of a pack to ``size`` ranks, by tokens and by query-key pairs.
+    """Deal the tokens of a pack to ``size`` ranks, evenly by tokens and by query-key pairs.
 
-    As few segments are cut as give no rank more than ``MAX_IMBALANCE`` times the mean of either; the most even deal if none
-    does.
+    Cuts as few segments as possible so that no rank has more than ``MAX_IMBALANCE`` times the mean of either. If that cannot be
+    reached, it returns the most even deal.
     """
     limit = sum(segments.lengths_S)
     best, best_excess = _dealt(segments, size, limit)
+    # cut ever shorter segments until the deal is even enough
     while best_excess > MAX_IMBALANCE and limit > 1:
         limit //= 2
         shards, excess = _dealt(segments, size, limit)
@@ -98,7 +98,8 @@ def deal(segments: Segments, size: int) -> Shards:
 
 
 def _dealt(segments: Segments, size: int, limit: int) -> tuple[Shards, float]:
-    """The deal that cuts the segments longer than ``limit``, and its imbalance."""
+    """The deal that cuts the segments longer than ``limit``, and its imbalance: the busiest rank / mean."""
+    # long segments: two chunks of each for every rank
     dealt: list[list[Chunk]] = [[] for _ in range(size)]
     whole: list[Chunk] = []
     for segment, length in enumerate(segments.lengths_S):
@@ -110,9 +111,11 @@ def _dealt(segments: Segments, size: int, limit: int) -> tuple[Shards, float]:
     tokens = sum(segments.lengths_S)
     pairs = sum(_pairs(segments, Chunk(s, 0, length)) for s, length in enumerate(segments.lengths_S))
 
+    # tokens and pairs weigh alike: each as a share of its total
     def cost(chunk: Chunk) -> int:
         return len(chunk) * pairs + _pairs(segments, chunk) * tokens
 
+    # whole segments: the costliest first, each to the rank with the least load so far
     loads = [(sum(map(cost, chunks)), rank) for rank, chunks in enumerate(dealt)]
     heapq.heapify(loads)
     for chunk in sorted(whole, key=lambda c: (-cost(c), c.segment)):
@@ -125,16 +128,17 @@ def _dealt(segments: Segments, size: int, limit: int) -> tuple[Shards, float]:
 
 
 def _zigzag(segment: int, length: int, size: int) -> Iterator[tuple[int, Chunk]]:
-    """2 x ``size`` chunks that differ by at most a token, less those that would be empty."""
+    """Yield (rank, chunk) for 2 x ``size`` chunks whose lengths differ by at most one token, without empty ones."""
     bounds = [i * length // (2 * size) for i in range(2 * size + 1)]
     for rank in range(size):
         early, late = (bounds[rank], bounds[rank + 1]), (bounds[-2 - rank], bounds[-1 - rank])
+        # the last rank has the two middle chunks, which are one
         spans = [(early[0], late[1])] if early[1] == late[0] else [early, late]
         yield from ((rank, Chunk(segment, first, end)) for first, end in spans if first < end)
 
 
 def _filled(shards: Shards) -> Shards:
-    """A token of a sequence of its own for each rank without tokens: models do not run on none."""
+    """Add a filler token, a segment of its own, for each rank without tokens, because models do not run on no tokens."""
     table = shards.segments
     starts, lengths, chunks = list(table.starts_S), list(table.lengths_S), list(shards.chunks)
     for rank, own in enumerate(shards.chunks):
@@ -148,7 +152,7 @@ def _filled(shards: Shards) -> Shards:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RingTable:
-    """What attention is given in place of the segment table. ``head_stride``: key/value heads sent at a time."""
+    """The segment table that ring attention gets. ``head_stride``: key/value heads sent at a time."""
 
     shards: Shards
     ring: Ring
@@ -156,23 +160,23 @@ class RingTable:
 
 
 class Places(Protocol):
-    """Where the hidden states of some tokens of the batch are (their number is K here)."""
+    """The places of the hidden states of some tokens of the batch (here K is the number of those tokens)."""
 
     def states(self, states_tH: Tensor) -> Tensor:
         """The states of those tokens that this rank computes, [k, H]."""
         ...
 
     def own(self, values_K: Tensor) -> Tensor:
-        """The entries of those tokens."""
+        """The entries of the tokens that this rank computes, [k]."""
         ...
 
     def whole(self, values_k: Tensor) -> Tensor:
-        """From each rank's own entries those of all tokens, [K, ...]. The gradient of an entry stays with its owner."""
+        """Gather the entries of all tokens, [K, ...], from each rank's own. The gradient of an entry goes only to its own rank."""
         ...
 
 
 class Layout(Protocol):
-    """The tokens that this rank computes. ``segments`` is what attention gets."""
+    """The tokens that this rank computes. ``segments`` is the table that attention gets."""
 
     @property
     def tokens_t(self) -> Tensor: ...
@@ -184,15 +188,15 @@ class Layout(Protocol):
     def segments(self) -> Segments | RingTable: ...
 
     def at(self, indices_K: Tensor) -> Places:
-        """The places of packed tokens."""
+        """The places of the tokens with these packed indices."""
         ...
 
     def segments_of(self, batch: Batch) -> Tensor:
-        """The segment of each token (int64, t); the number of segments for a token that is none of the batch's."""
+        """The segment of each token (int64, [t]). A filler token gets the number of segments."""
         ...
 
     def total(self, sums: Tensor) -> Tensor:
-        """From sums over each rank's tokens those over all. The gradient of a summand stays with its owner."""
+        """Sums over all tokens, from sums over each rank's. The gradient of a summand goes only to its own rank."""
         ...
 
 
@@ -247,8 +251,10 @@ class RingLayout:
         shards = deal(batch.segments, ring.size)
         fillers, device = sum(shards.segments.lengths_S) - batch.num_tokens, batch.tokens_T.device
         index_t = packed_indices(shards.segments, shards.chunks[ring.rank]).to(device)
+        # the inverse of index_t: from a packed index to the row on this rank
         rows_T = torch.full((batch.num_tokens + fillers,), -1, device=device)
         rows_T[index_t] = torch.arange(len(index_t), device=device)
+        # fillers come after the batch: token 0 at position 0
         tokens_t, positions_t = (
             torch.cat([stream, stream.new_zeros(fillers)])[index_t] for stream in (batch.tokens_T, batch.positions_T)
         )
@@ -277,7 +283,7 @@ def packed_indices(segments: Segments, chunks: Sequence[Chunk]) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Shared:
-    """``rows_k``: rows of this rank's states; ``own_k``: which of the ``total`` tokens those are."""
+    """``rows_k``: rows of this rank's states. ``own_k``: the places of those tokens among the ``total`` ones."""
 
     rows_k: Tensor
     own_k: Tensor
@@ -296,9 +302,10 @@ class _Shared:
 
 
 class _Gather(torch.autograd.Function):
-    """Sum over the ring of what each rank has, at its places.
+    """Gather the entries of all ranks: each fills in its own, and the ring sums.
 
-    The loss made of it is the same on all ranks, so the gradient of the whole is known to all of them and each takes its own.
+    All ranks compute the same loss from the result. So each rank knows the gradient of the whole and takes its own part, without
+    communication.
     """
 
     @staticmethod
@@ -316,7 +323,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Total(torch.autograd.Function):
-    """Sum over the ring; as for ``_Gather``, each rank takes the gradient of its own summand."""
+    """Sum over the ring. As in ``_Gather``, each rank takes the gradient of its own summand."""
 
     @staticmethod
     def forward(ctx: Any, sums: Tensor, ring: Ring) -> Tensor:

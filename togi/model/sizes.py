@@ -1,4 +1,4 @@
-"""How large a model is on disk, from its config.json alone: a skeleton without weights has the names and shapes."""
+"""The size of a model on disk, from its config.json alone: a skeleton without weights has all shapes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from togi.model.policy import PolicyModel, ScalarModel
 
 FLOAT32 = 4
 BFLOAT16 = 2
-# Of each trained weight: the float32 master and Adam's two moments.
+# Bytes for each trainable weight: the float32 master and Adam's two moments.
 STATE = 3 * FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Numbers of a model: ``weights``, those that are ``trained`` (of an adapter only its own), rows of the ``embedding``.
+    """Counts of a model: all ``weights``, the ``trained`` ones (with LoRA only the adapter's), rows of the ``embedding``.
 
-    ``layers`` and ``hidden`` say what kind of model it is.
+    ``layers`` and ``hidden``: the number of layers and the hidden size.
     """
 
     weights: int
@@ -34,18 +34,18 @@ class Sizes:
 
     @property
     def state_bytes(self) -> int:
-        """The resumable part of a checkpoint."""
+        """Bytes of the training state in a checkpoint."""
         return STATE * self.trained
 
     def folder_bytes(self, *, bf16: bool) -> int:
-        """The folder that a run writes: the model as it computes, or the adapter in float32."""
+        """Bytes of the model folder that a run writes: the model in the dtype of training, or the adapter in float32."""
         if self.adapter:
             return FLOAT32 * self.trained
         return (BFLOAT16 if bf16 else FLOAT32) * self.weights
 
 
 def sizes(path: str, *, scalar: bool = False, lora: LoRA | None = None, trust_remote_code: bool = False) -> Sizes:
-    """The sizes of a folder's language model, or with ``scalar`` of the reward model or critic that is made of it."""
+    """The sizes of a folder's language model, or with ``scalar`` of the reward model or critic made from it."""
     config: Any = read_config(path, trust_remote_code)
     if scalar:
         config.num_labels = 1

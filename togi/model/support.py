@@ -1,8 +1,8 @@
-"""Which architectures can be trained packed, and how their logits are made.
+"""Which architectures can be trained packed, and how their logits are computed.
 
-An architecture of ``PROVEN`` has passed "packed = one by one" in the test suite. Any other is refused if its class or
-config shows something that packing breaks, and is otherwise tested when it is loaded, on its own weights: a dozen tokens
-through the pack and through Transformers' own attention must agree.
+The test suite checks "packed = one by one" for the architectures in ``PROVEN``. Any other architecture is refused if its class or
+config shows a feature that packing breaks. Otherwise it is tested on its own weights when it is loaded: a few tokens must give the
+same results packed and through Transformers' own attention.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 def logit_transform(config: PreTrainedConfig) -> LogitTransform:
-    """What this architecture does to its logits: Gemma's capping, Granite's divisor, Cohere's factor."""
+    """The transform that this architecture applies to its logits: Gemma's cap, Granite's divisor, Cohere's factor."""
     softcap = getattr(config, "final_logit_softcapping", None)
     divisor = getattr(config, "logits_scaling", None)
     factor = getattr(config, "logit_scale", None)
@@ -37,7 +37,7 @@ def logit_transform(config: PreTrainedConfig) -> LogitTransform:
 
 
 def refuse_other_parts(config: PreTrainedConfig) -> None:
-    """Refuse a model that also takes images or sounds, by its config alone. Raises ModelError."""
+    """Raise ModelError for a model that also takes images or sound, by its config alone."""
     text = config.get_text_config()
     if text is config or config.is_encoder_decoder:
         return
@@ -50,7 +50,7 @@ def refuse_other_parts(config: PreTrainedConfig) -> None:
 
 
 def refuse_unsupported(model: PreTrainedModel, attention: str) -> None:
-    """Refuse what a look at the class and the config can tell. Raises ModelError.
+    """Raise ModelError if the class or the config shows a feature that packed training does not support.
 
     ``model`` may be on the meta device; ``attention`` is the name of the back end that will be used.
     """
@@ -73,12 +73,13 @@ def refuse_unsupported(model: PreTrainedModel, attention: str) -> None:
 def verify_packing(model: PolicyModel | ScalarModel) -> None:
     """Compare a small pack (a shared prompt with two continuations, a plain sequence) with Transformers' own forward.
 
-    Compared are the hidden states of each sequence's own segment and, for a policy, its log-probs: the median over a
-    segment's tokens (a mixture of experts in bf16 may route single tokens differently). The pack must also give the same states
-    in training mode, or something is still drawn at random there. Raises ModelError.
+    Compares the hidden states of each sequence's own segment and, for a policy, its log-probs. The measure is the median over a
+    segment's tokens, because a mixture of experts in bf16 may route single tokens differently. The pack must also give the same
+    states in training mode; otherwise a random operation is still on. Raises ModelError if anything differs.
     """
     batch = _probe_batch(model.hf.config.vocab_size).to(next(model.parameters()).device)
     worst = 0.0
+    # nothing random in training mode?
     with torch.no_grad(), _mode(model, training=True):
         drawn_TH = hidden_states(model.hf, WholeLayout.of(batch))
     with torch.no_grad(), _mode(model, training=False):
@@ -89,6 +90,7 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
                 f"in their config.json is off: Togi cannot train this architecture; tested ones are {', '.join(sorted(PROVEN))}."
             )
         ours_K = model(batch, Needs(logprobs=True)).logprobs_K if isinstance(model, PolicyModel) else None
+        # each sequence alone, as plain Transformers computes it
         for own in (1, 2, 3):
             path = torch.cat([batch.segments.tokens(s) for s in batch.segments.chain(own)])
             tokens, length = batch.tokens_T[path], batch.segments.lengths_S[own]
@@ -99,6 +101,7 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
             gap_l = (packed_TH[path[-length:]].float() - alone_lH).norm(dim=-1) / alone_lH.norm(dim=-1)
             worst = max(worst, float(gap_l.median()))
             if ours_K is not None:
+                # the log-probs of the last tokens: those in the loss
                 ours_k = ours_K[batch.target_sequences_K == own - 1]
                 theirs = full.logits[0, :-1].float().log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
                 worst = max(worst, float((ours_k - theirs[-len(ours_k) :]).abs().median()))
@@ -113,6 +116,7 @@ def _probe_batch(vocab: int) -> Batch:
     segments = Segments((0, 5, 9, 12), (5, 4, 3, 6), (NO_PREFIX, 0, 0, NO_PREFIX))
     sequences = torch.tensor([NO_SEQUENCE] * 5 + [0] * 4 + [1] * 3 + [2] * 6)
     loss_mask = sequences != NO_SEQUENCE
+    # the first token of the plain sequence has no token before it
     loss_mask[12] = False
     tokens = (torch.arange(18) * 7919 + 13) % vocab
     positions, sources = segment_positions(segments), predecessors(segments)

@@ -1,7 +1,7 @@
-"""Weights on their way from a trainer to a generation engine: what will be sent (manifest) and how (buckets).
+"""Weight updates from a trainer to a generation engine: which tensors are sent (manifest) and how (buckets).
 
-The manifest is agreed before a byte moves, so a wrong name, shape or dtype is an error that names it, never a hang or a
-half-updated model. Buckets are flat byte arrays: a few large transfers instead of one for each parameter.
+The engine checks the manifest before any tensor is sent. So a wrong name, shape or dtype is an error that names it, never a hang
+or a half-updated model. Buckets are flat byte arrays: a few large transfers in place of one for each parameter.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that one weight update will send: all weights, or a LoRA adapter alone (``togi.model.adapter_update``).
+    """All tensors that one weight update sends: the whole model, or only a LoRA adapter (``togi.model.adapter_update``).
 
-    ``adapter_scale``: alpha / rank of an adapter; None where whole weights are sent.
+    ``adapter_scale``: alpha / rank of an adapter; None if the whole model is sent.
     """
 
     version: int
@@ -74,14 +74,14 @@ class Bucket:
         return self.data if isinstance(self.data, Tensor) else torch.from_numpy(self.data)
 
     def own(self) -> Bucket:
-        """A bucket that nobody else can write into: itself if nobody can at all, else a copy."""
+        """A bucket that no one else can write to: itself if its memory is read-only, else a copy."""
         if isinstance(self.data, np.ndarray) and not self.data.flags.writeable:
             return self
         copied = self.data.clone() if isinstance(self.data, Tensor) else self.data.copy()
         return Bucket(self.tensors, self.offsets, copied)
 
     def unpack(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors, as read-only views of ``data``: clone what outlives the bucket."""
+        """Yield (name, tensor) as read-only views of ``data``. Clone a tensor that outlives the bucket."""
         raw = self.as_tensor()
         for spec, offset in zip(self.tensors, self.offsets, strict=True):
             view = raw[offset : offset + spec.nbytes].view(getattr(torch, spec.dtype))
@@ -89,22 +89,23 @@ class Bucket:
 
 
 class Checksum:
-    """Of all tensors of an update by name and content, whatever buckets they came in: finds what is lost, old or damaged.
+    """A checksum over the names and contents of an update's tensors, which does not depend on the buckets.
 
-    Of each tensor's content it is the exclusive or of its 8-byte words, which runs at the speed of memory.
+    It finds lost, stale or damaged tensors. The content of a tensor enters as the exclusive or of its 8-byte words, which runs at
+    the speed of memory.
     """
 
     def __init__(self) -> None:
         self._marks: dict[str, int] = {}
 
     def add(self, bucket: Bucket) -> None:
-        """Take in the tensors of a bucket."""
+        """Add the tensors of a bucket."""
         raw = bucket.as_tensor()
         for spec, offset in zip(bucket.tensors, bucket.offsets, strict=True):
             self._marks[spec.name] = _mark(raw[offset : offset + spec.nbytes])
 
     def digest(self) -> str:
-        """The same text on every process that has had the same tensors."""
+        """A hex string that is the same in every process that added the same tensors."""
         return hashlib.blake2b(repr(sorted(self._marks.items())).encode(), digest_size=16).hexdigest()
 
 
@@ -120,7 +121,7 @@ def pack_buckets(
 ) -> Iterator[Bucket]:
     """Group tensors, in order, into buckets of at most ``max_bytes`` (a larger tensor gets a bucket of its own).
 
-    ``device``: where the buckets are made, by default in host memory.
+    ``device``: the memory of the buckets, by default the host's.
     """
     place = torch.device("cpu") if device is None else device
     group: list[tuple[TensorSpec, Tensor]] = []
@@ -137,6 +138,7 @@ def pack_buckets(
 
 
 def _fill(group: list[tuple[TensorSpec, Tensor]], device: torch.device) -> Bucket:
+    # each tensor starts at a multiple of ALIGNMENT, so that a view of any dtype is aligned
     offsets, end = [], 0
     for spec, _ in group:
         offsets.append(end)
@@ -148,7 +150,7 @@ def _fill(group: list[tuple[TensorSpec, Tensor]], device: torch.device) -> Bucke
 
 
 def differences(expected: Iterable[TensorSpec], offered: Iterable[TensorSpec], limit: int = 5) -> list[str]:
-    """In words, what differs between two sets of tensors; empty when they agree. Names at most ``limit`` tensors."""
+    """Say how two sets of tensors differ, for at most ``limit`` tensors. Returns an empty list if they agree."""
     want = {spec.name: spec for spec in expected}
     have = {spec.name: spec for spec in offered}
     lines = [f"{name} is missing" for name in want if name not in have]

@@ -1,4 +1,4 @@
-"""Fused AdamW whose state is all there from the start: saving before and after the first step is the same."""
+"""Fused AdamW whose state exists before the first step, so that a checkpoint always has the same tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_adamw(parameters: Mapping[str, Tensor], options: BackendOptions) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019) over ``parameters``, with its state."""
+    """Make AdamW (Loshchilov & Hutter, 2019) over ``parameters``, with its state."""
     optimizer = adamw_without_state(parameters, options, {name: tuple(p.shape) for name, p in parameters.items()})
     add_state(optimizer, parameters.values())
     return optimizer
@@ -26,9 +26,9 @@ def make_adamw(parameters: Mapping[str, Tensor], options: BackendOptions) -> tor
 def adamw_without_state(
     parameters: Mapping[str, Tensor], options: BackendOptions, shapes: Mapping[str, tuple[int, ...]]
 ) -> torch.optim.AdamW:
-    """``shapes``: of the whole parameters. One-dimensional ones (biases, norm weights) are not decayed.
+    """``shapes``: of the full parameters. One-dimensional ones (biases, norm weights) get no weight decay.
 
-    One kernel takes parameters of one device mesh only.
+    A fused kernel takes only parameters of one device mesh, so each mesh has its own group.
     """
     decayed = [p for name, p in parameters.items() if len(shapes[name]) > 1]
     others = [p for name, p in parameters.items() if len(shapes[name]) <= 1]
@@ -43,9 +43,10 @@ def adamw_without_state(
 
 
 def add_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
-    """Zero moments and a count of steps for each parameter."""
+    """Add zero moments and a step count for each parameter."""
     for parameter in parameters:
         state = optimizer.state[parameter]
+        # a tensor on the device, as the fused kernel requires
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(parameter, requires_grad=False)
@@ -62,7 +63,7 @@ def set_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
 
 
 def take_step(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
-    """Step at ``learning_rate`` and drop the gradients."""
+    """Step at ``learning_rate`` and free the gradients."""
     set_rate(optimizer, learning_rate)
     optimizer.step()
     optimizer.zero_grad()
@@ -75,10 +76,10 @@ def take_host_step(
     factor: float,
     parts: Mapping[Tensor, tuple[Tensor | None, Tensor]],
 ) -> None:
-    """``take_step`` in host memory, in one pass over all that it reads and writes.
+    """``take_step`` in host memory by a C kernel, in one pass over all tensors.
 
-    ``parts``: of each parameter its gradient, which is multiplied by ``factor`` (None: it took no part, and its moments go on),
-    and the tensor that gets it in bfloat16.
+    ``parts``: for each parameter its gradient, which is multiplied by ``factor``, and the bfloat16 working copy to write. A
+    gradient of None counts as zero: the parameter had no part in the step, and its moments decay.
     """
     set_rate(optimizer, learning_rate)
     for group in optimizer.param_groups:
@@ -94,12 +95,12 @@ def take_host_step(
 
 
 def fill_missing_gradients(parameters: Mapping[str, Tensor]) -> None:
-    """A parameter that took no part gets a zero gradient, so that all ranks step the same parameters."""
+    """Give each parameter without a gradient a zero gradient, so that all ranks step the same parameters."""
     for parameter in parameters.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
 
 def clip_gradients(parameters: Mapping[str, Tensor], max_norm: float) -> Tensor:
-    """The global L2 norm before clipping; sharded gradients give a sharded norm."""
+    """Clip to ``max_norm``. Returns the global L2 norm before clipping, which is sharded if the gradients are."""
     return torch.nn.utils.clip_grad_norm_(list(parameters.values()), max_norm)

@@ -1,8 +1,8 @@
-"""What the learner asks of a backend: gradients, steps and full tensors, whatever lies sharded underneath.
+"""The ``Backend`` protocol of the learner: gradients, steps and full tensors, for any kind of sharding.
 
-Three implementations, one shared test file: ``Replicated`` (one process, or ZeRO stage 0), ``Sharded`` (FSDP2) and
-``DeepSpeed``. All keep float32 master weights and moments, sum gradients over ranks (the learner divides once, by a
-global count) and know nothing of losses or batches.
+Three implementations share one test file: ``Replicated`` (one process, or ZeRO stage 0), ``Sharded`` (FSDP2) and ``DeepSpeed``.
+All keep float32 master weights and moments, and sum gradients over ranks (the learner divides once, by a global count). They do
+not depend on losses or batches.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from togi.parallel.process import World
 
 @dataclass(frozen=True, slots=True)
 class BackendOptions:
-    """``--bf16``, ``--zero_stage``, ``--adam_betas``, ``--l2``, AdamW's epsilon, ``--backend`` and what only some have.
+    """``--bf16``, ``--zero_stage``, ``--adam_betas``, ``--l2``, AdamW's epsilon, ``--backend`` and options of single backends.
 
     bf16: compute in bfloat16 from float32 masters; otherwise everything is in the dtype of the parameters.
-    zero_stage: 0 replicates; 1 shards masters and moments; 2 gradients too (reduced at every micro-batch); 3 also
+    zero_stage: 0 replicates; 1 shards masters and moments; 2 shards gradients too (reduced at every micro-batch); 3 also
     frees the gathered weights between forward and backward.
-    adam_offload: masters and moments live in host memory, and AdamW runs there.
-    overlap_comm, zpg (ranks that share one more copy of the weights, ZeRO++), bf16_accumulation (micro-batches are added
-    up in bfloat16): of DeepSpeed. FSDP2 always overlaps, gathers over all ranks and adds up in float32.
+    adam_offload: masters and moments are in host memory, and AdamW runs there.
+    overlap_comm, zpg (the number of ranks that share a second copy of the weights, ZeRO++) and bf16_accumulation (gradients of
+    micro-batches are summed in bfloat16) are DeepSpeed's. FSDP2 always overlaps, gathers over all ranks and sums in float32.
     """
 
     bf16: bool = True
@@ -45,12 +45,12 @@ class BackendOptions:
 
     @property
     def partitions_parts(self) -> bool:
-        """Whether DeepSpeed gets its weights part by part. The groups of ZeRO++ cannot be made ahead of the engine."""
+        """Whether DeepSpeed loads its weights part by part. With ZeRO++ it cannot: the engine must make the groups first."""
         return self.backend is BackendName.DEEPSPEED and self.zero_stage == 3 and self.zpg == 1
 
 
 def backend_options(config: TrainSettings, *, bf16: bool) -> BackendOptions:
-    """What the flags of a command ask of a backend."""
+    """The options from the flags of a command."""
     return BackendOptions(
         bf16=bf16,
         zero_stage=config.zero_stage,
@@ -65,29 +65,29 @@ def backend_options(config: TrainSettings, *, bf16: bool) -> BackendOptions:
 
 
 class Backend(Protocol):
-    """A trainable model on this rank. Every method but the properties is called by all ranks together."""
+    """A trainable model on this rank. All methods but the properties are collective: all ranks call them together."""
 
     @property
     def module(self) -> nn.Module:
-        """The model to call: ``module(batch, needs, ...)``. Call the root, never a part of it."""
+        """The model: ``module(batch, needs, ...)``. Call the root, never a part of it, so that the hooks of sharding run."""
         ...
 
     @property
     def world(self) -> World: ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of ``loss`` to those held. After the ``last`` one they are summed over ranks."""
+        """Accumulate the gradients of ``loss``. After the ``last`` call of a step they are summed over ranks."""
         ...
 
     def clip(self, max_norm: float) -> float:
-        """Scale gradients down to a global L2 norm of ``max_norm`` (``math.inf``: do not); returns the norm before.
+        """Clip gradients to a global L2 norm of ``max_norm`` (``math.inf``: no clip). Returns the norm before clipping.
 
-        Once a step, before ``step``, which may do the scaling.
+        Call it once a step, before ``step``, which may do the scaling.
         """
         ...
 
     def step(self, learning_rate: float) -> None:
-        """One AdamW step on the held gradients, which are then dropped."""
+        """One AdamW step on the accumulated gradients, which are then freed."""
         ...
 
     def drop_gradients(self) -> None: ...
@@ -95,29 +95,29 @@ class Backend(Protocol):
     def full_parameters(
         self, dtype: torch.dtype | None = None, *, trained_only: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, whole and detached, on every rank, one at a time. ``dtype`` None gives the masters' own.
+        """Gather every parameter, full and detached, on every rank, one at a time. ``dtype`` None gives the masters' dtype.
 
-        ``trained_only`` leaves out those that are frozen, which then need not be gathered.
+        ``trained_only`` skips frozen parameters, which then need not be gathered.
         """
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """What a resume needs, whole, one tensor at a time: masters and both moments of what is trained."""
+        """The state for a resume, one full tensor at a time: masters and both moments of the trainable parameters."""
         ...
 
     def load_state(self, read: Callable[[str], Tensor], steps: int) -> None:
-        """Take back what ``state`` gave. ``read`` returns a whole tensor by name; ``steps`` have been taken."""
+        """Load what ``state`` yielded. ``read`` returns a full tensor by name; ``steps``: optimizer steps taken so far."""
         ...
 
     def at_rest(self) -> Iterable[Tensor]:
-        """What only a step and ``state`` read, on this rank: moments, masters beside the weights that compute, buffers.
+        """This rank's tensors that only ``step`` and ``state`` read: moments, masters beside the working weights, buffers.
 
-        ``full_parameters`` in the dtype that computes does not. See ``togi.parallel.parking``.
+        ``full_parameters`` in the dtype of the working weights does not read them. See ``togi.parallel.parking``.
         """
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The names and full shapes of the parameters that are trained."""
+        """The names and full shapes of the trainable parameters."""
         ...
 
 
@@ -129,25 +129,25 @@ def decoder_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
-    """Change the dtype of floating-point parameters in place; buffers and quantised weights stay as they are."""
+    """Change the dtype of floating-point parameters in place. Buffers and quantised weights are unchanged."""
     for parameter in parameters:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
 Reader = Callable[[nn.Module], None]
-"""Reads the weights of a part of a model that are still on disk (``togi.model.deferred``)."""
+"""Loads the weights of a part of a model that are still on disk (``togi.model.deferred``)."""
 
 
 def nothing_left(part: nn.Module) -> None:
-    """The reader of a model that was read at once."""
+    """The reader of a model whose weights are already loaded."""
 
 
 def check_same_weights(module: nn.Module, world: World) -> None:
-    """Every rank must start from the same weights; a freshly drawn head needs the same seed everywhere. Shards are left out."""
+    """Check that every rank starts from the same weights. A new head needs the same seed on all ranks. Shards are skipped."""
     if world.size == 1:
         return
-    # what DeepSpeed has partitioned looks empty
+    # parameters that DeepSpeed has partitioned look empty
     whole = {n: p.detach() for n, p in module.named_parameters() if not isinstance(p, DTensor) and p.numel() > 0}
     marks = {name: int(torch.hash_tensor(weight).item()) for name, weight in whole.items()}
     others = world.gather("initial weights", marks)

@@ -1,4 +1,4 @@
-"""Which backend a model gets, and how a model that is only scored is laid out."""
+"""Choose the backend of a trainable model, and the layout of a frozen one."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from togi.plan.memory import keep_freed
 
 
 def reads_parts(world: World, options: BackendOptions, *, trained: bool) -> bool:
-    """Whether a model, ``trained`` or frozen, is sharded part by part, so that its weights had better be left on disk."""
+    """Whether a model, ``trained`` or frozen, is sharded part by part. Then its weights should stay on disk until needed."""
     if trained and options.backend is BackendName.DEEPSPEED:
         return options.partitions_parts and world.size > 1
     return options.zero_stage in ((1, 2, 3) if trained else (3,)) and world.size > 1
 
 
 def trainable(module: nn.Module, world: World, options: BackendOptions, read: Reader = nothing_left) -> Backend:
-    """Make ``module`` trainable, in place. All ranks must bring the same weights, or ``read`` them.
+    """Make ``module`` trainable, in place. All ranks must have the same weights, or ``read`` them.
 
-    Stage 0 is the same under every backend. One process never shards: there is nothing to gain, and plain PyTorch is faster;
-    only DeepSpeed, which is never a default, is given what was asked for. Nor are quantised weights sharded, which stages 1
-    and 2 would leave whole anyway.
+    Stage 0 is the same under every backend. One process does not shard: that gains nothing, and plain PyTorch is faster. Only
+    DeepSpeed, which is never a default, is used whenever the flags select it. Quantised weights are not sharded; stages 1 and 2
+    would leave them whole anyway.
     """
     if world.device.type == "cpu":
+        # a training step frees and allocates the same gigabytes again and again
         keep_freed()
     quantised = any(not parameter.is_floating_point() for parameter in module.parameters())
     if options.backend is BackendName.DEEPSPEED and options.zero_stage > 0 and not quantised:
@@ -47,7 +48,7 @@ def trainable(module: nn.Module, world: World, options: BackendOptions, read: Re
 def frozen(module: nn.Module, world: World, options: BackendOptions, read: Reader = nothing_left) -> nn.Module:
     """Make ``module`` ready for scoring only: no gradients, no masters, sharded over the ranks under stage 3.
 
-    By FSDP2 under either backend.
+    FSDP2 shards it under either backend.
     """
     _freeze(module, options)
     if reads_parts(world, options, trained=False):
@@ -60,9 +61,9 @@ def frozen(module: nn.Module, world: World, options: BackendOptions, read: Reade
 def frozen_on_host(
     module: nn.Module, world: World, options: BackendOptions, read: Reader = nothing_left
 ) -> Callable[[], AbstractContextManager[None]]:
-    """Like ``frozen``, with the weights in host memory; returns the context in which ``module`` can be run.
+    """Like ``frozen``, with the weights in host memory. Returns the context in which ``module`` can be called.
 
-    Under stage 3 each block's shards come from host memory when the block is gathered, so the context does nothing.
+    Under stage 3 FSDP2 copies each block's shards from host memory when it gathers the block, so the context does nothing.
     """
     _freeze(module, options)
     if reads_parts(world, options, trained=False):

@@ -1,8 +1,8 @@
-"""A one-way channel: one member sends flat buffers, all others receive them, over a process group of its own.
+"""A broadcast channel for weight updates: one member sends flat buffers, all others receive them, over a process group of its own.
 
-The group is made from a store and never registered, so it is neither the trainer's default group nor that of an engine that has
-one in the same process (vLLM does). Sending overlaps with whatever the sender does next. Over nccl: written by torch's
-documentation, not tested, as there was no GPU.
+The group is made from a store and never registered. So it cannot clash with the trainer's default group, or with that of an
+engine in the same process (vLLM has one). Sending overlaps with the sender's next work. The nccl part follows torch's
+documentation and is not tested, as there was no GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SENDER = 0
 
 
 class Channel:
-    """Rank 0 of the members sends. Every buffer must be received by all others, in the order in which they were sent."""
+    """Rank 0 of the members sends. All others must receive every buffer, in the order of sending."""
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self.device = device
@@ -31,11 +31,12 @@ class Channel:
 
     @classmethod
     def join(cls, meeting: Rendezvous, device: torch.device) -> Self:
-        """Meet the other members; buffers are on ``device``, host memory travels by gloo and that of a GPU by nccl.
+        """Join the other members. Buffers are on ``device``; gloo sends those in host memory, nccl those on a GPU.
 
-        Raises torch's ``DistStoreError`` or RuntimeError when they do not come in time.
+        Raises torch's ``DistStoreError`` or RuntimeError if the others do not join in time.
         """
         limit = timedelta(seconds=meeting.timeout_s)
+        # a prefix, since other groups may use the same store
         store = PrefixStore(NAME, TCPStore(meeting.address, meeting.port, is_master=False, timeout=limit))
         if device.type == "cpu":
             return cls(dist.ProcessGroupGloo(store, meeting.rank, meeting.size, limit), device)
@@ -44,18 +45,19 @@ class Channel:
         return cls(dist.ProcessGroupNCCL(store, meeting.rank, meeting.size, options), device)
 
     def send(self, buffer: Tensor) -> None:
-        """Begin to send ``buffer`` (bytes, on ``device``), once the one before has left. It must not change until ``flush``."""
+        """Start to send ``buffer`` (bytes, on ``device``) when the one before is sent. It must not change until ``flush``."""
+        # at most one buffer is being sent, so at most two are in memory
         self.flush()
         self._sending.append((self._broadcast(buffer), buffer))
 
     def flush(self) -> None:
-        """Wait until everything has left."""
+        """Wait until all buffers are sent."""
         for work, _ in self._sending:
             self._finish(work)
         self._sending.clear()
 
     def receive(self, nbytes: int) -> Tensor:
-        """The next ``nbytes`` bytes, in a buffer of their own."""
+        """Receive the next ``nbytes`` bytes, in a new buffer."""
         buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         self._finish(self._broadcast(buffer))
         return buffer
@@ -67,5 +69,5 @@ class Channel:
 
     def _finish(self, work: Any) -> None:
         work.wait()
-        if self.device.type != "cpu":  # there, waiting only orders what follows on the stream
+        if self.device.type != "cpu":  # on a GPU ``wait`` only orders later work on the stream
             torch.accelerator.synchronize(self.device)

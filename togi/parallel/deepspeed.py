@@ -1,14 +1,14 @@
 """ZeRO stages 1 to 3 with DeepSpeed's engine, behind the same protocol as the other backends.
 
-DeepSpeed averages gradients over ranks and expects to know how many micro-batches make a step; here they are summed (the
-loss is multiplied by the number of ranks, which the average takes back), and ``last`` says where a step ends, so any number
-of micro-batches will do. Reduction is in float32, the optimizer is torch's fused AdamW on the host and on the device alike:
-DeepSpeed's own C++ one compiles for minutes when it is first used. DeepSpeed's checkpoints are not used: whole tensors by
-name fit every backend and number of ranks.
+DeepSpeed averages gradients over ranks and expects a fixed number of micro-batches a step. Here gradients are summed: the loss
+is multiplied by the number of ranks, which cancels the average. ``last`` marks the end of a step, so any number of micro-batches
+works. Gradients are reduced in float32. The optimizer is torch's fused AdamW, on the host and on the device: DeepSpeed's own C++
+optimizer compiles for minutes at its first use. DeepSpeed's checkpoints are not used, because whole tensors by name fit every
+backend and number of ranks.
 
-Under stage 3 a model is partitioned part by part, so that weights which are still on disk are read as they are needed; the
-other stages have whole weights anyway. Written for DeepSpeed 0.19, of whose optimizers some inner parts
-are used where it has no call for what is needed: the norm before the step, dropping gradients, moments before a first step.
+Under stage 3 a model is partitioned part by part, so that weights on disk are loaded as they are needed. The other stages have
+whole weights anyway. Written for DeepSpeed 0.19. It uses internals of its optimizers where there is no public call: the norm
+before the step, dropping gradients, moments before the first step.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from togi.parallel.process import World
 from togi.parallel.replicated import BUCKET_ELEMENTS
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-# It calls collectives by names that torch has given new ones.
+# DeepSpeed calls collectives by names that torch has deprecated.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-# Set before the import: DeepSpeed decides then which accelerator there is.
+# Set before the import, when DeepSpeed detects the accelerator.
 if torch.accelerator.current_accelerator() is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -53,13 +53,13 @@ from deepspeed.utils import (  # noqa: E402
 )
 
 EXPERTS = "experts"
-# Working copies up to this size stay whole on every rank under stage 3: gathering norm weights costs more than it saves.
+# Under stage 3 working copies up to this size stay whole on every rank: gathering norm weights costs more than it saves.
 RESIDENT_ELEMENTS = 100_000
 MASTER = "master"
 
 
 class DeepSpeed:
-    """The ``Backend`` of one process or several that train with ZeRO."""
+    """The ``Backend`` that trains with DeepSpeed's ZeRO, in one process or several."""
 
     def __init__(self, module: nn.Module, world: World, options: BackendOptions, read: Reader = nothing_left) -> None:
         assert options.zero_stage in (1, 2, 3)
@@ -69,6 +69,7 @@ class DeepSpeed:
             )
         _meet(world)
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+        # load the weights: part by part where DeepSpeed can partition them, else whole
         parts = {}
         if options.zero_stage == 3:
             _mark_sparse_blocks(module)
@@ -78,9 +79,10 @@ class DeepSpeed:
             read(module)
             check_same_weights(module, world)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        # DeepSpeed makes the masters from weights that it has already rounded to bfloat16.
+        # DeepSpeed rounds the weights to bfloat16 before it makes the masters: keep the loaded ones and set them below.
         loaded = {name: p.data for name, p in trained.items()} if options.bf16 and not parts else {}
         self._adamw = adamw_without_state(trained, options, self._shapes)
+        # the engine; its hooks run between _unwrap and _wrap and see only the outputs' tensors
         module.register_forward_hook(_unwrap)
         with redirect_stdout(StringIO()):  # memory reports
             self._engine, *_ = deepspeed.initialize(
@@ -91,6 +93,7 @@ class DeepSpeed:
         self.world = world
         self._options = options
         self._trained = trained
+        # moments exist before the first step, and masters have the loaded precision
         self._zero = _shards_of(self._engine.optimizer)
         add_state(self._adamw, self._zero.masters())
         self._zero.link_state()
@@ -102,7 +105,7 @@ class DeepSpeed:
     def backward(self, loss: Tensor, last: bool) -> None:
         optimizer = self._engine.optimizer
         self._engine.set_gradient_accumulation_boundary(last)
-        # What DeepSpeed does in the forward of its engine and in hooks on results that are tensors; ours are records.
+        # DeepSpeed does this in hooks on outputs that are tensors. Togi's outputs are records, so it is done here.
         optimizer.clear_backward_seen_flag()
         optimizer.backward_prologue()
         optimizer.enter_backward()
@@ -112,9 +115,9 @@ class DeepSpeed:
     def clip(self, max_norm: float) -> float:
         with self.world.collective("gradient norm"):
             norm = float(self._zero.norm())
-        # The step itself scales the gradients down, by the same norm.
+        # the step scales the gradients, by the same norm
         self._engine.optimizer.clip_grad = max_norm if math.isfinite(max_norm) else 0.0
-        return norm if norm >= 0 else math.nan  # DeepSpeed writes -1 for what is not finite
+        return norm if norm >= 0 else math.nan  # DeepSpeed returns -1 for a norm that is not finite
 
     def step(self, learning_rate: float) -> None:
         set_rate(self._adamw, learning_rate)
@@ -160,7 +163,7 @@ class DeepSpeed:
         return dict(self._shapes)
 
     def _set(self, values: Callable[[str], dict[str, Tensor]]) -> None:
-        """Replace masters and moments, given by the name of the parameter, and round the masters anew."""
+        """Set masters and moments from ``values(name)``, and round the masters into the working copies."""
         for name, parameter in self._trained.items():
             for kind, value in values(name).items():
                 if kind == MASTER:
@@ -172,32 +175,32 @@ class DeepSpeed:
 
 
 class _Shards(Protocol):
-    """What is done differently by each of DeepSpeed's optimizers."""
+    """The operations that differ between DeepSpeed's optimizers."""
 
     def masters(self) -> Iterable[Tensor]:
         """This rank's flat float32 tensors, which AdamW updates."""
         ...
 
     def link_state(self) -> None:
-        """Tell DeepSpeed where the moments are."""
+        """Link the moments to DeepSpeed's own records of them."""
         ...
 
     def buffers(self) -> Iterable[Tensor]:
-        """Where gradients are gathered, which hold nothing between two steps."""
+        """The buffers of gradients. They hold no data between two steps."""
         ...
 
     def norm(self) -> Any:
-        """The global L2 norm of the gradients held; negative or infinite if they are not finite."""
+        """The global L2 norm of the gradients. Negative or infinite if they are not finite."""
         ...
 
     def drop_gradients(self) -> None: ...
 
     def set_working(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """The master of ``parameter`` has been set to ``value``: round it into the copy that computes, or do so later."""
+        """Round ``value``, the new master of ``parameter``, into the working copy, or leave it to ``refresh``."""
         ...
 
     def refresh(self) -> None:
-        """Round the masters into the copies that compute, where ``set_working`` has not."""
+        """Round the masters into the working copies, unless ``set_working`` has done it."""
         ...
 
 
@@ -210,7 +213,7 @@ def _shards_of(optimizer: Any) -> _Shards:
 
 
 class _Whole:
-    """Stages 1 and 2, whose working copies are whole on every rank."""
+    """Stages 1 and 2: the working copies are whole on every rank."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -232,7 +235,7 @@ class _Whole:
 
 
 class _FirstStage(_Whole):
-    """Stage 1 with bfloat16: gradients are whole too, in float32."""
+    """Stage 1 with bfloat16: gradients are whole on every rank too, in float32."""
 
     def buffers(self) -> Iterable[Tensor]:
         whole: list[Tensor] = self._optimizer.fp32_groups_gradients_flat
@@ -266,7 +269,7 @@ class _SecondStage(_Whole):
 
 
 class _ThirdStage:
-    """Stage 3: every rank holds a part of each parameter."""
+    """Stage 3: every rank holds a partition of each parameter."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -288,7 +291,7 @@ class _ThirdStage:
         optimizer = self._optimizer
         optimizer.zero_grad()
         optimizer.averaged_gradients = {}
-        # A parameter that takes no part in a step keeps what the buffer held before.
+        # a parameter without a gradient in a step would keep the old content of the buffer
         optimizer.grad_partitions_flat_buffer.zero_()
         if optimizer.offload_optimizer:
             optimizer.reset_cpu_buffers()
@@ -309,7 +312,7 @@ def _zero_gradients(masters: Iterable[Tensor]) -> None:
 
 
 def _gathered(parameter: nn.Parameter) -> Tensor:
-    """The working copy, whole. A copy of it under stage 3, where it is taken apart again."""
+    """The full working copy. Under stage 3 a clone of it, because the gathered one is freed again."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     with deepspeed.zero.GatheredParameters([parameter]):
@@ -317,19 +320,19 @@ def _gathered(parameter: nn.Parameter) -> Tensor:
 
 
 def _meet(world: World) -> None:
-    """Let DeepSpeed use the process group that there is, and nothing that has to be compiled first."""
+    """Let DeepSpeed use the existing process group, and no extension that must be compiled first."""
     world.open_group()
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)
-    # On the CPU this is the number of devices, for which DeepSpeed would otherwise ask numactl.
+    # On the CPU this is the number of devices. Without it DeepSpeed calls numactl.
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
-    # An all-reduce through shared memory, in C++, for inference only. DeepSpeed's own switch for it.
+    # DeepSpeed's switch for an all-reduce through shared memory: it is in C++ and for inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
 
 
 def _config(world: World, options: BackendOptions) -> dict[str, Any]:
     return {
-        # Batches and their sizes are the learner's business: DeepSpeed only counts samples with these.
+        # the learner forms the batches: DeepSpeed uses these numbers only to count samples
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": None,
@@ -353,7 +356,7 @@ def _config(world: World, options: BackendOptions) -> dict[str, Any]:
 
 
 def _partition(module: nn.Module, world: World, options: BackendOptions, read: Reader) -> dict[str, Tensor]:
-    """Partition one part after the other; returns this rank's part of each trained weight as it was before it was rounded."""
+    """Load and partition one part after the other. Returns this rank's partition of each trainable weight before rounding."""
     parts: dict[str, Tensor] = {}
     for part in (*decoder_blocks(module), module):
         read(part)
@@ -365,6 +368,7 @@ def _partition(module: nn.Module, world: World, options: BackendOptions, read: R
             cast(fresh, torch.bfloat16)
         with redirect_stdout(StringIO()):
             deepspeed.zero.Init(module=part, config_dict_or_path=_config(world, options), dtype=fresh[0].dtype)
+        # keep only this rank's partition in float32, and free the whole weights one by one
         while unrounded:
             parameter, whole = unrounded.popitem()
             size = parameter.ds_tensor.ds_numel
@@ -374,14 +378,14 @@ def _partition(module: nn.Module, world: World, options: BackendOptions, read: R
 
 
 def _mark_sparse_blocks(module: nn.Module) -> None:
-    """Gather a sparse block as a whole: which of its experts run differs from rank to rank."""
+    """Gather a block of experts as a whole, because different ranks run different experts of it."""
     sparse = {type(part) for part in module.modules() if EXPERTS in dict(part.named_children())}
     if sparse:
         set_z3_leaf_modules(module, list(sparse))
 
 
 class _Tensors(dict[str, Tensor]):
-    """The differentiable results of a forward, in a form into which DeepSpeed's hooks on the model look."""
+    """The differentiable outputs of a forward as a dict, in which DeepSpeed's hooks on the model find tensors."""
 
     def __init__(self, record: Any) -> None:
         self.record = record
@@ -390,10 +394,10 @@ class _Tensors(dict[str, Tensor]):
 
 
 def _unwrap(module: nn.Module, inputs: Any, record: Any) -> _Tensors:
-    """The first of the forward hooks, before DeepSpeed's."""
+    """The first forward hook, before DeepSpeed's: from a record to a dict."""
     return _Tensors(record)
 
 
 def _wrap(module: nn.Module, inputs: Any, tensors: _Tensors) -> Any:
-    """The last of the forward hooks, after DeepSpeed's."""
+    """The last forward hook, after DeepSpeed's: back to the record."""
     return dataclasses.replace(tensors.record, **tensors)

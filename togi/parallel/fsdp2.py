@@ -1,10 +1,9 @@
 """ZeRO stages 1 to 3 with torch's FSDP2 (``fully_shard``): over nccl on accelerators, over gloo on the CPU.
 
-Sharded parameters are the float32 masters; each block gathers a bfloat16 copy when it runs. Gradients are reduced in
-float32 (bfloat16 reduction was measured to distort the norm) and summed, not averaged. With ``adam_offload`` the shards
-are in host memory, and so are AdamW's moments; gathered weights and gradients pass through the device. Where groups of ranks
-part the weights of the blocks (``tensor``), a block is sharded over the groups, which each have their own part of the data, and
-what is outside of blocks over all ranks.
+The sharded parameters are the float32 masters, and each block gathers a bfloat16 copy when it runs. Gradients are reduced in
+float32 (a bfloat16 reduction measurably distorts the norm) and summed, not averaged. With ``adam_offload`` the shards and AdamW's
+moments are in host memory; gathered weights and gradients pass through the device. With tensor parallelism (``tensor``) a block
+is sharded over the groups, each of which has its own share of the data, and the parameters outside of blocks over all ranks.
 """
 
 from __future__ import annotations
@@ -32,11 +31,10 @@ def shard(
     splits: bool = False,
     read: Reader = nothing_left,
 ) -> None:
-    """Shard each block and the root in place, on the rank's device; ``on_host``: in host memory until they are gathered.
+    """Shard each block and the root in place, on the rank's device. ``on_host``: the shards stay in host memory until gathered.
 
-    One after the other: where their weights are still on disk (``read``), only one is whole at a time. ``splits``: the ranks
-    of a group of ``world.tensor_size`` hold parts of the blocks' weights. Inputs are not cast: the segment table and float streams
-    of a batch must arrive as they are.
+    Blocks are loaded (``read``) and sharded one after the other, so only one is whole at a time. ``splits``: tensor parallelism in
+    groups of ``world.tensor_size``. Inputs are not cast, because a batch has a segment table and float32 streams.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
@@ -46,6 +44,7 @@ def shard(
     blocks, rows = decoder_blocks(module), world.mesh()
     both = grid(world) if splits else rows
     place = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if on_host else OffloadPolicy()
+    # load, check, split and shard one part at a time; the root comes last and takes what is outside of blocks
     for part in (*blocks, module):
         read(part)
         check_same_weights(part, world)
@@ -56,6 +55,7 @@ def shard(
         fully_shard(
             part, mesh=own_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=place
         )
+    # buffers are never sharded: they are always on the device
     if on_host:
         move_buffers(module, world.device)
     else:
@@ -63,16 +63,16 @@ def shard(
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
-            # gloo can sum, but not scale and sum in one go, which is what a factor asks of nccl.
+            # a plain sum: gloo has no operation that scales and sums at once, which FSDP2 would use for a factor
             part.set_force_sum_reduction_for_comms(True)
     if splits:
         assert isinstance(module, FSDPModule)
-        # all ranks of a group have the same gradient of what is outside of blocks, and all are summed
+        # all ranks of a group have the same gradient of the parameters outside of blocks, and the sum counts each
         module.set_gradient_divide_factor(float(world.tensor_size))
 
 
 class Sharded:
-    """The ``Backend`` of several processes that hold a part each."""
+    """The ``Backend`` of several processes, each of which holds a shard of every parameter."""
 
     def __init__(self, module: nn.Module, world: World, options: BackendOptions, read: Reader = nothing_left) -> None:
         assert options.zero_stage in (1, 2, 3)
@@ -90,8 +90,7 @@ class Sharded:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         assert isinstance(self.module, FSDPModule)
-        # Stage 1 keeps whole gradients until the last micro-batch; the others hand each micro-batch's shards out at
-        # once.
+        # Stage 1 keeps whole gradients until the last micro-batch; stages 2 and 3 reduce and shard them at every one.
         self.module.set_requires_gradient_sync(last or self._zero_stage > 1)
         with self.world.collective("backward"):
             torch.autograd.backward(loss)
@@ -117,7 +116,7 @@ class Sharded:
         for name, parameter in self.module.named_parameters():
             if trained_only and name not in self._trained:
                 continue
-            # Cast before gathering: half the traffic.
+            # cast before gathering: a bfloat16 copy is half the traffic
             part = parameter.detach().to(self.world.device, parameter.dtype if dtype is None else dtype)
             with self.world.collective(f"full parameter {name}"):
                 full = whole(part)

@@ -1,4 +1,4 @@
-"""Frozen weights that stay in host memory and are on the device only while somebody reads them."""
+"""Frozen weights in host memory, which are copied to the device only for the forwards that use them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Put the buffers of ``module`` on ``device``, whose weights may be elsewhere."""
+    """Move the buffers of ``module`` to ``device``. Its weights stay where they are."""
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, buffer.to(device))
 
 
 class HostWeights:
-    """The weights of ``module``, which is never trained; its buffers, which are small, stay on the device.
+    """The weights of a frozen ``module`` in host memory. Its buffers, which are small, stay on the device.
 
-    Nothing is copied back: a frozen weight is the same in both places. In host memory it is pinned, so that it travels at
+    Weights are never copied back, because a frozen weight is the same in both places. Host memory is pinned, so that copies run at
     full speed.
     """
 
@@ -28,7 +28,7 @@ class HostWeights:
         pin = torch.accelerator.is_available()
         self._device = device
         weights = list(module.parameters())
-        numbers = {weight: number for number, weight in enumerate(weights)}  # a tied weight is one, in two places
+        numbers = {weight: number for number, weight in enumerate(weights)}  # a tied weight is one tensor in two places
         self._places = [
             (part, name, numbers[weight])
             for part in module.modules()
@@ -39,11 +39,12 @@ class HostWeights:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Inside, the module can be run. Tensors taken from it inside stay valid after."""
+        """Copy the weights to the device; inside the block the module can be called. Its outputs stay valid afterwards."""
         self._put([_frozen(host.data.to(self._device, non_blocking=True)) for host in self._hosts])
         try:
             yield
         finally:
+            # the modules refer to the host copies again, so the device copies are freed
             self._put(self._hosts)
 
     def _put(self, weights: Sequence[nn.Parameter]) -> None:

@@ -1,8 +1,8 @@
-"""``--trainer_enable_sleep``: the tensors that only an optimizer step needs, out of the way while others compute.
+"""``--trainer_enable_sleep``: free the memory of tensors that only an optimizer step needs, while other workers compute.
 
-A parked tensor keeps its identity and loses its storage: on an accelerator its bytes wait in pinned host memory, on a CPU in a
-file that has no name (in TMPDIR, which should not lie in memory itself). Coming back restores every bit. Which tensors those are
-is the backend's knowledge (``Backend.at_rest``). Nobody may read a parked tensor.
+A parked tensor keeps its identity and loses its storage. Its bytes are kept in pinned host memory for an accelerator, and in an
+unnamed temporary file for a CPU (in TMPDIR, which should not be in memory itself). Waking restores every bit. The backend knows
+which tensors can be parked (``Backend.at_rest``). A parked tensor must not be read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from togi.plan.memory import Released, resident_bytes, return_freed
 
 
 class Parking:
-    """Parks what ``tensors`` yields, anew each time: those on ``device``. Tensors that are elsewhere stay as they are."""
+    """Parks the tensors that ``tensors`` yields at each ``sleep``, if they are on ``device``. Others are unchanged."""
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], device: torch.device) -> None:
         self._tensors = tensors
@@ -31,21 +31,23 @@ class Parking:
         self.is_asleep = False
 
     def sleep(self) -> Released:
-        """Move everything out. Returns how much, and the memory in use before and after."""
+        """Move the tensors out and free their memory. Returns the bytes moved, and the memory in use before and after."""
         before = self._used()
         if not self.is_asleep:
             self._file.seek(0)
+            # by storage: tensors that share one are moved once
             storages = {storage.data_ptr(): storage for storage in map(_storage, self._tensors())}
             self._parked = [(s, s.nbytes()) for s in storages.values() if s.device.type == self._device.type]
             for number, (storage, _) in enumerate(self._parked):
                 self._put_out(number, storage)
+                # frees the memory; the tensor objects stay, which the optimizer and the modules refer to
                 storage.resize_(0)
             self._return_freed()
             self.is_asleep = True
         return Released(sum(nbytes for _, nbytes in self._parked), before, self._used())
 
     def wake(self) -> None:
-        """Bring everything back."""
+        """Allocate the tensors again and restore their content."""
         if self.is_asleep:
             self._file.seek(0)
             for number, (storage, nbytes) in enumerate(self._parked):
@@ -58,6 +60,7 @@ class Parking:
         if self._device.type == "cpu":
             self._file.write(_view(storage))
             return
+        # pinned memory is slow to allocate: keep it for the next sleep
         host = self._hosts.get(number)
         if host is None or host.numel() != storage.nbytes():
             host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
@@ -71,7 +74,7 @@ class Parking:
             _bytes_of(storage).copy_(self._hosts[number])
 
     def _return_freed(self) -> None:
-        """Torch and the C library would keep what was freed, and other processes could not have it."""
+        """Return freed memory to the system. Torch and the C library would keep it, and other processes could not use it."""
         if self._device.type == "cpu":
             return_freed()
         else:
@@ -89,7 +92,7 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 def _view(storage: torch.UntypedStorage) -> memoryview:
-    """The bytes of a storage in host memory. Not through NumPy, which makes a storage one that cannot be resized."""
+    """The bytes of a storage in host memory. Not through NumPy, after which a storage cannot be resized."""
     area = ctypes.c_char * storage.nbytes()
     return memoryview(area.from_address(storage.data_ptr())).cast("B")
 

@@ -1,9 +1,8 @@
-"""Joining a group of processes, and the few collectives that the control flow needs.
+"""Join a group of processes, and the few collectives that the control flow needs.
 
-Here: ``World`` (who am I, on which device, with whom), through which every collective outside a backend's own
-gradient and parameter traffic goes, each with a tag, so that a stalled or failed one can be named. Not here: sharding
-(``fsdp2``) and sending weights to generation engines (``togi.workers``). A world of one opens no sockets and no
-process group.
+``World`` holds this process's rank, its device and the size of the group. Every collective goes through it, except a backend's own
+traffic of gradients and parameters. Each has a tag, so that a stalled or failed one can be named. Not here: sharding (``fsdp2``)
+and sending weights to generation engines (``togi.workers``). A world of one opens no socket and no process group.
 """
 
 from __future__ import annotations
@@ -25,36 +24,36 @@ from togi.errors import ConfigError
 
 T = TypeVar("T")
 CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""What cuBLAS needs to be deterministic. It reads the environment when it is first used; the price is a few MB."""
+"""The setting that makes cuBLAS deterministic. cuBLAS reads the environment at its first use; it costs a few MB."""
 
-# Control messages travel over gloo in host memory, tensors of an accelerator over its own library.
+# Control messages go over gloo in host memory, tensors of an accelerator over its own library.
 _LIBRARIES = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 
 
 def be_deterministic() -> None:
-    """``--full_determinism``: this process uses no kernel whose result depends on the order of threads."""
+    """``--full_determinism``: allow only kernels whose result does not depend on the order of threads."""
     for name, value in CUBLAS.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
 
 
 def default_device(local_rank: int = 0) -> torch.device:
-    """The accelerator of this process, or the CPU where there is none."""
+    """The accelerator of this process, or the CPU if there is none."""
     accelerator = torch.accelerator.current_accelerator()
     return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, local_rank)
 
 
 def open_store(address: str, timeout_s: float) -> TCPStore:
-    """Bind a meeting place on a free port of this machine; the others connect to its ``port``.
+    """Open a rendezvous store on a free port of this machine. The other processes connect to its ``port``.
 
-    The port is bound before anybody is told about it, so two groups can never race for one.
+    The port is bound before any process learns it, so two groups can never race for one.
     """
     return TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where the processes of a group meet. ``timeout_s`` bounds the meeting and every later collective, in seconds."""
+    """Where the processes of a group meet. ``timeout_s`` is the timeout of joining and of every later collective, in seconds."""
 
     rank: int
     size: int
@@ -64,7 +63,7 @@ class Rendezvous:
 
 
 def _from_environment(name: str) -> int:
-    """The whole number in an environment variable. Raises ConfigError."""
+    """The whole number in an environment variable. Raises ConfigError if there is none."""
     text = os.environ.get(name, "")
     if not text.isdigit():
         raise ConfigError(
@@ -76,9 +75,9 @@ def _from_environment(name: str) -> int:
 class World:
     """The processes that train one model together. Collectives must be called by every rank in the same order.
 
-    Consecutive ranks can form teams that compute the same batches together, so that data is dealt in ``shares``, one for each
-    team: rings of ``ring_size``, which part the tokens (``togi.parallel.ring``), or groups of ``tensor_size``, which part the
-    weights (``togi.parallel.tensor``). Without either every rank has a share of its own.
+    Consecutive ranks can form teams that compute the same batches together: rings of ``ring_size``, which split the tokens
+    (``togi.parallel.ring``), or groups of ``tensor_size``, which split the weights (``togi.parallel.tensor``). Data is then split
+    into ``shares``, one for each team. Without teams every rank has its own share.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, ring_size: int = 1, tensor_size: int = 1) -> None:
@@ -89,7 +88,7 @@ class World:
         self.device = device
         self.ring_size = ring_size
         self.tensor_size = tensor_size
-        # The tag of the collective that this process is in, "" outside: what a stall report should print.
+        # The tag of the running collective, for stall reports; "" outside of collectives.
         self.pending = ""
 
     @classmethod
@@ -99,7 +98,7 @@ class World:
 
     @classmethod
     def join(cls, meeting: Rendezvous, device: torch.device) -> Self:
-        """Meet the other ranks. Raises torch's ``DistStoreError`` when they do not come in time."""
+        """Join the other ranks. Raises torch's ``DistStoreError`` if they do not join in time."""
         if meeting.size == 1:
             return cls.solo(device)
         timeout = timedelta(seconds=meeting.timeout_s)
@@ -118,27 +117,28 @@ class World:
 
     @classmethod
     def from_environment(cls, local_rank: int = -1, timeout_s: float = 1800.0) -> Self:
-        """The world that a launcher (torchrun, DeepSpeed) names in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+        """The world that a launcher (torchrun, DeepSpeed) sets in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
 
-        Without WORLD_SIZE a world of one. ``local_rank`` -1 stands for LOCAL_RANK. Raises ConfigError where a variable
-        is missing or no whole number.
+        Without WORLD_SIZE a world of one. ``local_rank`` -1 takes LOCAL_RANK. Raises ConfigError if a variable is missing or
+        not a whole number.
         """
         size = _from_environment("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
         if size == 1:
             return cls.solo()
         rank, timeout = _from_environment("RANK"), timedelta(seconds=timeout_s)
         device = default_device(local_rank if local_rank >= 0 else _from_environment("LOCAL_RANK"))
+        # only checked here: torch itself reads it
         _from_environment("MASTER_PORT")
         if device.type != "cpu":
             torch.accelerator.set_device_index(device)
-        # torch reads the address itself: under torchrun the meeting place is the agent's, which it knows how to join
+        # torch reads the address itself: under torchrun the store is the agent's, and torch knows how to join it
         dist.init_process_group(
             _LIBRARIES[device.type], timeout=timeout, device_id=None if device.type == "cpu" else device
         )
         return cls(rank, size, device)
 
     def open_group(self) -> None:
-        """Give a world of one a process group too, for a library that cannot do without."""
+        """Open a process group in a world of one too, for a library that needs one."""
         if not dist.is_initialized():
             dist.init_process_group(_LIBRARIES[self.device.type], store=HashStore(), rank=0, world_size=1)
 
@@ -148,7 +148,7 @@ class World:
             dist.destroy_process_group()
 
     def in_rings(self, ring_size: int) -> World:
-        """The same processes in rings of so many. Raises ConfigError."""
+        """The same processes in rings of ``ring_size``. Raises ConfigError if it does not divide their number."""
         if self.size % ring_size != 0:
             raise ConfigError(
                 f"--ring_attn_size {ring_size} does not divide the number of processes, which is {self.size}: start a multiple "
@@ -157,7 +157,7 @@ class World:
         return World(self.rank, self.size, self.device, ring_size)
 
     def in_tensor_groups(self, tensor_size: int) -> World:
-        """The same processes in groups of so many that part the weights. Raises ConfigError."""
+        """The same processes in tensor-parallel groups. Raises ConfigError if ``tensor_size`` does not divide their number."""
         if self.size % tensor_size != 0:
             raise ConfigError(
                 f"--ds_tensor_parallel_size {tensor_size} does not divide the number of processes, which is {self.size}: start a "
@@ -166,7 +166,7 @@ class World:
         return World(self.rank, self.size, self.device, tensor_size=tensor_size)
 
     def in_teams(self, ring_size: int, tensor_size: int) -> World:
-        """In rings or in groups, of which one has a size of 1. Raises ConfigError."""
+        """In rings or in tensor-parallel groups, of which one has a size of 1. Raises ConfigError."""
         return self.in_rings(ring_size) if tensor_size == 1 else self.in_tensor_groups(tensor_size)
 
     @property
@@ -175,17 +175,17 @@ class World:
 
     @property
     def team_size(self) -> int:
-        """How many ranks compute each batch."""
+        """The number of ranks that compute each batch together."""
         return self.ring_size * self.tensor_size
 
     @property
     def share(self) -> int:
-        """Which share of the data is this rank's; the same on all ranks of a team."""
+        """The index of this rank's share of the data, the same on all ranks of a team."""
         return self.rank // self.team_size
 
     @property
     def shares(self) -> int:
-        """How many shares data is dealt in."""
+        """The number of shares into which data is split."""
         return self.size // self.team_size
 
     def mesh(self) -> DeviceMesh:
@@ -194,7 +194,7 @@ class World:
 
     @contextmanager
     def collective(self, tag: str) -> Iterator[None]:
-        """Name the collective inside, for stall reports and for the error if it fails."""
+        """Set the tag of the collective inside the block, for stall reports and for the error if it fails."""
         self.pending = tag
         try:
             yield
@@ -208,7 +208,7 @@ class World:
         return self._reduce(tag, values, dist.ReduceOp.SUM)
 
     def sum_shares(self, tag: str, values: Sequence[float]) -> list[float]:
-        """``sum`` of numbers that are the same on all ranks of a team, which count once."""
+        """``sum`` of numbers that are the same on all ranks of a team. Each team counts once."""
         counted = self.rank % self.team_size == 0
         return self.sum(tag, [value if counted else 0.0 for value in values])
 
@@ -217,6 +217,7 @@ class World:
         return self._reduce(tag, values, dist.ReduceOp.MAX)
 
     def _reduce(self, tag: str, values: Sequence[float], op: Any) -> list[float]:
+        # on the CPU, over gloo: control flow must not wait for the device
         numbers = torch.tensor(list(values), dtype=torch.float64)
         if self.size > 1:
             with self.collective(tag):
@@ -225,7 +226,7 @@ class World:
         return result
 
     def gather(self, tag: str, record: T) -> list[T]:
-        """The record of every rank, by rank, on every rank. For small picklable records between our own processes."""
+        """The record of every rank, in the order of ranks, on every rank. For small picklable records between Togi's processes."""
         if self.size == 1:
             return [record]
         records: list[Any] = [None] * self.size

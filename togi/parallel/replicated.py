@@ -1,9 +1,9 @@
 """Every rank holds the whole model: one process, or ZeRO stage 0.
 
-With bf16 the module's own parameters are bfloat16 working copies; float32 masters beside them collect the gradients
-of all micro-batches and are what AdamW updates, so that a step smaller than bfloat16's spacing is kept instead of
-rounded away. The gradients of a step of one micro-batch stay as they are, in bfloat16, until AdamW takes them: on a CPU by one
-kernel, elsewhere a few parameters at a time. With ``adam_offload`` masters, gradients and moments are in host memory.
+With bf16 the module's own parameters are bfloat16 working copies. Float32 masters beside them accumulate the gradients of all
+micro-batches, and AdamW updates the masters, so that a step smaller than bfloat16's spacing is not rounded away. If a step has one
+micro-batch, its gradients stay in bfloat16 until AdamW uses them: on a CPU in one kernel, elsewhere a few parameters at a time.
+With ``adam_offload`` masters, gradients and moments are in host memory.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from togi.parallel.process import World
 
 BUCKET_ELEMENTS = 32 * 2**20
 CLIP_EPSILON = 1e-6
-"""What PyTorch adds to a norm before dividing by it."""
+"""PyTorch adds this to a norm before it divides by the norm."""
 
 
 class Replicated:
-    """The ``Backend`` of one process, and of several that hold a copy each."""
+    """The ``Backend`` of one process, or of several that each hold a copy of the model."""
 
     def __init__(self, module: nn.Module, world: World, options: BackendOptions) -> None:
         check_same_weights(module, world)
         self.module = module.to(world.device)
         self.world = world
         self._names = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        # masters: separate tensors if they differ from the parameters in dtype or device
         home = torch.device("cpu") if options.adam_offload else world.device
         if options.bf16 or home != world.device:
             self._masters = {name: self._split(p, home, options.bf16) for name, p in self._names.items()}
@@ -41,14 +42,15 @@ class Replicated:
             cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
         self._optimizer = make_adamw(self._masters, options)
         self._factor = 1.0
+        # the C kernel for AdamW, if all parameters fit it
         fits = all(_fits_kernels(master, working) for _, master, working in self._pairs())
         self._kernels = compiled() if fits else None
-        # all ranks or none: the copies of the weights stay equal to the last bit
+        # all ranks or none, so that the copies of the weights stay bitwise equal
         if not all(world.gather("kernels of AdamW", self._kernels is not None)):
             self._kernels = None
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self._hand_over_all()  # those of the micro-batch before: autograd would add to them in bfloat16
+        self._hand_over_all()  # gradients of the last micro-batch: autograd would add to them in bfloat16
         torch.autograd.backward(loss)
         if last and self.world.size > 1:
             self._hand_over_all()
@@ -57,7 +59,7 @@ class Replicated:
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
-        """``step`` multiplies by the factor that makes the norm ``max_norm``: bfloat16 gradients would be rounded by it here."""
+        """Keep the clip factor for ``step``, which multiplies in float32: bfloat16 gradients would be rounded here."""
         norm = self._norm(list(self._gradients().values()))
         self._factor = min(1.0, float(max_norm / (norm + CLIP_EPSILON)))
         return float(norm)
@@ -70,10 +72,11 @@ class Replicated:
             parts = {master: (gradients.get(name), working) for name, master, working in self._pairs()}
             take_host_step(self._kernels, self._optimizer, learning_rate, factor, parts)
             return
+        # some parameters at a time, so that few gradients exist in float32 at once
         for names in self._buckets():
             for name in names:
                 master, gradient = self._masters[name], gradients.pop(name, None)
-                if gradient is None:  # it took no part; its moments go on
+                if gradient is None:  # it had no part in the step: its moments decay
                     master.grad = torch.zeros_like(master)
                 else:
                     master.grad = gradient.to(master.device, master.dtype)
@@ -94,7 +97,7 @@ class Replicated:
         for name, parameter in self.module.named_parameters():
             if trained_only and name not in self._masters:
                 continue
-            # A working copy is its master rounded, so that nothing is lost by taking what is already there.
+            # a working copy is the rounded master: take it if it has the requested dtype
             best = parameter if dtype is parameter.dtype else self._masters.get(name, parameter)
             yield name, best.detach().to(self.world.device, best.dtype if dtype is None else dtype)
 
@@ -123,14 +126,14 @@ class Replicated:
 
     @staticmethod
     def _split(parameter: nn.Parameter, home: torch.device, bf16: bool) -> Tensor:
-        """Make ``parameter`` a working copy of a new float32 master at ``home``, which from now on gets its gradients."""
+        """Make a float32 master of ``parameter`` at ``home``, which gets the gradients of ``parameter`` from now on."""
         master = parameter.detach().to(home, torch.float32, copy=True)
         if bf16:
             parameter.data = parameter.data.to(torch.bfloat16)
         elsewhere = home != parameter.device
 
         def took_part(working: Tensor) -> None:
-            # the first gradient of a step can wait where it is, unless its memory is wanted
+            # the first gradient of a step stays in place, unless the master is on another device
             if elsewhere or master.grad is not None:
                 _hand_over(working, master)
 
@@ -150,16 +153,16 @@ class Replicated:
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
     def _gradients(self) -> dict[str, Tensor]:
-        """Those of this step, where they are now: of working copies or of masters."""
+        """The gradients of this step by name, each at the working copy or at the master."""
         found = {name: master.grad if working.grad is None else working.grad for name, master, working in self._pairs()}
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, master and working copy, which may be the same."""
+        """Yield name, master and working copy. The last two may be the same tensor."""
         return ((name, self._masters[name], working) for name, working in self._names.items())
 
     def _buckets(self) -> Iterator[list[str]]:
-        """All names, some at a time."""
+        """Yield all names in buckets of about ``BUCKET_ELEMENTS`` elements."""
         some, elements = list[str](), 0
         for name, master in self._masters.items():
             some.append(name)
@@ -172,14 +175,14 @@ class Replicated:
 
     @torch.no_grad()
     def _refresh(self, names: Iterable[str]) -> None:
-        """Round the masters into the working copies, where they are not the same tensors."""
+        """Round the masters into the working copies, unless they are the same tensors."""
         pairs = [(self._names[name], self._masters[name]) for name in names]
         pairs = [(working, master) for working, master in pairs if working is not master]
         if pairs:
             torch._foreach_copy_([working for working, _ in pairs], [master for _, master in pairs])
 
     def _add_up_gradients(self) -> None:
-        """Sum the gradients over ranks, a few large transfers in place of one for each parameter."""
+        """Sum the gradients over ranks, in a few large transfers."""
         for names in self._buckets():
             gradients = [self._masters[name].grad for name in names]
             self._add_up([gradient for gradient in gradients if gradient is not None])
@@ -193,7 +196,7 @@ class Replicated:
 
 
 def _fits_kernels(master: Tensor, working: Tensor) -> bool:
-    """Whether a step on these is one that the kernels for CPUs do."""
+    """Whether the C kernel for CPUs can step these tensors."""
     plain = all(is_plain(x) and x.device.type == "cpu" and x.is_contiguous() for x in (master, working))
     return plain and (master.dtype, working.dtype) == (torch.float32, torch.bfloat16)
 

@@ -1,7 +1,7 @@
-"""The processes that share the tokens of each batch: what ring attention sends, and sums over them.
+"""The communication of ring attention, between the ranks that share the tokens of each batch.
 
-Here: sending to the next rank of a ring while receiving from the one before, over whatever library the group has (nccl on
-accelerators, gloo on the CPU). Not here: what is sent, and when (``togi.model.ring_attention``).
+A rank sends to the next rank of its ring while it receives from the one before, over the group's library (nccl on accelerators,
+gloo on the CPU). Not here: what is sent, and when (``togi.model.ring_attention``).
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from togi.parallel.process import World
 
 
 class Ring:
-    """This process in its ring of ``world.ring_size`` consecutive ranks. All ranks of the world must make theirs together."""
+    """The ring of ``world.ring_size`` consecutive ranks of this process. All ranks of the world must make theirs together."""
 
     def __init__(self, world: World) -> None:
         assert world.ring_size > 1
         self.size = world.ring_size
         self.rank = world.rank % self.size
         self._world = world
+        # torch requires that every rank makes every group, also those of other rings
         groups = [dist.new_group(list(range(first, first + self.size))) for first in range(0, world.size, self.size)]
         self._group = groups[world.share]
         first = world.rank - self.rank
         self._next, self._previous = first + (self.rank + 1) % self.size, first + (self.rank - 1) % self.size
 
     def pass_on(self, block: Tensor, rows: int, channel: int) -> Callable[[], Tensor]:
-        """Begin to send ``block`` to the next rank and to receive ``rows`` rows like its own from the one before.
+        """Start to send ``block`` to the next rank and to receive ``rows`` rows of the same shape from the one before.
 
-        The result waits for both and gives what was received. Nothing is sent where there are no rows. ``channel`` tells
-        messages apart that are under way at one time.
+        Call the result to wait for both and get the received rows. A block without rows is not sent. ``channel`` keeps messages
+        apart that are sent at the same time.
         """
         sent, received = block.contiguous(), block.new_empty(rows, *block.shape[1:])
         operations = []

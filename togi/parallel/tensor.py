@@ -1,10 +1,10 @@
-"""Tensor parallelism: the ranks of a group hold a part of each large weight of a decoder block, through torch's DTensor plans.
+"""Tensor parallelism: each rank of a group holds a part of each large weight of a decoder block, through torch's DTensor plans.
 
-Megatron's split (Shoeybi et al. 2019, arXiv 1909.08053): query, key, value, gate and up projections by output, so that each
-rank has heads and hidden units of its own; output and down projections by input, whose results are summed. Attention runs
-on a rank's own heads and knows nothing of it. Embedding, head and norms are computed whole by every rank: the fused head
-(``togi.model.logprob_head``) reads the whole weight. Which data a group works on: ``World.shares``. Sharding over groups,
-which comes on top: ``fsdp2``. Not here: adapters, mixtures of experts, sequence parallelism.
+Megatron's split (Shoeybi et al. 2019, arXiv 1909.08053): query, key, value, gate and up projections are split by output, so that
+each rank has its own heads and hidden units. Output and down projections are split by input, and their results are summed.
+Attention runs unchanged on a rank's own heads. Every rank computes the whole embedding, head and norms, since the fused head
+(``togi.model.logprob_head``) reads the whole weight. The data of a group: ``World.shares``. Sharding over groups: ``fsdp2``. Not
+supported: adapters, mixtures of experts, sequence parallelism.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ DATA, TENSOR = "data", "tensor"
 
 
 def grid(world: World) -> DeviceMesh:
-    """All ranks: a row for each group, whose members are consecutive and so on one machine where they fit."""
+    """All ranks as a mesh: a row for each group. Members are consecutive ranks, so they share a machine if they fit."""
     ranks = torch.arange(world.size).view(-1, world.tensor_size)
     return DeviceMesh(world.device.type, ranks, mesh_dim_names=(DATA, TENSOR))
 
 
 def split(block: nn.Module, mesh: DeviceMesh) -> None:
-    """Split a decoder block of the Llama family in place, over a group of ranks that have the same weights."""
+    """Split a decoder block of the Llama family in place, over a group of ranks that all have its full weights."""
     plan: dict[str, ParallelStyle] = {
         # the input enters once for all projections, and so does its gradient
         "self_attn": PrepareModuleInput(
@@ -53,20 +53,20 @@ def split(block: nn.Module, mesh: DeviceMesh) -> None:
     there = dict(block.named_modules())
     missing = [name for name in plan if name not in there]
     assert not missing, f"{type(block).__name__} has no {missing[0]}: not of the Llama family"
-    # norms of single heads, which every rank has of its own heads only: their gradients are summed over the group
+    # norms of single heads: every rank applies them to its own heads, and their gradients are summed over the group
     norms = [name for name in ("self_attn.q_norm", "self_attn.k_norm") if name in there]
     plan |= {name: SequenceParallel(sequence_dim=2, use_local_output=True) for name in norms}
     parallelize_module(block, mesh, plan, src_data_rank=None)
 
 
 def whole(part: Tensor) -> Tensor:
-    """A parameter or moment, or something of its layout, from the parts of all ranks. All call together."""
+    """Gather a parameter, moment or gradient from all ranks. Collective: all ranks call it together."""
     if not isinstance(part, DTensor):
         return part
     mesh, placements = part.device_mesh, part.placements
     if mesh.ndim == 1:
         return part.full_tensor()
-    # undone in the order in which it was done, since FSDP2 has cut what tensor parallelism had left
+    # FSDP2 sharded the part that tensor parallelism left: gather over the groups first, then inside of the group
     rows, shape = mesh[DATA], list(part.shape)
     if isinstance(placements[1], Shard):
         shape[placements[1].dim] //= mesh.size(1)
@@ -79,9 +79,10 @@ def whole(part: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_part(target: Tensor, full: Tensor) -> None:
-    """Copy this rank's part of ``full``, which every rank has read for itself."""
+    """Copy this rank's part of ``full``, which every rank has loaded itself."""
     assert isinstance(target, DTensor)
     mesh, placements = target.device_mesh, target.placements
+    # split as in ``split``, then shard as FSDP2 does
     if mesh.ndim == 2 and isinstance(placements[1], Shard):
         full = full.chunk(mesh.size(1), dim=placements[1].dim)[mesh.get_local_rank(TENSOR)]
     rows = mesh if mesh.ndim == 1 else mesh[DATA]
@@ -90,11 +91,12 @@ def copy_part(target: Tensor, full: Tensor) -> None:
 
 
 def clip_split_gradients(parameters: Iterable[Tensor], max_norm: float, world: World) -> float:
-    """``torch.nn.utils.clip_grad_norm_`` where some gradients are sharded over all ranks and others only over groups."""
+    """``torch.nn.utils.clip_grad_norm_`` for gradients of which some are sharded over all ranks and others only over groups."""
     own, square = [], 0.0
     for parameter in parameters:
         assert isinstance(parameter.grad, DTensor)
         own.append(parameter.grad.to_local())
+        # an element on several ranks must count once in the sum over ranks
         square += float(own[-1].double().square().sum()) / _copies(parameter.grad, world)
     norm = math.sqrt(world.sum("gradient norm", [square])[0])
     if math.isfinite(norm) and norm > max_norm:
@@ -103,7 +105,7 @@ def clip_split_gradients(parameters: Iterable[Tensor], max_norm: float, world: W
 
 
 def _copies(part: DTensor, world: World) -> int:
-    """How many ranks hold each element."""
+    """The number of ranks that hold each element."""
     mesh = part.device_mesh
     copies = world.size // mesh.size()
     for dim, placement in enumerate(part.placements):

@@ -1,6 +1,6 @@
-"""Running environments over prompts: many at a time, in groups, handed over as soon as a group is whole.
+"""Run an environment over prompts, many rollouts at a time, and yield each group as soon as it is complete.
 
-Takes callables, not engines. Which prompts, when, and under which policy version is the caller's business.
+It takes callables, not engines. The caller chooses the prompts, the time and the policy version.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ async def collect_groups(
     max_in_flight: int,
     seed: int | None = None,
 ) -> AsyncIterator[list[Rollout]]:
-    """Yield the ``n_samples`` rollouts of each (group id, prompt), groups in the order in which they become whole.
+    """Yield the ``n_samples`` rollouts of each (group id, prompt). Groups come in the order in which they are completed.
 
-    At most ``max_in_flight`` rollouts run at once, counted one by one: a group with a straggler does not hold back the next.
-    ``prompts`` is read only as far as needed and may be endless. With ``seed`` every generation gets a seed of its own that
-    depends on (seed, group id, sample, turn) only, so results do not depend on timing.
-    Closing the iterator, or an error, cancels what still runs. Raises ``RolloutError``, or the ``UserError`` that was raised.
+    At most ``max_in_flight`` rollouts run at once. The limit counts rollouts, not groups, so a straggler does not block other
+    groups. ``prompts`` is read only as far as needed and may be endless. With ``seed`` every generation gets its own seed from
+    (seed, group id, sample, turn), so results do not depend on timing.
+    Closing the iterator, or an error, cancels the running rollouts. Raises ``RolloutError``, or a ``UserError`` or ``RunError`` of
+    the environment unchanged.
     """
     assert n_samples >= 1
     assert max_in_flight >= 1
@@ -45,6 +46,7 @@ async def collect_groups(
     jobs = _jobs(prompts, n_samples)
     try:
         while True:
+            # start rollouts up to the limit
             while len(running) < max_in_flight and (job := next(jobs, None)) is not None:
                 group, sample = job
                 bound = generate if seed is None else Seeded(generate, f"{seed}/{group.group_id}/{sample}")
@@ -53,6 +55,7 @@ async def collect_groups(
                 running[task] = group
             if not running:
                 return
+            # take finished rollouts; a failed one raises here
             finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in [task for task in running if task in finished]:
                 group = running.pop(task)
@@ -61,13 +64,14 @@ async def collect_groups(
                 if group.left == 0:
                     yield [other.result() for other in group.tasks]
     finally:
+        # closed or failed: no rollout may keep running in the background
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
 
 class Seeded:
-    """A ``Generate`` whose calls have seeds of their own, derived from a name and the number of the call."""
+    """A ``Generate`` that sets the seed of each call, from a name and the number of the call."""
 
     def __init__(self, generate: Generate, name: str) -> None:
         self._generate = generate

@@ -1,4 +1,4 @@
-"""How an engine is made: by name, importing only the chosen one's package."""
+"""Start an engine by its name. Only the chosen engine's package is imported."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from togi.rollout.engine import EngineSettings, RolloutEngine
 
 
 def create_engine(name: EngineName, settings: EngineSettings) -> RolloutEngine:
-    """Start an engine and return it when it is ready (seconds). Only the chosen engine's package is imported.
+    """Start an engine and return it when it is ready (after seconds).
 
-    Raises ``EngineUnavailableError`` if vLLM is asked for and not installed.
+    Raises ``EngineUnavailableError`` if vLLM is chosen and not installed.
     """
     if name is EngineName.VLLM:
         if find_spec("vllm") is None:

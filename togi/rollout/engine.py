@@ -1,7 +1,7 @@
-"""What a generation engine is: its settings and its protocol.
+"""The generation engine: its settings and its protocol.
 
-Tokens in, tokens out: engines never see text. ``vllm_engine`` and ``transformers_engine`` both run behind
-``ThreadedEngine`` (``threaded.py``), so waiting, pausing, weight updates and versions behave the same.
+Engines take tokens and return tokens, never text. ``vllm_engine`` and ``transformers_engine`` both run behind
+``ThreadedEngine`` (``threaded.py``), so waiting, pausing, weight updates and versions are the same.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ DTYPES = ("bfloat16", "float32")
 class EngineSettings:
     """How to run one engine. ``model`` is a local folder in Hugging Face format.
 
-    ``kv_cache_gb`` (GiB) bounds the KV cache where it is sized by hand: vLLM on CPUs, and the Transformers engine.
-    ``tensor_parallel_size``: of vLLM, the worker processes that share the model, on one GPU each where there are any.
-    ``enforce_eager``: no compilation, which is never done on CPUs. ``gpu_memory_utilization`` is vLLM's share of a GPU.
-    ``threads`` 0 leaves the number of CPU threads alone.
-    ``device_index``: the accelerator that the Transformers engine runs on.
+    ``kv_cache_gb`` (GiB) is the size of the KV cache of vLLM on CPUs and of the Transformers engine.
+    ``tensor_parallel_size``: the number of vLLM's worker processes that share the model, with one GPU each if there are GPUs.
+    ``enforce_eager``: no compilation. CPUs never compile. ``gpu_memory_utilization`` is vLLM's share of a GPU's memory.
+    ``threads`` 0 does not change the number of CPU threads.
+    ``device_index``: the accelerator of the Transformers engine.
     """
 
     model: str
@@ -55,43 +55,43 @@ class EngineSettings:
 class RolloutEngine(Protocol):
     """A generation engine. All methods may be called concurrently from any event loop.
 
-    Weights change in three calls, ``begin_update``, ``load_bucket`` (once or more), ``finish_update``. In between, and
-    after an update that failed, requests get ``WeightSyncError`` until a complete update has succeeded.
+    A weight update takes three calls: ``begin_update``, ``load_bucket`` (once or more), ``finish_update``. In between, and after a
+    failed update, requests raise ``WeightSyncError`` until a complete update has succeeded.
     """
 
     @property
     def version(self) -> int:
-        """The policy version of the loaded weights: 0 at the start, then that of the last finished update."""
+        """The policy version of the loaded weights: 0 at the start, then the version of the last finished update."""
         ...
 
     async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
-        """Sample one continuation; concurrent calls are batched. Cancelling the call aborts the request.
+        """Sample one continuation. Concurrent calls are batched. Cancelling the call aborts the request.
 
-        Stops at the model's end-of-sequence ids (all of generation config, config and tokenizer) unless
-        ``sampling.ignore_eos``, at ``sampling.stop_token_ids``, at ``max_tokens``, or where ``max_model_len`` is full.
+        Generation stops at the model's end-of-sequence ids (all of generation config, config and tokenizer) unless
+        ``sampling.ignore_eos``, at ``sampling.stop_token_ids``, at ``max_tokens``, or when ``max_model_len`` is reached.
         The stop token is part of the result and counts for ``min_tokens``, so ``min_tokens=1`` restricts nothing.
-        Raises ``DataError`` for a prompt that leaves no room for a token.
+        Raises ``DataError`` for an empty prompt, or one that leaves no room for a token.
         """
         ...
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
-        """Log-probs (nats, temperature 1) of ``tokens[1:]``, each given what is before it, under the current weights.
+        """Log-probs (nats, temperature 1) of ``tokens[1:]``, each given the tokens before it, under the current weights.
 
-        The engine must be idle.
+        The engine must be idle. Raises ``DataError`` if ``tokens`` are too few or too many.
         """
         ...
 
     async def routes(self, tokens: Sequence[int]) -> NDArray[np.int64]:
-        """The experts that each token goes to in each layer of a mixture, under the current weights (tokens x layers x choices).
+        """The experts of each token in each layer of a mixture, under the current weights: [tokens, layers, choices].
 
-        Empty where they cannot be seen: in compiled graphs of vLLM. The engine must be idle.
+        Empty if the engine cannot observe the routing, as in compiled graphs of vLLM. The engine must be idle.
         """
         ...
 
     async def begin_update(self, manifest: Manifest) -> None:
-        """Open an update. If requests run or the tensors are not those of the model: ``WeightSyncError``, nothing changes.
+        """Begin an update. It may replace an unfinished one.
 
-        A new update may replace one that was not finished.
+        Raises ``WeightSyncError``, without any change, if requests are running or the manifest does not fit the model.
         """
         ...
 
@@ -100,20 +100,21 @@ class RolloutEngine(Protocol):
         ...
 
     async def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """``load_bucket`` for tensors of this process, which the engine may use as they are: they must not change before the
-        next update begins.
+        """``load_bucket`` for tensors of this process. The engine may use them without a copy.
+
+        They must not change before the next update begins.
         """
         ...
 
     async def finish_update(self) -> None:
-        """Close the update: caches of the old weights are dropped and ``version`` becomes the manifest's.
+        """Finish the update: clear the caches of the old weights, and set ``version`` to the manifest's.
 
-        Raises ``WeightSyncError`` with their names if tensors are missing.
+        Raises ``WeightSyncError`` with the names of missing tensors.
         """
         ...
 
     async def pause(self) -> None:
-        """Admit no new requests (they wait) and return when the running ones have finished."""
+        """Hold back new requests, and return when the running ones have finished."""
         ...
 
     async def resume(self) -> None:
@@ -121,21 +122,20 @@ class RolloutEngine(Protocol):
         ...
 
     async def sleep(self) -> Released:
-        """Give back the memory of the KV cache. Requests and updates are refused until ``wake``.
+        """Free the memory of the KV cache. Requests and updates are refused until ``wake``.
 
-        vLLM on a GPU also moves its weights to host memory. Returns what was let go of and the memory measured before and
-        after.
+        vLLM on a GPU also moves its weights to host memory. Returns the bytes freed, and the memory in use before and after.
         """
         ...
 
     async def wake(self) -> None:
-        """Undo ``sleep``."""
+        """Allocate again what ``sleep`` freed."""
         ...
 
     async def shutdown(self) -> None:
-        """Stop the engine's thread and free what it holds. Unfinished requests fail."""
+        """Stop the engine's thread and free its memory. Unfinished requests fail."""
         ...
 
     def stop(self) -> None:
-        """The same outside an event loop; waits no longer than a step takes."""
+        """``shutdown`` outside of an event loop. Waits for the thread for a limited time only."""
         ...

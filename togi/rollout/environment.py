@@ -1,6 +1,6 @@
-"""What a policy acts in. An environment gets a callable that generates, so a scripted one tests it.
+"""The environment in which a policy acts. It gets a callable that generates, so that tests can pass a scripted one.
 
-Not here: rewards (they see whole groups), agents with tools (they implement ``Environment`` elsewhere).
+Not here: rewards (they see whole groups), agents with tools (which implement ``Environment`` elsewhere).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ Generate = Callable[[Sequence[int], Sampling], Awaitable[Generation]]
 
 
 class Environment(Protocol):
-    """Turns one prompt into one trajectory. One instance serves many concurrent calls, so ``run`` keeps its state local."""
+    """Turns one prompt into one trajectory. One instance serves many concurrent calls, so ``run`` must keep its state local."""
 
     async def run(self, prompt: Prompt, group_id: str, generate: Generate) -> Rollout:
-        """Token ids only ever get appended: what was generated is passed on as it is, never decoded and encoded again."""
+        """Run one trajectory. Token ids may only be appended: generated ids are passed on, never decoded and encoded again."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SingleTurn:
-    """The simplest environment: one prompt, one response. ``decode`` makes the text that rewards and people read."""
+    """The simplest environment: one prompt, one response. ``decode`` makes the text for rewards and logs."""
 
     decode: Callable[[Sequence[int]], str]
     sampling: Sampling

@@ -1,4 +1,4 @@
-"""Do the engine and the trainer compute the same log-probs for the same tokens under the same weights?
+"""Check that engine and trainer compute the same log-probs for the same tokens under the same weights.
 
 After each weight update both score the same fixed text, the probe.
 """
@@ -14,21 +14,21 @@ from togi.errors import WeightSyncError
 from togi.sample import Sample
 
 PROBE_TOKENS = 512
-# bf16 engines differ from the trainer by 0.03 to 0.05 nats on average; half a nat is another set of weights.
+# bf16 engines differ from the trainer by 0.03 to 0.05 nats on average; half a nat means other weights.
 PROBE_LIMIT_NATS = 0.5
 
 
 def compare(engine_logprobs: Sequence[float], trainer_logprobs: Sequence[float] | NDArray[np.float32]) -> float:
     """The mean absolute difference of the log-probs of one probe sequence, in nats a token.
 
-    float32: below 1e-4; bfloat16: 0.03 to 0.05 is usual.
+    Usual values: below 1e-4 in float32, 0.03 to 0.05 in bfloat16.
     """
     assert len(engine_logprobs) == len(trainer_logprobs) > 0
     return float(np.abs(np.subtract(engine_logprobs, trainer_logprobs, dtype=np.float64)).mean())
 
 
 def probe(tokens: Sequence[int], context_length: int) -> Sample:
-    """The text to compare on, cut to what an engine of ``context_length`` can score: all tokens that have a prediction."""
+    """The probe as a sample, cut to the tokens that an engine of ``context_length`` can score; all but the first in the loss."""
     cut = np.asarray(tokens[: min(PROBE_TOKENS, context_length - 1)], dtype=np.int64)
     mask = np.ones(len(cut), dtype=np.bool_)
     mask[0] = False
@@ -36,7 +36,7 @@ def probe(tokens: Sequence[int], context_length: int) -> Sample:
 
 
 def check_probe(difference: float) -> float:
-    """``difference`` (nats a token) if it is small. Raises WeightSyncError when the engine cannot hold the trainer's weights."""
+    """Return ``difference`` (nats a token). Raises WeightSyncError if it is so large that the weights must differ."""
     if not difference < PROBE_LIMIT_NATS:
         raise WeightSyncError(
             f"After the weight update engine and trainer disagree by {difference:.3f} nats a token on the same text "

@@ -1,9 +1,9 @@
-"""A key/value cache in which every running sequence has a row of its own, filled from position 0: no left padding.
+"""A key/value cache with a row for every running sequence, filled from position 0 without left padding.
 
 Shape letters: N rows in use, H key/value heads, G query heads, C capacity in tokens, Q new tokens, L keys, D head size.
 
-A finished row is replaced by the last one, so the rows in use are always the first and a decode step is one plain
-batch. The layers plug into Transformers' ``Cache``; masks and positions are the caller's.
+The last row replaces a finished one. So the rows in use are always the first ones, and a decode step is one plain batch. The
+layers plug into Transformers' ``Cache``. The caller makes masks and positions.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ ATTENTION = "togi_slots"
 ROW_STEP = 16
 TOKEN_STEP = 64
 KEY_STEP = 32
-"""Attention is over a multiple of so many keys: on a CPU float32 sums over other numbers of masked keys round in other ways, and
-the numbers of a sequence would depend on which others there are.
+"""Attention is over a multiple of this many keys. On a CPU, float32 sums round differently with another number of masked keys, and
+the results of a sequence would depend on the other sequences.
 """
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer, N x H x C x D each; allocated, and grown, when tokens arrive."""
+    """Keys and values of one layer, [N, H, C, D] each. Allocated and grown when tokens arrive."""
 
     is_sliding = False
 
@@ -36,13 +36,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.buffers: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (each n x H x Q x D) where the slots say; return what attention should read."""
+        """Store new keys and values ([n, H, Q, D] each) in their rows. Returns the keys and values for attention to read."""
         slots, new = self._slots, (key_states, value_states)
         self._fit(new)
         if slots.prefilling:
+            # prompts attend only to themselves: the cache is written, not read
             for buffer, states in zip(self.buffers, new, strict=True):
                 buffer[slots.rows, :, : states.shape[2]] = states[slots.sources]
             return key_states, value_states
+        # decode: one new token for each row, then attention over the rows and keys in use
         count, length = len(slots.rows), slots.length
         for buffer, states in zip(self.buffers, new, strict=True):
             buffer[slots.rows, :, slots.positions] = states[:, :, 0]
@@ -55,7 +57,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         old, self.buffers = self.buffers, []
         for i, states in enumerate(new):
-            # zeros, not empty: what is masked still meets a softmax weight of 0, and 0 x NaN is NaN
+            # zeros, not empty: masked values are multiplied by a softmax weight of 0, and 0 x NaN is NaN
             buffer = states.new_zeros(rows, states.shape[1], capacity, states.shape[3])
             if old:
                 kept_rows, kept = min(rows, old[i].shape[0]), min(capacity, old[i].shape[2])
@@ -75,7 +77,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class SlotCache:
-    """The layers of a model and, for the forward that comes next, where its tokens go."""
+    """The cache layers of a model, and the rows and positions of the tokens of the next forward."""
 
     def __init__(self, num_layers: int) -> None:
         self._layers = [SlotLayer(self) for _ in range(num_layers)]
@@ -83,7 +85,7 @@ class SlotCache:
         self.clear()
 
     def clear(self) -> None:
-        """Free everything."""
+        """Free all memory."""
         for layer in self._layers:
             layer.buffers = []
         self.size = (0, 0)
@@ -92,9 +94,9 @@ class SlotCache:
         self.rows = self.sources = self.positions = torch.empty(0, dtype=torch.int64)
 
     def prefill(self, first_row: int, sources: list[int], width: int, device: torch.device) -> None:
-        """The next forward reads prompts from their start, padded on the right to ``width`` tokens.
+        """Prepare a forward that reads prompts from their start, padded on the right to ``width`` tokens.
 
-        Row ``first_row + i`` takes the states of prompt ``sources[i]``, so rows may share a prompt.
+        Row ``first_row + i`` gets the states of prompt ``sources[i]``, so rows may share a prompt.
         """
         self.prefilling = True
         self.rows = torch.arange(first_row, first_row + len(sources), device=device)
@@ -103,7 +105,7 @@ class SlotCache:
         self._reserve(first_row + len(sources))
 
     def decode(self, positions_N: Tensor) -> None:
-        """The next forward reads one token for each of the rows in use, at these positions (0-based)."""
+        """Prepare a forward that reads one token for each row in use, at these positions (0-based)."""
         self.prefilling = False
         self.rows = torch.arange(len(positions_N), device=positions_N.device)
         self.positions = positions_N
@@ -111,7 +113,7 @@ class SlotCache:
         self._reserve(len(positions_N))
 
     def move(self, source: int, target: int) -> None:
-        """Copy a row over another one."""
+        """Copy row ``source`` over row ``target``."""
         for layer in self._layers:
             for buffer in layer.buffers:
                 buffer[target] = buffer[source]
@@ -134,9 +136,9 @@ def _grouped_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA in which G query heads share H key heads; Transformers' own would copy the cache G/H times when there is a mask.
+    """SDPA in which G query heads share H key heads. With a mask Transformers' own function would copy the cache G/H times.
 
-    In a decode step (Q = 1) the query heads that share a key head are read as that many query positions.
+    In a decode step (Q = 1) the query heads that share a key head become query positions.
     """
     heads = query_NGQD.shape[1]
     if query_NGQD.shape[2] == 1:
@@ -145,6 +147,7 @@ def _grouped_attention(
             query_NHgD, key_NHLD, value_NHLD, attn_mask=attention_mask, scale=scaling
         )
         return out_NHgD.reshape(len(query_NGQD), 1, heads, -1), None
+    # prefill: pad queries and keys to multiples of KEY_STEP, masked
     queries, keys = query_NGQD.shape[2], key_NHLD.shape[2]
     more_queries, more_keys = (_round_up(tokens, KEY_STEP) - tokens for tokens in (queries, keys))
     out_NGQD = scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""Which token ids end a sequence, from a model folder. Nothing here guesses from token values or from the pad token."""
+"""The token ids that end a sequence, from the files of a model folder. Never guessed from token values or the pad token."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from togi.errors import ConfigError
 
 
 def end_token_ids(folder: str) -> frozenset[int]:
-    """All end-of-sequence ids that generation_config.json, config.json and the tokenizer name; may be empty.
+    """All end-of-sequence ids of generation_config.json, config.json and the tokenizer. May be empty.
 
-    Models often have several (Llama 3: end of text and end of turn) and the files often disagree: each of them ends.
+    Models often have several (Llama 3: end of text and end of turn), and the files often disagree: each of the ids ends a
+    sequence. Raises ConfigError if the folder has no config.json.
     """
     root = Path(folder)
     if not (root / "config.json").is_file():
@@ -22,6 +23,7 @@ def end_token_ids(folder: str) -> frozenset[int]:
         eos = _read(root / name).get("eos_token_id")
         if eos is not None:
             found.update(eos if isinstance(eos, list) else [eos])
+    # the tokenizer configuration has the text of the token: look up its id
     token = _read(root / "tokenizer_config.json").get("eos_token")
     content = token["content"] if isinstance(token, dict) else token
     added = _read(root / "tokenizer.json").get("added_tokens", [])
@@ -30,7 +32,7 @@ def end_token_ids(folder: str) -> frozenset[int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file, as a model folder need not have all of them."""
+    """The JSON object in a file. Empty if there is no such file, since not every model folder has all of them."""
     if not path.is_file():
         return {}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

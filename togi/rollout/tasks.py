@@ -1,4 +1,4 @@
-"""Several things at once, of which all have to succeed."""
+"""Run several coroutines concurrently, all of which must succeed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, in order; the first failure ends the others."""
+    """The results of all coroutines, in order. The first failure is raised, and cancels the others."""
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         return list(await asyncio.gather(*tasks))

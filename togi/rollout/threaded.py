@@ -1,8 +1,8 @@
-"""One engine on one thread, seen from asyncio: admission, pausing, weight updates, cancellation and failure.
+"""An engine on its own thread, used from asyncio: admission, pausing, weight updates, cancellation and failure.
 
-``ThreadedEngine`` implements ``RolloutEngine`` over a ``Core``, the few synchronous things in which vLLM and
-Transformers differ. Every call of a core is made on the engine's own thread (OpenMP threads belong to the thread that
-starts them), so cores need no locks.
+``ThreadedEngine`` implements ``RolloutEngine`` over a ``Core``: the few synchronous operations in which vLLM and Transformers
+differ. All calls of a core run on the engine's thread, because OpenMP threads belong to the thread that starts them. So cores need
+no locks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STOP_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """One finished request, as a core reports it. ``key`` is the one given to ``Core.add``."""
+    """A finished request of a core. ``key`` is the one passed to ``Core.add``. Log-probs in nats."""
 
     key: int
     tokens: tuple[int, ...]
@@ -45,7 +45,7 @@ class Finished:
 
 
 class Core(Protocol):
-    """A synchronous engine. ``add`` has checked arguments: ``sampling.max_tokens`` fits into the model's length."""
+    """A synchronous engine. The arguments of ``add`` are already checked: ``sampling.max_tokens`` fits the model's length."""
 
     expected: tuple[TensorSpec, ...]
 
@@ -71,19 +71,25 @@ class _Request:
 
 
 class ThreadedEngine:
-    """Runs a core on a thread of its own. Thread-safe; see ``RolloutEngine`` for the contract."""
+    """Runs a core on its own thread. Thread-safe; see ``RolloutEngine`` for the contract.
+
+    An error of ``make_core`` is raised by the constructor.
+    """
 
     def __init__(self, make_core: Callable[[], Core], settings: EngineSettings) -> None:
         self._model, self._max_model_len = settings.model, settings.max_model_len
         self._adapter: dict[str, Tensor] = {}
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # only the engine's thread uses these: other threads put a call into the queue
         self._running: dict[int, _Request] = {}
         self._waiting: list[_Request] = []
         self._drained: list[Future[None]] = []
         self._paused = self._asleep = self._stopped = False
         self._next_key = 0
         self._failure: Exception | None = None
+        # guards _failure: no call may enter the queue after the engine has failed
         self._door = threading.Lock()
+        # make the core on the thread, and wait until it is ready
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(make_core, settings.threads, started), daemon=True, name="engine"
@@ -161,7 +167,7 @@ class ThreadedEngine:
                 f"{len(tokens)} tokens cannot be scored: at least 2 and fewer than {self._max_model_len} can"
             )
 
-    # What follows but _send and _call runs on the engine's thread.
+    # All methods below run on the engine's thread, except _send and _call.
 
     def _send(self, call: Callable[[], None]) -> None:
         with self._door:
@@ -176,7 +182,7 @@ class ThreadedEngine:
             try:
                 self._check_alive()
                 result.set_result(function())
-            except Exception as error:  # noqa: BLE001 - handed to the caller, who waits on another thread
+            except Exception as error:  # noqa: BLE001 - passed to the caller, which waits on another thread
                 result.set_exception(error)
 
         self._send(call)
@@ -197,11 +203,11 @@ class ThreadedEngine:
                 self._turn()
             self._core.close()
             self._fail(RuntimeError("the generation engine was shut down"))
-        except Exception as error:  # noqa: BLE001 - the thread's edge: whoever waits must hear of it
+        except Exception as error:  # noqa: BLE001 - the thread's edge: all waiting callers get the error
             self._fail(error)
 
     def _turn(self) -> None:
-        """Do what was asked, then one step. Blocks only while there is nothing to do."""
+        """Run all queued calls, then one step of the core. Blocks only while no request is running."""
         if not self._running:
             self._calls.get()()
         while not self._calls.empty():
@@ -214,6 +220,7 @@ class ThreadedEngine:
             self._release_drained()
 
     def _admit(self, request: _Request) -> None:
+        # paused: wait for resume; after a failure fall through, so that the request gets the error
         if self._paused and self._failure is None:
             self._waiting.append(request)
             return
@@ -222,7 +229,7 @@ class ThreadedEngine:
         try:
             self._check_usable()
             self._core.add(self._next_key, request.prompt, request.sampling)
-        except Exception as error:  # noqa: BLE001 - the fault of this request only: its caller gets it
+        except Exception as error:  # noqa: BLE001 - an error of this request only: its caller gets it
             request.future.set_exception(error)
             return
         self._running[self._next_key] = request
@@ -257,6 +264,7 @@ class ThreadedEngine:
             raise WeightSyncError("the weights of a sleeping engine cannot be updated: call wake first")
         if self._running:
             raise WeightSyncError(f"{len(self._running)} requests are running: pause the engine before an update")
+        # an adapter alone is merged into the weights of the engine's own files
         if manifest.adapter_scale is not None:
             self._base = BaseFiles.of(self._model, self._core.expected)
         self._log.begin(manifest)
@@ -289,7 +297,7 @@ class ThreadedEngine:
         self._log.finish()
 
     def _load_merged(self, scale: float) -> None:
-        """Load whole weights: those of the engine's files with the adapter that has arrived."""
+        """Load full weights into the core: those of the engine's files, merged with the received adapter."""
         whole = self._base.with_adapter(self._core.expected, self._adapter, scale)
         device = next(iter(self._adapter.values())).device
         for bucket in pack_buckets(whole, MERGED_BUCKET_BYTES, device):
@@ -331,7 +339,7 @@ class ThreadedEngine:
         self._stopped = True
 
     def _fail(self, error: Exception) -> None:
-        """Nobody may wait for ever: everything unfinished, and what still comes in, gets the error."""
+        """Fail all unfinished and all later calls with ``error``, so that no caller waits for ever."""
         with self._door:
             self._failure = error
         for request in [*self._running.values(), *self._waiting]:
@@ -341,5 +349,6 @@ class ThreadedEngine:
         self._waiting.clear()
         for drained in self._drained:
             drained.set_exception(error)
+        # calls that entered the queue before the failure was set: each finds it and fails
         while not self._calls.empty():
             self._calls.get()()

@@ -1,7 +1,7 @@
-"""Generation with Hugging Face Transformers alone: nothing to install, one model, continuous batching.
+"""Generation with Hugging Face Transformers alone: no extra package, one model, continuous batching.
 
-Each step first prefills waiting prompts (equal prompts once), then decodes one token for every running sequence; one
-that ends makes room at once. Not here: paged memory, prefix caching between requests, tensor parallelism.
+Each step first prefills waiting prompts (equal prompts once), then decodes one token for every running sequence. A finished
+sequence frees its row at once. Not supported: paged memory, prefix caching between requests, tensor parallelism.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def start_transformers_engine(settings: EngineSettings) -> ThreadedEngine:
-    """Load the model on a thread of its own and return when it is ready."""
+    """Load the model on its own thread and return when it is ready."""
     return ThreadedEngine(partial(TransformersCore, settings), settings)
 
 
@@ -76,7 +76,10 @@ class _Sequence:
 
 
 class TransformersCore:
-    """``Core`` over one Transformers model. All methods are called on one thread."""
+    """``Core`` over one Transformers model. All methods run on one thread.
+
+    The constructor raises ModelError or ConfigError for a model that it cannot run.
+    """
 
     def __init__(self, settings: EngineSettings) -> None:
         self.expected = expected_manifest(settings.model, settings.dtype, settings.trust_remote_code)
@@ -88,6 +91,7 @@ class TransformersCore:
         self._model = self._load(AutoModelForCausalLM, settings.model, config=config)
         self._kind, self._config = type(self._model), self._model.config
         self._masks = Masks.of(config.get_text_config())
+        # bytes of the KV cache for one token, over all layers
         config = config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -127,6 +131,7 @@ class TransformersCore:
         logits_TV = self._model(**self._whole(tokens)).logits[0, :-1]
         targets_T = torch.tensor(tokens[1:], device=self._device)
         scores: list[float] = []
+        # some tokens at a time: the log-probs are float32, often twice the size of the logits
         for start in range(0, len(logits_TV), SCORED_AT_ONCE):
             part_tV = logits_TV[start : start + SCORED_AT_ONCE].float().log_softmax(dim=-1)
             targets_t = targets_T[start : start + len(part_tV)]
@@ -140,7 +145,7 @@ class TransformersCore:
         return chosen_experts(logits_TE, config.num_experts_per_tok).cpu().numpy()
 
     def _whole(self, tokens: tuple[int, ...]) -> dict[str, Any]:
-        """The model's arguments to read one sequence without a cache."""
+        """The model's arguments for one whole sequence, without a cache."""
         positions_1T = torch.arange(len(tokens), device=self._device)[None]
         return {
             "input_ids": torch.tensor([tokens], device=self._device),
@@ -159,8 +164,8 @@ class TransformersCore:
         self._arriving.update(tensors)
 
     def finish_update(self) -> None:
-        """Load the tensors as a checkpoint is loaded: in memory they may have another form (experts in one tensor)."""
-        del self._model  # or old and new weights would be in memory together; nobody may generate before this succeeds
+        """Load the tensors like a checkpoint, because in memory they may have another form (all experts in one tensor)."""
+        del self._model  # old and new weights must not both be in memory; no request runs before this succeeds
         self._model = self._load(self._kind, None, config=self._config, state_dict=self._arriving)
         self._arriving = {}
 
@@ -171,7 +176,7 @@ class TransformersCore:
         return Released(0, before, resident_bytes())
 
     def wake(self) -> None:
-        """Nothing to do: the cache is allocated when tokens arrive."""
+        """Do nothing: the cache is allocated when tokens arrive."""
 
     def close(self) -> None:
         self._slots.clear()
@@ -199,7 +204,7 @@ class TransformersCore:
         return loaded
 
     def _admissible(self) -> list[_Sequence]:
-        """Take from the queue what fits now: rows, cache memory (about), and the size of one prefill."""
+        """Take the waiting sequences that fit now, by rows, by memory of the cache (about), and by the size of one prefill."""
         admitted: list[_Sequence] = []
         prompts: set[tuple[int, ...]] = set()
         longest = max((sequence.full_length for sequence in self._rows), default=0)
@@ -208,9 +213,11 @@ class TransformersCore:
             candidate = self._waiting[0]
             rows = len(self._rows) + len(admitted) + 1
             longest = max(longest, candidate.full_length)
+            # every row has the capacity of the longest; a single sequence always runs
             if rows > 1 and rows * longest * self._token_bytes > self._settings.kv_cache_gb * 2**30:
                 break
             width = max(width, len(candidate.prompt))
+            # equal prompts are prefilled once
             distinct = len(prompts | {candidate.prompt})
             if admitted and (distinct > PREFILL_PROMPTS or distinct * width > PREFILL_TOKENS):
                 break
@@ -219,7 +226,8 @@ class TransformersCore:
         return admitted
 
     def _prefill(self, sequences: list[_Sequence]) -> Tensor:
-        """Read the prompts, put their states into new rows, and return the logits after each of them (N x V)."""
+        """Read the prompts into new rows of the cache. Returns the logits after each prompt, [N, V]."""
+        # each distinct prompt once, padded on the right
         prompts = list(dict.fromkeys(sequence.prompt for sequence in sequences))
         width = max(len(prompt) for prompt in prompts)
         ids_UP = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self._device)
@@ -227,6 +235,7 @@ class TransformersCore:
         self._slots.prefill(len(self._rows), sources, width, self._device)
         self._rows.extend(sequences)
         positions_P = torch.arange(width, device=self._device)
+        # logits only at the ends of prompts, not at every position
         lasts = sorted({len(prompt) - 1 for prompt in prompts})
         logits_UKV = self._model(
             input_ids=ids_UP,
@@ -239,7 +248,7 @@ class TransformersCore:
         return after_NV
 
     def _decode(self) -> Tensor:
-        """Read the newest token of every row and return the logits after it (N x V)."""
+        """Read the newest token of every row. Returns the logits after it, [N, V]."""
         ids_N1 = torch.tensor([[sequence.tokens[-1]] for sequence in self._rows], device=self._device)
         places = [len(sequence.prompt) + len(sequence.tokens) - 1 for sequence in self._rows]
         positions_N = torch.tensor(places, device=self._device)
@@ -253,12 +262,13 @@ class TransformersCore:
         return logits_N1V[:, -1]
 
     def _extend(self, sequences: list[_Sequence], logits_NV: Tensor) -> list[Finished]:
-        """Give each sequence its next token; report and remove those that have ended."""
+        """Sample the next token of each sequence. Removes and returns the sequences that have ended."""
         tokens_N, logprobs_N = choose(logits_NV, [sequence.choice() for sequence in sequences])
         for sequence, token, logprob in zip(sequences, tokens_N.tolist(), logprobs_N.tolist(), strict=True):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
         done: list[Finished] = []
+        # from the end: removing a row moves the last one into its place
         for row in reversed(range(len(self._rows))):
             if ended := self._rows[row].finished():
                 done += ended
@@ -274,7 +284,7 @@ class TransformersCore:
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Which keys a query may see. ``window`` 0 is no window; ``mixed`` models want one mask for each kind of layer."""
+    """Which keys a query may see. ``window`` 0 is no window; ``mixed`` models need one mask for each kind of layer."""
 
     window: int
     mixed: bool
@@ -295,7 +305,7 @@ class Masks:
         return cls(window, mixed=bool(kinds))
 
     def build(self, positions_NQ: Tensor, length: int) -> Tensor | dict[str, Tensor]:
-        """True where a query at ``positions_NQ`` sees one of the first ``length`` keys (N x 1 x Q x length)."""
+        """True where a query at ``positions_NQ`` sees one of the first ``length`` keys: bool, [N, 1, Q, length]."""
         behind = positions_NQ[:, None, :, None] - torch.arange(length, device=positions_NQ.device)
         full = behind >= 0
         if self.window == 0:

@@ -1,4 +1,4 @@
-"""The book-keeping of one engine's weight updates: what is expected, what has arrived, and which version is loaded."""
+"""The state of one engine's weight updates: expected tensors, received tensors, and the loaded version."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ NAMES_SHOWN = 5
 
 
 class UpdateLog:
-    """Checks an update from begin to finish. No tensors here, only their specs.
+    """Checks an update from begin to finish, by the specs of tensors.
 
-    ``open`` is True from a successful ``begin`` to the matching ``finish``: while it is, the weights are a mixture.
+    ``open`` is True from a successful ``begin`` to the matching ``finish``. In between old and new weights are mixed.
     """
 
     def __init__(self, expected: Iterable[TensorSpec]) -> None:
@@ -26,16 +26,17 @@ class UpdateLog:
 
     @property
     def adapter_scale(self) -> float | None:
-        """Of the newest update; None where it sends whole weights."""
+        """alpha / rank of the newest update's adapter. None if it sends the whole model."""
         return self._manifest.adapter_scale
 
     @property
     def opening(self) -> str:
-        """In words, which update is open."""
+        """The open update, in words for an error message."""
         return f"the weight update to version {self._manifest.version} has begun and is not finished"
 
     def begin(self, manifest: Manifest) -> None:
-        """Accept a manifest, or raise and leave everything as it was. A new update may replace an unfinished one."""
+        """Begin an update, which may replace an unfinished one. Raises WeightSyncError, without any change, if it does not fit."""
+        # check everything before any change
         compare = differences if manifest.adapter_scale is None else adapter_update.problems
         lines = compare(self.expected, manifest.tensors)
         if len({spec.name for spec in manifest.tensors}) != len(manifest.tensors):
@@ -50,10 +51,11 @@ class UpdateLog:
         self.open = True
 
     def arrive(self, tensors: Iterable[TensorSpec]) -> None:
-        """Note tensors as loaded; each must be one that is still missing, with the shape and dtype of the manifest."""
+        """Record received tensors. Raises WeightSyncError, without any change, for one that is not missing or has other specs."""
         if not self.open:
             raise WeightSyncError("a bucket of weights arrived outside an update: call begin_update first")
         specs = tuple(tensors)
+        # check all tensors before any is recorded
         for spec in specs:
             wanted = self._missing.get(spec.name)
             if wanted is None:
@@ -64,7 +66,7 @@ class UpdateLog:
             del self._missing[spec.name]
 
     def check_complete(self) -> None:
-        """Raise unless every tensor has arrived."""
+        """Raise WeightSyncError unless all tensors have been received."""
         if not self.open:
             raise WeightSyncError("finish_update was called outside an update: call begin_update first")
         if self._missing:
@@ -73,7 +75,7 @@ class UpdateLog:
             raise WeightSyncError(f"{', '.join(names[:NAMES_SHOWN])}{more} did not arrive; {self.opening}")
 
     def finish(self) -> None:
-        """The weights are loaded and usable: the new version counts from here."""
+        """Close the update: the weights are loaded, and ``version`` becomes the new one. Raises WeightSyncError if incomplete."""
         self.check_complete()
         self.version = self._manifest.version
         self.open = False

@@ -1,17 +1,17 @@
-"""vLLM in this process: the only file that imports it, and the only one that knows about its internals.
+"""The vLLM engine in this process. Only this file imports vLLM and uses its internals.
 
-With tensor parallelism the scheduler stays in this process and each part of the model gets a worker process of vLLM's, on a CPU
-too. What is asked of workers is sent by name; weights reach them through a segment of shared memory.
+With tensor parallelism the scheduler stays in this process, and each part of the model gets a worker process of vLLM's, on a CPU
+too. Calls to workers are sent as functions of this module, and weights through shared memory.
 
-Written for vLLM 0.32 and its V1 engine. What users of the process should know: at the start vLLM sets the global seed
-and, on CPUs, strict NUMA memory binding; requests without a seed draw from torch's global generator.
+Written for vLLM 0.32 and its V1 engine. Side effects on the process: at the start vLLM sets the global seed and, on CPUs, strict
+NUMA memory binding; requests without a seed draw from torch's global generator.
 
-Weight updates use vLLM's layerwise reload (``vllm.model_executor.model_loader.reload``), with three repairs without
-which outputs are silently wrong; ``tests/e2e/test_rollout_engines.py`` compares an updated engine with a fresh one:
+Weight updates use vLLM's layerwise reload (``vllm.model_executor.model_loader.reload``), with three repairs. Without them outputs
+are silently wrong; ``tests/e2e/test_rollout_engines.py`` compares an updated engine with a fresh one:
 
-* a tied ``lm_head`` on a CPU has its own packed copy of the embedding, which the reload leaves old: it is packed again;
-* experts whose kernel exists already are not packed again on a CPU: the kernel is dropped before the reload;
-* an update that was given up leaves half-filled layers, which would count tensors twice: they are closed first.
+* A tied ``lm_head`` on a CPU has its own packed copy of the embedding, which the reload does not update: it is packed again.
+* Experts whose kernel exists are not packed again on a CPU: the kernel is dropped before the reload.
+* An abandoned update leaves half-filled layers, which would count tensors twice: they are finalised first.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from togi.sample import FinishReason, Sampling
 REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 SCORE_REQUEST = "score"
 MIN_BATCHED_TOKENS = 4096
-BLOCK_ON_CPU = 32  # tokens; the least that vLLM's attention takes there
+BLOCK_ON_CPU = 32  # tokens; the minimum of vLLM's attention on CPUs
 
 
 def start_vllm_engine(settings: EngineSettings) -> ThreadedEngine:
-    """Start vLLM on a thread of its own and wait until it is ready (about 8 s, most of it imports)."""
+    """Start vLLM on its own thread and return when it is ready (about 8 s, most of it imports)."""
     return ThreadedEngine(partial(VllmCore, settings), settings)
 
 
 class VllmCore:
-    """``Core`` over vLLM's synchronous ``LLMEngine``. All methods are called on one thread."""
+    """``Core`` over vLLM's synchronous ``LLMEngine``. All methods run on one thread."""
 
     def __init__(self, settings: EngineSettings) -> None:
         _set_environment()
@@ -64,7 +64,7 @@ class VllmCore:
         _skip_token_ranks()
         set_num_threads = torch.set_num_threads
         self._engine = LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(settings, self._on_cpu)))
-        torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a function that does nothing
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a no-op
         if not self._in_process:
             self._ask_workers(_prepare_worker)
 
@@ -78,7 +78,7 @@ class VllmCore:
             top_p=sampling.top_p,
             min_tokens=max(0, min(sampling.min_tokens, sampling.max_tokens) - 1),  # vLLM does not count the stop token
             stop_token_ids=sorted(ends.union(sampling.stop_token_ids)),
-            ignore_eos=True,  # the ends are in stop_token_ids: vLLM without a tokenizer would know only some of them
+            ignore_eos=True,  # stop_token_ids has the end tokens: without a tokenizer vLLM knows only some of them
             seed=sampling.seed,
             repetition_penalty=sampling.repetition_penalty,
             logprobs=0,
@@ -111,8 +111,9 @@ class VllmCore:
         return list(outputs[0].prompt_logprobs.logprobs)
 
     def routes(self, tokens: tuple[int, ...]) -> NDArray[np.int64]:
-        """From what routers give out while the tokens are scored. vLLM's own way of returning them has no CPU, and a compiled
-        graph runs no hooks.
+        """Read the routers' outputs by hooks while the tokens are scored.
+
+        vLLM's own option to return routes does not support CPUs. A compiled graph runs no hooks.
         """
         if not self._is_eager:
             return np.empty((0, 0, 0), dtype=np.int64)
@@ -121,7 +122,7 @@ class VllmCore:
             self.score(tokens)
         finally:
             seen: list[NDArray[np.int64]] = self._ask_workers(_routers_seen)
-        routes_TMC = seen[0]  # routers are not split
+        routes_TMC = seen[0]  # tensor parallelism does not split routers: all workers have the same
         assert len(routes_TMC) == len(tokens), f"vLLM routed {len(routes_TMC)} tokens for {len(tokens)}"
         return routes_TMC
 
@@ -130,9 +131,10 @@ class VllmCore:
 
     def load(self, bucket: Bucket) -> None:
         if self._in_process:
-            # The reload keeps references until a layer is complete, so it gets a copy that the sender cannot overwrite.
+            # the reload keeps references until a layer is complete: give it a copy that the sender cannot overwrite
             self.load_tensors(bucket.own().unpack())
             return
+        # worker processes: they copy the bucket from shared memory before this returns
         segment = SharedMemory(create=True, size=max(1, bucket.data.nbytes))
         try:
             _bytes_of(segment, bucket.data.nbytes)[:] = bucket.as_tensor().numpy()
@@ -153,20 +155,21 @@ class VllmCore:
         self._reset_prefix_cache()
         if self._on_cpu:
             return _added_up(self._ask_workers(_release_kv_pages))
+        # on a GPU vLLM frees the cache and moves the weights; measure the memory around it
         before = self._ask_workers(_cache_and_memory)
         self._engine.sleep(level=1)
         after = self._ask_workers(_cache_and_memory)
         return _added_up([Released(cache, used, now) for (cache, used), (_, now) in zip(before, after, strict=True)])
 
     def wake(self) -> None:
-        if not self._on_cpu:  # on a CPU released pages come back, zeroed, when they are touched
+        if not self._on_cpu:  # on a CPU released pages are allocated again, zeroed, at the first access
             self._engine.wake_up()
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
 
     def _ask_workers(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
-        """Call a function of this module on every worker; what it returns, by rank."""
+        """Call a function of this module on every worker. Returns the results by rank."""
         answers: list[Any] = self._engine.collective_rpc(function, args=arguments)
         return answers
 
@@ -176,12 +179,12 @@ class VllmCore:
 
 
 def _set_environment() -> None:
-    """What vLLM reads from the environment, before it is imported. What the user has set stays."""
+    """Set the variables that vLLM reads at its import. Those that the user has set stay, except multiprocessing."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # This process has threads, of Ray and of its own, and a fork would copy their locks as they stand.
+    # this process has threads, of Ray and its own: a fork would copy locks that they hold
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
@@ -204,9 +207,9 @@ def _engine_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
     }
     if not on_cpu:
         return shared | {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
-    # A prompt prefilled in chunks together with a seed fails on CPUs ("CPU Generator does not use offset"), so none is.
-    # An explicit cache size with eager execution skips the warm-up. Prompts share whole blocks only, and not their last token:
-    # vLLM's own blocks of 128 would leave short prompts nothing.
+    # Chunked prefill with a seed fails on CPUs ("CPU Generator does not use offset"), so it is off. An explicit cache size with
+    # eager execution skips the warm-up. Prompts share only whole blocks, without their last token: with vLLM's default blocks of
+    # 128, short prompts would share nothing.
     return shared | {
         "enforce_eager": True,
         "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
@@ -217,10 +220,10 @@ def _engine_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
 
 
 def _skip_token_ranks() -> None:
-    """Return zeros for the rank of each sampled token, which vLLM computes with every log-prob and Togi never reads.
+    """Make vLLM return zeros as the ranks of sampled tokens, which it computes with every log-prob and Togi never reads.
 
-    The original is the one function under ``torch.compile`` here: its first use takes up to 27 s of Inductor, and each
-    use a pass over [sequences, vocabulary].
+    vLLM compiles the original with ``torch.compile``: its first call takes up to 27 s, and each call a pass over
+    [sequences, vocabulary].
     """
     from vllm.v1.sample import sampler
 
@@ -241,7 +244,7 @@ def _finished(output: Any) -> Finished:
     )
 
 
-# What follows runs on vLLM's worker: the argument is its Worker object.
+# The functions below run on vLLM's worker; their first argument is its Worker object.
 
 
 def _start_reload(worker: Any) -> None:
@@ -252,8 +255,10 @@ def _start_reload(worker: Any) -> None:
 
     model = worker.model_runner.get_model()
     with set_current_vllm_config(worker.vllm_config):
+        # the layers of an abandoned update
         if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
             finalize_layerwise_reload(model, worker.model_config)
+        # the kernels of experts, which would keep the old packed weights
         if current_platform.is_cpu():
             for method in (getattr(layer, "quant_method", None) for layer in model.modules()):
                 if method is not None and getattr(method, "moe_kernel", None) is not None:
@@ -280,7 +285,7 @@ def _load_shared(
 
 
 def _bytes_of(segment: SharedMemory, nbytes: int) -> NDArray[np.uint8]:
-    """The first bytes of a segment, which nobody may hold when it is closed."""
+    """The first bytes of a segment. No reference to them may exist when the segment is closed."""
     assert segment.buf is not None
     return np.frombuffer(segment.buf, np.uint8, nbytes)
 
@@ -290,7 +295,7 @@ def _prepare_worker(worker: Any) -> None:
 
 
 def _watch_routers(worker: Any) -> None:
-    """Keep what every router gives out, until ``_routers_seen``."""
+    """Record the outputs of every router until ``_routers_seen``."""
     from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 
     gates = [layer for layer in worker.model_runner.get_model().modules() if isinstance(layer, GateLinear)]
@@ -302,7 +307,7 @@ def _watch_routers(worker: Any) -> None:
 
 
 def _routers_seen(worker: Any) -> NDArray[np.int64]:
-    """The experts chosen since ``_watch_routers``: tokens x layers x choices."""
+    """The experts chosen since ``_watch_routers``: [tokens, layers, choices]. Removes the hooks."""
     for hook in worker.router_hooks:
         hook.remove()
     logits_TE, worker.router_logits = [torch.cat(parts) for parts in worker.router_logits], []
@@ -318,12 +323,13 @@ def _finish_reload(worker: Any) -> None:
     with set_current_vllm_config(worker.vllm_config):
         finalize_layerwise_reload(model, worker.model_config)
         for layer in model.modules():
+            # a tied head has its own packed copy of the embedding
             if isinstance(layer, ParallelLMHead):
                 layer.quant_method.process_weights_after_loading(layer)
 
 
 def _release_kv_pages(worker: Any) -> Released:
-    """Give the KV cache's pages back to the system: vLLM's own sleep frees nothing on CPUs, ``madvise`` does."""
+    """Return the pages of the KV cache to the system (``madvise``). vLLM's own sleep frees nothing on CPUs."""
     before = resident_bytes()
     nbytes = sum(release_pages(storage.data_ptr(), storage.nbytes()) for storage in _kv_storages(worker))
     return_freed()
@@ -337,11 +343,11 @@ def _cache_and_memory(worker: Any) -> tuple[int, int]:
 
 
 def _kv_storages(worker: Any) -> list[torch.UntypedStorage]:
-    """The memory of the KV cache, each piece once."""
+    """The storages of the KV cache, each once."""
     storages = [kv.untyped_storage() for kv in worker.model_runner.kv_caches]
     return list({storage.data_ptr(): storage for storage in storages}.values())
 
 
 def _added_up(parts: Iterable[Released]) -> Released:
-    """What all workers of an engine released."""
+    """The sum over all workers of an engine."""
     return Released(sum(p.nbytes for p in parts), sum(p.before for p in parts), sum(p.after for p in parts))
