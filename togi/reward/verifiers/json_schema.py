@@ -1,5 +1,4 @@
 """builtin:json_schema: 1 if the response is JSON that fits the schema in the label, else 0 (``pip install 'togi[rewards]'``).
-
 The label is a JSON Schema, as an object or as text. The JSON is the whole response, or its last fenced code block.
 """
 
@@ -21,7 +20,7 @@ FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 def reward_func(
     queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
 ) -> list[float]:
-    """1 or 0 per query. Raises BadReturnError for a label that is no schema."""
+    """1 or 0 per query. Raises BadReturnError for a label that is not a schema."""
     return [float(fits(response, label)) for response, label in zip(responses, labels, strict=True)]
 
 
