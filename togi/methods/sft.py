@@ -1,5 +1,4 @@
 """Supervised fine-tuning on responses, and continued pre-training on plain text.
-
 The loss is ``SFTObjective`` of ``togi.learn.objective``, which ``togi rl`` can mix in too.
 """
 
@@ -36,7 +35,7 @@ class SFT(PlainTextOrResponse):
 
     @property
     def split(self) -> str:
-        """The split of the training sets, under whichever of its two names it was given."""
+        """The split of the training sets, given under either of its two names."""
         return self.train_split if self.train_split is not None else self.dataset_split
 
     def problems(self, *, template_given: bool) -> Iterator[str]:
