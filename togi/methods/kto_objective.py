@@ -119,10 +119,10 @@ def mismatched(samples: Sequence[Sample], seed: int) -> list[Sample]:
     """For each row its prompt with the answer of a row with another prompt, drawn uniformly.
 
     The mean log-ratio of policy and reference on such pairs is KTO's estimate of their KL divergence (Ethayarajh et al.,
-    "KTO: Model Alignment as Prospect Theoretic Optimization", 2024, section 4.1). ``samples`` must be the rows of the whole optimizer step, so that
-    the estimate does not depend on how they are split. Copies keep the ``group_id`` of the prompt's row and share its
-    prompt. Answers are truncated so that no copy is longer than the longest row, which bounds memory. Raises DataError
-    if all prompts are equal.
+    "KTO: Model Alignment as Prospect Theoretic Optimization", 2024, section 4.1). ``samples`` must be the rows of the whole
+    optimizer step, so that the estimate does not depend on how they are split. Copies keep the ``group_id`` of the prompt's
+    row and share its prompt. Answers are truncated so that no copy is longer than the longest row, which bounds memory.
+    Raises DataError if all prompts are equal.
     """
     prompts = [sample.tokens[: sample.prompt_length].tobytes() for sample in samples]
     if len(set(prompts)) < 2:
