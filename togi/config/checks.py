@@ -33,6 +33,7 @@ Check = Callable[[RLConfig], Iterator[str]]
 
 def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
     """Raise ConfigError with the first contradiction in the settings of ``togi rl``.
+
     ``reward_given``: the reward is a Python function passed in code, not a flag.
     """
     has_reward = reward_given or config.reward_files or config.reward_urls or config.reward_models

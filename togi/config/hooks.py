@@ -1,4 +1,5 @@
 """A user's function in place of a built-in choice: ``FILE.py:name`` as a flag, a callable from Python.
+
 This module parses it; ``togi.learn.hooks`` loads and tries it.
 """
 

@@ -71,6 +71,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(config_class: type[C], argv: Sequence[str], command: str) -> Parsed[C]:
     """Read ``--config FILE`` and the flags in ``argv``. The command line wins over the file.
+
     Raises ConfigError with one sentence for the first fault.
     """
     parser = build_parser(config_class, command)

@@ -285,6 +285,7 @@ class RLConfig(
     @property
     def aggregation(self) -> Aggregation:
         """The aggregation in use. Dr. GRPO's default is the constant divisor (Liu et al., 2025, section 3.2).
+
         GSPO's default is the mean over sequences (Zheng et al., 2025, equation 5).
         """
         if self.loss_aggregation != "auto":

@@ -103,6 +103,7 @@ class StepReader:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """The result of a row: its sequences, or why it has none. ``lengths``: in tokens before truncation.
+
     ``fault``: what is wrong with a faulty row, to be printed after its place; else "". ``notes``: of a row that is used.
     """
 

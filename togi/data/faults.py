@@ -31,6 +31,7 @@ class Drop(StrEnum):
 
 class Note(StrEnum):
     """What is converted, or lost on the way to the model, in a row that is used.
+
     The value completes a sentence that starts with "3 of 40 rows".
     """
 
@@ -101,6 +102,7 @@ def named(subject: str) -> Iterator[None]:
 
 def check_whole(value: object, subject: str) -> None:
     """Raise RowError if a text, or a text at any depth of a value, has a lone surrogate.
+
     JSON can hold one, where a text was cut inside an emoji; tokenizers and files cannot.
     """
     if isinstance(value, str):

@@ -50,6 +50,7 @@ class Kind(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Item:
     """One data set. ``location``: a local path, or the hub name if ``kind`` is HUB; ``text``: as the user wrote it.
+
     ``data_dir``: the part after ``@``, "" if there is none; for local folders it is already part of ``location``.
     """
 
@@ -92,6 +93,7 @@ def split_items(text: str) -> list[str]:
 
 def parse_item(text: str, whole: str = "") -> Item:
     """Parse ``name[@data_dir]``. Raises DataError for what does not exist or is not supported.
+
     ``whole``: the list that the entry is part of, for the message.
     """
     text = text.strip()

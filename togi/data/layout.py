@@ -1,4 +1,5 @@
 """Recognise files that hold no rows, whatever their names say, and tell how to convert them. Standard library only.
+
 Nothing is converted here: each kind of file has one sentence, raised before a row is read.
 """
 
@@ -47,6 +48,7 @@ def check_content(path: Path) -> None:
 
 def check_objects(path: Path, fields: Collection[str] = ()) -> None:
     """Raise DataError for a JSONL file that is not one object per line, or whose only object holds all rows.
+
     ``fields``: of a row, if they are known; one object on one line that has them is a row.
     """
     text, value, end = _first_value(path)

@@ -1,4 +1,5 @@
 """Rows of JSONL, CSV and JSON files that are read on demand; only the place of each row is in memory.
+
 ``tables`` knows how a row is written in a file.
 """
 

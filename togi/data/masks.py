@@ -40,6 +40,7 @@ class Draft:
 @dataclass(frozen=True, slots=True, eq=False)
 class Coded:
     """A tokenised draft, without an object per token. ``runs``: (start, end) tokens of each trained part.
+
     ``prompt_length``: the leading tokens that are not trained. ``merged``: the last character of the prompt and the first of the
     answer are in one token.
     """
@@ -107,6 +108,7 @@ def encode_drafts(
 
 def end_tokens(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
     """The tokens that end a text: EOS; in a chat also every special token except BOS, because it closes a turn.
+
     Raises DataError if the tokenizer has no EOS token.
     """
     if tokenizer.eos_token_id is None:
@@ -166,6 +168,7 @@ def _code(draft: Draft, ids: list[int], offsets: list[Span], eos: int, enders: C
 
 def _character_ranges(offsets: list[Span]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The start and end characters of each token. Special tokens that the tokenizer adds are at (0, 0).
+
     Some tokenizers leave white space out of offsets, so a token starts at the latest where the previous one ended.
     """
     table = np.array(offsets, dtype=np.int64).reshape(-1, 2)

@@ -90,6 +90,7 @@ def dialogue_of(value: object, role: str, template: str | None, frame: Dialogue 
 
 def frame_of(row: Row) -> Dialogue:
     """Tools (``tools`` or the older ``functions``) and system turn (``system``) in separate fields of a row.
+
     Raises RowError, without the name of the field, for invalid tools.
     """
     notes, functions = set[Note](), row.get(FUNCTIONS)

@@ -92,6 +92,7 @@ def concatenate(sizes: Sequence[int], max_samples: int) -> NDArray[np.int64]:
 
 def proportional_shares(sizes: Sequence[int], total: int) -> list[int]:
     """Whole numbers that sum to min(total, sum of sizes), in proportion to the sizes by the largest-remainder method.
+
     Every set gets at least one row if ``total`` allows it.
     """
     if sum(sizes) <= total:

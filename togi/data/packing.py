@@ -1,4 +1,5 @@
 """Lay out samples as a ``Batch``: plain (one segment per sequence) or with shared prefixes (one segment per prompt).
+
 Shape letters as in ``togi.batch``. ``partition`` decides which samples go together.
 """
 

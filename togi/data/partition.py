@@ -1,4 +1,5 @@
 """Assign samples to micro-batches and ranks. Works on index lists only; nothing is laid out or moved here.
+
 Deterministic: equal samples in equal order give equal lists. A cost is the number of tokens that ``packing.pack`` lays out, with a
 shared prompt counted once.
 """
@@ -41,6 +42,7 @@ class _Bin:
 
 def prefix_ids(samples: Sequence[Sample], *, share_prefix: bool) -> list[int]:
     """A number for each sample; samples with the same number have the same group and the same prompt tokens.
+
     A sample that cannot share (no prompt, no response, or sharing is off) has a unique number.
     """
     numbers: dict[tuple[str, bytes], int] = {}

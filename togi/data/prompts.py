@@ -1,4 +1,5 @@
 """Read rows as ``Prompt``, formatted and tokenised once, with a report of every row that is not used.
+
 ``loader`` has order and resume; ``chat`` formats text.
 """
 

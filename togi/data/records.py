@@ -49,6 +49,7 @@ SHOWN = 3
 
 class Examples(Sequence[tuple[Sample, ...]]):
     """The samples of each used row in the order of the mixture: one, or chosen and rejected. ``group_id``: the row's id.
+
     ``places``: (source, row, repeat) of each, shape (M, 3).
     """
 

@@ -21,6 +21,7 @@ LARGE_LOSS = 0.5
 @dataclass(frozen=True, slots=True)
 class SourceReport:
     """One data set: its ``rows``, those ``picked`` for the mixture (``repeats`` of them again), ``kept``, ``dropped``.
+
     ``dropped``: counts by reason; picked = kept + sum of dropped.
     """
 

@@ -1,4 +1,5 @@
 """The reward text of conditional SFT. One function writes it, for training and for generation.
+
 ``togi.run.select`` chooses the reward; ``prompts`` formats prompts.
 """
 
@@ -14,6 +15,7 @@ DECIMALS = 2
 
 def with_reward(template: str, prompt: str, reward: float) -> str:
     """``template`` with {input} replaced by the prompt and {reward} by the reward with two decimals.
+
     Both are replaced at once, so braces in the prompt stay. Minus zero is written as zero.
     """
     assert math.isfinite(reward)
@@ -24,6 +26,7 @@ def with_reward(template: str, prompt: str, reward: float) -> str:
 
 def asked_reward(csft_prompt: str, template: str) -> float:
     """The reward in ``--csft_prompt``: a number alone, or a number in the words of the template.
+
     Raises DataError for other words, because the model was not trained on them.
     """
     words = re.escape(template.replace("{input}", "").strip()).replace(re.escape("{reward}"), "(?P<reward>.+?)")

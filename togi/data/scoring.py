@@ -36,6 +36,7 @@ class OutputSpec:
 
 def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tuple[list[Row], list[list[int]]]:
     """The rows in the order of the mixture, and the token ids of each.
+
     Raises DataError naming row and field, also for a row of more than ``max_len`` tokens.
     """
     check_rendering(tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.input_template)

@@ -75,7 +75,7 @@ class Shard:
     """The rows of one file. Tokens stay on disk until they are used."""
 
     def __init__(self, path: Path) -> None:
-        # The header of safetensors: its size in 8 bytes, then JSON. Mapped by hand, as the library would read the file.
+        # The header of safetensors: its size in 8 bytes, then JSON. The arrays behind it are memory-mapped.
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))

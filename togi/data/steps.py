@@ -25,6 +25,7 @@ _KINDS = {False: "tokens", True: "numbers"}
 @dataclass(frozen=True, slots=True)
 class StepLabels:
     """How steps are marked and labelled. ``reward_ids``: in the order of ``--reward_tokens``; None: any token.
+
     ``soft``: labels are probabilities of the first reward token instead of tokens; a data set has one kind only.
     """
 

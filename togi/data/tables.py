@@ -162,6 +162,7 @@ def is_json_list(path: Path) -> bool:
 
 def read_head(path: Path, limit: int, fields: Collection[str] = ()) -> list[tuple[str, Row | BadRow]]:
     """At most ``limit`` first rows with their places; time and memory do not depend on the number of rows.
+
     ``fields``: the fields that rows must have.
     """
     kind = FORMATS[path.suffix.lower()]

@@ -40,6 +40,7 @@ def says_something(message: Message) -> bool:
 
 def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft:
     """The conversation up to its last trained turn: every assistant turn from message ``first`` on that says something.
+
     Turns with nothing before them are context. Without any such turn the draft has no spans. Raises RowError.
     """
     messages = dialogue.messages
@@ -201,6 +202,7 @@ def _way_out(messages: Sequence[Message], turn: int) -> str:
 
 def _kept(own: str, rest: str, content: str, tokenizer: Tokenizer) -> int | None:
     """The length of a turn at the start of ``rest``, if its ``own`` rendering as the newest turn ends with it; else None.
+
     Templates put reasoning, or an empty place for it, before the newest turn only, and EOS after it.
     """
     ended = own.removesuffix(str(tokenizer.eos_token))

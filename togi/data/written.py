@@ -21,6 +21,7 @@ _NEXT_ROW = re.compile(r"\}\s*\n\s*\{")
 
 def parsed(text: str, fits: Callable[[Mapping[str, Any]], bool]) -> object:
     """The value of a text that is a record that ``fits``, or a list of them, as JSON or as Python prints it; else the text.
+
     Raises RowError for a text that looks like a list of messages but is broken.
     """
     start = text.strip()

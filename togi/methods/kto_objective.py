@@ -1,4 +1,5 @@
 """The loss of KTO and its KL estimate, which is over the whole optimizer step.
+
 Values of a row: ``desirable``, ``mismatched``, ``kl_estimate``. Stream: ``ref_logprobs``. Shape letters: K tokens in the loss, N
 rows.
 """

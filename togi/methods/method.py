@@ -41,6 +41,7 @@ class Good(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Measure:
     """A metric of an evaluation, by its name in the logs without ``eval/``.
+
     ``explanation``: one sentence for the report, for a metric of this method only; others are explained in ``togi.obs.names``.
     """
 
@@ -89,6 +90,7 @@ class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, Eval
 
     def problems(self, *, template_given: bool) -> Iterator[str]:
         """Contradictions between the method's own settings: sentences that name both flags and the remedy.
+
         ``template_given``: the user wrote ``--input_template``. A chat template replaces its default, but contradicts a given one.
         """
         yield from ()

@@ -1,4 +1,5 @@
 """ORPO: supervised fine-tuning and a preference in one loss, without a reference. The loss is in ``orpo_objective``.
+
 Hong et al. 2024, arXiv 2403.07691.
 """
 

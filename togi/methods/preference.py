@@ -1,4 +1,5 @@
 """Shared code of objectives over pairs and over labelled rows: pairing, rewards, metrics.
+
 Values of pairs: ``chosen`` (1 or 0). The formulas are in ``togi.algo.preference``. Shape letters: K tokens in the loss, N
 sequences, P pairs.
 """

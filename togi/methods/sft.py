@@ -1,4 +1,5 @@
 """Supervised fine-tuning on responses, and continued pre-training on plain text.
+
 The loss is ``SFTObjective`` of ``togi.learn.objective``, which ``togi rl`` can mix in too.
 """
 

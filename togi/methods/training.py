@@ -46,6 +46,7 @@ class Material:
 @dataclass(frozen=True, slots=True)
 class Dealer:
     """Assigns samples to ranks and micro-batches. Samples of one group are never split.
+
     ``max_tokens``: budget of a micro-batch. ``max_sequences``: sequences per micro-batch at most, None for no limit.
     """
 

@@ -79,6 +79,7 @@ def reduced(metrics: Mapping[str, Metric]) -> dict[str, float]:
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """One line of ``metrics.jsonl``. Step 0 is the state before training.
+
     ``values``: by the names in ``names``; ``seconds``: wall time by phase; ``time``: when it was written, in seconds since 1970.
     """
 

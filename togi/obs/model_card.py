@@ -1,4 +1,5 @@
 """The model card of an exported model: README.md with the metadata of the Hugging Face hub, made from a run folder.
+
 A card may be published: it has no secrets and no server addresses, and only the last part of local paths.
 """
 
@@ -42,6 +43,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 def model_card(run: RunDirectory, *, base_model: str, training: str, is_scalar: bool, step: int | None) -> str:
     """The text of README.md. Raises DataError if ``run`` is not a run folder.
+
     ``training``: the training in words. ``step``: of the checkpoint, None for the final model.
     """
     info = run.read_info()

@@ -91,6 +91,7 @@ def duration(seconds: float) -> str:
 
 class Progress:
     """A context manager for the process that talks to the user. Phases may run in several threads.
+
     ``quiet``: show nothing but keep time; ``clock``: in seconds, replaced in tests only.
     """
 

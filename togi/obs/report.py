@@ -69,6 +69,7 @@ _COLUMNS = (
 
 def write_report(root: Path, limits: Limits | None = None) -> Path:
     """Write (or refresh, atomically) ``report.html`` of the run in ``root`` and return its path.
+
     About 5 MB, most of it the plotting library. Raises ``DataError`` if the folder holds no run.
     """
     from plotly.offline import get_plotlyjs

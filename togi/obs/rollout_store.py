@@ -115,6 +115,7 @@ class RolloutStore:
 
     def write(self, step: int, split: Split, rows: Sequence[RolloutRow]) -> int:
         """Write all rollouts of one step and split at once. Returns the size of the file in bytes.
+
         Raises ``DataError`` naming the folder if it cannot be written (disk full, for example).
         """
         assert all(row.step == step and row.split is split for row in rows), "a row of another step or split"

@@ -38,6 +38,7 @@ from togi.version import __version__
 @dataclass(frozen=True, slots=True)
 class Resolved:
     """One configuration value as the run uses it. ``value``: JSON-like (str, number, bool, None, list).
+
     ``source``: where it came from: "default", "file", "command line", "auto", ...
     """
 
@@ -133,6 +134,7 @@ class RunDirectory:
     @classmethod
     def create(cls, root: Path, command: str, argv: Sequence[str], values: Mapping[str, Resolved]) -> RunDirectory:
         """The folder of a new run, with its configuration written.
+
         Raises ``ConfigError`` if the folder already holds a run or cannot be written.
         """
         run = cls(root)
@@ -143,6 +145,7 @@ class RunDirectory:
     @classmethod
     def resume(cls, root: Path, command: str, argv: Sequence[str], values: Mapping[str, Resolved]) -> RunDirectory:
         """The folder of a resumed run (a new one if there is none), with the current configuration.
+
         The previous configuration is kept in ``discarded/``. Call ``truncate_after`` with the checkpoint's step next.
         """
         run = cls(root)
@@ -276,6 +279,7 @@ SHOWN_ROWS = 4
 @dataclass(frozen=True, slots=True)
 class HeldOutRow:
     """One row as the model saw it. ``texts`` and ``values``: of its one sequence, or of the chosen and the rejected one.
+
     ``place``: "worst" or "best". ``number``: what the values are, such as "nats a token".
     """
 

@@ -29,6 +29,7 @@ _ADVICE = {
 @contextmanager
 def way_out(what: str) -> Iterator[None]:
     """For cleanup in ``finally``, ``except`` and ``__exit__``; ``what`` is such as "closing the trackers".
+
     If an error is being raised already, a failure of the cleanup is only logged, so that the first error is the one shown.
     """
     first = sys.exception()

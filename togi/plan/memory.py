@@ -93,6 +93,7 @@ def return_freed() -> None:
 
 def release_pages(address: int, nbytes: int) -> int:
     """Release the whole pages of anonymous memory at ``address``, which then reads as zeros.
+
     Returns how many bytes of them were resident. Raises OSError.
     """
     # Only pages that are entirely inside: the edges may belong to other memory.

@@ -36,6 +36,7 @@ IN_PROCESS = "workers in this process"
 @dataclass(frozen=True, slots=True)
 class Group:
     """``slots`` = nodes x per_node. Each of ``roles`` has one process in every slot, one for each reward model.
+
     An engine has one process in every ``engine_size`` slots, which are on one node.
     """
 
@@ -215,6 +216,7 @@ def check_spread(groups: tuple[Group, ...], nodes: int) -> None:
 
 def spread(groups: Sequence[Group], gpus_of_nodes: Mapping[str, int]) -> list[list[str]]:
     """The node of each slot for groups over several nodes, ``per_node`` slots on each; [] for other groups.
+
     Nodes are taken in the order given. If no node has a GPU, every node has room for all.
     """
     free = dict(gpus_of_nodes)

@@ -50,6 +50,7 @@ class Trainable:
 
 def trainable(groups: Sequence[ScoredGroup], on_error: OnRewardError) -> list[Trainable]:
     """The rollouts to train on: those with a score. If one abstains, the rest of its group stays.
+
     An error drops its whole group unless ``on_error`` is drop_sample.
     """
     dropped = {group for group, scored in enumerate(groups) if scored.filtered or takes_group(scored.scores, on_error)}
@@ -86,7 +87,7 @@ def with_advantages(
     lengths = torch.tensor([int(sample.loss_mask.sum()) for sample in samples])
     sequences_K = torch.repeat_interleave(torch.arange(len(samples)), lengths)
     in_reward = config.uses_reference and not config.use_kl_loss
-    # float64: sums over a whole step must not depend on its order.
+    # float64, since normalisation sums over a whole step.
     rewards_N = torch.tensor([item.score.value for item in items], dtype=torch.float64)
     groups_N = torch.tensor([item.group for item in items])
     ends = np.cumsum(lengths.numpy())[:-1]

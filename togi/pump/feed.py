@@ -69,6 +69,7 @@ class RolloutFeed:
 
     async def run(self, prompts: Sequence[Prompt], samples: int, name: str) -> list[ScoredGroup]:
         """Generate and score ``samples`` rollouts of each prompt, in order. ``name``: keeps the group ids of calls apart.
+
         Raises RewardError if more rewards fail than allowed.
         """
         limit = ErrorLimit(self._max_errors, len(prompts) * samples)

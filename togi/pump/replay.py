@@ -27,6 +27,7 @@ def replay_feed(folder: str, *, filtering: bool) -> ReplayFeed:
 
 class ReplayFeed:
     """A ``Feed`` that returns the stored groups of its prompts.
+
     ``filtering``: each rollout of the run took as many prompts as it needed, and so does its replay.
     """
 
@@ -64,6 +65,7 @@ class ReplayFeed:
 
     def groups(self, prompts: Sequence[Prompt], samples: int, step: int) -> list[ScoredGroup]:
         """The stored groups of ``step``, one for each of ``prompts``.
+
         Raises DataError if they have other prompts, other tokens of a prompt, or another number of samples.
         """
         rows = [row for row in self._store.read_step(step) if row.split is Split.TRAIN]

@@ -84,6 +84,7 @@ class Asked:
 
 def generate(config: InferConfig, announce: Announce) -> Written:
     """``--best_of_n`` outputs for every prompt of the slice, in the order of the prompts.
+
     Each output has its own seed, so the number of concurrent requests does not change the results.
     """
     if config.full_determinism:

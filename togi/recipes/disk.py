@@ -18,6 +18,7 @@ from togi.model.sizes import FLOAT32, Sizes, sizes
 @dataclass(frozen=True, slots=True)
 class Writing:
     """Bytes that a run writes. ``state``, ``model``: parts of one checkpoint, 0 for a part that it does not have.
+
     ``kept``: the largest number of checkpoints at a time, including the one being written. ``best``, ``final``: the folders of the
     best model and of the final models.
     """
@@ -87,6 +88,7 @@ def _writing(config: OutputSettings, steps: int, state: int, model: int, final: 
 
 def check_room(config: OutputSettings, writing: Writing) -> str:
     """Compare what is written with the free space; returns a line for the log. Raises CheckpointError if it does not fit.
+
     Existing checkpoints are counted as free, because they are replaced.
     """
     checkpoints, models = _existing(Path(config.ckpt_path)), _existing(Path(config.save_path))

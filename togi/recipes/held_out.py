@@ -26,6 +26,7 @@ class Judged:
 
 def judge(samples: Sequence[Sample], values: Sequence[float], badness: Badness) -> list[Judged]:
     """Group samples into rows. ``values``: from ``Objective.judge``, one per sample.
+
     ``badness``: the method's (``Method.badness``), for the sequences of one row.
     """
     rows: dict[str, list[tuple[Sample, float]]] = {}
@@ -36,6 +37,7 @@ def judge(samples: Sequence[Sample], values: Sequence[float], badness: Badness) 
 
 def ends(judged: Sequence[Judged]) -> list[Judged]:
     """The ``SHOWN_ROWS`` worst and best rows, worst first; all if they are few.
+
     Merging the ends of parts and taking the ends again gives the ends of the whole.
     """
     ranked = sorted(judged, key=lambda row: (-row.badness, row.row))

@@ -27,6 +27,7 @@ Config = TypeVar("Config", bound=ModelSettings | InferConfig | ChatConfig | Serv
 
 def with_local_names(parsed: Parsed[Config]) -> Parsed[Config]:
     """The settings with each ModelScope name replaced by the folder that it was downloaded to. Local paths stay.
+
     No-op without ``--use_ms``. Raises ConfigError if the package is missing or the download fails.
     """
     if not parsed.config.use_ms:

@@ -32,6 +32,7 @@ from togi.recipes.preflight import (
 
 def check(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Method]:
     """The settings with local names. Raises the first UserError.
+
     ``launched``: this is one of the processes that train, so that their number can be checked.
     """
     # Flags against each other.

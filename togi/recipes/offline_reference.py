@@ -35,6 +35,7 @@ def with_reference(
     config: Method, reference: str, data: Data, load: Callable[[], Scorer], dealer: Dealer, journal: Journal
 ) -> Data:
     """The same rows with the stream ``ref_logprobs``. All ranks call together.
+
     ``reference``: folder or hub name of the model that ``load`` returns; ``load`` is called only if a file is missing.
     """
     world, sets = dealer.world, (data.train, *data.held_out)

@@ -38,6 +38,7 @@ class Joining(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class Models:
     """The model in training, the rows (read or precomputed), and the preparation of the steps.
+
     ``students``: the model in training as a generator, one with ``--on_policy_share``, else none.
     """
 

@@ -44,6 +44,7 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> Parsed[RLConfig]:
     """The settings with every ``auto`` of the placement resolved, and local names. Raises the first UserError.
+
     ``reward_given``: the reward is a Python function passed in code.
     """
     # Flags against each other.
@@ -206,6 +207,7 @@ def check_engine(name: EngineName) -> None:
 
 def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
     """Check that a folder holds config.json and weights; other names must be hub names, in the cache if the hub is off.
+
     ``adapters``: also accept a LoRA adapter. Raises ConfigError.
     """
     folder = Path(path)

@@ -26,6 +26,7 @@ class Term:
 
 class CombinedReward:
     """Calls every source concurrently. Keeps the components of all sources, unweighted.
+
     With several sources the logs of each are named name/log, so that no two collide.
     """
 
@@ -165,6 +166,7 @@ class LengthPenalties:
 
 def overlong_penalty(length: int, limit: int, buffer: int, factor: float) -> float:
     """The amount to add to the reward, from 0 to ``-factor``: soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13).
+
     0 up to ``limit - buffer`` tokens, then ``factor (limit - buffer - length) / buffer``, and ``-factor`` at and above the limit.
     """
     assert 0 < buffer <= limit, "the buffer is the last part of the limit"

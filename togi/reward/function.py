@@ -78,12 +78,14 @@ class FunctionReward:
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
         """One score per rollout, in order; all of them errors if the last try failed too.
+
         Raises RewardError if the function cannot be loaded or the pool is closed.
         """
         return await self._score(group, self._retries)
 
     async def check(self, group: Sequence[Rollout]) -> list[Score]:
         """Import the function, call it once, and return its scores. Raises RewardError for every failure.
+
         Two rollouts are enough to tell one number per sample from one number for all.
         """
         return without_errors(await self._score(group, 0))

@@ -36,6 +36,7 @@ class Standardization:
 
 class LocalModelReward:
     """The scalar of a reward model at the last token of prompt + response.
+
     ``score_tokens``: maps token id sequences to one float each. ``component``: the name of the score in logs.
     """
 

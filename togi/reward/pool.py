@@ -122,7 +122,7 @@ class Worker:
         self._kill()
 
     def _start(self) -> None:
-        # The worker reads the lifeline: it ends when this process dies, however it dies.
+        # The lifeline is a pipe: the worker ends when the end here closes, however this process dies.
         self._channel, theirs = socket.socketpair()
         lifeline, ours = os.pipe()
         self._lifeline = open(ours, "wb", buffering=0)  # noqa: PTH123, SIM115  a descriptor, held as long as the worker

@@ -64,6 +64,7 @@ class FaultKind(StrEnum):
 
 class ServerFaultError(Exception):
     """A request without a usable answer. ``what``: continues "The reward server URL ...".
+
     ``was_lost``: the connection broke after the request was sent, so the request itself may be the cause.
     """
 
@@ -77,6 +78,7 @@ class ServerFaultError(Exception):
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
     """``concurrency``: requests at the same time (``--remote_rm_concurrency``). ``timeout``: seconds for a whole request.
+
     ``token``: sent as a bearer token; "" sends none.
     """
 
@@ -268,6 +270,7 @@ class Patience:
 
 class RemoteReward:
     """One reward from one server, or from several equal servers that share the groups.
+
     ``response``: a rollout's response as text with its special tokens. ``component``: the name of the reward in logs.
     """
 
@@ -286,6 +289,7 @@ class RemoteReward:
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
         """One score per rollout, in order; all of them errors if the request failed for good.
+
         Raises RewardError if no server came back in time.
         """
         body = self._body(group)

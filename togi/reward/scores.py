@@ -32,6 +32,7 @@ class Reward(Protocol):
 
 def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Call:
     """The group as lists. A query is the prompt's text plus ``response`` of the rollout.
+
     Raises RewardError for a label that is not a JSON value.
     """
     for rollout in group[:1]:  # all have the same prompt
@@ -57,6 +58,7 @@ def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Cal
 
 def as_scores(answer: Answer, component: str, shown_as: str, count: int) -> list[Score]:
     """One score per query. ``component``: the name of the reward beside the answer's own components.
+
     Raises RewardError if one of those has the same name.
     """
     if component in answer.components:

@@ -1,4 +1,5 @@
 """The messages between a reward worker and its owner (length-prefixed JSON over a socket), and valid return values.
+
 Standard library only: the worker process imports this. ``pool`` starts and stops processes.
 """
 
@@ -31,6 +32,7 @@ class LoadKind(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Load:
     """The first message to a worker. ``source``: a path, a module name or base64. ``name``: the qualified function name.
+
     ``settings``: keyword arguments of every call.
     """
 
@@ -61,6 +63,7 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class Complaint:
     """Why there is no answer. ``what``: continues "reward_func in file.py ..."; ``index``: a sample or ``NO_INDEX``.
+
     ``during_call``: False if the function could not be loaded, so that no prompt is involved. ``is_transient``: a retry
     may succeed.
     """
@@ -80,6 +83,7 @@ def encode(message: Load | Call | Answer | Complaint) -> bytes:
 
 def send(channel: socket.socket, frame: bytes, timeout: float) -> None:
     """Write one frame within ``timeout`` seconds.
+
     Raises TimeoutError, and ConnectionError if the other side is gone.
     """
     channel.settimeout(None if timeout == math.inf else timeout)
@@ -88,6 +92,7 @@ def send(channel: socket.socket, frame: bytes, timeout: float) -> None:
 
 def receive(channel: socket.socket, timeout: float) -> dict[str, Any]:
     """Read one message within ``timeout`` seconds (``math.inf``: no limit).
+
     Raises TimeoutError, and ConnectionError if the other side is gone.
     """
     deadline = time.monotonic() + timeout

@@ -52,6 +52,7 @@ def look_at_offline(parsed: Parsed[Method], command: str, say: Say) -> None:
 
 def look_at_rl(parsed: Parsed[RLConfig], sample_groups: int, say: Say) -> None:
     """Do everything that ``togi rl`` does before its processes start, and report it.
+
     ``sample_groups``: how many groups the policy also answers as a sample; 0 for none. Raises UserError.
     """
     _say_all(check_text.settings(parsed), say)

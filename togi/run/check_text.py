@@ -62,6 +62,7 @@ def template(config: PromptText, found: Tokenizer) -> str:
 
 def rows(name: str, report: DataReport, *, width: int = 1) -> Iterator[str]:
     """How many rows are used and dropped, their lengths, and the first examples as the model sees them.
+
     ``width``: examples of one row (2 for pairs).
     """
     title = report.title[0].lower() + report.title[1:]

@@ -188,6 +188,7 @@ def check_target(output: str, sources: Mapping[str, str]) -> None:
 
 def _check_rows(config: MergeConfig, model: PolicyModel | ScalarModel, tokenizer: Tokenizer) -> None:
     """Check that tokens which were added to the tokenizer have rows in the adapter's embedding. Raises ModelError.
+
     A tokenizer that is larger than its model is only a fault if the base's tokenizer is not.
     """
     base, largest = str(model.hf.config.name_or_path), max(tokenizer.get_vocab().values())

@@ -175,6 +175,7 @@ class IterateState:
 
     def open(self) -> int:
         """Make the folder, or read the steps that were done in it. Returns the number of finished steps.
+
         Raises CheckpointError if they were done with other settings.
         """
         self.root.mkdir(parents=True, exist_ok=True)

@@ -202,6 +202,7 @@ class Steps:
         told: bool,
     ) -> None:
         """Write ``prompts.jsonl`` and run ``togi infer``, which writes ``generated.jsonl``.
+
         ``told``: whether csft puts its reward into the prompt.
         """
         c = self._config
@@ -247,7 +248,7 @@ class Steps:
         words = _flags({"eval_task": EvalTask.RM, "pretrain": model, "dataset": folder / "to_score.jsonl"})
         words += _flags({"output_path": folder / "model_scores.jsonl", "input_key": "prompt", "max_len": length})
         words += _flags(self._settings("max_tokens_per_gpu bf16 flash_attn trust_remote_code"))
-        # csft puts the reward into a prompt, so it must be on the scale of --reward_template.
+        # csft standardises over the rows of the round instead, in `select`.
         if c.normalize_reward and self._method is not IterateMethod.CSFT:
             words += ["--normalize_reward"]
         self._launch(INFER, words + self._rendering())
@@ -308,6 +309,7 @@ def _sum(parts: Sequence[float | None]) -> float | None:
 
 def function_scores(config: IterateConfig, rows: Sequence[Row], path: Path) -> list[float | None]:
     """One reward per row, None where the function abstained. ``path`` keeps the scores for a resume.
+
     Raises RewardError as ``FunctionReward.score`` does.
     """
     # The function scores the outputs of a prompt together.
@@ -350,7 +352,7 @@ async def _try(config: IterateConfig, group: Sequence[Rollout]) -> None:
 
 
 async def _score(config: IterateConfig, groups: Sequence[Sequence[Row]], log: RowLog) -> None:
-    # At most two groups wait per reward worker, so finished scores are logged soon.
+    # Two groups per worker: enough to keep every worker busy.
     function, room = _function(config), asyncio.Semaphore(2 * config.reward_workers)
 
     async def one(unit: int, group: Sequence[Row]) -> None:

@@ -95,6 +95,7 @@ def open_journal(
     found: Checkpoint | None,
 ) -> Iterator[RunJournal]:
     """Make the folder of a run, or truncate it to the checkpoint ``found`` and resume in it. Records how the run ended.
+
     ``reports``: of the data sets, by the name of the folder that each goes to.
     """
     config = parsed.config

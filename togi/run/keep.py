@@ -31,6 +31,7 @@ def checkpoint_store(config: OutputSettings) -> CheckpointStore:
 
 def newest_checkpoint(config: OutputSettings, world: World) -> Checkpoint | None:
     """The checkpoint that a run with ``--load_checkpoint`` resumes from. The first rank looks and tells the others.
+
     None if there is none. Raises CheckpointError if it has no resumable state.
     """
     found = world.gather("checkpoint", checkpoint_store(config).latest() if world.is_first else None)[0]
@@ -84,6 +85,7 @@ class Keep:
     @contextmanager
     def checkpoint(self, step: int, state: Mapping[str, Any], size: int) -> Iterator[Path]:
         """Yields the folder for checkpoint ``step``, the same on every rank.
+
         ``state``: what the loop resumes from, as JSON. ``size``: bytes of the resumable part.
         """
         resumable, best = not self._config.disable_ds_ckpt, self._best

@@ -119,6 +119,7 @@ def silent(line: str) -> None:
 
 def train(run: OfflineRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
     """The training loop: a batch of rows, one optimizer step, and at intervals an evaluation and a checkpoint.
+
     ``metrics``: the measurements of each phase of a step.
     """
     evaluations = list[Evaluation]()

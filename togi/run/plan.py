@@ -70,6 +70,7 @@ def _order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """``prompts`` of each rollout of one episode; ``rollouts`` and ``updates`` of the whole run.
+
     ``actor_updates``: updates of the actor, which may be frozen at first.
     """
 

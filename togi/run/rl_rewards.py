@@ -68,6 +68,7 @@ class EarlyRewards:
 
     async def check(self, groups: Sequence[Sequence[Rollout]]) -> Mapping[str, Sequence[Score]]:
         """Call every reward once on each group. Returns the scores of the first group by reward name.
+
         Raises RewardError for the first that fails, and for a built-in function that abstains on every group.
         """
         end = len(self.names) - len(self.functions)

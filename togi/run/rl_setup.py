@@ -91,6 +91,7 @@ class Opening:
 @dataclass(frozen=True, slots=True)
 class Material:
     """Prompts, held-out prompts (empty without ``--eval_dataset``), and the rewards that need no worker of the run.
+
     ``pretraining`` is None without ``--pretrain_data``. ``trial``: the scores of a made-up answer, by reward name.
     """
 
@@ -264,6 +265,7 @@ def best_aim(config: RLConfig, material: Material) -> Aim | None:
 
 def find_checkpoint(config: RLConfig, material: Material, progress: Progress) -> Checkpoint | None:
     """The newest complete checkpoint with ``--load_checkpoint``, else None. Sets the loader to its position.
+
     Raises DataError if the prompts have changed and CheckpointError if there is no resumable state.
     """
     if not config.load_checkpoint:
@@ -293,6 +295,7 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
 
 def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPlan) -> str:
     """Check that every step of the run is stored, and that the first step has the prompts that this run would take.
+
     Returns a line for the log. Raises DataError.
     """
     feed = replay_feed(folder, filtering=config.dynamic_filtering)

@@ -298,6 +298,7 @@ def _token_signs(
 
 def drift(answer: str, tokenizer: Tokenizer) -> str:
     """How the chat template changes its own prompt once the answer is in the conversation, in words; "" if it does not.
+
     Also "" if the template refuses the answer or does not show it verbatim, since nothing can be said then.
     """
     question = Dialogue(({"role": USER, "content": QUESTION},))

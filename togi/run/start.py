@@ -36,6 +36,7 @@ def start_rl(
     parsed: Parsed[RLConfig], *, reward: Callable[..., Any] | None = None, announce: Announce = logger.info
 ) -> Result:
     """Check the settings, then run ``togi rl`` from Python. ``reward`` replaces ``--reward_func`` by a function.
+
     Raises UserError for the user's mistakes, before a model is loaded where that is possible.
     """
     ready = rl_door(parsed, reward_given=reward is not None, announce=announce)
@@ -64,6 +65,7 @@ def rl_door(parsed: Parsed[RLConfig], *, reward_given: bool, announce: Announce)
 
 def offline_door(parsed: Parsed[Method], *, announce: Announce, launched: bool = True) -> Parsed[Method]:
     """The settings as a run on fixed data uses them. Announces those that this machine changes. Raises UserError.
+
     ``launched``: this is one of the processes that train.
     """
     ready, notice = usable_precision(offline_preflight.check(parsed, launched=launched), this_machine())

@@ -35,6 +35,7 @@ MOST_AT_ONCE = 256
 
 async def sample(config: RLConfig, material: Material, groups: int, progress: Progress) -> list[ScoredGroup]:
     """The groups of the first prompts that the run would take, scored as in its first rollout.
+
     Any number of reward errors is allowed; they are among the scores. Raises UserError.
     """
     with progress.phase("loading the model to sample from", expected_seconds=10):

@@ -81,6 +81,7 @@ class EngineWorker:
 
     async def take_peak(self) -> int:
         """Peak resident memory of this engine and its processes since the last call, in bytes.
+
         On a GPU this is host memory only: GPU memory is fixed by --vllm_gpu_memory_utilization.
         """
         return self._memory.take()

@@ -106,6 +106,7 @@ async def start(
     config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
 ) -> Session:
     """Load the engine, then every model, one after the other, because they share the threads and random state of the process.
+
     ``updates``: planned optimizer steps of each learner.
     """
     roles = used_roles(config)

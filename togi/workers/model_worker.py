@@ -53,6 +53,7 @@ PTX = "ptx"
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One optimizer step on one rank: the report, equal on all ranks, and how many tokens were packed here.
+
     ``logprobs``: from the step's own forward pass, one array per sample in order; empty if none were computed.
     """
 
@@ -210,6 +211,7 @@ class LearnerWorker(ModelWorker):
 
     def update(self, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]) -> list[StepResult]:
         """One optimizer step per element of ``steps``, each this rank's share of the samples of that step.
+
         ``mixed``: this rank's share of the supervised rows of each step, or empty.
         """
         assert not self._parking.is_asleep
@@ -256,6 +258,7 @@ class LearnerWorker(ModelWorker):
 
     def weights(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:
         """The weights for the engines: all of them in the engine's dtype, or the adapter alone. All ranks gather together.
+
         Tensors that need no gather, cast or merge are the trained ones themselves, not copies.
         """
         config, backend = self._config, self._learner.backend

@@ -48,6 +48,7 @@ MAY_HOLD: Mapping[Phase, frozenset[Holder]] = {
 
 class Phases:
     """The phase machine of a run. ``sleepers``: who may sleep; ``asleep``: who sleeps already.
+
     ``adapted``: the weights sent are masters of an adapter, alone or merged, so learners stay awake for a sync.
     """
 

@@ -36,6 +36,7 @@ class Workers(Protocol[W_co]):
 @dataclass(frozen=True, slots=True)
 class SyncReport:
     """One weight update. ``nbytes``: bytes per engine; ``seconds``: from the first call to the last confirmation.
+
     ``checksum``: of the weights, the same on every rank of the actor and every engine; "" if the weights were not copied.
     """
 

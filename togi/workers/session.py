@@ -105,6 +105,7 @@ class Session:
 
     async def probe(self, tokens: Sequence[int]) -> float:
         """Mean absolute difference of engine and trainer logprobs (nats) on fixed tokens, over all engines.
+
         Raises WeightSyncError if it is so large that the engines cannot hold the trainer's weights.
         """
         sample = probe(tokens, self.config.context_length)

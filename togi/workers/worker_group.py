@@ -108,6 +108,7 @@ class LearnerGroup(WorkerGroup[LearnerWorker]):
         self, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]] = ()
     ) -> list[StepUpdate]:
         """One optimizer step per element of ``steps``; the samples of a step are dispatched balanced by tokens.
+
         ``mixed``: supervised rows for each step, dispatched in the same way, or empty.
         """
         plans, dealt = self._deal(steps)

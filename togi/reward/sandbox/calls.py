@@ -194,6 +194,7 @@ def _answer(request: dict[str, Any], namespace: dict[str, Any]) -> dict[str, Any
 
 def judge(setup: str, tests: Sequence[str], channel: Channel, verdict: TextIO) -> None:
     """Run the tests in order in one namespace, and write one character per test as soon as it is known.
+
     ``setup`` runs before the other side is connected, so that it cannot depend on it.
     """
     namespace: dict[str, Any] = {"__name__": "tests"}

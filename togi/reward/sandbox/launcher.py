@@ -73,7 +73,7 @@ def become_the_program(limits: dict[str, int]) -> None:
     program = os.fork()
     if program != 0:
         os._exit(_ending_of(program))
-    # The program itself: limits first, since it has no right to set them afterwards.
+    # The program itself: under limits, then without rights.
     os.close(lifeline)
     limit(limits)
     namespaces.renounce(launcher)

@@ -83,6 +83,7 @@ def _build(tmp_bytes: int) -> None:
 
 def die_with_parent(lifeline: int) -> None:
     """End this process, the first of its namespace, when its parent ends, and so everything in the namespace.
+
     ``lifeline``: the read end of a pipe that the parent holds open, to detect a parent that has already ended.
     """
     _call("prctl", SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)

@@ -28,6 +28,7 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Limits of one program. ``wall_seconds``: for all its cases together; the others per process, ``processes`` at most.
+
     ``file_bytes``: for its output, each file, and its whole /tmp.
     """
 

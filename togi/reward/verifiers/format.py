@@ -1,4 +1,5 @@
 """builtin:format: 1 if the whole response matches the regular expression of ``--format_regex``, else 0.
+
 A dot matches line breaks too. A pattern that takes too long is killed with its process (``--reward_timeout``).
 """
 

@@ -57,6 +57,7 @@ async def result_of(ref: ObjectRef, who: str) -> Any:
 
 async def results_of(refs: Sequence[ObjectRef], who: str, arrived: Callable[[int], None] = lambda _: None) -> list[Any]:
     """The results of one call on several workers, in order. Raises at the first failure without waiting for the rest.
+
     ``arrived``: called with the place of each result as it arrives.
     """
 

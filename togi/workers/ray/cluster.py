@@ -120,6 +120,7 @@ def see_only(gpus: Sequence[str]) -> None:
 
 def _join() -> None:
     """Join the cluster. Raises ConfigError if it does not answer.
+
     A common cause is the token: a head with a token file demands one, and a client that names an address does not send it.
     """
     try:
@@ -156,6 +157,7 @@ class Cluster:
         self, actor_class: type, role: Role, environment: Mapping[str, str], *, concurrency: int = 1, number: int = 0
     ) -> list[ActorHandle]:
         """Start one worker process of ``actor_class`` in every slot of the role's group, or for every engine. Does not wait.
+
         Returns an empty list if the run has no such role. ``number``: the index among several models of the role, which
         share one group or have one each.
         """

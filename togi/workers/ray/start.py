@@ -31,6 +31,7 @@ async def start(
     config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
 ) -> Session:
     """Connect, place, and load all models concurrently: start-up is import and disk time, which overlaps.
+
     ``updates``: planned optimizer steps of each learner.
     """
     groups, resources = plan_groups(config), connect(machine)
