@@ -90,7 +90,6 @@ def _data(c: RLConfig) -> Iterator[str]:
             f"--tokenizer_chat_template {c.tokenizer_chat_template!r} is no Jinja template: give its text, "
             'in bash "$(cat FILE)".'
         )
-    # Lengths.
     if c.max_len is not None and c.max_len < c.prompt_max_len + c.generate_max_len:
         yield (
             f"--max_len {c.max_len} is less than --prompt_max_len {c.prompt_max_len} + --generate_max_len "
