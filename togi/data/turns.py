@@ -145,7 +145,7 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
     messages, tools = dialogue.messages, dialogue.tools
     before = render_messages(Dialogue(messages[:turn], tools), tokenizer, add_generation_prompt=True)
     is_last = turn + 1 == len(messages)
-    # The usual case needs no further rendering.
+    # The usual case needs no further formatting.
     if text.startswith(before) and (plain := _plainly_closed(messages[turn], text, len(before), tokenizer)) > 0:
         return len(before), len(before) + plain
     after = text if is_last else render_messages(Dialogue(messages[: turn + 1], tools), tokenizer)

@@ -127,7 +127,7 @@ class Steps:
         selection = select(
             usable, PROCESSORS[self._method], reward_template=c.reward_template, standardize=c.normalize_reward
         )
-        # RS and DPO render the prompt again in training, so they need it as the data has it.
+        # RS and DPO format the prompt again in training, so they need it as the data has it.
         rows = [dict(row) for row in selection.rows]
         if self._method is not IterateMethod.CSFT:
             rows = [{**row, **_shown(prompts[_place(row)], c.input_key)} for row in rows]
