@@ -1,1 +1,1 @@
-"""The command table: parse, preflight, run. One thin module a command."""
+"""The command table: parse, preflight, run. One thin module per command."""

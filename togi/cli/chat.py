@@ -1,4 +1,4 @@
-"""``togi chat``, also ``python -m togi.cli.interactive_chat``: a conversation in the terminal, streamed, with its history."""
+"""``togi chat``, also ``python -m togi.cli.interactive_chat``: a streamed conversation in the terminal with its history."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from togi.run.start import say_ignored
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read lines from standard input until "exit" or its end."""
+    """Read lines from standard input until "exit" or the end of input."""
     parsed = parse(ChatConfig, argv, "chat")
+    # Everything that can be checked without the model.
     check_chat(parsed)
     config = with_local_names(parsed).config
     say_ignored(config, print)
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _answer(pieces: Iterator[str]) -> None:
-    """Print an answer as it comes. What cannot be answered ends the turn, not the conversation."""
+    """Stream an answer to the terminal. An error ends the turn, not the conversation."""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)

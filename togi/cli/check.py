@@ -1,4 +1,4 @@
-"""``togi check COMMAND flags``: everything that a run does before its first step, and then no run."""
+"""``togi check COMMAND flags``: everything that a run does before its first step, without the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMAND is one of {", ".join(CHECKED)}; togi check COMMAND --help lists the flag
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command. Raises UserError for whatever the user can mend."""
+    """Run the command. Raises UserError for the user's mistakes."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0)
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         near = nearest(command, CHECKED)
         hint = f"; did you mean {near}?" if near else ": other commands check all of that when they start."
         raise ConfigError(f"togi check looks at {', '.join(CHECKED)}, not at {command}{hint}")
-    if os.environ.get("RANK", "0") != "0":  # of several processes that a launcher started one is enough
+    if os.environ.get("RANK", "0") != "0":  # one process of a launcher is enough
         return
     if command != "rl" and f"--{SAMPLE_GROUPS}" in flags:
         raise ConfigError(f"--{SAMPLE_GROUPS} samples answers to be rewarded: it is for togi check rl.")

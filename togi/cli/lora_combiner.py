@@ -1,4 +1,4 @@
-"""``togi merge-lora``, also ``python -m togi.cli.lora_combiner``: an adapter and its base model become one model."""
+"""``togi merge-lora``, also ``python -m togi.cli.lora_combiner``: merge an adapter into its base model."""
 
 from __future__ import annotations
 

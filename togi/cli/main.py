@@ -1,4 +1,4 @@
-"""The ``togi`` command. Knows the names of the commands; everything else is imported when one of them runs."""
+"""The ``togi`` command. It knows the names of the commands; the rest is imported when a command runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command, as ``togi`` and as ``python -m togi.cli.<module>`` do; returns the exit status."""
+    """Run one command, as ``togi`` and ``python -m togi.cli.<module>`` do. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near}?" if near else f". Commands: {', '.join(COMMANDS)}."
         print(f"togi: unknown command {name}{hint}", file=sys.stderr)
         return 2
+    # Expected errors become one sentence and an exit status; any other is a bug and keeps its traceback.
     status, why = 0, ""
     try:
         importlib.import_module(COMMANDS[name][0]).main(words if name in METHODS else rest)
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _speaker() -> str:
-    """Who reports an error: of several processes that a launcher started, which one."""
+    """The name before an error; with several launched processes it includes the rank."""
     rank = os.environ.get("RANK", "0")
     return "togi" if rank == "0" else f"togi (rank {rank})"
 

@@ -1,4 +1,4 @@
-"""The command of every method of training on fixed data: parse, check, train, say where everything is."""
+"""The command of every method on fixed data: parse, check, train, print where everything is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from togi.run.start import offline_door
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command that the first word names. Raises UserError for the user's mistakes."""
+    """Run the command named by the first word. Raises UserError for the user's mistakes."""
     command, *flags = argv
     ready = offline_door(parse(METHODS[command], flags, command), announce=_say)
     from togi.run.offline import launched, run

@@ -1,4 +1,4 @@
-"""``togi report``: write report.html of a run folder again, from what the folder holds."""
+"""``togi report``: write report.html of a run folder again, from the content of the folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``togi serve-rm``, also ``python -m togi.cli.serve_rm``: a reward model or function over HTTP, until it is told to end."""
+"""``togi serve-rm``, also ``python -m togi.cli.serve_rm``: a reward model or function over HTTP, until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _token(config: ServeRMConfig) -> str:
-    """The bearer token, "" if there is none."""
+    """The bearer token, "" if there is none. Raises ConfigError."""
     if config.token_file is None:
         return os.environ.get("TOGI_REWARD_TOKEN", "")
     try:

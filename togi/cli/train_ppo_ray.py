@@ -1,4 +1,4 @@
-"""``togi rl``, also ``python -m togi.cli.train_ppo_ray``: parse, check, train, say where everything is."""
+"""``togi rl``, also ``python -m togi.cli.train_ppo_ray``: parse, check, train, print where everything is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``togi check`` asks beyond the flags of the command that it checks."""
+"""The settings of ``togi check`` beyond the flags of the command that it checks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RLCheckConfig(RLConfig):
 
 
 def without_check(parsed: Parsed[RLCheckConfig]) -> tuple[Parsed[RLConfig], int]:
-    """The settings of the run itself, and how many groups to sample. Raises ConfigError."""
+    """The settings of the run itself, and the number of groups to sample. Raises ConfigError."""
     config = parsed.config
     if config.sample_groups > 0 and config.replay is not None:
         raise ConfigError("--sample_groups generates, and --replay reads what was generated: leave one of them out.")

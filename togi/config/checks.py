@@ -1,4 +1,4 @@
-"""Contradictions between settings, found before anything heavy starts. Each message names both flags and the way out."""
+"""Contradictions between settings, found before anything heavy starts. Each message names both flags and the remedy."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
     has_reward = reward_given or config.reward_files or config.reward_urls or config.reward_models
     if reward_given and config.reward_files:
         raise ConfigError("A reward function was passed and --reward_func is set too: leave one of them out.")
+    # In this order: what is missing is reported before what does not fit together.
     checks: Iterable[Check] = (
         _required,
         _data,
@@ -63,7 +64,7 @@ def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
 
 
 def template_problems(input_template: str) -> Iterator[str]:
-    """What is wrong with an ``--input_template``."""
+    """Faults of an ``--input_template``."""
     if input_template.count("{}") != 1:
         yield f"--input_template must contain {{}} exactly once, where the prompt goes, but is {input_template!r}."
 
@@ -110,6 +111,7 @@ def _verifier_settings(c: RLConfig) -> Iterator[str]:
 
 def _reward(c: RLConfig) -> Iterator[str]:
     known = {f"{BUILTIN}{verifier}" for verifier in Verifier}
+    # Each source by itself, then their flags.
     for file in c.reward_files:
         if file.startswith(BUILTIN) and file not in known:
             yield f"--reward_func {file} is not known: the built-in ones are {', '.join(sorted(known))}."
@@ -127,6 +129,7 @@ def _reward(c: RLConfig) -> Iterator[str]:
         twice = [item for item in items if items.count(item) > 1]
         if twice:
             yield f"{flag} names {twice[0]} twice: leave one of them out, or give it --reward_weights."
+    # How several sources are used.
     if c.remote_rm_mode is RemoteMode.ENSEMBLE and len(c.reward_urls) < 2:
         yield "--remote_rm_mode ensemble needs several addresses in --remote_rm_url: add one or leave the mode out."
     if c.normalize_reward and not c.reward_models:
@@ -144,7 +147,7 @@ def _regex_problems(pattern: str) -> Iterator[str]:
 
 
 def weight_problems(c: RLConfig, *, reward_given: bool) -> Iterator[str]:
-    """What is wrong with how several rewards become one."""
+    """Faults in how several rewards are combined."""
     count = len(c.reward_models) + c.remote_sources + len(c.reward_files) + reward_given
     if count < 2 and c.reward_combine is not RewardCombination.SUM:
         yield f"--reward_combine {c.reward_combine} needs several rewards: leave it out."
@@ -187,6 +190,7 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
             yield f"--critic_pretrain needs a critic but --advantage_estimator {estimator} has none: use gae or leave it out."
         if c.save_value_network:
             yield f"--save_value_network needs a critic but --advantage_estimator {estimator} has none: use gae or leave it out."
+    # The KL penalty: with a reference, with a controller that can settle, with an estimator that fits its place.
     if c.use_kl_loss and not c.uses_reference:
         yield "--use_kl_loss with --init_kl_coef 0 has no effect: raise the coefficient or leave --use_kl_loss out."
     if c.kl_target is not None and not c.uses_reference:
@@ -210,7 +214,7 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
 
 
 def _useless(c: RLConfig) -> Iterator[str]:
-    """Settings of advantages that the estimator does not read."""
+    """Settings of advantages that the estimator ignores."""
     estimator = c.advantage_estimator
     if isinstance(estimator, Hook):
         for name in c.changed("gamma", "lambd", "reward_clip_range", "no_advantage_std_norm"):
@@ -233,6 +237,7 @@ def _training(c: RLConfig) -> Iterator[str]:
         )
     yield from model_problems(c)
     yield from parallel_problems(c, c)
+    # The longest sequence must fit one micro-batch of a ring.
     if c.max_tokens_per_gpu * c.ring_attn_size < c.prompt_max_len + c.generate_max_len:
         ring = f" x --ring_attn_size {c.ring_attn_size}" if c.ring_attn_size > 1 else ""
         yield (
@@ -293,7 +298,7 @@ def _replay(c: RLConfig) -> Iterator[str]:
 
 
 def check_mixture(path: str, kind: str) -> None:
-    """Raise ConfigError for a model (of type ``kind``) that has no router to balance."""
+    """Raise ConfigError for a model (of type ``kind``) without a router to balance."""
     if kind not in MIXTURES:
         raise ConfigError(
             f"--aux_loss_coef balances the experts of a mixture ({', '.join(MIXTURES)}), but --pretrain {path} is a {kind} model: "
@@ -302,7 +307,7 @@ def check_mixture(path: str, kind: str) -> None:
 
 
 def model_problems(c: ModelSettings) -> Iterator[str]:
-    """What is wrong with the model flags of any command."""
+    """Faults of the model flags of any command."""
     for name in ("gradient_checkpointing_use_reentrant", "gradient_checkpointing_above"):
         if c.changed(name) and not c.gradient_checkpointing:
             yield f"--{name} needs --gradient_checkpointing: add it or leave the first out."
@@ -325,7 +330,7 @@ def model_problems(c: ModelSettings) -> Iterator[str]:
 
 
 def train_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
-    """What is wrong with the training flags of any command. ``model``: the model flags of the same."""
+    """Faults of the training flags of any command. ``model``: the model flags of the same command."""
     if model.load_in_4bit and c.zero_stage == 3:
         yield "--load_in_4bit with --zero_stage 3: quantised weights are not sharded, use --zero_stage 0, 1 or 2."
     yield from _backend(c, model)
@@ -344,7 +349,7 @@ def train_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
 
 
 def _backend(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
-    """What one of the backends cannot do, or does only in some layouts."""
+    """What one of the backends cannot do, or only in some layouts."""
     sharded = c.zero_stage > 0 and not model.load_in_4bit
     if model.gradient_checkpointing_above > 0 and c.backend is BackendName.DEEPSPEED and c.zero_stage == 3:
         yield (
@@ -372,6 +377,7 @@ def _backend(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
 
 def _schedule_problems(c: TrainSettings) -> Iterator[str]:
     kind = c.lr_scheduler
+    # Which schedules read each flag.
     used = {
         "min_lr_ratio": kind.follows_a_loss
         or kind.endswith("with_min_lr")
@@ -394,7 +400,7 @@ def _schedule_problems(c: TrainSettings) -> Iterator[str]:
 
 
 def output_problems(c: OutputSettings, *, evaluates: bool) -> Iterator[str]:
-    """What is wrong with the output flags of any command. ``evaluates``: there is a held-out set."""
+    """Faults of the output flags of any command. ``evaluates``: there is a held-out set."""
     if c.best_metric_key != NO_METRIC and not evaluates:
         yield f"--best_metric_key {c.best_metric_key} is measured on held-out data: add --eval_dataset, or leave it out."
     if c.best_metric_key == NO_METRIC and c.best_metric_mode != "auto":

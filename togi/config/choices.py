@@ -1,8 +1,8 @@
-"""The closed sets of names that flags may take. Used by the configuration and by the code that branches on them."""
+"""The closed sets of names that flags may take, for the configuration and for the code that branches on them."""
 
 from enum import StrEnum
 
-# What a --reward_func that comes with Togi starts with.
+# The prefix of a built-in --reward_func.
 BUILTIN = "builtin:"
 
 
@@ -16,7 +16,7 @@ class AdvantageEstimator(StrEnum):
 
     @property
     def uses_groups(self) -> bool:
-        """Whether the baseline comes from the other samples of the same prompt."""
+        """Whether the baseline comes from other samples of the same prompt."""
         return self not in (AdvantageEstimator.GAE, AdvantageEstimator.REINFORCE)
 
 
@@ -42,7 +42,7 @@ class KLEstimator(StrEnum):
 
 
 class Aggregation(StrEnum):
-    """How per-token losses of one optimizer step become one number.
+    """How the token losses of one optimizer step become one number.
 
     token_mean: sum over tokens / number of tokens. sequence_mean: mean over sequences of each sequence's token mean.
     constant: sum over tokens / (number of sequences x the generation limit), Dr. GRPO's length-unbiased form.
@@ -62,7 +62,7 @@ class PolicyLossType(StrEnum):
 
 
 class CorrectionType(StrEnum):
-    """What becomes of tokens to which engine and trainer give different probabilities (``togi.algo.mismatch``)."""
+    """How tokens with different probabilities in engine and trainer are corrected (``togi.algo.mismatch``)."""
 
     TIS = "tis"
     ICEPOP = "icepop"
@@ -80,7 +80,7 @@ class BackendName(StrEnum):
 
 
 class Layers(StrEnum):
-    """Who computes a model's layers; standard: Transformers, on a CPU with Togi's kernels for norms and gates."""
+    """The implementation of a model's layers; standard: Transformers, on a CPU with Togi's kernels for norms and gates."""
 
     STANDARD = "standard"
     LIGER = "liger"
@@ -88,7 +88,7 @@ class Layers(StrEnum):
 
 
 class WorkersKind(StrEnum):
-    """Where models and engines run: in this process, or each in a process of its own under Ray."""
+    """Where models and engines run: in this process, or each in its own process under Ray."""
 
     AUTO = "auto"
     LOCAL = "local"
@@ -96,7 +96,7 @@ class WorkersKind(StrEnum):
 
 
 class SyncBackend(StrEnum):
-    """What carries weights to the engines; auto: host memory on one host, a process group (nccl or gloo) across hosts."""
+    """The carrier of weights to the engines; auto: host memory on one host, a process group (nccl or gloo) across hosts."""
 
     AUTO = "auto"
     NCCL = "nccl"
@@ -104,7 +104,7 @@ class SyncBackend(StrEnum):
 
 
 class GradAccumDtype(StrEnum):
-    """In which numbers the gradients of several micro-batches are added up."""
+    """The dtype in which gradients of several micro-batches are summed."""
 
     BF16 = "bf16"
     FP32 = "fp32"
@@ -128,12 +128,12 @@ class Scheduler(StrEnum):
 
     @property
     def follows_a_loss(self) -> bool:
-        """Whether the rate depends on measured losses, not on the step alone."""
+        """Whether the rate depends on measured losses instead of the step alone."""
         return self in (Scheduler.REDUCE_LR_ON_PLATEAU, Scheduler.GREEDY)
 
 
 class LoraSync(StrEnum):
-    """What engines get of a policy that trains an adapter: the adapter alone, or whole weights with it merged in."""
+    """What engines receive when the policy trains an adapter: the adapter alone, or whole weights with it merged in."""
 
     AUTO = "auto"
     ADAPTERS = "adapters"
@@ -141,7 +141,7 @@ class LoraSync(StrEnum):
 
 
 class Overlong(StrEnum):
-    """What becomes of a row of more tokens than ``--max_len``. A row that is cut gets no end token."""
+    """The treatment of a row of more than ``--max_len`` tokens. A truncated row gets no end token."""
 
     DROP = "drop"
     TRUNCATE = "truncate"
@@ -156,9 +156,9 @@ class RewardLoss(StrEnum):
 
 
 class Divergence(StrEnum):
-    """Which way the distance between teacher and student is measured.
+    """The direction of the KL divergence between teacher and student.
 
-    forward: KL(teacher || student), the student covers all that the teacher may say. reverse: KL(student || teacher),
+    forward: KL(teacher || student), the student covers everything the teacher may say. reverse: KL(student || teacher),
     the student says only what the teacher may say.
     """
 
@@ -167,7 +167,7 @@ class Divergence(StrEnum):
 
 
 class RemoteMode(StrEnum):
-    """What several reward servers are: copies that share the samples, or different rewards of every sample."""
+    """The role of several reward servers: copies that share the samples, or different rewards of every sample."""
 
     BALANCE = "balance"
     ENSEMBLE = "ensemble"
@@ -181,10 +181,10 @@ class RewardCombination(StrEnum):
 
 
 class OnRewardError(StrEnum):
-    """What becomes of a sample whose reward failed.
+    """The treatment of a sample whose reward failed.
 
-    drop_group: the whole group is left out, since the rewards that failed may not be a random part of it.
-    drop_sample: its siblings are compared among themselves.
+    drop_group: drop the whole group, since the failed rewards may not be a random part of it. drop_sample: compare the rest of the
+    group.
     """
 
     DROP_GROUP = "drop_group"
@@ -193,7 +193,7 @@ class OnRewardError(StrEnum):
 
 
 class Verifier(StrEnum):
-    """Reward functions that come with Togi, each a module of ``togi.reward.verifiers``."""
+    """Built-in reward functions, each a module of ``togi.reward.verifiers``."""
 
     CODE = "code"
     EXACT = "exact"
@@ -205,7 +205,7 @@ class Verifier(StrEnum):
 
     @property
     def package(self) -> str:
-        """The package it needs besides the standard library; "" for none."""
+        """The package that the function needs besides the standard library; "" for none."""
         packages = {
             Verifier.JSON_SCHEMA: "jsonschema",
             Verifier.MATH: "math_verify",
@@ -215,14 +215,14 @@ class Verifier(StrEnum):
 
 
 class LengthShape(StrEnum):
-    """How builtin:length falls from 1 at the target length to 0 at no length and at twice the target."""
+    """How builtin:length falls from 1 at the target length to 0 at length 0 and at twice the target."""
 
     LINEAR = "linear"
     COSINE = "cosine"
 
 
 class EvalTask(StrEnum):
-    """What ``togi infer`` does: generate with vLLM, generate with Transformers, or score rows with a reward model."""
+    """The work of ``togi infer``: generate with vLLM, generate with Transformers, or score rows with a reward model."""
 
     GENERATE_VLLM = "generate_vllm"
     GENERATE = "generate"

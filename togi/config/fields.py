@@ -1,4 +1,4 @@
-"""How a setting is declared: a typed pydantic field with a help text, and whether it can be used yet."""
+"""The declaration of a setting: a typed pydantic field with a help text, and whether it is supported yet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LATER = "not_supported_yet"
 
 
 def _integral(value: Any) -> Any:
-    """Accept 1e8 and "1e8" where an integer is meant, as the field's habit is; 1.5 stays an error."""
+    """Accept 1e8 and "1e8" as integers, as is common for these flags; 1.5 stays an error."""
     if isinstance(value, str) and not value.lstrip("+-").isdigit():
         try:
             value = float(value)
@@ -25,7 +25,7 @@ def _integral(value: Any) -> Any:
 
 
 def _path(value: Any) -> Any:
-    """A ``pathlib`` path as text, and ~ as the home folder: a YAML file has no shell to do that."""
+    """A ``pathlib`` path as text, with ~ expanded, because a YAML file has no shell to do it."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111  an unknown ~user stays
@@ -40,26 +40,26 @@ PathText = Annotated[str, BeforeValidator(_path)]
 class Settings(BaseModel):
     """Frozen and closed: an unknown name is an error and nothing changes after parsing."""
 
-    # Deferred: what judges values is built for the one class that a command parses, not for every class that is imported.
+    # Deferred: the validator is built for the class that a command parses, not for every imported class.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, validate_default=False, defer_build=True)
 
     def changed(self, *names: str) -> dict[str, Any]:
-        """Those of the settings ``names`` that are not at their defaults, with their values."""
+        """The settings in ``names`` that are not at their defaults, with their values."""
         values = self.model_dump(include=set(names))
         return {name: values[name] for name in names if values[name] != type(self).model_fields[name].default}
 
     def preset(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-        """Values that one of the settings brings for those not ``given``, and its flag with its value; none by default."""
+        """Values that one setting implies for others not ``given``, and its flag with its value; none by default."""
         return "", {}
 
 
 def flag(default: Any, help_text: str, **constraints: Any) -> Any:
-    """A setting that works."""
+    """A supported setting."""
     return Field(default, description=help_text, **constraints)
 
 
 def later(default: Any, help_text: str) -> Any:
-    """A setting of the established interface that is known but refused when set to anything but its default."""
+    """A known setting that is not supported yet: any value but its default is refused."""
     return Field(default, description=help_text, json_schema_extra={_LATER: True})
 
 

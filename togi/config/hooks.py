@@ -1,6 +1,6 @@
-"""A function of the user's in the place of a built-in choice: ``FILE.py:name`` as a flag, a callable from Python.
+"""A user's function in place of a built-in choice: ``FILE.py:name`` as a flag, a callable from Python.
 
-Here: how it is written down. It is loaded and tried in ``togi.learn.hooks``.
+This module parses it; ``togi.learn.hooks`` loads and tries it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ IN_PYTHON = "python"
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """Where a function is found: ``path`` of its file and ``name`` in it; or the ``function`` itself, given from Python."""
+    """The place of a function: ``path`` of its file and ``name`` in it; or the ``function`` itself, given from Python."""
 
     path: str
     name: str
     function: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
 
-    # A hook stands where a built-in estimator could: what it does with groups is its own affair.
+    # A hook may stand in for a built-in estimator. What it does with groups is up to it.
     uses_groups = False
 
     def __str__(self) -> str:

@@ -126,5 +126,5 @@ class InferConfig(
 
     @property
     def context_length(self) -> int:
-        """Tokens of the longest sequence the engine must hold."""
+        """Tokens of the longest sequence that the engine must hold."""
         return self.prompt_max_len + self.max_new_tokens

@@ -18,7 +18,7 @@ SCORING = tuple(ScoringSettings.model_fields)
 
 
 def check_infer(parsed: Parsed[InferConfig]) -> None:
-    """Raise ConfigError with the first contradiction. Each message names the flags and the way out."""
+    """Raise ConfigError with the first contradiction. Each message names the flags and the remedy."""
     for message in _problems(parsed):
         raise ConfigError(message)
 
@@ -26,6 +26,7 @@ def check_infer(parsed: Parsed[InferConfig]) -> None:
 def _problems(parsed: Parsed[InferConfig]) -> Iterator[str]:
     config = parsed.config
     given = {name for name, source in parsed.sources.items() if source is not Source.DEFAULT}
+    # Required flags, flags of the other task, then the flags of this one.
     yield from _required(config)
     yield from _foreign(config, given)
     yield from rendering_problems(config)
@@ -42,7 +43,7 @@ def _problems(parsed: Parsed[InferConfig]) -> Iterator[str]:
 
 
 def check_chat(parsed: Parsed[ChatConfig]) -> None:
-    """The same for ``togi chat``."""
+    """Like ``check_infer``, for ``togi chat``."""
     given = {name for name, source in parsed.sources.items() if source is not Source.DEFAULT}
     for message in _chat_problems(parsed.config, given):
         raise ConfigError(message)
@@ -51,6 +52,7 @@ def check_chat(parsed: Parsed[ChatConfig]) -> None:
 def _chat_problems(c: ChatConfig, given: set[str]) -> Iterator[str]:
     if not c.pretrain:
         yield "--pretrain is required: the folder or hub name of the model to talk to."
+    # Flags for plain text, then flags for chats.
     for name in ("input_template", "ta_prompt"):
         if c.apply_chat_template and name in given:
             yield f"--{name} is for plain text: add --no_apply_chat_template, or leave --{name} out."
@@ -71,7 +73,7 @@ def _chat_problems(c: ChatConfig, given: set[str]) -> Iterator[str]:
 
 
 def rendering_problems(c: PromptText) -> Iterator[str]:
-    """What is wrong with the flags that make text of prompts."""
+    """Faults of the flags that format prompts."""
     if c.input_template is not None:
         if c.apply_chat_template:
             yield "--input_template and --apply_chat_template exclude each other: leave one of them out."
@@ -83,13 +85,13 @@ def rendering_problems(c: PromptText) -> Iterator[str]:
 
 
 def reward_template_problems(template: str) -> Iterator[str]:
-    """What is wrong with a ``--reward_template``."""
+    """Faults of a ``--reward_template``."""
     if template.count("{input}") != 1 or template.count("{reward}") != 1:
         yield f"--reward_template must contain {{input}} and {{reward}} exactly once each, but is {template!r}."
 
 
 def sampling_problems(c: GenerationSettings, samples: int, flag: str, *, temperature_given: bool) -> Iterator[str]:
-    """What is wrong with the sampling flags. ``samples``: outputs per prompt, set by ``flag``."""
+    """Faults of the sampling flags. ``samples``: outputs per prompt, set by ``flag``."""
     if c.greedy_sampling and temperature_given and c.temperature > 0:
         yield "--greedy_sampling takes the most likely token but --temperature draws one: leave one of them out."
     if samples > 1 and (c.greedy_sampling or c.temperature == 0):

@@ -89,12 +89,12 @@ class IterateConfig(
 
     @property
     def reward_file(self) -> str | None:
-        """Path of the reward function file, under whichever of its two names it was given."""
+        """Path of the reward function file, given under either of its two names."""
         return self.reward_func if self.reward_func is not None else self.remote_rm_url
 
     @property
     def context_length(self) -> int:
-        """Tokens of the longest sequence the engine must hold."""
+        """Tokens of the longest sequence that the engine must hold."""
         return self.prompt_max_len + self.max_new_tokens
 
     @property

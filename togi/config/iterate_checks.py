@@ -13,7 +13,7 @@ from togi.errors import ConfigError
 
 
 def check_iterate(parsed: Parsed[IterateConfig]) -> None:
-    """Raise ConfigError with the first contradiction. What concerns training alone is checked by its own command."""
+    """Raise ConfigError with the first contradiction. Training flags are checked by the training command."""
     given = {name for name, source in parsed.sources.items() if source is not Source.DEFAULT}
     for message in _problems(parsed.config, given):
         raise ConfigError(message)

@@ -1,4 +1,4 @@
-"""What a model's config.json says about lengths, as plain data: neither torch nor Transformers is needed."""
+"""Lengths in a model's config.json, as plain data, without torch or Transformers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from togi.errors import ConfigError
 
-# Where the configuration of a model that also sees images or sounds keeps that of its language model.
+# The keys of the language model's configuration in models that also read images or audio.
 TEXT_PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
-# What configurations call the longest sequence.
+# The names of the longest sequence in configurations.
 POSITIONS = (
     "max_position_embeddings",
     "n_positions",
@@ -24,7 +24,7 @@ PLAIN_ROPE = ("default", "mrope")
 
 
 def text_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the language model: those of the whole, overlaid by those of its text part if it has one."""
+    """The settings of the language model: the top level, overlaid by its text part if there is one."""
     for name in TEXT_PARTS:
         part = settings.get(name)
         if isinstance(part, Mapping):
@@ -33,7 +33,7 @@ def text_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def position_limit(settings: Mapping[str, Any]) -> int | None:
-    """The longest sequence that a config.json allows; None where nothing there limits it, or rotary scaling stretches it."""
+    """The longest sequence that a config.json allows; None if nothing limits it, or if RoPE scaling extends it."""
     text = text_settings(settings)
     if _is_stretched(text.get("rope_parameters") or text.get("rope_scaling")):
         return None

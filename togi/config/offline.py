@@ -1,4 +1,4 @@
-"""The settings that every command on fixed data has; those of one method are in ``togi.methods``."""
+"""The settings of every command on fixed data; those of one method are in ``togi.methods``."""
 
 from __future__ import annotations
 

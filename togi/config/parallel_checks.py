@@ -1,4 +1,4 @@
-"""What splitting a model's weights and compiling its layers do not compose with, found before anything heavy starts."""
+"""What tensor parallelism and compilation cannot be combined with, found before anything heavy starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from togi.errors import ConfigError
 
 
 def parallel_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
-    """What is wrong with ``--ds_tensor_parallel_size`` and ``--torch_compile``."""
+    """Faults of ``--ds_tensor_parallel_size`` and ``--torch_compile``."""
     yield from _compiled(c, model)
     yield from _tensor(c, model)
 
@@ -47,6 +47,7 @@ def _tensor(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
             f"{tensor} with --ring_attn_size {c.ring_attn_size}: the first parts the weights and the second the tokens of a batch "
             "among the same processes, leave one of them out."
         )
+    # Tensor parallelism is built on FSDP2's shards of plain weights.
     if c.backend is not BackendName.FSDP2:
         yield f"{tensor} splits weights beneath FSDP2: use --backend fsdp2, or leave it out."
     if c.zero_stage == 0:
@@ -62,7 +63,7 @@ def _tensor(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
 
 
 def check_splittable(size: int, flag: str, path: str, settings: dict[str, Any]) -> None:
-    """Raise ConfigError for a model, by its config.json, whose layers cannot be split in ``size`` equal parts."""
+    """Raise ConfigError if the layers of a model, by its config.json, cannot be split in ``size`` equal parts."""
     if size == 1 or not settings:
         return
     kind = settings.get("model_type")
@@ -71,6 +72,7 @@ def check_splittable(size: int, flag: str, path: str, settings: dict[str, Any]) 
             f"--ds_tensor_parallel_size {size} can split {', '.join(SPLITTABLE)} models, but --{flag} {path} is a {kind} model: "
             "leave it out."
         )
+    # Query heads, key/value heads and the hidden units of the MLP are all split.
     heads = settings.get("num_attention_heads")
     groups, hidden = settings.get("num_key_value_heads", heads), settings.get("intermediate_size")
     if any(isinstance(number, int) and number % size != 0 for number in (heads, groups, hidden)):

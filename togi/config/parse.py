@@ -1,7 +1,7 @@
-"""From YAML file and command line to a frozen configuration that knows where each value came from.
+"""From YAML file and command line to a frozen configuration that knows the source of each value.
 
-argparse only splits the command line; types and limits are pydantic's, so a value from a file and one from the command line are
-judged by the same rule and refused with the same sentence.
+argparse only splits the command line. pydantic checks types and limits, so values from a file and from the command line follow the
+same rules and are refused with the same sentence.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from togi.errors import ConfigError
 
 C = TypeVar("C", bound=Settings)
 SHOWN_CHARACTERS = 80
-# Pydantic's kinds of errors by the start of their names, in the words of this program.
+# pydantic's kinds of errors, by the start of their names, in words for users.
 _RULES = {
     "int_": "a whole number",
     "float_": "a number",
@@ -52,13 +52,13 @@ class Source(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Parsed(Generic[C]):
-    """A configuration and, for each of its names, where the value came from: a ``Source``, or the flag that brought it."""
+    """A configuration and the source of each value: a ``Source``, or the flag that implied it."""
 
     config: C
     sources: Mapping[str, str]
 
     def values_from(self, source: str) -> dict[str, Any]:
-        """The values that came from one place, by name."""
+        """The values from one source, by name."""
         return self.config.model_dump(include={name for name, origin in self.sources.items() if origin == source})
 
 
@@ -72,16 +72,18 @@ class _Parser(argparse.ArgumentParser):
 def parse(config_class: type[C], argv: Sequence[str], command: str) -> Parsed[C]:
     """Read ``--config FILE`` and the flags in ``argv``. The command line wins over the file.
 
-    Raises ConfigError with one sentence for the first thing that is wrong.
+    Raises ConfigError with one sentence for the first fault.
     """
     parser = build_parser(config_class, command)
     words = list(argv)
     known, unknown = parser.parse_known_args(words)
+    # "--bf16 true" leaves "true" over: say that the flag takes no value, not that the word is unknown.
     for before, word in pairwise(words):
         if word in unknown and not word.startswith("-") and _is_switch(before.removeprefix("--"), config_class):
             raise ConfigError(_no_value(before.removeprefix("--")))
     if unknown:
         raise ConfigError(_unknown(unknown[0], config_class, prefix="--"))
+    # Only what was given: defaults are pydantic's, so that each value has one source.
     given = {name: value for name, value in vars(known).items() if value is not None and name != "config"}
     from_file = read_file(Path(known.config), config_class) if known.config is not None else {}
     sources = dict.fromkeys(from_file, Source.FILE) | dict.fromkeys(given, Source.COMMAND_LINE)
@@ -89,7 +91,7 @@ def parse(config_class: type[C], argv: Sequence[str], command: str) -> Parsed[C]
 
 
 def build(config_class: type[C], values: Mapping[str, Any], sources: Mapping[str, Source]) -> Parsed[C]:
-    """Validate flat values. Used for the command line and for the Python API alike."""
+    """Validate flat values, for the command line and the Python API. Raises ConfigError."""
     for name in values:
         if name not in config_class.model_fields:
             raise ConfigError(_unknown(name, config_class, prefix=""))
@@ -100,11 +102,13 @@ def build(config_class: type[C], values: Mapping[str, Any], sources: Mapping[str
                 else ": leave it out."
             )
             raise ConfigError(f"--{name} None is the text 'None', not the absence of a value{in_file}")
+    # First the given values alone, so that messages are about them and not about a preset's.
     config = _validated(config_class, values)
     for name in values:
         default = config_class.model_fields[name].default
         if is_later(config_class, name) and getattr(config, name) != default:
             raise ConfigError(f"--{name} is not supported yet: leave it out (its default is {_shown(default)}).")
+    # Then again with the values of the preset, which never replace given ones.
     bringer, brought = config.preset({name: getattr(config, name) for name in values})
     known = {**dict.fromkeys(brought, bringer), **sources}
     every = {name: known.get(name, Source.DEFAULT) for name in config_class.model_fields}
@@ -119,7 +123,7 @@ def _validated(config_class: type[C], values: Mapping[str, Any]) -> C:
 
 
 def read_file(path: Path, config_class: type[Settings]) -> dict[str, Any]:
-    """The flat mapping in a YAML file."""
+    """The flat mapping of a YAML file. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
         content, names = yaml.safe_load(text), _names(text)
@@ -132,6 +136,7 @@ def read_file(path: Path, config_class: type[Settings]) -> dict[str, Any]:
         raise ConfigError(f"--config {path} is not valid YAML: {error.problem} in line {line}; correct it.") from None
     except yaml.YAMLError as error:  # characters that YAML does not allow
         raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    # An empty file sets nothing.
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -146,13 +151,13 @@ def read_file(path: Path, config_class: type[Settings]) -> dict[str, Any]:
 
 
 def _names(text: str) -> list[str]:
-    """The keys of a YAML mapping as written: YAML itself lets the last of several equal ones win."""
+    """The keys of a YAML mapping as written, because YAML itself silently keeps the last of equal keys."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     return [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
 
 
 def build_parser(config_class: type[Settings], command: str) -> argparse.ArgumentParser:
-    """An argparse parser whose groups are the classes that make up ``config_class``."""
+    """An argparse parser whose groups are the base classes of ``config_class``."""
     parser = _Parser(
         prog=f"togi {command}",
         description=config_class.__doc__,
@@ -171,6 +176,7 @@ def build_parser(config_class: type[Settings], command: str) -> argparse.Argumen
 def groups(config_class: type[Settings]) -> Iterator[tuple[str, list[str]]]:
     """(title, flag names) of each group, in the order of the class's bases."""
     owner: dict[str, type] = {}
+    # A base class owns a setting even if a subclass changes its default: the last owner in the MRO wins.
     for cls in config_class.__mro__:
         for name in cls.__dict__.get("__annotations__", {}):
             if name in config_class.model_fields:
@@ -186,6 +192,7 @@ def _add(group: argparse._ArgumentGroup, config_class: type[Settings], name: str
     note = " [not supported yet]" if is_later(config_class, name) else ""
     default = "" if field.default in (None, "", False) else f" (default: {_shown(field.default)})"
     text = ((field.description or "") + default + note).replace("%", "%%")
+    # Switches take no value; the hidden --no_ form turns off what is on by default.
     if field.annotation is bool:
         group.add_argument(f"--{name}", dest=name, action="store_true", default=None, help=text)
         group.add_argument(f"--no_{name}", dest=name, action="store_false", default=None, help=argparse.SUPPRESS)
@@ -199,7 +206,7 @@ def _add(group: argparse._ArgumentGroup, config_class: type[Settings], name: str
 
 
 def _arity(annotation: Any) -> int | str | None:
-    """How many words follow the flag: a fixed number for a fixed tuple, "+" for an open one, None for one."""
+    """How many words follow the flag: the length of a fixed tuple, "+" for an open one, None for a single word."""
     for part in (annotation, *typing.get_args(annotation)):
         if typing.get_origin(part) is tuple:
             items = typing.get_args(part)
@@ -244,13 +251,13 @@ def _no_value(name: str) -> str:
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The most similar of ``names``, or None when nothing is similar."""
+    """The most similar of ``names``; None if nothing is similar."""
     matches = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
-    """The first wrong value in words. The members of a union complain one by one; together they are one rule."""
+    """The first wrong value in words. Each member of a union reports its own error; together they are one rule."""
     errors = error.errors(include_url=False)
     name = str(errors[0]["loc"][0])
     rules = dict.fromkeys(_rule(each) for each in errors if each["loc"][0] == name)

@@ -1,4 +1,4 @@
-"""Contradictions in the policy loss of ``togi rl`` and in the way of an adapter to engines. Part of ``checks``, which calls it."""
+"""Contradictions in the policy loss of ``togi rl`` and in the sync of adapters. Part of ``checks``, which calls it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from togi.config.shared import ModelSettings
 
 
 def policy_loss_problems(c: RLConfig) -> Iterator[str]:
-    """What is wrong with clip range, aggregation and correction, given the kind of loss."""
+    """Faults of clip range, aggregation and correction, given the kind of loss."""
     kind, (low, high) = c.policy_loss_type, c.clip_range
     flag = "--eps_clip" if c.eps_clip_low_high is None else "--eps_clip_low_high"
     is_cispo = kind is PolicyLossType.CISPO
@@ -31,7 +31,7 @@ def policy_loss_problems(c: RLConfig) -> Iterator[str]:
 
 
 def lora_dropout_problems(c: ModelSettings) -> Iterator[str]:
-    """A policy that is compared with a reference, or with its own log-probs of before, must give the same ones again."""
+    """Dropout of an adapter whose logprobs are compared with a reference, or with its own earlier ones."""
     if c.lora_dropout > 0:
         yield (
             f"--lora_dropout {c.lora_dropout:g} would put noise into log-probs that are compared with those of a reference or "
@@ -40,7 +40,7 @@ def lora_dropout_problems(c: ModelSettings) -> Iterator[str]:
 
 
 def lora_sync_problems(c: RLConfig) -> Iterator[str]:
-    """What is wrong with the way in which an adapter reaches the engines."""
+    """Faults of ``--lora_sync``."""
     if c.lora_sync is LoraSync.AUTO:
         return
     if c.lora_rank == 0:

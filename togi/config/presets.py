@@ -1,9 +1,9 @@
-"""Named algorithms: what each of them is, and the numbers it was published with.
+"""Named algorithms: what each is, and the numbers it was published with.
 
-A preset fills in settings that were not given. Batch sizes, lengths and the model are nobody's but the user's: they depend on the
-task and the machine. What was given always wins, but for the one setting that makes the algorithm what it is: another
-advantage estimator is another algorithm. Where something given makes a value of the preset meaningless, such as
-``--init_kl_coef 0`` the form of its KL, that value is left out.
+A preset fills in settings that were not given. Batch sizes, lengths and the model are left to the user: they depend on
+the task and the machine. A given value always wins, except for the setting that defines the algorithm: another advantage
+estimator is another algorithm. If a given value makes a value of the preset meaningless (``--init_kl_coef 0`` the form
+of its KL), that value is left out.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from togi.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """``settings`` by their flat names. ``source``: where they were published."""
+    """``settings``: by their flat names. ``source``: where they were published."""
 
     estimator: AdvantageEstimator
     settings: Mapping[str, Any]
     source: str
 
 
-# DAPO punishes what reaches into the last 4,096 of 20,480 tokens.
+# DAPO penalises responses that reach into the last 4,096 of 20,480 tokens.
 DAPO_BUFFER = 4096 / 20480
-# The clip of GRPO is not in its paper; 0.2 is PPO's. RLOO's paper does not clip: on one update per rollout nothing is clipped.
+# GRPO's paper gives no clip; 0.2 is PPO's. RLOO's paper does not clip: with one update per rollout nothing is clipped.
 PRESETS: Mapping[Algo, Preset] = {
     Algo.PPO: Preset(
         AdvantageEstimator.GAE,
@@ -134,9 +134,9 @@ PRESETS: Mapping[Algo, Preset] = {
 
 
 def preset_values(algo: Algo, given: Mapping[str, Any], generate_max_len: int) -> dict[str, Any]:
-    """What ``--algo`` sets beside the settings that were ``given``, by flat name.
+    """The settings that ``--algo`` adds to those ``given``, by flat name.
 
-    ``generate_max_len`` in tokens: DAPO's length penalty is set for a share of it. Raises ConfigError when the given
+    ``generate_max_len``: in tokens; DAPO's length penalty covers a share of it. Raises ConfigError if the given
     advantage estimator is not the algorithm's.
     """
     preset = PRESETS[algo]
@@ -149,12 +149,13 @@ def preset_values(algo: Algo, given: Mapping[str, Any], generate_max_len: int) -
     brought = {"advantage_estimator": preset.estimator, **preset.settings}
     if algo is Algo.DAPO:
         brought["overlong_buffer_len"] = max(1, round(DAPO_BUFFER * generate_max_len))
+    # A value without effect would be refused by the checks as the user's mistake.
     moot = _moot(brought, given)
     return {name: value for name, value in brought.items() if name not in given and name not in moot}
 
 
 def _moot(brought: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
-    """Names of which the preset's value would have no effect beside what was given, or contradict it."""
+    """Names whose preset value would have no effect with the given values, or contradict them."""
     moot = set[str]()
     if given.get("init_kl_coef") == 0:
         moot |= {"use_kl_loss", "kl_estimator"}
@@ -172,7 +173,7 @@ def _moot(brought: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
 
 
 def describe(algo: Algo, settings: Mapping[str, Any]) -> str:
-    """One line: what the preset set, as flags, and where that was published."""
+    """One line: what the preset set, as flags, and where it was published."""
     flags = " ".join(_as_flag(name, value) for name, value in settings.items())
     return f"--algo {algo} sets {flags} ({PRESETS[algo].source})"
 

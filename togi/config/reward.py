@@ -1,4 +1,4 @@
-"""The reward settings of ``togi rl``: which sources there are, how they become one number, what happens when one fails."""
+"""The reward settings of ``togi rl``: the sources, how they are combined, and what happens when one fails."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ class RewardSettings(Settings):
 
     @property
     def reward_files(self) -> tuple[str, ...]:
-        """Paths of the reward function files, under whichever of the two names they were given, and names of built-in ones."""
+        """Paths of the reward function files, given under either name, and names of built-in functions."""
         remote = tuple(item for item in _listed(self.remote_rm_url) if item.endswith(".py"))
         return _listed(self.reward_func) + remote
 
     def verifier_settings(self, verifier: Verifier) -> dict[str, str]:
-        """The keyword arguments of a built-in function, from the flags that are its own."""
+        """The keyword arguments of a built-in function, from its own flags."""
         if verifier is Verifier.FORMAT and self.format_regex is not None:
             return {"format_regex": self.format_regex}
         if verifier is Verifier.LENGTH:
@@ -96,12 +96,12 @@ class RewardSettings(Settings):
 
     @property
     def remote_sources(self) -> int:
-        """How many rewards the servers give: servers that share the samples are one."""
+        """The number of rewards from servers: servers that share the samples count as one."""
         return len(self.reward_urls) if self.remote_rm_mode is RemoteMode.ENSEMBLE else min(1, len(self.reward_urls))
 
 
 def verifier_of(item: str) -> Verifier | None:
-    """The built-in function that an item of ``--reward_func`` names; None for a file. Raises ValueError for an unknown one."""
+    """The built-in function named by an item of ``--reward_func``; None for a file. Raises ValueError for an unknown name."""
     return Verifier(item.removeprefix(BUILTIN)) if item.startswith(BUILTIN) else None
 
 

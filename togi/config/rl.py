@@ -220,19 +220,19 @@ class RLConfig(
     wandb_project: str = flag("togi_rl", "Weights & Biases project.")
 
     def preset(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-        """The published settings of ``--algo``. Raises ConfigError where they contradict what was given."""
+        """The published settings of ``--algo``. Raises ConfigError if they contradict given values."""
         if self.algo is None:
             return "", {}
         return f"--algo {self.algo}", preset_values(self.algo, given, self.generate_max_len)
 
     @property
     def generates(self) -> bool:
-        """Whether rollouts are made and scored here. In a replay they are read."""
+        """Whether rollouts are generated and scored. A replay reads them."""
         return self.replay is None
 
     @property
     def scoring_models(self) -> tuple[str, ...]:
-        """The local reward models that are loaded."""
+        """The local reward models to load."""
         return self.reward_models if self.generates else ()
 
     @property
@@ -252,7 +252,7 @@ class RLConfig(
 
     @property
     def context_length(self) -> int:
-        """Tokens of the longest sequence the engine must hold."""
+        """Tokens of the longest sequence that the engine must hold."""
         return self.max_len if self.max_len is not None else self.prompt_max_len + self.generate_max_len
 
     @property
@@ -262,7 +262,7 @@ class RLConfig(
 
     @property
     def sends_adapter(self) -> bool:
-        """Whether the adapter alone goes to the engines, and not whole weights."""
+        """Whether only the adapter is sent to the engines, not whole weights."""
         return self.lora is not None and not self.load_in_4bit and self.lora_sync is not LoraSync.MERGED
 
     @property
@@ -279,14 +279,14 @@ class RLConfig(
 
     @property
     def loads_reference(self) -> bool:
-        """Whether the reference is a model of its own. With LoRA the actor has it inside: its frozen base."""
+        """Whether the reference is a separate model. With LoRA it is the frozen base inside the actor."""
         return self.uses_reference and self.lora is None
 
     @property
     def aggregation(self) -> Aggregation:
-        """The named formula in use; Dr. GRPO's own is the constant divisor (Liu et al., 2025, section 3.2).
+        """The aggregation in use. Dr. GRPO's default is the constant divisor (Liu et al., 2025, section 3.2).
 
-        GSPO's is the mean over sequences (Zheng et al., 2025, equation 5).
+        GSPO's default is the mean over sequences (Zheng et al., 2025, equation 5).
         """
         if self.loss_aggregation != "auto":
             return self.loss_aggregation
@@ -297,5 +297,5 @@ class RLConfig(
 
     @property
     def critic_source(self) -> str:
-        """Where the critic's weights come from."""
+        """The model that the critic starts from."""
         return self.critic_pretrain or (self.reward_models[0] if self.reward_models else self.pretrain)

@@ -9,7 +9,7 @@ from togi.config.samples import PretrainMixSettings
 
 
 def sample_problems(c: RLConfig) -> Iterator[str]:
-    """What is wrong with filtering, length penalties, freezing and averaging."""
+    """Faults of filtering, length penalties, freezing and averaging."""
     if c.freezing_actor_steps > 0 and not c.uses_critic:
         yield (
             f"--freezing_actor_steps {c.freezing_actor_steps} is a warm-up of the critic but --advantage_estimator "
@@ -20,6 +20,7 @@ def sample_problems(c: RLConfig) -> Iterator[str]:
         yield f"--dynamic_filtering_reward_range {low:g} {high:g}: the first number must be below the second."
     if c.dynamic_filtering and c.n_samples_per_prompt < 2:
         yield "--dynamic_filtering judges the responses to one prompt together: set --n_samples_per_prompt to 2 or more."
+    # Flags of a feature that is off.
     if not c.dynamic_filtering:
         yield from _without(
             c, "--dynamic_filtering", "dynamic_filtering_reward_range", "dynamic_filtering_max_generations"
@@ -49,6 +50,6 @@ def _pretrain_problems(c: RLConfig) -> Iterator[str]:
 
 
 def _without(c: RLConfig, needed: str, *names: str) -> Iterator[str]:
-    """The first of ``names`` that was changed although ``needed``, which reads it, is not there."""
+    """The first of ``names`` that was changed although the setting that reads it, ``needed``, is not set."""
     for name in c.changed(*names):
         yield f"--{name} has no effect without {needed}: add it, or leave the first out."

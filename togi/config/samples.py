@@ -1,4 +1,4 @@
-"""Which rollouts of ``togi rl`` are trained on, what a response that ends badly costs, and what is learned beside them."""
+"""Which rollouts of ``togi rl`` are trained on, the cost of responses that end badly, and mixed-in training data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that several commands share, in groups. One flat name each; the established names of the field are kept."""
+"""Settings that several commands share, in groups. Each has one flat name; established names are kept."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from togi.config.choices import BackendName, GradAccumDtype, Layers, Scheduler
 from togi.config.fields import Count, Int, PathText, Settings, flag, later
 
 PLAIN_TEMPLATE = "User: {}\nAssistant: "
-"""Around a prompt without a chat template."""
+"""The format of a prompt without a chat template."""
 ALL_LINEAR = "all-linear"
 ADAPTER_CONFIG = "adapter_config.json"
-"""What makes a folder that of a LoRA adapter."""
+"""The file that marks the folder of a LoRA adapter."""
 NO_METRIC = "none"
-# Mixtures of experts whose router is known to be read right, by model type.
+# Mixtures of experts whose router is known to be read correctly, by model type.
 MIXTURES = ("mixtral", "qwen3_moe")
 # Model types whose layers --ds_tensor_parallel_size can split.
 SPLITTABLE = ("llama", "qwen2", "qwen3", "mistral")
-# Model types whose layers were shown to be the same compiled. A mixture's experts get other numbers of tokens each time.
+# Model types whose compiled layers were shown to be equal. A mixture's experts get varying numbers of tokens.
 COMPILABLE = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -35,14 +35,14 @@ class LoRA:
 
 @dataclass(frozen=True, slots=True)
 class Recompute:
-    """The settings of activation checkpointing. ``above``: packs of up to this many tokens keep everything."""
+    """The settings of activation checkpointing. ``above``: packs of up to this many tokens keep all activations."""
 
     use_reentrant: bool = False
     above: int = 0
 
 
 class PromptText(Protocol):
-    """The settings that make text of a prompt, whichever command they belong to."""
+    """The settings that format a prompt, in any command."""
 
     @property
     def apply_chat_template(self) -> bool: ...
@@ -91,21 +91,21 @@ class ModelSettings(Settings):
     use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
 
     def layers(self, *, on_cuda: bool) -> Layers:
-        """Who computes the layers, on this kind of device. Liger's kernels are for CUDA."""
+        """The implementation of the layers on this kind of device. Liger's kernels are for CUDA."""
         if self.torch_compile:
             return Layers.COMPILED
         return Layers.LIGER if self.use_liger_kernel and on_cuda else Layers.STANDARD
 
     @property
     def recompute(self) -> Recompute | None:
-        """How activations are recomputed; None where all are kept."""
+        """The settings of recomputation; None if all activations are kept."""
         if not self.gradient_checkpointing:
             return None
         return Recompute(self.gradient_checkpointing_use_reentrant, self.gradient_checkpointing_above)
 
     @property
     def lora(self) -> LoRA | None:
-        """The adapter to train; None where all weights are trained."""
+        """The adapter to train; None if all weights are trained."""
         if self.lora_rank == 0:
             return None
         return LoRA(self.lora_rank, self.lora_alpha, self.lora_dropout, self.target_modules, self.load_in_4bit)

@@ -1,9 +1,8 @@
-"""Where tokenised rows are kept between runs: a folder for each data set read in one way, a file for each shard of it.
+"""The cache of tokenised rows: a folder for each data set and way of reading it, a file for each shard.
 
-The name of the folder is a digest of everything that the result depends on: the rows, the settings, the tokenizer and
-``FORMAT``. The name of a file holds a digest of its bytes. Files are written aside and renamed, so that a run that was
-killed leaves whole shards behind, and a file that is damaged counts as missing. Beyond MAX_BYTES in all, the folders that
-were unused for longest are removed.
+The folder name is a digest of everything that the result depends on: rows, settings, tokenizer and ``FORMAT``. The file name has
+a digest of the file's bytes. Files are written aside and renamed, so a killed run leaves whole shards, and a damaged file counts
+as missing. Above MAX_BYTES in total, the folders that were unused for longest are removed.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from togi.errors import DataError
 from togi.obs.way_out import advice, disk_reason
 from togi.plan import machine
 
-# Raise it when the same rows and settings become other samples than before, or the files another form.
+# Raise it when the same rows and settings give other samples than before, or when the file format changes.
 FORMAT = 2
 MAX_BYTES = 20 * 2**30
 LEFT_OVER_SECONDS = 3600
@@ -38,21 +37,22 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The shards of one data set read in one way."""
+    """The cached shards of one data set, read in one way."""
 
     folder: Path
 
     @classmethod
     def of(cls, rows: str, reader: RowReader, tokenizer: Tokenizer) -> Entry:
-        """The entry for rows of this digest."""
+        """The entry for rows with this digest."""
         text = f"{FORMAT}\n{rows}\n{reader!r}\n{tokenizer_digest(tokenizer)}"
         return cls(cache_folder() / hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest())
 
     def find(self, part: range) -> Shard | None:
-        """The shard of these rows, None if there is none. One that is damaged is removed."""
+        """The shard of these rows; None if there is none. A damaged file is removed."""
         for path in self.folder.glob(f"{_name(part)}.*.safetensors"):
             try:
                 if path.name.split(".")[1] == _digest(path):
+                    # The time of the folder tells how long it is unused.
                     os.utime(self.folder)
                     return Shard(path)
                 path.unlink()
@@ -61,7 +61,8 @@ class Entry:
         return None
 
     def write(self, part: range, outcomes: Sequence[Outcome]) -> None:
-        """Keep what became of these rows. Raises DataError where nothing can be written."""
+        """Write the outcomes of these rows. Raises DataError if nothing can be written."""
+        # A name per process: several runs may fill the same entry.
         aside = self.folder / f"{_name(part)}.{os.getpid()}{ASIDE}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,8 @@ class Entry:
 
 
 def remove_oldest(*, keep: Path) -> None:
-    """Remove what is unused for longest, other than ``keep``, until all together have at most MAX_BYTES."""
+    """Remove the folders that are unused for longest, except ``keep``, until the total is at most MAX_BYTES."""
+    # First the files that killed runs left unfinished.
     for aside in cache_folder().glob(f"*/*{ASIDE}"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - aside.stat().st_mtime > LEFT_OVER_SECONDS:

@@ -1,4 +1,4 @@
-"""Tools and calls of them, as rows hold them -> the form that chat templates expect (OpenAI's), with arguments as objects."""
+"""Tools and tool calls of a row, converted to the form of chat templates (OpenAI's), with arguments as objects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from togi.data.written import kind, parsed, short
 
 Tool: TypeAlias = Mapping[str, Any]
 
-# What other interfaces call the arguments of a call.
+# The names of a call's arguments in other interfaces.
 ARGUMENTS = ("arguments", "parameters", "input", "args")
 _CALL_FORM = "write a list of {'type': 'function', 'function': {'name': ..., 'arguments': {...}}}."
 _TOOL_FORM = (
@@ -21,7 +21,7 @@ _TOOL_FORM = (
 
 
 def read_tools(value: object, notes: set[Note]) -> tuple[Tool, ...]:
-    """The tools of a row: a list, one of them, or the text of either. Raises RowError for anything else."""
+    """The tools of a row, given as a list, a single tool, or either as JSON text. Raises RowError for anything else."""
     found = value
     if isinstance(found, str):
         if found.strip() in ("", "[]", "null", "None"):
@@ -47,19 +47,19 @@ def _tool(value: object, number: int, notes: set[Note]) -> Tool:
 
 
 def tool_names(tools: Sequence[Tool]) -> list[str]:
-    """What the tools are called."""
+    """The names of the tools."""
     return [str(_function(tool)["name"]) for tool in tools]
 
 
 def is_tools(value: object) -> bool:
-    """Whether a value is a list of tools, and nothing else."""
+    """Whether a value is a list of tools and nothing else."""
     return (
         isinstance(value, list) and bool(value) and all(isinstance(tool, Mapping) and _has_name(tool) for tool in value)
     )
 
 
 def settle_calls(message: dict[str, Any], where: str, notes: set[Note]) -> None:
-    """Bring the calls of a message into one form, in place. Raises RowError."""
+    """Convert the calls of a message to one form, in place. Raises RowError."""
     value = message.pop("tool_calls", None)
     old = message.get("function_call") if message["role"] == "assistant" else None
     if not value and old:
@@ -77,7 +77,7 @@ def settle_calls(message: dict[str, Any], where: str, notes: set[Note]) -> None:
 
 
 def call_list(content: object) -> list[Mapping[str, Any]] | None:
-    """A call, or a list of them, as an object or as text; None for anything else."""
+    """A call or a list of calls, given as an object or as text; None for anything else."""
     value = parsed(content, _has_name) if isinstance(content, str) else content
     calls = value if isinstance(value, list) else [value]
     named = [call for call in calls if isinstance(call, Mapping) and _has_name(call)]
@@ -88,6 +88,7 @@ def _call(call: object, where: str, notes: set[Note]) -> dict[str, Any]:
     found = call_list(call)
     if found is None or len(found) != 1:
         raise RowError(Drop.WRONG_TYPE, f"has a tool call without the name of a function {where}: {_CALL_FORM}")
+    # Arguments: one of several names, an object or JSON text.
     (record,) = found
     function = dict(_function(record))
     names = [name for name in ARGUMENTS if name in function]
@@ -108,6 +109,7 @@ def _call(call: object, where: str, notes: set[Note]) -> dict[str, Any]:
     arguments = {} if arguments is None or arguments == "" else arguments
     if not isinstance(arguments, Mapping):
         raise RowError(Drop.WRONG_TYPE, f"has arguments of type {kind(arguments)} {where}: {_CALL_FORM}")
+    # Other fields of the call (its id) stay.
     outer = {key: item for key, item in record.items() if key not in (*ARGUMENTS, "name", "function")}
     return {"type": "function", **outer, "function": {**function, "arguments": dict(arguments)}}
 
@@ -118,7 +120,7 @@ def call_names(message: Mapping[str, Any]) -> list[str]:
 
 
 def argument_texts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each value in the arguments of a message's calls, as text and as JSON. Truth values and null have no text to look for."""
+    """Each value in the arguments of a message's calls, as text and as JSON. Skips booleans and null, which have no fixed text."""
     for call in message.get("tool_calls", ()):
         for value in _leaves(call["function"]["arguments"]):
             yield str(value), json.dumps(value, ensure_ascii=False).strip('"')
@@ -136,7 +138,7 @@ def _leaves(value: object) -> Iterator[str | int | float]:
 
 
 def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The function of a tool or a call, which some rows leave without its wrapping, and some write as text."""
+    """The function of a tool or a call. Some rows lack the wrapping object, and some write the function as text."""
     inner = tool.get("function", tool)
     if isinstance(inner, str):
         inner = parsed(inner, lambda record: isinstance(record.get("name"), str))

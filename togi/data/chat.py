@@ -1,7 +1,7 @@
-"""Prompt text and token ids: the only place where text becomes tokens.
+"""Prompt text and token ids: the only module that tokenises text.
 
-A prompt is rendered to text once and tokenised once. Text from a chat template already holds its special tokens,
-so none are added; plain text gets the tokenizer's own. Rows and data sets are not known here.
+A prompt is formatted to text once and tokenised once. Text from a chat template already holds its special tokens, so none are
+added; plain text gets the tokenizer's own. This module does not know rows and data sets.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 
 def load_tokenizer(path: str, *, chat_template: str | None, trust_remote_code: bool) -> Tokenizer:
-    """The tokenizer of a folder or hub name; ``chat_template`` (Jinja text) replaces its own. Raises DataError."""
+    """The tokenizer of a folder or hub name; ``chat_template`` (Jinja text) replaces its template. Raises DataError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # noqa: BLE001  the files are the user's, and each tokenizer class fails in its own way
@@ -44,7 +44,7 @@ def load_tokenizer(path: str, *, chat_template: str | None, trust_remote_code: b
 
 
 def check_rendering(tokenizer: Tokenizer, *, apply_chat_template: bool, input_template: str | None) -> None:
-    """Raise DataError if prompts cannot be rendered this way, before any row is read."""
+    """Raise DataError if prompts cannot be formatted this way. Called before any row is read."""
     assert not (apply_chat_template and input_template is not None), "the configuration refuses both"
     if apply_chat_template and not tokenizer.chat_template:
         raise DataError(
@@ -61,13 +61,13 @@ def check_rendering(tokenizer: Tokenizer, *, apply_chat_template: bool, input_te
 
 
 def plain_prompt(value: object, input_template: str | None) -> str:
-    """The text of a prompt without a chat template; ``input_template`` gets the string for its ``{}``. Raises RowError."""
+    """The text of a prompt without a chat template; ``input_template`` has ``{}`` for the prompt. Raises RowError."""
     text = plain_text(value)
     return text if input_template is None else input_template.replace("{}", text)
 
 
 def render_messages(dialogue: Dialogue, tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> str:
-    """The text of a conversation, with its tools. Raises RowError if the template refuses it."""
+    """The formatted text of a conversation, with its tools. Raises RowError if the template refuses it."""
     if not dialogue.messages:
         return ""
     return _rendered(_as_asked(dialogue, tokenizer), dialogue.tools, tokenizer, add_generation_prompt)
@@ -85,7 +85,7 @@ def _rendered(messages: list[Message], tools: Sequence[Tool], tokenizer: Tokeniz
 
 
 def _as_asked(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Message]:
-    """The messages as the template reads them: those of models that also see images may know content in parts only."""
+    """The messages in the form that the template reads: templates of vision models may accept content as parts only."""
     if not _knows_parts_only(tokenizer, template_text(tokenizer)):
         return list(dialogue.messages)
     return [{**message, "content": _as_part(message["content"])} for message in dialogue.messages]
@@ -100,6 +100,7 @@ def _knows_parts_only(tokenizer: Tokenizer, template: str) -> bool:
     if not template:
         return False
 
+    # Try the template: there is no field that says which form it accepts.
     def shows(content: object) -> bool:
         try:
             return PROBE in _rendered([{"role": USER, "content": content}], (), tokenizer, opened=False)
@@ -110,23 +111,24 @@ def _knows_parts_only(tokenizer: Tokenizer, template: str) -> bool:
 
 
 def template_text(tokenizer: Tokenizer) -> str:
-    """The chat template, all of them where there are several; "" where there is none."""
+    """The chat template; all of them joined if there are several; "" if there is none."""
     template = tokenizer.chat_template or ""
     return template if isinstance(template, str) else "\n".join(template.values())
 
 
 def closing_text(tokenizer: Tokenizer) -> str:
-    """What the chat template writes after an answer, without white space around it; "" where it cannot be told."""
+    """The text that the chat template writes after an answer, stripped; "" if it cannot be determined."""
     return _closing_text(tokenizer, template_text(tokenizer))
 
 
 @lru_cache(maxsize=8)
 def _closing_text(tokenizer: Tokenizer, template: str) -> str:
     question = ({"role": USER, "content": "?"}, {"role": ASSISTANT, "content": PROBE})
+    # Some templates demand a system turn, so the second probe has one.
     for probe in (question, ({"role": SYSTEM, "content": "!"}, *question)) if template else ():
         try:
             _, found, rest = render_messages(Dialogue(probe), tokenizer).rpartition(PROBE)
-        except RowError:  # a template that takes no such conversation
+        except RowError:  # a template that refuses such a conversation
             continue
         if found:
             return rest.strip()
@@ -134,24 +136,24 @@ def _closing_text(tokenizer: Tokenizer, template: str) -> str:
 
 
 def closing_token(tokenizer: Tokenizer) -> int | None:
-    """The special token with which the chat template closes a turn of the assistant, so that an answer ends with it."""
+    """The special token with which the chat template closes an assistant turn, so an answer ends with it; None if none."""
     ids = tokenizer(closing_text(tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
     return ids[0] if ids and ids[0] in enders(tokenizer, ids[:1]) else None
 
 
 def enders(tokenizer: Tokenizer, token_ids: Iterable[int]) -> set[int]:
-    """Those of the tokens that can end a turn: special ones, and not BOS."""
+    """Those of the tokens that can end a turn: special tokens other than BOS."""
     added = tokenizer.added_tokens_decoder
     return {token for token in token_ids if token in added and added[token].special} - {tokenizer.bos_token_id}
 
 
 def marks_turns(tokenizer: Tokenizer) -> bool:
-    """Whether the chat template says with ``{% generation %}`` which parts the model is to learn."""
+    """Whether the chat template marks the trained parts with ``{% generation %}``."""
     return re.search(r"{%-?\s*generation\s*-?%}", template_text(tokenizer)) is not None
 
 
 def render_marked(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation and the (start, end) characters of each part that the template marks for learning."""
+    """The formatted text of a conversation, and the (start, end) characters of each part that the template marks for training."""
     tools = [dict(tool) for tool in dialogue.tools] or None
     try:
         texts, marks = render_jinja_template(
@@ -167,7 +169,7 @@ def render_marked(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[str, list[t
 
 
 def plain_text(value: object, *, chat: bool = True) -> str:
-    """The value if it is a string. Raises RowError that says what it is; ``chat``: whether a chat template would take a list."""
+    """The value if it is a string, else RowError says what it is. ``chat``: whether a chat template would accept a list."""
     if not isinstance(value, str):
         is_chat = chat and isinstance(value, list | dict)
         way_out = "use --apply_chat_template for lists of messages" if is_chat else "correct or remove the row"
@@ -180,7 +182,7 @@ def plain_text(value: object, *, chat: bool = True) -> str:
 def _holds_messages(text: str) -> bool:
     try:
         return not isinstance(parsed(text, is_message), str)
-    except RowError:  # what only looks like messages is text here
+    except RowError:  # malformed messages count as text here
         return False
 
 
@@ -201,19 +203,19 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer, *, add_special_tokens: bo
 
 
 def adds_bos(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer puts BOS before plain text, which says that its model expects one."""
+    """Whether the tokenizer puts BOS before plain text, so that its model expects one."""
     first = tokenizer("a")["input_ids"][0]
     return tokenizer.bos_token_id is not None and bool(first == tokenizer.bos_token_id)
 
 
 def as_plain_text(text: str, tokenizer: Tokenizer) -> str:
-    """Rendered text as a plain text of a data set: without the BOS that the tokenizer would put there once more."""
+    """Formatted text as plain text of a data set: without the BOS that the tokenizer would add again."""
     return text.removeprefix(str(tokenizer.bos_token)) if adds_bos(tokenizer) else text
 
 
 def stop_token_ids(tokenizer: Tokenizer, model_path: str, *, chat: bool) -> tuple[int, ...]:
-    """Every token that ends an answer, ascending: EOS of the model's generation config and of the tokenizer, and in a ``chat``
-    the one that closes a turn. Raises DataError if there is none.
+    """Every token that ends an answer, ascending: EOS of the generation config and of the tokenizer, and in a ``chat`` the token
+    that closes a turn. Raises DataError if there is none.
     """
     found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     closing = closing_token(tokenizer) if chat else None
@@ -226,7 +228,7 @@ def stop_token_ids(tokenizer: Tokenizer, model_path: str, *, chat: bool) -> tupl
 
 
 def end_notice(tokenizer: Tokenizer, model_path: str, ends: Iterable[int]) -> str:
-    """What is to be said where answers end in a chat with tokens that the model's files do not name as an end; else ""."""
+    """A notice if chat answers end with tokens that the model's files do not name as an end; else ""."""
     new = sorted(set(ends) - set(stop_token_ids(tokenizer, model_path, chat=False)))
     if not new:
         return ""
@@ -237,10 +239,10 @@ def end_notice(tokenizer: Tokenizer, model_path: str, ends: Iterable[int]) -> st
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Equal for tokenizers that render and tokenise alike: of the fast tokenizer's content, what is around it, and the
+    """A digest that is equal for tokenizers that format and tokenise alike: of the fast tokenizer, its settings, and the
     versions of the libraries.
     """
-    tokenizer("a")  # settles truncation and padding, which are part of the content
+    tokenizer("a")  # a call sets truncation and padding, which are part of the content
     versions = transformers.__version__, tokenizers.__version__
     around = (
         type(tokenizer).__name__,
@@ -253,7 +255,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def visible(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of token ids with special tokens shown, for people."""
+    """The text of token ids with special tokens, to show to people."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 

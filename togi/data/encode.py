@@ -1,7 +1,7 @@
-"""Rows -> tokenised sequences, or why a row has none: the part of loading that takes time.
+"""Tokenise rows, or say why a row is dropped: the slow part of loading.
 
-What a row becomes depends on the row, the reader and the tokenizer only, so that it can be done anywhere and kept (see
-``cache``). How the fields of one row are read is in ``sft``, ``pairs``, ``unpaired`` and ``steps``.
+The result depends only on row, reader and tokenizer, so it can run anywhere and be cached (``cache``). How the fields of a row
+are read is in ``sft``, ``pairs``, ``unpaired`` and ``steps``.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ SAME_TEXT = (
 
 
 class RowReader(Protocol):
-    """How rows are read. Can be pickled; its repr names all that the result depends on."""
+    """How rows are read. Picklable; its repr names everything that the result depends on."""
 
     @property
     def spec(self) -> RecordSpec: ...
 
     def read(self, row: Row, where: str, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-        """What is to be tokenised, or what is missing. Raises RowError."""
+        """The drafts to tokenise, or why there are none. Raises RowError."""
 
     def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
-        """A last look at sequences that are cut and not too long. Raises RowError that starts with its verb."""
+        """Check or change the sequences, which fit --max_len now. Raises RowError whose message starts with its verb."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,9 @@ class StepReader:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a row: its sequences, or why it has none. ``lengths`` in tokens before anything is cut.
+    """The result of a row: its sequences, or why it has none. ``lengths``: in tokens before truncation.
 
-    ``fault``: what is wrong with a faulty row, to follow its place; "" for all others. ``notes``: of a row that is used.
+    ``fault``: what is wrong with a faulty row, to be printed after its place; else "". ``notes``: of a row that is used.
     """
 
     coded: tuple[Coded, ...]
@@ -116,10 +116,11 @@ class Outcome:
 
 
 def encode_rows(rows: Rows, numbers: range, reader: RowReader, tokenizer: Tokenizer) -> Iterator[Outcome]:
-    """What becomes of each of these rows. Raises DataError for what is no fault of a row."""
+    """The outcome of each of these rows. Raises DataError for what is not the fault of a single row."""
     chat = reader.spec.apply_chat_template
     enders = end_tokens(tokenizer, chat=chat)
     unchecked = CHECKED
+    # Rows are tokenised in chunks: the tokenizer is fastest on many texts at once.
     for first in range(numbers.start, numbers.stop, CHUNK):
         chunk = range(first, min(first + CHUNK, numbers.stop))
         places = [rows.place(number) for number in chunk]
@@ -131,7 +132,10 @@ def encode_rows(rows: Rows, numbers: range, reader: RowReader, tokenizer: Tokeni
             if isinstance(drafted, Outcome):
                 yield drafted
                 continue
+            # A row owns as many sequences as it had drafts (two for a pair).
             sequences = tuple(islice(coded, len(drafted)))
+            # Decoding is compared with the text on the first rows only: it is slow, and a broken tokenizer shows at
+            # once.
             if unchecked > 0:
                 unchecked -= 1
                 with named(place):
@@ -161,7 +165,7 @@ def _check_decoding(drafts: tuple[Draft, ...], sequences: tuple[Coded, ...], tok
 
 
 def _settle(sequences: tuple[Coded, ...], place: str, reader: RowReader, tokenizer: Tokenizer) -> Outcome:
-    """Drop, cut or refuse what is too long, then let the reader ``finish``."""
+    """Drop, truncate or refuse rows that are too long, then let the reader ``finish``."""
     spec = reader.spec
     lengths = tuple(len(coded.tokens) for coded in sequences)
     if not all(coded.learnable() for coded in sequences):
@@ -184,6 +188,7 @@ def _settle(sequences: tuple[Coded, ...], place: str, reader: RowReader, tokeniz
         finished = reader.finish(sequences, tokenizer)
     except RowError as error:
         return _fault(error.kind, f" {error}", lengths)
+    # Answers that became equal without truncation are a fault of the row, not of --max_len.
     if isinstance(finished, Drop):
         same = finished is Drop.CUT_EQUAL and not too_long
         return _fault(Drop.TIE, f" {SAME_TEXT}", lengths) if same else Outcome((), lengths, finished)

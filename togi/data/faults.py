@@ -1,4 +1,4 @@
-"""Why a row is not used, and the error that says so of one row. Which rows are faulty is decided where they are read."""
+"""Why a row is not used, and the error for one row. The modules that read rows decide which are faulty."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Drop(StrEnum):
 
 
 class Note(StrEnum):
-    """What is read otherwise than it is written, or lost on the way to the model, in a row that is used.
+    """What is converted, or lost on the way to the model, in a row that is used.
 
-    The value goes on after "3 of 40 rows".
+    The value completes a sentence that starts with "3 of 40 rows".
     """
 
     SHAREGPT = "have from and value in place of role and content, and are read so"
@@ -58,13 +58,13 @@ class Note(StrEnum):
     REASONING_LOST = "have reasoning beside the content that the chat template leaves out, so that it is not learned"
 
 
-# What depends on --max_len; every other reason is a fault of the row, for which --max_bad_rows is the limit.
+# Reasons that depend on --max_len. Every other reason is a fault of the row and counts for --max_bad_rows.
 LENGTH_DROPS = frozenset({Drop.TOO_LONG, Drop.CUT_AWAY, Drop.CUT_EQUAL})
 FAULTS = frozenset(Drop) - LENGTH_DROPS
-# So many are kept in words.
+# The number of faults that are kept in words.
 SHOWN_FAULTS = 20
 
-# What follows the place of a row that has nothing wrong but what it lacks.
+# The sentence, after the place of the row, for reasons that need no details.
 SENTENCES: Mapping[Drop, str] = {
     Drop.EMPTY_PROMPT: "has an empty prompt: fill it in or remove the row.",
     Drop.EMPTY_ANSWER: "has an empty answer: fill it in or remove the row.",
@@ -74,7 +74,7 @@ SENTENCES: Mapping[Drop, str] = {
 
 
 class RowError(DataError):
-    """A row that cannot be used; ``kind`` is what it is counted under. The message starts with the place of the row."""
+    """A row that cannot be used; ``kind``: the reason that it is counted under. The message starts with the row's place."""
 
     def __init__(self, kind: Drop, message: str) -> None:
         super().__init__(message)
@@ -82,7 +82,7 @@ class RowError(DataError):
 
 
 def check_present(value: object, where: str, key: str) -> None:
-    """Raise RowError for NaN, which tables write where a value is missing."""
+    """Raise RowError for NaN, which tables contain where a value is missing."""
     if isinstance(value, float) and math.isnan(value):
         raise RowError(
             Drop.WRONG_TYPE, f"{where}: the field {key!r} is NaN, a missing value: fill it in or remove the row."
@@ -91,7 +91,7 @@ def check_present(value: object, where: str, key: str) -> None:
 
 @contextmanager
 def named(subject: str) -> Iterator[None]:
-    """Put the subject before the message of a DataError, which starts with its verb."""
+    """Prefix the message of a DataError, which starts with its verb, with its subject."""
     try:
         yield
     except RowError as error:
@@ -101,9 +101,9 @@ def named(subject: str) -> Iterator[None]:
 
 
 def check_whole(value: object, subject: str) -> None:
-    """Raise RowError if a text, or one at any depth of a value, has half a character.
+    """Raise RowError if a text, or a text at any depth of a value, has a lone surrogate.
 
-    JSON can hold one (a lone surrogate, where a text was cut inside an emoji); tokenizers and files cannot.
+    JSON can hold one, where a text was cut inside an emoji; tokenizers and files cannot.
     """
     if isinstance(value, str):
         try:

@@ -1,4 +1,4 @@
-"""The fields of a row as prompt and answer, and the two as one text to tokenise. What fits neither is a RowError."""
+"""The fields of a row as prompt and answer, and both as one text to tokenise. Raises RowError for anything else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from togi.data.tables import Row
 from togi.data.turns import check_last, conversation
 from togi.data.written import parsed
 
-# A shorter prompt may begin an answer by chance.
+# A shorter prompt may start an answer by chance.
 LONG_PROMPT = 20
 MISSING_WORDS = frozenset({"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NaT"})
 
@@ -41,30 +41,30 @@ def value_of(row: Row, where: str, flag: str, key: str) -> object:
 
 
 def is_empty(value: object) -> bool:
-    """Nothing, only white space, or no messages."""
+    """Whether a value is nothing, only white space, or no messages."""
     return value is None or (isinstance(value, str) and not value.strip()) or value == []
 
 
 def as_text(value: object, where: str, key: str, *, chat: bool = True) -> str:
-    """The value if it is a string. ``chat``: whether a chat template would take messages there. Raises RowError."""
+    """The value if it is a string. ``chat``: whether a chat template would accept messages there. Raises RowError."""
     with named(f"{where}: the field {key!r}"):
         return plain_text(value, chat=chat)
 
 
 def row_frame(row: Row, where: str) -> Dialogue:
-    """Tools and system turn that a row has in fields of their own. Raises RowError naming row and field."""
+    """The tools and the system turn that a row has in separate fields. Raises RowError naming row and field."""
     with named(f"{where}: the field {TOOLS!r}"):
         return frame_of(row)
 
 
 def prompt_dialogue(value: object, where: str, key: str, frame: Dialogue, tokenizer: Tokenizer) -> Dialogue:
-    """A string as one user message, or checked messages. Raises RowError naming row and field."""
+    """The prompt as messages: a string becomes one user message. Raises RowError naming row and field."""
     with named(f"{where}: the field {key!r}"):
         return dialogue_of(value, USER, template_text(tokenizer), frame)
 
 
 def whole_dialogue(value: object, where: str, key: str, frame: Dialogue, flag: str, tokenizer: Tokenizer) -> Dialogue:
-    """A conversation that ends with the answer, where the field ``flag`` would name is not there. Raises RowError."""
+    """A conversation that ends with the answer, for rows without the field of ``flag``. Raises RowError."""
     found = prompt_dialogue(value, where, key, frame, tokenizer)
     if isinstance(value, str) and isinstance(parsed(value, is_message), str):
         raise RowError(
@@ -76,7 +76,7 @@ def whole_dialogue(value: object, where: str, key: str, frame: Dialogue, flag: s
 
 
 def answer_dialogue(value: object, where: str, key: str, frame: Dialogue, tokenizer: Tokenizer) -> Dialogue:
-    """A string as one assistant message, or checked messages that end with one. Raises RowError naming row, field."""
+    """The answer as messages that end with the assistant: a string becomes one. Raises RowError naming row and field."""
     with named(f"{where}: the field {key!r}"):
         found = dialogue_of(value, ASSISTANT, template_text(tokenizer), replace(frame, messages=()))
         if found.messages:
@@ -85,11 +85,12 @@ def answer_dialogue(value: object, where: str, key: str, frame: Dialogue, tokeni
 
 
 def joined(prompt: Dialogue, answer: Dialogue, where: str, keys: tuple[str, str]) -> tuple[Dialogue, int]:
-    """Prompt and answer as one conversation, and the number of its messages that are not the answer's.
+    """Prompt and answer as one conversation, and the number of its messages before the answer.
 
-    An answer that is a conversation itself may begin with the prompt: then that is there once, in the words of the answer's
-    field, with the system turn of either. ``keys``: the names of the fields. Raises RowError where the two differ.
+    An answer that is a conversation may begin with the prompt. Then the prompt is used once, in the wording of the answer's field,
+    with the system turn of either. ``keys``: the names of the fields. Raises RowError if the two differ.
     """
+    # System turns are compared apart: the answer's field may have it, the prompt's, or both.
     prompt_system, asked = _parted(prompt.messages)
     answer_system, said = _parted(answer.messages)
     system = prompt_system or answer_system
@@ -98,12 +99,14 @@ def joined(prompt: Dialogue, answer: Dialogue, where: str, keys: tuple[str, str]
             Drop.WRONG_ROLES,
             f"{where}: the fields {keys[0]!r} and {keys[1]!r} begin with different system turns: leave one of them out.",
         )
+    # Two turns of the assistant in a row cannot be told apart in training.
     if asked and said and asked[-1]["role"] == said[0]["role"] == ASSISTANT:
         raise RowError(
             Drop.WRONG_ROLES,
             f"{where}: the prompt in {keys[0]!r} ends with a turn of the assistant, and the answer in {keys[1]!r} would follow "
             "it: end the prompt with the turn that is answered.",
         )
+    # Does the conversation of the answer repeat the prompt?
     repeats = bool(asked) and _alike(asked, said[: len(asked)])
     if not repeats and asked and said and said[0]["role"] == USER and asked[-1]["role"] in (USER, TOOL):
         raise RowError(
@@ -111,6 +114,7 @@ def joined(prompt: Dialogue, answer: Dialogue, where: str, keys: tuple[str, str]
             f"{where}: the conversation in {keys[1]!r} does not begin with the prompt in {keys[0]!r}: let both have the same "
             "turns, or give only one of the two fields.",
         )
+    # The usual case: the answer follows the prompt.
     if not repeats and not answer_system:
         return prompt.extended(answer), len(prompt.messages)
     if not repeats and said[0]["role"] != USER:
@@ -125,14 +129,14 @@ def joined(prompt: Dialogue, answer: Dialogue, where: str, keys: tuple[str, str]
 
 
 def chat_draft(dialogue: Dialogue, first: int, where: str, tokenizer: Tokenizer) -> Draft | Drop:
-    """Learn every assistant turn from message ``first`` on."""
+    """Train on every assistant turn from message ``first`` on."""
     with named(where):
         draft = conversation(dialogue, first, tokenizer)
     return draft if draft.spans else Drop.EMPTY_ANSWER
 
 
 def plain_draft(prompt: str, answer: str, notes: frozenset[Note] = frozenset()) -> Draft:
-    """Learn the answer, which follows the rendered prompt without anything between them."""
+    """Train on the answer, which follows the formatted prompt with nothing in between."""
     text = prompt + answer
     return Draft(text, ((len(prompt), len(text)),), complete=True, notes=notes)
 
@@ -140,7 +144,7 @@ def plain_draft(prompt: str, answer: str, notes: frozenset[Note] = frozenset()) 
 def prompted_draft(
     row: Row, prompt: object, answer: object, where: str, keys: tuple[str, str], spec: RecordSpec, tokenizer: Tokenizer
 ) -> Draft | Drop:
-    """Prompt and answer of two fields, as a chat or as plain text. ``keys``: their names. Raises RowError."""
+    """Prompt and answer from two fields, as a chat or as plain text. ``keys``: their names. Raises RowError."""
     if is_empty(prompt):
         return Drop.EMPTY_PROMPT
     if is_empty(answer):
@@ -157,7 +161,7 @@ def prompted_draft(
 def prompted_dialogue(
     row: Row, prompt: object, answer: object, where: str, keys: tuple[str, str], tokenizer: Tokenizer
 ) -> tuple[Dialogue, int]:
-    """Prompt and answer of two fields as one conversation, and the number of its messages before the answer."""
+    """Prompt and answer from two fields as one conversation, and the number of its messages before the answer."""
     frame = row_frame(row, where)
     question = prompt_dialogue(prompt, where, keys[0], frame, tokenizer)
     whole, first = joined(question, answer_dialogue(answer, where, keys[1], frame, tokenizer), where, keys)
@@ -167,7 +171,7 @@ def prompted_dialogue(
 
 
 def _missing(*values: object) -> frozenset[Note]:
-    """Whether a text is what programs write for a value that is not there. It may be meant, so it is only said."""
+    """A note if a text is a word for a missing value, such as "nan". It may be meant, so it is only a note."""
     words = {value.strip() for value in values if isinstance(value, str)}
     return frozenset({Note.MISSING_WORD} if words & MISSING_WORDS else ())
 
@@ -178,13 +182,13 @@ def _begins(answer: str, prompt: str) -> bool:
 
 
 def _parted(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """The system turn that a conversation begins with, if it does, and the rest."""
+    """The system turn at the start of a conversation, if any, and the other turns."""
     cut = 1 if messages and messages[0]["role"] in (SYSTEM, "developer") else 0
     return tuple(messages[:cut]), tuple(messages[cut:])
 
 
 def _alike(some: Sequence[Message], others: Sequence[Message]) -> bool:
-    """Whether these are the same turns, white space apart."""
+    """Whether two conversations have the same turns, up to white space."""
     return [_bare(message) for message in some] == [_bare(message) for message in others]
 
 

@@ -1,6 +1,6 @@
-"""What one entry of ``--dataset`` or ``--prompt_data`` means: a file, a saved set, a folder of files or a hub name.
+"""Parse an entry of ``--dataset`` or ``--prompt_data``: a file, a saved set, a folder of files or a hub name.
 
-Looks at names and folders only; it opens no data and imports nothing heavy, so that preflight can use it.
+Looks at names and folders only. It opens no data and imports nothing heavy, so that the preflight can use it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from togi.errors import DataError
 
 T = TypeVar("T")
 
-# Names of files that are no data yet, and what makes them so.
+# Files of other formats, and what to do with them.
 OTHER_FORMATS = {
     **dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip"), "is compressed: unpack it."),
     **dict.fromkeys((".tsv", ".tab"), "is separated by tabs: write it with commas as .csv, or as .jsonl."),
@@ -49,9 +49,9 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One data set. ``location`` is a local path, or the hub name if ``kind`` is HUB; ``text`` is what the user wrote.
+    """One data set. ``location``: a local path, or the hub name if ``kind`` is HUB; ``text``: as the user wrote it.
 
-    ``data_dir`` is the part after ``@``, "" if there is none; for local folders it is already part of ``location``.
+    ``data_dir``: the part after ``@``, "" if there is none; for local folders it is already part of ``location``.
     """
 
     text: str
@@ -75,8 +75,9 @@ def parse_items(text: str) -> tuple[Item, ...]:
 
 
 def split_items(text: str) -> list[str]:
-    """The parts of a comma-separated list. Raises DataError where a comma is in the middle of the name of a file."""
+    """The parts of a comma-separated list. Raises DataError if a file name contains a comma."""
     parts = text.split(",")
+    # Is any run of neighbouring parts the name of an existing file?
     for size in range(2, len(parts) + 1):
         for start in range(len(parts) - size + 1):
             name = ",".join(parts[start : start + size]).strip()
@@ -91,9 +92,9 @@ def split_items(text: str) -> list[str]:
 
 
 def parse_item(text: str, whole: str = "") -> Item:
-    """Tell what ``name[@data_dir]`` is. Raises DataError for what does not exist or is not supported.
+    """Parse ``name[@data_dir]``. Raises DataError for what does not exist or is not supported.
 
-    ``whole``: the list that it is part of.
+    ``whole``: the list that the entry is part of, for the message.
     """
     text = text.strip()
     if not text:
@@ -104,6 +105,7 @@ def parse_item(text: str, whole: str = "") -> Item:
         raise DataError(
             f"{name} is a Python loading script, which Togi never runs: give the data itself ({SUPPORTED})."
         )
+    # What exists locally is local; a hub name is tried last, as it cannot be checked here.
     if path.is_file():
         return _file(text, path, data_dir)
     if path.is_dir():
@@ -118,8 +120,8 @@ def parse_item(text: str, whole: str = "") -> Item:
 def split_files(folder: Path, split: str) -> list[Path]:
     """The data files of one split of a folder, sorted, all of one format.
 
-    A split is named by the file (``train.jsonl``, ``test-00000-of-00002.parquet``) or by a folder above it
-    (``test/a.csv``); if no file names one, all files together are "train". Raises DataError.
+    The file (``train.jsonl``, ``test-00000-of-00002.parquet``) or a folder above it (``test/a.csv``) names the split. If no file
+    names one, all files together are "train". Raises DataError.
     """
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and _is_data(p.relative_to(folder)))
     if not files:
@@ -127,6 +129,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    # Named and unnamed files together would be ambiguous.
     unnamed = splits.pop("", [])
     if unnamed and splits:
         raise DataError(
@@ -143,7 +146,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def no_data_files(folder: Path) -> DataError:
-    """The error for a folder without data; names what is there instead, if that is data of another kind."""
+    """The error for a folder without data files. Names a file of another format if there is one."""
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() in OTHER_FORMATS:
             return DataError(
@@ -153,7 +156,7 @@ def no_data_files(folder: Path) -> DataError:
 
 
 def choose_split(where: str, splits: Mapping[str, T], split: str) -> T:
-    """``splits[split]``, or a DataError that names the splits there are."""
+    """``splits[split]``; raises DataError naming the existing splits."""
     if split not in splits:
         raise DataError(f"{where} has no split {split!r}: choose one of {listed(splits)}.")
     return splits[split]
@@ -196,7 +199,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _split_of(path: Path) -> str:
-    """The split that a file's name or folders name, "" if none."""
+    """The split in a file's name or folders; "" if there is none."""
     if shard := _SHARD.fullmatch(path.stem):
         return shard["split"]
     for part in (path.stem, *reversed(path.parts[:-1])):

@@ -1,6 +1,6 @@
-"""Files that are not rows as they stand, whatever their names say, and the way to make them rows. Standard library only.
+"""Recognise files that hold no rows, whatever their names say, and tell how to convert them. Standard library only.
 
-Nothing is converted here: each kind of file gets one sentence, before a row is read.
+Nothing is converted here: each kind of file has one sentence, raised before a row is read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from togi.errors import DataError
 HEAD_CHARACTERS = 1 << 20
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _UTF16 = "is UTF-16 text, as some programs export it: save it as UTF-8 (in Excel: CSV UTF-8)."
-# What a file begins with, what it then is, and what to do with it.
+# First bytes of a file, and what it then is and what to do.
 _SIGNS = (
     (
         (b"version https://git-lfs",),
@@ -32,7 +32,7 @@ _MESSAGE_KEYS = frozenset({"role", "from"})
 
 
 def check_content(path: Path) -> None:
-    """Raise DataError for a file that begins like no data file, or like one of another format. Raises OSError."""
+    """Raise DataError for a file whose first bytes are not those of its format. Raises OSError."""
     with path.open("rb") as file:
         head = file.read(64)
     is_text = path.suffix.lower() not in _TABLES.values()
@@ -47,11 +47,12 @@ def check_content(path: Path) -> None:
 
 
 def check_objects(path: Path, fields: Collection[str] = ()) -> None:
-    """Raise DataError for a file of JSON objects that is not one object a line, or whose only object holds all rows.
+    """Raise DataError for a JSONL file that is not one object per line, or whose only object holds all rows.
 
-    ``fields``: those that rows are asked for, if they are known; one object on one line that has them is a row.
+    ``fields``: of a row, if they are known; one object on one line that has them is a row.
     """
     text, value, end = _first_value(path)
+    # The usual mistakes: a list, a table in one object, pretty-printed objects.
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value) and not text[end:].strip():
         raise DataError(
             f"{path} is one JSON list: let its name end in .json, or write one object a line (`jq -c .[] FILE`)."
@@ -69,13 +70,13 @@ def check_objects(path: Path, fields: Collection[str] = ()) -> None:
 
 
 def check_names(path: Path | str, names: Sequence[str], where: str = "") -> None:
-    """Raise DataError for two columns of one name."""
+    """Raise DataError for two columns of the same name."""
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{path} has two columns of the name {twice[0]!r}{where}: rename one of them.")
 
 
 def csv_separator(names: Collection[str]) -> str | None:
-    """In words what really separates the columns of a CSV file whose first line is a single name; None: nothing does."""
+    """The real separator, in words, of a CSV file whose first line has a single column; None if there is none."""
     if len(names) != 1:
         return None
     (name,) = names
@@ -83,7 +84,7 @@ def csv_separator(names: Collection[str]) -> str | None:
 
 
 def _check_only(path: Path, value: Mapping[str, Any], *, is_row: bool) -> None:
-    """The file is a single object: are its values columns, or lists of rows?"""
+    """Raise DataError if the single object of a file holds columns or lists of rows."""
     if _is_columns(value):
         raise DataError(
             f"{path} is one object that holds a whole table: write one object a line (pandas: `to_json(path, orient='records', "
@@ -98,7 +99,7 @@ def _check_only(path: Path, value: Mapping[str, Any], *, is_row: bool) -> None:
 
 
 def _first_value(path: Path) -> tuple[str, Any, int]:
-    """The beginning of a file, the JSON value that it starts with (None if it is none) and where that ends."""
+    """The head of a file, the JSON value that it starts with (None if it is none) and the end of that value."""
     size = HEAD_CHARACTERS
     while True:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
@@ -107,6 +108,7 @@ def _first_value(path: Path) -> tuple[str, Any, int]:
         try:
             value, end = json.JSONDecoder().raw_decode(text, start)
         except json.JSONDecodeError as error:
+            # A value that goes on after the head looks like an error at its end: read more.
             cut_off = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith(("Unterminated", "Invalid \\u"))
             if len(text) < size or not cut_off:
                 return text, None, 0
@@ -118,8 +120,8 @@ def _first_value(path: Path) -> tuple[str, Any, int]:
 
 
 def _is_columns(value: Mapping[str, Any]) -> bool:
-    """Whether an object is a table as pandas writes it: {"a": {"0": ..., "1": ...}}, the same the other way round, columns and
-    data apart, or equally long lists of texts and numbers.
+    """Whether an object is a table as pandas writes it: {"a": {"0": ..., "1": ...}}, the same transposed, columns and data
+    apart, or equally long lists of texts and numbers.
     """
     columns = list(value.values())
     if columns and all(isinstance(column, dict) and column for column in columns):

@@ -1,6 +1,6 @@
-"""Rows of JSONL, CSV and JSON files that are read when they are asked for: in memory is where each one is.
+"""Rows of JSONL, CSV and JSON files that are read on demand; only the place of each row is in memory.
 
-How a row is written in a file is known to ``tables``.
+``tables`` knows how a row is written in a file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SPACE = tuple(b" \t\r\n\v\f")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LineRows:
-    """A JSONL or CSV file. Row i begins at byte ``starts[i]`` and in line ``lines[i]``; ``starts`` has one number more."""
+    """A JSONL or CSV file. Row i begins at byte ``starts[i]`` in line ``lines[i]``; ``starts`` has one element more."""
 
     path: Path
     starts: NDArray[np.int64]
@@ -67,7 +67,7 @@ class LineRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ItemRows:
-    """A file that is one JSON list: its ``text``, and the first and last characters of each item."""
+    """A file that is one JSON list: its ``text``, and the first and last character of each item."""
 
     path: Path
     text: str
@@ -88,7 +88,7 @@ class ItemRows:
 
 
 def open_rows(path: Path) -> LineRows | ItemRows:
-    """The rows of a .json, .jsonl or .csv file. Raises DataError naming the file, if it cannot be read as a whole."""
+    """The rows of a .json, .jsonl or .csv file. Raises DataError naming the file if it cannot be read."""
     with guarded(path):
         check_content(path)
     kind = FORMATS[path.suffix.lower()]
@@ -102,13 +102,13 @@ def open_rows(path: Path) -> LineRows | ItemRows:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of such a file, in memory. Raises DataError naming the first that cannot be read."""
+    """All rows of such a file, in memory. Raises DataError naming the first row that cannot be read."""
     rows = open_rows(path)
     return [readable(row, rows.place(i)) for i, row in enumerate(rows.fetch(range(len(rows))))]
 
 
 def file_digest(path: Path) -> str:
-    """A digest of the bytes of a file and of the format that its name says. Raises DataError."""
+    """A digest of a file's bytes and of the format in its name. Raises DataError."""
     digest = hashlib.blake2b(FORMATS[path.suffix.lower()].encode(), digest_size=16)
     with guarded(path), path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -133,7 +133,7 @@ def _csv_rows(path: Path) -> LineRows:
 
 
 def _scan(path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
-    """The first byte of each line, whether it is blank, and the size of the file in bytes."""
+    """The first byte of each line, whether the line is blank, and the size of the file in bytes."""
     starts: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     spaced: list[NDArray[np.bool_]] = [np.empty(0, np.bool_)]
     size, last = 0, NEWLINE
@@ -143,13 +143,14 @@ def _scan(path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
         file.seek(size)
         while block := file.read(BLOCK):
             bytes_B = np.frombuffer(block, dtype=np.uint8)
+            # A line starts after a newline, which may be the last byte of the block before.
             first = np.flatnonzero(np.append(np.uint8(last), bytes_B[:-1]) == NEWLINE)
             starts.append(first + size)
             spaced.append(np.isin(bytes_B[first], SPACE))
             size, last = size + len(block), int(bytes_B[-1])
         all_starts, blank = np.concatenate(starts), np.concatenate(spaced)
         ends = np.append(all_starts[1:], size)
-        for i in np.flatnonzero(blank):  # it begins with white space: is there anything else?
+        for i in np.flatnonzero(blank):  # the line starts with white space; is anything else in it?
             file.seek(int(all_starts[i]))
             blank[i] = not file.read(int(ends[i] - all_starts[i])).strip()
     return all_starts, blank, size

@@ -1,7 +1,7 @@
 """Prompts in a seeded order, with a position that can be saved and resumed exactly.
 
-Every prompt comes once per episode over any sequence of takes, saves and restores. The order depends on
-the seed, the episode and the number of prompts only, not on ranks or on how many are taken at once.
+Every prompt comes once per episode over any sequence of takes, saves and resumes. The order depends only on the seed, the
+episode and the number of prompts, not on ranks or on how many are taken at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from togi.sample import Prompt
 
 @dataclass(frozen=True, slots=True)
 class LoaderState:
-    """Where a loader stands: ``position`` prompts of ``episode`` (from 0) have been taken."""
+    """The position of a loader: ``position`` prompts of ``episode`` (from 0) have been taken."""
 
     episode: int
     position: int
@@ -31,7 +31,7 @@ class LoaderState:
 
 
 class PromptLoader:
-    """Deals the prompts of a set, ``episodes`` times, each time in another seeded order."""
+    """Returns the prompts of a set ``episodes`` times, each time in another seeded order."""
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, episodes: int) -> None:
         assert len(prompts) > 0 and episodes > 0
@@ -48,11 +48,11 @@ class PromptLoader:
 
     @property
     def remaining(self) -> int:
-        """Prompts still to come, over all episodes (negative after resuming a run that had more episodes)."""
+        """Prompts left over all episodes (negative after resuming a run that had more episodes)."""
         return (self._episodes - self._episode) * len(self._prompts) - self._position
 
     def take(self, n: int) -> list[Prompt]:
-        """The next ``n`` prompts; fewer at the end of an episode, which no batch crosses; none when all are done."""
+        """The next ``n`` prompts; fewer at the end of an episode, which no batch crosses; empty when all are done."""
         assert n > 0
         if self.remaining <= 0:
             return []
@@ -63,11 +63,11 @@ class PromptLoader:
         return [self._prompts[i] for i in chosen]
 
     def state(self) -> LoaderState:
-        """The position, to be saved with a checkpoint."""
+        """The position, to be saved in a checkpoint."""
         return LoaderState(self._episode, self._position, self._seed, len(self._prompts), self._fingerprint)
 
     def load_state(self, state: LoaderState) -> None:
-        """Go on where ``state`` was taken. Raises DataError if that was with other prompts or another seed."""
+        """Resume at ``state``. Raises DataError if it was saved with other prompts or another seed."""
         if state.num_prompts != len(self._prompts):
             raise DataError(
                 f"The checkpoint was made with {state.num_prompts} prompts but the prompt set now has "

@@ -1,9 +1,8 @@
-"""A text and its learned characters -> token ids and the learned tokens. The whole text is tokenised once.
+"""From a text and its trained characters to token ids and trained tokens. The whole text is tokenised once.
 
-Characters become tokens through the offsets of the fast tokenizer. A token that ends inside a learned part belongs to
-it, also if it starts before: where BPE merges the end of a prompt with the start of an answer, the merged token is the
-first of the answer. What the text is and which parts are learned is decided in ``turns`` and the modules of each
-command; what is too long in ``records``.
+The offsets of the fast tokenizer map characters to tokens. A token that ends inside a trained part belongs to it, even if it
+starts before: where BPE merges the end of a prompt with the start of an answer, the merged token is the first of the answer.
+``turns`` and the modules of each command decide the text and its trained parts; ``records`` decides what is too long.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ Span = tuple[int, int]
 class Draft:
     """A text to be tokenised.
 
-    ``spans``: (start, end) characters of each part to learn, ascending. ``complete``: an answer ends with the text, so
-    that it must end with an end token. ``labels``: one number a span, or none. ``values``: as in ``Sample``.
-    ``notes``: what was read otherwise than written.
+    ``spans``: (start, end) characters of each trained part, ascending. ``complete``: an answer ends with the text, so it must end
+    with an end token. ``labels``: one number per span, or empty. ``values``: as in ``Sample``. ``notes``: what was converted.
     """
 
     text: str
@@ -41,10 +39,10 @@ class Draft:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coded:
-    """A tokenised draft, without an object per token. ``runs``: (start, end) tokens of each part to learn.
+    """A tokenised draft, without an object per token. ``runs``: (start, end) tokens of each trained part.
 
-    ``prompt_length``: the leading tokens that are not learned. ``merged``: its last character of the prompt and first
-    one of the answer are in one token.
+    ``prompt_length``: the leading tokens that are not trained. ``merged``: the last character of the prompt and the first of the
+    answer are in one token.
     """
 
     tokens: NDArray[np.int32]
@@ -55,7 +53,7 @@ class Coded:
     values: Mapping[str, float] = field(default_factory=dict)
 
     def cut(self, length: int) -> Coded:
-        """The first ``length`` tokens; parts that start later are lost with their labels."""
+        """The first ``length`` tokens; parts that start later are dropped with their labels."""
         kept = [(start, min(end, length)) for start, end in self.runs if start < length]
         return replace(
             self,
@@ -66,11 +64,11 @@ class Coded:
         )
 
     def learnable(self) -> bool:
-        """Whether any token with a prediction is to be learned; the first token has none."""
+        """Whether any token with a prediction is trained; the first token has none."""
         return any(end > max(start, 1) for start, end in self.runs)
 
     def loss_mask(self) -> NDArray[np.bool_]:
-        """True at the tokens to learn."""
+        """True at the trained tokens, shape (tokens)."""
         mask = np.zeros(len(self.tokens), dtype=np.bool_)
         for start, end in self.runs:
             mask[start:end] = True
@@ -78,7 +76,7 @@ class Coded:
         return mask
 
     def sample(self, group_id: str) -> Sample:
-        """The sequence as it is trained on; labels become the stream "labels", NaN where there is none."""
+        """The sequence as a sample; labels become the stream "labels", NaN where there is none."""
         streams = {}
         if self.labels:
             stream = np.full(len(self.tokens), np.nan, dtype=np.float32)
@@ -92,7 +90,7 @@ class Coded:
 def encode_drafts(
     drafts: Sequence[Draft], tokenizer: Tokenizer, *, add_special_tokens: bool, enders: Collection[int]
 ) -> list[Coded]:
-    """Tokenise each draft and end complete ones with the EOS token, unless one of ``enders`` ends them already."""
+    """Tokenise each draft. Appends EOS to complete drafts unless they already end with one of ``enders``."""
     if not drafts:
         return []
     encoded = tokenizer(
@@ -109,7 +107,7 @@ def encode_drafts(
 
 
 def end_tokens(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
-    """The tokens that show that a text ends by itself: EOS; in a chat each special token but BOS, as it closes a turn.
+    """The tokens that end a text: EOS; in a chat also every special token except BOS, because it closes a turn.
 
     Raises DataError if the tokenizer has no EOS token.
     """
@@ -120,7 +118,7 @@ def end_tokens(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
 
 
 def shown(coded: Coded, tokenizer: Tokenizer) -> str:
-    """The text for people: special tokens visible, learned parts between ⟦ and ⟧."""
+    """The text with special tokens visible and trained parts between ⟦ and ⟧."""
     parts, position = [], 0
     for start, end in coded.runs:
         parts += [
@@ -142,10 +140,10 @@ def check_start(coded: Coded, tokenizer: Tokenizer) -> None:
 
 
 def check_decoding(draft: Draft, coded: Coded, tokenizer: Tokenizer) -> None:
-    """Raise DataError if the learned tokens do not hold the text of the learned parts (white space apart)."""
+    """Raise DataError if the trained tokens do not decode to the text of the trained parts (up to white space)."""
     for (first, last), (start, end) in zip(draft.spans, coded.runs, strict=True):
         text = draft.text[first:last]
-        # Through the tokenizer and back, since some lower or normalise text.
+        # Encode and decode the expected text too, since some tokenizers lower or normalise text.
         expected = visible(tokenizer, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         decoded = visible(tokenizer, coded.tokens[start:end].tolist())
         if _squashed(expected) not in _squashed(decoded):
@@ -159,6 +157,7 @@ def _code(draft: Draft, ids: list[int], offsets: list[Span], eos: int, enders: C
     starts, ends = _character_ranges(offsets)
     runs = [_run(span, starts, ends) for span in draft.spans]
     tokens = np.array(ids, dtype=np.int32)
+    # End the answer, unless it was truncated or already has an end token.
     if draft.complete and runs and runs[-1][0] < len(ids) and ids[-1] not in enders:
         tokens = np.append(tokens, np.int32(eos))
         runs[-1] = (runs[-1][0], len(tokens))
@@ -168,9 +167,9 @@ def _code(draft: Draft, ids: list[int], offsets: list[Span], eos: int, enders: C
 
 
 def _character_ranges(offsets: list[Span]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The characters at which each token starts and ends. Special tokens that a tokenizer adds are at (0, 0).
+    """The start and end characters of each token. Special tokens that the tokenizer adds are at (0, 0).
 
-    Some tokenizers leave white space out of offsets, so a token starts at the latest where the one before it ended.
+    Some tokenizers leave white space out of offsets, so a token starts at the latest where the previous one ended.
     """
     table = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     ends = table[:, 1]
@@ -179,7 +178,7 @@ def _character_ranges(offsets: list[Span]) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def _run(span: Span, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Span:
-    """The tokens that end inside the span or go beyond it: from the first to the last. (n, n) if there are none."""
+    """The (start, end) tokens from the first to the last that overlap the span; (n, n) if there are none."""
     inside = np.flatnonzero((ends > span[0]) & (starts < span[1]))
     return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (len(ends), len(ends))
 

@@ -1,8 +1,8 @@
-"""Conversations as rows hold them -> one form: a list of messages with a known role and text as content, and their tools.
+"""Convert conversations of rows to one form: messages with a known role and text as content, and their tools.
 
-Rows come in several dialects: OpenAI's, ShareGPT's ``from`` and ``value``, content in parts, lists exported as text, one
-message in place of a list, columns in place of messages. Each is read for what it is and noted (``Note``); what is none of
-them is a fault. Nothing is rendered here (``chat``), and what is learned is decided in ``turns``.
+Rows come in several dialects: OpenAI's, ShareGPT's ``from`` and ``value``, content in parts, lists exported as text, a single
+message instead of a list, columns instead of messages. Each is recognised and noted (``Note``); anything else is a fault.
+Nothing is formatted here (``chat``); ``turns`` decides what is trained.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ Message: TypeAlias = Mapping[str, Any]
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
 ROLES = frozenset({SYSTEM, "developer", USER, ASSISTANT, TOOL})
-# What other data sets call those who speak.
+# Names of user and assistant in other data sets.
 SPEAKERS = dict.fromkeys(("human", "prompter"), USER) | dict.fromkeys(
     ("gpt", "chatgpt", "model", "bot", "chatbot", "ai"), ASSISTANT
 )
-# The same for tools. A template that has a name of its own for them keeps it.
+# Names of the tool role in other data sets. A template that knows the name keeps it.
 ANSWERERS = dict.fromkeys(("observation", "tool_response", "function_response", "function", "ipython"), TOOL)
-# A turn of the assistant that is nothing but a call, written as JSON text.
+# Roles of an assistant turn that is only a call, as JSON text.
 CALLERS = frozenset({"function_call", "tool_call"})
 REASONING = ("reasoning_content", "reasoning", "thinking")
-# Marks of a turn that is not to be learned: OpenAI's weight, and what others call it.
+# Marks of a turn that is not trained: OpenAI's weight, and other names for it.
 MARKS = {"weight": (0, 1), "train": (False, True), "trainable": (False, True)}
 TOOLS, FUNCTIONS = "tools", "functions"
-# The fields of a row that belong to the rendered prompt beside the messages.
+# Fields of a row that belong to the formatted prompt besides the messages.
 SYSTEM_FIELDS = (SYSTEM, "system_prompt")
 FRAME = (TOOLS, FUNCTIONS, *SYSTEM_FIELDS)
 _SHARED = {"from": "role", "value": "content"}
-# The types of a part that is text, in OpenAI's two interfaces.
+# The types of a text part in OpenAI's two interfaces.
 _TEXTS = ("text", "input_text", "output_text")
 _MESSAGE_FORM = "write {'role': 'user', 'content': ...}."
 
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """Messages in the one form, the tools that their template is to show, and what was read otherwise than written."""
+    """Messages in one form, the tools for the template, and notes on what was converted."""
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     notes: frozenset[Note] = frozenset()
 
     def extended(self, other: Dialogue) -> Dialogue:
-        """These messages and then the others, for the same tools."""
+        """These messages followed by the others, with the same tools."""
         return Dialogue((*self.messages, *other.messages), self.tools, self.notes | other.notes)
 
     @property
@@ -63,12 +63,13 @@ class Dialogue:
 def dialogue_of(value: object, role: str, template: str | None, frame: Dialogue | None = None) -> Dialogue:
     """The messages of a field: a string is one message of ``role``, anything else must be messages. Raises RowError.
 
-    ``template``: the text of the chat template; a role that it names is known, and without one any is. ``frame``: tools and
-    system turn that the row has in fields of their own.
+    ``template``: the text of the chat template; roles that it names are known, and without a template every role is. ``frame``:
+    tools and system turn that the row has in separate fields.
     """
     frame = Dialogue(()) if frame is None else frame
     notes = set[Note](frame.notes)
     found = value
+    # Undo each dialect, outermost first: text, a bare string, content parts, a single object.
     if isinstance(value, str):
         found = parsed(value, is_message)
         notes |= set() if isinstance(found, str) else {Note.AS_TEXT}
@@ -83,13 +84,14 @@ def dialogue_of(value: object, role: str, template: str | None, frame: Dialogue 
         raise RowError(Drop.WRONG_TYPE, f"is {named_value(value)}: it must be a string or a list of messages.")
     messages = tuple(_message(message, number, template, notes) for number, message in enumerate(found))
     dialogue = Dialogue(messages, frame.tools, frozenset(notes))
+    # A system turn in the messages wins over the one in a separate field.
     return dialogue if dialogue.begins_with_system else replace(dialogue, messages=(*frame.messages, *messages))
 
 
 def frame_of(row: Row) -> Dialogue:
-    """What a row holds beside its messages: ``tools`` (or the older ``functions``), and a system turn in a field ``system``.
+    """Tools (``tools`` or the older ``functions``) and system turn (``system``) in separate fields of a row.
 
-    Raises RowError, without the name of the field, for tools that are none.
+    Raises RowError, without the name of the field, for invalid tools.
     """
     notes, functions = set[Note](), row.get(FUNCTIONS)
     tools = read_tools(row.get(TOOLS), notes)
@@ -104,17 +106,17 @@ def frame_of(row: Row) -> Dialogue:
 
 
 def reasoning_of(message: Message) -> list[str]:
-    """What the assistant thought, where the row keeps it beside the content."""
+    """The reasoning of the assistant, where the row keeps it outside the content."""
     return [message[key] for key in REASONING if message.get(key)]
 
 
 def is_marked_off(message: Message) -> bool:
-    """Whether a turn says itself that it is not to be learned."""
+    """Whether a turn is marked as not trained."""
     return any(key in message and not message[key] for key in MARKS)
 
 
 def without_answers(dialogue: Dialogue) -> Dialogue:
-    """A prompt without the assistant's turns that end it, which are for the model to say."""
+    """A prompt without the assistant turns at its end, which the model must write."""
     end = len(dialogue.messages)
     while end > 0 and dialogue.messages[end - 1]["role"] == ASSISTANT:
         end -= 1
@@ -124,13 +126,13 @@ def without_answers(dialogue: Dialogue) -> Dialogue:
 
 
 def holds_messages(value: object) -> bool:
-    """Whether a value of a table is a message or a list of them."""
+    """Whether a table value is a message or a list of messages."""
     first = value[0] if isinstance(value, list) and value else value
     return isinstance(first, Mapping) and ("role" in first or "from" in first)
 
 
 def unfilled(value: Any) -> Any:
-    """A value without the keys that a table fills with null, at any depth: its rows all have the keys that any of them has."""
+    """A value without null keys at any depth: a table gives every row the keys that any row has."""
     if isinstance(value, Mapping):
         return {key: unfilled(item) for key, item in value.items() if item is not None}
     return [unfilled(item) for item in value] if isinstance(value, list) else value
@@ -142,14 +144,14 @@ def is_message(item: Mapping[str, Any]) -> bool:
 
 
 def _is_part(item: object) -> bool:
-    """Whether an item is a part of content, and no message."""
+    """Whether an item is a part of content, not a message."""
     if not isinstance(item, Mapping) or "role" in item or "from" in item:
         return False
     return "type" in item or item.keys() == {"text"}
 
 
 def _rows_of(found: Mapping[str, Any]) -> list[Any]:
-    """One message as a list of it; a table of messages, a list for each key, as its rows."""
+    """A single message as a list; a table of messages (a list for each key) as its rows."""
     columns = {key: column for key, column in found.items() if isinstance(column, list)}
     sizes = {len(column) for column in columns.values()}
     if len(sizes) == 1 and len(columns) == len(found) and ("role" in columns or "from" in columns):
@@ -158,7 +160,7 @@ def _rows_of(found: Mapping[str, Any]) -> list[Any]:
 
 
 def _message(message: object, number: int, template: str | None, notes: set[Note]) -> Message:
-    """One message in the one form. Keys that a template may know beside role and content stay as they are."""
+    """One message in the common form. Other keys than role and content stay, since a template may use them."""
     where = f"in its message {number}"
     if not isinstance(message, Mapping):
         raise RowError(Drop.WRONG_ROLES, f"has no role and content {where} ({short(message)}): {_MESSAGE_FORM}")
@@ -170,6 +172,7 @@ def _message(message: object, number: int, template: str | None, notes: set[Note
     if not isinstance(kept.get("role"), str):
         keys = ", ".join(map(repr, message)) or "none"
         raise RowError(Drop.WRONG_ROLES, f"has no role and content {where} (its keys: {keys}): {_MESSAGE_FORM}")
+    # Role and calls first: whether content may be missing depends on them.
     _settle_role(kept, where, template, notes)
     settle_calls(kept, where, notes)
     for key in REASONING:
@@ -183,6 +186,7 @@ def _message(message: object, number: int, template: str | None, notes: set[Note
         keys = ", ".join(map(repr, message))
         raise RowError(Drop.WRONG_ROLES, f"has no content {where} (its keys: {keys}): {_MESSAGE_FORM}")
     kept["content"] = _text(kept, "content", where, notes)
+    # A template would write the reasoning twice.
     if "</think>" in kept["content"] and reasoning_of(kept):
         raise RowError(
             Drop.WRONG_ROLES,
@@ -192,11 +196,12 @@ def _message(message: object, number: int, template: str | None, notes: set[Note
 
 
 def _settle_role(kept: dict[str, Any], where: str, template: str | None, notes: set[Note]) -> None:
-    """Give the message a known role, in place."""
+    """Give the message a known role, in place. Raises RowError for an unknown one."""
     written = kept["role"]
     name = written.strip().lower()
     if written in ROLES or (written not in SPEAKERS and _is_asked_for(written, template)):
         return
+    # A turn that is only a call becomes an assistant turn with that call.
     if name in CALLERS:
         calls = call_list(kept.get("content"))
         if calls is None:
@@ -239,7 +244,7 @@ def _check_marks(kept: Mapping[str, Any], where: str, notes: set[Note]) -> None:
 
 
 def _text(message: Mapping[str, Any], key: str, where: str, notes: set[Note]) -> str:
-    """A text, or the text of parts that are nothing else. Raises RowError naming what it is."""
+    """The text of a string or of text parts. Raises RowError naming anything else."""
     value = message[key]
     if isinstance(value, str):
         return value

@@ -1,7 +1,7 @@
 """Several data sets as one list of rows: concatenated, or drawn with probabilities.
 
-Only places are mixed, never tables: a pick is (source, row), and records are built from each source's own rows, so that
-sets with different columns cannot clash. What a row becomes is not decided here.
+Only places are mixed, never tables: a pick is (source, row), and each record is built from its source's own row. So sets with
+different columns cannot clash.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DRAW = 1000
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """One row of the mixture. ``repeat`` counts its earlier occurrences (0 for the first)."""
+    """One row of the mixture. ``repeat``: the number of its earlier occurrences (0 for the first)."""
 
     source: int
     row: int
@@ -30,13 +30,13 @@ class Pick:
 
     @property
     def id(self) -> str:
-        """Unique in the mixture and stable between runs: "source:row", then "source:row#1" when the row comes again."""
+        """Unique in the mixture and stable between runs: "source:row", then "source:row#1" for a repeat."""
         return f"{self.source}:{self.row}" + (f"#{self.repeat}" if self.repeat > 0 else "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixture:
-    """Data sets and the order in which their rows are used: ``places`` has (source, row, repeat) of each, shape (M, 3)."""
+    """Data sets and the order of their rows. ``places``: (source, row, repeat) of each, shape (M, 3)."""
 
     sources: tuple[Source, ...]
     places: NDArray[np.int64]
@@ -46,34 +46,33 @@ class Mixture:
 
     @property
     def picks(self) -> Iterator[Pick]:
-        """The rows in order, without making all of them at once."""
+        """The rows in order, as an iterator that does not build all picks at once."""
         return (
             Pick(*place) for start in range(0, len(self), DRAW) for place in self.places[start : start + DRAW].tolist()
         )
 
     def rows_used(self, source: int) -> range:
-        """The distinct rows of a source that are used. Sets are used from their beginning."""
+        """The distinct rows of a source that are used, always from its beginning."""
         own = self.places[self.places[:, 0] == source, 1]
         return range(int(own.max()) + 1 if len(own) > 0 else 0)
 
     def rows(self) -> list[Row]:
-        """The row of every pick, in order. All of them are held at once. Raises DataError for one that cannot be read."""
+        """The row of every pick, in order, all in memory. Raises DataError for a row that cannot be read."""
         found = [source.rows.fetch(self.rows_used(index)) for index, source in enumerate(self.sources)]
         return [readable(found[pick.source][pick.row], self.place(pick)) for pick in self.picks]
 
     def place(self, pick: Pick) -> str:
-        """Where the row of a pick is, in words: file and line."""
+        """The place of a pick's row in words: file and line."""
         return self.sources[pick.source].rows.place(pick.row)
 
 
 def load_mixture(
     datasets: str, probs: str | None, *, split: str = DEFAULT_SPLIT, seed: int = 42, max_samples: int = 100_000_000
 ) -> Mixture:
-    """Load comma-separated sets and mix them.
+    """Load comma-separated sets and mix them. Raises DataError.
 
-    Without ``probs`` the sets follow each other; ``max_samples`` is then shared out in proportion to their sizes, so
-    that later sets never vanish. With ``probs`` rows are drawn until every set was used up once (short sets repeat),
-    and ``max_samples`` keeps the first of them. Raises DataError.
+    Without ``probs`` the sets are concatenated, and ``max_samples`` is shared in proportion to their sizes, so later sets never
+    vanish. With ``probs`` rows are drawn until every set was used up once (short sets repeat), and ``max_samples`` truncates.
     """
     items = split_items(datasets)
     weights = None if probs is None else parse_probs(probs, len(items))
@@ -84,7 +83,7 @@ def load_mixture(
 
 
 def concatenate(sizes: Sequence[int], max_samples: int) -> NDArray[np.int64]:
-    """Places (source, row), shape (M, 2): the first rows of each set, as many as its share of ``max_samples``."""
+    """Places (source, row), shape (M, 2): the first rows of each set, up to its share of ``max_samples``."""
     shares = proportional_shares(sizes, max_samples)
     sources = np.repeat(np.arange(len(sizes)), shares)
     rows = np.concatenate([np.arange(share) for share in shares])
@@ -112,8 +111,8 @@ def proportional_shares(sizes: Sequence[int], total: int) -> list[int]:
 def interleave(sizes: Sequence[int], probs: Sequence[float], seed: int, max_samples: int) -> NDArray[np.int64]:
     """Places (source, row), shape (M, 2), drawn until every set was used up once; a set that runs out starts again.
 
-    The same order as ``datasets.interleave_datasets(..., stopping_strategy="all_exhausted")``: sources are drawn in
-    blocks of 1000 from NumPy's default generator.
+    The same order as ``datasets.interleave_datasets(..., stopping_strategy="all_exhausted")``: sources are drawn in blocks of 1000
+    from NumPy's default generator.
     """
     rng = np.random.default_rng(seed)
     blocks: list[NDArray[np.int64]] = []
@@ -122,6 +121,7 @@ def interleave(sizes: Sequence[int], probs: Sequence[float], seed: int, max_samp
         blocks.append(rng.choice(len(sizes), size=DRAW, p=probs))
         left -= np.bincount(blocks[-1], minlength=len(sizes))
     drawn = np.concatenate(blocks)
+    # The k-th draw of a source is its row k, modulo its size. The end is where the last set has had all rows.
     rows = np.empty_like(drawn)
     end = 0
     for source, size in enumerate(sizes):
@@ -132,7 +132,7 @@ def interleave(sizes: Sequence[int], probs: Sequence[float], seed: int, max_samp
 
 
 def _with_repeats(places: NDArray[np.int64], sizes: Sequence[int]) -> NDArray[np.int64]:
-    """Places with how often each came before. The rows of a set come in turn, so that is the number of earlier rounds."""
+    """Places with the number of earlier occurrences: rows of a set come in turn, so it is the number of earlier rounds."""
     repeats = np.empty(len(places), dtype=np.int64)
     for source, size in enumerate(sizes):
         turns = np.flatnonzero(places[:, 0] == source)

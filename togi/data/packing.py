@@ -1,6 +1,6 @@
-"""Samples -> ``Batch``: the plain layout (one segment a sequence) and the shared-prefix layout (one segment a prompt).
+"""Lay out samples as a ``Batch``: plain (one segment per sequence) or with shared prefixes (one segment per prompt).
 
-Shape letters as in ``togi.batch``. Which samples go together is decided in ``partition``; here they are laid out.
+Shape letters as in ``togi.batch``. ``partition`` decides which samples go together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["PackStats", "Packs", "micro_batches", "pack", "pack_all", "pack_stat
 
 @dataclass(frozen=True, slots=True)
 class PackStats:
-    """Tokens in packs, and how many there would be if no prompt were shared."""
+    """Tokens in packs, and how many there would be without shared prompts."""
 
     tokens: int
     unshared_tokens: int
@@ -34,26 +34,26 @@ class PackStats:
 
     @property
     def saved_share(self) -> float:
-        """The share of tokens that need not be computed, 0 to 1: 1 - tokens / unshared tokens."""
+        """The share of tokens that need no computation, 0 to 1: 1 - tokens / unshared tokens."""
         return 1 - self.tokens / self.unshared_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packs:
-    """Samples packed into batches. ``places`` are the samples' places in the caller's list, batch after batch."""
+    """Samples packed into batches. ``places``: the samples' places in the caller's list, batch after batch."""
 
     batches: list[Batch]
     places: list[int]
 
     def in_order(self, results: Sequence[T]) -> list[T]:
-        """Results that came batch after batch, one a sample, in the order of the caller's list."""
+        """Reorder results (batch after batch, one per sample) to the order of the caller's list."""
         by_place = dict(zip(self.places, results, strict=True))
         return [by_place[place] for place in range(len(self.places))]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
-    """A segment to be: tokens ``start`` to ``end`` of a sample. ``sequence`` NO_SEQUENCE marks a shared prompt."""
+    """A planned segment: tokens ``start`` to ``end`` of a sample. ``sequence`` NO_SEQUENCE marks a shared prompt."""
 
     sample: Sample
     start: int
@@ -65,11 +65,12 @@ class _Piece:
 def pack(samples: Sequence[Sample], *, share_prefix: bool) -> Batch:
     """Lay out samples as one Batch; all must have the same streams and values.
 
-    With ``share_prefix`` samples of one ``group_id`` whose prompts are equal token for token share one prompt segment,
-    and each response continues it. A sample without a response is never shared: its prompt is its own segment, so that
-    each sequence has tokens (none of them in the loss). Streams and values are float32.
+    With ``share_prefix`` the samples of one ``group_id`` with equal prompt tokens share one prompt segment, which each response
+    continues. A sample without a response is never shared: its prompt is its own segment, so that each sequence has
+    tokens (none of them in the loss). Streams and values are float32.
     """
     assert samples, "nothing to pack"
+    # Plan the segments, then build every tensor in their order.
     pieces, order = _pieces(samples, prefix_ids(samples, share_prefix=share_prefix))
     lengths = [piece.end - piece.start for piece in pieces]
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
@@ -97,7 +98,7 @@ def pack_all(
     share_prefix: bool,
     whole_groups: bool = False,
 ) -> Packs:
-    """Split samples into micro-batches (``partition.micro_batches``) and pack each of them."""
+    """Split samples into micro-batches (``partition.micro_batches``) and pack each."""
     plans = micro_batches(
         samples,
         max_tokens=max_tokens,
@@ -110,15 +111,16 @@ def pack_all(
 
 
 def pack_stats(batch: Batch) -> PackStats:
-    """Tokens of a batch, and what the plain layout would have."""
+    """Tokens of a batch, and how many the plain layout would have."""
     table = batch.segments
+    # In the plain layout every leaf segment would repeat its whole context.
     prefixes = set(table.prefixes_S)
     leaves = (s for s in range(len(table)) if s not in prefixes)
     return PackStats(batch.num_tokens, sum(table.context_length(s) + table.lengths_S[s] for s in leaves))
 
 
 def _pieces(samples: Sequence[Sample], prefixes: Sequence[int]) -> tuple[list[_Piece], list[int]]:
-    """Segments in pack order, and the sample of each sequence. Samples that share a prompt are brought together."""
+    """Segments in pack order, and the sample of each sequence. Samples that share a prompt are adjacent."""
     members: dict[int, list[int]] = {}
     for i, prefix in enumerate(prefixes):
         members.setdefault(prefix, []).append(i)
@@ -126,6 +128,7 @@ def _pieces(samples: Sequence[Sample], prefixes: Sequence[int]) -> tuple[list[_P
     order: list[int] = []
     for indices in members.values():
         shared, shared_segment = 0, NO_PREFIX
+        # A prompt of several samples is a segment of its own, which their responses name as prefix.
         if len(indices) > 1:
             first = samples[indices[0]]
             shared, shared_segment = first.prompt_length, len(pieces)

@@ -1,7 +1,7 @@
-"""A row -> a chosen and a rejected answer to one prompt.
+"""Read a row as a chosen and a rejected answer to one prompt.
 
-``join_pair`` finds the tokens that both share. What follows them is learned in both, so that the two log-probabilities
-are of the same continuation, also if BPE merges the end of the prompt with the start of only one answer.
+``join_pair`` finds the tokens that both share. All tokens after them are trained in both, so the two logprobs are of the same
+continuation, even if BPE merges the end of the prompt with the start of only one answer.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def read_pair(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> t
     }
     prompt = None if spec.prompt_key is None else value_of(row, where, "prompt_key", spec.prompt_key)
     margin = _margin(row, where)
+    # Cheap reasons to drop the row, before anything is formatted.
     if spec.prompt_key is not None and is_empty(prompt):
         return Drop.EMPTY_PROMPT
     if any(is_empty(answer) for answer in answers.values()):
@@ -61,7 +62,7 @@ def read_pair(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> t
 
 
 def join_pair(coded: Sequence[Coded]) -> tuple[Coded, ...] | Drop:
-    """The pair with one ``prompt_length``: the leading tokens that are equal and that neither side learns."""
+    """The pair with a common ``prompt_length``: the equal leading tokens that neither side trains on."""
     chosen, rejected = coded
     if np.array_equal(chosen.tokens, rejected.tokens):
         return Drop.CUT_EQUAL
@@ -87,7 +88,7 @@ def _margin(row: Row, where: str) -> float:
 def _plain(
     row: Row, prompt: object, key: str, answer: object, where: str, spec: RecordSpec, tokenizer: Tokenizer
 ) -> Draft | Drop:
-    """Without a prompt field the answer is the whole text."""
+    """A draft in plain text. Without a prompt field the answer is the whole text."""
     if spec.prompt_key is None:
         return plain_draft("", as_text(answer, where, key))
     return prompted_draft(row, prompt, answer, where, (spec.prompt_key, key), spec, tokenizer)
@@ -96,11 +97,12 @@ def _plain(
 def _chats(
     row: Row, prompt: object, answers: Mapping[str, object], where: str, spec: RecordSpec, tokenizer: Tokenizer
 ) -> list[Draft | Drop]:
-    """Both conversations, after a check that they answer the same history."""
+    """Both conversations, checked to answer the same history. Raises RowError."""
     found: list[tuple[Dialogue, int]] = []
     for key, value in answers.items():
         if spec.prompt_key is not None:
             found.append(prompted_dialogue(row, prompt, value, where, (spec.prompt_key, key), tokenizer))
+            # Without a prompt field each conversation holds its own prompt, and its last message is the answer.
             continue
         dialogue = whole_dialogue(value, where, key, row_frame(row, where), "prompt_key", tokenizer)
         with named(f"{where}: the field {key!r}"):

@@ -1,7 +1,7 @@
-"""Which samples go into which micro-batch and onto which rank. Index lists only: nothing is laid out or moved here.
+"""Assign samples to micro-batches and ranks. Works on index lists only; nothing is laid out or moved here.
 
-Deterministic: equal samples in equal order give equal lists. Costs are tokens as ``packing.pack`` lays them
-out, a shared prompt counted once.
+Deterministic: equal samples in equal order give equal lists. A cost is the number of tokens that ``packing.pack`` lays out, with a
+shared prompt counted once.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class _Bin:
 
 
 def prefix_ids(samples: Sequence[Sample], *, share_prefix: bool) -> list[int]:
-    """A number for each sample; those with the same number have one group and token for token the same prompt.
+    """A number for each sample; samples with the same number have the same group and the same prompt tokens.
 
-    A sample that cannot share (no prompt, no response, or sharing is off) has a number of its own.
+    A sample that cannot share (no prompt, no response, or sharing is off) has a unique number.
     """
     numbers: dict[tuple[str, bytes], int] = {}
     ids = []
@@ -66,9 +66,9 @@ def micro_batches(
 ) -> list[list[int]]:
     """Split samples into micro-batches of at most ``max_tokens`` tokens and ``max_sequences`` sequences.
 
-    The samples of a group stay together where they fit; a sequence of more than ``max_tokens`` is a batch of its own.
-    ``whole_groups`` never divides a group, for losses that compare its members: one that is too large is then
-    a batch of its own. Best-fit decreasing: the fullest batches come first, so a lack of memory shows at once.
+    The samples of a group stay together if they fit; a sequence of more than ``max_tokens`` is a batch of its own.
+    ``whole_groups`` never splits a group, for losses that compare its members: a group that is too large is then a batch
+    of its own. Best-fit decreasing: the fullest batches come first, so a lack of memory shows at once.
     """
     assert max_tokens > 0 and (max_sequences is None or max_sequences > 0)
     most = len(samples) if max_sequences is None else max_sequences
@@ -82,12 +82,12 @@ def micro_batches(
 def split_ranks(
     samples: Sequence[Sample], ranks: int, *, share_prefix: bool = True, whole_groups: bool = False
 ) -> list[list[int]]:
-    """Deal samples to ranks so that each gets about the same number of tokens.
+    """Dispatch samples to ranks so that each gets about the same number of tokens.
 
-    Groups stay together while no rank then is idle or has more than 5 % above the mean; else each is divided into
-    2, 4, 8, ... parts until the split is even enough, and the most even one is taken (``whole_groups``: never divided).
-    Each part goes to the least loaded rank, largest first (Graham's LPT rule). A list is empty only if there are fewer
-    samples than ranks, or fewer groups with ``whole_groups``.
+    Groups stay whole while no rank is idle and none has more than 5 % above the mean. Else each is split into 2, 4, 8, ... parts
+    until the result is even enough, and the most even one is used (``whole_groups``: never split). Each part goes to the least
+    loaded rank, largest first (Graham's LPT rule). A list is empty only if there are fewer samples than ranks, or fewer
+    groups with ``whole_groups``.
     """
     assert ranks > 0
     prefixes = prefix_ids(samples, share_prefix=share_prefix)
@@ -96,6 +96,7 @@ def split_ranks(
     mean = sum(unit.tokens for unit in whole) / ranks
     units, parts = whole, 1
     best = _longest_first(units, ranks)
+    # Splitting costs tokens (each part computes the prompt again), so it stops as soon as the load is even.
     while (best.highest > MAX_IMBALANCE * mean or best.lowest == 0) and not whole_groups and len(units) < len(samples):
         parts *= 2
         units = [part for unit in whole for part in _parts(unit, parts, samples, prefixes, share_prefix=share_prefix)]
@@ -108,7 +109,7 @@ def split_ranks(
 def _parts(
     unit: _Unit, parts: int, samples: Sequence[Sample], prefixes: Sequence[int], *, share_prefix: bool
 ) -> list[_Unit]:
-    """A group in about ``parts`` parts of about equal tokens; each part but one computes the prompt again."""
+    """A group in about ``parts`` parts of about equal tokens; every part but one computes the prompt again."""
     if parts >= len(unit.indices):
         return [_Unit((i,), len(samples[i].tokens)) for i in unit.indices]
     prompt = max(samples[i].prompt_length for i in unit.indices) if share_prefix else 0
@@ -132,7 +133,7 @@ def _tokens(indices: Sequence[int], samples: Sequence[Sample], prefixes: Sequenc
 def _added_tokens(
     indices: Sequence[int], samples: Sequence[Sample], prefixes: Sequence[int]
 ) -> Iterator[tuple[int, int]]:
-    """Each index with the tokens it adds to a pack of those before it."""
+    """Each index with the tokens that it adds to a pack of the indices before it."""
     seen: set[int] = set()
     for i in indices:
         shared = samples[i].prompt_length if prefixes[i] in seen else 0
@@ -149,7 +150,7 @@ def _divide(
     *,
     whole: bool,
 ) -> list[_Unit]:
-    """A group as one unit if it fits, else cut, in order, into parts that do (a sample that does not fit is a part)."""
+    """A group as one unit if it fits, else split in order into parts that fit (a sample that does not fit is a part)."""
     total = _tokens(group, samples, prefixes)
     if whole or (total <= max_tokens and len(group) <= max_sequences):
         return [_Unit(tuple(group), total)]
@@ -158,6 +159,7 @@ def _divide(
     tokens, seen = 0, set[int]()
     for i in group:
         added = len(samples[i].tokens) - (samples[i].prompt_length if prefixes[i] in seen else 0)
+        # A new part has to compute the prompt again.
         if part and (tokens + added > max_tokens or len(part) == max_sequences):
             units.append(_Unit(tuple(part), tokens))
             part, tokens, seen = [], 0, set()
@@ -169,11 +171,12 @@ def _divide(
 
 
 def _best_fit(units: Sequence[_Unit], max_tokens: int, max_sequences: int) -> list[_Bin]:
-    """Put each unit, largest first, into the bin that it fills best; a unit that fits nowhere opens a bin."""
+    """Put each unit, largest first, into the bin with the least free space that fits; else open a bin."""
     bins: list[_Bin] = []
     by_space: list[tuple[int, int]] = []  # (free tokens, bin), ascending; only bins that can still take a sequence
     for unit in sorted(units, key=lambda u: (-u.tokens, u.indices)):
         count = len(unit.indices)
+        # The first bin with enough tokens is the tightest; skip those without room for the sequences.
         place = bisect.bisect_left(by_space, (unit.tokens, -1))
         while place < len(by_space) and bins[by_space[place][1]].free_sequences < count:
             place += 1
@@ -192,7 +195,7 @@ def _best_fit(units: Sequence[_Unit], max_tokens: int, max_sequences: int) -> li
 
 
 def _longest_first(units: Sequence[_Unit], ranks: int) -> _Deal:
-    """Each unit, largest first, to the least loaded rank."""
+    """Assign each unit, largest first, to the least loaded rank."""
     loads = [(0, rank) for rank in range(ranks)]
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for unit in sorted(units, key=lambda u: (-u.tokens, u.indices)):

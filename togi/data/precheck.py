@@ -1,7 +1,7 @@
-"""A cheap look at a data set before anything heavy starts: does it exist, has it rows, has it the fields asked for.
+"""A cheap check of a data set before anything heavy starts: does it exist, does it have rows and the named fields.
 
-Reads the first rows only and imports neither torch nor transformers nor datasets. What it cannot see cheaply (a bad row
-far down, a hub data set) is found when the data is loaded.
+Reads the first rows only and imports neither torch nor transformers nor datasets. What it cannot see cheaply (a bad row far down,
+a hub data set) is found when the data is loaded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROBABILITY_TOLERANCE = 1e-3
 def check_sources(
     text: str, required: Mapping[str, str], split: str = DEFAULT_SPLIT, *, every_row: bool = True
 ) -> None:
-    """``check_source`` for each entry of a comma-separated list."""
+    """Call ``check_source`` for each entry of a comma-separated list."""
     for part in split_items(text):
         check_source(part, required, split, every_row=every_row)
 
@@ -46,8 +46,8 @@ def check_sources(
 def check_source(text: str, required: Mapping[str, str], split: str = DEFAULT_SPLIT, *, every_row: bool = True) -> None:
     """Raise DataError if the data set ``name[@data_dir]`` is missing, is empty or lacks a field. A hub name passes.
 
-    ``required``: the field that each flag names, such as {"input_key": "question"}. ``every_row``: one bad row is
-    enough; else it is for the one who loads the data to count them, and all of the first rows must be bad.
+    ``required``: the field that each flag names, such as {"input_key": "question"}. ``every_row``: a single bad row
+    among the first is an error; else all of them must be bad, and loading counts bad rows.
     """
     item = parse_item(text)
     if item.kind is Kind.HUB:
@@ -67,7 +67,7 @@ def check_source(text: str, required: Mapping[str, str], split: str = DEFAULT_SP
 
 
 def missing_field(where: str, flag: str, key: str, fields: Iterable[str]) -> RowError:
-    """The error for a field that is not there: names what there is, and the nearest name for the flag."""
+    """The error for a missing field: names the existing fields, and suggests the nearest name for the flag."""
     names = list(fields)
     near = difflib.get_close_matches(key, names, n=1)
     way_out = f"did you mean --{flag} {shlex.quote(near[0])}?" if near else f"set --{flag} to one of these."
@@ -75,7 +75,7 @@ def missing_field(where: str, flag: str, key: str, fields: Iterable[str]) -> Row
 
 
 def parse_probs(text: str, sets: int, flag: str = "probs") -> list[float]:
-    """Comma-separated positive probabilities that sum to 1, one per set. Raises DataError, which starts with ``flag``."""
+    """Comma-separated positive probabilities, one per set, normalised to sum 1. Raises DataError that starts with ``flag``."""
     parts = text.split(",")
     if len(parts) != sets:
         raise DataError(f"{flag} {text} has {len(parts)} numbers for {sets} data sets: give one probability per set.")
@@ -95,7 +95,7 @@ def no_rows(name: str) -> DataError:
 
 
 def _head(item: Item, split: str, required: Sequence[str]) -> list[Head]:
-    """The field names of the first rows, each with its place; for tables one entry, none if there is no row."""
+    """The field names of the first rows, each with its place; one entry for tables; empty if there is no row."""
     if item.kind is Kind.SAVED:
         return _table_head(item, _saved_fields(item.path, split))
     files = [item.path] if item.kind is Kind.FILE else split_files(item.path, split)
@@ -157,7 +157,7 @@ def _arrow_fields(path: Path) -> Sequence[str]:
 
 
 def _saved_fields(folder: Path, split: str) -> Sequence[str]:
-    """A folder written by ``save_to_disk``: one folder a split, or the rows of the only one."""
+    """The fields of a folder written by ``save_to_disk``: one folder per split, or the rows of a single one."""
     if (folder / "dataset_dict.json").is_file():
         names = _saved_list(folder / "dataset_dict.json", "splits")
         folder = choose_split(str(folder), {name: folder / name for name in names}, split)

@@ -1,7 +1,7 @@
-"""The rows of one data set as a ``Table``: what the cache has, and the rest made in shards, in one process or in several.
+"""The rows of one data set as a ``Table``: cached shards, and the missing ones, made in one process or several.
 
-Several processes are started as ``python -m togi.data.prepare``, which gets the job in a file: that needs nothing of the
-main module, and no state of this process (threads, devices, process groups) goes over.
+Processes are started as ``python -m togi.data.prepare`` with the job in a file: that needs nothing of the main module, and no
+state of this process (threads, devices, process groups) is inherited.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from togi.errors import DataError, RunError
 
 SHARD_ROWS = 4096
 MOST_SHARDS = 256
-# Below it, starting processes takes longer than the rows.
+# Below this, starting processes takes longer than tokenising.
 PARALLEL_ROWS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What it takes to make any shard of a data set."""
+    """Everything needed to make any shard of a data set."""
 
     rows: Rows
     reader: RowReader
@@ -39,17 +39,19 @@ class Job:
     entry: Entry
 
     def make(self, part: range) -> None:
-        """Tokenise these rows and keep them."""
+        """Tokenise these rows and write their shard."""
         self.entry.write(part, list(encode_rows(self.rows, part, self.reader, self.tokenizer)))
 
 
 def encoded(
     rows: Rows, used: range, reader: RowReader, tokenizer: Tokenizer, processes: int | Literal["auto"]
 ) -> Table:
-    """The used rows, tokenised by at most so many processes. Raises DataError for what is no fault of a row."""
+    """The used rows, tokenised by at most ``processes`` processes. Raises DataError for what is not the fault of one row."""
     job = Job(rows, reader, tokenizer, Entry.of(rows.digest(), reader, tokenizer))
+    # Stage 1: which shards are in the cache?
     found = {part: job.entry.find(part) for part in shard_ranges(used)}
     missing = [part for part, shard in found.items() if shard is None]
+    # Stage 2: make the others.
     if missing:
         number = _number_of_processes(missing, processes, tokenizer)
         if number > 1:
@@ -58,6 +60,7 @@ def encoded(
             for part in missing:
                 job.make(part)
         remove_oldest(keep=job.entry.folder)
+    # Stage 3: open all of them.
     shards = [job.entry.find(part) if shard is None else shard for part, shard in found.items()]
     made = [shard for shard in shards if shard is not None]
     if len(made) < len(shards):
@@ -66,14 +69,14 @@ def encoded(
 
 
 def shard_ranges(used: range) -> list[range]:
-    """The rows of each shard: SHARD_ROWS, or more where there would be more than MOST_SHARDS files to hold open."""
+    """The rows of each shard: SHARD_ROWS, or more if there would be more than MOST_SHARDS files to hold open."""
     size = max(SHARD_ROWS, -(-len(used) // MOST_SHARDS))
     return [used[start : start + size] for start in range(0, len(used), size)]
 
 
 def _number_of_processes(missing: Sequence[range], asked: int | Literal["auto"], tokenizer: Tokenizer) -> int:
     if not type(tokenizer).__module__.startswith("transformers."):
-        return 1  # its class came with the model's files, and other processes do not know it
+        return 1  # its class came with the model's files, so other processes cannot unpickle it
     if asked == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         asked = cores if sum(len(part) for part in missing) >= PARALLEL_ROWS else 1
@@ -81,7 +84,8 @@ def _number_of_processes(missing: Sequence[range], asked: int | Literal["auto"],
 
 
 def _make_in_processes(job: Job, missing: Sequence[range], processes: int) -> None:
-    """Deal the shards to processes in turn. Raises what the first failed one raised."""
+    """Dispatch the shards to processes in turn. Raises the error of the first that failed."""
+    # Children import what this process imports, and do not add threads to their processes.
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "TOKENIZERS_PARALLELISM": "false",
@@ -97,6 +101,7 @@ def _make_in_processes(job: Job, missing: Sequence[range], processes: int) -> No
                 children.append(subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL))
             for child in children:
                 child.wait()
+        # On an interrupt too: no child goes on alone.
         finally:
             for child in children:
                 child.kill()
@@ -109,12 +114,12 @@ def _make_in_processes(job: Job, missing: Sequence[range], processes: int) -> No
 
 
 def _complaint(file: Path, pid: int) -> Path:
-    """Where a process says what is wrong with the data."""
+    """The file in which a process reports a fault of the data."""
     return file.with_name(f"complaint.{pid}")
 
 
 def _work(file: Path, parts: Sequence[str]) -> None:
-    """Make these shards, unless whoever asked for them is gone; a DataError goes to the file ``_complaint``."""
+    """Make these shards, unless the parent process is gone; a DataError is written to the file ``_complaint``."""
     parent = os.getppid()
     job: Job = pickle.loads(file.read_bytes())  # noqa: S301  of the process that started this one
     try:

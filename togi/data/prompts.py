@@ -1,6 +1,6 @@
-"""Prompt sets: rows -> ``Prompt``, rendered and tokenised once, with an account of every row that is not used.
+"""Read rows as ``Prompt``, formatted and tokenised once, with a report of every row that is not used.
 
-Order and resuming are in ``loader``; how text is made is in ``chat``.
+``loader`` has order and resume; ``chat`` formats text.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Drop(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PromptSpec:
-    """Which prompts to load and how to render them. Fields are named as their flags.
+    """Which prompts to load and how to format them. Fields are named as their flags.
 
-    ``prompt_max_len`` is in tokens; longer prompts are dropped and counted, never cut. ``max_bad_rows``: the share of
-    faulty rows up to which they are left out; at 0 the first one is an error.
+    ``prompt_max_len``: in tokens; longer prompts are dropped and counted, never truncated. ``max_bad_rows``: the share
+    of faulty rows up to which they are skipped; with 0 the first one is an error.
     """
 
     prompt_data: str
@@ -74,7 +74,7 @@ class PromptSpec:
 
 
 class PromptSet(Sequence[Prompt]):
-    """Prompts in the order of the mixture, and the report of how they came about."""
+    """Prompts in the order of the mixture, and the report on their rows."""
 
     def __init__(self, prompts: Sequence[Prompt], report: DataReport) -> None:
         self._prompts = tuple(prompts)
@@ -97,7 +97,7 @@ class PromptSet(Sequence[Prompt]):
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A digest of ids and texts, so that other rows under the same ids are noticed."""
+    """A digest of ids and texts, which changes if other rows have the same ids."""
     digest = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         text = prompt.text.encode("utf-8", "surrogatepass")
@@ -121,11 +121,12 @@ class _Rendered:
 
 
 def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
-    """Load, mix, render and tokenise the prompts of ``spec``. Raises DataError naming set, row and field."""
+    """Load, mix, format and tokenise the prompts of ``spec``. Raises DataError naming set, row and field."""
     check_rendering(tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.input_template)
     mixture = load_mixture(
         spec.prompt_data, spec.prompt_data_probs, split=spec.split, seed=spec.seed, max_samples=spec.max_samples
     )
+    # Distinct rows are formatted once; a repeated pick shares its tokens.
     vocabulary = tuple(range(len(tokenizer)))
     rendered = [dict(_render_source(mixture, s, spec, tokenizer, vocabulary)) for s in range(len(mixture.sources))]
     prompts = []
@@ -133,6 +134,7 @@ def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
         row = rendered[pick.source][pick.row]
         if row.drop is None:
             prompts.append(Prompt(pick.id, row.tokens, row.text, row.label, row.datasource))
+    # Report first: the errors below quote it.
     report = _report(mixture, rendered, prompts, spec, tokenizer)
     check_faults(report.faults, spec.max_bad_rows)
     if not prompts:
@@ -149,7 +151,7 @@ def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
 def _render_source(
     mixture: Mixture, index: int, spec: PromptSpec, tokenizer: Tokenizer, vocabulary: Sequence[int]
 ) -> Iterator[tuple[int, _Rendered]]:
-    """Every used row of one source, with its row number."""
+    """Format and tokenise every used row of one source. Yields (row number, result)."""
     source, fallback = mixture.sources[index], _datasource_names(mixture)[index]
     numbers = iter(mixture.rows_used(index))
     while chunk := list(islice(numbers, CHUNK)):
@@ -166,7 +168,7 @@ def _render_source(
                 continue
             assert not isinstance(row, BadRow), "a row that cannot be read has no text"
             drop = _why_dropped(found.text, len(tokens), spec.prompt_max_len)
-            # One int object per token id, not one per token, keeps large prompt sets small.
+            # One int object per token id instead of one per token: this keeps large prompt sets small.
             kept = tuple(map(vocabulary.__getitem__, tokens)) if drop is None else ()
             label = "" if spec.label_key is None else row[spec.label_key]
             datasource = _datasource(row, fallback)
@@ -175,14 +177,14 @@ def _render_source(
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A rendered prompt, "" if it is empty, and what was read otherwise than written."""
+    """A formatted prompt, "" if it is empty, and notes on what was converted."""
 
     text: str
     notes: frozenset[Note] = frozenset()
 
 
 def _read(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> _Text | Fault:
-    """The rendered prompt of a row, or what is wrong with it. Raises DataError where no faulty row is allowed."""
+    """The formatted prompt of a row, or its fault. Raises DataError if no faulty row is allowed."""
     try:
         return _text(row, where, spec, tokenizer)
     except RowError as error:
@@ -216,7 +218,7 @@ def _text(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer)
 
 
 def _chat(row: Row, value: object, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> _Text:
-    """The prompt in the chat template. What an answer says at its end is not part of it."""
+    """The prompt in the chat template, without an answer at its end."""
     whole = prompt_dialogue(value, where, spec.input_key, row_frame(row, where), tokenizer)
     dialogue = without_answers(whole)
     with named(f"{where}: the field {spec.input_key!r}"):
@@ -248,7 +250,7 @@ def _datasource(row: Row, fallback: str) -> str:
 
 
 def _datasource_names(mixture: Mixture) -> list[str]:
-    """What a prompt without a datasource column is called: its set's name, if there are several sets."""
+    """The datasource of prompts without such a column: the name of their set, if there are several sets."""
     if len(mixture.sources) == 1:
         return [DEFAULT_DATASOURCE]
     names = [source.name for source in mixture.sources]
@@ -262,6 +264,7 @@ def _report(
     spec: PromptSpec,
     tokenizer: Tokenizer,
 ) -> DataReport:
+    # Counts are over picks, since repeats count; faults and notes are over distinct rows.
     counts = [Counter[str | None]() for _ in rendered]
     for pick in mixture.picks:
         counts[pick.source][rendered[pick.source][pick.row].drop] += 1

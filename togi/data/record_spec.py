@@ -1,4 +1,4 @@
-"""What to read for the supervised and preference commands. Reading itself is in ``records``."""
+"""What the supervised and preference commands read. The reading itself is in ``records``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from togi.data.items import DEFAULT_SPLIT
 class RecordSpec:
     """Which rows to load and how to make sequences of them. Fields are named as their flags.
 
-    ``max_len`` is in tokens, prompt and answer together. Each command reads the keys that it knows. ``max_bad_rows``: the
+    ``max_len``: in tokens, prompt and answer together. Each command reads the keys that it knows. ``max_bad_rows``: the
     share of rows that may be faulty, 0 to 1. ``dataset_num_proc``: processes that tokenise.
     """
 
@@ -42,11 +42,11 @@ class RecordSpec:
 
     @property
     def template(self) -> str | None:
-        """The format string around prompts; a chat template takes its place."""
+        """The format string around prompts; None with a chat template, which replaces it."""
         return None if self.apply_chat_template else self.input_template
 
     def of_a_row(self) -> RecordSpec:
-        """The settings that decide what a given row becomes; the others at their defaults."""
+        """Only the settings that decide the result of a given row; the others are at their defaults."""
         default = RecordSpec("")
         return replace(
             self,

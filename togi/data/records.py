@@ -1,8 +1,7 @@
-"""Rows of the supervised and preference commands -> training samples, with an account of every row that is not used.
+"""Rows of the supervised and preference commands as training samples, with a report of every row that is not used.
 
-Everything is tokenised up front into files (see ``prepare``), so that lengths, drops and the report are exact before a
-model is loaded; samples are made when they are asked for. How one row is read is in ``encode``; batches and their order
-are not made here.
+Everything is tokenised up front into files (``prepare``), so lengths, drops and the report are exact before a model is loaded.
+Samples are made on demand. How one row is read is in ``encode``; batches are made elsewhere.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ SHOWN = 3
 
 
 class Examples(Sequence[tuple[Sample, ...]]):
-    """The samples of each used row in the order of the mixture: one, or chosen and rejected. ``group_id`` is the row's.
+    """The samples of each used row in the order of the mixture: one, or chosen and rejected. ``group_id``: the row's id.
 
     ``places``: (source, row, repeat) of each, shape (M, 3).
     """
@@ -76,14 +75,14 @@ class Examples(Sequence[tuple[Sample, ...]]):
         return tuple(sequence.sample(pick.id) for sequence in self._tables[pick.source].coded(pick.row))
 
     def prompt(self, index: int) -> bytes:
-        """The prompt's tokens of the first sequence of a row, to be compared with others."""
+        """The prompt tokens of a row's first sequence as bytes, to compare prompts."""
         source, row, _ = self._places[index].tolist()
         first = self._tables[source].coded(row)[0]
         prompt: bytes = first.tokens[: first.prompt_length].tobytes()
         return prompt
 
     def last_tokens(self) -> set[int]:
-        """The tokens with which the learned parts end."""
+        """The last tokens of the trained parts."""
         return set[int]().union(*(table.last_tokens() for table in self._tables))
 
     def largest_token(self) -> int:
@@ -91,33 +90,34 @@ class Examples(Sequence[tuple[Sample, ...]]):
         return max(table.largest_token() for table in self._tables)
 
     def learned(self) -> NDArray[np.int64]:
-        """How many tokens in the loss each sequence has, row after row."""
+        """The number of trained tokens of each sequence, row after row."""
         return self._per_sequence(lambda table: table.learned_S).reshape(-1)
 
     def prompt_lengths(self) -> NDArray[np.int64]:
-        """How many tokens come before the first one to learn, in each sequence, row after row."""
+        """The number of tokens before the first trained one of each sequence, row after row."""
         return self._per_sequence(lambda table: table.prompt_lengths_S).reshape(-1)
 
     @property
     def width(self) -> int:
-        """Sequences a row."""
+        """Sequences per row."""
         return max(int(table.widths_N.max(initial=0)) for table in self._tables)
 
     def _per_sequence(self, pick: Callable[[Table], NDArray[np.int64]]) -> NDArray[np.int64]:
-        """A number of each sequence, shape (rows, width)."""
+        """A number for each sequence, shape (rows, width)."""
         numbers = np.empty((len(self), self.width), dtype=np.int64)
         for source, table in enumerate(self._tables):
             own = self._places[:, 0] == source
+            # The first sequence of each picked row in its table.
             firsts = (np.cumsum(table.widths_N) - table.widths_N)[self._places[own, 1]]
             numbers[own] = pick(table)[firsts[:, None] + np.arange(self.width)]
         return numbers
 
     def scored(self, stream: str, numbers: NDArray[np.float32]) -> ScoredExamples:
-        """The same rows with one number at each token in the loss; ``numbers`` are those of all rows, in order."""
+        """The same rows with one number at each token in the loss. ``numbers``: of all rows, in order."""
         return ScoredExamples(self._tables, self._places, self.report, stream, numbers)
 
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row, all its sequences together, without making samples."""
+        """Tokens of each row over all its sequences, without making samples."""
         sizes = np.empty(len(self), dtype=np.int64)
         for source, table in enumerate(self._tables):
             own = self._places[:, 0] == source
@@ -125,7 +125,7 @@ class Examples(Sequence[tuple[Sample, ...]]):
         return sizes
 
     def fingerprint(self) -> str:
-        """A digest of all tokens, learned parts, labels and values: equal for the same samples in the same order."""
+        """A digest of all tokens, trained parts, labels and values: equal for the same samples in the same order."""
         return self._fingerprint
 
     @cached_property
@@ -138,7 +138,7 @@ class Examples(Sequence[tuple[Sample, ...]]):
 
 
 class ScoredExamples(Examples):
-    """Rows whose samples have one more stream. Its numbers stay where they are, as in a mapped file, until a row is asked for."""
+    """Rows whose samples have one more stream. Its numbers (a mapped file, for example) are read per row."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class ScoredExamples(Examples):
 
 
 class StepExamples(Examples):
-    """Rows of a process reward model, and how their labels are to be read."""
+    """Rows of a process reward model, and the form of their labels."""
 
     def __init__(
         self, tables: Sequence[Table], places: NDArray[np.int64], report: DataReport, labels: StepLabels
@@ -178,22 +178,22 @@ class StepExamples(Examples):
 
 
 def load_sft(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
-    """One sample a row; answers (or whole texts) are learned. Raises DataError naming set, row and field."""
+    """One sample per row; answers (or whole texts) are trained. Raises DataError naming set, row and field."""
     return Examples(*_load(_mixture(spec), spec, tokenizer, AnswerReader(spec.of_a_row())))
 
 
 def load_pairs(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
-    """Two samples a row, chosen first, with values "chosen" and "margin". Raises DataError naming set, row, field."""
+    """Two samples per row, chosen first, with values "chosen" and "margin". Raises DataError naming set, row, field."""
     return Examples(*_load(_mixture(spec), spec, tokenizer, PairReader(spec.of_a_row())))
 
 
 def load_unpaired(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
-    """One sample a row with values "desirable" and "mismatched" (0). Raises DataError naming set, row and field."""
+    """One sample per row with values "desirable" and "mismatched" (0). Raises DataError naming set, row and field."""
     return Examples(*_load(_mixture(spec), spec, tokenizer, UnpairedReader(spec.of_a_row())))
 
 
 def load_steps(spec: RecordSpec, tokenizer: Tokenizer) -> StepExamples:
-    """One sample a row with a stream "labels" at its placeholders. Raises DataError naming set, row and field."""
+    """One sample per row with a stream "labels" at its placeholders. Raises DataError naming set, row and field."""
     mixture = _mixture(spec)
     kind = step_labels(spec, _first_label(mixture, spec.label_key), tokenizer)
     return StepExamples(*_load(mixture, spec, tokenizer, StepReader(spec.of_a_row(), kind)), kind)
@@ -206,7 +206,7 @@ def _mixture(spec: RecordSpec) -> Mixture:
 
 
 def _first_label(mixture: Mixture, key: str) -> object:
-    """The first label that can be one, of the first row that has any; None if no row has one."""
+    """The first valid label in the rows; None if there is none."""
     for pick in mixture.picks:
         (row,) = mixture.sources[pick.source].rows.fetch([pick.row])
         labels = None if isinstance(row, BadRow) else label_list(row.get(key))
@@ -219,22 +219,25 @@ def _first_label(mixture: Mixture, key: str) -> object:
 def _load(
     mixture: Mixture, spec: RecordSpec, tokenizer: Tokenizer, reader: RowReader
 ) -> tuple[list[Table], NDArray[np.int64], DataReport]:
-    """The rows of each set, the places of those that are used, and the report."""
+    """The tables of all sets, the places of the used rows, and the report."""
     if not tokenizer.is_fast:
         raise DataError(
             f"The tokenizer {type(tokenizer).__name__} cannot say which characters a token is made of: use its fast "
             "version (a folder with tokenizer.json)."
         )
     check_rendering(tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.template)
+    # Tokenise, or take from the cache.
     tables = [
         encoded(source.rows, mixture.rows_used(index), reader, tokenizer, spec.dataset_num_proc)
         for index, source in enumerate(mixture.sources)
     ]
+    # Keep the picks whose row was not dropped.
     used = np.empty(len(mixture), dtype=np.bool_)
     for index, table in enumerate(tables):
         own = mixture.places[:, 0] == index
         used[own] = table.drops_N[mixture.places[own, 1]] == 0
     places = mixture.places[used]
+    # The report comes before the checks, which quote it.
     report = _report(mixture, tables, places, spec, tokenizer)
     _check_losses(report, spec)
     for warning in report.warnings:
@@ -243,7 +246,7 @@ def _load(
 
 
 def _check_losses(report: DataReport, spec: RecordSpec) -> None:
-    """Raise DataError if more rows are faulty than --max_bad_rows allows, or none is left."""
+    """Raise DataError if more rows are faulty than --max_bad_rows allows, or if no row is left."""
     faults = report.faults
     check_faults(faults, spec.max_bad_rows)
     if report.kept == 0:
@@ -275,7 +278,7 @@ def _report(
 
 
 def _faults(mixture: Mixture, tables: Sequence[Table]) -> Faults:
-    """Over distinct rows, however often the mixture repeats them."""
+    """The faults over distinct rows, however often the mixture repeats them."""
     kinds, first = Counter[str](), list[Fault]()
     for source, table in zip(mixture.sources, tables, strict=True):
         codes, counts = np.unique(table.drops_N[table.faulty_N], return_counts=True)
@@ -317,7 +320,7 @@ def _warnings(
 
 
 def _first_tokens(tables: Sequence[Table], places: NDArray[np.int64]) -> list[int]:
-    """The tokens of the first sequence that is used."""
+    """The tokens of the first used sequence."""
     source, row, _ = places[0].tolist()
     tokens: list[int] = tables[source].coded(row)[0].tokens.tolist()
     return tokens

@@ -1,4 +1,4 @@
-"""What became of every row: a record of the data for the run directory. Counting happens where rows are dropped."""
+"""The data report of a run directory: what happened to every row. Rows are counted where they are dropped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGE_LOSS = 0.5
 class SourceReport:
     """One data set: its ``rows``, those ``picked`` for the mixture (``repeats`` of them again), ``kept``, ``dropped``.
 
-    ``dropped`` counts by reason; picked = kept + sum of dropped.
+    ``dropped``: counts by reason; picked = kept + sum of dropped.
     """
 
     name: str
@@ -38,7 +38,7 @@ class SourceReport:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Quantiles of the lengths in tokens, before anything is dropped for its length."""
+    """Quantiles of the lengths in tokens, before any row is dropped for its length."""
 
     min: int
     median: int
@@ -48,7 +48,7 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: Sequence[int] | NDArray[np.int32]) -> Lengths:
-        """Quantiles that are lengths which occur (the nearest higher one); all 0 if there are no lengths."""
+        """Quantiles that are occurring lengths (the nearest higher one); all 0 without lengths."""
         if len(lengths) == 0:
             return cls(0, 0, 0, 0, 0)
         return cls(*(int(q) for q in np.quantile(lengths, (0, 0.5, 0.9, 0.99, 1), method="higher")))
@@ -56,7 +56,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A faulty row: where it is ("Line 3 of a.jsonl"), the kind of its fault, and the whole sentence."""
+    """A faulty row: its place ("Line 3 of a.jsonl"), the kind of its fault, and the whole sentence."""
 
     place: str
     kind: str
@@ -65,7 +65,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Faulty rows, which are left out: ``rows`` of them in ``of`` distinct ones, by kind, and the ``first`` in words."""
+    """The faulty rows, which are skipped: ``rows`` of ``of`` distinct ones, by kind, and the ``first`` in words."""
 
     rows: int = 0
     of: int = 0
@@ -77,12 +77,12 @@ class Faults:
         return ", ".join(f"{count} {kind}" for kind, count in self.by_kind.items())
 
     def warning(self) -> str:
-        """What is said of them when they are left out."""
+        """The warning if they are skipped."""
         return f"{self.rows} of {self.of} rows are faulty and were left out ({self.kinds()}); the first: {self.first[0].reason}"
 
 
 def check_faults(faults: Faults, limit: float) -> None:
-    """Raise DataError if a larger share of the rows than ``limit``, that of --max_bad_rows, is faulty."""
+    """Raise DataError if the share of faulty rows is above ``limit``, the value of --max_bad_rows."""
     if faults.rows > limit * faults.of:
         first = faults.first[0].reason.removesuffix(".")
         raise DataError(
@@ -119,7 +119,7 @@ class DataReport:
         return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count > 0) or "none"
 
     def write(self, path: Path) -> None:
-        """Write ``path`` with the endings .json and .md."""
+        """Write the report to ``path`` with the endings .json and .md. Raises WriteError."""
         with writing(path.with_suffix(".md")):
             path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -127,13 +127,14 @@ class DataReport:
             path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
 
     def markdown(self) -> str:
-        """The report for people."""
+        """The report as Markdown."""
         lines = [
             f"# {self.title}",
             "",
             f"{self.kept} of {self.picked} rows are used; dropped: {self.drop_reasons()}.",
             "",
         ]
+        # Warnings, then a table of the sets, lengths, faults and examples.
         lines += [f"**Warning:** {warning}\n" for warning in self.warnings]
         lines += ["| set | rows | picked | repeats | kept | dropped |", "|---|---:|---:|---:|---:|---|"]
         for s in self.sources:
@@ -147,6 +148,7 @@ class DataReport:
             more = self.faults.rows - len(self.faults.first)
             lines += [f"- and {more} more", ""] if more > 0 else [""]
         for number, example in enumerate(self.examples, start=1):
+            # A fence longer than any in the example.
             fence = "`" * 3
             while fence in example:
                 fence += "`"
@@ -155,7 +157,7 @@ class DataReport:
 
 
 def source_reports(mixture: Mixture, counts: Sequence[Mapping[str | None, int]]) -> tuple[SourceReport, ...]:
-    """Counts for each set of a mixture. ``counts``: by set, how many picks are not used for which reason; None: used."""
+    """The report of each set. ``counts``: per set, the number of picks by drop reason; None: used."""
     reports = []
     for index, (source, found) in enumerate(zip(mixture.sources, counts, strict=True)):
         own = mixture.places[mixture.places[:, 0] == index]
@@ -173,5 +175,5 @@ def loss_warning(picked: int, kept: int) -> tuple[str, ...]:
 
 
 def note_warnings(notes: Mapping[Note, int], rows: int) -> tuple[str, ...]:
-    """What is said of rows that are read otherwise than they are written: a sentence for each kind. ``rows``: all of them."""
+    """A sentence for each kind of conversion in the rows. ``rows``: the number of all rows."""
     return tuple(f"{notes[note]} of {rows} rows {note}." for note in Note if notes.get(note, 0) > 0)

@@ -1,6 +1,6 @@
-"""How a reward is told to a model in conditional SFT. One function writes the text, in training and in generation.
+"""The reward text of conditional SFT. One function writes it, for training and for generation.
 
-Here: the text. Not here: which reward (``togi.run.select``), where prompts are rendered (``prompts``).
+``togi.run.select`` chooses the reward; ``prompts`` formats prompts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DECIMALS = 2
 def with_reward(template: str, prompt: str, reward: float) -> str:
     """``template`` with {input} replaced by the prompt and {reward} by the reward with two decimals.
 
-    Neither may be changed by what stands in the other: braces in the prompt stay as they are. Minus zero is zero.
+    Both are replaced at once, so braces in the prompt stay. Minus zero is written as zero.
     """
     assert math.isfinite(reward)
     shown = f"{reward:.{DECIMALS}f}"
@@ -25,9 +25,9 @@ def with_reward(template: str, prompt: str, reward: float) -> str:
 
 
 def asked_reward(csft_prompt: str, template: str) -> float:
-    """The reward that ``--csft_prompt`` asks for: the number alone, or in the words of the template.
+    """The reward in ``--csft_prompt``: a number alone, or a number in the words of the template.
 
-    Raises DataError if the template would never say so: the model would see words that it was not trained on.
+    Raises DataError for other words, because the model was not trained on them.
     """
     words = re.escape(template.replace("{input}", "").strip()).replace(re.escape("{reward}"), "(?P<reward>.+?)")
     found = re.fullmatch(words, csft_prompt.strip())

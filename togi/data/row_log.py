@@ -1,8 +1,8 @@
-"""A JSONL file that is written while its rows come in any order, survives a kill, and ends in order.
+"""A JSONL file whose rows are written in any order, which survives a kill and ends in order.
 
-Until it is complete everything is in ``<path>.partial``: a first line that says which work it is, then one line for each
-finished unit (a prompt with all its outputs, a row with its score), in the order in which they finished. The file itself
-appears at the end, whole. Not here: what units and rows are.
+Until it is complete, ``<path>.partial`` holds everything: a first line that identifies the work, then one line per finished unit
+(a prompt with all its outputs, a row with its score), in the order in which they finished. The file itself is written at the
+end, whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARTIAL = ".partial"
 
 
 class RowLog:
-    """``identity`` names everything that the rows depend on. Use as a context manager."""
+    """A log of finished units, as a context manager. ``identity``: everything that the rows depend on."""
 
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
         self.path = path
@@ -30,12 +30,12 @@ class RowLog:
         self._identity = dict(identity)
 
     def __enter__(self) -> Self:
-        """Read what an earlier attempt left. Raises CheckpointError if it is of other work."""
+        """Read what an earlier attempt left. Raises CheckpointError if that was other work."""
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         kept = self._read() if self._partial.is_file() else 0
         self._file = self._partial.open("r+b" if kept > 0 else "wb")
         if kept > 0:
-            self._file.truncate(kept)  # a line that a kill cut short
+            self._file.truncate(kept)  # drops a line that a kill left incomplete
             self._file.seek(kept)
         else:
             self._write(self._identity)
@@ -48,19 +48,19 @@ class RowLog:
             self._file.close()
 
     def add(self, unit: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Note that a unit is finished. It is in the hands of the system when this returns."""
+        """Write a finished unit. It is handed to the operating system when this returns."""
         assert unit not in self.done
         self.done[unit] = list(rows)
         self._write({"unit": unit, "rows": self.done[unit]})
 
     def finish(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the file and drop the partial one."""
+        """Write the final file and remove the partial one."""
         write_rows(self.path, rows)
         self._file.close()
         self._partial.unlink()
 
     def in_order(self) -> list[dict[str, Any]]:
-        """The rows of all finished units by the number of their unit."""
+        """The rows of all finished units, ordered by unit."""
         return [row for unit in sorted(self.done) for row in self.done[unit]]
 
     def _write(self, record: Mapping[str, Any]) -> None:
@@ -69,7 +69,7 @@ class RowLog:
             self._file.flush()
 
     def _read(self) -> int:
-        """Fill ``done``; returns the bytes of complete lines."""
+        """Fill ``done``. Returns the number of bytes of complete lines."""
         kept, first = 0, True
         with self._partial.open("rb") as lines:
             for line in lines:
@@ -95,7 +95,7 @@ class RowLog:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """A JSONL file, written aside and renamed. Raises WriteError."""
+    """Write a JSONL file aside and rename it. Raises WriteError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):

@@ -1,7 +1,7 @@
-"""Rows of a prompt and an output -> the token ids that a reward model reads: as it was trained, whole and ended.
+"""Rows of a prompt and an output as the token ids for a reward model, formatted as in its training.
 
-The text is made and tokenised as in ``pairs``: prompt and output as one text, with the end token. Unlike there an empty
-output has a score too.
+The text is made and tokenised as in ``pairs``: prompt and output as one text with an end token. Unlike there, an empty output
+has a score too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OutputSpec:
-    """Where prompt and output are and how they are rendered. Fields are named as their flags; lengths in tokens."""
+    """The fields of prompt and output, and how they are formatted. Fields are named as their flags; lengths in tokens."""
 
     input_key: str
     output_key: str
@@ -43,6 +43,7 @@ def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tu
     names = [mixture.place(pick) for pick in mixture.picks]
     rows = mixture.rows()
     notes = Counter[Note]()
+    # Format all rows first: a bad row is reported before anything is tokenised.
     texts = [_text(row, name, spec, tokenizer, notes) for row, name in zip(rows, names, strict=True)]
     for text, name in zip(texts, names, strict=True):
         check_whole(text, f"{name} has")
@@ -51,6 +52,7 @@ def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tu
     ids = encode(texts, tokenizer, add_special_tokens=not spec.apply_chat_template)
     enders = end_tokens(tokenizer, chat=spec.apply_chat_template)
     for name, tokens in zip(names, ids, strict=True):
+        # The score is read at the end token, as in training.
         if tokens[-1] not in enders:
             tokens.append(tokenizer.eos_token_id)
         if len(tokens) > spec.max_len:
@@ -68,6 +70,7 @@ def _text(row: Row, where: str, spec: OutputSpec, tokenizer: Tokenizer, notes: C
     dialogue = prompt_dialogue(prompt, where, spec.input_key, frame, tokenizer)
     if not dialogue.messages:
         raise DataError(f"{where} {SENTENCES[Drop.EMPTY_PROMPT]}")
+    # An empty output is scored at the end of the generation prompt.
     if value == "" or (isinstance(value, str) and not value.strip()):
         with named(where):
             return render_messages(dialogue, tokenizer, add_generation_prompt=True)
@@ -75,7 +78,7 @@ def _text(row: Row, where: str, spec: OutputSpec, tokenizer: Tokenizer, notes: C
     whole, first = joined(dialogue, answer, where, (spec.input_key, spec.output_key))
     with named(where):
         draft = conversation(whole, first, tokenizer)
-        if not draft.spans:  # an answer that says nothing has a score, too
+        if not draft.spans:  # an answer without text has a score, too
             return render_messages(dialogue, tokenizer, add_generation_prompt=True)
     notes.update(draft.notes)
     return draft.text

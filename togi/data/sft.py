@@ -1,4 +1,4 @@
-"""A row -> what supervised fine-tuning learns from it: an answer, every turn of the assistant, or a whole text."""
+"""Read a row for supervised fine-tuning: an answer, every assistant turn, or a whole text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from togi.data.turns import check_last
 
 
 def read_sft(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-    """One draft: see the modes in the module's title. Raises RowError."""
+    """One draft, in one of the modes of the module's title. Raises RowError."""
     assert spec.output_key is not None or spec.apply_chat_template or spec.pretrain_mode, "--output_key is not set"
     value = value_of(row, where, "input_key", spec.input_key)
     if spec.pretrain_mode:

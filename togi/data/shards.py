@@ -1,8 +1,7 @@
-"""Tokenised rows as arrays: a ``Shard`` is one file of them, memory-mapped; a ``Table`` is all rows of one data set.
+"""Tokenised rows as arrays: a ``Shard`` is one memory-mapped file; a ``Table`` is all rows of one data set.
 
-Shape letters: N rows, S sequences (one or two a row that is used, none else), T tokens, R learned parts, L lengths (one
-for each sequence that was tokenised). Files are safetensors; which of them there are and whether they can be trusted is
-decided in ``cache``.
+Shape letters: N rows, S sequences (one or two per used row, none for others), T tokens, R trained parts, L lengths (one per
+sequence that was tokenised). Files are safetensors; ``cache`` decides which files exist and whether they are intact.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from togi.data.encode import Outcome
 from togi.data.faults import FAULTS, SHOWN_FAULTS, Drop, Note
 from togi.data.masks import Coded
 
-# A number for each reason in the arrays; 0 is none.
+# Reasons are stored by their index; 0 is "used".
 REASONS: tuple[Drop | None, ...] = (None, *Drop)
-# A bit for each note.
+# Notes are stored as bits.
 NOTES: tuple[Note, ...] = tuple(Note)
 FAULT_CODES = np.array([code for code, reason in enumerate(REASONS) if reason in FAULTS], dtype=np.uint8)
 
@@ -36,14 +35,14 @@ _PER_SAMPLE = ("tokens_T", "token_counts_S", "prompt_lengths_S", "run_counts_S",
 
 @dataclass(frozen=True, slots=True)
 class ShardFault:
-    """A faulty row of a shard and what is wrong with it, to follow its place."""
+    """A faulty row of a shard and what is wrong with it, to be printed after its place."""
 
     row: int
     text: str
 
 
 def write_shard(path: Path, rows: Sequence[Outcome]) -> None:
-    """The first SHOWN_FAULTS faults are kept in words, all of them by reason. Sequences must have the same values."""
+    """Write a shard. Keeps the first SHOWN_FAULTS faults in words, and the reason of each. Sequences must have the same values."""
     coded = [sequence for outcome in rows for sequence in outcome.coded]
     names = sorted(coded[0].values) if coded else []
     assert all(sorted(sequence.values) == names for sequence in coded), "sequences with different values"
@@ -67,15 +66,16 @@ def write_shard(path: Path, rows: Sequence[Outcome]) -> None:
         "labels_R": np.array([label for sequence in coded for label in sequence.labels], dtype=np.float64),
         "values_S": np.array(values, dtype=np.float64).reshape(len(coded), len(names)),
     }
-    # one entry only: safetensors writes several in any order, and equal shards are to be equal files
+    # A single entry only: safetensors writes several in any order, but equal shards must be equal files.
     words = {"names": names, "faults": faults[:SHOWN_FAULTS]}
     save_file(arrays, path, metadata={"words": json.dumps(words)})
 
 
 class Shard:
-    """The rows of one file. Tokens stay on disk until they are asked for."""
+    """The rows of one file. Tokens stay on disk until they are used."""
 
     def __init__(self, path: Path) -> None:
+        # The header of safetensors: its size in 8 bytes, then JSON. The arrays behind it are memory-mapped.
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
@@ -84,9 +84,11 @@ class Shard:
         self._arrays: dict[str, NDArray[Any]] = {name: _array(data, **place) for name, place in header.items()}
         self._names: list[str] = words["names"]
         self.faults = [ShardFault(row, text) for row, text in words["faults"]]
+        # Small arrays are copied to memory; tokens and runs stay mapped.
         self.drops_N, self.cut_N = self._arrays["drops_N"].copy(), self._arrays["cut_N"].copy()
         self.notes_N = self._arrays["notes_N"].copy()
         self.lengths_L = self._arrays["lengths_L"].copy()
+        # Ends of each row, sequence and run, to slice the flat arrays.
         self._sequence_ends = np.cumsum(self._arrays["widths_N"], dtype=np.int64)
         self._token_ends = np.cumsum(self._arrays["token_counts_S"], dtype=np.int64)
         self._run_ends = np.cumsum(self._arrays["run_counts_S"], dtype=np.int64)
@@ -96,7 +98,7 @@ class Shard:
 
     @property
     def sizes_N(self) -> NDArray[np.int64]:
-        """Tokens of each row, all its sequences together."""
+        """Tokens of each row over all its sequences."""
         ends = np.concatenate([np.zeros(1, np.int64), self._token_ends])[np.append(0, self._sequence_ends)]
         return np.diff(ends)
 
@@ -108,14 +110,14 @@ class Shard:
 
     @property
     def learned_S(self) -> NDArray[np.int64]:
-        """Tokens in the loss of each sequence; the first token of a sequence never is."""
+        """The number of trained tokens of each sequence; the first token of a sequence never counts."""
         starts_R, ends_R = self._arrays["runs_R"].T.astype(np.int64)
         sequences_R = np.repeat(np.arange(len(self._run_ends)), self._arrays["run_counts_S"])
         counts_S = np.bincount(sequences_R, ends_R - np.maximum(starts_R, 1), minlength=len(self._run_ends))
         return counts_S.astype(np.int64)
 
     def last_tokens(self) -> set[int]:
-        """The tokens with which the learned parts end."""
+        """The last tokens of the trained parts."""
         starts_S = self._token_ends - self._arrays["token_counts_S"]
         starts_R = np.repeat(starts_S, self._arrays["run_counts_S"])
         lasts_R = starts_R + np.maximum(self._arrays["runs_R"][:, 1], 1) - 1
@@ -143,7 +145,7 @@ class Shard:
 
 
 class Table:
-    """All used rows of a data set, in shards one after the other."""
+    """All used rows of a data set, as consecutive shards."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = tuple(shards)
@@ -162,7 +164,7 @@ class Table:
 
     @cached_property
     def sizes_N(self) -> NDArray[np.int64]:
-        """Tokens of each row, all its sequences together; 0 for rows that are not used."""
+        """Tokens of each row over all its sequences; 0 for rows that are not used."""
         return np.concatenate([shard.sizes_N for shard in self._shards])
 
     @cached_property
@@ -172,16 +174,16 @@ class Table:
 
     @cached_property
     def learned_S(self) -> NDArray[np.int64]:
-        """Tokens in the loss of each sequence."""
+        """The number of trained tokens of each sequence."""
         return np.concatenate([shard.learned_S for shard in self._shards])
 
     @cached_property
     def prompt_lengths_S(self) -> NDArray[np.int64]:
-        """Leading tokens of each sequence that are not learned."""
+        """The number of leading tokens of each sequence that are not trained."""
         return np.concatenate([shard.content("prompt_lengths_S").astype(np.int64) for shard in self._shards])
 
     def last_tokens(self) -> set[int]:
-        """The tokens with which the learned parts end."""
+        """The last tokens of the trained parts."""
         return set[int]().union(*(shard.last_tokens() for shard in self._shards))
 
     def largest_token(self) -> int:
@@ -190,7 +192,7 @@ class Table:
 
     @property
     def faulty_N(self) -> NDArray[np.bool_]:
-        """Whether a row is left out for a fault of its own."""
+        """Whether a row is skipped for a fault of its own."""
         return np.isin(self.drops_N, FAULT_CODES)
 
     def faults(self) -> list[ShardFault]:
@@ -208,12 +210,12 @@ class Table:
         return Counter({note: int((self.notes_N >> bit & 1).sum()) for bit, note in enumerate(NOTES)})
 
     def coded(self, row: int) -> tuple[Coded, ...]:
-        """The sequences of a row; none if it is not used."""
+        """The sequences of a row; empty if it is not used."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         return self._shards[shard].coded(row - int(self._ends[shard]) + len(self._shards[shard]))
 
     def content(self) -> Iterable[bytes]:
-        """All that samples are made of, the same however the rows are divided into shards."""
+        """Everything that samples are made of, in an order that does not depend on the division into shards."""
         for name in _PER_SAMPLE:
             yield name.encode()
             for shard in self._shards:

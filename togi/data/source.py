@@ -1,8 +1,7 @@
-"""Load one data set: rows that can be fetched by index, wherever they come from.
+"""Load one data set as rows that can be fetched by index.
 
-Rows of JSON, JSONL and CSV files are plain Python, made when asked for (``lines``); Parquet, Arrow, saved data sets and
-hub data sets are memory-mapped by ``datasets``. No code that comes with data is ever run. Mixing several sets is in
-``mixture``.
+Rows of JSON, JSONL and CSV files are plain Python objects, made on demand (``lines``). Parquet, Arrow, saved data sets and hub
+data sets are memory-mapped by ``datasets``. Code that comes with data is never run. ``mixture`` mixes several sets.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """Rows in a fixed order. ``fetch`` returns them in the order of the indices. Can be pickled."""
+    """Rows in a fixed order. ``fetch`` returns them in the order of the indices. Picklable."""
 
     def __len__(self) -> int: ...
 
     def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]: ...
 
     def place(self, index: int) -> str:
-        """How users find the row: "Line 3 of a.jsonl"."""
+        """The place of the row for users: "Line 3 of a.jsonl"."""
 
     def digest(self) -> str:
-        """Equal for rows of equal content only."""
+        """Equal only for rows of equal content."""
 
 
 class ChainRows:
-    """The rows of several files, one after the other."""
+    """The rows of several files, concatenated."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = tuple(parts)
@@ -53,6 +52,7 @@ class ChainRows:
 
     def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]:
         rows: list[Row | BadRow] = []
+        # Neighbouring indices of one file are fetched together.
         for part, own in groupby(map(self._find, indices), key=itemgetter(0)):
             rows += self._parts[part].fetch([index for _, index in own])
         return rows
@@ -70,7 +70,7 @@ class ChainRows:
 
 
 class TableRows:
-    """Rows of an Arrow table; every row has all columns, with None where it has no value."""
+    """Rows of an Arrow table; every row has all columns, with None for a missing value."""
 
     def __init__(self, dataset: Dataset, text: str, digest: str) -> None:
         self._dataset = dataset.with_format("arrow")
@@ -96,7 +96,7 @@ class TableRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """A loaded data set with at least one row. ``name`` is short, for metrics; ``text`` is what the user wrote."""
+    """A loaded data set with at least one row. ``name``: short, for metrics; ``text``: as the user wrote it."""
 
     name: str
     text: str
@@ -104,7 +104,7 @@ class Source:
 
 
 def load_source(text: str, split: str = DEFAULT_SPLIT) -> Source:
-    """Load ``name[@data_dir]``. A single file has no splits and serves any. Raises DataError."""
+    """Load ``name[@data_dir]``. A single file has no splits and matches any. Raises DataError."""
     item = parse_item(text)
     match item.kind:
         case Kind.FILE:
@@ -121,7 +121,7 @@ def load_source(text: str, split: str = DEFAULT_SPLIT) -> Source:
 
 
 def _load_files(text: str, files: Sequence[Path]) -> Rows:
-    """Files of one format, one after the other."""
+    """The rows of files of one format, concatenated."""
     name = FORMATS[files[0].suffix.lower()]
     if name not in ("parquet", "arrow"):
         parts = [open_rows(file) for file in files]
@@ -159,11 +159,11 @@ def _load_hub(item: Item, split: str) -> Rows:
     try:
         loaded = load_dataset(item.location, data_dir=item.data_dir or None)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        # RuntimeError: a hub data set that would need its own loading script.
+        # RuntimeError: a hub data set that needs its own loading script.
         reason = " ".join(str(error).split())
         raise DataError(
             f"{item.text} is neither a local file or folder nor a hub data set that can be loaded ({reason}): "
             "check the name, the network and HF_HUB_OFFLINE, or give a local path."
         ) from None
     dataset = choose_split(item.text, loaded, split)
-    return TableRows(dataset, item.text, dataset._fingerprint)  # of the revision, the files and the split
+    return TableRows(dataset, item.text, dataset._fingerprint)  # covers the revision, the files and the split

@@ -1,7 +1,7 @@
-"""A row -> a text with a placeholder token after each step, and a label for each: for process reward models.
+"""Read a row as a text with a placeholder token after each step, and a label for each: for process reward models.
 
-The prediction is made at the placeholder: what its hidden state predicts as next token is compared with the label.
-Hard labels are tokens (their ids travel in the stream), soft labels the probability of the positive token.
+The prediction is at the placeholder: the next-token prediction of its hidden state is compared with the label. Hard labels are
+tokens (their ids are in the stream), soft labels are the probability of the positive token.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _KINDS = {False: "tokens", True: "numbers"}
 
 @dataclass(frozen=True, slots=True)
 class StepLabels:
-    """How steps are marked and labelled. ``reward_ids`` in the order of ``--reward_tokens``; None: any token.
+    """How steps are marked and labelled. ``reward_ids``: in the order of ``--reward_tokens``; None: any token.
 
-    ``soft``: labels are probabilities of the first reward token, not tokens; one data set has only one of the two.
+    ``soft``: labels are probabilities of the first reward token instead of tokens; a data set has one kind only.
     """
 
     placeholder: str
@@ -36,7 +36,7 @@ class StepLabels:
 
 
 def step_labels(spec: RecordSpec, first_label: object, tokenizer: Tokenizer) -> StepLabels:
-    """Check that each named text is one token, and that soft labels have two. Raises DataError."""
+    """Check that each named text is one token, and that soft labels have two tokens. Raises DataError."""
     token_id(spec.placeholder_token, "--placeholder_token", tokenizer)
     tokens = spec.reward_tokens
     ids = None if tokens is None else tuple(token_id(token, "--reward_tokens", tokenizer) for token in tokens)
@@ -66,7 +66,7 @@ def token_id(text: str, flag: str, tokenizer: Tokenizer) -> int:
 
 
 def read_steps(row: Row, where: str, spec: RecordSpec, kind: StepLabels, tokenizer: Tokenizer) -> tuple[Draft] | Drop:
-    """One draft; its spans are the placeholders. Raises RowError if the labels do not fit them."""
+    """One draft whose spans are the placeholders. Raises RowError if the labels do not match them."""
     value = value_of(row, where, "input_key", spec.input_key)
     labels = label_list(value_of(row, where, "label_key", spec.label_key))
     if is_empty(value):
@@ -96,7 +96,7 @@ def read_steps(row: Row, where: str, spec: RecordSpec, kind: StepLabels, tokeniz
 
 
 def label_list(value: object) -> object:
-    """The value, or the list that it is the JSON text of, as in the cells of a CSV file."""
+    """The value; if it is the JSON text of a list, as in a CSV cell, that list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError):
             return json.loads(value)
@@ -104,12 +104,12 @@ def label_list(value: object) -> object:
 
 
 def is_soft(label: object) -> bool:
-    """Whether a label is a probability (a number, or true for 1) and not a token."""
+    """Whether a label is a probability (a number, or true for 1) instead of a token."""
     return isinstance(label, int | float)
 
 
 def check_places(coded: Coded, kind: StepLabels, tokenizer: Tokenizer) -> None:
-    """Raise RowError if a placeholder is not one token of its own."""
+    """Raise RowError if a placeholder is not a single token of its own."""
     for number, (start, end) in enumerate(coded.runs):
         part = visible(tokenizer, coded.tokens[start:end].tolist())
         if end - start != 1 or part.strip() != kind.placeholder.strip():
@@ -121,7 +121,7 @@ def check_places(coded: Coded, kind: StepLabels, tokenizer: Tokenizer) -> None:
 
 
 def _number(label: object, what: str, kind: StepLabels, tokenizer: Tokenizer) -> float:
-    """A label as a number: its token's id, or the probability."""
+    """A label as a number: the id of its token, or the probability. Raises RowError."""
     if not isinstance(label, str | int | float):
         raise RowError(
             Drop.WRONG_LABELS, f"{what} is of type {type(label).__name__}: give a token, or a number from 0 to 1."

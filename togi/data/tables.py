@@ -1,8 +1,8 @@
-"""JSON, JSONL and CSV: where the rows of a file are, and one row as plain Python. Standard library only.
+"""JSON, JSONL and CSV: the places of rows in a file, and one row as plain Python. Standard library only.
 
-Rows keep the values of the file: a table library would merge columns of mixed types and fill missing keys with nulls.
-Cells of a CSV file are strings ("007" stays "007"). A row that cannot be read is a ``BadRow`` in its place, so that the
-others can be used; what leaves no row readable (a list with broken JSON, quotes that never close) is a DataError.
+Rows keep the values of the file: a table library would merge columns of mixed types and fill missing keys with nulls. Cells of a
+CSV file are strings ("007" stays "007"). A row that cannot be read is a ``BadRow`` in its place, so the others can be used. A file
+without any readable row (a list with broken JSON, quotes that never close) is a DataError.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ _SPACE = " \t\r\n"
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """Stands for a row that cannot be read. ``reason`` goes on after its place: "is not valid JSON ..."."""
+    """Stands for a row that cannot be read. ``reason``: a sentence to follow its place, "is not valid JSON ..."."""
 
     reason: str
 
 
 def json_row(line: bytes) -> Row | BadRow:
-    """One line of a JSONL file."""
+    """The row of one line of a JSONL file."""
     try:
         item = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return BadRow(_not_utf8(error))
     except json.JSONDecodeError as error:
         return BadRow(f"is not valid JSON ({error.msg}): repair or remove it.")
-    except (ValueError, RecursionError) as error:  # a number of too many digits, lists nested too deeply
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or lists nested too deeply
         return BadRow(f"is not valid JSON ({error}): repair or remove it.")
     return as_row(item)
 
 
 def readable(row: Row | BadRow, where: str) -> Row:
-    """The row. Raises DataError naming its place, ``where``, if it cannot be read."""
+    """Return the row. Raises DataError naming its place, ``where``, if it cannot be read."""
     if isinstance(row, BadRow):
         raise DataError(f"{where} {row.reason}")
     return row
@@ -64,7 +64,7 @@ def as_row(item: object) -> Row | BadRow:
 
 @dataclass(frozen=True, slots=True)
 class CsvParser:
-    """One record of a CSV file, which may go over several lines, with the names of its first line."""
+    """Parses one record of a CSV file, which may span several lines. ``header``: the names in the first record."""
 
     header: tuple[str, ...]
 
@@ -89,6 +89,7 @@ def csv_parser(path: Path) -> CsvParser:
         places = list(islice(csv_places(path), 2))
         if not places:
             return CsvParser(())
+        # The names may span several lines, so the record ends where the next one begins.
         with path.open("rb") as file:
             file.seek(places[0][0])
             record = file.read(places[1][0] - places[0][0]) if len(places) > 1 else file.read()
@@ -106,7 +107,7 @@ def csv_parser(path: Path) -> CsvParser:
 
 
 def csv_places(path: Path) -> Iterator[tuple[int, int]]:
-    """The first byte and the line (from 1) of each record, the one with the names first. Raises DataError."""
+    """The first byte and the line (from 1) of each record, including the record of names. Raises DataError."""
     csv.field_size_limit(MAX_CELL)
     with path.open("rb") as file:
         lines = _Lines(file)
@@ -120,7 +121,7 @@ def csv_places(path: Path) -> Iterator[tuple[int, int]]:
                     raise DataError(
                         f"Line {place[1]} of {path} is not valid CSV ({error}): close the quotes that it opens."
                     ) from None
-                yield place  # its parser will say what is wrong
+                yield place  # its parser reports what is wrong
                 continue
             if cells is None:
                 return
@@ -154,7 +155,7 @@ def json_list(path: Path) -> tuple[str, list[tuple[int, int]]]:
 
 
 def is_json_list(path: Path) -> bool:
-    """Whether a .json file is one list; else it has one object a line, as many really do."""
+    """Whether a .json file is one list; otherwise it has one object per line, as many do."""
     with guarded(path), path.open("rb") as file:
         return file.read(4096).removeprefix(BOM).lstrip()[:1] == b"["
 
@@ -162,7 +163,7 @@ def is_json_list(path: Path) -> bool:
 def read_head(path: Path, limit: int, fields: Collection[str] = ()) -> list[tuple[str, Row | BadRow]]:
     """At most ``limit`` first rows with their places; time and memory do not depend on the number of rows.
 
-    ``fields``: those that rows are asked for.
+    ``fields``: the fields that rows must have.
     """
     kind = FORMATS[path.suffix.lower()]
     with guarded(path):
@@ -177,12 +178,12 @@ def read_head(path: Path, limit: int, fields: Collection[str] = ()) -> list[tupl
 
 
 def line_place(path: Path, line: int) -> str:
-    """How a row of a file is called, by its line as editors count."""
+    """The place of a row by its line, counted as in editors."""
     return f"Line {line} of {path}"
 
 
 def item_place(path: Path, item: int) -> str:
-    """How a row of a file that is a JSON list is called."""
+    """The place of a row in a file that is a JSON list."""
     return f"Item {item} of the list in {path}"
 
 
@@ -198,7 +199,7 @@ def guarded(path: Path) -> Iterator[None]:
 
 
 class _Lines:
-    """The lines of an open file for the csv module, and how many bytes and lines it has taken."""
+    """The lines of an open file for the csv module, and how many bytes and lines were read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.bytes = len(BOM) if file.read(len(BOM)) == BOM else 0
@@ -227,6 +228,7 @@ def _cells(record: bytes) -> list[str]:
 
 def _csv_head(path: Path, limit: int) -> list[tuple[str, Row | BadRow]]:
     parser = csv_parser(path)
+    # One place more than rows: it is the end of the last row.
     places = list(islice(csv_places(path), 1, limit + 2))
     ends = [start for start, _ in places[1:]]
     with path.open("rb") as file:
@@ -247,6 +249,7 @@ def _list_head(path: Path, limit: int) -> list[object]:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(size)
         items, error = _decode_items(text, limit)
+        # An error at the cut of the head is none of the file; one in a whole file is.
         if error is None or (items and len(text) == size):
             return items
         if len(text) < size:
@@ -255,7 +258,7 @@ def _list_head(path: Path, limit: int) -> list[object]:
 
 
 def _decode_items(text: str, limit: int) -> tuple[list[object], json.JSONDecodeError | None]:
-    """The first items of a list that may be cut off, and why decoding stopped early."""
+    """The first items of a list that may be cut off, and the error at which decoding stopped."""
     decoder, items = json.JSONDecoder(), list[object]()
     position = text.index("[") + 1
     while len(items) < limit:

@@ -1,10 +1,10 @@
-"""A conversation -> its text and the characters of the assistant's turns that are to be learned.
+"""The text of a conversation, and the characters of the assistant turns to train on.
 
-A template that marks turns with ``{% generation %}`` is believed. For others the conversation is rendered once as a
-whole, and each turn lies between two renderings of its head: before it with the generation prompt, and with it; a template
-that renders the newest turn with more around it than older ones is met half way (see ``_kept``). Either way the text of each
-turn must be in its part. What generation does not write is not learned: the generation prompt, also where marks are around
-it, and white space after the closing token of a turn. Tokens are made in ``masks``.
+A template that marks turns with ``{% generation %}`` is trusted. For other templates the whole conversation is formatted once,
+and each turn lies between two formatted prefixes: the messages before it with the generation prompt, and those including it.
+Templates that format the newest turn with more around it than older turns are handled in ``_kept``. In both cases the text of
+each turn must be in its part. What generation does not write is not trained: the generation prompt, even inside marks, and white
+space after the closing token of a turn. ``masks`` makes the tokens.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ def check_last(messages: Sequence[Message]) -> None:
 
 
 def says_something(message: Message) -> bool:
-    """Whether there is text, reasoning or a tool call to learn."""
+    """Whether a message has text, reasoning or a tool call to train on."""
     return bool(message["content"].strip() or "".join(reasoning_of(message)).strip() or message.get("tool_calls"))
 
 
 def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft:
-    """The conversation up to its last learned turn: every assistant turn from message ``first`` that says something.
+    """The conversation up to its last trained turn: every assistant turn from message ``first`` on that says something.
 
     Turns with nothing before them are context. Without any such turn the draft has no spans. Raises RowError.
     """
     messages = dialogue.messages
+    # Stage 1: the turns to train on.
     turns = [
         i
         for i, message in enumerate(messages)
@@ -57,9 +58,11 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft:
     turns = [i for i in turns if not is_marked_off(messages[i])]
     if not turns:
         return Draft("", (), complete=False)
+    # Stage 2: the text, and where these turns are in it.
     marked = marks_turns(tokenizer)
     text, spans = _marked(dialogue, turns, tokenizer) if marked else _located(dialogue, turns, tokenizer)
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
+    # Stage 3: is everything in the text that the messages say?
     notes = set(dialogue.notes)
     for turn, (start, end) in zip(turns, spans, strict=True):
         notes |= _check_text(messages[turn], turn, text[start:end])
@@ -69,7 +72,7 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft:
 
 
 def lost(dialogue: Dialogue, text: str, *, learned: frozenset[int] = frozenset()) -> set[Note]:
-    """What of a dialogue is not in its rendered text; messages that are ``learned`` are checked on their own."""
+    """What of a dialogue is missing in its formatted text. Messages in ``learned`` are checked separately."""
     notes, called = set[Note](), [name for message in dialogue.messages for name in call_names(message)]
     said = [
         part
@@ -79,15 +82,17 @@ def lost(dialogue: Dialogue, text: str, *, learned: frozenset[int] = frozenset()
     ]
 
     def named(name: str) -> int:
-        """How often the messages call a tool or speak of it."""
+        """How often the messages call a tool or mention it."""
         spoken: int = sum(part.count(name) for part in said)
         return called.count(name) + spoken
 
+    # A tool that is shown has its name in the text more often than the messages say it.
     if dialogue.tools and not any(text.count(name) > named(name) for name in tool_names(dialogue.tools)):
         notes.add(Note.TOOLS_UNSEEN)
     in_system = _names_in([message["tools"] for message in dialogue.messages if message.get("tools")])
     if in_system and not any(name in text for name in in_system):
         notes.add(Note.TOOLS_UNSEEN)
+    # Messages and calls of the context.
     context = [message for number, message in enumerate(dialogue.messages) if number not in learned]
     is_whole = all(is_held(message["content"], text) for message in context)
     if not is_whole or any(text.count(name) < named(name) for name in set(called)):
@@ -96,17 +101,17 @@ def lost(dialogue: Dialogue, text: str, *, learned: frozenset[int] = frozenset()
 
 
 def _names_in(tools: object) -> list[str]:
-    """The names of tools that a message holds itself, as objects or as text."""
+    """The names of tools inside a message, given as objects or as text."""
     return re.findall(r'"name": ?"([^"]+)"', json.dumps(tools).replace('\\"', '"'))
 
 
 def is_held(said: str, text: str) -> bool:
-    """Whether what is said is in the text, as it is or as a string of JSON: some templates quote the answers of tools."""
+    """Whether ``said`` is in the text, verbatim or as a JSON string: some templates quote tool answers."""
     return all(piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text for piece in _pieces(said))
 
 
 def _pieces(content: str) -> list[str]:
-    """Reasoning and answer. Templates write the tags anew, and the first may be in the generation prompt."""
+    """Reasoning and answer. Templates rewrite the tags, and the first may be in the generation prompt."""
     return [piece.strip() for piece in re.split("</?think>", content)]
 
 
@@ -124,7 +129,7 @@ def _marked(dialogue: Dialogue, turns: Sequence[int], tokenizer: Tokenizer) -> t
         start, end = marks[assistants.index(turn)]
         head = Dialogue(dialogue.messages[:turn], dialogue.tools)
         before = render_messages(head, tokenizer, add_generation_prompt=True)
-        # Some templates mark the header of a turn, too.
+        # Some templates mark the header of a turn too.
         within = start < len(before) <= end and text.startswith(before)
         spans.append((len(before) if within else start, end))
     return text, spans
@@ -136,16 +141,19 @@ def _located(dialogue: Dialogue, turns: Sequence[int], tokenizer: Tokenizer) -> 
 
 
 def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Span:
-    """Where a turn is in the ``text`` of the whole dialogue. Raises RowError that says why it cannot be told."""
+    """The (start, end) of a turn in the ``text`` of the whole dialogue. Raises RowError saying why it is unknown."""
     messages, tools = dialogue.messages, dialogue.tools
     before = render_messages(Dialogue(messages[:turn], tools), tokenizer, add_generation_prompt=True)
     is_last = turn + 1 == len(messages)
+    # The usual case needs no further formatting.
     if text.startswith(before) and (plain := _plainly_closed(messages[turn], text, len(before), tokenizer)) > 0:
         return len(before), len(before) + plain
     after = text if is_last else render_messages(Dialogue(messages[: turn + 1], tools), tokenizer)
     if text.startswith(before):
+        # The prefixes agree with the whole: the turn is between them.
         if text.startswith(after) and len(after) > len(before):
             return len(before), len(after)
+        # The newest turn is formatted with more around it than older turns.
         own = after.removeprefix(before) if after.startswith(before) else ""
         if (length := _kept(own, text[len(before) :], messages[turn]["content"], tokenizer)) is not None:
             return len(before), len(before) + length
@@ -156,6 +164,7 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
             f"has its message {turn} rendered {how} by the chat template when more messages follow, so that its place is not "
             f"known: {_way_out(messages, turn)}",
         )
+    # The rest are templates that cannot be used, told apart for the message.
     history = render_messages(Dialogue(messages[:turn], tools), tokenizer)
     opening = before.removeprefix(history)
     if text.startswith(history) and before.startswith(history):
@@ -174,7 +183,7 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
 
 
 def _plainly_closed(message: Message, text: str, start: int, tokenizer: Tokenizer) -> int:
-    """The length of a turn that is its content and what closes a turn, without another rendering; 0 if it is not."""
+    """The length of a turn that is its content plus the closing text, without formatting it again; 0 if it is not."""
     closing = closing_text(tokenizer)
     if not closing or message.get("tool_calls") or reasoning_of(message):
         return 0
@@ -183,7 +192,7 @@ def _plainly_closed(message: Message, text: str, start: int, tokenizer: Tokenize
 
 
 def _way_out(messages: Sequence[Message], turn: int) -> str:
-    """What to do where a turn is rendered in one way as the newest message and in another with those that follow."""
+    """The remedy if a turn is formatted differently as the newest message and with messages after it."""
     if any(message["role"] == ASSISTANT for message in (*messages[turn - 1 : turn], *messages[turn + 1 : turn + 2])):
         return "join messages of the assistant that follow each other."
     if turn + 1 == len(messages):
@@ -192,9 +201,9 @@ def _way_out(messages: Sequence[Message], turn: int) -> str:
 
 
 def _kept(own: str, rest: str, content: str, tokenizer: Tokenizer) -> int | None:
-    """The length of a turn at the start of ``rest`` if that is what its ``own`` rendering as the newest turn ends with.
+    """The length of a turn at the start of ``rest``, if its ``own`` rendering as the newest turn ends with it; else None.
 
-    Templates put reasoning, or the empty place of it, before the newest turn only, and EOS after it.
+    Templates put reasoning, or an empty place for it, before the newest turn only, and EOS after it.
     """
     ended = own.removesuffix(str(tokenizer.eos_token))
     closes = ended.rstrip().endswith(tuple(str(token) for token in tokenizer.added_tokens_decoder.values()))
@@ -209,7 +218,7 @@ def _kept(own: str, rest: str, content: str, tokenizer: Tokenizer) -> int | None
 
 
 def _check_text(message: Message, turn: int, part: str) -> set[Note]:
-    """What of a learned message is left out without harm. Raises RowError if its content or its calls are not in ``part``."""
+    """Notes on what a trained message loses harmlessly. Raises RowError if its content or calls are not in ``part``."""
     content, reasoning = message["content"].strip(), reasoning_of(message)
     if not all(piece in part for piece in _pieces(content)):
         raise RowError(

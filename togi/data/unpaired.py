@@ -1,4 +1,4 @@
-"""A row -> an answer with a label, desirable or not."""
+"""Read a row as an answer with a label, desirable or not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from togi.data.record_spec import RecordSpec
 from togi.data.sft import read_sft
 from togi.data.tables import Row
 
-# The cells of a CSV file are always strings: as they are written by hand, by Python and by tables with missing values.
+# CSV cells are strings: labels as written by hand, by Python and by tables with missing values.
 LABELS: Mapping[object, float] = {0: 0.0, 1: 1.0} | {
     text: label for label, texts in ((0.0, ("0", "0.0", "false")), (1.0, ("1", "1.0", "true"))) for text in texts
 }

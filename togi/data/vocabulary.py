@@ -1,7 +1,7 @@
-"""Whether a model's embedding has a row for the tokens that its tokenizer makes.
+"""Check that a model's embedding has a row for the tokens that its tokenizer makes.
 
-A tokenizer may be the larger one: published models exist with tokens that no text ever becomes. So it is asked which tokens are
-met: at once those of the chat template and of texts' ends, later those of the rows.
+A tokenizer may have more tokens than the model has rows: some published models do, with tokens that no text contains. So only
+tokens that occur are checked: first those of the chat template and of text ends, later those of the rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from togi.errors import ModelError
 
 
 def check_vocabulary(tokenizer: Tokenizer, path: str, rows: int, *, apply_chat_template: bool = False) -> None:
-    """Raise ModelError if BOS, EOS or a token that the template writes has none of the ``rows`` of the embedding of ``path``."""
+    """Raise ModelError if BOS, EOS or a token of the template is beyond the ``rows`` of the embedding of ``path``."""
     texts = _without_row(tokenizer, rows)
     template = (tokenizer.chat_template or "") if apply_chat_template else ""
     for token, text in texts.items():
@@ -22,7 +22,7 @@ def check_vocabulary(tokenizer: Tokenizer, path: str, rows: int, *, apply_chat_t
 
 
 def check_tokens(tokenizer: Tokenizer, path: str, rows: int, largest: Callable[[], int]) -> None:
-    """Raise ModelError if the ``largest`` token that is met has no row. It is asked for only if it could be so."""
+    """Raise ModelError if the ``largest`` occurring token has no row. ``largest`` is called only if that is possible."""
     texts = _without_row(tokenizer, rows)
     if texts and (token := largest()) >= rows:
         raise _refused(texts, path, rows, token)

@@ -1,4 +1,4 @@
-"""Values that rows hold as text, and what a value is in words. Standard library only; what a record must be is not known here."""
+"""Values that rows hold as text, and values in words. Standard library only; knows nothing of records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from togi.data.faults import Drop, RowError
 
 SHOWN = 60
-# A list of messages as Python, pandas or NumPy print it has these, with either kind of quotes.
+# A list of messages printed by Python, pandas or NumPy contains these, with either kind of quotes.
 _SPEAKS = re.compile(r"['\"](role|from)['\"]\s*:")
 _SAYS = re.compile(r"['\"](content|value|tool_calls)['\"]\s*:")
 _ARRAY = re.compile(r"array\((.*?)(,\s*dtype=object)?\)", re.DOTALL)
@@ -20,15 +20,15 @@ _NEXT_ROW = re.compile(r"\}\s*\n\s*\{")
 
 
 def parsed(text: str, fits: Callable[[Mapping[str, Any]], bool]) -> object:
-    """What a text stands for if it is a record that ``fits`` or a list of them, in JSON or as Python writes it; else the text.
+    """The value of a text that is a record that ``fits``, or a list of them, as JSON or as Python prints it; else the text.
 
-    Raises RowError for what looks like a list of messages from beginning to end, but is broken.
+    Raises RowError for a text that looks like a list of messages but is broken.
     """
     start = text.strip()
     if not start.startswith(("[", "{", "(", "array(", '"[', '"{')):
         return text
     value = _loaded(start)
-    if isinstance(value, str):  # a list that was written as text twice
+    if isinstance(value, str):  # a list that was converted to text twice
         value = _loaded(value)
     items = [value] if isinstance(value, Mapping) else value
     if isinstance(items, list | tuple) and items and all(isinstance(item, Mapping) and fits(item) for item in items):
@@ -42,7 +42,7 @@ def parsed(text: str, fits: Callable[[Mapping[str, Any]], bool]) -> object:
 
 
 def _loaded(text: str) -> object:
-    """The value of a text in JSON, or of one with messages as Python or NumPy print them; None if it is neither."""
+    """The value of a text in JSON, or of messages as Python or NumPy print them; None if it is neither."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -56,7 +56,7 @@ def _loaded(text: str) -> object:
 
 
 def named_value(value: object) -> str:
-    """What a value is that should be text, in words."""
+    """A value that should be text, in words."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "null" if value is None else "NaN, a missing value"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -64,12 +64,12 @@ def named_value(value: object) -> str:
 
 
 def kind(value: object) -> str:
-    """The type of a value, as JSON calls it where that differs."""
+    """The type of a value; "object" for a mapping, as in JSON."""
     return "object" if isinstance(value, Mapping) else type(value).__name__
 
 
 def short(value: object) -> str:
-    """The beginning of a value, as Python writes it."""
+    """The beginning of a value as a Python literal."""
     if isinstance(value, str):
         return repr(value[:SHOWN] + ("..." if len(value) > SHOWN else ""))
     return repr(value)[:SHOWN]

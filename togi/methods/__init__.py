@@ -1,4 +1,4 @@
-"""The methods of training on fixed data, one file each, and the one table of them. No torch until an objective is asked for."""
+"""The methods of training on fixed data, one file each, and their table. Imports no torch until an objective is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from togi.methods.simpo import SimPO
 from togi.obs import names
 
 METHODS: Mapping[str, type[Method]] = {method.command: method for method in (SFT, RM, DPO, SimPO, ORPO, KTO, PRM, KD)}
-"""By the name of their command, in the order of ``togi --help``."""
+"""The methods by the name of their command, in the order of ``togi --help``."""
 
 names.add_explanations(
     {each.name: each.explanation for method in METHODS.values() for each in method.measures if each.explanation}

@@ -12,14 +12,14 @@ from togi.methods.method import Method
 
 
 def check_method(parsed: Parsed[Method]) -> None:
-    """Raise ConfigError with the first contradiction. Each message names both flags and the way out."""
+    """Raise ConfigError with the first contradiction. Each message names both flags and the remedy."""
     config = parsed.config
     for message in _problems(config, template_given=_template_given(parsed)):
         raise ConfigError(message)
 
 
 def _template_given(parsed: Parsed[Method]) -> bool:
-    """Whether the user wrote ``--input_template``: its default gives way to a chat template, a wish does not."""
+    """Whether the user wrote ``--input_template``: a chat template replaces its default, but contradicts a given one."""
     return parsed.sources.get("input_template", Source.DEFAULT) is not Source.DEFAULT
 
 

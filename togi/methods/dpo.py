@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its kin that are held to a reference: DPO, cDPO, IPO. The loss: ``dpo_objective``."""
+"""Direct preference optimisation with a reference: DPO, cDPO, IPO. The loss is in ``dpo_objective``."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class DPOObjective(OverPairs):
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         first_P, second_P = pairs(batch)
         sequences_K, number = batch.target_sequences_K, batch.num_sequences
-        # token by token first: the difference of two long sums would lose digits
+        # Subtract token by token first: the difference of two long sums would lose digits.
         ratios_N = sequence_sums(outputs.logprobs_K - batch.select(REF_LOGPROBS), sequences_K, number)
         gaps_P = ratios_N[first_P] - ratios_N[second_P]
         loss_P = ipo_loss(gaps_P, self.beta) if self.ipo else dpo_loss(gaps_P, self.beta, self.label_smoothing)
@@ -51,6 +51,7 @@ class DPOObjective(OverPairs):
             -sequence_sums(outputs.logprobs_K, sequences_K, number)[first_P] / batch.tokens_per_sequence_N()[first_P]
         )
         total = (loss_P + self.nll_loss_coef * nll_P).sum() if self.nll_loss_coef > 0 else loss_P.sum()
+        # Metrics have no gradient: rewards are detached.
         rewards_N = self.beta * ratios_N.detach()
         own = {names.LOSS: total, names.CHOSEN_NLL: nll_P.sum()}
         sums = pair_metrics(own, rewards_N[first_P], rewards_N[second_P])

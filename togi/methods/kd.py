@@ -1,4 +1,4 @@
-"""Distillation from a frozen teacher, on the data's responses or on the student's own. The loss: ``kd_objective``."""
+"""Distillation from a frozen teacher, on the data's responses or on the student's own. The loss is in ``kd_objective``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class KD(PlainTextOrResponse, OnPolicySettings):
         return {**fields, "output_key": None} if self.pretrain_mode else fields
 
     def check_rows(self, train: Examples, held_out: Sequence[Examples], steps: Iterable[Sequence[int]]) -> None:
-        """A response can only be generated to a prompt."""
+        """A response can only be generated for a prompt. Raises ConfigError."""
         if self.on_policy_share > 0 and 0 in train.prompt_lengths():
             raise ConfigError(
                 "--on_policy_share lets the student answer prompts, but there are rows in --dataset without any: fill "

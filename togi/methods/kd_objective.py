@@ -1,14 +1,14 @@
 """Distillation: cross-entropy on the data mixed with the divergence from a frozen teacher on the same tokens.
 
-Teacher and student run on the same batch, and both terms are about the same tokens: the distribution from which a token
-in the loss is predicted. The divergence is computed in chunks inside the student's forward (``togi.model.distill_head``).
+Teacher and student run on the same batch, and both terms are over the same tokens: the distribution that predicts a token in the
+loss. The divergence is computed in chunks inside the student's forward pass (``togi.model.distill_head``).
 
-On responses that the student generated itself the divergence alone is learned: on-policy distillation, GKD (Agarwal et al.
-2023, arXiv 2306.13649, section 3), with either divergence. It is the exact KL over the vocabulary at each generated position,
-and the positions count as given: nothing is propagated through the sampling. MiniLLM (Gu et al. 2023, arXiv 2306.08543)
-minimises the reverse KL of whole responses. That has the same term and beside it a policy gradient, by which a token also
-answers for the divergence at those that follow it; its variance is what their teacher-mixed sampling and length normalisation
-are against. That part is left out here. Not here either: the generating.
+On responses that the student generated, only the divergence is trained: on-policy distillation, GKD (Agarwal et al. 2023, arXiv
+2306.13649, section 3), with either divergence. It is the exact KL over the vocabulary at each generated position, and
+the positions are taken as given: no gradient goes through the sampling. MiniLLM (Gu et al. 2023, arXiv 2306.08543)
+minimises the reverse KL of whole responses. That has the same term plus a policy gradient, which credits a token for the
+divergence at later tokens; their teacher-mixed sampling and length normalisation reduce its variance. That part is left
+out here. Generation is elsewhere.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ from togi.obs import names
 
 @dataclass(frozen=True, slots=True)
 class DistillationObjective(Objective):
-    """A token's loss is ``(1 - kd_coef) CE + kd_coef D`` on data and ``D`` where the student wrote it, in nats.
+    """The loss of a token is ``(1 - kd_coef) CE + kd_coef D`` on data, and ``D`` where the student wrote it, in nats.
 
-    The loss is the mean over all tokens in the loss of the step, of both kinds. The value ``generated`` (1 or 0) tells the rows
-    apart; without it all are data.
+    The total is the mean over all tokens in the loss of the step, of both kinds. The value ``generated`` (1 or 0) tells
+    the rows apart; without it all rows are data.
 
-    ``teacher`` is frozen, on the batch's device, and whole on every rank (not sharded). ``vocabulary``: the student's
-    ``PolicyModel.vocabulary``, which must be the teacher's. ``around`` each pass of the teacher is a context to run it in,
-    such as one with its weights on the device. ``kind``: which KL is D; forward (KL(teacher || student))
-    differs from the cross-entropy with the teacher's distribution by a constant only. Metrics: loss, CE and D on data, D on
-    generated responses.
+    ``teacher``: frozen, on the batch's device, whole on every rank (not sharded). ``vocabulary``: the student's
+    ``PolicyModel.vocabulary``, which must equal the teacher's. ``around``: a context for each pass of the teacher, such
+    as one with its weights on the device. ``kind``: which KL is D; forward (KL(teacher || student)) differs from the
+    cross-entropy with the teacher's distribution by a constant only. Metrics: loss, CE and D on data, D on generated responses.
     """
 
     teacher: PolicyModel
@@ -66,6 +65,7 @@ class DistillationObjective(Objective):
         return float(batch.targets_K.numel())
 
     def forward(self, model: nn.Module, batch: Batch, *, balance: bool = False) -> Outputs:
+        # The teacher's states only: its logits are made chunk by chunk beside the student's.
         with torch.no_grad(), self.around():
             states_kJ = self.teacher(batch, Needs(states=True)).states_kH
             logits = self.teacher.logits_of(states_kJ, self.kind)
@@ -82,6 +82,7 @@ class DistillationObjective(Objective):
         entropy, divergence = -outputs.logprobs_K[data_K].sum(), outputs.divergence_K[data_K].sum()
         own = outputs.divergence_K[own_K].sum()
         total = (1 - self.kd_coef) * entropy + self.kd_coef * divergence + own
+        # Means per kind of token, since their shares vary from step to step.
         metrics = token_metrics({names.LOSS: total}, outputs.logprobs_K.numel(), {})
         on_data = {names.CROSS_ENTROPY: entropy, names.KL_TEACHER: divergence}
         for sums, tokens in ((on_data, int(data_K.sum())), ({names.KL_TEACHER_GENERATED: own}, int(own_K.sum()))):
@@ -91,7 +92,7 @@ class DistillationObjective(Objective):
 
 
 def _generated(batch: Batch) -> Tensor:
-    """Which tokens in the loss the student wrote (bool, K)."""
+    """Which tokens in the loss the student wrote, shape (K), bool."""
     sequences_K = batch.target_sequences_K
     if GENERATED not in batch.values:
         return torch.zeros_like(sequences_K, dtype=torch.bool)

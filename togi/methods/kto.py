@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation on single responses with a verdict. The loss and its KL estimate: ``kto_objective``."""
+"""Kahneman-Tversky optimisation on single labelled responses. The loss and its KL estimate are in ``kto_objective``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from togi.methods.training import Dealer, Material, Preparation
     from togi.sample import Sample
 
-# Which labels an evaluation needs for what it measures: 1 desirable, 0 undesirable.
+# The labels that an evaluation needs for each metric: 1 desirable, 0 undesirable.
 _LABELS_OF: Mapping[str, frozenset[float]] = {
     names.REWARD_CHOSEN: frozenset({1.0}),
     names.REWARD_REJECTED: frozenset({0.0}),
@@ -75,7 +75,7 @@ class KTO(PromptAndResponse, HeldToReference):
         return load_unpaired(spec, tokenizer)
 
     def check_rows(self, train: Examples, held_out: Sequence[Examples], steps: Iterable[Sequence[int]]) -> None:
-        """The KL estimate needs two prompts in every step, and the metric of the best model rows to measure it on."""
+        """The KL estimate needs two prompts in every step, and the best metric needs rows to measure it. Raises ConfigError."""
         for examples in held_out:
             self._check_best(examples)
         why = "and KTO pairs each prompt with the answer to another"
@@ -90,7 +90,7 @@ class KTO(PromptAndResponse, HeldToReference):
                 raise ConfigError(f"--eval_dataset has only one distinct prompt, {why}: add rows, or leave it out.")
 
     def _check_best(self, held_out: Examples) -> None:
-        """The rewards of desirable and undesirable rows can be measured if there are such rows."""
+        """Check that the held-out set has rows for the best metric. Raises ConfigError."""
         needed = _LABELS_OF.get(self.best_metric_key.removeprefix("eval/"), frozenset())
         found = set[float]()
         for (sample,) in held_out:
@@ -114,7 +114,7 @@ class KTO(PromptAndResponse, HeldToReference):
         return WithKL(dealer, reference, policy)
 
     def badness(self, sequences: Sequence[tuple[Sample, float]]) -> float:
-        """A low reward of a desirable row, a high one of an undesirable row."""
+        """A low reward of a desirable row, or a high reward of an undesirable row."""
         ((sample, reward),) = sequences
         return -reward if sample.values["desirable"] == 1 else reward
 

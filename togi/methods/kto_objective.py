@@ -1,4 +1,4 @@
-"""The loss of KTO and the KL estimate that it needs, which is of the whole optimizer step.
+"""The loss of KTO and its KL estimate, which is over the whole optimizer step.
 
 Values of a row: ``desirable``, ``mismatched``, ``kl_estimate``. Stream: ``ref_logprobs``. Shape letters: K tokens in the loss, N
 rows.
@@ -32,11 +32,12 @@ KL_ESTIMATE = "kl_estimate"
 
 @dataclass(frozen=True, slots=True)
 class KTOObjective(Objective):
-    """KTO, ``togi.algo.preference.kto_loss``, a mean over the rows of the step.
+    """KTO (``togi.algo.preference.kto_loss``), a mean over the rows of the step.
 
-    It needs one number before any loss: the KL estimate of the whole step. So a step is three things: score mismatched
-    copies of its rows with policy and reference, join the sums of all ranks in ``togi.algo.preference.kto_kl_estimate``,
-    and write the number into the value ``kl_estimate`` of every row. Mismatched copies themselves are never trained on.
+    It needs one number before any loss: the KL estimate of the whole step. So a step has three parts: score mismatched
+    copies of its rows with policy and reference, merge the sums of all ranks in
+    ``togi.algo.preference.kto_kl_estimate``, and write the number into the value ``kl_estimate`` of every row.
+    Mismatched copies are never trained on.
 
     Metrics: loss, the estimate, the implicit rewards ``beta (S_policy - S_ref)`` of desirable and undesirable rows
     (under the names of chosen and rejected) and their difference, and accuracy: desirable rows above the estimate,
@@ -76,6 +77,7 @@ class KTOObjective(Objective):
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
         ).sum()
+        # Metrics, per kind of row.
         ratios_N = ratios_N.detach()
         right_N = torch.where(desirable_N, ratios_N > kl_N, ratios_N < kl_N)
         sums = {names.LOSS: total, names.ACCURACY: right_N.sum(), names.KL_ESTIMATE: kl_N.sum()}
@@ -86,13 +88,13 @@ class KTOObjective(Objective):
         return Loss(total, metrics)
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Adds the difference of the mean rewards; NaN in a step that has only one kind of row."""
+        """Add the difference of the mean rewards; NaN in a step with only one kind of row."""
         return {**values, names.REWARD_MARGIN: values[names.REWARD_CHOSEN] - values[names.REWARD_REJECTED]}
 
 
 @dataclass(frozen=True, slots=True)
 class WithKL:
-    """KTO's: adds ``ref_logprobs`` and the KL estimate of the whole step, from mismatched pairs of all its rows."""
+    """The preparation of KTO: adds ``ref_logprobs`` and the KL estimate of the whole step, from mismatched pairs of its rows."""
 
     dealer: Dealer
     reference: Scorer
@@ -104,9 +106,10 @@ class WithKL:
         return [replace(sample, values={**sample.values, KL_ESTIMATE: kl}) for sample in mine]
 
     def _estimate(self, mismatches: Sequence[Sample]) -> float:
-        """The log-probabilities of each mismatched answer, this rank's and then everybody's."""
+        """The KL estimate: logprobs of this rank's mismatched answers, gathered from all ranks."""
         mine = self.dealer.share(mismatches)
         own = [self.dealer.logprobs(scorer, mine) for scorer in (self.policy, self.reference)]
+        # float64 sums: the estimate is a difference of two long sums.
         sums = [[float(row.sum(dtype=np.float64)) for row in rows] for rows in own]
         parts = self.dealer.world.gather_shares("KL estimate", sums)
         policy, reference = ([total for part in parts for total in part[which]] for which in (0, 1))
@@ -114,13 +117,13 @@ class WithKL:
 
 
 def mismatched(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """For each row its prompt with the answer of a row with another prompt, drawn evenly among those.
+    """For each row its prompt with the answer of a row with another prompt, drawn uniformly.
 
-    The mean log-ratio of policy and reference on such pairs is KTO's estimate of their KL divergence (Ethayarajh et
-    al., "KTO: Model Alignment as Prospect Theoretic Optimization", 2024, section 4.1). ``samples`` must be the rows of
-    the whole optimizer step, so that the estimate does not depend on how they are split. Copies keep the ``group_id``
-    of the prompt's row and share its prompt; none is longer than the longest row, so that memory stays bounded: answers
-    are cut to that. Raises DataError if all prompts are the same.
+    The mean log-ratio of policy and reference on such pairs is KTO's estimate of their KL divergence (Ethayarajh et al.,
+    "KTO: Model Alignment as Prospect Theoretic Optimization", 2024, section 4.1). ``samples`` must be the rows of the whole
+    optimizer step, so that the estimate does not depend on how they are split. Copies keep the ``group_id`` of the prompt's
+    row and share its prompt. Answers are truncated so that no copy is longer than the longest row, which bounds memory.
+    Raises DataError if all prompts are equal.
     """
     prompts = [sample.tokens[: sample.prompt_length].tobytes() for sample in samples]
     if len(set(prompts)) < 2:
@@ -129,6 +132,7 @@ def mismatched(samples: Sequence[Sample], seed: int) -> list[Sample]:
             "answers to other prompts: raise --train_batch_size, or mix the data."
         )
     longest = max(len(sample.tokens) for sample in samples)
+    # The seed and the rows alone decide the draw, so every rank draws the same.
     generator = np.random.default_rng(seed)
     others: dict[bytes, list[int]] = {
         prompt: [i for i, other in enumerate(prompts) if other != prompt] for prompt in set(prompts)
@@ -138,7 +142,7 @@ def mismatched(samples: Sequence[Sample], seed: int) -> list[Sample]:
 
 
 def _joined(prompt: Sample, answer: Sample, longest: int) -> Sample:
-    """The prompt of one row with the answer of another."""
+    """The prompt of one row with the answer of another, truncated to ``longest`` tokens."""
     start = prompt.prompt_length
     tokens = np.concatenate([prompt.tokens[:start], answer.tokens[answer.prompt_length :]])[:longest]
     mask = np.concatenate([prompt.loss_mask[:start], answer.loss_mask[answer.prompt_length :]])[:longest]

@@ -1,9 +1,9 @@
-"""What is asked of a method of training on fixed data. Everything outside this package asks it, and never its type.
+"""The interface of a method of training on fixed data. Code outside this package uses it and never checks the type.
 
-A method is its settings and what follows from them: the rules between them, the rows it reads, what it needs of models, its
-loss, what an evaluation measures. So a ``Method`` is the settings class of its command, and a run's settings answer for
-themselves. The loss needs torch and stands in a file of its own beside the method (``kto_objective`` beside ``kto``), which is
-imported when a run asks for the objective: settings, help and their errors work without it.
+A method is its settings and what follows from them: the rules between them, the rows that it reads, the models that it needs, its
+loss, the metrics of an evaluation. So a ``Method`` is the settings class of its command. The loss needs torch and has its own file
+beside the method (``kto_objective`` beside ``kto``), which is imported when a run needs the objective: settings, help and their
+errors work without it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Good(StrEnum):
 class Measure:
     """A metric of an evaluation, by its name in the logs without ``eval/``.
 
-    ``explanation``: one sentence for the report, of a metric that only this method has; the others are in ``togi.obs.names``.
+    ``explanation``: one sentence for the report, for a metric of this method only; others are explained in ``togi.obs.names``.
     """
 
     name: str
@@ -56,28 +56,28 @@ REWARD_MEASURES = (
     Measure(names.REWARD_REJECTED),
     Measure(names.REWARD_MARGIN, Good.HIGH),
 )
-"""Of methods that tell better responses from worse ones by a reward, explicit or implicit."""
+"""The metrics of methods that compare responses by a reward, explicit or implicit."""
 
 
 class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, EvaluationSettings, OutputSettings, ABC):
     """Training on fixed data"""
 
     command: ClassVar[str]
-    """Its name on the command line."""
+    """The name on the command line."""
     summary: ClassVar[str]
-    """The line of ``togi --help``."""
+    """The line in ``togi --help``."""
     title: ClassVar[str]
-    """What a model went through, in a model card."""
+    """The training in words, for a model card."""
     measures: ClassVar[tuple[Measure, ...]]
-    """The metrics of an evaluation beside its loss."""
+    """The metrics of an evaluation besides its loss."""
     number: ClassVar[str]
-    """What ``Objective.judge`` says of a held-out sequence, for people."""
+    """What ``Objective.judge`` returns for a held-out sequence, in words."""
     width: ClassVar[int] = 1
-    """Sequences a row."""
+    """Sequences per row."""
     is_scalar: ClassVar[bool] = False
-    """Whether the model in training has a scalar head in place of a language model's."""
+    """Whether the model in training has a scalar head instead of a language model head."""
     looks_at_all_rows: ClassVar[bool] = False
-    """Whether the loss of a row depends on the others of its step, so that an evaluation takes all rows at once."""
+    """Whether the loss of a row depends on the other rows of its step, so that an evaluation takes all rows at once."""
 
     learning_rate: float = flag(5e-6, "Peak learning rate.", ge=0)
 
@@ -89,9 +89,9 @@ class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, Eval
         return self.dataset_split
 
     def problems(self, *, template_given: bool) -> Iterator[str]:
-        """The contradictions between its own settings: sentences that name both flags and the way out.
+        """Contradictions between the method's own settings: sentences that name both flags and the remedy.
 
-        ``template_given``: the user wrote ``--input_template``. Its default gives way to a chat template, a wish does not.
+        ``template_given``: the user wrote ``--input_template``. A chat template replaces its default, but contradicts a given one.
         """
         yield from ()
 
@@ -100,18 +100,18 @@ class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, Eval
     @property
     @abstractmethod
     def row_fields(self) -> Mapping[str, str | None]:
-        """The field that each flag names, of those every row must have; None for a flag that names none."""
+        """The field that each flag names and that every row must have; None for a flag that names none."""
 
     @abstractmethod
     def load(self, spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
-        """The rows of a set as samples. Raises DataError."""
+        """The rows of a data set as samples. Raises DataError."""
 
     def check_rows(self, train: Examples, held_out: Sequence[Examples], steps: Iterable[Sequence[int]]) -> None:
-        """What only the rows can tell. ``steps``: the rows of each optimizer step. Raises ConfigError."""
+        """Check what depends on the rows. ``steps``: the rows of each optimizer step. Raises ConfigError."""
 
     @property
     def prompt_text(self) -> PromptText | None:
-        """The settings that make text of prompts; None where there are no prompts."""
+        """The settings that format prompts; None if there are no prompts."""
         return None
 
     @property
@@ -123,17 +123,17 @@ class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, Eval
 
     @property
     def head(self) -> str:
-        """The name of the scalar head, of a method that has one (``is_scalar``)."""
+        """The name of the scalar head, for a method with one (``is_scalar``)."""
         raise AssertionError(f"togi {self.command} trains a language model")
 
     @property
     def reference(self) -> str:
-        """The frozen model that scores the rows beside the one in training, a folder or hub name; "" for none."""
+        """The frozen reference model, a folder or hub name; "" for none."""
         return ""
 
     @property
     def scores_ahead(self) -> bool:
-        """Whether the reference scores all rows before the training, and is not in memory during it."""
+        """Whether the reference scores all rows before training, and is not in memory during it."""
         return False
 
     @property
@@ -143,27 +143,27 @@ class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, Eval
 
     @property
     def more_models(self) -> Mapping[str, str]:
-        """By its flag each model folder that is named beside ``--pretrain``."""
+        """Each model folder besides ``--pretrain``, by its flag."""
         return {}
 
     @property
     def offload_flag(self) -> str:
-        """The flag that asks for frozen weights in host memory, "" if none is set."""
+        """The flag that moves frozen weights to host memory; "" if none is set."""
         return ""
 
     @property
     def on_policy(self) -> OnPolicySettings | None:
-        """How the model in training answers some of the prompts itself; None where all responses are the data's."""
+        """The settings of responses by the model in training; None if all responses are from the data."""
         return None
 
     # ---- training
 
     @abstractmethod
     def objective(self, material: Material) -> Objective:
-        """The loss. Raises ConfigError for what only the models can tell."""
+        """The loss. Raises ConfigError for faults that only the models show."""
 
     def preparation(self, dealer: Dealer, policy: Scorer, reference: Scorer) -> Preparation:
-        """What adds the reference's log-probs to the rows of a step; asked only where there is a ``reference``."""
+        """What adds the reference's logprobs to the rows of a step; used only if there is a ``reference``."""
         from togi.methods.training import WithReference
 
         return WithReference(dealer, reference)
@@ -171,6 +171,6 @@ class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, Eval
     # ---- evaluation
 
     def badness(self, sequences: Sequence[tuple[Sample, float]]) -> float:
-        """How bad a held-out row did, from the ``number`` of each of its sequences: the higher, the worse."""
+        """How badly a held-out row did, from the ``number`` of each of its sequences: the higher, the worse."""
         (number,) = (value for _, value in sequences)
         return number

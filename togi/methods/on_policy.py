@@ -1,4 +1,4 @@
-"""Rows that the model in training answers itself: the settings of the generation, and the mark of such a row."""
+"""Rows that the model in training answers itself: the settings of the generation, and the mark of such rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from togi.config.choices import EngineName
 from togi.config.fields import Count, Settings, flag
 
 GENERATED = "generated"
-"""The value of a sample that says whether the model in training wrote its response (1 or 0)."""
+"""The value of a sample for whether the model in training wrote its response (1 or 0)."""
 
 
 class OnPolicySettings(Settings):
@@ -29,7 +29,7 @@ class OnPolicySettings(Settings):
     enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
 
     def generation_problems(self) -> Iterator[str]:
-        """Flags about a generation that does not take place, and what the engines exclude."""
+        """Generation flags without ``--on_policy_share``, and what the engines exclude."""
         if self.on_policy_share == 0:
             for name in self.changed(*OnPolicySettings.model_fields):
                 yield f"--{name} is about generated responses: add --on_policy_share, or leave --{name} out."

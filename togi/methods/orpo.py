@@ -1,4 +1,4 @@
-"""ORPO: supervised fine-tuning and a preference in one loss, without a reference. The loss: ``orpo_objective``.
+"""ORPO: supervised fine-tuning and a preference in one loss, without a reference. The loss is in ``orpo_objective``.
 
 Hong et al. 2024, arXiv 2403.07691.
 """

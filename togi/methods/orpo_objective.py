@@ -20,8 +20,8 @@ class ORPOObjective(OverPairs):
     """``NLL(chosen) - coef log sigmoid(log odds(chosen) - log odds(rejected))``, a mean over the pairs of the step.
 
     Hong et al. 2024, arXiv 2403.07691, equations 6 and 7. The NLL is a mean over the response's tokens, and so is the
-    log-probability whose odds are compared. Metrics: loss, accuracy (the chosen response is the likelier one a token), the
-    rewards ``coef`` x mean log-prob and their difference, the NLL of the chosen responses in nats a token, the log odds ratio.
+    logprob whose odds are compared. Metrics: loss, accuracy (the chosen response has the higher mean logprob), the
+    rewards ``coef`` x mean logprob and their difference, the NLL of the chosen responses in nats per token, the log odds ratio.
     """
 
     coef: float = 0.1

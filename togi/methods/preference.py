@@ -1,4 +1,4 @@
-"""What the objectives over pairs and over rows with a verdict share: who is paired with whom, rewards, metrics.
+"""Shared code of objectives over pairs and over labelled rows: pairing, rewards, metrics.
 
 Values of pairs: ``chosen`` (1 or 0). The formulas are in ``togi.algo.preference``. Shape letters: K tokens in the loss, N
 sequences, P pairs.
@@ -24,10 +24,11 @@ CHOSEN = "chosen"
 def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
     """The sequence numbers of the chosen and of the rejected response of each pair (int64, P, on the batch's device).
 
-    A pair is two neighbours, chosen first, in the list that the batch was packed from; however the layout reordered
-    them. Asserts that no pair is torn apart.
+    A pair is two neighbours, chosen first, in the list that the batch was packed from, however the layout reordered
+    them. Asserts that no pair is split.
     """
     assert batch.num_sequences % 2 == 0, "a pair is torn apart: pack with whole_groups"
+    # `order_N` has the list's place of each sequence; argsort inverts it.
     listed_N = torch.tensor(batch.order_N, dtype=torch.int64).argsort().to(batch.tokens_T.device)
     chosen_P, rejected_P = listed_N[0::2], listed_N[1::2]
     marks_N = batch.values[CHOSEN]
@@ -36,7 +37,7 @@ def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def pair_metrics(sums: Mapping[str, Tensor], chosen_P: Tensor, rejected_P: Tensor) -> dict[str, Tensor]:
-    """Sums over pairs of the rewards, their difference, and how often the chosen response has the higher one."""
+    """Sums over pairs: the rewards, their difference, and how often the chosen response has the higher reward."""
     return {
         **sums,
         names.ACCURACY: (chosen_P > rejected_P).sum(),
@@ -47,13 +48,13 @@ def pair_metrics(sums: Mapping[str, Tensor], chosen_P: Tensor, rejected_P: Tenso
 
 
 def implicit_rewards(beta: float, outputs: Outputs, batch: Batch) -> Tensor:
-    """``beta (S_policy - S_ref)`` of each sequence."""
+    """``beta (S_policy - S_ref)`` of each sequence, shape (N)."""
     gains_K = outputs.logprobs_K - batch.select(REF_LOGPROBS)
     return beta * sequence_sums(gains_K, batch.target_sequences_K, batch.num_sequences)
 
 
 class OverPairs(Objective):
-    """Sums divided by the number of pairs of the step."""
+    """Losses that are divided by the number of pairs of the step."""
 
     def count(self, batch: Batch) -> float:
         return batch.num_sequences / 2

@@ -1,4 +1,4 @@
-"""Process reward models: a label at each placeholder token. The loss: ``prm_objective``."""
+"""Process reward models: a label at each placeholder token. The loss is in ``prm_objective``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PRM(Method):
         return load_steps(spec, tokenizer)
 
     def check_rows(self, train: Examples, held_out: Sequence[Examples], steps: Iterable[Sequence[int]]) -> None:
-        """How labels are to be read is found in the data, and is the same in both sets."""
+        """The form of the labels comes from the data and must be the same in both sets. Raises ConfigError."""
         if len({_labels(examples).soft for examples in (train, *held_out)}) > 1:
             raise ConfigError(
                 "--dataset and --eval_dataset have labels of two kinds, tokens in one and probabilities in the other: "
@@ -72,7 +72,7 @@ class PRM(Method):
 
 
 def _labels(examples: Examples) -> StepLabels:
-    """How the labels of a set of this method are to be read."""
+    """The form of the labels of a set of this method."""
     from togi.data.records import StepExamples
 
     assert isinstance(examples, StepExamples)

@@ -1,8 +1,8 @@
-"""Process reward models: a language model that says, at a placeholder token after each step, whether the step is good.
+"""Process reward models: a language model that predicts, at a placeholder token after each step, whether the step is good.
 
-The prediction is made AT the placeholder: its own hidden state predicts the label as the next token, which is not in the
-text. The stream ``labels`` holds, at the placeholders (the tokens in the loss), the label's token id, or for soft labels the
-probability of the positive token. Shape letters: K placeholders, R reward tokens.
+The prediction is made AT the placeholder: its own hidden state predicts the label as the next token, which is not in the text. The
+stream ``labels`` holds, at the placeholders (the tokens in the loss), the label's token id, or for soft labels the probability of
+the positive token. Shape letters: K placeholders, R reward tokens.
 
 Lightman et al. 2023, arXiv 2305.20050; soft labels from rollouts: Wang et al. 2023 (Math-Shepherd), arXiv 2312.08935.
 """
@@ -25,8 +25,8 @@ class StepRewardObjective(Objective):
     """Cross-entropy at the placeholders, a mean over the placeholders of the step, in nats.
 
     Without ``reward_token_ids`` over the whole vocabulary; with them over those tokens only. ``soft``: exactly two
-    tokens, positive first, and the target distribution [p, 1 - p]. Metrics: loss and accuracy, the share of
-    placeholders where the likeliest token (of those compared) is the label, or the likelier of the two targets.
+    tokens, positive first, with the target distribution [p, 1 - p]. Metrics: loss and accuracy, the share of
+    placeholders where the most likely token (of those compared) is the label, or the more likely of the two targets.
     """
 
     reward_token_ids: tuple[int, ...] | None = None
@@ -56,7 +56,7 @@ class StepRewardObjective(Objective):
         return Loss(total, token_metrics(sums, loss_K.numel(), {}))
 
     def _losses(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The cross-entropy at each placeholder, and whether its prediction is right."""
+        """The cross-entropy at each placeholder, and whether its prediction is right, both of shape (K)."""
         if self.reward_token_ids is None:
             return -outputs.label_logprobs_K, outputs.label_hits_K
         logprobs_KR = outputs.next_logits_KR.log_softmax(1)
@@ -64,7 +64,7 @@ class StepRewardObjective(Objective):
         return -(targets_KR * logprobs_KR).sum(1), logprobs_KR.argmax(1) == targets_KR.argmax(1)
 
     def _targets(self, labels_K: Tensor, ids: tuple[int, ...]) -> Tensor:
-        """The target distribution over the reward tokens, shape K, R."""
+        """The target distribution over the reward tokens, shape (K, R)."""
         if self.soft:
             return torch.stack([labels_K, 1 - labels_K], dim=1)
         targets_KR = labels_K.long()[:, None] == torch.tensor(ids, device=labels_K.device)

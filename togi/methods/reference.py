@@ -1,4 +1,4 @@
-"""The settings of methods that hold the model in training to a frozen reference."""
+"""The settings of methods that compare the model in training with a frozen reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class HeldToReference(Method):
     )
 
     def reference_problems(self) -> Iterator[str]:
-        """Noise in log-probs that are compared."""
+        """Noise in logprobs that are compared."""
         from togi.config.policy_checks import lora_dropout_problems
 
         yield from lora_dropout_problems(self)

@@ -1,4 +1,4 @@
-"""Reward models from preference pairs. The loss: ``rm_objective``."""
+"""Reward models from preference pairs. The loss is in ``rm_objective``."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ MARGIN = "margin"
 
 @dataclass(frozen=True, slots=True)
 class PairwiseRewardObjective(OverPairs):
-    """A reward model, ``togi.algo.preference.pairwise_reward_loss``, a mean over the pairs of the step.
+    """The loss of a reward model (``togi.algo.preference.pairwise_reward_loss``), a mean over the pairs of the step.
 
-    ``use_margin`` reads the value ``margin``. Scores are float32 whatever the model's dtype, so the loss always is
-    what ``--compute_fp32_loss`` asks for. Metrics: loss, accuracy (chosen above rejected; a tie is wrong), mean scores
-    and their difference.
+    ``use_margin``: reads the value ``margin``. Scores are float32 whatever the model's dtype, so the loss always is what
+    ``--compute_fp32_loss`` asks for. Metrics: loss, accuracy (chosen above rejected; a tie is wrong), mean scores and
+    their difference.
     """
 
     kind: RewardLoss = RewardLoss.SIGMOID

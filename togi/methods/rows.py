@@ -1,4 +1,4 @@
-"""The settings of rows that several methods read, with their rules: a prompt and a response, plain text, pairs."""
+"""The row settings that several methods share, with their rules: a prompt and a response, plain text, pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def rendering_problems(c: PromptText, *, template_given: bool) -> Iterator[str]:
-    """What is wrong with the way from a prompt to its text."""
+    """Faults of the flags that format a prompt."""
     from togi.config.checks import template_problems
 
     if not template_given or c.input_template is None:
@@ -69,7 +69,7 @@ class PlainTextOrResponse(PromptAndResponse):
         return self.pretrain_mode
 
     def text_problems(self, *, template_given: bool) -> Iterator[str]:
-        """Plain text has no prompt to render, and a response has a field or stands in the chat."""
+        """Plain text has no prompt to format; a response needs a field, or is in the chat."""
         if self.pretrain_mode and self.apply_chat_template:
             yield "--pretrain_mode trains on plain text but --apply_chat_template is set: leave one of them out."
         if self.pretrain_mode and template_given and self.input_template is not None:
@@ -111,6 +111,6 @@ class Pairs(Method):
         return load_pairs(spec, tokenizer)
 
     def badness(self, sequences: Sequence[tuple[Sample, float]]) -> float:
-        """How far the rejected response lies above the chosen one."""
+        """How far the reward of the rejected response is above the chosen one."""
         (_, chosen), (_, rejected) = sequences
         return rejected - chosen

@@ -36,7 +36,7 @@ class SFT(PlainTextOrResponse):
 
     @property
     def split(self) -> str:
-        """The split of the training sets, under whichever of its two names it was given."""
+        """The split of the training sets, given under either of its two names."""
         return self.train_split if self.train_split is not None else self.dataset_split
 
     def problems(self, *, template_given: bool) -> Iterator[str]:

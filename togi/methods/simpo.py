@@ -1,4 +1,4 @@
-"""SimPO: preference training without a reference, by the mean log-prob of a response. The loss: ``simpo_objective``.
+"""SimPO: preference training without a reference, by the mean logprob of a response. The loss is in ``simpo_objective``.
 
 Meng et al. 2024, arXiv 2405.14734.
 """

@@ -16,10 +16,10 @@ from togi.obs import names
 
 @dataclass(frozen=True, slots=True)
 class SimPOObjective(OverPairs):
-    """SimPO, ``togi.algo.preference.simpo_loss``, a mean over the pairs of the step.
+    """SimPO (``togi.algo.preference.simpo_loss``), a mean over the pairs of the step.
 
     Metrics: loss, accuracy (the chosen response has the higher reward, whatever the margin), the rewards ``beta`` x mean
-    log-prob and their difference, and the NLL of the chosen responses in nats a token.
+    logprob and their difference, and the NLL of the chosen responses in nats per token.
     """
 
     beta: float = 2.0

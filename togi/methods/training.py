@@ -1,7 +1,7 @@
-"""What a method is given to train with: rows and frozen models, and how the rows of a step come to this rank.
+"""What a method trains with: rows and frozen models, and how the rows of a step are assigned to this rank.
 
-A ``Preparation`` gets the samples of the whole optimizer step, the same on every rank, and returns this rank's share, with
-what the loss needs of other models in them. All ranks call it together.
+A ``Preparation`` gets the samples of the whole optimizer step, the same on every rank, and returns this rank's share
+with the values that the loss needs from other models. All ranks call it together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from togi.sample import Sample, with_streams
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frozen:
-    """A language model that is only read, and the context to run it in."""
+    """A frozen language model, and the context to run it in."""
 
     model: PolicyModel
     around: Callable[[], AbstractContextManager[None]]
@@ -34,7 +34,7 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Material:
-    """What an objective may ask for. ``teachers``: the method's ``teacher``, loaded, or none. ``vocabulary``: tokens that the
+    """The inputs of an objective. ``teachers``: the method's ``teacher``, loaded, or none. ``vocabulary``: tokens that the
     model in training predicts, 0 with a scalar head.
     """
 
@@ -45,9 +45,9 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class Dealer:
-    """How samples go to ranks and into micro-batches. Samples of one group are never parted.
+    """Assigns samples to ranks and micro-batches. Samples of one group are never split.
 
-    ``max_tokens``: budget of a micro-batch. ``max_sequences``: at most so many sequences in one, None for no limit.
+    ``max_tokens``: budget of a micro-batch. ``max_sequences``: sequences per micro-batch at most, None for no limit.
     """
 
     world: World
@@ -56,11 +56,11 @@ class Dealer:
     share_prefix: bool
 
     def places(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Which samples of a step each rank or ring gets (``World.share``), by tokens; the same on every rank."""
+        """The samples of a step for each rank or ring (``World.share``), balanced by tokens; the same on every rank."""
         return split_ranks(samples, self.world.shares, share_prefix=self.share_prefix, whole_groups=True)
 
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
-        """This rank's part of the samples of a step; the ranks of a ring have the same."""
+        """This rank's share of the samples of a step; the ranks of a ring have the same share."""
         return [samples[i] for i in self.places(samples)[self.world.share]]
 
     def packs(self, samples: Sequence[Sample]) -> Packs:
@@ -74,7 +74,7 @@ class Dealer:
         )
 
     def logprobs(self, scorer: Scorer, samples: Sequence[Sample]) -> list[NDArray[np.float32]]:
-        """Log-probs at each sample's tokens in the loss, in the order of ``samples``."""
+        """Logprobs at each sample's tokens in the loss, in the order of ``samples``."""
         packs = self.packs(samples)
         return packs.in_order(scorer.logprobs(packs.batches))
 
@@ -85,7 +85,7 @@ class Preparation(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Nothing but this rank's part."""
+    """Only this rank's share."""
 
     dealer: Dealer
 
@@ -95,7 +95,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class WithReference:
-    """Adds the frozen reference's log-probs, the stream ``ref_logprobs``."""
+    """Adds the frozen reference's logprobs as the stream ``ref_logprobs``."""
 
     dealer: Dealer
     reference: Scorer

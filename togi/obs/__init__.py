@@ -1,1 +1,1 @@
-"""Everything a run leaves behind: metrics, rollouts, configuration, report; progress while it runs. No torch, no Ray."""
+"""Everything a run writes: metrics, rollouts, configuration, report; and progress while it runs. No torch, no Ray."""

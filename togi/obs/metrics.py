@@ -1,8 +1,8 @@
-"""Metrics that know how to reduce, and the record of one step in ``metrics.jsonl``.
+"""Metrics with their reduction, and the record of one step in ``metrics.jsonl``.
 
-A mean travels as (sum, weight) and is divided once, at the end, so that the number of workers, micro-batches or ranks
-cannot change it. Not here: the names (``names``), the writing (``sinks``), percentiles (they do not merge; compute them
-where all values are).
+A mean is passed on as (sum, weight) and divided once, at the end, so it does not depend on the number of workers, micro-batches or
+ranks. ``names`` has the names, ``sinks`` writes. Percentiles are not here: they cannot be merged, so compute them where all values
+are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Reduction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One partial result. ``weight`` is what a mean is over (tokens, sequences, groups); other reductions ignore it."""
+    """One partial result. ``weight``: the denominator of a mean (tokens, sequences, groups); other reductions ignore it."""
 
     reduction: Reduction
     total: float
@@ -39,7 +39,7 @@ class Metric:
         return self.total / self.weight if self.weight > 0 else math.nan
 
     def merged(self, other: Metric) -> Metric:
-        """This and another worker's part of the same metric. NaN wins over every number, in either order."""
+        """Merge with another worker's part of the same metric. NaN wins over every number, in either order."""
         assert self.reduction is other.reduction, f"one metric, two reductions: {self.reduction} and {other.reduction}"
         if self.reduction in (Reduction.MEAN, Reduction.SUM):
             return Metric(self.reduction, self.total + other.total, self.weight + other.weight)
@@ -49,7 +49,7 @@ class Metric:
 
 
 def mean(total: float, weight: float) -> Metric:
-    """A mean, given the sum of its terms and their number (or summed weight). ``weight`` 0 is a part without terms."""
+    """A mean, given the sum of its terms and their number (or summed weight). ``weight`` 0: a part without terms."""
     assert weight >= 0, f"a weight of {weight}"
     return Metric(Reduction.MEAN, total, weight)
 
@@ -63,7 +63,7 @@ def maximum(value: float) -> Metric:
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """The parts of all workers as one. A worker may lack a name; it then adds nothing to it."""
+    """Merge the parts of all workers. A worker may lack a name; it then adds nothing to it."""
     merged: dict[str, Metric] = {}
     for part in parts:
         for name, metric in part.items():
@@ -78,10 +78,9 @@ def reduced(metrics: Mapping[str, Metric]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What one step left behind: one line of ``metrics.jsonl``. Step 0 is the state before training.
+    """One line of ``metrics.jsonl``. Step 0 is the state before training.
 
-    ``values`` by the names of ``names``; ``seconds`` is wall time by phase; ``time`` is when it was written, in
-    seconds since 1970.
+    ``values``: by the names in ``names``; ``seconds``: wall time by phase; ``time``: when it was written, in seconds since 1970.
     """
 
     step: int
@@ -90,7 +89,7 @@ class StepRecord:
     time: float = 0.0
 
     def to_json(self) -> str:
-        """One line of strict JSON. A value that is not finite becomes null and is named under ``not_finite``."""
+        """One line of strict JSON. A value that is not finite becomes null, and is listed under ``not_finite``."""
         assert all(isinstance(value, int | float) for value in self.values.values()), "metric values are plain numbers"
         record = {
             "step": self.step,
@@ -103,17 +102,17 @@ class StepRecord:
 
     @classmethod
     def from_json(cls, line: str) -> StepRecord:
-        """The inverse of ``to_json``. Raises ``ValueError`` or ``KeyError`` on a line that is not one."""
+        """The inverse of ``to_json``. Raises ``ValueError`` or ``KeyError`` for an invalid line."""
         record = json.loads(line)
         values = {**record["values"], **{name: float(text) for name, text in record["not_finite"].items()}}
         return cls(record["step"], values, record["seconds"], record["time"])
 
 
 def read_records(path: Path) -> list[StepRecord]:
-    """All records of a ``metrics.jsonl``; none when there is no file.
+    """All records of a ``metrics.jsonl``; empty if there is no file.
 
-    A last line without its newline belongs to a process that died while writing it and is not a record. Raises
-    ``DataError`` naming any other line that cannot be read.
+    A last line without a newline is of a process that died while writing it, and is skipped. Raises ``DataError`` naming any other
+    line that cannot be read.
     """
     if not path.exists():
         return []

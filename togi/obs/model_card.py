@@ -1,6 +1,6 @@
-"""The model card of an exported model: README.md with the metadata of the Hugging Face hub, from a run's folder alone.
+"""The model card of an exported model: README.md with the metadata of the Hugging Face hub, made from a run folder.
 
-A card is made to be published: it has no secrets, no addresses of servers, and of local paths only the last part.
+A card may be published: it has no secrets and no server addresses, and only the last part of local paths.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from togi.obs.run_dir import RunDirectory, RunInfo
 
 CARD = "README.md"
 LIBRARIES = ("torch", "transformers", "safetensors", "peft", "bitsandbytes", "deepspeed", "vllm", "ray")
-# Of the machine and of people, not of the model.
+# Settings about the machine and the user, not about the model.
 NOT_SHOWN = SECRET_FLAGS | {
     "run_dir",
     "save_path",
@@ -37,16 +37,17 @@ NOT_SHOWN = SECRET_FLAGS | {
     "token_file",
 }
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "TOGI_REWARD_TOKEN")
-# An account and a name, as on the hub.
+# "account/name" as on the hub.
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(run: RunDirectory, *, base_model: str, training: str, is_scalar: bool, step: int | None) -> str:
-    """The text of README.md. Raises DataError without a run.
+    """The text of README.md. Raises DataError if ``run`` is not a run folder.
 
-    ``training``: what the model went through, in words. ``step``: that of the checkpoint, None for the final model.
+    ``training``: the training in words. ``step``: of the checkpoint, None for the final model.
     """
     info = run.read_info()
+    # A checkpoint is described by the metrics up to its step.
     records = [record for record in read_records(run.metrics_path) if step is None or record.step <= step]
     lines = [
         "---",
@@ -63,12 +64,13 @@ def model_card(run: RunDirectory, *, base_model: str, training: str, is_scalar: 
         *_metrics(records),
         *_versions(info),
     ]
+    # A secret may be inside another setting, so the whole text is searched.
     secrets = [os.environ[name] for name in SECRET_VARIABLES if name in os.environ]
     return scrub("\n".join(lines) + "\n", secrets)
 
 
 def shown(value: object) -> str:
-    """A setting as others may see it: of a local path the last part."""
+    """A setting for others to see: only the last part of a local path."""
     return ",".join(Path(part).name if part.startswith(("/", ".", "~")) else part for part in str(value).split(","))
 
 
@@ -94,7 +96,7 @@ def _names(info: RunInfo, setting: str) -> list[str]:
 
 
 def _data(folder: Path) -> Iterator[str]:
-    """What the data reports say of each set, without the rows themselves."""
+    """A table of each set from the data reports, without any row."""
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     if not reports:
         return
@@ -116,7 +118,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _settings(info: RunInfo) -> Iterator[str]:
-    """Those that somebody chose, or that depend on the machine."""
+    """The settings that were given, or that depend on the machine."""
     chosen = {
         name: entry["value"]
         for name, entry in info.values.items()
@@ -130,12 +132,12 @@ def _settings(info: RunInfo) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Text that stays in its cell."""
+    """Text escaped for a table cell."""
     return text.replace("\n", "\\n").replace("|", "\\|")
 
 
 def _metrics(records: Sequence[StepRecord]) -> Iterator[str]:
-    """The last value of every metric and the step it is of: evaluations are rarer than steps."""
+    """The last value of every metric and its step, since evaluations are rarer than steps."""
     last: dict[str, tuple[int, float]] = {}
     for record in records:
         last.update({name: (record.step, value) for name, value in record.values.items()})

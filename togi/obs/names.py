@@ -1,8 +1,7 @@
-"""The names of the standard metrics, in one place, and one sentence about each (``explain``).
+"""The names of the standard metrics, with one sentence about each (``explain``).
 
-Recipes log under these names, the report draws them, trackers show them as ``train/<name>`` (``eval/...``
-stays).
-Names that carry a part chosen at run time (a reward component, a phase, a process) are made by the functions below.
+Recipes log under these names, the report plots them, trackers show them as ``train/<name>`` (``eval/...`` stays). Names
+with a part chosen at run time (a reward component, a phase, a process) are made by the functions below.
 """
 
 from __future__ import annotations
@@ -163,21 +162,21 @@ EXPLANATIONS: dict[str, str] = {
     WEIGHT_SYNC_RATE: "Speed of the weight transfer from trainer to engines, in GB a second.",
 }
 
-# Of metrics that one method of training alone has, in its own file.
+# Metrics of a single training method; their sentences are in its file.
 _OF_METHODS: dict[str, str] = {}
 
 RESERVED_COMPONENTS = {name.removeprefix("reward/") for name in EXPLANATIONS if name.startswith("reward/")}
 
 
 def reward_component(component: str) -> str:
-    """Metric name of one named part of the reward. Raises ``RewardError`` where it would hide a standard metric."""
+    """Metric name of a named part of the reward. Raises ``RewardError`` if it would hide a standard metric."""
     if component in RESERVED_COMPONENTS:
         raise RewardError(f"a reward component is called {component!r}, which is a metric of Togi's own; rename it")
     return f"reward/{component}"
 
 
 def phase_time(phase: str) -> str:
-    """Metric name of the seconds that one phase of a step took."""
+    """Metric name of the seconds of one phase of a step."""
     return f"time/{phase}"
 
 
@@ -188,16 +187,16 @@ class Holder(StrEnum):
     LEARNERS = "learners"
     SCORERS = "scorers"
     ALL = "processes"
-    """Where one process is all of them."""
+    """A single process that is all of them."""
 
 
 def phase_memory(phase: str, kind: Holder) -> str:
-    """Metric name of the peak memory in one phase of a step, of all processes of a kind together, in GB."""
+    """Metric name of the peak memory in one phase of a step, over all processes of a kind, in GB."""
     return f"peak_memory/{phase}/{kind}"
 
 
 def released_memory(kind: Holder) -> str:
-    """Metric name of what all processes of a kind let go of when they last went to sleep, in GB."""
+    """Metric name of the memory that all processes of a kind released at their last sleep, in GB."""
     return f"released_memory/{kind}"
 
 
@@ -212,17 +211,17 @@ def eval_of(source: str, key: str) -> str:
 
 
 def add_explanations(explanations: Mapping[str, str]) -> None:
-    """Sentences about metrics that only a method of training has; called once, when the methods are imported."""
+    """Add sentences about metrics of a single method; called once, when the methods are imported."""
     _OF_METHODS.update(explanations)
 
 
 def of_methods() -> tuple[str, ...]:
-    """The metrics that only one method of training has."""
+    """The metrics of single training methods."""
     return tuple(_OF_METHODS)
 
 
 def explain(name: str) -> str:
-    """One sentence about a metric; for a name that is not Togi's own, one that says so."""
+    """One sentence about a metric; a name that is not Togi's gets a sentence that says so."""
     known = EXPLANATIONS | _OF_METHODS
     if name in known:
         return known[name]

@@ -1,8 +1,8 @@
-"""What is happening now and how long it will take, on standard error: start-up phases, steps, and the phases of a step.
+"""Progress on standard error: start-up phases, steps, and the phases of a step, with expected times.
 
 On a terminal one live line with a spinner; elsewhere (log files, CI) plain lines, at least one every ``interval``
-seconds. Expected times come from the run itself (median of the latest) and, before there are any, from what the caller
-says. The same phases are timed for the step record (``take_seconds``). Not here: metrics and log records.
+seconds. Expected times come from the run itself (the median of recent ones) and, before there are any, from the caller.
+The phase times also go into the step record (``take_seconds``). Metrics and log records are elsewhere.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STEP_LINE_SECONDS = 2.0
 
 
 class Expectation:
-    """How long something will take: the median of its latest durations, else the guess given for it."""
+    """The expected duration of something: the median of recent durations, else the caller's guess."""
 
     def __init__(self) -> None:
         self._past: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_WINDOW))
@@ -39,7 +39,7 @@ class Expectation:
         self._past[name].append(seconds)
 
     def of(self, name: str, guess: float | None = None) -> float | None:
-        """Seconds, or None when nothing is known."""
+        """Seconds, or None if nothing is known."""
         past = self._past[name]
         return statistics.median(past) if past else guess
 
@@ -49,7 +49,7 @@ class Expectation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activity:
-    """A phase that is running."""
+    """A running phase."""
 
     name: str
     started: float
@@ -90,9 +90,9 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Use as a context manager, in the one process that talks to the user. Phases may run in several threads.
+    """A context manager for the process that talks to the user. Phases may run in several threads.
 
-    ``quiet`` shows nothing and still keeps time; ``clock`` is in seconds and only there to be replaced in tests.
+    ``quiet``: show nothing but keep time; ``clock``: in seconds, replaced in tests only.
     """
 
     def __init__(
@@ -106,10 +106,12 @@ class Progress:
         self.console = console or Console(stderr=True)
         self._clock, self._interval, self._quiet = clock, interval, quiet
         self._lock = threading.RLock()
+        # Phases in progress, and the seconds of finished ones since the last step record.
         self._active: list[Activity] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._phases = Expectation()
         self._steps = _Steps(last_end=clock())
+        # Plain lines come from a timer thread; a terminal has a live line instead.
         self._last_line = clock()
         self._stop = threading.Event()
         self._timer = threading.Thread(target=self._tick, name="progress", daemon=True)
@@ -138,7 +140,7 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str, expected_seconds: float | None = None) -> Iterator[None]:
-        """Something that takes time. ``expected_seconds`` counts until the phase has been seen once."""
+        """Time a phase. ``expected_seconds`` is used until the phase has run once."""
         first_time = not self._phases.known(name)
         activity = Activity(name, self._clock(), self._phases.of(name, expected_seconds))
         with self._lock:
@@ -155,29 +157,31 @@ class Progress:
             with self._lock:
                 self._active.remove(activity)
                 self._seconds[name] += seconds
+                # A failed phase says nothing about how long it takes.
                 if finished:
                     self._phases.add(name, seconds)
             if first_time and finished:
                 self._say(f"{name}: done in {duration(seconds)}", plain_only=False)
 
     def start_steps(self, total: int, done: int = 0, expected_seconds: float | None = None) -> None:
-        """The steps begin now; ``done`` of ``total`` were done before (a resumed run)."""
+        """Start counting steps; ``done`` of ``total`` were done before (a resumed run)."""
         with self._lock:
             self._steps = _Steps(done=done, first=done, total=total, last_end=self._clock(), guess=expected_seconds)
 
     def step(self, done: int, note: str = "") -> None:
-        """Step number ``done`` (from 1) is finished. ``note`` is the headline, such as "reward 0.41"."""
+        """Step number ``done`` (from 1) is finished. ``note``: a headline such as "reward 0.41"."""
         with self._lock:
             now, steps = self._clock(), self._steps
             assert done > steps.done, f"step {done} finished after step {steps.done}"
             steps.expectation.add("step", (now - steps.last_end) / (done - steps.done))
             steps.done, steps.last_end, steps.note = done, now, note
+            # Fast steps would flood a log file, so lines keep a distance; the first and the last step are always shown.
             due = now - self._last_line >= _STEP_LINE_SECONDS or done in (steps.first + 1, steps.total)
         if due:
             self._say(self.describe(), plain_only=True)
 
     def remaining_seconds(self) -> float | None:
-        """Until the last step ends, or None when nothing is known yet. What the present step has used is taken off."""
+        """Seconds until the last step ends, less what the current step has used; None if nothing is known yet."""
         with self._lock:
             steps = self._steps
             each = steps.expectation.of("step", steps.guess)
@@ -194,7 +198,7 @@ class Progress:
             return taken
 
     def describe(self) -> str:
-        """The present state in one line."""
+        """The current state in one line."""
         with self._lock:
             now, steps, parts = self._clock(), self._steps, []
             if steps.total:
@@ -208,7 +212,7 @@ class Progress:
             return " | ".join(parts) or "waiting"
 
     def _say(self, text: str, plain_only: bool) -> None:
-        """A line of its own; on a terminal only what should stay there."""
+        """Print a line; on a terminal only one that should stay."""
         if self._quiet or (plain_only and self._is_live):
             return
         with self._lock:
@@ -231,14 +235,14 @@ class Progress:
         return grid
 
 
-# A watchdog for hangs: when no heartbeat comes in time, the Python stacks of all threads go to a file.
+# A watchdog for hangs: without a heartbeat in time it writes the Python stacks of all threads to a file.
 #
-# It only writes: ending a stalled process is for its supervisor. ``faulthandler`` keeps one timer a process, so one
-# ``Watchdog`` a process; its timer runs outside the interpreter and also fires while native code holds the lock.
+# It only writes: ending a stalled process is up to its supervisor. ``faulthandler`` has one timer per process, so use one
+# ``Watchdog`` per process; the timer runs outside the interpreter and fires while native code holds the lock.
 
 
 class Watchdog:
-    """Call ``beat`` at least every ``seconds`` between ``with`` and its end, or find the stacks in ``dump_path``."""
+    """Call ``beat`` at least every ``seconds`` inside the block; otherwise the stacks are written to ``dump_path``."""
 
     def __init__(self, seconds: float, dump_path: Path) -> None:
         assert seconds > 0, f"a watchdog of {seconds} s"

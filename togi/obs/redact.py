@@ -1,4 +1,4 @@
-"""Keeping secrets out of what a run leaves behind: configuration files, reports, trackers and log lines."""
+"""Removes secrets from what a run writes: configuration files, reports, trackers and log lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MIN_WANDB_KEY = 32
 
 
 def redact_value(name: str, value: object) -> object:
-    """``value`` of the flag ``name`` as it may be shown. Logins inside URLs are removed wherever they are."""
+    """``value`` of the flag ``name`` as it may be shown. Logins inside URLs are removed for every flag."""
     if name in SECRET_FLAGS:
         return REDACTED if value not in (None, "", False) else value
     if isinstance(value, str):
@@ -44,7 +44,7 @@ def redact_argv(argv: Sequence[str]) -> list[str]:
 
 
 def scrub(text: str, secrets: Iterable[str]) -> str:
-    """``text`` without any of ``secrets``. Shorter words than eight characters are words, not secrets."""
+    """``text`` without any of ``secrets``. Words shorter than eight characters are not treated as secrets."""
     for secret in secrets:
         if len(secret) >= 8:
             text = text.replace(secret, REDACTED)
@@ -52,5 +52,5 @@ def scrub(text: str, secrets: Iterable[str]) -> str:
 
 
 def looks_like_wandb_key(word: str) -> bool:
-    """Whether ``--use_wandb`` was given a key rather than a word such as "true": W&B keys are 40 or more characters."""
+    """Whether ``--use_wandb`` was given a key instead of a word such as "true": W&B keys have 40 or more characters."""
     return len(word) >= _MIN_WANDB_KEY and not any(character.isspace() for character in word)

@@ -1,8 +1,8 @@
-"""``report.html``: one page with a run's curves and rollouts that needs no network and no server.
+"""``report.html``: one page with a run's curves and rollouts, which needs no network and no server.
 
 ``write_report`` reads only the run directory, so the page can be refreshed during a run or made long after it. All data
-travel as JSON and are shown as text by the page's script, so nothing a model wrote can act as HTML. The page's markup, style,
-script and table of charts are files in ``page/``.
+are embedded as JSON and shown as text by the page's script, so nothing a model wrote can act as HTML. Markup, style,
+script and the table of charts are files in ``page/``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from togi.obs.way_out import tolerated, way_out
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a page may hold. ``text_characters``: of one prompt or response; ``rollout_bytes``: of all rollouts."""
+    """The limits of a page. ``text_characters``: of one prompt or response; ``rollout_bytes``: of all rollouts."""
 
     points: int = 2000
     rollouts_per_step: int = 64
@@ -70,7 +70,7 @@ _COLUMNS = (
 def write_report(root: Path, limits: Limits | None = None) -> Path:
     """Write (or refresh, atomically) ``report.html`` of the run in ``root`` and return its path.
 
-    About 5 MB, most of it the plotting library. Raises ``DataError`` when the folder holds no run.
+    About 5 MB, most of it the plotting library. Raises ``DataError`` if the folder holds no run.
     """
     from plotly.offline import get_plotlyjs
 
@@ -93,7 +93,7 @@ def _asset(name: str) -> str:
 
 
 def chart_table() -> dict[str, Any]:
-    """Headlines and charts of the page, as ``page/charts.yaml`` lists them."""
+    """Headlines and charts of the page, from ``page/charts.yaml``."""
     table: dict[str, Any] = yaml.safe_load(_asset("charts.yaml"))
     return table
 
@@ -101,6 +101,7 @@ def chart_table() -> dict[str, Any]:
 def _page_data(run: RunDirectory, limits: Limits) -> dict[str, Any]:
     info, status = run.read_info(), run.read_status()
     records = read_records(run.metrics_path)
+    # Thin first: everything below is made of the steps that are shown.
     shown = _thinned(records, limits.points)
     table = chart_table()
     series = _series(shown)
@@ -124,7 +125,7 @@ def _page_data(run: RunDirectory, limits: Limits) -> dict[str, Any]:
 
 
 def _examples(root: Path, limits: Limits) -> list[dict[str, Any]]:
-    """The data reports' examples, by set."""
+    """The examples of the data reports, by set."""
     parts = []
     for path in sorted((root / "data").glob("*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -134,7 +135,7 @@ def _examples(root: Path, limits: Limits) -> list[dict[str, Any]]:
 
 
 def _held_out(root: Path, limits: Limits) -> list[dict[str, Any]]:
-    """The rows of evaluations, by step, evenly chosen."""
+    """The held-out rows of evaluations, by step, evenly chosen."""
     rows = read_held_out(root)
     steps = sorted(list(rows)[index] for index in islice(spread_order(len(rows)), limits.evaluations))
     return [
@@ -155,7 +156,7 @@ def _held_out(root: Path, limits: Limits) -> list[dict[str, Any]]:
 
 
 def _facts(run: RunDirectory, info: RunInfo, status: Status, records: Sequence[StepRecord]) -> list[list[str]]:
-    """Label and text of each line at the top; times are sent as "@seconds" and shown in the reader's time zone."""
+    """Label and text of each line at the top. Times are sent as "@seconds" and shown in the reader's time zone."""
     model = info.values.get("pretrain", {"value": ""})["value"]
     tokens = [record.values[names.TOKENS_SEEN] for record in records if names.TOKENS_SEEN in record.values]
     facts = [
@@ -189,7 +190,7 @@ def _thinned(records: Sequence[StepRecord], limit: int) -> list[StepRecord]:
 
 
 def _series(records: Sequence[StepRecord]) -> dict[str, list[float | None]]:
-    """Values by metric, one for each record; None where it was not measured or not finite."""
+    """Values by metric, one per record; None if not measured or not finite."""
     rows = [
         {**record.values, **{names.phase_time(phase): seconds for phase, seconds in record.seconds.items()}}
         for record in records
@@ -199,10 +200,11 @@ def _series(records: Sequence[StepRecord]) -> dict[str, list[float | None]]:
 
 
 def _charts(table: Sequence[Mapping[str, Any]], series: Mapping[str, object]) -> list[dict[str, Any]]:
-    """The charts of ``charts.yaml`` that have something to draw, and one for each metric that only one method has."""
+    """The charts of ``charts.yaml`` that have data, and one for each metric of a single method."""
     left = [name for name in series if not name.endswith("_stderr")]
     charts = []
     for chart in table:
+        # The first chart that matches a metric takes it.
         drawn = [name for name in left if any(fnmatchcase(name, pattern) for pattern in chart["metrics"])]
         left = [name for name in left if name not in drawn]
         if drawn:
@@ -215,10 +217,11 @@ def _charts(table: Sequence[Mapping[str, Any]], series: Mapping[str, object]) ->
 
 
 def _rollouts(store: RolloutStore, limits: Limits) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rollouts to embed, by step, and what to say about those that are not."""
+    """The rollouts to embed, by step, and notes on those that are left out."""
     files = store.files()
     chosen: dict[int, dict[str, Any]] = {}
     size = cut = 0
+    # From a spread order, so that wherever the page is full, its steps cover the whole run.
     for index in spread_order(len(files)):
         part, shortened = _step_part(store, files[index], limits)
         size += len(_embedded(part))
@@ -226,6 +229,7 @@ def _rollouts(store: RolloutStore, limits: Limits) -> tuple[list[dict[str, Any]]
             break
         chosen[index] = part
         cut += shortened
+    # Say what is missing.
     notes = []
     if len(chosen) < len(files):
         notes.append(
@@ -241,7 +245,7 @@ def _rollouts(store: RolloutStore, limits: Limits) -> tuple[list[dict[str, Any]]
 
 
 def _step_part(store: RolloutStore, file: RolloutFile, limits: Limits) -> tuple[dict[str, Any], int]:
-    """One file's part of the page, and how many texts had to be cut."""
+    """One file's part of the page, and the number of truncated texts."""
     records = store.read_columns(file, _COLUMNS, limits.rollouts_per_step)
     texts = [text for record in records for text in (record["prompt_text"], record["response_text"])]
     rows = [asdict(_shown(record, limits.text_characters)) for record in records]
@@ -269,7 +273,7 @@ def _shown(record: Mapping[str, Any], characters: int) -> ShownRollout:
 
 
 def spread_order(count: int) -> Iterator[int]:
-    """Indices below ``count``: the last, the first, then the middles of the gaps, so that any beginning is spread."""
+    """Indices below ``count``: the last, the first, then the middles of the gaps, so that any prefix is spread evenly."""
     if count == 0:
         return
     yield count - 1
@@ -288,7 +292,7 @@ def spread_order(count: int) -> Iterator[int]:
 
 
 def _masked_mean(values: Sequence[float], mask: Sequence[bool]) -> float | None:
-    """Mean over the tokens that the policy chose; None where there are no values."""
+    """Mean over the tokens that the policy chose; None without values."""
     if not values:
         return None
     chosen = [value for value, kept in zip(values, mask, strict=True) if kept]
@@ -296,7 +300,7 @@ def _masked_mean(values: Sequence[float], mask: Sequence[bool]) -> float | None:
 
 
 def _number(value: float) -> float | None:
-    """``value`` to seven digits, which is more than a page can show, or None where it is not finite."""
+    """``value`` to seven digits, more than a page can show; None if it is not finite."""
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
@@ -309,11 +313,11 @@ def _short(value: object) -> str:
 
 
 def _embedded(data: object) -> str:
-    """JSON that cannot end the script element it stands in, whatever its strings hold."""
+    """JSON that cannot end its script element, whatever its strings hold."""
     return htmlsafe_json_dumps(data, allow_nan=False, separators=(",", ":"))
 
 
-# The end of a run in its folder: how it ended, and the report page.
+# Second part: the end of a run in its folder, with its status and the report page.
 
 
 def cause(error: BaseException) -> str:
@@ -324,7 +328,7 @@ def cause(error: BaseException) -> str:
 
 
 def end_run(directory: RunDirectory, state: State, message: str = "", close: Callable[[], None] = lambda: None) -> None:
-    """``close`` what writes into the folder, then say there how the run ended. Fit for ``except``: see ``way_out``."""
+    """``close`` what writes into the folder, then record how the run ended. Safe in ``except``: see ``way_out``."""
     with way_out("closing the run's files and trackers"):
         close()
     with way_out("writing the run's status"):

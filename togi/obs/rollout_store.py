@@ -1,7 +1,7 @@
 """Every rollout of every step on disk: ``rollouts/step_000012.parquet`` (training) and ``eval_000012.parquet``.
 
-One row a rollout, zstd. A file is written aside and renamed, so a file that exists is whole. Per-token numbers are
-float32, as engines and trainer compute them.
+One row per rollout, zstd. A file is written aside and renamed, so an existing file is complete. Per-token numbers are float32, as
+engines and trainer compute them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Split(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RolloutRow:
-    """One rollout as it is stored.
+    """One stored rollout.
 
-    ``response_*``, ``*_logprobs`` and ``advantages`` have one entry per response token; log-probs are in nats at the
-    sampling temperature, ``rollout_logprobs`` the engine's and ``trainer_logprobs`` the trainer's. All but the engine's
-    are empty where they were not computed. ``label`` is JSON text. ``reward`` is NaN unless ``outcome`` is "score".
-    ``group_id`` is shared by the samples of one prompt in one step, ``sample_index`` counts inside it. ``filtered``: dynamic
-    filtering left the group out of training.
+    ``response_*``, ``*_logprobs`` and ``advantages`` have one entry per response token. Logprobs are in nats at the sampling
+    temperature: ``rollout_logprobs`` of the engine, ``trainer_logprobs`` of the trainer. All but the engine's are empty
+    if not computed. ``label`` is JSON text. ``reward`` is NaN unless ``outcome`` is "score". ``group_id`` is shared by
+    the samples of one prompt in one step; ``sample_index`` counts within it. ``filtered``: dynamic filtering dropped the
+    group from training.
     """
 
     step: int
@@ -116,7 +116,7 @@ class RolloutStore:
     def write(self, step: int, split: Split, rows: Sequence[RolloutRow]) -> int:
         """Write all rollouts of one step and split at once. Returns the size of the file in bytes.
 
-        Raises ``DataError`` naming the folder when it cannot be written (for example: disk full).
+        Raises ``DataError`` naming the folder if it cannot be written (disk full, for example).
         """
         assert all(row.step == step and row.split is split for row in rows), "a row of another step or split"
         columns = [pa.array([_stored(row, name) for row in rows], SCHEMA.field(name).type) for name in SCHEMA.names]
@@ -127,13 +127,13 @@ class RolloutStore:
             pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), aside, compression="zstd")
             aside.replace(target)
         except OSError as error:
-            with contextlib.suppress(OSError):  # there may be no folder
+            with contextlib.suppress(OSError):  # the folder may not exist
                 aside.unlink()
             raise DataError(f"rollouts of step {step} cannot be written to {self.folder}: {error}") from error
         return target.stat().st_size
 
     def files(self) -> list[RolloutFile]:
-        """What is stored, by step, training before evaluation."""
+        """The stored files, by step, training before evaluation."""
         found = []
         for path in self.folder.glob("*_*.parquet"):
             prefix, _, number = path.stem.partition("_")
@@ -147,18 +147,18 @@ class RolloutStore:
 
     @property
     def nbytes(self) -> int:
-        """Size of all files."""
+        """The size of all files in bytes."""
         return sum(file.nbytes for file in self.files())
 
     def read_step(self, step: int) -> list[RolloutRow]:
-        """All rollouts of one step: training, then evaluation. Raises ``DataError`` when there are none."""
+        """All rollouts of one step: training, then evaluation. Raises ``DataError`` if there are none."""
         files = [file for file in self.files() if file.step == step]
         if not files:
             raise DataError(f"{self.folder} holds no rollouts of step {step}; it has {_span(self.steps())}")
         return [_row(record) for file in files for record in self.read_columns(file, SCHEMA.names)]
 
     def read_columns(self, file: RolloutFile, columns: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
-        """Only some columns of the first ``limit`` rows, cheaply: token streams are not read unless asked for."""
+        """Some columns of the first ``limit`` rows; cheap, because other columns are not read. Raises ``DataError``."""
         try:
             table = pq.read_table(file.path, columns=list(columns))
         except (OSError, pa.ArrowInvalid) as error:
@@ -167,7 +167,7 @@ class RolloutStore:
         return records
 
     def count(self, file: RolloutFile) -> int:
-        """Number of rollouts in one file, from its footer."""
+        """The number of rollouts in one file, from its footer."""
         return int(pq.read_metadata(file.path).num_rows)
 
     def _path(self, step: int, split: Split) -> Path:

@@ -1,15 +1,15 @@
-"""The folder a run leaves behind: where its parts are, the resolved configuration, and winding back on resume.
+"""The folder of a run: the places of its parts, the resolved configuration, and truncation on resume.
 
     run.json        what was run: command, versions, every value with its source (for the report and for tools)
     config.yaml     the same values, to read or to give to ``--config``; secrets are left out
     status.json     running | finished | failed, and since when
-    metrics.jsonl   one line a step (``metrics``)
-    rollouts/       one Parquet file a step (``rollout_store``)
-    reference/      log-probs of the reference, under ``--precompute_ref``
+    metrics.jsonl   one line per step (``metrics``)
+    rollouts/       one Parquet file per step (``rollout_store``)
+    reference/      logprobs of the reference, with ``--precompute_ref``
     report.html     the page (``report``)
-    discarded/      what steps after a checkpoint left behind before the run was resumed from it
+    discarded/      what steps after a checkpoint had written before the run was resumed from it
 
-Not here: checkpoints (``--ckpt_path``) and the final model (``--save_path``).
+Checkpoints (``--ckpt_path``) and the final model (``--save_path``) are elsewhere.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from togi.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """One value of the configuration as the run uses it. ``value`` is JSON-like (str, number, bool, None, list).
+    """One configuration value as the run uses it. ``value``: JSON-like (str, number, bool, None, list).
 
-    ``source`` says in words where it came from: "default", "file", "command line", "auto", ...
+    ``source``: where it came from: "default", "file", "command line", "auto", ...
     """
 
     value: object
@@ -54,7 +54,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """``message`` is the reason of a failure, or "". Times in seconds since 1970."""
+    """``message``: the reason of a failure, or "". Times in seconds since 1970."""
 
     state: State
     started: float
@@ -64,7 +64,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """What ``run.json`` holds. ``values`` maps a flag to {"value", "source"}; ``run_id`` survives a resume."""
+    """The content of ``run.json``. ``values``: flag to {"value", "source"}; ``run_id``: kept on resume."""
 
     run_id: str
     command: str
@@ -77,7 +77,7 @@ class RunInfo:
 
 
 def default_run_dir(command: str, now: time.struct_time | None = None, parent: Path = Path("runs")) -> Path:
-    """``runs/<command>-<date>-<time>``, with a number added while that folder exists."""
+    """``runs/<command>-<date>-<time>``, with a number appended while that folder exists."""
     name = f"{command}-{time.strftime('%Y%m%d-%H%M%S', now or time.localtime())}"
     path, number = parent / name, 2
     while path.exists():
@@ -87,7 +87,7 @@ def default_run_dir(command: str, now: time.struct_time | None = None, parent: P
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """The paths of one run's parts. Make one with ``create`` or ``resume`` (writers) or directly (readers)."""
+    """The paths of a run's parts. Create it with ``create`` or ``resume`` (writers) or directly (readers)."""
 
     root: Path
 
@@ -133,9 +133,9 @@ class RunDirectory:
 
     @classmethod
     def create(cls, root: Path, command: str, argv: Sequence[str], values: Mapping[str, Resolved]) -> RunDirectory:
-        """A folder for a new run, with its configuration written.
+        """The folder of a new run, with its configuration written.
 
-        Raises ``ConfigError`` when the folder already holds a run or cannot be written.
+        Raises ``ConfigError`` if the folder already holds a run or cannot be written.
         """
         run = cls(root)
         run.check_unused()
@@ -144,9 +144,9 @@ class RunDirectory:
 
     @classmethod
     def resume(cls, root: Path, command: str, argv: Sequence[str], values: Mapping[str, Resolved]) -> RunDirectory:
-        """The folder of a run that goes on (or a new one, when it has none yet), with the configuration of now.
+        """The folder of a resumed run (a new one if there is none), with the current configuration.
 
-        The configuration before is kept in ``discarded/``. Call ``truncate_after`` with the checkpoint's step next.
+        The previous configuration is kept in ``discarded/``. Call ``truncate_after`` with the checkpoint's step next.
         """
         run = cls(root)
         if not run.info_path.exists():
@@ -161,6 +161,7 @@ class RunDirectory:
         return run
 
     def _write_info(self, run_id: str, command: str, argv: Sequence[str], values: Mapping[str, Resolved]) -> None:
+        # No secret may reach a file, neither from the settings nor from the command line.
         shown = {name: Resolved(_plain(redact_value(name, item.value)), item.source) for name, item in values.items()}
         info = RunInfo(
             run_id=run_id,
@@ -184,7 +185,7 @@ class RunDirectory:
         self.write_status(State.RUNNING)
 
     def read_info(self) -> RunInfo:
-        """What was run. Raises ``DataError`` when this folder holds no run."""
+        """The content of ``run.json``. Raises ``DataError`` if this folder holds no run."""
         if not self.info_path.is_file():
             raise DataError(f"{self.root} is not the folder of a run: it has no {self.info_path.name}.")
         try:
@@ -203,12 +204,13 @@ class RunDirectory:
     def truncate_after(self, step: int) -> tuple[int, ...]:
         """Move everything of steps after ``step`` into ``discarded/``, so that each step will exist exactly once.
 
-        For a resume from the checkpoint of ``step``. Returns the steps moved aside, ascending. If this is cut off
-        half-way, a second call finishes it: nothing is removed from the run before its copy is in place.
+        For a resume from the checkpoint of ``step``. Returns the moved steps, ascending. If it is interrupted, a second
+        call finishes it: nothing is removed from the run before its copy is in place.
         """
         records = read_records(self.metrics_path)
         late_records = [record for record in records if record.step > step]
         late_files = [file for file in self.rollouts.files() if file.step > step]
+        # First copy what is moved, and only then shorten the metrics.
         if late_records or late_files:
             folder = self._discard_folder(f"after-step-{step:06d}")
             text = "".join(record.to_json() + "\n" for record in late_records)
@@ -222,7 +224,7 @@ class RunDirectory:
         return tuple(sorted({record.step for record in late_records} | {file.step for file in late_files}))
 
     def _discard_folder(self, name: str) -> Path:
-        """A new folder for one resume; the number tells the order."""
+        """A new folder for one resume; its number gives the order."""
         parent = self.root / "discarded"
         parent.mkdir(exist_ok=True)
         folder = parent / f"{len(list(parent.iterdir())) + 1:03d}-{name}"
@@ -231,7 +233,7 @@ class RunDirectory:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write aside, then rename: a reader sees the old text or the new, never half of it. Raises WriteError."""
+    """Write aside, then rename: a reader sees the old text or the new one, never a part. Raises WriteError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
@@ -260,16 +262,15 @@ def _as_yaml(command: str, values: Mapping[str, Resolved]) -> str:
         if item.value == REDACTED:
             lines.append(f"# {name}: not shown  # {item.source}")
             continue
-        style = '"' if "\n" in str(item.value) else None  # quoted, a text of many lines stays on one
+        style = '"' if "\n" in str(item.value) else None  # quoted, a text of several lines stays on one line
         text = yaml.safe_dump(item.value, default_flow_style=True, default_style=style, width=10**9, allow_unicode=True)
         shown = text.removesuffix("\n").removesuffix("\n...")
         lines.append(f"{name}: {shown}  # {item.source}")
     return "\n".join(lines) + "\n"
 
 
-# Held-out rows of an evaluation with their numbers on disk, for people: ``held_out/step_00000012.json``.
-#
-# The worst and the best of each evaluation; all numbers over all rows are in ``metrics.jsonl``.
+# Second part: held-out rows of an evaluation with their values on disk, ``held_out/step_00000012.json``: the worst and the
+# best of each evaluation. Metrics over all rows are in ``metrics.jsonl``.
 
 HELD_OUT_FOLDER = "held_out"
 SHOWN_ROWS = 4
@@ -277,7 +278,7 @@ SHOWN_ROWS = 4
 
 @dataclass(frozen=True, slots=True)
 class HeldOutRow:
-    """One row as the model saw it. ``texts`` and ``values`` of its one sequence, or of the chosen and the rejected one.
+    """One row as the model saw it. ``texts`` and ``values``: of its one sequence, or of the chosen and the rejected one.
 
     ``place``: "worst" or "best". ``number``: what the values are, such as "nats a token".
     """
@@ -289,7 +290,7 @@ class HeldOutRow:
 
 
 def write_held_out(root: Path, step: int, rows: Sequence[HeldOutRow]) -> None:
-    """Keep the rows of the evaluation after ``step`` in the run folder ``root``."""
+    """Write the rows of the evaluation after ``step`` into the run folder ``root``. Raises WriteError."""
     folder = root / HELD_OUT_FOLDER
     text = json.dumps([asdict(row) for row in rows], ensure_ascii=False)
     path = folder / f"step_{step:08d}.json"
@@ -299,7 +300,7 @@ def write_held_out(root: Path, step: int, rows: Sequence[HeldOutRow]) -> None:
 
 
 def read_held_out(root: Path) -> dict[int, list[HeldOutRow]]:
-    """The rows by step, ascending; empty where there are none."""
+    """The rows by step, ascending; empty if there are none."""
     rows = {}
     for path in sorted((root / HELD_OUT_FOLDER).glob("step_*.json")):
         step = int(path.stem.removeprefix("step_"))

@@ -1,8 +1,8 @@
-"""Where step records go: ``metrics.jsonl`` always (the truth), TensorBoard and W&B when asked for (best effort).
+"""The sinks of step records: ``metrics.jsonl`` always (the authority), TensorBoard and W&B if configured (best effort).
 
-A tracker runs in a background thread of its own: when it fails or hangs, one warning is logged, it is dropped, and
-the run goes on. Only this file imports trackers. A key for W&B is handed to it through a pipe: it is never logged,
-written or put into the tracked configuration. ``python -m togi.obs.sinks`` is the process that talks to W&B.
+A tracker runs on its own background thread: if it fails or hangs, one warning is logged, it is dropped, and the run
+continues. Only this file imports trackers. A W&B key is passed to it through a pipe: it is never logged, written or put
+into the tracked configuration. ``python -m togi.obs.sinks`` is the process that talks to W&B.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _WANDB_CLOSE_SECONDS = 60
 
 
 class Sink(Protocol):
-    """Something that takes the record of each step, in order."""
+    """A receiver of the record of each step, in order."""
 
     def write(self, record: StepRecord) -> None: ...
 
@@ -46,7 +46,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends to ``metrics.jsonl``. Each line is flushed at once, and synced to the disk at most every five seconds."""
+    """Appends to ``metrics.jsonl``. Each line is flushed at once, and synced to disk at most every five seconds."""
 
     def __init__(self, path: Path) -> None:
         _drop_unfinished_line(path)
@@ -70,7 +70,7 @@ class JsonlSink:
 
 
 def _drop_unfinished_line(path: Path) -> None:
-    """A process that died while writing leaves half a line; the next record must not be glued to it."""
+    """Truncate half a line that a killed process left; otherwise the next record would be appended to it."""
     text = path.read_bytes() if path.exists() else b""
     whole = text.rfind(b"\n") + 1
     if whole < len(text):
@@ -86,6 +86,7 @@ class TensorBoardSink:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._writer = EventFileWriter(str(directory))
+        # A start marker tells TensorBoard that a resumed run writes these steps again.
         start = Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
         self._writer.add_event(start)
 
@@ -103,7 +104,7 @@ class TensorBoardSink:
 
 @dataclass(frozen=True, slots=True)
 class WandbRun:
-    """What W&B is told once. ``key`` "": the user is logged in. ``run_id`` ties a resumed run to the one before."""
+    """The W&B settings of a run. ``key`` "": the user is logged in. ``run_id``: connects a resumed run to the previous one."""
 
     key: str
     project: str
@@ -116,10 +117,10 @@ class WandbRun:
 
 
 class WandbProcess:
-    """W&B in a process of its own, which reads one JSON line a record and can be killed.
+    """W&B in its own process, which reads one JSON line per record and can be killed.
 
-    In this process a dead network would hold up its end for as long as W&B retries. The key goes through a pipe: not
-    on a command line and not in the environment, where other processes can read it.
+    In this process, a dead network would delay its end for as long as W&B retries. The key goes through a pipe, not on a
+    command line or in the environment, where other processes can read it.
     """
 
     def __init__(self, run: WandbRun) -> None:
@@ -129,13 +130,13 @@ class WandbProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            start_new_session=True,  # Ctrl-C is for the run; and the whole group can be ended at once
+            start_new_session=True,  # Ctrl-C reaches only the run, and the whole group can be killed
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         self._send(json.dumps(asdict(run)))
 
     def connect(self) -> Sink:
-        """Wait until W&B has accepted the run. Raises ``ConnectionError`` with its words when it does not."""
+        """Wait until W&B has accepted the run. Raises ``ConnectionError`` with its message otherwise."""
         answer = self._pipe(self._process.stdout).readline().strip()
         if answer != _READY:
             raise ConnectionError(answer or "its process ended without a word")
@@ -153,7 +154,7 @@ class WandbProcess:
             raise ConnectionError(self._pipe(self._process.stdout).readline().strip() or "its process failed")
 
     def kill(self) -> None:
-        """End the process and everything it started, now. Its local files stay, for ``wandb sync``."""
+        """Kill the process and everything it started. Its local files stay, for ``wandb sync``."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -170,7 +171,7 @@ class WandbProcess:
 
 
 def _wandb_main() -> None:
-    """The body of ``WandbProcess``: settings, then records, from standard input; one line of answer, or of error."""
+    """The body of ``WandbProcess``: reads settings, then records; answers with one line, or with an error."""
     lines, answers = sys.stdin, sys.stdout
     try:
         run = _wandb_open(WandbRun(**json.loads(lines.readline())))
@@ -196,7 +197,7 @@ def _wandb_open(options: WandbRun) -> Any:
     offline = os.environ.get("WANDB_MODE", "online") != "online"
     if not options.key and not offline and not wandb.login(prompt=False):
         raise ConfigError("not logged in; give a key (--use_wandb KEY), set WANDB_API_KEY or run `wandb login`")
-    # x_disable_meta: W&B would store the command line and the environment's paths. No console capture either.
+    # x_disable_meta: otherwise W&B stores the command line and paths of the environment. No console capture either.
     settings = wandb.Settings(
         api_key=options.key or None, console="off", silent=True, x_disable_meta=True, save_code=False
     )
@@ -211,6 +212,7 @@ def _wandb_open(options: WandbRun) -> Any:
         config=options.config,
         settings=settings,
     )
+    # Training and evaluation have step axes of their own.
     for family in ("train", "eval"):
         run.define_metric(f"{family}/global_step")
         run.define_metric(f"{family}/*", step_metric=f"{family}/global_step")
@@ -218,16 +220,16 @@ def _wandb_open(options: WandbRun) -> Any:
 
 
 def tracker_names(record: StepRecord) -> dict[str, float]:
-    """Values and phase seconds by the names trackers show: ``eval/<k>`` as it is, everything else ``train/<k>``."""
+    """Values and phase seconds by their names in trackers: ``eval/<k>`` unchanged, everything else ``train/<k>``."""
     values = {**record.values, **{f"time/{phase}": seconds for phase, seconds in record.seconds.items()}}
     return {name if name.startswith("eval/") else f"train/{name}": value for name, value in values.items()}
 
 
 class Background:
-    """A tracker behind a thread. ``open_sink`` runs in that thread too, because connecting may hang.
+    """A tracker behind a thread. ``open_sink`` runs on that thread too, because connecting may hang.
 
     ``every``: only each so many steps are passed on (``--logging_steps``); records with evaluation results always are.
-    ``abandon`` frees what the sink holds when it is given up on; ``patience`` seconds are granted to it at the end.
+    ``abandon``: called when the tracker is dropped. ``patience``: seconds to wait for it at the end.
     """
 
     def __init__(
@@ -256,7 +258,7 @@ class Background:
                 self._drop(f"it is more than {_QUEUE_RECORDS} records behind")
 
     def close(self) -> None:
-        """Wait for what is still to be sent, but not longer than ``patience`` seconds."""
+        """Wait until everything is sent, at most ``patience`` seconds."""
         if self._dropped.is_set():
             return
         try:
@@ -271,6 +273,7 @@ class Background:
     def _work(self, open_sink: Callable[[], Sink]) -> None:
         try:
             sink = open_sink()
+            # None is the mark of the end.
             while (record := self._records.get()) is not None:
                 sink.write(record)
             sink.close()
@@ -287,7 +290,7 @@ class Background:
 
 @dataclass(frozen=True, slots=True)
 class TrackerOptions:
-    """The tracker flags; an empty ``use_tensorboard`` or ``use_wandb`` means not asked for."""
+    """The tracker flags; an empty ``use_tensorboard`` or ``use_wandb`` means not configured."""
 
     use_tensorboard: str = ""
     use_wandb: str = ""
@@ -299,7 +302,7 @@ class TrackerOptions:
 
 
 def check_trackers(options: TrackerOptions) -> None:
-    """Raise ``ConfigError`` for a tracker that is asked for and not installed. Imports nothing: fit for preflight."""
+    """Raise ``ConfigError`` for a configured tracker that is not installed. Imports nothing: usable in the preflight."""
     for flag, package, wanted in (
         ("--use_tensorboard", "tensorboard", options.use_tensorboard),
         ("--use_wandb", "wandb", options.use_wandb),
@@ -313,10 +316,10 @@ def check_trackers(options: TrackerOptions) -> None:
 def open_trackers(
     options: TrackerOptions, run_id: str, folder: Path, config: Mapping[str, object], first_step: int = 0
 ) -> list[Background]:
-    """The trackers asked for, already connecting in the background. ``config`` may hold secrets; they stay here.
+    """The configured trackers, already connecting in the background. ``config`` may hold secrets, which are redacted.
 
-    ``folder`` is where W&B keeps its local files, ``first_step`` the first step this process will log. Raises
-    ``ConfigError`` like ``check_trackers``.
+    ``folder``: for W&B's local files. ``first_step``: the first step that this process logs. Raises ``ConfigError`` like
+    ``check_trackers``.
     """
     check_trackers(options)
     name = options.wandb_run_name or folder.name
@@ -348,13 +351,13 @@ def open_trackers(
 
 
 class Recorder:
-    """All sinks of a run: the local file first, then the trackers. Steps only ever go up."""
+    """All sinks of a run: the local file first, then the trackers. Steps only increase."""
 
     def __init__(self, metrics_path: Path, trackers: list[Background], last_step: int = -1) -> None:
         self._local, self._trackers, self._last_step = JsonlSink(metrics_path), trackers, last_step
 
     def write(self, record: StepRecord) -> None:
-        """Log one step. A record without a ``time`` gets the present one."""
+        """Log one step. A record without a ``time`` gets the current time."""
         assert record.step > self._last_step, f"step {record.step} logged after step {self._last_step}"
         self._last_step = record.step
         stamped = record if record.time else replace(record, time=time.time())

@@ -1,4 +1,4 @@
-"""Files that cannot be written, as one sentence; and what is done on the way out, which never hides why a run ends."""
+"""Write errors as one sentence; and cleanup that never hides why a run ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from togi.errors import WriteError
 logger = logging.getLogger(__name__)
 
 _ROOM = "make room there"
-# What a disk, and not the program, refuses; and what to do.
+# Errors of the disk, not of the program, and the remedy.
 _ADVICE = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
@@ -28,9 +28,9 @@ _ADVICE = {
 
 @contextmanager
 def way_out(what: str) -> Iterator[None]:
-    """For what is done in ``finally``, ``except`` and ``__exit__``, such as "closing the trackers".
+    """For cleanup in ``finally``, ``except`` and ``__exit__``; ``what`` is such as "closing the trackers".
 
-    Where an error is under way already, that it fails too is logged, so that the first error is the one that is shown.
+    If an error is being raised already, a failure of the cleanup is only logged, so that the first error is the one shown.
     """
     first = sys.exception()
     try:
@@ -43,7 +43,7 @@ def way_out(what: str) -> Iterator[None]:
 
 @contextmanager
 def tolerated(what: str) -> Iterator[None]:
-    """For what a run can do without: that it fails is logged, and the run goes on."""
+    """For work that a run can do without: a failure is logged, and the run continues."""
     try:
         yield
     except (OSError, WriteError) as error:
@@ -52,11 +52,12 @@ def tolerated(what: str) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise WriteError naming ``path`` when the block cannot write."""
+    """Raise WriteError naming ``path`` if the block cannot write."""
     try:
         yield
     except Exception as error:
         reason = disk_reason(error)
+        # Network errors are OSErrors too, but no fault of the file.
         is_of_a_file = isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError)
         if not reason and not is_of_a_file:
             raise
@@ -65,18 +66,18 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def disk_reason(error: BaseException) -> str:
-    """Why a disk refused to take more, in the words of the system; "" for an error of another kind."""
+    """The system's message if the disk refused to write; "" for other errors."""
     code = _code(error)
     return os.strerror(code) if code in _ADVICE else ""
 
 
 def advice(error: BaseException) -> str:
-    """What to do about an error in writing."""
+    """The remedy for a write error."""
     return _ADVICE.get(_code(error), "check the folder and its permissions")
 
 
 def _code(error: BaseException) -> int:
-    """The system's number of an error, 0 if it has none. Libraries written in Rust have it in their text only."""
+    """The errno of an error, 0 if it has none. Libraries in Rust have it in their text only."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))

@@ -1,4 +1,4 @@
-"""What carries weights from the actor to the engines: a choice from flags and from where the processes are."""
+"""The carrier of weights from the actor to the engines, chosen by flags and by where the processes are."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from togi.config.rl import RLConfig
 
 
 class Carrier(StrEnum):
-    """The four ways.
+    """The four carriers.
 
     host: Ray's object store, which processes of one host read without a copy. gloo, nccl: a process group of the actor's
-    rank 0 and the engines. ipc: each engine reads its own actor rank's memory on the GPU that both are on.
+    rank 0 and the engines. ipc: each engine reads the memory of its own actor rank on the GPU that both use.
     """
 
     HOST = "host memory"
@@ -28,7 +28,7 @@ class Carrier(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The carrier, and why it is another than was asked for ("" where it is not)."""
+    """The carrier, and why it differs from the configured one ("" if it does not)."""
 
     carrier: Carrier
     reason: str = ""
@@ -38,7 +38,7 @@ class Route:
 
 
 def choose(config: RLConfig, *, on_gpu: bool, one_host: bool) -> Route:
-    """The way of the weights. ``on_gpu``: the actor computes on one; ``one_host``: it shares its host with all engines."""
+    """The carrier of weights. ``on_gpu``: the actor computes on a GPU; ``one_host``: it shares its host with all engines."""
     asked = config.vllm_sync_backend
     if config.vllm_sync_with_ray:
         ignored = asked is not SyncBackend.AUTO
@@ -48,6 +48,7 @@ def choose(config: RLConfig, *, on_gpu: bool, one_host: bool) -> Route:
         return Route(Carrier.GLOO)
     if asked is SyncBackend.AUTO and one_host:
         return Route(Carrier.HOST)
+    # What remains needs NCCL, or has a fallback.
     problem = _nccl_problem(config, on_gpu)
     if asked is SyncBackend.AUTO:
         return Route(Carrier.GLOO if problem or config.colocate_all_models else Carrier.NCCL)
@@ -58,8 +59,8 @@ def choose(config: RLConfig, *, on_gpu: bool, one_host: bool) -> Route:
 
 
 def _nccl_problem(config: RLConfig, on_gpu: bool) -> str:
-    """What is missing for memory of GPUs to travel; "" where nothing is."""
+    """What prevents sending GPU memory; "" if nothing does."""
     if not on_gpu:
         return "GPUs, and the actor computes on the CPU"
-    # An engine of several processes gets its weights in one that has no GPU of its own.
+    # A tensor-parallel engine receives its weights in a process without a GPU of its own.
     return "--vllm_tensor_parallel_size 1" if config.vllm_tensor_parallel_size > 1 else ""

@@ -1,4 +1,4 @@
-"""What this machine has, without torch: cores, memory, GPUs, and a folder for what need not be made again."""
+"""The resources of this machine, without torch: cores, memory, GPUs, and the cache folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 
 from togi.errors import ConfigError
 
-# avx512bw: oneDNN computes bfloat16 with any AVX-512; bf16: ARM
+# avx512bw: oneDNN computes bfloat16 with any AVX-512; bf16: ARM.
 BF16_FLAGS = frozenset({"avx512bw", "avx512_bf16", "amx_bf16", "bf16"})
 
 GPU_DEVICES = ("nvidia", "dxg", "kfd")
@@ -22,7 +22,7 @@ GPU_DEVICES = ("nvidia", "dxg", "kfd")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Cores this process may use, bytes of memory, GPUs it can see, and whether bfloat16 is fast on what will compute.
+    """Cores that this process may use, bytes of memory, visible GPUs, and whether bfloat16 is fast here.
 
     A matrix product in bfloat16 was measured at 0.3 GFLOP/s on a CPU with AVX2 only, against 146 in float32.
     """
@@ -34,21 +34,21 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Read the machine. GPUs are counted from CUDA_VISIBLE_DEVICES, or else from the NVIDIA device files."""
+    """Read the resources. GPUs are counted from CUDA_VISIBLE_DEVICES, or else from the NVIDIA device files."""
     gpus = _visible_gpus()
     fast_bf16 = (gpus > 0 and _has_gpu_devices()) or joins_cluster() or cpu_has_bf16(Path("/proc/cpuinfo"))
     return Machine(len(os.sched_getaffinity(0)), psutil.virtual_memory().total, gpus, fast_bf16)
 
 
 def cpu_has_bf16(cpuinfo: Path) -> bool:
-    """Whether the CPU has instructions that torch's bfloat16 kernels use. One that does not tell is taken to have them."""
+    """Whether the CPU has instructions that torch's bfloat16 kernels use. True if the file does not tell."""
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), None)
     return flags is None or not BF16_FLAGS.isdisjoint(flags)
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What code compiled for this processor depends on: a folder may be shared by machines that differ."""
+    """What code compiled for this processor depends on, since machines that differ may share a folder."""
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     wanted = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)})) or platform.processor()
@@ -60,7 +60,7 @@ def cache_folder() -> Path:
 
 
 def check_compiler() -> None:
-    """Raise ConfigError if this machine lacks what ``--torch_compile`` builds layers with."""
+    """Raise ConfigError if this machine lacks a C++ compiler or Python headers for ``--torch_compile``."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ConfigError(
@@ -71,12 +71,12 @@ def check_compiler() -> None:
 
 
 def joins_cluster() -> bool:
-    """Whether RAY_ADDRESS (set by ``ray job submit``) names a cluster; its GPUs are then not those of this machine."""
+    """Whether RAY_ADDRESS (set by ``ray job submit``) names a cluster; its GPUs are not those of this machine."""
     return os.environ.get("RAY_ADDRESS", "local") != "local"
 
 
 def _has_gpu_devices(folder: Path = Path("/dev")) -> bool:
-    """Whether there is a driver of NVIDIA, WSL or AMD. DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES without any, too."""
+    """Whether there is a GPU driver (NVIDIA, WSL or AMD). DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES even without one."""
     return any(any(folder.glob(f"{name}*")) for name in GPU_DEVICES)
 
 

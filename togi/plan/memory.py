@@ -1,7 +1,7 @@
-"""What a process occupies, read from the system, and giving memory back to it. Linux; without torch.
+"""The memory of a process, as the system reports it, and returning memory to the system. Linux; no torch.
 
-Resident memory is that of a process and the processes it started, such as the parts of a tensor-parallel engine. Memory that
-several of them share is counted in each.
+Resident memory includes the processes that a process started, such as the parts of a tensor-parallel engine. Shared memory is
+counted in each of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import psutil
 from togi.errors import RunError
 
 RESET_PEAK = "5"
-# Measured memory also moves for other reasons: threads, caches, what a first call allocates.
+# Measured memory also changes for other reasons: threads, caches, allocations of a first call.
 NOISE_BYTES = 32 << 20
 MADV_DONTNEED = 4  # of Linux's madvise
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
@@ -25,14 +25,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """What a worker gave back: ``nbytes`` were let go, and memory in use was measured ``before`` and ``after``, in bytes."""
+    """A worker's release of memory: ``nbytes`` were freed; memory in use was ``before`` and ``after`` it, in bytes."""
 
     nbytes: int
     before: int
     after: int
 
     def check(self, who: str) -> Released:
-        """Raise RunError if the measured memory did not fall as it should have. Half of it, beyond noise, is enough."""
+        """Raise RunError if the measured memory did not fall enough. Half of ``nbytes``, less noise, is enough."""
         fell = self.before - self.after
         if fell < self.nbytes / 2 - NOISE_BYTES:
             raise RunError(
@@ -43,18 +43,18 @@ class Released:
 
 
 def resident_bytes() -> int:
-    """The resident memory of this process alone."""
+    """The resident memory of this process alone, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 class PeakMemory:
-    """The largest resident memory of this process and its children since it was last asked, and of all times."""
+    """The peak resident memory of this process and its children since the last call, and the highest so far."""
 
     def __init__(self) -> None:
         self.highest = 0
 
     def take(self) -> int:
-        """Bytes; begins anew. Where the system does not let it begin anew, the largest since the start."""
+        """The peak in bytes since the last call; then resets it. If the system does not permit a reset: since the start."""
         family = [psutil.Process(), *psutil.Process().children(recursive=True)]
         peak = sum(_take_peak(Path(f"/proc/{process.pid}")) for process in family)
         self.highest = max(self.highest, peak)
@@ -64,7 +64,7 @@ class PeakMemory:
 def _take_peak(process: Path) -> int:
     try:
         status = (process / "status").read_text(encoding="utf-8")
-    except (FileNotFoundError, ProcessLookupError):  # a child that has ended in the meantime
+    except (FileNotFoundError, ProcessLookupError):  # a child that has just ended
         return 0
     with suppress(OSError):
         (process / "clear_refs").write_text(RESET_PEAK, encoding="utf-8")
@@ -73,10 +73,10 @@ def _take_peak(process: Path) -> int:
 
 
 def keep_freed() -> None:
-    """From now on the C library keeps what this process frees for what it allocates next, until ``return_freed``.
+    """Let the C library keep freed memory for later allocations, until ``return_freed``.
 
-    A training step frees and allocates the same gigabytes as the last one. Else large tensors get pages of their own each time,
-    which the system must find and clear first.
+    A training step frees and allocates the same gigabytes as the last one. Otherwise large tensors get new pages each
+    time, which the system must find and clear first.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -85,21 +85,23 @@ def keep_freed() -> None:
 
 
 def return_freed() -> None:
-    """Give pages that the C library keeps for later allocations back to the system."""
+    """Return the pages that the C library keeps for later allocations to the system."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def release_pages(address: int, nbytes: int) -> int:
-    """Give back the whole pages of anonymous memory at ``address``, which reads as zeros from then on.
+    """Release the whole pages of anonymous memory at ``address``, which then reads as zeros.
 
     Returns how many bytes of them were resident. Raises OSError.
     """
+    # Only pages that are entirely inside: the edges may belong to other memory.
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     length = max(0, (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start)
     if length == 0:
         return 0
+    # Count the resident pages first: those never touched give nothing back.
     libc = ctypes.CDLL(None, use_errno=True)
     present = (ctypes.c_ubyte * (length // mmap.PAGESIZE))()
     place, size = ctypes.c_void_p(start), ctypes.c_size_t(length)

@@ -1,7 +1,7 @@
-"""Where the processes of a run go: plain arithmetic on the settings, checked before anything is placed.
+"""The placement of a run's processes: arithmetic on the settings, checked before anything is placed.
 
-A *group* is a set of equal slots (one GPU each, or one worker process where there are none) that one or several roles share.
-An engine takes --vllm_tensor_parallel_size slots of one node.
+A *group* is a set of equal slots (one GPU each, or one worker process without GPUs) that one or several roles share. An engine
+takes --vllm_tensor_parallel_size slots of one node.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Role(StrEnum):
 
 LEARNERS = (Role.ACTOR, Role.CRITIC)
 IN_PROCESS = "workers in this process"
-"""What the slots of a placement are under --workers local."""
+"""The unit of slots under --workers local."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """``slots`` = nodes x per_node; each of ``roles`` has one process in every slot, one for each reward model.
+    """``slots`` = nodes x per_node. Each of ``roles`` has one process in every slot, one for each reward model.
 
-    An engine has one in every ``engine_size`` slots, which are on one node.
+    An engine has one process in every ``engine_size`` slots, which are on one node.
     """
 
     roles: tuple[Role, ...]
@@ -55,12 +55,12 @@ class Group:
 
     @property
     def slots_per_bundle(self) -> int:
-        """How many slots are reserved as one: those of an engine that shares them with nobody."""
+        """Slots that are reserved as one: all slots of an engine that shares them with no other role."""
         return self.engine_size if self.roles == (Role.ENGINE,) else 1
 
 
 def used_roles(config: RLConfig) -> tuple[Role, ...]:
-    """The models a run really needs: nothing is loaded that the settings do not use. Each reward model counts."""
+    """The models that a run needs; nothing else is loaded. Each reward model counts."""
     roles = [Role.ENGINE, Role.ACTOR] if config.generates else [Role.ACTOR]
     if config.uses_critic:
         roles.append(Role.CRITIC)
@@ -70,21 +70,22 @@ def used_roles(config: RLConfig) -> tuple[Role, ...]:
 
 
 def team_size(config: RLConfig, role: Role) -> int:
-    """How many workers compute each batch of a model: a ring, or a group that parts the weights of a model in training."""
+    """How many workers compute each batch of a model together: a ring, or a tensor-parallel group of a model in training."""
     splits = config.ds_tensor_parallel_size if role in LEARNERS else 1
     return config.ring_attn_size * splits
 
 
 def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
-    """Replace every ``auto`` of the placement by a number, and that of --workers, and say so in the sources.
+    """Replace every ``auto`` of the placement, and of --workers, by its value; records it in the sources.
 
-    Without GPUs every role gets one worker, or as many as make a team (``team_size``) or a colocated engine. With GPUs,
-    colocated roles get all of them and separate groups equal shares, of whole teams and engines.
+    Without GPUs every role gets one worker, or as many as make a team (``team_size``) or a colocated engine. With GPUs, colocated
+    roles get all of them and separate groups get equal shares, of whole teams and engines.
     """
     config = parsed.config
     colocated, engine_size = config.colocate_all_models, config.vllm_tensor_parallel_size
     share = max(1, machine.gpus // (1 if colocated else len(_sharing(config))))
     values: dict[str, Any] = {}
+    # The actor: from the given engines that it shares GPUs with, else as many whole teams as its share holds.
     actor = config.actor_num_gpus_per_node
     if actor == "auto" and colocated and config.vllm_num_engines != "auto":
         actor_per_node = -(-config.vllm_num_engines * engine_size // config.actor_num_nodes)
@@ -93,15 +94,18 @@ def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
         actor_per_node = max(1, share // whole) * whole
     else:
         actor_per_node = actor
+    # The other models follow the actor.
     for role in ("actor", "critic", "ref", "reward"):
         if getattr(config, f"{role}_num_gpus_per_node") == "auto":
             values[f"{role}_num_gpus_per_node"] = actor_per_node
             if getattr(config, f"{role}_num_nodes") == 1:
                 values[f"{role}_num_nodes"] = config.actor_num_nodes
+    # Engines fill the actor's slots, or their own share.
     if config.vllm_num_engines == "auto":
         slots = actor_per_node * config.actor_num_nodes if colocated else share
         values["vllm_num_engines"] = max(1, slots // engine_size)
     config = config.model_copy(update=values)
+    # Last, since it depends on all counts.
     if config.workers is WorkersKind.AUTO:
         values["workers"] = WorkersKind.RAY if what_needs_ray(config, machine) else WorkersKind.LOCAL
     sources = dict(parsed.sources) | dict.fromkeys(values, Source.AUTO)
@@ -109,7 +113,7 @@ def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
 
 
 def plan_groups(config: RLConfig) -> tuple[Group, ...]:
-    """The groups of a resolved configuration."""
+    """The groups of a resolved configuration. Raises ConfigError if roles that share slots differ in size."""
     sizes = _sizes(config)
     _check_teams(config, sizes)
     groups = []
@@ -135,7 +139,7 @@ def plan_groups(config: RLConfig) -> tuple[Group, ...]:
 
 
 def arithmetic(groups: tuple[Group, ...], unit: str) -> str:
-    """One line that shows how the slots add up, for example "engine 2 x 2 + actor, ref 2 = 6 worker processes"."""
+    """The sum of the slots in one line, for example "engine 2 x 2 + actor, ref 2 = 6 worker processes"."""
     return f"{' + '.join(map(_shape, groups))} = {sum(group.slots for group in groups)} {unit}"
 
 
@@ -149,7 +153,7 @@ def _shape(group: Group) -> str:
 
 
 def check_fits(groups: tuple[Group, ...], cluster_gpus: int) -> None:
-    """Refuse more GPUs than the cluster has. Without any GPU slots are processes and always fit."""
+    """Raise ConfigError for more GPUs than the cluster has. Without GPUs slots are processes and always fit."""
     total = sum(group.slots for group in groups)
     if cluster_gpus > 0 and total > cluster_gpus:
         raise ConfigError(
@@ -159,7 +163,7 @@ def check_fits(groups: tuple[Group, ...], cluster_gpus: int) -> None:
 
 
 def _check_teams(config: RLConfig, sizes: Mapping[Role, tuple[int, int]]) -> None:
-    """The workers of each model are whole teams."""
+    """Check that the workers of each model are whole teams. Raises ConfigError."""
     flag = "--ring_attn_size" if config.ring_attn_size > 1 else "--ds_tensor_parallel_size"
     for role in used_roles(config):
         nodes, per_node = sizes[role]
@@ -171,7 +175,7 @@ def _check_teams(config: RLConfig, sizes: Mapping[Role, tuple[int, int]]) -> Non
 
 
 def check_nodes(groups: tuple[Group, ...], gpus_of_nodes: Sequence[int]) -> None:
-    """Refuse engines that would have to be cut in two: all GPUs of one are on one node."""
+    """Raise ConfigError if an engine does not fit on one node."""
     for group in groups:
         size, places = group.engine_size, sum(gpus // group.engine_size for gpus in gpus_of_nodes)
         if group.engines > places:
@@ -183,12 +187,12 @@ def check_nodes(groups: tuple[Group, ...], gpus_of_nodes: Sequence[int]) -> None
 
 
 def node_order(nodes: Sequence[str]) -> list[int]:
-    """The order in which places become slots, given the node of each: those of a node stand together."""
+    """The order in which places become slots, given the node of each: places of a node are adjacent."""
     return sorted(range(len(nodes)), key=lambda place: nodes.index(nodes[place]))
 
 
 def check_whole(engine_size: int, nodes: Sequence[str]) -> None:
-    """Refuse slots (given by their nodes, in order) of which an engine would get some on one node and some on another."""
+    """Raise ConfigError if an engine's slots (given by their nodes, in order) are on several nodes."""
     for first in range(0, len(nodes), engine_size):
         if len(set(nodes[first : first + engine_size])) > 1:
             raise ConfigError(
@@ -199,7 +203,7 @@ def check_whole(engine_size: int, nodes: Sequence[str]) -> None:
 
 
 def check_spread(groups: tuple[Group, ...], nodes: int) -> None:
-    """Refuse a group over more nodes than there are."""
+    """Raise ConfigError for a group over more nodes than there are."""
     for group in groups:
         if group.nodes > nodes:
             role = group.roles[-1]
@@ -211,9 +215,9 @@ def check_spread(groups: tuple[Group, ...], nodes: int) -> None:
 
 
 def spread(groups: Sequence[Group], gpus_of_nodes: Mapping[str, int]) -> list[list[str]]:
-    """The node of each slot of each group that is over several nodes, ``per_node`` slots on each; [] for the other groups.
+    """The node of each slot for groups over several nodes, ``per_node`` slots on each; [] for other groups.
 
-    Nodes are taken in the order given. Where none has a GPU every node has room for all.
+    Nodes are taken in the order given. If no node has a GPU, every node has room for all.
     """
     free = dict(gpus_of_nodes)
     counted = any(free.values())

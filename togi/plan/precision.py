@@ -1,4 +1,4 @@
-"""Whether ``--bf16`` helps on this machine: decided before anything is loaded, and said."""
+"""Whether ``--bf16`` helps on this machine: decided and announced before anything is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WITHOUT_BF16 = (
 
 
 def usable_precision(parsed: Parsed[Config], machine: Machine) -> tuple[Parsed[Config], str]:
-    """The settings with ``--bf16`` turned off where the machine cannot compute in it, and the sentence to say ("" if none)."""
+    """The settings with ``--bf16`` off if the machine cannot compute in it, and the sentence to print ("" if none)."""
     if not parsed.config.bf16 or machine.fast_bf16:
         return parsed, ""
     sources = dict(parsed.sources) | {"bf16": Source.AUTO}

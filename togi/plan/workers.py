@@ -1,4 +1,4 @@
-"""Whether a run's models and engine can be objects of one process, or need several under Ray."""
+"""Whether the models and the engine of a run fit into one process, or need several under Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from togi.plan.machine import Machine, joins_cluster
 
 
 def check_workers(config: RLConfig, machine: Machine) -> None:
-    """Raises ConfigError where --workers local is not possible. The counts of ``config`` are resolved."""
+    """Raise ConfigError if --workers local is not possible. The counts in ``config`` are resolved."""
     needed = what_needs_ray(config, machine) if config.workers is WorkersKind.LOCAL else ""
     if needed:
         raise ConfigError(
@@ -20,7 +20,8 @@ def check_workers(config: RLConfig, machine: Machine) -> None:
 
 
 def what_needs_ray(config: RLConfig, machine: Machine) -> str:
-    """The first setting that takes more than one process, as it is written; "" where none does."""
+    """The first setting that needs more than one process, as it is written; "" if none does."""
+    # Counts first, then settings that work across processes only.
     counts: dict[str, int | str] = {
         "vllm_num_engines": config.vllm_num_engines,
         "vllm_tensor_parallel_size": config.vllm_tensor_parallel_size,
@@ -41,7 +42,7 @@ def what_needs_ray(config: RLConfig, machine: Machine) -> str:
     needs = [f"--{name} {count}" for name, count in counts.items() if count != 1]
     if joins_cluster():
         needs.append(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}")
-    if config.backend is BackendName.DEEPSPEED:  # its process group would be the engine's
+    if config.backend is BackendName.DEEPSPEED:  # the engine would take its process group for its own
         needs.append(f"--backend {config.backend}")
     if config.vllm_sync_with_ray:
         needs.append("--vllm_sync_with_ray")

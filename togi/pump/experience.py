@@ -1,4 +1,4 @@
-"""From scored rollouts to samples with advantages: what happens between generation and the update, on the driver.
+"""From scored rollouts to samples with advantages: the work between generation and update, on the driver.
 
 Shape letters: K trained tokens of all samples in order, N samples.
 """
@@ -31,7 +31,7 @@ from togi.sample import Outcome, Rollout, Sample, Score, with_streams
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """The samples of one prompt and what the rewards said, in the same order. ``filtered``: it is not to be trained on."""
+    """The rollouts of one prompt and their scores, in the same order. ``filtered``: the group is not trained on."""
 
     rollouts: tuple[Rollout, ...]
     scores: tuple[Score, ...]
@@ -40,7 +40,7 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
-    """One rollout that has a score and at least one token to train, with its place in the step's groups."""
+    """One rollout with a score and at least one token to train, and its place in the groups of the step."""
 
     rollout: Rollout
     score: Score
@@ -49,9 +49,9 @@ class Trainable:
 
 
 def trainable(groups: Sequence[ScoredGroup], on_error: OnRewardError) -> list[Trainable]:
-    """The samples that can be trained on: those with a score. An abstention leaves its siblings in place.
+    """The rollouts to train on: those with a score. If one abstains, the rest of its group stays.
 
-    An error takes its whole group with it unless ``on_error`` is drop_sample.
+    An error drops its whole group unless ``on_error`` is drop_sample.
     """
     dropped = {group for group, scored in enumerate(groups) if scored.filtered or takes_group(scored.scores, on_error)}
     return [
@@ -63,12 +63,12 @@ def trainable(groups: Sequence[ScoredGroup], on_error: OnRewardError) -> list[Tr
 
 
 def takes_group(scores: Sequence[Score], on_error: OnRewardError) -> bool:
-    """Whether an error among a group's scores takes the whole group out of training."""
+    """Whether an error among a group's scores drops the whole group."""
     return on_error is not OnRewardError.DROP_SAMPLE and any(score.outcome is Outcome.ERROR for score in scores)
 
 
 def to_sample(item: Trainable) -> Sample:
-    """A packed-layout sample; the engine's log-probs become a stream with NaN where nothing was sampled."""
+    """A sample in the packed layout. The engine's logprobs become a stream with NaN where nothing was sampled."""
     rollout = item.rollout
     prompt = len(rollout.prompt.tokens)
     tokens = np.asarray(rollout.prompt.tokens + rollout.response_tokens, dtype=np.int64)
@@ -82,13 +82,16 @@ def to_sample(item: Trainable) -> Sample:
 def with_advantages(
     items: Sequence[Trainable], samples: Sequence[Sample], config: RLConfig, kl_coef: float
 ) -> list[Sample]:
-    """Advantages and returns over the whole step, so that normalisation does not depend on ranks or micro-batches."""
+    """Advantages and returns over the whole step, so normalisation does not depend on ranks or micro-batches."""
+    # Flat layout: all trained tokens of all samples in a row, each with the number of its sample.
     lengths = torch.tensor([int(sample.loss_mask.sum()) for sample in samples])
     sequences_K = torch.repeat_interleave(torch.arange(len(samples)), lengths)
     in_reward = config.uses_reference and not config.use_kl_loss
+    # float64, since normalisation sums over a whole step.
     rewards_N = torch.tensor([item.score.value for item in items], dtype=torch.float64)
     groups_N = torch.tensor([item.group for item in items])
     ends = np.cumsum(lengths.numpy())[:-1]
+    # The user's own estimator computes advantages only.
     if isinstance(config.advantage_estimator, Hook):
         penalties_K = kl_coef * _reference_kl(samples) if in_reward else torch.zeros(len(sequences_K)).double()
         estimated_K = load_estimator(config.advantage_estimator)(
@@ -108,6 +111,7 @@ def with_advantages(
         lam=config.lambd,
         no_std_norm=config.no_advantage_std_norm,
     )
+    # Back to one array per sample.
     per_sample = {
         name: np.split(flat_K.numpy().astype(np.float32), ends)
         for name, flat_K in ((ADVANTAGES, result.advantages_K), (RETURNS, result.returns_K))
@@ -116,7 +120,7 @@ def with_advantages(
 
 
 def gather(samples: Sequence[Sample], name: str) -> Tensor:
-    """Stream ``name`` at all trained tokens of all samples, flat (K), float64."""
+    """Stream ``name`` at all trained tokens of all samples, flat: shape (K), float64."""
     return torch.from_numpy(
         np.concatenate([sample.streams[name][sample.loss_mask] for sample in samples]).astype(np.float64)
     )

@@ -1,7 +1,7 @@
-"""Where the RL loop takes its scored groups from: here by generating them, in ``replay`` from those of an earlier run.
+"""The source of scored groups for the RL loop: generated here, or read from an earlier run (``replay``).
 
-``take`` generates with the present weights and returns when every group is scored: ``max_staleness = 0``, the synchronous
-case. Groups are scored as they finish, while others still generate.
+``take`` generates with the current weights and returns when every group is scored (``max_staleness = 0``, synchronous). Groups
+are scored as they finish, while others still generate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_IN_FLIGHT = 4096
 
 
 class Feed(Protocol):
-    """What the loop asks: it does not know when or by whom groups were made."""
+    """The interface of the loop, which does not know when or where groups are made."""
 
     async def take(self, loader: PromptLoader, count: int, samples: int, step: int) -> list[ScoredGroup]:
         """The groups of the next ``count`` prompts, ``samples`` rollouts each, in the loader's order, for ``step``."""
@@ -32,10 +32,10 @@ class Feed(Protocol):
 
 
 class RolloutFeed:
-    """Prompts in, scored groups out. With ``seed`` every sample has a seed of its own, whatever the timing.
+    """Turns prompts into scored groups. With ``seed`` every sample has its own seed, whatever the timing.
 
-    ``max_errors``: the largest share of samples whose reward may fail. ``penalties`` None: rewards stay as they are.
-    ``filtering`` None: every group is kept.
+    ``max_errors``: the largest share of samples whose reward may fail. ``penalties`` None: no length penalty. ``filtering`` None:
+    every group is kept.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class RolloutFeed:
     async def take(self, loader: PromptLoader, count: int, samples: int, step: int) -> list[ScoredGroup]:
         """Scored groups of the next prompts, ``samples`` rollouts each, in the loader's order.
 
-        Of ``count`` prompts, or with filtering of as many as it takes to keep ``count`` groups; fewer at the end of an episode.
-        Those that are not kept are among them. Raises RewardError when more rewards fail than are allowed, and ConfigError when
-        too little is kept.
+        Takes ``count`` prompts, or with filtering as many as it takes to keep ``count`` groups; fewer at the end of an
+        episode. The result includes filtered groups. Raises RewardError if more rewards fail than allowed, and
+        ConfigError if too few groups are kept.
         """
         if self._filtering is None:
             return await self.run(loader.take(count), samples, f"step{step}")
         return await self._fill(self._filtering, loader, count, samples, f"step{step}")
 
     async def run(self, prompts: Sequence[Prompt], samples: int, name: str) -> list[ScoredGroup]:
-        """Generate and score ``samples`` rollouts of each prompt, in order. ``name`` keeps group ids of calls apart.
+        """Generate and score ``samples`` rollouts of each prompt, in order. ``name``: keeps the group ids of calls apart.
 
-        Raises RewardError when more rewards fail than are allowed.
+        Raises RewardError if more rewards fail than allowed.
         """
         limit = ErrorLimit(self._max_errors, len(prompts) * samples)
         places = {f"{name}/{place}/{prompt.id}": place for place, prompt in enumerate(prompts)}
@@ -79,6 +79,7 @@ class RolloutFeed:
         async def score(group: Sequence[Rollout]) -> None:
             result[places[group[0].group_id]] = await self._scored(group, limit)
 
+        # Scoring starts as soon as a group is complete, in any order; results go to the place of their prompt.
         groups = self._collected(zip(places, prompts, strict=True), samples, MAX_IN_FLIGHT)
         scoring: list[asyncio.Task[None]] = []
         try:
@@ -86,7 +87,7 @@ class RolloutFeed:
                 scoring.append(asyncio.create_task(score(group)))
                 for task in scoring:
                     if task.done():
-                        task.result()  # a reward that failed stops the run at once, not after the last rollout
+                        task.result()  # raises at the first failed reward, not after the last rollout
             await asyncio.gather(*scoring)
         finally:
             for task in scoring:
@@ -99,8 +100,8 @@ class RolloutFeed:
     ) -> list[ScoredGroup]:
         """All groups that it took to keep ``count`` of them, or as many as the rest of the episode gives.
 
-        Each of ``count`` places tries one prompt after the other until a group is kept. A prompt is taken only when so many
-        before it have failed, so which ones are taken does not depend on timing, and none is generated in vain.
+        Each of ``count`` places tries one prompt after the other until a group is kept. A prompt is taken only after
+        that many have failed, so the choice of prompts does not depend on timing, and no group is generated for nothing.
         """
         groups: dict[int, ScoredGroup] = {}
         limit = ErrorLimit(self._max_errors, 0)
@@ -134,7 +135,7 @@ class RolloutFeed:
     def _collected(
         self, prompts: Iterable[tuple[str, Prompt]], samples: int, most: int
     ) -> AsyncIterator[Sequence[Rollout]]:
-        """The groups of prompts, each with its group id, as they finish; at most ``most`` rollouts at once."""
+        """The groups of ``prompts`` (group id, prompt), as they finish; at most ``most`` rollouts at once."""
         return collect_groups(
             prompts, self._environment, self._generate, n_samples=samples, max_in_flight=most, seed=self._seed
         )
@@ -142,6 +143,7 @@ class RolloutFeed:
     async def _scored(self, group: Sequence[Rollout], limit: ErrorLimit) -> ScoredGroup:
         scores = await self._reward.score(group)
         limit.count(scores)
+        # Filter on the reward itself; a length penalty would make equal rewards differ.
         filtered = self._filtering is not None and not self._filtering.keeps(scores)
         if self._penalties is not None:
             scores = self._penalties.applied(group, scores)

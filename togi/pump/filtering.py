@@ -1,7 +1,7 @@
-"""Which groups teach something: dynamic sampling of DAPO (Yu et al. 2025, arXiv 2503.14476, section 3.2).
+"""Filter groups that teach nothing: dynamic sampling of DAPO (Yu et al. 2025, arXiv 2503.14476, section 3.2).
 
-A group that all solve or none solves has no advantages, so its place goes to another prompt's. Here is the judgement;
-``feed`` replaces, one for one, so that there are never more groups than a rollout trains on and nothing is left over.
+A group whose answers are all right or all wrong has zero advantages, so another prompt's group replaces it. This module decides;
+``feed`` replaces one for one, so there are never more kept groups than a rollout trains on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from togi.sample import Outcome, Score
 
 @dataclass(frozen=True, slots=True)
 class GroupFilter:
-    """Keeps a group with ``low < mean reward < high``. ``most``: groups generated for each one wanted, at most."""
+    """Keeps a group with ``low < mean reward < high``. ``most``: the largest number of groups generated per wanted group."""
 
     low: float
     high: float
@@ -28,24 +28,24 @@ class GroupFilter:
 
     @classmethod
     def of(cls, config: RLConfig) -> GroupFilter | None:
-        """What ``--dynamic_filtering`` asks for; None without it."""
+        """The filter of ``--dynamic_filtering``; None without it."""
         low, high = config.dynamic_filtering_reward_range
         if not config.dynamic_filtering:
             return None
         return cls(low, high, config.dynamic_filtering_max_generations, config.on_reward_error)
 
     def keeps(self, scores: Sequence[Score]) -> bool:
-        """Judge a group by the scores it has; one that could not be trained on is not kept either."""
+        """Whether a group is kept, by the scores that it has. A group that cannot be trained on is not kept."""
         rewards = [score.value for score in scores if score.outcome is Outcome.SCORE]
         if not rewards or takes_group(scores, self.on_error):
             return False
-        # Measured from the lowest reward, equal rewards have exactly that mean: rounding cannot push it off an end.
+        # Measured from the lowest reward, the mean of equal rewards is exact: rounding cannot move it across a limit.
         lowest = min(rewards)
         mean = lowest + math.fsum(reward - lowest for reward in rewards) / len(rewards)
         return self.low < mean < self.high
 
     def check_budget(self, generated: int, kept: int, wanted: int) -> None:
-        """Raise ConfigError when one more group would be too many. ``kept`` of those ``generated`` so far are in."""
+        """Raise ConfigError if one more group would exceed the limit. ``kept``: how many of ``generated`` were kept."""
         if generated >= self.most * wanted:
             raise ConfigError(
                 f"--dynamic_filtering kept only {kept} of {generated} groups and the rollout needs {wanted}: give prompts that "

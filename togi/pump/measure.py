@@ -1,4 +1,4 @@
-"""What a step's rollouts say in numbers, and the rows that are stored of them. Pure functions of finished groups."""
+"""Metrics of a step's rollouts, and the rows that are stored. Pure functions of finished groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from togi.sample import FinishReason, Outcome, Sample, Score
 
 @dataclass(frozen=True, slots=True)
 class TokenDetails:
-    """Per-token results of one trained rollout, at its trained tokens; empty where not computed."""
+    """Values at the trained tokens of one rollout; empty where not computed."""
 
     trainer_logprobs: tuple[float, ...] = ()
     ref_logprobs: tuple[float, ...] = ()
@@ -47,6 +47,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     scores = [score for _, score in pairs]
     values = np.array([score.value for score in scores if score.outcome is Outcome.SCORE])
     lengths = np.array([len(rollout.response_tokens) for rollout, _ in pairs])
+    # Means over samples, then within groups: a group of equal rewards has no advantage.
     spreads = [float(np.std(each)) for each in map(_values, groups) if len(each) > 1]
     metrics = {
         names.REWARD_MEAN: float(values.mean()) if len(values) > 0 else math.nan,
@@ -60,6 +61,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     if spreads:
         metrics[names.REWARD_GROUP_STD] = float(np.mean(spreads))
         metrics[names.GROUPS_ZERO_VARIANCE] = float(np.mean([spread == 0 for spread in spreads]))
+    # Named parts of the reward, each over the samples that have it.
     components: dict[str, list[float]] = {}
     for score in scores:
         for name, value in score.components.items():
@@ -68,7 +70,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 
 
 def filter_metrics(groups: Sequence[ScoredGroup], wanted: int) -> dict[str, float]:
-    """How much dynamic filtering left out, in groups, of a rollout that was to have ``wanted`` of them."""
+    """How much dynamic filtering dropped, in groups. ``wanted``: the groups of a rollout."""
     return {
         names.GROUPS_DROPPED: float(np.mean([group.filtered for group in groups])),
         names.GROUPS_GENERATIONS: len(groups) / wanted,
@@ -76,7 +78,7 @@ def filter_metrics(groups: Sequence[ScoredGroup], wanted: int) -> dict[str, floa
 
 
 def trainer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Engine against trainer, and policy against reference, from streams that were computed for training anyway."""
+    """Engine against trainer, and policy against reference, from streams that training computes anyway."""
     engine_K, trainer_K = gather(samples, ROLLOUT_LOGPROBS), gather(samples, OLD_LOGPROBS)
     gap = mismatch(engine_K, trainer_K)
     metrics = {
@@ -93,7 +95,7 @@ def trainer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def eval_metrics(groups: Sequence[ScoredGroup], samples: int) -> dict[str, float]:
-    """Mean reward with its standard error over prompts, and pass@k of each set, for ``samples`` responses to each prompt."""
+    """Mean reward with its standard error over prompts, and pass@k per data source, with ``samples`` responses per prompt."""
     metrics = _eval_of(groups)
     metrics[names.EVAL_LENGTH] = float(np.mean([len(r.response_tokens) for group in groups for r in group.rollouts]))
     truncated = [r.finish_reason is FinishReason.LENGTH for group in groups for r in group.rollouts]
@@ -103,9 +105,10 @@ def eval_metrics(groups: Sequence[ScoredGroup], samples: int) -> dict[str, float
         means = _eval_of(own)
         metrics[names.eval_of(source, "pass1")] = means[names.EVAL_REWARD]
         metrics[names.eval_of(source, "pass1_stderr")] = means[names.EVAL_REWARD_STDERR]
+        # Groups in which every reward abstained or failed say nothing.
         rewards = [values for values in map(_values, own) if len(values) > 0]
         for k in reported_ks(samples)[1:]:
-            # of a group with abstentions there may be fewer
+            # a group with abstentions may have fewer than k
             best = [expected_best(values.tolist(), min(k, len(values))) for values in rewards]
             metrics[names.eval_of(source, f"pass{k}")] = float(np.mean(best)) if best else math.nan
     return metrics
@@ -114,7 +117,7 @@ def eval_metrics(groups: Sequence[ScoredGroup], samples: int) -> dict[str, float
 def rows(
     step: int, split: Split, groups: Sequence[ScoredGroup], details: StepDetails | None = None
 ) -> list[RolloutRow]:
-    """Everything about a step's rollouts, one row each, in order."""
+    """The stored rows of a step, one per rollout, in order."""
     known = {} if details is None else details.by_place
     return [
         _row(step, split, group, index, known.get((place, index), TokenDetails()))
@@ -170,7 +173,7 @@ def _share(scores: Sequence[Score], outcome: Outcome) -> float:
 
 def _eval_of(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     means = [float(_values(group).mean()) for group in groups if len(_values(group)) > 0]
-    if not means:  # the reward abstained on all of them: not measured, which is not 0
+    if not means:  # the reward abstained on all of them: not measured is not 0
         return {names.EVAL_REWARD: math.nan, names.EVAL_REWARD_STDERR: math.nan}
     estimate = mean_with_error(means)
     return {names.EVAL_REWARD: estimate.mean, names.EVAL_REWARD_STDERR: estimate.standard_error}

@@ -1,8 +1,8 @@
-"""Training on the rollouts of an earlier run: its stored groups in place of a generation engine and of rewards.
+"""Training on the rollouts of an earlier run: stored groups replace the generation engine and the rewards.
 
-Tokens, engine log-probs and rewards are stored as exactly as they were used, so a replay under the same settings repeats the
-run's updates bit for bit; under another backend, number of workers or placement it shows what those change. Only why a reward
-failed is not stored.
+Tokens, engine logprobs and rewards are stored exactly, so a replay with the same settings repeats the run's updates bit for bit.
+With another backend, number of workers or placement it shows what those change. Only the messages of failed rewards are
+not stored.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 
 def replay_feed(folder: str, *, filtering: bool) -> ReplayFeed:
-    """The feed of the run whose folder this is."""
+    """The feed of the run in ``folder``."""
     return ReplayFeed(RunDirectory(Path(folder)).rollouts, filtering=filtering)
 
 
 class ReplayFeed:
-    """Prompts in, the groups that were stored for them out. A ``Feed``.
+    """A ``Feed`` that returns the stored groups of its prompts.
 
-    ``filtering``: the run took as many prompts for each rollout as it needed, and so does its replay.
+    ``filtering``: each rollout of the run took as many prompts as it needed, and so does its replay.
     """
 
     def __init__(self, store: RolloutStore, *, filtering: bool = False) -> None:
@@ -40,14 +40,14 @@ class ReplayFeed:
         return self.groups(loader.take(self.prompts_of(step, count)), samples, step)
 
     def prompts_of(self, step: int, count: int) -> int:
-        """How many prompts ``step`` took: ``count``, or with filtering as many as there are stored, 0 without any."""
+        """How many prompts ``step`` took: ``count``, or with filtering the number that is stored (0 if nothing is)."""
         if not self._filtering:
             return count
         files = [file for file in self._store.files() if (file.step, file.split) == (step, Split.TRAIN)]
         return len({row["group_id"] for file in files for row in self._store.read_columns(file, ["group_id"])})
 
     def steps_for(self, prompts: int) -> int:
-        """With filtering: in how many steps the run used up so many prompts; one more than are stored if it did not."""
+        """With filtering: the number of steps in which the run used up ``prompts``; one more than are stored if it did not."""
         step = 1
         while (taken := self.prompts_of(step, 0)) > 0 and prompts > taken:
             prompts, step = prompts - taken, step + 1
@@ -66,7 +66,7 @@ class ReplayFeed:
     def groups(self, prompts: Sequence[Prompt], samples: int, step: int) -> list[ScoredGroup]:
         """The stored groups of ``step``, one for each of ``prompts``.
 
-        Raises DataError when they are of other prompts, were tokenised in another way, or have another number of samples.
+        Raises DataError if they have other prompts, other tokens of a prompt, or another number of samples.
         """
         rows = [row for row in self._store.read_step(step) if row.split is Split.TRAIN]
         groups = [list(group) for _, group in groupby(rows, key=lambda row: row.group_id)]
@@ -75,6 +75,7 @@ class ReplayFeed:
             raise DataError(
                 f"{where} has {len(groups)} prompts, but this run takes {len(prompts)}: give the prompts of that run."
             )
+        # In the order of what a user can confuse: data, tokenizer, samples.
         for group, prompt in zip(groups, prompts, strict=True):
             if group[0].prompt_id != prompt.id:
                 raise DataError(

@@ -1,7 +1,7 @@
-"""Outputs for a file of prompts, and scores for a file of outputs. See ``generate`` and ``score``.
+"""Generate outputs for a file of prompts (``generate``) and scores for a file of outputs (``score``).
 
-Both write rows as they finish and end with a file in order (``togi.data.row_log``); the same command goes on where a killed
-one stopped. Settings come checked from ``infer_start``.
+Both write rows as they finish and end with a file in order (``togi.data.row_log``), so the same command resumes after a kill.
+Settings are checked by ``infer_start``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from togi.run.select import select
 from togi.sample import FinishReason, Prompt, Rollout, Sample, Sampling
 
 SCORED_AT_ONCE = 64
-# Settings that rows depend on, beside prompts and weights.
+# Settings that the rows depend on, besides prompts and weights.
 GENERATION = (
     "eval_task",
     "seed",
@@ -68,7 +68,7 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a finished command wrote."""
+    """The output of a finished command."""
 
     path: Path
     rows: int
@@ -76,7 +76,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A prompt as the model gets it. ``plain``: the text without the reward that is asked for."""
+    """A prompt as the model gets it. ``plain``: its text without the csft reward."""
 
     prompt: Prompt
     plain: str
@@ -85,11 +85,12 @@ class Asked:
 def generate(config: InferConfig, announce: Announce) -> Written:
     """``--best_of_n`` outputs for every prompt of the slice, in the order of the prompts.
 
-    Each output has a seed of its own, so that how many run at once changes nothing but time.
+    Each output has its own seed, so the number of concurrent requests does not change the results.
     """
     if config.full_determinism:
         be_deterministic()
     with Progress() as progress:
+        # Stage 1: prompts. No weights are loaded yet.
         with progress.phase("reading prompts", expected_seconds=8):
             tokenizer = _tokenizer(config)
             known = known_tokens(config.pretrain, config.trust_remote_code)
@@ -99,6 +100,7 @@ def generate(config: InferConfig, announce: Announce) -> Written:
             check_tokens(tokenizer, config.pretrain, known, lambda: largest)
         model = local_folder(config.pretrain)
         prompts = [each.prompt for each in asked]
+        # Stage 2: generate what an earlier attempt did not; the log refuses rows of other settings or weights.
         identity = identity_of(config, GENERATION, model) | {"--dataset": fingerprint(prompts)}
         with RowLog(Path(config.output_path), identity) as log:
             left = [(unit, prompt) for unit, prompt in enumerate(prompts) if unit not in log.done]
@@ -109,6 +111,7 @@ def generate(config: InferConfig, announce: Announce) -> Written:
                 asyncio.run(_generate(config, model, tokenizer, left, asked, log, progress))
             rows = log.in_order()
             log.finish(rows)
+    # Stage 3: report truncated outputs.
     cut = sum(row["finish_reason"] == FinishReason.LENGTH for row in rows)
     if cut > 0:
         announce(
@@ -118,7 +121,7 @@ def generate(config: InferConfig, announce: Announce) -> Written:
 
 
 def ask(config: InferConfig, tokenizer: Tokenizer, announce: Announce) -> list[Asked]:
-    """The prompts of this slice, with the reward asked for. Those that are too long are left out and counted."""
+    """The prompts of this slice, with the csft reward in them. Too long prompts are dropped and counted."""
     spec = PromptSpec(
         config.dataset,
         config.input_key,
@@ -135,6 +138,7 @@ def ask(config: InferConfig, tokenizer: Tokenizer, announce: Announce) -> list[A
     if prompts.report.picked > prompts.report.kept:
         announce(f"prompts left out: {prompts.report.drop_reasons()}")
     chosen = tuple(prompts)
+    # --iter picks one block of prompts.
     if config.iter is not None:
         start = config.iter * config.rollout_batch_size
         chosen = chosen[start : start + config.rollout_batch_size]
@@ -142,6 +146,7 @@ def ask(config: InferConfig, tokenizer: Tokenizer, announce: Announce) -> list[A
             raise ConfigError(
                 f"--iter {config.iter} starts at prompt {start} of {len(prompts)}: give a smaller one, or more prompts."
             )
+    # Conditional SFT: the reward text makes a prompt longer, so its length is checked again.
     if not config.enable_csft:
         return [Asked(prompt, as_plain_text(prompt.text, tokenizer)) for prompt in chosen]
     reward = asked_reward(config.csft_prompt, config.reward_template)
@@ -166,7 +171,7 @@ async def _generate(
     log: RowLog,
     progress: Progress,
 ) -> None:
-    """Log the rows of each prompt as soon as all its outputs are there."""
+    """Log the rows of each prompt as soon as all its outputs are finished."""
     sampling = Sampling(
         config.max_new_tokens,
         config.sampling_temperature,
@@ -185,6 +190,7 @@ async def _generate(
             environment,
             engine.generate,
             n_samples=config.best_of_n,
+            # Twice the engine's capacity, so that it never waits for a request.
             max_in_flight=2 * settings.max_num_seqs,
             seed=config.seed,
         )
@@ -198,7 +204,7 @@ async def _generate(
 
 
 def engine_settings(config: InferConfig, model: str) -> EngineSettings:
-    """One engine with all of this machine's cores."""
+    """Settings of one engine on this machine."""
     on_cpu = torch.accelerator.current_accelerator() is None
     return EngineSettings(
         model=model,
@@ -216,7 +222,7 @@ def engine_settings(config: InferConfig, model: str) -> EngineSettings:
 
 
 def _row(config: InferConfig, asked: Asked, tokenizer: Tokenizer, number: int, rollout: Rollout) -> dict[str, Any]:
-    """``input`` is what the model continued, as plain text; ``prompt`` is the same without the reward asked for."""
+    """An output row. ``input``: the text that the model continued; ``prompt``: the same without the csft reward."""
     row: dict[str, Any] = {
         "input": as_plain_text(rollout.prompt.text, tokenizer),
         "output": rollout.response_text,
@@ -240,10 +246,11 @@ def _tokenizer(config: InferConfig) -> Tokenizer:
 
 
 def score(config: InferConfig, announce: Announce) -> Written:
-    """The reward of every row, then the post-processor. What a row has beside prompt and output is kept."""
+    """Score every row, then apply the post-processor. Other columns of a row are kept."""
     if config.full_determinism:
         be_deterministic()
     with Progress() as progress:
+        # Stage 1: rows. No weights are loaded yet.
         with progress.phase("reading rows", expected_seconds=8):
             tokenizer = _tokenizer(config)
             mixture = load_mixture(
@@ -260,6 +267,7 @@ def score(config: InferConfig, announce: Announce) -> Written:
             known = known_tokens(config.pretrain, config.trust_remote_code)
             largest = max((max(tokens, default=-1) for tokens in ids), default=-1)
             check_tokens(tokenizer, config.pretrain, known, lambda: largest)
+        # Stage 2: score what an earlier attempt did not, then select.
         tokens = hashlib.blake2b(repr(ids).encode(), digest_size=16).hexdigest()
         identity = identity_of(config, SCORING, local_folder(config.pretrain)) | {"--dataset": tokens}
         with RowLog(Path(config.output_path), identity) as log:
@@ -278,7 +286,8 @@ def score(config: InferConfig, announce: Announce) -> Written:
 def _scores(
     config: InferConfig, ids: Sequence[Sequence[int]], log: RowLog, progress: Progress
 ) -> tuple[list[float], Standardization]:
-    """The model's raw scores in the order of the rows, and the standardisation of its config."""
+    """The model's raw scores in row order, and the standardisation from its config."""
+    # A chunk is the unit of a resume.
     chunks = [ids[start : start + SCORED_AT_ONCE] for start in range(0, len(ids), SCORED_AT_ONCE)]
     with progress.phase("loading the reward model", expected_seconds=5):
         model, scorer = load_scorer(config)
@@ -297,7 +306,7 @@ def _scores(
 
 
 def load_scorer(config: InferConfig) -> tuple[ScalarModel, Scorer]:
-    """The reward model, frozen, on this machine's device."""
+    """The frozen reward model on this machine's device, and its scorer."""
     device = default_device(max(config.local_rank, 0))
     model = load_scalar_model(
         ModelSource(
@@ -313,7 +322,7 @@ def load_scorer(config: InferConfig) -> tuple[ScalarModel, Scorer]:
 
 
 def score_tokens(scorer: Scorer, sequences: Sequence[Sequence[int]], config: InferConfig) -> list[float]:
-    """Scores at the last token of each sequence, packed without padding."""
+    """The score at the last token of each sequence. Sequences are packed without padding."""
     samples = [
         Sample(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_), 0, str(number))
         for number, tokens in enumerate(sequences)
@@ -328,6 +337,7 @@ def score_tokens(scorer: Scorer, sequences: Sequence[Sequence[int]], config: Inf
 def _scored(
     config: InferConfig, rows: Sequence[Mapping[str, Any]], raw: Sequence[float], standardization: Standardization
 ) -> Iterator[dict[str, Any]]:
+    # csft z-scores over all rows; otherwise the statistics in the model's config are used.
     over_rows = config.normalize_reward and config.selection is PostProcessor.CSFT
     rewards = standardized(raw) if over_rows else [standardization(value) for value in raw]
     for row, reward in zip(rows, rewards, strict=True):
@@ -336,7 +346,7 @@ def _scored(
 
 
 def identity_of(config: InferConfig, names: Sequence[str], model: str) -> dict[str, str]:
-    """What must be the same for unfinished work to be gone on with: settings, and the weights by size and time."""
+    """What must be equal for a resume: settings, and the weights by size and modification time."""
     settings = {f"--{name}": str(config.model_dump()[name]) for name in names}
     files = sorted(file for pattern in WEIGHTS for file in Path(model).glob(pattern))
     stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]

@@ -21,17 +21,17 @@ def offline_metrics(config: Method) -> list[str]:
 
 
 def offline_aim(config: Method) -> Aim | None:
-    """What the best model of this run is the best in; None where none is kept. Raises ConfigError."""
+    """The metric of the best model of this run; None if none is kept. Raises ConfigError."""
     return _aim(config, _offline_measures(config))
 
 
 def rl_aim(config: RLConfig, sources: Iterable[str]) -> Aim | None:
-    """The same for a run with held-out prompts of these data sources."""
+    """Like ``offline_aim``, for an RL run with held-out prompts of these data sources."""
     return _aim(config, _rl_measures(config, sources))
 
 
 def check_rl_metric(config: RLConfig) -> None:
-    """``rl_aim`` before the prompts are read: any data source may be there."""
+    """Check ``rl_aim`` before the prompts are read, when any data source is still possible."""
     source = config.best_metric_key.removeprefix(PREFIX).rpartition("/")[0]
     rl_aim(config, [source] if source else [])
 

@@ -1,7 +1,7 @@
-"""A conversation with a model: rendered once per turn from the whole history, answers as a stream of text.
+"""A conversation with a model: the whole history is formatted anew for each turn, and answers stream as text.
 
-In the chat template the history is a list of messages; in plain text it is one text that grows by a line break and
-``--input_template`` a turn.
+With a chat template the history is a list of messages. In plain text it is one text that grows by a line break and
+``--input_template`` per turn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from togi.parallel.process import default_device
 
 
 class Chat:
-    """Holds the model and the turns so far. Raises DataError or ModelError for a model that cannot talk."""
+    """The model and the turns so far. Raises DataError or ModelError for a model that cannot chat."""
 
     def __init__(self, config: ChatConfig) -> None:
         path, trust = config.pretrain, config.trust_remote_code
@@ -37,6 +37,7 @@ class Chat:
         stops = stop_token_ids(self._tokenizer, path, chat=config.apply_chat_template)
         temperature = 0.0 if config.greedy_sampling else config.temperature
         self._how = Answering(config.max_len, temperature, config.top_p, stops, config.repetition_penalty)
+        # The checks above read small files only; the weights come last.
         self._model = load_generator(
             path,
             bf16=config.bf16,
@@ -47,11 +48,11 @@ class Chat:
         self._config = config
 
     def clear(self) -> None:
-        """Forget the conversation."""
+        """Clear the history."""
         self._history.clear()
 
     def answer(self, text: str) -> Iterator[str]:
-        """The model's answer to ``text``, piece by piece. Both join the history when the answer is complete."""
+        """The model's answer to ``text``, as a stream. Both are added to the history when the answer is complete."""
         rendered, config = self._history.render(text), self._config
         if config.enable_csft:
             reward = asked_reward(config.csft_prompt, config.reward_template)
@@ -62,11 +63,12 @@ class Chat:
         for piece in stream(self._model, self._tokenizer, tokens, self._how):
             pieces.append(piece)
             yield piece
+        # Not reached if the caller stops early: an interrupted answer does not enter the history.
         self._history.add(text, "".join(pieces))
 
 
 class ChatHistory:
-    """Messages. Raises DataError if the tokenizer has no template for them, or the file of ``--tools`` cannot be read."""
+    """A history of messages. Raises DataError if the tokenizer has no chat template, or if ``--tools`` cannot be read."""
 
     def __init__(self, tokenizer: Tokenizer, path: str, tools: str | None) -> None:
         if not tokenizer.chat_template:
@@ -98,7 +100,7 @@ class ChatHistory:
 
 
 class PlainHistory:
-    """One text, which ``--ta_prompt`` starts. Raises DataError if that cannot be read."""
+    """A history as one text, which starts with ``--ta_prompt``. Raises DataError if that file cannot be read."""
 
     def __init__(self, config: ChatConfig) -> None:
         self._template = "{}" if config.input_template is None else config.input_template

@@ -1,4 +1,4 @@
-"""What a run will write to disk, against what is free there: arithmetic before it starts."""
+"""The bytes that a run will write, compared with the free disk space before it starts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from togi.model.sizes import FLOAT32, Sizes, sizes
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """Bytes that a run writes. ``state``, ``model``: of one checkpoint, 0 for a part that it does not have.
+    """Bytes that a run writes. ``state``, ``model``: parts of one checkpoint, 0 for a part that it does not have.
 
-    ``kept``: checkpoints that are there at most, the one being written among them. ``best``, ``final``: the folders of the best
-    model and of what is saved at the end.
+    ``kept``: the largest number of checkpoints at a time, including the one being written. ``best``, ``final``: the folders of the
+    best model and of the final models.
     """
 
     state: int
@@ -35,11 +35,11 @@ class Writing:
 
     @property
     def beside_checkpoints(self) -> int:
-        """In the folder of checkpoints."""
+        """Bytes in the checkpoint folder."""
         return self.checkpoint * self.kept + self.best
 
     def describe(self) -> str:
-        """In one line."""
+        """The sum in one line."""
         parts = []
         if self.kept > 0:
             inside = [f"{size(self.state)} masters and moments"] * (self.state > 0)
@@ -51,9 +51,10 @@ class Writing:
 
 
 def rl_writing(config: RLConfig, rollouts: int, of: Callable[[str, bool], Sizes]) -> Writing:
-    """``of``: the sizes of a model folder as a language model or with a scalar head."""
+    """The bytes that ``togi rl`` writes. ``of``: the sizes of a model folder as a language model or with a scalar head."""
     actor = of(config.pretrain, False)
     model = actor.folder_bytes(bf16=config.bf16)
+    # The moving average is float32 in the checkpoint, and a second model folder at the end.
     average = FLOAT32 * actor.trained if config.enable_ema else 0
     state, final = actor.state_bytes + average, model * (2 if config.enable_ema else 1)
     if config.uses_critic:
@@ -64,14 +65,14 @@ def rl_writing(config: RLConfig, rollouts: int, of: Callable[[str, bool], Sizes]
 
 
 def offline_writing(config: Method, steps: int, of: Callable[[str, bool], Sizes]) -> Writing:
-    """As ``rl_writing``, of a command on fixed data."""
+    """Like ``rl_writing``, for a command on fixed data."""
     trained = of(config.pretrain, config.is_scalar)
     model = trained.folder_bytes(bf16=config.bf16)
     return _writing(config, steps, trained.state_bytes, model, model)
 
 
 def size_of(config: ModelSettings) -> Callable[[str, bool], Sizes]:
-    """The sizes of model folders under a command's settings."""
+    """A function from model folder (and whether it has a scalar head) to its sizes under these settings."""
     return lambda path, scalar: sizes(path, scalar=scalar, lora=config.lora, trust_remote_code=config.trust_remote_code)
 
 
@@ -81,18 +82,19 @@ def _writing(config: OutputSettings, steps: int, state: int, model: int, final: 
     written = steps // config.save_steps if config.save_steps > 0 else 0
     fitting = max(1, int(config.max_ckpt_mem * 1e9 / max(1, state + inside)))
     kept = min(written, config.max_ckpt_num, fitting)
-    # older ones are removed only when the next one is complete
+    # An old checkpoint is removed only when the next one is complete.
     return Writing(state, inside, kept + (written > kept), model if config.best_metric_key != NO_METRIC else 0, final)
 
 
 def check_room(config: OutputSettings, writing: Writing) -> str:
-    """A line about what is written and what is free. Raises CheckpointError where it does not fit.
+    """Compare what is written with the free space; returns a line for the log. Raises CheckpointError if it does not fit.
 
-    Checkpoints that are there already make room for those that follow.
+    Existing checkpoints are counted as free, because they are replaced.
     """
     checkpoints, models = _existing(Path(config.ckpt_path)), _existing(Path(config.save_path))
     there = sum(file.stat().st_size for file in Path(config.ckpt_path).glob(f"{PREFIX}*/**/*") if file.is_file())
     wanted = {checkpoints: max(0, writing.beside_checkpoints - there)}
+    # Checkpoints and final model may share a disk.
     if checkpoints.stat().st_dev == models.stat().st_dev:
         wanted[checkpoints] += writing.final
     else:
@@ -109,7 +111,7 @@ def check_room(config: OutputSettings, writing: Writing) -> str:
 
 
 def size(nbytes: int) -> str:
-    """A number of bytes for people, with three digits."""
+    """A number of bytes in TB, GB, MB or kB, with three digits."""
     for unit, step in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if nbytes >= step:
             return f"{nbytes / step:.3g} {unit}"
@@ -117,7 +119,7 @@ def size(nbytes: int) -> str:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
+    """The folder, or the nearest existing parent."""
     nearest = folder.absolute()
     while not nearest.exists():
         nearest = nearest.parent

@@ -1,4 +1,4 @@
-"""Which held-out rows the report shows: those with the worst and the best numbers of an evaluation."""
+"""The held-out rows in the report: those with the worst and the best values of an evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Badness = Callable[[Sequence[tuple[Sample, float]]], float]
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One row's numbers, one a sequence, and how bad they are: the higher, the worse."""
+    """The values of one row, one per sequence, and its badness: the higher, the worse."""
 
     row: str
     values: tuple[float, ...]
@@ -25,9 +25,9 @@ class Judged:
 
 
 def judge(samples: Sequence[Sample], values: Sequence[float], badness: Badness) -> list[Judged]:
-    """The rows that these samples make up; ``values`` are those of ``Objective.judge``, one a sample.
+    """Group samples into rows. ``values``: from ``Objective.judge``, one per sample.
 
-    ``badness``: the method's (``Method.badness``), of the sequences of one row.
+    ``badness``: the method's (``Method.badness``), for the sequences of one row.
     """
     rows: dict[str, list[tuple[Sample, float]]] = {}
     for sample, value in zip(samples, values, strict=True):
@@ -36,16 +36,20 @@ def judge(samples: Sequence[Sample], values: Sequence[float], badness: Badness) 
 
 
 def ends(judged: Sequence[Judged]) -> list[Judged]:
-    """The ``SHOWN_ROWS`` worst and best of them, worst first; all if they are few. Those of all are among those of each part."""
+    """The ``SHOWN_ROWS`` worst and best rows, worst first; all if they are few.
+
+    Merging the ends of parts and taking the ends again gives the ends of the whole.
+    """
     ranked = sorted(judged, key=lambda row: (-row.badness, row.row))
     return ranked if len(ranked) <= 2 * SHOWN_ROWS else ranked[:SHOWN_ROWS] + ranked[-SHOWN_ROWS:]
 
 
 def worst_and_best(number: str, judged: Sequence[Judged], examples: Examples, tokenizer: Tokenizer) -> list[HeldOutRow]:
-    """At most ``SHOWN_ROWS`` rows of each end, worst first, no row twice. ``number``: what their values are, for people."""
+    """At most ``SHOWN_ROWS`` rows from each end, worst first, no row twice. ``number``: the name of their values in the report."""
     ranked = ends(judged)
     half = (len(ranked) + 1) // 2
     marked = [("worst", row) for row in ranked[:half]] + [("best", row) for row in ranked[half:]]
+    # Rows are known by group id; the texts are looked up in the data again.
     places = {examples[index][0].group_id: index for index in range(len(examples))}
     return [
         HeldOutRow(place, number, tuple(as_seen(each, tokenizer) for each in examples[places[row.row]]), row.values)
@@ -54,7 +58,8 @@ def worst_and_best(number: str, judged: Sequence[Judged], examples: Examples, to
 
 
 def as_seen(sample: Sample, tokenizer: Tokenizer) -> str:
-    """The text of a sample: special tokens visible, learned parts between ⟦ and ⟧."""
+    """The text of a sample with special tokens visible and trained parts between ⟦ and ⟧."""
+    # Split where the loss mask changes.
     edges = np.flatnonzero(np.diff(sample.loss_mask.astype(np.int8))) + 1
     parts = []
     for ids, learned in zip(np.split(sample.tokens, edges), np.split(sample.loss_mask, edges), strict=True):

@@ -1,4 +1,4 @@
-"""The front door of ``togi infer``: check everything, then import and run. Imports no torch, so mistakes are told at once."""
+"""The entry of ``togi infer``: check everything, then import and run. Imports no torch, so mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_infer(parsed: Parsed[InferConfig], *, announce: Callable[[str], None] = logger.info) -> Written:
-    """Check, then generate or score. Raises UserError for whatever the user can mend."""
+    """Check the settings, then generate or score. Raises UserError."""
     ready, notice = usable_precision(check(parsed), this_machine())
     if notice:
         announce(notice)
@@ -51,11 +51,12 @@ def start_infer(parsed: Parsed[InferConfig], *, announce: Callable[[str], None] 
 
 
 def check(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
-    """The settings with local names. Raises the first UserError. No model is loaded, and of the data only its head is read."""
+    """The settings with local names. Raises the first UserError. Loads no model and reads only the head of the data."""
     check_infer(parsed)
     parsed = with_local_names(parsed)
     config = parsed.config
     assert config.eval_task is not None
+    # Engine, model and lengths.
     if config.eval_task.generates:
         check_engine(config.engine)
         asked_reward(config.csft_prompt, config.reward_template)
@@ -67,6 +68,7 @@ def check(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
         length = config.context_length
         asked = f"--prompt_max_len {config.prompt_max_len} + --max_new_tokens {config.max_new_tokens}"
     check_length(asked, length, config.pretrain, model_settings(config.pretrain))
+    # Data and output file.
     keys: dict[str, str | None] = {"input_key": config.input_key, "label_key": config.label_key}
     if not config.eval_task.generates:
         keys["output_key"] = config.output_key
@@ -80,7 +82,7 @@ def check(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
 
 
 def check_output(config: InferConfig) -> None:
-    """The file can be written and is none of those that are read."""
+    """Check that the output file can be written and is not an input. Raises ConfigError."""
     target = Path(config.output_path)
     check_writable("output_path", target.parent)
     if target.is_dir():

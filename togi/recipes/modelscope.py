@@ -1,7 +1,7 @@
-"""``--use_ms``: models and data sets by their ModelScope names, downloaded before anything looks at them.
+"""``--use_ms``: models and data sets by their ModelScope names, downloaded before anything reads them.
 
-From then on they are folders of this machine like any other. ModelScope's package keeps them in its cache, under a lock, so
-that the processes of a launcher download once.
+After that they are local folders. ModelScope's package caches downloads under a lock, so the processes of a launcher download
+once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Config = TypeVar("Config", bound=ModelSettings | InferConfig | ChatConfig | Serv
 
 
 def with_local_names(parsed: Parsed[Config]) -> Parsed[Config]:
-    """The settings with each name that is no local path replaced by the folder it was downloaded to.
+    """The settings with each ModelScope name replaced by the folder that it was downloaded to. Local paths stay.
 
-    Does nothing without ``--use_ms``. Raises ConfigError if the package is missing or the download fails.
+    No-op without ``--use_ms``. Raises ConfigError if the package is missing or the download fails.
     """
     if not parsed.config.use_ms:
         return parsed
@@ -42,7 +42,7 @@ def with_local_names(parsed: Parsed[Config]) -> Parsed[Config]:
 
 
 def _each(flag: str, entries: Sequence[str], find: Callable[[str, str], str]) -> str:
-    """``find(flag, entry)`` for each entry, as a comma-separated list."""
+    """Apply ``find(flag, entry)`` to each entry; returns a comma-separated list."""
     return ",".join(find(flag, entry.strip()) for entry in entries)
 
 
@@ -57,7 +57,7 @@ def _model(flag: str, name: str) -> str:
 
 
 def _data_set(flag: str, text: str) -> str:
-    """``name[@data_dir]``, as everywhere: the part after @ is a folder of the set."""
+    """``name[@data_dir]`` as in every data flag: the part after @ is a folder inside the set."""
     item = parse_item(text)
     if item.kind is not Kind.HUB:
         return text

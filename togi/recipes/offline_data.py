@@ -1,4 +1,4 @@
-"""What a command on fixed data reads: its tokenizer and rows."""
+"""The data of a command on fixed data: tokenizer and rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """``held_out`` is empty without ``--eval_dataset``: none or one set. ``stop_token_ids``: each ends an answer."""
+    """``held_out``: none or one set, empty without ``--eval_dataset``. ``stop_token_ids``: each ends an answer."""
 
     tokenizer: Tokenizer
     stop_token_ids: tuple[int, ...]
@@ -34,16 +34,17 @@ class Data:
 
     @property
     def reports(self) -> Mapping[str, DataReport]:
-        """By the name of the file that each goes to."""
+        """The data reports, by the name of the folder that each goes to."""
         sets = (self.train, *self.held_out)
         return {name: examples.report for name, examples in zip(("train", "eval"), sets, strict=False)}
 
 
 def load_data(config: Method, world: World, progress: Progress) -> Data:
-    """The tokenizer and all rows. The first rank reads first: a mistake in a row is told once, and the others find its
-    tokenised rows in the cache (on other machines too, where they share the folder).
+    """Load the tokenizer and all rows. The first rank reads first: a bad row is reported once, and the other ranks find the
+    tokenised rows in the cache (on other machines too if they share the folder).
     """
     with progress.phase("reading data", expected_seconds=8):
+        # Stage 1: model and tokenizer fit together; no weights are read.
         check_causal_lm(
             config.pretrain,
             flash_attn=uses_flash(config, world),
@@ -64,6 +65,7 @@ def load_data(config: Method, world: World, progress: Progress) -> Data:
         }
         for path, known in rows.items():
             check_vocabulary(tokenizer, path, known, apply_chat_template=spec.apply_chat_template)
+        # Stage 2: the other ranks wait here until the first has filled the cache.
         if not world.is_first:
             world.barrier("first rank has read the data")
         train = config.load(spec, tokenizer)
@@ -74,6 +76,7 @@ def load_data(config: Method, world: World, progress: Progress) -> Data:
             )
         if world.is_first:
             world.barrier("first rank has read the data")
+        # Stage 3: every model has an embedding row for every token of the data.
         for path, known in rows.items():
             check_tokens(tokenizer, path, known, lambda: max(each.largest_token() for each in (train, *held_out)))
     if config.teacher:
@@ -82,7 +85,7 @@ def load_data(config: Method, world: World, progress: Progress) -> Data:
 
 
 def _ends(config: Method, spec: RecordSpec, tokenizer: Tokenizer, train: Examples) -> tuple[int, ...]:
-    """The tokens that end an answer: those that the files name, and in a chat those that the rows teach. Says what is new."""
+    """The tokens that end an answer: those of the model files and, in a chat, those that the rows teach. Warns about new ones."""
     stops = stop_token_ids(tokenizer, config.pretrain, chat=spec.apply_chat_template)
     if not spec.apply_chat_template or config.is_scalar:
         return stops
@@ -93,12 +96,12 @@ def _ends(config: Method, spec: RecordSpec, tokenizer: Tokenizer, train: Example
 
 
 def check_plan(config: Method, plan: EpochPlan, data: Data) -> None:
-    """What only the rows can tell, and which of them make up each step. Raises ConfigError."""
+    """Check what depends on the rows and on their order in the steps. Raises ConfigError."""
     config.check_rows(data.train, data.held_out, (plan.rows_of(step) for step in range(plan.steps)))
 
 
 def check_same_tokens(config: Method, tokenizer: Tokenizer) -> None:
-    """Teacher and student must mean the same by every token. Raises ConfigError."""
+    """Check that teacher and student have the same vocabulary. Raises ConfigError."""
     teacher = load_tokenizer(config.teacher, chat_template=None, trust_remote_code=config.trust_remote_code)
     if teacher.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
@@ -108,7 +111,7 @@ def check_same_tokens(config: Method, tokenizer: Tokenizer) -> None:
 
 
 def record_spec(config: Method, dataset: str, split: str, *, training: bool) -> RecordSpec:
-    """How to read a set. Probabilities and the cap belong to the training set."""
+    """How to read a data set. Probabilities and --max_samples apply to the training set only."""
     known = {field.name for field in dataclasses.fields(RecordSpec)}
     values = {name: value for name, value in config.model_dump().items() if name in known}
     limits = {} if training else {"dataset_probs": None, "max_samples": UNLIMITED}
@@ -116,5 +119,5 @@ def record_spec(config: Method, dataset: str, split: str, *, training: bool) -> 
 
 
 def uses_flash(config: Method, world: World) -> bool:
-    """FlashAttention is for CUDA; elsewhere segments run through SDPA. A ring has attention of its own."""
+    """Whether FlashAttention runs: on CUDA only (elsewhere SDPA), and not in a ring, which has its own attention."""
     return config.flash_attn and world.device.type == "cuda" and world.ring_size == 1

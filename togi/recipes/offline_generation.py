@@ -1,12 +1,12 @@
-"""On-policy distillation (``--on_policy_share``): some rows of a step get a response of the student's own.
+"""On-policy distillation (``--on_policy_share``): the student answers some rows of a step itself.
 
-A generation engine in this process holds a copy of the student, brought up to date before each generation. What it samples
-replaces the response of the row's data, and the divergence from the teacher is learned on it (``togi.methods.kd_objective``
-has the formula and the papers). Which rows, and the seed of each response, depend on ``--seed``, the step and the row's place
-only, so a run repeats and resumes.
+A generation engine in this process holds a copy of the student, synced before each generation. Its response replaces the
+response of the row, and the divergence from the teacher is trained on it (``togi.methods.kd_objective`` has formula and papers).
+The choice of rows and the seed of each response depend only on ``--seed``, the step and the row's place, so a run repeats and
+resumes.
 
-Each rank has its own engine and generates for its own share of the rows; then all ranks know all responses. Gathering the
-weights takes all ranks anyway, so none of them is sent twice. Not here: generating while training, several responses to a row.
+Each rank has its own engine and generates for its share of the rows; then all responses are gathered. All ranks gather the
+weights anyway, so no weight is sent twice. Not supported: generating while training, several responses per row.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BUCKET_BYTES = 256 << 20
 
 
 def check_ranks(config: Method, world: World) -> None:
-    """Raise ConfigError where vLLM would have to share a process with one rank of several."""
+    """Raise ConfigError if vLLM would have to share a process with one rank of several."""
     how = config.on_policy
     if how is not None and how.rollout_engine is EngineName.VLLM and world.size > 1:
         raise ConfigError(
@@ -54,8 +54,8 @@ def check_ranks(config: Method, world: World) -> None:
 
 
 def start_engines(config: Method, world: World) -> list[RolloutEngine]:
-    """This rank's engine, if the settings want one. It comes before the models: vLLM measures the memory that is left for it
-    and sets the global seed.
+    """This rank's engine, if the settings need one. It starts before the models, because vLLM measures the free memory and sets
+    the global seed.
     """
     how = config.on_policy
     if how is None:
@@ -76,10 +76,10 @@ def start_engines(config: Method, world: World) -> list[RolloutEngine]:
 
 
 def places_to_answer(plan: EpochPlan, step: int, share: float) -> list[int]:
-    """Which rows of a step, by their place in it, the student answers.
+    """The rows of a step that the student answers, by their place in the step.
 
-    As many as bring the number since the start of the run to ``share`` x rows, rounded down: exact in the long run for any
-    batch size.
+    Their number brings the total since the start of the run to ``share`` x rows, rounded down, so the share is exact in the long
+    run for any batch size.
     """
     before, rows = plan.rows_before(step), len(plan.rows_of(step))
     number = int((before + rows) * share) - int(before * share)
@@ -88,7 +88,7 @@ def places_to_answer(plan: EpochPlan, step: int, share: float) -> list[int]:
 
 
 def answered(sample: Sample, response: Sequence[int]) -> Sample:
-    """The row's prompt with a generated response, all of it in the loss and nothing that was not generated."""
+    """The row's prompt with a generated response. The loss is on the response only."""
     tokens = np.concatenate([sample.tokens[: sample.prompt_length], np.asarray(response, dtype=np.int64)])
     mask = np.arange(len(tokens)) >= sample.prompt_length
     return replace(sample, tokens=tokens, loss_mask=mask, streams={}, values={**sample.values, GENERATED: 1.0})
@@ -96,14 +96,14 @@ def answered(sample: Sample, response: Sequence[int]) -> Sample:
 
 @dataclass(frozen=True, slots=True)
 class _Generated:
-    """What one rank generated: responses by place, and seconds."""
+    """The output of one rank: responses by place, and seconds."""
 
     responses: Mapping[int, Generation]
     seconds: float
 
 
 class Student:
-    """The model in training as a generator. Every method but ``close`` is called by all ranks together."""
+    """The model in training as a generator. All ranks call every method together, except ``close``."""
 
     def __init__(
         self,
@@ -120,6 +120,7 @@ class Student:
         self._config, self._how = config, how
         self._engine, self._model, self._backend = engine, model, learner.backend
         self._plan, self._dealer, self._world = plan, dealer, learner.backend.world
+        # The probe compares engine and trainer after each sync; the manifest tells the engine which tensors will come.
         self._policy = Scorer(learner.backend.module, self._world)
         self._sampling = Sampling(how.generate_max_len, how.temperature, stop_token_ids=data.stop_token_ids)
         self._probe = probe(data.train[0][0].tokens.tolist(), config.max_len)
@@ -130,12 +131,13 @@ class Student:
     def answer(self, samples: Sequence[Sample], step: int) -> tuple[list[Sample], dict[str, float]]:
         """The samples of a step, some with a new response, and the metrics of the generation.
 
-        Every sample has the value ``generated``, 1 or 0. Raises WeightSyncError if the engine does not hold the weights.
+        Every sample gets the value ``generated``, 1 or 0. Raises WeightSyncError if engine and trainer disagree on the probe.
         """
         places = places_to_answer(self._plan, step, self._how.on_policy_share)
         result = [replace(sample, values={**sample.values, GENERATED: 0.0}) for sample in samples]
         if not places:
             return result, {}
+        # Every rank generates for its part, and all responses are gathered.
         mine = places[self._world.rank :: self._world.size]
         prompts = {place: samples[place].tokens[: samples[place].prompt_length].tolist() for place in mine}
         own, metrics = asyncio.run(self._renew_and_generate(prompts, step))
@@ -143,6 +145,7 @@ class Student:
         generations = {place: each for part in parts for place, each in part.responses.items()}
         for place in places:
             result[place] = answered(samples[place], generations[place].tokens)
+        # Metrics over all ranks: time is that of the slowest.
         lengths = [len(each.tokens) for each in generations.values()]
         cut = [each.finish_reason is FinishReason.LENGTH for each in generations.values()]
         return result, metrics | {
@@ -158,7 +161,7 @@ class Student:
     async def _renew_and_generate(
         self, prompts: Mapping[int, Sequence[int]], step: int
     ) -> tuple[_Generated, dict[str, float]]:
-        """Give the engine the weights of now, see that it has them, and generate. In between it gives back its cache."""
+        """Wake the engine, send the current weights, check them on the probe, generate, and put the engine to sleep."""
         await self._engine.wake()
         start = time.perf_counter()
         await self._send_weights(step + 1)
@@ -183,7 +186,7 @@ class Student:
         await self._engine.finish_update()
 
     async def _compare(self) -> float:
-        """The largest mean difference of log-probs of an engine and the trainer on the probe, over ranks."""
+        """The largest mean difference of logprobs between an engine and the trainer on the probe, over ranks."""
         (trainer,) = self._dealer.logprobs(self._policy, [self._probe])
         engine = await self._engine.score(self._probe.tokens.tolist())
         return check_probe(self._world.max("probe", [compare(engine, trainer.tolist())])[0])

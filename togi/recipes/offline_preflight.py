@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with an offline run in under a second: no torch, no model, no data but its head."""
+"""All checks of an offline run that take under a second: no torch, no model, only the head of the data."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ from togi.recipes.preflight import (
 def check(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Method]:
     """The settings with local names. Raises the first UserError.
 
-    ``launched``: this is one of the processes that are to train, so that their number can be checked.
+    ``launched``: this is one of the processes that train, so that their number can be checked.
     """
+    # Flags against each other.
     check_method(parsed)
     offline_aim(parsed.config)
     parsed = with_local_names(parsed)
     config = parsed.config
+    # Packages and models.
     if config.on_policy is not None:
         check_engine(config.on_policy.rollout_engine)
     check_backend(config.backend)
@@ -47,10 +49,12 @@ def check(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Method]:
     check_context(config)
     if launched:
         check_teams(config)
+    # Model configs against flags: heads, splits, compilation, experts.
     check_heads(config, other_models(config).items())
     check_splits(config, [("pretrain", config.pretrain)])
     check_compiled(config, other_models(config).items())
     check_experts(config)
+    # Data and folders.
     check_data(config)
     check_trackers(trackers(config))
     check_folders(config)
@@ -58,18 +62,18 @@ def check(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Method]:
 
 
 def other_models(config: Method) -> Mapping[str, str]:
-    """Every model folder by its flag, the trained one first."""
+    """Every model folder by its flag, the trained model first."""
     return {"pretrain": config.pretrain, **config.more_models}
 
 
 def check_context(config: Method) -> None:
-    """The longest sequence fits the positions of every model that reads it."""
+    """Check that the longest sequence fits the positions of every model that reads it. Raises ConfigError."""
     for path in other_models(config).values():
         check_length(f"--max_len {config.max_len}", config.max_len, path, model_settings(path))
 
 
 def check_teams(config: Method) -> None:
-    """The processes that a launcher started can be put into rings, or into groups that part the weights."""
+    """Check that the launched processes divide into rings, or into tensor-parallel groups. Raises ConfigError."""
     for flag, size in (
         ("--ring_attn_size", config.ring_attn_size),
         ("--ds_tensor_parallel_size", config.ds_tensor_parallel_size),
@@ -88,7 +92,7 @@ def check_teams(config: Method) -> None:
 
 
 def check_data(config: Method) -> None:
-    """Sets, fields and probabilities. Single bad rows are counted when the data is loaded."""
+    """Check data sets, fields and probabilities. Single bad rows are counted when the data is loaded."""
     keys = {flag: key for flag, key in config.row_fields.items() if key is not None}
     check_sets("dataset", config.dataset, keys, config.split, every_row=False)
     if config.dataset_probs is not None:

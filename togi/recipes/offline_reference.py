@@ -1,8 +1,8 @@
-"""``--precompute_ref``: the reference scores every row once, ahead of the training, and is not in memory during it.
+"""``--precompute_ref``: the reference scores every row once before training, and is not in memory during it.
 
-The log-probs at the tokens in the loss, four bytes each, lie in one file a data set in the folder ``reference`` of the run
-and are mapped, not read. The name of a file is a digest of what its numbers depend on, so a resumed run finds them again, and
-with another model or other rows it makes new ones. Ranks on several machines need a common disk, as they do for checkpoints.
+The logprobs at the tokens in the loss, float32, are in one file per data set in the folder ``reference`` of the run. They are
+memory-mapped. The file name is a digest of what the values depend on, so a resumed run finds them, and another model or other
+rows make a new file. Ranks on several machines need a shared disk, as they do for checkpoints.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ ROWS_AT_ONCE = 512
 def with_reference(
     config: Method, reference: str, data: Data, load: Callable[[], Scorer], dealer: Dealer, journal: Journal
 ) -> Data:
-    """The same rows with the stream ``ref_logprobs``. On all ranks together.
+    """The same rows with the stream ``ref_logprobs``. All ranks call together.
 
-    ``reference`` is the folder or hub name of the model that ``load`` gives; it is called only if numbers are missing.
+    ``reference``: folder or hub name of the model that ``load`` returns; ``load`` is called only if a file is missing.
     """
     world, sets = dealer.world, (data.train, *data.held_out)
+    # Only the first rank looks at the disk, so that all ranks agree on what is missing.
     wanted = _files(config, reference, sets, journal.root / FOLDER) if world.is_first else []
     files = world.gather("reference files", [(file, file.is_file()) for file in wanted])[0]
     missing = {file: examples for (file, exists), examples in zip(files, sets, strict=True) if not exists}
@@ -54,7 +55,8 @@ def with_reference(
 
 
 def _files(config: Method, reference: str, sets: Sequence[Examples], folder: Path) -> list[Path]:
-    """Where the numbers of each set belong."""
+    """The file for the values of each set."""
+    # The model's files by name, size and time stand for its weights.
     model = Path(local_folder(reference))
     files = sorted(path for path in model.iterdir() if path.suffix in (".json", ".safetensors"))
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -66,7 +68,7 @@ def _files(config: Method, reference: str, sets: Sequence[Examples], folder: Pat
 
 
 def _score(load: Callable[[], Scorer], missing: Mapping[Path, Examples], dealer: Dealer, journal: Journal) -> None:
-    """Write the missing files. Each rank scores a part of the rows, the first one writes."""
+    """Write the missing files. Each rank scores a part of the rows; the first one writes."""
     scorer = load()
     for file, examples in missing.items():
         aside = file.with_suffix(".unfinished")
@@ -82,6 +84,7 @@ def _score(load: Callable[[], Scorer], missing: Mapping[Path, Examples], dealer:
                 numbers[place : place + len(part)] = part
             place += len(part)
             journal.beat()
+        # Renamed when complete: an interrupted file is never read.
         if isinstance(numbers, np.memmap):
             numbers.flush()
             aside.replace(file)
@@ -89,7 +92,7 @@ def _score(load: Callable[[], Scorer], missing: Mapping[Path, Examples], dealer:
 
 
 def _logprobs(scorer: Scorer, examples: Examples, rows: Sequence[int], dealer: Dealer) -> np.ndarray:
-    """The log-probs of some rows, one after the other, from all ranks."""
+    """The logprobs of some rows, concatenated in their order, from all ranks."""
     samples = [sample for row in rows for sample in examples[row]]
     places = dealer.places(samples)
     own = dealer.logprobs(scorer, [samples[i] for i in places[dealer.world.share]])
@@ -100,7 +103,7 @@ def _logprobs(scorer: Scorer, examples: Examples, rows: Sequence[int], dealer: D
 
 
 def _release() -> None:
-    """Give back the memory of a model that nobody holds any more."""
+    """Free the memory of a model that nothing references any more."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()

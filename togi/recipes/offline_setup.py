@@ -1,4 +1,4 @@
-"""What an offline run is made of beside its rows: its models and the checkpoint it goes on from."""
+"""The models of an offline run."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Joining(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Models:
-    """The model in training, the rows as they were read or scored ahead, and what prepares the steps.
+    """The model in training, the rows (read or precomputed), and the preparation of the steps.
 
-    ``students``: the model in training as a generator; one with ``--on_policy_share``, else none.
+    ``students``: the model in training as a generator, one with ``--on_policy_share``, else none.
     """
 
     data: Data
@@ -52,16 +52,19 @@ class Models:
 
 
 def load_models(config: Method, data: Data, plan: EpochPlan, world: World, journal: Journal) -> Models:
-    """Load every model and put it on this rank's device. Random numbers start from ``--seed`` on every rank alike."""
+    """Load every model onto this rank's device. Random numbers start from ``--seed``, the same on every rank."""
+    # Stage 1: engines, before any model takes memory.
     engines = start_engines(config, world)
     if config.full_determinism:
         be_deterministic()
     options = backend_options(config, bf16=config.bf16)
     join, dealer = joining(config, world), dealer_of(config, world)
+    # Stage 2: a reference of its own scores all rows and is freed before the policy is loaded.
     if config.scores_ahead and not base_is_reference(config):
         data = with_reference(
             config, config.reference, data, partial(_own_reference, config, join, world, options), dealer, journal
         )
+    # Stage 3: the model in training, sharded, with its schedule and loss.
     torch.manual_seed(config.seed)
     model = join(_trained(config, world))
     vocabulary = model.vocabulary if isinstance(model, PolicyModel) else 0
@@ -69,11 +72,13 @@ def load_models(config: Method, data: Data, plan: EpochPlan, world: World, journ
     kind = MeasuredRate if config.lr_scheduler.follows_a_loss else Schedule
     schedule = kind.of(config, config.learning_rate, plan.steps)
     whole = replace(options, zero_stage=0)
+    # Teachers are whole on every rank.
     teachers = tuple(_frozen(config, path, join, world, whole) for path in (config.teacher,) if path)
     objective = config.objective(Material(data.train, teachers, vocabulary))
     max_norm = config.max_norm if config.max_norm > 0 else math.inf
     learner = Learner(backend, objective, schedule, max_norm, config.aux_loss_coef)
     policy = Scorer(backend.module, world)
+    # Stage 4: the reference. With LoRA it is the base inside the policy, so it comes after the policy.
     if config.scores_ahead and base_is_reference(config):
         data = with_reference(config, config.reference, data, lambda: _base(policy), dealer, journal)
     if not config.reference or config.scores_ahead:
@@ -85,12 +90,12 @@ def load_models(config: Method, data: Data, plan: EpochPlan, world: World, journ
 
 
 def base_is_reference(config: Method) -> bool:
-    """Whether the policy has the reference inside: with LoRA, its frozen base. Then no second copy is loaded."""
+    """Whether the reference is the frozen base inside a LoRA policy. Then no second copy is loaded."""
     return config.lora is not None and config.reference == config.pretrain
 
 
 def offload_notice(config: Method, world: World) -> str:
-    """Why an offload flag does nothing here, "" if it does something or is not set."""
+    """Why an offload flag has no effect here; "" if it has or is not set."""
     flag = config.offload_flag
     if flag and base_is_reference(config):
         return f"{flag}: with --lora_rank the reference is the base inside the policy, there is no second model to move"
@@ -100,12 +105,12 @@ def offload_notice(config: Method, world: World) -> str:
 
 
 def moves_weights(config: Method, world: World) -> bool:
-    """Whether frozen weights lie in host memory and are brought to the device."""
+    """Whether frozen weights are in host memory and are copied to the device for use."""
     return config.offload_flag != "" and world.device.type != "cpu"
 
 
 def joining(config: Method, world: World) -> Joining:
-    """What puts a model into this rank's ring; with ``--ring_attn_size`` 1 nothing does. All ranks call together."""
+    """A function that puts a model into this rank's ring; the identity for ``--ring_attn_size`` 1. All ranks call together."""
     if world.ring_size == 1:
         return lambda model: model
     ring = Ring(world)
@@ -118,14 +123,14 @@ def joining(config: Method, world: World) -> Joining:
 
 
 def dealer_of(config: Method, world: World) -> Dealer:
-    """The micro-batch flags count rows; a pair is two sequences. A ring has the token budget of all its ranks."""
+    """The dealer of micro-batches. Its flags count rows; a pair is two sequences. A ring has the token budget of all its ranks."""
     rows = config.micro_train_batch_size if config.packing_samples else 1
     most = None if rows == "auto" else rows * config.width
     return Dealer(world, config.max_tokens_per_gpu * world.ring_size, most, share_prefix=config.width > 1)
 
 
 def _trained(config: Method, world: World) -> PolicyModel | ScalarModel:
-    """A reward model that starts from a language model gets a new head; one that is a reward model keeps its own."""
+    """The model in training. A reward model from a language model gets a new head; one that has a head keeps it."""
     source = _source(config, config.pretrain, world, backend_options(config, bf16=config.bf16), trained=True)
     if not config.is_scalar:
         return load_causal_lm(source)
@@ -135,7 +140,7 @@ def _trained(config: Method, world: World) -> PolicyModel | ScalarModel:
 
 
 def _frozen(config: Method, path: str, join: Joining, world: World, options: BackendOptions) -> Frozen:
-    """A language model that is only read, where the offload flags want it."""
+    """A frozen language model, in host memory if an offload flag is set."""
     model = load_causal_lm(_source(config, path, world, options, trained=False))
     join(model)
     if moves_weights(config, world):
@@ -145,13 +150,13 @@ def _frozen(config: Method, path: str, join: Joining, world: World, options: Bac
 
 
 def _own_reference(config: Method, join: Joining, world: World, options: BackendOptions) -> Scorer:
-    """The frozen model that the policy is held to, a copy of its own."""
+    """The reference model as a copy of its own, frozen."""
     reference = _frozen(config, config.reference, join, world, options)
     return Scorer(reference.model, world, reference.around)
 
 
 def _base(policy: Scorer) -> Scorer:
-    """The base inside a policy that is trained with LoRA."""
+    """The frozen base of a LoRA policy as the reference."""
     from togi.model.adapters import without_adapter
 
     return Scorer(policy.module, policy.world, partial(without_adapter, policy.module))

@@ -1,7 +1,7 @@
-"""Everything that can be found wrong with a run in under a second: no torch, no model, no Ray.
+"""All checks of an RL run that take under a second: no torch, no model, no Ray.
 
-Contradictions between flags come first, then placement, packages, models, data, the reward file and folders. What needs the
-tokenizer or a real call of the reward function is checked right after, still before any model is loaded (``togi.run.rl``).
+Contradictions between flags come first, then placement, packages, models, data, the reward file and folders. Checks that need
+the tokenizer or a call of the reward function follow, before any model is loaded (``togi.run.rl_setup``).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from togi.recipes.modelscope import with_local_names
 
 FUNCTION = "reward_func"
 DEFAULT_PARENT = "runs"
-# What stored rollouts depend on beside their prompts: their order, number and log-probs.
+# Settings that stored rollouts depend on, besides their prompts: order, number and logprobs.
 REPLAYED = ("seed", "rollout_batch_size", "n_samples_per_prompt", "temperature", "dynamic_filtering")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -47,15 +47,18 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
 
     ``reward_given``: the reward is a Python function passed in code.
     """
+    # Flags against each other.
     check_rl(parsed.config, reward_given=reward_given)
     check_rl_metric(parsed.config)
     parsed = with_local_names(resolve(parsed, machine))
     config = parsed.config
+    # Placement. A Ray cluster has machines that are not known here.
     groups = plan_groups(config)
     check_workers(config, machine)
     if not joins_cluster():
         check_fits(groups, machine.gpus)
         check_spread(groups, 1)
+    # Packages and models.
     if config.replay is None:
         check_engine(config.rollout_engine)
     else:
@@ -70,6 +73,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     check_context(config)
     check_engine_heads("vllm_tensor_parallel_size", config.vllm_tensor_parallel_size, config.pretrain)
     check_experts(config)
+    # Data, reward files, hooks, folders.
     check_prompts(config)
     for file in config.reward_files:
         check_reward(file)
@@ -91,7 +95,7 @@ def models_of(config: RLConfig) -> list[tuple[str, str]]:
 
 
 def check_heads(config: TrainSettings, models: Iterable[tuple[str, str]]) -> None:
-    """The heads of every model, given with its flag, can be sent around a ring in equal parts."""
+    """Check that the key/value heads of every model divide into the ring's strides. Raises ConfigError."""
     stride = config.ring_head_stride
     for flag, path in models:
         heads = key_value_heads(path)
@@ -102,7 +106,7 @@ def check_heads(config: TrainSettings, models: Iterable[tuple[str, str]]) -> Non
 
 
 def check_compiled(config: ModelSettings, models: Iterable[tuple[str, str]]) -> None:
-    """The layers of every model, given with its flag, can be compiled, here unless others do it."""
+    """Check that the layers of every model can be compiled, and that this machine can compile them. Raises ConfigError."""
     if not config.torch_compile:
         return
     for flag, path in models:
@@ -112,12 +116,13 @@ def check_compiled(config: ModelSettings, models: Iterable[tuple[str, str]]) -> 
                 f"--torch_compile is tested with {', '.join(COMPILABLE)} models, but --{flag} {path} is a {kind} model: "
                 "leave it out."
             )
+    # The nodes of a cluster compile for themselves.
     if not joins_cluster():
         check_compiler()
 
 
 def check_replayed(config: RLConfig, folder: Path) -> None:
-    """``--replay`` names the folder of a run whose rollouts mean here what they meant there."""
+    """Check that the run in ``--replay`` had the settings that its rollouts depend on. Raises DataError or ConfigError."""
     from togi.obs.run_dir import RunDirectory
 
     try:
@@ -140,13 +145,13 @@ def trained_models(config: RLConfig) -> list[tuple[str, str]]:
 
 
 def check_splits(config: TrainSettings, models: Iterable[tuple[str, str]]) -> None:
-    """The layers of every model in training, given with its flag, can be split over ``--ds_tensor_parallel_size`` ranks."""
+    """Check that the layers of every trained model split over ``--ds_tensor_parallel_size`` ranks. Raises UserError."""
     for flag, path in models:
         check_splittable(config.ds_tensor_parallel_size, flag, path, model_settings(path))
 
 
 def check_backend(backend: BackendName) -> None:
-    """The package that a backend needs is installed."""
+    """Check that the package of the backend is installed. Raises ConfigError."""
     if backend is BackendName.DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             "--backend deepspeed needs the package deepspeed: pip install 'togi[deepspeed]', or use --backend fsdp2."
@@ -154,7 +159,7 @@ def check_backend(backend: BackendName) -> None:
 
 
 def check_prompts(config: RLConfig) -> None:
-    """Sets, fields and probabilities."""
+    """Check prompt sets, fields and probabilities. Raises UserError."""
     keys = {"input_key": config.input_key} | ({"label_key": config.label_key} if config.label_key is not None else {})
     check_sets("prompt_data", config.prompt_data, keys, config.prompt_split)
     if config.prompt_data_probs is not None:
@@ -166,7 +171,7 @@ def check_prompts(config: RLConfig) -> None:
 
 
 def check_pretraining(config: RLConfig, data: str) -> None:
-    """``--pretrain_data``: sets, fields and probabilities."""
+    """Check sets, fields and probabilities of ``--pretrain_data``. Raises UserError."""
     keys = {"pretrain_input_key": config.pretrain_input_key}
     if config.pretrain_output_key is not None:
         keys["pretrain_output_key"] = config.pretrain_output_key
@@ -176,7 +181,7 @@ def check_pretraining(config: RLConfig, data: str) -> None:
 
 
 def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str, *, every_row: bool = True) -> None:
-    """The data sets of a flag exist, have rows and the fields asked for (``precheck.check_source``)."""
+    """Check that the data sets of a flag exist and have rows with the fields (``precheck.check_source``). Raises DataError."""
     try:
         check_sources(text, keys, split, every_row=every_row)
     except DataError as error:
@@ -184,7 +189,7 @@ def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str, *, eve
 
 
 def check_folders(config: OutputSettings) -> None:
-    """Everything that the run writes can be written, and the run folder is not another run's."""
+    """Check that every output folder can be written, and that the run folder is not in use by another run."""
     run_dir = config.run_dir if config.run_dir is not None else DEFAULT_PARENT
     for flag, folder in (("save_path", config.save_path), ("ckpt_path", config.ckpt_path), ("run_dir", run_dir)):
         check_writable(flag, Path(folder))
@@ -195,17 +200,18 @@ def check_folders(config: OutputSettings) -> None:
 
 
 def check_engine(name: EngineName) -> None:
-    """Refuse an engine whose package is not installed."""
+    """Raise EngineUnavailableError if the package of the engine is not installed."""
     if name is EngineName.VLLM and importlib.util.find_spec("vllm") is None:
         raise EngineUnavailableError
 
 
 def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
-    """A folder must hold config.json and weights; anything else must be a hub name, in the cache if the hub is off.
+    """Check that a folder holds config.json and weights; other names must be hub names, in the cache if the hub is off.
 
-    ``adapters``: a LoRA adapter is welcome too.
+    ``adapters``: also accept a LoRA adapter. Raises ConfigError.
     """
     folder = Path(path)
+    # A local folder: complete, and a model.
     if path and folder.is_dir():
         if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
             if adapters:
@@ -218,6 +224,7 @@ def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
         if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
             raise ConfigError(f"--{flag} {path} has no weights ({', '.join(WEIGHTS)}): give a complete model folder.")
         return
+    # A hub name.
     if not HUB_NAME.fullmatch(path):
         raise ConfigError(f"--{flag} {path} is not a folder: give a Hugging Face model folder or a hub name.")
     from huggingface_hub import try_to_load_from_cache
@@ -231,40 +238,40 @@ def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
 
 
 def check_context(config: RLConfig) -> None:
-    """The longest sequence fits the positions that every model folder's config.json names, if nothing stretches them."""
+    """Check that the longest sequence fits the positions in every model's config.json, unless rope scaling extends them."""
     for _, path in models_of(config):
         check_length(asked_context(config), config.context_length, path, model_settings(path))
 
 
 def asked_context(config: RLConfig) -> str:
-    """The flags that allow the longest sequence."""
+    """The flags that determine the longest sequence, for messages."""
     if config.max_len is not None:
         return f"--max_len {config.max_len}"
     return f"--prompt_max_len {config.prompt_max_len} + --generate_max_len {config.generate_max_len}"
 
 
 def check_engine_heads(flag: str, size: int, path: str) -> None:
-    """Every process of an engine gets as many attention heads as the others."""
+    """Check that the attention heads divide evenly over the processes of an engine. Raises ConfigError."""
     heads = model_settings(path).get("num_attention_heads")
     if isinstance(heads, int) and heads % size != 0:
         raise ConfigError(f"--{flag} {size} does not divide the {heads} attention heads of {path}: lower it.")
 
 
 def key_value_heads(path: str) -> int | None:
-    """The key/value heads of a layer by a model folder's config.json; None where it does not say."""
+    """The key/value heads of a layer in the config.json of a model folder; None if it has no such entry."""
     heads = model_settings(path).get("num_key_value_heads")
     return heads if isinstance(heads, int) else None
 
 
 def check_experts(config: ModelSettings) -> None:
-    """``--aux_loss_coef`` needs a mixture of experts. Of a hub name, ``check_causal_lm`` finds out."""
+    """Check that ``--aux_loss_coef`` is set only for a mixture of experts. Hub names are checked by ``check_causal_lm``."""
     settings = model_settings(config.pretrain)
     if config.aux_loss_coef > 0 and settings:
         check_mixture(config.pretrain, str(settings.get("model_type")))
 
 
 def model_settings(path: str) -> dict[str, Any]:
-    """What a model folder's config.json says; empty where ``path`` is no such folder."""
+    """The config.json of a model folder; empty if ``path`` is not such a folder. Raises ConfigError."""
     file = Path(path) / "config.json"
     if not file.is_file():
         return {}
@@ -275,7 +282,7 @@ def model_settings(path: str) -> dict[str, Any]:
 
 
 def check_reward(item: str) -> None:
-    """One entry of ``--reward_func``: the package of a built-in function is installed, or the file is one."""
+    """Check one entry of ``--reward_func``: the package of a built-in function, or the file. Raises RewardError."""
     verifier = verifier_of(item)
     if verifier is None:
         check_reward_file(Path(item))
@@ -284,7 +291,7 @@ def check_reward(item: str) -> None:
 
 
 def check_reward_file(path: Path) -> None:
-    """The file must parse and define ``reward_func``; it is not run here."""
+    """Check that the file parses and defines ``reward_func``, without running it. Raises RewardError."""
     defined = _defined(_syntax(path, f"The reward file {path}", f"--{FUNCTION}", RewardError))
     if FUNCTION not in defined and "*" not in defined:
         there = listed(sorted(defined)) or "nothing"
@@ -295,7 +302,7 @@ def check_reward_file(path: Path) -> None:
 
 
 def check_hook_file(flag: str, hook: Hook) -> None:
-    """The file of ``FILE.py:name`` must parse and define the name; it is not run here."""
+    """Check that the file of ``FILE.py:name`` parses and defines the name, without running it. Raises ConfigError."""
     if hook.function is not None:
         return
     defined = _defined(_syntax(Path(hook.path).expanduser(), f"--{flag} {hook}: the file", f"--{flag}", ConfigError))
@@ -319,7 +326,7 @@ def _syntax(path: Path, shown: str, flag: str, kind: type[UserError]) -> ast.Mod
 
 
 def _defined(tree: ast.Module) -> set[str]:
-    """Every name that a module may define, however; "*" for what a star import brings."""
+    """Every name that a module may define in any way; "*" for a star import."""
     names = set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -332,7 +339,7 @@ def _defined(tree: ast.Module) -> set[str]:
 
 
 def check_writable(flag: str, folder: Path) -> None:
-    """The folder, or its nearest existing parent, must be a folder that can be written."""
+    """Check that the folder, or its nearest existing parent, is a writable folder. Raises ConfigError."""
     nearest = folder.absolute()
     while not nearest.exists():
         nearest = nearest.parent
@@ -345,7 +352,7 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 def trackers(config: OutputSettings) -> TrackerOptions:
-    """The tracker flags as the sinks take them."""
+    """The tracker flags in the form of the sinks."""
     return TrackerOptions(
         use_tensorboard=config.use_tensorboard or "",
         use_wandb=config.use_wandb or "",

@@ -1,7 +1,7 @@
 """``togi serve-rm``: a reward model or a reward function behind HTTP.
 
-A query is scored as it is: it starts with BOS where the tokenizer wants one, it ends in the end token if its text does, padding
-at its ends is dropped, and one that is too long is refused. So a served model gives the scores that ``--reward_pretrain`` gives.
+A query is scored as it is: BOS is added if the tokenizer wants it, an end token is scored only if the text has it, padding at
+the ends is dropped, and a query that is too long is refused. So a served model gives the scores that ``--reward_pretrain`` gives.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from togi.sample import Sample
 
 
 def serve(config: ServeRMConfig, token: str, announce: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what came and end. Raises UserError for what cannot be served."""
+    """Serve until SIGTERM or SIGINT, then answer pending requests and end. Raises UserError."""
     asyncio.run(_serve(config, token, announce))
 
 
@@ -60,7 +60,8 @@ async def _serve(config: ServeRMConfig, token: str, announce: Callable[[str], No
 
 @asynccontextmanager
 async def source(config: ServeRMConfig) -> AsyncIterator[ScoreCall]:
-    """What scores, ready to be asked; released at the end."""
+    """The scoring function of the server; it is closed at the end."""
+    # A reward function runs in worker processes of its own.
     if config.reward_func:
         limits = CallLimits(config.reward_workers, config.reward_timeout)
         function = FunctionReward.from_file(config.reward_func, limits)
@@ -70,6 +71,7 @@ async def source(config: ServeRMConfig) -> AsyncIterator[ScoreCall]:
             with way_out("closing the reward"):
                 await function.close()
         return
+    # A model runs in this process; requests that wait together share a forward pass.
     model = ServedModel(config)
     batcher = Batcher(model.forward, config.max_tokens_per_gpu, config.batch_size)
 
@@ -91,7 +93,7 @@ async def source(config: ServeRMConfig) -> AsyncIterator[ScoreCall]:
 
 
 class ServedModel:
-    """A reward model in this process. Raises ModelError and DataError for a folder that holds none."""
+    """A reward model in this process. Raises ModelError or DataError for a folder that holds none."""
 
     def __init__(self, config: ServeRMConfig) -> None:
         path = config.reward_pretrain
@@ -123,6 +125,7 @@ class ServedModel:
             sequences = query_tokens(queries, self._tokenizer)
         except DataError as error:
             return Complaint(f"model cannot read a query: {error}", "send a text with one BOS token or none")
+        # One query at fault refuses the whole request, so that scores stay aligned with queries.
         for index, tokens in enumerate(sequences):
             if not tokens:
                 return Complaint(f"model has nothing to score: query {index} is empty", "send a text")
@@ -141,7 +144,7 @@ class ServedModel:
         return sequences
 
     def forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """One score a sequence, packed without padding."""
+        """One score per sequence, packed without padding."""
         samples = [
             Sample(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_), 0, "score")
             for tokens in sequences
@@ -152,10 +155,11 @@ class ServedModel:
 
 
 def query_tokens(queries: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of queries, special tokens written as text, without padding at the ends and with BOS if there is to be one.
+    """Token ids of queries. Special tokens are written as text, padding at the ends is dropped, and BOS is added if the
+    tokenizer adds it.
 
-    Clients that decode padded batches send it along; where padding and end token are one, the first of those behind the text is
-    the end. Raises DataError.
+    Clients that decode padded batches send padding along. If padding and end token are the same, the first one behind the text is
+    the end token. Raises DataError.
     """
     pad, eos, bos = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id
     wants_bos = adds_bos(tokenizer)

@@ -1,4 +1,4 @@
-"""Several reward sources as one: names, the weighted sum or mean of scores, length penalties. Not here: clipping."""
+"""Several reward sources as one: names, the weighted sum or mean of scores, length penalties. Clipping is elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from togi.sample import FinishReason, Outcome, Rollout, Score
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One source, the name under which it is logged, and its weight."""
+    """One source, its name in the logs, and its weight."""
 
     name: str
     source: Reward
@@ -25,9 +25,9 @@ class Term:
 
 
 class CombinedReward:
-    """Asks every source at the same time; the components of all are kept, unweighted.
+    """Calls every source concurrently. Keeps the components of all sources, unweighted.
 
-    Of several sources each one's own logs are called name/log, so that no two can collide.
+    With several sources the logs of each are named name/log, so that no two collide.
     """
 
     def __init__(self, terms: Sequence[Term], how: RewardCombination = RewardCombination.SUM) -> None:
@@ -45,7 +45,7 @@ class CombinedReward:
 
     @property
     def formula(self) -> str:
-        """For example "0.5 x helpful + 1 x length"."""
+        """The weighted sum in words, for example "0.5 x helpful + 1 x length"."""
         return " + ".join(f"{factor:g} x {term.name}" for factor, term in zip(self._factors, self.terms, strict=True))
 
     async def close(self) -> None:
@@ -54,10 +54,10 @@ class CombinedReward:
 
 
 def combine(names: Sequence[str], factors: Sequence[float], parts: Sequence[Score]) -> Score:
-    """One rollout's scores from several sources as one: sum over sources of factor x score.
+    """Combine one rollout's scores from several sources: sum over sources of factor x score.
 
-    An error anywhere is an error; otherwise an abstention anywhere abstains: a sum that lacks a term cannot be compared
-    with the complete sums of the same group.
+    An error in any source is an error. Otherwise an abstention in any source abstains: a sum that lacks a term cannot be
+    compared with the complete sums of the same group.
     """
     components = {
         key if key == name or len(names) == 1 else f"{name}/{key}": value
@@ -73,7 +73,7 @@ def combine(names: Sequence[str], factors: Sequence[float], parts: Sequence[Scor
 
 
 def distinct_names(wanted: Sequence[str], reserved: Collection[str] = RESERVED_COMPONENTS) -> list[str]:
-    """``wanted`` with a number behind every name that is reserved or wanted more than once."""
+    """``wanted`` with a number appended to every name that is reserved or occurs more than once."""
     counts = Counter(wanted)
     taken = {name for name in wanted if counts[name] == 1} | set(reserved)
     result = []
@@ -91,14 +91,14 @@ def distinct_names(wanted: Sequence[str], reserved: Collection[str] = RESERVED_C
 
 @dataclass(slots=True)
 class ErrorLimit:
-    """How many samples of a rollout may have failed rewards: ``share`` of ``total``."""
+    """The number of samples of a rollout whose reward may fail: ``share`` of ``total``."""
 
     share: float
     total: int
     errors: int = 0
 
     def count(self, scores: Sequence[Score]) -> None:
-        """Raise RewardError as soon as there are more errors than allowed."""
+        """Count the errors. Raises RewardError as soon as there are more than allowed."""
         failures = [score.message for score in scores if score.outcome is Outcome.ERROR]
         self.errors += len(failures)
         if failures and self.errors > self.share * self.total:
@@ -108,7 +108,7 @@ class ErrorLimit:
             )
 
 
-# Length penalties as named parts of the reward, beside what its sources said.
+# Length penalties are named parts of the reward, beside the components of its sources.
 
 OVERLONG = "overlong_penalty"
 STOP_PROPERLY = "stop_properly_penalty"
@@ -116,7 +116,7 @@ STOP_PROPERLY = "stop_properly_penalty"
 
 @dataclass(frozen=True, slots=True)
 class LengthPenalties:
-    """``buffer`` None and ``coef`` None: no such penalty. ``limit``: tokens that a response may have."""
+    """Penalties for long responses. ``buffer`` or ``coef`` None: no such penalty. ``limit``: tokens of a response at most."""
 
     limit: int
     buffer: int | None
@@ -133,10 +133,10 @@ class LengthPenalties:
         )
 
     def applied(self, group: Sequence[Rollout], scores: Sequence[Score]) -> list[Score]:
-        """The scores with what each penalty adds as a component of its own; abstentions and errors stay as they are.
+        """The scores with each penalty added as a component; abstentions and errors stay as they are.
 
-        A response that is cut off is first judged for that; what it loses for its length is then taken off, so that a
-        coefficient near 0 does not make it milder.
+        The penalty for truncation multiplies the reward first; the penalty for length is subtracted after it, so that a
+        coefficient near 0 does not weaken it.
         """
         return [
             self._applied(rollout, score) if score.outcome is Outcome.SCORE else score
@@ -161,23 +161,23 @@ class LengthPenalties:
         return replace(score, value=value, components={**score.components, **parts})
 
 
-# What a response costs that comes near the length limit, or does not end by itself. Plain numbers.
+# The two penalty formulas, on plain numbers.
 
 
 def overlong_penalty(length: int, limit: int, buffer: int, factor: float) -> float:
-    """What to add to the reward, from 0 to ``-factor``: the soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13).
+    """The amount to add to the reward, from 0 to ``-factor``: soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13).
 
-    0 up to ``limit - buffer`` tokens, then ``factor (limit - buffer - length) / buffer``, at the limit and above ``-factor``.
+    0 up to ``limit - buffer`` tokens, then ``factor (limit - buffer - length) / buffer``, and ``-factor`` at and above the limit.
     """
     assert 0 < buffer <= limit, "the buffer is the last part of the limit"
     return -factor * min(max(length - (limit - buffer), 0), buffer) / buffer
 
 
 def stop_properly(reward: float, coef: float) -> float:
-    """The reward of a response that the limit has cut off, after ProRL (arXiv 2505.24864).
+    """The reward of a truncated response, after ProRL (arXiv 2505.24864).
 
-    ``coef * reward`` for a coefficient from 0 to 1, ``coef`` itself for one below 0. A reward below 0 is made milder by the
-    first, so give tasks with such rewards the second.
+    ``coef * reward`` for a coefficient from 0 to 1; ``coef`` itself for one below 0. The first would make a negative
+    reward milder, so use the second for tasks with negative rewards.
     """
     assert coef <= 1, "a response that is cut off must not gain"
     return coef * reward if coef >= 0 else coef

@@ -1,12 +1,12 @@
 """Rewards from a user's Python function: a file (``--reward_func``, ``--remote_rm_url``) or a callable (Python API).
 
-Signature: ``reward_func(queries, prompts, labels, **kwargs)``, sync or async, called with a whole group (all samples of
-one prompt). The three arguments are lists of equal length; a query is prompt text + response text. ``responses``,
-``datasources``, ``finish_reasons`` and ``response_lengths`` (in tokens; not in togi iterate) are given as keyword arguments when
-the function accepts them. What may be returned: see ``returned``.
+Signature: ``reward_func(queries, prompts, labels, **kwargs)``, sync or async, called with a whole group (all samples of one
+prompt). The three arguments are lists of equal length; a query is prompt text + response text. ``responses``, ``datasources``,
+``finish_reasons`` and ``response_lengths`` (in tokens; not in togi iterate) are passed as keyword arguments if the
+function accepts them. For return values see ``returned``.
 
-The function runs in worker processes (``pool``); several groups are scored at the same time. A call that fails makes
-every sample of its group an error, after ``retries`` more tries where the reason may pass: never a score of zero.
+The function runs in worker processes (``pool``); several groups are scored at the same time. A failed call makes every
+sample of its group an error, never a score of zero. It is retried ``retries`` times if the failure may be transient.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 class FunctionReward:
-    """A reward function in a pool of worker processes. Make it with ``from_file`` or ``from_callable``.
+    """A reward function in a pool of worker processes. Create it with ``from_file`` or ``from_callable``.
 
-    ``component`` is the name under which the reward is logged beside "scores" and the function's own logs.
-    The processes start in the constructor: call ``check`` before loading models, and ``close`` at the end.
+    ``component``: the name of the reward in the logs, beside "scores" and the function's own logs. The processes start in the
+    constructor: call ``check`` before loading models, and ``close`` at the end.
     """
 
     def __init__(self, load: Load, shown_as: str, limits: CallLimits, component: str) -> None:
@@ -50,7 +50,7 @@ class FunctionReward:
 
     @classmethod
     def from_file(cls, path: str | Path, limits: CallLimits = DEFAULT, component: str = "function") -> FunctionReward:
-        """The ``reward_func`` of a Python file. Raises RewardError when there is no such file."""
+        """The ``reward_func`` of a Python file. Raises RewardError if there is no such file."""
         file = Path(path).expanduser().absolute()
         if file.suffix != ".py" or not file.is_file():
             raise RewardError(
@@ -64,7 +64,7 @@ class FunctionReward:
     def from_verifier(
         cls, verifier: Verifier, settings: Mapping[str, str], limits: CallLimits = DEFAULT, component: str = "function"
     ) -> FunctionReward:
-        """A function that comes with Togi. ``settings`` are its keyword arguments."""
+        """A built-in function. ``settings``: its keyword arguments."""
         load = Load(LoadKind.MODULE, f"togi.reward.verifiers.{verifier}", FUNCTION_NAME, settings)
         return cls(load, f"{BUILTIN}{verifier}", limits, component)
 
@@ -72,42 +72,43 @@ class FunctionReward:
     def from_callable(
         cls, function: Callable[..., Any], limits: CallLimits = DEFAULT, component: str = "function"
     ) -> FunctionReward:
-        """A Python function. Raises RewardError when it cannot be sent to a worker process."""
+        """A Python function. Raises RewardError if it cannot be sent to a worker process."""
         shown_as = f"{_name(function)} in {_file(function)}"
         return cls(_load_callable(function, shown_as), shown_as, limits, component)
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
-        """One score per rollout, in order; all of them errors when the last try failed too.
+        """One score per rollout, in order; all of them errors if the last try failed too.
 
-        Raises RewardError when the function cannot be loaded or the pool was closed.
+        Raises RewardError if the function cannot be loaded or the pool is closed.
         """
         return await self._score(group, self._retries)
 
     async def check(self, group: Sequence[Rollout]) -> list[Score]:
-        """Import the function and call it once for real; what it says. Raises RewardError for every failure.
+        """Import the function, call it once, and return its scores. Raises RewardError for every failure.
 
-        Two rollouts are enough to tell a number for each from a number for all.
+        Two rollouts are enough to tell one number per sample from one number for all.
         """
         return without_errors(await self._score(group, 0))
 
     async def answer(self, call: Call) -> Answer | Complaint:
-        """What the function says about one call, at the first try."""
+        """The result of one call, without retries."""
         return await self._pool.run(encode(call))
 
     @property
     def is_built_in(self) -> bool:
-        """Whether the function comes with Togi."""
+        """Whether the function is built in."""
         return self._shown_as.startswith(BUILTIN)
 
     @property
     def shown_as(self) -> str:
-        """The function as messages name it."""
+        """The name of the function in messages."""
         return self._shown_as
 
     async def _score(self, group: Sequence[Rollout], retries: int) -> list[Score]:
         assert group, "a group has at least one rollout"
         call = as_call(group, lambda rollout: rollout.response_text)
         reply = await self.answer(call)
+        # Retry only what may pass by itself; a wrong return value would come again.
         for retry in range(retries):
             if isinstance(reply, Answer) or not reply.is_transient or self._is_closed:
                 break
@@ -116,6 +117,7 @@ class FunctionReward:
         if isinstance(reply, Answer):
             return as_scores(reply, self._component, self._shown_as, len(group))
         sentence = self._sentence(reply, group)
+        # A function that cannot be loaded fails for every group, so it ends the run.
         if self._is_closed or not reply.during_call:
             raise RewardError(sentence)
         return failed(len(group), sentence)
@@ -127,7 +129,7 @@ class FunctionReward:
 
     @property
     def worker_pids(self) -> list[int]:
-        """The process ids of the workers as of now."""
+        """The current process ids of the workers."""
         return self._pool.pids
 
     def _sentence(self, complaint: Complaint, group: Sequence[Rollout]) -> str:
@@ -141,7 +143,7 @@ class FunctionReward:
 
 
 def _load_callable(function: Callable[..., Any], shown_as: str) -> Load:
-    """By name when a worker can import it under that name, by value otherwise."""
+    """Load the function by name if a worker can import it under that name, else by value."""
     name = _name(function)
     module = sys.modules.get(function.__module__ or "") if inspect.isfunction(function) else None
     if module is not None and module.__name__ != "__main__" and _lookup(module, name) is function:

@@ -1,7 +1,7 @@
-"""Rewards from a scalar model that somebody else runs.
+"""Rewards from a scalar model that runs elsewhere.
 
-Here: rollouts to token ids, scalars to ``Score``, and the model's own standardisation. Not here: the model, its
-devices, its head and its micro-batches (the callable owns them).
+This module converts rollouts to token ids and scalars to ``Score``, and standardises. The callable owns the model, its
+devices, its head and its micro-batches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ScoreTokens = Callable[[Sequence[Sequence[int]]], Awaitable[Sequence[float]]]
 
 @dataclass(frozen=True, slots=True)
 class Standardization:
-    """``(r - mean) / std`` with the numbers a reward model stores in its config (``--normalize_reward``)."""
+    """``(r - mean) / std`` with the numbers in a reward model's config (``--normalize_reward``)."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -37,7 +37,7 @@ class Standardization:
 class LocalModelReward:
     """The scalar of a reward model at the last token of prompt + response.
 
-    ``score_tokens`` maps token id sequences to one float each; ``component`` names the score in logs.
+    ``score_tokens``: maps token id sequences to one float each. ``component``: the name of the score in logs.
     """
 
     def __init__(
@@ -68,4 +68,4 @@ class LocalModelReward:
         return Score(Outcome.SCORE, value=value, components={self._component: value})
 
     async def close(self) -> None:
-        """Nothing to release: the callable's owner stops the model."""
+        """Nothing to release: the owner of the callable stops the model."""

@@ -1,8 +1,8 @@
-"""A fixed number of worker processes for one reward function, each killable at any moment.
+"""A fixed number of worker processes for one reward function, each of which can be killed at any moment.
 
-A worker gets a limited time (wall clock) per call, then it is killed with everything it started (its process group)
-and replaced. One thread per worker waits on its socket, so the pool belongs to no event loop and works inside Ray
-actors and daemonic processes. Not here: what the messages mean (``function``), the worker's own side (``worker``).
+A call that exceeds its time limit (wall clock) is killed with the worker and everything it started (its process group), and the
+worker is replaced. One thread per worker waits on its socket, so the pool needs no event loop and works inside Ray actors and
+daemonic processes. ``function`` interprets the messages; ``worker`` is the worker's side.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ STDERR_FD = 2
 
 @dataclass(frozen=True, slots=True)
 class CallLimits:
-    """How a function may be called.
+    """Limits on the calls of a function.
 
-    ``workers``: processes, so calls at the same time (``--reward_workers``). ``timeout``: seconds of wall clock per
-    call (``--reward_timeout``). ``retries``: how often a call is repeated that failed for a passing reason
-    (``--reward_retries``). ``start_timeout``: seconds for importing the user's file and whatever it imports.
+    ``workers``: processes, and so concurrent calls (``--reward_workers``). ``timeout``: wall-clock seconds per call
+    (``--reward_timeout``). ``retries``: how often a call with a transient failure is repeated (``--reward_retries``).
+    ``start_timeout``: seconds to import the user's file and its imports.
     """
 
     workers: int = 2
@@ -52,7 +52,7 @@ class WorkerPool:
         self._threads = ThreadPoolExecutor(max_workers=limits.workers, thread_name_prefix="togi-reward")
 
     async def run(self, frame: bytes) -> Answer | Complaint:
-        """One call on the next idle worker. ``frame`` is an encoded ``Call``."""
+        """Run one call on the next idle worker. ``frame``: an encoded ``Call``."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, frame)
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class WorkerPool:
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of the workers as of now."""
+        """The current process ids of the workers."""
         return [worker.pid for worker in self._workers]
 
     def _run(self, frame: bytes) -> Answer | Complaint:
@@ -77,7 +77,7 @@ class WorkerPool:
 
 
 class Worker:
-    """One process slot: its process is replaced after every failure that it does not survive."""
+    """One process slot. Its process is replaced after every failure that kills it."""
 
     def __init__(self, load: Load, limits: CallLimits) -> None:
         self._load = encode(load)
@@ -92,6 +92,7 @@ class Worker:
 
     def call(self, frame: bytes) -> Answer | Complaint:
         """Send a frame and wait for the reply within the limit. Blocks; one call at a time."""
+        # The first reply says whether the import worked; it has a limit of its own.
         if not self._ready:
             reply = self._exchange(b"", self._limits.start_timeout, self._late_start)
             if isinstance(reply, Complaint):
@@ -111,7 +112,7 @@ class Worker:
         return Complaint(what, "make it faster or raise --reward_timeout", is_transient=True)
 
     def interrupt(self) -> None:
-        """End the call in flight from another thread: kill the process and do not replace it."""
+        """End the call in flight from another thread: kill the process without replacing it."""
         self._closed = True
         self._signal()
 
@@ -121,13 +122,15 @@ class Worker:
         self._kill()
 
     def _start(self) -> None:
+        # The lifeline is a pipe: the worker ends when the end here closes, however this process dies.
         self._channel, theirs = socket.socketpair()
         lifeline, ours = os.pipe()
         self._lifeline = open(ours, "wb", buffering=0)  # noqa: PTH123, SIM115  a descriptor, held as long as the worker
         command = [sys.executable, "-u", "-P", "-m", "togi.reward.worker", str(theirs.fileno()), str(lifeline)]
-        # The same modules can be imported there as here; one busy core per worker unless the user says otherwise.
+        # The worker can import what this process can. One busy core per worker, unless the user sets it.
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
+        # A session of its own makes the worker the leader of a process group, which is killed as a whole.
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -136,9 +139,10 @@ class Worker:
             start_new_session=True,
             env=environment,
         )
+        # Their ends are open in the child only, so that a dead child shows as a closed socket.
         theirs.close()
         os.close(lifeline)
-        with contextlib.suppress(OSError):  # a worker that is dead already is reported by its first call
+        with contextlib.suppress(OSError):  # a dead worker is reported by its first call
             send(self._channel, self._load, self._limits.start_timeout)
 
     def _exchange(self, frame: bytes, timeout: float, late: Complaint) -> Answer | Complaint:
@@ -154,7 +158,7 @@ class Worker:
             return Complaint(what, "let it return its rewards, within the machine's memory", is_transient=True)
 
     def _replace(self) -> int:
-        """Kill, reap, start afresh; the exit status of the old process."""
+        """Kill, reap and restart the process. Returns the exit status of the old one."""
         status = self._kill()
         self._ready = False
         if not self._closed:
@@ -168,7 +172,7 @@ class Worker:
         return self._process.wait()
 
     def _signal(self) -> None:
-        # Only before the leader is reaped: until then the group's id cannot belong to anybody else.
+        # Only before the leader is reaped: until then no other group can have this id.
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -1,11 +1,11 @@
 """Rewards from HTTP servers (``--remote_rm_url``), by the established protocol.
 
-One POST a group: {"query": [prompt + response, ...], "prompts": [...], "labels": [...]}, a query with its special tokens as
-text, so that a response that ended by itself ends in the end token. The answer is {"rewards": [...]}, with optional
-"scores" and "extra_logs" {name: [...]}, or the bare list of rewards; null abstains. What else it holds is ignored.
+One POST per group: {"query": [prompt + response, ...], "prompts": [...], "labels": [...]}. A query has its special tokens as text,
+so a response that ended by itself ends with the end token. The answer is {"rewards": [...]}, with optional "scores" and
+"extra_logs" {name: [...]}, or the bare list of rewards; null abstains. Other keys are ignored.
 
-A server that is away is waited for, up to ``max_pause`` seconds a group; a request that fails is tried again ``retries`` times;
-one that is refused (4xx) is not. The environment variable TOGI_REWARD_TOKEN holds a bearer token.
+A server that is down is waited for, up to ``max_pause`` seconds per group. A failed request is retried ``retries``
+times; a refused one (4xx) is not. The environment variable TOGI_REWARD_TOKEN holds a bearer token.
 """
 
 from __future__ import annotations
@@ -35,20 +35,19 @@ from togi.reward.scores import as_call, as_scores, failed, without_errors
 from togi.reward.wire import DICT_KEYS, NO_INDEX, Answer, BadReturnError, checked
 from togi.sample import Rollout, Score
 
-# One reward server as the client sees it: one POST at a time out of a bounded pool, what a fault means, is it up.
-#
-# Not here: what is asked and how often it is tried again (``RemoteReward``).
+# First part: one reward server as the client sees it, with its connections, its faults and whether it is up.
+# ``RemoteReward`` below decides what is asked and how often it is retried.
 
 CONNECT_SECONDS = 10.0
-# Less than the 5 s after which common servers close an idle connection, which would look like one that broke.
+# Common servers close an idle connection after 5 s, which would look like a broken one.
 KEEPALIVE_SECONDS = 4.0
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 10.0
 NOTICE_SECONDS = 30.0
 SHOWN_CHARACTERS = 200
-# Under which of its keys a JSON answer says what went wrong, as servers and their frameworks name them.
+# The keys under which servers and their frameworks put an error message.
 ERROR_KEYS = ("error", "detail", "message")
-# What a server, or a proxy before it, answers while it cannot serve anybody.
+# The statuses of a server, or a proxy before it, that cannot serve anybody now.
 AWAY_STATUSES = frozenset({429, 502, 503, 504})
 PRIVATE_ENDINGS = (".localhost", ".local", ".internal", ".svc", ".lan")
 
@@ -56,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 class FaultKind(StrEnum):
-    """away: nobody is served now, wait for it. failed: this request failed, perhaps not again. refused: it always will."""
+    """AWAY: the server is down, wait for it. FAILED: this request failed, retry. REFUSED: it would always fail."""
 
     AWAY = "away"
     FAILED = "failed"
@@ -64,9 +63,9 @@ class FaultKind(StrEnum):
 
 
 class ServerFaultError(Exception):
-    """A request without a usable answer. ``what`` continues "The reward server URL ...".
+    """A request without a usable answer. ``what``: continues "The reward server URL ...".
 
-    ``was_lost``: the connection broke after the request was sent, so that the request itself may be the reason.
+    ``was_lost``: the connection broke after the request was sent, so the request itself may be the cause.
     """
 
     def __init__(self, kind: FaultKind, what: str, *, was_lost: bool = False) -> None:
@@ -78,7 +77,7 @@ class ServerFaultError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """``concurrency``: requests at the same time (``--remote_rm_concurrency``). ``timeout``: seconds of a whole request.
+    """``concurrency``: requests at the same time (``--remote_rm_concurrency``). ``timeout``: seconds for a whole request.
 
     ``token``: sent as a bearer token; "" sends none.
     """
@@ -89,12 +88,13 @@ class ConnectionLimits:
 
 
 class HttpServer:
-    """Connections are opened by the first request, so that an instance belongs to no event loop before."""
+    """A client of one server. The first request opens the connections, so an instance is bound to no event loop before."""
 
     def __init__(self, url: str, limits: ConnectionLimits) -> None:
         self.shown_url = str(redact_value("", url))
         self.unfinished = 0
         self.answered_at = -math.inf  # monotonic seconds of the latest answer
+        # Connections, then the state of a server that is down: since when, counted until when, next try, next notice.
         self._url = url
         self._limits = limits
         self._session: aiohttp.ClientSession | None = None
@@ -109,17 +109,17 @@ class HttpServer:
 
     @property
     def wait_seconds(self) -> float:
-        """How long to leave the server alone; 0 when it is up or due for another try."""
+        """Seconds to leave the server alone; 0 if it is up or due for another try."""
         return max(0.0, self._retry_at - time.monotonic())
 
     def take_paused_seconds(self) -> float:
-        """Seconds of being down since the last call."""
+        """Seconds that the server was down since the last call."""
         self._count_pause()
         taken, self._paused = self._paused, 0.0
         return taken
 
     async def post(self, body: bytes) -> bytes:
-        """The body of the answer. Raises ServerFaultError."""
+        """Send a request and return the body of the answer. Raises ServerFaultError."""
         self.unfinished += 1
         try:
             async with self._places:
@@ -145,6 +145,8 @@ class HttpServer:
             ) as response:
                 content = await response.read()
                 status = response.status
+        # Faults of the configuration never pass, those of the connection mean a server that is down, the rest are
+        # retried.
         except (aiohttp.ClientSSLError, ssl.SSLError, aiohttp.InvalidURL) as error:
             raise ServerFaultError(FaultKind.REFUSED, f"cannot be used ({_short(error)})") from None
         except aiohttp.ConnectionTimeoutError:
@@ -168,7 +170,7 @@ class HttpServer:
         raise ServerFaultError(kind, f"answered with status {status}" + (f": {said}" if said else ""))
 
     def shown(self, content: bytes) -> str:
-        """The beginning of what the server said, on one line and without our token; of a JSON error its sentence."""
+        """The start of the server's answer on one line, without the token; for a JSON error its message."""
         text = content.decode(errors="replace")
         with contextlib.suppress(ValueError):
             reply = json.loads(text)
@@ -177,6 +179,7 @@ class HttpServer:
                 if isinstance(reply, dict)
                 else text
             )
+        # Servers may echo the request with its credentials.
         secrets = (
             self._limits.token,
             *(part or "" for part in (urlsplit(self._url).username, urlsplit(self._url).password)),
@@ -201,7 +204,7 @@ class HttpServer:
         now = time.monotonic()
         if self._down_since is None:
             self._down_since = self._counted_until = now
-        if now >= self._retry_at:  # of the requests that fail together only the first one counts
+        if now >= self._retry_at:  # requests fail together, and only the first one counts
             delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2**self._delays)
             self._delays += 1
             self._retry_at = now + delay * random.uniform(0.5, 1.0)
@@ -231,7 +234,7 @@ class HttpServer:
 
 
 def proxy_of(url: str) -> str | None:
-    """The proxy that the environment names for ``url``; none for this machine and private networks."""
+    """The proxy for ``url`` by the environment; None for this machine and private networks."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     if is_private(host) or urllib.request.proxy_bypass(host):
@@ -240,7 +243,7 @@ def proxy_of(url: str) -> str | None:
 
 
 def is_private(host: str) -> bool:
-    """Whether a host is this machine or in a private network, as far as its name or address tells."""
+    """Whether a host is this machine or in a private network, judged by its name or address."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -266,9 +269,9 @@ class Patience:
 
 
 class RemoteReward:
-    """One reward from one server, or from several equal ones that share the groups.
+    """One reward from one server, or from several equal servers that share the groups.
 
-    ``response``: a rollout's response as text with its special tokens. ``component`` names the reward in logs.
+    ``response``: a rollout's response as text with its special tokens. ``component``: the name of the reward in logs.
     """
 
     def __init__(
@@ -285,23 +288,25 @@ class RemoteReward:
         self._component = component
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
-        """One score per rollout, in order; all of them errors when the request failed for good.
+        """One score per rollout, in order; all of them errors if the request failed for good.
 
-        Raises RewardError when no server came back in time.
+        Raises RewardError if no server came back in time.
         """
         body = self._body(group)
         deadline = time.monotonic() + self._patience.max_pause
         failures, lost_at = 0, math.inf
         while True:
+            # The server that is due first, and among those the one with the fewest requests.
             server = min(self._servers, key=lambda each: (each.wait_seconds, each.unfinished))
             await self._wait_for(server, deadline)
             try:
                 return self._scores(await server.post(body), server, group)
             except ServerFaultError as fault:
                 sentence = f"The reward server {server.shown_url} {fault.what}"
-                # a server that breaks on this request and serves others since is not away: it cannot serve this one
+                # A server that breaks on this request but has served others since is up: it cannot serve this request.
                 failures += fault.kind is FaultKind.FAILED or (fault.was_lost and server.answered_at > lost_at)
                 lost_at = time.monotonic() if fault.was_lost else lost_at
+                # Three ways out: give the request up, give the server up, or try again.
                 if fault.kind is FaultKind.REFUSED or failures > self._patience.retries:
                     return failed(len(group), f"{sentence} (prompt {group[0].prompt.id!r}).")
                 if fault.kind is FaultKind.AWAY and time.monotonic() > deadline:
@@ -314,8 +319,8 @@ class RemoteReward:
                     await asyncio.sleep(FIRST_DELAY_SECONDS * 2 ** (failures - 1) * random.uniform(0.5, 1.0))
 
     async def check(self, group: Sequence[Rollout]) -> list[Score]:
-        """Ask every server once for real; what the last one says. Raises RewardError for every failure, also of a server that
-        is away.
+        """Send one request to every server and return the scores of the last one. Raises RewardError for every failure, also if a
+        server is down.
         """
         body, scores = self._body(group), list[Score]()
         for server in self._servers:
@@ -333,11 +338,11 @@ class RemoteReward:
             await server.close()
 
     def take_paused_seconds(self) -> float:
-        """Seconds since the last call in which a server was away, the longest of all servers."""
+        """Seconds since the last call that a server was down, the longest of all servers."""
         return max(server.take_paused_seconds() for server in self._servers)
 
     async def _wait_for(self, server: HttpServer, deadline: float) -> None:
-        """Until the server is due for another try, but not beyond the deadline."""
+        """Sleep until the server is due for another try, but not beyond the deadline."""
         while (wait := min(server.wait_seconds, deadline - time.monotonic())) > 0:
             await asyncio.sleep(wait)
 
@@ -346,7 +351,7 @@ class RemoteReward:
         return json.dumps({"query": call.queries, "prompts": call.prompts, "labels": call.labels}).encode()
 
     def _scores(self, content: bytes, server: HttpServer, group: Sequence[Rollout]) -> list[Score]:
-        """The scores in an answer; errors where it is not one."""
+        """The scores in an answer; errors if it is invalid."""
         shown_as = f"The reward server {server.shown_url}"
         try:
             answer = read_answer(content, len(group), server.shown)
@@ -359,7 +364,7 @@ class RemoteReward:
 
 
 def read_answer(content: bytes, count: int, shown: Callable[[bytes], str]) -> Answer:
-    """The answer of a server to ``count`` queries; ``shown`` is how it is quoted. Raises BadReturnError."""
+    """A server's answer to ``count`` queries. ``shown``: how it is quoted in errors. Raises BadReturnError."""
     try:
         reply: Any = json.loads(content)
     except ValueError:

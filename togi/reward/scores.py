@@ -1,4 +1,4 @@
-"""What a source of rewards promises; and a group as the call that functions and servers see, their answer as scores."""
+"""The protocol of reward sources; a group as the call of functions and servers, and their answer as scores."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from togi.errors import RewardError
 from togi.reward.wire import Answer, Call
 from togi.sample import Outcome, Rollout, Score
 
-# The one protocol of every source of rewards.
-#
-# Here: what a source promises. Not here: how advantages are made of scores, clipping, filtering (``togi.algo``).
+# The protocol of every reward source. Advantages, clipping and filtering are elsewhere (``togi.algo``).
 
 
 class Reward(Protocol):
@@ -22,8 +20,8 @@ class Reward(Protocol):
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
         """One ``Score`` per rollout, in the order of ``group``. Calls for different groups may overlap.
 
-        A source that failed, hung, or returned something that is not a number gives the outcome error. Raises RewardError
-        for what cannot get better: a function that cannot be loaded, a server that stays away.
+        A source that failed, timed out or returned something that is not a number gives the outcome error. Raises RewardError for
+        permanent faults: a function that cannot be loaded, a server that stays down.
         """
         ...
 
@@ -33,11 +31,11 @@ class Reward(Protocol):
 
 
 def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Call:
-    """The group as lists; a query is the prompt's text and ``response`` of the rollout.
+    """The group as lists. A query is the prompt's text plus ``response`` of the rollout.
 
     Raises RewardError for a label that is not a JSON value.
     """
-    for rollout in group[:1]:  # all have one prompt
+    for rollout in group[:1]:  # all have the same prompt
         if (problem := _json_problem(rollout.prompt.label)) is not None:
             raise RewardError(
                 f"The label of prompt {rollout.prompt.id!r} is not a JSON value ({problem}); "
@@ -48,7 +46,7 @@ def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Cal
         "datasources": [rollout.prompt.datasource for rollout in group],
         "finish_reasons": [rollout.finish_reason.value for rollout in group],
     }
-    if all(rollout.response_tokens for rollout in group):  # texts of another command have none
+    if all(rollout.response_tokens for rollout in group):  # togi iterate has texts only
         optional["response_lengths"] = [len(rollout.response_tokens) for rollout in group]
     return Call(
         queries=[rollout.prompt.text + response(rollout) for rollout in group],
@@ -59,9 +57,9 @@ def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Cal
 
 
 def as_scores(answer: Answer, component: str, shown_as: str, count: int) -> list[Score]:
-    """One score per query. ``component`` names the reward beside the answer's own components.
+    """One score per query. ``component``: the name of the reward beside the answer's own components.
 
-    Raises RewardError when one of those has the same name.
+    Raises RewardError if one of those has the same name.
     """
     if component in answer.components:
         raise RewardError(
@@ -81,7 +79,7 @@ def first_error(scores: Sequence[Score]) -> str | None:
 
 
 def without_errors(scores: Sequence[Score]) -> list[Score]:
-    """``scores`` if none of them is an error. Raises RewardError with the first one."""
+    """``scores`` if none of them is an error. Raises RewardError with the message of the first error."""
     if (message := first_error(scores)) is not None:
         raise RewardError(message)
     return list(scores)

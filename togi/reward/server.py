@@ -1,8 +1,8 @@
-"""The HTTP side of a reward server: the established protocol, limits, authentication, metrics. Not here: what scores.
+"""The HTTP side of a reward server: the established protocol, limits, authentication, metrics. Scoring is elsewhere.
 
-POST /get_reward takes {"query": [...], "prompts": [...], "labels": [...]}, the last two optional, and answers {"rewards":
-[...]}, with "scores" and "extra_logs" where the source has them; null abstains. GET /health needs no token, GET /metrics
-(Prometheus text) does. Errors are {"error": sentence}. No text of a request is ever logged.
+POST /get_reward takes {"query": [...], "prompts": [...], "labels": [...]}, the last two optional, and answers {"rewards": [...]},
+with "scores" and "extra_logs" if the source has them; null abstains. GET /health needs no token; GET /metrics (Prometheus text)
+does. Errors are {"error": sentence}. The text of a request is never logged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from aiohttp import web
 
 from togi.reward.wire import Answer, Call, Complaint
 
-# Queries of many requests in one forward: whatever waits when the model is free, up to a token budget.
+# Batches queries of many requests into one forward pass: all waiting ones when the model is free, up to a token budget.
 
 Tokens = Sequence[int]
 
@@ -35,10 +35,9 @@ class _Waiting:
 
 
 class Batcher:
-    """``forward`` maps token sequences to one number each; it runs in a thread of its own, one call at a time.
+    """Batches calls of ``forward``, which maps token sequences to one number each. It runs on its own thread, one call at a time.
 
-    A call gets the sequences that came first, as many as ``max_tokens`` and ``max_sequences`` (None: any number) allow and
-    always one at least.
+    A call gets the oldest sequences, as many as ``max_tokens`` and ``max_sequences`` (None: any number) allow, and at least one.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Batcher:
         self._worker: asyncio.Task[None] | None = None
 
     async def score(self, sequences: Sequence[Tokens]) -> list[float]:
-        """One number a sequence. Raises what ``forward`` raised on the batch that held one of them."""
+        """One number per sequence. Raises what ``forward`` raised on a batch with one of them."""
         loop = asyncio.get_running_loop()
         waiting = [_Waiting(tokens, loop.create_future()) for tokens in sequences]
         self._queue.extend(waiting)
@@ -71,9 +70,9 @@ class Batcher:
             call = loop.run_in_executor(self._thread, self._forward, [each.tokens for each in taken])
             try:
                 scores = await call
-            except Exception as error:  # noqa: BLE001  whatever it is belongs to those who asked
+            except Exception as error:  # noqa: BLE001  any error is raised in the callers
                 for each in taken:
-                    if not each.score.done():  # who asked may be gone
+                    if not each.score.done():  # the caller may be gone
                         each.score.set_exception(error)
                 continue
             for each, score in zip(taken, scores, strict=True):
@@ -97,7 +96,7 @@ SHUTDOWN_SECONDS = 30.0
 KEEPALIVE_SECONDS = 75.0
 PATH = "/get_reward"
 PREFIX = "togi_reward"
-# What a scoring source may say instead of an answer, as HTTP knows it.
+# The HTTP statuses for a complaint of the scoring source: permanent or transient.
 REFUSED, BROKEN = 422, 500
 
 _KINDS: Mapping[type, str] = {
@@ -114,7 +113,7 @@ ScoreCall = Callable[[Call], Awaitable[Answer | Complaint]]
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """``body_bytes`` and ``items`` of one request, ``queue``: items that wait at once. ``token`` "" lets everybody in."""
+    """``body_bytes`` and ``items`` per request; ``queue``: items that may wait at once. ``token`` "": no authentication."""
 
     body_bytes: int
     items: int
@@ -123,12 +122,12 @@ class ServerLimits:
 
 
 class BadRequestError(Exception):
-    """A request that is not of the protocol. The message is for the client."""
+    """A request that violates the protocol. The message is sent to the client."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """What /metrics tells."""
+    """The counters of /metrics."""
 
     requests: Counter[int] = field(default_factory=Counter)
     items: int = 0
@@ -136,7 +135,7 @@ class Counts:
     waiting: int = 0
 
     def text(self) -> str:
-        """In Prometheus' text format."""
+        """The counters in Prometheus' text format."""
         lines = [f"# TYPE {PREFIX}_requests_total counter"]
         lines += [f'{PREFIX}_requests_total{{status="{status}"}} {n}' for status, n in sorted(self.requests.items())]
         for name, kind, value in (
@@ -149,7 +148,7 @@ class Counts:
 
 
 class RewardServer:
-    """Answers requests with what ``score`` says. Start it inside an event loop, and ``close`` it there."""
+    """Answers requests with the scores of ``score``. Start and ``close`` it in the same event loop."""
 
     def __init__(self, score: ScoreCall, limits: ServerLimits) -> None:
         self.counts = Counts()
@@ -164,30 +163,30 @@ class RewardServer:
         )
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; the port that was taken. Raises OSError."""
+        """Listen, and return the port. Raises OSError."""
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port).start()
         taken: int = self._runner.addresses[0][1]
         return taken
 
     async def close(self) -> None:
-        """Take no more requests, answer those that came, and end."""
+        """Accept no more requests, answer pending ones, and end."""
         await self._runner.cleanup()
 
     @web.middleware
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Authentication, errors as JSON, and counting."""
+        """Authenticate, convert errors to JSON, and count."""
         start = time.monotonic()
         response: web.StreamResponse
         try:
             response = await handler(request) if self._may(request) else _error(401, "a bearer token is needed")
         except BadRequestError as error:
             response = _error(400, str(error))
-        except web.HTTPException as error:  # aiohttp's own: no such path, too large, and so on
+        except web.HTTPException as error:  # aiohttp's own: no such path, body too large, and so on
             response = _error(error.status, error.reason)
-        # A defect must not take the server down. Its message may hold text of the request, its places in the code do not.
+        # A bug must not end the server. Its message may quote the request, so only its places in the code are logged.
         except Exception as error:  # noqa: BLE001
             places = "".join(traceback.format_tb(error.__traceback__))
             logger.error("a request failed with %s:\n%s", type(error).__name__, places)
@@ -206,6 +205,7 @@ class RewardServer:
     async def _get_reward(self, request: web.Request) -> web.Response:
         call = read_call(await request.read(), self._limits.items)
         count = len(call.queries)
+        # Refuse early when too much is waiting: the client then backs off.
         if self.counts.waiting + count > self._limits.queue:
             return _error(429, f"{self.counts.waiting} queries are waiting, come back later", {"Retry-After": "1"})
         self.counts.waiting += count
@@ -213,6 +213,7 @@ class RewardServer:
             answer = await self._score(call)
         finally:
             self.counts.waiting -= count
+        # A complaint is the source's, not the protocol's.
         if isinstance(answer, Complaint):
             return _error(BROKEN if answer.is_transient else REFUSED, f"the reward {answer.what}; {answer.advice}")
         self.counts.items += count
@@ -229,7 +230,7 @@ class RewardServer:
 
 
 def read_call(body: bytes, most: int) -> Call:
-    """A request's body. Raises BadRequestError."""
+    """Parse the body of a request. Raises BadRequestError."""
     try:
         request: Any = json.loads(body)
     except ValueError:
@@ -243,6 +244,7 @@ def read_call(body: bytes, most: int) -> Call:
     _check_texts("query", queries)
     if len(queries) > most:
         raise BadRequestError(f'"query" has {len(queries)} texts, more than the {most} of one request')
+    # One value may stand for all queries.
     columns = []
     for key in ("prompts", "labels"):
         values = request.get(key)
@@ -258,7 +260,7 @@ def read_call(body: bytes, most: int) -> Call:
 
 
 def _check_texts(key: str, values: Sequence[object]) -> None:
-    """Raise BadRequestError for the first entry that is no text, or that no encoding can write."""
+    """Raise BadRequestError for the first entry that is not a text, or that has a lone surrogate."""
     for index, value in enumerate(values):
         if not isinstance(value, str):
             raise BadRequestError(f'"{key}" {index} is {_KINDS.get(type(value), "an object")}, not a text')

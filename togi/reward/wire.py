@@ -1,6 +1,6 @@
-"""What a reward worker and its owner say to each other: length-prefixed JSON over a socket, and what a function may return.
+"""The messages between a reward worker and its owner (length-prefixed JSON over a socket), and valid return values.
 
-Standard library only: the worker process imports this. Not here: starting and stopping processes (``pool``).
+Standard library only: the worker process imports this. ``pool`` starts and stops processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OPTIONAL_ARGUMENTS = ("responses", "datasources", "finish_reasons", "response_le
 
 
 class LoadKind(StrEnum):
-    """Where the function comes from: a Python file, an importable module, or bytes of cloudpickle in base64."""
+    """The source of the function: a Python file, an importable module, or bytes of cloudpickle in base64."""
 
     FILE = "file"
     MODULE = "module"
@@ -31,9 +31,9 @@ class LoadKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The first message to a worker. ``source``: a path, a module name or base64. ``name``: the qualified function.
+    """The first message to a worker. ``source``: a path, a module name or base64. ``name``: the qualified function name.
 
-    ``settings`` are keyword arguments of every call.
+    ``settings``: keyword arguments of every call.
     """
 
     kind: LoadKind
@@ -44,7 +44,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One group: lists with one entry per rollout. ``optional``: a list for each of ``OPTIONAL_ARGUMENTS`` that is known."""
+    """One group: lists with one entry per rollout. ``optional``: a list for each known name of ``OPTIONAL_ARGUMENTS``."""
 
     queries: list[str]
     prompts: list[str]
@@ -54,7 +54,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the function said, checked: a finite reward or None (abstain) per query, and named components likewise."""
+    """The checked return value: a finite reward or None (abstain) per query, and named components likewise."""
 
     rewards: list[float | None] = field(default_factory=list)
     components: Mapping[str, list[float | None]] = field(default_factory=dict)
@@ -62,10 +62,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Complaint:
-    """Why there is no answer. ``what`` continues "reward_func in file.py ..."; ``index``: a sample or ``NO_INDEX``.
+    """Why there is no answer. ``what``: continues "reward_func in file.py ..."; ``index``: a sample or ``NO_INDEX``.
 
-    ``during_call`` is False when the function could not even be loaded, so that no prompt has to do with it.
-    ``is_transient``: the same call may well succeed if it is made again.
+    ``during_call``: False if the function could not be loaded, so that no prompt is involved. ``is_transient``: a retry
+    may succeed.
     """
 
     what: str
@@ -76,7 +76,7 @@ class Complaint:
 
 
 def encode(message: Load | Call | Answer | Complaint) -> bytes:
-    """A message as one frame. Raises TypeError or ValueError when a label is not a JSON value."""
+    """A message as one frame. Raises TypeError or ValueError if a label is not a JSON value."""
     body = json.dumps({"type": type(message).__name__, **asdict(message)}).encode()
     return LENGTH.pack(len(body)) + body
 
@@ -84,16 +84,16 @@ def encode(message: Load | Call | Answer | Complaint) -> bytes:
 def send(channel: socket.socket, frame: bytes, timeout: float) -> None:
     """Write one frame within ``timeout`` seconds.
 
-    Raises TimeoutError, and ConnectionError when the other side is gone.
+    Raises TimeoutError, and ConnectionError if the other side is gone.
     """
     channel.settimeout(None if timeout == math.inf else timeout)
     channel.sendall(frame)
 
 
 def receive(channel: socket.socket, timeout: float) -> dict[str, Any]:
-    """Read one message within ``timeout`` seconds (``math.inf``: wait).
+    """Read one message within ``timeout`` seconds (``math.inf``: no limit).
 
-    Raises TimeoutError, and ConnectionError when the other side is gone.
+    Raises TimeoutError, and ConnectionError if the other side is gone.
     """
     deadline = time.monotonic() + timeout
     (length,) = LENGTH.unpack(_read(channel, LENGTH.size, deadline))
@@ -102,7 +102,7 @@ def receive(channel: socket.socket, timeout: float) -> dict[str, Any]:
 
 
 def as_reply(message: Mapping[str, Any]) -> Answer | Complaint:
-    """A worker's message as a record."""
+    """The record of a worker's message."""
     if message["type"] == Complaint.__name__:
         return Complaint(
             message["what"], message["advice"], message["index"], message["during_call"], message["is_transient"]
@@ -114,6 +114,7 @@ def as_reply(message: Mapping[str, Any]) -> Answer | Complaint:
 def _read(channel: socket.socket, size: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < size:
+        # The limit is for the whole message, so each read has what is left of it.
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -125,10 +126,8 @@ def _read(channel: socket.socket, size: int, deadline: float) -> bytes:
     return bytes(data)
 
 
-# What a reward function returned, checked and made plain.
-#
-# Standard library only: runs in the worker process. Tensors and arrays are recognised by their ``tolist``, so that
-# neither torch nor NumPy is imported for functions that do not use them. Not here: calling the function (``worker``).
+# Second part: the return value of a reward function, checked and converted. Tensors and arrays are recognised by their
+# ``tolist``, so neither torch nor NumPy is imported for functions that do not use them. ``worker`` calls the function.
 
 DICT_KEYS = ("rewards", "scores", "extra_logs")
 RETURN_A_NUMBER = "return a finite number for every query, or None to abstain"
@@ -136,7 +135,7 @@ SCORES = "scores"
 
 
 class BadReturnError(Exception):
-    """A returned value that is not a list of scores."""
+    """A return value that is not a list of scores."""
 
     def __init__(self, what: str, advice: str = RETURN_A_NUMBER, index: int = NO_INDEX) -> None:
         super().__init__(what)
@@ -146,10 +145,10 @@ class BadReturnError(Exception):
 
 
 def checked(returned: Any, count: int) -> Answer:
-    """The answer in a function's return value for ``count`` queries.
+    """The answer in a function's return value for ``count`` queries. Raises BadReturnError.
 
     Accepted: a sequence, 1-D tensor or array with one number (or None) per query; or a dict with "rewards" like that,
-    optional "scores" likewise and "extra_logs" {name: one number for all, or one per query}. Raises BadReturnError.
+    optional "scores" likewise and "extra_logs" {name: one number for all, or one per query}.
     """
     if not isinstance(returned, Mapping):
         return Answer(per_query(returned, count, "rewards"))
@@ -173,7 +172,7 @@ def checked(returned: Any, count: int) -> Answer:
 
 
 def per_query(values: Any, count: int, what: str) -> list[float | None]:
-    """One number or None per query out of a sequence, tensor or array. Raises BadReturnError."""
+    """One number or None per query from a sequence, tensor or array. Raises BadReturnError."""
     plain = _plain(values)
     if isinstance(plain, Real) and count == 1:
         plain = [plain]
@@ -210,7 +209,7 @@ def _checked_number(value: Any, what: str, index: int) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors, arrays and their scalars as Python lists and numbers; anything else as it is."""
+    """Tensors, arrays and their scalars as Python lists and numbers; other values unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 

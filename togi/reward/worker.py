@@ -1,8 +1,8 @@
 """The process that runs a user's reward function: ``python -m togi.reward.worker CHANNEL LIFELINE`` (file descriptors).
 
-Standard library only, so that it starts in a tenth of a second; whatever else is imported, the user's code imports.
-The function runs in the main thread (its own alarms work). What it prints goes to stderr, never into the protocol.
-Limits on time are the owner's business (``pool``): it kills this process together with its process group.
+Standard library only, so that it starts in a tenth of a second; all other imports are the user's. The function runs in the main
+thread (so its own alarms work). Its output goes to stderr, never into the protocol. The owner (``pool``) enforces time limits: it
+kills this process together with its process group.
 """
 
 from __future__ import annotations
@@ -52,17 +52,19 @@ class NotDefinedError(Exception):
 
 
 def main(channel_fd: int, lifeline_fd: int) -> None:
-    """Load the function, say so, then answer calls until the owner hangs up."""
+    """Load the function, report it, then answer calls until the owner closes the channel."""
     die_with_owner(lifeline_fd)
     channel = socket.socket(fileno=channel_fd)
     try:
         message = receive(channel, math.inf)
         load = Load(LoadKind(message["kind"]), message["source"], message["name"], message["settings"])
+        # The first reply is about the import: an empty answer, or why it failed.
         function = load_function(load)
         if isinstance(function, Complaint):
             send(channel, encode(function), math.inf)
             return
         send(channel, encode(Answer()), math.inf)
+        # One event loop for all calls, so that an async function can keep its connections.
         with asyncio.Runner() as runner:
             while True:
                 message = receive(channel, math.inf)
@@ -75,13 +77,13 @@ def main(channel_fd: int, lifeline_fd: int) -> None:
 def die_with_owner(lifeline_fd: int) -> None:
     """Have the kernel end this whole process group (SIGIO) when the owner's end of the lifeline pipe closes.
 
-    Unlike a watching thread this works while C code holds the interpreter lock, and unlike PR_SET_PDEATHSIG it
-    reaches what the user's function started and does not depend on which of the owner's threads made us.
+    Unlike a watching thread this works while C code holds the interpreter lock. Unlike PR_SET_PDEATHSIG it reaches what the user's
+    function started, and does not depend on which of the owner's threads started this process.
     """
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([lifeline_fd], [], [], 0)[0]:  # it closed before the kernel was told
+    if select.select([lifeline_fd], [], [], 0)[0]:  # it closed before O_ASYNC was set
         os._exit(1)
 
 
@@ -102,7 +104,7 @@ def load_function(load: Load) -> Function | Complaint:
     except TypeError as error:
         what = f"cannot be called with queries, prompts and labels ({error})"
         return Complaint(what, define, during_call=False)
-    except ValueError:  # a callable of C code has no signature to look at; the first call will tell
+    except ValueError:  # a callable in C has no signature to check; the first call will show
         pass
     function: Function = found
     return function
@@ -110,7 +112,7 @@ def load_function(load: Load) -> Function | Complaint:
 
 def _find(load: Load) -> Any:
     if load.kind is LoadKind.PICKLE:
-        # Bytes that our own parent process made a moment ago and sent over a private socket.
+        # Bytes that the parent process has just made and sent over a private socket.
         return pickle.loads(base64.b64decode(load.source))  # noqa: S301
     if load.kind is LoadKind.MODULE:
         found: Any = importlib.import_module(load.source)
@@ -118,7 +120,7 @@ def _find(load: Load) -> Any:
             found = getattr(found, part)
         return functools.partial(found, **load.settings) if load.settings else found
     path = Path(load.source)
-    sys.path.insert(0, str(path.parent))  # as for a script: the file may import its neighbours
+    sys.path.insert(0, str(path.parent))  # as for a script: the file may import modules beside it
     spec = importlib.util.spec_from_file_location(MODULE_NAME, path)
     assert spec is not None and spec.loader is not None, "the owner checked that the path ends in .py"
     module = importlib.util.module_from_spec(spec)
@@ -131,7 +133,7 @@ def _find(load: Load) -> Any:
 
 
 def answer(function: Function, call: Call, run: Callable[[Any], Any]) -> Answer | Complaint:
-    """Call the function on one group. ``run`` drives a coroutine to its end."""
+    """Call the function on one group. ``run`` runs a coroutine to its end."""
     try:
         returned = function(call.queries, call.prompts, call.labels, **accepted(function, call.optional))
         if inspect.isawaitable(returned):
@@ -152,7 +154,7 @@ async def _wait(awaitable: Any) -> Any:
 
 
 def accepted(function: Function, optional: Mapping[str, Sequence[str | int]]) -> dict[str, Sequence[str | int]]:
-    """Those of the optional keyword arguments that the function's signature has room for."""
+    """The optional keyword arguments that the function's signature accepts."""
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:
@@ -163,7 +165,7 @@ def accepted(function: Function, optional: Mapping[str, Sequence[str | int]]) ->
 
 
 def describe(error: BaseException, file: str) -> str:
-    """An exception as one line: type, text, and the innermost line of the user's file it came through."""
+    """An exception as one line: type, text, and the innermost line of the user's file that it passed through."""
     text = " ".join(str(error).split())[:LONGEST_TEXT]
     name = type(error).__name__
     if isinstance(error, SyntaxError):

@@ -1,1 +1,1 @@
-"""One run from its start to its end: what it tells, which models it keeps, and the loops."""
+"""One run from start to end: its journal, the checkpoints that it keeps, and the training loops."""

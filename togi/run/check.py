@@ -1,4 +1,4 @@
-"""The part of ``togi check`` that needs tokenizer and rows: the run's own opening, and lines about what it found."""
+"""The part of ``togi check`` that needs tokenizer and rows: it runs the opening of the run and reports what it found."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ Say = Callable[[str], None]
 
 
 def look_at_offline(parsed: Parsed[Method], command: str, say: Say) -> None:
-    """Everything that ``togi <command>`` does before it loads a model. Raises UserError."""
+    """Do everything that ``togi <command>`` does before it loads a model, and report it. Raises UserError."""
     config, sizes = parsed.config, size_of(parsed.config)
     _say_all(check_text.settings(parsed), say)
     with Progress() as progress:
         opened = offline.opening(config, command, World.solo(), progress, say)
+    # Facts of the run: model, lengths, tokenizer, template, rows, disk space.
     say(check_text.model("pretrain", config.pretrain, sizes(config.pretrain, config.is_scalar)))
     say(_lengths(f"--max_len {config.max_len}", config.pretrain))
     say(check_text.tokenizer(opened.data.tokenizer, opened.data.stop_token_ids))
@@ -41,6 +42,7 @@ def look_at_offline(parsed: Parsed[Method], command: str, say: Say) -> None:
     for name, report in opened.data.reports.items():
         _say_all(check_text.rows(name, report, width=config.width), say)
     say(f"disk: {check_room(config, offline_writing(config, opened.plan.steps, sizes))}")
+    # For RL, `setting_signs` makes this check.
     if config.learning_rate == 0:
         conclude(
             [Sign(Verdict.WARNING, "--learning_rate 0 changes no weight: give a rate above 0, unless that is meant.")],
@@ -49,9 +51,9 @@ def look_at_offline(parsed: Parsed[Method], command: str, say: Say) -> None:
 
 
 def look_at_rl(parsed: Parsed[RLConfig], sample_groups: int, say: Say) -> None:
-    """Everything that ``togi rl`` does before its processes start; with ``sample_groups`` also what it would learn from.
+    """Do everything that ``togi rl`` does before its processes start, and report it.
 
-    Raises UserError.
+    ``sample_groups``: how many groups the policy also answers as a sample; 0 for none. Raises UserError.
     """
     _say_all(check_text.settings(parsed), say)
     with Progress() as progress:
@@ -64,6 +66,7 @@ async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, 
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
         )
         _describe(config, opened, tokenizer, say)
+        # Signs from settings and prompts cost nothing; sampled answers need the model, so they are optional.
         signs = [*setting_signs(config, opened.plan), *prompt_signs(config, opened.material, tokenizer)]
         if sample_groups > 0:
             signs += await _sampled(config, opened.material, tokenizer, sample_groups, progress, say)
@@ -71,7 +74,7 @@ async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, 
 
 
 def _describe(config: RLConfig, opened: Opening, tokenizer: Tokenizer, say: Say) -> None:
-    """What the run is made of."""
+    """Report model, lengths, tokenizer, template, rows, reward, placement and disk space."""
     material, sizes = opened.material, size_of(config)
     say(check_text.model("pretrain", config.pretrain, sizes(config.pretrain, False)))
     asked = f"--prompt_max_len {config.prompt_max_len} + --generate_max_len {config.generate_max_len}"
@@ -80,11 +83,13 @@ def _describe(config: RLConfig, opened: Opening, tokenizer: Tokenizer, say: Say)
     say(check_text.template(config, tokenizer))
     for name, report in material.reports.items():
         _say_all(check_text.rows(name, report), say)
+    # The reward was called once by the opening; reward models are too large to load here.
     if material.trial:
         answer = rl_setup.example(material.prompts[0]).response_text
         _say_all(check_text.reward(material.trial, answer), say)
     for path in config.scoring_models:
         say(f"reward: the model {path} is loaded by the run, not here")
+    # Without GPUs and without a Ray cluster the groups are placed on processes.
     unit = "GPUs" if this_machine().gpus > 0 or joins_cluster() else "worker processes"
     unit = IN_PROCESS if config.workers is WorkersKind.LOCAL else unit
     say(f"placement: {arithmetic(plan_groups(config), unit)}")
@@ -94,7 +99,7 @@ def _describe(config: RLConfig, opened: Opening, tokenizer: Tokenizer, say: Say)
 async def _sampled(
     config: RLConfig, material: Material, tokenizer: Tokenizer, groups: int, progress: Progress, say: Say
 ) -> Sequence[Sign]:
-    """Signs of a few groups that the model to train has answered."""
+    """Let the policy answer a few groups and return the signs in the answers and rewards."""
     from togi.model.hub import local_folder
     from togi.rollout.stops import end_token_ids
     from togi.run.signs import answer_signs, reward_signs, template_signs

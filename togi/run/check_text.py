@@ -1,4 +1,4 @@
-"""What ``togi check`` says, in lines for the terminal."""
+"""The lines that ``togi check`` prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAIR = ("chosen", "rejected")
 
 
 def settings(parsed: Parsed[Any]) -> Iterator[str]:
-    """Every setting that somebody made, with where it came from. What this machine decides has lines of its own."""
+    """Every setting that was given, with its source. Settings derived from this machine are reported elsewhere."""
     values = parsed.config.model_dump(mode="json")
     given = {name: value for name, value in values.items() if parsed.sources[name] not in (Source.DEFAULT, Source.AUTO)}
     yield "settings (all others are at their defaults):"
@@ -33,7 +33,7 @@ def settings(parsed: Parsed[Any]) -> Iterator[str]:
 
 
 def model(flag: str, path: str, found: Sizes) -> str:
-    """How large a model is."""
+    """The size of a model."""
     adapter = f", {found.trained:,} of an adapter are trained" if found.adapter else ""
     return (
         f"model: --{flag} {path} has {found.weights:,} weights in {found.layers} layers of width {found.hidden}{adapter}; "
@@ -42,7 +42,7 @@ def model(flag: str, path: str, found: Sizes) -> str:
 
 
 def tokenizer(found: Tokenizer, stops: Sequence[int]) -> str:
-    """What the tokenizer is, and where answers end."""
+    """Type, size and special tokens of the tokenizer, and the tokens that end an answer."""
     names = {"BOS": found.bos_token, "EOS": found.eos_token, "padding": found.pad_token}
     special = ", ".join(f"{name} {token!r}" for name, token in names.items() if token is not None)
     ends = ", ".join(repr(visible(found, [stop])) for stop in stops)
@@ -61,7 +61,10 @@ def template(config: PromptText, found: Tokenizer) -> str:
 
 
 def rows(name: str, report: DataReport, *, width: int = 1) -> Iterator[str]:
-    """What became of the rows, and the first ones as the model sees them. ``width``: examples of a row."""
+    """How many rows are used and dropped, their lengths, and the first examples as the model sees them.
+
+    ``width``: examples of one row (2 for pairs).
+    """
     title = report.title[0].lower() + report.title[1:]
     yield f"{name}: {title}, {report.kept} of {report.picked} are used; dropped: {report.drop_reasons()}"
     lengths = report.lengths
@@ -78,7 +81,7 @@ def rows(name: str, report: DataReport, *, width: int = 1) -> Iterator[str]:
 
 
 def indented(text: str) -> str:
-    """A text under its heading, the middle of a long one left out."""
+    """A text indented under its heading; the middle of a long text is left out."""
     if len(text) > LONGEST:
         half = LONGEST // 2
         text = f"{text[:half]}\n... {len(text) - 2 * half:,} characters ...\n{text[-half:]}"
@@ -86,7 +89,7 @@ def indented(text: str) -> str:
 
 
 def reward(trial: Mapping[str, Sequence[Score]], answer: str) -> Iterator[str]:
-    """What each reward said when it was tried."""
+    """The reward that each reward function gave when it was tried."""
     for name, scores in trial.items():
         yield f"reward: {name} says {score(scores[0])} of the answer {answer!r} to the first prompt"
 

@@ -1,4 +1,4 @@
-"""Running a coroutine to its end from plain code, also where an event loop is running already."""
+"""Run a coroutine to its end from synchronous code, also where an event loop is already running."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ SECONDS_AT_MOST = 0.5
 
 
 def run_to_end(work: Coroutine[Any, Any, T]) -> T:
-    """``asyncio.run``; inside a running loop, as in a notebook, on a thread with a loop of its own.
+    """Like ``asyncio.run``. Inside a running loop (a notebook) the work runs on a thread with a loop of its own.
 
-    The running loop waits. Ctrl-C cancels ``work`` there too and returns when it has ended.
+    The running loop blocks meanwhile. Ctrl-C cancels ``work`` there too, and this function returns when it has ended.
     """
     if not _in_event_loop():
         return asyncio.run(work)
+    # The work must not start before the interrupt handler below can find its task.
     started = Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]]()
     may_begin = Event()
 
@@ -40,6 +41,7 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
             return done.result()
         except KeyboardInterrupt:
             may_begin.set()
+            # The main thread got the Ctrl-C: cancel the task on the other thread and wait for its cleanup.
             if done is not None and not done.done():
                 loop, task = started.result()
                 loop.call_soon_threadsafe(task.cancel)

@@ -1,7 +1,8 @@
-"""``togi export``: a model that a run left behind, written as a plain Hugging Face folder with a model card.
+"""``togi export``: write a model that a run left behind as a plain Hugging Face folder with a model card.
 
-A final model is copied as it is; an adapter is merged into its base. A checkpoint holds whole float32 tensors by the names of the
-model in training, whatever the backend: they are put into that model and written as the run writes its final one.
+A final model is copied as it is; an adapter is merged into its base. A checkpoint holds whole float32 tensors under the
+parameter names of the model in training, whatever the backend: they are loaded into that model, which is then written as the
+run writes its final model.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ class Run:
 
     @property
     def training(self) -> str:
-        """What the model went through."""
+        """The training that the model went through, for the model card."""
         return METHODS[self.command].title if self.command in METHODS else "online reinforcement learning"
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the run itself writes its models in."""
+        """The dtype in which the run itself writes its models."""
         return dtype_of(self.values["bf16"])
 
     @property
@@ -62,7 +63,7 @@ class Run:
 
     @property
     def lora(self) -> LoRA | None:
-        """The adapter of the run. Its base is not quantised here: the sum is made in float32, as by merge-lora."""
+        """The adapter of the run. Its base is not quantised here: the merge is computed in float32, as by merge-lora."""
         v = self.values
         if v["lora_rank"] == 0:
             return None
@@ -70,9 +71,10 @@ class Run:
 
 
 def export(config: ExportConfig) -> Iterator[str]:
-    """Write the folder; yields what there is to say. Raises UserError for what cannot be exported."""
+    """Write the folder; yield the lines to print. Raises UserError for a run that cannot be exported."""
     run = _run(config)
     checkpoint = _checkpoint(config)
+    # The source is the model folder inside a checkpoint, or else the final model of the run.
     source = run.final_model
     if checkpoint is not None:
         source = checkpoint.path / HF_FOLDER
@@ -83,6 +85,7 @@ def export(config: ExportConfig) -> Iterator[str]:
         )
     check_target(config.output_path, {"run_dir": config.run_dir, "save_path": str(source), "pretrain": run.pretrain})
     with written_aside(Path(config.output_path)) as aside:
+        # A resumable checkpoint holds tensors to convert; without them the source is already a model folder.
         if checkpoint is not None and checkpoint.state["resumable"]:
             _convert(run, checkpoint, aside, trust_remote_code=config.trust_remote_code)
             if run.is_scalar and run.role != "critic":
@@ -107,6 +110,7 @@ def _run(config: ExportConfig) -> Run:
             f"--role critic is of togi rl, but {config.run_dir} is a run of togi {info.command}: leave it out."
         )
     pretrain = config.pretrain or values["pretrain"]
+    # A critic starts from --critic_pretrain, else the first reward model, else the policy, as in the run.
     if config.role == "critic" and config.pretrain is None:
         models = (values["reward_pretrain"] or "").split(",")
         pretrain = values["critic_pretrain"] or models[0] or pretrain
@@ -114,7 +118,7 @@ def _run(config: ExportConfig) -> Run:
 
 
 def _checkpoint(config: ExportConfig) -> Checkpoint | None:
-    """The checkpoint that ``--ckpt`` names, whole."""
+    """The checkpoint that ``--ckpt`` names, either itself or the newest in its folder. Raises CheckpointError if incomplete."""
     if config.ckpt is None:
         return None
     path = Path(config.ckpt)
@@ -132,6 +136,7 @@ def _convert(run: Run, checkpoint: Checkpoint, aside: Path, *, trust_remote_code
     if not folder.is_dir():
         raise CheckpointError(f"The checkpoint {checkpoint.path} has no {run.role}: that run trained none.")
     model = _untrained(run, trust_remote_code=trust_remote_code)
+    # The checkpoint holds trained parameters only: frozen ones (the base of an adapter) come from --pretrain.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         for name, master in read_masters(folder, {name: tuple(own.shape) for name, own in trained.items()}):
@@ -151,7 +156,7 @@ def _convert(run: Run, checkpoint: Checkpoint, aside: Path, *, trust_remote_code
 
 
 def _untrained(run: Run, *, trust_remote_code: bool) -> PolicyModel | ScalarModel:
-    """The model that training started from, in float32. A scalar head may be new: the checkpoint has it."""
+    """The model as before training, in float32. A scalar head may be new here: the checkpoint has the trained one."""
     source = ModelSource(run.pretrain, torch.float32, trust_remote_code=trust_remote_code, lora=run.lora)
     if not run.is_scalar:
         return load_causal_lm(source)
@@ -165,7 +170,7 @@ def _merge(run: Run, adapter: Path, aside: Path, *, trust_remote_code: bool) -> 
 
 
 def _copy(source: Path, aside: Path) -> None:
-    """The files of a model folder; hidden ones, records of training and a card of another model stay behind."""
+    """Copy the files of a model folder, without hidden files, training records and the card of another model."""
     if not (source / "config.json").is_file():
         raise ConfigError(f"{source} holds no model: give a checkpoint by --ckpt.")
     for file in source.iterdir():
@@ -174,7 +179,7 @@ def _copy(source: Path, aside: Path) -> None:
 
 
 def check_target(output: str, sources: Mapping[str, str]) -> None:
-    """Raise ConfigError if what is written would take the place of what it is made of, or of a folder around it."""
+    """Raise ConfigError if the output folder would replace one of its sources or a folder around one."""
     target = Path(output).resolve()
     for flag, source in sources.items():
         if source and Path(source).exists() and Path(source).resolve().is_relative_to(target):
@@ -182,9 +187,9 @@ def check_target(output: str, sources: Mapping[str, str]) -> None:
 
 
 def _check_rows(config: MergeConfig, model: PolicyModel | ScalarModel, tokenizer: Tokenizer) -> None:
-    """The tokens that were added beside the adapter have rows in it. Raises ModelError.
+    """Check that tokens which were added to the tokenizer have rows in the adapter's embedding. Raises ModelError.
 
-    A tokenizer that is larger than its model is only a fault where that of the base is not.
+    A tokenizer that is larger than its model is only a fault if the base's tokenizer is not.
     """
     base, largest = str(model.hf.config.name_or_path), max(tokenizer.get_vocab().values())
     rows = int(model.hf.get_input_embeddings().weight.shape[0])

@@ -1,8 +1,8 @@
-"""Best-of-n loops in one screen: rejection sampling, iterative DPO, conditional SFT. See ``run`` for the order of things.
+"""Best-of-n loops: rejection sampling, iterative DPO, conditional SFT. ``run`` is the loop.
 
-A round generates outputs with the newest model, scores them, selects what to learn and trains. Each step is a command of its
-own in a process of its own (``iterate_steps``), so that its memory is free before the next begins, and is done once
-(``IterateState``), so that a stopped iteration resumes where it was. Imports no torch.
+A round generates outputs with the newest model, scores them, selects training rows and trains. Each step is a command in its
+own process (``iterate_steps``), so its memory is free before the next step. Each step is done once (``IterateState``), so an
+interrupted iteration resumes where it stopped. Imports no torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from togi.recipes.preflight import (
 )
 from togi.run.iterate_steps import Facts, Launch, Steps, subprocess_step
 
-# Settings that may change while an iteration goes on: how long it is, and how its steps are run.
+# Settings that may change on resume: the number of rounds, and how the steps are run.
 FREE = frozenset({"rounds", "run_dir", "save_steps", "reward_workers", "reward_timeout", "max_num_seqs"})
 STATE = "iterate.json"
 SUMMARY = "summary.json"
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Where a finished iteration left what. ``rounds``: the facts of each, round 0 being the start."""
+    """The output paths of a finished iteration. ``rounds``: the facts of each round; round 0 is before training."""
 
     model: Path
     summary: Path
@@ -60,7 +60,7 @@ def start_iterate(
     announce: Callable[[str], None] = logger.info,
     launch: Launch = subprocess_step,
 ) -> Result:
-    """Check, then run all rounds. ``launch`` runs one command of a step. Raises UserError for the user's mistakes."""
+    """Check the settings, then run all rounds. ``launch`` runs the command of one step. Raises UserError."""
     check(parsed)
     ready, notice = usable_precision(parsed, this_machine())
     if notice:
@@ -69,9 +69,10 @@ def start_iterate(
 
 
 def check(parsed: Parsed[IterateConfig]) -> None:
-    """Raise the first UserError. No model is loaded, and of the data only its head is read."""
+    """Raise the first UserError. Loads no model and reads only the head of the data."""
     check_iterate(parsed)
     config = parsed.config
+    # Models and lengths.
     check_engine(config.rollout_engine)
     check_model("pretrain", config.pretrain)
     if config.reward_pretrain is not None:
@@ -79,12 +80,14 @@ def check(parsed: Parsed[IterateConfig]) -> None:
     check_lengths(config)
     if config.method is IterateMethod.CSFT:
         asked_reward(config.csft_prompt, config.reward_template)
+    # Data: both sets must have the columns that the steps read.
     keys = {"input_key": config.input_key} | ({"label_key": config.label_key} if config.label_key is not None else {})
     check_sets("prompt_data", config.prompt_data, keys, config.prompt_split)
     if config.prompt_data_probs is not None:
         parse_probs(config.prompt_data_probs, len(parse_items(config.prompt_data)), "--prompt_data_probs")
     if config.eval_dataset is not None:
         check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
+    # The reward file, the output folder, and the training command.
     if config.reward_file is not None:
         check_reward_file(Path(config.reward_file))
     check_writable("run_dir", Path(config.run_dir))
@@ -92,7 +95,7 @@ def check(parsed: Parsed[IterateConfig]) -> None:
 
 
 def check_lengths(config: IterateConfig) -> None:
-    """What is generated and what is trained on fits the model's positions."""
+    """Check that generation and training lengths fit the model's positions. Raises UserError."""
     for length, asked in (
         (config.context_length, f"--prompt_max_len {config.prompt_max_len} + --max_new_tokens {config.max_new_tokens}"),
         (config.max_len, f"--max_len {config.max_len}"),
@@ -101,13 +104,13 @@ def check_lengths(config: IterateConfig) -> None:
 
 
 def check_training(config: IterateConfig) -> None:
-    """The command that every round trains with is sound."""
+    """Check the settings of the command that every round trains with. Raises UserError."""
     command, argv = Steps(config, Path(config.run_dir), subprocess_step).training_command(1, config.pretrain)
     check_method(parse(METHODS[command], argv, command))
 
 
 def run(config: IterateConfig, announce: Callable[[str], None], launch: Launch) -> Result:
-    """All rounds that are not done yet. Settings come checked from ``iterate_start``."""
+    """Run all rounds that are not done yet. Call it through ``start_iterate``, which checks the settings."""
     root = Path(config.run_dir)
     steps = Steps(config, root, launch)
     state = IterateState(root, identity(config))
@@ -116,6 +119,7 @@ def run(config: IterateConfig, announce: Callable[[str], None], launch: Launch) 
     steps.try_reward()
     rounds: list[Facts] = []
     model = config.pretrain
+    # Round 0 is the held-out reward of the initial model, the baseline of the others.
     if config.eval_dataset is not None:
         rounds.append({"round": 0, **state.once(0, "evaluate", lambda: steps.evaluate(0, config.pretrain))})
         announce(describe(rounds[-1]))
@@ -128,7 +132,7 @@ def run(config: IterateConfig, announce: Callable[[str], None], launch: Launch) 
 
 
 def one_round(number: int, model: str, config: IterateConfig, steps: Steps, state: IterateState) -> tuple[str, Facts]:
-    """Generate, score, select, train, evaluate: the new model and what came of it."""
+    """Generate, score, select, train, evaluate. Returns the new model and the facts of the round."""
     facts: Facts = {"round": number}
     facts |= state.once(number, "generate", lambda: steps.generate(number, model))
     facts |= state.once(number, "score", lambda: steps.score(number))
@@ -141,7 +145,7 @@ def one_round(number: int, model: str, config: IterateConfig, steps: Steps, stat
 
 
 def identity(config: IterateConfig) -> dict[str, str]:
-    """Every setting that the results depend on, and what the reward function says by now."""
+    """Every setting that the results depend on, and a hash of the reward function's file."""
     settings = {f"--{name}": str(value) for name, value in config.model_dump(mode="json").items() if name not in FREE}
     if config.reward_file is None:
         return settings
@@ -162,7 +166,7 @@ def describe(facts: Facts) -> str:
 
 
 class IterateState:
-    """``identity``: settings by flag, as text, that every step depends on."""
+    """Which steps are done, kept in a file. ``identity``: the settings that every step depends on, text by flag."""
 
     def __init__(self, root: Path, identity: Mapping[str, str]) -> None:
         self.root = root
@@ -170,12 +174,13 @@ class IterateState:
         self._done: dict[str, Facts] = {}
 
     def open(self) -> int:
-        """Make the folder, or read what was done there: the number of finished steps.
+        """Make the folder, or read the steps that were done in it. Returns the number of finished steps.
 
-        Raises CheckpointError if it was done with other settings.
+        Raises CheckpointError if they were done with other settings.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         file = self.root / STATE
+        # A new iteration must not write into a folder that holds something else.
         if not file.is_file():
             if any(self.root.iterdir()):
                 raise CheckpointError(
@@ -183,6 +188,7 @@ class IterateState:
                 )
             self._write()
             return 0
+        # Resuming with other settings would mix rounds that cannot be compared.
         record = json.loads(file.read_text(encoding="utf-8"))
         before = record["identity"]
         different = [name for name in {**before, **self._identity} if before.get(name) != self._identity.get(name)]
@@ -196,7 +202,7 @@ class IterateState:
         return len(self._done)
 
     def once(self, round_number: int, step: str, work: Callable[[], Facts]) -> Facts:
-        """The facts of a step: those of the past, or of ``work`` done now."""
+        """The facts of a step: as recorded if it was done before, else those that ``work`` returns."""
         name = f"round {round_number}: {step}"
         if name not in self._done:
             self._done[name] = work()
@@ -204,7 +210,7 @@ class IterateState:
         return self._done[name]
 
     def summarize(self, rounds: list[Facts]) -> Path:
-        """Write what every round came to, for people and programs."""
+        """Write the facts of every round as JSON. Returns the path."""
         path = self.root / SUMMARY
         write_atomically(path, json.dumps({"rounds": rounds}, indent=2, ensure_ascii=False) + "\n")
         return path

@@ -1,7 +1,7 @@
-"""The steps of a round, each from files to files in the round's folder. The loop is in ``iterate``.
+"""The steps of a round. Each reads and writes files in the folder of the round. The loop is in ``iterate``.
 
-Generating, scoring with a model and training are commands (``togi.cli``) in processes of their own; scoring with a function
-and selecting happen here. Every step either finishes or goes on from its own files when it is called again.
+Generating, scoring with a model and training are commands (``togi.cli``) in their own processes; scoring with a function and
+selecting run in this process. A step that is called again resumes from its own files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from togi.sample import FinishReason, Outcome, Prompt, Rollout
 Launch = Callable[[str, Sequence[str]], None]
 Row = dict[str, Any]
 Facts = dict[str, Any]
-"""What came of a step, as JSON."""
+"""The results of a step, as JSON."""
 
 DATASOURCE_COLUMNS = ("datasource", "data_source")
 INFER = "togi.cli.batch_inference"
@@ -61,9 +61,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def subprocess_step(module: str, argv: Sequence[str]) -> None:
-    """Run a command in a process that ends with this one. Raises RunError if it fails; it has said why by then."""
+    """Run a command in a process that ends with this one. Raises RunError if it fails; it has printed the reason by then."""
     words = [sys.executable, "-m", module, *argv]
-    # else the step of a killed iteration would go on writing beside the one that follows
+    # Otherwise the step of a killed iteration would keep writing beside the next one.
     end_with_parent = _die_with_parent if sys.platform == "linux" else None
     status = subprocess.run(words, check=False, preexec_fn=end_with_parent).returncode
     if status != 0:
@@ -77,7 +77,7 @@ def _die_with_parent() -> None:
 
 
 class Steps:
-    """Each method of a step returns the facts of it, which the state keeps."""
+    """Each step method returns its facts, which ``IterateState`` keeps."""
 
     def __init__(self, config: IterateConfig, root: Path, launch: Launch) -> None:
         assert config.method is not None
@@ -90,17 +90,18 @@ class Steps:
         return self.folder(number) / "model"
 
     def try_reward(self) -> None:
-        """Call the reward function once for real, before anything else takes time."""
+        """Call the reward function once, before anything expensive starts."""
         if self._config.reward_file is not None:
             try_function(self._config)
 
     def generate(self, number: int, model: str) -> Facts:
-        """Outputs for this round's prompts. From the second round on conditional SFT asks for its reward."""
+        """Generate outputs for the prompts of this round. From round 2 on, conditional SFT puts the reward into the prompt."""
         c, folder = self._config, self.folder(number)
         mixture = load_mixture(
             c.prompt_data, c.prompt_data_probs, split=c.prompt_split, seed=c.seed, max_samples=c.max_samples
         )
         rows = mixture.rows()
+        # Each round takes the next block of the shuffled prompts and starts over at their end.
         start = (number - 1) * c.rollout_batch_size
         chosen = [rows[(start + i) % len(rows)] for i in range(min(c.rollout_batch_size, len(rows)))]
         temperature = 0.0 if c.greedy_sampling else c.temperature
@@ -108,15 +109,15 @@ class Steps:
         return {"prompts": len(chosen), "outputs": len(read_rows(folder / "generated.jsonl"))}
 
     def score(self, number: int) -> Facts:
-        """The reward of every output."""
+        """Score every output and return the mean reward."""
         rewards = [row["reward"] for row in self._score(self.folder(number)) if row["reward"] is not None]
         if not rewards:
             raise DataError(f"Round {number}: the reward abstained on every output, so that there is nothing to learn.")
         return {"reward": sum(rewards) / len(rewards)}
 
     def select(self, number: int) -> Facts:
-        """What to train on. Left out first: empty outputs, which cannot be learned, and those that were cut, which would be
-        learned with an end that they never had.
+        """Select the rows to train on. Dropped first: empty outputs, which cannot be learned, and truncated outputs, which
+        would be learned with an end that they never had.
         """
         c, folder = self._config, self.folder(number)
         prompts = read_rows(folder / "prompts.jsonl")
@@ -126,9 +127,11 @@ class Steps:
         selection = select(
             usable, PROCESSORS[self._method], reward_template=c.reward_template, standardize=c.normalize_reward
         )
+        # RS and DPO format the prompt again in training, so they need it as the data has it.
         rows = [dict(row) for row in selection.rows]
         if self._method is not IterateMethod.CSFT:
             rows = [{**row, **_shown(prompts[_place(row)], c.input_key)} for row in rows]
+        # One line for the log says how many rows were dropped and why.
         empty, cut = len(scored) - len(spoken), len(spoken) - len(usable)
         account = selection.describe() + (f"; {empty} empty outputs are left out" if empty > 0 else "")
         account += f"; {cut} outputs cut at --max_new_tokens are left out" if cut > 0 else ""
@@ -142,9 +145,10 @@ class Steps:
         return {**counts, "selected": account}
 
     def train(self, number: int, model: str) -> Facts:
-        """A new model from this round's rows, by ``togi sft`` or ``togi dpo``."""
+        """Train a new model on the rows of this round, by ``togi sft`` or ``togi dpo``."""
         command, argv = self.training_command(number, model)
         folder = self.folder(number)
+        # The folder exists if this step was interrupted before.
         if (folder / "train").exists():
             argv.append("--load_checkpoint")
         self._launch(f"togi.cli.train_{command}", argv)
@@ -152,18 +156,20 @@ class Steps:
         return {"model": str(self.model(number))}
 
     def training_command(self, number: int, model: str) -> tuple[str, list[str]]:
-        """The name and the flags of the command that trains."""
+        """The name and the flags of the training command."""
         c, folder = self._config, self.folder(number)
+        # Flags that all methods share.
         words = _flags({"pretrain": model, "dataset": folder / "train.jsonl", "save_path": self.model(number)})
         words += _flags({"run_dir": folder / "train", "ckpt_path": folder / "checkpoints", "seed": c.seed + number})
         words += _flags({"learning_rate": c.peak_learning_rate, **self._settings(f"{MODEL} {TRAINING}")})
+        # Flags of the method.
         if self._method is IterateMethod.DPO:
             reference = model if c.ref_previous_round else c.pretrain
             words += _flags({"prompt_key": "prompt", "ref_pretrain": reference, **self._settings(PAIRS)})
             return "dpo", words + self._rendering()
         if self._method is IterateMethod.RS:
             return "sft", words + self._rendering() + _flags({"input_key": "prompt", "output_key": "output"})
-        # the reward stands in the rendered prompt, which is text now
+        # The prompt of csft is already formatted text with the reward in it.
         words = [word for word in words if not word.startswith("--tokenizer_chat_template")]
         return "sft", words + _flags({"input_key": "input", "output_key": "output", "input_template": "{}"})
 
@@ -173,6 +179,7 @@ class Steps:
         assert c.eval_dataset is not None
         rows = load_mixture(c.eval_dataset, None, split=c.eval_split).rows()
         self._ask(folder, rows, model, number, c.eval_n_samples_per_prompt, c.eval_temperature, told=number > 0)
+        # Mean over the samples of each prompt first: the standard error is over prompts.
         of_prompt: dict[int, list[float]] = {}
         for row in self._score(folder):
             if row["reward"] is not None:
@@ -194,14 +201,19 @@ class Steps:
         *,
         told: bool,
     ) -> None:
-        """Write ``prompts.jsonl`` and let ``togi infer`` write ``generated.jsonl``. ``told``: csft asks for its reward."""
+        """Write ``prompts.jsonl`` and run ``togi infer``, which writes ``generated.jsonl``.
+
+        ``told``: whether csft puts its reward into the prompt.
+        """
         c = self._config
         folder.mkdir(parents=True, exist_ok=True)
+        # Only the columns that later steps read are kept.
         keys = [c.input_key, *FRAME, *DATASOURCE_COLUMNS] + ([c.label_key] if c.label_key is not None else [])
         kept = [{key: row[key] for key in keys if key in row} for row in rows]
         if c.apply_chat_template:
             kept = [{**row, c.input_key: _asked(row.get(c.input_key))} for row in kept]
         write_rows(folder / "prompts.jsonl", kept)
+        # `togi infer` generates; samples, lengths and engine settings are passed through.
         task = EvalTask.GENERATE_VLLM if c.rollout_engine is EngineName.VLLM else EvalTask.GENERATE
         words = _flags({"eval_task": task, "pretrain": model, "dataset": folder / "prompts.jsonl"})
         words += _flags({"output_path": folder / "generated.jsonl", "input_key": c.input_key, "label_key": c.label_key})
@@ -213,7 +225,7 @@ class Steps:
         self._launch(INFER, words)
 
     def _score(self, folder: Path) -> list[Row]:
-        """Rewards of ``generated.jsonl`` from every source, added up, written to ``scored.jsonl``."""
+        """Score ``generated.jsonl`` by every reward source, add the scores, write ``scored.jsonl``."""
         rows = [dict(row) for row in read_rows(folder / "generated.jsonl")]
         columns = []
         if self._config.reward_file is not None:
@@ -225,23 +237,25 @@ class Steps:
         return scored
 
     def _model_scores(self, model: str, rows: Sequence[Row], folder: Path) -> list[float | None]:
-        """The reward model reads the prompts as they are in the data, with its own tokenizer and template."""
+        """Score by the reward model, which formats the raw prompts with its own tokenizer and template."""
         c = self._config
         prompts = read_rows(folder / "prompts.jsonl")
         whole = [{**_shown(prompts[_place(row)], c.input_key), "output": row["output"]} for row in rows]
         write_rows(folder / "to_score.jsonl", whole)
+        # A row may be as long as the reward model and the token budget allow.
         positions = position_limit(model_settings(model))
         length = c.max_tokens_per_gpu if positions is None else min(c.max_tokens_per_gpu, positions)
         words = _flags({"eval_task": EvalTask.RM, "pretrain": model, "dataset": folder / "to_score.jsonl"})
         words += _flags({"output_path": folder / "model_scores.jsonl", "input_key": "prompt", "max_len": length})
         words += _flags(self._settings("max_tokens_per_gpu bf16 flash_attn trust_remote_code"))
+        # csft standardises over the rows of the round instead, in `select`.
         if c.normalize_reward and self._method is not IterateMethod.CSFT:
             words += ["--normalize_reward"]
         self._launch(INFER, words + self._rendering())
         return [row["reward"] for row in read_rows(folder / "model_scores.jsonl")]
 
     def _rendering(self) -> list[str]:
-        """How prompts of the data become text, in every command alike."""
+        """The flags for how a prompt is formatted, the same for every command."""
         if self._config.apply_chat_template:
             return ["--apply_chat_template"]
         return _flags({"input_template": self._config.input_template or "{}"})
@@ -252,7 +266,7 @@ class Steps:
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:
-    """Settings as a command line. What is None or off and off by default is left out."""
+    """Settings as command line flags. Skips None, and flags that are off and off by default."""
     words = []
     for name, value in values.items():
         if value is True:
@@ -267,40 +281,42 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def _place(row: Mapping[str, Any]) -> int:
-    """Which row of ``prompts.jsonl`` an output answers: ids are "source:row"."""
+    """The row of ``prompts.jsonl`` that an output answers: ids are "source:row"."""
     return int(str(row["id"]).partition(":")[2])
 
 
 def _asked(prompt: object) -> object:
-    """A prompt as the data has it, without an answer of the assistant at its end: every later step appends its own."""
+    """The prompt without an assistant turn at its end, because every later step appends its own answer."""
     if isinstance(prompt, str) or not prompt:
         return prompt
     return list(without_answers(dialogue_of(prompt, USER, None)).messages)
 
 
 def _shown(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """What makes up the rendered prompt of a row: the prompt itself, tools and system turn."""
+    """The parts of a row that make up the formatted prompt: prompt, tools and system turn."""
     return {name: row[name] for name in FRAME if row.get(name)} | {"prompt": row[key]}
 
 
 def _plain(row: Mapping[str, Any]) -> str:
-    """The prompt without the reward that was asked for."""
+    """The prompt without the csft reward."""
     return str(row["prompt"] if "prompt" in row else row["input"])
 
 
 def _sum(parts: Sequence[float | None]) -> float | None:
-    """The sum over all sources; none if one of them abstained."""
+    """The sum over all reward sources; None if one of them abstained."""
     return None if any(part is None for part in parts) else sum(part for part in parts if part is not None)
 
 
 def function_scores(config: IterateConfig, rows: Sequence[Row], path: Path) -> list[float | None]:
-    """One reward a row, None where the function abstained. What was scored is kept in ``path`` if this is stopped.
+    """One reward per row, None where the function abstained. ``path`` keeps the scores for a resume.
 
     Raises RewardError as ``FunctionReward.score`` does.
     """
+    # The function scores the outputs of a prompt together.
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["id"], []).append(row)
+    # Scores in `path` count only for the same outputs and the same function.
     text = "\n".join(f"{row['input']}\0{row['output']}" for row in rows).encode("utf-8", "surrogatepass")
     code = Path(str(config.reward_file)).read_bytes()
     identity = {
@@ -315,7 +331,7 @@ def function_scores(config: IterateConfig, rows: Sequence[Row], path: Path) -> l
 
 
 def try_function(config: IterateConfig) -> None:
-    """Call the function once for real. Raises RewardError."""
+    """Call the reward function once on made-up rows. Raises RewardError."""
     row = {
         "id": "0:0",
         "sample": 0,
@@ -336,6 +352,7 @@ async def _try(config: IterateConfig, group: Sequence[Rollout]) -> None:
 
 
 async def _score(config: IterateConfig, groups: Sequence[Sequence[Row]], log: RowLog) -> None:
+    # Two groups per worker: enough to keep every worker busy.
     function, room = _function(config), asyncio.Semaphore(2 * config.reward_workers)
 
     async def one(unit: int, group: Sequence[Row]) -> None:
@@ -363,7 +380,7 @@ def _function(config: IterateConfig) -> FunctionReward:
 
 
 def _rollout(row: Row) -> Rollout:
-    """The row as a reward function sees it; there are texts only."""
+    """A row as a rollout for the reward function: texts only, no tokens."""
     text = row["prompt"] if "prompt" in row else row["input"]
     label = row["label"] if "label" in row else ""
     datasource = row["datasource"] if "datasource" in row else "default"

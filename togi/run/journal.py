@@ -1,6 +1,6 @@
-"""What a run tells the world: its folder, metrics, trackers, progress, the report. RL and fixed data have the same one.
+"""The output of a run: its folder, metrics, trackers, progress and report, the same for RL and fixed data.
 
-Of several ranks only the first one speaks; the others have a ``Journal`` that keeps time and says nothing.
+Only the first rank writes; other ranks have a ``Journal`` that keeps time and writes nothing.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ Config = TypeVar("Config", bound=OutputSettings)
 
 
 class Journal:
-    """The silent one."""
+    """The silent journal of all ranks but the first."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.root = Path()
 
     def announce(self, line: str) -> None:
-        """One line for the user."""
+        """Print one line for the user."""
 
     def beat(self) -> None:
-        """Something is still happening."""
+        """Tell the watchdog that the run makes progress."""
 
     def write(self, step: int, values: Mapping[str, float], note: str = "") -> None:
-        """The metrics of a step, and now and then the report. Step 0 is before training."""
+        """Write the metrics of a step, and from time to time the report. Step 0 is before training."""
 
     def write_rows(self, step: int, rows: Sequence[HeldOutRow]) -> None:
-        """Held-out rows worth a look, of the evaluation after ``step``."""
+        """Write the worst and best held-out rows of the evaluation after ``step``."""
 
 
 class RunJournal(Journal):
-    """The one that writes into the folder of a run. ``open_journal`` makes it."""
+    """The journal that writes into a run folder. Made by ``open_journal``."""
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class RunJournal(Journal):
         self._recorder.write(StepRecord(step, values, self.progress.take_seconds()))
         if step > 0:
             self.progress.step(step, note)
+        # The report reads all metrics, so it is written at most once a minute.
         if time.monotonic() > self._report_due:
             with tolerated("writing the report page"):
                 write_report(self.root)
@@ -93,11 +94,12 @@ def open_journal(
     reports: Mapping[str, DataReport],
     found: Checkpoint | None,
 ) -> Iterator[RunJournal]:
-    """Make the folder of a run, or wind it back to the checkpoint ``found`` and resume in it; at the end it says how it ended.
+    """Make the folder of a run, or truncate it to the checkpoint ``found`` and resume in it. Records how the run ended.
 
     ``reports``: of the data sets, by the name of the folder that each goes to.
     """
     config = parsed.config
+    # The folder with its settings.
     root = Path(config.run_dir) if config.run_dir is not None else default_run_dir(command)
     settings = config.model_dump(mode="json")
     resolved = {name: Resolved(value, parsed.sources[name]) for name, value in settings.items()}
@@ -105,6 +107,7 @@ def open_journal(
     directory = opened(root, command, argv, resolved)
     # Without a checkpoint nothing of an earlier attempt counts, not even its evaluation before training.
     last_step = found.step if found is not None else -1
+    # Sinks and watchdog; a failure on the way closes those that are open.
     files = ExitStack()
     try:
         for name, report in reports.items():

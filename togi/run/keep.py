@@ -1,7 +1,6 @@
-"""Which models a run keeps on disk: resumable checkpoints, the best model of its evaluations, and how it finds them again.
+"""Which models a run keeps on disk: resumable checkpoints and the best model by evaluation, and how it finds them again.
 
-All ranks call together and the first one writes; the driver of RL is a world of one. What goes into the folders is the
-loop's business.
+All ranks call together and the first one writes; the driver of RL is a world of one rank. The training loop writes the files.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ DRIVER = World.solo(torch.device("cpu"))
 
 
 def checkpoint_store(config: OutputSettings) -> CheckpointStore:
-    """The checkpoints of a run."""
+    """The checkpoint store of a run."""
     return CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
 
 
 def newest_checkpoint(config: OutputSettings, world: World) -> Checkpoint | None:
-    """What a run with ``--load_checkpoint`` resumes from. The first rank looks, the others are told.
+    """The checkpoint that a run with ``--load_checkpoint`` resumes from. The first rank looks and tells the others.
 
-    Raises CheckpointError when it holds no resumable state.
+    None if there is none. Raises CheckpointError if it has no resumable state.
     """
     found = world.gather("checkpoint", checkpoint_store(config).latest() if world.is_first else None)[0]
     if found is None:
@@ -47,12 +46,12 @@ def newest_checkpoint(config: OutputSettings, world: World) -> Checkpoint | None
 
 
 def every(steps: int, step: int) -> bool:
-    """Whether something that is done every so many steps is due after ``step``; below 1 it never is."""
+    """Whether an action that runs every ``steps`` steps is due after ``step``; never if ``steps`` is below 1."""
     return steps > 0 and step % steps == 0
 
 
 class Keep:
-    """The checkpoints and the best model of one run. ``aim``: what the best one is the best in, None where none is kept."""
+    """The checkpoints and the best model of one run. ``aim``: the metric of the best model, None if none is kept."""
 
     def __init__(self, config: OutputSettings, aim: Aim | None, world: World, journal: Journal) -> None:
         self._config, self._aim, self._world, self._journal = config, aim, world, journal
@@ -60,18 +59,18 @@ class Keep:
         self._best: Best | None = None
 
     def resume(self, found: Checkpoint) -> None:
-        """Know the best evaluation before ``found``, and a later one whose model is in the folder."""
+        """Load the best evaluation before ``found``, and a later one whose model is in the folder."""
         if self._aim is not None:
             best = self._bests.resumed(self._aim, found.state.get("best")) if self._world.is_first else None
             self._best = self._world.gather("best evaluation", best)[0]
 
     def is_best(self, values: Mapping[str, float]) -> bool:
-        """Whether no evaluation before was as good as the one with these values."""
+        """Whether these values beat every earlier evaluation."""
         return self._aim is not None and better(self._aim, values[self._aim.metric], self._best)
 
     @contextmanager
     def best(self, step: int, values: Mapping[str, float]) -> Iterator[Path]:
-        """Yields the folder to write the new best model into, that of the evaluation after ``step``."""
+        """Yields the folder for the new best model, from the evaluation after ``step``."""
         assert self._aim is not None
         metric, folder = self._aim.metric, self._bests.folder
         best = self._best = Best(self._aim, values[metric], step)
@@ -80,12 +79,12 @@ class Keep:
         self._journal.announce(f"best so far: {metric} {best.value:.5g} at step {step}, in {folder}")
 
     def checkpoint_is_due(self, step: int) -> bool:
-        """Every ``--save_steps`` steps."""
+        """True every ``--save_steps`` steps."""
         return every(self._config.save_steps, step)
 
     @contextmanager
     def checkpoint(self, step: int, state: Mapping[str, Any], size: int) -> Iterator[Path]:
-        """Yields the folder to write checkpoint ``step`` into, the same on every rank.
+        """Yields the folder for checkpoint ``step``, the same on every rank.
 
         ``state``: what the loop resumes from, as JSON. ``size``: bytes of the resumable part.
         """

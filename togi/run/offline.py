@@ -1,4 +1,4 @@
-"""Training on a fixed data set in one screen, the same for every method (``togi.methods``): see ``train``.
+"""Training on a fixed data set, the same for every method (``togi.methods``). ``train`` is the loop.
 
 One process, or several that a launcher started (``torchrun -m togi.cli.train_sft``); no Ray.
 """
@@ -32,7 +32,7 @@ NOT_SET = "not one that follows a loss"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Where a finished run left what. ``evaluations`` are in the order of training. ``is_first``: of the rank that speaks."""
+    """The output of a finished run. ``evaluations`` are in the order of training. ``is_first``: whether this rank logs."""
 
     run_dir: Path
     model: Path
@@ -47,7 +47,7 @@ class Result:
 
 @contextmanager
 def launched(local_rank: int) -> Iterator[World]:
-    """This process among those that a launcher started; only the first of them logs more than errors."""
+    """Join the processes that a launcher started. Ranks other than the first log errors only."""
     world = World.from_environment(local_rank)
     if not world.is_first:
         logging.getLogger("togi").setLevel(logging.ERROR)
@@ -57,7 +57,7 @@ def launched(local_rank: int) -> Iterator[World]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opening:
-    """What a run knows before it loads a model or makes a folder. ``found``: the checkpoint it resumes from."""
+    """The state of a run before it loads a model or makes a folder. ``found``: the checkpoint to resume from."""
 
     data: Data
     plan: EpochPlan
@@ -72,10 +72,11 @@ def run(
     argv: Sequence[str],
     announce: Callable[[str], None],
 ) -> Result:
-    """Train with settings that came through ``start.offline_door``, among processes that have met already."""
+    """Train with settings from ``start.offline_door``, in a process group that is already set up."""
     config, first = parsed.config, world.is_first
     world = world.in_teams(config.ring_attn_size, config.ds_tensor_parallel_size)
     with Progress(quiet=not first) as progress, ExitStack() as stack:
+        # Data, plan and checkpoint first: a user's mistake ends the run before a model is loaded.
         opened = opening(config, command, world, progress, announce if first else silent)
         journal, data, found = Journal(progress), opened.data, opened.found
         if first:
@@ -83,6 +84,7 @@ def run(
             journal = stack.enter_context(folder)
         with progress.phase("loading models", expected_seconds=10):
             models = load_models(config, data, opened.plan, world, journal)
+        # From here on the loop owns the models and closes them.
         state = OfflineRun(config, command, opened.plan, models, world, journal)
         stack.callback(state.close)
         evaluations = train(state, found)
@@ -90,7 +92,8 @@ def run(
 
 
 def opening(config: Method, command: str, world: World, progress: Progress, announce: Callable[[str], None]) -> Opening:
-    """Everything of a run that comes before its models: what is said, its rows, its steps. Raises UserError."""
+    """Everything that comes before the models: notices, rows, the step plan, the checkpoint. Raises UserError."""
+    # Notices about flags that this machine or these settings change.
     if config.flash_attn and config.ring_attn_size > 1:
         announce("--flash_attn: ring attention (--ring_attn_size) has kernels of its own, which are used instead")
     elif config.flash_attn and not uses_flash(config, world):
@@ -102,6 +105,7 @@ def opening(config: Method, command: str, world: World, progress: Progress, anno
     check_ranks(config, world)
     if config.eval_steps > 0 and config.eval_dataset is None:
         announce("--eval_steps: there is no --eval_dataset, so nothing is evaluated")
+    # Rows and the number of steps.
     data = load_data(config, world, progress)
     plan = EpochPlan(len(data.train), config.train_batch_size, config.max_epochs, config.seed)
     check_plan(config, plan, data)
@@ -110,13 +114,13 @@ def opening(config: Method, command: str, world: World, progress: Progress, anno
 
 
 def silent(line: str) -> None:
-    """What the ranks other than the first say."""
+    """The announcement of all ranks but the first: nothing."""
 
 
 def train(run: OfflineRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
-    """The loop: a batch of rows, one optimizer step, and now and then an evaluation and a checkpoint.
+    """The training loop: a batch of rows, one optimizer step, and at intervals an evaluation and a checkpoint.
 
-    ``metrics``: what each phase of a step has measured.
+    ``metrics``: the measurements of each phase of a step.
     """
     evaluations = list[Evaluation]()
     run.resume(checkpoint)
@@ -136,12 +140,13 @@ def train(run: OfflineRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
 
 
 def find_checkpoint(config: Method, command: str, data: Data, world: World) -> Checkpoint | None:
-    """The checkpoint to resume from. Raises CheckpointError when it is another run's or holds no resumable state."""
+    """The checkpoint to resume from. Raises CheckpointError if it is of another run or has no resumable state."""
     found = newest_checkpoint(config, world) if config.load_checkpoint else None
     if found is None:
         return None
     check_rank(found.path, config.lora_rank)
     saved, now = found.state["identity"], identity(config, command, data)
+    # Other rows or another batch size would train some rows twice and others never.
     if saved != now:
         pairs = {name: (saved.get(name, NOT_SET), now.get(name, NOT_SET)) for name in {**now, **saved}}
         different = "; ".join(f"{name} was {a}, is {b}" for name, (a, b) in pairs.items() if a != b)

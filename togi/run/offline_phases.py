@@ -1,4 +1,4 @@
-"""The phases of a run on fixed data and its state between them. Each is one line of the loop (``togi.run.offline.train``)."""
+"""The phases of a run on fixed data, and its state between them. ``togi.run.offline.train`` calls each in one line."""
 
 from __future__ import annotations
 
@@ -44,15 +44,12 @@ class Evaluation:
 
     @property
     def values(self) -> dict[str, float]:
-        """By the names in the logs."""
+        """Loss and metrics under their names in the logs."""
         return {f"eval/{name}": value for name, value in self.metrics.items()} | {names.EVAL_LOSS: self.loss}
 
 
 class OfflineRun:
-    """``step`` optimizer steps have been done. Every method is called by all ranks together.
-
-    A phase returns what it measured, by metric name.
-    """
+    """A run after ``step`` optimizer steps. All ranks call every method together. A phase returns metrics by name."""
 
     def __init__(
         self,
@@ -71,13 +68,13 @@ class OfflineRun:
         self._keep = Keep(config, offline_aim(config), world, journal)
 
     def close(self) -> None:
-        """Stop what runs beside the training."""
+        """Stop what runs beside the training, such as the engines of a student."""
         with way_out("ending what runs beside the training"):
             for student in self._models.students:
                 student.close()
 
     def resume(self, found: Checkpoint | None) -> None:
-        """Resume from a checkpoint: weights, moments, random generators; the step alone says which rows come next."""
+        """Resume from a checkpoint: weights, moments, random generators. The step alone determines which rows come next."""
         if found is not None:
             with self._journal.progress.phase(f"loading checkpoint of step {found.step}", expected_seconds=10):
                 load_learner(self._models.learner, found.path, self._identity)
@@ -86,7 +83,7 @@ class OfflineRun:
         self._journal.progress.start_steps(self.plan.steps, done=self.step)
 
     def next_samples(self) -> tuple[list[Sample], dict[str, float]]:
-        """The rows of this optimizer step as samples, the same on every rank; some answered by the student if so asked."""
+        """The rows of this optimizer step as samples, the same on every rank. A student answers some of them if configured."""
         samples, measured = self._samples(self.data.train, self.plan.rows_of(self.step)), dict[str, float]()
         for student in self._models.students:
             self._journal.beat()
@@ -96,7 +93,7 @@ class OfflineRun:
         return samples, measured
 
     def prepare(self, samples: Sequence[Sample]) -> list[Sample]:
-        """This rank's share, with what the loss needs of other models."""
+        """This rank's share of the samples, with the values that the loss needs from other models."""
         self._journal.beat()
         with self._journal.progress.phase("preparing"):
             return self._models.prepare(samples, seed=self._seed(self.step))
@@ -108,6 +105,7 @@ class OfflineRun:
             batches = self._models.dealer.packs(samples).batches
             stats = sum((pack_stats(batch) for batch in batches), PackStats(0, 0))
             report = self._models.learner.update(batches)
+            # Tokens are summed over ranks: each rank has seen its share only.
             tokens, unshared = self._world.sum_shares("tokens", [stats.tokens, stats.unshared_tokens])
         self.step += 1
         self._tokens_seen += unshared
@@ -126,15 +124,16 @@ class OfflineRun:
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Every ``--eval_steps`` steps and at the end of each epoch."""
+        """True every ``--eval_steps`` steps and at the end of each epoch."""
         due = every(self.config.eval_steps, self.step) or every(self.plan.steps_per_epoch, self.step)
         return bool(self.data.held_out) and due
 
     def evaluate(self) -> Evaluation:
-        """Loss and metrics over all rows of the held-out set. The weights are kept if they are the best so far."""
+        """Loss and metrics over all held-out rows. The model is written if it is the best so far."""
         (examples,) = self.data.held_out
         objective, parts, rows = self._models.learner.objective, list[Measured](), list[Judged]()
         with self._journal.progress.phase("evaluating"):
+            # Stage 1: every rank measures its share, part by part, so that memory is bounded.
             for samples in self._in_parts(examples):
                 mine = self._models.prepare(samples, seed=self._seed(0))
                 packs = self._models.dealer.packs(mine)
@@ -142,12 +141,14 @@ class OfflineRun:
                 rows += judge(mine, packs.in_order(part.judged), self.config.badness)
                 parts.append(replace(part, judged=()))
                 self._journal.beat()
+            # Stage 2: merge the ranks. Only the worst and best rows of each rank are gathered.
             rows = [row for share in self._world.gather_shares("held-out rows", ends(rows)) for row in share]
             loss, metrics = conclude(objective, self._world, Measured.merged(parts))
         if self._world.is_first:
             shown = worst_and_best(self.config.number, rows, examples, self.data.tokenizer)
             self._journal.write_rows(self.step, shown)
         evaluation = Evaluation(self.step, loss, metrics)
+        # Stage 3: keep the best model, and report the loss to a schedule that follows it.
         if self._keep.is_best(evaluation.values):
             with self._keep.best(self.step, evaluation.values) as folder:
                 self._write_model(folder)
@@ -156,11 +157,11 @@ class OfflineRun:
         return evaluation
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Metrics, every step; step 0 is an evaluation before training."""
+        """Write the metrics of a step; step 0 is an evaluation before training."""
         self._journal.write(self.step, values, f"loss {values.get(names.LOSS, np.nan):.4f}")
 
     def checkpoint_if_due(self) -> None:
-        """A resumable checkpoint and, if asked for, a model folder inside it. The first rank writes."""
+        """Write a resumable checkpoint and, with --save_hf_ckpt, a model folder inside it. The first rank writes."""
         config = self.config
         if not self._keep.checkpoint_is_due(self.step):
             return
@@ -172,7 +173,7 @@ class OfflineRun:
                 self._write_model(folder / HF_FOLDER)
 
     def save(self) -> None:
-        """The final model in plain Hugging Face format, written aside and renamed."""
+        """Write the final model in plain Hugging Face format, to a folder aside that is then renamed."""
         target = Path(self.config.save_path)
         with self._journal.progress.phase("saving the model", expected_seconds=5):
             if self._world.is_first:
@@ -193,10 +194,11 @@ class OfflineRun:
         self._world.barrier("model written")
 
     def _measure_rewards(self, model: ScalarModel) -> None:
-        """Put mean and standard deviation (n - 1) of the scores of the held-out set, or else of the rows trained on,
-        chosen and rejected, into the config.
+        """Set mean and standard deviation (n - 1) of the scores in the model's config. Scored: the held-out set, or else the
+        training rows, chosen and rejected.
         """
         examples = self.data.held_out[0] if self.data.held_out else self.data.train
+        # A rank may have no row, and `concatenate` needs at least one array.
         own = [np.empty(0, dtype=np.float32)]
         for samples in self._in_parts(examples):
             mine = self._models.dealer.packs(self._models.dealer.share(samples))
@@ -206,7 +208,7 @@ class OfflineRun:
         model.set_reward_statistics(float(scores.mean()), max(float(scores.std(ddof=1)), SMALLEST_STD))
 
     def _in_parts(self, examples: Examples) -> Iterator[list[Sample]]:
-        """All rows, a bounded number at a time; at once where the loss looks at all of them together."""
+        """All rows, a bounded number at a time; all at once if the loss compares all of them."""
         size = len(examples) if self.config.looks_at_all_rows else self.config.train_batch_size
         for start in range(0, len(examples), size):
             yield self._samples(examples, range(start, min(start + size, len(examples))))
@@ -220,12 +222,12 @@ class OfflineRun:
 
 
 def identity(config: Method, command: str, data: Data) -> dict[str, str]:
-    """What must be the same for a resumed run to see every row exactly as often as an uninterrupted one."""
+    """What must be equal for a resumed run to see every row exactly as often as an uninterrupted run."""
     same = {
         "command": f"togi {command}",
         "--dataset": data.train.fingerprint(),
         "--seed": str(config.seed),
         "--train_batch_size": str(config.train_batch_size),
     }
-    # What such a schedule has seen is in the checkpoint; the others need only the step.
+    # The state of a schedule that follows a loss is in the checkpoint; the other schedules need only the step.
     return same | ({"--lr_scheduler": config.lr_scheduler.value} if config.lr_scheduler.follows_a_loss else {})

@@ -1,4 +1,4 @@
-"""How many steps a run has and what is in each: arithmetic that is shown before anything starts."""
+"""How many steps a run has and what is in each: arithmetic that is printed before anything starts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from togi.config.rl import RLConfig
 
 @dataclass(frozen=True, slots=True)
 class EpochPlan:
-    """``rows`` are dealt in batches of ``batch`` (the last one of an epoch is smaller), ``epochs`` times.
+    """``rows`` in batches of ``batch`` (the last batch of an epoch is smaller), ``epochs`` times.
 
-    Which rows make up which optimizer step is a pure function of the step, so that a resume needs the step only.
+    The rows of an optimizer step are a pure function of the step, so a resume needs the step only.
     """
 
     rows: int
@@ -39,7 +39,7 @@ class EpochPlan:
         return self.rows - (self.steps_per_epoch - 1) * self.batch
 
     def rows_of(self, step: int) -> list[int]:
-        """The rows of step ``step``, counted from 0. Every epoch has its own seeded order of all rows."""
+        """The rows of step ``step``, counted from 0. Every epoch has its own seeded permutation of all rows."""
         epoch, place = divmod(step, self.steps_per_epoch)
         order = _order(self.seed, epoch, self.rows)
         rows: list[int] = order[place * self.batch : (place + 1) * self.batch].tolist()
@@ -63,7 +63,7 @@ class EpochPlan:
 
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
-    """The order of all rows in an epoch, kept as every step of it asks for a part."""
+    """The permutation of all rows in an epoch, cached because every step takes a slice of it."""
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
@@ -71,7 +71,7 @@ def _order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
 class StepPlan:
     """``prompts`` of each rollout of one episode; ``rollouts`` and ``updates`` of the whole run.
 
-    ``actor_updates`` are those of the actor, which may be frozen at first.
+    ``actor_updates``: updates of the actor, which may be frozen at first.
     """
 
     prompts: tuple[int, ...]
@@ -81,17 +81,18 @@ class StepPlan:
 
     @classmethod
     def of(cls, config: RLConfig, num_prompts: int) -> StepPlan:
-        """The last rollout of an episode takes the prompts that are left; none is dropped."""
+        """The plan for ``num_prompts`` prompts. The last rollout of an episode takes those that remain; none is dropped."""
         full, rest = divmod(num_prompts, config.rollout_batch_size)
         prompts = (config.rollout_batch_size,) * full + ((rest,) if rest > 0 else ())
         every = prompts * config.num_episodes
         used = every if config.max_steps < 0 else every[: config.max_steps]
+        # A rollout is trained `max_epochs` times in batches of `train_batch_size` samples.
         per_update, samples = config.train_batch_size, config.n_samples_per_prompt
         updates = [-(-count * samples // per_update) * config.max_epochs for count in used]
         return cls(prompts, len(used), sum(updates), sum(updates[max(0, config.freezing_actor_steps) :]))
 
     def describe(self, config: RLConfig) -> str:
-        """The batch arithmetic in one line. Filtering makes a rollout of more prompts, so that there are fewer of them."""
+        """The batch arithmetic in one line. With filtering a rollout needs more prompts, so the counts are upper bounds."""
         most = "at most " if config.dynamic_filtering else ""
         frozen = f", {most}{self.actor_updates} of the actor" if self.actor_updates < self.updates else ""
         return (

@@ -1,4 +1,4 @@
-"""What an RL run is made of before any model is loaded: prompts, mixed-in rows, rewards, the checkpoint to resume from."""
+"""What an RL run needs before any model is loaded: prompts, mixed-in rows, rewards, the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ Decode = Callable[[Sequence[int]], str]
 COMMAND = "rl"
 logger = logging.getLogger(__name__)
 UNLIMITED = 2**62
-# How many kinds of labels the reward is tried on at most.
+# The reward is tried on at most this many kinds of labels.
 TRIALS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Pretraining:
-    """Supervised rows that are mixed into the actor's updates, so that it does not unlearn what they teach.
+    """Supervised rows that are mixed into the actor's updates against forgetting.
 
-    PPO-ptx of InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, equation 2): their language-model loss, times ``--ptx_coef``,
-    is added to the policy loss in every optimizer step. Which rows a step gets depends on seed and number of the step only;
-    there are as many epochs as the steps need.
+    PPO-ptx of InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, equation 2): their language-model loss times ``--ptx_coef`` is
+    added to the policy loss in every optimizer step. The rows of a step depend only on the seed and the step number; there are as
+    many epochs as the steps need.
     """
 
     examples: Examples
@@ -61,11 +61,11 @@ class Pretraining:
         return [sample for row in self.plan.rows_of(step) for sample in self.examples[row]]
 
     def state(self, steps: int) -> dict[str, Any]:
-        """What a checkpoint holds after ``steps`` optimizer steps."""
+        """The checkpoint state after ``steps`` optimizer steps."""
         return {"steps": steps, "batch": self.plan.batch, "fingerprint": self.examples.fingerprint()}
 
     def steps_of(self, state: Mapping[str, Any] | None) -> int:
-        """The number of steps in a checkpoint's state. Raises CheckpointError when it was made with other rows or none."""
+        """The number of steps in a checkpoint state. Raises CheckpointError if it was made with other rows or none."""
         if state is None:
             raise CheckpointError(
                 "The checkpoint was made without --pretrain_data: leave it out, or start anew without --load_checkpoint."
@@ -81,7 +81,7 @@ class Pretraining:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What a run knows before it starts a process or makes a folder. ``checkpoint``: what it goes on from."""
+    """The state of a run before it starts a process or makes a folder. ``checkpoint``: the one to resume from."""
 
     material: Material
     plan: StepPlan
@@ -92,7 +92,7 @@ class Opening:
 class Material:
     """Prompts, held-out prompts (empty without ``--eval_dataset``), and the rewards that need no worker of the run.
 
-    ``pretraining`` is None without ``--pretrain_data``. ``trial``: what each reward said of a made-up answer, by its name.
+    ``pretraining`` is None without ``--pretrain_data``. ``trial``: the scores of a made-up answer, by reward name.
     """
 
     prompts: PromptSet
@@ -106,7 +106,7 @@ class Material:
     trial: Mapping[str, Sequence[Score]] = field(default_factory=dict)
 
     def environment(self, config: RLConfig, temperature: float) -> SingleTurn:
-        """One question, one answer, at the given temperature."""
+        """A single-turn environment at the given temperature."""
         sampling = Sampling(config.generate_max_len, temperature, config.top_p, stop_token_ids=self.stop_token_ids)
         return SingleTurn(self.decode, sampling)
 
@@ -115,12 +115,13 @@ class Material:
 async def opening(
     config: RLConfig, function: Callable[..., Any] | None, progress: Progress, announce: Callable[[str], None]
 ) -> AsyncIterator[Opening]:
-    """Everything of a run that comes before its processes. The rewards end with the block. Raises UserError."""
+    """Everything that comes before the processes of a run. The rewards close with the block. Raises UserError."""
     check_hooks(config)
     rewards = EarlyRewards(config, function)  # processes start now and import while the prompts are read
     try:
         material = await prepare(config, rewards, progress)
         plan = StepPlan.of(config, len(material.prompts))
+        # Only for its ConfigError: a metric that no evaluation has is found before the models load.
         best_aim(config, material)
         announce(plan.describe(config))
         if config.replay is not None:
@@ -132,7 +133,7 @@ async def opening(
 
 
 def check_hooks(config: RLConfig) -> None:
-    """Try the user's own estimator and policy loss on a made-up batch. Raises ConfigError."""
+    """Try the user's own advantage estimator and policy loss on a made-up batch. Raises ConfigError."""
     if isinstance(config.advantage_estimator, Hook):
         check_estimator(config.advantage_estimator, penalised=config.uses_reference and not config.use_kl_loss)
     if isinstance(config.policy_loss_type, Hook):
@@ -141,8 +142,9 @@ def check_hooks(config: RLConfig) -> None:
 
 
 async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -> Material:
-    """Load tokenizer and prompts, and call reward functions and servers for real, on each kind of label."""
+    """Load tokenizer and prompts, then call reward functions and servers on each kind of label. Raises UserError."""
     with progress.phase("reading prompts", expected_seconds=8):
+        # Stage 1: the model's config fits the settings; no weights are read.
         check_causal_lm(
             config.pretrain,
             flash_attn=config.flash_attn,
@@ -154,6 +156,7 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
         )
         if config.generates and config.sends_adapter:
             check_base_files(config.pretrain, "bfloat16" if config.bf16 else "float32", config.trust_remote_code)
+        # Stage 2: tokenizer and rows.
         tokenizer = load_tokenizer(
             config.pretrain,
             chat_template=config.tokenizer_chat_template,
@@ -171,7 +174,9 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
         if config.pretrain_data is not None:
             pretraining = load_pretraining(config, config.pretrain_data, tokenizer)
             reports["pretrain_data"] = pretraining.examples.report
+        # A token id beyond the embedding would fail inside a kernel, so it is found here.
         check_rows(config, tokenizer, [*prompts, *held_out], pretraining)
+    # Stage 3: one real call of each reward. Two answers suffice to show whether groups work.
     rewards.connect_servers(config, partial(visible, tokenizer))
     trial: Mapping[str, Sequence[Score]] = {}
     if config.generates:
@@ -179,6 +184,7 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
             size = min(2, config.n_samples_per_prompt)
             groups = [[example(prompt)] * size for prompt in trial_prompts((*prompts, *held_out))]
             trial = await rewards.check(groups)
+    # Stage 4: where answers end.
     stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
     if notice := end_notice(tokenizer, config.pretrain, stops):
         logger.warning("%s", notice)
@@ -198,9 +204,8 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
 def check_rows(
     config: RLConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], pretraining: Pretraining | None
 ) -> None:
-    """Every model has a row for every token: the policy for those of the rows, others for all that it may write.
-
-    Raises ModelError.
+    """Check that every model has an embedding row for every token: the policy for the tokens of the data, other models for all
+    tokens that the policy may write. Raises ModelError.
     """
 
     def largest() -> int:
@@ -209,13 +214,14 @@ def check_rows(
 
     known = known_tokens(config.pretrain, config.trust_remote_code)
     check_tokens(tokenizer, config.pretrain, known, largest)
+    # The policy cannot write a token beyond its embedding or beyond its tokenizer.
     written = min(known - 1, max(tokenizer.get_vocab().values()))
     for _, path in models_of(config)[1:]:
         check_tokens(tokenizer, path, known_tokens(path, config.trust_remote_code), lambda: written)
 
 
 def spec(config: RLConfig, data: str, split: str, *, training: bool) -> PromptSpec:
-    """How to read a prompt set. Probabilities and the cap belong to the training set."""
+    """How to read a prompt set. Probabilities and --max_samples apply to the training set only."""
     return PromptSpec(
         prompt_data=data,
         input_key=config.input_key,
@@ -232,7 +238,7 @@ def spec(config: RLConfig, data: str, split: str, *, training: bool) -> PromptSp
 
 
 def trial_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """The first prompt of each data source and kind of label: what a reward cannot read should be found before the models."""
+    """The first prompt of each data source and kind of label, so that a label that a reward cannot read is found early."""
     found: dict[object, Prompt] = {}
     for prompt in prompts:
         found.setdefault((prompt.datasource, _kind(prompt.label)), prompt)
@@ -248,19 +254,19 @@ def _kind(label: Any) -> object:
 
 
 def example(prompt: Prompt) -> Rollout:
-    """A made-up answer to a real prompt, to try the reward function on."""
+    """A made-up answer to a real prompt, to try the reward on."""
     return Rollout(prompt, "trial", (0,), (True,), (0.0,), "A trial answer: 42", FinishReason.STOP, 0)
 
 
 def best_aim(config: RLConfig, material: Material) -> Aim | None:
-    """What the best model is the best in; None where none is kept. Raises ConfigError for a metric that is not measured."""
+    """The metric of the best model; None if none is kept. Raises ConfigError for a metric that is not measured."""
     return rl_aim(config, sorted({prompt.datasource for prompt in material.held_out}))
 
 
 def find_checkpoint(config: RLConfig, material: Material, progress: Progress) -> Checkpoint | None:
-    """With ``--load_checkpoint`` the newest complete checkpoint, with the loader put where it stood; else None.
+    """The newest complete checkpoint with ``--load_checkpoint``, else None. Sets the loader to its position.
 
-    Raises DataError when the prompts have changed and CheckpointError when it holds no resumable state.
+    Raises DataError if the prompts have changed and CheckpointError if there is no resumable state.
     """
     if not config.load_checkpoint:
         return None
@@ -268,6 +274,7 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
         found = newest_checkpoint(config, DRIVER)
     if found is None:
         return None
+    # What the checkpoint must agree on with this run: LoRA rank, prompts per rollout, prompts, average, mixed-in rows.
     check_rank(found.path / Role.ACTOR, config.lora_rank)
     saved = found.state["rollout_batch_size"]
     if saved != config.rollout_batch_size:
@@ -287,15 +294,16 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
 
 
 def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPlan) -> str:
-    """Every step of the run is stored, and the first is of the prompts that this run would take. Returns a line about it.
+    """Check that every step of the run is stored, and that the first step has the prompts that this run would take.
 
-    Raises DataError.
+    Returns a line for the log. Raises DataError.
     """
     feed = replay_feed(folder, filtering=config.dynamic_filtering)
     rollouts = plan.rollouts
     if config.dynamic_filtering:
         rollouts = min(rollouts, feed.steps_for(len(material.prompts) * config.num_episodes))
     feed.check(rollouts)
+    # A loader of its own: the run's loader must not move.
     loader = PromptLoader(material.prompts, seed=config.seed, episodes=1)
     first = loader.take(feed.prompts_of(1, config.rollout_batch_size))
     feed.groups(first, config.n_samples_per_prompt, 1)
@@ -303,7 +311,7 @@ def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPl
 
 
 def load_pretraining(config: RLConfig, data: str, tokenizer: Tokenizer) -> Pretraining:
-    """Read ``--pretrain_data``: plain texts, of which every token is learned, or prompts and responses. Raises DataError."""
+    """Read ``--pretrain_data``: plain texts, learned as a whole, or prompts and responses. Raises DataError."""
     rows = RecordSpec(
         dataset=data,
         dataset_probs=config.pretrain_data_probs,
@@ -322,5 +330,5 @@ def load_pretraining(config: RLConfig, data: str, tokenizer: Tokenizer) -> Pretr
         examples = load_sft(rows, tokenizer)
     except DataError as error:
         raise DataError(f"--pretrain_data: {error}") from None
-    # ``rows_of`` goes on after the last epoch of a plan, in new orders.
+    # One epoch suffices: ``rows_of`` continues after the last epoch of a plan, in new permutations.
     return Pretraining(examples, EpochPlan(len(examples), config.pretrain_rows, epochs=1, seed=config.seed))

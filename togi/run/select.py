@@ -1,7 +1,7 @@
-"""Scored rows -> rows to train on: the best output of each prompt, best and worst, or every output with its reward told.
+"""Turn scored rows into training rows: the best output of each prompt, best and worst, or every output with its reward.
 
-A scored row has "input" and "output" (texts), "reward" (a number, or null where the reward abstained), and whatever else
-generation wrote. Rows of one input belong together wherever they stand; inputs keep the order in which they first appear.
+A scored row has "input" and "output" (texts), "reward" (a number, or null where the reward abstained), and any other columns
+of the generation. Rows of one input form a group wherever they stand; inputs keep the order of their first appearance.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """``rows`` to train on. ``inputs``: distinct ones that have a reward; ``ties``: those whose outputs are all equally good,
-    which make no pair; ``unscored``: rows without a reward.
+    """``rows`` to train on. ``inputs``: distinct inputs that have a reward; ``ties``: inputs whose outputs all have the same
+    reward, which make no pair; ``unscored``: rows without a reward.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -42,7 +42,7 @@ class Selection:
 def select(
     rows: Sequence[Row], processor: PostProcessor, *, reward_template: str, standardize: bool = False
 ) -> Selection:
-    """Apply a post-processor. ``standardize``: z-score the rewards over all rows before they are told (csft only)."""
+    """Apply a post-processor. ``standardize``: z-score the rewards over all rows before they enter the input (csft only)."""
     match processor:
         case PostProcessor.RS:
             return rejection_sampling(rows)
@@ -53,14 +53,14 @@ def select(
 
 
 def rejection_sampling(rows: Sequence[Row]) -> Selection:
-    """The best output of each input, the first of equals, as it was scored."""
+    """The best output of each input, unchanged; the first one among equals."""
     groups, unscored = _groups(rows)
     chosen = [dict(group[best(_rewards(group))]) for group in groups]
     return Selection(tuple(chosen), len(groups), unscored=unscored)
 
 
 def pairs(rows: Sequence[Row]) -> Selection:
-    """{prompt, chosen, chosen_reward, rejected, rejected_reward}: best and worst of each input; ties are no pairs."""
+    """Best and worst output of each input as {prompt, chosen, chosen_reward, rejected, rejected_reward}. Skips ties."""
     groups, unscored = _groups(rows)
     found = []
     for group in groups:
@@ -68,6 +68,7 @@ def pairs(rows: Sequence[Row]) -> Selection:
         if places is None:
             continue
         chosen, rejected = group[places[0]], group[places[1]]
+        # Other columns come from the chosen output.
         rest = {name: value for name, value in chosen.items() if name not in ("input", "output", "reward")}
         found.append(
             rest
@@ -83,7 +84,7 @@ def pairs(rows: Sequence[Row]) -> Selection:
 
 
 def conditional(rows: Sequence[Row], reward_template: str, *, standardize: bool) -> Selection:
-    """Every output, with its reward told in the input."""
+    """Every output, with its reward written into the input."""
     scored = [row for row in rows if row["reward"] is not None]
     rewards = standardized(_rewards(scored)) if standardize else _rewards(scored)
     told = [
@@ -95,7 +96,7 @@ def conditional(rows: Sequence[Row], reward_template: str, *, standardize: bool)
 
 
 def _key(row: Row) -> str:
-    """What makes two inputs the same; an input may be a list of messages."""
+    """The identity of an input, which may be a list of messages."""
     return json.dumps(row["input"], sort_keys=True)
 
 
@@ -104,7 +105,7 @@ def _rewards(rows: Sequence[Row]) -> list[float]:
 
 
 def _groups(rows: Sequence[Row]) -> tuple[list[list[Row]], int]:
-    """Rows with a reward by input, and how many have none."""
+    """Rows with a reward, grouped by input, and the number of rows without one."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row["reward"] is not None:

@@ -1,6 +1,6 @@
-"""Whether a run would learn: what settings, prompts, sampled rewards and answers say about it. One sentence a sign.
+"""Whether a run would learn, judged by settings, prompts, sampled rewards and answers. One sentence per sign.
 
-A sign stops learning only where no update could come of what was seen; everything that is merely unlikely to work is a warning.
+A sign stops learning only if no update could come of what was seen; anything that is merely unlikely to work is a warning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from togi.run.rl_rewards import reward_names
 from togi.run.rl_setup import Material
 from togi.sample import FinishReason, Outcome, Rollout, Score
 
-# Of fewer answers nothing can be said for certain.
+# Fewer answers prove nothing.
 ENOUGH = 8
 PARALLEL = 0.99
 
@@ -37,7 +37,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """What was seen, with its number and the way out, in one sentence."""
+    """One observation, with its number and the remedy, in one sentence."""
 
     verdict: Verdict
     sentence: str
@@ -59,11 +59,12 @@ def setting_signs(config: RLConfig, plan: StepPlan) -> Iterator[Sign]:
 
 
 def prompt_signs(config: RLConfig, material: Material, tokenizer: Tokenizer) -> Iterator[Sign]:
-    """Labels that say nothing, and prompts that a chat model does not know."""
+    """Labels that carry no information, and prompts without the format of a chat model."""
     prompts = material.prompts
     if config.label_key is not None:
         yield from _label_signs(config.label_key, [prompt.label for prompt in prompts])
     special = marks(tokenizer) - {tokenizer.bos_token_id}
+    # A prompt that already has special tokens was formatted by the user.
     rendered = any(not special.isdisjoint(prompt.tokens) for prompt in prompts[:ENOUGH])
     if tokenizer.chat_template and not config.apply_chat_template and not rendered:
         yield Sign(
@@ -74,7 +75,7 @@ def prompt_signs(config: RLConfig, material: Material, tokenizer: Tokenizer) -> 
 
 
 def marks(tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that are no text: those with a role, and all that were added to the vocabulary, as templates use them."""
+    """Tokens that are not text: special tokens and all tokens added to the vocabulary, which templates use."""
     return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
 
 
@@ -97,7 +98,7 @@ def _label_signs(key: str, labels: Sequence[object]) -> Iterator[Sign]:
 
 
 def reward_signs(config: RLConfig, groups: Sequence[ScoredGroup]) -> Iterator[Sign]:
-    """What the rewards of sampled groups teach."""
+    """Signs in the rewards of sampled groups: failures, no variance, parts never reached, length alone."""
     scores = [score for group in groups for score in group.scores]
     yield from _failure_signs(config, scores)
     items = trainable(groups, config.on_reward_error)
@@ -117,7 +118,7 @@ def reward_signs(config: RLConfig, groups: Sequence[ScoredGroup]) -> Iterator[Si
 
 
 def _failure_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
-    """Rewards that are none."""
+    """Rewards that failed or abstained."""
     errors = [score for score in scores if score.outcome is Outcome.ERROR]
     silent = sum(score.outcome is Outcome.ABSTAIN for score in scores)
     allowed = config.allowed_reward_errors
@@ -137,11 +138,12 @@ def _failure_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
 
 
 def _variance_signs(config: RLConfig, groups: Sequence[ScoredGroup], items: Sequence[Trainable]) -> Iterator[Sign]:
-    """Whether rewards differ where the advantages look for differences."""
+    """Whether rewards differ where the advantage estimator compares them: within groups, or over all answers."""
     values = [item.score.value for item in items]
     by_group: dict[int, list[float]] = {}
     for item in items:
         by_group.setdefault(item.group, []).append(item.score.value)
+    # A group of equal rewards has advantage 0 for all of its answers.
     flat = [rewards[0] for rewards in by_group.values() if min(rewards) == max(rewards)]
     low, high, verdict = min(values), max(values), _certain(values)
     if low == high:
@@ -174,8 +176,9 @@ def _variance_signs(config: RLConfig, groups: Sequence[ScoredGroup], items: Sequ
 
 
 def _part_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
-    """Named parts of the reward that nothing reaches. A part that a function logs may weigh nothing, so it is only noted."""
+    """Named parts of the reward that are always 0. A part that is only logged may have no weight, so it is a note."""
     whole = reward_names(config, function_given=False)
+    # Length penalties are 0 for a good answer, and a single reward is judged as a whole above.
     skipped = {OVERLONG, STOP_PROPERLY, *(whole if len(whole) == 1 else ())}
     names = dict.fromkeys(name for score in scores for name in score.components if name not in skipped)
     for name in names:
@@ -189,7 +192,8 @@ def _part_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
 
 
 def _length_signs(config: RLConfig, items: Sequence[Trainable]) -> Iterator[Sign]:
-    """A reward that is a function of the length and of nothing else."""
+    """A reward that is a function of the length only."""
+    # These settings ask for a reward that depends on length.
     if f"{BUILTIN}{Verifier.LENGTH}" in config.reward_files or config.uses_length_penalties:
         return
     lengths = np.array([len(item.rollout.response_tokens) for item in items], dtype=np.float64)
@@ -206,11 +210,11 @@ def _length_signs(config: RLConfig, items: Sequence[Trainable]) -> Iterator[Sign
 
 
 def _certain(seen: Sequence[object]) -> Verdict:
-    """What the same result for all answers means."""
+    """The verdict if all answers have the same result: certain only with enough answers."""
     return Verdict.STOPS if len(seen) >= ENOUGH else Verdict.WARNING
 
 
-# Shares of the answers above which something is worth a warning.
+# Shares of the answers above which a sign is a warning.
 CUT, EMPTY, DRIFT = 0.25, 0.5, 0.5
 QUESTION = "How are you?"
 SHOWN = 40
@@ -219,7 +223,7 @@ SHOWN = 40
 def answer_signs(
     config: RLConfig, groups: Sequence[ScoredGroup], tokenizer: Tokenizer, stops: Sequence[int]
 ) -> Iterator[Sign]:
-    """Answers that are cut, never end, or are empty."""
+    """Answers that are truncated, never end, or are empty."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     number, limit = len(rollouts), config.generate_max_len
     cut = sum(rollout.finish_reason is FinishReason.LENGTH for rollout in rollouts)
@@ -253,7 +257,7 @@ def answer_signs(
 def template_signs(
     config: RLConfig, groups: Sequence[ScoredGroup], tokenizer: Tokenizer, stops: Sequence[int]
 ) -> Iterator[Sign]:
-    """Whether text and tokens of prompt and answer belong together as the template and the tokenizer see them."""
+    """Whether text and tokens of prompt and answer agree under the tokenizer and the chat template."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     yield from _token_signs(config, rollouts, tokenizer, stops)
     if config.apply_chat_template:
@@ -263,7 +267,7 @@ def template_signs(
 def _token_signs(
     config: RLConfig, rollouts: Sequence[Rollout], tokenizer: Tokenizer, stops: Sequence[int]
 ) -> Iterator[Sign]:
-    """Whether the text of prompt and answer becomes the same tokens again."""
+    """Whether the text of prompt and answer encodes to the same tokens again."""
     merged, other, number = 0, 0, len(rollouts)
     for rollout in rollouts:
         prompt, answer = rollout.prompt.tokens, _without_stop(rollout.response_tokens, stops)
@@ -273,6 +277,7 @@ def _token_signs(
         except DataError:  # two BOS tokens in a row, by an answer that begins with one
             other += 1
             continue
+        # Counted apart: a merge at the border of prompt and answer, and any other difference.
         merged += tuple(again[: len(prompt)]) != prompt
         other += tuple(again) != prompt + answer
     if merged > DRIFT * number:
@@ -292,9 +297,9 @@ def _token_signs(
 
 
 def drift(answer: str, tokenizer: Tokenizer) -> str:
-    """How the chat template departs from its own prompt once the answer is in the conversation, in words; "" if it does not.
+    """How the chat template changes its own prompt once the answer is in the conversation, in words; "" if it does not.
 
-    Where the template refuses the answer, or does not show it as it is, nothing can be said.
+    Also "" if the template refuses the answer or does not show it verbatim, since nothing can be said then.
     """
     question = Dialogue(({"role": USER, "content": QUESTION},))
     answered = question.extended(Dialogue(({"role": ASSISTANT, "content": answer},)))
@@ -312,7 +317,7 @@ def drift(answer: str, tokenizer: Tokenizer) -> str:
 
 
 def _drift_signs(answers: Sequence[str], tokenizer: Tokenizer) -> Iterator[Sign]:
-    """Template drift."""
+    """Chat templates that do not continue their own prompt."""
     found = [how for how in (drift(answer, tokenizer) for answer in answers) if how]
     if found:
         yield Sign(
@@ -324,7 +329,7 @@ def _drift_signs(answers: Sequence[str], tokenizer: Tokenizer) -> Iterator[Sign]
 
 
 def _continuation(prompt: Sequence[int], answer: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The text of the answer where it stands: some tokenizers drop a space at the start of a text."""
+    """The text of the answer in its place after the prompt: some tokenizers drop a space at the start of a text."""
     before, whole = visible(tokenizer, prompt), visible(tokenizer, (*prompt, *answer))
     return whole[len(before) :] if whole.startswith(before) else visible(tokenizer, answer)
 

@@ -1,6 +1,6 @@
-"""The front door of every run, for the command line and for Python alike: the checks that need no tokenizer, and what they say.
+"""The entry of every run, for command line and Python: the checks that need no tokenizer, and their notices.
 
-Imports no torch, so that a mistake is told in a moment. After a door the command imports the loop behind it (``togi.run.rl``,
+Imports no torch, so that a mistake is reported at once. After it the command imports its loop (``togi.run.rl``,
 ``togi.run.offline``).
 """
 
@@ -35,9 +35,9 @@ Announce = Callable[[str], None]
 def start_rl(
     parsed: Parsed[RLConfig], *, reward: Callable[..., Any] | None = None, announce: Announce = logger.info
 ) -> Result:
-    """Check, then run ``togi rl`` from Python. ``reward`` replaces ``--reward_func`` by a function.
+    """Check the settings, then run ``togi rl`` from Python. ``reward`` replaces ``--reward_func`` by a function.
 
-    Raises UserError for whatever the user can mend, before a model is loaded where that is possible.
+    Raises UserError for the user's mistakes, before a model is loaded where that is possible.
     """
     ready = rl_door(parsed, reward_given=reward is not None, announce=announce)
     from togi.run.rl import run
@@ -46,7 +46,8 @@ def start_rl(
 
 
 def rl_door(parsed: Parsed[RLConfig], *, reward_given: bool, announce: Announce) -> Parsed[RLConfig]:
-    """The settings as ``togi rl`` runs them; says what is taken otherwise than it is written. Raises UserError."""
+    """The settings as ``togi rl`` runs them. Announces those that this machine changes. Raises UserError."""
+    # The preset of --algo, then the checks, then what this machine changes.
     if parsed.config.algo is not None:
         bringer, _ = parsed.config.preset({})
         announce(describe(parsed.config.algo, parsed.values_from(bringer)))
@@ -63,9 +64,9 @@ def rl_door(parsed: Parsed[RLConfig], *, reward_given: bool, announce: Announce)
 
 
 def offline_door(parsed: Parsed[Method], *, announce: Announce, launched: bool = True) -> Parsed[Method]:
-    """The settings as a run on fixed data takes them; says what is taken otherwise than it is written. Raises UserError.
+    """The settings as a run on fixed data uses them. Announces those that this machine changes. Raises UserError.
 
-    ``launched``: this is one of the processes that are to train.
+    ``launched``: this is one of the processes that train.
     """
     ready, notice = usable_precision(offline_preflight.check(parsed, launched=launched), this_machine())
     if notice:
@@ -75,6 +76,6 @@ def offline_door(parsed: Parsed[Method], *, announce: Announce, launched: bool =
 
 
 def say_ignored(config: ModelSettings | InferConfig | ChatConfig | ServeRMConfig, announce: Announce) -> None:
-    """Say which flags are accepted and change nothing here, a line a flag."""
+    """Announce flags that are accepted but have no effect, one line each."""
     if config.disable_fast_tokenizer:
         announce(ONE_TOKENIZER)

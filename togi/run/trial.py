@@ -1,4 +1,4 @@
-"""A few groups from the model to train, in this process: no Ray, no vLLM, one copy of the weights."""
+"""A few groups sampled from the policy in this process: no Ray, no vLLM, one copy of the weights."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ MOST_AT_ONCE = 256
 
 
 async def sample(config: RLConfig, material: Material, groups: int, progress: Progress) -> list[ScoredGroup]:
-    """The groups of the first prompts that the run would take, as its first rollout would score them.
+    """The groups of the first prompts that the run would take, scored as in its first rollout.
 
-    Errors of the reward are among the scores, however many there are. Raises UserError.
+    Any number of reward errors is allowed; they are among the scores. Raises UserError.
     """
     with progress.phase("loading the model to sample from", expected_seconds=10):
         engine = _engine(config)
@@ -62,13 +62,14 @@ async def _scored(
         max_in_flight=MOST_AT_ONCE,
         seed=config.seed,
     )
+    # Groups finish in any order; the report is in the order of the prompts.
     found = {group[0].group_id: group async for group in collected}
     ordered = [found[place] for place in places]
     return list(await asyncio.gather(*(_one(config, group, reward) for group in ordered)))
 
 
 async def _one(config: RLConfig, group: Sequence[Rollout], reward: CombinedReward) -> ScoredGroup:
-    """As the run's feed does it: filtered by the rewards as they are, then penalised."""
+    """Score a group as the feed of the run does: filter on the raw rewards, then apply length penalties."""
     scores, filtering = await reward.score(group), GroupFilter.of(config)
     filtered = filtering is not None and not filtering.keeps(scores)
     if config.uses_length_penalties:
@@ -86,13 +87,13 @@ def _engine(config: RLConfig) -> RolloutEngine:
     )
     try:
         return create_engine(EngineName.TRANSFORMERS, settings)
-    except ConfigError as error:  # it advises another engine, of which there is none here
+    except ConfigError as error:  # its advice is another engine, but sampling has only this one
         reason = str(error).partition(":")[0]
         raise ConfigError(f"--sample_groups samples with Transformers, but {reason}: leave it out.") from None
 
 
 def local_reward(config: RLConfig, number: int) -> LocalModelReward:
-    """One of ``--reward_pretrain`` in this process, under its name in the run."""
+    """One of ``--reward_pretrain``, loaded into this process, under its name in the run."""
     world = World.solo()
     model = load_scalar_model(
         ModelSource(config.reward_models[number], dtype_of(config.bf16), trust_remote_code=config.trust_remote_code),

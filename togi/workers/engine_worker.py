@@ -1,4 +1,4 @@
-"""A generation engine as a worker, and the pool of them that a run talks to."""
+"""A generation engine as a worker, and the pool of engines that a run uses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from togi.workers.protocol import Workers
 
 
 class EngineWorker:
-    """One engine. Every call is asynchronous, so one serves many requests at once."""
+    """One engine. Every call is asynchronous, so one engine serves many requests at once."""
 
     def __init__(self) -> None:
         self._engine: RolloutEngine
@@ -35,7 +35,7 @@ class EngineWorker:
         self._channels: list[Channel] = []
 
     async def start(self, name: EngineName, settings: EngineSettings) -> None:
-        # Resolved here, on the node that runs the engine: a hub name is cached on each node by itself.
+        # Resolved here, on the engine's node: each node has its own hub cache.
         self._engine = create_engine(name, replace(settings, model=local_folder(settings.model)))
 
     async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
@@ -48,15 +48,15 @@ class EngineWorker:
         return await self._engine.routes(tokens)
 
     async def take_weights(self, manifest: Manifest, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """A whole update from tensors of this process, which must keep their values until the next one begins."""
+        """Load a whole update from tensors of this process. They must keep their values until the next update begins."""
         await self._engine.begin_update(manifest)
-        synchronize()  # the engine's thread has streams of its own
+        synchronize()  # the engine's thread uses its own CUDA streams
         await self._engine.load_tensors(tensors)
         await self._engine.finish_update()
         synchronize()
 
     async def join_channel(self, meeting: Rendezvous, carrier: Carrier) -> None:
-        """Meet the actor's first rank and the other engines, to get weights from it."""
+        """Join the group of the actor's first rank and the other engines, to receive weights."""
         device = default_device() if carrier is Carrier.NCCL else torch.device("cpu")
         self._channels = [await asyncio.to_thread(Channel.join, meeting, device)]
 
@@ -65,10 +65,11 @@ class EngineWorker:
         await self._engine.begin_update(manifest)
 
     async def load_bucket(self, parcel: Parcel) -> None:
+        # The transfer blocks, so it runs on a thread: the engine keeps answering.
         await self._engine.load_bucket(await asyncio.to_thread(self._inbox.open, parcel))
 
     async def finish_update(self) -> str:
-        """The checksum of what has arrived."""
+        """Finish the update and return the checksum of the received bytes."""
         await self._engine.finish_update()
         return self._inbox.checksum()
 
@@ -79,32 +80,32 @@ class EngineWorker:
         await self._engine.wake()
 
     async def take_peak(self) -> int:
-        """The largest resident size of this engine, with its processes, since the last call.
+        """Peak resident memory of this engine and its processes since the last call, in bytes.
 
-        On a GPU that is host memory alone: of the GPU's the engine has what --vllm_gpu_memory_utilization says.
+        On a GPU this is host memory only: GPU memory is fixed by --vllm_gpu_memory_utilization.
         """
         return self._memory.take()
 
     async def memory_bytes(self) -> int:
-        """The largest that ``take_peak`` has seen."""
+        """The highest ``take_peak`` so far, in bytes."""
         return self._memory.highest
 
     async def shutdown(self) -> None:
         await self._engine.shutdown()
 
     def stop(self) -> None:
-        """End the engine after the step that it is in."""
+        """Stop the engine after its current step."""
         self._engine.stop()
 
 
 def synchronize() -> None:
-    """Wait for what any thread of this process has begun on the accelerator."""
+    """Wait for all work that any thread of this process has queued on the accelerator."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 class EnginePool:
-    """Sends each request to the engine with the fewest unfinished ones."""
+    """Dispatches each request to the engine with the fewest unfinished requests."""
 
     def __init__(self, workers: Workers[EngineWorker]) -> None:
         self.workers = workers
@@ -120,11 +121,11 @@ class EnginePool:
             self._unfinished[index] -= 1
 
     async def score(self, tokens: Sequence[int]) -> list[list[float]]:
-        """Log-probs of the same tokens from every engine."""
+        """Logprobs of the same tokens from every engine, each of length ``len(tokens)`` - 1."""
         return await all_or_none(self.workers.call(i, EngineWorker.score, tokens) for i in self._all)
 
     async def routes(self, tokens: Sequence[int]) -> list[NDArray[np.int64]]:
-        """Where the same tokens go in every engine."""
+        """The expert routing of the same tokens in every engine."""
         return await all_or_none(self.workers.call(i, EngineWorker.routes, tokens) for i in self._all)
 
     async def sleep(self) -> list[Released]:

@@ -1,8 +1,8 @@
-"""Workers as plain objects of this process: no other processes, no copies of weights on their way, no Ray.
+"""Workers as plain objects of this process: no other processes, no copies of weights, no Ray.
 
-What belongs to a process of its own under Ray is kept apart or put back here: the number of threads, deterministic algorithms (for
-models only, not for the engine), and the random numbers that a model is started with. Models compute on the caller's thread, where
-a debugger finds them. Two things have a thread of their own: the engine, and reward models, which score while others generate.
+State that Ray would keep per process is separated or restored here: the number of threads, deterministic algorithms (for models,
+not for the engine), and the random state at the start of a model. Models compute on the caller's thread, where a debugger finds
+them. Two things have their own thread: the engine, and reward models, which score while the engine generates.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ W_co = TypeVar("W_co", covariant=True)
 T = TypeVar("T")
 P = ParamSpec("P")
 ALONE = Rendezvous(0, 1, "", 0)
-"""Where one rank meets itself."""
+"""The rendezvous of a single rank."""
 
 
 class LocalWorkers(Generic[W_co]):
-    """``Workers`` that are objects of this process. ``thread``: where they compute, None for the caller's."""
+    """``Workers`` that are objects of this process. ``thread``: where they compute, None for the caller's thread."""
 
     def __init__(self, *workers: W_co, deterministic: bool = False, thread: ThreadPoolExecutor | None = None) -> None:
         self._workers, self._deterministic, self._thread = workers, deterministic, thread
@@ -54,6 +54,7 @@ class LocalWorkers(Generic[W_co]):
         *arguments: P.args,
         **named: P.kwargs,
     ) -> T:
+        # Deterministic algorithms are switched on per call: the engine in this process cannot use them.
         def work() -> Coroutine[Any, Any, T] | T:
             with deterministic(self._deterministic):
                 return method(self._workers[index], *arguments, **named)
@@ -66,7 +67,7 @@ class LocalWorkers(Generic[W_co]):
 
 
 class LocalWeights:
-    """The actor's tensors, given to the engine as they are. A replay has none to give them to. ``Weights``."""
+    """``Weights`` that pass the actor's tensors to the engine without a copy. Never called in a replay, which has no engine."""
 
     def __init__(self, actor: LearnerWorker, engines: Sequence[EngineWorker], timeout: float) -> None:
         self._actor, self._engines, self._timeout = actor, tuple(engines), timeout
@@ -84,7 +85,7 @@ class LocalWeights:
 
 
 class LocalMeter:
-    """This process is all there is. On a GPU the memory of that, on which engines count only what torch has allocated."""
+    """Peak memory of this process. On a GPU: GPU memory, of which engines count only what torch has allocated."""
 
     def __init__(self) -> None:
         self._memory, self._device = PeakMemory(), default_device()
@@ -104,25 +105,28 @@ class LocalMeter:
 async def start(
     config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
 ) -> Session:
-    """Load the engine, then every model, one after the other: they would share this process's threads and random numbers.
+    """Load the engine, then every model, one after the other, because they share the threads and random state of the process.
 
     ``updates``: planned optimizer steps of each learner.
     """
     roles = used_roles(config)
     announce(f"placement: {arithmetic(plan_groups(config), IN_PROCESS)}")
     with ExitStack() as undo:
+        # Stage 1: the process. CuBLAS reads its workspace setting once, at its first use.
         for name, value in CUBLAS.items():
             os.environ.setdefault(name, value)
         undo.enter_context(threads(machine.cpus))
+        # Stage 2: the engine, which measures the free memory.
         engines = []
         if config.generates:
             engines.append(EngineWorker())
             await engines[0].start(config.rollout_engine, engine_settings(config, 0, machine.cpus))
             undo.callback(engines[0].stop)
         pool, asleep = EnginePool(LocalWorkers(*engines)), sleepers(config) & {Holder.ENGINES}
-        if asleep:  # the models then find the memory that the engine has reserved and does not use yet
+        if asleep:  # frees the memory that the engine has reserved but does not use yet, for the models
             await pool.sleep()
 
+        # Stage 3: models in training, then frozen models.
         scoring = ThreadPoolExecutor(1, "reward models")
         undo.callback(partial(scoring.shutdown, wait=False, cancel_futures=True))
         learners = dict[Role, LearnerGroup]()
@@ -143,13 +147,14 @@ async def start(
             scorer = LocalWorkers(ScorerWorker(), deterministic=config.full_determinism, thread=thread)
             await scorer.call(0, ScorerWorker.start, ALONE, config, role, path)
             scorers.append(WorkerGroup(role, scorer, share_prompts=config.share_prompts))
+        # Success: the session now owns the cleanup.
         end = undo.pop_all().close
     return Session(config, pool, learners, scorers, weights, LocalMeter(), asleep, end)
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """As many threads as a worker's process would have, and in the end as many as before."""
+    """Use as many threads as a worker process would have; restore the number at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -160,7 +165,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Deterministic algorithms, if wanted, inside only: engines have operations that are not."""
+    """Deterministic algorithms inside the block, if wanted. Engines have operations that do not support them."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(wanted or before)
     try:

@@ -1,4 +1,4 @@
-"""A local reward model as a callable: whatever is waiting when the model is free goes into one call."""
+"""A local reward model as a callable: all waiting requests go into one call when the model is free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from togi.workers.worker_group import WorkerGroup
 
 
 class ModelScores:
-    """Scores token sequences. Groups finish one by one; batching what has gathered keeps the model's packs full."""
+    """Scores token sequences. Groups finish one by one; batching the waiting ones keeps the model's packs full."""
 
     def __init__(self, group: WorkerGroup[ScorerWorker]) -> None:
         self._group = group
@@ -32,6 +32,7 @@ class ModelScores:
         self._busy = True
         try:
             while self._waiting:
+                # Requests that arrive during this call wait for the next round.
                 taken, self._waiting = self._waiting, []
                 flat = [as_sample(tokens) for sequences, _ in taken for tokens in sequences]
                 try:
@@ -48,5 +49,5 @@ class ModelScores:
 
 
 def as_sample(tokens: Sequence[int]) -> Sample:
-    """Tokens to be scored as a whole."""
+    """Tokens as a sample without a loss mask, to be scored as a whole."""
     return Sample(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_), 0, "score")

@@ -1,7 +1,7 @@
-"""A model as a worker: one rank of the actor, the critic, the reference or the reward model.
+"""A model as a worker: one rank of the actor, the critic, the reference or a reward model.
 
-Two kinds, as everywhere: a model that changes (``LearnerWorker``) and one that is only read (``ScorerWorker``). Samples come in
-whole; packing happens here, next to the model.
+There are two kinds: models in training (``LearnerWorker``) and frozen models (``ScorerWorker``). Samples arrive whole; they are
+packed here, next to the model.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ from togi.sample import Sample
 from togi.workers.parcels import Carriage, Exporter, OverChannel, Parcel, SameDevice, ThroughDriver
 
 Arrays = list[NDArray[np.float32]]
-# Small enough that engines load the first while the next are made; over gloo two to four times as fast as 256 MB.
+# Small enough that engines load one bucket while the next is gathered; over gloo two to four times as fast as 256 MB.
 BUCKET_BYTES = 64 << 20
 EMA_FOLDER = "ema"
 PTX = "ptx"
-"""The family of the metrics of mixed-in rows."""
+"""The prefix of the metrics of mixed-in rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimizer step on one rank: the report, equal on all ranks, and how much was packed here.
+    """One optimizer step on one rank: the report, equal on all ranks, and how many tokens were packed here.
 
-    ``logprobs`` are those of the step's own forward, one array a sample in order; empty when none were computed.
+    ``logprobs``: from the step's own forward pass, one array per sample in order; empty if none were computed.
     """
 
     report: UpdateReport
@@ -64,7 +64,7 @@ class StepResult:
 
 
 class ModelWorker:
-    """What every rank does: meet the others, load, pack, and say how much memory it took."""
+    """What every rank does: join the process group, load, pack, and report peak memory."""
 
     def __init__(self) -> None:
         self._world: World
@@ -75,7 +75,7 @@ class ModelWorker:
         return self._world.device.type
 
     def take_peak(self) -> int:
-        """The most memory of the device that was in use since the last call; on a CPU the largest resident size."""
+        """Peak memory of the device since the last call, in bytes; on a CPU the peak resident size."""
         resident, device = self._memory.take(), self._world.device
         if device.type == "cpu":
             return resident
@@ -84,7 +84,7 @@ class ModelWorker:
         return peak
 
     def memory_bytes(self) -> int:
-        """The largest resident size that ``take_peak`` has seen."""
+        """The highest resident size that ``take_peak`` has seen, in bytes."""
         return self._memory.highest
 
     def _join(self, meeting: Rendezvous, config: RLConfig, tensor_size: int = 1) -> None:
@@ -94,14 +94,14 @@ class ModelWorker:
         self._world = world.in_teams(config.ring_attn_size, tensor_size)
 
     def _load(self, role: Role, path: str) -> PolicyModel | ScalarModel:
-        """The role's model on the CPU, in this rank's ring if there are rings."""
+        """The model of the role on the CPU, in this rank's ring if there are rings."""
         model = self._read(role, path)
         if self._world.ring_size > 1:
             model.join_ring(Ring(self._world), self._config.ring_head_stride)
         return model
 
     def _read(self, role: Role, path: str) -> PolicyModel | ScalarModel:
-        """A critic that starts from the policy gets a new head; others must bring one."""
+        """Read the model. A critic that starts from the policy gets a new head; other scalar models must have one."""
         config, world, trained = self._config, self._world, role in LEARNERS
         defer = reads_parts(world, backend_options(config, bf16=config.bf16), trained=trained)
         source = ModelSource.of(config, path, world.device, in_ring=world.ring_size > 1, trained=trained, defer=defer)
@@ -111,7 +111,7 @@ class ModelWorker:
         return load_scalar_model(source, init_head=init_head, value_head_prefix=config.value_head_prefix)
 
     def _packs(self, samples: Sequence[Sample], limit: int | str) -> Packs:
-        """Pack this rank's samples by the token budget. A ring has that of all its ranks."""
+        """Pack this rank's samples by the token budget. A ring has the budget of all its ranks."""
         config = self._config
         most = limit if isinstance(limit, int) else None
         return pack_all(
@@ -126,18 +126,19 @@ class ScorerWorker(ModelWorker):
     """One rank of a frozen model."""
 
     def start(self, meeting: Rendezvous, config: RLConfig, role: Role, path: str) -> None:
-        """``path``: the model's folder or hub name."""
+        """Load the frozen model. ``path``: its folder or hub name."""
         self._join(meeting, config)
         model = self._load(role, path)
         self._model = model
         options = backend_options(config, bf16=config.bf16)
+        # Offloaded weights are in host memory and are copied to the device for each call.
         if config.ref_reward_offload and self._world.device.type != "cpu":
             self._scorer = Scorer(model, self._world, frozen_on_host(model, self._world, options, model.read))
         else:
             self._scorer = Scorer(frozen(model, self._world, options, model.read), self._world)
 
     def logprobs(self, samples: Sequence[Sample]) -> Arrays:
-        """Log-probs at each sample's trained tokens, of logits divided by the sampling temperature."""
+        """Logprobs (nats) at each sample's trained tokens, from logits divided by the sampling temperature."""
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
         return packs.in_order(self._scorer.logprobs(packs.batches, self._config.temperature))
 
@@ -148,7 +149,7 @@ class ScorerWorker(ModelWorker):
         return packs.in_order([scores[i : i + 1] for i in range(len(samples))])
 
     def reward_statistics(self) -> tuple[float, float]:
-        """Mean and standard deviation of rewards that the model's config holds."""
+        """Mean and standard deviation of rewards, as stored in the model's config."""
         assert isinstance(self._model, ScalarModel)
         return self._model.reward_mean, self._model.reward_std
 
@@ -157,40 +158,46 @@ class LearnerWorker(ModelWorker):
     """One rank of a model in training."""
 
     def start(self, meeting: Rendezvous, config: RLConfig, role: Role, total: int) -> None:
-        """``total``: planned optimizer steps, for the schedule."""
+        """Load the model, its optimizer and schedule. ``total``: planned optimizer steps, for the schedule."""
+        # Join, load, shard.
         self._join(meeting, config, config.ds_tensor_parallel_size)
         self._role = role
         self._model = self._load(role, config.pretrain if role is Role.ACTOR else config.critic_source)
         backend = trainable(self._model, self._world, backend_options(config, bf16=config.bf16), self._model.read)
+        # Schedule, loss and optimizer step.
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
         schedule = Schedule.of(config, peak, total)
         max_norm = config.max_norm if config.max_norm > 0 else float("inf")
         balance = config.aux_loss_coef if self._model.is_mixture else 0.0  # a critic may be dense
         self._learner = Learner(backend, self._objective(), schedule, max_norm, balance)
+        # Memory: what sleeps between updates, and the moving average of the actor.
         self._parking = Parking(backend.at_rest, self._world.device)
         self._scorer = Scorer(backend.module, self._world)
         self._ema: Ema | None = None
         if config.enable_ema and role is Role.ACTOR:
             home = torch.device("cpu") if config.adam_offload else self._world.device
             self._ema = Ema(backend, config.ema_beta, home)
+        # Assigned by `prepare_export` and `begin_export`: only the actor exports.
         self._carriage: Carriage
         self._export: Exporter
 
     def logprobs(self, samples: Sequence[Sample], temperature: float | None = None) -> Arrays:
-        """Log-probs at each sample's trained tokens, by default of logits divided by the sampling temperature."""
+        """Logprobs (nats) at each sample's trained tokens. ``temperature``: divides the logits; default: the sampling
+        temperature.
+        """
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
         divisor = self._config.temperature if temperature is None else temperature
         return packs.in_order(self._scorer.logprobs(packs.batches, divisor))
 
     def routes(self, samples: Sequence[Sample]) -> Arrays:
-        """The experts that each sample's trained tokens go to (``Scorer.routes``); nothing from a dense model."""
+        """The experts of each sample's trained tokens (``Scorer.routes``); empty for a dense model."""
         if not self._model.is_mixture:
             return []
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
         return packs.in_order(self._scorer.routes(packs.batches))
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> Arrays:
-        """``logprobs`` of the frozen base, without the adapter that is in training."""
+        """``logprobs`` of the frozen base, without the adapter in training."""
         from togi.model.adapters import without_adapter
 
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
@@ -198,18 +205,19 @@ class LearnerWorker(ModelWorker):
             return packs.in_order(self._scorer.logprobs(packs.batches, self._config.temperature))
 
     def values(self, samples: Sequence[Sample]) -> Arrays:
-        """Values of the states in which each sample's trained tokens were chosen."""
+        """Values of the states in which each sample's trained tokens were chosen, one per token."""
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
         return packs.in_order(self._scorer.values(packs.batches))
 
     def update(self, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]) -> list[StepResult]:
-        """One optimizer step per element of ``steps``, each this rank's share of that step's samples.
+        """One optimizer step per element of ``steps``, each this rank's share of the samples of that step.
 
-        ``mixed``: this rank's share of the supervised rows of each step, or nothing at all.
+        ``mixed``: this rank's share of the supervised rows of each step, or empty.
         """
         assert not self._parking.is_asleep
         results = []
         for number, samples in enumerate(steps):
+            # Pack, update, then the moving average, which follows real updates only.
             packs = self._packs(samples, self._config.micro_train_batch_size)
             stats = [pack_stats(batch) for batch in packs.batches]
             report = self._learner.update(packs.batches, self._mixed(mixed[number]) if mixed else None)
@@ -221,15 +229,15 @@ class LearnerWorker(ModelWorker):
             tokens, unshared = sum(s.tokens for s in stats), sum(s.unshared_tokens for s in stats)
             results.append(StepResult(report, logprobs, tokens, unshared))
         if self._world.device.type == "cpu":
-            return_freed()  # others have this host's memory until the next update
+            return_freed()  # other workers use this host's memory until the next update
         return results
 
     def sleep(self) -> Released:
-        """Put away what only an optimizer step needs; the working weights stay."""
+        """Release what only an optimizer step needs; the working weights stay."""
         return self._parking.sleep()
 
     def wake(self) -> None:
-        """Bring back what ``sleep`` put away."""
+        """Restore what ``sleep`` released."""
         self._parking.wake()
 
     def _mixed(self, samples: Sequence[Sample]) -> Mixed:
@@ -237,9 +245,10 @@ class LearnerWorker(ModelWorker):
         return Mixed(PTX, SFTObjective(), rows.batches, self._config.ptx_coef)
 
     def prepare_export(self, carrier: Carrier, meeting: Rendezvous | None) -> None:
-        """How weights will leave this rank. ``meeting``: with the engines, where rank 0 sends over a channel."""
+        """Choose how weights leave this rank. ``meeting``: with the engines, if rank 0 sends over a channel."""
         self._carriage = ThroughDriver(sends=self._world.is_first)
         self._bucket_device = torch.device("cpu")
+        # A GPU carrier packs on the GPU; the others send host memory.
         if carrier in (Carrier.NCCL, Carrier.IPC):
             self._bucket_device = self._world.device
         if meeting is not None:
@@ -248,9 +257,9 @@ class LearnerWorker(ModelWorker):
             self._carriage = SameDevice()
 
     def weights(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:
-        """What engines are sent: all weights as their type, or the adapter alone. All ranks gather together.
+        """The weights for the engines: all of them in the engine's dtype, or the adapter alone. All ranks gather together.
 
-        Where nothing has to be gathered, cast or merged the tensors are those that are trained, not copies.
+        Tensors that need no gather, cast or merge are the trained ones themselves, not copies.
         """
         config, backend = self._config, self._learner.backend
         if config.sends_adapter:
@@ -261,7 +270,7 @@ class LearnerWorker(ModelWorker):
         return manifest, whole_tensors(self._model, backend.full_parameters, dtype)
 
     def begin_export(self, version: int) -> Manifest:
-        """What the next weight update will send; ``next_bucket`` then gives it piece by piece. On all ranks together."""
+        """Start a weight update; ``next_bucket`` then returns it piece by piece. All ranks call together."""
         manifest, tensors = self.weights(version)
         self._export = Exporter(pack_buckets(tensors, BUCKET_BYTES, self._bucket_device), self._carriage)
         return manifest
@@ -277,11 +286,11 @@ class LearnerWorker(ModelWorker):
         return Manifest(version, sent_specs(self._model, shapes), adapter_scale(self._model)), tensors
 
     def next_bucket(self) -> tuple[int, Parcel | None]:
-        """(number of tensors, what goes to the engines from here); gathering takes all ranks."""
+        """(number of tensors, parcel for the engines). All ranks gather together."""
         return self._export.next()
 
     def end_export(self) -> str:
-        """Everything has left. The checksum of what this rank gathered."""
+        """Wait until everything is sent. Returns the checksum of what this rank gathered."""
         return self._export.finish()
 
     def checkpoint_bytes(self) -> int:
@@ -296,7 +305,7 @@ class LearnerWorker(ModelWorker):
             self._ema.save(folder / self._role / EMA_FOLDER)
 
     def load(self, folder: Path) -> None:
-        """Go on from a folder that ``save`` wrote."""
+        """Resume from a folder that ``save`` wrote."""
         assert not self._parking.is_asleep
         load_learner(self._learner, folder / self._role, {"role": self._role})
         if self._ema is not None:
@@ -307,7 +316,7 @@ class LearnerWorker(ModelWorker):
         self._write(folder, self._learner.backend.full_parameters)
 
     def save_average(self, folder: Path) -> None:
-        """Write the moving average in the same format."""
+        """Write the moving average in plain Hugging Face format."""
         assert self._ema is not None
         self._write(folder, self._ema.full_parameters)
 
@@ -317,6 +326,7 @@ class LearnerWorker(ModelWorker):
         tokenizer = load_tokenizer(
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
         )
+        # The written generation config stops where the run's engines stopped.
         if isinstance(self._model, PolicyModel):
             stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
             self._model.end_answers_with(stops)
@@ -329,7 +339,7 @@ class LearnerWorker(ModelWorker):
         if self._role is Role.CRITIC:
             return ValueObjective(config.value_clip)
         low, high = config.clip_range
-        # a sequence's ratio takes the place of both the old policy and the engine (Zheng et al., 2025, section 5.4)
+        # GSPO's sequence ratio replaces both the old policy and the engine (Zheng et al., 2025, section 5.4).
         against_engine = config.enable_vllm_is_correction and config.policy_loss_type is PolicyLossType.GSPO
         weighted = config.enable_vllm_is_correction and not against_engine
         bounds = config.vllm_is_truncated_threshold

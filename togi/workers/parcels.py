@@ -1,8 +1,8 @@
-"""The two ends of a weight update: how a bucket leaves an actor's rank, and how it is opened beside an engine.
+"""The two ends of a weight update: how a bucket leaves a rank of the actor, and how an engine opens it.
 
-What goes through the driver is a *parcel*: the bucket itself (Ray puts it into its object store and every engine on the host
-reads it there), the announcement of one that travels over a ``Channel``, or a handle of memory on a GPU that both processes
-use. Handles are those of ``torch.multiprocessing`` and were not tested, as there was no GPU.
+The driver passes on a *parcel*: the bucket itself (Ray puts it into its object store, where every engine on the host reads it),
+the announcement of a bucket that travels over a ``Channel``, or a handle of GPU memory that both processes share. Handles are
+those of ``torch.multiprocessing`` and are untested for lack of a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from togi.parallel.channel import Channel
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """A bucket of ``nbytes`` bytes that is on its way over the channel."""
+    """A bucket of ``nbytes`` bytes that travels over the channel."""
 
     tensors: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
@@ -29,7 +29,7 @@ class Announced:
 
 @dataclass(frozen=True, slots=True)
 class OnDevice:
-    """A bucket in the memory of a GPU: a function of torch and its arguments, which map it into another process."""
+    """A bucket in GPU memory: a function of torch and its arguments, which map it into another process."""
 
     tensors: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
@@ -41,19 +41,19 @@ Parcel = Bucket | Announced | OnDevice
 
 
 class Carriage(Protocol):
-    """How one rank's buckets leave it."""
+    """How buckets leave one rank."""
 
     def carry(self, bucket: Bucket) -> Parcel | None:
         """The parcel for the driver; None on a rank that sends nothing."""
         ...
 
     def flush(self) -> None:
-        """Nothing that was carried is needed any more: wait for it, or let it go."""
+        """Called when nothing that was carried is needed any more: wait until it is sent, or free it."""
         ...
 
 
 class ThroughDriver:
-    """The bucket itself, from rank 0."""
+    """Rank 0 returns the bucket itself."""
 
     def __init__(self, *, sends: bool) -> None:
         self._sends = sends
@@ -62,11 +62,11 @@ class ThroughDriver:
         return bucket if self._sends else None
 
     def flush(self) -> None:
-        """Ray keeps what is in its store."""
+        """Nothing to do: Ray keeps what is in its store."""
 
 
 class OverChannel:
-    """Rank 0 sends over the channel while all ranks gather what comes next."""
+    """Rank 0 sends over the channel while all ranks gather the next bucket."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -81,7 +81,7 @@ class OverChannel:
 
 
 class SameDevice:
-    """Every rank shows its bucket to the engine on its GPU, and keeps it until the engine has the one after."""
+    """Every rank shares its bucket with the engine on its GPU, and keeps it until the engine has the next one."""
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
@@ -90,7 +90,8 @@ class SameDevice:
         from torch.multiprocessing.reductions import reduce_tensor
 
         buffer = bucket.as_tensor()
-        torch.accelerator.synchronize()  # the other process does not see this one's streams
+        torch.accelerator.synchronize()  # the other process does not wait for the streams of this one
+        # The engine may still read the last bucket, so two are alive.
         self._kept = [*self._kept[-1:], buffer]
         rebuild, arguments = reduce_tensor(buffer)  # type: ignore[no-untyped-call]
         return OnDevice(bucket.tensors, bucket.offsets, rebuild, arguments)
@@ -100,33 +101,33 @@ class SameDevice:
 
 
 class Exporter:
-    """One rank's part of one weight update: its buckets, one after the other, and a checksum of all."""
+    """One rank's part of a weight update: its buckets, one after the other, and a checksum of all of them."""
 
     def __init__(self, buckets: Iterator[Bucket], carriage: Carriage) -> None:
         self._buckets, self._carriage = buckets, carriage
         self._checksum = Checksum()
 
     def next(self) -> tuple[int, Parcel | None]:
-        """Gather the next bucket, with all ranks. (number of its tensors, parcel)."""
+        """Gather the next bucket; all ranks call together. Returns (number of its tensors, parcel)."""
         bucket = next(self._buckets)
         self._checksum.add(bucket)
         return len(bucket.tensors), self._carriage.carry(bucket)
 
     def finish(self) -> str:
-        """Wait until the last bucket has left. The checksum of what this rank gathered."""
+        """Wait until the last bucket is sent. Returns the checksum of what this rank gathered."""
         self._carriage.flush()
         return self._checksum.digest()
 
 
 class Inbox:
-    """One engine's part of one weight update. ``channel`` is what announced buckets come over."""
+    """One engine's part of a weight update. ``channels``: the channel of announced buckets, if any."""
 
     def __init__(self, channels: list[Channel]) -> None:
         self._channels = channels
         self._checksum = Checksum()
 
     def open(self, parcel: Parcel) -> Bucket:
-        """The bucket, which may have to be waited for."""
+        """The bucket of a parcel. Blocks until it has arrived."""
         if isinstance(parcel, Bucket):
             bucket = parcel
         elif isinstance(parcel, Announced):

@@ -1,11 +1,11 @@
-"""Which phase a run is in, and who may hold memory in it.
+"""The phases of a run, and who may hold memory in each.
 
-Engines hold their key-value caches while they generate, evaluate and take new weights; learners hold what only an optimizer step
-needs (``Backend.at_rest``) while they train and save. With ``--vllm_enable_sleep`` and ``--trainer_enable_sleep`` the others
-sleep, first those that must give, then those that may take, and every one that went to sleep is held to what it said: memory
-that was measured has to have fallen. Working weights always stay, since any rank may be asked to score.
+Engines hold key-value caches while they generate, evaluate and load weights. Learners hold what only an optimizer step needs
+(``Backend.at_rest``) while they train and save. With ``--vllm_enable_sleep`` and ``--trainer_enable_sleep`` the others sleep.
+Those that must release memory go first, then those that may take it. After a sleep the measured memory must have fallen.
+Working weights always stay, because any rank may have to score.
 
-The peak of each phase is measured whether anybody sleeps or not.
+The peak of each phase is measured whether or not anything sleeps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Phase(StrEnum):
     EVALUATE = "evaluate"
 
 
-# Working weights of scorers always stay, so only these two come and go.
+# Scorers keep only working weights, so just these two can sleep.
 SLEEPING = frozenset({Holder.ENGINES, Holder.LEARNERS})
 MAY_HOLD: Mapping[Phase, frozenset[Holder]] = {
     Phase.START: SLEEPING,
@@ -47,9 +47,9 @@ MAY_HOLD: Mapping[Phase, frozenset[Holder]] = {
 
 
 class Phases:
-    """The phase machine of a run. ``sleepers``: who may be sent to sleep; ``asleep``: who has been already.
+    """The phase machine of a run. ``sleepers``: who may sleep; ``asleep``: who sleeps already.
 
-    ``adapted``: what is sent are masters of an adapter, alone or merged, so that learners stay awake for it.
+    ``adapted``: the weights sent are masters of an adapter, alone or merged, so learners stay awake for a sync.
     """
 
     def __init__(
@@ -69,13 +69,15 @@ class Phases:
         self.current = Phase.START
 
     async def enter(self, phase: Phase) -> None:
-        """End the present phase and begin ``phase``: measure, send to sleep, wake. Raises RunError if memory did not fall."""
+        """End the current phase and enter ``phase``: measure, sleep, wake. Raises RunError if memory did not fall."""
         if phase is self.current:
             return
         await self._measure()
         may_hold = MAY_HOLD[phase]
+        # The masters of an adapter are part of what sleeps.
         if phase is Phase.SYNC and self._adapted:
             may_hold |= {Holder.LEARNERS}
+        # Release before taking: both may share one GPU.
         for holder in sorted((self._sleepers - may_hold) - self._asleep):
             await self._sleep(holder)
         for holder in sorted(self._asleep & may_hold):
@@ -84,7 +86,7 @@ class Phases:
         self.current = phase
 
     async def take_metrics(self) -> dict[str, float]:
-        """GB by metric name, since the last call: of each phase the sum over workers of their peaks, and what was let go of."""
+        """GB by metric name since the last call: per phase the sum over workers of their peaks, and the released memory."""
         await self._measure()
         values, self._values = self._values, {}
         return values
@@ -106,6 +108,7 @@ class Phases:
                 for group in self._learners
                 for rank, each in enumerate(await group.call_all(LearnerWorker.sleep))
             }
+        # A sleeper that released nothing would make the next phase run out of memory, so it raises here.
         for who, each in released.items():
             each.check(who)
         self._values[names.released_memory(holder)] = sum(each.nbytes for each in released.values()) / 1e9

@@ -1,7 +1,7 @@
-"""How the objects that do a run's work are called, wherever they are, and what a run asks of them besides.
+"""How the objects that do the work of a run are called, wherever they are, and what a run asks of them besides.
 
-A ``LearnerWorker``, a ``ScorerWorker`` or an ``EngineWorker`` is a plain object. ``Workers`` are several of one class: in this
-process (``togi.workers.local``) or each in a process of its own (``togi.workers.ray``).
+``LearnerWorker``, ``ScorerWorker`` and ``EngineWorker`` are plain objects. ``Workers`` are several objects of one class: in this
+process (``togi.workers.local``) or each in its own process (``togi.workers.ray``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ P = ParamSpec("P")
 
 
 class Workers(Protocol[W_co]):
-    """Objects of class W_co, in an order."""
+    """Objects of class W_co, in a fixed order."""
 
     def __len__(self) -> int: ...
 
@@ -29,15 +29,15 @@ class Workers(Protocol[W_co]):
         *arguments: P.args,
         **named: P.kwargs,
     ) -> T:
-        """The result of ``method`` of object ``index``; the methods of an ``EngineWorker`` are coroutines."""
+        """The result of ``method`` on object ``index``; the methods of an ``EngineWorker`` are coroutines."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """One weight update: bytes that each engine got, and seconds from the first call to the last confirmation.
+    """One weight update. ``nbytes``: bytes per engine; ``seconds``: from the first call to the last confirmation.
 
-    ``checksum``: of the weights, the same on every rank of the actor and every engine; "" where none travelled.
+    ``checksum``: of the weights, the same on every rank of the actor and every engine; "" if the weights were not copied.
     """
 
     version: int
@@ -51,20 +51,20 @@ class SyncReport:
 
 
 class Weights(Protocol):
-    """The way from the actor to the engines."""
+    """The transport of weights from the actor to the engines."""
 
     async def send(self, version: int) -> SyncReport:
-        """Give every engine the actor's present weights as ``version``. Raises WeightSyncError."""
+        """Send the actor's current weights to every engine as ``version``. Raises WeightSyncError."""
         ...
 
 
 class Meter(Protocol):
-    """What the processes of a run occupy, in bytes."""
+    """Memory of the processes of a run, in bytes."""
 
     async def take_peaks(self) -> Mapping[Holder, Sequence[int]]:
-        """Of each kind of process, the peaks since the last call."""
+        """The peaks since the last call, for each kind of process."""
         ...
 
     async def highest(self) -> Mapping[str, int]:
-        """By the name of the process, the largest peak so far."""
+        """The highest peak so far, by the name of the process."""
         ...

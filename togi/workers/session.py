@@ -1,6 +1,6 @@
-"""The workers of one RL run and what is asked of them: generate, score, update, sync, save.
+"""The workers of one RL run and its operations on them: generate, score, update, sync, save.
 
-Only the models that the settings need are there. Each method is one phase of a step; the recipe says in which order.
+Only the models that the settings need exist. Each method is one phase of a step; ``togi.run.rl`` has their order.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHUTDOWN_SECONDS = 60.0
 
 
 class Session:
-    """All workers of a run, started and loaded (``togi.workers.start``). End it with ``close``."""
+    """All workers of a run, started and loaded (``togi.workers.start``). Call ``close`` at the end."""
 
     def __init__(
         self,
@@ -67,8 +67,9 @@ class Session:
         return self.learners[Role.ACTOR]
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Add what advantages and the update need: reference and old log-probs, values."""
+        """Add the streams that advantages and the update need: reference logprobs, old logprobs, values."""
         streams = {}
+        # With LoRA the reference is the base inside the actor.
         for reference in self.references:
             streams[REF_LOGPROBS] = await reference.per_sample(ScorerWorker.logprobs, samples)
         if self.config.uses_reference and not self.references:
@@ -81,63 +82,67 @@ class Session:
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """A first and only update on its rollouts takes old log-probs from its own forward, unless the reward needs them."""
+        """False for a first and only update on its rollouts, which takes them from its own forward, unless the reward
+        needs them.
+        """
         in_reward = self.config.uses_reference and not self.config.use_kl_loss
         return self.config.updates_per_rollout > 1 or in_reward
 
     @property
     def scoring_passes(self) -> int:
-        """How many models read every sample before the update."""
+        """How many models score every sample before the update."""
         return self.config.uses_reference + (Role.CRITIC in self.learners) + self.needs_old_logprobs
 
     async def update(
         self, role: Role, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]
     ) -> list[StepUpdate]:
-        """Optimizer steps of the actor or the critic. ``mixed``: supervised rows for each step, or nothing at all."""
+        """Optimizer steps of the actor or the critic. ``mixed``: supervised rows for each step, or empty."""
         return await self.learners[role].update(steps, mixed)
 
     async def sync(self, version: int) -> SyncReport:
-        """Give every engine the actor's weights."""
+        """Send the actor's weights to every engine as ``version``."""
         return await self.weights.send(version)
 
     async def probe(self, tokens: Sequence[int]) -> float:
-        """Mean absolute difference of engine and trainer log-probs (nats) on fixed tokens, over all engines.
+        """Mean absolute difference of engine and trainer logprobs (nats) on fixed tokens, over all engines.
 
-        Raises WeightSyncError when it is so large that the engines cannot hold the trainer's weights.
+        Raises WeightSyncError if it is so large that the engines cannot hold the trainer's weights.
         """
         sample = probe(tokens, self.config.context_length)
+        # Engines score at temperature 1, so the trainer must too.
         trainer = (await self.actor.call_all(LearnerWorker.logprobs, [sample], 1.0))[0][0]
         engines = await self.engines.score(sample.tokens.tolist())
         return check_probe(float(np.mean([compare(logprobs, trainer) for logprobs in engines])))
 
     async def routing(self, tokens: Sequence[int]) -> dict[str, float]:
-        """By metric name, how differently engines and trainer route the probe of a mixture; nothing for other models."""
+        """The router disagreement of engines and trainer on the probe, by metric name; empty for a dense model."""
         sample = probe(tokens, self.config.context_length)
         trainer = (await self.actor.call_all(LearnerWorker.routes, [sample]))[0]
         if not trainer:
             return {}
+        # The first token is not scored, and an engine in compiled graphs reports no routes.
         engines = [routes[1:] for routes in await self.engines.routes(sample.tokens.tolist()) if routes.size > 0]
         shares = [router_disagreement(torch.from_numpy(r), torch.from_numpy(trainer[0]).long()) for r in engines]
         return {names.MISMATCH_PROBE_ROUTER: float(np.mean(shares))} if shares else {}
 
     async def memory(self) -> dict[str, float]:
-        """Peak resident memory in GB by metric name: of each process so far, and of all in each phase since the last call."""
+        """Peak resident memory in GB by metric name: per process so far, and per phase over all since the last call."""
         result = await self.phases.take_metrics()
         for process, nbytes in (await self._meter.highest()).items():
             result[names.process_memory(process)] = nbytes / 1e9
         return result
 
     async def checkpoint_bytes(self) -> int:
-        """Size on disk of the learners' resumable state."""
+        """Bytes on disk of the learners' resumable state."""
         return sum([(await group.call_all(LearnerWorker.checkpoint_bytes))[0] for group in self.learners.values()])
 
     async def save(self, folder: Path) -> None:
-        """Write every learner's resumable state."""
+        """Write the resumable state of every learner into ``folder``."""
         for group in self.learners.values():
             await group.call_all(LearnerWorker.save, folder)
 
     async def load(self, folder: Path) -> None:
-        """Go on from what ``save`` wrote."""
+        """Resume from a folder that ``save`` wrote."""
         for group in self.learners.values():
             await group.call_all(LearnerWorker.load, folder)
 
@@ -146,11 +151,11 @@ class Session:
         await self.learners[role].call_all(LearnerWorker.save_model, folder)
 
     async def save_average(self, folder: Path) -> None:
-        """Write the moving average of the actor in the same format."""
+        """Write the moving average of the actor in plain Hugging Face format."""
         await self.actor.call_all(LearnerWorker.save_average, folder)
 
     async def close(self) -> None:
-        """End every worker in an orderly way."""
+        """Shut the engines down in order, then end every worker."""
         try:
             await asyncio.wait_for(self.engines.shutdown(), SHUTDOWN_SECONDS)
         except (TimeoutError, RunError) as error:
@@ -171,7 +176,7 @@ def sleepers(config: RLConfig) -> frozenset[Holder]:
 
 
 def engine_settings(config: RLConfig, index: int, threads: int) -> EngineSettings:
-    """The settings of engine ``index``; its seed differs from that of the others."""
+    """The settings of engine ``index``. Each engine has its own seed."""
     return EngineSettings(
         model=config.pretrain,
         dtype="bfloat16" if config.bf16 else "float32",
@@ -188,20 +193,20 @@ def engine_settings(config: RLConfig, index: int, threads: int) -> EngineSetting
 
 
 def single_logprobs(updates: Sequence[StepUpdate]) -> list[np.ndarray]:
-    """Log-probs of the one update's own forward, in the order of its samples."""
+    """Logprobs of the single update's own forward pass, in sample order."""
     assert len(updates) == 1, "old log-probs of several updates are not those of the rollout"
     return updates[0].logprobs
 
 
 def update_metrics(role: Role, reports: Sequence[UpdateReport]) -> dict[str, float]:
-    """Means over the optimizer steps of one rollout."""
+    """Metrics of the optimizer steps of one rollout: means over the steps, and the last learning rate."""
     grad_norm, rate = (
         (names.POLICY_GRAD_NORM, names.POLICY_LR) if role is Role.ACTOR else (names.VALUE_GRAD_NORM, names.VALUE_LR)
     )
     keys = {key for report in reports for key in report.metrics}
     means = {key: float(np.mean([report.metrics[key] for report in reports if key in report.metrics])) for key in keys}
     if names.COMPILE_SECONDS in means:
-        means[names.COMPILE_SECONDS] *= len(reports)  # it is a sum
+        means[names.COMPILE_SECONDS] *= len(reports)  # seconds add up, so the sum instead of the mean
     if role is Role.CRITIC and names.AUX_LOSS in means:
         means[names.VALUE_AUX_LOSS] = means.pop(names.AUX_LOSS)
     means[grad_norm] = float(np.mean([report.grad_norm for report in reports]))

@@ -1,4 +1,4 @@
-"""Starting the workers of a run, in this process or under Ray, as --workers says. Only the chosen way is imported."""
+"""Start the workers of a run, in this process or under Ray (--workers). Only the chosen module is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from togi.workers.session import Session
 async def start(
     config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
 ) -> Session:
-    """Start and load every model and engine of resolved settings. ``updates``: planned optimizer steps of each learner."""
+    """Start and load every model and engine. ``config`` is resolved. ``updates``: planned optimizer steps of each learner."""
     if config.workers is WorkersKind.LOCAL:
         from togi.workers import local
 

@@ -1,7 +1,7 @@
-"""The workers of one model role, addressed as one: the same call on all of them, or the samples dealt out among them.
+"""The workers of one model role: the same call on all of them, or samples dispatched over them.
 
-Samples are dealt in shares, one for each team of consecutive ranks that compute together (``World.team_size``). All ranks of a
-team get the same samples and give the same answer, of which the first one's is taken.
+Samples are dispatched in shares, one for each team of consecutive ranks that compute together (``World.team_size``). All ranks of
+a team get the same samples and return the same result; that of the first rank is used.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ P = ParamSpec("P")
 class StepUpdate:
     """One optimizer step over all ranks.
 
-    ``tokens`` were computed, ``unshared_tokens`` would have been without shared prompts. ``logprobs`` are those of the
-    step's own forward, one array a sample in order; empty when the objective computes none.
+    ``tokens``: tokens computed; ``unshared_tokens``: what they would have been without shared prompts. ``logprobs``: of
+    the step's own forward pass, one array per sample in order; empty if the objective computes none.
     """
 
     report: UpdateReport
@@ -50,7 +50,7 @@ class StepUpdate:
 
 
 class WorkerGroup(Generic[W]):
-    """Rank i of the role is worker i. Collective methods are called on all ranks at once, always."""
+    """Rank i of the role is worker i. Collective methods are always called on all ranks at once."""
 
     def __init__(self, role: Role, workers: Workers[W], *, share_prompts: bool, ranks_per_share: int = 1) -> None:
         assert len(workers) % ranks_per_share == 0
@@ -65,7 +65,7 @@ class WorkerGroup(Generic[W]):
 
     @property
     def shares(self) -> int:
-        """How many shares samples are dealt in."""
+        """The number of shares that samples are dispatched in."""
         return self.size // self._ranks_per_share
 
     async def call_all(self, method: Callable[Concatenate[W, P], T], *arguments: P.args, **named: P.kwargs) -> list[T]:
@@ -73,7 +73,7 @@ class WorkerGroup(Generic[W]):
         return await all_or_none(self.workers.call(rank, method, *arguments, **named) for rank in range(self.size))
 
     async def per_sample(self, method: Callable[[W, Sequence[Sample]], Arrays], samples: Sequence[Sample]) -> Arrays:
-        """Deal the samples by tokens, call ``method`` on each share, and return the results in order."""
+        """Dispatch the samples balanced by tokens, call ``method`` on each share, and return the results in sample order."""
         [plan], dealt = self._deal([samples])
         answers = await all_or_none(
             self.workers.call(rank, method, dealt[self._share(rank)][0]) for rank in range(self.size)
@@ -85,7 +85,7 @@ class WorkerGroup(Generic[W]):
         return result
 
     def _deal(self, steps: Sequence[Sequence[Sample]]) -> tuple[list[list[list[int]]], list[list[list[Sample]]]]:
-        """For each step which samples go to which share, and for each share its samples of every step."""
+        """For each step the sample indices of each share, and for each share its samples of every step."""
         plans = [split_ranks(step, self.shares, share_prefix=self._share_prompts) for step in steps]
         dealt = [
             [[step[i] for i in plan[share]] for step, plan in zip(steps, plans, strict=True)]
@@ -97,7 +97,7 @@ class WorkerGroup(Generic[W]):
         return rank // self._ranks_per_share
 
     def _one_per_share(self, answers: Sequence[T]) -> Sequence[T]:
-        """The answers of the first ranks of all teams."""
+        """The results of the first rank of each team."""
         return answers[:: self._ranks_per_share]
 
 
@@ -107,9 +107,9 @@ class LearnerGroup(WorkerGroup[LearnerWorker]):
     async def update(
         self, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]] = ()
     ) -> list[StepUpdate]:
-        """One optimizer step per element of ``steps``; each step's samples are dealt by tokens.
+        """One optimizer step per element of ``steps``; the samples of a step are dispatched balanced by tokens.
 
-        ``mixed``: supervised rows for each step, dealt in the same way, or nothing at all.
+        ``mixed``: supervised rows for each step, dispatched in the same way, or empty.
         """
         plans, dealt = self._deal(steps)
         _, dealt_rows = self._deal(mixed)

@@ -1,4 +1,4 @@
-"""Runs programs that nobody trusts. ``run`` is the outside, ``launcher`` and ``calls`` are what runs inside.
+"""Runs untrusted programs. ``run`` is the outside; ``launcher`` and ``calls`` run inside.
 
-Nothing is imported here: the inside starts with the standard library alone, in hundredths of a second.
+Imports nothing: the inside starts with the standard library alone, within hundredths of a second.
 """

@@ -1,11 +1,11 @@
-"""Tests on this side, the tested code on another: calls cross between two processes, and only plain values with them.
+"""Remote calls between tests and tested code in two processes. Only plain values cross.
 
-``serve`` holds the tested code and answers calls of what it defines. ``judge`` runs the tests, in which a name that is not their
-own stands for the other side's. So the code under test cannot reach the tests, what compares, or the verdict: whatever it does
-in its process, the tests see values of built-in types that it returned, or an exception.
+``serve`` holds the tested code and answers calls of its functions. ``judge`` runs the tests; a name that the tests do not define
+stands for the other side's. So the tested code cannot reach the tests, the comparisons or the verdict: whatever it does in its
+process, the tests see returned values of built-in types, or an exception.
 
-Plain values: None, bool, int, float, complex, str, bytes, and lists, tuples, sets, frozensets and dicts of them; no
-subclasses, whose ``==`` could say anything. What a call changed in its list, dict and set arguments is changed here too.
+Plain values: None, bool, int, float, complex, str, bytes, and lists, tuples, sets, frozensets and dicts of them. No subclasses,
+because their ``==`` could return anything. Changes of a call to its list, dict and set arguments are copied back.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PASSED, FAILED, UNUSABLE = "1", "0", "?"
 
 
 class NotPlainError(Exception):
-    """A value that does not cross."""
+    """A value that cannot cross."""
 
 
 class OtherSideError(Exception):
-    """The tested code raised something, ended, or said what nobody understands."""
+    """The tested code raised an exception, ended, or sent an invalid message."""
 
 
 class Remote:
@@ -53,6 +53,7 @@ class Remote:
             value, after = unpack(reply["value"]), [unpack(each) for each in reply["args"]]
         except (KeyError, TypeError, ValueError, RecursionError):
             raise OtherSideError("an answer that is none") from None
+        # The call may have changed its arguments in place.
         for ours, theirs in zip(args, after, strict=False):
             _make_equal(ours, theirs)
         return value
@@ -63,14 +64,14 @@ class Remote:
 
 
 class Channel:
-    """One JSON object a line, either way."""
+    """JSON objects over two pipes, one per line."""
 
     def __init__(self, reader: BinaryIO, writer: BinaryIO) -> None:
         self._reader, self._writer = reader, writer
 
     @classmethod
     def take(cls) -> Channel:
-        """From standard input and output, which become /dev/null: what code prints must not get between."""
+        """Take over standard input and output, and redirect both to /dev/null: printed text must not mix with messages."""
         reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
         null = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1):
@@ -82,7 +83,7 @@ class Channel:
         self._writer.flush()
 
     def hear(self) -> dict[str, Any]:
-        """Raises OtherSideError when the other side has ended or speaks nonsense."""
+        """Read a message. Raises OtherSideError if the other side has ended or sent an invalid one."""
         line = self._reader.readline(LONGEST_MESSAGE)
         try:
             message = json.loads(line) if line.endswith(b"\n") else None
@@ -117,7 +118,7 @@ def pack(value: Any) -> Any:
 
 
 def unpack(packed: Any) -> Any:
-    """The plain value. Raises ValueError, TypeError or RecursionError for what is none."""
+    """The plain value of packed JSON. Raises ValueError, TypeError or RecursionError if it is invalid."""
     if packed is None or isinstance(packed, bool | str):
         return packed
     if not isinstance(packed, dict) or len(packed) != 1:
@@ -137,7 +138,7 @@ def unpack(packed: Any) -> Any:
 
 
 def _make_equal(ours: Any, theirs: Any) -> None:
-    """Do to our argument what the call did to its copy."""
+    """Copy the changes of a call's argument back to ours."""
     if type(ours) is not type(theirs):
         return
     if isinstance(ours, list):
@@ -150,13 +151,13 @@ def _make_equal(ours: Any, theirs: Any) -> None:
 def _as_exception(name: str) -> Exception:
     kind = vars(builtins).get(name)
     if isinstance(kind, type) and issubclass(kind, Exception):
-        with contextlib.suppress(TypeError):  # few want more than a text
+        with contextlib.suppress(TypeError):  # a few exceptions need more than a text
             return kind("raised by the tested code")
     return OtherSideError(name)
 
 
 def serve(code: str, channel: Channel) -> None:
-    """Run the tested code, then answer calls until the judge hangs up."""
+    """Run the tested code, then answer calls until the judge closes the channel."""
     namespace: dict[str, Any] = {"__name__": "answer"}
     exec(compile(code, "<answer>", "exec"), namespace)  # noqa: S102  what this process is for
     wanted = channel.hear()["describe"]
@@ -167,7 +168,7 @@ def serve(code: str, channel: Channel) -> None:
 
 
 def _described(value: Any) -> dict[str, Any]:
-    """A constant as it is; nothing of what may be called."""
+    """The value of a constant; empty for what can be called."""
     try:
         return {"value": pack(value)}
     except (NotPlainError, RecursionError):
@@ -192,14 +193,14 @@ def _answer(request: dict[str, Any], namespace: dict[str, Any]) -> dict[str, Any
 
 
 def judge(setup: str, tests: Sequence[str], channel: Channel, verdict: TextIO) -> None:
-    """Run the tests in order, in one namespace, and write a character for each as soon as it is known.
+    """Run the tests in order in one namespace, and write one character per test as soon as it is known.
 
-    ``setup`` is run before anything of the other side is there, so that it cannot depend on it.
+    ``setup`` runs before the other side is connected, so that it cannot depend on it.
     """
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
         exec(compile(setup, "<setup>", "exec"), namespace)  # noqa: S102
-    except Exception:  # noqa: BLE001  the label's fault, whatever it is
+    except Exception:  # noqa: BLE001  whatever it is, the label is at fault
         verdict.write(UNUSABLE * len(tests))
         verdict.flush()
         return
@@ -208,7 +209,7 @@ def judge(setup: str, tests: Sequence[str], channel: Channel, verdict: TextIO) -
         try:
             exec(compile(test, f"<test {number}>", "exec"), namespace)  # noqa: S102
             outcome = PASSED
-        except NotPlainError:  # only our side raises it: the test hands over what cannot cross
+        except NotPlainError:  # raised on our side only: the test passes an argument that cannot cross
             outcome = UNUSABLE
         except Exception:  # noqa: BLE001  a test fails by whatever exception
             outcome = FAILED
@@ -217,7 +218,7 @@ def judge(setup: str, tests: Sequence[str], channel: Channel, verdict: TextIO) -
 
 
 def _bind(namespace: dict[str, Any], tests: Sequence[str], channel: Channel) -> None:
-    """Give the tests what they name but do not have: modules of the standard library, then the other side's definitions."""
+    """Define the names that the tests use but do not define: standard library modules, then the other side's names."""
     wanted = free_names(tests) - namespace.keys()
     modules = wanted & sys.stdlib_module_names
     namespace.update({name: __import__(name) for name in modules})
@@ -226,11 +227,11 @@ def _bind(namespace: dict[str, Any], tests: Sequence[str], channel: Channel) -> 
         for name in (wanted - modules) & names.keys():
             namespace[name] = unpack(names[name]["value"]) if "value" in names[name] else Remote(name, channel)
     except (OtherSideError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        return  # the tested code ended, or answers nonsense: every test that needs it fails
+        return  # the tested code has ended or sends invalid messages: every test that needs it fails
 
 
 def free_names(tests: Sequence[str]) -> set[str]:
-    """Names that tests read but neither define, nor import, nor have as built-ins."""
+    """Names that tests read but neither define nor import, and that are not built-ins."""
     read: set[str] = set()
     own = set(vars(builtins))
     for node in (node for test in tests for node in ast.walk(ast.parse(test))):

@@ -1,7 +1,7 @@
-"""What keeps a program in bounds where the kernel's walls are not to be had: an audit hook of Python (PEP 578).
+"""Restricts a program where the kernel's namespaces are not available, by an audit hook of Python (PEP 578).
 
-No sandbox, and nobody should take it for one: who finds a hole in the interpreter is out. It refuses network, other processes,
-C functions, and writing outside a folder; a hook cannot be taken away again. Files can be read.
+This is not a sandbox: a hole in the interpreter escapes it. The hook refuses network, other processes, C functions and writing
+outside a folder, and cannot be removed again. Files can be read.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def install(folder: str) -> None:
-    """Refuse from now on, with PermissionError. ``folder`` is the one place to write in."""
+    """Refuse from now on with PermissionError. ``folder``: the only place that can be written."""
     inside = os.path.realpath(folder) + os.sep
     join, real = os.path.join, os.path.realpath  # bound here: the program may replace those of the module
 
     def is_inside(path: Any) -> bool:
         if isinstance(path, int):
-            return True  # a file that is open already
+            return True  # a file descriptor that is already open
         text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
         return bool(text) and join(real(text), "").startswith(inside)
 

@@ -1,11 +1,11 @@
-"""The first process of a sandbox, started by ``run`` with a job on a file descriptor: walls, limits, then the program.
+"""The first process of a sandbox, started by ``run`` with a job on a file descriptor: namespaces, limits, then the program.
 
     launcher          makes the namespaces and waits; exit status 0: the program ended by itself with status 0
-      first process   of the namespaces: everything in them ends with it, and it with the launcher
+      first process   of the namespaces: everything in them ends with it, and it ends with the launcher
         program       under limits and without rights
 
-Without namespaces the launcher runs the program itself, behind ``guard``. Standard error is for the launcher alone: what is there
-at the end says why the program was never run.
+Without namespaces the launcher runs the program itself, behind ``guard``. Only the launcher writes to standard error: text there
+says why the program was not run.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ FAILED = 1
 
 
 def main() -> None:
-    """With namespaces it returns in the program's process only."""
+    """Enter the sandbox and run the job. With namespaces it continues in the program's process only."""
     with os.fdopen(int(sys.argv[1])) as file:
         job = json.load(file)
+    # The answer must not import Togi, nor see how it was started.
     sys.path[:] = [path for path in sys.path if path != job["package_root"]]
     sys.argv[:] = ["answer.py"]
+    # Descriptors of the outside are opened before the namespaces hide them.
     program = role(job)
     if job["walls"]:
         try:
@@ -37,6 +39,7 @@ def main() -> None:
         except OSError as error:
             os.write(2, f"{error}\n".encode())
             os._exit(FAILED)
+    # Only now: errors of the setup go to standard error.
     silence()
     if not job["walls"]:
         limit(job["limits"])
@@ -45,7 +48,7 @@ def main() -> None:
 
 
 def role(job: dict[str, Any]) -> Callable[[], None]:
-    """What to do behind the walls. Everything from outside them is opened here."""
+    """The function to run inside. Opens everything that comes from outside."""
     if job["role"] == "program":
         return lambda: exec(compile(job["code"], "<answer>", "exec"), {"__name__": "__main__"})  # noqa: S102
     channel = calls.Channel.take()
@@ -56,18 +59,21 @@ def role(job: dict[str, Any]) -> Callable[[], None]:
 
 
 def become_the_program(limits: dict[str, int]) -> None:
-    """Fork twice; return in the last process only."""
+    """Fork twice and return in the last process only."""
     lifeline, held = os.pipe()
     launcher = os.getpid()
     first = os.fork()
     if first != 0:
+        # The launcher waits, and its exit status is that of the program.
         os.close(lifeline)
         os._exit(_ending_of(first))
+    # The first process of the namespace: the kernel kills the others when it ends.
     os.close(held)
     namespaces.die_with_parent(lifeline)
     program = os.fork()
     if program != 0:
         os._exit(_ending_of(program))
+    # The program itself: under limits, then without rights.
     os.close(lifeline)
     limit(limits)
     namespaces.renounce(launcher)
@@ -78,14 +84,14 @@ def _ending_of(child: int) -> int:
 
 
 def silence() -> None:
-    """Standard error to nowhere, in the program's process."""
+    """Redirect standard error to /dev/null, in the program's process."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     os.close(null)
 
 
 def limit(limits: dict[str, int]) -> None:
-    """Limits of the kernel, which children inherit and nobody can raise."""
+    """Set kernel limits, which children inherit and cannot raise."""
     wanted = {
         resource.RLIMIT_CPU: limits["cpu_seconds"],
         resource.RLIMIT_AS: limits["memory_bytes"],
@@ -95,5 +101,5 @@ def limit(limits: dict[str, int]) -> None:
         resource.RLIMIT_CORE: 0,
     }
     for name, value in wanted.items():
-        with contextlib.suppress(ValueError):  # lower already, or (macOS) not to be limited
+        with contextlib.suppress(ValueError):  # already lower, or (macOS) not supported
             resource.setrlimit(name, (value, value))

@@ -1,12 +1,12 @@
-"""Walls around the current process, by the kernel (Linux 5.12 or later): namespaces, a file system of its own, no rights.
+"""Isolation of the current process by the kernel (Linux 5.12 or later): namespaces, its own file system, no rights.
 
-After ``enter`` and a fork the child is in a machine of its own. Network: none, not even this machine's. Files: the
-standard library and the system's libraries to read, an empty /tmp in memory to write; no home folder, no /proc, no /etc.
-Processes: only its own, which end with its first one. ``renounce`` drops the rights that building took; where root built, the
-program also gets a user that owns nothing.
+After ``enter`` and a fork the child is isolated. Network: none, not even this machine's. Files: the standard library and the
+system's libraries, read-only; an empty writable /tmp in memory; no home folder, no /proc, no /etc. Processes: only its own, which
+end with its first one. ``renounce`` drops the rights that the setup needed; if root did it, the program also gets a user that owns
+nothing.
 
-An ordinary user builds them in a user namespace, root does not need one. Not here: limits. Not
-prevented: defects of the kernel, and on a virtual machine addresses of its host (AF_VSOCK), which no network namespace covers.
+An ordinary user needs a user namespace, root does not. Limits are elsewhere. Not prevented: kernel bugs, and on a virtual machine
+addresses of its host (AF_VSOCK), which no network namespace covers.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from pathlib import Path
 
 NEW_MOUNTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NETWORK = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 BIND, RECURSIVE, PRIVATE, NO_SUID, NO_DEVICES = 0x1000, 0x4000, 0x40000, 2, 4
-SYS_MOUNT_SETATTR = 442  # one number on every architecture
+SYS_MOUNT_SETATTR = 442  # the same number on every architecture
 THIS_FOLDER, AT_RECURSIVE, READ_ONLY = -100, 0x8000, 1
 SET_PARENT_DEATH_SIGNAL, SET_NO_NEW_PRIVILEGES = 1, 38
 CAPABILITY_VERSION = 0x20080522
 NOBODY = 65534
 USER_BASE = 1 << 30
-"""Each sandbox of a root process gets a user of its own, so that the limit on processes counts only its own."""
+"""Each sandbox of a root process gets its own user, so that the limit on processes counts only its own."""
 ROOT = "/proc"
-"""Where the new file system is built: a folder that is always there and that nothing inside may see."""
+"""Where the new file system is mounted: a folder that always exists and that nothing inside may see."""
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin")
-TMP = "/tmp"  # noqa: S108  one of its own, in memory
+TMP = "/tmp"  # noqa: S108  the sandbox's own, in memory
 DEVICES = ("/dev/null", "/dev/urandom")
 
 
 def enter(tmp_bytes: int) -> None:
-    """Put this process's children behind the walls. Raises OSError where the machine does not permit it."""
+    """Isolate the children of this process. Raises OSError if the machine does not permit it."""
     if platform.system() != "Linux":
         raise OSError("namespaces are a matter of Linux")
     walls = NEW_MOUNTS | NEW_IPC | NEW_PIDS | NEW_NETWORK
@@ -44,9 +44,11 @@ def enter(tmp_bytes: int) -> None:
         _call("unshare", walls)
     else:
         _call("unshare", walls | NEW_USER)
+        # Map the user to itself: setgroups must be denied before the kernel accepts a group map.
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+    # Private: the mounts that follow must not show outside.
     _call("mount", None, b"/", None, RECURSIVE | PRIVATE, None)
     _build(tmp_bytes)
     os.chroot(ROOT)
@@ -54,8 +56,9 @@ def enter(tmp_bytes: int) -> None:
 
 
 def _build(tmp_bytes: int) -> None:
-    """A new root with what Python needs, all of it read-only but /tmp."""
+    """Mount a new root with what Python needs, read-only except /tmp."""
     _mount("tmpfs", ROOT, b"mode=755")
+    # Libraries; on many systems /lib and /bin are links into /usr.
     for path in (*SYSTEM, *dict.fromkeys((sys.base_prefix, sys.base_exec_prefix))):
         inside = Path(ROOT + path)
         if not Path(path).exists() or inside.exists():
@@ -71,6 +74,7 @@ def _build(tmp_bytes: int) -> None:
     for path in DEVICES:
         Path(ROOT + path).touch()
         _call("mount", path.encode(), (ROOT + path).encode(), None, BIND, None)
+    # Read-only at once for all mounts; /tmp comes after it.
     attributes = (ctypes.c_uint64 * 4)(READ_ONLY | NO_SUID, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     _call("syscall", SYS_MOUNT_SETATTR, THIS_FOLDER, ROOT.encode(), AT_RECURSIVE, ctypes.byref(attributes), size)
@@ -78,9 +82,9 @@ def _build(tmp_bytes: int) -> None:
 
 
 def die_with_parent(lifeline: int) -> None:
-    """End this process, the first of its namespace, with the one that made it, and so everything in the namespace.
+    """End this process, the first of its namespace, when its parent ends, and so everything in the namespace.
 
-    ``lifeline``: the reading end of a pipe that the parent holds open, for the case that it is gone already.
+    ``lifeline``: the read end of a pipe that the parent holds open, to detect a parent that has already ended.
     """
     _call("prctl", SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     os.set_blocking(lifeline, False)
@@ -92,15 +96,16 @@ def die_with_parent(lifeline: int) -> None:
 
 
 def renounce(launcher_pid: int) -> None:
-    """Give up every right, for good, in the process that is to run the program."""
+    """Drop every right for good, in the process that will run the program."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         user = USER_BASE + launcher_pid
-        os.setresuid(user, user, user)  # takes all capabilities away
+        os.setresuid(user, user, user)  # also drops all capabilities
     else:
         header, sets = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
         _call("capset", ctypes.byref(header), ctypes.byref(sets))
+    # Programs with the set-uid bit must not bring rights back.
     _call("prctl", SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
 
 
@@ -109,7 +114,7 @@ def _mount(kind: str, target: str, options: bytes) -> None:
 
 
 def _call(function: str, *arguments: object) -> None:
-    """A function of the C library. Raises OSError with its reason."""
+    """Call a function of the C library. Raises OSError with its reason."""
     library = ctypes.CDLL(None, use_errno=True)
     if library[function](*arguments) != 0:
         number = ctypes.get_errno()

@@ -1,8 +1,8 @@
-"""Starts sandboxes and takes their results. Standard library only: runs in the reward's worker process.
+"""Starts sandboxes and returns their results. Standard library only: runs in the reward's worker process.
 
-What a program may: see ``namespaces``, or ``guard`` where the machine does not permit those (``walls_are_to_be_had``). In both
-cases it gets none of the environment's variables, and limits on processor time, memory, files and processes by the kernel; the
-wall clock is kept here. A sandbox stays in the worker's process group, so that it ends with the worker.
+``namespaces`` says what a program may do, or ``guard`` where the machine does not permit namespaces (``walls_are_to_be_had``). In
+both cases the program gets no environment variables, and kernel limits on processor time, memory, files and processes. The wall
+clock is enforced here. A sandbox stays in the worker's process group, so it ends with the worker.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program may use. ``wall_seconds``: all its cases together; the rest: each process, ``processes`` of them.
+    """Limits of one program. ``wall_seconds``: for all its cases together; the others per process, ``processes`` at most.
 
-    ``file_bytes``: its output, each file, and its whole /tmp.
+    ``file_bytes``: for its output, each file, and its whole /tmp.
     """
 
     cpu_seconds: int = 5
@@ -41,12 +41,12 @@ class Limits:
 
 
 class SandboxError(OSError):
-    """A sandbox could not be built; the program was not run. May pass."""
+    """A sandbox could not be set up and the program was not run. May be transient."""
 
 
 @lru_cache(maxsize=1)
 def walls_are_to_be_had() -> bool:
-    """Whether this machine lets us make namespaces: tried once, with an empty program."""
+    """Whether this machine permits namespaces: tried once, with an empty program."""
     try:
         return run_program("", "", Limits(), time.monotonic() + 30, walls=True).ended_well
     except SandboxError:
@@ -55,14 +55,14 @@ def walls_are_to_be_had() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What a program printed, and whether it ended by itself with exit status 0 and in time."""
+    """A program's output, and whether it ended by itself with exit status 0 and in time."""
 
     output: str
     ended_well: bool
 
 
 def run_program(code: str, stdin: str, limits: Limits, deadline: float, *, walls: bool) -> Ended:
-    """Run a program with a text as its standard input. ``deadline``: on the monotonic clock. Raises SandboxError."""
+    """Run a program with a text as standard input. ``deadline``: on the monotonic clock. Raises SandboxError."""
     with _files(2) as (given, printed):
         given.write(stdin.encode())
         given.seek(0)
@@ -73,7 +73,8 @@ def run_program(code: str, stdin: str, limits: Limits, deadline: float, *, walls
 
 
 def run_tests(code: str, setup: str, tests: Sequence[str], limits: Limits, deadline: float, *, walls: bool) -> str:
-    """One character a test (``calls``); tests that were not reached have none. Code and tests get a sandbox each."""
+    """Returns one character per test (``calls``), none for tests that were not reached. Code and tests have separate sandboxes."""
+    # Two pipes connect tests and code; a file takes the verdict, which the code never sees.
     to_code, from_judge = os.pipe()
     to_judge, from_code = os.pipe()
     with contextlib.ExitStack() as stack:
@@ -87,9 +88,9 @@ def run_tests(code: str, setup: str, tests: Sequence[str], limits: Limits, deadl
         judge = stack.enter_context(_started(job, limits, ours[2], ours[1], walls=walls, pass_fds=fds))
         tested = stack.enter_context(_started({"role": "serve", "code": code}, limits, ours[0], ours[3], walls=walls))
         for end in ours:
-            end.close()  # else neither would notice that the other ended
+            end.close()  # otherwise neither side would see that the other has ended
         if _wait(judge, deadline) is not None:
-            _wait(tested, time.monotonic() + 1)  # only to know whether it was ever there
+            _wait(tested, time.monotonic() + 1)  # raises if it was never started
         verdict.seek(0)
         return verdict.read().decode()
 
@@ -104,7 +105,7 @@ def _started(
     walls: bool,
     pass_fds: tuple[int, ...] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The launcher with a job, killed and reaped at the end with all that it started."""
+    """The launcher with a job; at the end it is killed and reaped with everything that it started."""
     with tempfile.TemporaryDirectory(prefix="togi-sandbox-") as folder, _files(1) as (file,):
         record = {**job, "limits": asdict(limits), "walls": walls, "package_root": PACKAGE_ROOT}
         file.write(json.dumps(record).encode())
@@ -130,13 +131,13 @@ def _started(
 
 @contextlib.contextmanager
 def _files(count: int) -> Iterator[tuple[IO[bytes], ...]]:
-    """Files without a name, gone when they are closed."""
+    """Unnamed temporary files, deleted when they are closed."""
     with contextlib.ExitStack() as stack:
         yield tuple(stack.enter_context(tempfile.TemporaryFile()) for _ in range(count))
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float) -> int | None:
-    """The exit status; None when the time was over. Raises SandboxError when the program was never run."""
+    """The exit status; None after the deadline. Raises SandboxError if the program was not run."""
     try:
         status = process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

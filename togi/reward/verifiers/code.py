@@ -1,22 +1,23 @@
-"""builtin:code: 1 if the program in the response passes all tests of the label, else 0. The standard library only.
+"""builtin:code: 1 if the program in the response passes all tests of the label, else 0. Standard library only.
 
 The program is the response's last fenced block of Python, or else the whole response. The label is one of
 
 * a list of Python tests, each a text with an assert: ["assert add(1, 2) == 3", ...];
-* a list of cases {"input": text, "output": text}: the program is run with the first as standard input and must end by itself,
-  having printed the second (white space at the ends of lines and of the whole does not count);
+* a list of cases {"input": text, "output": text}: the program runs with the input as standard input and must end by itself, having
+  printed the output (white space at the ends of lines and of the whole is ignored);
 * {"tests": either list, "setup": Python that runs before Python tests, such as their imports};
 * the text of one of these as JSON, or of a single Python test.
 
-A label that is none of these abstains, as does one whose setup fails or whose tests hand a function or an object of a class to
-the program: only plain values cross, see ``sandbox.calls``. ``tests_passed``, the share of tests, is logged beside the reward.
+Any other label abstains. So does a label whose setup fails, or whose tests pass a function or an object of a class to the program:
+only plain values cross (``sandbox.calls``). ``tests_passed``, the share of tests, is logged beside the reward.
 
-Programs run in sandboxes (``sandbox.namespaces``): no network, no files but the system's, no environment; with limits on
-time, memory, output and processes (``Limits``). Where a machine permits none (``isolated`` is logged as 0), a guard inside Python
-takes its place, which stops accidents and simple tricks and nothing else.
+Programs run in sandboxes (``sandbox.namespaces``): no network, no files but the system's, no environment; with limits on time,
+memory, output and processes (``Limits``). If the machine permits none (``isolated`` is logged as 0), a guard inside
+Python replaces it, which stops accidents and simple tricks only.
 
-The verdict is made in another process than the program's: what a case should print, and the tests, never enter the
-program's process. What remains possible: to know the tests by heart, or to guess the values of few of them.
+The verdict is made in another process than the program's: neither the expected output nor the tests enter the program's process.
+What remains possible: to know the tests by heart, or to guess the values of a few tests.
+
 A program has 10 seconds, and 4 run at once: give large groups a larger ``--reward_timeout``.
 """
 
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a program reads and must print."""
+    """The input of a program and the output that it must print."""
 
     input: str
     output: str
@@ -71,7 +72,7 @@ class Checks:
 def reward_func(
     queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
 ) -> dict[str, Any]:
-    """1, 0 or None per query. Raises SandboxError, a passing reason, when a sandbox cannot be built."""
+    """1, 0 or None per query. Raises SandboxError, which is transient, if a sandbox cannot be set up."""
     walls = walls_are_to_be_had()
     if not walls:
         _warn_once()
@@ -87,7 +88,7 @@ def _warn_once() -> None:
 
 
 def passed_share(response: str, label: Any, *, walls: bool) -> float | None:
-    """The share of the tests that a response passes; None for a label that cannot be used."""
+    """The share of the tests that a response passes; None for an invalid label."""
     tests = read_label(label)
     if tests is None:
         return None
@@ -100,13 +101,13 @@ def passed_share(response: str, label: Any, *, walls: bool) -> float | None:
 
 
 def program_of(response: str) -> str:
-    """The program that a response gives."""
+    """The program in a response."""
     blocks: list[str] = FENCE.findall(response)
     return blocks[-1] if blocks else response
 
 
 def prints(code: str, case: Case, deadline: float, *, walls: bool) -> bool:
-    """Whether a program prints what it should and ends well."""
+    """Whether a program prints the expected output and ends by itself with status 0."""
     if time.monotonic() >= deadline:
         return False
     ended = run_program(code, case.input, LIMITS, deadline, walls=walls)
@@ -118,7 +119,7 @@ def _lines(text: str) -> list[str]:
 
 
 def read_label(label: Any) -> Checks | None:
-    """The tests of a label; None if it holds none that can be used."""
+    """The tests of a label; None if it is invalid."""
     if isinstance(label, str):
         try:
             return read_label(json.loads(label))
@@ -145,7 +146,7 @@ def _is_case(case: Any) -> bool:
 
 
 def _python(tests: Sequence[str], setup: str) -> Checks | None:
-    """Tests without an assert anywhere would be passed by every program."""
+    """The label of Python tests; None if they do not compile, or if none has an assert: every program would pass."""
     try:
         for text in (setup, *tests):
             compile(text, "<label>", "exec", dont_inherit=True)

@@ -1,6 +1,6 @@
 """builtin:format: 1 if the whole response matches the regular expression of ``--format_regex``, else 0.
 
-A dot matches line breaks too. A pattern that takes too long is stopped with its process (``--reward_timeout``).
+A dot matches line breaks too. A pattern that takes too long is killed with its process (``--reward_timeout``).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 def reward_func(
     queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
 ) -> list[float]:
-    """1 or 0 per query. Raises BadReturnError for a label that is no schema."""
+    """1 or 0 per query. Raises BadReturnError for a label that is not a schema."""
     return [float(fits(response, label)) for response, label in zip(responses, labels, strict=True)]
 
 

@@ -1,6 +1,6 @@
 """builtin:length: 1 for a response of ``--length_target`` tokens, falling to 0 at none and at twice as many.
 
-With n tokens (the end token among them), the target L and the distance d = min(1, |n - L| / L):
+With n tokens (including the end token), the target L and the distance d = min(1, |n - L| / L):
 
     linear: 1 - d            cosine: (1 + cos(pi d)) / 2
 

@@ -1,8 +1,8 @@
 """builtin:math: is the response's answer mathematically equal to the label? By math-verify (``pip install 'togi[rewards]'``).
 
-The label is a number or LaTeX, alone or in a text with its answer in \\boxed{}; of a GSM8K solution what follows the last
-"####" counts. The answer is the response's last boxed expression, or else the last expression it contains. No answer, and one
-that cannot be judged within seconds, is a wrong answer: a model must not gain by confusing its judge.
+The label is a number or LaTeX, alone or in a text with its answer in \\boxed{}; in a GSM8K solution the text after the last "####"
+counts. The answer is the response's last boxed expression, or else its last expression. No answer, or one that cannot be judged
+within seconds, counts as wrong: a model must not gain by confusing its judge.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from togi.reward.verifiers.labels import plain_text, unusable
 def reward_func(
     queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
 ) -> list[float]:
-    """1 or 0 per query. Raises BadReturnError for a label without an answer: such a row cannot be trained on."""
+    """1 or 0 per query. Raises BadReturnError for a label without an answer."""
     return [
         float(verify(gold(plain_text(label)), parse(response)))
         for response, label in zip(responses, labels, strict=True)
@@ -27,7 +27,7 @@ def reward_func(
 
 @lru_cache(maxsize=64)
 def gold(label: str) -> list[Any]:
-    """The expressions of a label."""
+    """The expressions of a label. Raises BadReturnError if there are none."""
     text = label.rsplit("####", 1)[-1].strip()
     found: list[Any] = parse(text if "\\boxed" in text else rf"\boxed{{{text}}}")
     if not found:

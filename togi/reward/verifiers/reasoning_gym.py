@@ -6,10 +6,10 @@ The label is a JSON object {"task": name, "answer": answer, "metadata": {...}}, 
         label = {"task": "chain_sum", "answer": row["answer"], "metadata": row["metadata"]}
         print(json.dumps({"input": row["question"], "label": label}))
 
-The answer is what stands in the response's last <answer>...</answer>, or else its last line. An empty answer gets 0.
+The answer is the text in the response's last <answer>...</answer>, or else its last line. An empty answer gets 0.
 
-Some verifiers evaluate the answer as Python or SymPy, which a model can use to hang the worker or worse. Where plain
-arithmetic is asked for, anything else gets 0 without running the verifier; the other such tasks are refused.
+Some verifiers evaluate the answer as Python or SymPy, which a model can use to hang the worker or worse. For tasks with plain
+arithmetic as answer, anything else gets 0 without running the verifier; other such tasks are refused.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 def reward_func(
     queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
 ) -> list[float]:
-    """One score in [0, 1] per query. Most verifiers give a little for a wrong answer in the right format."""
+    """One score in [0, 1] per query. Most verifiers give a small score to a wrong answer in the right format."""
     return [score(answer_of(response), label) for response, label in zip(responses, labels, strict=True)]
 
 
 def answer_of(response: str) -> str:
-    """The answer that a response gives; "" if it gives none."""
+    """The answer in a response; "" if there is none."""
     tagged = ANSWER.findall(response)
     if tagged:
         return str(tagged[-1]).strip()
@@ -67,7 +67,7 @@ def score(answer: str, label: Any) -> float:
 
 @lru_cache
 def verifier(task: str) -> Callable[[str, dict[str, Any]], float]:
-    """The package's scoring function of a task, made once per worker."""
+    """The package's scoring function of a task, created once per worker."""
     from reasoning_gym import get_score_answer_fn
 
     found: Callable[[str, dict[str, Any]], float] = get_score_answer_fn(task)

@@ -1,4 +1,4 @@
-"""Workers as Ray actors: what an object has to know and do in a process of its own."""
+"""Workers as Ray actors: what an object needs when it runs in its own process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MEETING_TIMEOUT_S = 300.0
 
 
 class ModelActor(ModelWorker):
-    """One rank of a model in a process of its own."""
+    """One rank of a model in its own process."""
 
     def open_meeting(self) -> tuple[str, int]:
-        """Open the meeting place of the ranks, on rank 0; returns its address and port."""
+        """Open the store where the ranks of this model meet, on rank 0. Returns its address and port."""
         address = ray.util.get_node_ip_address()
         self._store = open_store(address, MEETING_TIMEOUT_S)
         return address, self._store.port
@@ -31,10 +31,11 @@ class ModelActor(ModelWorker):
         return own_gpus()
 
     def node(self) -> str:
-        """The node that this process is on."""
+        """The node of this process."""
         return this_node()
 
     def _join(self, meeting: Rendezvous, config: RLConfig, tensor_size: int = 1) -> None:
+        # Before the first use of CUDA in this process.
         see_only(own_gpus())
         if config.full_determinism:
             be_deterministic()
@@ -45,7 +46,7 @@ class LearnerActor(ModelActor, LearnerWorker):
     """One rank of a model in training."""
 
     def open_channel(self) -> tuple[str, int]:
-        """Open the meeting place of this rank and the engines; returns its address and port."""
+        """Open the store where this rank and the engines meet. Returns its address and port."""
         address = ray.util.get_node_ip_address()
         self._channel_store = open_store(address, MEETING_TIMEOUT_S)
         return address, self._channel_store.port
@@ -56,18 +57,18 @@ class ScorerActor(ModelActor, ScorerWorker):
 
 
 class EngineActor(EngineWorker):
-    """One engine in a process of its own."""
+    """One engine in its own process."""
 
     async def start_on(self, name: EngineName, settings: EngineSettings, gpus: Sequence[str]) -> None:
-        """``gpus``: all that the engine may use, where they are not those that Ray gave this process."""
+        """Start the engine. ``gpus``: the GPUs that it may use, if they are not those that Ray gave this process."""
         see_only(gpus or own_gpus())
         await self.start(name, settings)
 
     async def node(self) -> str:
-        """The node that this process is on."""
+        """The node of this process."""
         return this_node()
 
 
 def this_node() -> str:
-    """The id of the node that this process is on."""
+    """The id of the node of this process."""
     return str(ray.get_runtime_context().get_node_id())

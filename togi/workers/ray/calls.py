@@ -1,4 +1,4 @@
-"""Waiting for Ray workers: the first failure wins, and it says who failed instead of what Ray wrapped around it."""
+"""Waiting for Ray workers: the first failure is raised, as an error that names the worker, without Ray's wrapping."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ P = ParamSpec("P")
 
 
 class RayWorkers(Generic[W_co]):
-    """``Workers`` in processes of their own. ``who``: what they are called in errors."""
+    """``Workers`` in their own processes. ``who``: their name in errors."""
 
     def __init__(self, who: str, handles: Sequence[ActorHandle]) -> None:
         self.who, self.handles = who, tuple(handles)
@@ -33,13 +33,14 @@ class RayWorkers(Generic[W_co]):
         *arguments: P.args,
         **named: P.kwargs,
     ) -> T:
+        # Ray looks remote methods up by name.
         remote = getattr(self.handles[index], method.__name__).remote
         result: T = await result_of(remote(*arguments, **named), f"{self.who} {index}")
         return result
 
 
 async def result_of(ref: ObjectRef, who: str) -> Any:
-    """The result of one remote call. Raises the user's own error as it is, anything else as WorkerError."""
+    """The result of one remote call. Raises the user's own error unchanged, anything else as WorkerError."""
     try:
         return await ref
     except RayTaskError as error:
@@ -55,9 +56,9 @@ async def result_of(ref: ObjectRef, who: str) -> Any:
 
 
 async def results_of(refs: Sequence[ObjectRef], who: str, arrived: Callable[[int], None] = lambda _: None) -> list[Any]:
-    """The results of one call on several workers, in order; raises at the first failure without waiting for the rest.
+    """The results of one call on several workers, in order. Raises at the first failure without waiting for the rest.
 
-    ``arrived`` is told the place of each result as it comes.
+    ``arrived``: called with the place of each result as it arrives.
     """
 
     async def one(place: int, ref: ObjectRef) -> Any:

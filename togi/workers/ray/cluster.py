@@ -1,8 +1,8 @@
-"""Ray: connecting, placing groups of slots, and starting one worker process per role and slot.
+"""Ray: connect, place groups of slots, and start one worker process per role and slot.
 
-Here is the only place that asks Ray for resources. The arithmetic was checked before (``togi.plan.placement``); here it is
-checked once more against what the cluster really has, so that nothing ever waits for a GPU that does not exist. GPUs that were
-only declared (``ray start --num-gpus 8`` on a machine without any) are slots like others, whose processes compute on the CPU.
+Only this module asks Ray for resources. The arithmetic was checked before (``togi.plan.placement``); here it is checked against
+what the cluster really has, so that nothing waits for a GPU that does not exist. GPUs that are only declared
+(``ray start --num-gpus 8`` on a machine without any) count as slots, whose processes compute on the CPU.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from togi.plan.placement import (
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 1 << 30
-# A slot is a GPU, or a process that computes only in its own phase: CPU is bookkeeping and must never make one wait.
+# A slot is a GPU, or a process that computes only in its own phase. CPU is bookkeeping and must never block a placement.
 CPU_PER_SLOT = 0.01
 SHARES_OF_ONE = 10_000
-"""How finely Ray divides a resource."""
+"""The resolution with which Ray divides a resource."""
 PLACEMENT_TIMEOUT_S = 120.0
-SLOW_START = "timed out during startup"  # what Ray says
+SLOW_START = "timed out during startup"  # part of Ray's message
 RELEASE_TIMEOUT_S = 10.0
-"""A job that has just ended may still be giving its GPUs back."""
+"""A job that has just ended may still be releasing its GPUs."""
 NODE_LABEL = "ray.io/node-id"
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the connected cluster has. ``cpus``: of this node, for thread counts. ``gpus_of_nodes``: where there are any."""
+    """The resources of the connected cluster. ``cpus``: of this node, for thread counts. ``gpus_of_nodes``: nodes with GPUs."""
 
     cpus: int
     gpus_of_nodes: tuple[int, ...]
@@ -67,12 +67,12 @@ class Resources:
 
 
 def connect(machine: Machine) -> Resources:
-    """Join the cluster that RAY_ADDRESS names (set by ``ray job submit``), or start a private one on this machine."""
+    """Join the cluster of RAY_ADDRESS (set by ``ray job submit``), or start a private one on this machine."""
     if not joins_cluster():
-        # Ray's own default makes workers give way to every other process of the machine.
+        # By default Ray gives its workers a lower priority than every other process of the machine.
         os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray's own default starts a process for each core that no role can use: theirs have other environments.
+        # By default Ray starts an idle process per core; no role can use them, as each needs its own environment.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         _start(machine)
     else:
@@ -82,7 +82,7 @@ def connect(machine: Machine) -> Resources:
 
 
 def _start(machine: Machine) -> None:
-    """Ray gives its own processes 30 s, which is too little on a machine that is very busy: then once more."""
+    """Start a private cluster. Retried once: Ray's limit of 30 s is too short on a very busy machine. Raises RunError."""
     for is_last in (False, True):
         try:
             ray.init(
@@ -96,7 +96,7 @@ def _start(machine: Machine) -> None:
                 _node_ip_address="127.0.0.1",  # a private cluster listens on the loopback only
             )
             return
-        except Exception as error:  # of no class of its own
+        except Exception as error:  # Ray raises a bare Exception
             if is_last or SLOW_START not in str(error):
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise RunError(
@@ -113,13 +113,16 @@ def own_gpus() -> tuple[str, ...]:
 
 
 def see_only(gpus: Sequence[str]) -> None:
-    """Let torch see these GPUs alone, before its first use of one; Ray does so itself, unless it was told not to."""
+    """Restrict torch to these GPUs, before its first use of one. Ray does so itself unless it is configured not to."""
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
 
 
 def _join() -> None:
-    """Raises ConfigError: Ray asks for a token where its head found one, and hears of it from nobody who names an address."""
+    """Join the cluster. Raises ConfigError if it does not answer.
+
+    A common cause is the token: a head with a token file demands one, and a client that names an address does not send it.
+    """
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
@@ -130,19 +133,21 @@ def _join() -> None:
 
 
 class Cluster:
-    """The placed groups of a run."""
+    """The placement groups of a run."""
 
     def __init__(self, groups: tuple[Group, ...], resources: Resources) -> None:
+        # The groups fit the cluster and what other jobs leave free.
         check_fits(groups, resources.gpus)
         if resources.gpus > 0:
             check_nodes(groups, resources.gpus_of_nodes)
             _check_free(sum(group.slots for group in groups), resources.gpus)
         self.resources = resources
         self.groups = groups
+        # Which node each slot should be on.
         nodes = _gpus_by_node()
         check_spread(groups, len(nodes))
         pinned = spread(groups, nodes)
-        # Those that need certain nodes come first, so that the others take what is left.
+        # Groups that need certain nodes are placed first; the others take what is left.
         order = sorted(range(len(groups)), key=lambda place: -groups[place].nodes)
         placed = {place: self._place(groups[place], pinned[place]) for place in order}
         self._placed = [placed[place] for place in range(len(groups))]
@@ -151,10 +156,10 @@ class Cluster:
     def start(
         self, actor_class: type, role: Role, environment: Mapping[str, str], *, concurrency: int = 1, number: int = 0
     ) -> list[ActorHandle]:
-        """One worker process of ``actor_class`` in every slot of the role's group, or for every engine; does not wait.
+        """Start one worker process of ``actor_class`` in every slot of the role's group, or for every engine. Does not wait.
 
-        None where the run has no such role. ``number``: which of several models of that role; they share one group or have
-        one each.
+        Returns an empty list if the run has no such role. ``number``: the index among several models of the role, which
+        share one group or have one each.
         """
         found = [i for i, group in enumerate(self.groups) if role in group.roles]
         if not found:
@@ -167,6 +172,7 @@ class Cluster:
             "TOKENIZERS_PARALLELISM": "false",
             **environment,
         }
+        # An engine takes several slots: its process starts in the first of them.
         step = group.engine_size // group.slots_per_bundle if role is Role.ENGINE else 1
         return [
             remote.options(
@@ -180,11 +186,11 @@ class Cluster:
         ]
 
     def threads(self, slots: int) -> int:
-        """CPU threads of one process of a role: roles compute one after the other, so each may use all cores in turn."""
+        """CPU threads of one process of a role. Roles compute one after the other, so each may use all cores in turn."""
         return max(1, self.resources.cpus // slots)
 
     def describe_nodes(self) -> str:
-        """Which node each group's slots are on, for example "actor 127.0.0.1 x 4, 127.0.0.2 x 4"; "" on a single node."""
+        """The nodes of each group's slots, for example "actor 127.0.0.1 x 4, 127.0.0.2 x 4"; "" on a single node."""
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         if len(addresses) == 1:
             return ""
@@ -195,12 +201,12 @@ class Cluster:
         return "; ".join(lines)
 
     def close(self) -> None:
-        """Give the slots back. Ends every worker in them."""
+        """Release the slots. Ends every worker in them."""
         for placed in self._placed:
             remove_placement_group(placed)
 
     def _place(self, group: Group, nodes: Sequence[str]) -> PlacementGroup:
-        """``nodes``: that of each slot; none for wherever there is room."""
+        """Reserve the slots of a group. ``nodes``: the node of each slot; empty for any node. Raises ConfigError on timeout."""
         size = group.slots_per_bundle
         bundle = {"CPU": CPU_PER_SLOT * size}
         if self.resources.gpus > 0:
@@ -222,7 +228,8 @@ class Cluster:
 
     @staticmethod
     def _order(placed: PlacementGroup, group: Group) -> list[int]:
-        """The bundles of a group in the order of its slots: those of a node together, so that an engine is on one."""
+        """The bundles of a group in the order of its slots, grouped by node, so that an engine is on one node."""
+        # A bundle per engine is on one node already.
         if group.slots_per_bundle == group.engine_size:
             return list(range(group.slots // group.engine_size))
         table = placement_group_table(placed)["bundles_to_node_id"]
@@ -234,18 +241,18 @@ class Cluster:
 
 
 def describe(groups: tuple[Group, ...], resources: Resources) -> str:
-    """The arithmetic of a placement, in one line."""
+    """The arithmetic of a placement in one line."""
     return arithmetic(groups, "GPUs" if resources.gpus > 0 else "worker processes")
 
 
 def _share(amount: float, group: Group) -> float:
-    """Each role's share of a bundle that has ``amount`` a slot, rounded down: the shares must never add up to more."""
+    """Each role's share of a bundle with ``amount`` per slot, rounded down, because the shares must not add up to more."""
     share = amount * group.slots_per_bundle / len(group.roles)
     return math.floor(share * SHARES_OF_ONE + 1e-6) / SHARES_OF_ONE
 
 
 def _check_free(needed: int, total: int) -> None:
-    """Refuse at once what other jobs leave no room for."""
+    """Raise ConfigError if other jobs hold the GPUs that the placement needs."""
     deadline = time.monotonic() + RELEASE_TIMEOUT_S
     while (free := int(ray.available_resources().get("GPU", 0))) < needed:
         if time.monotonic() > deadline:
@@ -257,7 +264,7 @@ def _check_free(needed: int, total: int) -> None:
 
 
 def _gpus_by_node() -> dict[str, int]:
-    """The GPUs of every node, this one first."""
+    """The number of GPUs of every node, this node first."""
     here = ray.get_runtime_context().get_node_id()
     alive = [node for node in ray.nodes() if node["Alive"]]
     alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeManagerAddress"], node["NodeID"]))
@@ -265,5 +272,5 @@ def _gpus_by_node() -> dict[str, int]:
 
 
 def disconnect() -> None:
-    """Leave the cluster, and end it if it was started here."""
+    """Leave the cluster; ends it if it was started here."""
     ray.shutdown()

@@ -1,4 +1,4 @@
-"""Starting the workers of a run as Ray processes, placed over the GPUs and nodes of a cluster."""
+"""Start the workers of a run as Ray processes, placed over the GPUs and nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAX_CONCURRENT_CALLS = 4096
 async def start(
     config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
 ) -> Session:
-    """Connect, place, and load every model at once: start-up is import and disk time, which overlaps.
+    """Connect, place, and load all models concurrently: start-up is import and disk time, which overlaps.
 
     ``updates``: planned optimizer steps of each learner.
     """
@@ -55,7 +55,7 @@ async def start(
 async def _start(
     config: RLConfig, cluster: Cluster, updates: Mapping[Role, int], announce: Callable[[str], None]
 ) -> Session:
-    # processes: all of them begin at once
+    # Stage 1: start all processes at once.
     concurrent = cluster.start(EngineActor, Role.ENGINE, CUBLAS, concurrency=MAX_CONCURRENT_CALLS)
     engines = RayWorkers[EngineActor](Role.ENGINE, concurrent)
     trained = {role: _learners(cluster, role) for role in LEARNERS if role in used_roles(config)}
@@ -63,7 +63,7 @@ async def _start(
     for number, path in enumerate(config.scoring_models):
         frozen.append((Role.REWARD, path, _scorers(cluster, Role.REWARD, number)))
 
-    # models: engines that will sleep come first, and the others find the memory that those do not use yet
+    # Stage 2: load. Engines that will sleep go first, so that the models can use the memory that they release.
     pool, actor, asleep = EnginePool(engines), trained[Role.ACTOR], sleepers(config) & {Holder.ENGINES}
     loading = [_load_engines(config, cluster, engines, actor)]
     if asleep:
@@ -73,9 +73,11 @@ async def _start(
     loading += [load(ranks, ScorerActor.start, config, role, path) for role, path, ranks in frozen]
     await asyncio.gather(*loading)
 
+    # Stage 3: connect actor and engines.
     weights = await WeightSync.open(actor, engines, config)
     if config.generates:
         announce(weights.route.describe())
+    # Stage 4: the groups that the session calls.
     share, teams = config.share_prompts, {role: team_size(config, role) for role in Role}
     learners = {
         role: LearnerGroup(role, ranks, share_prompts=share, ranks_per_share=teams[role])
@@ -95,7 +97,7 @@ async def _start(
 
 
 class RayMeter:
-    """Each worker's process, asked one by one. A ``Meter``."""
+    """A ``Meter`` that asks each worker process."""
 
     def __init__(
         self, engines: EnginePool, learners: Sequence[LearnerGroup], scorers: Sequence[WorkerGroup[ScorerWorker]]
@@ -138,9 +140,10 @@ async def load(
     role: Role,
     last: S,
 ) -> None:
-    """Let the ranks meet, and load the model on each of them."""
+    """Join the ranks to one process group, and load the model on each of them."""
     address, port = await ranks.call(0, ModelActor.open_meeting)
     size = len(ranks)
+    # All ranks together: joining a process group blocks until every rank is there.
     await all_or_none(
         ranks.call(rank, start, Rendezvous(rank, size, address, port), config, role, last) for rank in range(size)
     )
@@ -159,9 +162,10 @@ async def _load_engines(
 
 
 async def _gpus_of_engines(config: RLConfig, actor: RayWorkers[LearnerActor], engines: int) -> list[tuple[str, ...]]:
-    """The GPUs of each engine that shares several with the actor's ranks; empty where Ray gives an engine all of its own."""
+    """The GPUs of each engine that shares several with the actor's ranks; empty tuples if Ray gives each engine its own."""
     size = config.vllm_tensor_parallel_size
     if size == 1 or engines == 0 or not config.colocate_all_models:
         return [()] * engines
     slots = await all_or_none(actor.call(rank, LearnerActor.gpus) for rank in range(len(actor)))
+    # Engine k runs on the GPUs of the k-th run of `size` actor ranks.
     return [tuple(gpu for slot in slots[first : first + size] for gpu in slot) for first in range(0, len(slots), size)]

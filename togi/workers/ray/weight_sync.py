@@ -1,8 +1,8 @@
-"""Sending the actor's weights, or a LoRA adapter alone, to every engine, in large buckets, by a carrier of ``togi.plan.carrier``.
+"""Send the actor's weights, or only a LoRA adapter, to every engine in large buckets, by a carrier of ``togi.plan.carrier``.
 
-Order: all engines agree to the manifest, buckets flow (the gather of the next overlaps the sending and loading of the last; each
-is a buffer of its own, since engines keep references), all engines confirm that everything arrived, and the checksums of what
-every rank of the actor gathered and every engine got are compared. The whole has a deadline.
+Order: all engines agree to the manifest; buckets flow; all engines confirm that everything arrived; the checksums of every rank of
+the actor and every engine are compared. The gather of a bucket overlaps sending and loading of the one before; each bucket is its
+own buffer, because engines keep references. The whole update has a deadline.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from togi.workers.ray.calls import RayWorkers, results_of
 
 @dataclass(slots=True)
 class _Progress:
-    """How many tensors have left the actor, and each engine has: -1 before it has agreed to the update."""
+    """How many tensors the actor has sent and each engine has loaded; -1 before an engine has agreed to the update."""
 
     engines: list[int]
     total: int = 0
@@ -38,7 +38,7 @@ class _Progress:
         self.engines[engine] += tensors
 
     def describe(self) -> str:
-        """Who is behind."""
+        """Who is behind, for the message of a timeout."""
         if self.total == 0:
             return "the actor has not begun"
         behind = min(self.engines)
@@ -49,7 +49,7 @@ class _Progress:
 
 
 class WeightSync:
-    """The way from an actor to its engines. Make one with ``open``."""
+    """The transport from an actor to its engines. Create it with ``open``."""
 
     def __init__(
         self, actor: RayWorkers[LearnerActor], engines: RayWorkers[EngineActor], route: Route, timeout: float
@@ -61,7 +61,7 @@ class WeightSync:
     async def open(
         cls, actor: RayWorkers[LearnerActor], engines: RayWorkers[EngineActor], config: RLConfig
     ) -> WeightSync:
-        """Choose the carrier by where the processes are, and connect them. A replay has no engines to connect."""
+        """Choose the carrier by where the processes are, and connect them. A replay has no engines."""
         if not engines.handles:
             return cls(actor, engines, Route(Carrier.HOST), config.weight_sync_timeout)
         nodes = set(await results_of([engine.node.remote() for engine in engines.handles], "engine"))
@@ -72,10 +72,11 @@ class WeightSync:
         return sync
 
     async def connect(self) -> None:
-        """Let actor and engines meet where they send through a group."""
+        """Join actor and engines in a group if the carrier needs one."""
         carrier, first, workers = self.route.carrier, self._actor.handles[0], self._engines.handles
         meetings: list[Rendezvous | None] = [None] * len(self._actor)
         joins: list[ObjectRef] = []
+        # Rank 0 of the actor is rank 0 of the group; the engines follow.
         if carrier.is_group:
             ((address, port),) = await results_of([first.open_channel.remote()], "actor")
             size = 1 + len(workers)
@@ -88,13 +89,14 @@ class WeightSync:
             worker.prepare_export.remote(carrier, meeting)
             for worker, meeting in zip(self._actor.handles, meetings, strict=True)
         ]
+        # Joining blocks until all are there, so both sides wait together.
         await asyncio.gather(results_of(ready, "actor"), results_of(joins, "engine"))
 
     async def send(self, version: int) -> SyncReport:
-        """Give every engine the actor's present weights as ``version``.
+        """Send the actor's current weights to every engine as ``version``.
 
-        Raises WeightSyncError when an engine refuses (the message names the tensors that differ), when it has got other bytes
-        than were sent, or when the deadline passes (the message names who is behind).
+        Raises WeightSyncError if an engine refuses (the message names the tensors that differ), if an engine has
+        received other bytes than were sent, or if the deadline passes (the message names who is behind).
         """
         start, progress = time.perf_counter(), _Progress([-1] * len(self._engines))
         try:
@@ -108,14 +110,17 @@ class WeightSync:
 
     async def _send(self, version: int, progress: _Progress) -> tuple[Manifest, str]:
         engines = self._engines.handles
+        # Stage 1: every engine agrees to names, shapes and types.
         manifests: list[Manifest] = await self._ask_actor("begin_export", version)
         manifest = manifests[0]
         progress.total = len(manifest.tensors)
         agreed = [worker.begin_update.remote(manifest) for worker in engines]
         await results_of(agreed, "engine", lambda engine: progress.add(engine, 1))
+        # Stage 2: buckets. The next one is gathered while the engines load the last; more would only take memory.
         loading: list[asyncio.Future[list[None]]] = []
         try:
             while progress.sent < len(manifest.tensors):
+                # Two return values: the count comes to the driver, the parcel goes from worker to worker.
                 refs = [rank.next_bucket.options(num_returns=2).remote() for rank in self._actor.handles]
                 counts: list[int] = await results_of([ref[0] for ref in refs], "actor")
                 if loading:
@@ -127,6 +132,7 @@ class WeightSync:
         finally:
             for unfinished in loading:
                 unfinished.cancel()
+        # Stage 3: everything arrived, and it is the same everywhere.
         sent: list[str] = await self._ask_actor("end_export")
         got: list[str] = await results_of([worker.finish_update.remote() for worker in engines], "engine")
         return manifest, agreed_checksum(sent, got)
@@ -135,7 +141,7 @@ class WeightSync:
         return await results_of([getattr(rank, method).remote(*arguments) for rank in self._actor.handles], "actor")
 
     async def _load(self, parcels: Sequence[ObjectRef], count: int, progress: _Progress) -> list[None]:
-        """Hand each engine its parcel: that of the rank on its GPU, or what rank 0 sends to all."""
+        """Pass each engine its parcel: that of the rank on its GPU, or the one that rank 0 sends to all."""
         own = self.route.carrier is Carrier.IPC
         loads = [
             worker.load_bucket.remote(parcels[index if own else 0])
@@ -145,7 +151,7 @@ class WeightSync:
 
 
 def agreed_checksum(sent: Sequence[str], got: Sequence[str]) -> str:
-    """The one checksum of all ranks and engines. Raises WeightSyncError naming those that differ from the actor's rank 0."""
+    """The common checksum. Raises WeightSyncError naming the ranks and engines that differ from the actor's rank 0."""
     others = [f"actor {rank}" for rank, checksum in enumerate(sent) if checksum != sent[0]]
     others += [f"engine {index}" for index, checksum in enumerate(got) if checksum != sent[0]]
     if others:
