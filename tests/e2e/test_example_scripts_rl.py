@@ -44,6 +44,8 @@ EXAMPLES = {
     "rl_reinforce_hybrid.sh": "engine, actor, ref 1 = 1",
     "serve_rm.sh": "",
 }
+# Those that ask for more than one worker of a kind.
+RAY = ("rl_workers.sh", "rl_ppo_ring.sh")
 MORE = {
     "rl_verifiers.sh": ["--format_regex", ".*e.*"],
     "rl_workers.sh": ["--save_steps", "1"],
@@ -90,7 +92,8 @@ def served(world: Path) -> Iterator[str]:
 def train(world: Path, script: str, run: Path, **more: object) -> list[dict[str, Any]]:
     """Run a script for one step; returns its stored rollouts."""
     done = run_script(script, *TINY.split(), *MORE.get(script, []), **{**places(world, run), **more})
-    assert f"placement: {EXAMPLES[script]} workers in this process\n" in done.stdout
+    where = "worker processes" if script in RAY else "workers in this process"
+    assert f"placement: {EXAMPLES[script]} {where}\n" in done.stdout
     (step,) = values(run)
     assert math.isfinite(step["policy/loss"]) and math.isfinite(step["policy/grad_norm"])
     assert math.isfinite(step.get("value/loss", 0.0)) and ("value/loss" in step) == ("critic" in EXAMPLES[script])

@@ -17,6 +17,7 @@ from tests.offline_world import flags, make_world, train, values
 from togi.config.parse import parse
 from togi.methods import METHODS
 from togi.parallel.process import World
+from togi.run.offline import run
 
 ROOT = Path(__file__).parents[2]
 # What decides the numbers; everything else is about how they are computed.
@@ -47,8 +48,8 @@ def run_chosen(world: World, folder: Path) -> None:
     partition_small_weights()
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # layers that are no longer compiled would be equal, too
     for combination in json.loads((folder / CHOSEN).read_text()):
-        command, run = combination["command"], folder / name(combination)
-        argv = flags(folder, command, run, *more(folder, combination), *words(combination), evaluate=False)
+        command, place = combination["command"], folder / name(combination)
+        argv = flags(folder, command, place, *more(folder, combination), *words(combination), evaluate=False)
         run(world, parse(METHODS[command], argv, command), command, argv=argv, announce=lambda line: None)
 
 

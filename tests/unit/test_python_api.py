@@ -110,6 +110,7 @@ def test_work_runs_to_its_end_beside_a_running_event_loop() -> None:
 
 def test_an_interrupt_beside_a_running_event_loop_lets_the_work_close_what_it_opened() -> None:
     closed: list[str] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
     async def work() -> None:
         try:
@@ -124,5 +125,8 @@ def test_an_interrupt_beside_a_running_event_loop_lets_the_work_close_what_it_op
         assert closed == ["work"]
 
     loop = asyncio.new_event_loop()  # asyncio.run would take the signal for itself
-    loop.run_until_complete(notebook())
-    loop.close()
+    try:
+        loop.run_until_complete(notebook())
+    finally:
+        signal.signal(signal.SIGINT, before)
+        loop.close()
