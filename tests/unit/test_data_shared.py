@@ -39,8 +39,10 @@ SETS = [
     ("load", "name", "settings", "used", "faults"), SETS, ids=lambda value: getattr(value, "__name__", str(value)[:30])
 )
 def test_a_set_loads(load, name, settings, used, faults):
-    path = shared_file(f"{name}.jsonl")
-    examples = load(RecordSpec(str(path), max_len=100_000, **settings), tiny_tokenizer())
+    path, tokenizer = shared_file(f"{name}.jsonl"), tiny_tokenizer()
+    if name.startswith("tool_calls"):  # the tiny one's template leaves tool calls out, which is a fault of the row
+        tokenizer.chat_template = (Path(__file__).parents[1] / "templates" / "qwen3.jinja").read_text()
+    examples = load(RecordSpec(str(path), max_len=100_000, **settings), tokenizer)
     assert len(examples) == used
     assert examples.report.faults.by_kind == faults
     assert examples.report.picked == used + sum(faults.values())
