@@ -131,7 +131,11 @@ def test_a_run_inside_an_event_loop_imports_no_ray(world: Path, tmp_path: Path) 
 def test_an_interrupt_ends_a_local_run_in_order(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = command(world, run, *GRPO, *HF, "--num_episodes", "1000", "--workers", "local")
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and its children ignore it
+    try:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 200
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
