@@ -71,6 +71,12 @@ def loads_in_a_plain_script(model: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def has_steps(run: Path) -> bool:
+    """Whether a run has logged anything: it is in its loop."""
+    file = run / "metrics.jsonl"
+    return file.exists() and file.stat().st_size > 0
+
+
 def model_bytes(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.rl_world import GRPO, HF, ROOT, command, metrics, model_bytes, train
+from tests.rl_world import GRPO, HF, ROOT, command, has_steps, metrics, model_bytes, train
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.busy
@@ -131,13 +131,15 @@ def test_a_run_inside_an_event_loop_imports_no_ray(world: Path, tmp_path: Path) 
 def test_an_interrupt_ends_a_local_run_in_order(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = command(world, run, *GRPO, *HF, "--num_episodes", "1000", "--workers", "local")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and its children ignore it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job and its children ignore it
     try:
         process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not has_steps(run) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from tests.example_scripts import run_script
 from tests.learn_tools import max_difference
-from tests.rl_world import GRPO, HF, ROOT, command, loads_in_a_plain_script, metrics, model_bytes, train
+from tests.rl_world import GRPO, HF, ROOT, command, has_steps, loads_in_a_plain_script, metrics, model_bytes, train
 from tests.tiny import save_tiny_model, tiny_config
 from togi.plan.machine import this_machine
 
@@ -162,7 +162,7 @@ def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -
         command(world, run, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 300
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not has_steps(run) and time.monotonic() < deadline:
         time.sleep(0.1)
     children = psutil.Process(process.pid).children(recursive=True)
     engine = next(child for child in children if "EngineActor" in " ".join(child.cmdline()))
