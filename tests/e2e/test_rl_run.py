@@ -251,7 +251,7 @@ def test_actor_and_critic_that_are_mixtures_balance_their_experts(world: Path, t
         assert min(step[name] for step in values[-3:]) < values[0][name] - 0.02 < 3, name
 
 
-@pytest.mark.parametrize("workers", ["local", "ray"])
+@pytest.mark.parametrize("workers", ["local", pytest.param("ray", marks=pytest.mark.large)])
 def test_sleeping_changes_nothing(world: Path, tmp_path: Path, workers: str) -> None:
     """Bit for bit: masters and moments of actor and critic are put away in every phase but training and saving."""
     common = [
