@@ -1,4 +1,4 @@
-"""Shared code of objectives over pairs and over labelled rows: pairing, rewards, metrics.
+"""Shared code of objectives over pairs and over labelled rows: pairing, rewards, metrics, and pairs without a reference.
 
 Values of pairs: ``chosen`` (1 or 0). The formulas are in ``togi.algo.preference``. Shape letters: K tokens in the loss, N
 sequences, P pairs.
@@ -6,6 +6,7 @@ sequences, P pairs.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from togi.algo.preference import sequence_sums
 from togi.batch import Batch
-from togi.learn.objective import Objective
+from togi.learn.objective import Loss, Objective, sequence_means, token_metrics
 from togi.learn.policy_objective import REF_LOGPROBS
-from togi.model.outputs import Outputs
+from togi.model.outputs import Needs, Outputs
 from togi.obs import names
 
 CHOSEN = "chosen"
@@ -58,3 +59,37 @@ class OverPairs(Objective):
 
     def count(self, batch: Batch) -> float:
         return batch.num_sequences / 2
+
+
+class OverMeans(OverPairs):
+    """Losses of pairs by the mean logprob of each response, without a reference: a mean over the pairs of the step.
+
+    Metrics: loss, accuracy (the chosen response has the higher reward), the rewards ``scale`` x mean logprob and their
+    difference, the NLL of the chosen responses in nats per token, and those of ``per_pair``.
+    """
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """Reward per nat of mean logprob."""
+
+    @abstractmethod
+    def per_pair(self, chosen_P: Tensor, rejected_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair (P) from the mean logprobs of its responses (P), and more metrics of each pair (P) by name."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(logprobs=True)
+
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return self.scale * sequence_means(outputs.logprobs_K, batch)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        first_P, second_P = pairs(batch)
+        means_N = sequence_means(outputs.logprobs_K, batch)
+        chosen_P, rejected_P = means_N[first_P], means_N[second_P]
+        losses_P, more = self.per_pair(chosen_P, rejected_P)
+        total = losses_P.sum()
+        own = {names.LOSS: total, names.CHOSEN_NLL: -chosen_P.sum()} | {name: each.sum() for name, each in more.items()}
+        sums = pair_metrics(own, self.scale * chosen_P, self.scale * rejected_P)
+        return Loss(total, token_metrics(sums, len(first_P), {}))
