@@ -63,10 +63,22 @@ def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
         raise ConfigError(message)
 
 
-def template_problems(input_template: str) -> Iterator[str]:
-    """Faults of an ``--input_template``."""
-    if input_template.count("{}") != 1:
-        yield f"--input_template must contain {{}} exactly once, where the prompt goes, but is {input_template!r}."
+def template_problems(template: str, *, applied: bool) -> Iterator[str]:
+    """Faults of an ``--input_template`` that the user wrote. ``applied``: rows are rendered with a chat template."""
+    if applied:
+        yield "--input_template and --apply_chat_template exclude each other: leave one of them out."
+    if template.count("{}") != 1:
+        yield f"--input_template must contain {{}} exactly once, where the prompt goes, but is {template!r}."
+    if "\\n" in template:
+        yield "--input_template contains a backslash followed by n: write a real line break, in bash $'...\\n...'."
+
+
+def chat_template_problems(template: str | None, *, applied: bool) -> Iterator[str]:
+    """Faults of a ``--tokenizer_chat_template``. ``applied``: rows are rendered with a chat template."""
+    if template is not None and not applied:
+        yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."
+    if template is not None and "{" not in template:
+        yield f'--tokenizer_chat_template {template!r} is no Jinja template: give its text, in bash "$(cat FILE)".'
 
 
 def _required(c: RLConfig) -> Iterator[str]:
@@ -77,19 +89,9 @@ def _required(c: RLConfig) -> Iterator[str]:
 
 
 def _data(c: RLConfig) -> Iterator[str]:
-    if c.input_template is not None and c.apply_chat_template:
-        yield "--input_template and --apply_chat_template exclude each other: leave one of them out."
     if c.input_template is not None:
-        yield from template_problems(c.input_template)
-    if c.input_template is not None and "\\n" in c.input_template:
-        yield "--input_template contains a backslash followed by n: write a real line break, in bash $'...\\n...'."
-    if c.tokenizer_chat_template is not None and not c.apply_chat_template:
-        yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."
-    if c.tokenizer_chat_template is not None and "{" not in c.tokenizer_chat_template:
-        yield (
-            f"--tokenizer_chat_template {c.tokenizer_chat_template!r} is no Jinja template: give its text, "
-            'in bash "$(cat FILE)".'
-        )
+        yield from template_problems(c.input_template, applied=c.apply_chat_template)
+    yield from chat_template_problems(c.tokenizer_chat_template, applied=c.apply_chat_template)
     if c.max_len is not None and c.max_len < c.prompt_max_len + c.generate_max_len:
         yield (
             f"--max_len {c.max_len} is less than --prompt_max_len {c.prompt_max_len} + --generate_max_len "

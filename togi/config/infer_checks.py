@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from togi.config.chat import ChatConfig
-from togi.config.checks import template_problems
+from togi.config.checks import chat_template_problems, template_problems
 from togi.config.choices import EngineName, EvalTask, PostProcessor
 from togi.config.infer import GenerationSettings, InferConfig, ScoringSettings, SliceSettings
 from togi.config.parse import Parsed, Source
@@ -62,7 +62,7 @@ def _chat_problems(c: ChatConfig, given: set[str]) -> Iterator[str]:
         if c.tokenizer_chat_template is not None:
             yield "--tokenizer_chat_template and --no_apply_chat_template exclude each other: leave one of them out."
         if c.input_template is not None:
-            yield from template_problems(c.input_template)
+            yield from template_problems(c.input_template, applied=False)
     if c.greedy_sampling and "temperature" in given and c.temperature > 0:
         yield "--greedy_sampling takes the most likely token but --temperature draws one: leave one of them out."
     yield from reward_template_problems(c.reward_template)
@@ -75,13 +75,8 @@ def _chat_problems(c: ChatConfig, given: set[str]) -> Iterator[str]:
 def rendering_problems(c: PromptText) -> Iterator[str]:
     """Faults of the flags that format prompts."""
     if c.input_template is not None:
-        if c.apply_chat_template:
-            yield "--input_template and --apply_chat_template exclude each other: leave one of them out."
-        yield from template_problems(c.input_template)
-        if "\\n" in c.input_template:
-            yield "--input_template contains a backslash followed by n: write a real line break, in bash $'...\\n...'."
-    if c.tokenizer_chat_template is not None and not c.apply_chat_template:
-        yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."
+        yield from template_problems(c.input_template, applied=c.apply_chat_template)
+    yield from chat_template_problems(c.tokenizer_chat_template, applied=c.apply_chat_template)
 
 
 def reward_template_problems(template: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from togi.config.checks import model_problems, output_problems, train_problems
+from togi.config.checks import chat_template_problems, model_problems, output_problems, train_problems
 from togi.config.parallel_checks import parallel_problems
 from togi.config.parse import Parsed, Source
 from togi.errors import ConfigError
@@ -42,13 +42,7 @@ def _training(c: Method) -> Iterator[str]:
     yield from train_problems(c, c)
     yield from parallel_problems(c, c)
     chat = c.prompt_text is not None and c.prompt_text.apply_chat_template
-    if c.tokenizer_chat_template is not None and not chat:
-        yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."
-    if c.tokenizer_chat_template is not None and "{" not in c.tokenizer_chat_template:
-        yield (
-            f"--tokenizer_chat_template {c.tokenizer_chat_template!r} is no Jinja template: give its text, "
-            'in bash "$(cat FILE)".'
-        )
+    yield from chat_template_problems(c.tokenizer_chat_template, applied=chat)
     if c.max_tokens_per_gpu * c.ring_attn_size < c.max_len:
         yield (
             f"--max_tokens_per_gpu {c.max_tokens_per_gpu} x --ring_attn_size {c.ring_attn_size} is less than --max_len "

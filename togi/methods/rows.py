@@ -20,13 +20,8 @@ def rendering_problems(c: PromptText, *, template_given: bool) -> Iterator[str]:
     """Faults of the flags that format a prompt."""
     from togi.config.checks import template_problems
 
-    if not template_given or c.input_template is None:
-        return
-    if c.apply_chat_template:
-        yield "--input_template and --apply_chat_template exclude each other: leave one of them out."
-    yield from template_problems(c.input_template)
-    if "\\n" in c.input_template:
-        yield "--input_template contains a backslash followed by n: write a real line break, in bash $'...\\n...'."
+    if template_given and c.input_template is not None:
+        yield from template_problems(c.input_template, applied=c.apply_chat_template)
 
 
 class PromptAndResponse(Method):
