@@ -18,6 +18,7 @@ from typing import Any
 from togi.config.checks import check_mixture, check_rl
 from togi.config.choices import BackendName, EngineName
 from togi.config.hooks import Hook
+from togi.config.iterate import IterateConfig
 from togi.config.model_facts import check_length
 from togi.config.parallel_checks import check_splittable
 from togi.config.parse import Parsed
@@ -75,6 +76,8 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     check_experts(config)
     # Data, reward files, hooks, folders.
     check_prompts(config)
+    if config.pretrain_data is not None:
+        check_pretraining(config, config.pretrain_data)
     for file in config.reward_files:
         check_reward(file)
     for name, value in (
@@ -158,7 +161,7 @@ def check_backend(backend: BackendName) -> None:
         )
 
 
-def check_prompts(config: RLConfig) -> None:
+def check_prompts(config: RLConfig | IterateConfig) -> None:
     """Check prompt sets, fields and probabilities. Raises UserError."""
     keys = {"input_key": config.input_key} | ({"label_key": config.label_key} if config.label_key is not None else {})
     check_sets("prompt_data", config.prompt_data, keys, config.prompt_split)
@@ -166,8 +169,6 @@ def check_prompts(config: RLConfig) -> None:
         parse_probs(config.prompt_data_probs, len(parse_items(config.prompt_data)), "--prompt_data_probs")
     if config.eval_dataset is not None:
         check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
-    if config.pretrain_data is not None:
-        check_pretraining(config, config.pretrain_data)
 
 
 def check_pretraining(config: RLConfig, data: str) -> None:

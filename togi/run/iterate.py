@@ -19,8 +19,6 @@ from togi.config.iterate import IterateConfig
 from togi.config.iterate_checks import check_iterate
 from togi.config.model_facts import check_length
 from togi.config.parse import Parsed, parse
-from togi.data.items import parse_items
-from togi.data.precheck import parse_probs
 from togi.data.reward_text import asked_reward
 from togi.errors import CheckpointError
 from togi.methods import METHODS
@@ -31,8 +29,8 @@ from togi.plan.precision import usable_precision
 from togi.recipes.preflight import (
     check_engine,
     check_model,
+    check_prompts,
     check_reward_file,
-    check_sets,
     check_writable,
     model_settings,
 )
@@ -81,12 +79,7 @@ def check(parsed: Parsed[IterateConfig]) -> None:
     if config.method is IterateMethod.CSFT:
         asked_reward(config.csft_prompt, config.reward_template)
     # Data: both sets must have the columns that the steps read.
-    keys = {"input_key": config.input_key} | ({"label_key": config.label_key} if config.label_key is not None else {})
-    check_sets("prompt_data", config.prompt_data, keys, config.prompt_split)
-    if config.prompt_data_probs is not None:
-        parse_probs(config.prompt_data_probs, len(parse_items(config.prompt_data)), "--prompt_data_probs")
-    if config.eval_dataset is not None:
-        check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
+    check_prompts(config)
     # The reward file, the output folder, and the training command.
     if config.reward_file is not None:
         check_reward_file(Path(config.reward_file))
