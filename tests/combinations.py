@@ -33,7 +33,8 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
     "ring": {"1": (), "2": ("--ring_attn_size", "2")},
     "tensor": {"whole": (), "split": ("--ds_tensor_parallel_size", "2")},
     "packing": {"packed": (), "one by one": ("--no_packing_samples",)},
-    "adapters": {"none": (), "LoRA": LORA, "QLoRA": (*LORA, "--load_in_4bit", "--bf16")},
+    # in float32: experts are chosen by a comparison, which bfloat16's rounding decides otherwise for sums in another order
+    "adapters": {"none": (), "LoRA": LORA, "QLoRA": (*LORA, "--load_in_4bit")},
     "layers": {"as they are": (), "compiled": ("--torch_compile",)},
     "experts": {"dense": (), "MoE": ("--aux_loss_coef", "0.5")},
 }
