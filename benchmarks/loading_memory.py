@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.learn_tools import run_ranks
 from togi.model.loading import ModelSource, load_causal_lm
+from togi.parallel import frozen, trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import frozen, trainable
 from togi.parallel.process import World
 
 MIB = 2**20

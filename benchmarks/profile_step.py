@@ -33,8 +33,8 @@ from togi.learn.learner import Learner
 from togi.learn.objective import SFTObjective
 from togi.learn.schedule import Schedule
 from togi.model.loading import ModelSource, load_causal_lm
+from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 from togi.sample import Sample
 

@@ -21,10 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tests.learn_tools import run_ranks
 from tests.packs import plain_pack
 from togi.model.attention import SEGMENTS
-from togi.model.outputs import Needs
-from togi.model.policy import PolicyModel
+from togi.model.policy import Needs, PolicyModel
+from togi.parallel.groups import Ring
 from togi.parallel.process import World
-from togi.parallel.ring import Ring
 
 MIB = 2**20
 

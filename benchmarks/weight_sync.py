@@ -21,7 +21,7 @@ from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.plan.machine import this_machine
 from togi.plan.placement import Role, resolve
-from togi.workers.start import start
+from togi.workers import start
 
 FLAGS = "--bf16 --advantage_estimator group_norm --init_kl_coef 0 --prompt_max_len 64 --generate_max_len 64"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from togi.data.encode import Outcome
-from togi.data.masks import Coded
 from togi.data.records import Examples
 from togi.data.report import DataReport, Lengths
 from togi.data.shards import Shard, Table, write_shard
+from togi.data.turns import Coded
 
 
 def examples_of(rows: Sequence[tuple[Coded, ...]], folder: Path) -> Examples:

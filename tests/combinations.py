@@ -15,12 +15,11 @@ from itertools import combinations, product
 from pathlib import Path
 
 from tests.offline_world import flags
-from togi.config.checks import check_rl
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
+from togi.config.rl_checks import check_rl
 from togi.errors import ConfigError
-from togi.methods import METHODS
-from togi.methods.checks import check_method
+from togi.methods import METHODS, check_method
 
 Combination = Mapping[str, str]
 LORA = ("--lora_rank", "4", "--target_modules", "q_proj", "v_proj")

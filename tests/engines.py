@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from togi.config.choices import EngineName
-from togi.model.weights import Manifest, TensorSpec
-from togi.rollout.create import create_engine
+from togi.rollout import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.sample import Generation, Sampling
+from togi.weights.buckets import Manifest, TensorSpec
 
 MAX_LEN = 400
 PROMPTS = [[(7 * i + 3 * j) % 250 for j in range(length)] for i, length in enumerate([5, 1, 17, 9, 40, 3])]

@@ -10,21 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.offline_world import ROOT
-from togi.config.chat import ChatConfig
-from togi.config.check import RLCheckConfig
-from togi.config.checks import check_rl
-from togi.config.export import ExportConfig
 from togi.config.fields import Settings
-from togi.config.infer import InferConfig
-from togi.config.infer_checks import check_chat, check_infer
-from togi.config.iterate import IterateConfig
-from togi.config.iterate_checks import check_iterate
-from togi.config.merge import MergeConfig
+from togi.config.infer import ChatConfig, InferConfig, check_chat, check_infer
+from togi.config.iterate import IterateConfig, check_iterate
 from togi.config.parse import Parsed, parse
 from togi.config.rl import RLConfig
-from togi.config.serve_rm import ServeRMConfig, check_serve_rm
-from togi.methods import METHODS
-from togi.methods.checks import check_method
+from togi.config.rl_checks import check_rl
+from togi.config.tools import ExportConfig, MergeConfig, RLCheckConfig, ServeRMConfig, check_serve_rm
+from togi.methods import METHODS, check_method
 
 SCRIPTS = ROOT / "examples" / "scripts"
 BIN = Path(sys.executable).parent

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from togi.batch import Batch
-from togi.model.outputs import Needs
-from togi.model.policy import PolicyModel
+from togi.model.policy import Needs, PolicyModel
 
 
 class Allocated(TorchDispatchMode):

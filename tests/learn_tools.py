@@ -16,14 +16,15 @@ from togi.batch import Batch
 from togi.config.choices import Aggregation, KLEstimator, Scheduler
 from togi.data.packing import pack
 from togi.learn.learner import Learner
-from togi.learn.policy_objective import PolicyObjective
+from togi.learn.objective import PolicyObjective
 from togi.learn.schedule import Schedule
 from togi.model.attention import SEGMENTS
 from togi.model.policy import PolicyModel, ScalarModel
+from togi.parallel import trainable
 from togi.parallel.backend import Backend, BackendOptions
-from togi.parallel.build import trainable
-from togi.parallel.process import Rendezvous, World, open_store
+from togi.parallel.process import World, open_store
 from togi.sample import Sample
+from togi.weights.carriers import Rendezvous
 
 CPU = torch.device("cpu")
 JOB_SECONDS = 900.0

@@ -16,10 +16,10 @@ from togi.data.packing import pack
 from togi.learn.learner import Learner
 from togi.learn.objective import Objective
 from togi.learn.schedule import Schedule
-from togi.model.outputs import Outputs
+from togi.model.policy import Outputs
 from togi.obs.metrics import merge, reduced
+from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 from togi.sample import Sample
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tests.tiny import save_tiny_model
-from togi.cli import offline
+from togi.cli import commands
 from togi.cli.main import main
 from togi.config.shared import MIXTURES
 from togi.methods import METHODS
@@ -118,6 +118,6 @@ def call(module: str, argv: Sequence[str]) -> None:
     """A command in this process, named by the module that a launcher would start. Raises UserError."""
     command = module.rpartition(".train_")[2]
     if command in METHODS:
-        offline.main([command, *argv])
+        commands.offline([command, *argv])
     else:
         importlib.import_module(module).main(list(argv))

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
-from togi.model.outputs import Needs
-from togi.model.policy import PolicyModel
+from togi.model.policy import Needs, PolicyModel
 
 Group = tuple[list[int], list[list[int]]]
 

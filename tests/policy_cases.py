@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.learn_tools import policy
 from togi.config.choices import Aggregation, CorrectionType, KLEstimator, PolicyLossType
-from togi.learn.policy_objective import EngineCorrection, PolicyObjective
+from togi.learn.objective import EngineCorrection, PolicyObjective
 from togi.sample import Sample
 
 TEMPERATURE = 0.7

@@ -67,7 +67,7 @@ def at_run_time(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def places(path: str, node: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
-    """Every node with its place, such as "model/weights.py: Bucket.unpack"."""
+    """Every node with its place, such as "weights/buckets.py: Bucket.unpack"."""
     for child in ast.iter_child_nodes(node):
         named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         here = f"{inside}.{child.name}".lstrip(".") if named else inside

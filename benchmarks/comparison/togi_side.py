@@ -13,8 +13,7 @@ from comparison.cases import Case, Kind
 from comparison.material import SEED, Material
 from comparison.places import ROOT
 from comparison.summary import Steps, Work
-from togi.data.loader import PromptLoader
-from togi.data.prompts import PromptSpec, load_prompts
+from togi.data.prompts import PromptLoader, PromptSpec, load_prompts
 from togi.obs import names
 from togi.obs.metrics import read_records
 from togi.obs.rollout_store import RolloutRow, RolloutStore, Split

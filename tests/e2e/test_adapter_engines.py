@@ -20,8 +20,8 @@ from togi.model.adapters import adapter_scale, sent_names
 from togi.model.checkpoint import whole_tensors
 from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.policy import PolicyModel
-from togi.model.weights import Manifest, TensorSpec, pack_buckets
 from togi.rollout.engine import RolloutEngine
+from togi.weights.buckets import Manifest, TensorSpec, pack_buckets
 
 pytestmark = pytest.mark.busy
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.tiny import STOP, save_tiny_model, tiny_model, tiny_tokenizer
 from togi.cli.main import main
 from togi.config.infer import REWARD_TEMPLATE
-from togi.data.reward_text import with_reward
+from togi.data.precheck import with_reward
 from togi.errors import ModelError
 from togi.model.generate import Answering, stream
 from togi.model.loading import keep_layout, nf4

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.offline_world import ROOT, flags, make_world
-from togi.cli.check import CHECKED
+from togi.cli.commands import CHECKED
 from togi.cli.main import main
 
 RIGHT = "def reward_func(queries, prompts, labels):\n"

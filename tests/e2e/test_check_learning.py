@@ -23,7 +23,7 @@ from tests.shared_data import shared_file
 from tests.tiny import CHAT_TEMPLATE, tiny_config
 from togi.cli.main import main
 from togi.config.rl import RLConfig
-from togi.run.trial import local_reward
+from togi.run.check import local_reward
 from togi.sample import FinishReason, Prompt, Rollout
 
 HALF = {"1": 0.5, "2": 0.5}

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.offline_world import ROOT, flags, make_world, train, values, write
 from tests.tiny import STOP
 from togi.cli.main import main
-from togi.recipes import offline_generation
-from togi.recipes.offline_generation import Student
+from togi.run import offline_setup
+from togi.run.offline_setup import Student
 from togi.sample import Sample
 
 pytestmark = pytest.mark.busy
@@ -176,12 +176,12 @@ def test_a_resumed_run_generates_the_same(world: Path, tmp_path: Path) -> None:
 def test_an_engine_with_other_weights_is_not_learned_from(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = offline_generation.whole_tensors
+    whole = offline_setup.whole_tensors
 
     def spoiled(*args: object) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, tensor.flip(0)) for name, tensor in whole(*args))
 
-    monkeypatch.setattr(offline_generation, "whole_tensors", spoiled)
+    monkeypatch.setattr(offline_setup, "whole_tensors", spoiled)
     assert main(["kd", *flags(world, "kd", tmp_path / "run", *OWN, "--on_policy_share", "1", evaluate=False)]) != 0
     assert "engine and trainer disagree" in " ".join(capsys.readouterr().err.split())
     assert values(tmp_path / "run") == []

@@ -22,7 +22,7 @@ from togi.config.parse import parse
 from togi.errors import CheckpointError, DataError
 from togi.run.iterate import Result, start_iterate
 from togi.run.iterate_steps import Launch, subprocess_step
-from togi.run.offline_phases import OfflineRun
+from togi.run.offline import OfflineRun
 
 REWARD = """
 def reward_func(queries, prompts, labels):

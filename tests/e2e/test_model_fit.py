@@ -12,11 +12,11 @@ from tests.offline_world import answer, flags, make_world, pair, steps, values, 
 from tests.rl_world import GRPO, HF, metrics, train
 from tests.tiny import VOCAB, save_tiny_model, tiny_model, tiny_tokenizer
 from togi.cli.main import main
-from togi.config.serve_rm import ServeRMConfig
-from togi.data.vocabulary import check_tokens, check_vocabulary
+from togi.config.tools import ServeRMConfig
+from togi.data.chat import check_tokens, check_vocabulary
 from togi.errors import ModelError
-from togi.recipes.serve_rm import ServedModel
 from togi.reward.wire import Complaint
+from togi.run.serve_rm import ServedModel
 
 DROPOUT = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
 ADDED = "<42>"  # with 260 tokens before <0>

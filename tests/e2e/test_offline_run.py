@@ -22,7 +22,7 @@ from tests.offline_world import DATA, ROOT, flags, launch, make_world, train
 from togi.cli.main import main
 from togi.methods import METHODS
 from togi.obs.run_dir import read_held_out
-from togi.recipes.best_metric import offline_metrics
+from togi.run.plan import offline_metrics
 
 
 @pytest.fixture(scope="module")

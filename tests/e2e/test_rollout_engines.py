@@ -22,11 +22,11 @@ from tests.tiny import STOP, save_tiny_model
 from togi.config.choices import EngineName
 from togi.errors import ConfigError, DataError, WeightSyncError
 from togi.model.checkpoint import expected_manifest
-from togi.model.weights import Bucket, Manifest, TensorSpec, pack_buckets
 from togi.rollout.engine import RolloutEngine
 from togi.rollout.threaded import Finished, ThreadedEngine
 from togi.rollout.vllm_engine import VllmCore, _finished
 from togi.sample import FinishReason, Generation, Sampling
+from togi.weights.buckets import Bucket, Manifest, TensorSpec, pack_buckets
 
 pytestmark = pytest.mark.busy
 
@@ -355,7 +355,7 @@ def test_without_vllm_the_error_says_what_to_install(folder: Path) -> None:
         "sys.modules['vllm'] = None\n"  # importing it raises ModuleNotFoundError
         "from togi.config.choices import EngineName\n"
         "from togi.errors import EngineUnavailableError\n"
-        "from togi.rollout.create import create_engine\nfrom togi.rollout.engine import EngineSettings\n"
+        "from togi.rollout import create_engine\nfrom togi.rollout.engine import EngineSettings\n"
         f"try: create_engine(EngineName.VLLM, EngineSettings({str(folder)!r}))\n"
         "except EngineUnavailableError as error: print(error)\n"
     )

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from tests.engines import manifest_of, start, weights
 from tests.tiny import save_tiny_model
-from togi.algo.mismatch import router_disagreement
+from togi.algo.policy import router_disagreement
 from togi.config.choices import EngineName
 from togi.data.packing import pack_all
 from togi.learn.scorer import Scorer
 from togi.model.loading import ModelSource, load_causal_lm
-from togi.model.weights import pack_buckets
 from togi.parallel.process import World
 from togi.rollout.engine import RolloutEngine
-from togi.rollout.parity import probe
+from togi.weights.buckets import pack_buckets
+from togi.weights.updates import probe
 
 pytestmark = pytest.mark.busy
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import save_tiny_model
 from togi.config.choices import EngineName
-from togi.model.weights import Manifest, TensorSpec, pack_buckets
-from togi.rollout.create import create_engine
+from togi.rollout import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.sample import Generation, Sampling
+from togi.weights.buckets import Manifest, TensorSpec, pack_buckets
 
 pytestmark = pytest.mark.busy
 

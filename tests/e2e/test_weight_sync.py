@@ -17,13 +17,12 @@ from tests.tiny import save_tiny_model
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import WeightSyncError
-from togi.model.weights import Checksum, pack_buckets
-from togi.plan.carrier import Carrier, Route
 from togi.plan.machine import this_machine
-from togi.plan.placement import Role, resolve
-from togi.workers.ray.calls import RayWorkers
+from togi.plan.placement import Carrier, Role, Route, resolve
+from togi.weights.buckets import Checksum, pack_buckets
+from togi.workers import start
+from togi.workers.ray.cluster import RayWorkers
 from togi.workers.ray.weight_sync import WeightSync
-from togi.workers.start import start
 
 PROBE = list(range(20, 60))
 

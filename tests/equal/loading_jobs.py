@@ -17,8 +17,8 @@ from togi.learn.scorer import Scorer
 from togi.model.checkpoint import save_trained
 from togi.model.loading import ModelSource, load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
+from togi.parallel import frozen, trainable
 from togi.parallel.backend import BackendOptions, Reader
-from togi.parallel.build import frozen, trainable
 from togi.parallel.process import World
 
 POLICIES = ("llama", "qwen3_tied", "gemma3_text", "mixtral", "qwen3_moe")

@@ -15,8 +15,8 @@ from togi.config.choices import Scheduler
 from togi.data.packing import pack
 from togi.learn.learner import Learner
 from togi.learn.schedule import Schedule
+from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 
 NAMES = (

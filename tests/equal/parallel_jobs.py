@@ -34,10 +34,10 @@ from togi.config.shared import Recompute
 from togi.learn.learner import Learner, StepOutcome, UpdateReport
 from togi.learn.learner_state import load_learner, save_learner
 from togi.learn.scorer import Scorer
-from togi.model.recompute import use_recompute
+from togi.model.layers import use_recompute
+from togi.parallel import frozen, frozen_on_host, trainable
 from togi.parallel.backend import BackendOptions, decoder_blocks
-from togi.parallel.build import frozen, frozen_on_host, trainable
-from togi.parallel.parking import Parking
+from togi.parallel.optimizer import Parking
 from togi.parallel.process import World
 
 STEPS = 5  # one of each plan below

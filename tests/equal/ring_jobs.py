@@ -19,17 +19,16 @@ from togi.batch import NO_PREFIX, Batch, Segments
 from togi.config.choices import Scheduler
 from togi.data.packing import pack
 from togi.learn.learner import Learner
-from togi.learn.policy_objective import ValueObjective
+from togi.learn.objective import ValueObjective
 from togi.learn.schedule import Schedule
 from togi.model.attention import SEGMENTS, segment_attention
-from togi.model.outputs import Needs
-from togi.model.policy import PolicyModel
+from togi.model.policy import Needs, PolicyModel
 from togi.model.ring_attention import ring_attention
 from togi.model.ring_layout import RingTable, deal, packed_indices
+from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
+from togi.parallel.groups import Ring
 from togi.parallel.process import World
-from togi.parallel.ring import Ring
 
 HEADS, GROUPS, WIDTH = 8, 4, 16
 # a prompt with three responses, one of which goes on in two; a long and two short sequences

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from togi.config.rl import RLConfig
-from togi.parallel.process import Rendezvous
 from togi.plan.placement import Role
+from togi.weights.carriers import Rendezvous
 from togi.workers.model_worker import ScorerWorker
 from togi.workers.ray.actors import LearnerActor
 

@@ -17,13 +17,13 @@ from togi.config.choices import Scheduler
 from togi.config.shared import SPLITTABLE
 from togi.learn.learner import Learner, UpdateReport
 from togi.learn.learner_state import load_learner, save_learner
-from togi.learn.policy_objective import ValueObjective
+from togi.learn.objective import ValueObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
 from togi.model.attention import SEGMENTS
 from togi.model.policy import PolicyModel, ScalarModel
+from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 
 STEPS = 5

@@ -18,11 +18,10 @@ from togi.config.shared import COMPILABLE, LoRA, Recompute
 from togi.errors import ConfigError, ModelError
 from togi.methods.kd import KD
 from togi.model.adapters import without_adapter
-from togi.model.compiled_layers import clock
+from togi.model.layers import clock
 from togi.model.loading import ModelSource, load_causal_lm
-from togi.model.outputs import Needs
-from togi.model.policy import PolicyModel
-from togi.recipes.offline_preflight import check
+from togi.model.policy import Needs, PolicyModel
+from togi.run.preflight import check_offline
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +139,6 @@ def test_an_architecture_it_was_not_tested_with_is_refused(tmp_path: Path) -> No
     save_tiny_model(tmp_path / "mixtral", arch="mixtral")
     argv = flags(tmp_path, "kd", tmp_path / "run", "--torch_compile", "--teacher_model", str(tmp_path / "mixtral"))
     with pytest.raises(ConfigError, match=r"--torch_compile is tested .* --teacher_model \S+ is a mixtral model"):
-        check(parse(KD, argv, "kd"))
+        check_offline(parse(KD, argv, "kd"))
     with pytest.raises(ModelError, match=r"--torch_compile is tested with gemma, .* and this is a mixtral model"):
         load_causal_lm(ModelSource(str(tmp_path / "mixtral"), torch.float32, layers=Layers.COMPILED))

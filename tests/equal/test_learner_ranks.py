@@ -25,8 +25,8 @@ from togi.config.choices import BackendName
 from togi.learn.learner import Learner, Mixed, UpdateReport
 from togi.learn.learner_state import Ema
 from togi.learn.objective import SFTObjective
+from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 
 BETA = 0.75

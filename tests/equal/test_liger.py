@@ -10,7 +10,7 @@ import torch
 from tests.tiny import save_tiny_model
 from togi.config.choices import Layers
 from togi.errors import ModelError
-from togi.model.liger import TESTED
+from togi.model.layers import TESTED
 from togi.model.loading import ModelSource, load_causal_lm
 
 

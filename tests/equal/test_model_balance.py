@@ -20,11 +20,10 @@ from togi.learn.learner import Learner
 from togi.learn.objective import SFTObjective
 from togi.learn.schedule import Schedule
 from togi.model.attention import SEGMENTS
-from togi.model.outputs import Needs
-from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.policy import Needs, PolicyModel, ScalarModel
 from togi.obs import names
+from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 
 GROUPS = random_groups(0, [(5, [4, 4, 6]), (3, [7]), (9, [2, 3])])

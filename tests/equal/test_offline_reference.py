@@ -17,10 +17,10 @@ from tests.tiny import save_tiny_model
 from togi.learn.learner import Learner
 from togi.model.loading import ModelSource
 from togi.model.policy import PolicyModel
+from togi.parallel import frozen_on_host
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import frozen_on_host
 from togi.parallel.process import World
-from togi.recipes import offline_setup
+from togi.run import offline_setup
 
 LORA = ("--lora_rank", "4", "--target_modules", "q_proj", "down_proj")
 EQUAL = ("loss", "grad_norm", "reward/chosen", "reward/margin", "eval/loss", "eval/reward/rejected")

@@ -18,8 +18,8 @@ from tests.tiny import save_tiny_model, tiny_config
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.plan.placement import Role
-from togi.workers.ray.calls import RayWorkers
-from togi.workers.ray.start import load
+from togi.workers.ray import load
+from togi.workers.ray.cluster import RayWorkers
 from togi.workers.worker_group import LearnerGroup, StepUpdate
 
 pytestmark = pytest.mark.busy

@@ -10,7 +10,7 @@ import torch
 from tests.equal import tensor_jobs as jobs
 from tests.equal.parallel_jobs import assert_same
 from tests.learn_tools import CPU, assert_nearly_as_far, max_difference, run_ranks, weights
-from togi.config.parallel_checks import check_splittable
+from togi.config.shared import check_splittable
 from togi.errors import ConfigError
 from togi.learn.learner_state import load_learner
 from togi.parallel.process import World

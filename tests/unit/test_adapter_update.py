@@ -11,18 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny import save_tiny_model
-from togi.config.checks import check_rl
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
+from togi.config.rl_checks import check_rl
 from togi.config.shared import LoRA
 from togi.errors import ConfigError, ModelError, WeightSyncError
-from togi.model.adapter_update import BaseFiles, merge
 from togi.model.adapters import adapter_scale, as_sent, sent_specs
 from togi.model.checkpoint import check_base_files, expected_manifest, whole_tensors
 from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.policy import PolicyModel
-from togi.model.weights import Manifest, TensorSpec
-from togi.rollout.updates import UpdateLog
+from togi.weights.adapters import BaseFiles, merge
+from togi.weights.buckets import Manifest, TensorSpec
+from togi.weights.updates import UpdateLog
 
 RL = "--pretrain m --prompt_data d --rollout_batch_size 8 --train_batch_size 8 --remote_rm_url r.py"
 

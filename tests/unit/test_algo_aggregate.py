@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.unit import algo_reference as ref
-from togi.algo.aggregate import count, token_weights
 from togi.algo.kl import kl_estimate
-from togi.algo.policy_loss import policy_loss, value_loss
+from togi.algo.policy import count, policy_loss, token_weights, value_loss
 from togi.config.choices import Aggregation, KLEstimator
 
 FEATURES, VOCAB, CONSTANT = 3, 5, 16.0

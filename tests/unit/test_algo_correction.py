@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from togi.algo.mismatch import correction
+from togi.algo.policy import correction
 from togi.config.choices import CorrectionType
 
 # Ratios of trainer and engine: a sequence of three tokens with geometric mean 2, one of two with 4, one of one token.

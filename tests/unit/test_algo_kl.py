@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.unit import algo_reference as ref
-from togi.algo.aggregate import count, token_weights
 from togi.algo.kl import AdaptiveKLController, FixedKLController, kl_controller, kl_estimate
+from togi.algo.policy import count, token_weights
 from togi.config.choices import Aggregation
 from togi.config.choices import KLEstimator as KL
 from togi.errors import ConfigError

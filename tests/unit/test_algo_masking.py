@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from togi.algo.advantages import advantages
-from togi.algo.aggregate import count, token_weights
 from togi.algo.kl import kl_estimate
-from togi.algo.mismatch import correction, mismatch
-from togi.algo.policy_loss import cispo_loss, gspo_loss, policy_loss, value_loss
+from togi.algo.policy import cispo_loss, correction, count, gspo_loss, mismatch, policy_loss, token_weights, value_loss
 from togi.batch import NO_PREFIX, Batch, Segments, predecessors, segment_positions
 from togi.config.choices import AdvantageEstimator, Aggregation, CorrectionType, KLEstimator
 

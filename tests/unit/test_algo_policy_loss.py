@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit import algo_reference as ref
-from togi.algo.policy_loss import cispo_loss, gspo_loss, policy_loss, value_loss
+from togi.algo.policy import cispo_loss, gspo_loss, policy_loss, value_loss
 
 FAST = settings(max_examples=100, deadline=None, derandomize=True)
 

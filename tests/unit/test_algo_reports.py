@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from togi.algo.best_of_n import Estimate, expected_best, mean_with_error, reported_ks
-from togi.algo.mismatch import chosen_experts, mismatch, router_disagreement
+from togi.algo.policy import chosen_experts, mismatch, router_disagreement
 
 
 def test_mismatch_by_hand():

@@ -11,10 +11,10 @@ import pytest
 from togi.algo.best_of_n import best, best_and_worst, standardized
 from togi.config.choices import PostProcessor
 from togi.config.infer import CSFT_PROMPT, REWARD_TEMPLATE
-from togi.data.reward_text import asked_reward, with_reward
+from togi.data.precheck import asked_reward, with_reward
 from togi.data.row_log import RowLog
 from togi.errors import CheckpointError, DataError
-from togi.run.select import select
+from togi.run.iterate_steps import select
 
 SCORED = [
     {"input": "p", "output": "p0", "reward": 1.0, "id": "a"},

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from togi.algo.partial_attention import Visibility, attend, attend_backward
-from togi.cpu import block_attention
-from togi.cpu.block_attention import LONGEST, MOST_KEYS, attend_in_blocks, attend_in_blocks_backward, wins
+from togi.cpu import attention
+from togi.cpu.attention import LONGEST, MOST_KEYS, attend_in_blocks, attend_in_blocks_backward, wins
 
 CAUSAL = Visibility(causal=True)
 
@@ -27,8 +27,8 @@ def test_blocks_are_the_fused_kernel(
     monkeypatch: pytest.MonkeyPatch, block: int, count: int, queries: int, keys: int, dtype: torch.dtype
 ) -> None:
     """In one block and in many, with and without a context before the queries."""
-    monkeypatch.setattr(block_attention, "BLOCK_ELEMENTS", block)
-    monkeypatch.setattr(block_attention, "BLOCK_QUERIES", 16)
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", block)
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 16)
     grad, q, k, v = tensors(count, queries, keys, dtype)
     out, lse = attend(q, k, v, 0.3, CAUSAL)
     expected = attend_backward(grad, (q, k, v), out, lse, 0.3, CAUSAL)

@@ -64,7 +64,7 @@ def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     def interrupted(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("togi.cli.report.main", interrupted)
+    monkeypatch.setattr("togi.cli.commands.report", interrupted)
     assert main(["report"]) == 130
     assert capsys.readouterr().err == "togi: interrupted\n"
 
@@ -73,7 +73,7 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
     def broken(argv: list[str]) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr("togi.cli.report.main", broken)
+    monkeypatch.setattr("togi.cli.commands.report", broken)
     with pytest.raises(RuntimeError, match="ours"):
         main(["report"])
 
@@ -122,8 +122,7 @@ def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_command_table_imports_no_command() -> None:
-    code = (
-        "import sys, togi.cli.main; print([m for m in ('togi.cli.chat', 'togi.recipes', 'torch') if m in sys.modules])"
-    )
+    names = "'togi.cli.interactive_chat', 'togi.run', 'torch'"
+    code = f"import sys, togi.cli.main; print([m for m in ({names}) if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n"

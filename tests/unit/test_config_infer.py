@@ -8,8 +8,7 @@ import pytest
 
 from tests.source import read_attributes
 from togi.config.fields import is_later
-from togi.config.infer import InferConfig
-from togi.config.infer_checks import check_infer
+from togi.config.infer import InferConfig, check_infer
 from togi.config.parse import parse
 from togi.errors import ConfigError
 

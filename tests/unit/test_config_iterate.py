@@ -13,13 +13,11 @@ import pytest
 
 from tests.source import read_attributes
 from togi.config.fields import is_later
-from togi.config.infer import InferConfig
-from togi.config.infer_checks import check_infer
-from togi.config.iterate import IterateConfig
-from togi.config.iterate_checks import check_iterate
+from togi.config.infer import InferConfig, check_infer
+from togi.config.iterate import IterateConfig, check_iterate
 from togi.config.parse import parse
 from togi.errors import CheckpointError, ConfigError, RunError
-from togi.methods.checks import check_method
+from togi.methods import check_method
 from togi.methods.dpo import DPO
 from togi.methods.sft import SFT
 from togi.run.iterate import IterateState

@@ -13,10 +13,9 @@ import pytest
 from togi.config.fields import is_later
 from togi.config.parse import parse
 from togi.errors import ConfigError, DataError
-from togi.methods import METHODS
-from togi.methods.checks import check_method
+from togi.methods import METHODS, check_method
 from togi.methods.sft import SFT
-from togi.recipes import offline_preflight
+from togi.run import preflight
 
 COMMANDS = {name: METHODS[name] for name in ("sft", "rm", "dpo", "kto", "prm", "kd")}
 # Flags that a command written for the established interface may carry, by command, beside those of all six.
@@ -192,7 +191,7 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path, monkeypatch: pytest.
 
     def check(command: str, flags: str) -> None:
         words = f"--pretrain model --dataset rows.jsonl {flags}".split()
-        offline_preflight.check(parse(COMMANDS[command], words, command))
+        preflight.check_offline(parse(COMMANDS[command], words, command))
 
     sound = "--input_key question --output_key answer --max_len 256"
     check("sft", sound)

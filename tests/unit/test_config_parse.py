@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from togi.config.checks import check_rl
 from togi.config.parse import Parsed, Source, parse
 from togi.config.rl import RLConfig
+from togi.config.rl_checks import check_rl
 from togi.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

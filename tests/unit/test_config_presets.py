@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from togi.config.checks import check_rl
 from togi.config.choices import Algo
 from togi.config.fields import is_later
 from togi.config.parse import Parsed, Source, build, parse
 from togi.config.presets import PRESETS, describe
 from togi.config.rl import RLConfig
+from togi.config.rl_checks import check_rl
 from togi.errors import ConfigError
 
 NEEDED = ["--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "reward.py"]

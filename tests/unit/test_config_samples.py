@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from togi.config.checks import check_rl
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
+from togi.config.rl_checks import check_rl
 from togi.errors import ConfigError
 
 NEEDED = ["--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "reward.py"]

@@ -12,14 +12,13 @@ import pytest
 
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from togi.config.choices import Overlong
-from togi.data import cache, prepare
+from togi.data import shards
 from togi.data.encode import PairReader, StepReader, encode_rows
 from togi.data.faults import Drop
-from togi.data.prepare import Job, shard_ranges
 from togi.data.records import RecordSpec, load_pairs, load_sft, load_steps, load_unpaired
-from togi.data.shards import Shard, Table, write_shard
+from togi.data.rows import step_labels
+from togi.data.shards import Job, Shard, Table, shard_ranges, write_shard
 from togi.data.source import load_source
-from togi.data.steps import step_labels
 from togi.errors import DataError
 
 PLAIN = {"input_key": "q", "output_key": "a"}
@@ -34,7 +33,7 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def small_shards(tmp_path, monkeypatch):
     """Shards of four rows, in a cache of the test's own."""
-    monkeypatch.setattr(prepare, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
     monkeypatch.setenv("TOGI_CACHE", str(tmp_path / "cache"))
 
 
@@ -157,7 +156,7 @@ def test_a_killed_run_goes_on_with_whole_shards(tmp_path, tokenizer, made, monke
     whole = load_sft(RecordSpec(path, **PLAIN), tokenizer)
     monkeypatch.setenv("TOGI_CACHE", str(tmp_path / "cache2"))
     made.clear()
-    write_whole = cache.write_shard
+    write_whole = shards.write_shard
 
     def killed(aside, outcomes):
         if len(made) == 3:
@@ -166,7 +165,7 @@ def test_a_killed_run_goes_on_with_whole_shards(tmp_path, tokenizer, made, monke
         write_whole(aside, outcomes)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cache, "write_shard", killed)
+        patch.setattr(shards, "write_shard", killed)
         load_sft(RecordSpec(path, **PLAIN), tokenizer)
     made.clear()
     again = load_sft(RecordSpec(path, **PLAIN), tokenizer)
@@ -253,12 +252,12 @@ def test_the_oldest_sets_are_removed(tmp_path, tokenizer, made, monkeypatch):
         made.append(newest)
         os.utime(newest, (newest.stat().st_atime, newest.stat().st_mtime - age))
     load_sft(RecordSpec(paths[0], **PLAIN), tokenizer)  # used again: the second is the oldest now
-    monkeypatch.setattr(cache, "MAX_BYTES", sum(file.stat().st_size for file in files(tmp_path)) * 2 - 1)
-    monkeypatch.setattr(cache, "MAX_BYTES", cache.MAX_BYTES // 2 + 200)
+    monkeypatch.setattr(shards, "MAX_BYTES", sum(file.stat().st_size for file in files(tmp_path)) * 2 - 1)
+    monkeypatch.setattr(shards, "MAX_BYTES", shards.MAX_BYTES // 2 + 200)
     load_sft(RecordSpec(paths[2], **PLAIN), tokenizer)
     made.clear()
     for path, missing in zip(paths, (0, 1, 0), strict=True):
-        monkeypatch.setattr(cache, "MAX_BYTES", 10**9)
+        monkeypatch.setattr(shards, "MAX_BYTES", 10**9)
         load_sft(RecordSpec(path, **PLAIN), tokenizer)
         assert len(made) == missing
         made.clear()
@@ -272,7 +271,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, tokenizer, monkeypatch):
 
 def test_few_files_for_many_rows(monkeypatch):
     assert shard_ranges(range(9)) == [range(4), range(4, 8), range(8, 9)]
-    monkeypatch.setattr(prepare, "MOST_SHARDS", 2)
+    monkeypatch.setattr(shards, "MOST_SHARDS", 2)
     assert shard_ranges(range(9)) == [range(5), range(5, 9)]
 
 

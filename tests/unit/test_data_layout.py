@@ -13,9 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from togi.data.items import parse_items
-from togi.data.mixture import load_mixture
 from togi.data.precheck import check_source, check_sources
-from togi.data.source import load_source
+from togi.data.source import load_mixture, load_source
 from togi.errors import DataError
 
 ROWS = [{"prompt": "Who?", "answer": "Tom."}, {"prompt": "Where?", "answer": "Here."}]

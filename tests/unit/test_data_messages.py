@@ -11,10 +11,10 @@ import pytest
 from tests.records import parts
 from tests.tiny import CHAT_TEMPLATE, STOP, tiny_tokenizer
 from togi.data.chat import closing_token, end_notice, enders, stop_token_ids
-from togi.data.mixture import load_mixture
 from togi.data.prompts import PromptSpec, load_prompts
 from togi.data.records import RecordSpec, load_pairs, load_sft, load_unpaired
-from togi.data.scoring import OutputSpec, read_outputs
+from togi.data.rows import OutputSpec, read_outputs
+from togi.data.source import load_mixture
 from togi.errors import DataError
 from togi.run.iterate_steps import _asked, _shown
 

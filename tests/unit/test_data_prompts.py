@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import START, STOP, tiny_tokenizer
 from togi.data.chat import decode, encode, load_tokenizer, plain_prompt, render_messages, stop_token_ids, visible
-from togi.data.loader import LoaderState, PromptLoader
 from togi.data.messages import USER, dialogue_of
-from togi.data.prompts import PromptSpec, load_prompts
+from togi.data.prompts import LoaderState, PromptLoader, PromptSpec, load_prompts
 from togi.data.report import Lengths
 from togi.errors import DataError
 from togi.sample import Prompt

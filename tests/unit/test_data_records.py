@@ -15,8 +15,8 @@ from tests.records import MARKED, SMOL, merging_tokenizer, parts
 from tests.tiny import CHAT_TEMPLATE, START, STOP, tiny_tokenizer
 from togi.config.choices import Overlong
 from togi.data.chat import load_tokenizer
-from togi.data.masks import Draft, check_decoding, encode_drafts
 from togi.data.records import RecordSpec, load_sft
+from togi.data.turns import Draft, check_decoding, encode_drafts
 from togi.errors import DataError
 
 TURNS = [

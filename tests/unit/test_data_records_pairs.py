@@ -12,7 +12,7 @@ from togi.config.choices import Overlong
 from togi.data.chat import load_tokenizer
 from togi.data.packing import pack, pack_stats
 from togi.data.records import RecordSpec, load_pairs, load_steps, load_unpaired
-from togi.data.steps import step_labels
+from togi.data.rows import step_labels
 from togi.errors import DataError
 from togi.methods.kto_objective import mismatched
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.coded_rows import examples_of
-from togi.data.masks import Coded
 from togi.data.records import Examples
+from togi.data.turns import Coded
 
 
 def coded(length: int, runs: tuple[tuple[int, int], ...]) -> Coded:

@@ -13,9 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from togi.data.items import parse_item
-from togi.data.mixture import concatenate, interleave, load_mixture, proportional_shares
 from togi.data.precheck import check_source, check_sources, parse_probs
-from togi.data.source import load_source
+from togi.data.source import concatenate, interleave, load_mixture, load_source, proportional_shares
 from togi.data.tables import BadRow
 from togi.errors import DataError
 
@@ -234,7 +233,7 @@ def test_blocks_of_a_file_join_seamlessly(tmp_path, monkeypatch):
     path.write_text("".join(json.dumps(row) + "\n" * (1 + row["input"].count("x") % 3) for row in rows))
     whole = load_source(str(path)).rows
     for block in (1, 7, 64):
-        monkeypatch.setattr("togi.data.lines.BLOCK", block)
+        monkeypatch.setattr("togi.data.source.BLOCK", block)
         parts = load_source(str(path)).rows
         assert parts.fetch(range(40)) == rows
         assert [parts.place(i) for i in range(40)] == [whole.place(i) for i in range(40)]

@@ -15,8 +15,8 @@ from togi.config.shared import LoRA
 from togi.errors import CheckpointError
 from togi.methods.rm import RM
 from togi.methods.sft import SFT
-from togi.model.sizes import Sizes, sizes
-from togi.recipes.disk import Writing, check_room, offline_writing, rl_writing, size, size_of
+from togi.model.checkpoint import Sizes, sizes
+from togi.run.keep import Writing, check_room, offline_writing, rl_writing, size, size_of
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -9,21 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from togi.cli.check import CHECKED
+from togi.cli.commands import CHECKED
 from togi.cli.main import COMMANDS
-from togi.config.chat import ChatConfig
-from togi.config.check import RLCheckConfig
-from togi.config.checks import check_rl
-from togi.config.export import ExportConfig
-from togi.config.infer import InferConfig
-from togi.config.infer_checks import check_infer
-from togi.config.iterate import IterateConfig
-from togi.config.iterate_checks import check_iterate
+from togi.config.infer import ChatConfig, InferConfig, check_infer
+from togi.config.iterate import IterateConfig, check_iterate
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
-from togi.config.serve_rm import ServeRMConfig
-from togi.methods import METHODS
-from togi.methods.checks import check_method
+from togi.config.rl_checks import check_rl
+from togi.config.tools import ExportConfig, RLCheckConfig, ServeRMConfig
+from togi.methods import METHODS, check_method
 
 CONFIGS = (
     RLConfig,

@@ -42,7 +42,7 @@ def test_from_sft_to_its_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     frames, world = Frames(), make_world(tmp_path)
     monkeypatch.setattr(offline, "train", frames.train)
     assert main(["sft", *flags(world, "sft", tmp_path / "run")]) == 1
-    assert frames.names == ["main", "main", "run"]
+    assert frames.names == ["main", "offline", "run"]
     assert len([*frames.names, "train"]) <= LONGEST
     assert "the loop was reached" in (tmp_path / "run" / "status.json").read_text()
 

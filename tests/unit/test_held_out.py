@@ -9,7 +9,7 @@ from togi.methods.dpo import DPO
 from togi.methods.kto import KTO
 from togi.methods.method import Method
 from togi.methods.sft import SFT
-from togi.recipes.held_out import Judged, as_seen, ends, judge
+from togi.run.journal import Judged, as_seen, ends, judge
 from togi.sample import Sample
 
 

@@ -19,17 +19,17 @@ from tests.learn_tools import policy
 from tests.offline_world import ROOT
 from tests.policy_cases import objective, rollout_pairs
 from togi.algo.advantages import baselined_rewards, discounted_returns, normalize, token_rewards
-from togi.algo.policy_loss import policy_loss
-from togi.config.checks import check_rl
+from togi.algo.policy import policy_loss
 from togi.config.choices import AdvantageEstimator, Aggregation, CorrectionType, PolicyLossType
-from togi.config.hooks import Hook
+from togi.config.fields import Hook
 from togi.config.parse import Source, build, parse
 from togi.config.rl import RLConfig
+from togi.config.rl_checks import check_rl
 from togi.data.packing import pack
 from togi.errors import ConfigError
 from togi.learn.hooks import check_estimator, check_policy_loss, load_estimator, load_policy_loss
 from togi.pump.experience import Trainable, to_sample, with_advantages
-from togi.recipes.preflight import check_hook_file
+from togi.run.preflight import check_hook_file
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score, with_streams
 
 NEEDED = ["--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "reward.py"]
@@ -113,7 +113,7 @@ def test_the_file_is_looked_at_before_torch_is_imported(tmp_path: Path, text: st
 
 def test_that_look_needs_no_torch() -> None:
     code = (
-        "import sys; from togi.config.hooks import Hook; from togi.recipes.preflight import check_hook_file;"
+        "import sys; from togi.config.fields import Hook; from togi.run.preflight import check_hook_file;"
         f"check_hook_file('advantage_estimator', Hook({MEDIAN.path!r}, {MEDIAN.name!r})); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from togi.cpu import blocks as host_blocks
+from togi.cpu import attention as host_blocks
 from togi.cpu import kernels as host
 from togi.cpu.kernels import HostKernels, Rates, compiled
 

@@ -11,12 +11,12 @@ from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import CheckpointError, ConfigError
 from togi.learn.checkpoint import Aim, Best, BestStore, CheckpointStore, better
-from togi.methods.checks import check_method
+from togi.methods import check_method
 from togi.methods.dpo import DPO
 from togi.methods.method import Method
 from togi.methods.rm import RM
 from togi.methods.sft import SFT
-from togi.recipes.best_metric import check_rl_metric, offline_aim, rl_aim
+from togi.run.plan import check_rl_metric, offline_aim, rl_aim
 
 LOSS, REWARD = Aim("eval/loss", highest=False), Aim("eval/reward", highest=True)
 

@@ -12,9 +12,9 @@ from togi.learn import learner_state
 from togi.learn.checkpoint import CheckpointStore, damage
 from togi.learn.learner import Learner
 from togi.learn.learner_state import expected_bytes, load_learner, save_learner
-from togi.learn.policy_objective import ValueObjective
+from togi.learn.objective import ValueObjective
+from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 
 IDENTITY = {"model": "tiny"}

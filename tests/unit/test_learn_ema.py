@@ -14,8 +14,8 @@ from togi.config.shared import LoRA
 from togi.learn.learner import Learner
 from togi.learn.learner_state import Ema, load_learner, save_learner
 from togi.model.loading import ModelSource, load_causal_lm
+from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 
 BETA = 0.75

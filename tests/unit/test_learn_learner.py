@@ -20,12 +20,12 @@ from tests.learn_tools import (
 )
 from togi.config.choices import Aggregation, Scheduler
 from togi.learn.learner import Learner, StepOutcome
-from togi.learn.policy_objective import PolicyObjective, ValueObjective
+from togi.learn.objective import PolicyObjective, ValueObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer, dummy_batch, nothing
-from togi.model.outputs import Needs
+from togi.model.policy import Needs
+from togi.parallel import frozen, trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import frozen, trainable
 from togi.parallel.process import World
 
 

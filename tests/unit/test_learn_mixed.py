@@ -14,8 +14,8 @@ from togi.config.choices import Scheduler
 from togi.learn.learner import Learner, Mixed, UpdateReport
 from togi.learn.objective import Objective, SFTObjective
 from togi.learn.schedule import Schedule
+from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 
 COEF = 0.25  # a power of two scales without rounding

@@ -27,8 +27,7 @@ from togi.methods.kto_objective import KTOObjective
 from togi.methods.prm_objective import StepRewardObjective
 from togi.methods.rm_objective import PairwiseRewardObjective
 from togi.model.attention import SEGMENTS
-from togi.model.outputs import Needs, Outputs
-from togi.model.policy import PolicyModel
+from togi.model.policy import Needs, Outputs, PolicyModel
 from togi.parallel.process import World
 from togi.sample import Sample
 

@@ -12,7 +12,7 @@ from togi.config.choices import Scheduler
 from togi.config.parse import parse
 from togi.errors import ConfigError
 from togi.learn.schedule import Schedule
-from togi.methods.checks import check_method
+from togi.methods import check_method
 from togi.methods.sft import SFT
 
 TOTAL, PEAK = 20, 3e-4

@@ -14,7 +14,7 @@ from togi.config.choices import Scheduler
 from togi.config.parse import parse
 from togi.errors import ConfigError
 from togi.learn.schedule import MeasuredRate
-from togi.methods.checks import check_method
+from togi.methods import check_method
 from togi.methods.sft import SFT
 
 START = 0.1

@@ -12,11 +12,11 @@ from torch import nn
 
 from tests.learn_tools import CPU, max_difference
 from togi.errors import RunError
+from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import trainable
-from togi.parallel.parking import Parking
+from togi.parallel.optimizer import Parking
 from togi.parallel.process import World
-from togi.plan.memory import PeakMemory, Released, release_pages, resident_bytes, return_freed
+from togi.plan.machine import PeakMemory, Released, release_pages, resident_bytes, return_freed
 
 MB = 10**6
 
@@ -77,7 +77,7 @@ def test_a_learner_that_sleeps_is_smaller_and_wakes_as_it_was(bf16: bool) -> Non
 
 KEEPING = """
 import resource, sys
-from togi.plan.memory import keep_freed, resident_bytes, return_freed
+from togi.plan.machine import keep_freed, resident_bytes, return_freed
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -23,8 +23,7 @@ from togi.errors import ModelError
 from togi.model.adapters import save_adapter, without_adapter
 from togi.model.checkpoint import expected_manifest, whole_tensors
 from togi.model.loading import ModelSource, check_causal_lm, load_causal_lm, load_scalar_model
-from togi.model.outputs import Needs
-from togi.model.policy import PolicyModel, ScalarModel
+from togi.model.policy import Needs, PolicyModel, ScalarModel
 from togi.sample import Sample
 
 LORA = LoRA(4, 12, 0.0, ("all-linear",), False)

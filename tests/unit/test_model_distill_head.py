@@ -11,8 +11,7 @@ import torch
 
 from togi.algo.kl import divergence, divergence_gradient
 from togi.config.choices import Divergence
-from togi.model.distill_head import TeacherLogits, distill_logprobs
-from togi.model.logprob_head import LogitTransform, some_logits, token_logprobs, top_tokens
+from togi.model.heads import LogitTransform, TeacherLogits, distill_logprobs, some_logits, token_logprobs, top_tokens
 
 CASES = {
     "plain": (1.0, LogitTransform(), LogitTransform(), False),
@@ -148,8 +147,8 @@ def test_top_tokens_are_where_the_log_probability_is_highest():
 PEAK_SCRIPT = """
 import re, torch
 from pathlib import Path
-from togi.model.distill_head import TeacherLogits, distill_logprobs
-from togi.model.logprob_head import LogitTransform
+from togi.model.heads import TeacherLogits, distill_logprobs
+from togi.model.heads import LogitTransform
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
 K, V, H = 4096, 49152, 64
 def run(hidden, weight, states, head):

@@ -13,9 +13,9 @@ from transformers import DbrxConfig, OPTConfig
 
 from tests.tiny import save_tiny_model
 from togi.config.shared import LoRA
-from togi.model import dropout
+from togi.model import layers
 from togi.model.loading import ModelSource, check_causal_lm, load_causal_lm, load_scalar_model
-from togi.model.outputs import Needs
+from togi.model.policy import Needs
 from togi.model.support import _probe_batch
 
 RATES: dict[str, dict[str, Any]] = {
@@ -71,15 +71,15 @@ def test_the_adapters_own_dropout_stays(tmp_path: Path) -> None:
 def test_keys_of_parts_and_of_other_heads() -> None:
     """Nested keys are told with their part. Rates of heads that no model here has are left as they are."""
     nested = DbrxConfig(attn_config={"attn_pdrop": 0.1})
-    assert dropout.switch_off(nested) == {"attn_config.attn_pdrop": 0.1}
+    assert layers.switch_off(nested) == {"attn_config.attn_pdrop": 0.1}
     assert nested.attn_config.attn_pdrop == 0
     other = OPTConfig(dropout=0.0, classifier_dropout=0.1, num_dropped=3, use_dropout=True)
-    assert dropout.switch_off(other) == {}
+    assert layers.switch_off(other) == {}
     assert other.classifier_dropout == 0.1
 
 
 def test_a_module_with_a_rate_of_its_own() -> None:
     model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Sequential(torch.nn.Dropout1d(0.2)))
-    dropout.remove_fixed(model)
+    layers.remove_fixed(model)
     ones = torch.ones(1, 4, 8)
     assert torch.equal(model.train()(ones), ones)

@@ -12,9 +12,8 @@ from tests.packs import make_segments
 from togi.algo.partial_attention import Visibility, attend_in_tiles, attend_in_tiles_backward
 from togi.algo.precision import full_precision
 from togi.batch import NO_PREFIX
-from togi.model import flash_prefixes
-from togi.model.attention import dense_attention, varlen_attention
-from togi.model.flash_prefixes import attend_to_prefixes, levels_of
+from togi.model import attention
+from togi.model.attention import attend_to_prefixes, dense_attention, levels_of, varlen_attention
 
 GROUP = make_segments([2, 1, 2, 1], [NO_PREFIX, 0, 0, NO_PREFIX])
 
@@ -82,8 +81,8 @@ class StandIn:
 @pytest.fixture
 def kernels(monkeypatch):
     stand_in = StandIn()
-    monkeypatch.setattr(flash_prefixes, "_FLASH", stand_in.forward)
-    monkeypatch.setattr(flash_prefixes, "_FLASH_BACKWARD", stand_in.backward)
+    monkeypatch.setattr(attention, "_FLASH", stand_in.forward)
+    monkeypatch.setattr(attention, "_FLASH_BACKWARD", stand_in.backward)
     return stand_in
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.kernel_calls import counted_calls
-from togi.model import logprob_head
-from togi.model.logprob_head import LogitTransform, token_logprobs
+from togi.model import heads
+from togi.model.heads import LogitTransform, token_logprobs
 
 CASES = {
     "plain": (1.0, LogitTransform(), False),
@@ -95,7 +95,7 @@ def test_kernels_for_bfloat16_are_the_operations_they_replace(monkeypatch, with_
     ours = results()
     assert calls["head"] >= 1 and calls["head_backward"] >= 2  # two slices of the vocabulary
     found = calls.total()
-    monkeypatch.setattr(logprob_head, "kernels_for", lambda *tensors: None)
+    monkeypatch.setattr(heads, "kernels_for", lambda *tensors: None)
     logprobs, entropy, *gradients = results()
     assert calls.total() == found
     torch.testing.assert_close(ours[0], logprobs, rtol=1e-5, atol=1e-5)
@@ -172,7 +172,7 @@ def test_no_tokens_give_zero_gradients():
 PEAK_SCRIPT = """
 import re, torch
 from pathlib import Path
-from togi.model.logprob_head import token_logprobs
+from togi.model.heads import token_logprobs
 # not ru_maxrss, which a child process inherits
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
 K, V, H = 8192, 49152, 128

@@ -13,7 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from tests.kept_memory import kept_bytes
 from tests.packs import plain_pack, random_groups
 from tests.tiny import tiny_config, tiny_model
-from togi.cpu import blocks as host_blocks
+from togi.cpu import attention as host_blocks
 from togi.cpu import kernels as host
 from togi.cpu import layers as host_layers
 from togi.cpu.kernels import compiled

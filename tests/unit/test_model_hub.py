@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import save_tiny_model
 from togi.errors import ModelError
-from togi.model import hub
+from togi.weights import files
 
 COMMIT = "0" * 40
 
@@ -26,13 +26,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_stays_as_it_is(tmp_path: Path) -> None:
-    assert hub.local_folder(str(tmp_path)) == str(tmp_path)
+    assert files.local_folder(str(tmp_path)) == str(tmp_path)
 
 
 def test_a_cached_name_is_its_snapshot(cache: Path) -> None:
-    assert Path(hub.local_folder("org/tiny")) == cache / "snapshots" / COMMIT
+    assert Path(files.local_folder("org/tiny")) == cache / "snapshots" / COMMIT
 
 
 def test_an_unknown_name_is_one_sentence() -> None:
     with pytest.raises(ModelError, match="'org/none' is no folder and cannot be had from the hub"):
-        hub.local_folder("org/none")
+        files.local_folder("org/none")

@@ -13,11 +13,9 @@ from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 from togi.errors import ModelError
 from togi.model.checkpoint import expected_manifest, save_hf
 from togi.model.loading import ModelSource, load_causal_lm, load_scalar_model
-from togi.model.outputs import Needs
-from togi.model.policy import PolicyModel, last_tokens
+from togi.model.policy import Needs, PolicyModel, checkpoint_tensors, last_tokens
 from togi.model.support import logit_transform, verify_packing
-from togi.model.tensor_names import checkpoint_tensors
-from togi.model.weights import TensorSpec, differences
+from togi.weights.buckets import TensorSpec, differences
 
 GROUPS = random_groups(3, [(4, [3, 5]), (2, [6])])
 TOKENS = torch.tensor([GROUPS[0][0] + GROUPS[0][1][1]])

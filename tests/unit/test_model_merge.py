@@ -24,9 +24,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.tiny import STOP, VOCAB, save_tiny_model, tiny_model, tiny_tokenizer
 from togi.cli.main import main
 from togi.errors import ModelError
-from togi.model import proof
-from togi.model.merge import load_merged
-from togi.model.proof import check_equal, probe
+from togi.model import merge as merging
+from togi.model.merge import check_equal, load_merged, probe
 
 IDS = torch.tensor([[1, 5, VOCAB - 1, 100, 7, 6]])
 QV = ["q_proj", "v_proj"]
@@ -214,7 +213,7 @@ def test_files_that_are_not_the_sum_are_an_error(
     """As when a head of its own is left out as if it were the embedding: nothing is left behind."""
     base, adapter, out = save_tiny_model(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out"
     adapter_of(base, adapter, lora())
-    save: Callable[..., None] = proof.save_hf
+    save: Callable[..., None] = merging.save_hf
 
     def damaged(directory: Path, *rest: Any) -> None:
         save(directory, *rest)
@@ -222,7 +221,7 @@ def test_files_that_are_not_the_sum_are_an_error(
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(proof, "save_hf", damaged)
+    monkeypatch.setattr(merging, "save_hf", damaged)
     assert "the merged model and its files give other outputs" in refusal(base, adapter, out, capsys)
 
 

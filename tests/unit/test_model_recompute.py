@@ -18,12 +18,11 @@ from togi.config.shared import Recompute
 from togi.cpu.layers import use_host_layers
 from togi.errors import ModelError
 from togi.methods.sft import SFT
-from togi.model import recompute
+from togi.model import layers
 from togi.model.attention import SEGMENTS
+from togi.model.layers import recomputed_layers, use_recompute
 from togi.model.loading import ModelSource, load_causal_lm
-from togi.model.outputs import Needs
-from togi.model.policy import PolicyModel
-from togi.model.recompute import recomputed_layers, use_recompute
+from togi.model.policy import Needs, PolicyModel
 
 LAYERS = 4
 
@@ -101,7 +100,7 @@ def test_from_the_flags_to_the_layers_of_a_loaded_model(tmp_path: Path) -> None:
 
 def test_layers_that_cannot_be_chosen_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of a model that brings its own code for them; all of them together recompute as ever."""
-    monkeypatch.setattr(recompute, "GradientCheckpointingLayer", type("Other", (), {}))
+    monkeypatch.setattr(layers, "GradientCheckpointingLayer", type("Other", (), {}))
     batch = pack_of(40, 50)
     expected, got = gradients(model_of(None), batch), gradients(model_of(Recompute()), batch)
     assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())

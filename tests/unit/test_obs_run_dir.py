@@ -11,9 +11,8 @@ import yaml
 from tests.run_rows import ARGV, KEY, VALUES, row
 from togi.errors import ConfigError, DataError
 from togi.obs.metrics import StepRecord, read_records
-from togi.obs.redact import redact_argv, redact_value, scrub
 from togi.obs.rollout_store import Split
-from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir
+from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir, redact_argv, redact_value, scrub
 from togi.obs.sinks import Recorder
 
 

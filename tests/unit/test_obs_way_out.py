@@ -142,7 +142,7 @@ def test_any_command_says_in_one_sentence_that_a_disk_is_full(
     def main(_: list[str]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/x")
 
-    monkeypatch.setattr("togi.cli.report.main", main)
+    monkeypatch.setattr("togi.cli.commands.report", main)
     assert run_command(["report"]) == 1
     assert capsys.readouterr().err == (
         "togi: the run failed: a file cannot be written ([Errno 28] No space left on device: '/data/x'): make room there.\n"

@@ -10,13 +10,13 @@ import torch
 
 from tests.coded_rows import examples_of
 from tests.tiny import STOP, tiny_tokenizer
-from togi.data.masks import Coded
 from togi.data.packing import pack
+from togi.data.turns import Coded
 from togi.errors import ConfigError
 from togi.methods.kd import KD
 from togi.parallel.process import World
-from togi.recipes.offline_data import Data, check_plan
-from togi.recipes.offline_generation import answered, check_ranks, places_to_answer
+from togi.run.offline_data import Data, check_plan
+from togi.run.offline_setup import answered, check_ranks, places_to_answer
 from togi.run.plan import EpochPlan
 from togi.sample import Sample
 

@@ -17,7 +17,7 @@ from togi.methods.kto import KTO
 from togi.methods.prm import PRM
 from togi.methods.sft import SFT
 from togi.parallel.process import World
-from togi.recipes.offline_data import UNLIMITED, Data, check_plan, record_spec
+from togi.run.offline_data import UNLIMITED, Data, check_plan, record_spec
 from togi.run.plan import EpochPlan
 
 

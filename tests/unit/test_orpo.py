@@ -14,10 +14,10 @@ from togi.algo.preference import log_odds
 from togi.config.parse import parse
 from togi.data.packing import pack
 from togi.errors import ConfigError
-from togi.methods.checks import check_method
+from togi.methods import check_method
 from togi.methods.orpo import ORPO
 from togi.methods.orpo_objective import ORPOObjective
-from togi.model.outputs import Outputs
+from togi.model.policy import Outputs
 from togi.obs import names
 
 

@@ -17,9 +17,9 @@ from tests.objective_cases import VOCAB, responses, teacher
 from togi.data.packing import pack
 from togi.learn.scorer import Scorer
 from togi.methods.kd_objective import DistillationObjective
+from togi.parallel import frozen_on_host
 from togi.parallel.backend import BackendOptions
-from togi.parallel.build import frozen_on_host
-from togi.parallel.offload import HostWeights
+from togi.parallel.optimizer import HostWeights
 from togi.parallel.process import World
 
 META = torch.device("meta")

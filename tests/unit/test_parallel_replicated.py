@@ -9,9 +9,8 @@ from tests.learn_tools import CPU, max_difference, objective, packs, policy, rol
 from togi.config.choices import Scheduler
 from togi.learn.learner import Learner
 from togi.learn.schedule import Schedule
-from togi.parallel import replicated
+from togi.parallel import replicated, trainable
 from togi.parallel.backend import BackendOptions, decoder_blocks
-from togi.parallel.build import trainable
 from togi.parallel.process import World
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from togi.config.checks import check_rl
 from togi.config.parse import Parsed, Source, parse
 from togi.config.rl import RLConfig
+from togi.config.rl_checks import check_rl
 from togi.errors import ConfigError
 from togi.plan.machine import Machine
 from togi.plan.placement import (
@@ -16,11 +16,12 @@ from togi.plan.placement import (
     check_fits,
     check_nodes,
     check_whole,
+    check_workers,
     node_order,
     plan_groups,
     resolve,
+    what_needs_ray,
 )
-from togi.plan.workers import check_workers, what_needs_ray
 
 NEEDED = ["--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "reward.py"]
 GRPO = ["--advantage_estimator", "group_norm", "--n_samples_per_prompt", "4"]

@@ -9,8 +9,7 @@ import pytest
 from togi.config.parse import Source, parse
 from togi.methods.sft import SFT
 from togi.plan import machine
-from togi.plan.machine import Machine, cpu_has_bf16, this_machine
-from togi.plan.precision import usable_precision
+from togi.plan.machine import Machine, cpu_has_bf16, this_machine, usable_precision
 
 AVX2 = "flags\t\t: fpu avx avx2 fma\n"
 AVX512 = "flags\t\t: fpu avx2 avx512f avx512bw\n"

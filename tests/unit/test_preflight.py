@@ -12,7 +12,7 @@ from togi.config.parse import Parsed, parse
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError, DataError, RewardError
 from togi.plan.machine import Machine
-from togi.recipes import preflight
+from togi.run import preflight
 
 MACHINE = Machine(cpus=2, memory_bytes=0, gpus=0)
 

@@ -11,15 +11,13 @@ import pytest
 from togi.config.choices import OnRewardError
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
-from togi.data.loader import LoaderState, PromptLoader
+from togi.data.prompts import LoaderState, PromptLoader
 from togi.errors import ConfigError, RewardError
 from togi.obs.rollout_store import Split
-from togi.pump.experience import ScoredGroup, trainable
+from togi.pump.experience import GroupFilter, ScoredGroup, filter_metrics, rollout_metrics, rows, trainable
 from togi.pump.feed import RolloutFeed
-from togi.pump.filtering import GroupFilter
-from togi.pump.measure import filter_metrics, rollout_metrics, rows
-from togi.reward.combine import LengthPenalties
-from togi.rollout.environment import SingleTurn
+from togi.reward.scores import LengthPenalties
+from togi.rollout.collect import SingleTurn
 from togi.sample import FinishReason, Generation, Outcome, Prompt, Rollout, Sampling, Score
 
 SAMPLES = 2

@@ -12,8 +12,7 @@ from togi.config.rl import RLConfig
 from togi.learn.learner import Load, StepOutcome, UpdateReport
 from togi.obs import names
 from togi.plan.placement import Role
-from togi.pump.experience import ScoredGroup, trainable
-from togi.pump.measure import eval_metrics, rollout_metrics
+from togi.pump.experience import ScoredGroup, eval_metrics, rollout_metrics, trainable
 from togi.run.rl_setup import spec
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 from togi.workers.session import update_metrics

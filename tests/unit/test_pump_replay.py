@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from togi.config.checks import check_rl
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
+from togi.config.rl_checks import check_rl
 from togi.errors import ConfigError, DataError
 from togi.obs.rollout_store import RolloutStore, Split
 from togi.obs.run_dir import Resolved, RunDirectory
-from togi.pump.experience import ScoredGroup
-from togi.pump.measure import rows
-from togi.pump.replay import ReplayFeed
-from togi.recipes.preflight import REPLAYED, check_replayed
+from togi.pump.experience import ScoredGroup, rows
+from togi.pump.feed import ReplayFeed
+from togi.run.preflight import REPLAYED, check_replayed
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 PROMPTS = [Prompt("0:4", (1, 2), "ab", {"answer": [3]}, "sums"), Prompt("1:0", (5,), "c")]

@@ -18,7 +18,7 @@ from togi.config.parse import Parsed, Source
 from togi.config.rl import RLConfig
 from togi.errors import UserError
 from togi.run import start
-from togi.run.event_loop import run_to_end
+from togi.run.start import run_to_end
 
 ROOT = Path(__file__).parents[2]
 

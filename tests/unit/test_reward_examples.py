@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.shared_data import shared_rows
-from togi.reward.function import FunctionReward
-from togi.reward.pool import CallLimits
+from togi.reward.function import CallLimits, FunctionReward
 from togi.sample import FinishReason, Prompt, Rollout
 
 FOLDER = Path(__file__).parents[2] / "examples" / "rewards"

@@ -15,8 +15,7 @@ import psutil
 import pytest
 
 from togi.errors import RewardError
-from togi.reward.function import FunctionReward
-from togi.reward.pool import CallLimits
+from togi.reward.function import CallLimits, FunctionReward
 from togi.reward.wire import Complaint, Load, LoadKind
 from togi.reward.worker import load_function
 from togi.sample import FinishReason, Outcome, Prompt, Rollout
@@ -387,7 +386,7 @@ def test_a_callable_that_cannot_be_sent(monkeypatch):
 PARENT = """\
     import asyncio, sys
     from togi.reward.function import FunctionReward
-    from togi.reward.pool import CallLimits
+    from togi.reward.function import CallLimits
     from togi.sample import FinishReason, Prompt, Rollout
 
     reward = FunctionReward.from_file(sys.argv[1], CallLimits(workers=1))

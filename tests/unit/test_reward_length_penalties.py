@@ -7,9 +7,8 @@ import pytest
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import RewardError
-from togi.pump.experience import ScoredGroup
-from togi.pump.measure import rollout_metrics
-from togi.reward.combine import LengthPenalties, overlong_penalty, stop_properly
+from togi.pump.experience import ScoredGroup, rollout_metrics
+from togi.reward.scores import LengthPenalties, overlong_penalty, stop_properly
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 

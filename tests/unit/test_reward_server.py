@@ -15,12 +15,12 @@ import pytest
 from tests.tiny import tiny_tokenizer
 from togi.cli.main import main
 from togi.config.parse import parse
-from togi.config.serve_rm import ServeRMConfig, check_serve_rm
+from togi.config.tools import ServeRMConfig, check_serve_rm
 from togi.errors import ConfigError
-from togi.recipes.serve_rm import query_tokens
 from togi.reward.remote import ConnectionLimits, Patience, RemoteReward
 from togi.reward.server import Batcher, RewardServer, ServerLimits, read_call
 from togi.reward.wire import Answer, Call, Complaint
+from togi.run.serve_rm import query_tokens
 from togi.sample import FinishReason, Outcome, Prompt, Rollout
 
 Ask = Callable[..., Awaitable[tuple[int, dict[str, object]]]]

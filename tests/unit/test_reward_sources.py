@@ -14,9 +14,16 @@ from togi.plan.machine import Machine
 from togi.plan.placement import Role, plan_groups, resolve
 from togi.pump.experience import ScoredGroup, trainable
 from togi.pump.feed import RolloutFeed
-from togi.reward.combine import CombinedReward, ErrorLimit, Term, combine, distinct_names
-from togi.reward.local_model import LocalModelReward, Standardization
-from togi.run.rl_rewards import reward_names
+from togi.reward.scores import (
+    CombinedReward,
+    ErrorLimit,
+    LocalModelReward,
+    Standardization,
+    Term,
+    combine,
+    distinct_names,
+)
+from togi.run.rl_setup import reward_names
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 

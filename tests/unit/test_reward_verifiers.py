@@ -9,16 +9,15 @@ import pytest
 
 from tests.rewards import scored
 from tests.shared_data import shared_rows
-from togi.config.checks import check_rl
 from togi.config.choices import Verifier
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
+from togi.config.rl_checks import check_rl
 from togi.errors import ConfigError, RewardError
-from togi.recipes import preflight
 from togi.reward.verifiers import reasoning_gym as gym
 from togi.reward.wire import BadReturnError
-from togi.run.rl_rewards import EarlyRewards
-from togi.run.rl_setup import trial_prompts
+from togi.run import preflight
+from togi.run.rl_setup import EarlyRewards, trial_prompts
 from togi.sample import Outcome, Prompt
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.tiny import STOP, tiny_tokenizer
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
-from togi.data.loader import PromptLoader
+from togi.data.prompts import PromptLoader
 from togi.errors import CheckpointError, DataError
 from togi.obs.progress import Progress
 from togi.run.keep import checkpoint_store

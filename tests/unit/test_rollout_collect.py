@@ -9,12 +9,10 @@ from dataclasses import replace
 import pytest
 
 from togi.errors import DataError, RolloutError, WeightSyncError
-from togi.model.weights import Manifest, TensorSpec
-from togi.rollout.collect import collect_groups
-from togi.rollout.environment import Generate, SingleTurn
-from togi.rollout.parity import compare
-from togi.rollout.updates import UpdateLog
+from togi.rollout.collect import Generate, SingleTurn, collect_groups
 from togi.sample import FinishReason, Generation, Prompt, Rollout, Sampling
+from togi.weights.buckets import Manifest, TensorSpec
+from togi.weights.updates import UpdateLog, compare
 
 SAMPLING = Sampling(max_tokens=4)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import save_tiny_model, tiny_model
-from togi.cpu import packed_linear
-from togi.cpu.packed_linear import pack_linears, packable
-from togi.model.weights import pack_buckets
+from togi.cpu import layers
+from togi.cpu.layers import pack_linears, packable
 from togi.rollout.engine import EngineSettings
 from togi.rollout.transformers_engine import TransformersCore
+from togi.weights.buckets import pack_buckets
 
 TOKENS = tuple(range(20, 60))
 TYPES = [torch.float32, torch.bfloat16]
@@ -57,9 +57,9 @@ def test_other_types_and_processors_are_left_alone(monkeypatch: pytest.MonkeyPat
 
     assert is_left(nn.Linear(8, 4, dtype=torch.float64))
     assert not is_left(nn.Linear(8, 4))
-    monkeypatch.setattr(packed_linear.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(layers.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert is_left(nn.Linear(8, 4, dtype=torch.bfloat16)) and not is_left(nn.Linear(8, 4))
-    monkeypatch.setattr(packed_linear.torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(layers.torch.backends.mkldnn, "is_available", lambda: False)
     assert is_left(nn.Linear(8, 4))
 
 

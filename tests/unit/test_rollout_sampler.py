@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from togi.errors import ConfigError
+from togi.rollout.engine import end_token_ids
 from togi.rollout.sampler import BLOCK, Choice, choose, distribution, invert_cdf, nucleus
-from togi.rollout.stops import end_token_ids
 
 LOG = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
 

@@ -14,10 +14,10 @@ from togi.algo.preference import simpo_loss
 from togi.config.parse import parse
 from togi.data.packing import pack
 from togi.errors import ConfigError
-from togi.methods.checks import check_method
+from togi.methods import check_method
 from togi.methods.simpo import SimPO
 from togi.methods.simpo_objective import SimPOObjective
-from togi.model.outputs import Outputs
+from togi.model.policy import Outputs
 
 
 def test_the_loss_by_hand() -> None:

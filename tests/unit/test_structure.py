@@ -24,6 +24,7 @@ LEVELS = {
     "algo": 3,
     "plan": 3,
     "cpu": 4,
+    "weights": 4.5,
     "data": 5,
     "model": 5,
     "parallel": 5,
@@ -38,22 +39,20 @@ LEVELS = {
     "cli": 10,
     "__main__": 11,
 }
-# ``recipes`` becomes ``run`` file by file; until then the two are one package.
-MOVING = {"recipes": "run"}
 # Where a package from outside may be imported; a path is a file or a folder below togi/.
 FENCES = {
     "ray": ("workers/ray/",),
     "vllm": ("rollout/vllm_engine.py",),
     "deepspeed": ("parallel/deepspeed.py",),
-    "torch.distributed": ("parallel/",),
+    "torch.distributed": ("parallel/", "weights/carriers.py"),
     "transformers": (
         "model/",
         "learn/schedule.py",
         "data/chat.py",
         "rollout/transformers_engine.py",
-        "rollout/slot_cache.py",
+        "rollout/transformers_engine.py",
     ),
-    "huggingface_hub": ("model/", "recipes/preflight.py"),
+    "huggingface_hub": ("weights/files.py", "run/preflight.py"),
     "peft": ("model/",),
     "bitsandbytes": ("model/",),
     "wandb": ("obs/sinks.py",),
@@ -79,29 +78,29 @@ FOREIGN_ATTRIBUTES = Counter(
         "rollout/transformers_engine.py: TransformersCore.__init__": 2,
         # modules and parameters that a library marked
         "model/adapters.py: full_weight": 1,
-        "model/recompute.py: use_recompute": 1,
+        "model/layers.py: use_recompute": 1,
         "parallel/deepspeed.py: _gathered": 1,
         "parallel/deepspeed.py: _partition": 1,
         "rollout/vllm_engine.py: _start_reload": 2,
         # torch's data types, C functions and Ray's remote methods by their names
-        "model/adapter_update.py: BaseFiles.with_adapter": 1,
+        "weights/adapters.py: BaseFiles.with_adapter": 1,
         "model/checkpoint.py: expected_manifest": 1,
-        "model/weights.py: Bucket.unpack": 1,
-        "model/weights.py: TensorSpec.nbytes": 1,
+        "weights/buckets.py: Bucket.unpack": 1,
+        "weights/buckets.py: TensorSpec.nbytes": 1,
         "rollout/transformers_engine.py: TransformersCore._load": 1,
         "cpu/kernels.py: HostKernels.__init__": 1,
-        "workers/ray/calls.py: RayWorkers.call": 1,
+        "workers/ray/cluster.py: RayWorkers.call": 1,
         "workers/ray/weight_sync.py: WeightSync._ask_actor": 1,
         # what an operating system or an exception may not have
-        "data/prepare.py: _number_of_processes": 1,
+        "data/shards.py: _number_of_processes": 1,
         "cpu/kernels.py: compiled": 1,
         "obs/run_dir.py: RunDirectory._write_info": 1,
         "obs/way_out.py: writing": 1,
-        "plan/memory.py: keep_freed": 1,
-        "plan/memory.py: return_freed": 1,
+        "plan/machine.py: keep_freed": 1,
+        "plan/machine.py: return_freed": 1,
         "reward/verifiers/json_schema.py: fits": 1,
         # the user's module, and what its function returned
-        "config/hooks.py: _hook": 1,
+        "config/fields.py: _hook": 1,
         "reward/wire.py: _plain": 1,
         "reward/worker.py: _find": 3,
     }
@@ -109,18 +108,17 @@ FOREIGN_ATTRIBUTES = Counter(
 # Of our own records, by a name that is a value: none is wanted, and no further one is allowed.
 OWN_ATTRIBUTES = Counter(
     {
-        "cli/lora_combiner.py: main": 1,
         "config/parse.py: build": 2,
         "obs/rollout_store.py: _stored": 1,
         "parallel/deepspeed.py: _Tensors.__init__": 1,
         "plan/placement.py: resolve": 2,
-        "recipes/preflight.py: check_replayed": 1,
+        "run/preflight.py: check_replayed": 1,
     }
 )
 # Where any exception is caught and another one, or the same, is raised: something is closed, or the user told what failed.
 RAISED_AGAIN = Counter(
     {
-        "data/cache.py: Entry.write": 1,
+        "data/shards.py: Entry.write": 1,
         "data/chat.py: _rendered": 1,
         "data/chat.py: load_tokenizer": 1,
         "data/chat.py: render_marked": 1,
@@ -130,13 +128,13 @@ RAISED_AGAIN = Counter(
         "learn/checkpoint.py: CheckpointStore.write": 1,
         "model/generate.py: _generate": 1,
         "obs/way_out.py: writing": 1,
-        "recipes/modelscope.py: _downloaded": 1,
+        "run/modelscope.py: _downloaded": 1,
         "reward/function.py: _load_callable": 1,
         "rollout/collect.py: _run_one": 1,
         "run/journal.py: open_journal": 1,
         "run/rl.py: workers": 1,
-        "workers/model_reward.py: ModelScores._drain": 1,
-        "workers/ray/start.py: start": 1,
+        "workers/worker_group.py: ModelScores._drain": 1,
+        "workers/ray/__init__.py: start": 1,
     }
 )
 # Where any exception ends: it becomes a value that somebody waits for, or a line that somebody reads.
@@ -165,8 +163,7 @@ CAUGHT = Counter(
 
 
 def package_of(path: str) -> str:
-    name = path.partition("/")[0].removesuffix(".py")
-    return MOVING.get(name, name)
+    return path.partition("/")[0].removesuffix(".py")
 
 
 def within(name: str, package: str) -> bool:

@@ -12,11 +12,10 @@ import torch
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import WeightSyncError
-from togi.model.weights import Bucket, Checksum, TensorSpec, pack_buckets
-from togi.parallel.channel import Channel
-from togi.parallel.process import Rendezvous, open_store
-from togi.plan.carrier import Carrier, choose
-from togi.workers.parcels import Announced, Exporter, Inbox, OverChannel, ThroughDriver
+from togi.parallel.process import open_store
+from togi.plan.placement import Carrier, choose
+from togi.weights.buckets import Bucket, Checksum, TensorSpec, pack_buckets
+from togi.weights.carriers import Announced, Channel, Exporter, Inbox, OverChannel, Rendezvous, ThroughDriver
 from togi.workers.ray.weight_sync import _Progress, agreed_checksum
 
 HOST, GLOO, NCCL, IPC = Carrier.HOST, Carrier.GLOO, Carrier.NCCL, Carrier.IPC

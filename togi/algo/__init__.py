@@ -1,4 +1,1 @@
-"""The mathematics of training as pure functions: tensors and numbers in, tensors and numbers out.
-
-No ranks, no flags, no models. The docstrings name the papers that the formulas come from.
-"""
+"""The mathematics of training: tensors in, tensors out. Nothing of models, files and processes."""

@@ -116,7 +116,7 @@ def kl_controller(init: float, target: float | None, horizon: int) -> KLControll
 # The divergence between a teacher's and a student's distribution over the vocabulary, and its gradient.
 #
 # Both functions take the log-probabilities of one block of tokens. Not here: computing them block by block, without the logits of
-# all tokens (``togi.model.distill_head``).
+# all tokens (``togi.model.heads``).
 # Shape letters: k tokens of a block, V the whole vocabulary, v a slice of it.
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from togi.cli.main import main as run_togi
 from togi.config.infer import InferConfig
 from togi.config.parse import parse
-from togi.recipes.infer_start import start_infer
+from togi.run.start import start_infer
 
 
 def main(argv: Sequence[str]) -> None:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from togi.cli.main import main as run_togi
-from togi.config.merge import MergeConfig
 from togi.config.parse import parse
+from togi.config.tools import MergeConfig
 from togi.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command. Raises UserError for the user's mistakes."""
     config = parse(MergeConfig, argv, "merge-lora").config
-    for name in ("lora_path", "output_path"):
-        if not getattr(config, name):
+    for name, value in (("lora_path", config.lora_path), ("output_path", config.output_path)):
+        if not value:
             raise ConfigError(f"--{name} is required: {MergeConfig.model_fields[name].description}")
     from togi.run.export import merge
 

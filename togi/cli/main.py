@@ -14,19 +14,22 @@ from togi.methods import METHODS
 from togi.obs.way_out import advice, disk_reason
 
 COMMANDS = {
-    "rl": ("togi.cli.train_ppo_ray", "online RL: PPO, GRPO, RLOO, REINFORCE++, Dr. GRPO"),
-    **{name: ("togi.cli.offline", method.summary) for name, method in METHODS.items()},
-    "infer": ("togi.cli.batch_inference", "outputs for a file of prompts, scores for a file of outputs"),
+    "rl": ("togi.cli.train_ppo_ray:main", "online RL: PPO, GRPO, RLOO, REINFORCE++, Dr. GRPO"),
+    **{name: ("togi.cli.commands:offline", method.summary) for name, method in METHODS.items()},
+    "infer": ("togi.cli.batch_inference:main", "outputs for a file of prompts, scores for a file of outputs"),
     "iterate": (
-        "togi.cli.iterate",
+        "togi.cli.commands:iterate",
         "rounds of generate, score, select, train: best-of-n, iterative DPO, conditional SFT",
     ),
-    "check": ("togi.cli.check", "everything a command does before its first step, in seconds; rl: would it learn?"),
-    "chat": ("togi.cli.chat", "talk to a model in the terminal"),
-    "serve-rm": ("togi.cli.serve_rm", "serve a reward model or function over HTTP"),
-    "merge-lora": ("togi.cli.lora_combiner", "merge a LoRA adapter into its base model"),
-    "export": ("togi.cli.export", "a run's model or checkpoint as a Hugging Face folder with a model card"),
-    "report": ("togi.cli.report", "write report.html of a run folder again"),
+    "check": (
+        "togi.cli.commands:check",
+        "everything a command does before its first step, in seconds; rl: would it learn?",
+    ),
+    "chat": ("togi.cli.interactive_chat:main", "talk to a model in the terminal"),
+    "serve-rm": ("togi.cli.serve_rm:main", "serve a reward model or function over HTTP"),
+    "merge-lora": ("togi.cli.lora_combiner:main", "merge a LoRA adapter into its base model"),
+    "export": ("togi.cli.commands:export", "a run's model or checkpoint as a Hugging Face folder with a model card"),
+    "report": ("togi.cli.commands:report", "write report.html of a run folder again"),
 }
 
 
@@ -48,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Expected errors become one sentence and an exit status; any other is a bug and keeps its traceback.
     status, why = 0, ""
     try:
-        importlib.import_module(COMMANDS[name][0]).main(words if name in METHODS else rest)
+        module, _, function = COMMANDS[name][0].partition(":")
+        vars(importlib.import_module(module))[function](words if name in METHODS else rest)
     except UserError as error:
         status, why = 2, str(error)
     except RunError as error:

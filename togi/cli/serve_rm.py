@@ -9,10 +9,10 @@ from pathlib import Path
 
 from togi.cli.main import main as run_togi
 from togi.config.parse import parse
-from togi.config.serve_rm import ServeRMConfig, check_serve_rm
+from togi.config.tools import ServeRMConfig, check_serve_rm
 from togi.errors import ConfigError
-from togi.recipes.modelscope import with_local_names
-from togi.recipes.preflight import check_model, check_reward_file
+from togi.run.modelscope import with_local_names
+from togi.run.preflight import check_model, check_reward_file
 from togi.run.start import say_ignored
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
         check_model("reward_pretrain", config.reward_pretrain)
     else:
         check_reward_file(Path(config.reward_func))
-    from togi.recipes.serve_rm import serve
+    from togi.run.serve_rm import serve
 
     serve(config, token, lambda line: print(line, flush=True))
 

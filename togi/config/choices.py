@@ -62,7 +62,7 @@ class PolicyLossType(StrEnum):
 
 
 class CorrectionType(StrEnum):
-    """How tokens with different probabilities in engine and trainer are corrected (``togi.algo.mismatch``)."""
+    """How tokens with different probabilities in engine and trainer are corrected (``togi.algo.policy``)."""
 
     TIS = "tis"
     ICEPOP = "icepop"
@@ -193,7 +193,7 @@ class OnRewardError(StrEnum):
 
 
 class Verifier(StrEnum):
-    """Built-in reward functions, each a module of ``togi.reward.verifiers``."""
+    """Built-in reward functions: each a module of ``togi.reward.verifiers``, or a function of its module ``text``."""
 
     CODE = "code"
     EXACT = "exact"
@@ -202,6 +202,10 @@ class Verifier(StrEnum):
     LENGTH = "length"
     MATH = "math"
     REASONING_GYM = "reasoning_gym"
+
+    @property
+    def is_of_text(self) -> bool:
+        return self in (Verifier.EXACT, Verifier.FORMAT, Verifier.LENGTH)
 
     @property
     def package(self) -> str:

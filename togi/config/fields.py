@@ -1,12 +1,17 @@
-"""The declaration of a setting: a typed pydantic field with a help text, and whether it is supported yet."""
+"""The declaration of a setting: a typed pydantic field with a help text, and whether it is supported yet.
+
+Also the type of a setting that may be a function of the user's: ``FILE.py:name`` as a flag, a callable from Python.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic_core import PydanticCustomError
 
 AUTO: Literal["auto"] = "auto"
 _LATER = "not_supported_yet"
@@ -67,3 +72,36 @@ def is_later(config_class: type[BaseModel], name: str) -> bool:
     """Whether the setting is refused for now."""
     extra = config_class.model_fields[name].json_schema_extra
     return isinstance(extra, dict) and _LATER in extra
+
+
+IN_PYTHON = "python"
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """The place of a function: ``path`` of its file and ``name`` in it; or the ``function`` itself, given from Python."""
+
+    path: str
+    name: str
+    function: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
+
+    # A hook may stand in for a built-in estimator. What it does with groups is up to it.
+    uses_groups = False
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.name}"
+
+
+def _hook(value: Any) -> Hook:
+    if isinstance(value, Hook):
+        return value
+    if isinstance(value, str):
+        path, colon, name = value.rpartition(":")
+        if colon and path.endswith(".py") and name.isidentifier():
+            return Hook(path, name)
+    elif callable(value):
+        return Hook(IN_PYTHON, str(getattr(value, "__name__", type(value).__name__)), value)
+    raise PydanticCustomError("hook", "FILE.py:name of a function")
+
+
+HookField = Annotated[Hook, PlainValidator(_hook), PlainSerializer(str, return_type=str)]

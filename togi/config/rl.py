@@ -1,4 +1,4 @@
-"""The settings of ``togi rl`` (established name: ``train_ppo_ray``)."""
+"""The settings of ``togi rl`` (established name: ``train_ppo_ray``). Their rules are in ``rl_checks``."""
 
 from __future__ import annotations
 
@@ -6,23 +6,184 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from togi.config.choices import (
+    BUILTIN,
     AdvantageEstimator,
     Aggregation,
     Algo,
     CorrectionType,
     EngineName,
     KLEstimator,
+    LengthShape,
     LoraSync,
+    OnRewardError,
     PolicyLossType,
+    RemoteMode,
+    RewardCombination,
     SyncBackend,
+    Verifier,
     WorkersKind,
 )
-from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag
-from togi.config.hooks import HookField
+from togi.config.fields import Count, CountOrAuto, HookField, Int, PathText, Settings, flag
 from togi.config.presets import preset_values
-from togi.config.reward import RewardSettings
-from togi.config.samples import PretrainMixSettings, SampleSettings
 from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
+
+
+class SampleSettings(Settings):
+    """Filtering and length penalties"""
+
+    dynamic_filtering: bool = flag(
+        False,
+        "Train only on groups whose mean reward lies inside --dynamic_filtering_reward_range; each other one is replaced by that "
+        "of another prompt, until the rollout is full or the episode ends (DAPO).",
+    )
+    dynamic_filtering_reward_range: tuple[float, float] = flag(
+        (0.0, 1.0), "The open range, of the reward before length penalties: a mean that is one of its ends is outside."
+    )
+    dynamic_filtering_max_generations: Count = flag(
+        20, "Stop the run when a rollout is not full after so many times its number of prompts."
+    )
+    overlong_buffer_len: Count | None = flag(
+        None, "Responses that reach into the last so many tokens of --generate_max_len lose reward, linearly (DAPO)."
+    )
+    overlong_penalty_factor: float = flag(1.0, "What a response of --generate_max_len tokens loses.", gt=0)
+    stop_properly_penalty_coef: float | None = flag(
+        None,
+        "Reward of a response cut off by the limit: from 0 to 1 it is multiplied by this, below 0 replaced by it (ProRL).",
+        le=1,
+    )
+
+    @property
+    def uses_length_penalties(self) -> bool:
+        return self.overlong_buffer_len is not None or self.stop_properly_penalty_coef is not None
+
+
+class PretrainMixSettings(Settings):
+    """SFT mixing"""
+
+    pretrain_data: PathText | None = flag(
+        None,
+        "Texts that the actor goes on learning: --ptx_coef x their mean negative log-probability a token is added to the policy "
+        "loss of every update (PPO-ptx).",
+    )
+    ptx_coef: float = flag(0.05, "Weight of the loss on --pretrain_data.", gt=0)
+    pretrain_data_probs: str | None = flag(
+        None, "Comma-separated sampling probabilities, one per set; default: concatenate."
+    )
+    pretrain_split: str = flag("train", "Split of these sets.")
+    pretrain_input_key: str = flag(
+        "input", "Field with the text, or with the prompt if --pretrain_output_key is given."
+    )
+    pretrain_output_key: str | None = flag(
+        None, "Field with the response, which alone is learned; without it every token of the text is."
+    )
+    pretrain_max_len: Count | None = flag(
+        None, "Longer rows are left out and counted; default --prompt_max_len + --generate_max_len."
+    )
+    pretrain_max_samples: Count = flag(100_000_000, "Use at most this many rows of the mixture.")
+    pretrain_batch_size: Count | None = flag(None, "Rows in each of the actor's updates; default --train_batch_size.")
+
+
+class RewardSettings(Settings):
+    """Reward"""
+
+    reward_func: PathText | None = flag(
+        None,
+        "Python files that define reward_func(queries, prompts, labels), comma-separated; builtin:NAME for one that "
+        f"comes with Togi ({', '.join(Verifier)}).",
+    )
+    format_regex: str | None = flag(
+        None, "What builtin:format wants a whole response to match, a Python regular expression."
+    )
+    length_target: Count | None = flag(None, "The length of a response that builtin:length rewards most, in tokens.")
+    length_shape: LengthShape = flag(
+        LengthShape.LINEAR, "How builtin:length falls off: linear, or cosine, which is flat near the target."
+    )
+    remote_rm_url: PathText | None = flag(
+        None, "Reward servers, comma-separated http(s) URLs; a .py path among them is a --reward_func."
+    )
+    reward_pretrain: PathText | None = flag(
+        None, "Local reward models with a scalar head, comma-separated; each has its own worker processes."
+    )
+    remote_rm_mode: RemoteMode = flag(
+        RemoteMode.BALANCE,
+        "Several URLs. balance: equal servers, each group goes to the least busy one (as established). "
+        "ensemble: different rewards, each URL scores every sample.",
+    )
+    reward_combine: RewardCombination = flag(
+        RewardCombination.SUM,
+        "How several rewards become one: their weighted sum, or that divided by the sum of weights.",
+    )
+    reward_weights: tuple[float, ...] | None = flag(
+        None, "One weight per reward: reward models, then servers, then functions, as given; default 1 for each."
+    )
+    normalize_reward: bool = flag(
+        False, "Standardise each reward model's output with the mean and std of its own config."
+    )
+    reward_timeout: float = flag(60.0, "Seconds one call of a reward function or server may take.", gt=0)
+    reward_workers: Count = flag(2, "Processes that run a reward function.")
+    reward_retries: Int = flag(
+        1,
+        "How often a call is repeated that failed for a passing reason: a timeout, a killed process, an I/O error.",
+        ge=0,
+    )
+    remote_rm_concurrency: Count = flag(64, "Requests at the same time to one reward server.")
+    remote_rm_max_pause: float = flag(
+        3600.0, "Seconds the run waits for a reward server that is down, before it stops.", gt=0
+    )
+    on_reward_error: OnRewardError = flag(
+        OnRewardError.DROP_GROUP,
+        "Samples whose reward failed: leave out their group, leave out only them, or stop the run.",
+    )
+    max_reward_errors: float = flag(
+        0.1, "Largest share of a rollout's samples whose reward may fail; above it the run stops.", ge=0, le=1
+    )
+    ref_reward_offload: bool = flag(
+        False,
+        "Keep reference and reward models in host memory while they do not compute; without a GPU they are there anyway.",
+    )
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """Folders or hub names of the local reward models."""
+        return _listed(self.reward_pretrain)
+
+    @property
+    def reward_urls(self) -> tuple[str, ...]:
+        """URLs of the reward servers."""
+        return tuple(item for item in _listed(self.remote_rm_url) if not item.endswith(".py"))
+
+    @property
+    def reward_files(self) -> tuple[str, ...]:
+        """Paths of the reward function files, given under either name, and names of built-in functions."""
+        remote = tuple(item for item in _listed(self.remote_rm_url) if item.endswith(".py"))
+        return _listed(self.reward_func) + remote
+
+    def verifier_settings(self, verifier: Verifier) -> dict[str, str]:
+        """The keyword arguments of a built-in function, from its own flags."""
+        if verifier is Verifier.FORMAT and self.format_regex is not None:
+            return {"format_regex": self.format_regex}
+        if verifier is Verifier.LENGTH:
+            return {"length_target": str(self.length_target), "length_shape": self.length_shape}
+        return {}
+
+    @property
+    def allowed_reward_errors(self) -> float:
+        """The largest share of a rollout's samples whose reward may fail."""
+        return 0.0 if self.on_reward_error is OnRewardError.STOP else self.max_reward_errors
+
+    @property
+    def remote_sources(self) -> int:
+        """The number of rewards from servers: servers that share the samples count as one."""
+        return len(self.reward_urls) if self.remote_rm_mode is RemoteMode.ENSEMBLE else min(1, len(self.reward_urls))
+
+
+def verifier_of(item: str) -> Verifier | None:
+    """The built-in function named by an item of ``--reward_func``; None for a file. Raises ValueError for an unknown name."""
+    return Verifier(item.removeprefix(BUILTIN)) if item.startswith(BUILTIN) else None
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    return () if text is None else tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 class PromptSettings(Settings):

@@ -1,12 +1,18 @@
-"""Settings that several commands share, in groups. Each has one flat name; established names are kept."""
+"""Settings that several commands share, in groups, and the contradictions between them.
+
+Each has one flat name; established names are kept.
+What tensor parallelism and compilation cannot be combined with is here too. The settings of one method are in ``togi.methods``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from togi.config.choices import BackendName, GradAccumDtype, Layers, Scheduler
-from togi.config.fields import Count, Int, PathText, Settings, flag, later
+from togi.config.choices import BackendName, GradAccumDtype, Layers, Overlong, Scheduler
+from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, later
+from togi.errors import ConfigError
 
 PLAIN_TEMPLATE = "User: {}\nAssistant: "
 """The format of a prompt without a chat template."""
@@ -218,3 +224,250 @@ class OutputSettings(Settings):
     wandb_project: str = flag("togi", "Weights & Biases project.")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name; default: the run folder's name.")
     use_tensorboard: PathText | None = flag(None, "TensorBoard folder.")
+
+
+class DatasetSettings(Settings):
+    """Data"""
+
+    dataset: PathText = flag(
+        "", "Training sets: comma-separated files, folders or hub names, each optionally name@dir. Required."
+    )
+    dataset_probs: str | None = flag(None, "Comma-separated sampling probabilities, one per set; default: concatenate.")
+    dataset_split: str = flag("train", "Split of the training sets.")
+    max_samples: Count = flag(100_000_000, "Use at most this many rows of the mixture.")
+    max_len: Count = flag(2048, "At most this many tokens per sequence, prompt and response together.")
+    overlong: Overlong = flag(
+        Overlong.DROP, "What becomes of longer rows: left out and counted, cut (without an end token), or an error."
+    )
+    max_bad_rows: float = flag(
+        0.05,
+        "Stop before training if a larger share of the rows is faulty; 0 stops at any. They are left out.",
+        ge=0,
+        le=1,
+    )
+    dataset_num_proc: CountOrAuto = flag(
+        "auto", "Processes that tokenise the rows; auto: one per core for large sets, else this one."
+    )
+
+
+class EvaluationSettings(Settings):
+    """Evaluation"""
+
+    eval_dataset: PathText | None = flag(None, "Held-out sets, with the same fields as --dataset.")
+    eval_split: str = flag("test", "Split of the held-out sets.")
+    eval_steps: Int = flag(-1, "Evaluate every N optimizer steps; in any case at the end of each epoch.")
+    eval_at_start: bool = flag(False, "Also evaluate before the first update.")
+
+
+class LaunchSettings(Settings):
+    """Launch"""
+
+    local_rank: Int = flag(-1, "Set by launchers that start one process per device; wins over LOCAL_RANK.")
+
+
+def template_problems(template: str, *, applied: bool) -> Iterator[str]:
+    """Faults of an ``--input_template`` that the user wrote. ``applied``: rows are rendered with a chat template."""
+    if applied:
+        yield "--input_template and --apply_chat_template exclude each other: leave one of them out."
+    if template.count("{}") != 1:
+        yield f"--input_template must contain {{}} exactly once, where the prompt goes, but is {template!r}."
+    if "\\n" in template:
+        yield "--input_template contains a backslash followed by n: write a real line break, in bash $'...\\n...'."
+
+
+def chat_template_problems(template: str | None, *, applied: bool) -> Iterator[str]:
+    """Faults of a ``--tokenizer_chat_template``. ``applied``: rows are rendered with a chat template."""
+    if template is not None and not applied:
+        yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."
+    if template is not None and "{" not in template:
+        yield f'--tokenizer_chat_template {template!r} is no Jinja template: give its text, in bash "$(cat FILE)".'
+
+
+def check_mixture(path: str, kind: str) -> None:
+    """Raise ConfigError for a model (of type ``kind``) without a router to balance."""
+    if kind not in MIXTURES:
+        raise ConfigError(
+            f"--aux_loss_coef balances the experts of a mixture ({', '.join(MIXTURES)}), but --pretrain {path} is a {kind} model: "
+            "leave it out."
+        )
+
+
+def model_problems(c: ModelSettings) -> Iterator[str]:
+    """Faults of the model flags of any command."""
+    for name in ("gradient_checkpointing_use_reentrant", "gradient_checkpointing_above"):
+        if c.changed(name) and not c.gradient_checkpointing:
+            yield f"--{name} needs --gradient_checkpointing: add it or leave the first out."
+    if c.gradient_checkpointing_use_reentrant and c.gradient_checkpointing_above > 0:
+        yield (
+            "--gradient_checkpointing_above is not for the kind of --gradient_checkpointing_use_reentrant, which needs the same "
+            "layers on all workers: leave one of them out."
+        )
+    if c.gradient_checkpointing_use_reentrant and c.aux_loss_coef > 0:
+        yield (
+            "--aux_loss_coef with --gradient_checkpointing_use_reentrant would have no gradient, since that kind hides the "
+            "router from it: leave the second out."
+        )
+    if c.load_in_4bit and c.lora_rank == 0:
+        yield "--load_in_4bit freezes the weights and trains an adapter: add --lora_rank, or leave --load_in_4bit out."
+    if c.lora_rank == 0 and (c.lora_dropout > 0 or c.target_modules != (ALL_LINEAR,)):
+        yield "--lora_dropout and --target_modules are about an adapter: add --lora_rank, or leave them out."
+    if ALL_LINEAR in c.target_modules and len(c.target_modules) > 1:
+        yield f"--target_modules {' '.join(c.target_modules)}: give {ALL_LINEAR} alone, or names without it."
+
+
+def train_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
+    """Faults of the training flags of any command. ``model``: the model flags of the same command."""
+    if model.load_in_4bit and c.zero_stage == 3:
+        yield "--load_in_4bit with --zero_stage 3: quantised weights are not sharded, use --zero_stage 0, 1 or 2."
+    yield from _backend(c, model)
+    if c.grad_accum_dtype is GradAccumDtype.BF16 and not model.bf16:
+        yield "--grad_accum_dtype bf16 needs gradients in bfloat16: add --bf16, or leave the first out."
+    if c.ring_head_stride > 1 and c.ring_attn_size == 1:
+        yield f"--ring_head_stride {c.ring_head_stride} is about a ring of processes: add --ring_attn_size, or leave it out."
+    if not c.packing_samples and c.micro_train_batch_size not in ("auto", 1):
+        yield (
+            f"--micro_train_batch_size {c.micro_train_batch_size} needs packing but --no_packing_samples is set: "
+            "leave one of them out."
+        )
+    if not all(0 <= beta < 1 for beta in c.adam_betas):
+        yield f"--adam_betas {c.adam_betas[0]:g} {c.adam_betas[1]:g} must both be at least 0 and below 1."
+    yield from _schedule_problems(c)
+
+
+def _backend(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
+    """What one of the backends cannot do, or only in some layouts."""
+    sharded = c.zero_stage > 0 and not model.load_in_4bit
+    if model.gradient_checkpointing_above > 0 and c.backend is BackendName.DEEPSPEED and c.zero_stage == 3:
+        yield (
+            "--gradient_checkpointing_above with --backend deepspeed and --zero_stage 3: workers would gather other layers, each "
+            "by its own pack: leave the first out."
+        )
+    if c.deepcompile and c.backend is not BackendName.DEEPSPEED:
+        yield f"--deepcompile is DeepSpeed's compiler but --backend is {c.backend}: leave it out."
+    if c.deepcompile:
+        yield (
+            "--deepcompile needs CUDA and one graph for all steps, but packed batches have another segment table in each: "
+            "leave it out."
+        )
+    if c.zpg > 1 and (c.backend is not BackendName.DEEPSPEED or c.zero_stage != 3):
+        yield (
+            f"--zpg {c.zpg} needs --backend deepspeed and --zero_stage 3, where weights are gathered for each pass, but they are "
+            f"{c.backend} and {c.zero_stage}: change them, or leave --zpg out."
+        )
+    if c.grad_accum_dtype is GradAccumDtype.BF16 and (c.backend is not BackendName.DEEPSPEED or not sharded):
+        yield (
+            "--grad_accum_dtype bf16 needs --backend deepspeed with --zero_stage 1, 2 or 3 and without --load_in_4bit, all "
+            "else adds up in float32: change that, or leave it out."
+        )
+
+
+def _schedule_problems(c: TrainSettings) -> Iterator[str]:
+    kind = c.lr_scheduler
+    # Which schedules read each flag.
+    used = {
+        "min_lr_ratio": kind.follows_a_loss
+        or kind.endswith("with_min_lr")
+        or kind in (Scheduler.POLYNOMIAL, Scheduler.WARMUP_STABLE_DECAY),
+        "lr_num_cycles": kind.startswith("cosine") or kind is Scheduler.WARMUP_STABLE_DECAY,
+        "lr_power": kind is Scheduler.POLYNOMIAL,
+        "lr_decay_ratio": kind is Scheduler.WARMUP_STABLE_DECAY,
+        "lr_factor": kind.follows_a_loss,
+        "lr_patience": kind.follows_a_loss,
+        "max_lr_ratio": kind is Scheduler.GREEDY,
+    }
+    for name, value in c.changed(*used).items():
+        if not used[name]:
+            yield f"--{name} {value:g} has no effect with --lr_scheduler {kind}: leave it out, or choose another schedule."
+    if kind is Scheduler.WARMUP_STABLE_DECAY and c.lr_warmup_ratio + c.lr_decay_ratio > 1:
+        yield (
+            f"--lr_warmup_ratio {c.lr_warmup_ratio:g} and --lr_decay_ratio {c.lr_decay_ratio:g} are more than the whole run: "
+            "lower one of them."
+        )
+
+
+def output_problems(c: OutputSettings, *, evaluates: bool) -> Iterator[str]:
+    """Faults of the output flags of any command. ``evaluates``: there is a held-out set."""
+    if c.best_metric_key != NO_METRIC and not evaluates:
+        yield f"--best_metric_key {c.best_metric_key} is measured on held-out data: add --eval_dataset, or leave it out."
+    if c.best_metric_key == NO_METRIC and c.best_metric_mode != "auto":
+        yield f"--best_metric_mode {c.best_metric_mode} says which values are good, but of no metric: add --best_metric_key."
+    if c.save_hf_ckpt and c.save_steps <= 0:
+        yield "--save_hf_ckpt writes with each checkpoint: set --save_steps to a positive number."
+    if c.disable_ds_ckpt and not c.save_hf_ckpt:
+        yield "--disable_ds_ckpt without --save_hf_ckpt leaves nothing to save: add the second or leave the first out."
+    if c.use_ds_universal_ckpt and not c.load_checkpoint:
+        yield "--use_ds_universal_ckpt is about loading a checkpoint: add --load_checkpoint, or leave the first out."
+    if c.save_steps == 0:
+        yield "--save_steps must be positive, or -1."
+
+
+def parallel_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
+    """Faults of ``--ds_tensor_parallel_size`` and ``--torch_compile``."""
+    yield from _compiled(c, model)
+    yield from _tensor(c, model)
+
+
+def _compiled(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
+    if not model.torch_compile:
+        return
+    if model.use_liger_kernel:
+        yield "--torch_compile and --use_liger_kernel exclude each other, both compute the layers: leave one of them out."
+    if model.load_in_4bit:
+        yield "--torch_compile with --load_in_4bit: weights in NF4 are not compiled, leave one of them out."
+    if model.aux_loss_coef > 0:
+        yield f"--torch_compile with --aux_loss_coef {model.aux_loss_coef:g}: experts are not compiled, leave one of them out."
+    if c.backend is BackendName.DEEPSPEED and c.zero_stage == 3:
+        yield (
+            "--torch_compile with --backend deepspeed and --zero_stage 3: weights would be gathered inside of what is compiled, "
+            "use --backend fsdp2, or leave the first out."
+        )
+    if c.ds_tensor_parallel_size > 1:
+        yield (
+            f"--torch_compile with --ds_tensor_parallel_size {c.ds_tensor_parallel_size}: split weights are not compiled, leave "
+            "one of them out."
+        )
+
+
+def _tensor(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
+    size = c.ds_tensor_parallel_size
+    if size == 1:
+        return
+    tensor = f"--ds_tensor_parallel_size {size}"
+    if c.ring_attn_size > 1:
+        yield (
+            f"{tensor} with --ring_attn_size {c.ring_attn_size}: the first parts the weights and the second the tokens of a batch "
+            "among the same processes, leave one of them out."
+        )
+    # Tensor parallelism is built on FSDP2's shards of plain weights.
+    if c.backend is not BackendName.FSDP2:
+        yield f"{tensor} splits weights beneath FSDP2: use --backend fsdp2, or leave it out."
+    if c.zero_stage == 0:
+        yield f"{tensor} with --zero_stage 0, which keeps every weight whole: use --zero_stage 1, 2 or 3."
+    if model.lora is not None:
+        yield f"{tensor} with --lora_rank {model.lora_rank}: adapters are not split, leave one of them out."
+    if model.aux_loss_coef > 0:
+        yield f"{tensor} with --aux_loss_coef {model.aux_loss_coef:g}: experts are not split, leave one of them out."
+    if model.use_liger_kernel:
+        yield f"{tensor} with --use_liger_kernel: Liger's kernels take whole weights, leave one of them out."
+    if c.adam_offload:
+        yield f"{tensor} with --adam_offload is not supported yet: leave one of them out."
+
+
+def check_splittable(size: int, flag: str, path: str, settings: dict[str, Any]) -> None:
+    """Raise ConfigError if the layers of a model, by its config.json, cannot be split in ``size`` equal parts."""
+    if size == 1 or not settings:
+        return
+    kind = settings.get("model_type")
+    if kind not in SPLITTABLE:
+        raise ConfigError(
+            f"--ds_tensor_parallel_size {size} can split {', '.join(SPLITTABLE)} models, but --{flag} {path} is a {kind} model: "
+            "leave it out."
+        )
+    # Query heads, key/value heads and the hidden units of the MLP are all split.
+    heads = settings.get("num_attention_heads")
+    groups, hidden = settings.get("num_key_value_heads", heads), settings.get("intermediate_size")
+    if any(isinstance(number, int) and number % size != 0 for number in (heads, groups, hidden)):
+        raise ConfigError(
+            f"--ds_tensor_parallel_size {size} does not divide the {heads} heads, the {groups} key/value heads or the {hidden} "
+            f"hidden units of --{flag} {path}: choose a divisor of all three."
+        )

@@ -6,10 +6,8 @@ Every result equals that of the plain path (``tests/unit``). Other packages impo
 """
 
 from togi.cpu.attention import host_attention
-from togi.cpu.kernels import HostKernels, Rates, compiled, is_plain, kernels_for
-from togi.cpu.layers import keeping_outputs, use_host_layers
-from togi.cpu.library import own_folder, processor_mark
-from togi.cpu.packed_linear import pack_linears
+from togi.cpu.kernels import HostKernels, Rates, compiled, is_plain, kernels_for, own_folder, processor_mark
+from togi.cpu.layers import keeping_outputs, pack_linears, use_host_layers
 
 __all__ = [
     "HostKernels",

@@ -1,29 +1,78 @@
-"""Python wrappers of the C kernels for CPUs: norms, gates, the head's softmax, short attention and AdamW.
-
-Without a compiler, or with ``TOGI_CPU_KERNELS=0``, PyTorch operations are the slower fallback (``togi.cpu.blocks``,
-``togi.cpu.block_attention``, ``logprob_head``, ``parallel.replicated``). Outputs in bfloat16 differ from the fallback's by at most
-one rounding, in very few places. Sums are float32; sums of squared gradients are float64.
-
-Not here: the callers (``togi.model``, ``togi.parallel``), the compiler (``library``).
-"""
+"""The C kernels: built once by the machine's compiler, and called with tensors."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
+import shlex
+import shutil
 import subprocess
+import tempfile
+import time
 from ctypes import byref
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from togi.cpu.library import library
+from togi.plan.machine import cache_folder, processor
 
 logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+SOURCES = tuple(HERE / name for name in ("layers.c", "attention.c", "optimizer.c"))
+HEADERS = (HERE / "numbers.h",)
+# No -ffast-math, because NaN must stay NaN. libgomp is the one that torch has loaded, so both share one thread pool.
+_EXACT = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+FLAGS = ("-O3", "-march=native", "-std=c11", *_EXACT, "-fopenmp", "-fPIC", "-shared")
+
+
+def own_folder(name: str) -> Path:
+    """A folder in the cache for executable code of this user alone. Raises OSError if other users can write to it."""
+    folder = cache_folder() / f"{name}-{os.getuid()}"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    owner = folder.stat()
+    if owner.st_uid != os.getuid() or owner.st_mode & 0o022:
+        raise OSError(f"Others than its user may write to {folder}: remove it.")
+    return folder
+
+
+def processor_mark() -> str:
+    """A hash of the processor's name, for caches in a home folder that different machines share."""
+    return hashlib.blake2b(processor().encode(), digest_size=8).hexdigest()
+
+
+def library() -> Path:
+    """The path of the library for this source, compiler and processor. Builds it if it is missing.
+
+    Raises OSError if there is no compiler or other users can write to the folder, SubprocessError if compiling fails, and
+    ValueError if CC is not a valid command.
+    """
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise OSError("There is none in the PATH.")
+    # the name is a hash of all that the library depends on
+    sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
+    parts = (*sources, str(FLAGS), compiler, torch.__version__, processor())
+    name = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+    folder = own_folder("kernels")
+    path = folder / f"{name}.so"
+    if not path.exists():
+        start = time.perf_counter()
+        # built in a temporary folder and renamed, because other processes may build it at the same time
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            made = Path(aside) / path.name
+            words = [*shlex.split(compiler), *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
+            subprocess.run(words, check=True, capture_output=True, text=True, errors="replace", timeout=120)
+            made.replace(path)
+        logger.info("Compiled the kernels for the CPU in %.1f s: %s", time.perf_counter() - start, path)
+    return path
+
 
 BLOCK_ROWS = 64
 """Rows over which one thread sums the gradient of a norm's weight."""
@@ -78,7 +127,7 @@ def compiled() -> HostKernels | None:
 
 
 class HostKernels:
-    """The C functions as methods. Norms and gates have the arguments and results of ``togi.cpu.blocks``, in bfloat16."""
+    """The C functions as methods. Norms and gates have the arguments and results of ``togi.cpu.attention``, in bfloat16."""
 
     def __init__(self, library: Any) -> None:
         self._library = library

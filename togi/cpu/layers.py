@@ -1,18 +1,11 @@
-"""RMS norms and gated MLPs on a CPU: faster forwards for the layers of a model, which keep less for the backward.
-
-Shape letters: T tokens, H the width of a layer. Transformers computes a norm in float32 with one pass over all tokens for each
-operation, and autograd keeps two float32 copies. Here all operations run on a few tokens while these are in the processor's cache
-(``togi.cpu.kernels``, with ``blocks`` as the fallback), and only the input is kept. The projections that read a norm's or gate's
-output do not keep it either: the backward computes it again, which costs less than the memory.
-
-Not here: kernels for other devices (``liger``).
-"""
+"""Layers of known architectures with the kernels of ``kernels``, and linear layers whose weights are packed for the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from types import MethodType
 from typing import Any, Protocol
 
@@ -20,8 +13,39 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from togi.cpu import blocks
+from togi.cpu import attention
 from togi.cpu.kernels import compiled, is_plain
+
+TOKENS = 16
+"""The number of tokens for which oneDNN chooses the layout. Products of any other number are correct too, and not slower."""
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Reorder the weights of all linear layers of ``model`` in place, and free the plain ones. It can then only infer.
+
+    Skips layers on other devices, of dtypes that are not in ``packable()``, or of a subclass of ``nn.Linear``.
+    """
+    types = packable()
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer.weight.device.type == "cpu" and layer.weight.dtype in types:
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), TOKENS)
+            layer.forward = partial(_linear, packed, layer.bias)  # type: ignore[method-assign]
+            # a tied embedding keeps the plain weight
+            layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+
+def packable() -> frozenset[torch.dtype]:
+    """The dtypes that oneDNN multiplies on this processor: float32, and bfloat16 if it has instructions for it."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return frozenset()
+    narrow = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
+    return frozenset({torch.float32} | narrow)
+
+
+def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return out
+
 
 NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 GATED = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
@@ -140,7 +164,7 @@ def _on_host(*tensors: Tensor) -> bool:
 
 def _by(x: Tensor) -> Way:
     """The C kernels for bfloat16 if they are compiled, else ``blocks``."""
-    return (compiled() if x.dtype == torch.bfloat16 else None) or blocks
+    return (compiled() if x.dtype == torch.bfloat16 else None) or attention
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -2,13 +2,18 @@
 
 A prompt is formatted to text once and tokenised once. Text from a chat template already holds its special tokens, so none are
 added; plain text gets the tokenizer's own. This module does not know rows and data sets.
+
+Check that a model's embedding has a row for the tokens that its tokenizer makes.
+
+A tokenizer may have more tokens than the model has rows: some published models do, with tokens that no text contains. So only
+tokens that occur are checked: first those of the chat template and of text ends, later those of the rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
@@ -19,11 +24,9 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from togi.data.calls import Tool
-from togi.data.faults import Drop, RowError
-from togi.data.messages import ASSISTANT, SYSTEM, USER, Dialogue, Message, is_message
-from togi.data.written import named_value, parsed, short
-from togi.errors import DataError
+from togi.data.faults import Drop, RowError, named_value, parsed, short
+from togi.data.messages import ASSISTANT, SYSTEM, USER, Dialogue, Message, Tool, is_message
+from togi.errors import DataError, ModelError
 
 SHOWN_CHARACTERS = 80
 PROBE = "probe-text"
@@ -282,3 +285,32 @@ def _refused(error: Exception) -> RowError:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def check_vocabulary(tokenizer: Tokenizer, path: str, rows: int, *, apply_chat_template: bool = False) -> None:
+    """Raise ModelError if BOS, EOS or a token of the template is beyond the ``rows`` of the embedding of ``path``."""
+    texts = _without_row(tokenizer, rows)
+    template = (tokenizer.chat_template or "") if apply_chat_template else ""
+    for token, text in texts.items():
+        if token in (tokenizer.bos_token_id, tokenizer.eos_token_id) or text in str(template):
+            raise _too_small(texts, path, rows, token)
+
+
+def check_tokens(tokenizer: Tokenizer, path: str, rows: int, largest: Callable[[], int]) -> None:
+    """Raise ModelError if the ``largest`` occurring token has no row. ``largest`` is called only if that is possible."""
+    texts = _without_row(tokenizer, rows)
+    if texts and (token := largest()) >= rows:
+        raise _too_small(texts, path, rows, token)
+
+
+def _without_row(tokenizer: Tokenizer, rows: int) -> dict[int, str]:
+    return dict(sorted((token, text) for text, token in tokenizer.get_vocab().items() if token >= rows))
+
+
+def _too_small(texts: dict[int, str], path: str, rows: int, token: int) -> ModelError:
+    total = max(texts) + 1
+    return ModelError(
+        f"The tokenizer has {total} tokens and the embedding of {path} has {rows} rows, none for {texts[token]!r} ({token}): "
+        f"use the tokenizer that the model was made with, or enlarge the embedding (model.resize_token_embeddings({total}) in "
+        "Transformers) and save the model."
+    )

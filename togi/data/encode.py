@@ -1,7 +1,7 @@
 """Tokenise rows, or say why a row is dropped: the slow part of loading.
 
-The result depends only on row, reader and tokenizer, so it can run anywhere and be cached (``cache``). How the fields of a row
-are read is in ``sft``, ``pairs``, ``unpaired`` and ``steps``.
+The result depends only on row, reader and tokenizer, so it can run anywhere and be cached (``shards``). How the fields of a row
+are read is in ``rows``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from typing import Protocol
 from togi.config.choices import Overlong
 from togi.data.chat import Tokenizer
 from togi.data.faults import SENTENCES, Drop, Note, RowError, check_whole, named
-from togi.data.masks import Coded, Draft, check_decoding, check_start, encode_drafts, end_tokens
-from togi.data.pairs import join_pair, read_pair
-from togi.data.record_spec import RecordSpec
-from togi.data.sft import read_sft
+from togi.data.precheck import RecordSpec
+from togi.data.rows import StepLabels, check_places, join_pair, read_pair, read_sft, read_steps, read_unpaired
 from togi.data.source import Rows
-from togi.data.steps import StepLabels, check_places, read_steps
 from togi.data.tables import BadRow, Row
-from togi.data.unpaired import read_unpaired
+from togi.data.turns import Coded, Draft, check_decoding, check_start, encode_drafts, end_tokens
 from togi.errors import DataError
 
 CHUNK = 128

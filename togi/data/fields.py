@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from togi.data.chat import Tokenizer, plain_prompt, plain_text, template_text
-from togi.data.faults import Drop, Note, RowError, check_present, named
-from togi.data.masks import Draft
+from togi.data.faults import Drop, Note, RowError, check_present, named, parsed
 from togi.data.messages import (
     ASSISTANT,
     SYSTEM,
@@ -20,11 +19,9 @@ from togi.data.messages import (
     frame_of,
     is_message,
 )
-from togi.data.precheck import missing_field
-from togi.data.record_spec import RecordSpec
+from togi.data.precheck import RecordSpec, missing_field
 from togi.data.tables import Row
-from togi.data.turns import check_last, conversation
-from togi.data.written import parsed
+from togi.data.turns import Draft, check_last, conversation
 
 # A shorter prompt may start an answer by chance.
 LONG_PROMPT = 20

@@ -1,11 +1,15 @@
 """Lay out samples as a ``Batch``: plain (one segment per sequence) or with shared prefixes (one segment per prompt).
 
-Shape letters as in ``togi.batch``. ``partition`` decides which samples go together.
+Shape letters as in ``togi.batch``. Which samples go together, in which micro-batch and on which rank, is decided on index
+lists. Deterministic: equal samples in equal order give equal lists. A cost is the number of tokens that ``pack`` lays out, with a
+shared prompt counted once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import heapq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,8 +18,199 @@ import torch
 from numpy.typing import NDArray
 
 from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
-from togi.data.partition import micro_batches, prefix_ids, split_ranks
 from togi.sample import Sample
+
+MAX_IMBALANCE = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Samples that stay together, and their tokens."""
+
+    indices: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Deal:
+    """The indices of each rank, and the highest and lowest number of tokens of a rank."""
+
+    ranks: list[list[int]]
+    highest: int
+    lowest: int
+
+
+@dataclass(slots=True)
+class _Bin:
+    indices: list[int]
+    free_tokens: int
+    free_sequences: int
+
+
+def prefix_ids(samples: Sequence[Sample], *, share_prefix: bool) -> list[int]:
+    """A number for each sample; samples with the same number have the same group and the same prompt tokens.
+
+    A sample that cannot share (no prompt, no response, or sharing is off) has a unique number.
+    """
+    numbers: dict[tuple[str, bytes], int] = {}
+    ids = []
+    for i, sample in enumerate(samples):
+        if share_prefix and 0 < sample.prompt_length < len(sample.tokens):
+            key = (sample.group_id, sample.tokens[: sample.prompt_length].tobytes())
+            ids.append(numbers.setdefault(key, i))
+        else:
+            ids.append(i)
+    return ids
+
+
+def micro_batches(
+    samples: Sequence[Sample],
+    *,
+    max_tokens: int,
+    max_sequences: int | None,
+    share_prefix: bool,
+    whole_groups: bool = False,
+) -> list[list[int]]:
+    """Split samples into micro-batches of at most ``max_tokens`` tokens and ``max_sequences`` sequences.
+
+    The samples of a group stay together if they fit; a sequence of more than ``max_tokens`` is a batch of its own.
+    ``whole_groups`` never splits a group, for losses that compare its members: a group that is too large is then a batch
+    of its own. Best-fit decreasing: the fullest batches come first, so a lack of memory shows at once.
+    """
+    assert max_tokens > 0 and (max_sequences is None or max_sequences > 0)
+    most = len(samples) if max_sequences is None else max_sequences
+    prefixes = prefix_ids(samples, share_prefix=share_prefix)
+    units = []
+    for group in _groups(samples):
+        units += _divide(group, samples, prefixes, max_tokens, most, whole=whole_groups)
+    return [sorted(filled.indices) for filled in _best_fit(units, max_tokens, most)]
+
+
+def split_ranks(
+    samples: Sequence[Sample], ranks: int, *, share_prefix: bool = True, whole_groups: bool = False
+) -> list[list[int]]:
+    """Dispatch samples to ranks so that each gets about the same number of tokens.
+
+    Groups stay whole while no rank is idle and none has more than 5 % above the mean. Else each is split into 2, 4, 8, ... parts
+    until the result is even enough, and the most even one is used (``whole_groups``: never split). Each part goes to the least
+    loaded rank, largest first (Graham's LPT rule). A list is empty only if there are fewer samples than ranks, or fewer
+    groups with ``whole_groups``.
+    """
+    assert ranks > 0
+    prefixes = prefix_ids(samples, share_prefix=share_prefix)
+    groups = _groups(samples)
+    whole = [_Unit(tuple(group), _tokens(group, samples, prefixes)) for group in groups]
+    mean = sum(unit.tokens for unit in whole) / ranks
+    units, parts = whole, 1
+    best = _longest_first(units, ranks)
+    # Splitting costs tokens (each part computes the prompt again), so it stops as soon as the load is even.
+    while (best.highest > MAX_IMBALANCE * mean or best.lowest == 0) and not whole_groups and len(units) < len(samples):
+        parts *= 2
+        units = [part for unit in whole for part in _parts(unit, parts, samples, prefixes, share_prefix=share_prefix)]
+        dealt = _longest_first(units, ranks)
+        if (dealt.lowest == 0, dealt.highest) < (best.lowest == 0, best.highest):
+            best = dealt
+    return [sorted(indices) for indices in best.ranks]
+
+
+def _parts(
+    unit: _Unit, parts: int, samples: Sequence[Sample], prefixes: Sequence[int], *, share_prefix: bool
+) -> list[_Unit]:
+    """A group in about ``parts`` parts of about equal tokens; every part but one computes the prompt again."""
+    if parts >= len(unit.indices):
+        return [_Unit((i,), len(samples[i].tokens)) for i in unit.indices]
+    prompt = max(samples[i].prompt_length for i in unit.indices) if share_prefix else 0
+    limit = -(-(unit.tokens + (parts - 1) * prompt) // parts)
+    return _divide(unit.indices, samples, prefixes, limit, len(unit.indices), whole=False)
+
+
+def _groups(samples: Sequence[Sample]) -> list[list[int]]:
+    """Indices by ``group_id``, groups in the order of their first sample."""
+    groups: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(sample.group_id, []).append(i)
+    return list(groups.values())
+
+
+def _tokens(indices: Sequence[int], samples: Sequence[Sample], prefixes: Sequence[int]) -> int:
+    """Tokens of these samples in one pack."""
+    return sum(added for _, added in _added_tokens(indices, samples, prefixes))
+
+
+def _added_tokens(
+    indices: Sequence[int], samples: Sequence[Sample], prefixes: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """Each index with the tokens that it adds to a pack of the indices before it."""
+    seen: set[int] = set()
+    for i in indices:
+        shared = samples[i].prompt_length if prefixes[i] in seen else 0
+        seen.add(prefixes[i])
+        yield i, len(samples[i].tokens) - shared
+
+
+def _divide(
+    group: Sequence[int],
+    samples: Sequence[Sample],
+    prefixes: Sequence[int],
+    max_tokens: int,
+    max_sequences: int,
+    *,
+    whole: bool,
+) -> list[_Unit]:
+    """A group as one unit if it fits, else split in order into parts that fit (a sample that does not fit is a part)."""
+    total = _tokens(group, samples, prefixes)
+    if whole or (total <= max_tokens and len(group) <= max_sequences):
+        return [_Unit(tuple(group), total)]
+    units: list[_Unit] = []
+    part: list[int] = []
+    tokens, seen = 0, set[int]()
+    for i in group:
+        added = len(samples[i].tokens) - (samples[i].prompt_length if prefixes[i] in seen else 0)
+        # A new part has to compute the prompt again.
+        if part and (tokens + added > max_tokens or len(part) == max_sequences):
+            units.append(_Unit(tuple(part), tokens))
+            part, tokens, seen = [], 0, set()
+            added = len(samples[i].tokens)
+        part.append(i)
+        seen.add(prefixes[i])
+        tokens += added
+    return [*units, _Unit(tuple(part), tokens)]
+
+
+def _best_fit(units: Sequence[_Unit], max_tokens: int, max_sequences: int) -> list[_Bin]:
+    """Put each unit, largest first, into the bin with the least free space that fits; else open a bin."""
+    bins: list[_Bin] = []
+    by_space: list[tuple[int, int]] = []  # (free tokens, bin), ascending; only bins that can still take a sequence
+    for unit in sorted(units, key=lambda u: (-u.tokens, u.indices)):
+        count = len(unit.indices)
+        # The first bin with enough tokens is the tightest; skip those without room for the sequences.
+        place = bisect.bisect_left(by_space, (unit.tokens, -1))
+        while place < len(by_space) and bins[by_space[place][1]].free_sequences < count:
+            place += 1
+        if place < len(by_space):
+            _, number = by_space.pop(place)
+        else:
+            number = len(bins)
+            bins.append(_Bin([], max_tokens, max_sequences))
+        chosen = bins[number]
+        chosen.indices += unit.indices
+        chosen.free_tokens -= unit.tokens
+        chosen.free_sequences -= count
+        if chosen.free_tokens > 0 and chosen.free_sequences > 0:
+            bisect.insort(by_space, (chosen.free_tokens, number))
+    return bins
+
+
+def _longest_first(units: Sequence[_Unit], ranks: int) -> _Deal:
+    """Assign each unit, largest first, to the least loaded rank."""
+    loads = [(0, rank) for rank in range(ranks)]
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    for unit in sorted(units, key=lambda u: (-u.tokens, u.indices)):
+        load, rank = heapq.heappop(loads)
+        dealt[rank] += unit.indices
+        heapq.heappush(loads, (load + unit.tokens, rank))
+    return _Deal(dealt, max(loads)[0], min(loads)[0])
+
 
 T = TypeVar("T")
 

@@ -2,32 +2,129 @@
 
 Reads the first rows only and imports neither torch nor transformers nor datasets. What it cannot see cheaply (a bad row far down,
 a hub data set) is found when the data is loaded.
+
+What the supervised and preference commands read. The reading itself is in ``records``.
+
+The reward text of conditional SFT. One function writes it, for training and for generation.
+
+``togi.run.iterate_steps`` chooses the reward; ``prompts`` formats prompts.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from togi.config.choices import Overlong
+from togi.config.fields import AUTO
 from togi.data.faults import Drop, RowError
 from togi.data.items import (
     DEFAULT_SPLIT,
     FORMATS,
     Item,
     Kind,
+    check_content,
+    check_names,
     choose_split,
     listed,
     parse_item,
     split_files,
     split_items,
 )
-from togi.data.layout import check_content, check_names
 from togi.data.tables import BadRow, guarded, read_head
 from togi.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSpec:
+    """Which rows to load and how to make sequences of them. Fields are named as their flags.
+
+    ``max_len``: in tokens, prompt and answer together. Each command reads the keys that it knows. ``max_bad_rows``: the
+    share of rows that may be faulty, 0 to 1. ``dataset_num_proc``: processes that tokenise.
+    """
+
+    dataset: str
+    dataset_probs: str | None = None
+    split: str = DEFAULT_SPLIT
+    max_samples: int = 100_000_000
+    max_len: int = 2048
+    input_key: str = "input"
+    output_key: str | None = None
+    prompt_key: str | None = None
+    chosen_key: str = "chosen"
+    rejected_key: str = "rejected"
+    label_key: str = "label"
+    input_template: str | None = None
+    apply_chat_template: bool = False
+    multiturn: bool = False
+    pretrain_mode: bool = False
+    overlong: Overlong = Overlong.DROP
+    placeholder_token: str = ""
+    reward_tokens: tuple[str, ...] | None = None
+    seed: int = 42
+    max_bad_rows: float = 0.05
+    dataset_num_proc: int | Literal["auto"] = AUTO
+
+    @property
+    def template(self) -> str | None:
+        """The format string around prompts; None with a chat template, which replaces it."""
+        return None if self.apply_chat_template else self.input_template
+
+    def of_a_row(self) -> RecordSpec:
+        """Only the settings that decide the result of a given row; the others are at their defaults."""
+        default = RecordSpec("")
+        return replace(
+            self,
+            dataset=default.dataset,
+            dataset_probs=default.dataset_probs,
+            split=default.split,
+            max_samples=default.max_samples,
+            seed=default.seed,
+            max_bad_rows=default.max_bad_rows,
+            dataset_num_proc=default.dataset_num_proc,
+        )
+
+
+DECIMALS = 2
+
+
+def with_reward(template: str, prompt: str, reward: float) -> str:
+    """``template`` with {input} replaced by the prompt and {reward} by the reward with two decimals.
+
+    Both are replaced at once, so braces in the prompt stay. Minus zero is written as zero.
+    """
+    assert math.isfinite(reward)
+    shown = f"{reward:.{DECIMALS}f}"
+    texts = {"{input}": prompt, "{reward}": shown.removeprefix("-") if float(shown) == 0 else shown}
+    return re.sub(r"{input}|{reward}", lambda found: texts[found.group()], template)
+
+
+def asked_reward(csft_prompt: str, template: str) -> float:
+    """The reward in ``--csft_prompt``: a number alone, or a number in the words of the template.
+
+    Raises DataError for other words, because the model was not trained on them.
+    """
+    words = re.escape(template.replace("{input}", "").strip()).replace(re.escape("{reward}"), "(?P<reward>.+?)")
+    found = re.fullmatch(words, csft_prompt.strip())
+    text = found["reward"] if found else csft_prompt
+    try:
+        reward = float(text)
+    except ValueError:
+        reward = math.nan
+    if not math.isfinite(reward):
+        raise DataError(
+            f"--csft_prompt {csft_prompt!r} does not fit --reward_template {template!r}: give a number, or the template's "
+            "words with a number in the place of {reward}."
+        )
+    return reward
+
 
 Head = tuple[str, Sequence[str] | BadRow]
 

@@ -1,6 +1,6 @@
 """Rows of the supervised and preference commands as training samples, with a report of every row that is not used.
 
-Everything is tokenised up front into files (``prepare``), so lengths, drops and the report are exact before a model is loaded.
+Everything is tokenised up front into files (``shards``), so lengths, drops and the report are exact before a model is loaded.
 Samples are made on demand. How one row is read is in ``encode``; batches are made elsewhere.
 """
 
@@ -20,10 +20,7 @@ from numpy.typing import NDArray
 from togi.data.chat import Tokenizer, adds_bos, check_rendering
 from togi.data.encode import AnswerReader, PairReader, RowReader, StepReader, UnpairedReader
 from togi.data.faults import SHOWN_FAULTS
-from togi.data.masks import shown
-from togi.data.mixture import Mixture, Pick, load_mixture
-from togi.data.prepare import encoded
-from togi.data.record_spec import RecordSpec
+from togi.data.precheck import RecordSpec
 from togi.data.report import (
     DataReport,
     Fault,
@@ -34,9 +31,11 @@ from togi.data.report import (
     note_warnings,
     source_reports,
 )
-from togi.data.shards import REASONS, Table
-from togi.data.steps import StepLabels, label_list, step_labels
+from togi.data.rows import StepLabels, label_list, step_labels
+from togi.data.shards import REASONS, Table, encoded
+from togi.data.source import Mixture, Pick, load_mixture
 from togi.data.tables import BadRow
+from togi.data.turns import shown
 from togi.errors import DataError
 from togi.sample import Sample
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.data.faults import Note
-from togi.data.mixture import Mixture
+from togi.data.source import Mixture
 from togi.errors import DataError
 from togi.obs.way_out import writing
 

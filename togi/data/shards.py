@@ -1,27 +1,139 @@
 """Tokenised rows as arrays: a ``Shard`` is one memory-mapped file; a ``Table`` is all rows of one data set.
 
 Shape letters: N rows, S sequences (one or two per used row, none for others), T tokens, R trained parts, L lengths (one per
-sequence that was tokenised). Files are safetensors; ``cache`` decides which files exist and whether they are intact.
+sequence that was tokenised). Files are safetensors; ``Entry`` knows which files exist and whether they are intact.
+
+The cache has a folder for each data set and way of reading it, a file for each shard. The folder name is a digest of everything
+that the result depends on: rows, settings, tokenizer and ``FORMAT``. The file name has a digest of the file's bytes. Files are
+written aside and renamed, so a killed run leaves whole shards, and a damaged file counts as missing. Above MAX_BYTES in total,
+the folders that were unused for longest are removed.
+
+The rows of one data set as a ``Table``: cached shards, and the missing ones, made in one process or several.
+
+Processes are started as ``python -m togi.data.shards`` with the job in a file: that needs nothing of the main module, and no
+state of this process (threads, devices, process groups) is inherited.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from togi.data.encode import Outcome
+from togi.data.chat import Tokenizer, tokenizer_digest
+from togi.data.encode import Outcome, RowReader, encode_rows
 from togi.data.faults import FAULTS, SHOWN_FAULTS, Drop, Note
-from togi.data.masks import Coded
+from togi.data.source import Rows
+from togi.data.turns import Coded
+from togi.errors import DataError, RunError
+from togi.obs.way_out import advice, disk_reason
+from togi.plan import machine
+
+# Raise it when the same rows and settings give other samples than before, or when the file format changes.
+FORMAT = 2
+MAX_BYTES = 20 * 2**30
+LEFT_OVER_SECONDS = 3600
+ASIDE = ".part"
+
+
+def cache_folder() -> Path:
+    """``$TOGI_CACHE/data``, by default ``~/.cache/togi/data``."""
+    return machine.cache_folder() / "data"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The cached shards of one data set, read in one way."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, rows: str, reader: RowReader, tokenizer: Tokenizer) -> Entry:
+        """The entry for rows with this digest."""
+        text = f"{FORMAT}\n{rows}\n{reader!r}\n{tokenizer_digest(tokenizer)}"
+        return cls(cache_folder() / hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest())
+
+    def find(self, part: range) -> Shard | None:
+        """The shard of these rows; None if there is none. A damaged file is removed."""
+        for path in self.folder.glob(f"{_name(part)}.*.safetensors"):
+            try:
+                if path.name.split(".")[1] == _digest(path):
+                    # The time of the folder tells how long it is unused.
+                    os.utime(self.folder)
+                    return Shard(path)
+                path.unlink()
+            except FileNotFoundError:  # another run is removing it
+                continue
+        return None
+
+    def write(self, part: range, outcomes: Sequence[Outcome]) -> None:
+        """Write the outcomes of these rows. Raises DataError if nothing can be written."""
+        # A name per process: several runs may fill the same entry.
+        aside = self.folder / f"{_name(part)}.{os.getpid()}{ASIDE}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_shard(aside, outcomes)
+            aside.rename(self.folder / f"{_name(part)}.{_digest(aside)}.safetensors")
+        except Exception as error:
+            if not isinstance(error, OSError) and not disk_reason(error):
+                raise
+            raise DataError(
+                f"Tokenised rows cannot be kept in {self.folder} ({disk_reason(error) or error}): {advice(error)}, or set "
+                "TOGI_CACHE to another folder."
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+
+
+def remove_oldest(*, keep: Path) -> None:
+    """Remove the folders that are unused for longest, except ``keep``, until the total is at most MAX_BYTES."""
+    # First the files that killed runs left unfinished.
+    for aside in cache_folder().glob(f"*/*{ASIDE}"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - aside.stat().st_mtime > LEFT_OVER_SECONDS:
+                aside.unlink()
+    ages: list[tuple[float, int, Path]] = []
+    for folder in cache_folder().iterdir():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            ages.append((folder.stat().st_mtime, size, folder))
+    total = sum(size for _, size, _ in ages)
+    for _, size, folder in sorted(ages):
+        if total > MAX_BYTES and folder != keep:
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size
+
+
+def _name(part: range) -> str:
+    return f"{part.start:09d}-{part.stop:09d}"
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
 
 # Reasons are stored by their index; 0 is "used".
 REASONS: tuple[Drop | None, ...] = (None, *Drop)
@@ -228,3 +340,115 @@ def _array(data: NDArray[np.uint8], dtype: str, shape: list[int], data_offsets: 
 
 def _span(ends: NDArray[np.int64], i: int) -> tuple[int, int]:
     return (int(ends[i - 1]) if i > 0 else 0), int(ends[i])
+
+
+SHARD_ROWS = 4096
+MOST_SHARDS = 256
+# Below this, starting processes takes longer than tokenising.
+PARALLEL_ROWS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything needed to make any shard of a data set."""
+
+    rows: Rows
+    reader: RowReader
+    tokenizer: Tokenizer
+    entry: Entry
+
+    def make(self, part: range) -> None:
+        """Tokenise these rows and write their shard."""
+        self.entry.write(part, list(encode_rows(self.rows, part, self.reader, self.tokenizer)))
+
+
+def encoded(
+    rows: Rows, used: range, reader: RowReader, tokenizer: Tokenizer, processes: int | Literal["auto"]
+) -> Table:
+    """The used rows, tokenised by at most ``processes`` processes. Raises DataError for what is not the fault of one row."""
+    job = Job(rows, reader, tokenizer, Entry.of(rows.digest(), reader, tokenizer))
+    # Stage 1: which shards are in the cache?
+    found = {part: job.entry.find(part) for part in shard_ranges(used)}
+    missing = [part for part, shard in found.items() if shard is None]
+    # Stage 2: make the others.
+    if missing:
+        number = _number_of_processes(missing, processes, tokenizer)
+        if number > 1:
+            _make_in_processes(job, missing, number)
+        else:
+            for part in missing:
+                job.make(part)
+        remove_oldest(keep=job.entry.folder)
+    # Stage 3: open all of them.
+    shards = [job.entry.find(part) if shard is None else shard for part, shard in found.items()]
+    made = [shard for shard in shards if shard is not None]
+    if len(made) < len(shards):
+        raise RunError(f"Tokenised rows vanished from {job.entry.folder}: is another program removing its files?")
+    return Table(made)
+
+
+def shard_ranges(used: range) -> list[range]:
+    """The rows of each shard: SHARD_ROWS, or more if there would be more than MOST_SHARDS files to hold open."""
+    size = max(SHARD_ROWS, -(-len(used) // MOST_SHARDS))
+    return [used[start : start + size] for start in range(0, len(used), size)]
+
+
+def _number_of_processes(missing: Sequence[range], asked: int | Literal["auto"], tokenizer: Tokenizer) -> int:
+    if not type(tokenizer).__module__.startswith("transformers."):
+        return 1  # its class came with the model's files, so other processes cannot unpickle it
+    if asked == "auto":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        asked = cores if sum(len(part) for part in missing) >= PARALLEL_ROWS else 1
+    return min(asked, len(missing))
+
+
+def _make_in_processes(job: Job, missing: Sequence[range], processes: int) -> None:
+    """Dispatch the shards to processes in turn. Raises the error of the first that failed."""
+    # Children import what this process imports, and do not add threads to their processes.
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    with tempfile.TemporaryDirectory(prefix="togi-data-") as folder:
+        file = Path(folder) / "job"
+        file.write_bytes(pickle.dumps(job))
+        children = []
+        try:
+            for number in range(processes):
+                parts = [f"{part.start}:{part.stop}" for part in missing[number::processes]]
+                words = [sys.executable, "-m", "togi.data.shards", str(file), *parts]
+                children.append(subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL))
+            for child in children:
+                child.wait()
+        # On an interrupt too: no child goes on alone.
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+        for child in children:
+            if (complaint := _complaint(file, child.pid)).is_file():
+                raise DataError(complaint.read_text(encoding="utf-8"))
+            if child.returncode != 0:
+                raise RunError(f"A process that tokenises rows ended with status {child.returncode}; see its output.")
+
+
+def _complaint(file: Path, pid: int) -> Path:
+    """The file in which a process reports a fault of the data."""
+    return file.with_name(f"complaint.{pid}")
+
+
+def _work(file: Path, parts: Sequence[str]) -> None:
+    """Make these shards, unless the parent process is gone; a DataError is written to the file ``_complaint``."""
+    parent = os.getppid()
+    job: Job = pickle.loads(file.read_bytes())  # noqa: S301  of the process that started this one
+    try:
+        for part in parts:
+            start, stop = map(int, part.split(":"))
+            if os.getppid() == parent:
+                job.make(range(start, stop))
+    except DataError as error:
+        _complaint(file, os.getpid()).write_text(str(error), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]), sys.argv[2:])

@@ -1,29 +1,185 @@
 """Load one data set as rows that can be fetched by index.
 
-Rows of JSON, JSONL and CSV files are plain Python objects, made on demand (``lines``). Parquet, Arrow, saved data sets and hub
-data sets are memory-mapped by ``datasets``. Code that comes with data is never run. ``mixture`` mixes several sets.
+Rows of JSON, JSONL and CSV files are plain Python objects, made on demand; only the place of each row is in memory, and
+``tables`` knows how a row is written in a file. Parquet, Arrow, saved data sets and hub data sets are memory-mapped by
+``datasets``. Code that comes with data is never run. Several sets are concatenated, or drawn with probabilities.
+
+Only places are mixed, never tables: a pick is (source, row), and each record is built from its source's own row. So sets with
+different columns cannot clash.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from togi.data.items import DEFAULT_SPLIT, FORMATS, Item, Kind, choose_split, parse_item, split_files
-from togi.data.layout import check_content
-from togi.data.lines import file_digest, open_rows
+import numpy as np
+from numpy.typing import NDArray
+
+from togi.data.items import (
+    DEFAULT_SPLIT,
+    FORMATS,
+    Item,
+    Kind,
+    check_content,
+    check_objects,
+    choose_split,
+    parse_item,
+    split_files,
+    split_items,
+)
 from togi.data.messages import FRAME, holds_messages, unfilled
-from togi.data.precheck import no_rows, unreadable
-from togi.data.tables import BadRow, Row, guarded
+from togi.data.precheck import no_rows, parse_probs, unreadable
+from togi.data.tables import (
+    BOM,
+    BadRow,
+    Row,
+    as_row,
+    csv_parser,
+    csv_places,
+    guarded,
+    is_json_list,
+    item_place,
+    json_list,
+    json_row,
+    line_place,
+    readable,
+)
 from togi.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+BLOCK = 1 << 22
+NEWLINE = ord("\n")
+SPACE = tuple(b" \t\r\n\v\f")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LineRows:
+    """A JSONL or CSV file. Row i begins at byte ``starts[i]`` in line ``lines[i]``; ``starts`` has one element more."""
+
+    path: Path
+    starts: NDArray[np.int64]
+    lines: NDArray[np.int64]
+    parse: Callable[[bytes], Row | BadRow]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]:
+        rows = []
+        with guarded(self.path), self.path.open("rb") as file:
+            for i in indices:
+                start, end = self.starts[i : i + 2].tolist()
+                file.seek(start)
+                rows.append(self.parse(file.read(end - start)))
+        return rows
+
+    def place(self, index: int) -> str:
+        return line_place(self.path, int(self.lines[index]))
+
+    def digest(self) -> str:
+        return file_digest(self.path)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ItemRows:
+    """A file that is one JSON list: its ``text``, and the first and last character of each item."""
+
+    path: Path
+    text: str
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]:
+        return [as_row(json.loads(self.text[int(self.starts[i]) : int(self.ends[i])])) for i in indices]
+
+    def place(self, index: int) -> str:
+        return item_place(self.path, index)
+
+    def digest(self) -> str:
+        return file_digest(self.path)
+
+
+def open_rows(path: Path) -> LineRows | ItemRows:
+    """The rows of a .json, .jsonl or .csv file. Raises DataError naming the file if it cannot be read."""
+    with guarded(path):
+        check_content(path)
+    kind = FORMATS[path.suffix.lower()]
+    if kind == "csv":
+        return _csv_rows(path)
+    if kind == "json" and is_json_list(path):
+        text, places = json_list(path)
+        table = np.array(places, dtype=np.int64).reshape(-1, 2)
+        return ItemRows(path, text, table[:, 0].copy(), table[:, 1].copy())
+    return _json_lines(path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of such a file, in memory. Raises DataError naming the first row that cannot be read."""
+    rows = open_rows(path)
+    return [readable(row, rows.place(i)) for i, row in enumerate(rows.fetch(range(len(rows))))]
+
+
+def file_digest(path: Path) -> str:
+    """A digest of a file's bytes and of the format in its name. Raises DataError."""
+    digest = hashlib.blake2b(FORMATS[path.suffix.lower()].encode(), digest_size=16)
+    with guarded(path), path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _json_lines(path: Path) -> LineRows:
+    with guarded(path):
+        check_objects(path)
+        starts, blank, size = _scan(path)
+    filled = np.flatnonzero(~blank)
+    return LineRows(path, np.append(starts[filled], size), filled + 1, json_row)
+
+
+def _csv_rows(path: Path) -> LineRows:
+    parser = csv_parser(path)
+    with guarded(path):
+        size = path.stat().st_size
+        table: NDArray[np.int64] = np.fromiter(csv_places(path), dtype=(np.int64, 2))[1:]
+    return LineRows(path, np.append(table[:, 0], size), table[:, 1].copy(), parser)
+
+
+def _scan(path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
+    """The first byte of each line, whether the line is blank, and the size of the file in bytes."""
+    starts: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    spaced: list[NDArray[np.bool_]] = [np.empty(0, np.bool_)]
+    size, last = 0, NEWLINE
+    with path.open("rb") as file:
+        if file.read(len(BOM)) == BOM:
+            size = len(BOM)
+        file.seek(size)
+        while block := file.read(BLOCK):
+            bytes_B = np.frombuffer(block, dtype=np.uint8)
+            # A line starts after a newline, which may be the last byte of the block before.
+            first = np.flatnonzero(np.append(np.uint8(last), bytes_B[:-1]) == NEWLINE)
+            starts.append(first + size)
+            spaced.append(np.isin(bytes_B[first], SPACE))
+            size, last = size + len(block), int(bytes_B[-1])
+        all_starts, blank = np.concatenate(starts), np.concatenate(spaced)
+        ends = np.append(all_starts[1:], size)
+        for i in np.flatnonzero(blank):  # the line starts with white space; is anything else in it?
+            file.seek(int(all_starts[i]))
+            blank[i] = not file.read(int(ends[i] - all_starts[i])).strip()
+    return all_starts, blank, size
 
 
 class Rows(Protocol):
@@ -167,3 +323,126 @@ def _load_hub(item: Item, split: str) -> Rows:
         ) from None
     dataset = choose_split(item.text, loaded, split)
     return TableRows(dataset, item.text, dataset._fingerprint)  # covers the revision, the files and the split
+
+
+DRAW = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """One row of the mixture. ``repeat``: the number of its earlier occurrences (0 for the first)."""
+
+    source: int
+    row: int
+    repeat: int = 0
+
+    @property
+    def id(self) -> str:
+        """Unique in the mixture and stable between runs: "source:row", then "source:row#1" for a repeat."""
+        return f"{self.source}:{self.row}" + (f"#{self.repeat}" if self.repeat > 0 else "")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixture:
+    """Data sets and the order of their rows. ``places``: (source, row, repeat) of each, shape (M, 3)."""
+
+    sources: tuple[Source, ...]
+    places: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def picks(self) -> Iterator[Pick]:
+        """The rows in order, as an iterator that does not build all picks at once."""
+        return (
+            Pick(*place) for start in range(0, len(self), DRAW) for place in self.places[start : start + DRAW].tolist()
+        )
+
+    def rows_used(self, source: int) -> range:
+        """The distinct rows of a source that are used, always from its beginning."""
+        own = self.places[self.places[:, 0] == source, 1]
+        return range(int(own.max()) + 1 if len(own) > 0 else 0)
+
+    def rows(self) -> list[Row]:
+        """The row of every pick, in order, all in memory. Raises DataError for a row that cannot be read."""
+        found = [source.rows.fetch(self.rows_used(index)) for index, source in enumerate(self.sources)]
+        return [readable(found[pick.source][pick.row], self.place(pick)) for pick in self.picks]
+
+    def place(self, pick: Pick) -> str:
+        """The place of a pick's row in words: file and line."""
+        return self.sources[pick.source].rows.place(pick.row)
+
+
+def load_mixture(
+    datasets: str, probs: str | None, *, split: str = DEFAULT_SPLIT, seed: int = 42, max_samples: int = 100_000_000
+) -> Mixture:
+    """Load comma-separated sets and mix them. Raises DataError.
+
+    Without ``probs`` the sets are concatenated, and ``max_samples`` is shared in proportion to their sizes, so later sets never
+    vanish. With ``probs`` rows are drawn until every set was used up once (short sets repeat), and ``max_samples`` truncates.
+    """
+    items = split_items(datasets)
+    weights = None if probs is None else parse_probs(probs, len(items))
+    sources = tuple(load_source(item, split) for item in items)
+    sizes = [len(source.rows) for source in sources]
+    places = concatenate(sizes, max_samples) if weights is None else interleave(sizes, weights, seed, max_samples)
+    return Mixture(sources, _with_repeats(places, sizes))
+
+
+def concatenate(sizes: Sequence[int], max_samples: int) -> NDArray[np.int64]:
+    """Places (source, row), shape (M, 2): the first rows of each set, up to its share of ``max_samples``."""
+    shares = proportional_shares(sizes, max_samples)
+    sources = np.repeat(np.arange(len(sizes)), shares)
+    rows = np.concatenate([np.arange(share) for share in shares])
+    return np.stack([sources, rows], axis=1)
+
+
+def proportional_shares(sizes: Sequence[int], total: int) -> list[int]:
+    """Whole numbers that sum to min(total, sum of sizes), in proportion to the sizes by the largest-remainder method.
+
+    Every set gets at least one row if ``total`` allows it.
+    """
+    if sum(sizes) <= total:
+        return list(sizes)
+    exact = [total * size / sum(sizes) for size in sizes]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    while total >= len(sizes) and 0 in shares:
+        shares[shares.index(max(shares))] -= 1
+        shares[shares.index(0)] += 1
+    return shares
+
+
+def interleave(sizes: Sequence[int], probs: Sequence[float], seed: int, max_samples: int) -> NDArray[np.int64]:
+    """Places (source, row), shape (M, 2), drawn until every set was used up once; a set that runs out starts again.
+
+    The same order as ``datasets.interleave_datasets(..., stopping_strategy="all_exhausted")``: sources are drawn in blocks of 1000
+    from NumPy's default generator.
+    """
+    rng = np.random.default_rng(seed)
+    blocks: list[NDArray[np.int64]] = []
+    left = np.array(sizes)
+    while (left > 0).any() and len(blocks) * DRAW < max_samples:
+        blocks.append(rng.choice(len(sizes), size=DRAW, p=probs))
+        left -= np.bincount(blocks[-1], minlength=len(sizes))
+    drawn = np.concatenate(blocks)
+    # The k-th draw of a source is its row k, modulo its size. The end is where the last set has had all rows.
+    rows = np.empty_like(drawn)
+    end = 0
+    for source, size in enumerate(sizes):
+        turns = np.flatnonzero(drawn == source)
+        rows[turns] = np.arange(len(turns)) % size
+        end = max(end, int(turns[size - 1]) + 1 if len(turns) >= size else len(drawn))
+    return np.stack([drawn, rows], axis=1)[: min(end, max_samples)]
+
+
+def _with_repeats(places: NDArray[np.int64], sizes: Sequence[int]) -> NDArray[np.int64]:
+    """Places with the number of earlier occurrences: rows of a set come in turn, so it is the number of earlier rounds."""
+    repeats = np.empty(len(places), dtype=np.int64)
+    for source, size in enumerate(sizes):
+        turns = np.flatnonzero(places[:, 0] == source)
+        repeats[turns] = np.arange(len(turns)) // size
+    return np.column_stack([places, repeats])

@@ -17,8 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from togi.data.items import FORMATS
-from togi.data.layout import HEAD_CHARACTERS, check_names, check_objects, csv_separator
+from togi.data.items import FORMATS, HEAD_CHARACTERS, check_names, check_objects, csv_separator
 from togi.errors import DataError
 
 Row = Mapping[str, Any]

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from togi.config.hooks import Hook
+from togi.config.fields import Hook
 from togi.errors import ConfigError
 
 ESTIMATOR = ("rewards_N", "groups_N", "sequences_K", "penalties_K")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from togi.errors import CheckpointError
 from togi.learn.learner import Learner
-from togi.model.weights import TensorSpec, differences
 from togi.parallel.backend import Backend
+from togi.weights.buckets import TensorSpec, differences
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,13 @@
 The sum is not divided here. Its denominator, ``count``, is known before any forward, so the learner can add it up over
 micro-batches and ranks and divide once. Also here: cross-entropy, the objective of supervised fine-tuning, which ``togi rl`` can
 mix in.
+
+The two objectives of online RL over packed batches: the policy loss and the clipped value loss.
+
+The mathematics is in ``togi.algo``. Here are the streams that it reads and the metrics that it reports. Streams of the policy:
+``advantages``; ``old_logprobs`` if the same rollouts get more than one update; ``rollout_logprobs``, those of the engine, if the
+loss is corrected for them; ``ref_logprobs`` if the KL to a reference is part of the loss. The KL coefficient is then the value
+``kl_coef`` of every sequence. Streams of the critic: ``old_values``, ``returns``. Shape letter: K tokens in the loss.
 """
 
 from __future__ import annotations
@@ -15,8 +22,23 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from togi.algo import policy
+from togi.algo.kl import kl_estimate
+from togi.algo.policy import (
+    PolicyTerms,
+    TokenWeights,
+    cispo_loss,
+    correction,
+    gspo_loss,
+    policy_loss,
+    value_loss,
+    with_ratio,
+)
 from togi.batch import Batch
-from togi.model.outputs import Needs, Outputs
+from togi.config.choices import Aggregation, CorrectionType, KLEstimator, PolicyLossType
+from togi.config.fields import Hook
+from togi.learn.hooks import load_policy_loss
+from togi.model.policy import Needs, Outputs
 from togi.obs import names
 from togi.obs.metrics import Metric, maximum, mean
 
@@ -105,3 +127,196 @@ class SFTObjective(Objective):
         """Add the perplexity, exp(loss), from the mean loss of the step: perplexities themselves cannot be averaged."""
         loss = values[names.LOSS]
         return {**values, names.PERPLEXITY: math.inf if loss > MAX_EXPONENT else math.exp(loss)}
+
+
+ADVANTAGES = "advantages"
+OLD_LOGPROBS = "old_logprobs"
+ROLLOUT_LOGPROBS = "rollout_logprobs"
+REF_LOGPROBS = "ref_logprobs"
+OLD_VALUES = "old_values"
+RETURNS = "returns"
+KL_COEF = "kl_coef"
+
+RATIO_MAX = "policy/ratio_max"
+VALUE_RETURN = "value/return"
+EXPLAINED_VARIANCE = "value/explained_variance"
+_RETURN_SQUARED = "value/return_squared"
+_ERROR = "value/error"
+_ERROR_SQUARED = "value/error_squared"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCorrection:
+    """The correction of ``togi.algo.policy``: its kind and its bounds on the ratio trainer / engine."""
+
+    kind: CorrectionType
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyObjective(Objective):
+    """A surrogate of ``togi.algo.policy`` - ``entropy_coef`` x entropy + the KL penalty, all aggregated alike.
+
+    A batch without ``old_logprobs`` gets the first and only update on its rollouts. Its old log-probs are the forward's own,
+    detached: the ratio is exactly 1, and no scoring pass is needed. With a ``correction`` the surrogate's terms are weighted. With
+    ``against_engine`` the engine's log-probs replace the old ones. ``constant`` is the divisor of ``Aggregation.CONSTANT`` in
+    tokens; ``temperature`` is that of sampling.
+    """
+
+    clip_low: float
+    clip_high: float
+    aggregation: Aggregation
+    kind: PolicyLossType | Hook = PolicyLossType.PPO
+    dual_clip: float | None = None
+    constant: float = 1.0
+    kl: KLEstimator | None = None
+    entropy_coef: float = 0.0
+    correction: EngineCorrection | None = None
+    against_engine: bool = False
+    temperature: float = 1.0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(logprobs=True, entropy=True)
+
+    def forward(self, model: nn.Module, batch: Batch, *, balance: bool = False) -> Outputs:
+        outputs: Outputs = model(batch, replace(self.needs, balance=balance), self.temperature)
+        return outputs
+
+    def count(self, batch: Batch) -> float:
+        return policy.count(self.aggregation, batch.target_sequences_K, batch.num_sequences, self.constant)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        logprobs_K, entropy_K = outputs.logprobs_K, outputs.entropy_K
+        # the surrogate of each token
+        old_K = (
+            batch.select(OLD_LOGPROBS).to(logprobs_K.dtype) if OLD_LOGPROBS in batch.streams else logprobs_K.detach()
+        )
+        terms = self._surrogate(logprobs_K, old_K, batch)
+        loss_K, sums = terms.loss_K, dict[str, Tensor]()
+        if self.correction is not None:
+            trust = self._trust(self.correction, old_K, batch)
+            loss_K, sums = trust.select(loss_K), _correction_sums(trust)
+        # the aggregation: a weighted sum over tokens
+        weights_K = policy.token_weights(
+            self.aggregation, batch.target_sequences_K, batch.num_sequences, self.constant, logprobs_K.dtype
+        )
+        total = (weights_K * loss_K).sum()
+        sums |= {
+            names.POLICY_LOSS: loss_K.sum(),
+            names.POLICY_CLIP_FRACTION: terms.clipped_K.sum(),
+            names.POLICY_PPO_KL: -terms.log_ratio_K.sum(),
+            names.ENTROPY: entropy_K.sum(),
+        }
+        # entropy bonus and KL penalty, with the weights of the surrogate
+        if self.entropy_coef > 0:
+            total = total - self.entropy_coef * (weights_K * entropy_K).sum()
+        if self.kl is not None:
+            kl_K = kl_estimate(logprobs_K, batch.select(REF_LOGPROBS), self.kl)
+            coef = batch.values[KL_COEF][0]  # the same for all sequences: a controller changes it only between rollouts
+            total = total + coef * (weights_K * kl_K).sum()
+            sums[names.KL_REFERENCE] = kl_K.sum()
+        # metrics: the total over the count of the step, all others over tokens
+        tokens = logprobs_K.numel()
+        maxima = {RATIO_MAX: terms.ratio_K.max()} if tokens > 0 else {}
+        minimised = token_metrics({names.POLICY_TOTAL_LOSS: total}, self.count(batch), {})
+        return Loss(total, minimised | token_metrics(sums, tokens, maxima))
+
+    def _surrogate(self, logprobs_K: Tensor, old_K: Tensor, batch: Batch) -> PolicyTerms:
+        base_K = batch.select(ROLLOUT_LOGPROBS) if self.against_engine else old_K
+        streams = (logprobs_K, base_K, batch.select(ADVANTAGES))
+        match self.kind:
+            case PolicyLossType.PPO:
+                return policy_loss(*streams, clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip)
+            case PolicyLossType.GSPO:
+                return gspo_loss(
+                    *streams,
+                    batch.target_sequences_K,
+                    batch.num_sequences,
+                    clip_low=self.clip_low,
+                    clip_high=self.clip_high,
+                    dual_clip=self.dual_clip,
+                )
+            case PolicyLossType.CISPO:
+                return cispo_loss(*streams, clip_low=self.clip_low, clip_high=self.clip_high)
+            case Hook() as hook:
+                return self._hooked(hook, *streams, batch.target_sequences_K)
+
+    def _hooked(
+        self, hook: Hook, logprobs_K: Tensor, base_K: Tensor, advantages_K: Tensor, sequences_K: Tensor
+    ) -> PolicyTerms:
+        """The user's loss. The clip fraction counts the ratios outside of the clip range, whatever the loss does there."""
+        if logprobs_K.numel() == 0:  # no token to train on this rank: do not call the user's function
+            loss_K = logprobs_K
+        else:
+            loss_K = load_policy_loss(hook)(
+                logprobs_K=logprobs_K,
+                old_logprobs_K=base_K.clone(),
+                advantages_K=advantages_K.clone(),
+                sequences_K=sequences_K,
+                clip_low=self.clip_low,
+                clip_high=self.clip_high,
+            )
+        return with_ratio(loss_K, (logprobs_K - base_K).detach(), self.clip_low, self.clip_high)
+
+    def _trust(self, settings: EngineCorrection, old_K: Tensor, batch: Batch) -> TokenWeights:
+        return correction(
+            settings.kind,
+            old_K,
+            batch.select(ROLLOUT_LOGPROBS),
+            batch.target_sequences_K,
+            batch.num_sequences,
+            low=settings.low,
+            high=settings.high,
+        )
+
+
+def _correction_sums(trust: TokenWeights) -> dict[str, Tensor]:
+    masked_K = ~trust.kept_K
+    return {
+        names.MISMATCH_CORRECTED_SHARE: (trust.truncated_K | masked_K).sum(),
+        names.MISMATCH_MASKED_SHARE: masked_K.sum(),
+        names.MISMATCH_MEAN_WEIGHT: trust.weights_K.sum(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ValueObjective(Objective):
+    """The critic's clipped squared error (``togi.algo.policy.value_loss``), a mean over the tokens of the step."""
+
+    clip: float
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(values=True)
+
+    def count(self, batch: Batch) -> float:
+        return float(batch.targets_K.numel())
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        values_K = outputs.values_K
+        old_K, returns_K = (batch.select(name).to(values_K.dtype) for name in (OLD_VALUES, RETURNS))
+        loss_K = value_loss(values_K, old_K, returns_K, self.clip)
+        errors_K = returns_K - values_K.detach()
+        # first and second moments over tokens, from which ``summary`` derives the variances
+        sums: dict[str, Tensor] = {
+            names.VALUE_LOSS: loss_K.sum(),
+            names.VALUE_MEAN: values_K.sum(),
+            VALUE_RETURN: returns_K.sum(),
+            _RETURN_SQUARED: returns_K.square().sum(),
+            _ERROR: errors_K.sum(),
+            _ERROR_SQUARED: errors_K.square().sum(),
+        }
+        return Loss(loss_K.sum(), token_metrics(sums, values_K.numel(), {}))
+
+    def summary(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Add the explained variance, ``1 - Var(return - value) / Var(return)``: 1 for a perfect critic, 0 for a constant.
+
+        NaN if all returns are equal.
+        """
+        shown = dict(values)
+        error_variance = shown.pop(_ERROR_SQUARED) - shown.pop(_ERROR) ** 2
+        variance = shown.pop(_RETURN_SQUARED) - shown[VALUE_RETURN] ** 2
+        shown[EXPLAINED_VARIANCE] = 1 - error_variance / variance if variance > 0 else torch.nan
+        return shown

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
 from togi.learn.objective import Objective
-from togi.model.outputs import Needs, Outputs
+from togi.model.policy import Needs, Outputs
 from togi.obs.metrics import Metric, merge, reduced
 from togi.parallel.process import World
 

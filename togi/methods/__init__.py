@@ -1,9 +1,18 @@
-"""The methods of training on fixed data, one file each, and their table. Imports no torch until an objective is used."""
+"""The methods of training on fixed data, one file each, their table and what is checked before one starts. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+from togi.config.parse import Parsed, Source
+from togi.config.shared import (
+    chat_template_problems,
+    model_problems,
+    output_problems,
+    parallel_problems,
+    train_problems,
+)
+from togi.errors import ConfigError
 from togi.methods.dpo import DPO
 from togi.methods.kd import KD
 from togi.methods.kto import KTO
@@ -21,3 +30,55 @@ METHODS: Mapping[str, type[Method]] = {method.command: method for method in (SFT
 names.add_explanations(
     {each.name: each.explanation for method in METHODS.values() for each in method.measures if each.explanation}
 )
+
+
+def check_method(parsed: Parsed[Method]) -> None:
+    """Raise ConfigError with the first contradiction. Each message names both flags and the remedy."""
+    config = parsed.config
+    for message in _problems(config, template_given=_template_given(parsed)):
+        raise ConfigError(message)
+
+
+def _template_given(parsed: Parsed[Method]) -> bool:
+    """Whether the user wrote ``--input_template``: a chat template replaces its default, but contradicts a given one."""
+    return parsed.sources.get("input_template", Source.DEFAULT) is not Source.DEFAULT
+
+
+def _problems(c: Method, *, template_given: bool) -> Iterator[str]:
+    yield from _required(c)
+    yield from c.problems(template_given=template_given)
+    yield from _training(c)
+    yield from _output(c)
+
+
+def _required(c: Method) -> Iterator[str]:
+    if not c.pretrain:
+        yield "--pretrain is required: the Hugging Face folder or hub name of the model to train."
+    if not c.dataset:
+        yield "--dataset is required: a JSON, JSONL, CSV, Parquet or Arrow file, a saved data set folder or a hub name."
+
+
+def _training(c: Method) -> Iterator[str]:
+    yield from model_problems(c)
+    yield from train_problems(c, c)
+    yield from parallel_problems(c, c)
+    chat = c.prompt_text is not None and c.prompt_text.apply_chat_template
+    yield from chat_template_problems(c.tokenizer_chat_template, applied=chat)
+    if c.max_tokens_per_gpu * c.ring_attn_size < c.max_len:
+        yield (
+            f"--max_tokens_per_gpu {c.max_tokens_per_gpu} x --ring_attn_size {c.ring_attn_size} is less than --max_len "
+            f"{c.max_len}: raise one of the first two or lower the third."
+        )
+    if c.lr_scheduler.follows_a_loss and c.eval_dataset is None:
+        yield (
+            f"--lr_scheduler {c.lr_scheduler} follows the held-out loss: add --eval_dataset (and --eval_steps), or choose a "
+            "schedule that needs no measurement."
+        )
+    if c.eval_at_start and c.eval_dataset is None:
+        yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
+
+
+def _output(c: Method) -> Iterator[str]:
+    yield from output_problems(c, evaluates=c.eval_dataset is not None)
+    if c.eval_steps == 0:
+        yield "--eval_steps must be positive, or -1."

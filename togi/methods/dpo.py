@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from togi.config.fields import Count, PathText, flag
-from togi.methods.method import REWARD_MEASURES, Good, Measure
-from togi.methods.reference import HeldToReference
-from togi.methods.rows import Pairs
+from togi.methods.method import REWARD_MEASURES, Good, HeldToReference, Measure, Pairs
 from togi.obs import names
 
 if TYPE_CHECKING:

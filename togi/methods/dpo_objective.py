@@ -8,10 +8,9 @@ from torch import Tensor
 
 from togi.algo.preference import dpo_loss, ipo_loss, sequence_sums
 from togi.batch import Batch
-from togi.learn.objective import Loss, token_metrics
-from togi.learn.policy_objective import REF_LOGPROBS
+from togi.learn.objective import REF_LOGPROBS, Loss, token_metrics
 from togi.methods.preference import OverPairs, implicit_rewards, pair_metrics, pairs
-from togi.model.outputs import Needs, Outputs
+from togi.model.policy import Needs, Outputs
 from togi.obs import names
 
 

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 from togi.config.choices import Divergence
 from togi.config.fields import Count, PathText, flag
 from togi.errors import ConfigError
-from togi.methods.method import Good, Measure
-from togi.methods.on_policy import OnPolicySettings
-from togi.methods.rows import PlainTextOrResponse, rendering_problems
+from togi.methods.method import Good, Measure, OnPolicySettings, PlainTextOrResponse, rendering_problems
 from togi.obs import names
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Distillation: cross-entropy on the data mixed with the divergence from a frozen teacher on the same tokens.
 
 Teacher and student run on the same batch, and both terms are over the same tokens: the distribution that predicts a token in the
-loss. The divergence is computed in chunks inside the student's forward pass (``togi.model.distill_head``).
+loss. The divergence is computed in chunks inside the student's forward pass (``togi.model.heads``).
 
 On responses that the student generated, only the divergence is trained: on-policy distillation, GKD (Agarwal et al. 2023, arXiv
 2306.13649, section 3), with either divergence. It is the exact KL over the vocabulary at each generated position, and
@@ -24,9 +24,8 @@ from togi.batch import Batch
 from togi.config.choices import Divergence
 from togi.errors import ConfigError
 from togi.learn.objective import Loss, Objective, sequence_means, token_metrics
-from togi.methods.on_policy import GENERATED
-from togi.model.outputs import Needs, Outputs
-from togi.model.policy import PolicyModel
+from togi.methods.method import GENERATED
+from togi.model.policy import Needs, Outputs, PolicyModel
 from togi.obs import names
 
 

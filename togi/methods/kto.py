@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 from togi.config.fields import PathText, flag
 from togi.errors import ConfigError
-from togi.methods.method import REWARD_MEASURES, Measure
-from togi.methods.reference import HeldToReference
-from togi.methods.rows import PromptAndResponse, rendering_problems
+from togi.methods.method import REWARD_MEASURES, HeldToReference, Measure, PromptAndResponse, rendering_problems
 from togi.obs import names
 
 if TYPE_CHECKING:
     from togi.data.chat import Tokenizer
-    from togi.data.record_spec import RecordSpec
+    from togi.data.precheck import RecordSpec
     from togi.data.records import Examples
     from togi.learn.objective import Objective
     from togi.learn.scorer import Scorer

@@ -16,12 +16,11 @@ from torch import Tensor
 from togi.algo.preference import kto_kl_estimate, kto_loss, sequence_sums
 from togi.batch import Batch
 from togi.errors import DataError
-from togi.learn.objective import Loss, Objective, token_metrics
-from togi.learn.policy_objective import REF_LOGPROBS
+from togi.learn.objective import REF_LOGPROBS, Loss, Objective, token_metrics
 from togi.learn.scorer import Scorer
 from togi.methods.preference import implicit_rewards
 from togi.methods.training import Dealer, WithReference
-from togi.model.outputs import Needs, Outputs
+from togi.model.policy import Needs, Outputs
 from togi.obs import names
 from togi.sample import Sample
 

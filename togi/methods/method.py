@@ -4,6 +4,12 @@ A method is its settings and what follows from them: the rules between them, the
 loss, the metrics of an evaluation. So a ``Method`` is the settings class of its command. The loss needs torch and has its own file
 beside the method (``kto_objective`` beside ``kto``), which is imported when a run needs the objective: settings, help and their
 errors work without it.
+
+The row settings that several methods share, with their rules: a prompt and a response, plain text, pairs.
+
+The settings of methods that compare the model in training with a frozen reference.
+
+Rows that the model in training answers itself: the settings of the generation, and the mark of such rows.
 """
 
 from __future__ import annotations
@@ -14,15 +20,23 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
-from togi.config.fields import flag
-from togi.config.offline import DatasetSettings, EvaluationSettings, LaunchSettings
-from togi.config.shared import ModelSettings, OutputSettings, PromptText, TrainSettings
-from togi.methods.on_policy import OnPolicySettings
+from togi.config.choices import EngineName
+from togi.config.fields import Count, PathText, Settings, flag
+from togi.config.shared import (
+    PLAIN_TEMPLATE,
+    DatasetSettings,
+    EvaluationSettings,
+    LaunchSettings,
+    ModelSettings,
+    OutputSettings,
+    PromptText,
+    TrainSettings,
+)
 from togi.obs import names
 
 if TYPE_CHECKING:
     from togi.data.chat import Tokenizer
-    from togi.data.record_spec import RecordSpec
+    from togi.data.precheck import RecordSpec
     from togi.data.records import Examples
     from togi.learn.objective import Objective
     from togi.learn.scorer import Scorer
@@ -174,3 +188,156 @@ class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, Eval
         """How badly a held-out row did, from the ``number`` of each of its sequences: the higher, the worse."""
         (number,) = (value for _, value in sequences)
         return number
+
+
+def rendering_problems(c: PromptText, *, template_given: bool) -> Iterator[str]:
+    """Faults of the flags that format a prompt."""
+    from togi.config.shared import template_problems
+
+    if template_given and c.input_template is not None:
+        yield from template_problems(c.input_template, applied=c.apply_chat_template)
+
+
+class PromptAndResponse(Method):
+    """Rows"""
+
+    input_key: str = flag("input", "Field with the prompt: a string or a list of chat messages.")
+    output_key: str | None = flag(
+        None, "Field with the response; default: the last message of the chat list in --input_key."
+    )
+    apply_chat_template: bool = flag(False, "Render rows with the tokenizer's chat template.")
+    input_template: str | None = flag(
+        PLAIN_TEMPLATE, "Format string with one {} around the prompt; not used with --apply_chat_template."
+    )
+
+    @property
+    def prompt_text(self) -> PromptText | None:
+        return self
+
+    @property
+    def row_fields(self) -> Mapping[str, str | None]:
+        return {"input_key": self.input_key, "output_key": self.output_key}
+
+    def load(self, spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
+        from togi.data.records import load_sft
+
+        return load_sft(spec, tokenizer)
+
+
+class PlainTextOrResponse(PromptAndResponse):
+    """Continued pre-training"""
+
+    pretrain_mode: bool = flag(False, "Plain text in --input_key: no template, no end token, every token in the loss.")
+
+    @property
+    def prompt_text(self) -> PromptText | None:
+        return None if self.pretrain_mode else self
+
+    @property
+    def learns_every_token(self) -> bool:
+        return self.pretrain_mode
+
+    def text_problems(self, *, template_given: bool) -> Iterator[str]:
+        """Plain text has no prompt to format; a response needs a field, or is in the chat."""
+        if self.pretrain_mode and self.apply_chat_template:
+            yield "--pretrain_mode trains on plain text but --apply_chat_template is set: leave one of them out."
+        if self.pretrain_mode and template_given and self.input_template is not None:
+            yield "--pretrain_mode trains on plain text but --input_template is set: leave one of them out."
+        if not self.pretrain_mode and not self.apply_chat_template and self.output_key is None:
+            yield (
+                "--output_key is required without --apply_chat_template: name the field with the response, or use "
+                "--pretrain_mode for plain text."
+            )
+
+
+class Pairs(Method):
+    """Rows"""
+
+    width: ClassVar[int] = 2
+
+    prompt_key: str | None = flag(None, "Field with the prompt; default: it is part of both conversations.")
+    chosen_key: str = flag("chosen", "Field with the preferred response or conversation.")
+    rejected_key: str = flag("rejected", "Field with the rejected response or conversation.")
+    apply_chat_template: bool = flag(False, "Render rows with the tokenizer's chat template.")
+    input_template: str | None = flag(None, "Format string with one {} around the prompt, without a chat template.")
+
+    def problems(self, *, template_given: bool) -> Iterator[str]:
+        yield from rendering_problems(self, template_given=template_given)
+        if template_given and self.prompt_key is None:
+            yield "--input_template goes around the prompt but --prompt_key is not set: set it, or leave the template out."
+
+    @property
+    def prompt_text(self) -> PromptText | None:
+        return self
+
+    @property
+    def row_fields(self) -> Mapping[str, str | None]:
+        return {"prompt_key": self.prompt_key, "chosen_key": self.chosen_key, "rejected_key": self.rejected_key}
+
+    def load(self, spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
+        from togi.data.records import load_pairs
+
+        return load_pairs(spec, tokenizer)
+
+    def badness(self, sequences: Sequence[tuple[Sample, float]]) -> float:
+        """How far the reward of the rejected response is above the chosen one."""
+        (_, chosen), (_, rejected) = sequences
+        return rejected - chosen
+
+
+class HeldToReference(Method):
+    """Reference model"""
+
+    ref_pretrain: PathText | None = flag(None, "Reference model; default: --pretrain.")
+    ref_offload: bool = flag(False, "Keep the frozen reference in host memory, on the device only while it scores.")
+    precompute_ref: bool = flag(
+        False, "Score all rows with the reference once, ahead of training, then free it (dpo only)."
+    )
+
+    def reference_problems(self) -> Iterator[str]:
+        """Noise in logprobs that are compared."""
+        from togi.config.rl_checks import lora_dropout_problems
+
+        yield from lora_dropout_problems(self)
+
+    @property
+    def reference(self) -> str:
+        return self.ref_pretrain or self.pretrain
+
+    @property
+    def more_models(self) -> Mapping[str, str]:
+        return {} if self.ref_pretrain is None else {"ref_pretrain": self.ref_pretrain}
+
+    @property
+    def offload_flag(self) -> str:
+        return "--ref_offload" if self.ref_offload else ""
+
+
+GENERATED = "generated"
+"""The value of a sample for whether the model in training wrote its response (1 or 0)."""
+
+
+class OnPolicySettings(Settings):
+    """On-policy distillation"""
+
+    on_policy_share: float = flag(
+        0.0, "Share of the rows that the student answers itself; there the divergence alone is learned.", ge=0, le=1
+    )
+    generate_max_len: Count = flag(1024, "At most this many new tokens per response, within --max_len.")
+    temperature: float = flag(
+        1.0, "Sampling temperature; the divergence is always that of the models as they are.", gt=0
+    )
+    rollout_engine: EngineName = flag(EngineName.VLLM, "What generates: vLLM, or Transformers (no extra install).")
+    vllm_gpu_memory_utilization: float = flag(
+        0.3, "Share of a GPU's memory that vLLM may take, beside the models.", gt=0, le=1
+    )
+    vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of the key-value cache on a CPU, in GB.", gt=0)
+    enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
+
+    def generation_problems(self) -> Iterator[str]:
+        """Generation flags without ``--on_policy_share``, and what the engines exclude."""
+        if self.on_policy_share == 0:
+            for name in self.changed(*OnPolicySettings.model_fields):
+                yield f"--{name} is about generated responses: add --on_policy_share, or leave --{name} out."
+        elif self.enforce_eager and self.rollout_engine is EngineName.TRANSFORMERS:
+            yield "--enforce_eager needs --rollout_engine vllm: change one of them."

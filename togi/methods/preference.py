@@ -14,9 +14,8 @@ from torch import Tensor
 
 from togi.algo.preference import sequence_sums
 from togi.batch import Batch
-from togi.learn.objective import Loss, Objective, sequence_means, token_metrics
-from togi.learn.policy_objective import REF_LOGPROBS
-from togi.model.outputs import Needs, Outputs
+from togi.learn.objective import REF_LOGPROBS, Loss, Objective, sequence_means, token_metrics
+from togi.model.policy import Needs, Outputs
 from togi.obs import names
 
 CHOSEN = "chosen"

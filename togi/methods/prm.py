@@ -12,9 +12,9 @@ from togi.obs import names
 
 if TYPE_CHECKING:
     from togi.data.chat import Tokenizer
-    from togi.data.record_spec import RecordSpec
+    from togi.data.precheck import RecordSpec
     from togi.data.records import Examples
-    from togi.data.steps import StepLabels
+    from togi.data.rows import StepLabels
     from togi.learn.objective import Objective
     from togi.methods.training import Material
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from togi.batch import Batch
 from togi.learn.objective import Loss, Objective, sequence_means, token_metrics
-from togi.model.outputs import LABELS, Needs, Outputs
+from togi.model.policy import LABELS, Needs, Outputs
 from togi.obs import names
 
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from togi.config.choices import RewardLoss
 from togi.config.fields import Count, PathText, flag
-from togi.methods.method import REWARD_MEASURES
-from togi.methods.rows import Pairs
+from togi.methods.method import REWARD_MEASURES, Pairs
 
 if TYPE_CHECKING:
     from togi.learn.objective import Objective

@@ -11,7 +11,7 @@ from togi.batch import Batch
 from togi.config.choices import RewardLoss
 from togi.learn.objective import Loss, token_metrics
 from togi.methods.preference import OverPairs, pair_metrics, pairs
-from togi.model.outputs import Needs, Outputs
+from togi.model.policy import Needs, Outputs
 from togi.obs import names
 
 MARGIN = "margin"

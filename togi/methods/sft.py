@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from togi.config.fields import Count, PathText, flag
-from togi.methods.method import Good, Measure
-from togi.methods.rows import PlainTextOrResponse, rendering_problems
+from togi.methods.method import Good, Measure, PlainTextOrResponse, rendering_problems
 from togi.obs import names
 
 if TYPE_CHECKING:

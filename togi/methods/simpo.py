@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from togi.config.fields import Count, PathText, flag
-from togi.methods.method import REWARD_MEASURES, Good, Measure
-from togi.methods.rows import Pairs
+from togi.methods.method import REWARD_MEASURES, Good, Measure, Pairs
 from togi.obs import names
 
 if TYPE_CHECKING:

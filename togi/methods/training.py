@@ -14,10 +14,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from togi.data.packing import Packs, pack_all
-from togi.data.partition import split_ranks
+from togi.data.packing import Packs, pack_all, split_ranks
 from togi.data.records import Examples
-from togi.learn.policy_objective import REF_LOGPROBS
+from togi.learn.objective import REF_LOGPROBS
 from togi.learn.scorer import Scorer
 from togi.model.policy import PolicyModel
 from togi.parallel.process import World

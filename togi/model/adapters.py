@@ -27,10 +27,9 @@ from transformers.pytorch_utils import Conv1D
 
 from togi.config.shared import ADAPTER_CONFIG, ALL_LINEAR, LoRA
 from togi.errors import ModelError
-from togi.model import adapter_update
-from togi.model.policy import HEAD, PolicyModel, ScalarModel
-from togi.model.tensor_names import checkpoint_tensors
-from togi.model.weights import TensorSpec
+from togi.model.policy import HEAD, PolicyModel, ScalarModel, checkpoint_tensors
+from togi.weights import adapters
+from togi.weights.buckets import TensorSpec
 
 ADAPTER = "default"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -133,7 +132,7 @@ def merged(
             part: Any = model.get_submodule(layer)
             a, b = _as_it_lies(part, held.pop(f"{layer}{_A}"), tensor)
             scale = float(part.scaling[ADAPTER])
-            yield f"{layer}.weight", adapter_update.merge(held.pop(layer), a, b, scale).to(dtype)
+            yield f"{layer}.weight", adapters.merge(held.pop(layer), a, b, scale).to(dtype)
         else:
             yield name, tensor.to(dtype)
     assert not held, f"no adapter followed {sorted(held)}"
@@ -144,8 +143,8 @@ def sent_names(model: PolicyModel, names: Iterable[str]) -> dict[str, str]:
 
     A name is the checkpoint name of the layer and A or B. Parameters in ``turned`` are sent transposed: A^T as B and B^T as A.
     """
-    ends = {_A: adapter_update.A, _B: adapter_update.B}
-    other = {_A: adapter_update.B, _B: adapter_update.A}
+    ends = {_A: adapters.A, _B: adapters.B}
+    other = {_A: adapters.B, _B: adapters.A}
     across = turned(model, names := list(names))
     parts = {name: name.partition(_A if _A in name else _B) for name in names}
     layers = list(dict.fromkeys(layer for layer, _, _ in parts.values()))
@@ -153,7 +152,7 @@ def sent_names(model: PolicyModel, names: Iterable[str]) -> dict[str, str]:
     numbered = ((f"{layer}.weight", torch.tensor(number)) for number, layer in enumerate(layers))
     weights = {layers[int(number)]: name for name, number in checkpoint_tensors(model, numbered)}
     return {
-        name: weights[layer].removesuffix(adapter_update.WEIGHT) + (other if name in across else ends)[kind]
+        name: weights[layer].removesuffix(adapters.WEIGHT) + (other if name in across else ends)[kind]
         for name, (layer, kind, _) in parts.items()
     }
 
@@ -176,7 +175,7 @@ def as_sent(
 def sent_specs(model: PolicyModel, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorSpec, ...]:
     """Names, shapes and dtype of the tensors that ``as_sent`` yields."""
     sent, across = sent_names(model, shapes), turned(model, shapes)
-    kind = str(adapter_update.DTYPE).removeprefix("torch.")
+    kind = str(adapters.DTYPE).removeprefix("torch.")
     return tuple(
         TensorSpec(sent[name], shape[::-1] if name in across else shape, kind) for name, shape in shapes.items()
     )

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as hf_logging
 
-from togi.model.hub import local_folder
+from togi.weights.files import local_folder
 
 Reader = Callable[[nn.Module], None]
 """Loads the weights of a part of a model that are still on disk."""
@@ -34,13 +34,6 @@ Reader = Callable[[nn.Module], None]
 
 def nothing_left(part: nn.Module) -> None:
     """The reader of a model whose weights are already loaded."""
-
-
-def files_of(path: str) -> list[Path]:
-    """The safetensors files of a model folder or hub name. Empty if the folder has no such files, so nothing can be deferred."""
-    folder = Path(local_folder(path))
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
 
 
 def _already_whole() -> None:

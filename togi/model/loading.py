@@ -27,20 +27,26 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from togi.config.checks import check_mixture
 from togi.config.choices import Layers
 from togi.config.model_facts import check_length
-from togi.config.shared import ADAPTER_CONFIG, LoRA, ModelSettings, Recompute
+from togi.config.shared import ADAPTER_CONFIG, LoRA, ModelSettings, Recompute, check_mixture
 from togi.cpu import use_host_layers
 from togi.errors import ModelError
-from togi.model import dropout
 from togi.model.attention import SEGMENTS, VARLEN
-from togi.model.compiled_layers import check_compiled, compile_layers
-from togi.model.deferred import Deferred, Reader, files_of, nothing_left, quiet
-from togi.model.liger import apply_liger, check_liger
+from togi.model.deferred import Deferred, Reader, nothing_left, quiet
+from togi.model.layers import (
+    apply_liger,
+    check_compiled,
+    check_liger,
+    compile_layers,
+    dropout_notice,
+    remove_fixed,
+    switch_off,
+    use_recompute,
+)
 from togi.model.policy import HEAD, PolicyModel, ScalarModel
-from togi.model.recompute import use_recompute
 from togi.model.support import PROVEN, logit_transform, refuse_other_parts, refuse_unsupported, verify_packing
+from togi.weights.files import files_of
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +140,7 @@ def load_scalar_model(source: ModelSource, *, init_head: bool = False, value_hea
 def _fit_config(source: ModelSource) -> PreTrainedConfig:
     """The model's config with dropout off. Raises ModelError if its layers do not support ``source.layers``."""
     config = read_config(source.path, source.trust_remote_code)
-    dropout.switch_off(config)
+    switch_off(config)
     if source.layers is Layers.LIGER:
         check_liger(config.model_type)
     elif source.layers is Layers.COMPILED:
@@ -171,7 +177,7 @@ def check_causal_lm(
     """
     config = read_config(path, trust_remote_code)
     check_length(asked, longest, path, config.to_dict())
-    rates = dropout.switch_off(config)
+    rates = switch_off(config)
     if balanced:
         check_mixture(path, config.model_type)
     source = ModelSource(path, torch.float32, flash_attn, trust_remote_code)
@@ -191,7 +197,7 @@ def check_causal_lm(
                 "leave it out."
             )
     if rates:
-        logger.warning(dropout.notice(path, rates))
+        logger.warning(dropout_notice(path, rates))
 
 
 def known_tokens(path: str, trust_remote_code: bool = False) -> int:
@@ -332,7 +338,7 @@ def _init_head(hf: PreTrainedModel) -> None:
 
 def _ready(model: Model, source: ModelSource) -> Model:
     recompute, lora, layers = source.recompute, source.lora, source.layers
-    dropout.remove_fixed(model)
+    remove_fixed(model)
     # before kernels and adapters change the layers: the proof compares with the plain model
     if model.hf.config.model_type not in PROVEN:
         verify_packing(model)

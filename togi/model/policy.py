@@ -6,31 +6,100 @@ ring (``ring_layout``) a rank computes all of them.
 The module's own ``forward`` does everything, heads included. A sharding back end gathers the root's parameters only there: FSDP2
 shards each decoder layer, and the embedding and the heads belong to the root. Not here: loading and writing model folders
 (``loading``, ``checkpoint``), losses (``algo``).
+
+``Needs``: what an objective requests from a forward. ``Outputs``: what the forward returns.
+
+Shape letters: K tokens in the loss (ascending packed index, ``Batch.targets_K``), N sequences, H hidden size, R the tokens
+of ``Needs.next_logits``, M layers with experts, C experts chosen for a token.
+
+Checkpoint names of tensors, which model folders and weight updates to generation engines use.
+
+In memory Transformers may hold tensors in another form (all experts of a layer in one tensor), and Togi's modules add a prefix.
+``checkpoint_tensors`` reverts both, one decoder layer at a time, so that a large model streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from togi.algo.balance import balance_loss, routing_sums
-from togi.algo.mismatch import chosen_experts
+from togi.algo.policy import chosen_experts
 from togi.algo.precision import full_precision
 from togi.batch import NO_SEQUENCE, Batch
 from togi.config.choices import Divergence
 from togi.config.shared import MIXTURES
 from togi.model.deferred import Reader, nothing_left
-from togi.model.distill_head import TeacherLogits, distill_logprobs
-from togi.model.logprob_head import LogitTransform, some_logits, token_logprobs, top_tokens
-from togi.model.outputs import LABELS, Needs, Outputs
+from togi.model.heads import LogitTransform, TeacherLogits, distill_logprobs, some_logits, token_logprobs, top_tokens
 from togi.model.ring_attention import RING, refuse_ring
 from togi.model.ring_layout import Layout, Places, Ring, RingLayout, WholeLayout
+
+LABELS = "labels"
+"""The stream that holds, at each token in the loss, the id of the token that should follow (``Needs.label_logprobs``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the forward must compute. Outputs that are not requested are not computed.
+
+    ``label_logprobs`` and ``next_logits`` (ids of a few tokens) are predictions at a token in the loss about the token that
+    follows it; all others are about the token itself. ``states`` requests hidden states in place of log-probs. ``balance`` and
+    ``routes`` are for a mixture of experts only, and can be added to any of the others.
+    """
+
+    logprobs: bool = False
+    entropy: bool = False
+    values: bool = False
+    scores: bool = False
+    label_logprobs: bool = False
+    next_logits: tuple[int, ...] = ()
+    states: bool = False
+    balance: bool = False
+    routes: bool = False
+
+
+def _empty() -> Tensor:
+    return torch.empty(0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outputs:
+    """Results of one forward over a ``Batch``, all float32 (float64 from a float64 model).
+
+    ``logprobs_K[k]``: log-probability of token ``targets_K[k]`` given its own sequence before it, of logits / temperature.
+    ``entropy_K[k]``: entropy of that distribution in nats (differentiable). ``values_K[k]``: the value of the state in which that
+    token is chosen. ``scores_N``: the scalar head at each sequence's last token.
+    ``label_logprobs_K[k]``: log-probability of the label as the token after ``targets_K[k]``; ``label_hits_K`` (bool):
+    whether the label is the likeliest token there. ``next_logits_KR``: the logits of the tokens of ``Needs.next_logits`` there.
+    ``divergence_K[k]``: divergence of the distribution of token ``targets_K[k]`` from a teacher's, in nats.
+    ``balance_N``: the load-balancing loss of each sequence (``togi.algo.balance``).
+    ``routes_KMC`` (int64): the experts to which token ``targets_K[k]`` itself is routed, in each layer.
+    ``states_kH``: the hidden states from which ``logprobs_K`` is computed, in the model's own dtype; in a ring only those of this
+    rank (``ring_layout``).
+    A field that was not requested is an empty tensor.
+    """
+
+    logprobs_K: Tensor = field(default_factory=_empty)
+    entropy_K: Tensor = field(default_factory=_empty)
+    values_K: Tensor = field(default_factory=_empty)
+    scores_N: Tensor = field(default_factory=_empty)
+    label_logprobs_K: Tensor = field(default_factory=_empty)
+    label_hits_K: Tensor = field(default_factory=_empty)
+    next_logits_KR: Tensor = field(default_factory=_empty)
+    divergence_K: Tensor = field(default_factory=_empty)
+    states_kH: Tensor = field(default_factory=_empty)
+    balance_N: Tensor = field(default_factory=_empty)
+    routes_KMC: Tensor = field(default_factory=_empty)
+
 
 HEAD = "score"
 """Transformers' name for the head of a scalar model."""
@@ -254,3 +323,36 @@ class ScalarModel(_Model):
     def _head(self, states: Tensor) -> Tensor:
         head: Any = self.hf.score
         return full_precision(head(states).squeeze(-1))
+
+
+_PREFIX = "hf."
+_LAYER = re.compile(r"^.*?\.\d+\.")
+
+
+def checkpoint_tensors(
+    model: PolicyModel | ScalarModel, named_tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (checkpoint name, tensor) for the full parameters of ``model``, which come by the model's own names.
+
+    Tied copies are skipped. The tensors of one decoder layer must follow each other, as ``named_parameters`` and ``state_dict``
+    yield them. Names are sorted within a layer. The results may be views of the inputs.
+    """
+    hf: Any = model.hf
+    tied = hf.all_tied_weights_keys
+    plain = ((name.removeprefix(_PREFIX), tensor) for name, tensor in named_tensors)
+    kept = ((name, tensor) for name, tensor in plain if name not in tied)
+    # a conversion may need all tensors of a layer, such as all its experts
+    for _, layer in groupby(kept, key=lambda item: _layer_of(item[0])):
+        for name, tensor in sorted(revert_weight_conversion(hf, dict(layer)).items()):
+            yield _head_name(model, name), tensor
+
+
+def _layer_of(name: str) -> str:
+    match = _LAYER.match(name)
+    return match.group() if match else ""
+
+
+def _head_name(model: PolicyModel | ScalarModel, name: str) -> str:
+    if isinstance(model, ScalarModel) and name.startswith(f"{HEAD}."):
+        return f"{model.value_head_prefix}.{name.removeprefix(f'{HEAD}.')}"
+    return name

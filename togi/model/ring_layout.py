@@ -10,7 +10,7 @@ only its own rank sees are never sent. A rank takes its part of the batch (``Rin
 predictions whose source token it has. ``Places.whole`` gathers them into tensors of the whole batch. Every rank computes the same
 loss from these and back-propagates its own share. Gradients are then summed over ranks as without a ring.
 
-Not here: attention between chunks (``ring_attention``), sending (``togi.parallel.ring``).
+Not here: attention between chunks (``ring_attention``), sending (``togi.parallel.groups``).
 """
 
 from __future__ import annotations

@@ -17,9 +17,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
 from togi.errors import ModelError
 from togi.model.attention import SEGMENTS
-from togi.model.logprob_head import LogitTransform
-from togi.model.outputs import Needs
-from togi.model.policy import PolicyModel, ScalarModel, hidden_states
+from togi.model.heads import LogitTransform
+from togi.model.policy import Needs, PolicyModel, ScalarModel, hidden_states
 from togi.model.ring_layout import WholeLayout
 
 PROVEN = frozenset({"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral", "qwen3_moe"})

@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 
 from togi.obs.metrics import StepRecord, read_records
-from togi.obs.redact import REDACTED, SECRET_FLAGS, scrub
-from togi.obs.run_dir import RunDirectory, RunInfo
+from togi.obs.run_dir import REDACTED, SECRET_FLAGS, RunDirectory, RunInfo, scrub
 
 CARD = "README.md"
 LIBRARIES = ("torch", "transformers", "safetensors", "peft", "bitsandbytes", "deepspeed", "vllm", "ray")

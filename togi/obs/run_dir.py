@@ -10,6 +10,8 @@
     discarded/      what steps after a checkpoint had written before the run was resumed from it
 
 Checkpoints (``--ckpt_path``) and the final model (``--save_path``) are elsewhere.
+
+Removes secrets from what a run writes: configuration files, reports, trackers and log lines.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import contextlib
 import json
 import os
 import platform
+import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -29,10 +32,59 @@ import yaml
 
 from togi.errors import ConfigError, DataError, WriteError
 from togi.obs.metrics import read_records
-from togi.obs.redact import REDACTED, redact_argv, redact_value
 from togi.obs.rollout_store import RolloutStore
 from togi.obs.way_out import writing
 from togi.version import __version__
+
+SECRET_FLAGS = frozenset({"use_wandb", "wandb_api_key", "hf_token", "api_key"})
+REDACTED = "<redacted>"
+_URL_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
+_MIN_WANDB_KEY = 32
+
+
+def redact_value(name: str, value: object) -> object:
+    """``value`` of the flag ``name`` as it may be shown. Logins inside URLs are removed for every flag."""
+    if name in SECRET_FLAGS:
+        return REDACTED if value not in (None, "", False) else value
+    if isinstance(value, str):
+        return _URL_LOGIN.sub(f"{REDACTED}@", value)
+    if isinstance(value, list | tuple):
+        return [redact_value(name, item) for item in value]
+    return value
+
+
+def redact_values(values: Mapping[str, object]) -> dict[str, object]:
+    return {name: redact_value(name, value) for name, value in values.items()}
+
+
+def redact_argv(argv: Sequence[str]) -> list[str]:
+    """A command line with the values of secret flags replaced, in both forms: ``--flag value`` and ``--flag=value``."""
+    shown: list[str] = []
+    secret_next = False
+    for word in argv:
+        flag, equals, _ = word.removeprefix("--").partition("=")
+        secret = word.startswith("--") and flag in SECRET_FLAGS
+        if secret_next and not word.startswith("--"):
+            shown.append(REDACTED)
+        elif secret and equals:
+            shown.append(f"--{flag}={REDACTED}")
+        else:
+            shown.append(str(redact_value("", word)))
+        secret_next = secret and not equals
+    return shown
+
+
+def scrub(text: str, secrets: Iterable[str]) -> str:
+    """``text`` without any of ``secrets``. Words shorter than eight characters are not treated as secrets."""
+    for secret in secrets:
+        if len(secret) >= 8:
+            text = text.replace(secret, REDACTED)
+    return text
+
+
+def looks_like_wandb_key(word: str) -> bool:
+    """Whether ``--use_wandb`` was given a key instead of a word such as "true": W&B keys have 40 or more characters."""
+    return len(word) >= _MIN_WANDB_KEY and not any(character.isspace() for character in word)
 
 
 @dataclass(frozen=True, slots=True)

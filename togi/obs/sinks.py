@@ -26,7 +26,7 @@ from typing import IO, Any, Protocol
 
 from togi.errors import ConfigError
 from togi.obs.metrics import StepRecord
-from togi.obs.redact import looks_like_wandb_key, redact_values, scrub
+from togi.obs.run_dir import looks_like_wandb_key, redact_values, scrub
 from togi.obs.way_out import writing
 
 log = logging.getLogger(__name__)

@@ -112,7 +112,7 @@ class Backend(Protocol):
     def at_rest(self) -> Iterable[Tensor]:
         """This rank's tensors that only ``step`` and ``state`` read: moments, masters beside the working weights, buffers.
 
-        ``full_parameters`` in the dtype of the working weights does not read them. See ``togi.parallel.parking``.
+        ``full_parameters`` in the dtype of the working weights does not read them. See ``togi.parallel.optimizer``.
         """
         ...
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from togi.errors import ConfigError
-from togi.parallel.adamw import MOMENTS, adamw_without_state, add_state, moments, set_rate
 from togi.parallel.backend import BackendOptions, Reader, cast, check_same_weights, decoder_blocks, nothing_left
+from togi.parallel.optimizer import MOMENTS, adamw_without_state, add_state, moments, set_rate
 from togi.parallel.process import World
 from togi.parallel.replicated import BUCKET_ELEMENTS
 

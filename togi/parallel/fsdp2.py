@@ -14,11 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from togi.parallel.adamw import MOMENTS, clip_gradients, fill_missing_gradients, make_adamw, moments, take_step
 from togi.parallel.backend import BackendOptions, Reader, cast, check_same_weights, decoder_blocks, nothing_left
-from togi.parallel.offload import move_buffers
+from togi.parallel.groups import DATA, TENSOR, clip_split_gradients, copy_part, grid, split, whole
+from togi.parallel.optimizer import (
+    MOMENTS,
+    clip_gradients,
+    fill_missing_gradients,
+    make_adamw,
+    moments,
+    move_buffers,
+    take_step,
+)
 from togi.parallel.process import World
-from togi.parallel.tensor import DATA, TENSOR, clip_split_gradients, copy_part, grid, split, whole
 
 
 def shard(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -21,6 +20,7 @@ from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
 from togi.errors import ConfigError
+from togi.weights.carriers import Rendezvous
 
 T = TypeVar("T")
 CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -51,17 +51,6 @@ def open_store(address: str, timeout_s: float) -> TCPStore:
     return TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
-@dataclass(frozen=True, slots=True)
-class Rendezvous:
-    """Where the processes of a group meet. ``timeout_s`` is the timeout of joining and of every later collective, in seconds."""
-
-    rank: int
-    size: int
-    address: str
-    port: int
-    timeout_s: float = 1800.0
-
-
 def _from_environment(name: str) -> int:
     """The whole number in an environment variable. Raises ConfigError if there is none."""
     text = os.environ.get(name, "")
@@ -75,9 +64,9 @@ def _from_environment(name: str) -> int:
 class World:
     """The processes that train one model together. Collectives must be called by every rank in the same order.
 
-    Consecutive ranks can form teams that compute the same batches together: rings of ``ring_size``, which split the tokens
-    (``togi.parallel.ring``), or groups of ``tensor_size``, which split the weights (``togi.parallel.tensor``). Data is then split
-    into ``shares``, one for each team. Without teams every rank has its own share.
+    Consecutive ranks can form teams that compute the same batches together (``togi.parallel.groups``): rings of ``ring_size``
+    split the tokens, groups of ``tensor_size`` the weights. Data is then split into ``shares``, one for each team.
+    Without teams every rank has its own share.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, ring_size: int = 1, tensor_size: int = 1) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from togi.cpu import compiled, is_plain
-from togi.parallel.adamw import MOMENTS, fill_missing_gradients, make_adamw, moments, take_host_step, take_step
 from togi.parallel.backend import BackendOptions, cast, check_same_weights
+from togi.parallel.optimizer import MOMENTS, fill_missing_gradients, make_adamw, moments, take_host_step, take_step
 from togi.parallel.process import World
 
 BUCKET_ELEMENTS = 32 * 2**20

@@ -1,23 +1,122 @@
-"""The placement of a run's processes: arithmetic on the settings, checked before anything is placed.
+"""Where each part of a run computes, and how weights get from the actor to the engines.
 
-A *group* is a set of equal slots (one GPU each, or one worker process without GPUs) that one or several roles share. An engine
-takes --vllm_tensor_parallel_size slots of one node.
+Decided and printed before anything starts.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from togi.config.choices import WorkersKind
+from togi.config.choices import BackendName, SyncBackend, WorkersKind
 from togi.config.parse import Parsed, Source
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError
-from togi.plan.machine import Machine
-from togi.plan.workers import what_needs_ray
+from togi.plan.machine import Machine, joins_cluster
+
+
+def check_workers(config: RLConfig, machine: Machine) -> None:
+    """Raise ConfigError if --workers local is not possible. The counts in ``config`` are resolved."""
+    needed = what_needs_ray(config, machine) if config.workers is WorkersKind.LOCAL else ""
+    if needed:
+        raise ConfigError(
+            f"--workers local keeps everything in one process, but {needed} takes several: leave one of the two out."
+        )
+
+
+def what_needs_ray(config: RLConfig, machine: Machine) -> str:
+    """The first setting that needs more than one process, as it is written; "" if none does."""
+    # Counts first, then settings that work across processes only.
+    counts: dict[str, int | str] = {
+        "vllm_num_engines": config.vllm_num_engines,
+        "vllm_tensor_parallel_size": config.vllm_tensor_parallel_size,
+        "actor_num_nodes": config.actor_num_nodes,
+        "actor_num_gpus_per_node": config.actor_num_gpus_per_node,
+        "ring_attn_size": config.ring_attn_size,
+        "ds_tensor_parallel_size": config.ds_tensor_parallel_size,
+    }
+    if config.uses_critic:
+        counts["critic_num_nodes"] = config.critic_num_nodes
+        counts["critic_num_gpus_per_node"] = config.critic_num_gpus_per_node
+    if config.loads_reference:
+        counts["ref_num_nodes"] = config.ref_num_nodes
+        counts["ref_num_gpus_per_node"] = config.ref_num_gpus_per_node
+    if config.scoring_models:
+        counts["reward_num_nodes"] = config.reward_num_nodes
+        counts["reward_num_gpus_per_node"] = config.reward_num_gpus_per_node
+    needs = [f"--{name} {count}" for name, count in counts.items() if count != 1]
+    if joins_cluster():
+        needs.append(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}")
+    if config.backend is BackendName.DEEPSPEED:  # the engine would take its process group for its own
+        needs.append(f"--backend {config.backend}")
+    if config.vllm_sync_with_ray:
+        needs.append("--vllm_sync_with_ray")
+    if config.vllm_sync_backend is not SyncBackend.AUTO:
+        needs.append(f"--vllm_sync_backend {config.vllm_sync_backend}")
+    if machine.gpus > 1 and not config.colocate_all_models:
+        needs.append("a GPU for each model (without --colocate_all_models)")
+    return needs[0] if needs else ""
+
+
+class Carrier(StrEnum):
+    """The four carriers.
+
+    host: Ray's object store, which processes of one host read without a copy. gloo, nccl: a process group of the actor's
+    rank 0 and the engines. ipc: each engine reads the memory of its own actor rank on the GPU that both use.
+    """
+
+    HOST = "host memory"
+    GLOO = "gloo"
+    NCCL = "nccl"
+    IPC = "CUDA IPC"
+
+    @property
+    def is_group(self) -> bool:
+        return self in (Carrier.GLOO, Carrier.NCCL)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The carrier, and why it differs from the configured one ("" if it does not)."""
+
+    carrier: Carrier
+    reason: str = ""
+
+    def describe(self) -> str:
+        return f"weights travel by {self.carrier}" + (f": {self.reason}" if self.reason else "")
+
+
+def choose(config: RLConfig, *, on_gpu: bool, one_host: bool) -> Route:
+    """The carrier of weights. ``on_gpu``: the actor computes on a GPU; ``one_host``: it shares its host with all engines."""
+    asked = config.vllm_sync_backend
+    if config.vllm_sync_with_ray:
+        ignored = asked is not SyncBackend.AUTO
+        reason = f"with --vllm_sync_with_ray the object store takes the place of --vllm_sync_backend {asked}"
+        return Route(Carrier.HOST, reason if ignored else "")
+    if asked is SyncBackend.GLOO:
+        return Route(Carrier.GLOO)
+    if asked is SyncBackend.AUTO and one_host:
+        return Route(Carrier.HOST)
+    # What remains needs NCCL, or has a fallback.
+    problem = _nccl_problem(config, on_gpu)
+    if asked is SyncBackend.AUTO:
+        return Route(Carrier.GLOO if problem or config.colocate_all_models else Carrier.NCCL)
+    if problem:
+        return Route(Carrier.GLOO, f"--vllm_sync_backend nccl needs {problem}")
+    shared = Route(Carrier.IPC, "nccl cannot connect two processes on one GPU")
+    return shared if config.colocate_all_models else Route(Carrier.NCCL)
+
+
+def _nccl_problem(config: RLConfig, on_gpu: bool) -> str:
+    """What prevents sending GPU memory; "" if nothing does."""
+    if not on_gpu:
+        return "GPUs, and the actor computes on the CPU"
+    # A tensor-parallel engine receives its weights in a process without a GPU of its own.
+    return "--vllm_tensor_parallel_size 1" if config.vllm_tensor_parallel_size > 1 else ""
 
 
 class Role(StrEnum):

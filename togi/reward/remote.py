@@ -30,7 +30,7 @@ import aiohttp
 
 from togi.errors import RewardError
 from togi.obs.progress import duration
-from togi.obs.redact import redact_value, scrub
+from togi.obs.run_dir import redact_value, scrub
 from togi.reward.scores import as_call, as_scores, failed, without_errors
 from togi.reward.wire import DICT_KEYS, NO_INDEX, Answer, BadReturnError, checked
 from togi.sample import Rollout, Score

@@ -1,6 +1,6 @@
 """The messages between a reward worker and its owner (length-prefixed JSON over a socket), and valid return values.
 
-Standard library only: the worker process imports this. ``pool`` starts and stops processes.
+Standard library only: the worker process imports this. ``function`` starts and stops processes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The process that runs a user's reward function: ``python -m togi.reward.worker CHANNEL LIFELINE`` (file descriptors).
 
 Standard library only, so that it starts in a tenth of a second; all other imports are the user's. The function runs in the main
-thread (so its own alarms work). Its output goes to stderr, never into the protocol. The owner (``pool``) enforces time limits: it
-kills this process together with its process group.
+thread (so its own alarms work). Its output goes to stderr, never into the protocol. The owner (``function``) enforces time
+limits: it kills this process together with its process group.
 """
 
 from __future__ import annotations

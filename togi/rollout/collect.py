@@ -1,18 +1,66 @@
 """Run an environment over prompts, many rollouts at a time, and yield each group as soon as it is complete.
 
 It takes callables, not engines. The caller chooses the prompts, the time and the policy version.
+
+An ``Environment`` is what a policy acts in. It gets a callable that generates, so that tests can pass a scripted one.
+
+Not here: rewards (they see whole groups), agents with tools (which implement ``Environment`` elsewhere).
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 from togi.errors import RolloutError, RunError, UserError
-from togi.rollout.environment import Environment, Generate
 from togi.sample import Generation, Prompt, Rollout, Sampling
+
+T = TypeVar("T")
+
+
+async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all coroutines, in order. The first failure is raised, and cancels the others."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+Generate = Callable[[Sequence[int], Sampling], Awaitable[Generation]]
+
+
+class Environment(Protocol):
+    """Turns one prompt into one trajectory. One instance serves many concurrent calls, so ``run`` must keep its state local."""
+
+    async def run(self, prompt: Prompt, group_id: str, generate: Generate) -> Rollout:
+        """Run one trajectory. Token ids may only be appended: generated ids are passed on, never decoded and encoded again."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SingleTurn:
+    """The simplest environment: one prompt, one response. ``decode`` makes the text for rewards and logs."""
+
+    decode: Callable[[Sequence[int]], str]
+    sampling: Sampling
+
+    async def run(self, prompt: Prompt, group_id: str, generate: Generate) -> Rollout:
+        generation = await generate(prompt.tokens, self.sampling)
+        return Rollout(
+            prompt=prompt,
+            group_id=group_id,
+            response_tokens=generation.tokens,
+            response_mask=(True,) * len(generation.tokens),
+            response_logprobs=generation.logprobs,
+            response_text=self.decode(generation.tokens),
+            finish_reason=generation.finish_reason,
+            policy_version=generation.policy_version,
+        )
 
 
 @dataclass(slots=True, eq=False)

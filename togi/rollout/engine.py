@@ -2,22 +2,57 @@
 
 Engines take tokens and return tokens, never text. ``vllm_engine`` and ``transformers_engine`` both run behind
 ``ThreadedEngine`` (``threaded.py``), so waiting, pausing, weight updates and versions are the same.
+
+The token ids that end a sequence come from the files of a model folder. They are never guessed from token values or the pad token.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from togi.errors import ConfigError
-from togi.model.weights import Bucket, Manifest
-from togi.plan.memory import Released
+from togi.plan.machine import Released
 from togi.sample import Generation, Sampling
+from togi.weights.buckets import Bucket, Manifest
+
+
+def end_token_ids(folder: str) -> frozenset[int]:
+    """All end-of-sequence ids of generation_config.json, config.json and the tokenizer. May be empty.
+
+    Models often have several (Llama 3: end of text and end of turn), and the files often disagree: each of the ids ends a
+    sequence. Raises ConfigError if the folder has no config.json.
+    """
+    root = Path(folder)
+    if not (root / "config.json").is_file():
+        raise ConfigError(f"{folder!r} is not a model folder: it has no config.json")
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        eos = _read(root / name).get("eos_token_id")
+        if eos is not None:
+            found.update(eos if isinstance(eos, list) else [eos])
+    # the tokenizer configuration has the text of the token: look up its id
+    token = _read(root / "tokenizer_config.json").get("eos_token")
+    content = token["content"] if isinstance(token, dict) else token
+    added = _read(root / "tokenizer.json").get("added_tokens", [])
+    found.update(entry["id"] for entry in added if entry["content"] == content)
+    return frozenset(found)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Empty if there is no such file, since not every model folder has all of them."""
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
 
 DTYPES = ("bfloat16", "float32")
 

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from togi.errors import DataError, WeightSyncError
-from togi.model.adapter_update import BaseFiles
-from togi.model.weights import Bucket, Manifest, TensorSpec, pack_buckets
-from togi.plan.memory import Released
+from togi.plan.machine import Released
 from togi.rollout.engine import EngineSettings
-from togi.rollout.updates import UpdateLog
 from togi.sample import FinishReason, Generation, Sampling
+from togi.weights.adapters import BaseFiles
+from togi.weights.buckets import Bucket, Manifest, TensorSpec, pack_buckets
+from togi.weights.updates import UpdateLog
 
 T = TypeVar("T")
 MERGED_BUCKET_BYTES = 256 << 20

@@ -27,14 +27,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from togi.algo.mismatch import chosen_experts
+from togi.algo.policy import chosen_experts
 from togi.model.checkpoint import expected_manifest
-from togi.model.weights import Bucket, TensorSpec
-from togi.plan.memory import Released, release_pages, resident_bytes, return_freed
-from togi.rollout.engine import EngineSettings
-from togi.rollout.stops import end_token_ids
+from togi.plan.machine import Released, release_pages, resident_bytes, return_freed
+from togi.rollout.engine import EngineSettings, end_token_ids
 from togi.rollout.threaded import Finished, ThreadedEngine
 from togi.sample import FinishReason, Sampling
+from togi.weights.buckets import Bucket, TensorSpec
 
 REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 SCORE_REQUEST = "score"

@@ -1,26 +1,237 @@
-"""The part of ``togi check`` that needs tokenizer and rows: it runs the opening of the run and reports what it found."""
+"""The part of ``togi check`` that needs tokenizer and rows: it runs the opening of the run and reports what it found.
+
+The lines that ``togi check`` prints.
+
+A few groups sampled from the policy in this process: no Ray, no vLLM, one copy of the weights.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from togi.config.choices import WorkersKind
+from togi.config.choices import EngineName, WorkersKind
 from togi.config.model_facts import position_limit
-from togi.config.parse import Parsed
+from togi.config.parse import Parsed, Source
 from togi.config.rl import RLConfig
-from togi.data.chat import Tokenizer, load_tokenizer
-from togi.errors import UserError
+from togi.config.shared import PromptText
+from togi.data.chat import Tokenizer, load_tokenizer, visible
+from togi.data.packing import pack_all
+from togi.data.prompts import PromptLoader
+from togi.data.report import DataReport
+from togi.errors import ConfigError, UserError
+from togi.learn.scorer import Scorer
 from togi.methods.method import Method
+from togi.model.checkpoint import Sizes
+from togi.model.loading import ModelSource, dtype_of, load_scalar_model
 from togi.obs.progress import Progress
+from togi.obs.run_dir import redact_value
+from togi.obs.way_out import way_out
+from togi.parallel import frozen
+from togi.parallel.backend import backend_options
 from togi.parallel.process import World
 from togi.plan.machine import joins_cluster, this_machine
 from togi.plan.placement import IN_PROCESS, arithmetic, plan_groups
-from togi.recipes.disk import check_room, offline_writing, rl_writing, size_of
-from togi.recipes.preflight import model_settings
-from togi.run import check_text, offline, rl_setup
-from togi.run.rl_setup import Material, Opening
+from togi.pump.experience import GroupFilter, ScoredGroup
+from togi.reward.scores import CombinedReward, LengthPenalties, LocalModelReward, Standardization
+from togi.rollout import create_engine
+from togi.rollout.collect import collect_groups
+from togi.rollout.engine import EngineSettings, RolloutEngine
+from togi.run import offline, rl_setup
+from togi.run.keep import check_room, offline_writing, rl_writing, size_of
+from togi.run.preflight import model_settings
+from togi.run.rl_setup import Material, Opening, combined, reward_names
 from togi.run.signs import Sign, Verdict, prompt_signs, setting_signs
+from togi.sample import Outcome, Rollout, Score
+from togi.weights.files import local_folder
+from togi.workers.worker_group import as_sample
+
+LONGEST = 2000
+SHOWN_FAULTS = 3
+SHOWN_GROUPS = 3
+SHOWN = 200
+PAIR = ("chosen", "rejected")
+
+
+def settings(parsed: Parsed[Any]) -> Iterator[str]:
+    """Every setting that was given, with its source. Settings derived from this machine are reported elsewhere."""
+    values = parsed.config.model_dump(mode="json")
+    given = {name: value for name, value in values.items() if parsed.sources[name] not in (Source.DEFAULT, Source.AUTO)}
+    yield "settings (all others are at their defaults):"
+    for name, value in given.items():
+        words = " ".join(map(str, value)) if isinstance(value, list) else value
+        shown = " ".join(str(redact_value(name, words)).split())
+        yield f"  --{name} {shown if len(shown) <= SHOWN else shown[:SHOWN] + ' ...'} ({parsed.sources[name]})"
+
+
+def model(flag: str, path: str, found: Sizes) -> str:
+    """The size of a model."""
+    adapter = f", {found.trained:,} of an adapter are trained" if found.adapter else ""
+    return (
+        f"model: --{flag} {path} has {found.weights:,} weights in {found.layers} layers of width {found.hidden}{adapter}; "
+        f"its embedding has {found.embedding:,} rows"
+    )
+
+
+def tokenizer(found: Tokenizer, stops: Sequence[int]) -> str:
+    """Type, size and special tokens of the tokenizer, and the tokens that end an answer."""
+    names = {"BOS": found.bos_token, "EOS": found.eos_token, "padding": found.pad_token}
+    special = ", ".join(f"{name} {token!r}" for name, token in names.items() if token is not None)
+    ends = ", ".join(repr(visible(found, [stop])) for stop in stops)
+    return f"tokenizer: {type(found).__name__} with {len(found):,} tokens ({special}); answers end at {ends}"
+
+
+def template(config: PromptText, found: Tokenizer) -> str:
+    """How a prompt becomes text."""
+    if config.apply_chat_template:
+        own = config.tokenizer_chat_template is None
+        return f"template: {'the chat template of the tokenizer' if own else '--tokenizer_chat_template'}"
+    rest = "; the tokenizer has a chat template, which is not used" if found.chat_template else ""
+    if config.input_template is not None:
+        return f"template: --input_template {config.input_template!r}{rest}"
+    return f"template: none, rows are taken as they are{rest}"
+
+
+def rows(name: str, report: DataReport, *, width: int = 1) -> Iterator[str]:
+    """How many rows are used and dropped, their lengths, and the first examples as the model sees them.
+
+    ``width``: examples of one row (2 for pairs).
+    """
+    title = report.title[0].lower() + report.title[1:]
+    yield f"{name}: {title}, {report.kept} of {report.picked} are used; dropped: {report.drop_reasons()}"
+    lengths = report.lengths
+    yield (
+        f"  tokens: shortest {lengths.min}, median {lengths.median}, 90% up to {lengths.p90}, 99% up to {lengths.p99}, "
+        f"longest {lengths.max}"
+    )
+    for fault in report.faults.first[:SHOWN_FAULTS]:
+        yield f"  faulty: {fault.reason}"
+    for number, example in enumerate(report.examples):
+        which = f", {PAIR[number % width]}" if width == len(PAIR) else ""
+        yield f"  example {number // width + 1}{which}:"
+        yield indented(example)
+
+
+def indented(text: str) -> str:
+    """A text indented under its heading; the middle of a long text is left out."""
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[:half]}\n... {len(text) - 2 * half:,} characters ...\n{text[-half:]}"
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def reward(trial: Mapping[str, Sequence[Score]], answer: str) -> Iterator[str]:
+    """The reward that each reward function gave when it was tried."""
+    for name, scores in trial.items():
+        yield f"reward: {name} says {score(scores[0])} of the answer {answer!r} to the first prompt"
+
+
+def score(found: Score) -> str:
+    """A reward in words, with its parts."""
+    if found.outcome is not Outcome.SCORE:
+        return str(found.outcome)
+    parts = [f"{name} {value:g}" for name, value in found.components.items()]
+    return f"{found.value:g}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
+
+
+def samples(groups: Sequence[ScoredGroup]) -> Iterator[str]:
+    """The first answers of the first groups with their rewards."""
+    for group in groups[:SHOWN_GROUPS]:
+        rollout, found = group.rollouts[0], group.scores[0]
+        text = rollout.response_text if len(rollout.response_text) <= SHOWN else f"{rollout.response_text[:SHOWN]}..."
+        tokens = len(rollout.response_tokens)
+        yield f"sample: {text!r} ({tokens} tokens, {rollout.finish_reason}), reward {score(found)}"
+
+
+MOST_AT_ONCE = 256
+
+
+async def sample(config: RLConfig, material: Material, groups: int, progress: Progress) -> list[ScoredGroup]:
+    """The groups of the first prompts that the run would take, scored as in its first rollout.
+
+    Any number of reward errors is allowed; they are among the scores. Raises UserError.
+    """
+    with progress.phase("loading the model to sample from", expected_seconds=10):
+        engine = _engine(config)
+        reward = combined(config, material.rewards, [local_reward(config, i) for i in range(len(config.reward_models))])
+    try:
+        with progress.phase("sampling"):
+            return await _scored(config, material, groups, engine, reward)
+    finally:
+        with way_out("shutting the engine down"):
+            await engine.shutdown()
+
+
+async def _scored(
+    config: RLConfig, material: Material, groups: int, engine: RolloutEngine, reward: CombinedReward
+) -> list[ScoredGroup]:
+    prompts = PromptLoader(material.prompts, seed=config.seed, episodes=1).take(groups)
+    places = {f"trial/{place}": prompt for place, prompt in enumerate(prompts)}
+    collected = collect_groups(
+        places.items(),
+        material.environment(config, config.temperature),
+        engine.generate,
+        n_samples=config.n_samples_per_prompt,
+        max_in_flight=MOST_AT_ONCE,
+        seed=config.seed,
+    )
+    # Groups finish in any order; the report is in the order of the prompts.
+    found = {group[0].group_id: group async for group in collected}
+    ordered = [found[place] for place in places]
+    return list(await asyncio.gather(*(_one(config, group, reward) for group in ordered)))
+
+
+async def _one(config: RLConfig, group: Sequence[Rollout], reward: CombinedReward) -> ScoredGroup:
+    """Score a group as the feed of the run does: filter on the raw rewards, then apply length penalties."""
+    scores, filtering = await reward.score(group), GroupFilter.of(config)
+    filtered = filtering is not None and not filtering.keeps(scores)
+    if config.uses_length_penalties:
+        scores = LengthPenalties.of(config).applied(group, scores)
+    return ScoredGroup(tuple(group), tuple(scores), filtered)
+
+
+def _engine(config: RLConfig) -> RolloutEngine:
+    settings = EngineSettings(
+        model=local_folder(config.pretrain),
+        dtype="bfloat16" if config.bf16 else "float32",
+        max_model_len=config.context_length,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+    )
+    try:
+        return create_engine(EngineName.TRANSFORMERS, settings)
+    except ConfigError as error:  # its advice is another engine, but sampling has only this one
+        reason = str(error).partition(":")[0]
+        raise ConfigError(f"--sample_groups samples with Transformers, but {reason}: leave it out.") from None
+
+
+def local_reward(config: RLConfig, number: int) -> LocalModelReward:
+    """One of ``--reward_pretrain``, loaded into this process, under its name in the run."""
+    world = World.solo()
+    model = load_scalar_model(
+        ModelSource(config.reward_models[number], dtype_of(config.bf16), trust_remote_code=config.trust_remote_code),
+        value_head_prefix=config.value_head_prefix,
+    )
+    standardize = Standardization(model.reward_mean, model.reward_std) if config.normalize_reward else None
+    scorer = Scorer(frozen(model, world, backend_options(config, bf16=config.bf16)), world)
+    name = reward_names(config, function_given=False)[number]
+    return LocalModelReward(_scores(config, scorer), standardize, name)
+
+
+def _scores(config: RLConfig, scorer: Scorer) -> Callable[[Sequence[Sequence[int]]], Awaitable[list[float]]]:
+    async def scores(sequences: Sequence[Sequence[int]]) -> list[float]:
+        packs = pack_all(
+            [as_sample(tokens) for tokens in sequences],
+            max_tokens=config.max_tokens_per_gpu,
+            max_sequences=None,
+            share_prefix=False,
+        )
+        found: list[float] = packs.in_order(scorer.scores(packs.batches).tolist())
+        return found
+
+    return scores
+
 
 Say = Callable[[str], None]
 
@@ -28,19 +239,19 @@ Say = Callable[[str], None]
 def look_at_offline(parsed: Parsed[Method], command: str, say: Say) -> None:
     """Do everything that ``togi <command>`` does before it loads a model, and report it. Raises UserError."""
     config, sizes = parsed.config, size_of(parsed.config)
-    _say_all(check_text.settings(parsed), say)
+    _say_all(settings(parsed), say)
     with Progress() as progress:
         opened = offline.opening(config, command, World.solo(), progress, say)
     # Facts of the run: model, lengths, tokenizer, template, rows, disk space.
-    say(check_text.model("pretrain", config.pretrain, sizes(config.pretrain, config.is_scalar)))
+    say(model("pretrain", config.pretrain, sizes(config.pretrain, config.is_scalar)))
     say(_lengths(f"--max_len {config.max_len}", config.pretrain))
-    say(check_text.tokenizer(opened.data.tokenizer, opened.data.stop_token_ids))
+    say(tokenizer(opened.data.tokenizer, opened.data.stop_token_ids))
     if config.learns_every_token:
         say("template: none, every token is learnt (--pretrain_mode)")
     elif config.prompt_text is not None:
-        say(check_text.template(config.prompt_text, opened.data.tokenizer))
+        say(template(config.prompt_text, opened.data.tokenizer))
     for name, report in opened.data.reports.items():
-        _say_all(check_text.rows(name, report, width=config.width), say)
+        _say_all(rows(name, report, width=config.width), say)
     say(f"disk: {check_room(config, offline_writing(config, opened.plan.steps, sizes))}")
     # For RL, `setting_signs` makes this check.
     if config.learning_rate == 0:
@@ -55,7 +266,7 @@ def look_at_rl(parsed: Parsed[RLConfig], sample_groups: int, say: Say) -> None:
 
     ``sample_groups``: how many groups the policy also answers as a sample; 0 for none. Raises UserError.
     """
-    _say_all(check_text.settings(parsed), say)
+    _say_all(settings(parsed), say)
     with Progress() as progress:
         asyncio.run(_look_at_rl(parsed.config, sample_groups, progress, say))
 
@@ -76,17 +287,17 @@ async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, 
 def _describe(config: RLConfig, opened: Opening, tokenizer: Tokenizer, say: Say) -> None:
     """Report model, lengths, tokenizer, template, rows, reward, placement and disk space."""
     material, sizes = opened.material, size_of(config)
-    say(check_text.model("pretrain", config.pretrain, sizes(config.pretrain, False)))
+    say(model("pretrain", config.pretrain, sizes(config.pretrain, False)))
     asked = f"--prompt_max_len {config.prompt_max_len} + --generate_max_len {config.generate_max_len}"
     say(_lengths(asked if config.max_len is None else f"--max_len {config.max_len}", config.pretrain))
-    say(check_text.tokenizer(tokenizer, material.stop_token_ids))
-    say(check_text.template(config, tokenizer))
+    say(tokenizer(tokenizer, material.stop_token_ids))
+    say(template(config, tokenizer))
     for name, report in material.reports.items():
-        _say_all(check_text.rows(name, report), say)
+        _say_all(rows(name, report), say)
     # The reward was called once by the opening; reward models are too large to load here.
     if material.trial:
         answer = rl_setup.example(material.prompts[0]).response_text
-        _say_all(check_text.reward(material.trial, answer), say)
+        _say_all(reward(material.trial, answer), say)
     for path in config.scoring_models:
         say(f"reward: the model {path} is loaded by the run, not here")
     # Without GPUs and without a Ray cluster the groups are placed on processes.
@@ -100,13 +311,12 @@ async def _sampled(
     config: RLConfig, material: Material, tokenizer: Tokenizer, groups: int, progress: Progress, say: Say
 ) -> Sequence[Sign]:
     """Let the policy answer a few groups and return the signs in the answers and rewards."""
-    from togi.model.hub import local_folder
-    from togi.rollout.stops import end_token_ids
+    from togi.rollout.engine import end_token_ids
     from togi.run.signs import answer_signs, reward_signs, template_signs
-    from togi.run.trial import sample
+    from togi.weights.files import local_folder
 
     found = await sample(config, material, groups, progress)
-    _say_all(check_text.samples(found), say)
+    _say_all(samples(found), say)
     stops = tuple(sorted({*material.stop_token_ids, *end_token_ids(local_folder(config.pretrain))}))
     return [
         *reward_signs(config, found),

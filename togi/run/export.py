@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from togi.config.export import ExportConfig
-from togi.config.merge import MergeConfig
 from togi.config.shared import ADAPTER_CONFIG, LoRA
+from togi.config.tools import ExportConfig, MergeConfig
 from togi.data.chat import Tokenizer, load_tokenizer, stop_token_ids
 from togi.errors import CheckpointError, ConfigError, DataError, ModelError
 from togi.learn.checkpoint import HF_FOLDER, STATE, Checkpoint, CheckpointStore, read_checkpoint
@@ -25,9 +24,8 @@ from togi.learn.learner_state import read_masters
 from togi.methods import METHODS
 from togi.model.checkpoint import save_hf, written_aside
 from togi.model.loading import ModelSource, dtype_of, load_causal_lm, load_scalar_model
-from togi.model.merge import load_merged
+from togi.model.merge import load_merged, save_adapted, save_proven
 from togi.model.policy import PolicyModel, ScalarModel
-from togi.model.proof import save_adapted, save_proven
 from togi.obs.model_card import CARD, model_card
 from togi.obs.run_dir import RunDirectory
 

@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from togi.config.choices import IterateMethod
-from togi.config.iterate import IterateConfig
-from togi.config.iterate_checks import check_iterate
+from togi.config.iterate import IterateConfig, check_iterate
 from togi.config.model_facts import check_length
 from togi.config.parse import Parsed, parse
-from togi.data.reward_text import asked_reward
+from togi.data.precheck import asked_reward
 from togi.errors import CheckpointError
-from togi.methods import METHODS
-from togi.methods.checks import check_method
+from togi.methods import METHODS, check_method
 from togi.obs.run_dir import write_atomically
-from togi.plan.machine import this_machine
-from togi.plan.precision import usable_precision
-from togi.recipes.preflight import (
+from togi.plan.machine import this_machine, usable_precision
+from togi.run.iterate_steps import Facts, Launch, Steps, subprocess_step
+from togi.run.preflight import (
     check_engine,
     check_model,
     check_prompts,
@@ -34,7 +32,6 @@ from togi.recipes.preflight import (
     check_writable,
     model_settings,
 )
-from togi.run.iterate_steps import Facts, Launch, Steps, subprocess_step
 
 # Settings that may change on resume: the number of rounds, and how the steps are run.
 FREE = frozenset({"rounds", "run_dir", "save_steps", "reward_workers", "reward_timeout", "max_num_seqs"})

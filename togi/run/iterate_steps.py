@@ -2,6 +2,11 @@
 
 Generating, scoring with a model and training are commands (``togi.cli``) in their own processes; scoring with a function and
 selecting run in this process. A step that is called again resumes from its own files.
+
+Turn scored rows into training rows: the best output of each prompt, best and worst, or every output with its reward.
+
+A scored row has "input" and "output" (texts), "reward" (a number, or null where the reward abstained), and any other columns
+of the generation. Rows of one input form a group wherever they stand; inputs keep the order of their first appearance.
 """
 
 from __future__ import annotations
@@ -9,28 +14,28 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import hashlib
+import json
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from togi.algo.best_of_n import mean_with_error
+from togi.algo.best_of_n import best, best_and_worst, mean_with_error, standardized
 from togi.config.choices import EngineName, EvalTask, IterateMethod, PostProcessor
 from togi.config.iterate import IterateConfig
 from togi.config.model_facts import position_limit
-from togi.data.lines import read_rows
 from togi.data.messages import FRAME, USER, dialogue_of, without_answers
-from togi.data.mixture import load_mixture
+from togi.data.precheck import with_reward
 from togi.data.row_log import RowLog, write_rows
+from togi.data.source import load_mixture, read_rows
 from togi.errors import DataError, RunError
 from togi.obs.way_out import way_out
-from togi.recipes.preflight import model_settings
-from togi.reward.function import FunctionReward
-from togi.reward.pool import CallLimits
-from togi.run.select import select
+from togi.reward.function import CallLimits, FunctionReward
+from togi.run.preflight import model_settings
 from togi.sample import FinishReason, Outcome, Prompt, Rollout
 
 Launch = Callable[[str, Sequence[str]], None]
@@ -386,3 +391,101 @@ def _rollout(row: Row) -> Rollout:
     datasource = row["datasource"] if "datasource" in row else "default"
     prompt = Prompt(row["id"], (0,), text, label, datasource)
     return Rollout(prompt, row["id"], (), (), (), row["output"], FinishReason(row["finish_reason"]), 0)
+
+
+Written = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """``rows`` to train on. ``inputs``: distinct inputs that have a reward; ``ties``: inputs whose outputs all have the same
+    reward, which make no pair; ``unscored``: rows without a reward.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    inputs: int
+    ties: int = 0
+    unscored: int = 0
+
+    def describe(self) -> str:
+        """The counts in words."""
+        parts = [f"{len(self.rows)} rows from {self.inputs} inputs"]
+        if self.ties > 0:
+            parts.append(f"{self.ties} inputs make no pair, their outputs have equal rewards")
+        if self.unscored > 0:
+            parts.append(f"{self.unscored} outputs without a reward are left out")
+        return "; ".join(parts)
+
+
+def select(
+    rows: Sequence[Written], processor: PostProcessor, *, reward_template: str, standardize: bool = False
+) -> Selection:
+    """Apply a post-processor. ``standardize``: z-score the rewards over all rows before they enter the input (csft only)."""
+    match processor:
+        case PostProcessor.RS:
+            return rejection_sampling(rows)
+        case PostProcessor.ITER_DPO:
+            return pairs(rows)
+        case PostProcessor.CSFT:
+            return conditional(rows, reward_template, standardize=standardize)
+
+
+def rejection_sampling(rows: Sequence[Written]) -> Selection:
+    """The best output of each input, unchanged; the first one among equals."""
+    groups, unscored = _groups(rows)
+    chosen = [dict(group[best(_rewards(group))]) for group in groups]
+    return Selection(tuple(chosen), len(groups), unscored=unscored)
+
+
+def pairs(rows: Sequence[Written]) -> Selection:
+    """Best and worst output of each input as {prompt, chosen, chosen_reward, rejected, rejected_reward}. Skips ties."""
+    groups, unscored = _groups(rows)
+    found = []
+    for group in groups:
+        places = best_and_worst(_rewards(group))
+        if places is None:
+            continue
+        chosen, rejected = group[places[0]], group[places[1]]
+        # Other columns come from the chosen output.
+        rest = {name: value for name, value in chosen.items() if name not in ("input", "output", "reward")}
+        found.append(
+            rest
+            | {
+                "prompt": chosen["input"],
+                "chosen": chosen["output"],
+                "chosen_reward": chosen["reward"],
+                "rejected": rejected["output"],
+                "rejected_reward": rejected["reward"],
+            }
+        )
+    return Selection(tuple(found), len(groups), ties=len(groups) - len(found), unscored=unscored)
+
+
+def conditional(rows: Sequence[Written], reward_template: str, *, standardize: bool) -> Selection:
+    """Every output, with its reward written into the input."""
+    scored = [row for row in rows if row["reward"] is not None]
+    rewards = standardized(_rewards(scored)) if standardize else _rewards(scored)
+    told = [
+        {**row, "input": with_reward(reward_template, row["input"], reward), "reward": reward}
+        for row, reward in zip(scored, rewards, strict=True)
+    ]
+    inputs = len({_key(row) for row in scored})
+    return Selection(tuple(told), inputs, unscored=len(rows) - len(scored))
+
+
+def _key(row: Written) -> str:
+    """The identity of an input, which may be a list of messages."""
+    return json.dumps(row["input"], sort_keys=True)
+
+
+def _rewards(rows: Sequence[Written]) -> list[float]:
+    return [float(row["reward"]) for row in rows]
+
+
+def _groups(rows: Sequence[Written]) -> tuple[list[list[Written]], int]:
+    """Rows with a reward, grouped by input, and the number of rows without one."""
+    groups: dict[str, list[Written]] = {}
+    for row in rows:
+        if row["reward"] is not None:
+            groups.setdefault(_key(row), []).append(row)
+    return list(groups.values()), len(rows) - sum(map(len, groups.values()))

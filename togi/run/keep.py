@@ -1,23 +1,152 @@
 """Which models a run keeps on disk: resumable checkpoints and the best model by evaluation, and how it finds them again.
 
 All ranks call together and the first one writes; the driver of RL is a world of one rank. The training loop writes the files.
+
+The bytes that a run will write, compared with the free disk space before it starts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from togi.config.shared import OutputSettings
+from togi.config.rl import RLConfig
+from togi.config.shared import NO_METRIC, ModelSettings, OutputSettings
 from togi.errors import CheckpointError
-from togi.learn.checkpoint import HF_FOLDER, Aim, Best, BestStore, Checkpoint, CheckpointStore, better
+from togi.learn.checkpoint import (
+    HF_FOLDER,
+    PREFIX,
+    SPACE_MARGIN,
+    Aim,
+    Best,
+    BestStore,
+    Checkpoint,
+    CheckpointStore,
+    better,
+)
+from togi.methods.method import Method
+from togi.model.checkpoint import FLOAT32, Sizes, sizes
 from togi.parallel.process import World
 from togi.run.journal import Journal
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """Bytes that a run writes. ``state``, ``model``: parts of one checkpoint, 0 for a part that it does not have.
+
+    ``kept``: the largest number of checkpoints at a time, including the one being written. ``best``, ``final``: the folders of the
+    best model and of the final models.
+    """
+
+    state: int
+    model: int
+    kept: int
+    best: int
+    final: int
+
+    @property
+    def checkpoint(self) -> int:
+        return self.state + self.model
+
+    @property
+    def beside_checkpoints(self) -> int:
+        """Bytes in the checkpoint folder."""
+        return self.checkpoint * self.kept + self.best
+
+    def describe(self) -> str:
+        """The sum in one line."""
+        parts = []
+        if self.kept > 0:
+            inside = [f"{size(self.state)} masters and moments"] * (self.state > 0)
+            inside += [f"{size(self.model)} model"] * (self.model > 0)
+            parts.append(f"{self.kept} x {size(self.checkpoint)} checkpoints ({' + '.join(inside)})")
+        if self.best > 0:
+            parts.append(f"{size(self.best)} best model")
+        return " + ".join([*parts, f"{size(self.final)} final model"])
+
+
+def rl_writing(config: RLConfig, rollouts: int, of: Callable[[str, bool], Sizes]) -> Writing:
+    """The bytes that ``togi rl`` writes. ``of``: the sizes of a model folder as a language model or with a scalar head."""
+    actor = of(config.pretrain, False)
+    model = actor.folder_bytes(bf16=config.bf16)
+    # The moving average is float32 in the checkpoint, and a second model folder at the end.
+    average = FLOAT32 * actor.trained if config.enable_ema else 0
+    state, final = actor.state_bytes + average, model * (2 if config.enable_ema else 1)
+    if config.uses_critic:
+        critic = of(config.critic_source, True)
+        state += critic.state_bytes
+        final += critic.folder_bytes(bf16=config.bf16) if config.save_value_network else 0
+    return _writing(config, rollouts, state, model, final)
+
+
+def offline_writing(config: Method, steps: int, of: Callable[[str, bool], Sizes]) -> Writing:
+    """Like ``rl_writing``, for a command on fixed data."""
+    trained = of(config.pretrain, config.is_scalar)
+    model = trained.folder_bytes(bf16=config.bf16)
+    return _writing(config, steps, trained.state_bytes, model, model)
+
+
+def size_of(config: ModelSettings) -> Callable[[str, bool], Sizes]:
+    """A function from model folder (and whether it has a scalar head) to its sizes under these settings."""
+    return lambda path, scalar: sizes(path, scalar=scalar, lora=config.lora, trust_remote_code=config.trust_remote_code)
+
+
+def _writing(config: OutputSettings, steps: int, state: int, model: int, final: int) -> Writing:
+    state = 0 if config.disable_ds_ckpt else state
+    inside = model if config.save_hf_ckpt else 0
+    written = steps // config.save_steps if config.save_steps > 0 else 0
+    fitting = max(1, int(config.max_ckpt_mem * 1e9 / max(1, state + inside)))
+    kept = min(written, config.max_ckpt_num, fitting)
+    # An old checkpoint is removed only when the next one is complete.
+    return Writing(state, inside, kept + (written > kept), model if config.best_metric_key != NO_METRIC else 0, final)
+
+
+def check_room(config: OutputSettings, writing: Writing) -> str:
+    """Compare what is written with the free space; returns a line for the log. Raises CheckpointError if it does not fit.
+
+    Existing checkpoints are counted as free, because they are replaced.
+    """
+    checkpoints, models = _existing(Path(config.ckpt_path)), _existing(Path(config.save_path))
+    there = sum(file.stat().st_size for file in Path(config.ckpt_path).glob(f"{PREFIX}*/**/*") if file.is_file())
+    wanted = {checkpoints: max(0, writing.beside_checkpoints - there)}
+    # Checkpoints and final model may share a disk.
+    if checkpoints.stat().st_dev == models.stat().st_dev:
+        wanted[checkpoints] += writing.final
+    else:
+        wanted[models] = writing.final
+    free = {folder: shutil.disk_usage(folder).free for folder in wanted}
+    for folder, needed in wanted.items():
+        if free[folder] < needed * SPACE_MARGIN:
+            raise CheckpointError(
+                f"The run would write {size(needed)} to {folder} ({writing.describe()}), where {size(free[folder])} are free: "
+                "make room, choose another --ckpt_path or --save_path, or keep fewer checkpoints with --max_ckpt_num."
+            )
+    rooms = ", ".join(f"{size(number)} free in {folder}" for folder, number in free.items())
+    return f"{writing.describe()}; {rooms}"
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes in TB, GB, MB or kB, with three digits."""
+    for unit, step in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= step:
+            return f"{nbytes / step:.3g} {unit}"
+    return f"{nbytes} B"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest existing parent."""
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    return nearest
+
 
 logger = logging.getLogger(__name__)
 DRIVER = World.solo(torch.device("cpu"))

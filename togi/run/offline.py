@@ -1,31 +1,44 @@
 """Training on a fixed data set, the same for every method (``togi.methods``). ``train`` is the loop.
 
 One process, or several that a launcher started (``torchrun -m togi.cli.train_sft``); no Ray.
+
+The phases of a run on fixed data, and its state between them. ``togi.run.offline.train`` calls each in one line.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from togi.config.parse import Parsed
+from togi.data.packing import PackStats, pack_stats
+from togi.data.records import Examples
 from togi.errors import CheckpointError
-from togi.learn.checkpoint import Checkpoint
-from togi.learn.learner_state import check_rank
+from togi.learn.checkpoint import HF_FOLDER, Checkpoint
+from togi.learn.learner_state import check_rank, expected_bytes, load_learner, save_learner
+from togi.learn.scorer import Measured, conclude, measure
 from togi.methods.method import Method
+from togi.model.checkpoint import save_trained, written_aside
+from togi.model.layers import clock
+from togi.model.loading import dtype_of
+from togi.model.policy import ScalarModel
+from togi.obs import names
 from togi.obs.progress import Progress
+from togi.obs.way_out import way_out
 from togi.parallel.process import World
-from togi.recipes.offline_data import Data, check_plan, load_data, uses_flash
-from togi.recipes.offline_generation import check_ranks
-from togi.recipes.offline_setup import load_models, offload_notice
-from togi.run.journal import Journal, open_journal
-from togi.run.keep import newest_checkpoint
-from togi.run.offline_phases import Evaluation, OfflineRun, identity
-from togi.run.plan import EpochPlan
+from togi.run.journal import Journal, Judged, ends, judge, open_journal, worst_and_best
+from togi.run.keep import Keep, every, newest_checkpoint
+from togi.run.offline_data import Data, check_plan, load_data, uses_flash
+from togi.run.offline_setup import Models, check_ranks, load_models, offload_notice
+from togi.run.plan import EpochPlan, offline_aim
 from togi.run.start import NO_CUDA_FOR_LIGER
+from togi.sample import Sample
 
 NOT_SET = "not one that follows a loss"
 
@@ -155,3 +168,205 @@ def find_checkpoint(config: Method, command: str, data: Data, world: World) -> C
             "or choose another --ckpt_path."
         )
     return found
+
+
+SMALLEST_STD = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The held-out loss and metrics after ``step`` optimizer steps."""
+
+    step: int
+    loss: float
+    metrics: Mapping[str, float]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Loss and metrics under their names in the logs."""
+        return {f"eval/{name}": value for name, value in self.metrics.items()} | {names.EVAL_LOSS: self.loss}
+
+
+class OfflineRun:
+    """A run after ``step`` optimizer steps. All ranks call every method together. A phase returns metrics by name."""
+
+    def __init__(
+        self,
+        config: Method,
+        command: str,
+        plan: EpochPlan,
+        models: Models,
+        world: World,
+        journal: Journal,
+    ) -> None:
+        self.config, self.plan, self.data = config, plan, models.data
+        self._models, self._world, self._journal = models, world, journal
+        self.step = 0
+        self._identity = identity(config, command, models.data)
+        self._tokens_seen = 0.0
+        self._keep = Keep(config, offline_aim(config), world, journal)
+
+    def close(self) -> None:
+        """Stop what runs beside the training, such as the engines of a student."""
+        with way_out("ending what runs beside the training"):
+            for student in self._models.students:
+                student.close()
+
+    def resume(self, found: Checkpoint | None) -> None:
+        """Resume from a checkpoint: weights, moments, random generators. The step alone determines which rows come next."""
+        if found is not None:
+            with self._journal.progress.phase(f"loading checkpoint of step {found.step}", expected_seconds=10):
+                load_learner(self._models.learner, found.path, self._identity)
+            self.step, self._tokens_seen = found.step, found.state["tokens_seen"]
+            self._keep.resume(found)
+        self._journal.progress.start_steps(self.plan.steps, done=self.step)
+
+    def next_samples(self) -> tuple[list[Sample], dict[str, float]]:
+        """The rows of this optimizer step as samples, the same on every rank. A student answers some of them if configured."""
+        samples, measured = self._samples(self.data.train, self.plan.rows_of(self.step)), dict[str, float]()
+        for student in self._models.students:
+            self._journal.beat()
+            with self._journal.progress.phase("generating"):
+                samples, metrics = student.answer(samples, self.step)
+            measured |= metrics
+        return samples, measured
+
+    def prepare(self, samples: Sequence[Sample]) -> list[Sample]:
+        """This rank's share of the samples, with the values that the loss needs from other models."""
+        self._journal.beat()
+        with self._journal.progress.phase("preparing"):
+            return self._models.prepare(samples, seed=self._seed(self.step))
+
+    def update(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """One optimizer step."""
+        start = time.perf_counter()
+        with self._journal.progress.phase("training"):
+            batches = self._models.dealer.packs(samples).batches
+            stats = sum((pack_stats(batch) for batch in batches), PackStats(0, 0))
+            report = self._models.learner.update(batches)
+            # Tokens are summed over ranks: each rank has seen its share only.
+            tokens, unshared = self._world.sum_shares("tokens", [stats.tokens, stats.unshared_tokens])
+        self.step += 1
+        self._tokens_seen += unshared
+        compiling = {names.COMPILE_SECONDS: clock.take_seconds()} if self.config.torch_compile else {}
+        return compiling | {
+            **report.metrics,
+            names.GRAD_NORM: report.grad_norm,
+            names.LEARNING_RATE: report.learning_rate,
+            names.TOKENS_STEP: unshared,
+            names.TOKENS_SEEN: self._tokens_seen,
+            names.SHARED_SHARE: PackStats(int(tokens), int(unshared)).saved_share,
+            names.PADDING_SHARE: report.load.padding_share,
+            names.RANK_IMBALANCE: report.load.imbalance,
+            names.THROUGHPUT_TRAIN: unshared / (time.perf_counter() - start),
+        }
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """True every ``--eval_steps`` steps and at the end of each epoch."""
+        due = every(self.config.eval_steps, self.step) or every(self.plan.steps_per_epoch, self.step)
+        return bool(self.data.held_out) and due
+
+    def evaluate(self) -> Evaluation:
+        """Loss and metrics over all held-out rows. The model is written if it is the best so far."""
+        (examples,) = self.data.held_out
+        objective, parts, rows = self._models.learner.objective, list[Measured](), list[Judged]()
+        with self._journal.progress.phase("evaluating"):
+            # Stage 1: every rank measures its share, part by part, so that memory is bounded.
+            for samples in self._in_parts(examples):
+                mine = self._models.prepare(samples, seed=self._seed(0))
+                packs = self._models.dealer.packs(mine)
+                part = measure(self._models.learner.backend.module, objective, self._world, packs.batches)
+                rows += judge(mine, packs.in_order(part.judged), self.config.badness)
+                parts.append(replace(part, judged=()))
+                self._journal.beat()
+            # Stage 2: merge the ranks. Only the worst and best rows of each rank are gathered.
+            rows = [row for share in self._world.gather_shares("held-out rows", ends(rows)) for row in share]
+            loss, metrics = conclude(objective, self._world, Measured.merged(parts))
+        if self._world.is_first:
+            shown = worst_and_best(self.config.number, rows, examples, self.data.tokenizer)
+            self._journal.write_rows(self.step, shown)
+        evaluation = Evaluation(self.step, loss, metrics)
+        # Stage 3: keep the best model, and report the loss to a schedule that follows it.
+        if self._keep.is_best(evaluation.values):
+            with self._keep.best(self.step, evaluation.values) as folder:
+                self._write_model(folder)
+        if self.step > 0:
+            self._models.learner.schedule.observe(loss)
+        return evaluation
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Write the metrics of a step; step 0 is an evaluation before training."""
+        self._journal.write(self.step, values, f"loss {values.get(names.LOSS, np.nan):.4f}")
+
+    def checkpoint_if_due(self) -> None:
+        """Write a resumable checkpoint and, with --save_hf_ckpt, a model folder inside it. The first rank writes."""
+        config = self.config
+        if not self._keep.checkpoint_is_due(self.step):
+            return
+        state = {"identity": self._identity, "tokens_seen": self._tokens_seen}
+        with self._keep.checkpoint(self.step, state, expected_bytes(self._models.learner)) as folder:
+            if not config.disable_ds_ckpt:
+                save_learner(self._models.learner, folder, self._identity)
+            if config.save_hf_ckpt:
+                self._write_model(folder / HF_FOLDER)
+
+    def save(self) -> None:
+        """Write the final model in plain Hugging Face format, to a folder aside that is then renamed."""
+        target = Path(self.config.save_path)
+        with self._journal.progress.phase("saving the model", expected_seconds=5):
+            if self._world.is_first:
+                with written_aside(target) as aside:
+                    self._write_model(aside)
+            else:
+                self._write_model(target)  # takes part in gathering, writes nothing
+            self._world.barrier("model in place")
+
+    def _write_model(self, folder: Path) -> None:
+        model, dtype = self._models.model, dtype_of(self.config.bf16)
+        if isinstance(model, ScalarModel):
+            self._measure_rewards(model)
+        else:
+            model.end_answers_with(self.data.stop_token_ids)
+        target = folder if self._world.is_first else None
+        save_trained(target, model, self._models.learner.backend.full_parameters, self.data.tokenizer, dtype)
+        self._world.barrier("model written")
+
+    def _measure_rewards(self, model: ScalarModel) -> None:
+        """Set mean and standard deviation (n - 1) of the scores in the model's config. Scored: the held-out set, or else the
+        training rows, chosen and rejected.
+        """
+        examples = self.data.held_out[0] if self.data.held_out else self.data.train
+        # A rank may have no row, and `concatenate` needs at least one array.
+        own = [np.empty(0, dtype=np.float32)]
+        for samples in self._in_parts(examples):
+            mine = self._models.dealer.packs(self._models.dealer.share(samples))
+            own.append(self._models.policy.scores(mine.batches))
+            self._journal.beat()
+        scores = np.concatenate(self._world.gather_shares("scores", np.concatenate(own))).astype(np.float64)
+        model.set_reward_statistics(float(scores.mean()), max(float(scores.std(ddof=1)), SMALLEST_STD))
+
+    def _in_parts(self, examples: Examples) -> Iterator[list[Sample]]:
+        """All rows, a bounded number at a time; all at once if the loss compares all of them."""
+        size = len(examples) if self.config.looks_at_all_rows else self.config.train_batch_size
+        for start in range(0, len(examples), size):
+            yield self._samples(examples, range(start, min(start + size, len(examples))))
+
+    def _seed(self, step: int) -> int:
+        return self.config.seed * 1_000_003 + step
+
+    @staticmethod
+    def _samples(examples: Examples, rows: Sequence[int]) -> list[Sample]:
+        return [sample for row in rows for sample in examples[row]]
+
+
+def identity(config: Method, command: str, data: Data) -> dict[str, str]:
+    """What must be equal for a resumed run to see every row exactly as often as an uninterrupted run."""
+    same = {
+        "command": f"togi {command}",
+        "--dataset": data.train.fingerprint(),
+        "--seed": str(config.seed),
+        "--train_batch_size": str(config.train_batch_size),
+    }
+    # The state of a schedule that follows a loss is in the checkpoint; the other schedules need only the step.
+    return same | ({"--lr_scheduler": config.lr_scheduler.value} if config.lr_scheduler.follows_a_loss else {})

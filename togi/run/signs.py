@@ -17,10 +17,9 @@ from togi.data.chat import Tokenizer, encode, render_messages, visible
 from togi.data.messages import ASSISTANT, USER, Dialogue
 from togi.errors import DataError
 from togi.pump.experience import ScoredGroup, Trainable, trainable
-from togi.reward.combine import OVERLONG, STOP_PROPERLY
+from togi.reward.scores import OVERLONG, STOP_PROPERLY
 from togi.run.plan import StepPlan
-from togi.run.rl_rewards import reward_names
-from togi.run.rl_setup import Material
+from togi.run.rl_setup import Material, reward_names
 from togi.sample import FinishReason, Outcome, Rollout, Score
 
 # Fewer answers prove nothing.

@@ -2,29 +2,50 @@
 
 Imports no torch, so that a mistake is reported at once. After it the command imports its loop (``togi.run.rl``,
 ``togi.run.offline``).
+
+The entry of ``togi infer``: check everything, then import and run. Imports no torch, so mistakes are reported at once.
+
+Run a coroutine to its end from synchronous code, also where an event loop is already running.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from togi.config.chat import ChatConfig
-from togi.config.infer import InferConfig
+from togi.config.choices import PostProcessor
+from togi.config.infer import ChatConfig, InferConfig, check_infer
+from togi.config.model_facts import check_length
 from togi.config.parse import Parsed
 from togi.config.presets import describe
 from togi.config.rl import RLConfig
-from togi.config.serve_rm import ServeRMConfig
 from togi.config.shared import ModelSettings
+from togi.config.tools import ServeRMConfig
+from togi.data.items import parse_items
+from togi.data.precheck import asked_reward, parse_probs
+from togi.errors import ConfigError
 from togi.methods.method import Method
-from togi.plan.machine import joins_cluster, this_machine
-from togi.plan.precision import usable_precision
-from togi.recipes import offline_preflight, preflight
-from togi.run.event_loop import run_to_end
+from togi.plan.machine import joins_cluster, this_machine, usable_precision
+from togi.run import preflight
+from togi.run.modelscope import with_local_names
+from togi.run.preflight import (
+    check_engine,
+    check_engine_heads,
+    check_model,
+    check_sets,
+    check_writable,
+    model_settings,
+)
 
 if TYPE_CHECKING:
+    from togi.run.infer import Written
     from togi.run.rl import Result
+
 
 ONE_TOKENIZER = "--disable_fast_tokenizer: Transformers has one tokenizer for each model, which is used"
 NO_CUDA_FOR_LIGER = "--use_liger_kernel: there is no CUDA device here, Transformers' own layers compute instead"
@@ -68,7 +89,7 @@ def offline_door(parsed: Parsed[Method], *, announce: Announce, launched: bool =
 
     ``launched``: this is one of the processes that train.
     """
-    ready, notice = usable_precision(offline_preflight.check(parsed, launched=launched), this_machine())
+    ready, notice = usable_precision(preflight.check_offline(parsed, launched=launched), this_machine())
     if notice:
         announce(notice)
     say_ignored(ready.config, announce)
@@ -79,3 +100,113 @@ def say_ignored(config: ModelSettings | InferConfig | ChatConfig | ServeRMConfig
     """Announce flags that are accepted but have no effect, one line each."""
     if config.disable_fast_tokenizer:
         announce(ONE_TOKENIZER)
+
+
+def start_infer(parsed: Parsed[InferConfig], *, announce: Callable[[str], None] = logger.info) -> Written:
+    """Check the settings, then generate or score. Raises UserError."""
+    ready, notice = usable_precision(infer_door(parsed), this_machine())
+    if notice:
+        announce(notice)
+    say_ignored(ready.config, announce)
+    if ready.config.zero_stage > 0:
+        announce(f"--zero_stage {ready.config.zero_stage}: one process has nothing to shard, and holds the whole model")
+    from togi.run.infer import generate, score
+
+    task = ready.config.eval_task
+    assert task is not None
+    return generate(ready.config, announce) if task.generates else score(ready.config, announce)
+
+
+def infer_door(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
+    """The settings with local names. Raises the first UserError. Loads no model and reads only the head of the data."""
+    check_infer(parsed)
+    parsed = with_local_names(parsed)
+    config = parsed.config
+    assert config.eval_task is not None
+    # Engine, model and lengths.
+    if config.eval_task.generates:
+        check_engine(config.engine)
+        asked_reward(config.csft_prompt, config.reward_template)
+    check_model("pretrain", config.pretrain)
+    if config.eval_task.generates:
+        check_engine_heads("tp_size", config.tp_size, config.pretrain)
+    length, asked = config.max_len, f"--max_len {config.max_len}"
+    if config.eval_task.generates:
+        length = config.context_length
+        asked = f"--prompt_max_len {config.prompt_max_len} + --max_new_tokens {config.max_new_tokens}"
+    check_length(asked, length, config.pretrain, model_settings(config.pretrain))
+    # Data and output file.
+    keys: dict[str, str | None] = {"input_key": config.input_key, "label_key": config.label_key}
+    if not config.eval_task.generates:
+        keys["output_key"] = config.output_key
+    check_sets(
+        "dataset", config.dataset, {flag: key for flag, key in keys.items() if key is not None}, config.dataset_split
+    )
+    if config.dataset_probs is not None:
+        parse_probs(config.dataset_probs, len(parse_items(config.dataset)), "--dataset_probs")
+    check_output(config)
+    return parsed
+
+
+def check_output(config: InferConfig) -> None:
+    """Check that the output file can be written and is not an input. Raises ConfigError."""
+    target = Path(config.output_path)
+    check_writable("output_path", target.parent)
+    if target.is_dir():
+        raise ConfigError(f"--output_path {target} is a folder: give the path of a file in it.")
+    if any(Path(item.path).absolute() == target.absolute() for item in parse_items(config.dataset)):
+        raise ConfigError(f"--output_path {target} is also --dataset: choose another file.")
+    if config.selection is PostProcessor.CSFT and config.apply_chat_template:
+        raise ConfigError(
+            "--post_processor csft tells the reward in the text of the prompt, which --apply_chat_template would render "
+            "again: score the rendered prompts that togi infer wrote, without the template."
+        )
+
+
+T = TypeVar("T")
+SECONDS_AT_MOST = 0.5
+
+
+def run_to_end(work: Coroutine[Any, Any, T]) -> T:
+    """Like ``asyncio.run``. Inside a running loop (a notebook) the work runs on a thread with a loop of its own.
+
+    The running loop blocks meanwhile. Ctrl-C cancels ``work`` there too, and this function returns when it has ended.
+    """
+    if not _in_event_loop():
+        return asyncio.run(work)
+    # The work must not start before the interrupt handler below can find its task.
+    started = Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]]()
+    may_begin = Event()
+
+    async def main() -> T:
+        may_begin.wait()
+        task = asyncio.current_task()
+        assert task is not None
+        started.set_result((asyncio.get_running_loop(), task))
+        return await work
+
+    with ThreadPoolExecutor(1, "togi") as thread:
+        done = None
+        try:
+            done = thread.submit(asyncio.run, main())
+            may_begin.set()  # only now can an interrupt of the work be answered
+            # A signal just before a wait does not end that wait, so none may be long.
+            while not wait([done], timeout=SECONDS_AT_MOST).done:
+                pass
+            return done.result()
+        except KeyboardInterrupt:
+            may_begin.set()
+            # The main thread got the Ctrl-C: cancel the task on the other thread and wait for its cleanup.
+            if done is not None and not done.done():
+                loop, task = started.result()
+                loop.call_soon_threadsafe(task.cancel)
+                wait([done])
+            raise
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

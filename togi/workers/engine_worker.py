@@ -12,17 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from togi.config.choices import EngineName
-from togi.model.hub import local_folder
-from togi.model.weights import Manifest
-from togi.parallel.channel import Channel
-from togi.parallel.process import Rendezvous, default_device
-from togi.plan.carrier import Carrier
-from togi.plan.memory import PeakMemory, Released
-from togi.rollout.create import create_engine
+from togi.parallel.process import default_device
+from togi.plan.machine import PeakMemory, Released
+from togi.plan.placement import Carrier
+from togi.rollout import create_engine
+from togi.rollout.collect import all_or_none
 from togi.rollout.engine import EngineSettings, RolloutEngine
-from togi.rollout.tasks import all_or_none
 from togi.sample import Generation, Sampling
-from togi.workers.parcels import Inbox, Parcel
+from togi.weights.buckets import Manifest
+from togi.weights.carriers import Channel, Inbox, Parcel, Rendezvous
+from togi.weights.files import local_folder
 from togi.workers.protocol import Workers
 
 

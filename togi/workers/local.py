@@ -21,10 +21,10 @@ import torch
 from togi.config.rl import RLConfig
 from togi.errors import WeightSyncError
 from togi.obs.names import Holder
-from togi.parallel.process import CUBLAS, Rendezvous, default_device
-from togi.plan.machine import Machine
-from togi.plan.memory import PeakMemory
+from togi.parallel.process import CUBLAS, default_device
+from togi.plan.machine import Machine, PeakMemory
 from togi.plan.placement import IN_PROCESS, LEARNERS, Role, arithmetic, plan_groups, used_roles
+from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EnginePool, EngineWorker
 from togi.workers.model_worker import LearnerWorker, ScorerWorker
 from togi.workers.protocol import SyncReport

@@ -20,27 +20,33 @@ from togi.data.chat import load_tokenizer, stop_token_ids
 from togi.data.packing import Packs, pack_all, pack_stats
 from togi.learn.learner import Learner, Mixed, StepOutcome, UpdateReport
 from togi.learn.learner_state import Ema, expected_bytes, load_learner, save_learner
-from togi.learn.objective import Objective, SFTObjective
-from togi.learn.policy_objective import EngineCorrection, PolicyObjective, ValueObjective
+from togi.learn.objective import EngineCorrection, Objective, PolicyObjective, SFTObjective, ValueObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
 from togi.model.checkpoint import FullParameters, expected_manifest, save_trained, whole_tensors
-from togi.model.compiled_layers import clock
+from togi.model.layers import clock
 from togi.model.loading import ModelSource, dtype_of, load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
-from togi.model.weights import Manifest, pack_buckets
 from togi.obs import names
+from togi.parallel import frozen, frozen_on_host, reads_parts, trainable
 from togi.parallel.backend import backend_options
-from togi.parallel.build import frozen, frozen_on_host, reads_parts, trainable
-from togi.parallel.channel import Channel
-from togi.parallel.parking import Parking
-from togi.parallel.process import Rendezvous, World, default_device
-from togi.parallel.ring import Ring
-from togi.plan.carrier import Carrier
-from togi.plan.memory import PeakMemory, Released, return_freed
-from togi.plan.placement import LEARNERS, Role
+from togi.parallel.groups import Ring
+from togi.parallel.optimizer import Parking
+from togi.parallel.process import World, default_device
+from togi.plan.machine import PeakMemory, Released, return_freed
+from togi.plan.placement import LEARNERS, Carrier, Role
 from togi.sample import Sample
-from togi.workers.parcels import Carriage, Exporter, OverChannel, Parcel, SameDevice, ThroughDriver
+from togi.weights.buckets import Manifest, pack_buckets
+from togi.weights.carriers import (
+    Carriage,
+    Channel,
+    Exporter,
+    OverChannel,
+    Parcel,
+    Rendezvous,
+    SameDevice,
+    ThroughDriver,
+)
 
 Arrays = list[NDArray[np.float32]]
 # Small enough that engines load one bucket while the next is gathered; over gloo two to four times as fast as 256 MB.
@@ -276,8 +282,8 @@ class LearnerWorker(ModelWorker):
         return manifest
 
     def _adapter(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:
-        from togi.model.adapter_update import DTYPE
         from togi.model.adapters import adapter_scale, as_sent, sent_specs
+        from togi.weights.adapters import DTYPE
 
         assert isinstance(self._model, PolicyModel)
         backend = self._learner.backend

@@ -2,10 +2,13 @@
 
 Samples are dispatched in shares, one for each team of consecutive ranks that compute together (``World.team_size``). All ranks of
 a team get the same samples and return the same result; that of the first rank is used.
+
+``ModelScores`` is a local reward model as a callable: all waiting requests go into one call when the model is free.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Concatenate, Generic, ParamSpec, TypeVar
@@ -13,12 +16,12 @@ from typing import Concatenate, Generic, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from togi.data.partition import split_ranks
+from togi.data.packing import split_ranks
 from togi.learn.learner import UpdateReport
 from togi.plan.placement import Role
-from togi.rollout.tasks import all_or_none
+from togi.rollout.collect import all_or_none
 from togi.sample import Sample
-from togi.workers.model_worker import Arrays, LearnerWorker, StepResult
+from togi.workers.model_worker import Arrays, LearnerWorker, ScorerWorker, StepResult
 from togi.workers.protocol import Workers
 
 W = TypeVar("W")
@@ -123,3 +126,44 @@ class LearnerGroup(WorkerGroup[LearnerWorker]):
             StepUpdate.merged(plan, [results[number] for results in by_share], len(step))
             for number, (step, plan) in enumerate(zip(steps, plans, strict=True))
         ]
+
+
+class ModelScores:
+    """Scores token sequences. Groups finish one by one; batching the waiting ones keeps the model's packs full."""
+
+    def __init__(self, group: WorkerGroup[ScorerWorker]) -> None:
+        self._group = group
+        self._waiting: list[tuple[Sequence[Sequence[int]], asyncio.Future[list[float]]]] = []
+        self._busy = False
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """One score per token sequence, in order."""
+        future: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((sequences, future))
+        if not self._busy:
+            await self._drain()
+        return await future
+
+    async def _drain(self) -> None:
+        self._busy = True
+        try:
+            while self._waiting:
+                # Requests that arrive during this call wait for the next round.
+                taken, self._waiting = self._waiting, []
+                flat = [as_sample(tokens) for sequences, _ in taken for tokens in sequences]
+                try:
+                    scores = np.concatenate(await self._group.per_sample(ScorerWorker.scores, flat)).tolist()
+                except BaseException as error:
+                    for _, future in taken:
+                        future.set_exception(error)
+                    raise
+                for sequences, future in taken:
+                    future.set_result(scores[: len(sequences)])
+                    scores = scores[len(sequences) :]
+        finally:
+            self._busy = False
+
+
+def as_sample(tokens: Sequence[int]) -> Sample:
+    """Tokens as a sample without a loss mask, to be scored as a whole."""
+    return Sample(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_), 0, "score")

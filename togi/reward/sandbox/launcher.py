@@ -4,8 +4,8 @@
       first process   of the namespaces: everything in them ends with it, and it ends with the launcher
         program       under limits and without rights
 
-Without namespaces the launcher runs the program itself, behind ``guard``. Only the launcher writes to standard error: text there
-says why the program was not run.
+Without namespaces the launcher runs the program itself, behind a guard inside Python. Only the launcher writes to standard
+error: text there says why the program was not run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from togi.reward.sandbox import calls, guard, namespaces
+from togi.reward.sandbox import calls, walls
 
 FAILED = 1
 
@@ -34,7 +34,7 @@ def main() -> None:
     program = role(job)
     if job["walls"]:
         try:
-            namespaces.enter(job["limits"]["file_bytes"])
+            walls.enter(job["limits"]["file_bytes"])
             become_the_program(job["limits"])
         except OSError as error:
             os.write(2, f"{error}\n".encode())
@@ -43,7 +43,7 @@ def main() -> None:
     silence()
     if not job["walls"]:
         limit(job["limits"])
-        guard.install(os.getcwd())  # noqa: PTH109
+        walls.install(os.getcwd())  # noqa: PTH109
     program()
 
 
@@ -69,14 +69,14 @@ def become_the_program(limits: dict[str, int]) -> None:
         os._exit(_ending_of(first))
     # The first process of the namespace: the kernel kills the others when it ends.
     os.close(held)
-    namespaces.die_with_parent(lifeline)
+    walls.die_with_parent(lifeline)
     program = os.fork()
     if program != 0:
         os._exit(_ending_of(program))
     # The program itself: under limits, then without rights.
     os.close(lifeline)
     limit(limits)
-    namespaces.renounce(launcher)
+    walls.renounce(launcher)
 
 
 def _ending_of(child: int) -> int:

@@ -1,8 +1,8 @@
 """Starts sandboxes and returns their results. Standard library only: runs in the reward's worker process.
 
-``namespaces`` says what a program may do, or ``guard`` where the machine does not permit namespaces (``walls_are_to_be_had``). In
-both cases the program gets no environment variables, and kernel limits on processor time, memory, files and processes. The wall
-clock is enforced here. A sandbox stays in the worker's process group, so it ends with the worker.
+``walls`` says what a program may do behind namespaces, or a guard where the machine does not permit them
+(``walls_are_to_be_had``). In both cases the program gets no environment variables, and kernel limits on processor time, memory,
+files and processes. The wall clock is enforced here. A sandbox stays in the worker's process group, so it ends with the worker.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from togi.reward.verifiers.labels import plain_text, unusable
+from togi.reward.verifiers import plain_text, unusable
 
 
 def reward_func(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from togi.reward.verifiers.labels import unusable
+from togi.reward.verifiers import unusable
 
 ARITHMETIC_TASKS = {"countdown", "puzzle24"}
 EVALUATING_TASKS = {

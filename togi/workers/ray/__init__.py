@@ -1,1 +1,171 @@
-"""togi.workers.ray"""
+"""Start the workers of a run as Ray processes, placed over the GPUs and nodes of a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from togi.config.rl import RLConfig
+from togi.obs.names import Holder
+from togi.obs.way_out import way_out
+from togi.parallel.process import CUBLAS
+from togi.plan.machine import Machine
+from togi.plan.placement import LEARNERS, Role, plan_groups, team_size, used_roles
+from togi.rollout.collect import all_or_none
+from togi.weights.carriers import Rendezvous
+from togi.workers.engine_worker import EnginePool
+from togi.workers.model_worker import LearnerWorker, ModelWorker, ScorerWorker
+from togi.workers.ray.actors import EngineActor, LearnerActor, ModelActor, ScorerActor
+from togi.workers.ray.cluster import Cluster, RayWorkers, connect, describe, disconnect
+from togi.workers.ray.weight_sync import WeightSync
+from togi.workers.session import Session, engine_settings, sleepers
+from togi.workers.worker_group import LearnerGroup, WorkerGroup
+
+M = TypeVar("M", bound=ModelActor)
+S = TypeVar("S", int, str)
+MAX_CONCURRENT_CALLS = 4096
+
+
+async def start(
+    config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
+) -> Session:
+    """Connect, place, and load all models concurrently: start-up is import and disk time, which overlaps.
+
+    ``updates``: planned optimizer steps of each learner.
+    """
+    groups, resources = plan_groups(config), connect(machine)
+    try:
+        announce(f"placement: {describe(groups, resources)}")
+        cluster = Cluster(groups, resources)
+        session = await _start_all(config, cluster, updates, announce)
+        if resources.gpus > 0 and (await session.actor.call_all(LearnerWorker.device_type))[0] == "cpu":
+            announce(
+                "placement: these GPUs are declared only, so each is a process that computes on the CPU, over gloo"
+            )
+        if line := cluster.describe_nodes():
+            announce(f"nodes: {line}")
+        return session
+    except BaseException:
+        with way_out("leaving the cluster"):
+            disconnect()
+        raise
+
+
+async def _start_all(
+    config: RLConfig, cluster: Cluster, updates: Mapping[Role, int], announce: Callable[[str], None]
+) -> Session:
+    # Stage 1: start all processes at once.
+    concurrent = cluster.start(EngineActor, Role.ENGINE, CUBLAS, concurrency=MAX_CONCURRENT_CALLS)
+    engines = RayWorkers[EngineActor](Role.ENGINE, concurrent)
+    trained = {role: _learners(cluster, role) for role in LEARNERS if role in used_roles(config)}
+    frozen = [(Role.REF, config.pretrain, _scorers(cluster, Role.REF, 0))] if config.loads_reference else []
+    for number, path in enumerate(config.scoring_models):
+        frozen.append((Role.REWARD, path, _scorers(cluster, Role.REWARD, number)))
+
+    # Stage 2: load. Engines that will sleep go first, so that the models can use the memory that they release.
+    pool, actor, asleep = EnginePool(engines), trained[Role.ACTOR], sleepers(config) & {Holder.ENGINES}
+    loading = [_load_engines(config, cluster, engines, actor)]
+    if asleep:
+        await loading.pop()
+        await pool.sleep()
+    loading += [load(ranks, LearnerActor.start, config, role, updates[role]) for role, ranks in trained.items()]
+    loading += [load(ranks, ScorerActor.start, config, role, path) for role, path, ranks in frozen]
+    await asyncio.gather(*loading)
+
+    # Stage 3: connect actor and engines.
+    weights = await WeightSync.open(actor, engines, config)
+    if config.generates:
+        announce(weights.route.describe())
+    # Stage 4: the groups that the session calls.
+    share, teams = config.share_prompts, {role: team_size(config, role) for role in Role}
+    learners = {
+        role: LearnerGroup(role, ranks, share_prompts=share, ranks_per_share=teams[role])
+        for role, ranks in trained.items()
+    }
+    scorers = [
+        WorkerGroup[ScorerWorker](role, ranks, share_prompts=share, ranks_per_share=teams[role])
+        for role, _, ranks in frozen
+    ]
+    meter = RayMeter(pool, list(learners.values()), scorers)
+
+    def end() -> None:
+        cluster.close()
+        disconnect()
+
+    return Session(config, pool, learners, scorers, weights, meter, asleep, end)
+
+
+class RayMeter:
+    """A ``Meter`` that asks each worker process."""
+
+    def __init__(
+        self, engines: EnginePool, learners: Sequence[LearnerGroup], scorers: Sequence[WorkerGroup[ScorerWorker]]
+    ) -> None:
+        self._engines, self._learners, self._scorers = engines, tuple(learners), tuple(scorers)
+
+    async def take_peaks(self) -> dict[Holder, list[int]]:
+        engines, learners, scorers = await asyncio.gather(
+            self._engines.take_peaks(),
+            asyncio.gather(*(group.call_all(ModelWorker.take_peak) for group in self._learners)),
+            asyncio.gather(*(group.call_all(ModelWorker.take_peak) for group in self._scorers)),
+        )
+        return {
+            Holder.ENGINES: engines,
+            Holder.LEARNERS: [peak for peaks in learners for peak in peaks],
+            Holder.SCORERS: [peak for peaks in scorers for peak in peaks],
+        }
+
+    async def highest(self) -> dict[str, int]:
+        numbered = {Role.ENGINE: await self._engines.memory_bytes()}
+        for learner in self._learners:
+            numbered[learner.role] = await learner.call_all(ModelWorker.memory_bytes)
+        for scorer in self._scorers:
+            numbered.setdefault(scorer.role, []).extend(await scorer.call_all(ModelWorker.memory_bytes))
+        return {f"{role}{n}": nbytes for role, peaks in numbered.items() for n, nbytes in enumerate(peaks)}
+
+
+def _learners(cluster: Cluster, role: Role) -> RayWorkers[LearnerActor]:
+    return RayWorkers(role, cluster.start(LearnerActor, role, CUBLAS))
+
+
+def _scorers(cluster: Cluster, role: Role, number: int) -> RayWorkers[ScorerActor]:
+    return RayWorkers(role, cluster.start(ScorerActor, role, CUBLAS, number=number))
+
+
+async def load(
+    ranks: RayWorkers[M],
+    start: Callable[[M, Rendezvous, RLConfig, Role, S], None],
+    config: RLConfig,
+    role: Role,
+    last: S,
+) -> None:
+    """Join the ranks to one process group, and load the model on each of them."""
+    address, port = await ranks.call(0, ModelActor.open_meeting)
+    size = len(ranks)
+    # All ranks together: joining a process group blocks until every rank is there.
+    await all_or_none(
+        ranks.call(rank, start, Rendezvous(rank, size, address, port), config, role, last) for rank in range(size)
+    )
+
+
+async def _load_engines(
+    config: RLConfig, cluster: Cluster, engines: RayWorkers[EngineActor], actor: RayWorkers[LearnerActor]
+) -> None:
+    threads = cluster.threads(max(1, len(engines)) * config.vllm_tensor_parallel_size)
+    gpus = await _gpus_of_engines(config, actor, len(engines))
+    settings = [engine_settings(config, index, threads) for index in range(len(engines))]
+    _: list[None] = await all_or_none(
+        engines.call(index, EngineActor.start_on, config.rollout_engine, settings[index], gpus[index])
+        for index in range(len(engines))
+    )
+
+
+async def _gpus_of_engines(config: RLConfig, actor: RayWorkers[LearnerActor], engines: int) -> list[tuple[str, ...]]:
+    """The GPUs of each engine that shares several with the actor's ranks; empty tuples if Ray gives each engine its own."""
+    size = config.vllm_tensor_parallel_size
+    if size == 1 or engines == 0 or not config.colocate_all_models:
+        return [()] * engines
+    slots = await all_or_none(actor.call(rank, LearnerActor.gpus) for rank in range(len(actor)))
+    # Engine k runs on the GPUs of the k-th run of `size` actor ranks.
+    return [tuple(gpu for slot in slots[first : first + size] for gpu in slot) for first in range(0, len(slots), size)]

@@ -8,8 +8,9 @@ import ray
 
 from togi.config.choices import EngineName
 from togi.config.rl import RLConfig
-from togi.parallel.process import Rendezvous, be_deterministic, open_store
+from togi.parallel.process import be_deterministic, open_store
 from togi.rollout.engine import EngineSettings
+from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EngineWorker
 from togi.workers.model_worker import LearnerWorker, ModelWorker, ScorerWorker
 from togi.workers.ray.cluster import own_gpus, see_only

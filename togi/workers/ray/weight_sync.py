@@ -1,4 +1,4 @@
-"""Send the actor's weights, or only a LoRA adapter, to every engine in large buckets, by a carrier of ``togi.plan.carrier``.
+"""Send the actor's weights, or only a LoRA adapter, to every engine in large buckets, by a carrier of ``togi.plan.placement``.
 
 Order: all engines agree to the manifest; buckets flow; all engines confirm that everything arrived; the checksums of every rank of
 the actor and every engine are compared. The gather of a bucket overlaps sending and loading of the one before; each bucket is its
@@ -17,13 +17,13 @@ from ray import ObjectRef
 
 from togi.config.rl import RLConfig
 from togi.errors import WeightSyncError
-from togi.model.weights import Manifest
-from togi.parallel.process import Rendezvous
-from togi.plan.carrier import Carrier, Route, choose
+from togi.plan.placement import Carrier, Route, choose
+from togi.weights.buckets import Manifest
+from togi.weights.carriers import Rendezvous
 from togi.workers.model_worker import LearnerWorker
 from togi.workers.protocol import SyncReport
 from togi.workers.ray.actors import EngineActor, LearnerActor
-from togi.workers.ray.calls import RayWorkers, results_of
+from togi.workers.ray.cluster import RayWorkers, results_of
 
 
 @dataclass(slots=True)

@@ -1,0 +1,189 @@
+"""What is changed about the layers of a loaded model: activation checkpointing, compilation, Liger's kernels, dropout."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from togi.config.shared import COMPILABLE, Recompute
+from togi.cpu import keeping_outputs, own_folder, processor_mark
+from togi.errors import ModelError
+from togi.model.attention import SEGMENTS, VARLEN, segment_attention, varlen_attention
+from togi.model.ring_attention import RING, ring_attention
+from togi.plan.machine import check_compiler
+
+RECOMPILE_LIMIT = 64
+"""The most variants of a layer that are compiled, such as one without gradients. Beyond it torch silently runs eagerly."""
+
+
+def check_compiled(kind: str) -> None:
+    """Raise ModelError or ConfigError if layers of this model type cannot be compiled. Call it before weights are read."""
+    if kind not in COMPILABLE:
+        raise ModelError(
+            f"--torch_compile is tested with {', '.join(COMPILABLE)} models, and this is a {kind} model: leave the flag out."
+        )
+    check_compiler()
+
+
+def compile_layers(hf: PreTrainedModel) -> None:
+    """Compile every layer's forward at its first call, for any number of tokens. The result is cached on disk."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_folder("inductor") / processor_mark()))
+    # a graph break around attention, whose Python code reads the segment table
+    for name, function in ((SEGMENTS, segment_attention), (VARLEN, varlen_attention), (RING, ring_attention)):
+        AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    clock.start()
+    build: Any = torch.compile  # its types lack the limit
+    for layer in hf.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = build(layer.forward, dynamic=True, recompile_limit=RECOMPILE_LIMIT)
+
+
+class CompileClock:
+    """Measures the time that compiling takes. ``parts``: regions compiled in this process or loaded from the disk cache."""
+
+    def __init__(self) -> None:
+        self.parts = 0
+        self._seconds = 0.0
+        self._begun = 0.0
+
+    def start(self) -> None:
+        """Start measuring. A second call has no effect."""
+        from torch._dynamo.callback import callback_handler  # takes a second to import
+
+        if self._begin not in callback_handler.start_callbacks:
+            callback_handler.register_start_callback(self._begin)
+            callback_handler.register_end_callback(self._end)
+
+    def _begin(self, _: object) -> None:
+        self._begun = time.perf_counter()
+
+    def _end(self, _: object) -> None:
+        self.parts += 1
+        self._seconds += time.perf_counter() - self._begun
+
+    def take_seconds(self) -> float:
+        """Seconds spent compiling since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+clock = CompileClock()
+
+
+# Tested equal to Transformers' own layers, in outputs and gradients. The package supports more model types, and silently skips
+# those that it does not support.
+TESTED = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def check_liger(kind: str) -> None:
+    """Raise ModelError if Liger cannot be used for models of this type. Call it before weights are read."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ModelError("--use_liger_kernel needs the package liger-kernel: pip install 'togi[liger]'.")
+    if kind not in TESTED:
+        raise ModelError(
+            f"--use_liger_kernel is tested with {', '.join(TESTED)} models, and this is a {kind} model: leave the flag out."
+        )
+
+
+def apply_liger(hf: PreTrainedModel) -> None:
+    """Replace the forward of norms and MLPs, and the rotary function, in place. Weights and their names stay."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(hf, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def recomputed_layers(layers: int, tokens: int, above: int) -> int:
+    """How many of ``layers`` must recompute, so that the others keep no more than all layers would for ``above`` tokens."""
+    return max(0, -(-layers * (tokens - above) // max(tokens, 1)))
+
+
+def use_recompute(hf: PreTrainedModel, how: Recompute) -> None:
+    """Let layers recompute in the backward: all of them, or for each pack as many as its tokens on this rank require.
+
+    The first layers recompute. The last layers keep their activations for the shortest time, and free them before recomputing
+    begins. Raises ModelError if the architecture cannot choose single layers.
+    """
+    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": how.use_reentrant})
+    layers: list[Any] = [layer for layer in hf.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if how.above > 0 and not layers:
+        raise ModelError(
+            f"--gradient_checkpointing_above: layers of a {hf.config.model_type} model recompute all or none: leave it out."
+        )
+    if not how.use_reentrant:
+        # the re-entrant kind runs its first forward without gradients and keeps nothing
+        for module in hf.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = _checkpoint
+
+    def choose(body: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        again = recomputed_layers(len(layers), named["input_ids"].numel(), how.above)
+        for place, layer in enumerate(layers):
+            layer.gradient_checkpointing = place < again
+
+    if how.above > 0:
+        hf.base_model.register_forward_pre_hook(choose, with_kwargs=True)
+
+
+def _checkpoint(layer: Callable[..., Any], *inputs: Any) -> Any:
+    """Both forwards of a layer must save the same tensors for the backward (``keeping_outputs``)."""
+    return checkpoint(partial(_keeping, layer), *inputs, use_reentrant=False)
+
+
+def _keeping(layer: Callable[..., Any], *inputs: Any) -> Any:
+    with keeping_outputs():
+        return layer(*inputs)
+
+
+# "jitter" is the noise by which routers of experts multiply their inputs in training.
+NOISE = ("drop", "jitter")
+# Rates of heads for other tasks, which Togi does not load.
+OTHER_HEADS = ("classifier", "summary")
+
+
+def switch_off(config: PreTrainedConfig) -> dict[str, float]:
+    """Set every rate to 0, in place. Returns the rates that were not 0, by the configuration's own keys."""
+    return _zeroed(vars(config))
+
+
+def _zeroed(settings: MutableMapping[str, Any], prefix: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, value in list(settings.items()):
+        if isinstance(value, PreTrainedConfig):
+            found |= _zeroed(vars(value), f"{prefix}{key}.")
+        elif isinstance(value, dict):
+            found |= _zeroed(value, f"{prefix}{key}.")
+        elif _is_noise(str(key)) and _is_rate(value):
+            found[prefix + key] = float(value)
+            settings[key] = 0.0
+    return found
+
+
+def _is_noise(key: str) -> bool:
+    return any(word in key for word in NOISE) and not key.startswith(OTHER_HEADS)
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def remove_fixed(model: nn.Module) -> None:
+    """Switch off dropout modules whose rate is not in the configuration."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+
+
+def dropout_notice(path: str, rates: Mapping[str, float]) -> str:
+    """The warning for the user about the ``rates`` that were switched off."""
+    told = ", ".join(f"{key} {rate:g}" for key, rate in sorted(rates.items()))
+    return f"{path}: dropout is off in training ({told} in its config.json, 0 in that of the trained model)"

@@ -1,0 +1,248 @@
+"""AdamW, and where tensors lie that are not needed all the time.
+
+The fused AdamW has its state before the first step, so that a checkpoint always has the same tensors. ``HostWeights`` are frozen
+weights in host memory, which are copied to the device only for the forwards that use them. ``Parking`` is
+``--trainer_enable_sleep``: free the memory of tensors that only an optimizer step needs, while other workers compute.
+
+A parked tensor keeps its identity and loses its storage. Its bytes are kept in pinned host memory for an accelerator, and in an
+unnamed temporary file for a CPU (in TMPDIR, which should not be in memory itself). Waking restores every bit. The backend knows
+which tensors can be parked (``Backend.at_rest``). A parked tensor must not be read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from togi.cpu import HostKernels, Rates
+from togi.parallel.backend import BackendOptions
+from togi.plan.machine import Released, resident_bytes, return_freed
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def make_adamw(parameters: Mapping[str, Tensor], options: BackendOptions) -> torch.optim.AdamW:
+    """Make AdamW (Loshchilov & Hutter, 2019) over ``parameters``, with its state."""
+    optimizer = adamw_without_state(parameters, options, {name: tuple(p.shape) for name, p in parameters.items()})
+    add_state(optimizer, parameters.values())
+    return optimizer
+
+
+def adamw_without_state(
+    parameters: Mapping[str, Tensor], options: BackendOptions, shapes: Mapping[str, tuple[int, ...]]
+) -> torch.optim.AdamW:
+    """``shapes``: of the full parameters. One-dimensional ones (biases, norm weights) get no weight decay.
+
+    A fused kernel takes only parameters of one device mesh, so each mesh has its own group.
+    """
+    decayed = [p for name, p in parameters.items() if len(shapes[name]) > 1]
+    others = [p for name, p in parameters.items() if len(shapes[name]) <= 1]
+    groups: list[dict[str, Any]] = []
+    for chosen, decay in ((decayed, options.weight_decay), (others, 0.0)):
+        by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+        for parameter in chosen:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+        groups += [{"params": own, "weight_decay": decay} for own in by_mesh.values()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
+
+
+def add_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
+    """Add zero moments and a step count for each parameter."""
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        # a tensor on the device, as the fused kernel requires
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for moment in MOMENTS:
+            state[moment] = torch.zeros_like(parameter, requires_grad=False)
+
+
+def moments(optimizer: torch.optim.AdamW) -> list[Tensor]:
+    """Both moments of every parameter."""
+    return [state[moment] for state in optimizer.state.values() for moment in MOMENTS]
+
+
+def set_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def take_step(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+    """Step at ``learning_rate`` and free the gradients."""
+    set_rate(optimizer, learning_rate)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def take_host_step(
+    kernels: HostKernels,
+    optimizer: torch.optim.AdamW,
+    learning_rate: float,
+    factor: float,
+    parts: Mapping[Tensor, tuple[Tensor | None, Tensor]],
+) -> None:
+    """``take_step`` in host memory by a C kernel, in one pass over all tensors.
+
+    ``parts``: for each parameter its gradient, which is multiplied by ``factor``, and the bfloat16 working copy to write. A
+    gradient of None counts as zero: the parameter had no part in the step, and its moments decay.
+    """
+    set_rate(optimizer, learning_rate)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient, working = parts[parameter]
+            if gradient is None:
+                gradient = torch.zeros_like(parameter)
+            state = optimizer.state[parameter]
+            state["step"] += 1
+            steps = int(state["step"])
+            rates = Rates(learning_rate, group["weight_decay"], group["betas"], group["eps"], steps, factor)
+            kernels.adamw(parameter, (state["exp_avg"], state["exp_avg_sq"]), gradient, working, rates)
+
+
+def fill_missing_gradients(parameters: Mapping[str, Tensor]) -> None:
+    """Give each parameter without a gradient a zero gradient, so that all ranks step the same parameters."""
+    for parameter in parameters.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def clip_gradients(parameters: Mapping[str, Tensor], max_norm: float) -> Tensor:
+    """Clip to ``max_norm``. Returns the global L2 norm before clipping, which is sharded if the gradients are."""
+    return torch.nn.utils.clip_grad_norm_(list(parameters.values()), max_norm)
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move the buffers of ``module`` to ``device``. Its weights stay where they are."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
+
+
+class HostWeights:
+    """The weights of a frozen ``module`` in host memory. Its buffers, which are small, stay on the device.
+
+    Weights are never copied back, because a frozen weight is the same in both places. Host memory is pinned, so that copies run at
+    full speed.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        move_buffers(module, device)
+        pin = torch.accelerator.is_available()
+        self._device = device
+        weights = list(module.parameters())
+        numbers = {weight: number for number, weight in enumerate(weights)}  # a tied weight is one tensor in two places
+        self._places = [
+            (part, name, numbers[weight])
+            for part in module.modules()
+            for name, weight in part.named_parameters(recurse=False)
+        ]
+        self._hosts = [_frozen(w.data.cpu().pin_memory() if pin else w.data.cpu()) for w in weights]
+        self._put(self._hosts)
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Copy the weights to the device; inside the block the module can be called. Its outputs stay valid afterwards."""
+        self._put([_frozen(host.data.to(self._device, non_blocking=True)) for host in self._hosts])
+        try:
+            yield
+        finally:
+            # the modules refer to the host copies again, so the device copies are freed
+            self._put(self._hosts)
+
+    def _put(self, weights: Sequence[nn.Parameter]) -> None:
+        for part, name, number in self._places:
+            setattr(part, name, weights[number])
+
+
+def _frozen(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+class Parking:
+    """Parks the tensors that ``tensors`` yields at each ``sleep``, if they are on ``device``. Others are unchanged."""
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], device: torch.device) -> None:
+        self._tensors = tensors
+        self._device = device
+        self._parked: list[tuple[torch.UntypedStorage, int]] = []
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the parking
+        self._hosts: dict[int, Tensor] = {}
+        self.is_asleep = False
+
+    def sleep(self) -> Released:
+        """Move the tensors out and free their memory. Returns the bytes moved, and the memory in use before and after."""
+        before = self._used()
+        if not self.is_asleep:
+            self._file.seek(0)
+            # by storage: tensors that share one are moved once
+            storages = {storage.data_ptr(): storage for storage in map(_storage, self._tensors())}
+            self._parked = [(s, s.nbytes()) for s in storages.values() if s.device.type == self._device.type]
+            for number, (storage, _) in enumerate(self._parked):
+                self._put_out(number, storage)
+                # frees the memory; the tensor objects stay, which the optimizer and the modules refer to
+                storage.resize_(0)
+            self._return_freed()
+            self.is_asleep = True
+        return Released(sum(nbytes for _, nbytes in self._parked), before, self._used())
+
+    def wake(self) -> None:
+        """Allocate the tensors again and restore their content."""
+        if self.is_asleep:
+            self._file.seek(0)
+            for number, (storage, nbytes) in enumerate(self._parked):
+                storage.resize_(nbytes)
+                self._bring_back(number, storage)
+            self.is_asleep = False
+            self._parked = []
+
+    def _put_out(self, number: int, storage: torch.UntypedStorage) -> None:
+        if self._device.type == "cpu":
+            self._file.write(_view(storage))
+            return
+        # pinned memory is slow to allocate: keep it for the next sleep
+        host = self._hosts.get(number)
+        if host is None or host.numel() != storage.nbytes():
+            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
+        self._hosts[number] = host.copy_(_bytes_of(storage))
+
+    def _bring_back(self, number: int, storage: torch.UntypedStorage) -> None:
+        if self._device.type == "cpu":
+            read = self._file.readinto(_view(storage))  # type: ignore[attr-defined]
+            assert read == storage.nbytes()
+        else:
+            _bytes_of(storage).copy_(self._hosts[number])
+
+    def _return_freed(self) -> None:
+        """Return freed memory to the system. Torch and the C library would keep it, and other processes could not use it."""
+        if self._device.type == "cpu":
+            return_freed()
+        else:
+            torch.accelerator.empty_cache()
+
+    def _used(self) -> int:
+        if self._device.type == "cpu":
+            return resident_bytes()
+        return int(torch.accelerator.memory_reserved(self._device))
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part.detach().untyped_storage()
+
+
+def _view(storage: torch.UntypedStorage) -> memoryview:
+    """The bytes of a storage in host memory. Not through NumPy, after which a storage cannot be resized."""
+    area = ctypes.c_char * storage.nbytes()
+    return memoryview(area.from_address(storage.data_ptr())).cast("B")
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,362 @@
+"""Generate outputs for a file of prompts (``generate``) and scores for a file of outputs (``score``).
+
+Both write rows as they finish and end with a file in order (``togi.data.row_log``), so the same command resumes after a kill.
+Settings are checked by ``start``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from togi.algo.best_of_n import mean_with_error, standardized
+from togi.config.choices import EngineName, PostProcessor
+from togi.config.infer import InferConfig
+from togi.data.chat import (
+    Tokenizer,
+    as_plain_text,
+    check_tokens,
+    check_vocabulary,
+    decode,
+    encode,
+    load_tokenizer,
+    stop_token_ids,
+    visible,
+)
+from togi.data.packing import pack_all
+from togi.data.precheck import asked_reward, with_reward
+from togi.data.prompts import DEFAULT_DATASOURCE, PromptSpec, fingerprint, load_prompts
+from togi.data.row_log import RowLog
+from togi.data.rows import OutputSpec, read_outputs
+from togi.data.source import load_mixture
+from togi.errors import ConfigError, RewardError
+from togi.learn.scorer import Scorer
+from togi.model.loading import ModelSource, dtype_of, known_tokens, load_scalar_model
+from togi.model.policy import ScalarModel
+from togi.obs.progress import Progress
+from togi.obs.way_out import way_out
+from togi.parallel.process import World, be_deterministic, default_device
+from togi.reward.scores import Standardization
+from togi.rollout import create_engine
+from togi.rollout.collect import SingleTurn, collect_groups
+from togi.rollout.engine import EngineSettings
+from togi.run.iterate_steps import select
+from togi.sample import FinishReason, Prompt, Rollout, Sample, Sampling
+from togi.weights.files import local_folder
+
+SCORED_AT_ONCE = 64
+# Settings that the rows depend on, besides prompts and weights.
+GENERATION = (
+    "eval_task",
+    "seed",
+    "best_of_n",
+    "max_new_tokens",
+    "prompt_max_len",
+    "temperature",
+    "top_p",
+    "greedy_sampling",
+    "repetition_penalty",
+    "keep_special_tokens",
+    "label_key",
+    "bf16",
+)
+SCORING = ("eval_task", "value_head_prefix", "bf16")
+WEIGHTS = ("*.safetensors", "*.bin")
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The output of a finished command."""
+
+    path: Path
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt as the model gets it. ``plain``: its text without the csft reward."""
+
+    prompt: Prompt
+    plain: str
+
+
+def generate(config: InferConfig, announce: Announce) -> Written:
+    """``--best_of_n`` outputs for every prompt of the slice, in the order of the prompts.
+
+    Each output has its own seed, so the number of concurrent requests does not change the results.
+    """
+    if config.full_determinism:
+        be_deterministic()
+    with Progress() as progress:
+        # Stage 1: prompts. No weights are loaded yet.
+        with progress.phase("reading prompts", expected_seconds=8):
+            tokenizer = _tokenizer(config)
+            known = known_tokens(config.pretrain, config.trust_remote_code)
+            check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
+            asked = ask(config, tokenizer, announce)
+            largest = max((max(each.prompt.tokens, default=-1) for each in asked), default=-1)
+            check_tokens(tokenizer, config.pretrain, known, lambda: largest)
+        model = local_folder(config.pretrain)
+        prompts = [each.prompt for each in asked]
+        # Stage 2: generate what an earlier attempt did not; the log refuses rows of other settings or weights.
+        identity = identity_of(config, GENERATION, model) | {"--dataset": fingerprint(prompts)}
+        with RowLog(Path(config.output_path), identity) as log:
+            left = [(unit, prompt) for unit, prompt in enumerate(prompts) if unit not in log.done]
+            if len(left) < len(prompts):
+                announce(f"{len(prompts) - len(left)} of {len(prompts)} prompts were done by an earlier attempt")
+            progress.start_steps(len(prompts), done=len(log.done))
+            if left:
+                asyncio.run(_generate(config, model, tokenizer, left, asked, log, progress))
+            rows = log.in_order()
+            log.finish(rows)
+    # Stage 3: report truncated outputs.
+    cut = sum(row["finish_reason"] == FinishReason.LENGTH for row in rows)
+    if cut > 0:
+        announce(
+            f"{cut} of {len(rows)} outputs reached --max_new_tokens {config.max_new_tokens} (finish_reason length)"
+        )
+    return Written(log.path, len(rows))
+
+
+def ask(config: InferConfig, tokenizer: Tokenizer, announce: Announce) -> list[Asked]:
+    """The prompts of this slice, with the csft reward in them. Too long prompts are dropped and counted."""
+    spec = PromptSpec(
+        config.dataset,
+        config.input_key,
+        config.label_key,
+        config.dataset_probs,
+        config.dataset_split,
+        config.apply_chat_template,
+        config.input_template,
+        config.prompt_max_len,
+        config.max_samples,
+        config.seed,
+    )
+    prompts = load_prompts(spec, tokenizer)
+    if prompts.report.picked > prompts.report.kept:
+        announce(f"prompts left out: {prompts.report.drop_reasons()}")
+    chosen = tuple(prompts)
+    # --iter picks one block of prompts.
+    if config.iter is not None:
+        start = config.iter * config.rollout_batch_size
+        chosen = chosen[start : start + config.rollout_batch_size]
+        if not chosen:
+            raise ConfigError(
+                f"--iter {config.iter} starts at prompt {start} of {len(prompts)}: give a smaller one, or more prompts."
+            )
+    # Conditional SFT: the reward text makes a prompt longer, so its length is checked again.
+    if not config.enable_csft:
+        return [Asked(prompt, as_plain_text(prompt.text, tokenizer)) for prompt in chosen]
+    reward = asked_reward(config.csft_prompt, config.reward_template)
+    texts = [with_reward(config.reward_template, prompt.text, reward) for prompt in chosen]
+    ids = encode(texts, tokenizer, add_special_tokens=not config.apply_chat_template)
+    told = [
+        Asked(replace(prompt, text=text, tokens=tuple(tokens)), as_plain_text(prompt.text, tokenizer))
+        for prompt, text, tokens in zip(chosen, texts, ids, strict=True)
+    ]
+    kept = [each for each in told if len(each.prompt.tokens) <= config.prompt_max_len]
+    if len(kept) < len(told):
+        announce(f"prompts left out: {len(told) - len(kept)} too long with the reward text")
+    return kept
+
+
+async def _generate(
+    config: InferConfig,
+    model: str,
+    tokenizer: Tokenizer,
+    left: Sequence[tuple[int, Prompt]],
+    asked: Sequence[Asked],
+    log: RowLog,
+    progress: Progress,
+) -> None:
+    """Log the rows of each prompt as soon as all its outputs are finished."""
+    sampling = Sampling(
+        config.max_new_tokens,
+        config.sampling_temperature,
+        config.top_p,
+        stop_token_ids=stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template),
+        repetition_penalty=config.repetition_penalty,
+    )
+    environment = SingleTurn(partial(visible if config.keep_special_tokens else decode, tokenizer), sampling)
+    settings = engine_settings(config, model)
+    units = {prompt.id: unit for unit, prompt in left}
+    with progress.phase("starting the engine", expected_seconds=15):
+        engine = create_engine(config.engine, settings)
+    try:
+        groups = collect_groups(
+            ((prompt.id, prompt) for _, prompt in left),
+            environment,
+            engine.generate,
+            n_samples=config.best_of_n,
+            # Twice the engine's capacity, so that it never waits for a request.
+            max_in_flight=2 * settings.max_num_seqs,
+            seed=config.seed,
+        )
+        async for group in groups:
+            unit = units[group[0].prompt.id]
+            log.add(unit, [_row(config, asked[unit], tokenizer, n, rollout) for n, rollout in enumerate(group)])
+            progress.step(len(log.done))
+    finally:
+        with way_out("shutting the engine down"):
+            await engine.shutdown()
+
+
+def engine_settings(config: InferConfig, model: str) -> EngineSettings:
+    """Settings of one engine on this machine."""
+    on_cpu = torch.accelerator.current_accelerator() is None
+    return EngineSettings(
+        model=model,
+        dtype="bfloat16" if config.bf16 else "float32",
+        max_model_len=config.context_length,
+        seed=config.seed,
+        enforce_eager=config.enforce_eager or on_cpu,
+        enable_prefix_caching=config.enable_prefix_caching,
+        tensor_parallel_size=config.tp_size,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        kv_cache_gb=config.vllm_cpu_kv_cache_gb,
+        max_num_seqs=config.max_num_seqs if config.engine is EngineName.VLLM else config.micro_batch_size,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _row(config: InferConfig, asked: Asked, tokenizer: Tokenizer, number: int, rollout: Rollout) -> dict[str, Any]:
+    """An output row. ``input``: the text that the model continued; ``prompt``: the same without the csft reward."""
+    row: dict[str, Any] = {
+        "input": as_plain_text(rollout.prompt.text, tokenizer),
+        "output": rollout.response_text,
+        "id": rollout.prompt.id,
+        "sample": number,
+        "finish_reason": rollout.finish_reason.value,
+    }
+    if config.enable_csft:
+        row["prompt"] = asked.plain
+    if config.label_key is not None:
+        row["label"] = rollout.prompt.label
+    if rollout.prompt.datasource != DEFAULT_DATASOURCE:
+        row["datasource"] = rollout.prompt.datasource
+    return row
+
+
+def _tokenizer(config: InferConfig) -> Tokenizer:
+    return load_tokenizer(
+        config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
+    )
+
+
+def score(config: InferConfig, announce: Announce) -> Written:
+    """Score every row, then apply the post-processor. Other columns of a row are kept."""
+    if config.full_determinism:
+        be_deterministic()
+    with Progress() as progress:
+        # Stage 1: rows. No weights are loaded yet.
+        with progress.phase("reading rows", expected_seconds=8):
+            tokenizer = _tokenizer(config)
+            mixture = load_mixture(
+                config.dataset,
+                config.dataset_probs,
+                split=config.dataset_split,
+                seed=config.seed,
+                max_samples=config.max_samples,
+            )
+            spec = OutputSpec(
+                config.input_key, config.output_key, config.apply_chat_template, config.input_template, config.max_len
+            )
+            rows, ids = read_outputs(mixture, spec, tokenizer)
+            known = known_tokens(config.pretrain, config.trust_remote_code)
+            largest = max((max(tokens, default=-1) for tokens in ids), default=-1)
+            check_tokens(tokenizer, config.pretrain, known, lambda: largest)
+        # Stage 2: score what an earlier attempt did not, then select.
+        tokens = hashlib.blake2b(repr(ids).encode(), digest_size=16).hexdigest()
+        identity = identity_of(config, SCORING, local_folder(config.pretrain)) | {"--dataset": tokens}
+        with RowLog(Path(config.output_path), identity) as log:
+            rewards, standardize = _scores(config, ids, log, progress)
+            scored = list(_scored(config, rows, rewards, standardize))
+            estimate = mean_with_error([row["reward"] for row in scored])
+            announce(f"mean reward {estimate.mean:.4f} +- {estimate.standard_error:.4f} over {estimate.count} rows")
+            if config.selection is not None:
+                selection = select(scored, config.selection, reward_template=config.reward_template)
+                announce(f"{config.selection}: {selection.describe()}")
+                scored = list(selection.rows)
+            log.finish(scored)
+    return Written(log.path, len(scored))
+
+
+def _scores(
+    config: InferConfig, ids: Sequence[Sequence[int]], log: RowLog, progress: Progress
+) -> tuple[list[float], Standardization]:
+    """The model's raw scores in row order, and the standardisation from its config."""
+    # A chunk is the unit of a resume.
+    chunks = [ids[start : start + SCORED_AT_ONCE] for start in range(0, len(ids), SCORED_AT_ONCE)]
+    with progress.phase("loading the reward model", expected_seconds=5):
+        model, scorer = load_scorer(config)
+    progress.start_steps(len(chunks), done=len(log.done))
+    for number, chunk in enumerate(chunks):
+        if number not in log.done:
+            log.add(number, [{"score": float(value)} for value in score_tokens(scorer, chunk, config)])
+            progress.step(len(log.done))
+    raw = [row["score"] for row in log.in_order()]
+    for number, value in enumerate(raw):
+        if not math.isfinite(value):
+            raise RewardError(
+                f"--pretrain {config.pretrain} gave {value} for row {number}: check its weights and its number format."
+            )
+    return raw, Standardization(model.reward_mean, model.reward_std) if config.normalize_reward else Standardization()
+
+
+def load_scorer(config: InferConfig) -> tuple[ScalarModel, Scorer]:
+    """The frozen reward model on this machine's device, and its scorer."""
+    device = default_device(max(config.local_rank, 0))
+    model = load_scalar_model(
+        ModelSource(
+            config.pretrain,
+            dtype_of(config.bf16),
+            flash_attn=config.flash_attn and device.type == "cuda",
+            trust_remote_code=config.trust_remote_code,
+        ),
+        value_head_prefix=config.value_head_prefix,
+    )
+    model.requires_grad_(False).to(device)
+    return model, Scorer(model, World.solo(device))
+
+
+def score_tokens(scorer: Scorer, sequences: Sequence[Sequence[int]], config: InferConfig) -> list[float]:
+    """The score at the last token of each sequence. Sequences are packed without padding."""
+    samples = [
+        Sample(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_), 0, str(number))
+        for number, tokens in enumerate(sequences)
+    ]
+    packs = pack_all(
+        samples, max_tokens=config.max_tokens_per_gpu, max_sequences=config.micro_batch_size, share_prefix=False
+    )
+    scores: list[float] = packs.in_order(scorer.scores(packs.batches).tolist())
+    return scores
+
+
+def _scored(
+    config: InferConfig, rows: Sequence[Mapping[str, Any]], raw: Sequence[float], standardization: Standardization
+) -> Iterator[dict[str, Any]]:
+    # csft z-scores over all rows; otherwise the statistics in the model's config are used.
+    over_rows = config.normalize_reward and config.selection is PostProcessor.CSFT
+    rewards = standardized(raw) if over_rows else [standardization(value) for value in raw]
+    for row, reward in zip(rows, rewards, strict=True):
+        rest = {name: value for name, value in row.items() if name not in (config.input_key, config.output_key)}
+        yield {"input": row[config.input_key], "output": row[config.output_key], **rest, "reward": reward}
+
+
+def identity_of(config: InferConfig, names: Sequence[str], model: str) -> dict[str, str]:
+    """What must be equal for a resume: settings, and the weights by size and modification time."""
+    settings = {f"--{name}": str(config.model_dump()[name]) for name in names}
+    files = sorted(file for pattern in WEIGHTS for file in Path(model).glob(pattern))
+    stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+    weights = hashlib.blake2b("\n".join(stamps).encode(), digest_size=16).hexdigest()
+    return settings | {"--pretrain": config.pretrain, "weights of --pretrain": weights}

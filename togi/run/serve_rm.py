@@ -1,0 +1,175 @@
+"""``togi serve-rm``: a reward model or a reward function behind HTTP.
+
+A query is scored as it is: BOS is added if the tokenizer wants it, an end token is scored only if the text has it, padding at
+the ends is dropped, and a query that is too long is refused. So a served model gives the scores that ``--reward_pretrain`` gives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+
+from togi.config.model_facts import position_limit
+from togi.config.tools import ServeRMConfig
+from togi.data.chat import Tokenizer, adds_bos, check_vocabulary, encode, load_tokenizer
+from togi.data.packing import pack_all
+from togi.errors import ConfigError, DataError
+from togi.learn.scorer import Scorer
+from togi.model.loading import ModelSource, dtype_of, known_tokens, load_scalar_model
+from togi.obs.way_out import way_out
+from togi.parallel import frozen
+from togi.parallel.backend import BackendOptions
+from togi.parallel.process import World, default_device
+from togi.reward.function import CallLimits, FunctionReward
+from togi.reward.scores import Standardization
+from togi.reward.server import PATH, Batcher, RewardServer, ScoreCall, ServerLimits
+from togi.reward.wire import Answer, Call, Complaint
+from togi.sample import Sample
+
+
+def serve(config: ServeRMConfig, token: str, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then answer pending requests and end. Raises UserError."""
+    asyncio.run(_serve(config, token, announce))
+
+
+async def _serve(config: ServeRMConfig, token: str, announce: Callable[[str], None]) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    limits = ServerLimits(int(config.max_body_mb * 1e6), config.max_items, config.max_queue, token)
+    async with source(config) as score:
+        server = RewardServer(score, limits)
+        try:
+            port = await server.start(config.host, config.port)
+        except OSError as error:
+            raise ConfigError(
+                f"--host {config.host} --port {config.port} cannot be listened on ({error.strerror}): take another port."
+            ) from None
+        announce(f"reward server: http://{config.host}:{port}{PATH}")
+        await stop.wait()
+        await server.close()
+    announce("reward server: ended")
+
+
+@asynccontextmanager
+async def source(config: ServeRMConfig) -> AsyncIterator[ScoreCall]:
+    """The scoring function of the server; it is closed at the end."""
+    # A reward function runs in worker processes of its own.
+    if config.reward_func:
+        limits = CallLimits(config.reward_workers, config.reward_timeout)
+        function = FunctionReward.from_file(config.reward_func, limits)
+        try:
+            yield function.answer
+        finally:
+            with way_out("closing the reward"):
+                await function.close()
+        return
+    # A model runs in this process; requests that wait together share a forward pass.
+    model = ServedModel(config)
+    batcher = Batcher(model.forward, config.max_tokens_per_gpu, config.batch_size)
+
+    async def score(call: Call) -> Answer | Complaint:
+        tokens = await asyncio.to_thread(model.tokens_of, call.queries)
+        if isinstance(tokens, Complaint):
+            return tokens
+        scores = await batcher.score(tokens)
+        bad = next((index for index, value in enumerate(scores) if not math.isfinite(value)), None)
+        if bad is not None:
+            return Complaint(f"model gave {scores[bad]} for query {bad}", "check its weights and its number format")
+        return Answer(list(scores))
+
+    try:
+        yield score
+    finally:
+        with way_out("ending the batches"):
+            batcher.close()
+
+
+class ServedModel:
+    """A reward model in this process. Raises ModelError or DataError for a folder that holds none."""
+
+    def __init__(self, config: ServeRMConfig) -> None:
+        path = config.reward_pretrain
+        self._max_len = config.max_len
+        self._budget = config.max_tokens_per_gpu
+        self._tokenizer = load_tokenizer(path, chat_template=None, trust_remote_code=config.trust_remote_code)
+        self._known = known_tokens(path, config.trust_remote_code)
+        check_vocabulary(self._tokenizer, path, self._known)
+        world = World.solo()
+        model = load_scalar_model(
+            ModelSource(
+                path,
+                dtype_of(config.bf16),
+                flash_attn=config.flash_attn and default_device().type == "cuda",
+                trust_remote_code=config.trust_remote_code,
+                in_4bit=config.load_in_4bit,
+            ),
+            value_head_prefix=config.value_head_prefix,
+        )
+        self._positions = position_limit(model.hf.config.to_dict())
+        mean_std = (model.reward_mean, model.reward_std) if config.normalize_reward else (0.0, 1.0)
+        self._standardize = Standardization(*mean_std)
+        options = BackendOptions(config.bf16, 0, (0.9, 0.95), 0.0)
+        self._scorer = Scorer(frozen(model, world, options), world)
+
+    def tokens_of(self, queries: Sequence[str]) -> list[list[int]] | Complaint:
+        """Token ids of each query, or why they cannot be scored."""
+        try:
+            sequences = query_tokens(queries, self._tokenizer)
+        except DataError as error:
+            return Complaint(f"model cannot read a query: {error}", "send a text with one BOS token or none")
+        # One query at fault refuses the whole request, so that scores stay aligned with queries.
+        for index, tokens in enumerate(sequences):
+            if not tokens:
+                return Complaint(f"model has nothing to score: query {index} is empty", "send a text")
+            if len(tokens) > self._max_len:
+                what = f"model is not asked about query {index}: it has {len(tokens)} tokens, more than --max_len {self._max_len}"
+                return Complaint(what, "shorten it, or start the server with a larger --max_len")
+            if self._positions is not None and len(tokens) > self._positions:
+                what = f"model cannot read query {index}: it has {len(tokens)} tokens, and the model {self._positions} positions"
+                return Complaint(what, "shorten it")
+            if max(tokens) >= self._known:
+                unknown = self._tokenizer.convert_ids_to_tokens(max(tokens))
+                what = (
+                    f"model cannot read query {index}: {unknown!r} has no row among the {self._known} of its embedding"
+                )
+                return Complaint(what, "leave it out, or serve the model with its own tokenizer")
+        return sequences
+
+    def forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """One score per sequence, packed without padding."""
+        samples = [
+            Sample(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_), 0, "score")
+            for tokens in sequences
+        ]
+        packs = pack_all(samples, max_tokens=self._budget, max_sequences=None, share_prefix=False)
+        scores = packs.in_order(self._scorer.scores(packs.batches).tolist())
+        return [self._standardize(score) for score in scores]
+
+
+def query_tokens(queries: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of queries. Special tokens are written as text, padding at the ends is dropped, and BOS is added if the
+    tokenizer adds it.
+
+    Clients that decode padded batches send padding along. If padding and end token are the same, the first one behind the text is
+    the end token. Raises DataError.
+    """
+    pad, eos, bos = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id
+    wants_bos = adds_bos(tokenizer)
+    result = []
+    for tokens in encode(queries, tokenizer, add_special_tokens=False):
+        start, end = 0, len(tokens)
+        while start < end and tokens[start] == pad:
+            start += 1
+        while start < end and tokens[end - 1] == pad:
+            end -= 1
+        if pad == eos and end < len(tokens):
+            end += 1
+        needs_bos = wants_bos and tokens[start:end][:1] not in ([bos], [])
+        result.append([bos] * needs_bos + tokens[start:end])
+    return result

@@ -1,0 +1,91 @@
+"""Weight updates that carry a LoRA adapter alone: the engine's side, which needs no PEFT.
+
+An engine starts from the same files as the trainer's frozen base. So the trainer sends only A and B of each adapted layer, in
+float32 and by the layer's checkpoint name. The engine builds the full update itself: each tensor of the files in the engine's
+dtype, an adapted one as ``W + scale B A``, added in float32. W is read from the files for each update. So no update depends on the
+one before, no weight is rounded twice, and no second copy of the weights stays in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from togi.errors import ModelError
+from togi.weights.buckets import TensorSpec, differences
+from togi.weights.files import files_of
+
+A, B = "lora_A.weight", "lora_B.weight"
+WEIGHT = "weight"
+DTYPE = torch.float32
+"""The dtype of A and B, in training and in a weight update."""
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``weight + scale b a`` in float32."""
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+
+
+def problems(base: Iterable[TensorSpec], offered: Iterable[TensorSpec]) -> list[str]:
+    """Say why the ``offered`` tensors are not an adapter of weights like ``base``. Returns an empty list if they are one."""
+    weights = {spec.name: spec for spec in base}
+    have = tuple(offered)
+    stems = {spec.name.removesuffix(end) for spec in have for end in (A, B) if spec.name.endswith(end)}
+    # each adapted layer must have A and B that fit its weight
+    expected: list[TensorSpec] = []
+    ranks = {spec.name: spec.shape[0] for spec in have if spec.name.endswith(A)}
+    for stem in sorted(stems):
+        weight, rank = weights.get(stem + WEIGHT), ranks.get(stem + A, 0)
+        if weight is None or len(weight.shape) != 2:
+            return [f"{stem}{WEIGHT} is no matrix of the model, but has an adapter"]
+        rows, columns = weight.shape
+        expected += [TensorSpec(stem + A, (rank, columns), "float32"), TensorSpec(stem + B, (rows, rank), "float32")]
+    return differences(expected, have)
+
+
+class BaseFiles:
+    """The files of the base model, which both the engine and the trainer loaded, by checkpoint name."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+
+    @classmethod
+    def of(cls, model: str, expected: Iterable[TensorSpec]) -> Self:
+        """The files of a folder or hub name. Raises ModelError if they lack one of the ``expected`` tensors."""
+        found: dict[str, Path] = {}
+        for file in files_of(model):
+            with safe_open(file, framework="pt") as handle:
+                found |= dict.fromkeys(handle.keys(), file)
+        missing = [spec.name for spec in expected if spec.name not in found]
+        if missing:
+            raise ModelError(
+                f"--lora_rank sends the adapter alone, which engines merge into the files of --pretrain {model}, but they have no "
+                f"tensor called {missing[0]}: add --lora_sync merged."
+            )
+        return cls(found)
+
+    def with_adapter(
+        self, expected: Iterable[TensorSpec], adapter: Mapping[str, Tensor], scale: float
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the ``expected`` tensors with the adapter merged in, computed on the device of A and B."""
+        device = next(iter(adapter.values())).device
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            for spec in expected:
+                file = self._files[spec.name]
+                # each file is opened once; only the current tensor is in memory
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                dtype: torch.dtype = getattr(torch, spec.dtype)
+                weight: Tensor = opened[file].get_tensor(spec.name).to(device, dtype)
+                stem = spec.name.removesuffix(WEIGHT)
+                # most tensors have no adapter: embeddings, norms, the head
+                if stem + A in adapter:
+                    weight = merge(weight, adapter[stem + A], adapter[stem + B], scale).to(dtype)
+                yield spec.name, weight

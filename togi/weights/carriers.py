@@ -1,0 +1,210 @@
+"""The two ends of a weight update: how a bucket leaves a rank of the actor, how it travels, and how an engine opens it.
+
+A ``Channel`` is a process group of its own, made from a store and never registered. So it cannot clash with the trainer's default
+group, or with that of an engine in the same process (vLLM has one). Sending overlaps with the sender's next work. The nccl part
+follows torch's documentation and is not tested, as there was no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from togi.weights.buckets import Bucket, Checksum, TensorSpec
+
+NAME = "weights"
+SENDER = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the processes of a group meet. ``timeout_s`` is the timeout of joining and of every later collective, in seconds."""
+
+    rank: int
+    size: int
+    address: str
+    port: int
+    timeout_s: float = 1800.0
+
+
+class Channel:
+    """Rank 0 of the members sends. All others must receive every buffer, in the order of sending."""
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.device = device
+        self._group = group
+        self._sending: list[tuple[Any, Tensor]] = []
+
+    @classmethod
+    def join(cls, meeting: Rendezvous, device: torch.device) -> Self:
+        """Join the other members. Buffers are on ``device``; gloo sends those in host memory, nccl those on a GPU.
+
+        Raises torch's ``DistStoreError`` or RuntimeError if the others do not join in time.
+        """
+        limit = timedelta(seconds=meeting.timeout_s)
+        # a prefix, since other groups may use the same store
+        store = PrefixStore(NAME, TCPStore(meeting.address, meeting.port, is_master=False, timeout=limit))
+        if device.type == "cpu":
+            return cls(dist.ProcessGroupGloo(store, meeting.rank, meeting.size, limit), device)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = limit
+        return cls(dist.ProcessGroupNCCL(store, meeting.rank, meeting.size, options), device)
+
+    def send(self, buffer: Tensor) -> None:
+        """Start to send ``buffer`` (bytes, on ``device``) when the one before is sent. It must not change until ``flush``."""
+        # at most one buffer is being sent, so at most two are in memory
+        self.flush()
+        self._sending.append((self._broadcast(buffer), buffer))
+
+    def flush(self) -> None:
+        """Wait until all buffers are sent."""
+        for work, _ in self._sending:
+            self._finish(work)
+        self._sending.clear()
+
+    def receive(self, nbytes: int) -> Tensor:
+        """Receive the next ``nbytes`` bytes, in a new buffer."""
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self._finish(self._broadcast(buffer))
+        return buffer
+
+    def _broadcast(self, buffer: Tensor) -> Any:
+        options = dist.BroadcastOptions()
+        options.rootRank = SENDER
+        return self._group.broadcast([buffer], options)
+
+    def _finish(self, work: Any) -> None:
+        work.wait()
+        if self.device.type != "cpu":  # on a GPU ``wait`` only orders later work on the stream
+            torch.accelerator.synchronize(self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A bucket of ``nbytes`` bytes that travels over the channel."""
+
+    tensors: tuple[TensorSpec, ...]
+    offsets: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """A bucket in GPU memory: a function of torch and its arguments, which map it into another process."""
+
+    tensors: tuple[TensorSpec, ...]
+    offsets: tuple[int, ...]
+    rebuild: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+
+
+Parcel = Bucket | Announced | OnDevice
+
+
+class Carriage(Protocol):
+    """How buckets leave one rank."""
+
+    def carry(self, bucket: Bucket) -> Parcel | None:
+        """The parcel for the driver; None on a rank that sends nothing."""
+        ...
+
+    def flush(self) -> None:
+        """Called when nothing that was carried is needed any more: wait until it is sent, or free it."""
+        ...
+
+
+class ThroughDriver:
+    """Rank 0 returns the bucket itself."""
+
+    def __init__(self, *, sends: bool) -> None:
+        self._sends = sends
+
+    def carry(self, bucket: Bucket) -> Parcel | None:
+        return bucket if self._sends else None
+
+    def flush(self) -> None:
+        """Nothing to do: Ray keeps what is in its store."""
+
+
+class OverChannel:
+    """Rank 0 sends over the channel while all ranks gather the next bucket."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def carry(self, bucket: Bucket) -> Parcel | None:
+        buffer = bucket.as_tensor()
+        self._channel.send(buffer)
+        return Announced(bucket.tensors, bucket.offsets, buffer.nbytes)
+
+    def flush(self) -> None:
+        self._channel.flush()
+
+
+class SameDevice:
+    """Every rank shares its bucket with the engine on its GPU, and keeps it until the engine has the next one."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def carry(self, bucket: Bucket) -> Parcel | None:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        buffer = bucket.as_tensor()
+        torch.accelerator.synchronize()  # the other process does not wait for the streams of this one
+        # The engine may still read the last bucket, so two are alive.
+        self._kept = [*self._kept[-1:], buffer]
+        rebuild, arguments = reduce_tensor(buffer)  # type: ignore[no-untyped-call]
+        return OnDevice(bucket.tensors, bucket.offsets, rebuild, arguments)
+
+    def flush(self) -> None:
+        self._kept.clear()
+
+
+class Exporter:
+    """One rank's part of a weight update: its buckets, one after the other, and a checksum of all of them."""
+
+    def __init__(self, buckets: Iterator[Bucket], carriage: Carriage) -> None:
+        self._buckets, self._carriage = buckets, carriage
+        self._checksum = Checksum()
+
+    def next(self) -> tuple[int, Parcel | None]:
+        """Gather the next bucket; all ranks call together. Returns (number of its tensors, parcel)."""
+        bucket = next(self._buckets)
+        self._checksum.add(bucket)
+        return len(bucket.tensors), self._carriage.carry(bucket)
+
+    def finish(self) -> str:
+        """Wait until the last bucket is sent. Returns the checksum of what this rank gathered."""
+        self._carriage.flush()
+        return self._checksum.digest()
+
+
+class Inbox:
+    """One engine's part of a weight update. ``channels``: the channel of announced buckets, if any."""
+
+    def __init__(self, channels: list[Channel]) -> None:
+        self._channels = channels
+        self._checksum = Checksum()
+
+    def open(self, parcel: Parcel) -> Bucket:
+        """The bucket of a parcel. Blocks until it has arrived."""
+        if isinstance(parcel, Bucket):
+            bucket = parcel
+        elif isinstance(parcel, Announced):
+            (channel,) = self._channels
+            bucket = Bucket.of(parcel.tensors, parcel.offsets, channel.receive(parcel.nbytes))
+        else:
+            bucket = Bucket.of(parcel.tensors, parcel.offsets, parcel.rebuild(*parcel.arguments))
+        self._checksum.add(bucket)
+        return bucket
+
+    def checksum(self) -> str:
+        return self._checksum.digest()
