@@ -54,7 +54,7 @@ SHOWN = 200
 PAIR = ("chosen", "rejected")
 
 
-def settings(parsed: Parsed[Any]) -> Iterator[str]:
+def settings_text(parsed: Parsed[Any]) -> Iterator[str]:
     """Every setting that was given, with its source. Settings derived from this machine are reported elsewhere."""
     values = parsed.config.model_dump(mode="json")
     given = {name: value for name, value in values.items() if parsed.sources[name] not in (Source.DEFAULT, Source.AUTO)}
@@ -65,7 +65,7 @@ def settings(parsed: Parsed[Any]) -> Iterator[str]:
         yield f"  --{name} {shown if len(shown) <= SHOWN else shown[:SHOWN] + ' ...'} ({parsed.sources[name]})"
 
 
-def model(flag: str, path: str, found: Sizes) -> str:
+def model_text(flag: str, path: str, found: Sizes) -> str:
     """The size of a model."""
     adapter = f", {found.trained:,} of an adapter are trained" if found.adapter else ""
     return (
@@ -74,7 +74,7 @@ def model(flag: str, path: str, found: Sizes) -> str:
     )
 
 
-def tokenizer(found: Tokenizer, stops: Sequence[int]) -> str:
+def tokenizer_text(found: Tokenizer, stops: Sequence[int]) -> str:
     """Type, size and special tokens of the tokenizer, and the tokens that end an answer."""
     names = {"BOS": found.bos_token, "EOS": found.eos_token, "padding": found.pad_token}
     special = ", ".join(f"{name} {token!r}" for name, token in names.items() if token is not None)
@@ -82,7 +82,7 @@ def tokenizer(found: Tokenizer, stops: Sequence[int]) -> str:
     return f"tokenizer: {type(found).__name__} with {len(found):,} tokens ({special}); answers end at {ends}"
 
 
-def template(config: PromptText, found: Tokenizer) -> str:
+def template_text(config: PromptText, found: Tokenizer) -> str:
     """How a prompt becomes text."""
     if config.apply_chat_template:
         own = config.tokenizer_chat_template is None
@@ -93,7 +93,7 @@ def template(config: PromptText, found: Tokenizer) -> str:
     return f"template: none, rows are taken as they are{rest}"
 
 
-def rows(name: str, report: DataReport, *, width: int = 1) -> Iterator[str]:
+def rows_text(name: str, report: DataReport, *, width: int = 1) -> Iterator[str]:
     """How many rows are used and dropped, their lengths, and the first examples as the model sees them.
 
     ``width``: examples of one row (2 for pairs).
@@ -121,13 +121,13 @@ def indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def reward(trial: Mapping[str, Sequence[Score]], answer: str) -> Iterator[str]:
+def reward_text(trial: Mapping[str, Sequence[Score]], answer: str) -> Iterator[str]:
     """The reward that each reward function gave when it was tried."""
     for name, scores in trial.items():
-        yield f"reward: {name} says {score(scores[0])} of the answer {answer!r} to the first prompt"
+        yield f"reward: {name} says {score_text(scores[0])} of the answer {answer!r} to the first prompt"
 
 
-def score(found: Score) -> str:
+def score_text(found: Score) -> str:
     """A reward in words, with its parts."""
     if found.outcome is not Outcome.SCORE:
         return str(found.outcome)
@@ -135,13 +135,13 @@ def score(found: Score) -> str:
     return f"{found.value:g}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
 
 
-def samples(groups: Sequence[ScoredGroup]) -> Iterator[str]:
+def samples_text(groups: Sequence[ScoredGroup]) -> Iterator[str]:
     """The first answers of the first groups with their rewards."""
     for group in groups[:SHOWN_GROUPS]:
         rollout, found = group.rollouts[0], group.scores[0]
         text = rollout.response_text if len(rollout.response_text) <= SHOWN else f"{rollout.response_text[:SHOWN]}..."
         tokens = len(rollout.response_tokens)
-        yield f"sample: {text!r} ({tokens} tokens, {rollout.finish_reason}), reward {score(found)}"
+        yield f"sample: {text!r} ({tokens} tokens, {rollout.finish_reason}), reward {score_text(found)}"
 
 
 MOST_AT_ONCE = 256
@@ -239,19 +239,19 @@ Say = Callable[[str], None]
 def look_at_offline(parsed: Parsed[Method], command: str, say: Say) -> None:
     """Do everything that ``togi <command>`` does before it loads a model, and report it. Raises UserError."""
     config, sizes = parsed.config, size_of(parsed.config)
-    _say_all(settings(parsed), say)
+    _say_all(settings_text(parsed), say)
     with Progress() as progress:
         opened = offline.opening(config, command, World.solo(), progress, say)
     # Facts of the run: model, lengths, tokenizer, template, rows, disk space.
-    say(model("pretrain", config.pretrain, sizes(config.pretrain, config.is_scalar)))
+    say(model_text("pretrain", config.pretrain, sizes(config.pretrain, config.is_scalar)))
     say(_lengths(f"--max_len {config.max_len}", config.pretrain))
-    say(tokenizer(opened.data.tokenizer, opened.data.stop_token_ids))
+    say(tokenizer_text(opened.data.tokenizer, opened.data.stop_token_ids))
     if config.learns_every_token:
         say("template: none, every token is learnt (--pretrain_mode)")
     elif config.prompt_text is not None:
-        say(template(config.prompt_text, opened.data.tokenizer))
+        say(template_text(config.prompt_text, opened.data.tokenizer))
     for name, report in opened.data.reports.items():
-        _say_all(rows(name, report, width=config.width), say)
+        _say_all(rows_text(name, report, width=config.width), say)
     say(f"disk: {check_room(config, offline_writing(config, opened.plan.steps, sizes))}")
     # For RL, `setting_signs` makes this check.
     if config.learning_rate == 0:
@@ -266,7 +266,7 @@ def look_at_rl(parsed: Parsed[RLConfig], sample_groups: int, say: Say) -> None:
 
     ``sample_groups``: how many groups the policy also answers as a sample; 0 for none. Raises UserError.
     """
-    _say_all(settings(parsed), say)
+    _say_all(settings_text(parsed), say)
     with Progress() as progress:
         asyncio.run(_look_at_rl(parsed.config, sample_groups, progress, say))
 
@@ -287,17 +287,17 @@ async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, 
 def _describe(config: RLConfig, opened: Opening, tokenizer: Tokenizer, say: Say) -> None:
     """Report model, lengths, tokenizer, template, rows, reward, placement and disk space."""
     material, sizes = opened.material, size_of(config)
-    say(model("pretrain", config.pretrain, sizes(config.pretrain, False)))
+    say(model_text("pretrain", config.pretrain, sizes(config.pretrain, False)))
     asked = f"--prompt_max_len {config.prompt_max_len} + --generate_max_len {config.generate_max_len}"
     say(_lengths(asked if config.max_len is None else f"--max_len {config.max_len}", config.pretrain))
-    say(tokenizer(tokenizer, material.stop_token_ids))
-    say(template(config, tokenizer))
+    say(tokenizer_text(tokenizer, material.stop_token_ids))
+    say(template_text(config, tokenizer))
     for name, report in material.reports.items():
-        _say_all(rows(name, report), say)
+        _say_all(rows_text(name, report), say)
     # The reward was called once by the opening; reward models are too large to load here.
     if material.trial:
         answer = rl_setup.example(material.prompts[0]).response_text
-        _say_all(reward(material.trial, answer), say)
+        _say_all(reward_text(material.trial, answer), say)
     for path in config.scoring_models:
         say(f"reward: the model {path} is loaded by the run, not here")
     # Without GPUs and without a Ray cluster the groups are placed on processes.
@@ -316,7 +316,7 @@ async def _sampled(
     from togi.weights.files import local_folder
 
     found = await sample(config, material, groups, progress)
-    _say_all(samples(found), say)
+    _say_all(samples_text(found), say)
     stops = tuple(sorted({*material.stop_token_ids, *end_token_ids(local_folder(config.pretrain))}))
     return [
         *reward_signs(config, found),
