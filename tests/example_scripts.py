@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import warm
 from tests.offline_world import ROOT
 from togi.config.fields import Settings
 from togi.config.infer import ChatConfig, InferConfig, check_chat, check_infer
@@ -70,8 +71,8 @@ class Command:
 def run_script(
     script: str, *flags: object, stdin: str | None = None, **variables: object
 ) -> subprocess.CompletedProcess[str]:
-    """A script as users start it, with the togi of this checkout; what it said is shown where it fails."""
-    names = {"TOGI": BIN / "togi", "PYTHONPATH": ROOT, **variables}
+    """A script as users start it; what it said is shown where it fails."""
+    names = {"TOGI": warm.script(), "TORCHRUN": warm.torchrun(), "PYTHONPATH": ROOT, **variables}
     done = subprocess.run(
         [SCRIPTS / script, *map(str, flags)],
         cwd=ROOT,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import warm
 from tests.example_scripts import run_script
 from tests.tiny import save_tiny_model
 
@@ -47,7 +48,7 @@ def command(world: Path, run: Path, *flags: str) -> list[str]:
 
 
 def train(world: Path, run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(world, run, *flags), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = warm.run(command(world, run, *flags))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

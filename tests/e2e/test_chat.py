@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests import warm
 from tests.tiny import STOP, save_tiny_model, tiny_model, tiny_tokenizer
 from togi.cli.main import main
 from togi.config.infer import REWARD_TEMPLATE
@@ -59,15 +60,7 @@ def greedy(model: PreTrainedModel, *turns: str) -> str:
 
 def chat(folder: Path, typed: str, *flags: str) -> subprocess.CompletedProcess[str]:
     words = ["-m", "togi", "chat", "--pretrain", str(folder), "--temperature", "0", "--max_len", str(NEW_TOKENS)]
-    return subprocess.run(
-        [sys.executable, *words, *flags],
-        check=False,
-        cwd=ROOT,
-        input=typed,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return warm.run([sys.executable, *words, *flags], input=typed)
 
 
 def test_answers_history_clear_and_exit(folder: Path) -> None:
@@ -144,14 +137,8 @@ def test_plain_text_grows_by_the_template_and_repeats_less(folder: Path, tmp_pat
         "--repetition_penalty",
         "1.5",
     ]
-    done = subprocess.run(
-        [sys.executable, *words, "--ta_prompt", str(tmp_path / "start.txt")],
-        cwd=ROOT,
-        input="hello\nagain\nclear\nhello\nexit\n",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    more = ["--ta_prompt", str(tmp_path / "start.txt")]
+    done = warm.run([sys.executable, *words, *more], input="hello\nagain\nclear\nhello\nexit\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{BANNER}\n> {first}\n> {second}\n> > {first}\n> "
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.offline_world import ROOT, flags, make_world, train, values, write
+from tests import warm
+from tests.offline_world import flags, make_world, train, values, write
 from tests.tiny import STOP
 from togi.cli.main import main
 from togi.run import offline_setup
@@ -191,7 +191,7 @@ def test_vllm_generates_too(world: Path, tmp_path: Path) -> None:
     """In a process of its own, which vLLM changes: its seeds, its threads."""
     words = ("--on_policy_share", "1", "--generate_max_len", "12", "--vllm_cpu_kv_cache_gb", "0.1")
     command = [sys.executable, "-m", "togi.cli.train_kd", *flags(world, "kd", tmp_path / "run", *words, evaluate=False)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = warm.run(command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     steps = values(tmp_path / "run")
     assert len(steps) == 4

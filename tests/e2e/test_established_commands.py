@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.offline_world import ROOT, answer, pair, verdict, write
 from tests.tiny import save_tiny_model
 
@@ -79,13 +79,10 @@ def test_the_command_runs_as_it_is(data: Path, tmp_path: Path, command: str) -> 
         for name, place in places.items():
             word = word.replace(name, place)  # noqa: PLW2901
         flags.append(word)
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", f"togi.cli.train_{command}", *flags],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead" in done.stdout

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.example_scripts import BIN, SCRIPTS, commands, run_script
+from tests.example_scripts import SCRIPTS, commands, run_script
 from tests.learn_tools import max_difference
 from tests.offline_world import ROOT, values
 from tests.tiny import save_tiny_model
@@ -60,7 +60,7 @@ def here(script: str, folder: Path, model: Path, *flags: str, run: Path) -> list
 
 def launched(script: str, model: Path, run: Path) -> list[dict[str, float]]:
     """The script as users start it, in two processes."""
-    names = {"MODEL": model, "OUT": run, "PROCESSES": 2, "PARTS": 2, "TORCHRUN": BIN / "torchrun"}
+    names = {"MODEL": model, "OUT": run, "PROCESSES": 2, "PARTS": 2}
     run_script(script, *TINY.split(), **names, OMP_NUM_THREADS=1)
     return values(run)
 

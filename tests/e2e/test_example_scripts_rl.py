@@ -17,7 +17,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.example_scripts import BIN, SCRIPTS, run_script
+from tests import warm
+from tests.example_scripts import SCRIPTS, run_script
 from tests.offline_world import ROOT, values, write
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 
@@ -77,7 +78,7 @@ def places(world: Path, run: Path) -> dict[str, Path]:
 def served(world: Path) -> Iterator[str]:
     """serve_rm.sh on a free port; its URL."""
     words = [SCRIPTS / "serve_rm.sh", "--no_bf16"]
-    names = {"TOGI": BIN / "togi", "PYTHONPATH": ROOT, "PORT": 0, **places(world, world)}
+    names = {"TOGI": warm.script(), "PYTHONPATH": ROOT, "PORT": 0, **places(world, world)}
     names = os.environ | {name: str(value) for name, value in names.items()}
     process = subprocess.Popen(words, env=names, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests import warm
 from tests.example_scripts import run_script
 from tests.offline_world import ROOT, values, write
 from tests.tiny import save_tiny_model
@@ -85,6 +86,6 @@ def test_a_function_that_cannot_be_right_stops_before_anything_starts(world: Pat
             tmp_path / "run",
         ),
     ]
-    done = subprocess.run([sys.executable, "-m", "togi", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    done = warm.run([sys.executable, "-m", "togi", *flags])
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert "own.py:mean returned a tensor of shape () for 5 tokens" in done.stderr

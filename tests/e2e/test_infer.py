@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from tests import warm
 from tests.offline_world import ROOT, write
 from tests.tiny import PAD, STOP, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 from togi.cli.main import main
@@ -190,7 +191,7 @@ def test_vllm_gives_the_same_greedy_text(world: Path, tmp_path: Path) -> None:
     ours = infer(world, tmp_path / "ours.jsonl", *same)
     command = [sys.executable, "-m", "togi.cli.batch_inference", *words(world, tmp_path / "vllm.jsonl", *same)[1:]]
     command += ["--eval_task", "generate_vllm", "--vllm_cpu_kv_cache_gb", "0.1", "--enable_prefix_caching"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = warm.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert read(tmp_path / "vllm.jsonl") == ours
 
@@ -200,7 +201,7 @@ def test_a_vllm_in_two_processes_gives_the_same_greedy_text(world: Path, tmp_pat
     flags = ["--greedy_sampling", "--eval_task", "generate_vllm", "--vllm_cpu_kv_cache_gb", "0.1", "--tp_size", "2"]
     command = [sys.executable, "-m", "togi.cli.batch_inference", *words(world, tmp_path / "vllm.jsonl", *flags)[1:]]
     command += ["--zero_stage", "3"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = warm.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert read(tmp_path / "vllm.jsonl") == ours
     assert "--zero_stage 3: one process has nothing to shard" in done.stdout

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.example_scripts import BIN, run_script
+from tests.example_scripts import run_script
 from tests.offline_world import DATA, ROOT, flags, launch, make_world, train
 from togi.cli.main import main
 from togi.methods import METHODS
@@ -256,7 +256,7 @@ TINY = "--no_bf16 --max_samples 6 --train_batch_size 4 --micro_train_batch_size 
 @pytest.mark.parametrize("script", EXAMPLES)
 def test_every_example_trains(world: Path, tmp_path: Path, script: str) -> None:
     run = tmp_path / "run"
-    places = {"MODEL": world / "model", "TEACHER": world / "teacher", "OUT": run, "TORCHRUN": BIN / "torchrun"}
+    places = {"MODEL": world / "model", "TEACHER": world / "teacher", "OUT": run}
     run_script(script, *TINY.split(), *EXAMPLES[script], **places, OMP_NUM_THREADS=1)
     values = [json.loads(line)["values"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(values) == 1 + 2  # an evaluation before training, then six rows in batches of four and two

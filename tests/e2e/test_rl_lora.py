@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests import warm
 from tests.rl_world import GRPO, HF, ROOT, loads_in_a_plain_script, metrics, train
 
 pytestmark = pytest.mark.busy
@@ -50,7 +50,7 @@ def test_vllm_gets_the_adapter_alone(world: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     words = ["--lora_path", run / "model", "--output_path", tmp_path / "merged"]
     merge = [sys.executable, "-m", "togi.cli.lora_combiner", *map(str, words)]
-    subprocess.run(merge, env=environment, check=True, timeout=120)
+    assert warm.run(merge, env=environment).returncode == 0
     loads_in_a_plain_script(tmp_path / "merged")
 
 
@@ -60,9 +60,7 @@ def test_chat_takes_an_adapter(world: Path, tmp_path: Path) -> None:
     done = train(world, run, *GRPO, *HF, *LORA, "--max_steps", "1", "--actor_learning_rate", "1e-2")
     assert f"togi chat --pretrain {run / 'model'}" in done.stdout
     words = [sys.executable, "-m", "togi", "chat", "--pretrain", run / "model", "--max_len", "4", "--temperature", "0"]
-    chat = subprocess.run(
-        list(map(str, words)), input="hello\nexit\n", cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    chat = warm.run(words, input="hello\nexit\n")
     assert chat.returncode == 0, chat.stderr[-2000:]
     assert len(chat.stdout.splitlines()) >= 2, chat.stdout  # the banner and an answer
 
