@@ -113,19 +113,19 @@ def boxes(chosen: Iterable[Combination]) -> list[dict[str, tuple[str, ...]]]:
 
 def page() -> str:
     """docs/parallelism.md."""
-    taken = supported()
+    accepted, trained = supported(), sum(len(covering(taken(layers))) for layers in AXES["layers"])
     lines = [
         "# Which ways of computing a step go together",
         "",
         "    .venv/bin/python -m tests.combinations > docs/parallelism.md    # makes this page again",
         "",
-        f"The settings take {len(taken)} of {len(verdicts())} combinations and refuse the others, each with the sentence below,",
-        "before anything is loaded. Each works with any number of processes that the size of its ring or group divides, data",
-        "parallel.",
+        f"The settings take {len(accepted)} of {len(verdicts())} combinations and refuse the others, each with the sentence",
+        "below, before anything is loaded. Each works with any number of processes that the size of its ring or group divides,",
+        "data parallel.",
         f"`{COVERED}`",
-        f"trains a selection of {len(covering(training(taken)))}, in which every pair of values that may go together on fixed",
-        "data does, on two processes, and compares losses, gradient norms and saved weights with one plain process;",
-        "`TOGI_COMBINATIONS=all` before the test's command trains all of them. What else shows a value:",
+        f"trains a selection of {trained}, in which every pair of values that may go together on fixed data does, on two",
+        "processes, and compares losses, gradient norms and saved weights with one plain process (with compiled layers in",
+        "`make test-all`); `TOGI_COMBINATIONS=all` before the test's command trains all of them. What else shows a value:",
         "",
         *(f"* {value}: `{test}`" for value, test in SHOWN_BY.items()),
         "",
@@ -133,7 +133,7 @@ def page() -> str:
         "",
         "## Supported",
         "",
-        *table(boxes(taken)),
+        *table(boxes(accepted)),
         "",
         "## Refused",
         "",
@@ -147,9 +147,9 @@ def page() -> str:
     return "\n".join(lines)
 
 
-def training(supported: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    """Those of the commands on fixed data."""
-    return [c for c in supported if c["command"] != RL]
+def taken(layers: str) -> list[dict[str, str]]:
+    """What the settings take of the commands on fixed data, with such layers."""
+    return [c for c in supported() if c["command"] != RL and c["layers"] == layers]
 
 
 def table(rows: list[dict[str, tuple[str, ...]]]) -> list[str]:

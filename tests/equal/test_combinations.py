@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch._dynamo
 from safetensors.torch import load_file
 
-from tests.combinations import AXES, RL, covering, page, supported, training, words
+from tests.combinations import AXES, RL, covering, page, taken, words
 from tests.learn_tools import max_difference, partition_small_weights, run_ranks
 from tests.offline_world import flags, make_world, train, values
 from togi.config.parse import parse
@@ -27,13 +28,14 @@ FILES = {"none": "model.safetensors", "LoRA": "adapter_model.safetensors", "QLoR
 
 
 CHOSEN = "chosen.json"
+# Compiling takes minutes on two cores; what compiled layers compute is also in test_compiled_layers.
+LAYERS = ["as they are", pytest.param("compiled", marks=pytest.mark.large)]
 
 
 @cache
-def chosen() -> list[dict[str, str]]:
+def chosen(layers: str) -> list[dict[str, str]]:
     """The combinations that are trained; found when a test asks for them, as it takes a while."""
-    taken = training(supported())
-    return taken if os.environ.get("TOGI_COMBINATIONS") == "all" else covering(taken)
+    return taken(layers) if os.environ.get("TOGI_COMBINATIONS") == "all" else covering(taken(layers))
 
 
 def more(folder: Path, combination: dict[str, str]) -> list[str]:
@@ -54,21 +56,29 @@ def run_chosen(world: World, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_world(tmp_path_factory.mktemp("world"))
-    (folder / CHOSEN).write_text(json.dumps(chosen()))
-    run_ranks(run_chosen, 2, folder)
-    return folder
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder in which all chosen combinations with some layers have been trained."""
+
+    @cache
+    def world(layers: str) -> Path:
+        folder = make_world(tmp_path_factory.mktemp("world"))
+        (folder / CHOSEN).write_text(json.dumps(chosen(layers)))
+        run_ranks(run_chosen, 2, folder)
+        return folder
+
+    return world
 
 
+@pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("command", [command for command in AXES["command"] if command != RL])
-def test_pairs_of_ways_equal_one_plain_process(world: Path, command: str) -> None:
+def test_pairs_of_ways_equal_one_plain_process(worlds: Callable[[str], Path], command: str, layers: str) -> None:
     """Loss, gradient norm and tokens of every step, and the weights that are saved."""
-    for what in sorted({tuple(c[axis] for axis in WHAT) for c in chosen() if c["command"] == command}):
+    world = worlds(layers)
+    for what in sorted({tuple(c[axis] for axis in WHAT) for c in chosen(layers) if c["command"] == command}):
         plain = {axis: next(iter(AXES[axis])) for axis in AXES} | dict(zip(WHAT, what, strict=True))
         one = world / "one" / "-".join(what)
         first = train(world, command, one, *more(world, plain), *words(plain, WHAT), evaluate=False)
-        for combination in (c for c in chosen() if tuple(c[axis] for axis in WHAT) == what):
+        for combination in (c for c in chosen(layers) if tuple(c[axis] for axis in WHAT) == what):
             assert_equal(one, first, world / name(combination), combination)
 
 
@@ -84,12 +94,12 @@ def assert_equal(one: Path, first: list[dict[str, float]], run: Path, combinatio
     assert max_difference(ours, theirs) < 3e-4, combination
 
 
-def test_layers_were_compiled(world: Path) -> None:
+@pytest.mark.large
+def test_layers_were_compiled(worlds: Callable[[str], Path]) -> None:
     """In the first of the runs that ask for it, at the latest; later ones take what is there."""
-    reported = {name(c): [step.get("compile/seconds") for step in values(world / name(c))] for c in chosen()}
-    asked = {name(c) for c in chosen() if c["layers"] == "compiled"}
-    assert asked == {run for run, seconds in reported.items() if None not in seconds}
-    assert max(sum(reported[run]) for run in asked) > 1
+    world = worlds("compiled")
+    reported = [[step["compile/seconds"] for step in values(world / name(c))] for c in chosen("compiled")]
+    assert max(map(sum, reported)) > 1
 
 
 def test_the_page_is_what_the_settings_say() -> None:
