@@ -14,7 +14,7 @@ from tests.engines import manifest_of, start, weights
 from tests.tiny import save_tiny_model
 from togi.algo.policy import router_disagreement
 from togi.config.choices import EngineName
-from togi.data.packing import pack_all
+from togi.data.packing import in_order, pack_all
 from togi.learn.scorer import Scorer
 from togi.model.loading import ModelSource, load_causal_lm
 from togi.parallel.process import World
@@ -39,8 +39,8 @@ def trainer_routes(folder: Path) -> Tensor:
     model = load_causal_lm(ModelSource(str(folder), torch.float32))
     samples = [probe(TOKENS[::-1], 400), probe(TOKENS, 400)]
     packs = pack_all(samples, max_tokens=400, max_sequences=None, share_prefix=False)
-    assert len(packs.batches) == 1
-    routes = packs.in_order(Scorer(model, World.solo(torch.device("cpu"))).routes(packs.batches))
+    assert len(packs) == 1
+    routes = in_order(packs, Scorer(model, World.solo(torch.device("cpu"))).routes(packs))
     return torch.from_numpy(routes[1]).long()
 
 

@@ -18,7 +18,6 @@ from tests.source import PACKAGE, trees
 
 # What a rollout is on its way from a row of a file to a metric and a row of a table, in this order.
 ROLLOUT = (
-    "data/prompts.py: _Rendered",
     "sample.py: Prompt",
     "rollout/collect.py: _Group",
     "rollout/threaded.py: _Request",
@@ -31,7 +30,6 @@ ROLLOUT = (
     "pump/experience.py: ScoredGroup",
     "pump/experience.py: Trainable",
     "sample.py: Sample",
-    "data/packing.py: Packs",
     "batch.py: Batch",
     "model/policy.py: Outputs",
     "algo/policy.py: PolicyTerms",
@@ -110,7 +108,7 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "record types that one rollout passes": Measure(lambda: len(ROLLOUT), 23, 12),
+    "record types that one rollout passes": Measure(lambda: len(ROLLOUT), 21, 12),
     "isinstance(config, ...) and case XConfig()": Measure(config_types_asked_for, 3, 3),
     "Any per 1,000 lines": Measure(any_per_thousand_lines, 10.8, 4),
     "import lines, percent": Measure(lambda: 100 * lines().imports / lines().all, 7.7, 6),

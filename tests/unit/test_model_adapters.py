@@ -35,7 +35,7 @@ def one_sequence() -> Batch:
     mask = np.ones(len(IDS), dtype=np.bool_)
     mask[0] = False
     sample = Sample(np.asarray(IDS, dtype=np.int64), mask, 0, "g")
-    return pack_all([sample], max_tokens=64, max_sequences=None, share_prefix=False).batches[0]
+    return pack_all([sample], max_tokens=64, max_sequences=None, share_prefix=False)[0]
 
 
 def adapted(folder: Path, lora: LoRA = LORA) -> PolicyModel:

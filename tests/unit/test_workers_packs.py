@@ -9,6 +9,7 @@ import torch
 from tests.tiny import tiny_model
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
+from togi.data.packing import in_order
 from togi.learn.scorer import Scorer
 from togi.model.policy import PolicyModel
 from togi.parallel.process import World
@@ -36,10 +37,11 @@ def test_log_probs_come_back_in_the_order_of_the_samples(flags: list[str]) -> No
     worker._config = parse(RLConfig, flags, "rl").config
     scorer = Scorer(PolicyModel(tiny_model("llama")), World.solo(torch.device("cpu")))
     packs = worker._packs(samples(), "auto")
-    assert len(packs.batches) > 1
+    assert len(packs) > 1
     if flags[0] == "--max_tokens_per_gpu":
-        assert packs.places != sorted(packs.places), "this case must not be in order by chance"
-    together = packs.in_order(scorer.logprobs(packs.batches))
+        places = [place for batch in packs for place in batch.order_N]
+        assert places != sorted(places), "this case must not be in order by chance"
+    together = in_order(packs, scorer.logprobs(packs))
     for sample, logprobs in zip(samples(), together, strict=True):
         alone = worker._packs([sample], "auto")
-        np.testing.assert_allclose(logprobs, scorer.logprobs(alone.batches)[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(logprobs, scorer.logprobs(alone)[0], rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -214,8 +214,6 @@ def _longest_first(units: Sequence[_Unit], ranks: int) -> _Deal:
 
 T = TypeVar("T")
 
-__all__ = ["PackStats", "Packs", "micro_batches", "pack", "pack_all", "pack_stats", "split_ranks"]
-
 
 @dataclass(frozen=True, slots=True)
 class PackStats:
@@ -231,19 +229,6 @@ class PackStats:
     def saved_share(self) -> float:
         """The share of tokens that need no computation, 0 to 1: 1 - tokens / unshared tokens."""
         return 1 - self.tokens / self.unshared_tokens
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Packs:
-    """Samples packed into batches. ``places``: the samples' places in the caller's list, batch after batch."""
-
-    batches: list[Batch]
-    places: list[int]
-
-    def in_order(self, results: Sequence[T]) -> list[T]:
-        """Reorder results (batch after batch, one per sample) to the order of the caller's list."""
-        by_place = dict(zip(self.places, results, strict=True))
-        return [by_place[place] for place in range(len(self.places))]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -292,8 +277,8 @@ def pack_all(
     max_sequences: int | None,
     share_prefix: bool,
     whole_groups: bool = False,
-) -> Packs:
-    """Split samples into micro-batches (``partition.micro_batches``) and pack each."""
+) -> list[Batch]:
+    """Split samples into micro-batches (``micro_batches``) and pack each. ``order_N`` has the places in ``samples``."""
     plans = micro_batches(
         samples,
         max_tokens=max_tokens,
@@ -302,7 +287,17 @@ def pack_all(
         whole_groups=whole_groups,
     )
     batches = [pack([samples[i] for i in plan], share_prefix=share_prefix) for plan in plans]
-    return Packs(batches, [place for plan in plans for place in plan])
+    return [
+        replace(batch, order_N=tuple(plan[i] for i in batch.order_N))
+        for batch, plan in zip(batches, plans, strict=True)
+    ]
+
+
+def in_order(batches: Sequence[Batch], results: Sequence[T]) -> list[T]:
+    """Results of ``pack_all``'s batches (one per sample, as ``Scorer`` gives them) in the order of the list that was packed."""
+    places = [place for batch in batches for place in sorted(batch.order_N)]
+    by_place = dict(zip(places, results, strict=True))
+    return [by_place[place] for place in range(len(places))]
 
 
 def pack_stats(batch: Batch) -> PackStats:

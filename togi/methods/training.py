@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from togi.data.packing import Packs, pack_all, split_ranks
+from togi.batch import Batch
+from togi.data.packing import in_order, pack_all, split_ranks
 from togi.data.records import Examples
 from togi.learn.objective import REF_LOGPROBS
 from togi.learn.scorer import Scorer
@@ -62,7 +63,7 @@ class Dealer:
         """This rank's share of the samples of a step; the ranks of a ring have the same share."""
         return [samples[i] for i in self.places(samples)[self.world.share]]
 
-    def packs(self, samples: Sequence[Sample]) -> Packs:
+    def packs(self, samples: Sequence[Sample]) -> list[Batch]:
         """This rank's samples, packed."""
         return pack_all(
             samples,
@@ -75,7 +76,7 @@ class Dealer:
     def logprobs(self, scorer: Scorer, samples: Sequence[Sample]) -> list[NDArray[np.float32]]:
         """Logprobs at each sample's tokens in the loss, in the order of ``samples``."""
         packs = self.packs(samples)
-        return packs.in_order(scorer.logprobs(packs.batches))
+        return in_order(packs, scorer.logprobs(packs))
 
 
 class Preparation(Protocol):

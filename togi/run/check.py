@@ -17,7 +17,7 @@ from togi.config.parse import Parsed, Source
 from togi.config.rl import RLConfig
 from togi.config.shared import PromptText
 from togi.data.chat import Tokenizer, load_tokenizer, visible
-from togi.data.packing import pack_all
+from togi.data.packing import in_order, pack_all
 from togi.data.prompts import PromptLoader
 from togi.data.report import DataReport
 from togi.errors import ConfigError, UserError
@@ -227,7 +227,7 @@ def _scores(config: RLConfig, scorer: Scorer) -> Callable[[Sequence[Sequence[int
             max_sequences=None,
             share_prefix=False,
         )
-        found: list[float] = packs.in_order(scorer.scores(packs.batches).tolist())
+        found: list[float] = in_order(packs, scorer.scores(packs).tolist())
         return found
 
     return scores

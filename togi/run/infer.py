@@ -32,7 +32,7 @@ from togi.data.chat import (
     stop_token_ids,
     visible,
 )
-from togi.data.packing import pack_all
+from togi.data.packing import in_order, pack_all
 from togi.data.precheck import asked_reward, with_reward
 from togi.data.prompts import DEFAULT_DATASOURCE, PromptSpec, fingerprint, load_prompts
 from togi.data.row_log import RowLog
@@ -338,7 +338,7 @@ def score_tokens(scorer: Scorer, sequences: Sequence[Sequence[int]], config: Inf
     packs = pack_all(
         samples, max_tokens=config.max_tokens_per_gpu, max_sequences=config.micro_batch_size, share_prefix=False
     )
-    scores: list[float] = packs.in_order(scorer.scores(packs.batches).tolist())
+    scores: list[float] = in_order(packs, scorer.scores(packs).tolist())
     return scores
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from togi.config.parse import Parsed
-from togi.data.packing import PackStats, pack_stats
+from togi.data.packing import PackStats, in_order, pack_stats
 from togi.data.records import Examples
 from togi.errors import CheckpointError
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
@@ -241,7 +241,7 @@ class OfflineRun:
         """One optimizer step."""
         start = time.perf_counter()
         with self._journal.progress.phase("training"):
-            batches = self._models.dealer.packs(samples).batches
+            batches = self._models.dealer.packs(samples)
             stats = sum((pack_stats(batch) for batch in batches), PackStats(0, 0))
             report = self._models.learner.update(batches)
             # Tokens are summed over ranks: each rank has seen its share only.
@@ -276,8 +276,8 @@ class OfflineRun:
             for samples in self._in_parts(examples):
                 mine = self._models.prepare(samples, seed=self._seed(0))
                 packs = self._models.dealer.packs(mine)
-                part = measure(self._models.learner.backend.module, objective, self._world, packs.batches)
-                rows += judge(mine, packs.in_order(part.judged), self.config.badness)
+                part = measure(self._models.learner.backend.module, objective, self._world, packs)
+                rows += judge(mine, in_order(packs, part.judged), self.config.badness)
                 parts.append(replace(part, judged=()))
                 self._journal.beat()
             # Stage 2: merge the ranks. Only the worst and best rows of each rank are gathered.
@@ -341,7 +341,7 @@ class OfflineRun:
         own = [np.empty(0, dtype=np.float32)]
         for samples in self._in_parts(examples):
             mine = self._models.dealer.packs(self._models.dealer.share(samples))
-            own.append(self._models.policy.scores(mine.batches))
+            own.append(self._models.policy.scores(mine))
             self._journal.beat()
         scores = np.concatenate(self._world.gather_shares("scores", np.concatenate(own))).astype(np.float64)
         model.set_reward_statistics(float(scores.mean()), max(float(scores.std(ddof=1)), SMALLEST_STD))

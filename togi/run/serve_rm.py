@@ -17,7 +17,7 @@ import numpy as np
 from togi.config.model_facts import position_limit
 from togi.config.tools import ServeRMConfig
 from togi.data.chat import Tokenizer, adds_bos, check_vocabulary, encode, load_tokenizer
-from togi.data.packing import pack_all
+from togi.data.packing import in_order, pack_all
 from togi.errors import ConfigError, DataError
 from togi.learn.scorer import Scorer
 from togi.model.loading import ModelSource, dtype_of, known_tokens, load_scalar_model
@@ -148,7 +148,7 @@ class ServedModel:
             for tokens in sequences
         ]
         packs = pack_all(samples, max_tokens=self._budget, max_sequences=None, share_prefix=False)
-        scores = packs.in_order(self._scorer.scores(packs.batches).tolist())
+        scores = in_order(packs, self._scorer.scores(packs).tolist())
         return [self._standardize(score) for score in scores]
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from togi.batch import Batch
 from togi.config.choices import PolicyLossType
 from togi.config.rl import RLConfig
 from togi.data.chat import load_tokenizer, stop_token_ids
-from togi.data.packing import Packs, pack_all, pack_stats
+from togi.data.packing import in_order, pack_all, pack_stats
 from togi.learn.learner import Learner, Mixed, StepOutcome, UpdateReport
 from togi.learn.learner_state import Ema, expected_bytes, load_learner, save_learner
 from togi.learn.objective import EngineCorrection, Objective, PolicyObjective, SFTObjective, ValueObjective
@@ -116,7 +117,7 @@ class ModelWorker:
         init_head = role is Role.CRITIC and path == config.pretrain
         return load_scalar_model(source, init_head=init_head, value_head_prefix=config.value_head_prefix)
 
-    def _packs(self, samples: Sequence[Sample], limit: int | str) -> Packs:
+    def _packs(self, samples: Sequence[Sample], limit: int | str) -> list[Batch]:
         """Pack this rank's samples by the token budget. A ring has the budget of all its ranks."""
         config = self._config
         most = limit if isinstance(limit, int) else None
@@ -146,13 +147,13 @@ class ScorerWorker(ModelWorker):
     def logprobs(self, samples: Sequence[Sample]) -> Arrays:
         """Logprobs (nats) at each sample's trained tokens, from logits divided by the sampling temperature."""
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
-        return packs.in_order(self._scorer.logprobs(packs.batches, self._config.temperature))
+        return in_order(packs, self._scorer.logprobs(packs, self._config.temperature))
 
     def scores(self, samples: Sequence[Sample]) -> Arrays:
         """The scalar head at each sample's last token, as arrays of one element."""
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
-        scores = self._scorer.scores(packs.batches)
-        return packs.in_order([scores[i : i + 1] for i in range(len(samples))])
+        scores = self._scorer.scores(packs)
+        return in_order(packs, [scores[i : i + 1] for i in range(len(samples))])
 
     def reward_statistics(self) -> tuple[float, float]:
         """Mean and standard deviation of rewards, as stored in the model's config."""
@@ -193,14 +194,14 @@ class LearnerWorker(ModelWorker):
         """
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
         divisor = self._config.temperature if temperature is None else temperature
-        return packs.in_order(self._scorer.logprobs(packs.batches, divisor))
+        return in_order(packs, self._scorer.logprobs(packs, divisor))
 
     def routes(self, samples: Sequence[Sample]) -> Arrays:
         """The experts of each sample's trained tokens (``Scorer.routes``); empty for a dense model."""
         if not self._model.is_mixture:
             return []
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
-        return packs.in_order(self._scorer.routes(packs.batches))
+        return in_order(packs, self._scorer.routes(packs))
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> Arrays:
         """``logprobs`` of the frozen base, without the adapter in training."""
@@ -208,12 +209,12 @@ class LearnerWorker(ModelWorker):
 
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
         with without_adapter(self._model):
-            return packs.in_order(self._scorer.logprobs(packs.batches, self._config.temperature))
+            return in_order(packs, self._scorer.logprobs(packs, self._config.temperature))
 
     def values(self, samples: Sequence[Sample]) -> Arrays:
         """Values of the states in which each sample's trained tokens were chosen, one per token."""
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
-        return packs.in_order(self._scorer.values(packs.batches))
+        return in_order(packs, self._scorer.values(packs))
 
     def update(self, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]) -> list[StepResult]:
         """One optimizer step per element of ``steps``, each this rank's share of the samples of that step.
@@ -225,13 +226,13 @@ class LearnerWorker(ModelWorker):
         for number, samples in enumerate(steps):
             # Pack, update, then the moving average, which follows real updates only.
             packs = self._packs(samples, self._config.micro_train_batch_size)
-            stats = [pack_stats(batch) for batch in packs.batches]
-            report = self._learner.update(packs.batches, self._mixed(mixed[number]) if mixed else None)
+            stats = [pack_stats(batch) for batch in packs]
+            report = self._learner.update(packs, self._mixed(mixed[number]) if mixed else None)
             if self._config.torch_compile and self._role is Role.ACTOR:
                 report = replace(report, metrics={**report.metrics, names.COMPILE_SECONDS: clock.take_seconds()})
             if self._ema is not None and report.outcome is StepOutcome.UPDATED:
                 self._ema.update()
-            logprobs = packs.in_order(report.logprobs) if report.logprobs else []
+            logprobs = in_order(packs, report.logprobs) if report.logprobs else []
             tokens, unshared = sum(s.tokens for s in stats), sum(s.unshared_tokens for s in stats)
             results.append(StepResult(report, logprobs, tokens, unshared))
         if self._world.device.type == "cpu":
@@ -248,7 +249,7 @@ class LearnerWorker(ModelWorker):
 
     def _mixed(self, samples: Sequence[Sample]) -> Mixed:
         rows = self._packs(samples, self._config.micro_train_batch_size)
-        return Mixed(PTX, SFTObjective(), rows.batches, self._config.ptx_coef)
+        return Mixed(PTX, SFTObjective(), rows, self._config.ptx_coef)
 
     def prepare_export(self, carrier: Carrier, meeting: Rendezvous | None) -> None:
         """Choose how weights leave this rank. ``meeting``: with the engines, if rank 0 sends over a channel."""
