@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Protocol
 
 from togi.config.choices import Overlong
 from togi.data.chat import Tokenizer
-from togi.data.faults import SENTENCES, Drop, Note, RowError, check_whole, named
-from togi.data.precheck import RecordSpec
-from togi.data.rows import StepLabels, check_places, join_pair, read_pair, read_sft, read_steps, read_unpaired
+from togi.data.faults import SENTENCES, Drop, Note, RowError, at, check_whole, named
+from togi.data.fields import Fields
+from togi.data.rows import RowReader
 from togi.data.source import Rows
-from togi.data.tables import BadRow, Row
+from togi.data.tables import BadRow, Row, readable
 from togi.data.turns import Coded, Draft, check_decoding, check_start, encode_drafts, end_tokens
 from togi.errors import DataError
 
@@ -28,73 +27,6 @@ SAME_TEXT = (
     "has two answers that become the same text, since the chat template leaves out or trims what differs: use another "
     "template, or remove the row."
 )
-
-
-class RowReader(Protocol):
-    """How rows are read. Picklable; its repr names everything that the result depends on."""
-
-    @property
-    def spec(self) -> RecordSpec: ...
-
-    def read(self, row: Row, where: str, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-        """The drafts to tokenise, or why there are none. Raises RowError."""
-
-    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
-        """Check or change the sequences, which fit --max_len now. Raises RowError whose message starts with its verb."""
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerReader:
-    """Supervised rows."""
-
-    spec: RecordSpec
-
-    def read(self, row: Row, where: str, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-        return read_sft(row, where, self.spec, tokenizer)
-
-    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
-        return coded
-
-
-@dataclass(frozen=True, slots=True)
-class PairReader:
-    """Rows with a chosen and a rejected answer."""
-
-    spec: RecordSpec
-
-    def read(self, row: Row, where: str, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-        return read_pair(row, where, self.spec, tokenizer)
-
-    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
-        return join_pair(coded)
-
-
-@dataclass(frozen=True, slots=True)
-class UnpairedReader:
-    """Rows with an answer and whether it is desirable."""
-
-    spec: RecordSpec
-
-    def read(self, row: Row, where: str, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-        return read_unpaired(row, where, self.spec, tokenizer)
-
-    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
-        return coded
-
-
-@dataclass(frozen=True, slots=True)
-class StepReader:
-    """Rows with a label after each step."""
-
-    spec: RecordSpec
-    labels: StepLabels
-
-    def read(self, row: Row, where: str, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-        return read_steps(row, where, self.spec, self.labels, tokenizer)
-
-    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
-        check_places(coded[0], self.labels, tokenizer)
-        return coded
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,62 +48,51 @@ def encode_rows(rows: Rows, numbers: range, reader: RowReader, tokenizer: Tokeni
     """The outcome of each of these rows. Raises DataError for what is not the fault of a single row."""
     chat = reader.spec.apply_chat_template
     enders = end_tokens(tokenizer, chat=chat)
+    # Decoding is compared with the text on the first rows only: it is slow, and a broken tokenizer shows at once.
     unchecked = CHECKED
     # Rows are tokenised in chunks: the tokenizer is fastest on many texts at once.
     for first in range(numbers.start, numbers.stop, CHUNK):
         chunk = range(first, min(first + CHUNK, numbers.stop))
-        places = [rows.place(number) for number in chunk]
-        fetched = zip(rows.fetch(chunk), places, strict=True)
-        read = [_read(row, place, reader, tokenizer) for row, place in fetched]
+        read = [_read(row, reader, tokenizer) for row in rows.fetch(chunk)]
         drafts = [draft for drafted in read if not isinstance(drafted, Outcome) for draft in drafted]
         coded = iter(encode_drafts(drafts, tokenizer, add_special_tokens=not chat, enders=enders))
-        for drafted, place in zip(read, places, strict=True):
+        for number, drafted in zip(chunk, read, strict=True):
             if isinstance(drafted, Outcome):
                 yield drafted
                 continue
             # A row owns as many sequences as it had drafts (two for a pair).
             sequences = tuple(islice(coded, len(drafted)))
-            # Decoding is compared with the text on the first rows only: it is slow, and a broken tokenizer shows at
-            # once.
-            if unchecked > 0:
-                unchecked -= 1
-                with named(place):
-                    _check_decoding(drafted, sequences, tokenizer)
-            outcome = _settle(sequences, place, reader, tokenizer)
+            with named(rows.place(number)):
+                for draft, sequence in zip(drafted, sequences, strict=True) if unchecked > 0 else ():
+                    check_decoding(draft, sequence, tokenizer)
+                outcome = _settle(sequences, reader, tokenizer)
+            unchecked -= 1
             notes = frozenset().union(*(draft.notes for draft in drafted))
             yield replace(outcome, notes=notes) if notes and outcome.drop is None else outcome
 
 
-def _read(row: Row | BadRow, place: str, reader: RowReader, tokenizer: Tokenizer) -> tuple[Draft, ...] | Outcome:
-    if isinstance(row, BadRow):
-        return _fault(Drop.UNREADABLE, f" {row.reason}")
+def _read(row: Row | BadRow, reader: RowReader, tokenizer: Tokenizer) -> tuple[Draft, ...] | Outcome:
     try:
-        drafts = reader.read(row, place, tokenizer)
+        drafts = reader.read(Fields(readable(row), tokenizer))
         if isinstance(drafts, Drop):
-            return _fault(drafts, f" {SENTENCES[drafts]}")
+            return _fault(drafts, SENTENCES[drafts])
         for draft in drafts:
-            check_whole(draft.text, f"{place} has")
+            check_whole(draft.text, "has")
     except RowError as error:
-        return _fault(error.kind, str(error).removeprefix(place))
+        return _fault(error.kind, error)
     return drafts
 
 
-def _check_decoding(drafts: tuple[Draft, ...], sequences: tuple[Coded, ...], tokenizer: Tokenizer) -> None:
-    for draft, coded in zip(drafts, sequences, strict=True):
-        check_decoding(draft, coded, tokenizer)
-
-
-def _settle(sequences: tuple[Coded, ...], place: str, reader: RowReader, tokenizer: Tokenizer) -> Outcome:
+def _settle(sequences: tuple[Coded, ...], reader: RowReader, tokenizer: Tokenizer) -> Outcome:
     """Drop, truncate or refuse rows that are too long, then let the reader ``finish``."""
     spec = reader.spec
     lengths = tuple(len(coded.tokens) for coded in sequences)
     if not all(coded.learnable() for coded in sequences):
-        return _fault(Drop.EMPTY_ANSWER, f" {SENTENCES[Drop.EMPTY_ANSWER]}", lengths)
+        return _fault(Drop.EMPTY_ANSWER, SENTENCES[Drop.EMPTY_ANSWER], lengths)
     too_long = max(lengths) > spec.max_len
     if too_long and spec.overlong is Overlong.ERROR:
         raise DataError(
-            f"{place} has {max(lengths)} tokens, more than --max_len {spec.max_len}: raise it, or use --overlong drop or "
-            "truncate."
+            f"has {max(lengths)} tokens, more than --max_len {spec.max_len}: raise it, or use --overlong drop or truncate."
         )
     if too_long and spec.overlong is Overlong.DROP:
         return Outcome((), lengths, Drop.TOO_LONG)
@@ -184,14 +105,14 @@ def _settle(sequences: tuple[Coded, ...], place: str, reader: RowReader, tokeniz
             check_start(coded, tokenizer)
         finished = reader.finish(sequences, tokenizer)
     except RowError as error:
-        return _fault(error.kind, f" {error}", lengths)
+        return _fault(error.kind, error, lengths)
     # Answers that became equal without truncation are a fault of the row, not of --max_len.
     if isinstance(finished, Drop):
         same = finished is Drop.CUT_EQUAL and not too_long
-        return _fault(Drop.TIE, f" {SAME_TEXT}", lengths) if same else Outcome((), lengths, finished)
+        return _fault(Drop.TIE, SAME_TEXT, lengths) if same else Outcome((), lengths, finished)
     return Outcome(finished, lengths, None, was_cut=too_long)
 
 
-def _fault(kind: Drop, text: str, lengths: tuple[int, ...] = ()) -> Outcome:
-    short = text if len(text) <= LONGEST_FAULT else f"{text[:LONGEST_FAULT]} ..."
-    return Outcome((), lengths, kind, fault=short)
+def _fault(kind: Drop, said: object, lengths: tuple[int, ...] = ()) -> Outcome:
+    text = at("", said)
+    return Outcome((), lengths, kind, fault=text if len(text) <= LONGEST_FAULT else f"{text[:LONGEST_FAULT]} ...")

@@ -10,9 +10,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
-from typing import Any
 
 from togi.errors import DataError
 
@@ -24,7 +23,7 @@ _ARRAY = re.compile(r"array\((.*?)(,\s*dtype=object)?\)", re.DOTALL)
 _NEXT_ROW = re.compile(r"\}\s*\n\s*\{")
 
 
-def parsed(text: str, fits: Callable[[Mapping[str, Any]], bool]) -> object:
+def parsed(text: str, fits: Callable[[Mapping[str, object]], bool]) -> object:
     """The value of a text that is a record that ``fits``, or a list of them, as JSON or as Python prints it; else the text.
 
     Raises RowError for a text that looks like a list of messages but is broken.
@@ -144,30 +143,36 @@ SENTENCES: Mapping[Drop, str] = {
 
 
 class RowError(DataError):
-    """A row that cannot be used; ``kind``: the reason that it is counted under. The message starts with the row's place."""
+    """A row that cannot be used; ``kind``: the reason that it is counted under.
+
+    The message is what ``at`` puts after the place of the row: it starts with its verb, or with "the" and the field.
+    """
 
     def __init__(self, kind: Drop, message: str) -> None:
         super().__init__(message)
         self.kind = kind
 
 
-def check_present(value: object, where: str, key: str) -> None:
-    """Raise RowError for NaN, which tables contain where a value is missing."""
-    if isinstance(value, float) and math.isnan(value):
-        raise RowError(
-            Drop.WRONG_TYPE, f"{where}: the field {key!r} is NaN, a missing value: fill it in or remove the row."
-        )
+def at(place: str, said: object) -> str:
+    """What is said of a row, after its place: "Line 3 of a.csv has no field 'q' ...", "Line 3 of a.csv: the field 'q' is ..."."""
+    colon = ":" if str(said).startswith(("the ", "label ")) else ""
+    return f"{place}{colon} {said}"
 
 
 @contextmanager
 def named(subject: str) -> Iterator[None]:
-    """Prefix the message of a DataError, which starts with its verb, with its subject."""
+    """Prefix the message of a DataError, which starts with its verb, with its subject: a field, or the place of a row."""
     try:
         yield
     except RowError as error:
-        raise RowError(error.kind, f"{subject} {error}") from None
+        raise RowError(error.kind, at(subject, error)) from None
     except DataError as error:
-        raise DataError(f"{subject} {error}") from None
+        raise DataError(at(subject, error)) from None
+
+
+def of_field(key: str) -> AbstractContextManager[None]:
+    """``named`` with a field of the row as the subject."""
+    return named(f"the field {key!r}")
 
 
 def check_whole(value: object, subject: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from togi.data.chat import Tokenizer, plain_prompt, plain_text, template_text
-from togi.data.faults import Drop, Note, RowError, check_present, named, parsed
+from togi.data.faults import Drop, Note, RowError, of_field, parsed
 from togi.data.messages import (
     ASSISTANT,
     SYSTEM,
@@ -28,60 +29,76 @@ LONG_PROMPT = 20
 MISSING_WORDS = frozenset({"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NaT"})
 
 
-def value_of(row: Row, where: str, flag: str, key: str) -> object:
-    """The value of a field. Raises RowError naming row, flag and field if it is missing or NaN."""
-    if key not in row:
-        raise missing_field(where, flag, key, row)
-    value: object = row[key]
-    check_present(value, where, key)
-    return value
-
-
 def is_empty(value: object) -> bool:
     """Whether a value is nothing, only white space, or no messages."""
     return value is None or (isinstance(value, str) and not value.strip()) or value == []
 
 
-def as_text(value: object, where: str, key: str, *, chat: bool = True) -> str:
-    """The value if it is a string. ``chat``: whether a chat template would accept messages there. Raises RowError."""
-    with named(f"{where}: the field {key!r}"):
-        return plain_text(value, chat=chat)
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """One row by its fields. Every method raises RowError, whose message goes after the place of the row (``faults.at``)."""
+
+    row: Row
+    tokenizer: Tokenizer
+
+    def value(self, flag: str, key: str) -> object:
+        """The value of the field that a flag names. It must be there and not NaN, which tables have for a missing value."""
+        if key not in self.row:
+            raise missing_field(flag, key, self.row)
+        value: object = self.row[key]
+        if isinstance(value, float) and math.isnan(value):
+            raise RowError(Drop.WRONG_TYPE, f"the field {key!r} is NaN, a missing value: fill it in or remove the row.")
+        return value
+
+    def text(self, key: str, *, chat: bool = True) -> str:
+        """The value if it is a string. ``chat``: whether a chat template would accept messages there."""
+        with of_field(key):
+            return plain_text(self.row[key], chat=chat)
+
+    def prompt(self, key: str) -> Dialogue:
+        """The prompt as messages: a string becomes one user message. With the row's tools and system turn."""
+        with of_field(TOOLS):
+            frame = frame_of(self.row)
+        with of_field(key):
+            return dialogue_of(self.row[key], USER, template_text(self.tokenizer), frame)
+
+    def whole(self, key: str, flag: str) -> Dialogue:
+        """A conversation that ends with the answer, for rows without the field of ``flag``."""
+        found, value = self.prompt(key), self.row[key]
+        if isinstance(value, str) and isinstance(parsed(value, is_message), str):
+            raise RowError(
+                Drop.WRONG_TYPE,
+                f"the field {key!r} is a string, but without --{flag} it must be a list of messages that ends with the "
+                f"answer: set --{flag}, or give the list.",
+            )
+        return found
+
+    def exchange(self, keys: tuple[str, str]) -> tuple[Dialogue, int]:
+        """The fields of prompt and answer as one conversation, and the number of its messages before the answer."""
+        prompt, answer = self.row[keys[0]], self.row[keys[1]]
+        question = self.prompt(keys[0])
+        with of_field(keys[1]):
+            reply = dialogue_of(answer, ASSISTANT, template_text(self.tokenizer), replace(question, messages=()))
+            if reply.messages:
+                check_last(reply.messages)
+        whole, first = joined(question, reply, keys)
+        return replace(whole, notes=whole.notes | _missing(prompt, answer) | _repeated(answer, prompt)), first
+
+    def draft(self, keys: tuple[str, str], spec: RecordSpec) -> Draft | Drop:
+        """The fields of prompt and answer as a chat or as plain text, in which the answer is trained."""
+        if is_empty(self.row[keys[0]]):
+            return Drop.EMPTY_PROMPT
+        if is_empty(self.row[keys[1]]):
+            return Drop.EMPTY_ANSWER
+        if spec.apply_chat_template:
+            dialogue, first = self.exchange(keys)
+            return conversation(dialogue, 0 if spec.multiturn else first, self.tokenizer)
+        text, reply = self.text(keys[0]), self.text(keys[1])
+        rendered = plain_prompt(text, spec.template)
+        return plain_draft(rendered, reply, _missing(text, reply) | _repeated(reply, text, rendered))
 
 
-def row_frame(row: Row, where: str) -> Dialogue:
-    """The tools and the system turn that a row has in separate fields. Raises RowError naming row and field."""
-    with named(f"{where}: the field {TOOLS!r}"):
-        return frame_of(row)
-
-
-def prompt_dialogue(value: object, where: str, key: str, frame: Dialogue, tokenizer: Tokenizer) -> Dialogue:
-    """The prompt as messages: a string becomes one user message. Raises RowError naming row and field."""
-    with named(f"{where}: the field {key!r}"):
-        return dialogue_of(value, USER, template_text(tokenizer), frame)
-
-
-def whole_dialogue(value: object, where: str, key: str, frame: Dialogue, flag: str, tokenizer: Tokenizer) -> Dialogue:
-    """A conversation that ends with the answer, for rows without the field of ``flag``. Raises RowError."""
-    found = prompt_dialogue(value, where, key, frame, tokenizer)
-    if isinstance(value, str) and isinstance(parsed(value, is_message), str):
-        raise RowError(
-            Drop.WRONG_TYPE,
-            f"{where}: the field {key!r} is a string, but without --{flag} it must be a list of messages that ends with the "
-            f"answer: set --{flag}, or give the list.",
-        )
-    return found
-
-
-def answer_dialogue(value: object, where: str, key: str, frame: Dialogue, tokenizer: Tokenizer) -> Dialogue:
-    """The answer as messages that end with the assistant: a string becomes one. Raises RowError naming row and field."""
-    with named(f"{where}: the field {key!r}"):
-        found = dialogue_of(value, ASSISTANT, template_text(tokenizer), replace(frame, messages=()))
-        if found.messages:
-            check_last(found.messages)
-    return found
-
-
-def joined(prompt: Dialogue, answer: Dialogue, where: str, keys: tuple[str, str]) -> tuple[Dialogue, int]:
+def joined(prompt: Dialogue, answer: Dialogue, keys: tuple[str, str]) -> tuple[Dialogue, int]:
     """Prompt and answer as one conversation, and the number of its messages before the answer.
 
     An answer that is a conversation may begin with the prompt. Then the prompt is used once, in the wording of the answer's field,
@@ -94,13 +111,13 @@ def joined(prompt: Dialogue, answer: Dialogue, where: str, keys: tuple[str, str]
     if prompt_system and answer_system and not _alike(prompt_system, answer_system):
         raise RowError(
             Drop.WRONG_ROLES,
-            f"{where}: the fields {keys[0]!r} and {keys[1]!r} begin with different system turns: leave one of them out.",
+            f"the fields {keys[0]!r} and {keys[1]!r} begin with different system turns: leave one of them out.",
         )
     # Two turns of the assistant in a row cannot be told apart in training.
     if asked and said and asked[-1]["role"] == said[0]["role"] == ASSISTANT:
         raise RowError(
             Drop.WRONG_ROLES,
-            f"{where}: the prompt in {keys[0]!r} ends with a turn of the assistant, and the answer in {keys[1]!r} would follow "
+            f"the prompt in {keys[0]!r} ends with a turn of the assistant, and the answer in {keys[1]!r} would follow "
             "it: end the prompt with the turn that is answered.",
         )
     # Does the conversation of the answer repeat the prompt?
@@ -108,7 +125,7 @@ def joined(prompt: Dialogue, answer: Dialogue, where: str, keys: tuple[str, str]
     if not repeats and asked and said and said[0]["role"] == USER and asked[-1]["role"] in (USER, TOOL):
         raise RowError(
             Drop.WRONG_ROLES,
-            f"{where}: the conversation in {keys[1]!r} does not begin with the prompt in {keys[0]!r}: let both have the same "
+            f"the conversation in {keys[1]!r} does not begin with the prompt in {keys[0]!r}: let both have the same "
             "turns, or give only one of the two fields.",
         )
     # The usual case: the answer follows the prompt.
@@ -117,19 +134,12 @@ def joined(prompt: Dialogue, answer: Dialogue, where: str, keys: tuple[str, str]
     if not repeats and said[0]["role"] != USER:
         raise RowError(
             Drop.WRONG_ROLES,
-            f"{where}: the field {keys[1]!r} begins with a system turn behind the prompt in {keys[0]!r}: put it at the "
+            f"the field {keys[1]!r} begins with a system turn behind the prompt in {keys[0]!r}: put it at the "
             "beginning of the prompt.",
         )
     notes = prompt.notes | answer.notes | {Note.PROMPT_TWICE}
     whole = (*system, *said) if repeats else (*system, *asked, *said)
     return Dialogue(whole, prompt.tools, notes), len(system) + len(asked)
-
-
-def chat_draft(dialogue: Dialogue, first: int, where: str, tokenizer: Tokenizer) -> Draft | Drop:
-    """Train on every assistant turn from message ``first`` on."""
-    with named(where):
-        draft = conversation(dialogue, first, tokenizer)
-    return draft if draft.spans else Drop.EMPTY_ANSWER
 
 
 def plain_draft(prompt: str, answer: str, notes: frozenset[Note] = frozenset()) -> Draft:
@@ -138,44 +148,18 @@ def plain_draft(prompt: str, answer: str, notes: frozenset[Note] = frozenset()) 
     return Draft(text, ((len(prompt), len(text)),), complete=True, notes=notes)
 
 
-def prompted_draft(
-    row: Row, prompt: object, answer: object, where: str, keys: tuple[str, str], spec: RecordSpec, tokenizer: Tokenizer
-) -> Draft | Drop:
-    """Prompt and answer from two fields, as a chat or as plain text. ``keys``: their names. Raises RowError."""
-    if is_empty(prompt):
-        return Drop.EMPTY_PROMPT
-    if is_empty(answer):
-        return Drop.EMPTY_ANSWER
-    if spec.apply_chat_template:
-        dialogue, first = prompted_dialogue(row, prompt, answer, where, keys, tokenizer)
-        return chat_draft(dialogue, 0 if spec.multiturn else first, where, tokenizer)
-    text, reply = as_text(prompt, where, keys[0]), as_text(answer, where, keys[1])
-    rendered = plain_prompt(text, spec.template)
-    notes = frozenset({Note.PROMPT_IN_ANSWER} if _begins(reply, text) or _begins(reply, rendered) else ())
-    return plain_draft(rendered, reply, notes | _missing(text, reply))
-
-
-def prompted_dialogue(
-    row: Row, prompt: object, answer: object, where: str, keys: tuple[str, str], tokenizer: Tokenizer
-) -> tuple[Dialogue, int]:
-    """Prompt and answer from two fields as one conversation, and the number of its messages before the answer."""
-    frame = row_frame(row, where)
-    question = prompt_dialogue(prompt, where, keys[0], frame, tokenizer)
-    whole, first = joined(question, answer_dialogue(answer, where, keys[1], frame, tokenizer), where, keys)
-    if isinstance(prompt, str) and isinstance(answer, str) and _begins(answer, prompt):
-        whole = replace(whole, notes=whole.notes | {Note.PROMPT_IN_ANSWER})
-    return replace(whole, notes=whole.notes | _missing(prompt, answer)), first
-
-
 def _missing(*values: object) -> frozenset[Note]:
     """A note if a text is a word for a missing value, such as "nan". It may be meant, so it is only a note."""
     words = {value.strip() for value in values if isinstance(value, str)}
     return frozenset({Note.MISSING_WORD} if words & MISSING_WORDS else ())
 
 
-def _begins(answer: str, prompt: str) -> bool:
-    """Whether an answer begins with the whole prompt, and not by chance."""
-    return len(prompt.strip()) >= LONG_PROMPT and answer.lstrip().startswith(prompt.strip())
+def _repeated(answer: object, *prompts: object) -> frozenset[Note]:
+    """A note if the text of an answer begins with that of the whole prompt, and not by chance."""
+    starts = tuple(
+        prompt.strip() for prompt in prompts if isinstance(prompt, str) and len(prompt.strip()) >= LONG_PROMPT
+    )
+    return frozenset({Note.PROMPT_IN_ANSWER} if isinstance(answer, str) and answer.lstrip().startswith(starts) else ())
 
 
 def _parted(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:

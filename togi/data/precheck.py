@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from togi.config.choices import Overlong
 from togi.config.fields import AUTO
-from togi.data.faults import Drop, RowError
+from togi.data.faults import Drop, RowError, at
 from togi.data.items import (
     DEFAULT_SPLIT,
     FORMATS,
@@ -79,17 +79,11 @@ class RecordSpec:
 
     def of_a_row(self) -> RecordSpec:
         """Only the settings that decide the result of a given row; the others are at their defaults."""
-        default = RecordSpec("")
-        return replace(
-            self,
-            dataset=default.dataset,
-            dataset_probs=default.dataset_probs,
-            split=default.split,
-            max_samples=default.max_samples,
-            seed=default.seed,
-            max_bad_rows=default.max_bad_rows,
-            dataset_num_proc=default.dataset_num_proc,
+        d = RecordSpec("")
+        mixed = replace(
+            self, dataset=d.dataset, dataset_probs=d.dataset_probs, split=d.split, max_samples=d.max_samples
         )
+        return replace(mixed, seed=d.seed, max_bad_rows=d.max_bad_rows, dataset_num_proc=d.dataset_num_proc)
 
 
 DECIMALS = 2
@@ -160,15 +154,15 @@ def check_source(text: str, required: Mapping[str, str], split: str = DEFAULT_SP
         lacking = [(place, fields) for place, fields in rows if key not in fields]
         if lacking and (every_row or len(lacking) == len(rows)):
             place, fields = lacking[0]
-            raise missing_field(place, flag, key, fields)
+            raise DataError(at(place, missing_field(flag, key, fields)))
 
 
-def missing_field(where: str, flag: str, key: str, fields: Iterable[str]) -> RowError:
+def missing_field(flag: str, key: str, fields: Iterable[str]) -> RowError:
     """The error for a missing field: names the existing fields, and suggests the nearest name for the flag."""
     names = list(fields)
     near = difflib.get_close_matches(key, names, n=1)
     way_out = f"did you mean --{flag} {shlex.quote(near[0])}?" if near else f"set --{flag} to one of these."
-    return RowError(Drop.MISSING_FIELD, f"{where} has no field {key!r}; it has {listed(names)}: {way_out}")
+    return RowError(Drop.MISSING_FIELD, f"has no field {key!r}; it has {listed(names)}: {way_out}")
 
 
 def parse_probs(text: str, sets: int, flag: str = "probs") -> list[float]:

@@ -10,33 +10,33 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
-from typing import Any, overload
+from typing import Self
 
 import numpy as np
 
-from togi.data.chat import Tokenizer, adds_bos, check_rendering, encode, plain_prompt, render_messages, visible
-from togi.data.faults import SHOWN_FAULTS, Note, RowError, check_present, check_whole, named
+from togi.data.chat import Tokenizer, check_rendering, encode, plain_prompt, render_messages, visible
+from togi.data.faults import SHOWN_FAULTS, Note, RowError, check_whole, named, of_field
 from togi.data.faults import Drop as FaultKind
-from togi.data.fields import is_empty, prompt_dialogue, row_frame
+from togi.data.fields import Fields, is_empty
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.messages import without_answers
-from togi.data.precheck import missing_field
 from togi.data.report import (
     DataReport,
     Fault,
     Faults,
     Lengths,
+    bos_warning,
     check_faults,
     loss_warning,
     note_warnings,
     source_reports,
 )
 from togi.data.source import Mixture, load_mixture
-from togi.data.tables import BadRow, Row
+from togi.data.tables import Row, readable
 from togi.data.turns import is_held, lost
 from togi.errors import DataError
 from togi.sample import Prompt
@@ -154,27 +154,20 @@ class PromptSpec:
     max_bad_rows: float = 0.0
 
 
-class PromptSet(Sequence[Prompt]):
+class PromptSet(tuple[Prompt, ...]):
     """Prompts in the order of the mixture, and the report on their rows."""
 
-    def __init__(self, prompts: Sequence[Prompt], report: DataReport) -> None:
-        self._prompts = tuple(prompts)
+    report: DataReport
+
+    def __new__(cls, prompts: Iterable[Prompt], report: DataReport) -> Self:
+        self = super().__new__(cls, prompts)
         self.report = report
-        assert len({prompt.id for prompt in self._prompts}) == len(self._prompts), "prompt ids are not unique"
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
-    def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
-        return self._prompts[index]
+        assert len({prompt.id for prompt in self}) == len(self), "prompt ids are not unique"
+        return self
 
     def fingerprint(self) -> str:
         """A digest of ids and texts: equal for the same prompts in the same order."""
-        return fingerprint(self._prompts)
+        return fingerprint(self)
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -187,18 +180,14 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class _Rendered:
-    """One distinct row: its prompt without an id, or why there is none. ``faults`` holds at most one."""
+@dataclass(slots=True)
+class _Seen:
+    """The distinct rows of all sets, as the report counts them: their number, faults, notes and lengths in tokens."""
 
-    text: str
-    tokens: tuple[int, ...]
-    label: Any
-    datasource: str
-    length: int
-    drop: Drop | FaultKind | None
-    faults: tuple[Fault, ...] = ()
-    notes: frozenset[Note] = frozenset()
+    rows: int = 0
+    faults: list[Fault] = field(default_factory=list)
+    notes: Counter[Note] = field(default_factory=Counter)
+    lengths: list[int] = field(default_factory=list)
 
 
 def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
@@ -208,15 +197,19 @@ def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
         spec.prompt_data, spec.prompt_data_probs, split=spec.split, seed=spec.seed, max_samples=spec.max_samples
     )
     # Distinct rows are formatted once; a repeated pick shares its tokens.
-    vocabulary = tuple(range(len(tokenizer)))
-    rendered = [dict(_render_source(mixture, s, spec, tokenizer, vocabulary)) for s in range(len(mixture.sources))]
-    prompts = []
+    vocabulary, seen = tuple(range(len(tokenizer))), _Seen()
+    rendered = [
+        dict(_render_source(mixture, s, spec, tokenizer, vocabulary, seen)) for s in range(len(mixture.sources))
+    ]
+    prompts, counts = [], [Counter[str | None]() for _ in rendered]
     for pick in mixture.picks:
         row = rendered[pick.source][pick.row]
-        if row.drop is None:
-            prompts.append(Prompt(pick.id, row.tokens, row.text, row.label, row.datasource))
+        if isinstance(row, Prompt):
+            prompts.append(replace(row, id=pick.id))
+        # Counts are over picks, since repeats count; faults and notes are over distinct rows.
+        counts[pick.source][None if isinstance(row, Prompt) else row] += 1
     # Report first: the errors below quote it.
-    report = _report(mixture, rendered, prompts, spec, tokenizer)
+    report = _report(mixture, counts, seen, prompts, spec, tokenizer)
     check_faults(report.faults, spec.max_bad_rows)
     if not prompts:
         raise DataError(
@@ -230,97 +223,78 @@ def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
 
 
 def _render_source(
-    mixture: Mixture, index: int, spec: PromptSpec, tokenizer: Tokenizer, vocabulary: Sequence[int]
-) -> Iterator[tuple[int, _Rendered]]:
-    """Format and tokenise every used row of one source. Yields (row number, result)."""
+    mixture: Mixture, index: int, spec: PromptSpec, tokenizer: Tokenizer, vocabulary: Sequence[int], seen: _Seen
+) -> Iterator[tuple[int, Prompt | Drop | FaultKind]]:
+    """Format and tokenise every used row of one source. Yields row numbers with prompts without an id, or why there is none."""
     source, fallback = mixture.sources[index], _datasource_names(mixture)[index]
     numbers = iter(mixture.rows_used(index))
     while chunk := list(islice(numbers, CHUNK)):
-        rows = list(zip(chunk, source.rows.fetch(chunk), strict=True))
-        read = [_read(row, source.rows.place(number), spec, tokenizer) for number, row in rows]
-        texts = ["" if isinstance(found, Fault) else found.text for found in read]
+        seen.rows += len(chunk)
+        rows = []
+        for number, row in zip(chunk, source.rows.fetch(chunk), strict=True):
+            place = source.rows.place(number)
+            try:
+                with named(place):
+                    fields = Fields(readable(row), tokenizer)
+                    rows.append((number, fields.row, *_text(fields, spec)))
+            except RowError as error:
+                if spec.max_bad_rows == 0:
+                    raise
+                seen.faults.append(Fault(place, error.kind, str(error)))
+                yield number, error.kind
         try:
-            ids = encode(texts, tokenizer, add_special_tokens=not spec.apply_chat_template)
+            ids = encode([text for _, _, text, _ in rows], tokenizer, add_special_tokens=not spec.apply_chat_template)
         except DataError as error:
             raise DataError(f"In {source.text}: {error}") from None
-        for (number, row), found, tokens in zip(rows, read, ids, strict=True):
-            if isinstance(found, Fault):
-                yield number, _Rendered("", (), "", fallback, 0, FaultKind(found.kind), (found,))
+        for (number, row, text, notes), tokens in zip(rows, ids, strict=True):
+            if not text:
+                yield number, Drop.EMPTY
                 continue
-            assert not isinstance(row, BadRow), "a row that cannot be read has no text"
-            drop = _why_dropped(found.text, len(tokens), spec.prompt_max_len)
+            seen.lengths.append(len(tokens))
+            if len(tokens) > spec.prompt_max_len:
+                yield number, Drop.TOO_LONG
+                continue
+            seen.notes.update(notes)
             # One int object per token id instead of one per token: this keeps large prompt sets small.
-            kept = tuple(map(vocabulary.__getitem__, tokens)) if drop is None else ()
+            kept = tuple(map(vocabulary.__getitem__, tokens))
             label = "" if spec.label_key is None else row[spec.label_key]
-            datasource = _datasource(row, fallback)
-            yield number, _Rendered(found.text, kept, label, datasource, len(tokens), drop, notes=found.notes)
+            yield number, Prompt("", kept, text, label, _datasource(row, fallback))
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """A formatted prompt, "" if it is empty, and notes on what was converted."""
-
-    text: str
-    notes: frozenset[Note] = frozenset()
-
-
-def _read(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> _Text | Fault:
-    """The formatted prompt of a row, or its fault. Raises DataError if no faulty row is allowed."""
-    try:
-        return _text(row, where, spec, tokenizer)
-    except RowError as error:
-        if spec.max_bad_rows == 0:
-            raise
-        return Fault(where, error.kind, str(error))
-
-
-def _text(row: Row | BadRow, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> _Text:
-    if isinstance(row, BadRow):
-        raise RowError(FaultKind.UNREADABLE, f"{where} {row.reason}")
-    for flag, key in (("input_key", spec.input_key), ("label_key", spec.label_key)):
-        if key is not None and key not in row:
-            raise missing_field(where, flag, key, row)
-        if key is not None:
-            check_present(row[key], where, key)
-    value = row[spec.input_key]
+def _text(fields: Fields, spec: PromptSpec) -> tuple[str, frozenset[Note]]:
+    """The formatted prompt of a row, "" if it is empty, and notes on what was converted. Raises RowError."""
+    row, key = fields.row, spec.input_key
+    value = fields.value("input_key", key)
+    label = None if spec.label_key is None else fields.value("label_key", spec.label_key)
     if is_empty(value):
-        return _Text("")
-    if spec.label_key is not None:
-        check_whole(row[spec.label_key], f"{where}: the field {spec.label_key!r} has")
+        return "", frozenset()
+    check_whole(label, f"the field {spec.label_key!r} has")
     if spec.apply_chat_template:
-        found = _chat(row, value, where, spec, tokenizer)
+        text, notes = _chat(fields, key)
     else:
-        with named(f"{where}: the field {spec.input_key!r}"):
-            found = _Text(plain_prompt(value, spec.input_template))
-    check_whole(found.text, f"{where}: the field {spec.input_key!r} has")
-    for column in DATASOURCE_COLUMNS:
-        check_whole(row.get(column), f"{where}: the field {column!r} has")
-    return found
+        text, notes = plain_prompt(fields.text(key), spec.input_template), frozenset()
+    for name, part in ((key, text), *((column, row.get(column)) for column in DATASOURCE_COLUMNS)):
+        check_whole(part, f"the field {name!r} has")
+    return text, notes
 
 
-def _chat(row: Row, value: object, where: str, spec: PromptSpec, tokenizer: Tokenizer) -> _Text:
+def _chat(fields: Fields, key: str) -> tuple[str, frozenset[Note]]:
     """The prompt in the chat template, without an answer at its end."""
-    whole = prompt_dialogue(value, where, spec.input_key, row_frame(row, where), tokenizer)
+    whole = fields.prompt(key)
     dialogue = without_answers(whole)
-    with named(f"{where}: the field {spec.input_key!r}"):
+    with of_field(key):
         if not dialogue.messages and whole.messages:
             raise RowError(
                 FaultKind.EMPTY_PROMPT, "holds nothing but the assistant's answer: put the question before it."
             )
-        text = render_messages(dialogue, tokenizer, add_generation_prompt=True)
+        text = render_messages(dialogue, fields.tokenizer, add_generation_prompt=True)
         if dialogue.messages and not is_held(dialogue.messages[-1]["content"], text):
             raise RowError(
                 FaultKind.TEMPLATE,
                 "has its last message left out or changed by the chat template (it says "
                 f"{dialogue.messages[-1]['content'][:60]!r}): use a template that keeps what is asked.",
             )
-    return _Text(text, dialogue.notes | (lost(dialogue, text) if text else set()))
-
-
-def _why_dropped(text: str, length: int, limit: int) -> Drop | None:
-    if not text:
-        return Drop.EMPTY
-    return Drop.TOO_LONG if length > limit else None
+    return text, dialogue.notes | (lost(dialogue, text) if text else set())
 
 
 def _datasource(row: Row, fallback: str) -> str:
@@ -340,32 +314,25 @@ def _datasource_names(mixture: Mixture) -> list[str]:
 
 def _report(
     mixture: Mixture,
-    rendered: Sequence[Mapping[int, _Rendered]],
+    counts: Sequence[Mapping[str | None, int]],
+    seen: _Seen,
     prompts: Sequence[Prompt],
     spec: PromptSpec,
     tokenizer: Tokenizer,
 ) -> DataReport:
-    # Counts are over picks, since repeats count; faults and notes are over distinct rows.
-    counts = [Counter[str | None]() for _ in rendered]
-    for pick in mixture.picks:
-        counts[pick.source][rendered[pick.source][pick.row].drop] += 1
-    sources = source_reports(mixture, counts)
-    warnings = loss_warning(len(mixture), len(prompts))
-    if prompts and spec.apply_chat_template and adds_bos(tokenizer) and prompts[0].tokens[0] != tokenizer.bos_token_id:
-        warnings += (f"the tokenizer starts plain text with {tokenizer.bos_token!r} but the chat template does not.",)
-    distinct = [row for rows in rendered for row in rows.values()]
-    found = [fault for row in distinct for fault in row.faults]
-    faults = Faults(len(found), len(distinct), Counter(fault.kind for fault in found), tuple(found[:SHOWN_FAULTS]))
-    if found:
-        warnings += (faults.warning(),)
-    notes = Counter(note for row in distinct if row.drop is None for note in row.notes)
-    warnings += note_warnings(notes, len(distinct))
-    lengths = [row.length for row in distinct if row.drop is not Drop.EMPTY and not row.faults]
+    kinds = Counter(fault.kind for fault in seen.faults)
+    faults = Faults(len(seen.faults), seen.rows, kinds, tuple(seen.faults[:SHOWN_FAULTS]))
+    first = prompts[0].tokens[0] if prompts and spec.apply_chat_template else None
     return DataReport(
         title=f"Prompts of {spec.prompt_data}",
-        sources=sources,
-        lengths=Lengths.of(lengths),
+        sources=source_reports(mixture, counts),
+        lengths=Lengths.of(seen.lengths),
         examples=tuple(visible(tokenizer, prompt.tokens) for prompt in prompts[:EXAMPLES]),
-        warnings=warnings,
+        warnings=(
+            *loss_warning(len(mixture), len(prompts)),
+            *bos_warning(first, tokenizer),
+            *faults.warnings(),
+            *note_warnings(seen.notes, seen.rows),
+        ),
         faults=faults,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import overload
@@ -17,8 +17,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from togi.data.chat import Tokenizer, adds_bos, check_rendering
-from togi.data.encode import AnswerReader, PairReader, RowReader, StepReader, UnpairedReader
+from togi.data.chat import Tokenizer, check_rendering
 from togi.data.faults import SHOWN_FAULTS
 from togi.data.precheck import RecordSpec
 from togi.data.report import (
@@ -26,12 +25,22 @@ from togi.data.report import (
     Fault,
     Faults,
     Lengths,
+    bos_warning,
     check_faults,
     loss_warning,
     note_warnings,
     source_reports,
 )
-from togi.data.rows import StepLabels, label_list, step_labels
+from togi.data.rows import (
+    AnswerReader,
+    PairReader,
+    RowReader,
+    StepLabels,
+    StepReader,
+    UnpairedReader,
+    label_list,
+    step_labels,
+)
 from togi.data.shards import REASONS, Table, encoded
 from togi.data.source import Mixture, Pick, load_mixture
 from togi.data.tables import BadRow
@@ -77,8 +86,7 @@ class Examples(Sequence[tuple[Sample, ...]]):
         """The prompt tokens of a row's first sequence as bytes, to compare prompts."""
         source, row, _ = self._places[index].tolist()
         first = self._tables[source].coded(row)[0]
-        prompt: bytes = first.tokens[: first.prompt_length].tobytes()
-        return prompt
+        return bytes(first.tokens[: first.prompt_length].tobytes())
 
     def last_tokens(self) -> set[int]:
         """The last tokens of the trained parts."""
@@ -178,24 +186,24 @@ class StepExamples(Examples):
 
 def load_sft(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """One sample per row; answers (or whole texts) are trained. Raises DataError naming set, row and field."""
-    return Examples(*_load(_mixture(spec), spec, tokenizer, AnswerReader(spec.of_a_row())))
+    return Examples(*_load(_mixture(spec), AnswerReader(spec.of_a_row()), spec, tokenizer))
 
 
 def load_pairs(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """Two samples per row, chosen first, with values "chosen" and "margin". Raises DataError naming set, row, field."""
-    return Examples(*_load(_mixture(spec), spec, tokenizer, PairReader(spec.of_a_row())))
+    return Examples(*_load(_mixture(spec), PairReader(spec.of_a_row()), spec, tokenizer))
 
 
 def load_unpaired(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """One sample per row with values "desirable" and "mismatched" (0). Raises DataError naming set, row and field."""
-    return Examples(*_load(_mixture(spec), spec, tokenizer, UnpairedReader(spec.of_a_row())))
+    return Examples(*_load(_mixture(spec), UnpairedReader(spec.of_a_row()), spec, tokenizer))
 
 
 def load_steps(spec: RecordSpec, tokenizer: Tokenizer) -> StepExamples:
     """One sample per row with a stream "labels" at its placeholders. Raises DataError naming set, row and field."""
     mixture = _mixture(spec)
-    kind = step_labels(spec, _first_label(mixture, spec.label_key), tokenizer)
-    return StepExamples(*_load(mixture, spec, tokenizer, StepReader(spec.of_a_row(), kind)), kind)
+    labels = step_labels(spec, _first_label(mixture, spec.label_key), tokenizer)
+    return StepExamples(*_load(mixture, StepReader(spec.of_a_row(), labels), spec, tokenizer), labels)
 
 
 def _mixture(spec: RecordSpec) -> Mixture:
@@ -216,7 +224,7 @@ def _first_label(mixture: Mixture, key: str) -> object:
 
 
 def _load(
-    mixture: Mixture, spec: RecordSpec, tokenizer: Tokenizer, reader: RowReader
+    mixture: Mixture, reader: RowReader, spec: RecordSpec, tokenizer: Tokenizer
 ) -> tuple[list[Table], NDArray[np.int64], DataReport]:
     """The tables of all sets, the places of the used rows, and the report."""
     if not tokenizer.is_fast:
@@ -238,14 +246,6 @@ def _load(
     places = mixture.places[used]
     # The report comes before the checks, which quote it.
     report = _report(mixture, tables, places, spec, tokenizer)
-    _check_losses(report, spec)
-    for warning in report.warnings:
-        logger.warning("%s: %s", spec.dataset, warning)
-    return tables, places, report
-
-
-def _check_losses(report: DataReport, spec: RecordSpec) -> None:
-    """Raise DataError if more rows are faulty than --max_bad_rows allows, or if no row is left."""
     faults = report.faults
     check_faults(faults, spec.max_bad_rows)
     if report.kept == 0:
@@ -254,6 +254,9 @@ def _check_losses(report: DataReport, spec: RecordSpec) -> None:
             f"No row of {spec.dataset} can be used (dropped: {report.drop_reasons()}; longest: {report.lengths.max} "
             f"tokens{first}): check the keys and --max_len {spec.max_len}."
         )
+    for warning in report.warnings:
+        logger.warning("%s: %s", spec.dataset, warning)
+    return tables, places, report
 
 
 def _report(
@@ -261,9 +264,8 @@ def _report(
 ) -> DataReport:
     counts: list[Mapping[str | None, int]] = []
     for index, table in enumerate(tables):
-        picked = mixture.places[mixture.places[:, 0] == index, 1]
-        codes = np.bincount(table.drops_N[picked], minlength=len(REASONS)).tolist()
-        counts.append({reason: count for reason, count in zip(REASONS, codes, strict=True) if count > 0})
+        codes = Counter(table.drops_N[mixture.places[mixture.places[:, 0] == index, 1]].tolist())
+        counts.append({REASONS[code]: count for code, count in sorted(codes.items())})
     faults = _faults(mixture, tables)
     first = [tables[source].coded(row) for source, row, _ in places[:SHOWN].tolist()]
     return DataReport(
@@ -271,7 +273,13 @@ def _report(
         sources=source_reports(mixture, counts),
         lengths=Lengths.of(np.concatenate([table.lengths_L for table in tables])),
         examples=tuple(shown(sequence, tokenizer) for coded in first for sequence in coded),
-        warnings=_warnings(mixture, tables, places, faults, spec, tokenizer),
+        warnings=(
+            *loss_warning(len(mixture), len(places)),
+            *faults.warnings(),
+            *note_warnings(sum((table.notes() for table in tables), Counter()), sum(map(len, tables))),
+            *_token_warnings(tables, places, spec),
+            *bos_warning(int(first[0][0].tokens[0]) if first and spec.apply_chat_template else None, tokenizer),
+        ),
         faults=faults,
     )
 
@@ -282,44 +290,18 @@ def _faults(mixture: Mixture, tables: Sequence[Table]) -> Faults:
     for source, table in zip(mixture.sources, tables, strict=True):
         codes, counts = np.unique(table.drops_N[table.faulty_N], return_counts=True)
         kinds.update({str(REASONS[code]): count for code, count in zip(codes.tolist(), counts.tolist(), strict=True)})
-        for fault in table.faults():
-            place = source.rows.place(fault.row)
-            first.append(Fault(place, str(REASONS[table.drops_N[fault.row]]), f"{place}{fault.text}"))
-    rows = sum(len(table) for table in tables)
-    return Faults(sum(kinds.values()), rows, dict(kinds), tuple(first[:SHOWN_FAULTS]))
+        for row, text in table.faults():
+            place = source.rows.place(row)
+            first.append(Fault(place, str(REASONS[table.drops_N[row]]), f"{place}{text}"))
+    return Faults(kinds.total(), sum(map(len, tables)), dict(kinds), tuple(first[:SHOWN_FAULTS]))
 
 
-def _warnings(
-    mixture: Mixture,
-    tables: Sequence[Table],
-    places: NDArray[np.int64],
-    faults: Faults,
-    spec: RecordSpec,
-    tokenizer: Tokenizer,
-) -> tuple[str, ...]:
-    warnings = list(loss_warning(len(mixture), len(places)))
-    if faults.rows > 0:
-        warnings.append(faults.warning())
-    warnings += note_warnings(sum((table.notes() for table in tables), Counter()), sum(map(len, tables)))
-    cut = sum(table.cut for table in tables)
-    if cut > 0:
-        warnings.append(f"{cut} rows were cut to --max_len {spec.max_len}; they have no end token.")
-    merged = sum(int(table.merged_N[places[places[:, 0] == i, 1]].sum()) for i, table in enumerate(tables))
-    if merged > 0:
-        warnings.append(
+def _token_warnings(tables: Sequence[Table], places: NDArray[np.int64], spec: RecordSpec) -> Iterator[str]:
+    """What was cut, and where a prompt ends inside a token."""
+    if cut := sum(table.cut for table in tables):
+        yield f"{cut} rows were cut to --max_len {spec.max_len}; they have no end token."
+    if merged := sum(int(table.merged_N[places[places[:, 0] == i, 1]].sum()) for i, table in enumerate(tables)):
+        yield (
             f"in {merged} of {len(places)} rows one token holds the end of the prompt and the start of the answer, and "
             "generation never starts so: end the prompt (--input_template) without a space."
         )
-    if len(places) > 0 and spec.apply_chat_template and adds_bos(tokenizer):
-        (first, *_) = _first_tokens(tables, places)
-        if first != tokenizer.bos_token_id:
-            text = f"the tokenizer starts plain text with {tokenizer.bos_token!r} but the chat template does not."
-            warnings.append(text)
-    return tuple(warnings)
-
-
-def _first_tokens(tables: Sequence[Table], places: NDArray[np.int64]) -> list[int]:
-    """The tokens of the first used sequence."""
-    source, row, _ = places[0].tolist()
-    tokens: list[int] = tables[source].coded(row)[0].tokens.tolist()
-    return tokens

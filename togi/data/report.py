@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from togi.data.chat import Tokenizer, adds_bos
 from togi.data.faults import Note
 from togi.data.source import Mixture
 from togi.errors import DataError
@@ -74,11 +77,12 @@ class Faults:
 
     def kinds(self) -> str:
         """Kinds and counts in words."""
-        return ", ".join(f"{count} {kind}" for kind, count in self.by_kind.items())
+        return _in_words(self.by_kind)
 
-    def warning(self) -> str:
-        """The warning if they are skipped."""
-        return f"{self.rows} of {self.of} rows are faulty and were left out ({self.kinds()}); the first: {self.first[0].reason}"
+    def warnings(self) -> Iterator[str]:
+        """The warning that they are skipped, if there are any."""
+        if self.rows > 0:
+            yield f"{self.rows} of {self.of} rows are faulty and were left out ({self.kinds()}); the first: {self.first[0].reason}"
 
 
 def check_faults(faults: Faults, limit: float) -> None:
@@ -112,11 +116,8 @@ class DataReport:
 
     def drop_reasons(self) -> str:
         """Reasons and counts over all sources, in words: "12 too long, 1 empty"; "none" if nothing was dropped."""
-        counts: dict[str, int] = {}
-        for source in self.sources:
-            for reason, count in source.dropped.items():
-                counts[reason] = counts.get(reason, 0) + count
-        return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count > 0) or "none"
+        counts = sum((Counter(source.dropped) for source in self.sources), Counter[str]())
+        return _in_words(counts) or "none"
 
     def write(self, path: Path) -> None:
         """Write the report to ``path`` with the endings .json and .md. Raises WriteError."""
@@ -138,8 +139,9 @@ class DataReport:
         lines += [f"**Warning:** {warning}\n" for warning in self.warnings]
         lines += ["| set | rows | picked | repeats | kept | dropped |", "|---|---:|---:|---:|---:|---|"]
         for s in self.sources:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in s.dropped.items()) or "none"
-            lines.append(f"| {s.name} | {s.rows} | {s.picked} | {s.repeats} | {s.kept} | {reasons} |")
+            lines.append(
+                f"| {s.name} | {s.rows} | {s.picked} | {s.repeats} | {s.kept} | {_in_words(s.dropped) or 'none'} |"
+            )
         q = self.lengths
         lines += ["", f"Tokens: min {q.min}, median {q.median}, p90 {q.p90}, p99 {q.p99}, max {q.max}.", ""]
         if self.faults.rows > 0:
@@ -149,14 +151,16 @@ class DataReport:
             lines += [f"- and {more} more", ""] if more > 0 else [""]
         for number, example in enumerate(self.examples, start=1):
             # A fence longer than any in the example.
-            fence = "`" * 3
-            while fence in example:
-                fence += "`"
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", example)), default=0))
             lines += [f"## Example {number}", "", fence, example, fence, ""]
         return "\n".join(lines)
 
 
-def source_reports(mixture: Mixture, counts: Sequence[Mapping[str | None, int]]) -> tuple[SourceReport, ...]:
+def _in_words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def source_reports(mixture: Mixture, counts: Iterable[Mapping[str | None, int]]) -> tuple[SourceReport, ...]:
     """The report of each set. ``counts``: per set, the number of picks by drop reason; None: used."""
     reports = []
     for index, (source, found) in enumerate(zip(mixture.sources, counts, strict=True)):
@@ -167,11 +171,16 @@ def source_reports(mixture: Mixture, counts: Sequence[Mapping[str | None, int]])
     return tuple(reports)
 
 
-def loss_warning(picked: int, kept: int) -> tuple[str, ...]:
+def loss_warning(picked: int, kept: int) -> Iterator[str]:
     """A warning if more than half of the rows were dropped."""
-    if picked - kept <= LARGE_LOSS * picked:
-        return ()
-    return (f"{picked - kept} of {picked} rows were dropped: check the keys, the template and the length limit.",)
+    if picked - kept > LARGE_LOSS * picked:
+        yield f"{picked - kept} of {picked} rows were dropped: check the keys, the template and the length limit."
+
+
+def bos_warning(first: int | None, tokenizer: Tokenizer) -> Iterator[str]:
+    """A warning if text in the chat template starts otherwise than plain text. ``first``: its first token; None without one."""
+    if first is not None and adds_bos(tokenizer) and first != tokenizer.bos_token_id:
+        yield f"the tokenizer starts plain text with {tokenizer.bos_token!r} but the chat template does not."
 
 
 def note_warnings(notes: Mapping[Note, int], rows: int) -> tuple[str, ...]:

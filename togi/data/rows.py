@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -27,153 +28,148 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from togi.data.chat import Tokenizer, check_rendering, encode, plain_prompt, render_messages, visible
-from togi.data.faults import SENTENCES, Drop, Note, RowError, check_whole, named
-from togi.data.fields import (
-    answer_dialogue,
-    as_text,
-    chat_draft,
-    is_empty,
-    joined,
-    plain_draft,
-    prompt_dialogue,
-    prompted_dialogue,
-    prompted_draft,
-    row_frame,
-    value_of,
-    whole_dialogue,
-)
-from togi.data.messages import Dialogue
+from togi.data.faults import SENTENCES, Drop, Note, RowError, check_whole, named, of_field
+from togi.data.fields import Fields, is_empty, plain_draft
 from togi.data.precheck import RecordSpec
 from togi.data.report import note_warnings
 from togi.data.source import Mixture
 from togi.data.tables import Row
-from togi.data.turns import Coded, Draft, Span, check_last, conversation, end_tokens
+from togi.data.turns import Coded, Draft, check_last, conversation, end_tokens
 from togi.errors import DataError
 
 
-def read_sft(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-    """One draft, in one of the modes of the module's title. Raises RowError."""
-    assert spec.output_key is not None or spec.apply_chat_template or spec.pretrain_mode, "--output_key is not set"
-    value = value_of(row, where, "input_key", spec.input_key)
-    if spec.pretrain_mode:
-        draft = _raw(value, where, spec)
-    elif spec.output_key is None:
-        draft = _conversation(row, value, where, spec, tokenizer)
-    else:
-        answer = value_of(row, where, "output_key", spec.output_key)
-        draft = prompted_draft(row, value, answer, where, (spec.input_key, spec.output_key), spec, tokenizer)
-    return draft if isinstance(draft, Drop) else (draft,)
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """How rows are read. Picklable; its repr names everything that the result depends on."""
+
+    spec: RecordSpec
+
+    def read(self, fields: Fields) -> tuple[Draft, ...] | Drop:
+        """The drafts to tokenise, or why there are none. Raises RowError."""
+        raise NotImplementedError
+
+    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
+        """Check or change the sequences, which fit --max_len now. Raises RowError."""
+        return coded
 
 
-def _raw(value: object, where: str, spec: RecordSpec) -> Draft | Drop:
-    if is_empty(value):
-        return Drop.EMPTY_PROMPT
-    text = as_text(value, where, spec.input_key, chat=False)
+@dataclass(frozen=True, slots=True)
+class AnswerReader(RowReader):
+    """Supervised rows."""
+
+    def read(self, fields: Fields) -> tuple[Draft, ...] | Drop:
+        """One draft, in one of the modes of the module's title."""
+        spec = self.spec
+        value = fields.value("input_key", spec.input_key)
+        if spec.pretrain_mode:
+            draft = Drop.EMPTY_PROMPT if is_empty(value) else _raw(fields.text(spec.input_key, chat=False))
+        elif spec.output_key is None:
+            assert spec.apply_chat_template, "--output_key is not set"
+            draft = Drop.EMPTY_PROMPT if is_empty(value) else self._conversation(fields)
+        else:
+            fields.value("output_key", spec.output_key)
+            draft = fields.draft((spec.input_key, spec.output_key), spec)
+        return draft if isinstance(draft, Drop) else (draft,)
+
+    def _conversation(self, fields: Fields) -> Draft | Drop:
+        key, multiturn = self.spec.input_key, self.spec.multiturn
+        dialogue = fields.whole(key, "output_key")
+        last = len(dialogue.messages) - 1
+        if not multiturn:
+            with of_field(key):
+                check_last(dialogue.messages)
+            if last == 0:
+                return Drop.EMPTY_PROMPT
+        return conversation(dialogue, 0 if multiturn else last, fields.tokenizer)
+
+
+def _raw(text: str) -> Draft:
+    """All of a text is trained, and nothing ends it."""
     return Draft(text, ((0, len(text)),), complete=False)
-
-
-def _conversation(row: Row, value: object, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> Draft | Drop:
-    if is_empty(value):
-        return Drop.EMPTY_PROMPT
-    dialogue = whole_dialogue(value, where, spec.input_key, row_frame(row, where), "output_key", tokenizer)
-    count = len(dialogue.messages)
-    if not spec.multiturn:
-        with named(f"{where}: the field {spec.input_key!r}"):
-            check_last(dialogue.messages)
-        if count == 1:
-            return Drop.EMPTY_PROMPT
-    return chat_draft(dialogue, 0 if spec.multiturn else count - 1, where, tokenizer)
 
 
 MARGIN = "margin"
 
 
-def read_pair(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-    """Two drafts, chosen first, with values "chosen" (1 or 0) and "margin" (0 if there is none). Raises RowError."""
-    answers = {
-        spec.chosen_key: value_of(row, where, "chosen_key", spec.chosen_key),
-        spec.rejected_key: value_of(row, where, "rejected_key", spec.rejected_key),
-    }
-    prompt = None if spec.prompt_key is None else value_of(row, where, "prompt_key", spec.prompt_key)
-    margin = _margin(row, where)
-    # Cheap reasons to drop the row, before anything is formatted.
-    if spec.prompt_key is not None and is_empty(prompt):
-        return Drop.EMPTY_PROMPT
-    if any(is_empty(answer) for answer in answers.values()):
-        return Drop.EMPTY_ANSWER
-    if answers[spec.chosen_key] == answers[spec.rejected_key]:
-        return Drop.TIE
-    if spec.apply_chat_template:
-        drafts = _chats(row, prompt, answers, where, spec, tokenizer)
-    else:
-        drafts = [_plain(row, prompt, key, answer, where, spec, tokenizer) for key, answer in answers.items()]
-    pair = []
-    for chosen, draft in zip((1.0, 0.0), drafts, strict=True):
-        if isinstance(draft, Drop):
-            return draft
-        pair.append(replace(draft, values={"chosen": chosen, "margin": margin}))
-    return tuple(pair)
+@dataclass(frozen=True, slots=True)
+class PairReader(RowReader):
+    """Rows with a chosen and a rejected answer."""
+
+    def read(self, fields: Fields) -> tuple[Draft, ...] | Drop:
+        """Two drafts, chosen first, with values "chosen" (1 or 0) and "margin" (0 if there is none)."""
+        spec = self.spec
+        keys = spec.chosen_key, spec.rejected_key
+        answers = fields.value("chosen_key", keys[0]), fields.value("rejected_key", keys[1])
+        empty_prompt = spec.prompt_key is not None and is_empty(fields.value("prompt_key", spec.prompt_key))
+        margin = _margin(fields.row)
+        # Cheap reasons to drop the row, before anything is formatted.
+        if empty_prompt:
+            return Drop.EMPTY_PROMPT
+        if any(is_empty(answer) for answer in answers):
+            return Drop.EMPTY_ANSWER
+        if answers[0] == answers[1]:
+            return Drop.TIE
+        drafts = self._chats(fields, keys) if spec.apply_chat_template else [self._plain(fields, key) for key in keys]
+        pair = []
+        for chosen, draft in zip((1.0, 0.0), drafts, strict=True):
+            if isinstance(draft, Drop):
+                return draft
+            pair.append(replace(draft, values={"chosen": chosen, "margin": margin}))
+        return tuple(pair)
+
+    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
+        """The pair with a common ``prompt_length``: the equal leading tokens that neither side trains on."""
+        chosen, rejected = coded
+        if np.array_equal(chosen.tokens, rejected.tokens):
+            return Drop.CUT_EQUAL
+        limit = min(chosen.prompt_length, rejected.prompt_length)
+        differs = np.flatnonzero(chosen.tokens[:limit] != rejected.tokens[:limit])
+        shared = int(differs[0]) if len(differs) else limit
+        return tuple(
+            replace(side, prompt_length=shared, runs=((shared, side.runs[0][1]), *side.runs[1:])) for side in coded
+        )
+
+    def _plain(self, fields: Fields, key: str) -> Draft | Drop:
+        """A draft in plain text. Without a prompt field the answer is the whole text."""
+        if self.spec.prompt_key is None:
+            return plain_draft("", fields.text(key))
+        return fields.draft((self.spec.prompt_key, key), self.spec)
+
+    def _chats(self, fields: Fields, keys: tuple[str, str]) -> list[Draft | Drop]:
+        """Both conversations, checked to answer the same history."""
+        found = []
+        for key in keys:
+            if self.spec.prompt_key is not None:
+                found.append(fields.exchange((self.spec.prompt_key, key)))
+                continue
+            # Without a prompt field each conversation holds its own prompt, and its last message is the answer.
+            dialogue = fields.whole(key, "prompt_key")
+            with of_field(key):
+                check_last(dialogue.messages)
+            found.append((dialogue, len(dialogue.messages) - 1))
+        (chosen, chosen_first), (rejected, rejected_first) = found
+        if chosen.messages[:chosen_first] != rejected.messages[:rejected_first]:
+            names = " and ".join(map(repr, keys))
+            raise RowError(
+                Drop.WRONG_ROLES,
+                f"the conversations in {names} differ before their last message: both must answer the same history.",
+            )
+        if chosen_first == 0:
+            return [Drop.EMPTY_PROMPT] * 2
+        if chosen.messages == rejected.messages:
+            return [Drop.TIE] * 2
+        return [conversation(dialogue, first, fields.tokenizer) for dialogue, first in found]
 
 
-def join_pair(coded: Sequence[Coded]) -> tuple[Coded, ...] | Drop:
-    """The pair with a common ``prompt_length``: the equal leading tokens that neither side trains on."""
-    chosen, rejected = coded
-    if np.array_equal(chosen.tokens, rejected.tokens):
-        return Drop.CUT_EQUAL
-    limit = min(chosen.prompt_length, rejected.prompt_length)
-    differs = np.flatnonzero(chosen.tokens[:limit] != rejected.tokens[:limit])
-    shared = int(differs[0]) if len(differs) else limit
-    return tuple(
-        replace(side, prompt_length=shared, runs=((shared, side.runs[0][1]), *side.runs[1:])) for side in coded
-    )
-
-
-def _margin(row: Row, where: str) -> float:
+def _margin(row: Row) -> float:
     value = row.get(MARGIN)
     if value is None:
         return 0.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RowError(
-            Drop.WRONG_TYPE, f"{where}: the field {MARGIN!r} is {value!r}, not a finite number: correct or remove it."
+            Drop.WRONG_TYPE, f"the field {MARGIN!r} is {value!r}, not a finite number: correct or remove it."
         )
     return float(value)
-
-
-def _plain(
-    row: Row, prompt: object, key: str, answer: object, where: str, spec: RecordSpec, tokenizer: Tokenizer
-) -> Draft | Drop:
-    """A draft in plain text. Without a prompt field the answer is the whole text."""
-    if spec.prompt_key is None:
-        return plain_draft("", as_text(answer, where, key))
-    return prompted_draft(row, prompt, answer, where, (spec.prompt_key, key), spec, tokenizer)
-
-
-def _chats(
-    row: Row, prompt: object, answers: Mapping[str, object], where: str, spec: RecordSpec, tokenizer: Tokenizer
-) -> list[Draft | Drop]:
-    """Both conversations, checked to answer the same history. Raises RowError."""
-    found: list[tuple[Dialogue, int]] = []
-    for key, value in answers.items():
-        if spec.prompt_key is not None:
-            found.append(prompted_dialogue(row, prompt, value, where, (spec.prompt_key, key), tokenizer))
-            # Without a prompt field each conversation holds its own prompt, and its last message is the answer.
-            continue
-        dialogue = whole_dialogue(value, where, key, row_frame(row, where), "prompt_key", tokenizer)
-        with named(f"{where}: the field {key!r}"):
-            check_last(dialogue.messages)
-        found.append((dialogue, len(dialogue.messages) - 1))
-    (chosen, chosen_first), (rejected, rejected_first) = found
-    if chosen.messages[:chosen_first] != rejected.messages[:rejected_first]:
-        names = " and ".join(map(repr, answers))
-        raise RowError(
-            Drop.WRONG_ROLES,
-            f"{where}: the conversations in {names} differ before their last message: both must answer the same history.",
-        )
-    if chosen_first == 0:
-        return [Drop.EMPTY_PROMPT] * 2
-    if chosen.messages == rejected.messages:
-        return [Drop.TIE] * 2
-    return [chat_draft(dialogue, first, where, tokenizer) for dialogue, first in found]
 
 
 # CSV cells are strings: labels as written by hand, by Python and by tables with missing values.
@@ -182,20 +178,24 @@ LABELS: Mapping[object, float] = {0: 0.0, 1: 1.0} | {
 }
 
 
-def read_unpaired(row: Row, where: str, spec: RecordSpec, tokenizer: Tokenizer) -> tuple[Draft, ...] | Drop:
-    """One draft as for supervised fine-tuning, with values "desirable" (1 or 0) and "mismatched" (0)."""
-    label = value_of(row, where, "label_key", spec.label_key)
-    known = label.strip().lower() if isinstance(label, str) else label
-    if not isinstance(known, str | int | float) or known not in LABELS:
-        raise RowError(
-            Drop.WRONG_LABELS,
-            f"{where}: the field {spec.label_key!r} is {label!r}: a label must be true or 1 (desirable), or false or 0.",
-        )
-    drafts = read_sft(row, where, spec, tokenizer)
-    if isinstance(drafts, Drop):
-        return drafts
-    values = {"desirable": LABELS[known], "mismatched": 0.0}
-    return tuple(replace(draft, values=values) for draft in drafts)
+@dataclass(frozen=True, slots=True)
+class UnpairedReader(AnswerReader):
+    """Rows with an answer and whether it is desirable."""
+
+    def read(self, fields: Fields) -> tuple[Draft, ...] | Drop:
+        """One draft as for supervised fine-tuning, with values "desirable" (1 or 0) and "mismatched" (0)."""
+        label = fields.value("label_key", self.spec.label_key)
+        known = label.strip().lower() if isinstance(label, str) else label
+        if not isinstance(known, str | int | float) or known not in LABELS:
+            raise RowError(
+                Drop.WRONG_LABELS,
+                f"the field {self.spec.label_key!r} is {label!r}: a label must be true or 1 (desirable), or false or 0.",
+            )
+        drafts = AnswerReader.read(self, fields)
+        if isinstance(drafts, Drop):
+            return drafts
+        values = {"desirable": LABELS[known], "mismatched": 0.0}
+        return tuple(replace(draft, values=values) for draft in drafts)
 
 
 _KINDS = {False: "tokens", True: "numbers"}
@@ -244,34 +244,51 @@ def token_id(text: str, flag: str, tokenizer: Tokenizer) -> int:
     return ids[0]
 
 
-def read_steps(row: Row, where: str, spec: RecordSpec, kind: StepLabels, tokenizer: Tokenizer) -> tuple[Draft] | Drop:
-    """One draft whose spans are the placeholders. Raises RowError if the labels do not match them."""
-    value = value_of(row, where, "input_key", spec.input_key)
-    labels = label_list(value_of(row, where, "label_key", spec.label_key))
-    if is_empty(value):
-        return Drop.EMPTY_PROMPT
-    text = as_text(value, where, spec.input_key, chat=False)
-    if not isinstance(labels, Sequence) or isinstance(labels, str):
-        raise RowError(
-            Drop.WRONG_TYPE,
-            f"{where}: the field {spec.label_key!r} is of type {type(labels).__name__}, not a list: give one label for "
-            'each placeholder, in a CSV file as JSON (["+", "-"]).',
-        )
-    spans = _occurrences(text, kind.placeholder)
-    if len(spans) != len(labels):
-        raise RowError(
-            Drop.WRONG_LABELS,
-            f"{where} has {len(labels)} labels in {spec.label_key!r} for {len(spans)} placeholders "
-            f"{kind.placeholder!r} in {spec.input_key!r}: give one label for each.",
-        )
-    if not spans:
-        return Drop.NO_STEPS
-    if not text[: spans[0][0]].strip():
-        raise RowError(
-            Drop.WRONG_LABELS, f"{where} starts with a placeholder in {spec.input_key!r}: put the step before it."
-        )
-    numbers = tuple(_number(label, f"{where}: label {i}", kind, tokenizer) for i, label in enumerate(labels))
-    return (Draft(text, tuple(spans), complete=False, labels=numbers),)
+@dataclass(frozen=True, slots=True)
+class StepReader(RowReader):
+    """Rows with a label after each step."""
+
+    labels: StepLabels
+
+    def read(self, fields: Fields) -> tuple[Draft, ...] | Drop:
+        """One draft whose spans are the placeholders, which must be as many as the labels."""
+        keys, placeholder = (self.spec.input_key, self.spec.label_key), self.labels.placeholder
+        value = fields.value("input_key", keys[0])
+        labels = label_list(fields.value("label_key", keys[1]))
+        if is_empty(value):
+            return Drop.EMPTY_PROMPT
+        text = fields.text(keys[0], chat=False)
+        if not isinstance(labels, Sequence) or isinstance(labels, str):
+            raise RowError(
+                Drop.WRONG_TYPE,
+                f"the field {keys[1]!r} is of type {type(labels).__name__}, not a list: give one label for "
+                'each placeholder, in a CSV file as JSON (["+", "-"]).',
+            )
+        spans = tuple(found.span() for found in re.finditer(re.escape(placeholder), text))
+        if len(spans) != len(labels):
+            raise RowError(
+                Drop.WRONG_LABELS,
+                f"has {len(labels)} labels in {keys[1]!r} for {len(spans)} placeholders {placeholder!r} in {keys[0]!r}: "
+                "give one label for each.",
+            )
+        if not spans:
+            return Drop.NO_STEPS
+        if not text[: spans[0][0]].strip():
+            raise RowError(Drop.WRONG_LABELS, f"starts with a placeholder in {keys[0]!r}: put the step before it.")
+        numbers = tuple(_number(label, f"label {i}", self.labels, fields.tokenizer) for i, label in enumerate(labels))
+        return (Draft(text, spans, complete=False, labels=numbers),)
+
+    def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
+        """Raise RowError if a placeholder is not a single token of its own."""
+        for number, (start, end) in enumerate(coded[0].runs):
+            part = visible(tokenizer, coded[0].tokens[start:end].tolist())
+            if end - start != 1 or part.strip() != self.labels.placeholder.strip():
+                raise RowError(
+                    Drop.WRONG_LABELS,
+                    f"has its placeholder {number} in the tokens {part!r}, together with other text: put white space around "
+                    "placeholders, or choose another --placeholder_token.",
+                )
+        return coded
 
 
 def label_list(value: object) -> object:
@@ -285,18 +302,6 @@ def label_list(value: object) -> object:
 def is_soft(label: object) -> bool:
     """Whether a label is a probability (a number, or true for 1) instead of a token."""
     return isinstance(label, int | float)
-
-
-def check_places(coded: Coded, kind: StepLabels, tokenizer: Tokenizer) -> None:
-    """Raise RowError if a placeholder is not a single token of its own."""
-    for number, (start, end) in enumerate(coded.runs):
-        part = visible(tokenizer, coded.tokens[start:end].tolist())
-        if end - start != 1 or part.strip() != kind.placeholder.strip():
-            raise RowError(
-                Drop.WRONG_LABELS,
-                f"has its placeholder {number} in the tokens {part!r}, together with other text: put white space around "
-                "placeholders, or choose another --placeholder_token.",
-            )
 
 
 def _number(label: object, what: str, kind: StepLabels, tokenizer: Tokenizer) -> float:
@@ -325,14 +330,6 @@ def _number(label: object, what: str, kind: StepLabels, tokenizer: Tokenizer) ->
     return float(label)
 
 
-def _occurrences(text: str, placeholder: str) -> list[Span]:
-    spans, start = [], text.find(placeholder)
-    while start >= 0:
-        spans.append((start, start + len(placeholder)))
-        start = text.find(placeholder, start + len(placeholder))
-    return spans
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -357,9 +354,11 @@ def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tu
     rows = mixture.rows()
     notes = Counter[Note]()
     # Format all rows first: a bad row is reported before anything is tokenised.
-    texts = [_text(row, name, spec, tokenizer, notes) for row, name in zip(rows, names, strict=True)]
-    for text, name in zip(texts, names, strict=True):
-        check_whole(text, f"{name} has")
+    texts = []
+    for row, name in zip(rows, names, strict=True):
+        with named(name):
+            texts.append(_text(Fields(row, tokenizer), spec, notes))
+            check_whole(texts[-1], "has")
     for warning in note_warnings(notes, len(rows)):
         logger.warning("%s", warning)
     ids = encode(texts, tokenizer, add_special_tokens=not spec.apply_chat_template)
@@ -373,31 +372,24 @@ def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tu
     return rows, ids
 
 
-def _text(row: Row, where: str, spec: OutputSpec, tokenizer: Tokenizer, notes: Counter[Note]) -> str:
-    prompt = value_of(row, where, "input_key", spec.input_key)
-    value = value_of(row, where, "output_key", spec.output_key)
+def _text(fields: Fields, spec: OutputSpec, notes: Counter[Note]) -> str:
+    keys = spec.input_key, spec.output_key
+    fields.value("input_key", keys[0])
+    output = fields.value("output_key", keys[1])
     if not spec.apply_chat_template:
-        text, output = as_text(prompt, where, spec.input_key), as_text(value, where, spec.output_key)
-        return _nonempty(plain_prompt(text, spec.input_template) + output, where)
-    frame = row_frame(row, where)
-    dialogue = prompt_dialogue(prompt, where, spec.input_key, frame, tokenizer)
+        prompt, answer = fields.text(keys[0]), fields.text(keys[1])
+        text = plain_prompt(prompt, spec.input_template) + answer
+        if not text:
+            raise DataError("has neither a prompt nor an output: remove it.")
+        return text
+    dialogue = fields.prompt(keys[0])
     if not dialogue.messages:
-        raise DataError(f"{where} {SENTENCES[Drop.EMPTY_PROMPT]}")
-    # An empty output is scored at the end of the generation prompt.
-    if value == "" or (isinstance(value, str) and not value.strip()):
-        with named(where):
-            return render_messages(dialogue, tokenizer, add_generation_prompt=True)
-    answer = answer_dialogue(value, where, spec.output_key, frame, tokenizer)
-    whole, first = joined(dialogue, answer, where, (spec.input_key, spec.output_key))
-    with named(where):
-        draft = conversation(whole, first, tokenizer)
-        if not draft.spans:  # an answer without text has a score, too
-            return render_messages(dialogue, tokenizer, add_generation_prompt=True)
-    notes.update(draft.notes)
-    return draft.text
-
-
-def _nonempty(text: str, where: str) -> str:
-    if not text:
-        raise DataError(f"{where} has neither a prompt nor an output: remove it.")
-    return text
+        raise DataError(SENTENCES[Drop.EMPTY_PROMPT])
+    # An empty output is scored at the end of the generation prompt, and so is an answer without text.
+    if not isinstance(output, str) or output.strip():
+        draft = conversation(*fields.exchange(keys), fields.tokenizer)
+        if isinstance(draft, Draft):
+            # That a model says None or repeats the prompt is no fault of the data.
+            notes.update(draft.notes - {Note.MISSING_WORD, Note.PROMPT_IN_ANSWER})
+            return draft.text
+    return render_messages(dialogue, fields.tokenizer, add_generation_prompt=True)

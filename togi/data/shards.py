@@ -29,7 +29,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -39,8 +38,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from togi.data.chat import Tokenizer, tokenizer_digest
-from togi.data.encode import Outcome, RowReader, encode_rows
+from togi.data.encode import Outcome, encode_rows
 from togi.data.faults import FAULTS, SHOWN_FAULTS, Drop, Note
+from togi.data.rows import RowReader
 from togi.data.source import Rows
 from togi.data.turns import Coded
 from togi.errors import DataError, RunError
@@ -145,14 +145,6 @@ _TYPES = {"I32": np.int32, "F64": np.float64, "U8": np.uint8, "BOOL": np.bool_}
 _PER_SAMPLE = ("tokens_T", "token_counts_S", "prompt_lengths_S", "run_counts_S", "runs_R", "labels_R", "values_S")
 
 
-@dataclass(frozen=True, slots=True)
-class ShardFault:
-    """A faulty row of a shard and what is wrong with it, to be printed after its place."""
-
-    row: int
-    text: str
-
-
 def write_shard(path: Path, rows: Sequence[Outcome]) -> None:
     """Write a shard. Keeps the first SHOWN_FAULTS faults in words, and the reason of each. Sequences must have the same values."""
     coded = [sequence for outcome in rows for sequence in outcome.coded]
@@ -195,7 +187,7 @@ class Shard:
         words = json.loads(header.pop("__metadata__")["words"])
         self._arrays: dict[str, NDArray[Any]] = {name: _array(data, **place) for name, place in header.items()}
         self._names: list[str] = words["names"]
-        self.faults = [ShardFault(row, text) for row, text in words["faults"]]
+        self.faults: list[tuple[int, str]] = words["faults"]
         # Small arrays are copied to memory; tokens and runs stay mapped.
         self.drops_N, self.cut_N = self._arrays["drops_N"].copy(), self._arrays["cut_N"].copy()
         self.notes_N = self._arrays["notes_N"].copy()
@@ -257,7 +249,10 @@ class Shard:
 
 
 class Table:
-    """All used rows of a data set, as consecutive shards."""
+    """All used rows of a data set, as consecutive shards. ``widths_N``, ``sizes_N``: sequences of each row, and their tokens.
+
+    ``learned_S``, ``prompt_lengths_S``: the number of trained tokens of each sequence, and of those before the first of them.
+    """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = tuple(shards)
@@ -265,34 +260,15 @@ class Table:
         self.drops_N = np.concatenate([shard.drops_N for shard in shards])
         self.notes_N = np.concatenate([shard.notes_N for shard in shards])
         self.lengths_L = np.concatenate([shard.lengths_L for shard in shards])
+        self.widths_N = np.concatenate([shard.content("widths_N").astype(np.int64) for shard in shards])
+        self.sizes_N = np.concatenate([shard.sizes_N for shard in shards])
+        self.merged_N = np.concatenate([shard.merged_N for shard in shards])
+        self.learned_S = np.concatenate([shard.learned_S for shard in shards])
+        self.prompt_lengths_S = np.concatenate([shard.content("prompt_lengths_S").astype(np.int64) for shard in shards])
         self.cut = sum(int(shard.cut_N.sum()) for shard in shards)
 
     def __len__(self) -> int:
         return len(self.drops_N)
-
-    @cached_property
-    def merged_N(self) -> NDArray[np.bool_]:
-        return np.concatenate([shard.merged_N for shard in self._shards])
-
-    @cached_property
-    def sizes_N(self) -> NDArray[np.int64]:
-        """Tokens of each row over all its sequences; 0 for rows that are not used."""
-        return np.concatenate([shard.sizes_N for shard in self._shards])
-
-    @cached_property
-    def widths_N(self) -> NDArray[np.int64]:
-        """Sequences of each row; 0 for rows that are not used."""
-        return np.concatenate([shard.content("widths_N").astype(np.int64) for shard in self._shards])
-
-    @cached_property
-    def learned_S(self) -> NDArray[np.int64]:
-        """The number of trained tokens of each sequence."""
-        return np.concatenate([shard.learned_S for shard in self._shards])
-
-    @cached_property
-    def prompt_lengths_S(self) -> NDArray[np.int64]:
-        """The number of leading tokens of each sequence that are not trained."""
-        return np.concatenate([shard.content("prompt_lengths_S").astype(np.int64) for shard in self._shards])
 
     def last_tokens(self) -> set[int]:
         """The last tokens of the trained parts."""
@@ -307,15 +283,11 @@ class Table:
         """Whether a row is skipped for a fault of its own."""
         return np.isin(self.drops_N, FAULT_CODES)
 
-    def faults(self) -> list[ShardFault]:
-        """The first SHOWN_FAULTS faults in words."""
+    def faults(self) -> list[tuple[int, str]]:
+        """The first SHOWN_FAULTS faulty rows, and what is wrong with each, to be printed after its place."""
         starts = (self._ends - [len(shard) for shard in self._shards]).tolist()
-        found = (
-            ShardFault(start + fault.row, fault.text)
-            for start, shard in zip(starts, self._shards, strict=True)
-            for fault in shard.faults
-        )
-        return [fault for _, fault in zip(range(SHOWN_FAULTS), found, strict=False)]
+        parts = zip(starts, self._shards, strict=True)
+        return [(start + row, text) for start, shard in parts for row, text in shard.faults][:SHOWN_FAULTS]
 
     def notes(self) -> Counter[Note]:
         """How many rows have each note."""

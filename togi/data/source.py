@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from togi.data.faults import named
 from togi.data.items import (
     DEFAULT_SPLIT,
     FORMATS,
@@ -130,7 +131,11 @@ def open_rows(path: Path) -> LineRows | ItemRows:
 def read_rows(path: Path) -> list[Row]:
     """All rows of such a file, in memory. Raises DataError naming the first row that cannot be read."""
     rows = open_rows(path)
-    return [readable(row, rows.place(i)) for i, row in enumerate(rows.fetch(range(len(rows))))]
+    found = []
+    for i, row in enumerate(rows.fetch(range(len(rows)))):
+        with named(rows.place(i)):
+            found.append(readable(row))
+    return found
 
 
 def file_digest(path: Path) -> str:
@@ -367,7 +372,11 @@ class Mixture:
     def rows(self) -> list[Row]:
         """The row of every pick, in order, all in memory. Raises DataError for a row that cannot be read."""
         found = [source.rows.fetch(self.rows_used(index)) for index, source in enumerate(self.sources)]
-        return [readable(found[pick.source][pick.row], self.place(pick)) for pick in self.picks]
+        rows = []
+        for pick in self.picks:
+            with named(self.place(pick)):
+                rows.append(readable(found[pick.source][pick.row]))
+        return rows
 
     def place(self, pick: Pick) -> str:
         """The place of a pick's row in words: file and line."""

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from togi.data.faults import Drop, RowError
 from togi.data.items import FORMATS, HEAD_CHARACTERS, check_names, check_objects, csv_separator
 from togi.errors import DataError
 
@@ -47,10 +48,10 @@ def json_row(line: bytes) -> Row | BadRow:
     return as_row(item)
 
 
-def readable(row: Row | BadRow, where: str) -> Row:
-    """Return the row. Raises DataError naming its place, ``where``, if it cannot be read."""
+def readable(row: Row | BadRow) -> Row:
+    """Return the row. Raises RowError if it cannot be read."""
     if isinstance(row, BadRow):
-        raise DataError(f"{where} {row.reason}")
+        raise RowError(Drop.UNREADABLE, row.reason)
     return row
 
 

@@ -222,10 +222,10 @@ def says_something(message: Message) -> bool:
     return bool(message["content"].strip() or "".join(reasoning_of(message)).strip() or message.get("tool_calls"))
 
 
-def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft:
+def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft | Drop:
     """The conversation up to its last trained turn: every assistant turn from message ``first`` on that says something.
 
-    Turns with nothing before them are context. Without any such turn the draft has no spans. Raises RowError.
+    Turns with nothing before them are context. Raises RowError.
     """
     messages = dialogue.messages
     # Stage 1: the turns to train on.
@@ -241,7 +241,7 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft:
         )
     turns = [i for i in turns if not is_marked_off(messages[i])]
     if not turns:
-        return Draft("", (), complete=False)
+        return Drop.EMPTY_ANSWER
     # Stage 2: the text, and where these turns are in it.
     marked = marks_turns(tokenizer)
     text, spans = _marked(dialogue, turns, tokenizer) if marked else _located(dialogue, turns, tokenizer)
