@@ -227,17 +227,14 @@ def test_precheck_leaves_single_rows_to_be_counted(tmp_path):
         check_source(str(path), INPUT, every_row=False)
 
 
-def test_blocks_of_a_file_join_seamlessly(tmp_path, monkeypatch):
+def test_blank_lines_are_no_rows(tmp_path):
     rows = [{"input": "x" * n} for n in range(40)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" * (1 + row["input"].count("x") % 3) for row in rows))
-    whole = load_source(str(path)).rows
-    for block in (1, 7, 64):
-        monkeypatch.setattr("togi.data.source.BLOCK", block)
-        parts = load_source(str(path)).rows
-        assert parts.fetch(range(40)) == rows
-        assert [parts.place(i) for i in range(40)] == [whole.place(i) for i in range(40)]
-        assert parts.digest() == whole.digest()
+    found = load_source(str(path)).rows
+    assert found.fetch(range(40)) == rows
+    lines = [number for number, line in enumerate(path.read_text().split("\n"), start=1) if line]
+    assert [found.place(i) for i in range(40)] == [f"Line {line} of {path}" for line in lines]
 
 
 @pytest.mark.parametrize("item", ["no/such/file.jsonl", "./nothing", "/nothing", "a/b/c", "two words"])

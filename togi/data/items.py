@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeGuard, TypeVar
 
 from togi.errors import DataError
 
@@ -35,15 +35,9 @@ DEFAULT_SPLIT = "train"
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_SPLIT_WORDS = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "eval": "test",
-}
+_SPLIT_WORDS = {"train": "train", "test": "test", "eval": "test"} | dict.fromkeys(
+    ("validation", "valid", "val", "dev"), "validation"
+)
 
 
 class Kind(StrEnum):
@@ -153,12 +147,13 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 def no_data_files(folder: Path) -> DataError:
     """The error for a folder without data files. Names a file of another format if there is one."""
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in OTHER_FORMATS:
-            return DataError(
-                f"The folder {folder} has no data files ({SUPPORTED}): {file.name} {OTHER_FORMATS[file.suffix.lower()]}"
-            )
-    return DataError(f"The folder {folder} has no data files ({SUPPORTED}): point to the folder that holds them.")
+    others = (
+        f"{file.name} {OTHER_FORMATS[file.suffix.lower()]}"
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in OTHER_FORMATS
+    )
+    way_out = next(others, "point to the folder that holds them.")
+    return DataError(f"The folder {folder} has no data files ({SUPPORTED}): {way_out}")
 
 
 def choose_split(where: str, splits: Mapping[str, T], split: str) -> T:
@@ -255,7 +250,7 @@ def check_objects(path: Path, fields: Collection[str] = ()) -> None:
     """
     text, value, end = _first_value(path)
     # The usual mistakes: a list, a table in one object, pretty-printed objects.
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value) and not text[end:].strip():
+    if _is_row_list(value) and not text[end:].strip():
         raise DataError(
             f"{path} is one JSON list: let its name end in .json, or write one object a line (`jq -c .[] FILE`)."
         )
@@ -279,13 +274,11 @@ def check_names(path: Path | str, names: Sequence[str], where: str = "") -> None
 
 def csv_separator(names: Collection[str]) -> str | None:
     """The real separator, in words, of a CSV file whose first line has a single column; None if there is none."""
-    if len(names) != 1:
-        return None
-    (name,) = names
-    return next((word for separator, word in SEPARATORS.items() if separator in name), None)
+    alone = "" if len(names) != 1 else next(iter(names))
+    return next((word for separator, word in SEPARATORS.items() if separator in alone), None)
 
 
-def _check_only(path: Path, value: Mapping[str, Any], *, is_row: bool) -> None:
+def _check_only(path: Path, value: Mapping[str, object], *, is_row: bool) -> None:
     """Raise DataError if the single object of a file holds columns or lists of rows."""
     if _is_columns(value):
         raise DataError(
@@ -300,28 +293,36 @@ def _check_only(path: Path, value: Mapping[str, Any], *, is_row: bool) -> None:
         )
 
 
-def _first_value(path: Path) -> tuple[str, Any, int]:
+def _first_value(path: Path) -> tuple[str, object, int]:
     """The head of a file, the JSON value that it starts with (None if it is none) and the end of that value."""
-    size = HEAD_CHARACTERS
-    while True:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            text = file.read(size)
+    for text, is_whole in heads(path, errors="replace"):
         start = len(text) - len(text.lstrip())
         try:
             value, end = json.JSONDecoder().raw_decode(text, start)
         except json.JSONDecodeError as error:
             # A value that goes on after the head looks like an error at its end: read more.
             cut_off = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith(("Unterminated", "Invalid \\u"))
-            if len(text) < size or not cut_off:
+            if is_whole or not cut_off:
                 return text, None, 0
         except (ValueError, RecursionError):
             return text, None, 0
         else:
             return text, value, end
+    raise AssertionError("the last head is the whole file")
+
+
+def heads(path: Path, errors: str = "strict") -> Iterator[tuple[str, bool]]:
+    """Ever longer heads of a text file, and whether each is the whole file; the last one is."""
+    size, is_whole = HEAD_CHARACTERS, False
+    while not is_whole:
+        with path.open(encoding="utf-8-sig", errors=errors) as file:
+            text = file.read(size)
+        is_whole = len(text) < size
+        yield text, is_whole
         size *= 4
 
 
-def _is_columns(value: Mapping[str, Any]) -> bool:
+def _is_columns(value: Mapping[str, object]) -> bool:
     """Whether an object is a table as pandas writes it: {"a": {"0": ..., "1": ...}}, the same transposed, columns and data
     apart, or equally long lists of texts and numbers.
     """
@@ -337,9 +338,9 @@ def _is_columns(value: Mapping[str, Any]) -> bool:
     return plain and len({len(column) for column in columns}) == 1
 
 
-def _is_row_list(value: object) -> bool:
+def _is_row_list(value: object) -> TypeGuard[list[dict[str, object]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def _is_messages(value: object) -> bool:
-    return _is_row_list(value) and all(_MESSAGE_KEYS & item.keys() for item in value)  # type: ignore[attr-defined]
+    return _is_row_list(value) and all(_MESSAGE_KEYS & item.keys() for item in value)

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -39,7 +39,6 @@ from togi.data.items import (
 from togi.data.messages import FRAME, holds_messages, unfilled
 from togi.data.precheck import no_rows, parse_probs, unreadable
 from togi.data.tables import (
-    BOM,
     BadRow,
     Row,
     as_row,
@@ -49,6 +48,7 @@ from togi.data.tables import (
     is_json_list,
     item_place,
     json_list,
+    json_places,
     json_row,
     line_place,
     readable,
@@ -57,11 +57,6 @@ from togi.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-BLOCK = 1 << 22
-NEWLINE = ord("\n")
-SPACE = tuple(b" \t\r\n\v\f")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,12 +115,14 @@ def open_rows(path: Path) -> LineRows | ItemRows:
         check_content(path)
     kind = FORMATS[path.suffix.lower()]
     if kind == "csv":
-        return _csv_rows(path)
+        return _line_rows(path, islice(csv_places(path), 1, None), csv_parser(path))
     if kind == "json" and is_json_list(path):
         text, places = json_list(path)
         table = np.array(places, dtype=np.int64).reshape(-1, 2)
         return ItemRows(path, text, table[:, 0].copy(), table[:, 1].copy())
-    return _json_lines(path)
+    with guarded(path):
+        check_objects(path)
+    return _line_rows(path, json_places(path), json_row)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -140,51 +137,15 @@ def read_rows(path: Path) -> list[Row]:
 
 def file_digest(path: Path) -> str:
     """A digest of a file's bytes and of the format in its name. Raises DataError."""
-    digest = hashlib.blake2b(FORMATS[path.suffix.lower()].encode(), digest_size=16)
+    start = hashlib.blake2b(FORMATS[path.suffix.lower()].encode(), digest_size=16)
     with guarded(path), path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: start).hexdigest()
 
 
-def _json_lines(path: Path) -> LineRows:
+def _line_rows(path: Path, places: Iterator[tuple[int, int]], parse: Callable[[bytes], Row | BadRow]) -> LineRows:
     with guarded(path):
-        check_objects(path)
-        starts, blank, size = _scan(path)
-    filled = np.flatnonzero(~blank)
-    return LineRows(path, np.append(starts[filled], size), filled + 1, json_row)
-
-
-def _csv_rows(path: Path) -> LineRows:
-    parser = csv_parser(path)
-    with guarded(path):
-        size = path.stat().st_size
-        table: NDArray[np.int64] = np.fromiter(csv_places(path), dtype=(np.int64, 2))[1:]
-    return LineRows(path, np.append(table[:, 0], size), table[:, 1].copy(), parser)
-
-
-def _scan(path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
-    """The first byte of each line, whether the line is blank, and the size of the file in bytes."""
-    starts: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-    spaced: list[NDArray[np.bool_]] = [np.empty(0, np.bool_)]
-    size, last = 0, NEWLINE
-    with path.open("rb") as file:
-        if file.read(len(BOM)) == BOM:
-            size = len(BOM)
-        file.seek(size)
-        while block := file.read(BLOCK):
-            bytes_B = np.frombuffer(block, dtype=np.uint8)
-            # A line starts after a newline, which may be the last byte of the block before.
-            first = np.flatnonzero(np.append(np.uint8(last), bytes_B[:-1]) == NEWLINE)
-            starts.append(first + size)
-            spaced.append(np.isin(bytes_B[first], SPACE))
-            size, last = size + len(block), int(bytes_B[-1])
-        all_starts, blank = np.concatenate(starts), np.concatenate(spaced)
-        ends = np.append(all_starts[1:], size)
-        for i in np.flatnonzero(blank):  # the line starts with white space; is anything else in it?
-            file.seek(int(all_starts[i]))
-            blank[i] = not file.read(int(ends[i] - all_starts[i])).strip()
-    return all_starts, blank, size
+        table = np.fromiter(places, dtype=(np.int64, 2))
+        return LineRows(path, np.append(table[:, 0], path.stat().st_size), table[:, 1].copy(), parse)
 
 
 class Rows(Protocol):

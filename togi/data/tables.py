@@ -10,22 +10,23 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from togi.data.faults import Drop, RowError
-from togi.data.items import FORMATS, HEAD_CHARACTERS, check_names, check_objects, csv_separator
+from togi.data.items import FORMATS, check_names, check_objects, csv_separator, heads
 from togi.errors import DataError
 
 Row = Mapping[str, Any]
 
 MAX_CELL = (1 << 31) - 1
 BOM = b"\xef\xbb\xbf"
-_SPACE = " \t\r\n"
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +111,14 @@ def csv_places(path: Path) -> Iterator[tuple[int, int]]:
     """The first byte and the line (from 1) of each record, including the record of names. Raises DataError."""
     csv.field_size_limit(MAX_CELL)
     with path.open("rb") as file:
-        lines = _Lines(file)
-        reader = csv.reader(lines, strict=True)
+        _skip_bom(file)
+        reader = csv.reader((line.decode(errors="surrogateescape") for line in iter(file.readline, b"")), strict=True)
         while True:
-            place = lines.bytes, lines.number + 1
+            place = file.tell(), reader.line_num + 1
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                if lines.ended:
+                if str(error) == "unexpected end of data":
                     raise DataError(
                         f"Line {place[1]} of {path} is not valid CSV ({error}): close the quotes that it opens."
                     ) from None
@@ -129,29 +130,46 @@ def csv_places(path: Path) -> Iterator[tuple[int, int]]:
                 yield place
 
 
+def json_places(path: Path) -> Iterator[tuple[int, int]]:
+    """The first byte and the line (from 1) of each line of a file that is not blank."""
+    with path.open("rb") as file:
+        start = _skip_bom(file)
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                yield start, number
+            start += len(line)
+
+
+def _skip_bom(file: BinaryIO) -> int:
+    return file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
+
+
 def json_list(path: Path) -> tuple[str, list[tuple[int, int]]]:
     """The text of a file that is one JSON list, and the (start, end) characters of its items. Raises DataError."""
     with guarded(path):
         text = path.read_text(encoding="utf-8-sig")
-    decoder, places = json.JSONDecoder(), list[tuple[int, int]]()
+    try:
+        return text, [place for _, place in _items(text)]
+    except json.JSONDecodeError as error:
+        raise _malformed(path, error) from None
+
+
+def _items(text: str) -> Iterator[tuple[object, tuple[int, int]]]:
+    """The items of a text that is one JSON list, with their (start, end) characters. Raises JSONDecodeError."""
+    decoder = json.JSONDecoder()
     position = _after_space(text, text.index("[") + 1)
     more = text[position : position + 1] != "]"
     while more:
-        try:
-            _, end = decoder.raw_decode(text, position)
-            places.append((position, end))
-            position = _after_space(text, end)
-            more = text[position : position + 1] == ","
-            if more:
-                position = _after_space(text, position + 1)
-            elif text[position : position + 1] != "]":
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-        except json.JSONDecodeError as error:
-            _malformed(path, error)
-    rest = _after_space(text, position + 1)
-    if rest < len(text):
-        _malformed(path, json.JSONDecodeError("Extra data", text, rest))
-    return text, places
+        item, end = decoder.raw_decode(text, position)
+        yield item, (position, end)
+        position = _after_space(text, end)
+        more = text[position : position + 1] == ","
+        if more:
+            position = _after_space(text, position + 1)
+        elif text[position : position + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+    if (rest := _after_space(text, position + 1)) < len(text):
+        raise json.JSONDecodeError("Extra data", text, rest)
 
 
 def is_json_list(path: Path) -> bool:
@@ -167,14 +185,20 @@ def read_head(path: Path, limit: int, fields: Collection[str] = ()) -> list[tupl
     """
     kind = FORMATS[path.suffix.lower()]
     with guarded(path):
-        if kind == "csv":
-            return _csv_head(path, limit)
         if kind == "json" and is_json_list(path):
             return [(item_place(path, i), as_row(item)) for i, item in enumerate(_list_head(path, limit))]
-        check_objects(path, fields)
-        with path.open("rb") as lines:
-            filled = ((number, line) for number, line in enumerate(_without_bom(lines), start=1) if line.strip())
-            return [(line_place(path, number), json_row(line)) for number, line in islice(filled, limit)]
+        if kind == "csv":
+            parse, first, places = csv_parser(path), 1, csv_places(path)
+        else:
+            check_objects(path, fields)
+            parse, first, places = json_row, 0, json_places(path)
+        # One place more than rows: it is the end of the last row.
+        found = list(islice(places, first, first + limit + 1))
+        ends = [start for start, _ in found[1:]]
+        with path.open("rb") as file:
+            head = file.read(ends[-1]) if len(found) > limit else file.read()
+    rows = zip(found, [*ends, len(head)], strict=False)
+    return [(line_place(path, line), parse(head[start:end])) for (start, line), end in rows][:limit]
 
 
 def line_place(path: Path, line: int) -> str:
@@ -198,91 +222,36 @@ def guarded(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.") from None
 
 
-class _Lines:
-    """The lines of an open file for the csv module, and how many bytes and lines were read."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.bytes = len(BOM) if file.read(len(BOM)) == BOM else 0
-        file.seek(self.bytes)
-        self.number = 0
-        self.ended = False
-        self._file = file
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self._file.readline()
-        if not line:
-            self.ended = True
-            raise StopIteration
-        self.bytes += len(line)
-        self.number += 1
-        return line.decode(errors="surrogateescape")
-
-
 def _cells(record: bytes) -> list[str]:
     lines = io.StringIO(record.decode(), newline="\n")
     return next(filter(None, csv.reader(lines, strict=True)), [])
 
 
-def _csv_head(path: Path, limit: int) -> list[tuple[str, Row | BadRow]]:
-    parser = csv_parser(path)
-    # One place more than rows: it is the end of the last row.
-    places = list(islice(csv_places(path), 1, limit + 2))
-    ends = [start for start, _ in places[1:]]
-    with path.open("rb") as file:
-        head = file.read(ends[-1]) if len(places) > limit else file.read()
-    ends = ends if len(places) > limit else [*ends, len(head)]
-    return [(line_place(path, line), parser(head[start:end])) for (start, line), end in zip(places, ends, strict=False)]
-
-
-def _without_bom(lines: BinaryIO) -> Iterator[bytes]:
-    yield lines.readline().removeprefix(BOM)
-    yield from lines
-
-
 def _list_head(path: Path, limit: int) -> list[object]:
     """Decode the first items of a JSON list without reading the rest of the file."""
-    size = HEAD_CHARACTERS
-    while True:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(size)
-        items, error = _decode_items(text, limit)
-        # An error at the cut of the head is none of the file; one in a whole file is.
-        if error is None or (items and len(text) == size):
-            return items
-        if len(text) < size:
-            _malformed(path, error)
-        size *= 4
-
-
-def _decode_items(text: str, limit: int) -> tuple[list[object], json.JSONDecodeError | None]:
-    """The first items of a list that may be cut off, and the error at which decoding stopped."""
-    decoder, items = json.JSONDecoder(), list[object]()
-    position = text.index("[") + 1
-    while len(items) < limit:
-        while position < len(text) and text[position] in _SPACE + ",":
-            position += 1
-        if text[position : position + 1] == "]":
-            break
+    for text, is_whole in heads(path):
+        items = list[object]()
         try:
-            item, position = decoder.raw_decode(text, position)
+            items += (item for item, _ in islice(_items(text), limit))
         except json.JSONDecodeError as error:
-            return items, error
-        items.append(item)
-    return items, None
+            # An error at the cut of the head is none of the file; one in a whole file is.
+            if is_whole:
+                raise _malformed(path, error) from None
+            if not items:
+                continue
+        return items
+    raise AssertionError("the last head is the whole file")
 
 
 def _after_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in _SPACE:
-        position += 1
-    return position
+    found = _SPACE.match(text, position)
+    assert found is not None
+    return found.end()
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8."
 
 
-def _malformed(path: Path, error: json.JSONDecodeError) -> NoReturn:
-    raise DataError(f"Line {error.lineno} of {path} is not valid JSON ({error.msg}): repair or remove it.")
+def _malformed(path: Path, error: json.JSONDecodeError) -> DataError:
+    return DataError(f"Line {error.lineno} of {path} is not valid JSON ({error.msg}): repair or remove it.")
