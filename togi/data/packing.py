@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -32,19 +33,30 @@ class _Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class _Deal:
-    """The indices of each rank, and the highest and lowest number of tokens of a rank."""
+class _Costs:
+    """What samples cost in one pack. Those with the same number in ``prefixes`` share their prompt, which is counted once."""
 
-    ranks: list[list[int]]
-    highest: int
-    lowest: int
+    samples: Sequence[Sample]
+    prefixes: Sequence[int]
 
+    def unit(self, indices: Sequence[int]) -> _Unit:
+        prompts = {self.prefixes[i]: self.samples[i].prompt_length for i in indices}
+        own = sum(len(self.samples[i].tokens) - self.samples[i].prompt_length for i in indices)
+        return _Unit(tuple(indices), sum(prompts.values()) + own)
 
-@dataclass(slots=True)
-class _Bin:
-    indices: list[int]
-    free_tokens: int
-    free_sequences: int
+    def divided(self, group: Sequence[int], max_tokens: int, max_sequences: int) -> list[_Unit]:
+        """A group split in order into parts that fit, one if it fits itself; a sample that does not fit is a part."""
+        parts, tokens, seen = [list[int]()], 0, set[int]()
+        for i in group:
+            sample = self.samples[i]
+            tokens += len(sample.tokens) - (sample.prompt_length if self.prefixes[i] in seen else 0)
+            # A new part has to compute the prompt again.
+            if parts[-1] and (tokens > max_tokens or len(parts[-1]) == max_sequences):
+                parts.append([])
+                tokens, seen = len(sample.tokens), set()
+            parts[-1].append(i)
+            seen.add(self.prefixes[i])
+        return [self.unit(part) for part in parts]
 
 
 def prefix_ids(samples: Sequence[Sample], *, share_prefix: bool) -> list[int]:
@@ -79,11 +91,11 @@ def micro_batches(
     """
     assert max_tokens > 0 and (max_sequences is None or max_sequences > 0)
     most = len(samples) if max_sequences is None else max_sequences
-    prefixes = prefix_ids(samples, share_prefix=share_prefix)
-    units = []
-    for group in _groups(samples):
-        units += _divide(group, samples, prefixes, max_tokens, most, whole=whole_groups)
-    return [sorted(filled.indices) for filled in _best_fit(units, max_tokens, most)]
+    costs = _Costs(samples, prefix_ids(samples, share_prefix=share_prefix))
+    parts = [
+        [costs.unit(group)] if whole_groups else costs.divided(group, max_tokens, most) for group in _groups(samples)
+    ]
+    return [sorted(filled) for filled in _best_fit([*chain.from_iterable(parts)], max_tokens, most)]
 
 
 def split_ranks(
@@ -97,31 +109,28 @@ def split_ranks(
     groups with ``whole_groups``.
     """
     assert ranks > 0
-    prefixes = prefix_ids(samples, share_prefix=share_prefix)
-    groups = _groups(samples)
-    whole = [_Unit(tuple(group), _tokens(group, samples, prefixes)) for group in groups]
+    costs = _Costs(samples, prefix_ids(samples, share_prefix=share_prefix))
+    whole = [costs.unit(group) for group in _groups(samples)]
     mean = sum(unit.tokens for unit in whole) / ranks
     units, parts = whole, 1
-    best = _longest_first(units, ranks)
+    best, loads = _longest_first(units, ranks)
     # Splitting costs tokens (each part computes the prompt again), so it stops as soon as the load is even.
-    while (best.highest > MAX_IMBALANCE * mean or best.lowest == 0) and not whole_groups and len(units) < len(samples):
+    while (max(loads) > MAX_IMBALANCE * mean or min(loads) == 0) and not whole_groups and len(units) < len(samples):
         parts *= 2
-        units = [part for unit in whole for part in _parts(unit, parts, samples, prefixes, share_prefix=share_prefix)]
-        dealt = _longest_first(units, ranks)
-        if (dealt.lowest == 0, dealt.highest) < (best.lowest == 0, best.highest):
-            best = dealt
-    return [sorted(indices) for indices in best.ranks]
+        units = [part for unit in whole for part in _parts(unit, parts, costs, share_prefix=share_prefix)]
+        dealt, loaded = _longest_first(units, ranks)
+        if (min(loaded) == 0, max(loaded)) < (min(loads) == 0, max(loads)):
+            best, loads = dealt, loaded
+    return [sorted(indices) for indices in best]
 
 
-def _parts(
-    unit: _Unit, parts: int, samples: Sequence[Sample], prefixes: Sequence[int], *, share_prefix: bool
-) -> list[_Unit]:
+def _parts(unit: _Unit, parts: int, costs: _Costs, *, share_prefix: bool) -> list[_Unit]:
     """A group in about ``parts`` parts of about equal tokens; every part but one computes the prompt again."""
     if parts >= len(unit.indices):
-        return [_Unit((i,), len(samples[i].tokens)) for i in unit.indices]
-    prompt = max(samples[i].prompt_length for i in unit.indices) if share_prefix else 0
+        return [costs.unit([i]) for i in unit.indices]
+    prompt = max(costs.samples[i].prompt_length for i in unit.indices) if share_prefix else 0
     limit = -(-(unit.tokens + (parts - 1) * prompt) // parts)
-    return _divide(unit.indices, samples, prefixes, limit, len(unit.indices), whole=False)
+    return costs.divided(unit.indices, limit, len(unit.indices))
 
 
 def _groups(samples: Sequence[Sample]) -> list[list[int]]:
@@ -132,84 +141,35 @@ def _groups(samples: Sequence[Sample]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _tokens(indices: Sequence[int], samples: Sequence[Sample], prefixes: Sequence[int]) -> int:
-    """Tokens of these samples in one pack."""
-    return sum(added for _, added in _added_tokens(indices, samples, prefixes))
-
-
-def _added_tokens(
-    indices: Sequence[int], samples: Sequence[Sample], prefixes: Sequence[int]
-) -> Iterator[tuple[int, int]]:
-    """Each index with the tokens that it adds to a pack of the indices before it."""
-    seen: set[int] = set()
-    for i in indices:
-        shared = samples[i].prompt_length if prefixes[i] in seen else 0
-        seen.add(prefixes[i])
-        yield i, len(samples[i].tokens) - shared
-
-
-def _divide(
-    group: Sequence[int],
-    samples: Sequence[Sample],
-    prefixes: Sequence[int],
-    max_tokens: int,
-    max_sequences: int,
-    *,
-    whole: bool,
-) -> list[_Unit]:
-    """A group as one unit if it fits, else split in order into parts that fit (a sample that does not fit is a part)."""
-    total = _tokens(group, samples, prefixes)
-    if whole or (total <= max_tokens and len(group) <= max_sequences):
-        return [_Unit(tuple(group), total)]
-    units: list[_Unit] = []
-    part: list[int] = []
-    tokens, seen = 0, set[int]()
-    for i in group:
-        added = len(samples[i].tokens) - (samples[i].prompt_length if prefixes[i] in seen else 0)
-        # A new part has to compute the prompt again.
-        if part and (tokens + added > max_tokens or len(part) == max_sequences):
-            units.append(_Unit(tuple(part), tokens))
-            part, tokens, seen = [], 0, set()
-            added = len(samples[i].tokens)
-        part.append(i)
-        seen.add(prefixes[i])
-        tokens += added
-    return [*units, _Unit(tuple(part), tokens)]
-
-
-def _best_fit(units: Sequence[_Unit], max_tokens: int, max_sequences: int) -> list[_Bin]:
+def _best_fit(units: Sequence[_Unit], max_tokens: int, max_sequences: int) -> list[list[int]]:
     """Put each unit, largest first, into the bin with the least free space that fits; else open a bin."""
-    bins: list[_Bin] = []
+    bins: list[list[int]] = []
     by_space: list[tuple[int, int]] = []  # (free tokens, bin), ascending; only bins that can still take a sequence
     for unit in sorted(units, key=lambda u: (-u.tokens, u.indices)):
-        count = len(unit.indices)
         # The first bin with enough tokens is the tightest; skip those without room for the sequences.
         place = bisect.bisect_left(by_space, (unit.tokens, -1))
-        while place < len(by_space) and bins[by_space[place][1]].free_sequences < count:
+        while place < len(by_space) and len(bins[by_space[place][1]]) + len(unit.indices) > max_sequences:
             place += 1
         if place < len(by_space):
-            _, number = by_space.pop(place)
+            free, number = by_space.pop(place)
         else:
-            number = len(bins)
-            bins.append(_Bin([], max_tokens, max_sequences))
-        chosen = bins[number]
-        chosen.indices += unit.indices
-        chosen.free_tokens -= unit.tokens
-        chosen.free_sequences -= count
-        if chosen.free_tokens > 0 and chosen.free_sequences > 0:
-            bisect.insort(by_space, (chosen.free_tokens, number))
+            free, number = max_tokens, len(bins)
+            bins.append([])
+        bins[number] += unit.indices
+        if free > unit.tokens and len(bins[number]) < max_sequences:
+            bisect.insort(by_space, (free - unit.tokens, number))
     return bins
 
 
-def _longest_first(units: Sequence[_Unit], ranks: int) -> _Deal:
-    """Assign each unit, largest first, to the least loaded rank."""
+def _longest_first(units: Sequence[_Unit], ranks: int) -> tuple[list[list[int]], list[int]]:
+    """Assign each unit, largest first, to the least loaded rank. Returns the indices of each rank, and the loads (unordered)."""
     loads = [(0, rank) for rank in range(ranks)]
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for unit in sorted(units, key=lambda u: (-u.tokens, u.indices)):
-        load, rank = heapq.heappop(loads)
+        load, rank = loads[0]
         dealt[rank] += unit.indices
-        heapq.heappush(loads, (load + unit.tokens, rank))
-    return _Deal(dealt, max(loads)[0], min(loads)[0])
+        heapq.heapreplace(loads, (load + unit.tokens, rank))
+    return dealt, [load for load, _ in loads]
 
 
 T = TypeVar("T")
@@ -256,17 +216,22 @@ def pack(samples: Sequence[Sample], *, share_prefix: bool) -> Batch:
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
     table = Segments(tuple(starts), tuple(lengths), tuple(piece.prefix for piece in pieces))
     sequences = np.repeat(np.array([piece.sequence for piece in pieces], dtype=np.int64), lengths)
-    streams = {name: _joined(pieces, [p.sample.streams[name] for p in pieces], np.float32) for name in _names(samples)}
+    first = samples[0]
+    for sample in samples:
+        alike = sample.streams.keys() == first.streams.keys() and sample.values.keys() == first.values.keys()
+        assert alike, "samples carry different streams or values"
     return Batch(
-        tokens_T=_joined(pieces, [piece.sample.tokens for piece in pieces], np.int64),
+        tokens_T=_joined(pieces, lambda sample: sample.tokens, np.int64),
         positions_T=segment_positions(table),
         sources_T=predecessors(table),
         sequences_T=torch.from_numpy(sequences),
-        loss_mask_T=_joined(pieces, [piece.sample.loss_mask for piece in pieces], np.bool_),
+        loss_mask_T=_joined(pieces, lambda sample: sample.loss_mask, np.bool_),
         segments=table,
         order_N=tuple(order),
-        streams=streams,
-        values={name: torch.tensor([samples[i].values[name] for i in order]) for name in samples[0].values},
+        streams={
+            name: _joined(pieces, lambda sample, name=name: sample.streams[name], np.float32) for name in first.streams
+        },
+        values={name: torch.tensor([samples[i].values[name] for i in order]) for name in first.values},
     ).validate()
 
 
@@ -330,15 +295,8 @@ def _pieces(samples: Sequence[Sample], prefixes: Sequence[int]) -> tuple[list[_P
     return pieces, order
 
 
-def _joined(pieces: Sequence[_Piece], arrays: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> torch.Tensor:
-    runs = [array[piece.start : piece.end] for piece, array in zip(pieces, arrays, strict=True)]
+def _joined(
+    pieces: Sequence[_Piece], part: Callable[[Sample], NDArray[np.generic]], dtype: type[np.generic]
+) -> torch.Tensor:
+    runs = [part(piece.sample)[piece.start : piece.end] for piece in pieces]
     return torch.from_numpy(np.concatenate(runs).astype(dtype, copy=False))
-
-
-def _names(samples: Sequence[Sample]) -> list[str]:
-    names, values = samples[0].streams.keys(), samples[0].values.keys()
-    for sample in samples:
-        assert sample.streams.keys() == names and sample.values.keys() == values, (
-            "samples carry different streams or values"
-        )
-    return list(names)
