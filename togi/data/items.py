@@ -327,15 +327,15 @@ def _is_columns(value: Mapping[str, object]) -> bool:
     apart, or equally long lists of texts and numbers.
     """
     columns = list(value.values())
-    if columns and all(isinstance(column, dict) and column for column in columns):
-        return all(key.isdigit() for key in value) or all(key.isdigit() for column in columns for key in column)
+    tables = [column for column in columns if isinstance(column, dict) and column]
+    if columns and len(tables) == len(columns):
+        return all(key.isdigit() for key in value) or all(key.isdigit() for table in tables for key in table)
     if value.keys() in ({"columns", "data"}, {"columns", "index", "data"}):
         return True
-    if not all(isinstance(column, list) and column for column in columns):
-        return False
-    items = [item for column in columns for item in column]
+    lists = [column for column in columns if isinstance(column, list) and column]
+    items = [item for column in lists for item in column]
     plain = any(isinstance(item, str) for item in items) and not any(isinstance(item, dict | list) for item in items)
-    return plain and len({len(column) for column in columns}) == 1
+    return plain and len(lists) == len(columns) and len({len(column) for column in lists}) == 1
 
 
 def _is_row_list(value: object) -> TypeGuard[list[dict[str, object]]]:

@@ -19,6 +19,7 @@ from togi.data.faults import Drop, Note, RowError, kind, named_value, parsed, sh
 from togi.data.tables import Row
 
 Message: TypeAlias = Mapping[str, Any]
+Tool: TypeAlias = Mapping[str, object]
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
 ROLES = frozenset({SYSTEM, "developer", USER, ASSISTANT, TOOL})
@@ -61,22 +62,21 @@ class Dialogue:
         return bool(self.messages) and self.messages[0]["role"] in (SYSTEM, "developer")
 
 
-def dialogue_of(value: object, role: str, template: str | None, frame: Dialogue | None = None) -> Dialogue:
+NO_FRAME = Dialogue(())
+
+
+def dialogue_of(value: object, role: str, template: str | None, frame: Dialogue = NO_FRAME) -> Dialogue:
     """The messages of a field: a string is one message of ``role``, anything else must be messages. Raises RowError.
 
     ``template``: the text of the chat template; roles that it names are known, and without a template every role is. ``frame``:
     tools and system turn that the row has in separate fields.
     """
-    frame = Dialogue(()) if frame is None else frame
-    notes = set[Note](frame.notes)
-    found = value
+    found, notes = value, set(frame.notes)
     # Undo each dialect, outermost first: text, a bare string, content parts, a single object.
     if isinstance(value, str):
         found = parsed(value, is_message)
         notes |= set() if isinstance(found, str) else {Note.AS_TEXT}
-    if isinstance(found, str):
-        found = [{"role": role, "content": found}]
-    if isinstance(found, list) and found and all(_is_part(item) for item in found):
+    if isinstance(found, str) or (isinstance(found, list) and found and all(_is_part(item) for item in found)):
         found = [{"role": role, "content": found}]
     if isinstance(found, Mapping):
         found = [{"role": role, "content": [found]}] if _is_part(found) else _rows_of(found)
@@ -99,11 +99,9 @@ def frame_of(row: Row) -> Dialogue:
     if not tools and is_tools(functions):
         tools = read_tools(functions, notes)
     system = next((row[name] for name in SYSTEM_FIELDS if row.get(name)), None)
-    messages = tuple[Message, ...]()
-    if isinstance(system, str) and system.strip():
-        messages = ({"role": SYSTEM, "content": system},)
-        notes.add(Note.SYSTEM_FIELD)
-    return Dialogue(messages, tools, frozenset(notes))
+    if not isinstance(system, str) or not system.strip():
+        return Dialogue((), tools, frozenset(notes))
+    return Dialogue(({"role": SYSTEM, "content": system},), tools, frozenset(notes | {Note.SYSTEM_FIELD}))
 
 
 def reasoning_of(message: Message) -> list[str]:
@@ -118,12 +116,11 @@ def is_marked_off(message: Message) -> bool:
 
 def without_answers(dialogue: Dialogue) -> Dialogue:
     """A prompt without the assistant turns at its end, which the model must write."""
-    end = len(dialogue.messages)
-    while end > 0 and dialogue.messages[end - 1]["role"] == ASSISTANT:
-        end -= 1
-    if end == len(dialogue.messages):
+    messages = dialogue.messages
+    end = next((end for end in range(len(messages), 0, -1) if messages[end - 1]["role"] != ASSISTANT), 0)
+    if end == len(messages):
         return dialogue
-    return Dialogue(dialogue.messages[:end], dialogue.tools, dialogue.notes | {Note.ANSWER_LEFT_OUT})
+    return replace(dialogue, messages=messages[:end], notes=dialogue.notes | {Note.ANSWER_LEFT_OUT})
 
 
 def holds_messages(value: object) -> bool:
@@ -132,14 +129,14 @@ def holds_messages(value: object) -> bool:
     return isinstance(first, Mapping) and ("role" in first or "from" in first)
 
 
-def unfilled(value: Any) -> Any:
+def unfilled(value: object) -> object:
     """A value without null keys at any depth: a table gives every row the keys that any row has."""
     if isinstance(value, Mapping):
         return {key: unfilled(item) for key, item in value.items() if item is not None}
     return [unfilled(item) for item in value] if isinstance(value, list) else value
 
 
-def is_message(item: Mapping[str, Any]) -> bool:
+def is_message(item: Mapping[str, object]) -> bool:
     """Whether an object that was written as text is a message."""
     return ("role" in item or "from" in item) and bool({"content", "value", "tool_calls"} & item.keys())
 
@@ -151,7 +148,7 @@ def _is_part(item: object) -> bool:
     return "type" in item or item.keys() == {"text"}
 
 
-def _rows_of(found: Mapping[str, Any]) -> list[Any]:
+def _rows_of(found: Mapping[str, object]) -> list[Mapping[str, object]]:
     """A single message as a list; a table of messages (a list for each key) as its rows."""
     columns = {key: column for key, column in found.items() if isinstance(column, list)}
     sizes = {len(column) for column in columns.values()}
@@ -170,11 +167,12 @@ def _message(message: object, number: int, template: str | None, notes: set[Note
         if written in kept and kept.get(name) is None:
             kept[name] = kept.pop(written)
             notes.add(Note.SHAREGPT)
-    if not isinstance(kept.get("role"), str):
+    role = kept.get("role")
+    if not isinstance(role, str):
         keys = ", ".join(map(repr, message)) or "none"
         raise RowError(Drop.WRONG_ROLES, f"has no role and content {where} (its keys: {keys}): {_MESSAGE_FORM}")
     # Role and calls first: whether content may be missing depends on them.
-    _settle_role(kept, where, template, notes)
+    _settle_role(kept, role, where, template, notes)
     settle_calls(kept, where, notes)
     for key in REASONING:
         if key in kept:
@@ -196,9 +194,8 @@ def _message(message: object, number: int, template: str | None, notes: set[Note
     return kept
 
 
-def _settle_role(kept: dict[str, Any], where: str, template: str | None, notes: set[Note]) -> None:
+def _settle_role(kept: dict[str, object], written: str, where: str, template: str | None, notes: set[Note]) -> None:
     """Give the message a known role, in place. Raises RowError for an unknown one."""
-    written = kept["role"]
     name = written.strip().lower()
     if written in ROLES or (written not in SPEAKERS and _is_asked_for(written, template)):
         return
@@ -228,12 +225,11 @@ def _settle_role(kept: dict[str, Any], where: str, template: str | None, notes: 
 
 def _is_asked_for(role: str, template: str | None) -> bool:
     """Whether the template compares the role of a message with this one."""
-    if not role or template is None:
-        return False
-    return re.search(rf"role\b[^%{{}}]*?(==|\bin\b)[^%{{}}]*?['\"]{re.escape(role)}['\"]", template) is not None
+    asked = rf"role\b[^%{{}}]*?(==|\bin\b)[^%{{}}]*?['\"]{re.escape(role)}['\"]"
+    return bool(role) and template is not None and re.search(asked, template) is not None
 
 
-def _check_marks(kept: Mapping[str, Any], where: str, notes: set[Note]) -> None:
+def _check_marks(kept: Message, where: str, notes: set[Note]) -> None:
     for key, allowed in MARKS.items():
         if key in kept and kept[key] not in allowed:
             raise RowError(
@@ -244,7 +240,7 @@ def _check_marks(kept: Mapping[str, Any], where: str, notes: set[Note]) -> None:
         notes.add(Note.MARKED_OFF)
 
 
-def _text(message: Mapping[str, Any], key: str, where: str, notes: set[Note]) -> str:
+def _text(message: Message, key: str, where: str, notes: set[Note]) -> str:
     """The text of a string or of text parts. Raises RowError naming anything else."""
     value = message[key]
     if isinstance(value, str):
@@ -275,8 +271,6 @@ def _part(part: object, key: str, where: str) -> str:
         f"has a part {what} in the {key} {where}: only text can be trained on, as {{'type': 'text', 'text': ...}}.",
     )
 
-
-Tool: TypeAlias = Mapping[str, Any]
 
 # The names of a call's arguments in other interfaces.
 ARGUMENTS = ("arguments", "parameters", "input", "args")
@@ -320,12 +314,10 @@ def tool_names(tools: Sequence[Tool]) -> list[str]:
 
 def is_tools(value: object) -> bool:
     """Whether a value is a list of tools and nothing else."""
-    return (
-        isinstance(value, list) and bool(value) and all(isinstance(tool, Mapping) and _has_name(tool) for tool in value)
-    )
+    return isinstance(value, list) and call_list(value) is not None
 
 
-def settle_calls(message: dict[str, Any], where: str, notes: set[Note]) -> None:
+def settle_calls(message: dict[str, object], where: str, notes: set[Note]) -> None:
     """Convert the calls of a message to one form, in place. Raises RowError."""
     value = message.pop("tool_calls", None)
     old = message.get("function_call") if message["role"] == "assistant" else None
@@ -343,7 +335,7 @@ def settle_calls(message: dict[str, Any], where: str, notes: set[Note]) -> None:
     message["tool_calls"] = [_call(call, f"{where} (call {number})", notes) for number, call in enumerate(calls)]
 
 
-def call_list(content: object) -> list[Mapping[str, Any]] | None:
+def call_list(content: object) -> list[Tool] | None:
     """A call or a list of calls, given as an object or as text; None for anything else."""
     value = parsed(content, _has_name) if isinstance(content, str) else content
     calls = value if isinstance(value, list) else [value]
@@ -351,7 +343,7 @@ def call_list(content: object) -> list[Mapping[str, Any]] | None:
     return named if named and len(named) == len(calls) else None
 
 
-def _call(call: object, where: str, notes: set[Note]) -> dict[str, Any]:
+def _call(call: object, where: str, notes: set[Note]) -> dict[str, object]:
     found = call_list(call)
     if found is None or len(found) != 1:
         raise RowError(Drop.WRONG_TYPE, f"has a tool call without the name of a function {where}: {_CALL_FORM}")
@@ -381,12 +373,12 @@ def _call(call: object, where: str, notes: set[Note]) -> dict[str, Any]:
     return {"type": "function", **outer, "function": {**function, "arguments": dict(arguments)}}
 
 
-def call_names(message: Mapping[str, Any]) -> list[str]:
+def call_names(message: Message) -> list[str]:
     """The names of the functions that a message calls."""
     return [str(call["function"]["name"]) for call in message.get("tool_calls", ())]
 
 
-def argument_texts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def argument_texts(message: Message) -> Iterator[tuple[str, str]]:
     """Each value in the arguments of a message's calls, as text and as JSON. Skips booleans and null, which have no fixed text."""
     for call in message.get("tool_calls", ()):
         for value in _leaves(call["function"]["arguments"]):
@@ -404,7 +396,7 @@ def _leaves(value: object) -> Iterator[str | int | float]:
         yield value
 
 
-def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+def _function(tool: Tool) -> Mapping[str, object]:
     """The function of a tool or a call. Some rows lack the wrapping object, and some write the function as text."""
     inner = tool.get("function", tool)
     if isinstance(inner, str):
@@ -412,5 +404,5 @@ def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else {}
 
 
-def _has_name(tool: Mapping[str, Any]) -> bool:
+def _has_name(tool: Tool) -> bool:
     return isinstance(_function(tool).get("name"), str)

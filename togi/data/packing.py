@@ -11,6 +11,7 @@ import bisect
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -228,9 +229,7 @@ def pack(samples: Sequence[Sample], *, share_prefix: bool) -> Batch:
         loss_mask_T=_joined(pieces, lambda sample: sample.loss_mask, np.bool_),
         segments=table,
         order_N=tuple(order),
-        streams={
-            name: _joined(pieces, lambda sample, name=name: sample.streams[name], np.float32) for name in first.streams
-        },
+        streams={name: _joined(pieces, partial(_stream, name), np.float32) for name in first.streams},
         values={name: torch.tensor([samples[i].values[name] for i in order]) for name in first.values},
     ).validate()
 
@@ -293,6 +292,10 @@ def _pieces(samples: Sequence[Sample], prefixes: Sequence[int]) -> tuple[list[_P
             pieces.append(_Piece(samples[i], shared, len(samples[i].tokens), shared_segment, len(order)))
             order.append(i)
     return pieces, order
+
+
+def _stream(name: str, sample: Sample) -> NDArray[np.generic]:
+    return sample.streams[name]
 
 
 def _joined(

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+from togi.data.tables import Row
 from togi.errors import CheckpointError
 from togi.obs.way_out import way_out, writing
 
@@ -25,7 +27,7 @@ class RowLog:
 
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
         self.path = path
-        self.done: dict[int, list[dict[str, Any]]] = {}
+        self.done: dict[int, list[Row]] = {}
         self._partial = path.with_name(path.name + PARTIAL)
         self._identity = dict(identity)
 
@@ -47,40 +49,38 @@ class RowLog:
         with way_out(f"closing {self._partial}"), writing(self._partial):
             self._file.close()
 
-    def add(self, unit: int, rows: Sequence[dict[str, Any]]) -> None:
+    def add(self, unit: int, rows: Sequence[Row]) -> None:
         """Write a finished unit. It is handed to the operating system when this returns."""
         assert unit not in self.done
         self.done[unit] = list(rows)
         self._write({"unit": unit, "rows": self.done[unit]})
 
-    def finish(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def finish(self, rows: Iterable[Row]) -> None:
         """Write the final file and remove the partial one."""
         write_rows(self.path, rows)
         self._file.close()
         self._partial.unlink()
 
-    def in_order(self) -> list[dict[str, Any]]:
+    def in_order(self) -> list[Row]:
         """The rows of all finished units, ordered by unit."""
         return [row for unit in sorted(self.done) for row in self.done[unit]]
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def _write(self, record: Row) -> None:
         with writing(self._partial):
             self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
             self._file.flush()
 
     def _read(self) -> int:
         """Fill ``done``. Returns the number of bytes of complete lines."""
-        kept, first = 0, True
+        kept = 0
         with self._partial.open("rb") as lines:
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    break
+            for line in takewhile(lambda line: line.endswith(b"\n"), lines):
                 record = json.loads(line.decode("utf-8", "surrogatepass"))
-                if first:
+                if kept == 0:
                     self._check(record)
                 else:
                     self.done[record["unit"]] = record["rows"]
-                kept, first = kept + len(line), False
+                kept += len(line)
         return kept
 
     def _check(self, before: Mapping[str, str]) -> None:
@@ -94,7 +94,7 @@ class RowLog:
             )
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a JSONL file aside and rename it. Raises WriteError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

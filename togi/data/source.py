@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, islice
+from itertools import accumulate, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -30,7 +30,6 @@ from togi.data.items import (
     Item,
     Kind,
     check_content,
-    check_objects,
     choose_split,
     parse_item,
     split_files,
@@ -42,15 +41,12 @@ from togi.data.tables import (
     BadRow,
     Row,
     as_row,
-    csv_parser,
-    csv_places,
     guarded,
     is_json_list,
     item_place,
     json_list,
-    json_places,
-    json_row,
     line_place,
+    line_places,
     readable,
 )
 from togi.errors import DataError
@@ -113,16 +109,14 @@ def open_rows(path: Path) -> LineRows | ItemRows:
     """The rows of a .json, .jsonl or .csv file. Raises DataError naming the file if it cannot be read."""
     with guarded(path):
         check_content(path)
-    kind = FORMATS[path.suffix.lower()]
-    if kind == "csv":
-        return _line_rows(path, islice(csv_places(path), 1, None), csv_parser(path))
-    if kind == "json" and is_json_list(path):
+    if is_json_list(path):
         text, places = json_list(path)
         table = np.array(places, dtype=np.int64).reshape(-1, 2)
         return ItemRows(path, text, table[:, 0].copy(), table[:, 1].copy())
     with guarded(path):
-        check_objects(path)
-    return _line_rows(path, json_places(path), json_row)
+        lines, parse = line_places(path)
+        table = np.fromiter(lines, dtype=(np.int64, 2))
+        return LineRows(path, np.append(table[:, 0], path.stat().st_size), table[:, 1].copy(), parse)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -140,12 +134,6 @@ def file_digest(path: Path) -> str:
     start = hashlib.blake2b(FORMATS[path.suffix.lower()].encode(), digest_size=16)
     with guarded(path), path.open("rb") as file:
         return hashlib.file_digest(file, lambda: start).hexdigest()
-
-
-def _line_rows(path: Path, places: Iterator[tuple[int, int]], parse: Callable[[bytes], Row | BadRow]) -> LineRows:
-    with guarded(path):
-        table = np.fromiter(places, dtype=(np.int64, 2))
-        return LineRows(path, np.append(table[:, 0], path.stat().st_size), table[:, 1].copy(), parse)
 
 
 class Rows(Protocol):

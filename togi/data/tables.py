@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -172,8 +172,20 @@ def _items(text: str) -> Iterator[tuple[object, tuple[int, int]]]:
         raise json.JSONDecodeError("Extra data", text, rest)
 
 
+def line_places(
+    path: Path, fields: Collection[str] = ()
+) -> tuple[Iterator[tuple[int, int]], Callable[[bytes], Row | BadRow]]:
+    """The first byte and the line of each row of a CSV or JSONL file, and how a row is parsed. ``fields``: as in ``read_head``."""
+    if FORMATS[path.suffix.lower()] == "csv":
+        return islice(csv_places(path), 1, None), csv_parser(path)
+    check_objects(path, fields)
+    return json_places(path), json_row
+
+
 def is_json_list(path: Path) -> bool:
     """Whether a .json file is one list; otherwise it has one object per line, as many do."""
+    if FORMATS[path.suffix.lower()] != "json":
+        return False
     with guarded(path), path.open("rb") as file:
         return file.read(4096).removeprefix(BOM).lstrip()[:1] == b"["
 
@@ -183,17 +195,12 @@ def read_head(path: Path, limit: int, fields: Collection[str] = ()) -> list[tupl
 
     ``fields``: the fields that rows must have.
     """
-    kind = FORMATS[path.suffix.lower()]
     with guarded(path):
-        if kind == "json" and is_json_list(path):
+        if is_json_list(path):
             return [(item_place(path, i), as_row(item)) for i, item in enumerate(_list_head(path, limit))]
-        if kind == "csv":
-            parse, first, places = csv_parser(path), 1, csv_places(path)
-        else:
-            check_objects(path, fields)
-            parse, first, places = json_row, 0, json_places(path)
+        places, parse = line_places(path, fields)
         # One place more than rows: it is the end of the last row.
-        found = list(islice(places, first, first + limit + 1))
+        found = list(islice(places, limit + 1))
         ends = [start for start, _ in found[1:]]
         with path.open("rb") as file:
             head = file.read(ends[-1]) if len(found) > limit else file.read()
