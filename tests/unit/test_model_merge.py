@@ -291,10 +291,15 @@ def test_nothing_that_is_merged_is_replaced(tmp_path: Path, capsys: pytest.Captu
         (adapter, "lora_path", adapter),
         (base, "model_path", base),
         (tmp_path, "lora_path", adapter),
+        (tmp_path / "base" / ".." / "base", "model_path", base),
     ):
         assert merge(base, adapter, out) == 2
         sentence = f"togi: --output_path {out} would replace --{flag} {source}: give another folder.\n"
         assert capsys.readouterr().err.endswith(sentence)
+    # the base that only the adapter names
+    assert main(["merge-lora", "--lora_path", str(adapter), "--output_path", str(base)]) == 2
+    sentence = f"togi: --output_path {base} would replace --model_path {base}: give another folder.\n"
+    assert capsys.readouterr().err.endswith(sentence)
     assert (adapter / "adapter_model.safetensors").is_file() and (base / "model.safetensors").is_file()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from togi.config.choices import BackendName
 from togi.config.parse import Parsed, parse
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError, DataError, RewardError
+from togi.methods import METHODS
 from togi.plan.machine import Machine
 from togi.run import preflight
 
@@ -157,6 +160,45 @@ def test_folders_below_a_file(flags: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--run_dir runs: .*runs is a file"):
         check(*flags)
     check(*flags, "--run_dir", "elsewhere")
+
+
+def test_no_output_replaces_a_model_that_the_run_reads(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = tmp_path / "files" / "model", tmp_path / "files" / "other_critic"
+    shutil.copytree(model, other)
+    (tmp_path / "link").symlink_to(model)
+    named, critic = str(other).removesuffix("_critic"), ["--save_value_network", "--critic_pretrain", str(other)]
+    for more, words in (
+        (["--save_path", str(model)], f"save_path {model} would replace --pretrain {model}"),
+        (["--ckpt_path", str(model)], f"ckpt_path {model} would replace --pretrain {model}"),
+        (["--save_path", f"{tmp_path}/link"], f"save_path {tmp_path}/link would replace --pretrain {model}"),
+        (["--save_path", named, *critic], f"save_path {other} would replace --critic_pretrain {other}"),
+        (
+            ["--save_path", str(other), "--reward_pretrain", str(other)],
+            f"{other} would replace --reward_pretrain {other}",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"{words}: give another folder.")):
+            check(*flags, *more)
+    # The default folders, and a command on fixed data.
+    monkeypatch.chdir(tmp_path / "files")
+    shutil.copytree(model, "ckpt/checkpoints/best")
+    shutil.copytree(model, "teacher")
+    Path("s.jsonl").write_text('{"input": "a", "output": "b"}\n')
+    keys = "--dataset s.jsonl --output_key output"
+    for words, target in (
+        (
+            "--pretrain ckpt/checkpoints/best --teacher_model model",
+            "./ckpt would replace --pretrain ckpt/checkpoints/best",
+        ),
+        (
+            "--pretrain model --teacher_model teacher --save_path teacher",
+            "teacher would replace --teacher_model teacher",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"--save_path {target}: give another folder.")):
+            preflight.check_offline(parse(METHODS["kd"], f"{words} {keys}".split(), "kd"))
 
 
 def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:

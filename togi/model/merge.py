@@ -143,7 +143,7 @@ _SIZES = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?tor
 
 
 def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: bool = False) -> PolicyModel | ScalarModel:
-    """The base model with the adapter merged into its weights, in float32. An empty ``base`` takes the one that the adapter names.
+    """The base model with the adapter merged into its weights, in float32.
 
     Raises ModelError if the folder has no adapter, if the adapter is for the other kind of model than ``scalar`` says, lacks the
     scalar head, or has layers or sizes that the base lacks, and if the merged model gives other outputs than the adapter beside
@@ -158,17 +158,16 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
     if scalar and adapter_name(f"{HEAD}.weight") not in shapes:
         raise ModelError(f"the adapter {adapter} has no {HEAD} head, and a new one would be random: train it again.")
     # the base in float32, so that the merge is rounded only once, when it is written
-    path = base or _named_base(adapter, record)
-    config = read_config(path, trust_remote_code)
+    config = read_config(base, trust_remote_code)
     kind: Any = AutoModelForCausalLM
     if scalar:
         kind, config.num_labels = AutoModelForSequenceClassification, 1
     more = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     with quiet():
-        model, info = kind.from_pretrained(path, config=config, dtype=torch.float32, **more)
-    check_complete(path, info["missing_keys"], {f"{HEAD}.weight"} if scalar else frozenset())
-    _grow(model, adapter, path, shapes)
-    hf = _merge(model, adapter, path, shapes)
+        model, info = kind.from_pretrained(base, config=config, dtype=torch.float32, **more)
+    check_complete(base, info["missing_keys"], {f"{HEAD}.weight"} if scalar else frozenset())
+    _grow(model, adapter, base, shapes)
+    hf = _merge(model, adapter, base, shapes)
     if not scalar:
         return _with_ends(PolicyModel(hf), Path(adapter) / GENERATION)
     # a scalar model also gets the name of its head and the reward statistics
@@ -184,9 +183,9 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
     return merged
 
 
-def _named_base(adapter: str, record: Mapping[str, Any]) -> str:
+def named_base(adapter: str) -> str:
     """The base that the adapter names. Raises ModelError if it names none, or a folder that does not exist."""
-    path = record.get("base_model_name_or_path")
+    path = _record(adapter).get("base_model_name_or_path")
     if not isinstance(path, str) or not path:
         raise ModelError(f"the adapter {adapter} does not name its base model: give it as --model_path.")
     if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():

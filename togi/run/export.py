@@ -24,10 +24,11 @@ from togi.learn.learner_state import read_masters
 from togi.methods import METHODS
 from togi.model.checkpoint import save_hf, written_aside
 from togi.model.loading import ModelSource, dtype_of, load_causal_lm, load_scalar_model
-from togi.model.merge import load_merged, save_adapted, save_proven
+from togi.model.merge import load_merged, named_base, save_adapted, save_proven
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.obs.model_card import CARD, model_card
 from togi.obs.run_dir import RunDirectory
+from togi.run.preflight import check_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ def export(config: ExportConfig) -> Iterator[str]:
         raise ConfigError(
             f"The run {config.run_dir} has no final model in {source}: give one of its checkpoints by --ckpt."
         )
-    check_target(config.output_path, {"run_dir": config.run_dir, "save_path": str(source), "pretrain": run.pretrain})
+    sources = [("run_dir", config.run_dir), ("save_path", str(source)), ("pretrain", run.pretrain)]
+    check_target("output_path", config.output_path, sources)
     with written_aside(Path(config.output_path)) as aside:
         # A resumable checkpoint holds tensors to convert; without them the source is already a model folder.
         if checkpoint is not None and checkpoint.state["resumable"]:
@@ -176,14 +178,6 @@ def _copy(source: Path, aside: Path) -> None:
             shutil.copy(file, aside)
 
 
-def check_target(output: str, sources: Mapping[str, str]) -> None:
-    """Raise ConfigError if the output folder would replace one of its sources or a folder around one."""
-    target = Path(output).resolve()
-    for flag, source in sources.items():
-        if source and Path(source).exists() and Path(source).resolve().is_relative_to(target):
-            raise ConfigError(f"--output_path {output} would replace --{flag} {source}: give another folder.")
-
-
 def _check_rows(config: MergeConfig, model: PolicyModel | ScalarModel, tokenizer: Tokenizer) -> None:
     """Check that tokens which were added to the tokenizer have rows in the adapter's embedding. Raises ModelError.
 
@@ -211,9 +205,10 @@ def merge(config: MergeConfig) -> None:
 
     Raises ModelError for an adapter that does not fit.
     """
-    check_target(config.output_path, {"lora_path": config.lora_path, "model_path": config.model_path})
+    base = config.model_path or named_base(config.lora_path)
+    check_target("output_path", config.output_path, [("lora_path", config.lora_path), ("model_path", base)])
     trust = config.trust_remote_code
-    model = load_merged(config.lora_path, config.model_path, scalar=config.is_rm, trust_remote_code=trust)
+    model = load_merged(config.lora_path, base, scalar=config.is_rm, trust_remote_code=trust)
     beside = (Path(config.lora_path) / "tokenizer_config.json").is_file()
     source = config.lora_path if beside else model.hf.config.name_or_path
     tokenizer = load_tokenizer(source, chat_template=None, trust_remote_code=trust)

@@ -29,6 +29,7 @@ from togi.run.preflight import (
     check_model,
     check_prompts,
     check_reward_file,
+    check_target,
     check_writable,
     model_settings,
 )
@@ -81,6 +82,8 @@ def check(parsed: Parsed[IterateConfig]) -> None:
     if config.reward_file is not None:
         check_reward_file(Path(config.reward_file))
     check_writable("run_dir", Path(config.run_dir))
+    rewards = [("reward_pretrain", config.reward_pretrain or "")]
+    check_target("run_dir", config.run_dir, [("pretrain", config.pretrain), *rewards])
     check_training(config)
 
 

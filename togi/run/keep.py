@@ -169,7 +169,7 @@ def newest_checkpoint(config: OutputSettings, world: World) -> Checkpoint | None
     elif not found.state["resumable"]:
         raise CheckpointError(
             f"The checkpoint {found.path} was written with --disable_ds_ckpt and cannot be resumed: start without "
-            f"--load_checkpoint, with --pretrain set to its folder {HF_FOLDER}."
+            f"--load_checkpoint, with --pretrain set to its folder {HF_FOLDER}, and with other --save_path and --ckpt_path."
         )
     return found
 

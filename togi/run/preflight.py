@@ -93,7 +93,8 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
         if isinstance(value, Hook):
             check_hook_file(name, value)
     check_trackers(trackers(config))
-    check_folders(config)
+    critic = [f"{config.save_path}_critic"] if config.save_value_network else []
+    check_folders(config, models, [*critic, *([f"{config.save_path}_ema"] if config.enable_ema else [])])
     return parsed
 
 
@@ -195,15 +196,29 @@ def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str, *, eve
         raise DataError(f"--{flag}: {error}") from None
 
 
-def check_folders(config: OutputSettings) -> None:
-    """Check that every output folder can be written, and that the run folder is not in use by another run."""
+def check_folders(config: OutputSettings, models: Iterable[tuple[str, str]], more_outputs: Iterable[str] = ()) -> None:
+    """Check that every output folder can be written, that none would replace one of the ``models`` that the run reads, and that
+    the run folder is not in use by another run. ``more_outputs``: model folders that are written beside ``--save_path``.
+    """
     run_dir = config.run_dir if config.run_dir is not None else DEFAULT_PARENT
     for flag, folder in (("save_path", config.save_path), ("ckpt_path", config.ckpt_path), ("run_dir", run_dir)):
         check_writable(flag, Path(folder))
+    models = list(models)
+    outputs = [("save_path", config.save_path), ("ckpt_path", config.ckpt_path)]
+    for flag, folder in outputs + [("save_path", folder) for folder in more_outputs]:
+        check_target(flag, folder, models)
     if config.run_dir is not None and Path(config.run_dir).is_dir() and not config.load_checkpoint:
         from togi.obs.run_dir import RunDirectory
 
         RunDirectory(Path(config.run_dir)).check_unused()
+
+
+def check_target(flag: str, output: str, sources: Iterable[tuple[str, str]]) -> None:
+    """Raise ConfigError if the output folder is one of its sources or a folder around one, which would replace it."""
+    target = Path(output).resolve()
+    for name, source in sources:
+        if source and Path(source).exists() and Path(source).resolve().is_relative_to(target):
+            raise ConfigError(f"--{flag} {output} would replace --{name} {source}: give another folder.")
 
 
 def check_engine(name: EngineName) -> None:
@@ -398,7 +413,7 @@ def check_offline(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Me
     # Data and folders.
     check_data(config)
     check_trackers(trackers(config))
-    check_folders(config)
+    check_folders(config, other_models(config).items())
     return parsed
 
 
