@@ -152,6 +152,21 @@ def test_the_saved_adapter_is_peft_s(tmp_path: Path) -> None:
     assert (record["r"], record["lora_alpha"], record["base_model_name_or_path"]) == (4, 12, str(folder))
 
 
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+def test_the_adapter_of_a_mixture_is_loaded_and_merged(tmp_path: Path, arch: str) -> None:
+    folder = save_tiny_model(tmp_path / "base", arch)
+    model = adapted(folder)
+    save_adapter(tmp_path / "adapter", model, parameters(model, trained_only=True), tiny_tokenizer())
+    record = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (record["target_modules"], record["target_parameters"]) == (["k_proj", "o_proj", "q_proj", "v_proj"], [])
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    torch.testing.assert_close(plain_logprobs(plain), logprobs(model), rtol=1e-4, atol=1e-5)
+    out = tmp_path / "merged"
+    assert main(["merge-lora", "--lora_path", str(tmp_path / "adapter"), "--output_path", str(out)]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(plain_logprobs(merged), plain_logprobs(plain), rtol=1e-4, atol=1e-4)
+
+
 def scalar_model(folder: Path, prefix: str = "score") -> ScalarModel:
     model = load_scalar_model(
         ModelSource(str(folder), torch.float32, lora=LORA), init_head=True, value_head_prefix=prefix

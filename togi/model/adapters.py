@@ -228,12 +228,11 @@ def save_adapter(
     save_file(kept, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     # the record of peft.PeftModel.save_pretrained, which is not called since the model keeps its class
     config: LoraConfig = next(iter(_peft_configs(model)))
-    record = config.to_dict() | {
-        "target_modules": sorted(config.target_modules or ()),
+    record = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()} | {
         "inference_mode": True,
         "modules_to_save": [HEAD] if isinstance(model, ScalarModel) else None,
     }
-    (directory / ADAPTER_CONFIG).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if isinstance(model, ScalarModel):
         head = {"value_head_prefix": model.value_head_prefix, "mean": model.reward_mean, "std": model.reward_std}
         (directory / HEAD_RECORD).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
