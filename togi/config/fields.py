@@ -38,15 +38,17 @@ def _path(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[Int, Field(ge=1)]
+SEEDS = 2**32  # the seeds that every random generator takes, from 0
+Seed = Annotated[Int, Field(ge=0, le=SEEDS - 1)]
 CountOrAuto = Count | Literal["auto"]
 PathText = Annotated[str, BeforeValidator(_path)]
 
 
 class Settings(BaseModel):
-    """Frozen and closed: an unknown name is an error and nothing changes after parsing."""
+    """Frozen and closed: an unknown name is an error, nothing changes after parsing, and every number is finite."""
 
     # Deferred: the validator is built for the class that a command parses, not for every imported class.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, validate_default=False, defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=False, defer_build=True)
 
     def changed(self, *names: str) -> dict[str, Any]:
         """The settings in ``names`` that are not at their defaults, with their values."""

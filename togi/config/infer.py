@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from togi.config.choices import EngineName, EvalTask, PostProcessor
-from togi.config.fields import Count, Int, PathText, Settings, flag
+from togi.config.fields import Count, Int, PathText, Seed, Settings, flag
 from togi.config.parse import Parsed, Source
 from togi.config.shared import PLAIN_TEMPLATE, PromptText, chat_template_problems, template_problems
 from togi.errors import ConfigError
@@ -87,7 +87,7 @@ class InferModelSettings(Settings):
     micro_batch_size: Count = flag(16, "Outputs in progress in Transformers; rows of one forward in scoring.")
     tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model folder.")
-    seed: Int = flag(1234, "Seed; every output has one of its own, made from this, its prompt's place and its number.")
+    seed: Seed = flag(1234, "Seed; every output has one of its own, made from this, its prompt's place and its number.")
     full_determinism: bool = flag(False, "Deterministic kernels.")
     local_rank: Int = flag(-1, "Set by launchers; this command runs in one process.")
     zero_stage: Int = flag(

@@ -35,10 +35,10 @@ _RULES = {
     "tuple_": "a list",
     "missing": "a list with more numbers",
     "too_long": "a list of {max_length}",
-    "greater_than_equal": "at least {ge:g}",
-    "greater_than": "greater than {gt:g}",
-    "less_than_equal": "at most {le:g}",
-    "less_than": "less than {lt:g}",
+    "greater_than_equal": "at least {ge:.15g}",
+    "greater_than": "greater than {gt:.15g}",
+    "less_than_equal": "at most {le:.15g}",
+    "less_than": "less than {lt:.15g}",
 }
 
 

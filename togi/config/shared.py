@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from togi.config.choices import BackendName, GradAccumDtype, Layers, Overlong, Scheduler
-from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, later
+from togi.config.fields import Count, CountOrAuto, Int, PathText, Seed, Settings, flag, later
 from togi.errors import ConfigError
 
 PLAIN_TEMPLATE = "User: {}\nAssistant: "
@@ -158,7 +158,7 @@ class TrainSettings(Settings):
         10, "reduce_lr_on_plateau and greedy change the rate after more than so many evaluations of one kind.", ge=0
     )
     max_lr_ratio: float = flag(10.0, "Highest rate of greedy as a multiple of the learning rate it starts from.", ge=1)
-    seed: Int = flag(42, "Seed of data order, sampling and initialisation.")
+    seed: Seed = flag(42, "Seed of data order, sampling and initialisation.")
     full_determinism: bool = flag(
         False,
         "Deterministic kernels; a run repeats bit for bit on the same machine, but for log-probs that vLLM rounds by its batches.",

@@ -26,6 +26,7 @@ from typing import Any
 
 from togi.algo.best_of_n import best, best_and_worst, mean_with_error, standardized
 from togi.config.choices import EngineName, EvalTask, IterateMethod, PostProcessor
+from togi.config.fields import SEEDS
 from togi.config.iterate import IterateConfig
 from togi.config.model_facts import position_limit
 from togi.data.messages import FRAME, USER, dialogue_of, without_answers
@@ -165,7 +166,7 @@ class Steps:
         c, folder = self._config, self.folder(number)
         # Flags that all methods share.
         words = _flags({"pretrain": model, "dataset": folder / "train.jsonl", "save_path": self.model(number)})
-        words += _flags({"run_dir": folder / "train", "ckpt_path": folder / "checkpoints", "seed": c.seed + number})
+        words += _flags({"run_dir": folder / "train", "ckpt_path": folder / "checkpoints", "seed": (c.seed + number) % SEEDS})
         words += _flags({"learning_rate": c.peak_learning_rate, **self._settings(f"{MODEL} {TRAINING}")})
         # Flags of the method.
         if self._method is IterateMethod.DPO:
@@ -222,7 +223,7 @@ class Steps:
         task = EvalTask.GENERATE_VLLM if c.rollout_engine is EngineName.VLLM else EvalTask.GENERATE
         words = _flags({"eval_task": task, "pretrain": model, "dataset": folder / "prompts.jsonl"})
         words += _flags({"output_path": folder / "generated.jsonl", "input_key": c.input_key, "label_key": c.label_key})
-        words += _flags({"best_of_n": samples, "temperature": temperature, "seed": c.seed + number})
+        words += _flags({"best_of_n": samples, "temperature": temperature, "seed": (c.seed + number) % SEEDS})
         words += _flags({"micro_batch_size": c.max_num_seqs, **self._settings(f"{MODEL} {GENERATION}")})
         words += self._rendering()
         if self._method is IterateMethod.CSFT and told:
