@@ -28,7 +28,7 @@ FAST = settings(max_examples=40, deadline=None, derandomize=True)
 def test_aggregations_by_hand(aggregation, weights, denominator, loss):
     # Sequences of 3, 0 and 1 tokens with terms 1, 2, 3 and 4; the generation limit is 16.
     sequences, terms = torch.tensor([0, 0, 0, 2]), torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)
-    weights_K = token_weights(aggregation, sequences, 3, CONSTANT, dtype=torch.float64)
+    weights_K = token_weights(aggregation, sequences, 3, dtype=torch.float64)
     torch.testing.assert_close(weights_K, torch.tensor(weights, dtype=torch.float64))
     divisor = count(aggregation, sequences, 3, CONSTANT)
     assert divisor == denominator
@@ -38,7 +38,7 @@ def test_aggregations_by_hand(aggregation, weights, denominator, loss):
 @pytest.mark.parametrize("aggregation", list(Aggregation))
 def test_a_micro_batch_without_tokens_adds_no_loss(aggregation):
     nothing = torch.empty(0, dtype=torch.int64)
-    assert token_weights(aggregation, nothing, 2, CONSTANT).sum() == 0
+    assert token_weights(aggregation, nothing, 2).sum() == 0
     assert count(aggregation, nothing, 2, CONSTANT) == (32 if aggregation is Aggregation.CONSTANT else 0)
 
 
@@ -48,7 +48,7 @@ def terms_of(kind: str, weights_FV: Tensor, data: dict[str, Tensor]) -> Tensor:
     logp_KV = torch.log_softmax(outputs[:, :VOCAB], -1)
     logprobs = logp_KV.gather(1, data["tokens"][:, None]).squeeze(1)
     if kind == "policy":
-        return policy_loss(logprobs, data["old"], data["a"], clip_low=0.2, clip_high=0.28, dual_clip=2.0).loss_K
+        return policy_loss(logprobs, data["old"], data["a"], clip_low=0.2, clip_high=0.28, dual_clip=2.0)[0]
     if kind == "value":
         return value_loss(outputs[:, VOCAB], data["v"], data["r"], 0.2)
     if kind == "entropy":
@@ -77,7 +77,7 @@ def loss_and_gradient(
     for rows in micro_batches:
         data = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         sequences = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row["a"]) for row in rows]))
-        weights_K = token_weights(aggregation, sequences, len(rows), CONSTANT, dtype=torch.float64)
+        weights_K = token_weights(aggregation, sequences, len(rows), dtype=torch.float64)
         part = (weights_K * terms_of(kind, weights_FV, data)).sum()
         part.backward()
         total += float(part.detach())
@@ -109,6 +109,6 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(kind, aggregation,
 def test_aggregations_equal_the_reference(aggregation, terms):
     sequences = torch.repeat_interleave(torch.arange(len(terms)), torch.tensor([len(t) for t in terms]))
     flat = torch.tensor([x for t in terms for x in t], dtype=torch.float64)
-    weights_K = token_weights(aggregation, sequences, len(terms), CONSTANT, dtype=torch.float64)
+    weights_K = token_weights(aggregation, sequences, len(terms), dtype=torch.float64)
     loss = float((weights_K * flat).sum()) / count(aggregation, sequences, len(terms), CONSTANT)
     assert loss == pytest.approx(ref.aggregate(aggregation.value, terms, CONSTANT), abs=1e-12)

@@ -116,7 +116,7 @@ def test_minimising_only_the_kl_loss_brings_the_policy_to_the_reference(estimato
     generator = torch.Generator().manual_seed(0)
     logits, q = policy(), log_probs(REFERENCE)
     sequences = torch.arange(256)
-    weights = token_weights(Aggregation.TOKEN_MEAN, sequences, 256, 1, dtype=torch.float64)
+    weights = token_weights(Aggregation.TOKEN_MEAN, sequences, 256, dtype=torch.float64)
     divergences = [float(exact_kl(log_probs(logits), q).detach())]
     for _ in range(40):
         logp = log_probs(logits)

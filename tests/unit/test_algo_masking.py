@@ -67,10 +67,10 @@ def losses(packed: Batch, advantages_K: Tensor, returns_K: Tensor) -> dict[str, 
     own, bounds = (packed.target_sequences_K, packed.num_sequences), {"clip_low": 0.2, "clip_high": 0.3}
     terms: dict[str, Callable[[Tensor], Tensor]] = {
         "policy": lambda x: (
-            policy_loss(x, packed.select("old"), advantages_K, clip_low=0.2, clip_high=0.3, dual_clip=2.0).loss_K
+            policy_loss(x, packed.select("old"), advantages_K, clip_low=0.2, clip_high=0.3, dual_clip=2.0)[0]
         ),
-        "gspo": lambda x: gspo_loss(x, packed.select("old"), advantages_K, *own, **bounds, dual_clip=2.0).loss_K,
-        "cispo": lambda x: cispo_loss(x, packed.select("old"), advantages_K, **bounds).loss_K,
+        "gspo": lambda x: gspo_loss(x, packed.select("old"), advantages_K, *own, **bounds, dual_clip=2.0)[0],
+        "cispo": lambda x: cispo_loss(x, packed.select("old"), advantages_K, **bounds)[0],
         "value": lambda x: value_loss(x, packed.select("old_values"), returns_K, 0.2),
     }
     for kind in CorrectionType:
@@ -101,7 +101,7 @@ def assert_same(
         source = packed.streams["values" if name == "value" else "logprobs"].clone().requires_grad_()
         sequences_K, num = packed.target_sequences_K, packed.num_sequences
         terms_K = losses(packed, advantages_K, returns_K)[name](source[packed.targets_K])
-        loss = (token_weights(aggregation, sequences_K, num, 8) * terms_K).sum()
+        loss = (token_weights(aggregation, sequences_K, num) * terms_K).sum()
         (loss / count(aggregation, sequences_K, num, 8)).backward()
         results.append((loss.detach(), source.grad))
     (loss, grad), (dirty_loss, dirty_grad) = results

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.unit import algo_reference as ref
-from togi.algo.policy import cispo_loss, gspo_loss, policy_loss, value_loss
+from togi.algo.policy import bounded_ratio, cispo_loss, gspo_loss, policy_loss, value_loss
 
 FAST = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+class Terms(NamedTuple):
+    """What a loss returns, by names."""
+
+    loss_K: Tensor
+    log_ratio_K: Tensor
+    clipped_K: Tensor
+
+    @property
+    def ratio_K(self) -> Tensor:
+        return bounded_ratio(self.log_ratio_K)
+
+
+def policy_terms(*given: Tensor, **bounds: float | None) -> Terms:
+    return Terms(*policy_loss(*given, **bounds))
+
+
+def gspo_terms(*given: Tensor | int, **bounds: float | None) -> Terms:
+    return Terms(*gspo_loss(*given, **bounds))
+
+
+def cispo_terms(*given: Tensor, **bounds: float) -> Terms:
+    return Terms(*cispo_loss(*given, **bounds))
 
 
 def one(ratio: float, advantage: float, low: float = 0.2, high: float = 0.2, dual: float | None = None):
@@ -21,10 +46,10 @@ def one(ratio: float, advantage: float, low: float = 0.2, high: float = 0.2, dua
     old = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
     logprobs = (old.detach() + math.log(ratio)).requires_grad_()
     a = torch.tensor([advantage], dtype=torch.float64, requires_grad=True)
-    terms = policy_loss(logprobs, old, a, clip_low=low, clip_high=high, dual_clip=dual)
+    terms = policy_terms(logprobs, old, a, clip_low=low, clip_high=high, dual_clip=dual)
     terms.loss_K.sum().backward()
     assert old.grad is None and a.grad is None
-    return replace(terms, loss_K=terms.loss_K.detach()), float(logprobs.grad)
+    return terms._replace(loss_K=terms.loss_K.detach()), float(logprobs.grad)
 
 
 # columns: ratio, advantage, loss, gradient (-ratio * advantage where the ratio counts, else exactly 0), clipped
@@ -76,7 +101,7 @@ def test_dual_clip_by_hand(ratio, advantage, loss, gradient, clipped):
 
 def test_log_ratios_beyond_20_stay_finite_in_float32_and_are_reported_raw():
     logprobs = torch.tensor([-0.5, -300.0], requires_grad=True)
-    terms = policy_loss(
+    terms = policy_terms(
         logprobs, torch.tensor([-300.0, -0.5]), torch.tensor([-1.0, 1.0]), clip_low=0.2, clip_high=0.2, dual_clip=None
     )
     terms.loss_K.sum().backward()
@@ -89,7 +114,7 @@ def test_log_ratios_beyond_20_stay_finite_in_float32_and_are_reported_raw():
 def test_on_policy_the_gradient_is_the_policy_gradient():
     logprobs = torch.tensor([-1.0, -2.0, -0.1], requires_grad=True)
     a = torch.tensor([0.5, -3.0, 2.0])
-    terms = policy_loss(logprobs, logprobs.detach(), a, clip_low=0.2, clip_high=0.2, dual_clip=None)
+    terms = policy_terms(logprobs, logprobs.detach(), a, clip_low=0.2, clip_high=0.2, dual_clip=None)
     terms.loss_K.sum().backward()
     assert torch.equal(terms.loss_K.detach(), -a)
     assert torch.equal(logprobs.grad, -a)
@@ -104,7 +129,7 @@ tokens = st.lists(st.tuples(floats, floats, floats), min_size=1, max_size=20)
 def test_policy_loss_equals_the_reference(rows, low, high, dual):
     lp, old, a = torch.tensor(rows, dtype=torch.float64).T.contiguous()
     lp.requires_grad_()
-    terms = policy_loss(lp, old, a, clip_low=low, clip_high=high, dual_clip=dual)
+    terms = policy_terms(lp, old, a, clip_low=low, clip_high=high, dual_clip=dual)
     expected = [ref.policy(*row, low, high, dual) for row in rows]
     torch.testing.assert_close(terms.loss_K.detach(), torch.tensor(expected, dtype=torch.float64))
     (grad,) = torch.autograd.grad(terms.loss_K.sum(), lp)
@@ -126,7 +151,7 @@ def gspo(advantages: list[float], low: float = 0.2, high: float = 0.2, dual: flo
     old = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
     lp = (old.detach() + torch.tensor([2.0, 0.125, 1.1], dtype=torch.float64).log()).requires_grad_()
     a = torch.tensor(advantages, dtype=torch.float64)
-    terms = gspo_loss(lp, old, a, GSPO_SEQUENCES, 3, clip_low=low, clip_high=high, dual_clip=dual)
+    terms = gspo_terms(lp, old, a, GSPO_SEQUENCES, 3, clip_low=low, clip_high=high, dual_clip=dual)
     (grad,) = torch.autograd.grad(terms.loss_K.sum(), lp)
     return terms, grad.tolist()
 
@@ -155,8 +180,8 @@ def test_gspo_with_one_token_a_sequence_is_ppo():
     lp, old, a = torch.randn(3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     one, two = lp.clone().requires_grad_(), lp.clone().requires_grad_()
     bounds = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 2.0}
-    ours = gspo_loss(one, old, a, torch.arange(50), 50, **bounds)
-    theirs = policy_loss(two, old, a, **bounds)
+    ours = gspo_terms(one, old, a, torch.arange(50), 50, **bounds)
+    theirs = policy_terms(two, old, a, **bounds)
     (ours.loss_K.sum() + theirs.loss_K.sum()).backward()
     torch.testing.assert_close(ours.loss_K, theirs.loss_K)
     torch.testing.assert_close(one.grad, two.grad)
@@ -177,7 +202,7 @@ def test_cispo_by_hand(ratio, advantage, loss, gradient, clipped):
     lp = torch.tensor([-2.0], dtype=torch.float64, requires_grad=True)
     old = (lp.detach() - math.log(ratio)).requires_grad_()
     a = torch.tensor([advantage], dtype=torch.float64, requires_grad=True)
-    terms = cispo_loss(lp, old, a, clip_low=0.2, clip_high=0.3)
+    terms = cispo_terms(lp, old, a, clip_low=0.2, clip_high=0.3)
     terms.loss_K.sum().backward()
     assert old.grad is None and a.grad is None
     assert float(terms.loss_K.detach()) == pytest.approx(loss)
@@ -188,7 +213,7 @@ def test_cispo_by_hand(ratio, advantage, loss, gradient, clipped):
 
 def test_cispo_with_a_lower_clip_of_one_has_no_lower_bound():
     lp = torch.tensor([-9.0], requires_grad=True)
-    terms = cispo_loss(lp, torch.tensor([-2.0]), torch.tensor([1.0]), clip_low=1.0, clip_high=0.3)
+    terms = cispo_terms(lp, torch.tensor([-2.0]), torch.tensor([1.0]), clip_low=1.0, clip_high=0.3)
     terms.loss_K.sum().backward()
     assert float(lp.grad) == pytest.approx(-math.exp(-7))
     assert not bool(terms.clipped_K)

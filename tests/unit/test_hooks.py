@@ -272,7 +272,7 @@ def ppo_again(
 ) -> Tensor:
     return policy_loss(
         logprobs_K, old_logprobs_K, advantages_K, clip_low=clip_low, clip_high=clip_high, dual_clip=None
-    ).loss_K
+    )[0]
 
 
 @pytest.mark.parametrize("correction", [None, CorrectionType.ICEPOP])

@@ -17,23 +17,15 @@ from togi.config.choices import Aggregation, CorrectionType
 
 
 def token_weights(
-    aggregation: Aggregation,
-    sequences_K: Tensor,
-    num_sequences: int,
-    constant: float,
-    dtype: torch.dtype = torch.float32,
+    aggregation: Aggregation, sequences_K: Tensor, num_sequences: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The weight of each token's term. Shape [K], on the device of ``sequences_K``.
 
     token_mean and constant: 1. sequence_mean: 1 / number of tokens in the loss of the token's own sequence.
-    ``constant`` is unused; it is a parameter so that ``token_weights`` and ``count`` are called alike.
     """
-    match aggregation:
-        case Aggregation.TOKEN_MEAN | Aggregation.CONSTANT:
-            return torch.ones(sequences_K.shape, dtype=dtype, device=sequences_K.device)
-        case Aggregation.SEQUENCE_MEAN:
-            lengths_N = torch.bincount(sequences_K, minlength=num_sequences)
-            return lengths_N[sequences_K].to(dtype).reciprocal()
+    if aggregation is Aggregation.SEQUENCE_MEAN:
+        return torch.bincount(sequences_K, minlength=num_sequences)[sequences_K].to(dtype).reciprocal()
+    return torch.ones(sequences_K.shape, dtype=dtype, device=sequences_K.device)
 
 
 def count(aggregation: Aggregation, sequences_K: Tensor, num_sequences: int, constant: float) -> float:
@@ -171,22 +163,17 @@ def correction(
     return TokenWeights(torch.where(kept_K, bounded_K, 0.0), kept_K, kept_K & (bounded_K != ratio_K))
 
 
+# The policy losses. Each returns (loss, log ratio, clipped), all [K]. The loss has the gradient, the others are for metrics.
+#
+# The log ratio is the raw log pi_new - log pi_old of the token or (GSPO) of its sequence. ``clipped`` (bool) is where the clip
+# changes the ratio; in PPO and GSPO the token then has no gradient, in CISPO a bounded one.
+
 MAX_LOG_RATIO = 20.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PolicyTerms:
-    """``loss_K`` has the gradient. The rest is for metrics and has none.
-
-    ``ratio_K``: exp of the log ratio clamped to [-20, 20], of the token or (GSPO) of its sequence. ``clipped_K``: where the clip
-    changes the ratio; in PPO and GSPO the token then has no gradient, in CISPO a bounded one. ``log_ratio_K``: raw
-    log pi_new - log pi_old.
-    """
-
-    loss_K: Tensor
-    ratio_K: Tensor
-    clipped_K: Tensor
-    log_ratio_K: Tensor
+def bounded_ratio(log_ratio_K: Tensor) -> Tensor:
+    """exp of the log ratio clamped to [-20, 20]: the ratio in all losses."""
+    return log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def policy_loss(
@@ -197,7 +184,7 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
-) -> PolicyTerms:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` with ``r = exp(logprobs - old_logprobs)``, per token.
 
     PPO (Schulman et al. 2017, arXiv 1707.06347); two different bounds: clip-higher of DAPO (arXiv 2503.14476). With
@@ -220,7 +207,7 @@ def gspo_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
-) -> PolicyTerms:
+) -> tuple[Tensor, Tensor, Tensor]:
     """PPO's clipped loss with one ratio for a whole sequence, ``s = exp(mean over its tokens of logprobs - old_logprobs)``.
 
     GSPO (Zheng et al. 2025, arXiv 2507.18071), in the paper's token form (section 4.3): each token's ratio is
@@ -238,33 +225,25 @@ def gspo_loss(
 
 def cispo_loss(
     logprobs_K: Tensor, old_logprobs_K: Tensor, advantages_K: Tensor, *, clip_low: float, clip_high: float
-) -> PolicyTerms:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``-sg[clip(r, 1 - clip_low, 1 + clip_high)] A logprobs``, per token: the weight is bounded, no gradient is dropped.
 
     CISPO (MiniMax-M1, arXiv 2506.13585, section 3.1). The paper has no lower bound, which is ``clip_low`` 1.
     """
     assert logprobs_K.shape == old_logprobs_K.shape == advantages_K.shape, "token streams differ in length"
     log_ratio_K = (logprobs_K - old_logprobs_K).detach()
-    ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio_K = bounded_ratio(log_ratio_K)
     weight_K = ratio_K.clamp(1 - clip_low, 1 + clip_high)
-    loss_K = -weight_K * advantages_K.detach() * logprobs_K
-    return PolicyTerms(loss_K, ratio_K, weight_K != ratio_K, log_ratio_K)
-
-
-def with_ratio(loss_K: Tensor, log_ratio_K: Tensor, clip_low: float, clip_high: float) -> PolicyTerms:
-    """Any loss, with the metrics of the ratio. ``clipped_K``: where the ratio is outside of [1 - clip_low, 1 + clip_high]."""
-    ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    beyond_K = (ratio_K < 1 - clip_low) | (ratio_K > 1 + clip_high)
-    return PolicyTerms(loss_K, ratio_K, beyond_K, log_ratio_K)
+    return -weight_K * advantages_K.detach() * logprobs_K, log_ratio_K, weight_K != ratio_K
 
 
 def _clipped(
     log_ratio_K: Tensor, advantages_K: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
-) -> PolicyTerms:
+) -> tuple[Tensor, Tensor, Tensor]:
     assert log_ratio_K.shape == advantages_K.shape, "token streams differ in length"
     assert dual_clip is None or dual_clip > 1, "a dual clip of at most 1 would cut the unclipped region"
     advantages_K = advantages_K.detach()
-    ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio_K = bounded_ratio(log_ratio_K)
     plain_K = ratio_K * advantages_K
     bounded_K = ratio_K.clamp(1 - clip_low, 1 + clip_high) * advantages_K
     clipped_K = bounded_K < plain_K
@@ -273,7 +252,7 @@ def _clipped(
         # A < 0 only: the surrogate r A has no lower bound there
         floor_K = dual_clip * advantages_K
         surrogate_K = torch.where((advantages_K < 0) & (surrogate_K < floor_K), floor_K, surrogate_K)
-    return PolicyTerms(-surrogate_K, ratio_K.detach(), clipped_K, log_ratio_K.detach())
+    return -surrogate_K, log_ratio_K.detach(), clipped_K
 
 
 def value_loss(values_K: Tensor, old_values_K: Tensor, returns_K: Tensor, clip: float) -> Tensor:

@@ -24,16 +24,6 @@ from torch import Tensor, nn
 
 from togi.algo import policy
 from togi.algo.kl import kl_estimate
-from togi.algo.policy import (
-    PolicyTerms,
-    TokenWeights,
-    cispo_loss,
-    correction,
-    gspo_loss,
-    policy_loss,
-    value_loss,
-    with_ratio,
-)
 from togi.batch import Batch
 from togi.config.choices import Aggregation, CorrectionType, KLEstimator, PolicyLossType
 from togi.config.fields import Hook
@@ -193,20 +183,20 @@ class PolicyObjective(Objective):
         old_K = (
             batch.select(OLD_LOGPROBS).to(logprobs_K.dtype) if OLD_LOGPROBS in batch.streams else logprobs_K.detach()
         )
-        terms = self._surrogate(logprobs_K, old_K, batch)
-        loss_K, sums = terms.loss_K, dict[str, Tensor]()
+        loss_K, log_ratio_K, clipped_K = self._surrogate(logprobs_K, old_K, batch)
+        sums = dict[str, Tensor]()
         if self.correction is not None:
             trust = self._trust(self.correction, old_K, batch)
             loss_K, sums = trust.select(loss_K), _correction_sums(trust)
         # the aggregation: a weighted sum over tokens
         weights_K = policy.token_weights(
-            self.aggregation, batch.target_sequences_K, batch.num_sequences, self.constant, logprobs_K.dtype
+            self.aggregation, batch.target_sequences_K, batch.num_sequences, logprobs_K.dtype
         )
         total = (weights_K * loss_K).sum()
         sums |= {
             names.POLICY_LOSS: loss_K.sum(),
-            names.POLICY_CLIP_FRACTION: terms.clipped_K.sum(),
-            names.POLICY_PPO_KL: -terms.log_ratio_K.sum(),
+            names.POLICY_CLIP_FRACTION: clipped_K.sum(),
+            names.POLICY_PPO_KL: -log_ratio_K.sum(),
             names.ENTROPY: entropy_K.sum(),
         }
         # entropy bonus and KL penalty, with the weights of the surrogate
@@ -219,33 +209,29 @@ class PolicyObjective(Objective):
             sums[names.KL_REFERENCE] = kl_K.sum()
         # metrics: the total over the count of the step, all others over tokens
         tokens = logprobs_K.numel()
-        maxima = {RATIO_MAX: terms.ratio_K.max()} if tokens > 0 else {}
+        maxima = {RATIO_MAX: policy.bounded_ratio(log_ratio_K).max()} if tokens > 0 else {}
         minimised = token_metrics({names.POLICY_TOTAL_LOSS: total}, self.count(batch), {})
         return Loss(total, minimised | token_metrics(sums, tokens, maxima))
 
-    def _surrogate(self, logprobs_K: Tensor, old_K: Tensor, batch: Batch) -> PolicyTerms:
+    def _surrogate(self, logprobs_K: Tensor, old_K: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, the log ratio and whether the clip changes it, of each token (``togi.algo.policy``)."""
         base_K = batch.select(ROLLOUT_LOGPROBS) if self.against_engine else old_K
         streams = (logprobs_K, base_K, batch.select(ADVANTAGES))
+        low, high, dual = self.clip_low, self.clip_high, self.dual_clip
         match self.kind:
             case PolicyLossType.PPO:
-                return policy_loss(*streams, clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip)
+                return policy.policy_loss(*streams, clip_low=low, clip_high=high, dual_clip=dual)
             case PolicyLossType.GSPO:
-                return gspo_loss(
-                    *streams,
-                    batch.target_sequences_K,
-                    batch.num_sequences,
-                    clip_low=self.clip_low,
-                    clip_high=self.clip_high,
-                    dual_clip=self.dual_clip,
-                )
+                own = (batch.target_sequences_K, batch.num_sequences)
+                return policy.gspo_loss(*streams, *own, clip_low=low, clip_high=high, dual_clip=dual)
             case PolicyLossType.CISPO:
-                return cispo_loss(*streams, clip_low=self.clip_low, clip_high=self.clip_high)
+                return policy.cispo_loss(*streams, clip_low=low, clip_high=high)
             case Hook() as hook:
                 return self._hooked(hook, *streams, batch.target_sequences_K)
 
     def _hooked(
         self, hook: Hook, logprobs_K: Tensor, base_K: Tensor, advantages_K: Tensor, sequences_K: Tensor
-    ) -> PolicyTerms:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The user's loss. The clip fraction counts the ratios outside of the clip range, whatever the loss does there."""
         if logprobs_K.numel() == 0:  # no token to train on this rank: do not call the user's function
             loss_K = logprobs_K
@@ -258,10 +244,12 @@ class PolicyObjective(Objective):
                 clip_low=self.clip_low,
                 clip_high=self.clip_high,
             )
-        return with_ratio(loss_K, (logprobs_K - base_K).detach(), self.clip_low, self.clip_high)
+        log_ratio_K = (logprobs_K - base_K).detach()
+        ratio_K = policy.bounded_ratio(log_ratio_K)
+        return loss_K, log_ratio_K, (ratio_K < 1 - self.clip_low) | (ratio_K > 1 + self.clip_high)
 
-    def _trust(self, settings: EngineCorrection, old_K: Tensor, batch: Batch) -> TokenWeights:
-        return correction(
+    def _trust(self, settings: EngineCorrection, old_K: Tensor, batch: Batch) -> policy.TokenWeights:
+        return policy.correction(
             settings.kind,
             old_K,
             batch.select(ROLLOUT_LOGPROBS),
@@ -272,7 +260,7 @@ class PolicyObjective(Objective):
         )
 
 
-def _correction_sums(trust: TokenWeights) -> dict[str, Tensor]:
+def _correction_sums(trust: policy.TokenWeights) -> dict[str, Tensor]:
     masked_K = ~trust.kept_K
     return {
         names.MISMATCH_CORRECTED_SHARE: (trust.truncated_K | masked_K).sum(),
@@ -297,7 +285,7 @@ class ValueObjective(Objective):
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         values_K = outputs.values_K
         old_K, returns_K = (batch.select(name).to(values_K.dtype) for name in (OLD_VALUES, RETURNS))
-        loss_K = value_loss(values_K, old_K, returns_K, self.clip)
+        loss_K = policy.value_loss(values_K, old_K, returns_K, self.clip)
         errors_K = returns_K - values_K.detach()
         # first and second moments over tokens, from which ``summary`` derives the variances
         sums: dict[str, Tensor] = {
