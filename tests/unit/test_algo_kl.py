@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.unit import algo_reference as ref
-from togi.algo.kl import AdaptiveKLController, FixedKLController, kl_controller, kl_estimate
+from togi.algo.kl import KLController, kl_estimate
 from togi.algo.policy import count, token_weights
 from togi.config.choices import Aggregation
 from togi.config.choices import KLEstimator as KL
@@ -145,7 +145,7 @@ def test_k3_keeps_its_digits_near_zero_in_float32():
 
 
 def test_adaptive_controller_by_hand():
-    start = AdaptiveKLController(0.1, target=6.0, horizon=10_000)
+    start = KLController(0.1, target=6.0, horizon=10_000)
     # kl 12: error clipped to 0.2; kl 6.6: error 0.1; kl 0: error clipped to -0.2
     assert start.update(12.0, 64).value == pytest.approx(0.1 * (1 + 0.2 * 64 / 10_000), rel=1e-15)
     assert start.update(6.6, 1000).value == pytest.approx(0.1 * 1.01, rel=1e-12)
@@ -155,22 +155,17 @@ def test_adaptive_controller_by_hand():
 
 
 def test_a_step_larger_than_five_horizons_is_refused():
-    controller = AdaptiveKLController(0.1, target=6.0, horizon=100)
+    controller = KLController(0.1, target=6.0, horizon=100)
     assert controller.update(0.0, 499).value > 0
     with pytest.raises(ConfigError, match=r"--kl_horizon 100 .* 500 samples .* above 100"):
         controller.update(0.0, 500)
 
 
 def test_controllers_resume_from_their_state():
-    grown = AdaptiveKLController(0.1, target=6.0, horizon=10_000).update(12.0, 640)
-    resumed = AdaptiveKLController(0.1, target=6.0, horizon=10_000).restored(grown.state)
+    grown = KLController(0.1, target=6.0, horizon=10_000).update(12.0, 640)
+    resumed = KLController(0.1, target=6.0, horizon=10_000).restored(grown.value)
     assert resumed == grown
     assert resumed.update(3.0, 640) == grown.update(3.0, 640)
-    fixed = FixedKLController(0.02)
+    fixed = KLController(0.02)
     assert fixed.update(99.0, 10**6) == fixed
     assert fixed.restored(0.5).value == 0.02
-
-
-def test_a_target_makes_the_controller_adaptive():
-    assert kl_controller(0.1, None, 100) == FixedKLController(0.1)
-    assert kl_controller(0.1, 6.0, 100) == AdaptiveKLController(0.1, 6.0, 100)

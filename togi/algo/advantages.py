@@ -137,8 +137,21 @@ def token_rewards(rewards_N: Tensor, kl_K: Tensor | None, kl_coef: float, sequen
 
 
 def discounted_returns(rewards_K: Tensor, sequences_K: Tensor, gamma: float) -> Tensor:
-    """``G_t = r_t + gamma * G_{t+1}`` within each sequence. Shape [K]."""
-    return _discounted_suffix_sums(rewards_K, sequences_K, gamma)
+    """``G_t = r_t + gamma * G_{t+1}`` within each sequence, in log2(longest sequence) passes over all tokens. Shape [K].
+
+    After the pass with stride s, ``G_t`` covers the 2s tokens from t on (Hillis & Steele 1986). It needs no padding,
+    and powers of ``gamma`` stay at most 1. Rounding errors grow with log L; those of a loop over time grow with L.
+    """
+    assert rewards_K.shape == sequences_K.shape, "token streams differ in length"
+    assert 0 <= gamma <= 1, "a discount must lie in [0, 1]"
+    sums_K, stride = rewards_K.clone(), 1
+    while stride < len(sums_K):
+        same = sequences_K[:-stride] == sequences_K[stride:]
+        if not bool(same.any()):
+            break
+        sums_K[:-stride] += gamma**stride * torch.where(same, sums_K[stride:], 0)
+        stride *= 2
+    return sums_K
 
 
 def gae(rewards_K: Tensor, values_K: Tensor, sequences_K: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -152,7 +165,7 @@ def gae(rewards_K: Tensor, values_K: Tensor, sequences_K: Tensor, gamma: float, 
     next_values_K = torch.zeros_like(values_K)
     next_values_K[:-1] = torch.where(sequences_K[:-1] == sequences_K[1:], values_K[1:], 0)
     deltas_K = rewards_K + gamma * next_values_K - values_K
-    advantages_K = _discounted_suffix_sums(deltas_K, sequences_K, gamma * lam)
+    advantages_K = discounted_returns(deltas_K, sequences_K, gamma * lam)
     return advantages_K, advantages_K + values_K
 
 
@@ -193,24 +206,6 @@ def _last_tokens(sequences_K: Tensor) -> Tensor:
     is_last_K = torch.ones_like(sequences_K, dtype=torch.bool)
     is_last_K[:-1] = sequences_K[:-1] != sequences_K[1:]
     return is_last_K.nonzero().squeeze(-1)
-
-
-def _discounted_suffix_sums(values_K: Tensor, sequences_K: Tensor, decay: float) -> Tensor:
-    """``S_t = x_t + decay * S_{t+1}`` within each sequence, in log2(longest sequence) passes over all tokens.
-
-    After the pass with stride s, ``S_t`` covers the 2s tokens from t on (Hillis & Steele 1986). It needs no padding,
-    and powers of ``decay`` stay at most 1. Rounding errors grow with log L; those of a loop over time grow with L.
-    """
-    assert values_K.shape == sequences_K.shape, "token streams differ in length"
-    assert 0 <= decay <= 1, "a discount must lie in [0, 1]"
-    sums_K, stride = values_K.clone(), 1
-    while stride < len(sums_K):
-        same = sequences_K[:-stride] == sequences_K[stride:]
-        if not bool(same.any()):
-            break
-        sums_K[:-stride] += decay**stride * torch.where(same, sums_K[stride:], 0)
-        stride *= 2
-    return sums_K
 
 
 def _check_runs(sequences_K: Tensor, num_sequences: int) -> None:

@@ -47,50 +47,27 @@ def kl_estimate(logprobs_K: Tensor, ref_logprobs_K: Tensor, estimator: KLEstimat
 
 
 @dataclass(frozen=True, slots=True)
-class FixedKLController:
-    """A constant coefficient. ``value`` is the coefficient, from the flag."""
-
-    value: float
-
-    @property
-    def state(self) -> float:
-        """The value for a checkpoint."""
-        return self.value
-
-    def update(self, kl: float, n: int) -> FixedKLController:
-        """Returns itself: the measured KL has no effect."""
-        return self
-
-    def restored(self, state: float) -> FixedKLController:
-        """Returns itself: after a resume too the coefficient comes from the flag."""
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptiveKLController:
-    """A coefficient that steers the measured KL towards ``target`` (Ziegler et al. 2019, arXiv 1909.08593).
+class KLController:
+    """The KL coefficient of a run: constant, or with a ``target`` steered towards it (Ziegler et al. 2019, arXiv 1909.08593).
 
     ``value`` is the coefficient now, ``target`` in nats per token, ``horizon`` in samples.
     """
 
     value: float
-    target: float
-    horizon: int
+    target: float | None = None
+    horizon: int = 1
 
     def __post_init__(self) -> None:
-        assert self.target > 0 and self.horizon > 0, "target and horizon must be positive"
+        assert self.target is None or (self.target > 0 and self.horizon > 0), "target and horizon must be positive"
 
-    @property
-    def state(self) -> float:
-        """The value for a checkpoint. Target and horizon come from the flags."""
-        return self.value
-
-    def update(self, kl: float, n: int) -> AdaptiveKLController:
+    def update(self, kl: float, n: int) -> KLController:
         """The controller after a step of ``n`` samples with mean KL ``kl`` over the tokens in the loss.
 
-        ``value *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon``. Raises ConfigError if a step is so
+        With a target: ``value *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon``. Raises ConfigError if a step is so
         large for the horizon that the factor could be zero or negative, which would turn the penalty into a bonus.
         """
+        if self.target is None:
+            return self
         assert math.isfinite(kl), "the measured KL is not a finite number"
         if MAX_RELATIVE_ERROR * n >= self.horizon:
             raise ConfigError(
@@ -100,17 +77,9 @@ class AdaptiveKLController:
         error = min(max(kl / self.target - 1, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
         return replace(self, value=self.value * (1 + error * n / self.horizon))
 
-    def restored(self, state: float) -> AdaptiveKLController:
-        """This controller with the coefficient of a checkpoint."""
-        return replace(self, value=state)
-
-
-KLController = FixedKLController | AdaptiveKLController
-
-
-def kl_controller(init: float, target: float | None, horizon: int) -> KLController:
-    """An adaptive controller if there is a ``target`` (nats per token), else a fixed one. ``horizon`` is in samples."""
-    return FixedKLController(init) if target is None else AdaptiveKLController(init, target, horizon)
+    def restored(self, value: float) -> KLController:
+        """This controller with the coefficient of a checkpoint. A constant comes from the flag after a resume too."""
+        return self if self.target is None else replace(self, value=value)
 
 
 # The divergence between a teacher's and a student's distribution over the vocabulary, and its gradient.
