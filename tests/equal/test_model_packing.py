@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.attention_cases import DENSE
 from tests.packs import (
     GROUPS,
     NEEDS,
@@ -25,7 +26,7 @@ from tests.packs import (
 )
 from tests.tiny import tiny_model
 from togi.config.shared import MIXTURES
-from togi.model.attention import DENSE, SEGMENTS
+from togi.model.attention import SEGMENTS
 from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.policy import PolicyModel
 from togi.model.support import PROVEN, logit_transform

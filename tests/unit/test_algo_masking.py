@@ -66,9 +66,9 @@ def losses(packed: Batch, advantages_K: Tensor, returns_K: Tensor) -> dict[str, 
     """Each per-token term as a function of the model's output at the tokens in the loss."""
     own, bounds = (packed.target_sequences_K, packed.num_sequences), {"clip_low": 0.2, "clip_high": 0.3}
     terms: dict[str, Callable[[Tensor], Tensor]] = {
-        "policy": lambda x: (
-            policy_loss(x, packed.select("old"), advantages_K, clip_low=0.2, clip_high=0.3, dual_clip=2.0)[0]
-        ),
+        "policy": lambda x: policy_loss(
+            x, packed.select("old"), advantages_K, clip_low=0.2, clip_high=0.3, dual_clip=2.0
+        )[0],
         "gspo": lambda x: gspo_loss(x, packed.select("old"), advantages_K, *own, **bounds, dual_clip=2.0)[0],
         "cispo": lambda x: cispo_loss(x, packed.select("old"), advantages_K, **bounds)[0],
         "value": lambda x: value_loss(x, packed.select("old_values"), returns_K, 0.2),

@@ -6,20 +6,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.attention_cases import MODULE, TREE, random_qkv, run, varlen_stand_in
+from tests.attention_cases import MODULE, TREE, dense_attention, dense_mask, random_qkv, run, varlen_stand_in
 from tests.packs import make_segments
+from togi.algo.partial_attention import Run, visible_keys
 from togi.batch import NO_PREFIX
 from togi.errors import ModelError
-from togi.model.attention import (
-    Run,
-    dense_attention,
-    dense_mask,
-    plan_runs,
-    segment_attention,
-    varlen_attention,
-    varlen_table,
-    visible_keys,
-)
+from togi.model.attention import plan_runs, segment_attention, varlen_attention, varlen_table
 
 
 def test_neighbours_of_equal_length_and_prefix_share_a_call():

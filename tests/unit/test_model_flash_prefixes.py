@@ -7,13 +7,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.attention_cases import TREE, random_qkv, run, varlen_stand_in
+from tests.attention_cases import TREE, dense_attention, random_qkv, run, varlen_stand_in
 from tests.packs import make_segments
 from togi.algo.partial_attention import Visibility, attend_in_tiles, attend_in_tiles_backward
 from togi.algo.precision import full_precision
 from togi.batch import NO_PREFIX
 from togi.model import attention
-from togi.model.attention import attend_to_prefixes, dense_attention, levels_of, varlen_attention
+from togi.model.attention import attend_to_prefixes, levels_of, varlen_attention
 
 GROUP = make_segments([2, 1, 2, 1], [NO_PREFIX, 0, 0, NO_PREFIX])
 

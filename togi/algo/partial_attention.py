@@ -29,6 +29,36 @@ _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``count`` consecutive segments of ``length`` tokens each, which share the same ``chain`` of prefix runs, outermost first."""
+
+    count: int
+    length: int
+    chain: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.count * self.length
+
+
+def visible_keys(length: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which of ``total`` keys each of the last ``length`` tokens sees (bool, [L, M]). None where ``is_causal`` is enough.
+
+    ``window`` counts keys, the token itself included, as Transformers does.
+    """
+    cut = window_of(window, total)
+    if total == length and cut is None:
+        return None
+    mask_LM = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
+    return mask_LM if cut is None else mask_LM.triu(total - length - cut + 1)
+
+
+def window_of(window: int | None, total: int) -> int | None:
+    """The window if it hides any of ``total`` keys, else None."""
+    return window if window is not None and window < total else None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Visibility:
     """Which keys a query sees: those in ``seen_LM`` if it is set, else with ``causal`` the keys up to its own position.

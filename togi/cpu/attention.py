@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from togi.algo.partial_attention import Visibility, attend, attend_backward
-from togi.algo.precision import wide_dtype
-from togi.cpu.kernels import SegmentSpans, kernels_for
+from togi.algo.partial_attention import Run, Visibility, attend, attend_backward, visible_keys, window_of
+from togi.algo.precision import Context, wide_dtype
+from togi.cpu.kernels import HostKernels, SegmentSpans, kernels_for
 
 BLOCK_ELEMENTS = 2**17
 """Float32 values of a block: half a megabyte. A backward holds three blocks."""
@@ -190,17 +189,6 @@ KEYS_AT_ONCE_BYTES = 2**27
 """Limit on the buffer of the kernel's backward: float32 gradients of the keys and values that the segments of a call see."""
 
 
-class Run(Protocol):
-    """``count`` segments of ``length`` tokens, which share the ``chain`` of prefix runs, outermost first."""
-
-    @property
-    def count(self) -> int: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def chain(self) -> tuple[int, ...]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """One run in the pack: ``own`` is the slice of its tokens, ``context`` the slices of its prefixes, outermost first."""
@@ -262,12 +250,21 @@ def parts_of(runs: tuple[Run, ...]) -> list[Part]:
     ]
 
 
+_Plan = tuple[list[Part], list[Visibility], HostKernels | None, list[SegmentSpans], float]
+
+
 class HostAttention(torch.autograd.Function):
     """``query`` [H, T, D], ``key`` and ``value`` [G, T, D] to [H, T, D]. ``seen`` is the visibility of each run."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], seen: list[Visibility], scale: float
+        ctx: Context[_Plan],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        runs: tuple[Run, ...],
+        seen: list[Visibility],
+        scale: float,
     ) -> Tensor:
         parts = parts_of(runs)
         # token-major memory: the output projection reads it without a copy
@@ -297,29 +294,30 @@ class HostAttention(torch.autograd.Function):
             part.put(out_HTD, out_nHLD)
             kept += [out_nHLD, lse_nHL]  # before rounding: the backward subtracts with it
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.parts, ctx.seen, ctx.scale = parts, seen, scale
-        ctx.kernels, ctx.together = kernels, together
+        ctx.fixed = parts, seen, kernels, together, scale
         return out_HTD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_HTD: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
+    def backward(ctx: Context[_Plan], grad_HTD: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *saved = ctx.saved_tensors
+        kept: list[Tensor | None] = list(saved)
+        parts, seen, kernels, together, scale = ctx.fixed
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros(x.shape, dtype=wide_dtype(x), device=x.device) for x in (key, value))
         # short runs in one call, as in the forward; the gradients of shared keys add up in float32
-        for some in ctx.together if ctx.kernels is not None else ():
-            grads = (d_query, d_key, d_value)
-            ctx.kernels.attention_backward(grad_HTD, (query, key, value), some, ctx.scale, grads)
-        for part, visible, out_nHLD, lse_nHL in zip(ctx.parts, ctx.seen, kept[::2], kept[1::2], strict=True):
-            if lse_nHL is None and ctx.kernels is not None:
+        if kernels is not None:
+            for some in together:
+                kernels.attention_backward(grad_HTD, (query, key, value), some, scale, (d_query, d_key, d_value))
+        for part, visible, out_nHLD, lse_nHL in zip(parts, seen, kept[::2], kept[1::2], strict=True):
+            if lse_nHL is None and kernels is not None:
                 continue
             inputs = (part.queries(query), part.keys(key), part.keys(value))
             grad_nHLD = part.queries(grad_HTD)
-            if lse_nHL is None:
-                d_keys, d_values = attend_in_blocks_backward(grad_nHLD, *inputs, ctx.scale, part.queries(d_query))
+            if out_nHLD is None or lse_nHL is None:
+                d_keys, d_values = attend_in_blocks_backward(grad_nHLD, *inputs, scale, part.queries(d_query))
             else:
-                d_queries, d_keys, d_values = attend_backward(grad_nHLD, inputs, out_nHLD, lse_nHL, ctx.scale, visible)
+                d_queries, d_keys, d_values = attend_backward(grad_nHLD, inputs, out_nHLD, lse_nHL, scale, visible)
                 part.put(d_query, d_queries)
             part.add(d_key, d_keys)
             part.add(d_value, d_values)
@@ -347,12 +345,14 @@ def _together(runs: tuple[Run, ...], short: tuple[bool, ...], bytes_per_key: int
 
 
 def host_attention(
-    query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], masks: Iterator[Tensor | None], scale: float
+    query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], window: int | None, scale: float
 ) -> Tensor:
-    """``query`` [H, T, D], ``key`` and ``value`` [G, T, D]; returns [H, T, D].
-
-    ``masks``: for each run the keys that its queries see, bool [L, M]; None for a causal run.
-    """
+    """``query`` [H, T, D], ``key`` and ``value`` [G, T, D]; returns [H, T, D]. ``window``: the keys that a token sees at most."""
+    # masks only where the window cuts: the C kernel and the blocks need none for a causal run
+    masks = (
+        None if window_of(window, part.seen) is None else visible_keys(part.length, part.seen, window, query.device)
+        for part in parts_of(runs)
+    )
     seen = [Visibility(causal=mask is None, seen_LM=mask) for mask in masks]
     out_HTD: Tensor = HostAttention.apply(query, key, value, runs, seen, scale)  # type: ignore[no-untyped-call]
     return out_HTD

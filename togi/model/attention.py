@@ -10,7 +10,6 @@ of prefixes of its segment, and its own segment up to itself, and nothing else.
 * ``togi_varlen``: FlashAttention's variable-length kernels, CUDA only: one call, and one more for each level of shared prefixes
   (below). The name avoids the word "flash", which makes Transformers look for a kernel of that name and lets
   models replace it by another.
-* ``togi_dense``: the whole [T, T] mask and a plain softmax, as the reference in tests.
 
 The layers compute a shared prefix once. Where a back end gathers the prefix's keys again for every continuation, attention costs
 as much as in the plain layout, less the prompt's own part: each response must read the prompt's keys anyway.
@@ -30,10 +29,10 @@ gradient takes no joined output.) They were tested on tensors without data and w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, TypeVar
+from functools import lru_cache, wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +41,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from togi.algo.partial_attention import join
-from togi.algo.precision import full_precision
-from togi.batch import Segments, segment_positions
+from togi.algo.partial_attention import Run, join, visible_keys, window_of
+from togi.algo.precision import Context, full_precision
+from togi.batch import Segments
 from togi.cpu import host_attention
 from togi.errors import ModelError
 
@@ -130,7 +129,12 @@ class _FlashPrefixes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, levels: tuple[Level, ...], scale: float
+        ctx: Context[tuple[tuple[Level, ...], float]],
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        levels: tuple[Level, ...],
+        scale: float,
     ) -> Tensor:
         own, *others = levels
         # each token on its own segment, then the result of each level of prefixes joined in
@@ -143,21 +147,21 @@ class _FlashPrefixes(torch.autograd.Function):
         # joined in float32, rounded once
         narrow_THD = out_THD.to(q_THD.dtype)
         ctx.save_for_backward(q_THD, k_TGD, v_TGD, narrow_THD, lse_TH)
-        ctx.levels, ctx.scale = levels, scale
+        ctx.fixed = levels, scale
         return narrow_THD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context[tuple[tuple[Level, ...], float]], grad_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_TGD, v_TGD, out_THD, lse_TH = ctx.saved_tensors
-        own, *others = ctx.levels
-        whole = own.backward(grad_THD, (q_THD, k_TGD, v_TGD), out_THD, lse_TH.t().contiguous(), ctx.scale)
+        (own, *others), scale = ctx.fixed
+        whole = own.backward(grad_THD, (q_THD, k_TGD, v_TGD), out_THD, lse_TH.t().contiguous(), scale)
         d_q, d_k, d_v = (full_precision(x) for x in whole)
         # sum over levels in float32: a token is a query and a key in several of them
         for level in others:
             rows, keys = level.queries_R, level.keys_U
             inputs = (q_THD[rows], k_TGD[keys], v_TGD[keys])
-            grads = level.backward(grad_THD[rows], inputs, out_THD[rows], lse_TH[rows].t().contiguous(), ctx.scale)
+            grads = level.backward(grad_THD[rows], inputs, out_THD[rows], lse_TH[rows].t().contiguous(), scale)
             for total, index, grad in zip((d_q, d_k, d_v), (rows, keys, keys), grads, strict=True):
                 total.index_add_(0, index, full_precision(grad))
         return d_q.to(q_THD.dtype), d_k.to(k_TGD.dtype), d_v.to(v_TGD.dtype), None, None
@@ -165,25 +169,67 @@ class _FlashPrefixes(torch.autograd.Function):
 
 SEGMENTS = "togi_segments"
 VARLEN = "togi_varlen"
-DENSE = "togi_dense"
 
 Table = TypeVar("Table")
 
-# check_asked checks "dropout" and "is_causal" itself; hooks outside of attention record the router logits
-_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "dropout", "is_causal", "output_router_logits"})
+# hooks outside of attention record the router logits
+_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_router_logits"})
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """``count`` consecutive segments of ``length`` tokens each, which share the same ``chain`` of prefix runs, outermost first."""
+class Asked:
+    """What a layer asks beside its inputs. ``name``: its class; ``scale`` and ``softcap`` of scores; ``window`` in keys."""
 
-    count: int
-    length: int
-    chain: tuple[int, ...]
+    name: str
+    scale: float
+    window: int | None
+    softcap: float | None
 
-    @property
-    def tokens(self) -> int:
-        return self.count * self.length
+
+def packed_attention(
+    attend: Callable[[Tensor, Tensor, Tensor, Table, Asked], Tensor],
+) -> Callable[..., tuple[Tensor, None]]:
+    """``attend`` as Transformers calls it. ``query`` is [1, H, T, D], ``key`` and ``value`` [1, G, T, D]; the result [1, T, H, D].
+
+    ``attend`` gets them without the first dimension. The function raises ModelError for a missing table, attention dropout,
+    attention that is not causal, or any other argument that would be ignored.
+    """
+
+    @wraps(attend)
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        segments: Table | None = None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        **others: object,
+    ) -> tuple[Tensor, None]:
+        name = type(module).__name__
+        if segments is None:
+            raise ModelError(
+                f"{name} was called without its segment table: this architecture cannot be trained packed."
+            )
+        if dropout > 0:
+            raise ModelError(
+                f"{name} drops out attention weights, at a rate that is not in the model's config.json: use another model."
+            )
+        if is_causal is False:
+            raise ModelError(f"{name} asks for attention that is not causal: use a decoder model.")
+        for argument, given in others.items():
+            if argument not in _HARMLESS and given is not None and given is not False:
+                raise ModelError(f"{name} passes {argument} to attention, which Togi cannot honour: use another model.")
+        assert attention_mask is None and query.shape[0] == 1, "packed attention takes no mask and one row"
+        asked = Asked(name, query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+        return attend(query[0], key[0], value[0], segments, asked)[None], None
+
+    return forward
 
 
 @lru_cache(maxsize=8)
@@ -195,8 +241,8 @@ def plan_runs(segments: Segments) -> tuple[Run, ...]:
     for s, length in enumerate(segments.lengths_S):
         chain = tuple(run_of[link] for link in segments.chain(s)[:-1])
         last = runs[-1] if runs else None
-        joins = s not in prefixes and s - 1 not in prefixes and last is not None
-        if joins and last is not None and (last.length, last.chain) == (length, chain):
+        alone = s in prefixes or s - 1 in prefixes
+        if last is not None and not alone and (last.length, last.chain) == (length, chain):
             runs[-1] = Run(last.count + 1, length, chain)
         else:
             runs.append(Run(1, length, chain))
@@ -204,57 +250,30 @@ def plan_runs(segments: Segments) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def seen_by(runs: Sequence[Run], run: Run) -> int:
-    """The number of keys that a segment of the run attends to: its prefixes and itself."""
-    return sum(runs[link].length for link in run.chain) + run.length
-
-
-def segment_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    segments: Segments | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """SDPA run by run. ``query`` is [1, H, T, D], ``key`` and ``value`` [1, G, T, D]; the result is [1, T, H, D].
-
-    Raises ModelError for capped attention scores, which SDPA does not support.
-    """
-    table = _checked(type(module).__name__, query, attention_mask, segments, others)
-    if softcap is not None:
+@packed_attention
+def segment_attention(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, table: Segments, asked: Asked) -> Tensor:
+    """SDPA run by run. Raises ModelError for capped attention scores, which SDPA does not support."""
+    if asked.softcap is not None:
         raise ModelError(
-            f"{type(module).__name__} caps its attention scores (attn_logit_softcapping), which SDPA cannot do: "
+            f"{asked.name} caps its attention scores (attn_logit_softcapping), which SDPA cannot do: "
             "use --flash_attn on a CUDA device."
         )
     runs = plan_runs(table)
-    # on a CPU: one C kernel for all runs, with masks only where the window cuts
-    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        totals = [seen_by(runs, run) for run in runs]
-        masks = (
-            visible_keys(run.length, total, sliding_window, query.device)
-            if _is_windowed(sliding_window, total)
-            else None
-            for run, total in zip(runs, totals, strict=True)
-        )
-        return host_attention(query[0], key[0], value[0], runs, masks, scale).transpose(0, 1)[None], None
-    # elsewhere: one SDPA call a run, each with the keys of its prefixes in front
     sizes = [run.tokens for run in runs]
+    assert q_HTD.shape[1] == sum(sizes), "query and segment table differ in length"
+    # on a CPU: one C kernel for all runs, with masks only where the window cuts
+    if q_HTD.device.type == "cpu" and q_HTD.shape[-1] == v_GTD.shape[-1]:
+        return host_attention(q_HTD, k_GTD, v_GTD, runs, asked.window, asked.scale).transpose(0, 1)
+    # elsewhere: one SDPA call a run, each with the keys of its prefixes in front
     # split, not slices: the backward of a split is one concatenation, that of a slice a full-size tensor of zeros
-    queries, keys, values = (torch.split(x[0].transpose(0, 1), sizes) for x in (query, key, value))
+    queries, keys, values = (torch.split(x.transpose(0, 1), sizes) for x in (q_HTD, k_GTD, v_GTD))
     parts: list[Tensor] = []
     for run, own_q, own_k, own_v in zip(runs, queries, keys, values, strict=True):
         q_nLHD = own_q.view(run.count, run.length, *own_q.shape[1:])
         k_nMGD = _with_context(own_k, [keys[link] for link in run.chain], run)
         v_nMGD = _with_context(own_v, [values[link] for link in run.chain], run)
-        parts.append(_attend(q_nLHD, k_nMGD, v_nMGD, scaling, sliding_window).flatten(0, 1))
-    return torch.cat(parts)[None], None
+        parts.append(_attend(q_nLHD, k_nMGD, v_nMGD, asked.scale, asked.window).flatten(0, 1))
+    return torch.cat(parts)
 
 
 def _with_context(own: Tensor, context: list[Tensor], run: Run) -> Tensor:
@@ -265,7 +284,7 @@ def _with_context(own: Tensor, context: list[Tensor], run: Run) -> Tensor:
     return torch.cat([shared_CGD.expand(run.count, *shared_CGD.shape), own_nLGD], dim=1)
 
 
-def _attend(q_nLHD: Tensor, k_nMGD: Tensor, v_nMGD: Tensor, scaling: float | None, window: int | None) -> Tensor:
+def _attend(q_nLHD: Tensor, k_nMGD: Tensor, v_nMGD: Tensor, scale: float, window: int | None) -> Tensor:
     """Causal attention, aligned so that the last query sees the last key. Returns [n, L, H, Dv]."""
     length, total = q_nLHD.shape[1], k_nMGD.shape[1]
     mask_LM = visible_keys(length, total, window, q_nLHD.device)
@@ -280,62 +299,34 @@ def _attend(q_nLHD: Tensor, k_nMGD: Tensor, v_nMGD: Tensor, scaling: float | Non
         v_nMGD.transpose(1, 2),
         attn_mask=mask_LM,
         is_causal=mask_LM is None,
-        scale=scaling,
+        scale=scale,
         enable_gqa=grouped,
     )
     return out_nHLD.transpose(1, 2)
 
 
-def visible_keys(length: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which of ``total`` keys each of the last ``length`` tokens sees (bool, [L, M]). None where ``is_causal`` is enough.
-
-    ``window`` counts keys, the token itself included, as Transformers does.
-    """
-    windowed = _is_windowed(window, total)
-    if total == length and not windowed:
-        return None
-    mask_LM = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
-    return mask_LM.triu(total - length - window + 1) if windowed and window is not None else mask_LM
-
-
-def _is_windowed(window: int | None, total: int) -> bool:
-    return window is not None and window < total
-
-
-def varlen_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    segments: Segments | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
+@packed_attention
+def varlen_attention(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, table: Segments, asked: Asked) -> Tensor:
     """One call of ``flash_attn_varlen_func`` (flash-attn 2.1 or newer, whose causal mask is aligned bottom-right).
 
     Shared prefixes go to ``flash_prefixes``, which gathers no keys. It takes no window that cuts, no capped scores, and only head
     sizes that are multiples of eight. The code follows the documented signature and is tested on CPU with a stand-in of the
     kernel, which itself needs CUDA.
     """
-    table = _checked(type(module).__name__, query, attention_mask, segments, others)
-    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
+    q_THD, k_TGD, v_TGD = (x.transpose(0, 1) for x in (q_HTD, k_GTD, v_GTD))
+    assert len(q_THD) == sum(table.lengths_S), "query and segment table differ in length"
     longest = max(table.context_length(s) + length for s, length in enumerate(table.lengths_S))
     # PyTorch's kernel does not pad the head size to a multiple of eight: flash-attn does
-    as_it_is = query.shape[-1] % 8 == 0 and softcap is None and not _is_windowed(sliding_window, longest)
+    as_it_is = q_THD.shape[-1] % 8 == 0 and asked.softcap is None and window_of(asked.window, longest) is None
     if as_it_is and not table.is_plain:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend_to_prefixes(q_THD, k_TGD, v_TGD, table, scale)[None], None
+        return attend_to_prefixes(q_THD, k_TGD, v_TGD, table, asked.scale)
     from flash_attn import flash_attn_varlen_func
 
     # the fallback for prefixes: gather the keys of the whole chain again for every segment
-    index, starts_q, starts_k = varlen_table(table, query.device)
+    index, starts_q, starts_k = varlen_table(table, q_THD.device)
     if not table.is_plain:
         k_TGD, v_TGD = k_TGD.index_select(0, index), v_TGD.index_select(0, index)
-    out_THD = flash_attn_varlen_func(
+    out_THD: Tensor = flash_attn_varlen_func(
         q_THD,
         k_TGD,
         v_TGD,
@@ -343,12 +334,12 @@ def varlen_attention(
         cu_seqlens_k=starts_k,
         max_seqlen_q=max(table.lengths_S),
         max_seqlen_k=longest,
-        softmax_scale=scaling,
+        softmax_scale=asked.scale,
         causal=True,
-        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
-        softcap=0.0 if softcap is None else softcap,
+        window_size=(-1, -1) if asked.window is None else (asked.window - 1, 0),
+        softcap=0.0 if asked.softcap is None else asked.softcap,
     )
-    return out_THD[None], None
+    return out_THD
 
 
 @lru_cache(maxsize=8)
@@ -363,76 +354,15 @@ def varlen_table(segments: Segments, device: torch.device) -> tuple[Tensor, Tens
     return torch.cat(keys).to(device), starts_q, starts_k
 
 
-def dense_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    segments: Segments | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """The reference definition: softmax of the masked scores in the input dtype. Slow, O(T^2) memory."""
-    table = _checked(type(module).__name__, query, attention_mask, segments, others)
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    mask_TT = dense_mask(table, sliding_window).to(query.device)
-    weights = scores.masked_fill(~mask_TT, float("-inf")).softmax(-1)
-    return (weights @ value).transpose(1, 2).contiguous(), None
-
-
-def dense_mask(segments: Segments, window: int | None = None) -> Tensor:
-    """Bool [T, T]: row i may attend to column j."""
-    positions = segment_positions(segments)
-    mask_TT = torch.zeros(len(positions), len(positions), dtype=torch.bool)
-    spans = [slice(a, a + n) for a, n in zip(segments.starts_S, segments.lengths_S, strict=True)]
-    for s, rows in enumerate(spans):
-        for link in segments.chain(s)[:-1]:
-            mask_TT[rows, spans[link]] = True
-        length = segments.lengths_S[s]
-        mask_TT[rows, rows] = torch.ones(length, length, dtype=torch.bool).tril()
-    return mask_TT if window is None else mask_TT & (positions[:, None] - positions[None, :] < window)
-
-
-def _checked(
-    name: str, query: Tensor, attention_mask: Tensor | None, segments: Segments | None, asked: dict[str, Any]
-) -> Segments:
-    table = check_asked(name, attention_mask, segments, asked)
-    assert query.shape[0] == 1 and query.shape[2] == sum(table.lengths_S), "query and segment table differ in length"
-    return table
-
-
-def check_asked(name: str, attention_mask: Tensor | None, table: Table | None, asked: dict[str, Any]) -> Table:
-    """The table, if the attention layer ``name`` passes no argument that would be ignored.
-
-    Raises ModelError for a missing table, attention dropout, attention that is not causal, or any other unknown argument.
-    """
-    if table is None:
-        raise ModelError(f"{name} was called without its segment table: this architecture cannot be trained packed.")
-    if asked.get("dropout", 0.0) > 0:
-        raise ModelError(
-            f"{name} drops out attention weights, at a rate that is not in the model's config.json: use another model."
-        )
-    if asked.get("is_causal") is False:
-        raise ModelError(f"{name} asks for attention that is not causal: use a decoder model.")
-    for key, value in asked.items():
-        if key not in _HARMLESS and value is not None and value is not False:
-            raise ModelError(f"{name} passes {key} to attention, which Togi cannot honour: use another model.")
-    assert attention_mask is None, "packed attention takes no mask"
-    return table
-
-
-def no_mask(*args: Any, **kwargs: Any) -> None:
+def no_mask(*args: object, **kwargs: object) -> None:
     """Make no mask: the segment table says what a token sees."""
 
 
-for _name, _function in ((SEGMENTS, segment_attention), (VARLEN, varlen_attention), (DENSE, dense_attention)):
-    AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, no_mask)
+def register(name: str, function: Callable[..., tuple[Tensor, None]]) -> None:
+    """Let models choose ``function`` as their attention by this name. No mask is made: the segment table says what is seen."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, no_mask)
+
+
+register(SEGMENTS, segment_attention)
+register(VARLEN, varlen_attention)

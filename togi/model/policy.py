@@ -41,7 +41,7 @@ from togi.config.shared import MIXTURES
 from togi.model.deferred import Reader, nothing_left
 from togi.model.heads import LogitTransform, TeacherLogits, distill_logprobs, some_logits, token_logprobs, top_tokens
 from togi.model.ring_attention import RING, refuse_ring
-from togi.model.ring_layout import Layout, Places, Ring, RingLayout, WholeLayout
+from togi.model.ring_layout import Layout, Places, Ring, RingLayout
 
 LABELS = "labels"
 """The stream that holds, at each token in the loss, the id of the token that should follow (``Needs.label_logprobs``)."""
@@ -142,7 +142,7 @@ class _Model(nn.Module):
         self.hf = hf
         self.is_adapted = False
         self.read: Reader = nothing_left
-        self.layout_of: Callable[[Batch], Layout] = WholeLayout.of
+        self.layout_of: Callable[[Batch], Layout] = Layout.whole
 
     def join_ring(self, ring: Ring, head_stride: int) -> None:
         """Split the tokens of each batch over the ranks of ``ring`` from now on. All its ranks must call the model together.

@@ -18,17 +18,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from torch import Tensor
+from transformers import PreTrainedConfig
 
 from togi.algo.partial_attention import Visibility, attend, attend_backward, join
-from togi.algo.precision import full_precision
+from togi.algo.precision import Context, full_precision
 from togi.errors import ModelError
-from togi.model.attention import check_asked, no_mask
+from togi.model.attention import Asked, packed_attention, register
 from togi.model.ring_layout import Chunk, Ring, RingTable, Shards
 
 RING = "togi_ring"
@@ -167,7 +165,7 @@ def _call(
         yield Call(rows_L, rows_M, 1, causal=False, window=cut, positions=(at_L, at_M))
 
 
-def refuse_ring(config: Any, head_stride: int) -> None:
+def refuse_ring(config: PreTrainedConfig, head_stride: int) -> None:
     """Raise ModelError if a model with this Transformers config does not support ring attention."""
     if config.num_key_value_heads % head_stride != 0:
         raise ModelError(
@@ -183,37 +181,20 @@ def refuse_ring(config: Any, head_stride: int) -> None:
         )
 
 
-def ring_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    segments: RingTable | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """``query`` is [1, H, t, D], ``key`` and ``value`` [1, G, t, D]; the result is [1, t, H, D]. All ranks call together.
-
-    Raises ModelError for capped attention scores.
-    """
-    name = type(module).__name__
-    table = check_asked(name, attention_mask, segments, others)
-    if softcap is not None:
+@packed_attention
+def ring_attention(q_HtD: Tensor, k_GtD: Tensor, v_GtD: Tensor, table: RingTable, asked: Asked) -> Tensor:
+    """All ranks call together. Raises ModelError for capped attention scores."""
+    if asked.softcap is not None:
         raise ModelError(
-            f"{name} caps its attention scores (attn_logit_softcapping), which --ring_attn_size cannot do: "
+            f"{asked.name} caps its attention scores (attn_logit_softcapping), which --ring_attn_size cannot do: "
             "leave --ring_attn_size out."
         )
-    q_tHD, k_tGD, v_tGD = (x[0].transpose(0, 1) for x in (query, key, value))
-    todo = plan(table.shards, table.ring.rank, sliding_window, query.device)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q_tHD, k_tGD, v_tGD = (x.transpose(0, 1) for x in (q_HtD, k_GtD, v_GtD))
+    todo = plan(table.shards, table.ring.rank, asked.window, q_tHD.device)
     out_tHD: Tensor = _RingAttention.apply(
-        q_tHD, torch.cat([k_tGD, v_tGD], dim=-1), k_tGD.shape[-1], scale, todo, table
+        q_tHD, torch.cat([k_tGD, v_tGD], dim=-1), k_tGD.shape[-1], asked.scale, todo, table
     )  # type: ignore[no-untyped-call]
-    return out_tHD[None], None
+    return out_tHD
 
 
 class _RingAttention(torch.autograd.Function):
@@ -221,7 +202,13 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_tHD: Tensor, kv_tGW: Tensor, width: int, scale: float, todo: Plan, table: RingTable
+        ctx: Context[tuple[int, float, Plan, RingTable]],
+        q_tHD: Tensor,
+        kv_tGW: Tensor,
+        width: int,
+        scale: float,
+        todo: Plan,
+        table: RingTable,
     ) -> Tensor:
         wide = full_precision(q_tHD.new_empty(0))
         out_tHD = wide.new_empty(*q_tHD.shape[:2], kv_tGW.shape[2] - width)
@@ -243,14 +230,14 @@ class _RingAttention(torch.autograd.Function):
         return narrow_tHD
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context[tuple[int, float, Plan, RingTable]], grad_tHD: Tensor) -> tuple[Tensor | None, ...]:
         q_tHD, kv_tGW, out_tHD, lse_tH = ctx.saved_tensors
         width, scale, todo, table = ctx.fixed
         grad_q_tHD = torch.zeros_like(full_precision(q_tHD))
         grad_kv_tGW = torch.empty_like(full_precision(kv_tGW))
         for queries, keys in _head_groups(q_tHD, kv_tGW, table.head_stride):
             visitor = _Visitor(
-                q_tHD[:, queries], grads[0][:, queries], out_tHD[:, queries], lse_tH[:, queries], width, scale
+                q_tHD[:, queries], grad_tHD[:, queries], out_tHD[:, queries], lse_tH[:, queries], width, scale
             )
             grad_kv_tGW[:, keys] = _return_home(visitor, kv_tGW[:, keys], grad_q_tHD[:, queries], todo, table.ring)
         return grad_q_tHD.to(q_tHD.dtype), grad_kv_tGW.to(kv_tGW.dtype), None, None, None, None
@@ -335,5 +322,4 @@ def _return_home(visitor: _Visitor, own_tgW: Tensor, grad_q_tHD: Tensor, todo: P
     return own_grad_tgW.index_add_(0, todo.sent_b, arriving())
 
 
-AttentionInterface.register(RING, ring_attention)
-AttentionMaskInterface.register(RING, no_mask)
+register(RING, ring_attention)

@@ -19,7 +19,7 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -159,90 +159,55 @@ class RingTable:
     head_stride: int
 
 
-class Places(Protocol):
-    """The places of the hidden states of some tokens of the batch (here K is the number of those tokens)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """The places of the hidden states of some tokens of the batch, all of which this rank computes. ``rows_k``: their rows."""
+
+    rows_k: Tensor
 
     def states(self, states_tH: Tensor) -> Tensor:
         """The states of those tokens that this rank computes, [k, H]."""
-        ...
+        return states_tH.index_select(0, self.rows_k)
 
     def own(self, values_K: Tensor) -> Tensor:
-        """The entries of the tokens that this rank computes, [k]."""
-        ...
-
-    def whole(self, values_k: Tensor) -> Tensor:
-        """Gather the entries of all tokens, [K, ...], from each rank's own. The gradient of an entry goes only to its own rank."""
-        ...
-
-
-class Layout(Protocol):
-    """The tokens that this rank computes. ``segments`` is the table that attention gets."""
-
-    @property
-    def tokens_t(self) -> Tensor: ...
-
-    @property
-    def positions_t(self) -> Tensor: ...
-
-    @property
-    def segments(self) -> Segments | RingTable: ...
-
-    def at(self, indices_K: Tensor) -> Places:
-        """The places of the tokens with these packed indices."""
-        ...
-
-    def segments_of(self, batch: Batch) -> Tensor:
-        """The segment of each token (int64, [t]). A filler token gets the number of segments."""
-        ...
-
-    def total(self, sums: Tensor) -> Tensor:
-        """Sums over all tokens, from sums over each rank's. The gradient of a summand goes only to its own rank."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WholeLayout:
-    """All tokens of the batch, on this rank."""
-
-    tokens_t: Tensor
-    positions_t: Tensor
-    segments: Segments
-
-    @classmethod
-    def of(cls, batch: Batch) -> WholeLayout:
-        return cls(batch.tokens_T, batch.positions_T, batch.segments)
-
-    def at(self, indices_K: Tensor) -> Places:
-        return _Everywhere(indices_K)
-
-    def segments_of(self, batch: Batch) -> Tensor:
-        return batch.segments_T()
-
-    def total(self, sums: Tensor) -> Tensor:
-        return sums
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Everywhere:
-    indices_K: Tensor
-
-    def states(self, states_tH: Tensor) -> Tensor:
-        return states_tH.index_select(0, self.indices_K)
-
-    def own(self, values_K: Tensor) -> Tensor:
+        """The entries of the tokens that this rank computes, [k] of [K], where K is the number of all those tokens."""
         return values_K
 
     def whole(self, values_k: Tensor) -> Tensor:
+        """Gather the entries of all tokens, [K, ...], from each rank's own. The gradient of an entry goes only to its own rank."""
         return values_k
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RingLayout:
-    """This rank's tokens. ``index_t``: their packed indices; ``rows_T``: the row of each packed token, -1 for the others'."""
+class Layout:
+    """The tokens that this rank computes: all of the batch. ``segments`` is the table that attention gets."""
 
     tokens_t: Tensor
     positions_t: Tensor
-    segments: RingTable
+    segments: Segments | RingTable
+
+    @classmethod
+    def whole(cls, batch: Batch) -> Layout:
+        return Layout(batch.tokens_T, batch.positions_T, batch.segments)
+
+    def at(self, indices_K: Tensor) -> Places:
+        """The places of the tokens with these packed indices."""
+        return Places(indices_K)
+
+    def segments_of(self, batch: Batch) -> Tensor:
+        """The segment of each token (int64, [t]). A filler token gets the number of segments."""
+        return batch.segments_T()
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over all tokens, from sums over each rank's. The gradient of a summand goes only to its own rank."""
+        return sums
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RingLayout(Layout):
+    """This rank's tokens. ``index_t``: their packed indices; ``rows_T``: the row of each packed token, -1 for the others'."""
+
+    ring: Ring
     index_t: Tensor
     rows_T: Tensor
 
@@ -258,12 +223,12 @@ class RingLayout:
         tokens_t, positions_t = (
             torch.cat([stream, stream.new_zeros(fillers)])[index_t] for stream in (batch.tokens_T, batch.positions_T)
         )
-        return cls(tokens_t, positions_t, RingTable(shards, ring, head_stride), index_t, rows_T)
+        return cls(tokens_t, positions_t, RingTable(shards, ring, head_stride), ring, index_t, rows_T)
 
     def at(self, indices_K: Tensor) -> Places:
         rows_K = self.rows_T[indices_K]
         own_k = (rows_K >= 0).nonzero().squeeze(-1)
-        return _Shared(rows_K[own_k], own_k, len(indices_K), self.segments.ring)
+        return _Shared(rows_K[own_k], own_k, len(indices_K), self.ring)
 
     def segments_of(self, batch: Batch) -> Tensor:
         segments_T = batch.segments_T()
@@ -271,8 +236,7 @@ class RingLayout:
         return torch.cat([segments_T, fillers])[self.index_t]
 
     def total(self, sums: Tensor) -> Tensor:
-        result: Tensor = _Total.apply(sums, self.segments.ring)  # type: ignore[no-untyped-call]
-        return result
+        return _summed(sums, self.ring)
 
 
 def packed_indices(segments: Segments, chunks: Sequence[Chunk]) -> Tensor:
@@ -282,55 +246,40 @@ def packed_indices(segments: Segments, chunks: Sequence[Chunk]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Shared:
-    """``rows_k``: rows of this rank's states. ``own_k``: the places of those tokens among the ``total`` ones."""
+class _Shared(Places):
+    """``own_k``: the places of this rank's tokens among the ``total`` ones."""
 
-    rows_k: Tensor
     own_k: Tensor
     total: int
     ring: Ring
-
-    def states(self, states_tH: Tensor) -> Tensor:
-        return states_tH.index_select(0, self.rows_k)
 
     def own(self, values_K: Tensor) -> Tensor:
         return values_K[self.own_k]
 
     def whole(self, values_k: Tensor) -> Tensor:
-        result: Tensor = _Gather.apply(values_k, self.own_k, self.total, self.ring)  # type: ignore[no-untyped-call]
-        return result
+        # each rank fills in its own entries, and the ring sums
+        empty_K = values_k.new_zeros(self.total, *values_k.shape[1:])
+        return _summed(empty_K.index_copy(0, self.own_k, values_k), self.ring)
 
 
-class _Gather(torch.autograd.Function):
-    """Gather the entries of all ranks: each fills in its own, and the ring sums.
-
-    All ranks compute the same loss from the result. So each rank knows the gradient of the whole and takes its own part, without
-    communication.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values_k: Tensor, own_k: Tensor, total: int, ring: Ring) -> Tensor:
-        ctx.save_for_backward(own_k)
-        whole_K = values_k.new_zeros(total, *values_k.shape[1:])
-        whole_K[own_k] = values_k
-        ring.add_up(whole_K)
-        return whole_K
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (own_k,) = ctx.saved_tensors
-        return grads[0][own_k], None, None, None
+def _summed(part: Tensor, ring: Ring) -> Tensor:
+    total: Tensor = _Total.apply(part, ring)  # type: ignore[no-untyped-call]
+    return total
 
 
 class _Total(torch.autograd.Function):
-    """Sum over the ring. As in ``_Gather``, each rank takes the gradient of its own summand."""
+    """Sum over the ring.
+
+    All ranks compute the same loss from the result. So each rank knows the gradient of the whole and takes that of its own
+    summand, without communication.
+    """
 
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, ring: Ring) -> Tensor:
-        total = sums.contiguous().clone()
+    def forward(ctx: object, part: Tensor, ring: Ring) -> Tensor:
+        total = part.contiguous().clone()
         ring.add_up(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

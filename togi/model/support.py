@@ -19,7 +19,7 @@ from togi.errors import ModelError
 from togi.model.attention import SEGMENTS
 from togi.model.heads import LogitTransform
 from togi.model.policy import Needs, PolicyModel, ScalarModel, hidden_states
-from togi.model.ring_layout import WholeLayout
+from togi.model.ring_layout import Layout
 
 PROVEN = frozenset({"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral", "qwen3_moe"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -80,9 +80,9 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
     worst = 0.0
     # nothing random in training mode?
     with torch.no_grad(), _mode(model, training=True):
-        drawn_TH = hidden_states(model.hf, WholeLayout.of(batch))
+        drawn_TH = hidden_states(model.hf, Layout.whole(batch))
     with torch.no_grad(), _mode(model, training=False):
-        packed_TH = hidden_states(model.hf, WholeLayout.of(batch))
+        packed_TH = hidden_states(model.hf, Layout.whole(batch))
         if not torch.allclose(drawn_TH.float(), packed_TH.float(), rtol=1e-3, atol=1e-3):
             raise ModelError(
                 f"{model.hf.config.model_type} models give other results in training than in evaluation, though all dropout "
