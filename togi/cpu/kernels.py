@@ -15,7 +15,6 @@ from ctypes import byref
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,25 +128,34 @@ def compiled() -> HostKernels | None:
 class HostKernels:
     """The C functions as methods. Norms and gates have the arguments and results of ``togi.cpu.attention``, in bfloat16."""
 
-    def __init__(self, library: Any) -> None:
-        self._library = library
-        for name, types in SIGNATURES.items():
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions = {name: library[name] for name in SIGNATURES}
+        for name, function in self._functions.items():
             # without declared types ctypes would pass pointers and sizes as 32-bit integers
-            function = getattr(library, name)
-            function.argtypes, function.restype = types, ctypes.c_int if name.startswith("attention") else None
+            function.argtypes, function.restype = (
+                SIGNATURES[name],
+                ctypes.c_int if name.startswith("attention") else None,
+            )
+
+    def _run(self, name: str, *arguments: object) -> None:
+        """Call a C function; it gets the address of a tensor, which must be contiguous. Raises MemoryError."""
+        assert all(x.is_contiguous() for x in arguments if isinstance(x, Tensor))
+        status = self._functions[name](*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+        if status not in (0, None):
+            raise MemoryError("not enough memory for attention on the CPU: lower --max_tokens_per_gpu")
 
     def norm(self, x_TH: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """The output [T, H], and the scale [T, 1] in float32."""
         x_TH, weight_H = x_TH.contiguous(), weight_H.contiguous()
         out_TH, scale_T1 = torch.empty_like(x_TH), torch.empty(len(x_TH), 1, dtype=torch.float32)
-        self._library.norm(*_places(x_TH, weight_H), epsilon, *_places(out_TH, scale_T1), *x_TH.shape)
+        self._run("norm", x_TH, weight_H, epsilon, out_TH, scale_T1, *x_TH.shape)
         return out_TH, scale_T1
 
     def norm_again(self, x_TH: Tensor, weight_H: Tensor, scale_T1: Tensor) -> Tensor:
         """The output again, from the scale of ``norm``."""
         x_TH, weight_H = x_TH.contiguous(), weight_H.contiguous()
         out_TH = torch.empty_like(x_TH)
-        self._library.norm_again(*_places(x_TH, weight_H, scale_T1, out_TH), *x_TH.shape)
+        self._run("norm_again", x_TH, weight_H, scale_T1, out_TH, *x_TH.shape)
         return out_TH
 
     def norm_backward(self, grad_TH: Tensor, x_TH: Tensor, weight_H: Tensor, scale_T1: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,23 +164,21 @@ class HostKernels:
         rows, width = x_TH.shape
         # one partial sum for each block of rows: the result does not depend on the number of threads
         d_x_TH, d_weight_BH = torch.empty_like(x_TH), torch.zeros(-(-rows // BLOCK_ROWS), width)
-        places = _places(grad_TH, x_TH, weight_H, scale_T1, d_x_TH, d_weight_BH)
-        self._library.norm_backward(*places, BLOCK_ROWS, rows, width)
+        self._run("norm_backward", grad_TH, x_TH, weight_H, scale_T1, d_x_TH, d_weight_BH, BLOCK_ROWS, rows, width)
         return d_x_TH, d_weight_BH.sum(0)
 
     def gate(self, gate_TH: Tensor, up_TH: Tensor) -> Tensor:
         """``silu(gate) * up``."""
         gate_TH, up_TH = gate_TH.contiguous(), up_TH.contiguous()
         out_TH = torch.empty_like(gate_TH)
-        self._library.gate(*_places(gate_TH, up_TH, out_TH), out_TH.numel())
+        self._run("gate", gate_TH, up_TH, out_TH, out_TH.numel())
         return out_TH
 
     def gate_backward(self, grad_TH: Tensor, gate_TH: Tensor, up_TH: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of gate and up."""
         grad_TH, gate_TH, up_TH = grad_TH.contiguous(), gate_TH.contiguous(), up_TH.contiguous()
         d_gate_TH, d_up_TH = torch.empty_like(gate_TH), torch.empty_like(up_TH)
-        places = _places(grad_TH, gate_TH, up_TH, d_gate_TH, d_up_TH)
-        self._library.gate_backward(*places, grad_TH.numel())
+        self._run("gate_backward", grad_TH, gate_TH, up_TH, d_gate_TH, d_up_TH, grad_TH.numel())
         return d_gate_TH, d_up_TH
 
     def head(self, raw_kV: Tensor, factor: float, targets_k: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,8 +193,7 @@ class HostKernels:
             raise IndexError(f"token {outside[0]} is none of the {raw_kV.shape[1]} that the model's head predicts")
         chosen_k, norm_k = torch.empty(2, len(raw_kV), dtype=torch.float32)
         entropy_k = torch.empty(len(raw_kV) if entropy else 0, dtype=torch.float32)
-        outputs = _places(chosen_k, norm_k, entropy_k) if entropy else [*_places(chosen_k, norm_k), None]
-        self._library.head(raw_kV.data_ptr(), factor, targets_k.data_ptr(), *outputs, *raw_kV.shape)
+        self._run("head", raw_kV, factor, targets_k, chosen_k, norm_k, entropy_k if entropy else None, *raw_kV.shape)
         return chosen_k, norm_k, entropy_k
 
     def head_backward(
@@ -204,17 +209,9 @@ class HostKernels:
 
         ``up_k``: the gradient of the target's log-prob. ``entropy``: the entropies and their gradients, if there are any.
         """
-        assert raw_kv.is_contiguous()
         norm_k, up_k, targets_k = norm_k.contiguous(), up_k.contiguous(), targets_k.contiguous()
         about_entropy = (None, None) if entropy is None else tuple(x.contiguous() for x in entropy)
-        self._library.head_backward(
-            raw_kv.data_ptr(),
-            factor,
-            *_places(norm_k, up_k),
-            *(None if x is None else x.data_ptr() for x in about_entropy),
-            targets_k.data_ptr(),
-            *raw_kv.shape,
-        )
+        self._run("head_backward", raw_kv, factor, norm_k, up_k, *about_entropy, targets_k, *raw_kv.shape)
         return raw_kv
 
     def attention(
@@ -225,7 +222,7 @@ class HostKernels:
         Raises MemoryError.
         """
         about = _Segments.of(segments, q_HTD, k_GTD, scale)
-        _succeeded(self._library.attention(byref(about), *_read(q_HTD, k_GTD, v_GTD), _written(out_HTD)))
+        self._run("attention", byref(about), *_read(q_HTD, k_GTD, v_GTD), _written(out_HTD))
 
     def attention_backward(
         self,
@@ -240,17 +237,16 @@ class HostKernels:
         Raises MemoryError.
         """
         d_q_HTD, d_k_GTD, d_v_GTD = grads
-        assert d_k_GTD.is_contiguous() and d_v_GTD.is_contiguous() and d_k_GTD.dtype == d_v_GTD.dtype == torch.float32
+        assert d_k_GTD.dtype == d_v_GTD.dtype == torch.float32
         about = _Segments.of(segments, inputs[0], inputs[1], scale)
         views = (*_read(grad_HTD.to(d_q_HTD.dtype), *inputs), _written(d_q_HTD))
-        sums = _places(d_k_GTD, d_v_GTD)
-        _succeeded(self._library.attention_backward(byref(about), *views, *sums, d_k_GTD.shape[1]))
+        self._run("attention_backward", byref(about), *views, d_k_GTD, d_v_GTD, d_k_GTD.shape[1])
 
     def square_sum(self, x: Tensor) -> float:
         """The sum of squares of a bfloat16 or float32 tensor, in float64."""
         x = x.contiguous()
         sums = torch.empty(-(-x.numel() // PART), dtype=torch.float64)
-        self._library.squares(x.data_ptr(), x.dtype == torch.bfloat16, sums.data_ptr(), x.numel())
+        self._run("squares", x, x.dtype == torch.bfloat16, sums, x.numel())
         return float(sums.sum())
 
     def adamw(
@@ -260,11 +256,8 @@ class HostKernels:
 
         The gradient is bfloat16 or float32.
         """
-        assert all(x.is_contiguous() for x in (master, *moments, working))
-        gradient = gradient.contiguous()
-        first = _places(master, *moments, gradient)
-        half = gradient.dtype == torch.bfloat16
-        self._library.adamw(*first, half, working.data_ptr(), byref(rates.as_struct()), master.numel())
+        gradient, half = gradient.contiguous(), gradient.dtype == torch.bfloat16
+        self._run("adamw", master, *moments, gradient, half, working, byref(rates.as_struct()), master.numel())
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +274,7 @@ class Rates:
     steps: int
     factor: float
 
-    def as_struct(self) -> ctypes.Array[Any]:
+    def as_struct(self) -> ctypes.Array[ctypes.c_float]:
         """The struct ``rates`` of optimizer.c."""
         first, second = self.betas
         size, root = self.learning_rate / (1 - first**self.steps), (1 - second**self.steps) ** 0.5
@@ -319,7 +312,7 @@ class _Segments(ctypes.Structure):
     @classmethod
     def of(cls, segments: SegmentSpans, q_HTD: Tensor, k_GTD: Tensor, scale: float) -> _Segments:
         sizes = (segments.count, len(q_HTD), len(k_GTD), q_HTD.shape[2], q_HTD.dtype == torch.bfloat16)
-        return cls(*_places(segments.spans, segments.bounds), *sizes, scale)
+        return cls(segments.spans.data_ptr(), segments.bounds.data_ptr(), *sizes, scale)
 
 
 class _View(ctypes.Structure):
@@ -335,19 +328,10 @@ class _View(ctypes.Structure):
         return view
 
 
-def _read(*tensors: Tensor) -> list[Any]:
+def _read(*tensors: Tensor) -> list[object]:
     return [byref(_View.of(x if x.stride(2) == 1 else x.contiguous())) for x in tensors]
 
 
-def _written(x_HTD: Tensor) -> Any:
+def _written(x_HTD: Tensor) -> object:
     assert x_HTD.stride(2) == 1
     return byref(_View.of(x_HTD))
-
-
-def _succeeded(status: int) -> None:
-    if status != 0:
-        raise MemoryError("not enough memory for attention on the CPU: lower --max_tokens_per_gpu")
-
-
-def _places(*tensors: Tensor) -> list[int]:
-    return [x.data_ptr() for x in tensors]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from togi.algo.precision import Context
 from togi.cpu import attention
 from togi.cpu.kernels import compiled, is_plain
 
@@ -107,7 +108,7 @@ def _gated_mlp(layer: Any, x: Tensor) -> Tensor:
     return down
 
 
-def _lean_attention(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _lean_attention(layer: nn.Module, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
     with not_kept(hidden_states):
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
 
@@ -131,6 +132,10 @@ def keeping_outputs() -> Iterator[None]:
         _KEEPING.reset(token)
 
 
+View = tuple[torch.Size, tuple[int, ...], int]
+"""Shape, strides and offset in the memory of a tensor."""
+
+
 class _Dropped:
     """The output of ``node``, which is not saved. ``again`` recomputes it once for all its users in one backward."""
 
@@ -139,14 +144,14 @@ class _Dropped:
         self._users = 0
         self._made: Tensor | None = None
 
-    def pack(self, saved: Tensor) -> Tensor | tuple[Any, ...]:
+    def pack(self, saved: Tensor) -> Tensor | View:
         # autograd also saves weights here: only the output itself, or a view of it, is dropped
         if not is_plain(saved) or saved.untyped_storage().data_ptr() != self._place:
             return saved
         self._users += 1
-        return saved.shape, saved.stride(), saved.storage_offset()
+        return saved.shape, saved.stride(), int(saved.storage_offset())
 
-    def unpack(self, saved: Tensor | tuple[Any, ...]) -> Tensor:
+    def unpack(self, saved: Tensor | View) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
         made = self._again(*self._node.saved_tensors) if self._made is None else self._made
@@ -174,7 +179,7 @@ def _flat(x: Tensor) -> Tensor:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Context[None], x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
         out_TH, scale_T1 = _by(x).norm(_flat(x), weight_H, epsilon)
         ctx.save_for_backward(x, weight_H, scale_T1)
         return out_TH.view(x.shape)
@@ -186,7 +191,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context[None], grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_H, scale_T1 = ctx.saved_tensors
         d_x_TH, d_weight_H = _by(x).norm_backward(_flat(grad), _flat(x), weight_H, scale_T1)
         return d_x_TH.view(x.shape), d_weight_H.to(weight_H.dtype), None
@@ -194,7 +199,7 @@ class _Norm(torch.autograd.Function):
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Context[None], gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return _Gated.again(gate, up)
 
@@ -205,7 +210,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context[None], grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         d_gate_TH, d_up_TH = _by(gate).gate_backward(_flat(grad), _flat(gate), _flat(up))
         return d_gate_TH.view(gate.shape), d_up_TH.view(up.shape)

@@ -15,7 +15,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, inject_adapter_in_model
@@ -58,8 +57,7 @@ def add_lora(model: PolicyModel | ScalarModel, lora: LoRA) -> None:
     model.is_adapted = True
     # Not among the modules that PEFT saves whole: then it would keep a frozen copy of the head beside the trained one.
     if isinstance(model, ScalarModel):
-        head: Any = model.hf.score
-        head.requires_grad_(True)
+        model.hf.score.requires_grad_(True)
 
 
 def _base_path(hf: PreTrainedModel) -> str:
@@ -129,7 +127,7 @@ def merged(
             held[f"{layer}{_A}"] = tensor
         elif _B in name:
             layer = name.partition(_B)[0]
-            part: Any = model.get_submodule(layer)
+            part: LoraLayer = model.get_submodule(layer)
             a, b = _as_it_lies(part, held.pop(f"{layer}{_A}"), tensor)
             scale = float(part.scaling[ADAPTER])
             yield f"{layer}.weight", adapters.merge(held.pop(layer), a, b, scale).to(dtype)
@@ -157,7 +155,7 @@ def sent_names(model: PolicyModel, names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _as_it_lies(layer: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _as_it_lies(layer: LoraLayer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """A and B in the layout of the stored weight. For a weight stored as [in, out]: (B A)^T = A^T B^T."""
     # contiguous, as engines receive them: a product of another memory layout is rounded in another order
     return (b.T.contiguous(), a.T.contiguous()) if layer.fan_in_fan_out else (a, b)
@@ -183,7 +181,7 @@ def sent_specs(model: PolicyModel, shapes: Mapping[str, tuple[int, ...]]) -> tup
 
 def turned(model: PolicyModel, names: Iterable[str]) -> set[str]:
     """The subset of the trainable parameters ``names`` whose layer stores its weight as [in, out]."""
-    layers: dict[str, Any] = {name: model.get_submodule(name.partition(".lora_")[0]) for name in names}
+    layers: dict[str, LoraLayer] = {name: model.get_submodule(name.partition(".lora_")[0]) for name in names}
     return {name for name, layer in layers.items() if layer.fan_in_fan_out}
 
 
@@ -193,13 +191,13 @@ def adapter_scale(model: PolicyModel) -> float:
     return scale
 
 
-def _layers(model: nn.Module) -> list[Any]:
+def _layers(model: nn.Module) -> list[LoraLayer]:
     return [part for part in model.modules() if isinstance(part, LoraLayer)]
 
 
 def full_weight(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     """``tensor`` itself, or its dequantised value if ``parameter`` is quantised."""
-    state: Any = getattr(parameter, "quant_state", None)  # only bitsandbytes' parameters have one
+    state = getattr(parameter, "quant_state", None)  # only bitsandbytes' parameters have one
     if state is None:
         return tensor
     from bitsandbytes.functional import dequantize_4bit
@@ -227,7 +225,7 @@ def save_adapter(
     }
     save_file(kept, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     # the record of peft.PeftModel.save_pretrained, which is not called since the model keeps its class
-    config: LoraConfig = next(iter(_peft_configs(model)))
+    config: LoraConfig = model.hf.peft_config[ADAPTER]
     record = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()} | {
         "inference_mode": True,
         "modules_to_save": [HEAD] if isinstance(model, ScalarModel) else None,
@@ -245,8 +243,3 @@ def save_adapter(
 def adapter_name(name: str) -> str:
     """The name in PEFT's files of a parameter of our model."""
     return "base_model.model." + name.removeprefix(_PREFIX).replace(f".{ADAPTER}.", ".")
-
-
-def _peft_configs(model: PolicyModel | ScalarModel) -> Iterator[LoraConfig]:
-    hf: Any = model.hf
-    yield from hf.peft_config.values()

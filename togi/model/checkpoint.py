@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from togi.config.shared import ADAPTER_CONFIG, LoRA
-from togi.model.loading import read_config, skeleton
+from togi.model.loading import auto_class, read_config, skeleton
 from togi.model.policy import PolicyModel, ScalarModel, checkpoint_tensors
 from togi.obs.way_out import writing
 from togi.weights.adapters import BaseFiles
@@ -45,7 +45,7 @@ def expected_manifest(path: str, dtype: str, trust_remote_code: bool = False) ->
     """The tensors of a weight update of this folder's language model, from its config alone. ``dtype`` as in "bfloat16"."""
     kind: torch.dtype = getattr(torch, dtype)
     config = read_config(path, trust_remote_code)
-    model = PolicyModel(skeleton(AutoModelForCausalLM, config, kind, trust_remote_code))
+    model = PolicyModel(skeleton(auto_class(scalar=False), config, kind, trust_remote_code))
     tensors = checkpoint_tensors(model, model.state_dict().items())
     return tuple(TensorSpec(name, tuple(tensor.shape), dtype) for name, tensor in tensors)
 
@@ -70,7 +70,7 @@ def save_hf(
     """
     directory.mkdir(parents=True, exist_ok=True)
     _write_shards(directory, checkpoint_tensors(model, named_tensors), dtype, shard_bytes)
-    config: Any = copy.deepcopy(model.hf.config)
+    config = copy.deepcopy(model.hf.config)
     config.dtype = dtype
     # FSDP2 puts "FSDP" before the class name of a sharded model
     config.architectures = [type(model.hf).__name__.removeprefix("FSDP")]
@@ -216,11 +216,10 @@ class Sizes:
 
 def sizes(path: str, *, scalar: bool = False, lora: LoRA | None = None, trust_remote_code: bool = False) -> Sizes:
     """The sizes of a folder's language model, or with ``scalar`` of the reward model or critic made from it."""
-    config: Any = read_config(path, trust_remote_code)
+    config = read_config(path, trust_remote_code)
     if scalar:
         config.num_labels = 1
-    kind: Any = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    hf = skeleton(kind, config, torch.float32, trust_remote_code)
+    hf = skeleton(auto_class(scalar=scalar), config, torch.float32, trust_remote_code)
     weights = sum(parameter.numel() for parameter in hf.parameters())
     trained = weights
     if lora is not None:

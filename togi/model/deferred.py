@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -36,10 +35,6 @@ def nothing_left(part: nn.Module) -> None:
     """The reader of a model whose weights are already loaded."""
 
 
-def _already_whole() -> None:
-    pass
-
-
 class Deferred:
     """The reader of ``hf``, which was built on the meta device. Call it for each part, and last for the whole model.
 
@@ -49,7 +44,7 @@ class Deferred:
 
     def __init__(self, hf: PreTrainedModel, path: str, files: list[Path], renames: Mapping[str, str]) -> None:
         self._hf, self._files = hf, files
-        self.finish: Callable[[], None] = _already_whole
+        self.finish: Callable[[], None] = lambda: None
         self._mapping = get_model_conversion_mapping(hf, dict(renames) or None)
         self._names = {module: name for name, module in hf.named_modules()}
         self._targets = dict(self._places())
@@ -72,7 +67,8 @@ class Deferred:
         wanted = [key for key in sorted(self._left) if self._targets[key][0].startswith(prefix)]
         self._left -= set(wanted)
         trained = {name: parameter.requires_grad for name, parameter in part.named_parameters()}
-        with quiet(), _opened(self._files) as handles:
+        with quiet(), ExitStack() as stack:
+            handles = {file: stack.enter_context(safe_open(file, framework="pt")) for file in self._files}
             slices = {key: handles[self._targets[key][1]].get_slice(key) for key in wanted}
             convert_and_load_state_dict_in_model(self._hf, slices, LoadStateDictConfig(weight_mapping=self._mapping))
         # the whole model: everything is loaded now, so tied weights can be tied again
@@ -85,7 +81,7 @@ class Deferred:
 
     def _places(self) -> Iterator[tuple[str, tuple[str, Path]]]:
         """Yield for each tensor of the files: its key, the parameter that it becomes (or is merged into), and its file."""
-        parameters: dict[str, Any] = dict(self._hf.state_dict())
+        parameters: dict[str, torch.Tensor] = dict(self._hf.state_dict())
         renamings = [each for each in self._mapping if isinstance(each, WeightRenaming)]
         converters = [each for each in self._mapping if isinstance(each, WeightConverter)]
         for file in self._files:
@@ -93,12 +89,6 @@ class Deferred:
                 for key in handle.keys():  # noqa: SIM118
                     target, _ = rename_source_key(key, renamings, converters, self._hf.base_model_prefix, parameters)
                     yield key, (target, file)
-
-
-@contextmanager
-def _opened(files: list[Path]) -> Iterator[dict[Path, Any]]:
-    with ExitStack() as stack:
-        yield {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
 
 
 def _make_buffers(hf: PreTrainedModel) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,23 +73,22 @@ def stream(
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = torch.tensor([list(tokens)], device=model.device)
     # What a model folder sets for sampling (top_k and the like) stays, except where it would contradict greedy.
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if how.temperature > 0:
-        sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p}
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     arguments = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "streamer": streamer,
         "max_new_tokens": min(how.max_new_tokens, room),
         "eos_token_id": list(how.stop_token_ids),
         "pad_token_id": how.stop_token_ids[0],
         "repetition_penalty": how.repetition_penalty,
-        **sampling,
+        **({"do_sample": True, "temperature": how.temperature, "top_p": how.top_p} if how.temperature > 0 else greedy),
     }
     # generate in a thread, so that this generator can yield text while the model runs
     stop = _Stop()
     with ThreadPoolExecutor(1, thread_name_prefix="generate") as threads:
-        done = threads.submit(_generate, model, arguments | {"stopping_criteria": StoppingCriteriaList([stop])})
+        done = threads.submit(
+            _generate, model, streamer, arguments | {"stopping_criteria": StoppingCriteriaList([stop])}
+        )
         try:
             yield from streamer
         finally:
@@ -106,11 +104,11 @@ def positions(model: PreTrainedModel) -> int:
     return found if isinstance(found, int) else 2**31
 
 
-def _generate(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+def _generate(model: PreTrainedModel, streamer: TextIteratorStreamer, arguments: dict[str, object]) -> None:
     try:
-        model.generate(**arguments)
+        model.generate(streamer=streamer, **arguments)
     except BaseException:
-        arguments["streamer"].end()  # otherwise the reader would wait for ever
+        streamer.end()  # otherwise the reader would wait for ever
         raise
 
 
@@ -120,5 +118,5 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
     def __init__(self) -> None:
         self.asked = Event()
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         return torch.full((input_ids.shape[0],), self.asked.is_set(), device=input_ids.device)

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from togi.algo.kl import divergence, divergence_gradient
-from togi.algo.precision import full_precision, wide_dtype
+from togi.algo.precision import Context, Fixed, full_precision, wide_dtype
 from togi.config.choices import Divergence
 from togi.cpu import HostKernels, kernels_for
 
@@ -136,7 +135,12 @@ def _chosen_norm_entropy(logits_kV: Tensor, targets_k: Tensor, *, entropy: bool)
 class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_K: Tensor, settings: HeadSettings
+        ctx: Context[HeadSettings],
+        hidden_KH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_K: Tensor,
+        settings: HeadSettings,
     ) -> tuple[Tensor, Tensor]:
         wide = wide_dtype(hidden_KH)
         total = hidden_KH.shape[0]
@@ -157,14 +161,14 @@ class _FusedHead(torch.autograd.Function):
             if settings.entropy:
                 entropy_K[rows] = some[2]
         ctx.save_for_backward(hidden_KH, weight_VH, bias_V, targets_K, norm_K, entropy_K)
-        ctx.settings = settings
+        ctx.fixed = settings
         ctx.set_materialize_grads(False)
         return chosen_K - norm_K, entropy_K
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context[HeadSettings], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_KH, weight_VH, bias_V, targets_K, norm_K, entropy_K = ctx.saved_tensors
-        settings: HeadSettings = ctx.settings
+        settings = ctx.fixed
         up_K = torch.zeros_like(norm_K) if grads[0] is None else grads[0]
         up_entropy_K = grads[1] if settings.entropy else None
 
@@ -220,7 +224,12 @@ def through_logits(
 
 
 def backward_in_tiles(
-    ctx: Any, hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, settings: HeadSettings, tile: Tile
+    ctx: Context[Fixed],
+    hidden_KH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    settings: HeadSettings,
+    tile: Tile,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of hidden states [K, H], weight [V, H] (None if ``ctx`` says that it is not needed) and bias [V]."""
     wide = wide_dtype(hidden_KH)
@@ -341,7 +350,7 @@ def distill_logprobs(
 class _DistillHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context[tuple[TeacherLogits, HeadSettings, HeadSettings]],
         hidden_KH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
@@ -367,17 +376,16 @@ class _DistillHead(torch.autograd.Function):
             divergence_K[rows] = divergence(teacher_kV.sub_(teacher_norm_K[rows, None]), logp_kV, teacher.kind)
         # beside the inputs only a few numbers a token are kept: the backward recomputes the logits
         ctx.save_for_backward(hidden_KH, weight_VH, bias_V, targets_K, norm_K, teacher_norm_K, divergence_K)
-        ctx.extra = teacher, own, others
+        ctx.fixed = teacher, own, others
         ctx.set_materialize_grads(False)
         return logprobs_K, divergence_K
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Context[tuple[TeacherLogits, HeadSettings, HeadSettings]], *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden_KH, weight_VH, bias_V, targets_K, norm_K, teacher_norm_K, divergence_K = ctx.saved_tensors
-        teacher: TeacherLogits
-        own: HeadSettings
-        others: HeadSettings
-        teacher, own, others = ctx.extra
+        teacher, own, others = ctx.fixed
         up_K, up_divergence_K = (torch.zeros_like(norm_K) if grad is None else grad for grad in grads)
 
         def gradient(logits_kv: Tensor, rows: slice, words: slice) -> Tensor:

@@ -114,7 +114,7 @@ def use_recompute(hf: PreTrainedModel, how: Recompute) -> None:
     begins. Raises ModelError if the architecture cannot choose single layers.
     """
     hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": how.use_reentrant})
-    layers: list[Any] = [layer for layer in hf.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = [layer for layer in hf.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if how.above > 0 and not layers:
         raise ModelError(
             f"--gradient_checkpointing_above: layers of a {hf.config.model_type} model recompute all or none: leave it out."
@@ -125,7 +125,7 @@ def use_recompute(hf: PreTrainedModel, how: Recompute) -> None:
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = _checkpoint
 
-    def choose(body: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def choose(body: nn.Module, inputs: tuple[object, ...], named: dict[str, torch.Tensor]) -> None:
         again = recomputed_layers(len(layers), named["input_ids"].numel(), how.above)
         for place, layer in enumerate(layers):
             layer.gradient_checkpointing = place < again
@@ -134,12 +134,12 @@ def use_recompute(hf: PreTrainedModel, how: Recompute) -> None:
         hf.base_model.register_forward_pre_hook(choose, with_kwargs=True)
 
 
-def _checkpoint(layer: Callable[..., Any], *inputs: Any) -> Any:
+def _checkpoint(layer: Callable[..., object], *inputs: object) -> object:
     """Both forwards of a layer must save the same tensors for the backward (``keeping_outputs``)."""
     return checkpoint(partial(_keeping, layer), *inputs, use_reentrant=False)
 
 
-def _keeping(layer: Callable[..., Any], *inputs: Any) -> Any:
+def _keeping(layer: Callable[..., object], *inputs: object) -> object:
     with keeping_outputs():
         return layer(*inputs)
 
@@ -155,14 +155,14 @@ def switch_off(config: PreTrainedConfig) -> dict[str, float]:
     return _zeroed(vars(config))
 
 
-def _zeroed(settings: MutableMapping[str, Any], prefix: str = "") -> dict[str, float]:
+def _zeroed(settings: MutableMapping[str, object], prefix: str = "") -> dict[str, float]:
     found: dict[str, float] = {}
     for key, value in list(settings.items()):
         if isinstance(value, PreTrainedConfig):
             found |= _zeroed(vars(value), f"{prefix}{key}.")
         elif isinstance(value, dict):
             found |= _zeroed(value, f"{prefix}{key}.")
-        elif _is_noise(str(key)) and _is_rate(value):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1 and _is_noise(str(key)):
             found[prefix + key] = float(value)
             settings[key] = 0.0
     return found
@@ -170,10 +170,6 @@ def _zeroed(settings: MutableMapping[str, Any], prefix: str = "") -> dict[str, f
 
 def _is_noise(key: str) -> bool:
     return any(word in key for word in NOISE) and not key.startswith(OTHER_HEADS)
-
-
-def _is_rate(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def remove_fixed(model: nn.Module) -> None:

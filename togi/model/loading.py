@@ -10,10 +10,10 @@ import importlib.util
 import json
 import logging
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
 from togi.config.choices import Layers
@@ -106,7 +107,7 @@ def load_causal_lm(source: ModelSource) -> PolicyModel:
     Raises ModelError if the folder cannot be read, lacks weights, or has an architecture that cannot be trained packed.
     """
     config = _fit_config(source)
-    hf, reader = _load(AutoModelForCausalLM, _Reading(source, config))
+    hf, reader = _load(AutoModelForCausalLM, source, config, {})
     model = PolicyModel(hf, logit_transform(config))
     model.read = reader
     return _ready(model, source)
@@ -123,10 +124,8 @@ def load_scalar_model(source: ModelSource, *, init_head: bool = False, value_hea
     prefix = getattr(config, "value_head_prefix", value_head_prefix)
     config.num_labels = 1
     config.value_head_prefix = prefix
-    # Transformers calls the head "score"; a head of another name is renamed when it is read and when it is written
-    renames = {} if prefix == HEAD else {rf"^{prefix}\.": f"{HEAD}."}
     optional = frozenset({f"{HEAD}.weight"}) if init_head else frozenset[str]()
-    hf, reader = _load(AutoModelForSequenceClassification, _Reading(source, config, renames, optional))
+    hf, reader = _load(AutoModelForSequenceClassification, source, config, head_renames(prefix), optional)
     # a deferred model draws its head last: the weights do not exist yet
     if init_head and isinstance(reader, Deferred):
         reader.finish = partial(_init_head, hf)
@@ -218,30 +217,31 @@ def _check_package(flag: str, package: str) -> None:
         raise ModelError(f"--{flag} needs the package {package}: pip install 'togi[lora]'.")
 
 
+def auto_class(*, scalar: bool) -> type[_BaseAutoModelClass]:
+    """Transformers' class that makes language models, or models with a scalar head."""
+    kind: type[_BaseAutoModelClass] = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    return kind
+
+
+def head_renames(prefix: str) -> dict[str, str]:
+    """From checkpoint names to ours: Transformers calls the head "score"."""
+    return {} if prefix == HEAD else {rf"^{prefix}\.": f"{HEAD}."}
+
+
 def skeleton(
-    auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
+    kind: type[_BaseAutoModelClass], config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The model without weights, on the meta device."""
     with torch.device("meta"):
-        model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return model
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """``renames`` maps patterns of checkpoint names to ours. ``optional`` names the weights that may be missing."""
-
-    source: ModelSource
-    config: PreTrainedConfig
-    renames: Mapping[str, str] = field(default_factory=dict)
-    optional: frozenset[str] = frozenset()
-
-
-def _refuse(auto_class: Any, source: ModelSource, config: PreTrainedConfig) -> PreTrainedModel:
+def _refuse(kind: type[_BaseAutoModelClass], source: ModelSource, config: PreTrainedConfig) -> PreTrainedModel:
     """The model's skeleton. Raises ModelError if the architecture is not supported."""
     refuse_other_parts(config)
     try:
-        model = skeleton(auto_class, config, source.dtype, source.trust_remote_code)
+        model = skeleton(kind, config, source.dtype, source.trust_remote_code)
         refuse_unsupported(model, VARLEN if source.flash_attn else SEGMENTS)
     except ValueError as error:
         if isinstance(error, ModelError):
@@ -251,33 +251,41 @@ def _refuse(auto_class: Any, source: ModelSource, config: PreTrainedConfig) -> P
     return model
 
 
-def _load(auto_class: Any, read: _Reading) -> tuple[PreTrainedModel, Reader]:
-    """The model, and the reader of its weights, which has nothing to do unless they were left on disk."""
-    source, config = read.source, read.config
+def _load(
+    kind: type[_BaseAutoModelClass],
+    source: ModelSource,
+    config: PreTrainedConfig,
+    renames: Mapping[str, str],
+    optional: frozenset[str] = frozenset(),
+) -> tuple[PreTrainedModel, Reader]:
+    """The model, and the reader of its weights, which has nothing to do unless they were left on disk.
+
+    ``renames`` maps patterns of checkpoint names to ours. ``optional`` names the weights that may be missing.
+    """
     attention = _attention(source.flash_attn)
     # refuse an unsupported architecture before any weight is read
-    empty = _refuse(auto_class, source, config)
+    empty = _refuse(kind, source, config)
     # only proven architectures: the packing check of the others runs the model at once
     defer = source.defer and source.lora is None and not source.in_4bit and config.model_type in PROVEN
     files = files_of(source.path) if defer else []
     if files:
         empty.set_attn_implementation(attention)
-        reader = Deferred(empty, source.path, files, read.renames)
-        check_complete(source.path, reader.missing, read.optional)
+        reader = Deferred(empty, source.path, files, renames)
+        check_complete(source.path, reader.missing, optional)
         return empty, reader
     # load all weights now
     with quiet():
-        model, info = auto_class.from_pretrained(
+        model, info = kind.from_pretrained(
             source.path,
             config=config,
             dtype=source.dtype,
             attn_implementation=attention,
             trust_remote_code=source.trust_remote_code,
-            key_mapping=dict(read.renames) or None,
+            key_mapping=dict(renames) or None,
             quantization_config=nf4(source.dtype) if source.quantised else None,
             output_loading_info=True,
         )
-    check_complete(source.path, info["missing_keys"], read.optional)
+    check_complete(source.path, info["missing_keys"], optional)
     if source.quantised:
         keep_layout(model)
     return model, nothing_left
@@ -329,7 +337,7 @@ def keep_layout(hf: nn.Module) -> None:
 
 def _init_head(hf: PreTrainedModel) -> None:
     """Draw a new head. The generator is its own, because earlier draws depend on how the model was loaded."""
-    head: Any = hf.score
+    head = hf.score
     if head.weight.is_meta:
         head.weight = nn.Parameter(torch.empty_like(head.weight, device="cpu"))
     draws = torch.Generator().manual_seed(torch.initial_seed())

@@ -13,28 +13,22 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from togi.config.model_facts import position_limit
 from togi.config.shared import ADAPTER_CONFIG
 from togi.errors import ModelError
-from togi.model.adapters import ADAPTER, ADAPTER_WEIGHTS, HEAD_RECORD, adapter_name
+from togi.model.adapters import ADAPTER, ADAPTER_WEIGHTS, HEAD_RECORD, adapter_name, merged
 from togi.model.checkpoint import save_hf
 from togi.model.deferred import quiet
-from togi.model.loading import check_complete, read_config
+from togi.model.loading import auto_class, check_complete, head_renames, read_config
 from togi.model.policy import HEAD, PolicyModel, ScalarModel
 
 PROBE_TOKENS = 32
@@ -79,56 +73,30 @@ def save_proven(
     *,
     trust_remote_code: bool,
 ) -> None:
-    """Write a plain model (``save_hf``) and check the files against it. The model is unusable afterwards. Raises ModelError."""
-    save_hf(directory, model, model.named_parameters(), tokenizer, dtype)
+    """Write a model, an adapter merged into it (``save_hf``), and check the files against it. Raises ModelError.
+
+    The model is unusable afterwards.
+    """
+    tensors: Iterable[tuple[str, Tensor]] = model.named_parameters()
+    tolerance = READ_TOLERANCE[dtype]
+    if model.is_adapted:
+        tensors, tolerance = merged(model, tensors, dtype), ROUNDED_TOLERANCE[dtype]
+    save_hf(directory, model, tensors, tokenizer, dtype)
+    if model.is_adapted:
+        # plain Transformers calls follow, which pass no segment table to Togi's attention
+        model.hf.set_attn_implementation("sdpa" if model.hf._supports_sdpa else "eager")
+    else:
+        # round the weights as the files have them
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
     tokens = probe(model.hf)
-    # round the weights as the files have them
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
     expected = outputs(model.hf.eval(), tokens)
-    prefix = model.value_head_prefix if isinstance(model, ScalarModel) else None
+    more: dict[str, object] = {}
+    if isinstance(model, ScalarModel):
+        more = {"num_labels": 1, "key_mapping": head_renames(model.value_head_prefix)}
     model.to("meta")  # free its weights: two large models need not be in memory at once
-    check_written(directory, tokens, expected, dtype, READ_TOLERANCE[dtype], prefix, trust_remote_code)
-
-
-def save_adapted(
-    directory: Path,
-    model: PolicyModel | ScalarModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    *,
-    trust_remote_code: bool,
-) -> None:
-    """Write a trained model with its adapter merged in, and check the files. The model is unusable after. Raises ModelError."""
-    from togi.model.adapters import merged  # PEFT takes more than half a second to import
-
-    save_hf(directory, model, merged(model, model.named_parameters(), dtype), tokenizer, dtype)
-    # plain Transformers calls follow, which pass no segment table to Togi's attention
-    model.hf.set_attn_implementation("sdpa" if model.hf._supports_sdpa else "eager")
-    tokens = probe(model.hf)
-    expected = outputs(model.hf.eval(), tokens)
-    prefix = model.value_head_prefix if isinstance(model, ScalarModel) else None
-    model.to("meta")
-    check_written(directory, tokens, expected, dtype, ROUNDED_TOLERANCE[dtype], prefix, trust_remote_code)
-
-
-def check_written(
-    directory: Path,
-    tokens: Tensor,
-    expected: Tensor,
-    dtype: torch.dtype,
-    tolerance: float,
-    head_prefix: str | None,
-    trust_remote_code: bool,
-) -> None:
-    """Raise ModelError if the files give other outputs than ``expected``. ``head_prefix``: the name of a scalar head."""
-    kind: Any = AutoModelForCausalLM
-    more: dict[str, Any] = {}
-    if head_prefix is not None:
-        kind, more = AutoModelForSequenceClassification, {"num_labels": 1}
-        more["key_mapping"] = {} if head_prefix == HEAD else {rf"^{head_prefix}\.": f"{HEAD}."}
     with quiet():
-        hf, info = kind.from_pretrained(
+        hf, info = auto_class(scalar=bool(more)).from_pretrained(
             directory, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **more
         )
     check_complete(str(directory), info["missing_keys"])
@@ -159,12 +127,12 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
         raise ModelError(f"the adapter {adapter} has no {HEAD} head, and a new one would be random: train it again.")
     # the base in float32, so that the merge is rounded only once, when it is written
     config = read_config(base, trust_remote_code)
-    kind: Any = AutoModelForCausalLM
     if scalar:
-        kind, config.num_labels = AutoModelForSequenceClassification, 1
-    more = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+        config.num_labels = 1
     with quiet():
-        model, info = kind.from_pretrained(base, config=config, dtype=torch.float32, **more)
+        model, info = auto_class(scalar=scalar).from_pretrained(
+            base, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
     check_complete(base, info["missing_keys"], {f"{HEAD}.weight"} if scalar else frozenset())
     _grow(model, adapter, base, shapes)
     hf = _merge(model, adapter, base, shapes)
@@ -173,14 +141,12 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
     # a scalar model also gets the name of its head and the reward statistics
     file = Path(adapter) / HEAD_RECORD
     # an adapter that PEFT wrote has no such file
-    head: dict[str, Any] = {"value_head_prefix": HEAD}
-    if file.is_file():
-        head = json.loads(file.read_text(encoding="utf-8"))
-    merged = ScalarModel(hf, head["value_head_prefix"])
-    merged.hf.config.value_head_prefix = head["value_head_prefix"]
+    head = json.loads(file.read_text(encoding="utf-8") if file.is_file() else "{}")
+    result = ScalarModel(hf, head.get("value_head_prefix", HEAD))
+    hf.config.value_head_prefix = result.value_head_prefix
     if "mean" in head:
-        merged.set_reward_statistics(head["mean"], head["std"])
-    return merged
+        result.set_reward_statistics(head["mean"], head["std"])
+    return result
 
 
 def named_base(adapter: str) -> str:
@@ -211,7 +177,7 @@ def _merge(model: PreTrainedModel, adapter: str, path: str, shapes: Mapping[str,
         # PEFT warns of tied weights, which _part_head and _settle_head handle
         warnings.simplefilter("ignore")
         try:
-            beside: Any = PeftModel.from_pretrained(model, adapter)
+            beside = PeftModel.from_pretrained(model, adapter)
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
             raise ModelError(f"the adapter {adapter} does not fit the model {path}: {_reason(error)}.") from error
         _check_names(beside, adapter, path, shapes)
@@ -300,7 +266,7 @@ def _low_rank_rows(names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> s
     return rows | {shape[0] for full, shape in shapes.items() if head and full == f"{_PREFIX}{head[0]}.lora_B.weight"}
 
 
-def _check_names(beside: Any, adapter: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_names(beside: PeftModel, adapter: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ModelError unless the adapter's tensors and the places in the model match one to one. PEFT silently skips both."""
     inside = f".{ADAPTER}"
     places = {name.replace(f"{inside}.", ".").removesuffix(inside) for name in beside.state_dict()}
@@ -322,9 +288,9 @@ def _reason(error: Exception) -> str:
     return f"{name} is {theirs} in the adapter and {ours} for this model"
 
 
-def _record(adapter: str) -> dict[str, Any]:
+def _record(adapter: str) -> dict[str, object]:
     try:
-        record: dict[str, Any] = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        record = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"--lora_path {adapter} is not an adapter: its {ADAPTER_CONFIG} cannot be read.") from error
     if not isinstance(record, dict):

@@ -25,12 +25,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import ModelOutput
 
 from togi.algo.balance import balance_loss, routing_sums
 from togi.algo.policy import chosen_experts
@@ -111,7 +111,7 @@ def hidden_states(hf: PreTrainedModel, layout: Layout) -> Tensor:
     return states_tH
 
 
-def _body(hf: PreTrainedModel, layout: Layout, **more: Any) -> Any:
+def _body(hf: PreTrainedModel, layout: Layout, **more: object) -> ModelOutput:
     return hf.base_model(
         input_ids=layout.tokens_t[None],
         position_ids=layout.positions_t[None],
@@ -166,8 +166,8 @@ class _Model(nn.Module):
             return states_tH, Outputs(balance_N=states_tH.new_empty(0))
         assert self.is_mixture, "a dense model has no router"
         output = _body(self.hf, layout, output_router_logits=True)
-        config: Any = self.hf.config
-        states_tH, top_k, segments = output.last_hidden_state[0], config.num_experts_per_tok, len(batch.segments)
+        states_tH, top_k = output.last_hidden_state[0], self.hf.config.num_experts_per_tok
+        segments = len(batch.segments)
         routing = Outputs(balance_N=states_tH.new_empty(0))
         if needs.balance:
             # sums over each segment: a prefix counts in every sequence that continues it. The last row is for filler tokens
@@ -199,7 +199,7 @@ class PolicyModel(_Model):
 
     def end_answers_with(self, token_ids: Sequence[int]) -> None:
         """Add end tokens to those in the generation config that is saved with the model."""
-        generation: Any = self.hf.generation_config
+        generation = self.hf.generation_config
         named = generation.eos_token_id
         named = [] if named is None else [named] if isinstance(named, int) else named
         ends = sorted({*named, *token_ids})
@@ -239,13 +239,28 @@ class PolicyModel(_Model):
         states_kH = places.states(states_tH)
         if needs.states:
             return Outputs(states_kH=states_kH)
-        settings: Any = {"temperature": temperature, "bias_V": self._head.bias, "transform": self.transform}
-        weight_VH, tokens_k = self._head.weight, places.own(batch.tokens_T[targets_K])
+        head, tokens_k = self._head, places.own(batch.tokens_T[targets_K])
         if teacher is not None:
             assert not needs.entropy, "there is no entropy beside a divergence"
-            logprobs_k, divergence_k = distill_logprobs(states_kH, weight_VH, tokens_k, teacher, **settings)
+            logprobs_k, divergence_k = distill_logprobs(
+                states_kH,
+                head.weight,
+                tokens_k,
+                teacher,
+                temperature=temperature,
+                bias_V=head.bias,
+                transform=self.transform,
+            )
             return Outputs(logprobs_K=places.whole(logprobs_k), divergence_K=places.whole(divergence_k))
-        logprobs_k, entropy_k = token_logprobs(states_kH, weight_VH, tokens_k, entropy=needs.entropy, **settings)
+        logprobs_k, entropy_k = token_logprobs(
+            states_kH,
+            head.weight,
+            tokens_k,
+            temperature=temperature,
+            bias_V=head.bias,
+            transform=self.transform,
+            entropy=needs.entropy,
+        )
         entropy_K = places.whole(entropy_k) if needs.entropy else entropy_k
         return Outputs(places.whole(logprobs_k), entropy_K) if needs.logprobs else Outputs(entropy_K=entropy_K)
 
@@ -274,8 +289,9 @@ class PolicyModel(_Model):
         return Outputs(label_logprobs_K=places.whole(logprobs_k), label_hits_K=places.whole(hits_k.byte()).bool())
 
     @property
-    def _head(self) -> Any:
-        return self.hf.get_output_embeddings()
+    def _head(self) -> nn.Linear:
+        head: nn.Linear = self.hf.get_output_embeddings()
+        return head
 
 
 class ScalarModel(_Model):
@@ -321,8 +337,7 @@ class ScalarModel(_Model):
         return places.whole(self._head(places.states(states_tH)))
 
     def _head(self, states: Tensor) -> Tensor:
-        head: Any = self.hf.score
-        return full_precision(head(states).squeeze(-1))
+        return full_precision(self.hf.score(states).squeeze(-1))
 
 
 _PREFIX = "hf."
@@ -337,22 +352,10 @@ def checkpoint_tensors(
     Tied copies are skipped. The tensors of one decoder layer must follow each other, as ``named_parameters`` and ``state_dict``
     yield them. Names are sorted within a layer. The results may be views of the inputs.
     """
-    hf: Any = model.hf
-    tied = hf.all_tied_weights_keys
     plain = ((name.removeprefix(_PREFIX), tensor) for name, tensor in named_tensors)
-    kept = ((name, tensor) for name, tensor in plain if name not in tied)
+    kept = ((name, tensor) for name, tensor in plain if name not in model.hf.all_tied_weights_keys)
     # a conversion may need all tensors of a layer, such as all its experts
-    for _, layer in groupby(kept, key=lambda item: _layer_of(item[0])):
-        for name, tensor in sorted(revert_weight_conversion(hf, dict(layer)).items()):
-            yield _head_name(model, name), tensor
-
-
-def _layer_of(name: str) -> str:
-    match = _LAYER.match(name)
-    return match.group() if match else ""
-
-
-def _head_name(model: PolicyModel | ScalarModel, name: str) -> str:
-    if isinstance(model, ScalarModel) and name.startswith(f"{HEAD}."):
-        return f"{model.value_head_prefix}.{name.removeprefix(f'{HEAD}.')}"
-    return name
+    for _, layer in groupby(kept, key=lambda item: _LAYER.findall(item[0])):
+        for name, tensor in sorted(revert_weight_conversion(model.hf, dict(layer)).items()):
+            is_head = isinstance(model, ScalarModel) and name.startswith(f"{HEAD}.")
+            yield (f"{model.value_head_prefix}{name.removeprefix(HEAD)}" if is_head else name), tensor

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -53,7 +52,7 @@ def refuse_unsupported(model: PreTrainedModel, attention: str) -> None:
 
     ``model`` may be on the meta device; ``attention`` is the name of the back end that will be used.
     """
-    config: Any = model.config
+    config = model.config
     kind = config.model_type
     layer_types = set(getattr(config, "layer_types", None) or ())
     if model._is_stateful or not layer_types <= _LAYER_TYPES:
@@ -94,8 +93,8 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
             path = torch.cat([batch.segments.tokens(s) for s in batch.segments.chain(own)])
             tokens, length = batch.tokens_T[path], batch.segments.lengths_S[own]
             with _stock_attention(model.hf):
-                stock: Any = model.hf.base_model(input_ids=tokens[None], use_cache=False)
-                full: Any = model.hf(input_ids=tokens[None], use_cache=False)
+                stock = model.hf.base_model(input_ids=tokens[None], use_cache=False)
+                full = model.hf(input_ids=tokens[None], use_cache=False)
             alone_lH = stock.last_hidden_state[0, -length:].float()
             gap_l = (packed_TH[path[-length:]].float() - alone_lH).norm(dim=-1) / alone_lH.norm(dim=-1)
             worst = max(worst, float(gap_l.median()))

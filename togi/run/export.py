@@ -24,7 +24,7 @@ from togi.learn.learner_state import read_masters
 from togi.methods import METHODS
 from togi.model.checkpoint import save_hf, written_aside
 from togi.model.loading import ModelSource, dtype_of, load_causal_lm, load_scalar_model
-from togi.model.merge import load_merged, named_base, save_adapted, save_proven
+from togi.model.merge import load_merged, named_base, save_proven
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.obs.model_card import CARD, model_card
 from togi.obs.run_dir import RunDirectory
@@ -150,7 +150,7 @@ def _convert(run: Run, checkpoint: Checkpoint, aside: Path, *, trust_remote_code
         chat = bool(run.values.get("apply_chat_template"))
         model.end_answers_with(stop_token_ids(tokenizer, run.values["pretrain"], chat=chat))
     if model.is_adapted:
-        save_adapted(aside, model, tokenizer, run.dtype, trust_remote_code=trust_remote_code)
+        save_proven(aside, model, tokenizer, run.dtype, trust_remote_code=trust_remote_code)
     else:
         save_hf(aside, model, model.named_parameters(), tokenizer, run.dtype)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from safetensors import safe_open
@@ -76,14 +77,11 @@ class BaseFiles:
         """Yield the ``expected`` tensors with the adapter merged in, computed on the device of A and B."""
         device = next(iter(adapter.values())).device
         with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
+            # each file is opened once; only the current tensor is in memory
+            opened = cache(lambda file: stack.enter_context(safe_open(file, framework="pt")))
             for spec in expected:
-                file = self._files[spec.name]
-                # each file is opened once; only the current tensor is in memory
-                if file not in opened:
-                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
                 dtype: torch.dtype = getattr(torch, spec.dtype)
-                weight: Tensor = opened[file].get_tensor(spec.name).to(device, dtype)
+                weight: Tensor = opened(self._files[spec.name]).get_tensor(spec.name).to(device, dtype)
                 stem = spec.name.removesuffix(WEIGHT)
                 # most tensors have no adapter: embeddings, norms, the head
                 if stem + A in adapter:

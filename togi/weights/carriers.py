@@ -39,8 +39,8 @@ class Channel:
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self.device = device
-        self._group = group
-        self._sending: list[tuple[Any, Tensor]] = []
+        self._group = group  # gloo's or nccl's: torch has no types for their methods
+        self._sending: list[tuple[dist.Work, Tensor]] = []
 
     @classmethod
     def join(cls, meeting: Rendezvous, device: torch.device) -> Self:
@@ -75,12 +75,13 @@ class Channel:
         self._finish(self._broadcast(buffer))
         return buffer
 
-    def _broadcast(self, buffer: Tensor) -> Any:
+    def _broadcast(self, buffer: Tensor) -> dist.Work:
         options = dist.BroadcastOptions()
         options.rootRank = SENDER
-        return self._group.broadcast([buffer], options)
+        work: dist.Work = self._group.broadcast([buffer], options)
+        return work
 
-    def _finish(self, work: Any) -> None:
+    def _finish(self, work: dist.Work) -> None:
         work.wait()
         if self.device.type != "cpu":  # on a GPU ``wait`` only orders later work on the stream
             torch.accelerator.synchronize(self.device)
@@ -102,7 +103,7 @@ class OnDevice:
     tensors: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
     rebuild: Callable[..., Tensor]
-    arguments: tuple[Any, ...]
+    arguments: tuple[object, ...]
 
 
 Parcel = Bucket | Announced | OnDevice
