@@ -28,7 +28,7 @@ from togi.config.rl_checks import check_rl
 from togi.data.packing import pack
 from togi.errors import ConfigError
 from togi.learn.hooks import check_estimator, check_policy_loss, load_estimator, load_policy_loss
-from togi.pump.experience import Trainable, to_sample, with_advantages
+from togi.pump.experience import ScoredGroup, to_sample, with_advantages
 from togi.run.preflight import check_hook_file
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score, with_streams
 
@@ -308,18 +308,21 @@ def rloo_again(rewards_N: Tensor, groups_N: Tensor, sequences_K: Tensor, penalti
 
 def test_rloo_as_a_hook_is_rloo() -> None:
     """The same streams on samples of different lengths, with a KL in the reward."""
-    rng, items, samples = np.random.default_rng(3), [], []
+    rng, rollouts, scores, samples = np.random.default_rng(3), [], [], []
     for n, length in enumerate((3, 1, 2, 4)):
         prompt = Prompt(str(n // 2), (1, 2), "ab", None, "set")
         tokens = tuple(int(t) for t in rng.integers(0, 9, length))
         masks = (True,) * length
         rollout = Rollout(prompt, str(n // 2), tokens, masks, (-1.0,) * length, "x", FinishReason.STOP, 0)
-        items.append(Trainable(rollout, Score(Outcome.SCORE, float(rng.normal())), n // 2, n % 2))
+        rollouts.append(rollout)
+        scores.append(Score(Outcome.SCORE, float(rng.normal())))
         streams = {"old_logprobs": [rng.normal(size=length)], "ref_logprobs": [rng.normal(size=length)]}
-        samples += with_streams([to_sample(items[-1])], streams)
+        samples += with_streams([to_sample(rollout)], streams)
+    groups = [ScoredGroup(tuple(rollouts[i : i + 2]), tuple(scores[i : i + 2])) for i in (0, 2)]
+    places = [(0, 0), (0, 1), (1, 0), (1, 1)]
     rloo = config("--advantage_estimator", "rloo", "--n_samples_per_prompt", "2")
     own = build(RLConfig, {"advantage_estimator": rloo_again}, {}).config
-    expected, found = (with_advantages(items, samples, c, 0.3) for c in (rloo, own))
+    expected, found = (with_advantages(groups, places, samples, c, 0.3) for c in (rloo, own))
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose(a.streams["advantages"], b.streams["advantages"], atol=1e-6)
         assert np.isnan(b.streams["advantages"][:2]).all()

@@ -113,8 +113,8 @@ def test_a_rollout_is_filled_with_no_prompt_too_many() -> None:
     assert numbers(groups) == order(20)[: last + 1]
     assert prompts.state().position == last + 1
     assert sorted(world.asked) == sorted(order(20)[: last + 1])
-    items = trainable(groups, OnRewardError.DROP_GROUP)
-    assert [int(item.rollout.prompt.id) for item in items] == [number for number in good for _ in range(SAMPLES)]
+    rollouts = [groups[group].rollouts[index] for group, index in trainable(groups, OnRewardError.DROP_GROUP)]
+    assert [int(rollout.prompt.id) for rollout in rollouts] == [number for number in good for _ in range(SAMPLES)]
 
 
 def test_over_rollouts_every_good_prompt_is_trained_once() -> None:

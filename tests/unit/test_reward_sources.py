@@ -175,7 +175,7 @@ def test_what_an_error_takes_with_it():
     ]
 
     def places(rule):
-        return [(item.group, item.index) for item in trainable(groups, rule)]
+        return trainable(groups, rule)
 
     assert places(OnRewardError.DROP_GROUP) == [(1, 0), (1, 2)]
     assert places(OnRewardError.DROP_SAMPLE) == [(0, 0), (0, 2), (1, 0), (1, 2)]
@@ -212,7 +212,7 @@ def test_a_rollout_with_few_errors_is_whole_and_one_with_many_is_refused():
     groups = run(0.25)
     assert [group.rollouts[0].prompt.id for group in groups] == list("abcd")
     assert [[score.outcome for score in group.scores] for group in groups][1] == [Outcome.ERROR] * 2
-    assert {item.group for item in trainable(groups, OnRewardError.DROP_GROUP)} == {0, 2, 3}
+    assert {group for group, _ in trainable(groups, OnRewardError.DROP_GROUP)} == {0, 2, 3}
     with pytest.raises(RewardError, match="reward of 2 of 8 samples failed"):
         run(0.2)
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.batch import Batch
+from togi.data.packing import PackStats, pack_stats
 from togi.learn.objective import Objective, token_metrics
 from togi.learn.schedule import LearningRate
 from togi.learn.scorer import DUMMY_TOKENS, even_rounds, nothing, per_sequence
@@ -51,11 +52,12 @@ class Load:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UpdateReport:
-    """One call of ``Learner.update``. All but ``logprobs`` is the same on every rank.
+    """One call of ``Learner.update``. All but ``packed`` and ``logprobs`` is the same on every rank.
 
     ``steps``: optimizer steps taken so far. ``learning_rate``: that of this step. ``grad_norm``: global L2 norm before
-    clipping, NaN if no gradient was computed. ``count``: the denominator. ``logprobs``: this rank's log-probs (nats) at the tokens
-    in the loss before the step, one array a sequence: batch after batch, each in the order of the list it was packed from.
+    clipping, NaN if no gradient was computed. ``count``: the denominator. ``packed``: the tokens of this rank. ``logprobs``: this
+    rank's log-probs (nats) at the tokens in the loss before the step, one array a sequence: batch after batch, each in the order
+    of the list it was packed from. Empty if the objective computes none.
     """
 
     outcome: StepOutcome
@@ -64,8 +66,9 @@ class UpdateReport:
     grad_norm: float
     count: float
     load: Load
+    packed: PackStats
     metrics: Mapping[str, float]
-    logprobs: tuple[NDArray[np.float32], ...]
+    logprobs: Sequence[NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,9 +120,11 @@ class Learner:
             own.append(sum(mixed.objective.count(b) for b in mixed.batches))
         count, sequences, *others = world.sum_shares("loss count", own)
         assert math.isfinite(count) and count >= 0, f"a loss count of {count}"
+        packed = sum((pack_stats(batch) for batch in micro_batches), PackStats(0, 0))
         if count == 0:
             logger.warning("optimizer step %d skipped: no token or row is in the loss", self.steps)
-            return UpdateReport(StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, Load(0.0, 1.0), {}, ())
+            empty = StepOutcome.SKIPPED_EMPTY
+            return UpdateReport(empty, self.steps, rate, math.nan, count, Load(0.0, 1.0), packed, {}, ())
         # forward and backward: gradients are summed over micro-batches and, after the last one, over ranks
         balanced_over = sequences if self.aux_loss_coef > 0 else None
         metrics, logprobs = self._accumulate(
@@ -143,7 +148,8 @@ class Learner:
         if mixed is not None:
             others_values = mixed.objective.summary(reduced(merge(world.gather_shares("mixed metrics", added))))
             values |= {f"{mixed.name}/{name}": value for name, value in others_values.items()}
-        return UpdateReport(outcome, self.steps, rate, grad_norm, count, self._load(micro_batches), values, logprobs)
+        load = self._load(micro_batches)
+        return UpdateReport(outcome, self.steps, rate, grad_norm, count, load, packed, values, logprobs)
 
     def _load(self, micro_batches: Sequence[Batch]) -> Load:
         """How evenly the tokens of a step are spread over ranks. A rank computes a dummy batch if another has more batches.

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -56,14 +56,14 @@ class GroupFilter:
     @classmethod
     def of(cls, config: RLConfig) -> GroupFilter | None:
         """The filter of ``--dynamic_filtering``; None without it."""
-        low, high = config.dynamic_filtering_reward_range
         if not config.dynamic_filtering:
             return None
+        low, high = config.dynamic_filtering_reward_range
         return cls(low, high, config.dynamic_filtering_max_generations, config.on_reward_error)
 
     def keeps(self, scores: Sequence[Score]) -> bool:
         """Whether a group is kept, by the scores that it has. A group that cannot be trained on is not kept."""
-        rewards = [score.value for score in scores if score.outcome is Outcome.SCORE]
+        rewards: list[float] = _values(scores).tolist()
         if not rewards or takes_group(scores, self.on_error):
             return False
         # Measured from the lowest reward, the mean of equal rewards is exact: rounding cannot move it across a limit.
@@ -90,27 +90,21 @@ class ScoredGroup:
     filtered: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Trainable:
-    """One rollout with a score and at least one token to train, and its place in the groups of the step."""
-
-    rollout: Rollout
-    score: Score
-    group: int
-    index: int
+Place = tuple[int, int]
+"""Of a rollout in the groups of a step: (group, index in the group)."""
 
 
-def trainable(groups: Sequence[ScoredGroup], on_error: OnRewardError) -> list[Trainable]:
-    """The rollouts to train on: those with a score. If one abstains, the rest of its group stays.
+def trainable(groups: Sequence[ScoredGroup], on_error: OnRewardError) -> list[Place]:
+    """The places of the rollouts to train on: those with a score and at least one token to train.
 
-    An error drops its whole group unless ``on_error`` is drop_sample.
+    If a rollout's reward abstains, the rest of its group stays. An error drops its whole group unless ``on_error`` is drop_sample.
     """
-    dropped = {group for group, scored in enumerate(groups) if scored.filtered or takes_group(scored.scores, on_error)}
     return [
-        Trainable(rollout, score, group, index)
-        for group, scored in enumerate(groups)
-        for index, (rollout, score) in enumerate(zip(scored.rollouts, scored.scores, strict=True))
-        if group not in dropped and score.outcome is Outcome.SCORE and any(rollout.response_mask)
+        (place, index)
+        for place, group in enumerate(groups)
+        if not group.filtered and not takes_group(group.scores, on_error)
+        for index, (rollout, score) in enumerate(zip(group.rollouts, group.scores, strict=True))
+        if score.outcome is Outcome.SCORE and any(rollout.response_mask)
     ]
 
 
@@ -119,9 +113,8 @@ def takes_group(scores: Sequence[Score], on_error: OnRewardError) -> bool:
     return on_error is not OnRewardError.DROP_SAMPLE and any(score.outcome is Outcome.ERROR for score in scores)
 
 
-def to_sample(item: Trainable) -> Sample:
+def to_sample(rollout: Rollout) -> Sample:
     """A sample in the packed layout. The engine's logprobs become a stream with NaN where nothing was sampled."""
-    rollout = item.rollout
     prompt = len(rollout.prompt.tokens)
     tokens = np.asarray(rollout.prompt.tokens + rollout.response_tokens, dtype=np.int64)
     mask = np.zeros(len(tokens), dtype=np.bool_)
@@ -132,16 +125,19 @@ def to_sample(item: Trainable) -> Sample:
 
 
 def with_advantages(
-    items: Sequence[Trainable], samples: Sequence[Sample], config: RLConfig, kl_coef: float
+    groups: Sequence[ScoredGroup], places: Sequence[Place], samples: Sequence[Sample], config: RLConfig, kl_coef: float
 ) -> list[Sample]:
-    """Advantages and returns over the whole step, so normalisation does not depend on ranks or micro-batches."""
+    """Advantages and returns over the whole step, so normalisation does not depend on ranks or micro-batches.
+
+    ``places``: those of the samples in ``groups``.
+    """
     # Flat layout: all trained tokens of all samples in a row, each with the number of its sample.
     lengths = torch.tensor([int(sample.loss_mask.sum()) for sample in samples])
     sequences_K = torch.repeat_interleave(torch.arange(len(samples)), lengths)
     in_reward = config.uses_reference and not config.use_kl_loss
     # float64, since normalisation sums over a whole step.
-    rewards_N = torch.tensor([item.score.value for item in items], dtype=torch.float64)
-    groups_N = torch.tensor([item.group for item in items])
+    rewards_N = torch.tensor([groups[group].scores[index].value for group, index in places], dtype=torch.float64)
+    groups_N = torch.tensor([group for group, _ in places])
     ends = np.cumsum(lengths.numpy())[:-1]
     # The user's own estimator computes advantages only.
     if isinstance(config.advantage_estimator, Hook):
@@ -182,34 +178,14 @@ def _reference_kl(samples: Sequence[Sample]) -> Tensor:
     return kl_estimate(gather(samples, OLD_LOGPROBS), gather(samples, REF_LOGPROBS), KLEstimator.K1)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenDetails:
-    """Values at the trained tokens of one rollout; empty where not computed."""
-
-    trainer_logprobs: tuple[float, ...] = ()
-    ref_logprobs: tuple[float, ...] = ()
-    advantages: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StepDetails:
-    """``TokenDetails`` by (group, index in the group)."""
-
-    by_place: Mapping[tuple[int, int], TokenDetails] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, items: Sequence[Trainable], samples: Sequence[Sample]) -> StepDetails:
-        return cls({(item.group, item.index): _details(sample) for item, sample in zip(items, samples, strict=True)})
-
-
 def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Rewards, components, lengths and group statistics of one step's groups."""
     pairs = [pair for group in groups for pair in zip(group.rollouts, group.scores, strict=True)]
     scores = [score for _, score in pairs]
-    values = np.array([score.value for score in scores if score.outcome is Outcome.SCORE])
+    values = _values(scores)
     lengths = np.array([len(rollout.response_tokens) for rollout, _ in pairs])
     # Means over samples, then within groups: a group of equal rewards has no advantage.
-    spreads = [float(np.std(each)) for each in map(_values, groups) if len(each) > 1]
+    spreads = [float(np.std(each)) for group in groups if len(each := _values(group.scores)) > 1]
     metrics = {
         names.REWARD_MEAN: float(values.mean()) if len(values) > 0 else math.nan,
         names.REWARD_STD: float(values.std()) if len(values) > 0 else math.nan,
@@ -267,7 +243,7 @@ def eval_metrics(groups: Sequence[ScoredGroup], samples: int) -> dict[str, float
         metrics[names.eval_of(source, "pass1")] = means[names.EVAL_REWARD]
         metrics[names.eval_of(source, "pass1_stderr")] = means[names.EVAL_REWARD_STDERR]
         # Groups in which every reward abstained or failed say nothing.
-        rewards = [values for values in map(_values, own) if len(values) > 0]
+        rewards = [values for group in own if len(values := _values(group.scores)) > 0]
         for k in reported_ks(samples)[1:]:
             # a group with abstentions may have fewer than k
             best = [expected_best(values.tolist(), min(k, len(values))) for values in rewards]
@@ -276,18 +252,18 @@ def eval_metrics(groups: Sequence[ScoredGroup], samples: int) -> dict[str, float
 
 
 def rows(
-    step: int, split: Split, groups: Sequence[ScoredGroup], details: StepDetails | None = None
+    step: int, split: Split, groups: Sequence[ScoredGroup], trained: Mapping[Place, Sample] | None = None
 ) -> list[RolloutRow]:
-    """The stored rows of a step, one per rollout, in order."""
-    known = {} if details is None else details.by_place
+    """The stored rows of a step, one per rollout, in order. ``trained``: the samples, whose streams are stored too."""
+    known = trained or {}
     return [
-        _row(step, split, group, index, known.get((place, index), TokenDetails()))
+        _row(step, split, group, index, known.get((place, index)))
         for place, group in enumerate(groups)
         for index in range(len(group.rollouts))
     ]
 
 
-def _row(step: int, split: Split, group: ScoredGroup, index: int, tokens: TokenDetails) -> RolloutRow:
+def _row(step: int, split: Split, group: ScoredGroup, index: int, sample: Sample | None) -> RolloutRow:
     rollout, score = group.rollouts[index], group.scores[index]
     prompt = rollout.prompt
     return RolloutRow(
@@ -303,9 +279,9 @@ def _row(step: int, split: Split, group: ScoredGroup, index: int, tokens: TokenD
         response_tokens=rollout.response_tokens,
         response_mask=rollout.response_mask,
         rollout_logprobs=rollout.response_logprobs,
-        trainer_logprobs=tokens.trainer_logprobs,
-        ref_logprobs=tokens.ref_logprobs,
-        advantages=tokens.advantages,
+        trainer_logprobs=_at_trained_tokens(sample, OLD_LOGPROBS),
+        ref_logprobs=_at_trained_tokens(sample, REF_LOGPROBS),
+        advantages=_at_trained_tokens(sample, ADVANTAGES),
         reward=score.value,
         components=dict(score.components),
         outcome=score.outcome,
@@ -316,16 +292,15 @@ def _row(step: int, split: Split, group: ScoredGroup, index: int, tokens: TokenD
     )
 
 
-def _details(sample: Sample) -> TokenDetails:
-    return TokenDetails(*(_trained(sample, name) for name in (OLD_LOGPROBS, REF_LOGPROBS, ADVANTAGES)))
+def _at_trained_tokens(sample: Sample | None, name: str) -> tuple[float, ...]:
+    """The values of a stream. Empty for a rollout that is not trained on, and for a stream that was not computed."""
+    if sample is None or name not in sample.streams:
+        return ()
+    return tuple(sample.streams[name][sample.loss_mask].tolist())
 
 
-def _trained(sample: Sample, name: str) -> tuple[float, ...]:
-    return tuple(sample.streams[name][sample.loss_mask].tolist()) if name in sample.streams else ()
-
-
-def _values(group: ScoredGroup) -> NDArray[np.float64]:
-    return np.array([score.value for score in group.scores if score.outcome is Outcome.SCORE], dtype=np.float64)
+def _values(scores: Iterable[Score]) -> NDArray[np.float64]:
+    return np.array([score.value for score in scores if score.outcome is Outcome.SCORE], dtype=np.float64)
 
 
 def _share(scores: Sequence[Score], outcome: Outcome) -> float:
@@ -333,7 +308,7 @@ def _share(scores: Sequence[Score], outcome: Outcome) -> float:
 
 
 def _eval_of(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    means = [float(_values(group).mean()) for group in groups if len(_values(group)) > 0]
+    means = [float(values.mean()) for group in groups if len(values := _values(group.scores)) > 0]
     if not means:  # the reward abstained on all of them: not measured is not 0
         return {names.EVAL_REWARD: math.nan, names.EVAL_REWARD_STDERR: math.nan}
     estimate = mean_with_error(means)

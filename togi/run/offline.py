@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from togi.config.parse import Parsed
-from togi.data.packing import PackStats, in_order, pack_stats
+from togi.data.packing import PackStats, in_order
 from togi.data.records import Examples
 from togi.errors import CheckpointError
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
@@ -241,11 +241,9 @@ class OfflineRun:
         """One optimizer step."""
         start = time.perf_counter()
         with self._journal.progress.phase("training"):
-            batches = self._models.dealer.packs(samples)
-            stats = sum((pack_stats(batch) for batch in batches), PackStats(0, 0))
-            report = self._models.learner.update(batches)
+            report = self._models.learner.update(self._models.dealer.packs(samples))
             # Tokens are summed over ranks: each rank has seen its share only.
-            tokens, unshared = self._world.sum_shares("tokens", [stats.tokens, stats.unshared_tokens])
+            tokens, unshared = self._world.sum_shares("tokens", [report.packed.tokens, report.packed.unshared_tokens])
         self.step += 1
         self._tokens_seen += unshared
         compiling = {names.COMPILE_SECONDS: clock.take_seconds()} if self.config.torch_compile else {}

@@ -20,6 +20,7 @@ from togi.algo.kl import KLController
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
+from togi.learn.learner import UpdateReport
 from togi.learn.objective import ADVANTAGES, KL_COEF, OLD_LOGPROBS
 from togi.model.checkpoint import written_aside
 from togi.obs import names
@@ -29,7 +30,7 @@ from togi.obs.way_out import way_out
 from togi.plan.machine import this_machine
 from togi.plan.placement import Role
 from togi.pump import experience
-from togi.pump.experience import GroupFilter, ScoredGroup, Trainable, to_sample, trainable, with_advantages
+from togi.pump.experience import GroupFilter, Place, ScoredGroup, to_sample, trainable, with_advantages
 from togi.pump.feed import Feed, RolloutFeed, replay_feed
 from togi.reward.scores import CombinedReward, LengthPenalties
 from togi.run.journal import Journal, RunJournal, open_journal
@@ -39,7 +40,6 @@ from togi.run.rl_setup import COMMAND, Material, best_aim, connect, describe, op
 from togi.sample import Sample, with_streams
 from togi.workers import start
 from togi.workers.session import Phase, Session, single_logprobs, update_metrics
-from togi.workers.worker_group import StepUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +113,12 @@ async def train(run: RLRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
         episode = run.episode
         # Stage 1: answers and their rewards.
         groups, metrics = await run.generate()
-        items, samples, scored = await run.score(groups)
+        places, samples, scored = await run.score(groups)
         metrics |= scored
-        # Stage 2: updates. No items: every group was filtered out, and the step counts without an update.
-        updates: list[StepUpdate] = []
-        if items:
-            samples = run.with_advantages(items, samples)
+        # Stage 2: updates. No samples: every group was filtered out, and the step counts without an update.
+        updates: list[UpdateReport] = []
+        if samples:
+            samples = run.with_advantages(groups, places, samples)
             if Role.CRITIC in run.session.learners:
                 metrics |= (await run.update(Role.CRITIC, samples))[1]
             if not run.actor_is_frozen:
@@ -130,7 +130,7 @@ async def train(run: RLRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
         if run.evaluation_is_due(episode):
             evaluations.append(await run.evaluate())
             metrics |= evaluations[-1].metrics
-        await run.log(groups, items, samples, updates, metrics)
+        await run.log(groups, places, samples, updates, metrics)
         await run.checkpoint_if_due()
     await run.save()
     return evaluations
@@ -231,10 +231,10 @@ class RLRun:
         tokens = sum(len(rollout.response_tokens) for group in groups for rollout in group.rollouts)
         return groups, {names.THROUGHPUT_GENERATE: tokens / (time.perf_counter() - start)} if generates else {}
 
-    async def score(self, groups: Sequence[ScoredGroup]) -> tuple[list[Trainable], list[Sample], dict[str, float]]:
-        """Trainable samples with the logprobs and values that the advantages need. Empty if no response has a reward."""
-        items = trainable(groups, self.config.on_reward_error)
-        if not items:
+    async def score(self, groups: Sequence[ScoredGroup]) -> tuple[list[Place], list[Sample], dict[str, float]]:
+        """Places and trainable samples, with the logprobs and values that advantages need. Empty if no response has a reward."""
+        places = trainable(groups, self.config.on_reward_error)
+        if not places:
             logger.warning(
                 "rollout %d is not trained on: the reward abstained or failed on every response, or filtering left no group",
                 self.step + 1,
@@ -244,39 +244,41 @@ class RLRun:
         start = time.perf_counter()
         with self.journal.progress.phase("scoring"):
             # Reference, critic and old logprobs, whichever this run uses.
-            samples = await self.session.score([to_sample(item) for item in items])
+            samples = await self.session.score([to_sample(groups[g].rollouts[i]) for g, i in places])
         scored = sum(len(sample.tokens) for sample in samples) * self.session.scoring_passes
         rate = {names.THROUGHPUT_SCORE: scored / (time.perf_counter() - start)} if scored > 0 else {}
-        return items, samples, rate
+        return places, samples, rate
 
     @property
     def actor_is_frozen(self) -> bool:
         """Whether the next rollout is one of the first ``--freezing_actor_steps``."""
         return self.step < self.config.freezing_actor_steps
 
-    def with_advantages(self, items: Sequence[Trainable], samples: Sequence[Sample]) -> list[Sample]:
+    def with_advantages(
+        self, groups: Sequence[ScoredGroup], places: Sequence[Place], samples: Sequence[Sample]
+    ) -> list[Sample]:
         """Add advantages and returns, computed over the whole step, and the coefficient of a KL in the loss."""
-        samples = with_advantages(items, samples, self.config, self._kl.value)
+        samples = with_advantages(groups, places, samples, self.config, self._kl.value)
         if not (self.config.uses_reference and self.config.use_kl_loss):
             return samples
         return [replace(sample, values={**sample.values, KL_COEF: self._kl.value}) for sample in samples]
 
-    async def update(self, role: Role, samples: Sequence[Sample]) -> tuple[list[StepUpdate], dict[str, float]]:
-        """All optimizer steps of one model on this rollout. Returns their updates and metrics."""
+    async def update(self, role: Role, samples: Sequence[Sample]) -> tuple[list[UpdateReport], dict[str, float]]:
+        """All optimizer steps of one model on this rollout. Returns their reports and metrics."""
         await self.session.phases.enter(Phase.TRAIN)
         start, batches = time.perf_counter(), mini_batches(samples, self.config, self.step)
         # Pretraining rows are mixed into the actor's updates only.
         mixed = self._pretraining(len(batches)) if role is Role.ACTOR else []
         with self.journal.progress.phase(f"training the {role}"):
             updates = await self.session.update(role, batches, mixed)
-        metrics = update_metrics(role, [update.report for update in updates])
+        metrics = update_metrics(role, updates)
         # Tokens are counted once per step, on the actor.
         if role is Role.ACTOR:
-            tokens = sum(update.unshared_tokens for update in updates)
+            tokens = sum(update.packed.unshared_tokens for update in updates)
             self._tokens_seen += tokens
             metrics |= {
                 names.THROUGHPUT_TRAIN: tokens / (time.perf_counter() - start),
-                names.SHARED_SHARE: 1 - sum(update.tokens for update in updates) / tokens,
+                names.SHARED_SHARE: 1 - sum(update.packed.tokens for update in updates) / tokens,
                 names.TOKENS_STEP: tokens,
             }
         return updates, metrics
@@ -323,9 +325,9 @@ class RLRun:
     async def log(
         self,
         groups: Sequence[ScoredGroup],
-        items: Sequence[Trainable],
+        places: Sequence[Place],
         samples: Sequence[Sample],
-        updates: Sequence[StepUpdate],
+        updates: Sequence[UpdateReport],
         measured: Mapping[str, float],
     ) -> None:
         """Write metrics and samples of a rollout, and adapt the KL coefficient. ``measured``: metrics of the phases."""
@@ -345,8 +347,8 @@ class RLRun:
         if names.KL_REFERENCE in values:
             self._kl = self._kl.update(values[names.KL_REFERENCE], len(samples))
         # Samples, then the line of progress. A step without a gradient says so.
-        details = experience.StepDetails.of(items, samples)
-        self.journal.rollouts.write(self.step, Split.TRAIN, experience.rows(self.step, Split.TRAIN, groups, details))
+        trained = dict(zip(places, samples, strict=True))
+        self.journal.rollouts.write(self.step, Split.TRAIN, experience.rows(self.step, Split.TRAIN, groups, trained))
         note = f"reward {values[names.REWARD_MEAN]:.3f}"
         if not any(np.any(sample.streams[ADVANTAGES][sample.loss_mask]) for sample in samples):
             note += " (all advantages are 0: no response was better than another, nothing was learnt)"

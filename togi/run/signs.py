@@ -16,7 +16,7 @@ from togi.config.rl import RLConfig
 from togi.data.chat import Tokenizer, encode, render_messages, visible
 from togi.data.messages import ASSISTANT, USER, Dialogue
 from togi.errors import DataError
-from togi.pump.experience import ScoredGroup, Trainable, trainable
+from togi.pump.experience import Place, ScoredGroup, trainable
 from togi.reward.scores import OVERLONG, STOP_PROPERLY
 from togi.run.plan import StepPlan
 from togi.run.rl_setup import Material, reward_names
@@ -100,20 +100,20 @@ def reward_signs(config: RLConfig, groups: Sequence[ScoredGroup]) -> Iterator[Si
     """Signs in the rewards of sampled groups: failures, no variance, parts never reached, length alone."""
     scores = [score for group in groups for score in group.scores]
     yield from _failure_signs(config, scores)
-    items = trainable(groups, config.on_reward_error)
+    places = trainable(groups, config.on_reward_error)
     if not any(score.outcome is Outcome.SCORE for score in scores):
         return
-    if not items and config.dynamic_filtering:
+    if not places and config.dynamic_filtering:
         low, high = config.dynamic_filtering_reward_range
         text = (
             f"--dynamic_filtering leaves out all {len(groups)} groups, as none has a mean reward between {low:g} and {high:g}: "
             "widen --dynamic_filtering_reward_range, or give prompts that are solved sometimes."
         )
         yield Sign(_certain(scores), text)
-    elif items:
-        yield from _variance_signs(config, groups, items)
+    elif places:
+        yield from _variance_signs(config, groups, places)
     yield from _part_signs(config, [score for score in scores if score.outcome is Outcome.SCORE])
-    yield from _length_signs(config, items)
+    yield from _length_signs(config, groups, places)
 
 
 def _failure_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
@@ -136,12 +136,12 @@ def _failure_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
         )
 
 
-def _variance_signs(config: RLConfig, groups: Sequence[ScoredGroup], items: Sequence[Trainable]) -> Iterator[Sign]:
+def _variance_signs(config: RLConfig, groups: Sequence[ScoredGroup], places: Sequence[Place]) -> Iterator[Sign]:
     """Whether rewards differ where the advantage estimator compares them: within groups, or over all answers."""
-    values = [item.score.value for item in items]
+    values = [groups[group].scores[index].value for group, index in places]
     by_group: dict[int, list[float]] = {}
-    for item in items:
-        by_group.setdefault(item.group, []).append(item.score.value)
+    for (group, _), value in zip(places, values, strict=True):
+        by_group.setdefault(group, []).append(value)
     # A group of equal rewards has advantage 0 for all of its answers.
     flat = [rewards[0] for rewards in by_group.values() if min(rewards) == max(rewards)]
     low, high, verdict = min(values), max(values), _certain(values)
@@ -190,20 +190,22 @@ def _part_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
             yield Sign(Verdict.WARNING if name in whole else Verdict.NOTE, text)
 
 
-def _length_signs(config: RLConfig, items: Sequence[Trainable]) -> Iterator[Sign]:
+def _length_signs(config: RLConfig, groups: Sequence[ScoredGroup], places: Sequence[Place]) -> Iterator[Sign]:
     """A reward that is a function of the length only."""
     # These settings ask for a reward that depends on length.
     if f"{BUILTIN}{Verifier.LENGTH}" in config.reward_files or config.uses_length_penalties:
         return
-    lengths = np.array([len(item.rollout.response_tokens) for item in items], dtype=np.float64)
-    values = np.array([item.score.value for item in items])
+    lengths = np.array(
+        [len(groups[group].rollouts[index].response_tokens) for group, index in places], dtype=np.float64
+    )
+    values = np.array([groups[group].scores[index].value for group, index in places])
     if len(set(lengths)) < ENOUGH or len(set(values)) < ENOUGH:
         return
     along = float(np.corrcoef(lengths, values)[0, 1])
     if abs(along) > PARALLEL:
         yield Sign(
             Verdict.WARNING,
-            f"The reward follows the length of the answers (correlation {along:.3f} over {len(items)} answers), so that "
+            f"The reward follows the length of the answers (correlation {along:.3f} over {len(places)} answers), so that "
             f"{'long' if along > 0 else 'short'} answers alone are learnt: let it depend on what they say.",
         )
 

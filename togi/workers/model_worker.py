@@ -7,7 +7,7 @@ packed here, next to the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from togi.batch import Batch
 from togi.config.choices import PolicyLossType
 from togi.config.rl import RLConfig
 from togi.data.chat import load_tokenizer, stop_token_ids
-from togi.data.packing import in_order, pack_all, pack_stats
+from togi.data.packing import in_order, pack_all
 from togi.learn.learner import Learner, Mixed, StepOutcome, UpdateReport
 from togi.learn.learner_state import Ema, expected_bytes, load_learner, save_learner
 from togi.learn.objective import EngineCorrection, Objective, PolicyObjective, SFTObjective, ValueObjective
@@ -55,19 +55,6 @@ BUCKET_BYTES = 64 << 20
 EMA_FOLDER = "ema"
 PTX = "ptx"
 """The prefix of the metrics of mixed-in rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One optimizer step on one rank: the report, equal on all ranks, and how many tokens were packed here.
-
-    ``logprobs``: from the step's own forward pass, one array per sample in order; empty if none were computed.
-    """
-
-    report: UpdateReport
-    logprobs: Arrays
-    tokens: int
-    unshared_tokens: int
 
 
 class ModelWorker:
@@ -216,28 +203,25 @@ class LearnerWorker(ModelWorker):
         packs = self._packs(samples, self._config.micro_rollout_batch_size)
         return in_order(packs, self._scorer.values(packs))
 
-    def update(self, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]) -> list[StepResult]:
+    def update(self, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]) -> list[UpdateReport]:
         """One optimizer step per element of ``steps``, each this rank's share of the samples of that step.
 
-        ``mixed``: this rank's share of the supervised rows of each step, or empty.
+        ``mixed``: this rank's share of the supervised rows of each step, or empty. Log-probs are in the order of the samples.
         """
         assert not self._parking.is_asleep
-        results = []
+        reports = []
         for number, samples in enumerate(steps):
             # Pack, update, then the moving average, which follows real updates only.
             packs = self._packs(samples, self._config.micro_train_batch_size)
-            stats = [pack_stats(batch) for batch in packs]
             report = self._learner.update(packs, self._mixed(mixed[number]) if mixed else None)
             if self._config.torch_compile and self._role is Role.ACTOR:
                 report = replace(report, metrics={**report.metrics, names.COMPILE_SECONDS: clock.take_seconds()})
             if self._ema is not None and report.outcome is StepOutcome.UPDATED:
                 self._ema.update()
-            logprobs = in_order(packs, report.logprobs) if report.logprobs else []
-            tokens, unshared = sum(s.tokens for s in stats), sum(s.unshared_tokens for s in stats)
-            results.append(StepResult(report, logprobs, tokens, unshared))
+            reports.append(replace(report, logprobs=in_order(packs, report.logprobs) if report.logprobs else ()))
         if self._world.device.type == "cpu":
             return_freed()  # other workers use this host's memory until the next update
-        return results
+        return reports
 
     def sleep(self) -> Released:
         """Release what only an optimizer step needs; the working weights stay."""

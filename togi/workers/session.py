@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from togi.algo.policy import router_disagreement
 from togi.config.rl import RLConfig
@@ -38,7 +39,7 @@ from togi.weights.updates import check_probe, compare, probe
 from togi.workers.engine_worker import EnginePool
 from togi.workers.model_worker import LearnerWorker, ScorerWorker
 from togi.workers.protocol import Meter, SyncReport, Weights
-from togi.workers.worker_group import LearnerGroup, StepUpdate, WorkerGroup
+from togi.workers.worker_group import LearnerGroup, WorkerGroup
 
 
 class Phase(StrEnum):
@@ -204,7 +205,7 @@ class Session:
 
     async def update(
         self, role: Role, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]
-    ) -> list[StepUpdate]:
+    ) -> list[UpdateReport]:
         """Optimizer steps of the actor or the critic. ``mixed``: supervised rows for each step, or empty."""
         return await self.learners[role].update(steps, mixed)
 
@@ -301,7 +302,7 @@ def engine_settings(config: RLConfig, index: int, threads: int) -> EngineSetting
     )
 
 
-def single_logprobs(updates: Sequence[StepUpdate]) -> list[np.ndarray]:
+def single_logprobs(updates: Sequence[UpdateReport]) -> Sequence[NDArray[np.float32]]:
     """Logprobs of the single update's own forward pass, in sample order."""
     assert len(updates) == 1, "old log-probs of several updates are not those of the rollout"
     return updates[0].logprobs

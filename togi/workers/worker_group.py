@@ -9,47 +9,24 @@ a team get the same samples and return the same result; that of the first rank i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from togi.data.packing import split_ranks
+from togi.data.packing import PackStats, split_ranks
 from togi.learn.learner import UpdateReport
 from togi.plan.placement import Role
 from togi.rollout.collect import all_or_none
 from togi.sample import Sample
-from togi.workers.model_worker import Arrays, LearnerWorker, ScorerWorker, StepResult
+from togi.workers.model_worker import Arrays, LearnerWorker, ScorerWorker
 from togi.workers.protocol import Workers
 
 W = TypeVar("W")
 T = TypeVar("T")
 P = ParamSpec("P")
-
-
-@dataclass(frozen=True, slots=True)
-class StepUpdate:
-    """One optimizer step over all ranks.
-
-    ``tokens``: tokens computed; ``unshared_tokens``: what they would have been without shared prompts. ``logprobs``: of
-    the step's own forward pass, one array per sample in order; empty if the objective computes none.
-    """
-
-    report: UpdateReport
-    tokens: int
-    unshared_tokens: int
-    logprobs: list[NDArray[np.float32]]
-
-    @classmethod
-    def merged(cls, plan: Sequence[Sequence[int]], results: Sequence[StepResult], samples: int) -> StepUpdate:
-        logprobs: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * samples
-        for share, result in zip(plan, results, strict=True):
-            for index, array in zip(share, result.logprobs, strict=False):
-                logprobs[index] = array
-        tokens = sum(result.tokens for result in results)
-        return cls(results[0].report, tokens, sum(result.unshared_tokens for result in results), logprobs)
 
 
 class WorkerGroup(Generic[W]):
@@ -79,13 +56,9 @@ class WorkerGroup(Generic[W]):
         """Dispatch the samples balanced by tokens, call ``method`` on each share, and return the results in sample order."""
         [plan], dealt = self._deal([samples])
         answers = await all_or_none(
-            self.workers.call(rank, method, dealt[self._share(rank)][0]) for rank in range(self.size)
+            self.workers.call(rank, method, share[0]) for rank, share in enumerate(self._by_rank(dealt))
         )
-        result: Arrays = [np.empty(0, dtype=np.float32)] * len(samples)
-        for share, answer in zip(plan, self._one_per_share(answers), strict=True):
-            for index, array in zip(share, answer, strict=True):
-                result[index] = array
-        return result
+        return _in_order(plan, self._one_per_share(answers))
 
     def _deal(self, steps: Sequence[Sequence[Sample]]) -> tuple[list[list[list[int]]], list[list[list[Sample]]]]:
         """For each step the sample indices of each share, and for each share its samples of every step."""
@@ -96,8 +69,9 @@ class WorkerGroup(Generic[W]):
         ]
         return plans, dealt
 
-    def _share(self, rank: int) -> int:
-        return rank // self._ranks_per_share
+    def _by_rank(self, shares: Iterable[T]) -> list[T]:
+        """The share of each rank: all ranks of a team have the same."""
+        return [share for share in shares for _ in range(self._ranks_per_share)]
 
     def _one_per_share(self, answers: Sequence[T]) -> Sequence[T]:
         """The results of the first rank of each team."""
@@ -109,23 +83,35 @@ class LearnerGroup(WorkerGroup[LearnerWorker]):
 
     async def update(
         self, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]] = ()
-    ) -> list[StepUpdate]:
+    ) -> list[UpdateReport]:
         """One optimizer step per element of ``steps``; the samples of a step are dispatched balanced by tokens.
 
-        ``mixed``: supervised rows for each step, dispatched in the same way, or empty.
+        ``mixed``: supervised rows for each step, dispatched in the same way, or empty. A report has the packed tokens of all
+        ranks, and log-probs in the order of the samples.
         """
         plans, dealt = self._deal(steps)
         _, dealt_rows = self._deal(mixed)
-        shares = [self._share(rank) for rank in range(self.size)]
         answers = await all_or_none(
-            self.workers.call(rank, LearnerWorker.update, dealt[share], dealt_rows[share])
-            for rank, share in enumerate(shares)
+            self.workers.call(rank, LearnerWorker.update, samples, rows)
+            for rank, (samples, rows) in enumerate(self._by_rank(zip(dealt, dealt_rows, strict=True)))
         )
-        by_share = self._one_per_share(answers)
-        return [
-            StepUpdate.merged(plan, [results[number] for results in by_share], len(step))
-            for number, (step, plan) in enumerate(zip(steps, plans, strict=True))
-        ]
+        by_step = zip(*self._one_per_share(answers), strict=True)
+        return [_merged(plan, reports) for plan, reports in zip(plans, by_step, strict=True)]
+
+
+def _merged(plan: Sequence[Sequence[int]], reports: Sequence[UpdateReport]) -> UpdateReport:
+    """The report of one optimizer step, from those of its shares."""
+    packed = sum((report.packed for report in reports), PackStats(0, 0))
+    return replace(reports[0], packed=packed, logprobs=_in_order(plan, [report.logprobs for report in reports]))
+
+
+def _in_order(plan: Sequence[Sequence[int]], answers: Sequence[Sequence[NDArray[np.float32]]]) -> Arrays:
+    """The arrays of all shares in the order of the samples. ``plan``: the samples of each share. A share may have no arrays."""
+    result: Arrays = [np.empty(0, dtype=np.float32)] * sum(map(len, plan))
+    for share, answer in zip(plan, answers, strict=True):
+        for index, array in zip(share, answer, strict=len(answer) > 0):
+            result[index] = array
+    return result
 
 
 class ModelScores:
