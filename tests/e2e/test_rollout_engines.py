@@ -23,8 +23,7 @@ from togi.config.choices import EngineName
 from togi.errors import ConfigError, DataError, WeightSyncError
 from togi.model.checkpoint import expected_manifest
 from togi.rollout.engine import RolloutEngine
-from togi.rollout.threaded import Finished, ThreadedEngine
-from togi.rollout.vllm_engine import VllmCore, _finished
+from togi.rollout.vllm_engine import VllmCore, generation_of
 from togi.sample import FinishReason, Generation, Sampling
 from togi.weights.buckets import Bucket, Manifest, TensorSpec, pack_buckets
 
@@ -209,7 +208,7 @@ def test_a_cancelled_request_leaves_the_others_alone(engine: RolloutEngine) -> N
 def test_sleep_and_wake(engine: RolloutEngine) -> None:
     before = generate(engine, LONG, GREEDY)
     released = asyncio.run(engine.sleep())
-    if isinstance(engine, ThreadedEngine) and isinstance(engine._core, VllmCore):
+    if isinstance(engine._core, VllmCore):
         assert released.nbytes > 0.09 * 2**30  # its cache has 0.1 GiB, all of it resident since the start
         assert released.before - released.after > 0.9 * released.nbytes
     with pytest.raises(RuntimeError, match="asleep"):
@@ -251,17 +250,17 @@ def test_running_requests_refuse_an_update(engine: RolloutEngine, folder: Path) 
 def test_vllm_computes_a_short_prompt_once_for_all_its_responses(folder: Path) -> None:
     prompt, seeds = SHARED[:70], range(6)
 
-    def responses(*, sharing: bool) -> tuple[list[Finished], list[int]]:
+    def responses(*, sharing: bool) -> tuple[list[Generation], list[int]]:
         core = VllmCore(replace(settings(folder), enable_prefix_caching=sharing))
-        found, reused = [], []
+        found, reused = {}, []
         for seed in seeds:
             core.add(seed, tuple(prompt), Sampling(max_tokens=8, seed=seed))
         while len(found) < len(seeds):
             outputs = core._engine.step()
             reused += [output.num_cached_tokens for output in outputs if output.finished]
-            found += [_finished(output) for output in outputs if output.finished]
+            found |= {int(output.request_id): generation_of(output, 0) for output in outputs if output.finished}
         core.close()
-        return sorted(found, key=lambda one: one.key), sorted(reused)
+        return [found[seed] for seed in seeds], sorted(reused)
 
     alone, none = responses(sharing=False)
     together, reused = responses(sharing=True)

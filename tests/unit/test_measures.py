@@ -19,9 +19,6 @@ from tests.source import PACKAGE, trees
 # What a rollout is on its way from a row of a file to a metric and a row of a table, in this order.
 ROLLOUT = (
     "sample.py: Prompt",
-    "rollout/collect.py: _Group",
-    "rollout/threaded.py: _Request",
-    "rollout/threaded.py: Finished",
     "sample.py: Generation",
     "sample.py: Rollout",
     "reward/wire.py: Call",

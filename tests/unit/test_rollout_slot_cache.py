@@ -7,9 +7,8 @@ import torch
 
 from tests.tiny import save_tiny_model
 from togi.rollout.engine import EngineSettings
-from togi.rollout.threaded import Finished
 from togi.rollout.transformers_engine import TransformersCore
-from togi.sample import Sampling
+from togi.sample import Generation, Sampling
 
 PROMPTS = [tuple((7 * i + 3 * j) % 250 for j in range(length)) for i, length in enumerate([5, 21, 17, 64, 40, 3])]
 
@@ -20,19 +19,19 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> TransformersCore:
     return TransformersCore(EngineSettings(str(folder), dtype="float32", max_model_len=200, max_num_seqs=8))
 
 
-def answers(core: TransformersCore, places: list[int], *, steps_between: int = 0) -> dict[int, Finished]:
+def answers(core: TransformersCore, places: list[int], *, steps_between: int = 0) -> dict[int, Generation]:
     """``steps_between``: of the engine after each request has come."""
-    found: list[Finished] = []
+    found: dict[int, Generation] = {}
     for place in places:
         core.add(place, PROMPTS[place], Sampling(max_tokens=30, seed=place, ignore_eos=True))
         for _ in range(steps_between):
-            found += core.step()
+            found |= core.step(version=0)
     while len(found) < len(places):
-        found += core.step()
-    return {one.key: one for one in found}
+        found |= core.step(version=0)
+    return found
 
 
-def assert_same(one: Finished, other: Finished) -> None:
+def assert_same(one: Generation, other: Generation) -> None:
     """To the last bit where that has been seen; how products of other processors round may depend on their number of rows."""
     assert one.tokens == other.tokens
     if torch.backends.cpu.get_cpu_capability() == "AVX2":

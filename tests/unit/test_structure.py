@@ -149,9 +149,9 @@ CAUGHT = Counter(
         "obs/sinks.py: _wandb_main": 1,
         "reward/server.py: Batcher._drain": 1,
         "reward/server.py: RewardServer._guard": 1,
-        "rollout/threaded.py: ThreadedEngine._admit": 1,
-        "rollout/threaded.py: ThreadedEngine._call.call": 1,
-        "rollout/threaded.py: ThreadedEngine._run": 2,
+        "rollout/engine.py: RolloutEngine._admit": 1,
+        "rollout/engine.py: RolloutEngine._call.call": 1,
+        "rollout/engine.py: RolloutEngine._run": 2,
         # Ray has no class for a slow start, after which it is started again
         "workers/ray/cluster.py: _start": 1,
         # the last word: the exit status, and a failure while another one is on its way

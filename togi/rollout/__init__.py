@@ -14,12 +14,12 @@ def create_engine(name: EngineName, settings: EngineSettings) -> RolloutEngine:
 
     Raises ``EngineUnavailableError`` if vLLM is chosen and not installed.
     """
-    if name is EngineName.VLLM:
-        if find_spec("vllm") is None:
-            raise EngineUnavailableError()
-        from togi.rollout.vllm_engine import start_vllm_engine
+    if name is EngineName.TRANSFORMERS:
+        from togi.rollout.transformers_engine import TransformersCore
 
-        return start_vllm_engine(settings)
-    from togi.rollout.transformers_engine import start_transformers_engine
+        return RolloutEngine(TransformersCore, settings)
+    if find_spec("vllm") is None:
+        raise EngineUnavailableError()
+    from togi.rollout.vllm_engine import VllmCore
 
-    return start_transformers_engine(settings)
+    return RolloutEngine(VllmCore, settings)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from togi.errors import RolloutError, RunError, UserError
 from togi.sample import Generation, Prompt, Rollout, Sampling
@@ -21,7 +21,7 @@ from togi.sample import Generation, Prompt, Rollout, Sampling
 T = TypeVar("T")
 
 
-async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def all_or_none(work: Iterable[Coroutine[object, object, T]]) -> list[T]:
     """The results of all coroutines, in order. The first failure is raised, and cancels the others."""
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
@@ -63,14 +63,6 @@ class SingleTurn:
         )
 
 
-@dataclass(slots=True, eq=False)
-class _Group:
-    prompt: Prompt
-    group_id: str
-    left: int
-    tasks: list[asyncio.Task[Rollout]] = field(default_factory=list)
-
-
 async def collect_groups(
     prompts: Iterable[tuple[str, Prompt]],
     environment: Environment,
@@ -90,16 +82,22 @@ async def collect_groups(
     """
     assert n_samples >= 1
     assert max_in_flight >= 1
-    running: dict[asyncio.Task[Rollout], _Group] = {}
-    jobs = _jobs(prompts, n_samples)
+    # each running rollout with all of its group that were started
+    running: dict[asyncio.Task[Rollout], list[asyncio.Task[Rollout]]] = {}
+    jobs = (
+        (group_id, prompt, sample, group)
+        for group_id, prompt in prompts
+        for group in [list[asyncio.Task[Rollout]]()]
+        for sample in range(n_samples)
+    )
     try:
         while True:
             # start rollouts up to the limit
             while len(running) < max_in_flight and (job := next(jobs, None)) is not None:
-                group, sample = job
-                bound = generate if seed is None else Seeded(generate, f"{seed}/{group.group_id}/{sample}")
-                task = asyncio.create_task(_run_one(environment, group, sample, bound))
-                group.tasks.append(task)
+                group_id, prompt, sample, group = job
+                bound = generate if seed is None else Seeded(generate, f"{seed}/{group_id}/{sample}")
+                task = asyncio.create_task(_run_one(environment, prompt, group_id, sample, bound))
+                group.append(task)
                 running[task] = group
             if not running:
                 return
@@ -108,9 +106,8 @@ async def collect_groups(
             for task in [task for task in running if task in finished]:
                 group = running.pop(task)
                 task.result()
-                group.left -= 1
-                if group.left == 0:
-                    yield [other.result() for other in group.tasks]
+                if len(group) == n_samples and running.keys().isdisjoint(group):
+                    yield [other.result() for other in group]
     finally:
         # closed or failed: no rollout may keep running in the background
         for task in running:
@@ -132,20 +129,13 @@ class Seeded:
         return await self._generate(prompt_tokens, replace(sampling, seed=int.from_bytes(digest, "big")))
 
 
-def _jobs(prompts: Iterable[tuple[str, Prompt]], n_samples: int) -> Iterator[tuple[_Group, int]]:
-    for group_id, prompt in prompts:
-        group = _Group(prompt, group_id, n_samples)
-        for sample in range(n_samples):
-            yield group, sample
-
-
-async def _run_one(environment: Environment, group: _Group, sample: int, generate: Generate) -> Rollout:
+async def _run_one(environment: Environment, prompt: Prompt, group_id: str, sample: int, generate: Generate) -> Rollout:
     try:
-        return await environment.run(group.prompt, group.group_id, generate)
+        return await environment.run(prompt, group_id, generate)
     except (UserError, RunError):
         raise
     except Exception as error:
         raise RolloutError(
-            f"{type(environment).__name__} failed on prompt {group.prompt.id!r} (group {group.group_id!r}, sample {sample}): "
+            f"{type(environment).__name__} failed on prompt {prompt.id!r} (group {group_id!r}, sample {sample}): "
             f"{type(error).__name__}: {error}"
         ) from error

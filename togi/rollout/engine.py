@@ -1,27 +1,41 @@
-"""The generation engine: its settings and its protocol.
+"""The generation engine: its settings, and what runs it on a thread of its own, used from asyncio.
 
-Engines take tokens and return tokens, never text. ``vllm_engine`` and ``transformers_engine`` both run behind
-``ThreadedEngine`` (``threaded.py``), so waiting, pausing, weight updates and versions are the same.
+Engines take tokens and return tokens, never text. ``RolloutEngine`` has admission, pausing, weight updates, cancellation and
+failure, once for all. Below it is a ``Core``: the few synchronous operations in which vLLM and Transformers differ. All calls of a
+core run on the engine's thread, because OpenMP threads belong to the thread that starts them. So cores need no locks.
 
 The token ids that end a sequence come from the files of a model folder. They are never guessed from token values or the pad token.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from togi.errors import ConfigError
+from togi.errors import ConfigError, DataError, WeightSyncError
 from togi.plan.machine import Released
 from togi.sample import Generation, Sampling
-from togi.weights.buckets import Bucket, Manifest
+from togi.weights.adapters import BaseFiles
+from togi.weights.buckets import Bucket, Manifest, TensorSpec, pack_buckets
+from togi.weights.updates import UpdateLog
+
+T = TypeVar("T")
+MERGED_BUCKET_BYTES = 256 << 20
+STOP_SECONDS = 10.0
 
 
 def end_token_ids(folder: str) -> frozenset[int]:
@@ -87,17 +101,61 @@ class EngineSettings:
             raise ConfigError(f"a generation engine runs in {' or '.join(DTYPES)}, not in {self.dtype!r}")
 
 
-class RolloutEngine(Protocol):
-    """A generation engine. All methods may be called concurrently from any event loop.
+class Core(Protocol):
+    """A synchronous engine. The arguments of ``add`` are already checked: ``sampling.max_tokens`` fits the model's length.
+
+    ``step`` returns what has finished, by the key passed to ``add``. ``version``: of the weights, for the generations.
+    """
+
+    expected: tuple[TensorSpec, ...]
+
+    def add(self, key: int, prompt: tuple[int, ...], sampling: Sampling) -> None: ...
+    def abort(self, key: int) -> None: ...
+    def step(self, version: int) -> dict[int, Generation]: ...
+    def score(self, tokens: tuple[int, ...]) -> list[float]: ...
+    def routes(self, tokens: tuple[int, ...]) -> NDArray[np.int64]: ...
+    def begin_update(self) -> None: ...
+    def load(self, bucket: Bucket) -> None: ...
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None: ...
+    def finish_update(self) -> None: ...
+    def sleep(self) -> Released: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class RolloutEngine:
+    """A generation engine: a core on its own thread. All methods may be called concurrently from any event loop.
 
     A weight update takes three calls: ``begin_update``, ``load_bucket`` (once or more), ``finish_update``. In between, and after a
-    failed update, requests raise ``WeightSyncError`` until a complete update has succeeded.
+    failed update, requests raise ``WeightSyncError`` until a complete update has succeeded. An error of ``make_core`` is raised by
+    the constructor.
     """
+
+    def __init__(self, make_core: Callable[[EngineSettings], Core], settings: EngineSettings) -> None:
+        self._model, self._max_model_len = settings.model, settings.max_model_len
+        self._adapter: dict[str, Tensor] = {}
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._keys = count()
+        # only the engine's thread uses these: other threads put a call into the queue
+        self._running: dict[int, Future[Generation]] = {}
+        self._waiting: dict[Future[Generation], Callable[[], None]] = {}  # each with the call that admits it
+        self._drained: list[Future[None]] = []
+        self._paused = self._asleep = self._stopped = False
+        self._failure: Exception | None = None
+        # guards _failure: no call may enter the queue after the engine has failed
+        self._door = threading.Lock()
+        # make the core on the thread, and wait until it is ready
+        started: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(make_core, settings, started), daemon=True, name="engine"
+        )
+        self._thread.start()
+        started.result()
 
     @property
     def version(self) -> int:
         """The policy version of the loaded weights: 0 at the start, then the version of the last finished update."""
-        ...
+        return self._log.version
 
     async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
         """Sample one continuation. Concurrent calls are batched. Cancelling the call aborts the request.
@@ -107,70 +165,281 @@ class RolloutEngine(Protocol):
         The stop token is part of the result and counts for ``min_tokens``, so ``min_tokens=1`` restricts nothing.
         Raises ``DataError`` for an empty prompt, or one that leaves no room for a token.
         """
-        ...
+        room = self._max_model_len - len(prompt_tokens)
+        if room < 1 or len(prompt_tokens) == 0:
+            raise DataError(
+                f"a prompt of {len(prompt_tokens)} tokens cannot be continued within --max_len {self._max_model_len}: "
+                "it needs at least one token and room for one more"
+            )
+        assert sampling.max_tokens >= 1
+        key, future = next(self._keys), Future[Generation]()
+        fitting = replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        self._send(partial(self._admit, key, tuple(prompt_tokens), fitting, future))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self._send(partial(self._abort, key))
+            raise
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
         """Log-probs (nats, temperature 1) of ``tokens[1:]``, each given the tokens before it, under the current weights.
 
         The engine must be idle. Raises ``DataError`` if ``tokens`` are too few or too many.
         """
-        ...
+        self._check_length(tokens)
+        return await self._call(lambda: self._idle_core().score(tuple(tokens)))
 
     async def routes(self, tokens: Sequence[int]) -> NDArray[np.int64]:
         """The experts of each token in each layer of a mixture, under the current weights: [tokens, layers, choices].
 
         Empty if the engine cannot observe the routing, as in compiled graphs of vLLM. The engine must be idle.
         """
-        ...
+        self._check_length(tokens)
+        return await self._call(lambda: self._idle_core().routes(tuple(tokens)))
 
     async def begin_update(self, manifest: Manifest) -> None:
         """Begin an update. It may replace an unfinished one.
 
         Raises ``WeightSyncError``, without any change, if requests are running or the manifest does not fit the model.
         """
-        ...
+        await self._call(partial(self._begin_update, manifest))
 
     async def load_bucket(self, bucket: Bucket) -> None:
         """Load some tensors of the manifest. ``bucket.data`` may be reused once this returns."""
-        ...
+        await self._call(partial(self._load_bucket, bucket))
 
     async def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """``load_bucket`` for tensors of this process. The engine may use them without a copy.
 
         They must not change before the next update begins.
         """
-        ...
+        await self._call(partial(self._load_tensors, tensors))
 
     async def finish_update(self) -> None:
         """Finish the update: clear the caches of the old weights, and set ``version`` to the manifest's.
 
         Raises ``WeightSyncError`` with the names of missing tensors.
         """
-        ...
+        await self._call(self._finish_update)
 
     async def pause(self) -> None:
         """Hold back new requests, and return when the running ones have finished."""
-        ...
+        drained: Future[None] = Future()
+        self._send(partial(self._pause, drained))
+        await asyncio.wrap_future(drained)
 
     async def resume(self) -> None:
         """Admit requests again, the waiting ones first."""
-        ...
+        await self._call(self._resume)
 
     async def sleep(self) -> Released:
         """Free the memory of the KV cache. Requests and updates are refused until ``wake``.
 
         vLLM on a GPU also moves its weights to host memory. Returns the bytes freed, and the memory in use before and after.
         """
-        ...
+        return await self._call(self._sleep)
 
     async def wake(self) -> None:
         """Allocate again what ``sleep`` freed."""
-        ...
+        await self._call(self._wake)
 
     async def shutdown(self) -> None:
         """Stop the engine's thread and free its memory. Unfinished requests fail."""
-        ...
+        if self._failure is None:
+            self._send(self._stop)
+        await asyncio.to_thread(self._thread.join)
 
     def stop(self) -> None:
         """``shutdown`` outside of an event loop. Waits for the thread for a limited time only."""
-        ...
+        if self._failure is None:
+            self._send(self._stop)
+        self._thread.join(STOP_SECONDS)
+
+    def _check_length(self, tokens: Sequence[int]) -> None:
+        if not 1 < len(tokens) < self._max_model_len:
+            raise DataError(
+                f"{len(tokens)} tokens cannot be scored: at least 2 and fewer than {self._max_model_len} can"
+            )
+
+    # All methods below run on the engine's thread, except _send and _call.
+
+    def _send(self, call: Callable[[], None]) -> None:
+        with self._door:
+            if self._failure is not None:
+                raise RuntimeError("the generation engine is not running") from self._failure
+            self._calls.put(call)
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        result: Future[T] = Future()
+
+        def call() -> None:
+            try:
+                self._check_alive()
+                result.set_result(function())
+            except Exception as error:  # noqa: BLE001 - passed to the caller, which waits on another thread
+                result.set_exception(error)
+
+        self._send(call)
+        return await asyncio.wrap_future(result)
+
+    def _run(
+        self, make_core: Callable[[EngineSettings], Core], settings: EngineSettings, started: Future[None]
+    ) -> None:
+        try:
+            if settings.threads > 0:
+                torch.set_num_threads(settings.threads)
+            self._core = make_core(settings)
+            self._log = UpdateLog(self._core.expected)
+        except BaseException as error:  # noqa: BLE001 - the thread's edge: the constructor raises it
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        try:
+            while not self._stopped:
+                self._turn()
+            self._core.close()
+            self._fail(RuntimeError("the generation engine was shut down"))
+        except Exception as error:  # noqa: BLE001 - the thread's edge: all waiting callers get the error
+            self._fail(error)
+
+    def _turn(self) -> None:
+        """Run all queued calls, then one step of the core. Blocks only while no request is running."""
+        if not self._running:
+            self._calls.get()()
+        while not self._calls.empty():
+            self._calls.get()()
+        if self._running and not self._stopped:
+            for key, generation in self._core.step(self._log.version).items():
+                self._running.pop(key).set_result(generation)
+        if not self._running:
+            self._release_drained()
+
+    def _admit(self, key: int, prompt: tuple[int, ...], sampling: Sampling, future: Future[Generation]) -> None:
+        # paused: wait for resume; after a failure fall through, so that the request gets the error
+        if self._paused and self._failure is None:
+            self._waiting[future] = partial(self._admit, key, prompt, sampling, future)
+            return
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            self._check_usable()
+            self._core.add(key, prompt, sampling)
+        except Exception as error:  # noqa: BLE001 - an error of this request only: its caller gets it
+            future.set_exception(error)
+            return
+        self._running[key] = future
+
+    def _abort(self, key: int) -> None:
+        if self._running.pop(key, None) is not None:
+            self._core.abort(key)
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError("the generation engine is not running") from self._failure
+
+    def _check_usable(self) -> None:
+        self._check_alive()
+        if self._asleep:
+            raise RuntimeError("the generation engine is asleep: call wake first")
+        if self._log.open:
+            raise WeightSyncError(f"{self._log.opening}: the engine waits for a complete update")
+
+    def _idle_core(self) -> Core:
+        self._check_usable()
+        if self._running:
+            raise RuntimeError("scoring needs an idle engine: pause it first")
+        return self._core
+
+    def _begin_update(self, manifest: Manifest) -> None:
+        if self._asleep:
+            raise WeightSyncError("the weights of a sleeping engine cannot be updated: call wake first")
+        if self._running:
+            raise WeightSyncError(f"{len(self._running)} requests are running: pause the engine before an update")
+        # an adapter alone is merged into the weights of the engine's own files
+        if manifest.adapter_scale is not None:
+            self._base = BaseFiles.of(self._model, self._core.expected)
+        self._log.begin(manifest)
+        self._adapter = {}
+        self._core.begin_update()
+
+    def _load_bucket(self, bucket: Bucket) -> None:
+        self._log.arrive(bucket.tensors)
+        if self._log.adapter_scale is None:
+            self._core.load(bucket)
+        else:
+            self._adapter |= dict(bucket.own().unpack())
+
+    def _load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        if self._log.adapter_scale is None:
+            self._core.load_tensors(self._arriving(tensors))
+        else:
+            self._adapter |= {name: tensor.clone() for name, tensor in self._arriving(tensors)}
+
+    def _arriving(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            self._log.arrive([TensorSpec.of(name, tensor)])
+            yield name, tensor
+
+    def _finish_update(self) -> None:
+        self._log.check_complete()
+        if self._log.adapter_scale is not None:
+            self._load_merged(self._log.adapter_scale)
+        self._core.finish_update()
+        self._log.finish()
+
+    def _load_merged(self, scale: float) -> None:
+        """Load full weights into the core: those of the engine's files, merged with the received adapter."""
+        whole = self._base.with_adapter(self._core.expected, self._adapter, scale)
+        device = next(iter(self._adapter.values())).device
+        for bucket in pack_buckets(whole, MERGED_BUCKET_BYTES, device):
+            self._core.load(bucket)
+        self._adapter = {}
+
+    def _pause(self, drained: Future[None]) -> None:
+        if self._failure is not None:
+            drained.set_exception(self._failure)
+            return
+        self._paused = True
+        self._drained.append(drained)
+
+    def _release_drained(self) -> None:
+        for drained in self._drained:
+            if drained.set_running_or_notify_cancel():
+                drained.set_result(None)
+        self._drained.clear()
+
+    def _resume(self) -> None:
+        self._paused = False
+        waiting, self._waiting = self._waiting, {}
+        for admit in waiting.values():
+            admit()
+
+    def _sleep(self) -> Released:
+        if self._running:
+            raise RuntimeError(f"{len(self._running)} requests are running: pause the engine before it sleeps")
+        released = Released(0, 0, 0) if self._asleep else self._core.sleep()
+        self._asleep = True
+        return released
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._core.wake()
+        self._asleep = False
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _fail(self, error: Exception) -> None:
+        """Fail all unfinished and all later calls with ``error``, so that no caller waits for ever."""
+        with self._door:
+            self._failure = error
+        for future in [*self._running.values(), *self._waiting]:
+            if future.running() or future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        self._running.clear()
+        self._waiting.clear()
+        for drained in self._drained:
+            drained.set_exception(error)
+        # calls that entered the queue before the failure was set: each finds it and fails
+        while not self._calls.empty():
+            self._calls.get()()

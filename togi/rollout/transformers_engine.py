@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,8 +35,7 @@ from togi.parallel.process import default_device
 from togi.plan.machine import Released, resident_bytes, return_freed
 from togi.rollout.engine import EngineSettings, end_token_ids
 from togi.rollout.sampler import Choice, choose
-from togi.rollout.threaded import Finished, ThreadedEngine
-from togi.sample import FinishReason, Sampling
+from togi.sample import FinishReason, Generation, Sampling
 from togi.weights.buckets import Bucket
 
 ATTENTION = "togi_slots"
@@ -194,11 +192,6 @@ SCORED_AT_ONCE = 1024
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def start_transformers_engine(settings: EngineSettings) -> ThreadedEngine:
-    """Load the model on its own thread and return when it is ready."""
-    return ThreadedEngine(partial(TransformersCore, settings), settings)
-
-
 @dataclass(slots=True, eq=False)
 class _Sequence:
     key: int
@@ -220,14 +213,11 @@ class _Sequence:
         seen = frozenset() if penalty == 1.0 else frozenset(self.prompt).union(self.tokens)
         return Choice(self.sampling.temperature, self.sampling.top_p, forbidden, self.generator, penalty, seen)
 
-    def finished(self) -> list[Finished]:
+    @property
+    def finish_reason(self) -> FinishReason | None:
         if self.tokens[-1] in self.ends:
-            reason = FinishReason.STOP
-        elif len(self.tokens) == self.sampling.max_tokens:
-            reason = FinishReason.LENGTH
-        else:
-            return []
-        return [Finished(self.key, tuple(self.tokens), tuple(self.logprobs), reason)]
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.tokens) == self.sampling.max_tokens else None
 
 
 class TransformersCore:
@@ -273,12 +263,12 @@ class TransformersCore:
                 break
 
     @torch.inference_mode()
-    def step(self) -> list[Finished]:
-        done: list[Finished] = []
+    def step(self, version: int) -> dict[int, Generation]:
+        done: dict[int, Generation] = {}
         if admitted := self._admissible():
-            done += self._extend(admitted, self._prefill(admitted))
+            done |= self._extend(admitted, self._prefill(admitted), version)
         if self._rows:
-            done += self._extend(self._rows, self._decode())
+            done |= self._extend(self._rows, self._decode(), version)
         return done
 
     @torch.inference_mode()
@@ -416,17 +406,17 @@ class TransformersCore:
         ).logits
         return logits_N1V[:, -1]
 
-    def _extend(self, sequences: list[_Sequence], logits_NV: Tensor) -> list[Finished]:
+    def _extend(self, sequences: list[_Sequence], logits_NV: Tensor, version: int) -> dict[int, Generation]:
         """Sample the next token of each sequence. Removes and returns the sequences that have ended."""
         tokens_N, logprobs_N = choose(logits_NV, [sequence.choice() for sequence in sequences])
         for sequence, token, logprob in zip(sequences, tokens_N.tolist(), logprobs_N.tolist(), strict=True):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
-        done: list[Finished] = []
+        done: dict[int, Generation] = {}
         # from the end: removing a row moves the last one into its place
-        for row in reversed(range(len(self._rows))):
-            if ended := self._rows[row].finished():
-                done += ended
+        for row, sequence in reversed(list(enumerate(self._rows))):
+            if (reason := sequence.finish_reason) is not None:
+                done[sequence.key] = Generation(tuple(sequence.tokens), tuple(sequence.logprobs), reason, version)
                 self._remove(row)
         return done
 

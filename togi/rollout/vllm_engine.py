@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from multiprocessing.shared_memory import SharedMemory
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -31,23 +30,22 @@ from togi.algo.policy import chosen_experts
 from togi.model.checkpoint import expected_manifest
 from togi.plan.machine import Released, release_pages, resident_bytes, return_freed
 from togi.rollout.engine import EngineSettings, end_token_ids
-from togi.rollout.threaded import Finished, ThreadedEngine
-from togi.sample import FinishReason, Sampling
+from togi.sample import FinishReason, Generation, Sampling
 from togi.weights.buckets import Bucket, TensorSpec
 
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.v1.worker.gpu_worker import Worker
+
+T = TypeVar("T")
 REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 SCORE_REQUEST = "score"
 MIN_BATCHED_TOKENS = 4096
 BLOCK_ON_CPU = 32  # tokens; the minimum of vLLM's attention on CPUs
 
 
-def start_vllm_engine(settings: EngineSettings) -> ThreadedEngine:
-    """Start vLLM on its own thread and return when it is ready (about 8 s, most of it imports)."""
-    return ThreadedEngine(partial(VllmCore, settings), settings)
-
-
 class VllmCore:
-    """``Core`` over vLLM's synchronous ``LLMEngine``. All methods run on one thread."""
+    """``Core`` over vLLM's synchronous ``LLMEngine``. Starts in about 8 s, most of them imports."""
 
     def __init__(self, settings: EngineSettings) -> None:
         _set_environment()
@@ -90,8 +88,9 @@ class VllmCore:
     def abort(self, key: int) -> None:
         self._engine.abort_request([str(key)])
 
-    def step(self) -> list[Finished]:
-        return [_finished(output) for output in self._engine.step() if output.finished]
+    def step(self, version: int) -> dict[int, Generation]:
+        done = (output for output in self._engine.step() if output.finished)
+        return {int(output.request_id): generation_of(output, version) for output in done}
 
     def score(self, tokens: tuple[int, ...]) -> list[float]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -104,7 +103,7 @@ class VllmCore:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._engine.add_request(SCORE_REQUEST, {"prompt_token_ids": list(tokens)}, params)
-        outputs: list[Any] = []
+        outputs: list[RequestOutput] = []
         while not outputs:
             outputs = self._engine.step()
         return list(outputs[0].prompt_logprobs.logprobs)
@@ -120,7 +119,7 @@ class VllmCore:
         try:
             self.score(tokens)
         finally:
-            seen: list[NDArray[np.int64]] = self._ask_workers(_routers_seen)
+            seen = self._ask_workers(_routers_seen)
         routes_TMC = seen[0]  # tensor parallelism does not split routers: all workers have the same
         assert len(routes_TMC) == len(tokens), f"vLLM routed {len(routes_TMC)} tokens for {len(tokens)}"
         return routes_TMC
@@ -167,9 +166,9 @@ class VllmCore:
     def close(self) -> None:
         self._engine.engine_core.shutdown()
 
-    def _ask_workers(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
+    def _ask_workers(self, function: Callable[..., T], *arguments: object) -> list[T]:
         """Call a function of this module on every worker. Returns the results by rank."""
-        answers: list[Any] = self._engine.collective_rpc(function, args=arguments)
+        answers: list[T] = self._engine.collective_rpc(function, args=arguments)
         return answers
 
     def _reset_prefix_cache(self) -> None:
@@ -187,8 +186,8 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
-def _engine_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
-    shared = {
+def _engine_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, object]:
+    shared: dict[str, object] = {
         "model": settings.model,
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
@@ -233,20 +232,17 @@ def _no_ranks(logprobs_NV: Tensor, _: Tensor) -> Tensor:
     return torch.zeros(logprobs_NV.shape[0], dtype=torch.int64, device=logprobs_NV.device)
 
 
-def _finished(output: Any) -> Finished:
-    completion = output.outputs[0]
-    return Finished(
-        key=int(output.request_id),
-        tokens=tuple(completion.token_ids),
-        logprobs=tuple(completion.logprobs.logprobs),
-        reason=REASONS[completion.finish_reason],
-    )
+def generation_of(output: RequestOutput, version: int) -> Generation:
+    """A finished request of vLLM. ``version``: of the weights."""
+    (completion,) = output.outputs
+    tokens, logprobs = tuple(completion.token_ids), tuple(completion.logprobs.logprobs)
+    return Generation(tokens, logprobs, REASONS[completion.finish_reason], version)
 
 
 # The functions below run on vLLM's worker; their first argument is its Worker object.
 
 
-def _start_reload(worker: Any) -> None:
+def _start_reload(worker: Worker) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -265,7 +261,7 @@ def _start_reload(worker: Any) -> None:
         initialize_layerwise_reload(model)
 
 
-def _load(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def _load(worker: Worker, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """The reload keeps references to the tensors until a layer is complete."""
     from vllm.config import set_current_vllm_config
 
@@ -274,7 +270,7 @@ def _load(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _load_shared(
-    worker: Any, name: str, tensors: tuple[TensorSpec, ...], offsets: tuple[int, ...], nbytes: int
+    worker: Worker, name: str, tensors: tuple[TensorSpec, ...], offsets: tuple[int, ...], nbytes: int
 ) -> None:
     segment = SharedMemory(name)
     try:
@@ -289,11 +285,11 @@ def _bytes_of(segment: SharedMemory, nbytes: int) -> NDArray[np.uint8]:
     return np.frombuffer(segment.buf, np.uint8, nbytes)
 
 
-def _prepare_worker(worker: Any) -> None:
+def _prepare_worker(worker: Worker) -> None:
     _skip_token_ranks()
 
 
-def _watch_routers(worker: Any) -> None:
+def _watch_routers(worker: Worker) -> None:
     """Record the outputs of every router until ``_routers_seen``."""
     from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 
@@ -305,7 +301,7 @@ def _watch_routers(worker: Any) -> None:
     ]
 
 
-def _routers_seen(worker: Any) -> NDArray[np.int64]:
+def _routers_seen(worker: Worker) -> NDArray[np.int64]:
     """The experts chosen since ``_watch_routers``: [tokens, layers, choices]. Removes the hooks."""
     for hook in worker.router_hooks:
         hook.remove()
@@ -313,7 +309,7 @@ def _routers_seen(worker: Any) -> NDArray[np.int64]:
     return chosen_experts(logits_TE, worker.model_config.hf_text_config.num_experts_per_tok).cpu().numpy()
 
 
-def _finish_reload(worker: Any) -> None:
+def _finish_reload(worker: Worker) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -327,7 +323,7 @@ def _finish_reload(worker: Any) -> None:
                 layer.quant_method.process_weights_after_loading(layer)
 
 
-def _release_kv_pages(worker: Any) -> Released:
+def _release_kv_pages(worker: Worker) -> Released:
     """Return the pages of the KV cache to the system (``madvise``). vLLM's own sleep frees nothing on CPUs."""
     before = resident_bytes()
     nbytes = sum(release_pages(storage.data_ptr(), storage.nbytes()) for storage in _kv_storages(worker))
@@ -335,13 +331,13 @@ def _release_kv_pages(worker: Any) -> Released:
     return Released(nbytes, before, resident_bytes())
 
 
-def _cache_and_memory(worker: Any) -> tuple[int, int]:
+def _cache_and_memory(worker: Worker) -> tuple[int, int]:
     """Bytes of the KV cache, and bytes in use on the worker's GPU."""
     free, total = torch.cuda.mem_get_info()
     return sum(storage.nbytes() for storage in _kv_storages(worker)), total - free
 
 
-def _kv_storages(worker: Any) -> list[torch.UntypedStorage]:
+def _kv_storages(worker: Worker) -> list[torch.UntypedStorage]:
     """The storages of the KV cache, each once."""
     storages = [kv.untyped_storage() for kv in worker.model_runner.kv_caches]
     return list({storage.data_ptr(): storage for storage in storages}.values())

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from togi.algo.kl import KLController
+from togi.algo.kl import kl_controller
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
@@ -167,7 +167,7 @@ class RLRun:
         self.config, self.plan, self.session, self.journal = config, plan, session, journal
         self._material = material
         self.step = 0
-        self._kl = KLController(config.init_kl_coef, config.kl_target, config.kl_horizon)
+        self._kl = kl_controller(config.init_kl_coef, config.kl_target, config.kl_horizon)
         self._tokens_seen = 0
         self._pretrain_steps = 0
         self._keep = Keep(config, best_aim(config, material), DRIVER, journal)
@@ -232,7 +232,7 @@ class RLRun:
         return groups, {names.THROUGHPUT_GENERATE: tokens / (time.perf_counter() - start)} if generates else {}
 
     async def score(self, groups: Sequence[ScoredGroup]) -> tuple[list[Place], list[Sample], dict[str, float]]:
-        """Places and trainable samples, with the logprobs and values that advantages need. Empty if no response has a reward."""
+        """Trainable samples and their places, with all that the advantages need. Empty if no response has a reward."""
         places = trainable(groups, self.config.on_reward_error)
         if not places:
             logger.warning(
@@ -362,7 +362,7 @@ class RLRun:
         state = {
             "rollout_batch_size": config.rollout_batch_size,
             "loader": self._material.loader.state().to_json(),
-            "kl": self._kl.value,
+            "kl": self._kl.state,
             "tokens_seen": self._tokens_seen,
             "ema": config.enable_ema,
             "pretraining": rows.state(self._pretrain_steps) if rows is not None else None,
