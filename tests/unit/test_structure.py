@@ -89,7 +89,6 @@ FOREIGN_ATTRIBUTES = Counter(
         "weights/buckets.py: TensorSpec.nbytes": 1,
         "rollout/transformers_engine.py: TransformersCore._load": 1,
         "workers/ray/cluster.py: RayWorkers.call": 1,
-        "workers/ray/weight_sync.py: WeightSync._ask_actor": 1,
         # what an operating system or an exception may not have
         "data/shards.py: _number_of_processes": 1,
         "cpu/kernels.py: compiled": 1,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from togi.algo.kl import kl_controller
+from togi.algo.kl import KLController
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
@@ -167,7 +167,7 @@ class RLRun:
         self.config, self.plan, self.session, self.journal = config, plan, session, journal
         self._material = material
         self.step = 0
-        self._kl = kl_controller(config.init_kl_coef, config.kl_target, config.kl_horizon)
+        self._kl = KLController(config.init_kl_coef, config.kl_target, config.kl_horizon)
         self._tokens_seen = 0
         self._pretrain_steps = 0
         self._keep = Keep(config, best_aim(config, material), DRIVER, journal)
@@ -362,7 +362,7 @@ class RLRun:
         state = {
             "rollout_batch_size": config.rollout_batch_size,
             "loader": self._material.loader.state().to_json(),
-            "kl": self._kl.state,
+            "kl": self._kl.value,
             "tokens_seen": self._tokens_seen,
             "ema": config.enable_ema,
             "pretraining": rows.state(self._pretrain_steps) if rows is not None else None,

@@ -16,7 +16,6 @@ from togi.parallel.process import default_device
 from togi.plan.machine import PeakMemory, Released
 from togi.plan.placement import Carrier
 from togi.rollout import create_engine
-from togi.rollout.collect import all_or_none
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.sample import Generation, Sampling
 from togi.weights.buckets import Manifest
@@ -118,30 +117,3 @@ class EnginePool:
             return await self.workers.call(index, EngineWorker.generate, prompt_tokens, sampling)
         finally:
             self._unfinished[index] -= 1
-
-    async def score(self, tokens: Sequence[int]) -> list[list[float]]:
-        """Logprobs of the same tokens from every engine, each of length ``len(tokens)`` - 1."""
-        return await all_or_none(self.workers.call(i, EngineWorker.score, tokens) for i in self._all)
-
-    async def routes(self, tokens: Sequence[int]) -> list[NDArray[np.int64]]:
-        """The expert routing of the same tokens in every engine."""
-        return await all_or_none(self.workers.call(i, EngineWorker.routes, tokens) for i in self._all)
-
-    async def sleep(self) -> list[Released]:
-        return await all_or_none(self.workers.call(i, EngineWorker.sleep) for i in self._all)
-
-    async def wake(self) -> None:
-        _: list[None] = await all_or_none(self.workers.call(i, EngineWorker.wake) for i in self._all)
-
-    async def take_peaks(self) -> list[int]:
-        return await all_or_none(self.workers.call(i, EngineWorker.take_peak) for i in self._all)
-
-    async def memory_bytes(self) -> list[int]:
-        return await all_or_none(self.workers.call(i, EngineWorker.memory_bytes) for i in self._all)
-
-    async def shutdown(self) -> None:
-        _: list[None] = await all_or_none(self.workers.call(i, EngineWorker.shutdown) for i in self._all)
-
-    @property
-    def _all(self) -> range:
-        return range(len(self.workers))

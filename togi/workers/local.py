@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -27,7 +27,7 @@ from togi.plan.placement import IN_PROCESS, LEARNERS, Role, arithmetic, plan_gro
 from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EnginePool, EngineWorker
 from togi.workers.model_worker import LearnerWorker, ScorerWorker
-from togi.workers.protocol import SyncReport
+from togi.workers.protocol import Method, SyncReport, call_all
 from togi.workers.session import Session, engine_settings, sleepers
 from togi.workers.worker_group import LearnerGroup, WorkerGroup
 
@@ -47,15 +47,9 @@ class LocalWorkers(Generic[W_co]):
     def __len__(self) -> int:
         return len(self._workers)
 
-    async def call(
-        self,
-        index: int,
-        method: Callable[Concatenate[W_co, P], Coroutine[Any, Any, T] | T],
-        *arguments: P.args,
-        **named: P.kwargs,
-    ) -> T:
+    async def call(self, index: int, method: Method[W_co, P, T], *arguments: P.args, **named: P.kwargs) -> T:
         # Deterministic algorithms are switched on per call: the engine in this process cannot use them.
-        def work() -> Coroutine[Any, Any, T] | T:
+        def work() -> Coroutine[object, object, T] | T:
             with deterministic(self._deterministic):
                 return method(self._workers[index], *arguments, **named)
 
@@ -124,7 +118,7 @@ async def start(
             undo.callback(engines[0].stop)
         pool, asleep = EnginePool(LocalWorkers(*engines)), sleepers(config) & {Holder.ENGINES}
         if asleep:  # frees the memory that the engine has reserved but does not use yet, for the models
-            await pool.sleep()
+            await call_all(pool.workers, EngineWorker.sleep)
 
         # Stage 3: models in training, then frozen models.
         scoring = ThreadPoolExecutor(1, "reward models")

@@ -6,7 +6,7 @@ packed here, next to the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,8 +61,9 @@ class ModelWorker:
     """What every rank does: join the process group, load, pack, and report peak memory."""
 
     def __init__(self) -> None:
-        self._world: World
+        self._world = World.solo(torch.device("cpu"))  # until it joins the others of its role
         self._config: RLConfig
+        self._scorer: Scorer
         self._memory = PeakMemory()
 
     def device_type(self) -> str:
@@ -104,6 +105,20 @@ class ModelWorker:
         init_head = role is Role.CRITIC and path == config.pretrain
         return load_scalar_model(source, init_head=init_head, value_head_prefix=config.value_head_prefix)
 
+    def logprobs(self, samples: Sequence[Sample], temperature: float | None = None) -> Arrays:
+        """Logprobs (nats) at each sample's trained tokens. ``temperature``: divides the logits; default: the sampling
+        temperature.
+        """
+        divisor = self._config.temperature if temperature is None else temperature
+        return self._per_sample(samples, lambda batches: self._scorer.logprobs(batches, divisor))
+
+    def _per_sample(
+        self, samples: Sequence[Sample], score: Callable[[Sequence[Batch]], Sequence[NDArray[np.float32]]]
+    ) -> Arrays:
+        """What ``score`` says of each sample, in their order."""
+        packs = self._packs(samples, self._config.micro_rollout_batch_size)
+        return in_order(packs, score(packs))
+
     def _packs(self, samples: Sequence[Sample], limit: int | str) -> list[Batch]:
         """Pack this rank's samples by the token budget. A ring has the budget of all its ranks."""
         config = self._config
@@ -122,8 +137,7 @@ class ScorerWorker(ModelWorker):
     def start(self, meeting: Rendezvous, config: RLConfig, role: Role, path: str) -> None:
         """Load the frozen model. ``path``: its folder or hub name."""
         self._join(meeting, config)
-        model = self._load(role, path)
-        self._model = model
+        self._model = model = self._load(role, path)
         options = backend_options(config, bf16=config.bf16)
         # Offloaded weights are in host memory and are copied to the device for each call.
         if config.ref_reward_offload and self._world.device.type != "cpu":
@@ -131,16 +145,9 @@ class ScorerWorker(ModelWorker):
         else:
             self._scorer = Scorer(frozen(model, self._world, options, model.read), self._world)
 
-    def logprobs(self, samples: Sequence[Sample]) -> Arrays:
-        """Logprobs (nats) at each sample's trained tokens, from logits divided by the sampling temperature."""
-        packs = self._packs(samples, self._config.micro_rollout_batch_size)
-        return in_order(packs, self._scorer.logprobs(packs, self._config.temperature))
-
     def scores(self, samples: Sequence[Sample]) -> Arrays:
         """The scalar head at each sample's last token, as arrays of one element."""
-        packs = self._packs(samples, self._config.micro_rollout_batch_size)
-        scores = self._scorer.scores(packs)
-        return in_order(packs, [scores[i : i + 1] for i in range(len(samples))])
+        return self._per_sample(samples, lambda batches: list(self._scorer.scores(batches)[:, None]))
 
     def reward_statistics(self) -> tuple[float, float]:
         """Mean and standard deviation of rewards, as stored in the model's config."""
@@ -175,33 +182,20 @@ class LearnerWorker(ModelWorker):
         self._carriage: Carriage
         self._export: Exporter
 
-    def logprobs(self, samples: Sequence[Sample], temperature: float | None = None) -> Arrays:
-        """Logprobs (nats) at each sample's trained tokens. ``temperature``: divides the logits; default: the sampling
-        temperature.
-        """
-        packs = self._packs(samples, self._config.micro_rollout_batch_size)
-        divisor = self._config.temperature if temperature is None else temperature
-        return in_order(packs, self._scorer.logprobs(packs, divisor))
-
     def routes(self, samples: Sequence[Sample]) -> Arrays:
         """The experts of each sample's trained tokens (``Scorer.routes``); empty for a dense model."""
-        if not self._model.is_mixture:
-            return []
-        packs = self._packs(samples, self._config.micro_rollout_batch_size)
-        return in_order(packs, self._scorer.routes(packs))
+        return self._per_sample(samples, self._scorer.routes) if self._model.is_mixture else []
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> Arrays:
         """``logprobs`` of the frozen base, without the adapter in training."""
         from togi.model.adapters import without_adapter
 
-        packs = self._packs(samples, self._config.micro_rollout_batch_size)
         with without_adapter(self._model):
-            return in_order(packs, self._scorer.logprobs(packs, self._config.temperature))
+            return self.logprobs(samples)
 
     def values(self, samples: Sequence[Sample]) -> Arrays:
         """Values of the states in which each sample's trained tokens were chosen, one per token."""
-        packs = self._packs(samples, self._config.micro_rollout_batch_size)
-        return in_order(packs, self._scorer.values(packs))
+        return self._per_sample(samples, self._scorer.values)
 
     def update(self, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]) -> list[UpdateReport]:
         """One optimizer step per element of ``steps``, each this rank's share of the samples of that step.
@@ -237,28 +231,25 @@ class LearnerWorker(ModelWorker):
 
     def prepare_export(self, carrier: Carrier, meeting: Rendezvous | None) -> None:
         """Choose how weights leave this rank. ``meeting``: with the engines, if rank 0 sends over a channel."""
-        self._carriage = ThroughDriver(sends=self._world.is_first)
-        self._bucket_device = torch.device("cpu")
         # A GPU carrier packs on the GPU; the others send host memory.
-        if carrier in (Carrier.NCCL, Carrier.IPC):
-            self._bucket_device = self._world.device
+        on_device = carrier in (Carrier.NCCL, Carrier.IPC)
+        self._bucket_device = self._world.device if on_device else torch.device("cpu")
         if meeting is not None:
             self._carriage = OverChannel(Channel.join(meeting, self._bucket_device))
-        elif carrier is Carrier.IPC:
-            self._carriage = SameDevice()
+        else:
+            self._carriage = SameDevice() if carrier is Carrier.IPC else ThroughDriver(sends=self._world.is_first)
 
     def weights(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:
         """The weights for the engines: all of them in the engine's dtype, or the adapter alone. All ranks gather together.
 
         Tensors that need no gather, cast or merge are the trained ones themselves, not copies.
         """
-        config, backend = self._config, self._learner.backend
+        config, full_parameters = self._config, self._learner.backend.full_parameters
         if config.sends_adapter:
             return self._adapter(version)
         dtype = dtype_of(config.bf16)
-        name = str(dtype).removeprefix("torch.")
-        manifest = Manifest(version, expected_manifest(config.pretrain, name, config.trust_remote_code))
-        return manifest, whole_tensors(self._model, backend.full_parameters, dtype)
+        specs = expected_manifest(config.pretrain, str(dtype).removeprefix("torch."), config.trust_remote_code)
+        return Manifest(version, specs), whole_tensors(self._model, full_parameters, dtype)
 
     def begin_export(self, version: int) -> Manifest:
         """Start a weight update; ``next_bucket`` then returns it piece by piece. All ranks call together."""
@@ -312,7 +303,6 @@ class LearnerWorker(ModelWorker):
         self._write(folder, self._ema.full_parameters)
 
     def _write(self, folder: Path, full_parameters: FullParameters) -> None:
-        dtype = dtype_of(self._config.bf16)
         config = self._config
         tokenizer = load_tokenizer(
             config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
@@ -322,7 +312,7 @@ class LearnerWorker(ModelWorker):
             stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
             self._model.end_answers_with(stops)
         target = folder if self._world.is_first else None
-        save_trained(target, self._model, full_parameters, tokenizer, dtype)
+        save_trained(target, self._model, full_parameters, tokenizer, dtype_of(config.bf16))
         self._world.barrier("model written")
 
     def _objective(self) -> Objective:

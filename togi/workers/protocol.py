@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from togi.obs.names import Holder
+from togi.rollout.collect import all_or_none
 
+W = TypeVar("W")
 W_co = TypeVar("W_co", covariant=True)
 T = TypeVar("T")
 P = ParamSpec("P")
+Method = Callable[Concatenate[W, P], Coroutine[object, object, T] | T]
+"""A method of class W, with its arguments and its result. Those of an ``EngineWorker`` are coroutines."""
 
 
 class Workers(Protocol[W_co]):
@@ -22,15 +26,25 @@ class Workers(Protocol[W_co]):
 
     def __len__(self) -> int: ...
 
-    async def call(
-        self,
-        index: int,
-        method: Callable[Concatenate[W_co, P], Coroutine[Any, Any, T] | T],
-        *arguments: P.args,
-        **named: P.kwargs,
-    ) -> T:
-        """The result of ``method`` on object ``index``; the methods of an ``EngineWorker`` are coroutines."""
+    async def call(self, index: int, method: Method[W_co, P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """The result of ``method`` on object ``index``."""
         ...
+
+
+@overload
+async def call_all(
+    workers: Workers[W],
+    method: Callable[Concatenate[W, P], Coroutine[object, object, T]],
+    *arguments: P.args,
+    **named: P.kwargs,
+) -> list[T]: ...
+@overload
+async def call_all(
+    workers: Workers[W], method: Callable[Concatenate[W, P], T], *arguments: P.args, **named: P.kwargs
+) -> list[T]: ...
+async def call_all(workers: Workers[W], method: Method[W, P, T], *arguments: P.args, **named: P.kwargs) -> list[T]:
+    """The results of the same call on every object, in order. The first failure is raised without waiting for the others."""
+    return await all_or_none(workers.call(index, method, *arguments, **named) for index in range(len(workers)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,14 +31,13 @@ from togi.learn.learner import UpdateReport
 from togi.learn.objective import OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS
 from togi.obs import names
 from togi.obs.names import Holder
-from togi.plan.machine import Released
 from togi.plan.placement import Role
 from togi.rollout.engine import EngineSettings
 from togi.sample import Sample, with_streams
 from togi.weights.updates import check_probe, compare, probe
-from togi.workers.engine_worker import EnginePool
+from togi.workers.engine_worker import EnginePool, EngineWorker
 from togi.workers.model_worker import LearnerWorker, ScorerWorker
-from togi.workers.protocol import Meter, SyncReport, Weights
+from togi.workers.protocol import Meter, SyncReport, Weights, call_all
 from togi.workers.worker_group import LearnerGroup, WorkerGroup
 
 
@@ -119,7 +118,7 @@ class Phases:
     async def _sleep(self, holder: Holder) -> None:
         self._asleep.add(holder)
         if holder is Holder.ENGINES:
-            slept: list[Released] = await self._engines.sleep()
+            slept = await call_all(self._engines.workers, EngineWorker.sleep)
             released = {f"engine {number}": each for number, each in enumerate(slept)}
         else:
             released = {
@@ -134,7 +133,7 @@ class Phases:
 
     async def _wake(self, holder: Holder) -> None:
         if holder is Holder.ENGINES:
-            await self._engines.wake()
+            await call_all(self._engines.workers, EngineWorker.wake)
         else:
             await asyncio.gather(*(group.call_all(LearnerWorker.wake) for group in self._learners))
         self._asleep.discard(holder)
@@ -221,7 +220,7 @@ class Session:
         sample = probe(tokens, self.config.context_length)
         # Engines score at temperature 1, so the trainer must too.
         trainer = (await self.actor.call_all(LearnerWorker.logprobs, [sample], 1.0))[0][0]
-        engines = await self.engines.score(sample.tokens.tolist())
+        engines = await call_all(self.engines.workers, EngineWorker.score, sample.tokens.tolist())
         return check_probe(float(np.mean([compare(logprobs, trainer) for logprobs in engines])))
 
     async def routing(self, tokens: Sequence[int]) -> dict[str, float]:
@@ -230,8 +229,9 @@ class Session:
         trainer = (await self.actor.call_all(LearnerWorker.routes, [sample]))[0]
         if not trainer:
             return {}
+        every = await call_all(self.engines.workers, EngineWorker.routes, sample.tokens.tolist())
         # The first token is not scored, and an engine in compiled graphs reports no routes.
-        engines = [routes[1:] for routes in await self.engines.routes(sample.tokens.tolist()) if routes.size > 0]
+        engines = [routes[1:] for routes in every if routes.size > 0]
         shares = [router_disagreement(torch.from_numpy(r), torch.from_numpy(trainer[0]).long()) for r in engines]
         return {names.MISMATCH_PROBE_ROUTER: float(np.mean(shares))} if shares else {}
 
@@ -267,7 +267,7 @@ class Session:
     async def close(self) -> None:
         """Shut the engines down in order, then end every worker."""
         try:
-            await asyncio.wait_for(self.engines.shutdown(), SHUTDOWN_SECONDS)
+            await asyncio.wait_for(call_all(self.engines.workers, EngineWorker.shutdown), SHUTDOWN_SECONDS)
         except (TimeoutError, RunError) as error:
             logger.warning("an engine did not shut down in an orderly way: %s", error)
         self.abandon()

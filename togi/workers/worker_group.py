@@ -22,7 +22,7 @@ from togi.plan.placement import Role
 from togi.rollout.collect import all_or_none
 from togi.sample import Sample
 from togi.workers.model_worker import Arrays, LearnerWorker, ScorerWorker
-from togi.workers.protocol import Workers
+from togi.workers.protocol import Workers, call_all
 
 W = TypeVar("W")
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class WorkerGroup(Generic[W]):
 
     async def call_all(self, method: Callable[Concatenate[W, P], T], *arguments: P.args, **named: P.kwargs) -> list[T]:
         """The results of the same call on every rank, in rank order."""
-        return await all_or_none(self.workers.call(rank, method, *arguments, **named) for rank in range(self.size))
+        return await call_all(self.workers, method, *arguments, **named)
 
     async def per_sample(self, method: Callable[[W, Sequence[Sample]], Arrays], samples: Sequence[Sample]) -> Arrays:
         """Dispatch the samples balanced by tokens, call ``method`` on each share, and return the results in sample order."""

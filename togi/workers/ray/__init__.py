@@ -9,13 +9,13 @@ from typing import TypeVar
 from togi.config.rl import RLConfig
 from togi.obs.names import Holder
 from togi.obs.way_out import way_out
-from togi.parallel.process import CUBLAS
 from togi.plan.machine import Machine
 from togi.plan.placement import LEARNERS, Role, plan_groups, team_size, used_roles
 from togi.rollout.collect import all_or_none
 from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EnginePool
 from togi.workers.model_worker import LearnerWorker, ModelWorker, ScorerWorker
+from togi.workers.protocol import call_all
 from togi.workers.ray.actors import EngineActor, LearnerActor, ModelActor, ScorerActor
 from togi.workers.ray.cluster import Cluster, RayWorkers, connect, describe, disconnect
 from togi.workers.ray.weight_sync import WeightSync
@@ -56,19 +56,18 @@ async def _start_all(
     config: RLConfig, cluster: Cluster, updates: Mapping[Role, int], announce: Callable[[str], None]
 ) -> Session:
     # Stage 1: start all processes at once.
-    concurrent = cluster.start(EngineActor, Role.ENGINE, CUBLAS, concurrency=MAX_CONCURRENT_CALLS)
-    engines = RayWorkers[EngineActor](Role.ENGINE, concurrent)
-    trained = {role: _learners(cluster, role) for role in LEARNERS if role in used_roles(config)}
-    frozen = [(Role.REF, config.pretrain, _scorers(cluster, Role.REF, 0))] if config.loads_reference else []
+    engines = cluster.start(EngineActor, Role.ENGINE, concurrency=MAX_CONCURRENT_CALLS)
+    trained = {role: cluster.start(LearnerActor, role) for role in LEARNERS if role in used_roles(config)}
+    frozen = [(Role.REF, config.pretrain, cluster.start(ScorerActor, Role.REF))] if config.loads_reference else []
     for number, path in enumerate(config.scoring_models):
-        frozen.append((Role.REWARD, path, _scorers(cluster, Role.REWARD, number)))
+        frozen.append((Role.REWARD, path, cluster.start(ScorerActor, Role.REWARD, number=number)))
 
     # Stage 2: load. Engines that will sleep go first, so that the models can use the memory that they release.
     pool, actor, asleep = EnginePool(engines), trained[Role.ACTOR], sleepers(config) & {Holder.ENGINES}
     loading = [_load_engines(config, cluster, engines, actor)]
     if asleep:
         await loading.pop()
-        await pool.sleep()
+        await call_all(engines, EngineActor.sleep)
     loading += [load(ranks, LearnerActor.start, config, role, updates[role]) for role, ranks in trained.items()]
     loading += [load(ranks, ScorerActor.start, config, role, path) for role, path, ranks in frozen]
     await asyncio.gather(*loading)
@@ -87,7 +86,7 @@ async def _start_all(
         WorkerGroup[ScorerWorker](role, ranks, share_prompts=share, ranks_per_share=teams[role])
         for role, _, ranks in frozen
     ]
-    meter = RayMeter(pool, list(learners.values()), scorers)
+    meter = RayMeter(engines, list(learners.values()), scorers)
 
     def end() -> None:
         cluster.close()
@@ -100,13 +99,16 @@ class RayMeter:
     """A ``Meter`` that asks each worker process."""
 
     def __init__(
-        self, engines: EnginePool, learners: Sequence[LearnerGroup], scorers: Sequence[WorkerGroup[ScorerWorker]]
+        self,
+        engines: RayWorkers[EngineActor],
+        learners: Sequence[LearnerGroup],
+        scorers: Sequence[WorkerGroup[ScorerWorker]],
     ) -> None:
         self._engines, self._learners, self._scorers = engines, tuple(learners), tuple(scorers)
 
     async def take_peaks(self) -> dict[Holder, list[int]]:
         engines, learners, scorers = await asyncio.gather(
-            self._engines.take_peaks(),
+            call_all(self._engines, EngineActor.take_peak),
             asyncio.gather(*(group.call_all(ModelWorker.take_peak) for group in self._learners)),
             asyncio.gather(*(group.call_all(ModelWorker.take_peak) for group in self._scorers)),
         )
@@ -117,20 +119,12 @@ class RayMeter:
         }
 
     async def highest(self) -> dict[str, int]:
-        numbered = {Role.ENGINE: await self._engines.memory_bytes()}
+        numbered = {Role.ENGINE: await call_all(self._engines, EngineActor.memory_bytes)}
         for learner in self._learners:
             numbered[learner.role] = await learner.call_all(ModelWorker.memory_bytes)
         for scorer in self._scorers:
             numbered.setdefault(scorer.role, []).extend(await scorer.call_all(ModelWorker.memory_bytes))
         return {f"{role}{n}": nbytes for role, peaks in numbered.items() for n, nbytes in enumerate(peaks)}
-
-
-def _learners(cluster: Cluster, role: Role) -> RayWorkers[LearnerActor]:
-    return RayWorkers(role, cluster.start(LearnerActor, role, CUBLAS))
-
-
-def _scorers(cluster: Cluster, role: Role, number: int) -> RayWorkers[ScorerActor]:
-    return RayWorkers(role, cluster.start(ScorerActor, role, CUBLAS, number=number))
 
 
 async def load(
@@ -166,6 +160,6 @@ async def _gpus_of_engines(config: RLConfig, actor: RayWorkers[LearnerActor], en
     size = config.vllm_tensor_parallel_size
     if size == 1 or engines == 0 or not config.colocate_all_models:
         return [()] * engines
-    slots = await all_or_none(actor.call(rank, LearnerActor.gpus) for rank in range(len(actor)))
+    slots = await call_all(actor, LearnerActor.gpus)
     # Engine k runs on the GPUs of the k-th run of `size` actor ranks.
     return [tuple(gpu for slot in slots[first : first + size] for gpu in slot) for first in range(0, len(slots), size)]

@@ -14,9 +14,9 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import ray
 from ray import ObjectRef
@@ -31,6 +31,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from togi.errors import ConfigError, RunError, UserError, WorkerError
+from togi.parallel.process import CUBLAS
 from togi.plan.machine import Machine, joins_cluster
 from togi.plan.placement import (
     Group,
@@ -43,8 +44,9 @@ from togi.plan.placement import (
     node_order,
     spread,
 )
-from togi.rollout.collect import all_or_none
+from togi.workers.protocol import Method
 
+W = TypeVar("W")
 W_co = TypeVar("W_co", covariant=True)
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -59,13 +61,7 @@ class RayWorkers(Generic[W_co]):
     def __len__(self) -> int:
         return len(self.handles)
 
-    async def call(
-        self,
-        index: int,
-        method: Callable[Concatenate[W_co, P], Coroutine[Any, Any, T] | T],
-        *arguments: P.args,
-        **named: P.kwargs,
-    ) -> T:
+    async def call(self, index: int, method: Method[W_co, P, T], *arguments: P.args, **named: P.kwargs) -> T:
         # Ray looks remote methods up by name.
         remote = getattr(self.handles[index], method.__name__).remote
         result: T = await result_of(remote(*arguments, **named), f"{self.who} {index}")
@@ -86,20 +82,6 @@ async def result_of(ref: ObjectRef, who: str) -> Any:
         ) from None
     except RayActorError as error:
         raise WorkerError(f"{who} died: {' '.join(str(error).split())}") from None
-
-
-async def results_of(refs: Sequence[ObjectRef], who: str, arrived: Callable[[int], None] = lambda _: None) -> list[Any]:
-    """The results of one call on several workers, in order. Raises at the first failure without waiting for the rest.
-
-    ``arrived``: called with the place of each result as it arrives.
-    """
-
-    async def one(place: int, ref: ObjectRef) -> Any:
-        result = await result_of(ref, f"{who} {place}")
-        arrived(place)
-        return result
-
-    return await all_or_none(one(place, ref) for place, ref in enumerate(refs))
 
 
 logger = logging.getLogger(__name__)
@@ -215,28 +197,26 @@ class Cluster:
         self._placed = [placed[place] for place in range(len(groups))]
         self._bundles = [self._order(*pair) for pair in zip(self._placed, groups, strict=True)]
 
-    def start(
-        self, actor_class: type, role: Role, environment: Mapping[str, str], *, concurrency: int = 1, number: int = 0
-    ) -> list[ActorHandle]:
+    def start(self, actor_class: type[W], role: Role, *, concurrency: int = 1, number: int = 0) -> RayWorkers[W]:
         """Start one worker process of ``actor_class`` in every slot of the role's group, or for every engine. Does not wait.
 
-        Returns an empty list if the run has no such role. ``number``: the index among several models of the role, which
+        Returns no workers if the run has no such role. ``number``: the index among several models of the role, which
         share one group or have one each.
         """
         found = [i for i, group in enumerate(self.groups) if role in group.roles]
         if not found:
-            return []
+            return RayWorkers(role, ())
         index = found[min(number, len(found) - 1)]
         group, placed, bundles = self.groups[index], self._placed[index], self._bundles[index]
         remote: ActorClass = ray.remote(actor_class)
         variables = {
             "OMP_NUM_THREADS": str(self.threads(group.slots)),
             "TOKENIZERS_PARALLELISM": "false",
-            **environment,
+            **CUBLAS,
         }
         # An engine takes several slots: its process starts in the first of them.
         step = group.engine_size // group.slots_per_bundle if role is Role.ENGINE else 1
-        return [
+        handles = [
             remote.options(
                 num_cpus=_share(CPU_PER_SLOT, group),
                 num_gpus=_share(1.0, group) if self.resources.gpus > 0 else 0,
@@ -246,6 +226,7 @@ class Cluster:
             ).remote()
             for bundle in bundles[::step]
         ]
+        return RayWorkers(role, handles)
 
     def threads(self, slots: int) -> int:
         """CPU threads of one process of a role. Roles compute one after the other, so each may use all cores in turn."""

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from ray import ObjectRef
+from typing import TypeVar
 
 from togi.config.rl import RLConfig
 from togi.errors import WeightSyncError
 from togi.plan.placement import Carrier, Route, choose
+from togi.rollout.collect import all_or_none
 from togi.weights.buckets import Manifest
 from togi.weights.carriers import Rendezvous
 from togi.workers.model_worker import LearnerWorker
-from togi.workers.protocol import SyncReport
+from togi.workers.protocol import Method, SyncReport, call_all
 from togi.workers.ray.actors import EngineActor, LearnerActor
-from togi.workers.ray.cluster import RayWorkers, results_of
+from togi.workers.ray.cluster import RayWorkers, result_of
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -62,10 +63,9 @@ class WeightSync:
         cls, actor: RayWorkers[LearnerActor], engines: RayWorkers[EngineActor], config: RLConfig
     ) -> WeightSync:
         """Choose the carrier by where the processes are, and connect them. A replay has no engines."""
-        if not engines.handles:
+        if len(engines) == 0:
             return cls(actor, engines, Route(Carrier.HOST), config.weight_sync_timeout)
-        nodes = set(await results_of([engine.node.remote() for engine in engines.handles], "engine"))
-        nodes.add(await actor.call(0, LearnerActor.node))
+        nodes = {await actor.call(0, LearnerActor.node), *await call_all(engines, EngineActor.node)}
         on_gpu = await actor.call(0, LearnerWorker.device_type) == "cuda"
         sync = cls(actor, engines, choose(config, on_gpu=on_gpu, one_host=len(nodes) == 1), config.weight_sync_timeout)
         await sync.connect()
@@ -73,24 +73,25 @@ class WeightSync:
 
     async def connect(self) -> None:
         """Join actor and engines in a group if the carrier needs one."""
-        carrier, first, workers = self.route.carrier, self._actor.handles[0], self._engines.handles
-        meetings: list[Rendezvous | None] = [None] * len(self._actor)
-        joins: list[ObjectRef] = []
+        carrier = self.route.carrier
+        meetings: list[Rendezvous] = []
         # Rank 0 of the actor is rank 0 of the group; the engines follow.
         if carrier.is_group:
-            ((address, port),) = await results_of([first.open_channel.remote()], "actor")
-            size = 1 + len(workers)
-            meetings[0] = Rendezvous(0, size, address, port, self._timeout)
-            joins = [
-                worker.join_channel.remote(Rendezvous(1 + index, size, address, port, self._timeout), carrier)
-                for index, worker in enumerate(workers)
-            ]
+            address, port = await self._actor.call(0, LearnerActor.open_channel)
+            size = 1 + len(self._engines)
+            meetings = [Rendezvous(rank, size, address, port, self._timeout) for rank in range(size)]
         ready = [
-            worker.prepare_export.remote(carrier, meeting)
-            for worker, meeting in zip(self._actor.handles, meetings, strict=True)
+            self._actor.call(
+                rank, LearnerActor.prepare_export, carrier, meetings[0] if meetings and rank == 0 else None
+            )
+            for rank in range(len(self._actor))
+        ]
+        joins: list[Coroutine[object, object, None]] = [
+            self._engines.call(index, EngineActor.join_channel, meeting, carrier)
+            for index, meeting in enumerate(meetings[1:])
         ]
         # Joining blocks until all are there, so both sides wait together.
-        await asyncio.gather(results_of(ready, "actor"), results_of(joins, "engine"))
+        await all_or_none([*ready, *joins])
 
     async def send(self, version: int) -> SyncReport:
         """Send the actor's current weights to every engine as ``version``.
@@ -109,45 +110,46 @@ class WeightSync:
         return SyncReport(version, manifest.nbytes, time.perf_counter() - start, checksum)
 
     async def _send(self, version: int, progress: _Progress) -> tuple[Manifest, str]:
-        engines = self._engines.handles
         # Stage 1: every engine agrees to names, shapes and types.
-        manifests: list[Manifest] = await self._ask_actor("begin_export", version)
-        manifest = manifests[0]
+        manifest = (await call_all(self._actor, LearnerActor.begin_export, version))[0]
         progress.total = len(manifest.tensors)
-        agreed = [worker.begin_update.remote(manifest) for worker in engines]
-        await results_of(agreed, "engine", lambda engine: progress.add(engine, 1))
+        await self._confirmed(progress, 1, EngineActor.begin_update, [manifest] * len(self._engines))
         # Stage 2: buckets. The next one is gathered while the engines load the last; more would only take memory.
-        loading: list[asyncio.Future[list[None]]] = []
+        loading: list[asyncio.Future[None]] = []
         try:
             while progress.sent < len(manifest.tensors):
                 # Two return values: the count comes to the driver, the parcel goes from worker to worker.
                 refs = [rank.next_bucket.options(num_returns=2).remote() for rank in self._actor.handles]
-                counts: list[int] = await results_of([ref[0] for ref in refs], "actor")
+                counts: list[int] = await all_or_none(result_of(ref[0], f"actor {i}") for i, ref in enumerate(refs))
                 if loading:
                     await loading.pop()
                 progress.sent += counts[0]
-                loading.append(asyncio.ensure_future(self._load([ref[1] for ref in refs], counts[0], progress)))
+                # Each engine gets the parcel of the rank on its GPU, or the one that rank 0 sends to all.
+                parcels = [ref[1] for ref in refs]
+                if self.route.carrier is not Carrier.IPC:
+                    parcels = parcels[:1] * len(self._engines)
+                load = self._confirmed(progress, counts[0], EngineActor.load_bucket, parcels)
+                loading.append(asyncio.ensure_future(load))
             for last in loading:
                 await last
         finally:
             for unfinished in loading:
                 unfinished.cancel()
         # Stage 3: everything arrived, and it is the same everywhere.
-        sent: list[str] = await self._ask_actor("end_export")
-        got: list[str] = await results_of([worker.finish_update.remote() for worker in engines], "engine")
+        sent = await call_all(self._actor, LearnerActor.end_export)
+        got = await call_all(self._engines, EngineActor.finish_update)
         return manifest, agreed_checksum(sent, got)
 
-    async def _ask_actor(self, method: str, *arguments: object) -> list[Any]:
-        return await results_of([getattr(rank, method).remote(*arguments) for rank in self._actor.handles], "actor")
+    async def _confirmed(
+        self, progress: _Progress, tensors: int, method: Method[EngineActor, [T], None], arguments: Sequence[T]
+    ) -> None:
+        """Call ``method`` on each engine with its argument. An engine that has answered has confirmed ``tensors`` more."""
 
-    async def _load(self, parcels: Sequence[ObjectRef], count: int, progress: _Progress) -> list[None]:
-        """Pass each engine its parcel: that of the rank on its GPU, or the one that rank 0 sends to all."""
-        own = self.route.carrier is Carrier.IPC
-        loads = [
-            worker.load_bucket.remote(parcels[index if own else 0])
-            for index, worker in enumerate(self._engines.handles)
-        ]
-        return await results_of(loads, "engine", lambda engine: progress.add(engine, count))
+        async def one(engine: int, argument: T) -> None:
+            await self._engines.call(engine, method, argument)
+            progress.add(engine, tensors)
+
+        await all_or_none(one(engine, argument) for engine, argument in enumerate(arguments))
 
 
 def agreed_checksum(sent: Sequence[str], got: Sequence[str]) -> str:
