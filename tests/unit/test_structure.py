@@ -123,7 +123,7 @@ RAISED_AGAIN = Counter(
         "learn/checkpoint.py: BestStore.write": 1,
         "learn/hooks.py: _from_file": 1,
         "learn/hooks.py: _tried": 1,
-        "learn/checkpoint.py: CheckpointStore.write": 1,
+        "learn/checkpoint.py: _writing": 1,
         "model/generate.py: _generate": 1,
         "obs/way_out.py: writing": 1,
         "run/modelscope.py: _downloaded": 1,

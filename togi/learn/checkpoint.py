@@ -55,24 +55,18 @@ class CheckpointStore:
         self.max_gb = max_gb
 
     @contextmanager
-    def write(self, step: int, state: Mapping[str, Any], expected_bytes: int) -> Iterator[Path]:
+    def write(self, step: int, state: Mapping[str, object], expected_bytes: int) -> Iterator[Path]:
         """Yield a folder to write into, and commit it as checkpoint ``step`` when the block ends. An error leaves no checkpoint.
 
         ``state`` must be JSON. Raises CheckpointError if ``expected_bytes`` do not fit on the disk or the disk fails.
         """
         folder = self.begin(step, expected_bytes)
-        try:
-            yield folder
-            self.commit(folder, step, state)
-        except Exception as error:
-            if not isinstance(error, OSError) and not disk_reason(error):
-                raise
-            raise CheckpointError(
-                f"The checkpoint of step {step} cannot be written to {self.root} ({disk_reason(error) or error}): "
-                f"{advice(error)}, and go on with --load_checkpoint."
-            ) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with _writing(f"The checkpoint of step {step} cannot be written to {self.root}"):
+            try:
+                yield folder
+                self.commit(folder, step, state)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def begin(self, step: int, expected_bytes: int) -> Path:
         """Make an empty folder beside the checkpoints, after removing unfinished ones of killed runs. Raises CheckpointError."""
@@ -94,8 +88,8 @@ class CheckpointStore:
         folder.mkdir()
         return folder
 
-    def commit(self, folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-        """Turn a folder from ``begin`` into checkpoint ``step``. Any process may have written the files. Returns the new path."""
+    def commit(self, folder: Path, step: int, state: Mapping[str, object]) -> None:
+        """Turn a folder from ``begin`` into checkpoint ``step``. Any process may have written the files."""
         # list and flush all files before the folder gets its name: a rename must not overtake the data
         _write_json(folder / STATE, dict(state))
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -114,7 +108,6 @@ class CheckpointStore:
         _flush(pointer)
         pointer.replace(self.root / POINTER)
         self._prune(target)
-        return target
 
     def latest(self) -> Checkpoint | None:
         """The newest complete checkpoint, with every file checked against its hash. None if there is none.
@@ -132,7 +125,7 @@ class CheckpointStore:
 
     def _all(self) -> list[Path]:
         folders = (path for path in self.root.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
-        return sorted(folders, key=_step)
+        return sorted(folders, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
     def _prune(self, newest: Path) -> None:
         """Remove the oldest checkpoints until both limits hold, but never ``newest``."""
@@ -142,6 +135,19 @@ class CheckpointStore:
             path, size = kept.pop(0)
             shutil.rmtree(path)
             total -= size
+
+
+@contextmanager
+def _writing(failed: str) -> Iterator[None]:
+    """If the block cannot write, raise CheckpointError with ``failed``, the reason and the way out."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not disk_reason(error):
+            raise
+        raise CheckpointError(
+            f"{failed} ({disk_reason(error) or error}): {advice(error)}, and go on with --load_checkpoint."
+        ) from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -169,17 +175,13 @@ def damage(path: Path) -> str:
     return next((problem for problem in problems if problem), "")
 
 
-def _file_damage(path: Path, name: str, entry: Mapping[str, Any]) -> str:
+def _file_damage(path: Path, name: str, entry: Mapping[str, object]) -> str:
     file = path / name
     if not file.is_file():
         return f"{name} is missing"
     if _size(file) != entry["bytes"]:
         return f"{name} has {_size(file)} bytes, expected {entry['bytes']}"
     return "" if _digest(file) == entry["sha256"] else f"{name} does not match its hash"
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix(PREFIX))
 
 
 def _size(path: Path) -> int:
@@ -242,7 +244,7 @@ class Best:
     value: float
     step: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
     @classmethod
@@ -252,11 +254,8 @@ class Best:
 
 def better(aim: Aim, value: float, best: Best | None) -> bool:
     """Whether ``value`` is strictly better than ``best``. A value that is not finite never is."""
-    if not math.isfinite(value):
-        return False
-    if best is None:
-        return True
-    return value > best.value if aim.highest else value < best.value
+    beats = best is None or (value > best.value if aim.highest else value < best.value)
+    return beats and math.isfinite(value)
 
 
 class BestStore:
@@ -274,26 +273,22 @@ class BestStore:
         """Yield a folder to write the model into. It replaces the old best when the block ends without an error."""
         self._mend()
         new, old = self.root / _NEW, self.root / _OLD
-        try:
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
-            yield new
-            # the record is written last: a folder that has one is complete (``_mend``)
-            flush_tree(new)
-            (new / BEST_RECORD).write_text(json.dumps(best.to_json(), indent=1), encoding="utf-8")
-            flush_tree(new)
-            if self.folder.exists():
-                self.folder.rename(old)
-            new.rename(self.folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except Exception as error:
-            if not isinstance(error, OSError) and not disk_reason(error):
+        with _writing(f"The best model cannot be written to {self.folder}"):
+            try:
+                shutil.rmtree(new, ignore_errors=True)
+                new.mkdir(parents=True)
+                yield new
+                # the record is written last: a folder that has one is complete (``_mend``)
+                flush_tree(new)
+                (new / BEST_RECORD).write_text(json.dumps(best.to_json(), indent=1), encoding="utf-8")
+                flush_tree(new)
+                if self.folder.exists():
+                    self.folder.rename(old)
+                new.rename(self.folder)
+                shutil.rmtree(old, ignore_errors=True)
+            except Exception:
+                shutil.rmtree(new, ignore_errors=True)
                 raise
-            shutil.rmtree(new, ignore_errors=True)
-            raise CheckpointError(
-                f"The best model cannot be written to {self.folder} ({disk_reason(error) or error}): {advice(error)}, and go "
-                "on with --load_checkpoint."
-            ) from error
 
     def read(self) -> Best | None:
         """The record of the model in the folder. None if there is none. Raises CheckpointError if it cannot be read."""

@@ -26,7 +26,6 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +55,7 @@ def load(hook: Hook, flag: str, known: tuple[str, ...]) -> Callable[..., Tensor]
     wanted = frozenset(known if takes_all else named)
 
     # the caller passes everything; the function gets only what its signature names
-    def call(**arguments: Any) -> Tensor:
+    def call(**arguments: object) -> Tensor:
         result = function(**{name: value for name, value in arguments.items() if name in wanted})
         assert isinstance(result, Tensor), f"{shown} returned {type(result).__name__}, not a tensor"
         return result
@@ -139,7 +138,9 @@ def check_policy_loss(hook: Hook, clip_low: float, clip_high: float, *, clips: b
         )
 
 
-def _tried(function: Callable[..., Tensor], shown: str, arguments: Mapping[str, Any], *, tokens: int) -> Tensor:
+def _tried(
+    function: Callable[..., Tensor], shown: str, arguments: Mapping[str, Tensor | float], *, tokens: int
+) -> Tensor:
     """Call the function once. Raises ConfigError unless it returns one finite float a token and changes no argument."""
     given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
     try:
@@ -154,12 +155,12 @@ def _tried(function: Callable[..., Tensor], shown: str, arguments: Mapping[str, 
     if not result_K.is_floating_point() or not bool(result_K.isfinite().all()):
         raise ConfigError(f"{shown} returned {result_K.tolist()} on a made-up batch: every number must be finite.")
     for name, value in given.items():
-        if isinstance(value, Tensor) and not torch.equal(value, arguments[name]):
+        if isinstance(value, Tensor) and not torch.equal(value, torch.as_tensor(arguments[name])):
             raise ConfigError(f"{shown} changes its argument {name}: work on a copy, {name}.clone().")
     return result_K
 
 
-def _from_file(hook: Hook, flag: str) -> Any:
+def _from_file(hook: Hook, flag: str) -> object:
     """Import the file under a unique module name, with its folder on ``sys.path`` during the import."""
     path, shown = Path(hook.path).expanduser().absolute(), f"--{flag} {hook}"
     name = f"togi_hook_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"

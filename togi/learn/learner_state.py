@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from togi.errors import CheckpointError
 from togi.learn.learner import Learner
 from togi.parallel.backend import Backend
+from togi.parallel.process import World
 from togi.weights.buckets import TensorSpec, differences
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ GENERATORS = "generators.json"
 
 def expected_bytes(learner: Learner) -> int:
     """The size of the state on disk: a float32 master and two moments for each trainable parameter."""
-    return sum(3 * spec.nbytes for spec in _specs(learner))
+    return sum(3 * spec.nbytes for spec in _specs(learner.backend.shapes()))
 
 
 def save_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) -> None:
@@ -43,20 +44,16 @@ def save_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
     ``identity`` names what must be the same to resume (model, hash of its configuration, ...).
     """
     world = learner.backend.world
-    writer = TensorWriter(folder)
-    if world.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-    # gathering is collective: every rank runs the loop, rank 0 writes
-    for name, tensor in learner.backend.state():
-        if world.is_first:
-            writer.add(name, tensor)
+    _write_tensors(world, folder, learner.backend.state())
     # each rank has its own random streams; rank 0 writes them all
     generators = world.gather("random generators", _generators())
     if world.is_first:
-        writer.finish()
-        shapes = {name: list(shape) for name, shape in learner.backend.shapes().items()}
-        record = {"steps": learner.steps, "identity": dict(identity), "parameters": shapes}
-        record["learning_rate"] = learner.schedule.state()
+        record = _Record(
+            steps=learner.steps,
+            identity=dict(identity),
+            parameters=learner.backend.shapes(),
+            learning_rate=learner.schedule.state(),
+        )
         (folder / LEARNER).write_text(json.dumps(record), encoding="utf-8")
         (folder / GENERATORS).write_text(json.dumps(generators), encoding="utf-8")
     # all ranks wait until the checkpoint is complete
@@ -68,10 +65,9 @@ def load_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
 
     Random generators are restored on the ranks that existed when saving. Other ranks keep theirs.
     """
-    record = json.loads((folder / LEARNER).read_text(encoding="utf-8"))
+    record = _record(folder)
     _check_identity(record, learner, identity, folder)
-    reader = TensorReader(sorted(folder.glob("*.safetensors")))
-    learner.backend.load_state(reader.read, record["steps"])
+    learner.backend.load_state(_reader(folder), record["steps"])
     learner.steps = record["steps"]
     learner.schedule.load_state(record.get("learning_rate", {}))
     generators = json.loads((folder / GENERATORS).read_text(encoding="utf-8"))
@@ -86,8 +82,7 @@ def check_rank(folder: Path, rank: int) -> None:
     """Raise CheckpointError if the state in ``folder`` has an adapter of another LoRA rank. ``rank`` 0 means no adapter."""
     if not (folder / LEARNER).is_file():  # the loader reports what is missing
         return
-    record = json.loads((folder / LEARNER).read_text(encoding="utf-8"))
-    ranks = {shape[0] for name, shape in record["parameters"].items() if ADAPTER_A in name}
+    ranks = {shape[0] for name, shape in _record(folder)["parameters"].items() if ADAPTER_A in name}
     saved = ranks.pop() if len(ranks) == 1 else 0
     if saved != rank:
         has = f"an adapter of rank {saved}" if saved > 0 else "no adapter"
@@ -102,69 +97,75 @@ def read_masters(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> Itera
 
     ``expected``: names and shapes of the parameters to load. Raises CheckpointError if other parameters were saved.
     """
-    saved = json.loads((folder / LEARNER).read_text(encoding="utf-8"))["parameters"]
-    lines = differences(
-        [TensorSpec(name, shape, "float32") for name, shape in expected.items()],
-        [TensorSpec(name, tuple(shape), "float32") for name, shape in saved.items()],
-    )
-    if lines:
+    if lines := differences(_specs(expected), _specs(_record(folder)["parameters"])):
         raise CheckpointError(f"The checkpoint {folder} is of another model ({'; '.join(lines)}): give its --pretrain.")
-    reader = TensorReader(sorted(folder.glob("*.safetensors")))
+    read = _reader(folder)
     for name in expected:
-        yield name, reader.read(f"master/{name}")
+        yield name, read(f"master/{name}")
 
 
-class TensorWriter:
-    """Streams tensors into numbered files of at most about ``MAX_FILE_BYTES``."""
+class _Record(TypedDict):
+    """The file ``LEARNER``. ``parameters``: names and shapes; ``learning_rate``: the state of the schedule."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.held: dict[str, Tensor] = {}
-        self.held_bytes = 0
-        self.files = 0
+    steps: int
+    identity: dict[str, str]
+    parameters: Mapping[str, Sequence[int]]
+    learning_rate: NotRequired[dict[str, object]]
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self.held and self.held_bytes + tensor.nbytes > MAX_FILE_BYTES:
-            self.finish()
+
+def _record(folder: Path) -> _Record:
+    record: _Record = json.loads((folder / LEARNER).read_text(encoding="utf-8"))
+    return record
+
+
+def _write_tensors(world: World, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Stream tensors into numbered files of at most about ``MAX_FILE_BYTES``.
+
+    Gathering ``tensors`` is collective: every rank runs the loop, rank 0 makes the folder and writes.
+    """
+    if world.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+    held, files = dict[str, Tensor](), 0
+    for name, tensor in tensors:
+        if not world.is_first:
+            continue
+        if held and sum(each.nbytes for each in held.values()) + tensor.nbytes > MAX_FILE_BYTES:
+            files += 1
+            _write_file(folder, files, held)
+            held = {}
         # A copy even on the CPU: tied storage and views cannot be written.
-        self.held[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        self.held_bytes += tensor.nbytes
-
-    def finish(self) -> None:
-        self.files += 1
-        file = self.folder / f"tensors_{self.files:05d}.safetensors"
-        try:
-            save_file(self.held, file)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} could not be written: {error}") from error
-        self.held, self.held_bytes = {}, 0
+        held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    if world.is_first:
+        _write_file(folder, files + 1, held)
 
 
-class TensorReader:
-    """Reads tensors by name from several files. Only the requested tensor is in memory."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self.handles = [safe_open(file, framework="pt") for file in files]
-        self.where = {name: handle for handle in self.handles for name in handle.keys()}  # type: ignore[no-untyped-call] # noqa: SIM118
-
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self.where[name].get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
+def _write_file(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
+    file = folder / f"tensors_{number:05d}.safetensors"
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} could not be written: {error}") from error
 
 
-def _specs(learner: Learner) -> list[TensorSpec]:
-    return [TensorSpec(name, shape, "float32") for name, shape in learner.backend.shapes().items()]
+def _reader(folder: Path) -> Callable[[str], Tensor]:
+    """Reads tensors by name from the files of a folder. Only the requested tensor is in memory."""
+    handles = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
+    where = {name: handle for handle in handles for name in handle.keys()}  # type: ignore[no-untyped-call] # noqa: SIM118
+    return lambda name: where[name].get_tensor(name)  # type: ignore[no-untyped-call]
 
 
-def _check_identity(record: Mapping[str, Any], learner: Learner, identity: Mapping[str, str], folder: Path) -> None:
-    saved = [TensorSpec(name, tuple(shape), "float32") for name, shape in record["parameters"].items()]
+def _specs(shapes: Mapping[str, Sequence[int]]) -> list[TensorSpec]:
+    return [TensorSpec(name, tuple(shape), "float32") for name, shape in shapes.items()]
+
+
+def _check_identity(record: _Record, learner: Learner, identity: Mapping[str, str], folder: Path) -> None:
     # what identifies the run, then names and shapes of the parameters
     lines = [
         f"{key} is {identity.get(key, 'not set')}, the checkpoint has {record['identity'].get(key, 'none')}"
         for key in sorted(identity.keys() | record["identity"].keys())
         if identity.get(key) != record["identity"].get(key)
     ]
-    lines += differences(saved, _specs(learner))
+    lines += differences(_specs(record["parameters"]), _specs(learner.backend.shapes()))
     if lines:
         raise CheckpointError(
             f"checkpoint {folder} belongs to another run ({'; '.join(lines)}): "
@@ -172,20 +173,30 @@ def _check_identity(record: Mapping[str, Any], learner: Learner, identity: Mappi
         )
 
 
-def _generators() -> dict[str, Any]:
-    """The state of every random generator of this process, as JSON."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+class _Generators(TypedDict):
+    """The state of every random generator of a process, as JSON."""
+
+    torch: list[int]
+    device: list[int]
+    numpy: tuple[str, list[int], int, int, float]
+    python: tuple[int, list[int], float | None]
+
+
+def _generators() -> _Generators:
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    kind, keys, position, has_gauss, cached = state
     version, internal, gauss = random.getstate()
     device = torch.accelerator.current_accelerator()
     return {
         "torch": torch.get_rng_state().tolist(),
         "device": [] if device is None else torch.get_device_module(device).get_rng_state().tolist(),
-        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
-        "python": [version, list(internal), gauss],
+        "numpy": (kind, np.asarray(keys).tolist(), position, has_gauss, cached),
+        "python": (version, list(internal), gauss),
     }
 
 
-def _restore_generators(states: Mapping[str, Any]) -> None:
+def _restore_generators(states: _Generators) -> None:
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     device = torch.accelerator.current_accelerator()
     if device is not None and states["device"]:
@@ -237,29 +248,20 @@ class Ema:
 
     def save(self, folder: Path) -> None:
         """Write the averages into ``folder``, which rank 0 makes."""
-        world, writer = self.backend.world, TensorWriter(folder)
-        if world.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-        for name, shape in self.backend.shapes().items():
-            tensor = self._whole(name, shape)
-            if world.is_first:
-                writer.add(name, tensor)
-        if world.is_first:
-            writer.finish()
+        world, shapes = self.backend.world, self.backend.shapes()
+        _write_tensors(world, folder, ((name, self._whole(name, shape)) for name, shape in shapes.items()))
         world.barrier("averages written")
 
     def load(self, folder: Path) -> None:
         """Load the averages that ``save`` wrote, on any number of ranks."""
-        reader = TensorReader(sorted(folder.glob("*.safetensors")))
+        read = _reader(folder)
         for name, kept in self._kept.items():
-            kept.copy_(reader.read(name))
+            kept.copy_(read(name))
 
     def _whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Broadcast one average to every rank, as a sum: ranks that do not keep it add zeros."""
         world = self.backend.world
-        if name in self._kept:
-            whole = self._kept[name].to(world.device, copy=True)
-        else:
-            whole = torch.zeros(shape, dtype=torch.float32, device=world.device)
+        kept = self._kept.get(name)
+        whole = torch.zeros(shape, device=world.device) if kept is None else kept.to(world.device, copy=True)
         world.add_up(f"average of {name}", whole)
         return whole

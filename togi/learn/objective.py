@@ -42,14 +42,17 @@ class Loss:
 
 
 class Objective(Protocol):
-    """Inherit from this class to get its ``forward``, ``judge`` and ``summary``."""
+    """Inherit from this class to get its ``count``, ``forward``, ``judge`` and ``summary``."""
 
     @property
     def needs(self) -> Needs: ...
 
     def count(self, batch: Batch) -> float:
-        """This batch's share of the denominator (tokens, sequences, pairs, ...), at least 0. Needs no forward."""
-        ...
+        """This batch's share of the denominator (tokens, sequences, pairs, ...), at least 0. Needs no forward.
+
+        Here: the tokens in the loss.
+        """
+        return float(batch.targets_K.numel())
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...
 
@@ -99,12 +102,7 @@ class SFTObjective(Objective):
     Not a mean of means: a token weighs the same in a long and in a short micro-batch, on every rank.
     """
 
-    @property
-    def needs(self) -> Needs:
-        return Needs(logprobs=True)
-
-    def count(self, batch: Batch) -> float:
-        return float(batch.targets_K.numel())
+    needs = Needs(logprobs=True)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         total = -outputs.logprobs_K.sum()
@@ -166,9 +164,7 @@ class PolicyObjective(Objective):
     against_engine: bool = False
     temperature: float = 1.0
 
-    @property
-    def needs(self) -> Needs:
-        return Needs(logprobs=True, entropy=True)
+    needs = Needs(logprobs=True, entropy=True)
 
     def forward(self, model: nn.Module, batch: Batch, *, balance: bool = False) -> Outputs:
         outputs: Outputs = model(batch, replace(self.needs, balance=balance), self.temperature)
@@ -275,12 +271,7 @@ class ValueObjective(Objective):
 
     clip: float
 
-    @property
-    def needs(self) -> Needs:
-        return Needs(values=True)
-
-    def count(self, batch: Batch) -> float:
-        return float(batch.targets_K.numel())
+    needs = Needs(values=True)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         values_K = outputs.values_K

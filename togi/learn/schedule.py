@@ -29,9 +29,9 @@ class LearningRate(Protocol):
 
     def observe(self, loss: float) -> None: ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, object]: ...
 
-    def load_state(self, state: Mapping[str, Any]) -> None: ...
+    def load_state(self, state: Mapping[str, object]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Schedule:
     def observe(self, loss: float) -> None:
         """Ignore the loss: the rate depends on the step alone."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Empty: the rate depends on the step alone."""
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, object]) -> None:
         assert not state, f"{self.kind} was given the state of a measured rate"
 
     @property
@@ -154,14 +154,14 @@ class MeasuredRate:
         """Update the rate from the loss of one evaluation, in nats. NaN counts as no better."""
         self.rule.step(loss)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """The state for a resume, as JSON."""
         return {name: value for name, value in self.rule.state_dict().items() if name in _SEEN}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, object]) -> None:
         """Load what ``state`` returned."""
         self.rule.load_state_dict(dict(state))
-        self.rule.optimizer.param_groups[0]["lr"] = state["_last_lr"][0]
+        self.rule.optimizer.param_groups[0]["lr"] = self.rule.get_last_lr()[0]
 
 
 def _scheduler(kind: Scheduler, options: Mapping[str, float], **steps: int) -> Any:
