@@ -128,9 +128,9 @@ def test_a_served_reward_model(tmp_path: Path) -> None:
         (f"ab{ADDED}", "model cannot read query 1: '<42>' has no row among the 300 of its embedding"),
         ("a" * 17, "model cannot read query 1: it has 17 tokens, and the model 16 positions"),
     ):
-        complaint = served.tokens_of(["ab", query])
-        assert isinstance(complaint, Complaint)
-        assert complaint.what == told
+        with pytest.raises(Complaint) as refusal:
+            served.tokens_of(["ab", query])
+        assert refusal.value.what == told
 
 
 @pytest.mark.parametrize("command", KINDS)

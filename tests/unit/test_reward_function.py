@@ -326,9 +326,9 @@ def test_keyword_arguments_reach_a_function_that_takes_any(tmp_path):
 )
 def test_a_file_that_cannot_be_used(tmp_path, monkeypatch, source, sentence):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    found = load_function(Load(LoadKind.FILE, str(write(tmp_path, source)), "reward_func"))
-    assert isinstance(found, Complaint)
-    assert found.what.startswith(sentence)
+    with pytest.raises(Complaint) as refusal:
+        load_function(Load(LoadKind.FILE, str(write(tmp_path, source)), "reward_func"))
+    assert refusal.value.what.startswith(sentence)
 
 
 def test_check_finds_a_bad_file_and_says_so_again(tmp_path):

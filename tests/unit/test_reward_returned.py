@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from togi.reward.wire import NO_INDEX, BadReturnError, checked
+from togi.reward.wire import NO_INDEX, Complaint, checked
 
 
 @pytest.mark.parametrize(
@@ -25,26 +25,27 @@ from togi.reward.wire import NO_INDEX, BadReturnError, checked
 )
 def test_every_accepted_form_gives_the_same_numbers(returned):
     answer = checked(returned, 3)
-    assert answer.rewards == [1.0, 0.5, 0.0]
-    assert all(type(reward) is float for reward in answer.rewards)
-    assert answer.components == {}
+    assert answer["rewards"] == [1.0, 0.5, 0.0]
+    assert all(type(reward) is float for reward in answer["rewards"])
+    assert answer.keys() == {"rewards"}
 
 
 def test_none_abstains_and_zero_is_a_score():
-    assert checked([0.0, None], 2).rewards == [0.0, None]
-    assert checked(np.array([0, None], dtype=object), 2).rewards == [0.0, None]
+    assert checked([0.0, None], 2)["rewards"] == [0.0, None]
+    assert checked(np.array([0, None], dtype=object), 2)["rewards"] == [0.0, None]
 
 
 def test_one_number_is_enough_for_one_query():
-    assert checked(0.25, 1).rewards == [0.25]
-    assert checked(torch.tensor(0.25), 1).rewards == [0.25]
-    assert checked({"rewards": torch.tensor([0.25]), "scores": torch.tensor(1.0)}, 1).components == {"scores": [1.0]}
+    assert checked(0.25, 1)["rewards"] == [0.25]
+    assert checked(torch.tensor(0.25), 1)["rewards"] == [0.25]
+    both = {"rewards": torch.tensor([0.25]), "scores": torch.tensor(1.0)}
+    assert checked(both, 1) == {"rewards": [0.25], "scores": [1.0]}
 
 
 def test_logs_per_sample_and_for_all_become_components():
     answer = checked({"rewards": [1, 2], "scores": [0, 1], "extra_logs": {"words": [7, None], "rate": 0.5}}, 2)
-    assert answer.rewards == [1.0, 2.0]
-    assert answer.components == {"scores": [0.0, 1.0], "words": [7.0, None], "rate": [0.5, 0.5]}
+    logs = {"scores": [0.0, 1.0], "words": [7.0, None], "rate": [0.5, 0.5]}
+    assert answer == {"rewards": [1.0, 2.0], **logs}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_logs_per_sample_and_for_all_become_components():
     ],
 )
 def test_everything_else_is_refused(returned, what, index):
-    with pytest.raises(BadReturnError) as refusal:
+    with pytest.raises(Complaint) as refusal:
         checked(returned, 2)
     assert refusal.value.what == what
     assert refusal.value.index == index

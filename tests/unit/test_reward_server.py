@@ -27,14 +27,15 @@ Ask = Callable[..., Awaitable[tuple[int, dict[str, object]]]]
 LIMITS = ServerLimits(body_bytes=2000, items=3, queue=4)
 
 
-async def lengths(call: Call) -> Answer | Complaint:
-    if "defect" in call.queries[0]:
-        raise KeyError(call.queries[0])
-    if "late" in call.queries[0]:
-        return Complaint("ran longer than 1 s", "make it faster", is_transient=True)
-    if "wrong" in call.queries[0]:
-        return Complaint("raised ValueError", "correct the function")
-    return Answer([len(query) for query in call.queries], {"scores": [1.0] * len(call.queries), "log": [0.5, None]})
+async def lengths(call: Call) -> Answer:
+    if "defect" in call["queries"][0]:
+        raise KeyError(call["queries"][0])
+    if "late" in call["queries"][0]:
+        raise Complaint("ran longer than 1 s", "make it faster", is_transient=True)
+    if "wrong" in call["queries"][0]:
+        raise Complaint("raised ValueError", "correct the function")
+    count = len(call["queries"])
+    return {"rewards": [len(query) for query in call["queries"]], "scores": [1.0] * count, "log": [0.5, None]}
 
 
 def talk(session_of: Callable[[Ask, RewardServer, int], Awaitable[None]], limits: ServerLimits = LIMITS) -> None:
@@ -131,9 +132,9 @@ def test_a_full_queue_says_come_back() -> None:
     async def session(ask: Ask, server: RewardServer, port: int) -> None:
         gate = asyncio.Event()
 
-        async def slow(call: Call) -> Answer | Complaint:
+        async def slow(call: Call) -> Answer:
             await gate.wait()
-            return Answer([0.0] * len(call.queries))
+            return {"rewards": [0.0] * len(call["queries"])}
 
         server._score = slow
         body = {"query": ["a", "b"]}
@@ -150,9 +151,9 @@ def test_a_full_queue_says_come_back() -> None:
 
 def test_closing_answers_what_came_before() -> None:
     async def session(ask: Ask, server: RewardServer, port: int) -> None:
-        async def slow(call: Call) -> Answer | Complaint:
+        async def slow(call: Call) -> Answer:
             await asyncio.sleep(0.2)
-            return Answer([7.0] * len(call.queries))
+            return {"rewards": [7.0] * len(call["queries"])}
 
         server._score = slow
         task = asyncio.create_task(ask({"query": ["a"]}))
@@ -166,7 +167,7 @@ def test_closing_answers_what_came_before() -> None:
 
 def test_one_text_and_missing_columns() -> None:
     call = read_call(b'{"query": "Q: a", "prompts": "Q: ", "labels": null}', 1)
-    assert call == Call(["Q: a"], ["Q: "], [""], {"responses": ["a"]})
+    assert call == {"queries": ["Q: a"], "prompts": ["Q: "], "labels": [""], "responses": ["a"]}
 
 
 def test_requests_share_forwards_in_order_and_within_the_budget() -> None:

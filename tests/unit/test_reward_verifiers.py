@@ -15,7 +15,7 @@ from togi.config.rl import RLConfig
 from togi.config.rl_checks import check_rl
 from togi.errors import ConfigError, RewardError
 from togi.reward.verifiers import reasoning_gym as gym
-from togi.reward.wire import BadReturnError
+from togi.reward.wire import Complaint
 from togi.run import preflight
 from togi.run.rl_setup import EarlyRewards, trial_prompts
 from togi.sample import Outcome, Prompt
@@ -172,9 +172,9 @@ def test_reasoning_gym() -> None:
     assert scores("Let me see.\n20 + 10 + 29", "<answer>1</answer> or <answer>(29+20)+10</answer> ok") == [1.0, 1.0]
     assert scores("29 + 20 - 10", "29 + 30") == [0.05, 0.05]
     assert scores("", "9**9**9**9", "9* *9", "__import__('os')", "1" * 201) == [0.0] * 5
-    with pytest.raises(BadReturnError, match="evaluates what the model wrote"):
+    with pytest.raises(Complaint, match="evaluates what the model wrote"):
         gym.score("[]", {**label, "task": "n_queens"})
-    with pytest.raises(BadReturnError, match="is not an object"):
+    with pytest.raises(Complaint, match="is not an object"):
         gym.score("5", "5")
 
 

@@ -30,15 +30,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from togi.config.choices import BUILTIN, Verifier
 from togi.errors import RewardError
 from togi.reward.scores import as_call, as_scores, failed, without_errors
-from togi.reward.wire import NO_INDEX, Answer, Call, Complaint, Load, LoadKind, as_reply, encode, receive, send
+from togi.reward.wire import NO_INDEX, Answer, Call, Complaint, Load, LoadKind, encode, receive, send
 from togi.sample import Rollout, Score
 
 STDERR_FD = 2
@@ -62,46 +61,11 @@ class CallLimits:
         assert self.workers >= 1 and self.timeout > 0 and self.retries >= 0 and self.start_timeout > 0
 
 
-class WorkerPool:
-    """Processes that have loaded the same function. They start at once and import in the background."""
-
-    def __init__(self, load: Load, limits: CallLimits) -> None:
-        self._workers = [Worker(load, limits) for _ in range(limits.workers)]
-        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(max_workers=limits.workers, thread_name_prefix="togi-reward")
-
-    async def run(self, frame: bytes) -> Answer | Complaint:
-        """Run one call on the next idle worker. ``frame``: an encoded ``Call``."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, frame)
-
-    def close(self) -> None:
-        """Kill and reap every worker; calls in flight end with a complaint."""
-        for worker in self._workers:
-            worker.interrupt()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for worker in self._workers:
-            worker.close()
-
-    @property
-    def pids(self) -> list[int]:
-        """The current process ids of the workers."""
-        return [worker.pid for worker in self._workers]
-
-    def _run(self, frame: bytes) -> Answer | Complaint:
-        worker = self._idle.get()
-        try:
-            return worker.call(frame)
-        finally:
-            self._idle.put(worker)
-
-
 class Worker:
     """One process slot. Its process is replaced after every failure that kills it."""
 
     def __init__(self, load: Load, limits: CallLimits) -> None:
-        self._load = encode(load)
+        self._load = encode(asdict(load))
         self._limits = limits
         self._closed = False
         self._ready = False
@@ -111,26 +75,18 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    def call(self, frame: bytes) -> Answer | Complaint:
-        """Send a frame and wait for the reply within the limit. Blocks; one call at a time."""
+    def call(self, frame: bytes) -> Answer:
+        """Send a frame and wait for the reply within the limit. Blocks; one call at a time. Raises Complaint."""
         # The first reply says whether the import worked; it has a limit of its own.
         if not self._ready:
-            reply = self._exchange(b"", self._limits.start_timeout, self._late_start)
-            if isinstance(reply, Complaint):
-                self._replace()
-                return reply
+            limit = self._limits.start_timeout
+            what = f"took longer than {limit:g} s to import and was killed"
+            self._exchange(b"", limit, Complaint(what, "do less work at import", during_call=False))
             self._ready = True
-        return self._exchange(frame, self._limits.timeout, self._late)
-
-    @property
-    def _late_start(self) -> Complaint:
-        what = f"took longer than {self._limits.start_timeout:g} s to import and was killed"
-        return Complaint(what, "do less work at import", during_call=False)
-
-    @property
-    def _late(self) -> Complaint:
-        what = f"ran longer than the limit of {self._limits.timeout:g} s and was killed"
-        return Complaint(what, "make it faster or raise --reward_timeout", is_transient=True)
+        limit = self._limits.timeout
+        what = f"ran longer than the limit of {limit:g} s and was killed"
+        late = Complaint(what, "make it faster or raise --reward_timeout", is_transient=True)
+        return self._exchange(frame, limit, late)
 
     def interrupt(self) -> None:
         """End the call in flight from another thread: kill the process without replacing it."""
@@ -166,17 +122,25 @@ class Worker:
         with contextlib.suppress(OSError):  # a dead worker is reported by its first call
             send(self._channel, self._load, self._limits.start_timeout)
 
-    def _exchange(self, frame: bytes, timeout: float, late: Complaint) -> Answer | Complaint:
+    def _exchange(self, frame: bytes, timeout: float, late: Complaint) -> Answer:
         try:
             if frame:
                 send(self._channel, frame, timeout)
-            return as_reply(receive(self._channel, timeout))
+            reply = receive(self._channel, timeout)
         except TimeoutError:
             self._replace()
-            return late
+            raise late from None
         except OSError:
             what = f"ended its process ({_ending(self._replace())})"
-            return Complaint(what, "let it return its rewards, within the machine's memory", is_transient=True)
+            advice = "let it return its rewards, within the machine's memory"
+            raise Complaint(what, advice, is_transient=True) from None
+        if "complaint" in reply:
+            complaint = Complaint(**reply["complaint"])
+            if not complaint.during_call:  # the worker has ended
+                self._replace()
+            raise complaint
+        answer: Answer = reply["answer"]
+        return answer
 
     def _replace(self) -> int:
         """Kill, reap and restart the process. Returns the exit status of the old one."""
@@ -218,11 +182,16 @@ class FunctionReward:
     """
 
     def __init__(self, load: Load, shown_as: str, limits: CallLimits, component: str) -> None:
-        self._shown_as = shown_as
+        self.shown_as = shown_as
         self._retries = limits.retries
         self._component = component
         self._is_closed = False
-        self._pool = WorkerPool(load, limits)
+        # The processes start at once and import in the background.
+        self._workers = [Worker(load, limits) for _ in range(limits.workers)]
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(max_workers=limits.workers, thread_name_prefix="togi-reward")
 
     @classmethod
     def from_file(cls, path: str | Path, limits: CallLimits = DEFAULT, component: str = "function") -> FunctionReward:
@@ -247,7 +216,7 @@ class FunctionReward:
 
     @classmethod
     def from_callable(
-        cls, function: Callable[..., Any], limits: CallLimits = DEFAULT, component: str = "function"
+        cls, function: Callable[..., object], limits: CallLimits = DEFAULT, component: str = "function"
     ) -> FunctionReward:
         """A Python function. Raises RewardError if it cannot be sent to a worker process."""
         shown_as = f"{_name(function)} in {_file(function)}"
@@ -267,47 +236,53 @@ class FunctionReward:
         """
         return without_errors(await self._score(group, 0))
 
-    async def answer(self, call: Call) -> Answer | Complaint:
-        """The result of one call, without retries."""
-        return await self._pool.run(encode(call))
+    async def answer(self, call: Call) -> Answer:
+        """The result of one call on the next idle worker, without retries. Raises Complaint."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, encode(call))
+
+    def _call(self, frame: bytes) -> Answer:
+        worker = self._idle.get()
+        try:
+            return worker.call(frame)
+        finally:
+            self._idle.put(worker)
 
     @property
     def is_built_in(self) -> bool:
         """Whether the function is built in."""
-        return self._shown_as.startswith(BUILTIN)
-
-    @property
-    def shown_as(self) -> str:
-        """The name of the function in messages."""
-        return self._shown_as
+        return self.shown_as.startswith(BUILTIN)
 
     async def _score(self, group: Sequence[Rollout], retries: int) -> list[Score]:
         assert group, "a group has at least one rollout"
         call = as_call(group, lambda rollout: rollout.response_text)
-        reply = await self.answer(call)
-        # Retry only what may pass by itself; a wrong return value would come again.
-        for retry in range(retries):
-            if isinstance(reply, Answer) or not reply.is_transient or self._is_closed:
-                break
-            logger.warning("%s Try %d of %d follows.", self._sentence(reply, group), retry + 1, retries)
-            reply = await self.answer(call)
-        if isinstance(reply, Answer):
-            return as_scores(reply, self._component, self._shown_as, len(group))
-        sentence = self._sentence(reply, group)
-        # A function that cannot be loaded fails for every group, so it ends the run.
-        if self._is_closed or not reply.during_call:
-            raise RewardError(sentence)
-        return failed(len(group), sentence)
+        retry = 0
+        while True:
+            try:
+                return as_scores(await self.answer(call), self._component, self.shown_as, len(group))
+            except Complaint as complaint:
+                sentence = self._sentence(complaint, group)
+                # A function that cannot be loaded fails for every group, so it ends the run.
+                if self._is_closed or not complaint.during_call:
+                    raise RewardError(sentence) from None
+                # Retry only what may pass by itself; a wrong return value would come again.
+                if retry == retries or not complaint.is_transient:
+                    return failed(len(group), sentence)
+            retry += 1
+            logger.warning("%s Try %d of %d follows.", sentence, retry, retries)
 
     async def close(self) -> None:
         """Kill and reap the worker processes. Calls in flight end with a RewardError."""
         self._is_closed = True
-        self._pool.close()
+        for worker in self._workers:
+            worker.interrupt()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
 
     @property
     def worker_pids(self) -> list[int]:
         """The current process ids of the workers."""
-        return self._pool.pids
+        return [worker.pid for worker in self._workers]
 
     def _sentence(self, complaint: Complaint, group: Sequence[Rollout]) -> str:
         prompt = f"prompt {group[0].prompt.id!r}"
@@ -316,10 +291,10 @@ class FunctionReward:
             rollout = group[complaint.index]
             start = rollout.response_text[:SHOWN_CHARACTERS]
             where = f" for sample {complaint.index} of {prompt} (response: {start!r})"
-        return f"{self._shown_as} {complaint.what}{where}; {complaint.advice}."
+        return f"{self.shown_as} {complaint}{where}; {complaint.advice}."
 
 
-def _load_callable(function: Callable[..., Any], shown_as: str) -> Load:
+def _load_callable(function: Callable[..., object], shown_as: str) -> Load:
     """Load the function by name if a worker can import it under that name, else by value."""
     name = _name(function)
     module = sys.modules.get(function.__module__ or "") if inspect.isfunction(function) else None
@@ -351,11 +326,11 @@ def _lookup(module: ModuleType, qualname: str) -> object:
     return found
 
 
-def _name(function: Callable[..., Any]) -> str:
+def _name(function: Callable[..., object]) -> str:
     return function.__qualname__ if inspect.isroutine(function) else type(function).__qualname__
 
 
-def _file(function: Callable[..., Any]) -> str:
+def _file(function: Callable[..., object]) -> str:
     try:
         return inspect.getfile(function if inspect.isroutine(function) else type(function))
     except (TypeError, OSError):  # written in C, or typed into an interactive session

@@ -23,7 +23,6 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -32,7 +31,7 @@ from togi.errors import RewardError
 from togi.obs.progress import duration
 from togi.obs.run_dir import redact_value, scrub
 from togi.reward.scores import as_call, as_scores, failed, without_errors
-from togi.reward.wire import DICT_KEYS, NO_INDEX, Answer, BadReturnError, checked
+from togi.reward.wire import DICT_KEYS, NO_INDEX, Answer, Complaint, checked
 from togi.sample import Rollout, Score
 
 # First part: one reward server as the client sees it, with its connections, its faults and whether it is up.
@@ -348,29 +347,30 @@ class RemoteReward:
 
     def _body(self, group: Sequence[Rollout]) -> bytes:
         call = as_call(group, self._response)
-        return json.dumps({"query": call.queries, "prompts": call.prompts, "labels": call.labels}).encode()
+        return json.dumps({"query": call["queries"], "prompts": call["prompts"], "labels": call["labels"]}).encode()
 
     def _scores(self, content: bytes, server: HttpServer, group: Sequence[Rollout]) -> list[Score]:
         """The scores in an answer; errors if it is invalid."""
         shown_as = f"The reward server {server.shown_url}"
         try:
             answer = read_answer(content, len(group), server.shown)
-        except BadReturnError as error:
-            where = f" for sample {error.index}" if error.index != NO_INDEX else ""
+        except Complaint as complaint:
+            where = f" for sample {complaint.index}" if complaint.index != NO_INDEX else ""
             return failed(
-                len(group), f"{shown_as} {error.what}{where} of prompt {group[0].prompt.id!r}; let it {error.advice}."
+                len(group),
+                f"{shown_as} {complaint}{where} of prompt {group[0].prompt.id!r}; let it {complaint.advice}.",
             )
         return as_scores(answer, self._component, shown_as, len(group))
 
 
 def read_answer(content: bytes, count: int, shown: Callable[[bytes], str]) -> Answer:
-    """A server's answer to ``count`` queries. ``shown``: how it is quoted in errors. Raises BadReturnError."""
+    """A server's answer to ``count`` queries. ``shown``: how it is quoted in errors. Raises Complaint."""
     try:
-        reply: Any = json.loads(content)
+        reply: object = json.loads(content)
     except ValueError:
-        raise BadReturnError(f"returned {shown(content)!r}, which is not JSON", REWARDS) from None
+        raise Complaint(f"returned {shown(content)!r}, which is not JSON", REWARDS) from None
     if isinstance(reply, dict) and "rewards" not in reply:
-        raise BadReturnError(f"returned no rewards (but {shown(content)!r})", REWARDS)
+        raise Complaint(f"returned no rewards (but {shown(content)!r})", REWARDS)
     if isinstance(reply, dict):
         optional = ("scores", "extra_logs")
         reply = {

@@ -16,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from togi.config.choices import RewardCombination
 from togi.config.rl import RLConfig
@@ -49,25 +49,25 @@ def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Cal
 
     Raises RewardError for a label that is not a JSON value.
     """
-    for rollout in group[:1]:  # all have the same prompt
-        if (problem := _json_problem(rollout.prompt.label)) is not None:
-            raise RewardError(
-                f"The label of prompt {rollout.prompt.id!r} is not a JSON value ({problem}); "
-                "point --label_key at a field of texts, numbers, lists or objects."
-            )
-    optional: dict[str, list[str] | list[int]] = {
+    prompt = group[0].prompt  # of all
+    try:
+        json.dumps(prompt.label)
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"The label of prompt {prompt.id!r} is not a JSON value ({error}); "
+            "point --label_key at a field of texts, numbers, lists or objects."
+        ) from None
+    call: Call = {
+        "queries": [prompt.text + response(rollout) for rollout in group],
+        "prompts": [prompt.text] * len(group),
+        "labels": [prompt.label] * len(group),
         "responses": [rollout.response_text for rollout in group],
-        "datasources": [rollout.prompt.datasource for rollout in group],
+        "datasources": [prompt.datasource] * len(group),
         "finish_reasons": [rollout.finish_reason.value for rollout in group],
     }
     if all(rollout.response_tokens for rollout in group):  # togi iterate has texts only
-        optional["response_lengths"] = [len(rollout.response_tokens) for rollout in group]
-    return Call(
-        queries=[rollout.prompt.text + response(rollout) for rollout in group],
-        prompts=[rollout.prompt.text for rollout in group],
-        labels=[rollout.prompt.label for rollout in group],
-        optional=optional,
-    )
+        call["response_lengths"] = [len(rollout.response_tokens) for rollout in group]
+    return call
 
 
 def as_scores(answer: Answer, component: str, shown_as: str, count: int) -> list[Score]:
@@ -75,7 +75,7 @@ def as_scores(answer: Answer, component: str, shown_as: str, count: int) -> list
 
     Raises RewardError if one of those has the same name.
     """
-    if component in answer.components:
+    if component in answer and component != "rewards":
         raise RewardError(
             f"{shown_as} returned a log named {component!r}, which is the name of the reward itself; use another name."
         )
@@ -87,34 +87,22 @@ def failed(count: int, message: str) -> list[Score]:
     return [Score(Outcome.ERROR, message=message)] * count
 
 
-def first_error(scores: Sequence[Score]) -> str | None:
-    """The message of the first error among ``scores``, or None."""
-    return next((score.message for score in scores if score.outcome is Outcome.ERROR), None)
-
-
 def without_errors(scores: Sequence[Score]) -> list[Score]:
     """``scores`` if none of them is an error. Raises RewardError with the message of the first error."""
-    if (message := first_error(scores)) is not None:
-        raise RewardError(message)
+    for score in scores:
+        if score.outcome is Outcome.ERROR:
+            raise RewardError(score.message)
     return list(scores)
 
 
 def _score(answer: Answer, index: int, component: str, shown_as: str) -> Score:
-    logs = {name: values[index] for name, values in answer.components.items()}
+    logs = {name: values[index] for name, values in answer.items() if name != "rewards"}
     components = {name: value for name, value in logs.items() if value is not None}
-    reward = answer.rewards[index]
+    reward = answer["rewards"][index]
     if reward is None:
         return Score(Outcome.ABSTAIN, components=components, message=f"{shown_as} abstained.")
     assert math.isfinite(reward), "every number was checked"
     return Score(Outcome.SCORE, value=reward, components={component: reward, **components})
-
-
-def _json_problem(value: Any) -> str | None:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    return None
 
 
 ScoreTokens = Callable[[Sequence[Sequence[int]]], Awaitable[Sequence[float]]]

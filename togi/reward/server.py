@@ -17,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 from aiohttp import web
 
@@ -108,7 +107,7 @@ _KINDS: Mapping[type, str] = {
 }
 
 logger = logging.getLogger(__name__)
-ScoreCall = Callable[[Call], Awaitable[Answer | Complaint]]
+ScoreCall = Callable[[Call], Awaitable[Answer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,23 +203,21 @@ class RewardServer:
 
     async def _get_reward(self, request: web.Request) -> web.Response:
         call = read_call(await request.read(), self._limits.items)
-        count = len(call.queries)
+        count = len(call["queries"])
         # Refuse early when too much is waiting: the client then backs off.
         if self.counts.waiting + count > self._limits.queue:
             return _error(429, f"{self.counts.waiting} queries are waiting, come back later", {"Retry-After": "1"})
         self.counts.waiting += count
         try:
             answer = await self._score(call)
+        except Complaint as complaint:  # it is the source's, not the protocol's
+            return _error(BROKEN if complaint.is_transient else REFUSED, f"the reward {complaint}; {complaint.advice}")
         finally:
             self.counts.waiting -= count
-        # A complaint is the source's, not the protocol's.
-        if isinstance(answer, Complaint):
-            return _error(BROKEN if answer.is_transient else REFUSED, f"the reward {answer.what}; {answer.advice}")
         self.counts.items += count
-        logs = dict(answer.components)
-        scores = {"scores": logs.pop("scores")} if "scores" in logs else {}
-        extra = {"extra_logs": logs} if logs else {}
-        return web.json_response({"rewards": answer.rewards, **scores, **extra})
+        known = {name: answer[name] for name in ("rewards", "scores") if name in answer}
+        logs = {name: values for name, values in answer.items() if name not in known}
+        return web.json_response(known | ({"extra_logs": logs} if logs else {}))
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -232,7 +229,7 @@ class RewardServer:
 def read_call(body: bytes, most: int) -> Call:
     """Parse the body of a request. Raises BadRequestError."""
     try:
-        request: Any = json.loads(body)
+        request = json.loads(body)
     except ValueError:
         raise BadRequestError('the body is not JSON; send {"query": [texts]}') from None
     if not isinstance(request, dict) or "query" not in request:
@@ -245,18 +242,16 @@ def read_call(body: bytes, most: int) -> Call:
     if len(queries) > most:
         raise BadRequestError(f'"query" has {len(queries)} texts, more than the {most} of one request')
     # One value may stand for all queries.
-    columns = []
+    call: Call = {"queries": queries}
     for key in ("prompts", "labels"):
-        values = request.get(key)
-        values = [""] * len(queries) if values is None else values
-        values = values if isinstance(values, list) else [values] * len(queries)
+        value = request.get(key)
+        values = value if isinstance(value, list) else ["" if value is None else value] * len(queries)
         if len(values) != len(queries):
             raise BadRequestError(f'"{key}" has {len(values)} entries for {len(queries)} queries')
-        columns.append(values)
-    prompts, labels = columns
-    _check_texts("prompts", prompts)
-    pairs = zip(queries, prompts, strict=True)
-    return Call(queries, prompts, labels, {"responses": [query.removeprefix(prompt) for query, prompt in pairs]})
+        call[key] = values
+    _check_texts("prompts", call["prompts"])
+    pairs = zip(queries, call["prompts"], strict=True)
+    return call | {"responses": [query.removeprefix(prompt) for query, prompt in pairs]}
 
 
 def _check_texts(key: str, values: Sequence[object]) -> None:

@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from numbers import Real
 from typing import Any
@@ -42,26 +42,14 @@ class Load:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One group: lists with one entry per rollout. ``optional``: a list for each known name of ``OPTIONAL_ARGUMENTS``."""
-
-    queries: list[str]
-    prompts: list[str]
-    labels: list[Any]
-    optional: Mapping[str, Sequence[str | int]]
+Call = dict[str, list[Any]]
+"""One group: "queries", "prompts", "labels" and known ones of ``OPTIONAL_ARGUMENTS``, each with one entry per rollout."""
+Answer = dict[str, list[float | None]]
+"""The checked return value: for "rewards" and each named component a finite number or None (abstain) per query."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The checked return value: a finite reward or None (abstain) per query, and named components likewise."""
-
-    rewards: list[float | None] = field(default_factory=list)
-    components: Mapping[str, list[float | None]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Complaint:
+@dataclass(eq=False)
+class Complaint(Exception):
     """Why there is no answer. ``what``: continues "reward_func in file.py ..."; ``index``: a sample or ``NO_INDEX``.
 
     ``during_call``: False if the function could not be loaded, so that no prompt is involved. ``is_transient``: a retry
@@ -69,15 +57,18 @@ class Complaint:
     """
 
     what: str
-    advice: str
+    advice: str = "return a finite number for every query, or None to abstain"
     index: int = NO_INDEX
     during_call: bool = True
     is_transient: bool = False
 
+    def __str__(self) -> str:
+        return self.what
 
-def encode(message: Load | Call | Answer | Complaint) -> bytes:
+
+def encode(message: Mapping[str, object]) -> bytes:
     """A message as one frame. Raises TypeError or ValueError if a label is not a JSON value."""
-    body = json.dumps({"type": type(message).__name__, **asdict(message)}).encode()
+    body = json.dumps(message).encode()
     return LENGTH.pack(len(body)) + body
 
 
@@ -97,18 +88,8 @@ def receive(channel: socket.socket, timeout: float) -> dict[str, Any]:
     """
     deadline = time.monotonic() + timeout
     (length,) = LENGTH.unpack(_read(channel, LENGTH.size, deadline))
-    message: dict[str, Any] = json.loads(_read(channel, length, deadline))
+    message: dict[str, object] = json.loads(_read(channel, length, deadline))
     return message
-
-
-def as_reply(message: Mapping[str, Any]) -> Answer | Complaint:
-    """The record of a worker's message."""
-    if message["type"] == Complaint.__name__:
-        return Complaint(
-            message["what"], message["advice"], message["index"], message["during_call"], message["is_transient"]
-        )
-    assert message["type"] == Answer.__name__
-    return Answer(message["rewards"], message["components"])
 
 
 def _read(channel: socket.socket, size: int, deadline: float) -> bytes:
@@ -130,62 +111,51 @@ def _read(channel: socket.socket, size: int, deadline: float) -> bytes:
 # ``tolist``, so neither torch nor NumPy is imported for functions that do not use them. ``worker`` calls the function.
 
 DICT_KEYS = ("rewards", "scores", "extra_logs")
-RETURN_A_NUMBER = "return a finite number for every query, or None to abstain"
-SCORES = "scores"
 
 
-class BadReturnError(Exception):
-    """A return value that is not a list of scores."""
-
-    def __init__(self, what: str, advice: str = RETURN_A_NUMBER, index: int = NO_INDEX) -> None:
-        super().__init__(what)
-        self.what = what
-        self.advice = advice
-        self.index = index
-
-
-def checked(returned: Any, count: int) -> Answer:
-    """The answer in a function's return value for ``count`` queries. Raises BadReturnError.
+def checked(returned: object, count: int) -> Answer:
+    """The answer in a function's return value for ``count`` queries. Raises Complaint.
 
     Accepted: a sequence, 1-D tensor or array with one number (or None) per query; or a dict with "rewards" like that,
     optional "scores" likewise and "extra_logs" {name: one number for all, or one per query}.
     """
     if not isinstance(returned, Mapping):
-        return Answer(per_query(returned, count, "rewards"))
+        return {"rewards": per_query(returned, count, "rewards")}
     unknown = [key for key in returned if key not in DICT_KEYS]
     if "rewards" not in returned or unknown:
-        raise BadReturnError(
+        raise Complaint(
             f"returned a dict with the keys {list(returned)}",
             'return "rewards" and optionally "scores" and "extra_logs", with everything else inside "extra_logs"',
         )
-    components: dict[str, list[float | None]] = {}
-    if SCORES in returned:
-        components[SCORES] = per_query(returned[SCORES], count, '"scores"')
+    answer: Answer = {}
+    if "scores" in returned:
+        answer["scores"] = per_query(returned["scores"], count, '"scores"')
     logs = returned.get("extra_logs", {})
     if not isinstance(logs, Mapping):
-        raise BadReturnError(f'returned {_show(logs)} as "extra_logs"', "return a dict of names to numbers")
+        raise Complaint(f'returned {_show(logs)} as "extra_logs"', "return a dict of names to numbers")
     for name, value in logs.items():
         if not isinstance(name, str) or name in DICT_KEYS:
-            raise BadReturnError(f'returned an entry {name!r} in "extra_logs"', "use another name, of type str")
-        components[name] = _log(value, count, name)
-    return Answer(per_query(returned["rewards"], count, '"rewards"'), components)
+            raise Complaint(f'returned an entry {name!r} in "extra_logs"', "use another name, of type str")
+        answer[name] = _log(value, count, name)
+    answer["rewards"] = per_query(returned["rewards"], count, '"rewards"')
+    return answer
 
 
-def per_query(values: Any, count: int, what: str) -> list[float | None]:
-    """One number or None per query from a sequence, tensor or array. Raises BadReturnError."""
+def per_query(values: object, count: int, what: str) -> list[float | None]:
+    """One number or None per query from a sequence, tensor or array. Raises Complaint."""
     plain = _plain(values)
     if isinstance(plain, Real) and count == 1:
         plain = [plain]
     if isinstance(plain, Real):
-        raise BadReturnError(f"returned a single number as {what} for {count} queries", "return one number per query")
+        raise Complaint(f"returned a single number as {what} for {count} queries", "return one number per query")
     if not isinstance(plain, Sequence) or isinstance(plain, str | bytes):
-        raise BadReturnError(f"returned {_show(values)} as {what}", "return a list with one number per query")
+        raise Complaint(f"returned {_show(values)} as {what}", "return a list with one number per query")
     if len(plain) != count:
-        raise BadReturnError(f"returned {len(plain)} {what} for {count} queries", "return one number per query")
+        raise Complaint(f"returned {len(plain)} {what} for {count} queries", "return one number per query")
     return [_checked_number(value, what, index) for index, value in enumerate(plain)]
 
 
-def _log(value: Any, count: int, name: str) -> list[float | None]:
+def _log(value: object, count: int, name: str) -> list[float | None]:
     what = f'"extra_logs" {name!r}'
     plain = _plain(value)
     if isinstance(plain, Real):
@@ -193,27 +163,27 @@ def _log(value: Any, count: int, name: str) -> list[float | None]:
     return per_query(plain, count, what)
 
 
-def _checked_number(value: Any, what: str, index: int) -> float | None:
+def _checked_number(value: object, what: str, index: int) -> float | None:
     plain = _plain(value)
     if plain is None:
         return None
     if not isinstance(plain, Real):
-        raise BadReturnError(f"returned {_show(value)} in {what}", index=index)
+        raise Complaint(f"returned {_show(value)} in {what}", index=index)
     try:
         number = float(plain)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise BadReturnError(f"returned {number} in {what}", index=index)
+        raise Complaint(f"returned {number} in {what}", index=index)
     return number
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Tensors, arrays and their scalars as Python lists and numbers; other values unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if value is None:
         return "None"
     if isinstance(value, str):

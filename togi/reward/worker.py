@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import fcntl
 import functools
 import importlib
@@ -22,56 +23,35 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from togi.reward.wire import (
-    OPTIONAL_ARGUMENTS,
-    Answer,
-    BadReturnError,
-    Call,
-    Complaint,
-    Load,
-    LoadKind,
-    checked,
-    encode,
-    receive,
-    send,
-)
+from togi.reward.wire import OPTIONAL_ARGUMENTS, Call, Complaint, Load, LoadKind, checked, encode, receive, send
 
 MODULE_NAME = "togi_user_reward"
 FORM = "(queries, prompts, labels, **kwargs)"
 LONGEST_TEXT = 300
 
-Function = Callable[..., Any]
-
-
-class NotDefinedError(Exception):
-    """The file has no function of the right name."""
+Function = Callable[..., object]
 
 
 def main(channel_fd: int, lifeline_fd: int) -> None:
     """Load the function, report it, then answer calls until the owner closes the channel."""
     die_with_owner(lifeline_fd)
     channel = socket.socket(fileno=channel_fd)
-    try:
-        message = receive(channel, math.inf)
-        load = Load(LoadKind(message["kind"]), message["source"], message["name"], message["settings"])
+    with contextlib.suppress(ConnectionError):
         # The first reply is about the import: an empty answer, or why it failed.
-        function = load_function(load)
-        if isinstance(function, Complaint):
-            send(channel, encode(function), math.inf)
+        try:
+            function = load_function(Load(**receive(channel, math.inf)))
+        except Complaint as complaint:
+            send(channel, encode({"complaint": asdict(complaint)}), math.inf)
             return
-        send(channel, encode(Answer()), math.inf)
+        send(channel, encode({"answer": {}}), math.inf)
         # One event loop for all calls, so that an async function can keep its connections.
         with asyncio.Runner() as runner:
             while True:
-                message = receive(channel, math.inf)
-                call = Call(message["queries"], message["prompts"], message["labels"], message["optional"])
-                send(channel, encode(answer(function, call, runner.run)), math.inf)
-    except ConnectionError:
-        return
+                send(channel, encode(reply(function, receive(channel, math.inf), runner.run)), math.inf)
 
 
 def die_with_owner(lifeline_fd: int) -> None:
@@ -87,38 +67,38 @@ def die_with_owner(lifeline_fd: int) -> None:
         os._exit(1)
 
 
-def load_function(load: Load) -> Function | Complaint:
-    """The function, or why it cannot be used."""
-    define = f"define {load.name}{FORM}"
+def load_function(load: Load) -> Function:
+    """The function. Raises Complaint if it cannot be used."""
+    advice = f"define {load.name}{FORM}"
     try:
         found = _find(load)
-    except NotDefinedError as error:
-        return Complaint(str(error), define, during_call=False)
-    except BaseException as error:  # noqa: BLE001  the user's module may raise anything, SystemExit included
+    except Complaint:
+        raise
+    except BaseException as error:
+        # the user's module may raise anything, SystemExit included
         what = f"cannot be imported: {describe(error, load.source)}"
-        return Complaint(what, "make the file importable by plain Python", during_call=False)
+        raise Complaint(what, "make the file importable by plain Python", during_call=False) from error
     if not callable(found):
-        return Complaint(f"is of type {type(found).__name__}, not a function", define, during_call=False)
+        raise Complaint(f"is of type {type(found).__name__}, not a function", advice, during_call=False)
     try:
         inspect.signature(found).bind([], [], [], **accepted(found, {name: [] for name in OPTIONAL_ARGUMENTS}))
     except TypeError as error:
         what = f"cannot be called with queries, prompts and labels ({error})"
-        return Complaint(what, define, during_call=False)
+        raise Complaint(what, advice, during_call=False) from None
     except ValueError:  # a callable in C has no signature to check; the first call will show
         pass
-    function: Function = found
-    return function
+    return found
 
 
-def _find(load: Load) -> Any:
-    if load.kind is LoadKind.PICKLE:
+def _find(load: Load) -> object:
+    if load.kind == LoadKind.PICKLE:
         # Bytes that the parent process has just made and sent over a private socket.
         return pickle.loads(base64.b64decode(load.source))  # noqa: S301
-    if load.kind is LoadKind.MODULE:
-        found: Any = importlib.import_module(load.source)
+    if load.kind == LoadKind.MODULE:
+        found: object = importlib.import_module(load.source)
         for part in load.name.split("."):
             found = getattr(found, part)
-        return functools.partial(found, **load.settings) if load.settings else found
+        return functools.partial(found, **load.settings) if load.settings and callable(found) else found
     path = Path(load.source)
     sys.path.insert(0, str(path.parent))  # as for a script: the file may import modules beside it
     spec = importlib.util.spec_from_file_location(MODULE_NAME, path)
@@ -128,39 +108,45 @@ def _find(load: Load) -> Any:
     spec.loader.exec_module(module)
     if not hasattr(module, load.name):
         functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        raise NotDefinedError(f"does not exist: the file defines {', '.join(functions) or 'no function'}")
+        what = f"does not exist: the file defines {', '.join(functions) or 'no function'}"
+        raise Complaint(what, f"define {load.name}{FORM}", during_call=False)
     return getattr(module, load.name)
 
 
-def answer(function: Function, call: Call, run: Callable[[Any], Any]) -> Answer | Complaint:
-    """Call the function on one group. ``run`` runs a coroutine to its end."""
+def reply(
+    function: Function, call: Call, run: Callable[[Coroutine[object, object, object]], object]
+) -> dict[str, object]:
+    """The message about a call of the function on one group. ``run`` runs a coroutine to its end."""
+    queries, prompts, labels = (call.pop(name) for name in ("queries", "prompts", "labels"))
     try:
-        returned = function(call.queries, call.prompts, call.labels, **accepted(function, call.optional))
+        returned = function(queries, prompts, labels, **accepted(function, call))
         if inspect.isawaitable(returned):
             returned = run(_wait(returned))
-        return checked(returned, len(call.queries))
-    except BadReturnError as error:
-        return Complaint(error.what, error.advice, error.index)
+        return {"answer": checked(returned, len(queries))}
+    except Complaint as complaint:
+        return {"complaint": asdict(complaint)}
     except BaseException as error:  # noqa: BLE001  user code may raise anything, SystemExit included
         file = inspect.unwrap(function).__code__.co_filename if inspect.isfunction(function) else ""
-        what = f"raised {describe(error, file)}"
-        return Complaint(
-            what, "correct the function", is_transient=isinstance(error, OSError)
-        )  # the network and its like
+        is_transient = isinstance(error, OSError)  # the network and its like
+        return {
+            "complaint": asdict(
+                Complaint(f"raised {describe(error, file)}", "correct the function", is_transient=is_transient)
+            )
+        }
 
 
-async def _wait(awaitable: Any) -> Any:
+async def _wait(awaitable: Awaitable[object]) -> object:
     return await awaitable
 
 
-def accepted(function: Function, optional: Mapping[str, Sequence[str | int]]) -> dict[str, Sequence[str | int]]:
+def accepted(function: Function, optional: Call) -> Call:
     """The optional keyword arguments that the function's signature accepts."""
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:
         return {}
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return dict(optional)
+        return optional
     return {name: values for name, values in optional.items() if name in parameters}
 
 

@@ -73,15 +73,12 @@ async def source(config: ServeRMConfig) -> AsyncIterator[ScoreCall]:
     model = ServedModel(config)
     batcher = Batcher(model.forward, config.max_tokens_per_gpu, config.batch_size)
 
-    async def score(call: Call) -> Answer | Complaint:
-        tokens = await asyncio.to_thread(model.tokens_of, call.queries)
-        if isinstance(tokens, Complaint):
-            return tokens
-        scores = await batcher.score(tokens)
+    async def score(call: Call) -> Answer:
+        scores = await batcher.score(await asyncio.to_thread(model.tokens_of, call["queries"]))
         bad = next((index for index, value in enumerate(scores) if not math.isfinite(value)), None)
         if bad is not None:
-            return Complaint(f"model gave {scores[bad]} for query {bad}", "check its weights and its number format")
-        return Answer(list(scores))
+            raise Complaint(f"model gave {scores[bad]} for query {bad}", "check its weights and its number format")
+        return {"rewards": [*scores]}
 
     try:
         yield score
@@ -117,28 +114,28 @@ class ServedModel:
         options = BackendOptions(config.bf16, 0, (0.9, 0.95), 0.0)
         self._scorer = Scorer(frozen(model, world, options), world)
 
-    def tokens_of(self, queries: Sequence[str]) -> list[list[int]] | Complaint:
-        """Token ids of each query, or why they cannot be scored."""
+    def tokens_of(self, queries: Sequence[str]) -> list[list[int]]:
+        """Token ids of each query. Raises Complaint if they cannot be scored."""
         try:
             sequences = query_tokens(queries, self._tokenizer)
         except DataError as error:
-            return Complaint(f"model cannot read a query: {error}", "send a text with one BOS token or none")
+            raise Complaint(f"model cannot read a query: {error}", "send a text with one BOS token or none") from None
         # One query at fault refuses the whole request, so that scores stay aligned with queries.
         for index, tokens in enumerate(sequences):
             if not tokens:
-                return Complaint(f"model has nothing to score: query {index} is empty", "send a text")
+                raise Complaint(f"model has nothing to score: query {index} is empty", "send a text")
             if len(tokens) > self._max_len:
                 what = f"model is not asked about query {index}: it has {len(tokens)} tokens, more than --max_len {self._max_len}"
-                return Complaint(what, "shorten it, or start the server with a larger --max_len")
+                raise Complaint(what, "shorten it, or start the server with a larger --max_len")
             if self._positions is not None and len(tokens) > self._positions:
                 what = f"model cannot read query {index}: it has {len(tokens)} tokens, and the model {self._positions} positions"
-                return Complaint(what, "shorten it")
+                raise Complaint(what, "shorten it")
             if max(tokens) >= self._known:
                 unknown = self._tokenizer.convert_ids_to_tokens(max(tokens))
                 what = (
                     f"model cannot read query {index}: {unknown!r} has no row among the {self._known} of its embedding"
                 )
-                return Complaint(what, "leave it out, or serve the model with its own tokenizer")
+                raise Complaint(what, "leave it out, or serve the model with its own tokenizer")
         return sequences
 
     def forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:

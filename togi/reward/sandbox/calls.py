@@ -20,9 +20,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, TextIO
 
 LONGEST_MESSAGE = 1 << 22
-SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-SCALARS: dict[type, Callable[[Any], str]] = {int: hex, float: repr, complex: repr, bytes: bytes.hex}
+SEQUENCES = (list, tuple, set, frozenset)
+# How each type of scalars is written, and read.
+SCALARS: dict[type, tuple[Callable[..., str], Callable[..., object]]] = {
+    int: (hex, lambda text: int(text, 16)),
+    float: (repr, float),
+    complex: (repr, complex),
+    bytes: (bytes.hex, bytes.fromhex),
+}
 PASSED, FAILED, UNUSABLE = "1", "0", "?"
+
+Message = dict[str, Any]
+"""Parsed JSON, as this side or the other one wrote it."""
 
 
 class NotPlainError(Exception):
@@ -37,12 +46,12 @@ class Remote:
     """A function of the other side."""
 
     def __init__(self, name: str, channel: Channel) -> None:
-        self._name = name
+        self.name = name
         self._channel = channel
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         request = {
-            "call": self._name,
+            "call": self.name,
             "args": [pack(value) for value in args],
             "kwargs": {name: pack(value) for name, value in kwargs.items()},
         }
@@ -57,10 +66,6 @@ class Remote:
         for ours, theirs in zip(args, after, strict=False):
             _make_equal(ours, theirs)
         return value
-
-    @property
-    def packed(self) -> dict[str, str]:
-        return {"name": self._name}
 
 
 class Channel:
@@ -78,11 +83,11 @@ class Channel:
             os.dup2(null, number)
         return cls(reader, writer)
 
-    def say(self, message: dict[str, Any]) -> None:
+    def say(self, message: Message) -> None:
         self._writer.write(json.dumps(message).encode() + b"\n")
         self._writer.flush()
 
-    def hear(self) -> dict[str, Any]:
+    def hear(self) -> Message:
         """Read a message. Raises OtherSideError if the other side has ended or sent an invalid one."""
         line = self._reader.readline(LONGEST_MESSAGE)
         try:
@@ -93,7 +98,7 @@ class Channel:
             raise OtherSideError("the other side is gone")
         return message
 
-    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, message: Message) -> Message:
         try:
             self.say(message)
         except OSError:
@@ -101,40 +106,38 @@ class Channel:
         return self.hear()
 
 
-def pack(value: Any) -> Any:
+def pack(value: object) -> object:
     """A plain value as JSON that keeps its type. Raises NotPlainError."""
     kind = type(value)
     if value is None or kind in (bool, str):
         return value
-    if kind is Remote:
-        return value.packed
+    if isinstance(value, Remote):
+        return {"name": value.name}
     if kind in SCALARS:
-        return {kind.__name__: SCALARS[kind](value)}
-    if kind.__name__ in SEQUENCES and kind is SEQUENCES[kind.__name__]:
+        return {kind.__name__: SCALARS[kind][0](value)}
+    if kind in SEQUENCES and isinstance(value, SEQUENCES):
         return {kind.__name__: [pack(item) for item in value]}
-    if kind is dict:
+    if kind is dict and isinstance(value, dict):
         return {"dict": [[pack(key), pack(item)] for key, item in value.items()]}
     raise NotPlainError(f"a value of type {kind.__name__} does not cross")
 
 
-def unpack(packed: Any) -> Any:
+def unpack(packed: object) -> Any:
     """The plain value of packed JSON. Raises ValueError, TypeError or RecursionError if it is invalid."""
     if packed is None or isinstance(packed, bool | str):
         return packed
     if not isinstance(packed, dict) or len(packed) != 1:
         raise ValueError("no plain value")
-    kind, content = next(iter(packed.items()))
-    if kind == "int":
-        return int(content, 16)
-    if kind in ("float", "complex"):
-        return float(content) if kind == "float" else complex(content)
-    if kind == "bytes":
-        return bytes.fromhex(content)
-    if kind in SEQUENCES:
-        return SEQUENCES[kind]([unpack(item) for item in content])
-    if kind == "dict":
+    name, content = next(iter(packed.items()))
+    if name == "dict":
         return {unpack(key): unpack(item) for key, item in content}
-    raise ValueError(f"{kind} is no plain value")
+    for kind in SEQUENCES:
+        if name == kind.__name__:
+            return kind([unpack(item) for item in content])
+    for scalar, (_, read) in SCALARS.items():
+        if name == scalar.__name__:
+            return read(content)
+    raise ValueError(f"{name} is no plain value")
 
 
 def _make_equal(ours: Any, theirs: Any) -> None:
@@ -167,7 +170,7 @@ def serve(code: str, channel: Channel) -> None:
         channel.say(_answer(request, namespace))
 
 
-def _described(value: Any) -> dict[str, Any]:
+def _described(value: object) -> Message:
     """The value of a constant; empty for what can be called."""
     try:
         return {"value": pack(value)}
@@ -175,8 +178,8 @@ def _described(value: Any) -> dict[str, Any]:
         return {}
 
 
-def _answer(request: dict[str, Any], namespace: dict[str, Any]) -> dict[str, Any]:
-    def argument(packed: Any) -> Any:
+def _answer(request: Message, namespace: Message) -> Message:
+    def argument(packed: object) -> object:
         return namespace[packed["name"]] if isinstance(packed, dict) and "name" in packed else unpack(packed)
 
     try:
@@ -217,7 +220,7 @@ def judge(setup: str, tests: Sequence[str], channel: Channel, verdict: TextIO) -
         verdict.flush()
 
 
-def _bind(namespace: dict[str, Any], tests: Sequence[str], channel: Channel) -> None:
+def _bind(namespace: Message, tests: Sequence[str], channel: Channel) -> None:
     """Define the names that the tests use but do not define: standard library modules, then the other side's names."""
     wanted = free_names(tests) - namespace.keys()
     modules = wanted & sys.stdlib_module_names
@@ -235,14 +238,18 @@ def free_names(tests: Sequence[str]) -> set[str]:
     read: set[str] = set()
     own = set(vars(builtins))
     for node in (node for test in tests for node in ast.walk(ast.parse(test))):
-        if isinstance(node, ast.Name):
-            (read if isinstance(node.ctx, ast.Load) else own).add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            own.add(node.name)
-        elif isinstance(node, ast.arg):
-            own.add(node.arg)
-        elif isinstance(node, ast.alias):
-            own.add((node.asname or node.name).split(".")[0])
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            own.add(node.name)
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                read.add(name)
+            case (
+                ast.Name(id=name)
+                | ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+                | ast.ClassDef(name=name)
+                | ast.arg(arg=name)
+                | ast.ExceptHandler(name=str(name))
+            ):
+                own.add(name)
+            case ast.alias():
+                own.add((node.asname or node.name).split(".")[0])
     return read - own

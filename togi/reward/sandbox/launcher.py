@@ -16,7 +16,6 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from togi.reward.sandbox import calls, walls
 
@@ -47,7 +46,7 @@ def main() -> None:
     program()
 
 
-def role(job: dict[str, Any]) -> Callable[[], None]:
+def role(job: calls.Message) -> Callable[[], None]:
     """The function to run inside. Opens everything that comes from outside."""
     if job["role"] == "program":
         return lambda: exec(compile(job["code"], "<answer>", "exec"), {"__name__": "__main__"})  # noqa: S102

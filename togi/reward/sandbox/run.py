@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 PACKAGE_ROOT = str(Path(__file__).parents[3])
 START = "import sys; sys.path.insert(0, {!r}); from togi.reward.sandbox.launcher import main; main()"
@@ -97,7 +97,7 @@ def run_tests(code: str, setup: str, tests: Sequence[str], limits: Limits, deadl
 
 @contextlib.contextmanager
 def _started(
-    job: dict[str, Any],
+    job: dict[str, object],
     limits: Limits,
     stdin: IO[bytes],
     stdout: IO[bytes],

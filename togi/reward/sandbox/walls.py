@@ -20,7 +20,6 @@ import platform
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 REFUSED = (
     "socket.",
@@ -58,13 +57,13 @@ def install(folder: str) -> None:
     inside = os.path.realpath(folder) + os.sep
     join, real = os.path.join, os.path.realpath  # bound here: the program may replace those of the module
 
-    def is_inside(path: Any) -> bool:
+    def is_inside(path: object) -> bool:
         if isinstance(path, int):
             return True  # a file descriptor that is already open
         text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
         return bool(text) and join(real(text), "").startswith(inside)
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
         refused = event.startswith(REFUSED) or (event == "import" and arguments[0] in REFUSED_MODULES)
         if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
             refused = not is_inside(arguments[0])

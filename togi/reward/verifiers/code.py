@@ -32,7 +32,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 from togi.reward.sandbox.calls import PASSED, UNUSABLE
 from togi.reward.sandbox.run import Limits, run_program, run_tests, walls_are_to_be_had
@@ -70,8 +69,8 @@ class Checks:
 
 
 def reward_func(
-    queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
-) -> dict[str, Any]:
+    queries: list[str], prompts: list[str], labels: list[object], responses: list[str], **kwargs: object
+) -> dict[str, object]:
     """1, 0 or None per query. Raises SandboxError, which is transient, if a sandbox cannot be set up."""
     walls = walls_are_to_be_had()
     if not walls:
@@ -87,7 +86,7 @@ def _warn_once() -> None:
     logger.warning(NO_WALLS)
 
 
-def passed_share(response: str, label: Any, *, walls: bool) -> float | None:
+def passed_share(response: str, label: object, *, walls: bool) -> float | None:
     """The share of the tests that a response passes; None for an invalid label."""
     tests = read_label(label)
     if tests is None:
@@ -118,7 +117,7 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().split("\n")]
 
 
-def read_label(label: Any) -> Checks | None:
+def read_label(label: object) -> Checks | None:
     """The tests of a label; None if it is invalid."""
     if isinstance(label, str):
         try:
@@ -130,7 +129,7 @@ def read_label(label: Any) -> Checks | None:
     return _listed(label, "")
 
 
-def _listed(tests: Any, setup: Any) -> Checks | None:
+def _listed(tests: object, setup: object) -> Checks | None:
     if not isinstance(tests, list) or not tests or not isinstance(setup, str):
         return None
     if all(isinstance(test, str) for test in tests):
@@ -139,7 +138,7 @@ def _listed(tests: Any, setup: Any) -> Checks | None:
     return Checks(cases=tuple(cases)) if len(cases) == len(tests) and not setup else None
 
 
-def _is_case(case: Any) -> bool:
+def _is_case(case: object) -> bool:
     return (
         isinstance(case, dict) and case.keys() == {"input", "output"} and all(isinstance(v, str) for v in case.values())
     )

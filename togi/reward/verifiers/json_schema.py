@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 from jsonschema.exceptions import SchemaError
 from jsonschema.validators import validator_for
@@ -19,13 +18,13 @@ FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
 def reward_func(
-    queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
+    queries: list[str], prompts: list[str], labels: list[object], responses: list[str], **kwargs: object
 ) -> list[float]:
-    """1 or 0 per query. Raises BadReturnError for a label that is not a schema."""
+    """1 or 0 per query. Raises Complaint for a label that is not a schema."""
     return [float(fits(response, label)) for response, label in zip(responses, labels, strict=True)]
 
 
-def fits(response: str, label: Any) -> bool:
+def fits(response: str, label: object) -> bool:
     """Whether a response holds JSON of the schema. References to other documents are never fetched."""
     try:
         schema = json.loads(label) if isinstance(label, str) else label

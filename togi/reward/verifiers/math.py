@@ -8,7 +8,6 @@ within seconds, counts as wrong: a model must not gain by confusing its judge.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 from math_verify import parse, verify
 
@@ -16,9 +15,9 @@ from togi.reward.verifiers import plain_text, unusable
 
 
 def reward_func(
-    queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
+    queries: list[str], prompts: list[str], labels: list[object], responses: list[str], **kwargs: object
 ) -> list[float]:
-    """1 or 0 per query. Raises BadReturnError for a label without an answer."""
+    """1 or 0 per query. Raises Complaint for a label without an answer."""
     return [
         float(verify(gold(plain_text(label)), parse(response)))
         for response, label in zip(responses, labels, strict=True)
@@ -26,10 +25,10 @@ def reward_func(
 
 
 @lru_cache(maxsize=64)
-def gold(label: str) -> list[Any]:
-    """The expressions of a label. Raises BadReturnError if there are none."""
+def gold(label: str) -> list[object]:
+    """The expressions of a label. Raises Complaint if there are none."""
     text = label.rsplit("####", 1)[-1].strip()
-    found: list[Any] = parse(text if "\\boxed" in text else rf"\boxed{{{text}}}")
+    found: list[object] = parse(text if "\\boxed" in text else rf"\boxed{{{text}}}")
     if not found:
         raise unusable(label, "holds no answer")
     return found

@@ -17,7 +17,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 from togi.reward.verifiers import unusable
 
@@ -36,7 +35,7 @@ ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
 def reward_func(
-    queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any
+    queries: list[str], prompts: list[str], labels: list[object], responses: list[str], **kwargs: object
 ) -> list[float]:
     """One score in [0, 1] per query. Most verifiers give a small score to a wrong answer in the right format."""
     return [score(answer_of(response), label) for response, label in zip(responses, labels, strict=True)]
@@ -51,8 +50,8 @@ def answer_of(response: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def score(answer: str, label: Any) -> float:
-    """The verifier's score of one answer. Raises BadReturnError for a label that is not as described above."""
+def score(answer: str, label: object) -> float:
+    """The verifier's score of one answer. Raises Complaint for a label that is not as described above."""
     if not isinstance(label, dict) or not {"task", "answer", "metadata"} <= label.keys():
         raise unusable(
             label, 'is not an object with "task", "answer" and "metadata"', "point --label_key at such a field"
@@ -66,9 +65,9 @@ def score(answer: str, label: Any) -> float:
 
 
 @lru_cache
-def verifier(task: str) -> Callable[[str, dict[str, Any]], float]:
+def verifier(task: str) -> Callable[[str, dict[str, object]], float]:
     """The package's scoring function of a task, created once per worker."""
     from reasoning_gym import get_score_answer_fn
 
-    found: Callable[[str, dict[str, Any]], float] = get_score_answer_fn(task)
+    found: Callable[[str, dict[str, object]], float] = get_score_answer_fn(task)
     return found

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 from togi.config.choices import LengthShape
 from togi.reward.verifiers import plain_text
 
 
-def exact(queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], **kwargs: Any) -> list[bool]:
+def exact(
+    queries: list[str], prompts: list[str], labels: list[object], responses: list[str], **kwargs: object
+) -> list[bool]:
     """True if the response is the label. Surrounding and repeated white space is ignored.
 
-    Raises BadReturnError for a label that is not a text or number.
+    Raises Complaint for a label that is not a text or number.
     """
     return [response.split() == plain_text(label).split() for response, label in zip(responses, labels, strict=True)]
 
 
 def format(
-    queries: list[str], prompts: list[str], labels: list[Any], responses: list[str], format_regex: str, **kwargs: Any
+    queries: list[str],
+    prompts: list[str],
+    labels: list[object],
+    responses: list[str],
+    format_regex: str,
+    **kwargs: object,
 ) -> list[float]:
     """1 if the whole response matches the regular expression of ``--format_regex``, else 0.
 
@@ -32,11 +38,11 @@ def format(
 def length(
     queries: list[str],
     prompts: list[str],
-    labels: list[Any],
+    labels: list[object],
     response_lengths: list[int],
     length_target: str,
     length_shape: str,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> list[float]:
     """1 for a response of ``--length_target`` tokens, falling to 0 at none and at twice as many.
 
