@@ -1,6 +1,5 @@
 """A rollout row, values and a command line with secrets, for the tests of run folders and reports."""
 
-from togi.obs.rollout_store import RolloutRow, Split
 from togi.obs.run_dir import Resolved
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -17,27 +16,27 @@ VALUES = {
 ARGV = ["togi", "train_ppo_ray", "--use_wandb", KEY, f"--use_wandb={KEY}", "--packing_samples"]
 
 
-def row(step=1, index=0, split=Split.TRAIN, text="Hello <|im_end|>"):
-    return RolloutRow(
-        step=step,
-        group_id="g0",
-        prompt_id="p0",
-        sample_index=index,
-        datasource="gsm8k",
-        prompt_text="Say 日本",
-        response_text=text,
-        label='{"answer": 42}',
-        prompt_tokens=(1, 2, 128255),
-        response_tokens=(7, 8, 9),
-        response_mask=(True, False, True),
-        rollout_logprobs=(-0.5, -1.25, -2.0),
-        trainer_logprobs=(-0.5, -1.0, -2.5),
-        ref_logprobs=(),
-        advantages=(1.5, 0.0, 1.5),
-        reward=0.1,
-        components={"format": 1.0, "correct": -0.1},
-        outcome="score",
-        finish_reason="stop",
-        policy_version=4,
-        split=split,
-    )
+def row(index=0, text="Hello <|im_end|>", **others):
+    return {
+        "group_id": "g0",
+        "prompt_id": "p0",
+        "sample_index": index,
+        "datasource": "gsm8k",
+        "prompt_text": "Say 日本",
+        "response_text": text,
+        "label": '{"answer": 42}',
+        "prompt_tokens": [1, 2, 128255],
+        "response_tokens": [7, 8, 9],
+        "response_mask": [True, False, True],
+        "rollout_logprobs": [-0.5, -1.25, -2.0],
+        "trainer_logprobs": [-0.5, -1.0, -2.5],
+        "ref_logprobs": [],
+        "advantages": [1.5, 0.0, 1.5],
+        "reward": 0.1,
+        "components": {"format": 1.0, "correct": -0.1},
+        "outcome": "score",
+        "finish_reason": "stop",
+        "policy_version": 4,
+        "filtered": False,
+        **others,
+    }

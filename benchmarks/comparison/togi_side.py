@@ -16,7 +16,7 @@ from comparison.summary import Steps, Work
 from togi.data.prompts import PromptLoader, PromptSpec, load_prompts
 from togi.obs import names
 from togi.obs.metrics import read_records
-from togi.obs.rollout_store import RolloutRow, RolloutStore, Split
+from togi.obs.rollout_store import RolloutStore, Split
 from togi.obs.run_dir import Resolved, RunDirectory
 from togi.sample import FinishReason, Outcome
 
@@ -83,28 +83,28 @@ def store_rollouts(case: Case, model: Path, material: Material, folder: Path) ->
             for place, (answer, reward) in enumerate(zip(record["answers"], record["rewards"], strict=True)):
                 tokens = (*tokenizer(answer)["input_ids"], tokenizer.eos_token_id)
                 rows.append(
-                    RolloutRow(
-                        step=step,
-                        group_id=f"step{step}/{prompt.id}",
-                        prompt_id=prompt.id,
-                        sample_index=place,
-                        datasource=prompt.datasource,
-                        prompt_text=prompt.text,
-                        response_text=answer,
-                        label='""',
-                        prompt_tokens=prompt.tokens,
-                        response_tokens=tokens,
-                        response_mask=(True,) * len(tokens),
-                        rollout_logprobs=(-1.0,) * len(tokens),
-                        trainer_logprobs=(),
-                        ref_logprobs=(),
-                        advantages=(),
-                        reward=reward,
-                        components={},
-                        outcome=Outcome.SCORE,
-                        finish_reason=FinishReason.STOP,
-                        policy_version=step - 1,
-                    )
+                    {
+                        "group_id": f"step{step}/{prompt.id}",
+                        "prompt_id": prompt.id,
+                        "sample_index": place,
+                        "datasource": prompt.datasource,
+                        "prompt_text": prompt.text,
+                        "response_text": answer,
+                        "label": '""',
+                        "prompt_tokens": prompt.tokens,
+                        "response_tokens": tokens,
+                        "response_mask": (True,) * len(tokens),
+                        "rollout_logprobs": (-1.0,) * len(tokens),
+                        "trainer_logprobs": (),
+                        "ref_logprobs": (),
+                        "advantages": (),
+                        "reward": reward,
+                        "components": {},
+                        "outcome": Outcome.SCORE,
+                        "finish_reason": FinishReason.STOP,
+                        "policy_version": step - 1,
+                        "filtered": False,
+                    }
                 )
         RolloutStore(run.rollouts.folder).write(step, Split.TRAIN, rows)
     return folder
@@ -129,7 +129,7 @@ def steps_of(case: Case, material: Material, folder: Path, started: float) -> St
 def generated_work(store: RolloutStore, steps: int) -> list[Work]:
     """From the responses that the run made."""
     return [
-        work_of([len(row.prompt_tokens) + len(row.response_tokens) for row in store.read_step(step + 1)])
+        work_of([len(row["prompt_tokens"]) + len(row["response_tokens"]) for row in store.read_step(step + 1)])
         for step in range(steps)
     ]
 

@@ -21,8 +21,6 @@ ROLLOUT = (
     "sample.py: Prompt",
     "sample.py: Generation",
     "sample.py: Rollout",
-    "reward/wire.py: Call",
-    "reward/wire.py: Answer",
     "sample.py: Score",
     "pump/experience.py: ScoredGroup",
     "sample.py: Sample",
@@ -31,7 +29,6 @@ ROLLOUT = (
     "learn/objective.py: Loss",
     "learn/learner.py: UpdateReport",
     "obs/metrics.py: StepRecord",
-    "obs/rollout_store.py: RolloutRow",
 )
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import tomllib
-from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
@@ -54,7 +53,7 @@ def run(tmp_path):
         if step == 4:
             values |= {names.EVAL_REWARD: 0.5, names.EVAL_REWARD_STDERR: 0.125}
         recorder.write(StepRecord(step, values, {"generate": 2.0, "train": 1.0}))
-        run.rollouts.write(step, Split.TRAIN, [row(step, index, text=ATTACK) for index in range(6)])
+        run.rollouts.write(step, Split.TRAIN, [row(index, text=ATTACK) for index in range(6)])
     recorder.close()
     return run
 
@@ -130,7 +129,7 @@ def test_no_secret_reaches_the_page(run):
 
 
 def test_what_is_left_out_is_said(run):
-    run.rollouts.write(9, Split.EVAL, [replace(row(9, split=Split.EVAL), response_text="x" * 5000)])
+    run.rollouts.write(9, Split.EVAL, [row(text="x" * 5000)])
     _, _, data = page_of(run, Limits(points=2, rollouts_per_step=4, text_characters=100, rollout_bytes=2500))
     assert data["steps"] == [1, 3, 4]
     shown = [part["step"] for part in data["rollouts"]]

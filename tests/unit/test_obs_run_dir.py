@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -94,9 +93,9 @@ def test_winding_back_moves_later_steps_aside_so_that_each_exists_once(tmp_path)
     recorder = Recorder(run.metrics_path, [])
     for step in range(1, 6):
         recorder.write(StepRecord(step, {"x": float(step)}))
-        run.rollouts.write(step, Split.TRAIN, [row(step)])
-    run.rollouts.write(5, Split.EVAL, [row(5, split=Split.EVAL)])
-    run.rollouts.write(6, Split.TRAIN, [row(6)])  # generated, but the step was never finished
+        run.rollouts.write(step, Split.TRAIN, [row()])
+    run.rollouts.write(5, Split.EVAL, [row()])
+    run.rollouts.write(6, Split.TRAIN, [row()])  # generated, but the step was never finished
     recorder.close()
     assert run.truncate_after(3) == (4, 5, 6)
     assert [record.step for record in read_records(run.metrics_path)] == [1, 2, 3]
@@ -118,13 +117,13 @@ def test_winding_back_moves_later_steps_aside_so_that_each_exists_once(tmp_path)
 
 def test_rollouts_come_back_equal(tmp_path):
     store = RunDirectory(tmp_path).rollouts
-    train = [row(12), row(12, 1, text="")]
+    train = [row(), row(1, text="")]
     streams = ("response_tokens", "response_mask", "rollout_logprobs", "trainer_logprobs", "advantages")
-    train.append(replace(row(12, 2), **dict.fromkeys(streams, ()), components={}))
+    train.append(row(2, **{stream: [] for stream in streams}, components={}))
     size = store.write(12, Split.TRAIN, train)
-    evaluated = [row(12, split=Split.EVAL)]
-    size += store.write(12, Split.EVAL, evaluated)
-    assert store.read_step(12) == [*train, *evaluated]
+    size += store.write(12, Split.EVAL, [row()])
+    evaluated = {**row(), "step": 12, "split": "eval"}
+    assert store.read_step(12) == [*({**each, "step": 12, "split": "train"} for each in train), evaluated]
     assert store.nbytes == size
     assert [file.path.name for file in store.files()] == ["step_000012.parquet", "eval_000012.parquet"]
     assert pq.ParquetFile(store.files()[0].path).metadata.row_group(0).column(0).compression == "ZSTD"
@@ -134,8 +133,8 @@ def test_rollouts_come_back_equal(tmp_path):
 
 def test_a_reward_that_does_not_exist_stays_nan(tmp_path):
     store = RunDirectory(tmp_path).rollouts
-    store.write(1, Split.TRAIN, [replace(row(), reward=math.nan, outcome="error")])
-    assert math.isnan(store.read_step(1)[0].reward)
+    store.write(1, Split.TRAIN, [row(reward=math.nan, outcome="error")])
+    assert math.isnan(store.read_step(1)[0]["reward"])
 
 
 def test_an_unwritable_rollout_folder_is_named(tmp_path):

@@ -13,7 +13,6 @@ from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.data.prompts import LoaderState, PromptLoader
 from togi.errors import ConfigError, RewardError
-from togi.obs.rollout_store import Split
 from togi.pump.experience import GroupFilter, ScoredGroup, filter_metrics, rollout_metrics, rows, trainable
 from togi.pump.feed import RolloutFeed
 from togi.reward.scores import LengthPenalties
@@ -168,8 +167,8 @@ def test_metrics_and_rows_count_groups() -> None:
     assert values["groups/dropped_share"] == pytest.approx(2 / 5)
     assert values["groups/generations"] == pytest.approx(5 / 3)
     assert rollout_metrics(groups)["reward/mean"] == pytest.approx(3 / 10)  # of all that was generated
-    stored = rows(1, Split.TRAIN, groups)
-    assert [row.filtered for row in stored] == [True] * 4 + [False] * 6
+    stored = rows(groups)
+    assert [row["filtered"] for row in stored] == [True] * 4 + [False] * 6
 
 
 def test_the_range_is_about_the_reward_before_length_penalties() -> None:

@@ -37,8 +37,8 @@ def feed(tmp_path: Path) -> ReplayFeed:
     """Step 1 of two groups of two, beside an evaluation of the same step."""
     store = RolloutStore(tmp_path / "rollouts")
     groups = [group(0, [0.1, None]), group(1, [1 / 3, -2.0])]
-    store.write(1, Split.TRAIN, rows(1, Split.TRAIN, groups))
-    store.write(1, Split.EVAL, rows(1, Split.EVAL, [group(1, [9.0])]))
+    store.write(1, Split.TRAIN, rows(groups))
+    store.write(1, Split.EVAL, rows([group(1, [9.0])]))
     return ReplayFeed(store)
 
 
@@ -67,7 +67,7 @@ def test_another_run_is_refused(feed: ReplayFeed) -> None:
 def test_a_filtered_run_takes_as_many_prompts_as_it_took(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path / "rollouts")
     for step, groups in ((1, [replace(group(0, [0.0]), filtered=True), group(1, [1.0])]), (2, [group(1, [2.0])])):
-        store.write(step, Split.TRAIN, rows(step, Split.TRAIN, groups))
+        store.write(step, Split.TRAIN, rows(groups))
     feed = ReplayFeed(store, filtering=True)
     assert [feed.prompts_of(step, 9) for step in (1, 2, 3)] == [2, 1, 0]
     assert [feed.steps_for(prompts) for prompts in (2, 3, 4)] == [1, 2, 3]

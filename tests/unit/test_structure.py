@@ -107,7 +107,6 @@ FOREIGN_ATTRIBUTES = Counter(
 OWN_ATTRIBUTES = Counter(
     {
         "config/parse.py: build": 2,
-        "obs/rollout_store.py: _stored": 1,
         "parallel/deepspeed.py: _Tensors.__init__": 1,
         "plan/placement.py: resolve": 2,
         "run/preflight.py: check_replayed": 1,
@@ -128,6 +127,7 @@ RAISED_AGAIN = Counter(
         "obs/way_out.py: writing": 1,
         "run/modelscope.py: _downloaded": 1,
         "reward/function.py: _load_callable": 1,
+        "reward/worker.py: load_function": 1,
         "rollout/collect.py: _run_one": 1,
         "run/journal.py: open_journal": 1,
         "run/rl.py: workers": 1,
@@ -142,8 +142,7 @@ CAUGHT = Counter(
         "obs/sinks.py: Background._work": 1,
         "reward/sandbox/calls.py: _answer": 1,
         "reward/sandbox/calls.py: judge": 2,
-        "reward/worker.py: answer": 1,
-        "reward/worker.py: load_function": 1,
+        "reward/worker.py: reply": 1,
         # the edge of a thread, a process or a request: the caller is on the other side
         "obs/sinks.py: _wandb_main": 1,
         "reward/server.py: Batcher._drain": 1,

@@ -12,12 +12,12 @@ import math
 import secrets
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import yaml
 from jinja2 import Environment, PackageLoader
@@ -25,7 +25,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from togi.obs import names
 from togi.obs.metrics import StepRecord, read_records
-from togi.obs.rollout_store import RolloutFile, RolloutStore
+from togi.obs.rollout_store import RolloutFile, RolloutStore, Row
 from togi.obs.run_dir import RunDirectory, RunInfo, State, Status, read_held_out, write_atomically
 from togi.obs.way_out import tolerated, way_out
 
@@ -41,30 +41,24 @@ class Limits:
     evaluations: int = 24
 
 
-@dataclass(frozen=True, slots=True)
-class ShownRollout:
-    """One row of the page's table."""
-
-    group: str
-    index: int
-    source: str
-    prompt: str
-    response: str
-    label: str
-    tokens: int
-    reward: float | None
-    components: dict[str, float | None]
-    advantage: float | None
-    outcome: str
-    finish: str
-    version: int
-    filtered: bool
-
-
 _COLUMNS = (
     *("group_id", "sample_index", "datasource", "prompt_text", "response_text", "label", "response_mask", "reward"),
     *("components", "advantages", "outcome", "finish_reason", "policy_version", "filtered"),
 )
+
+
+class Chart(TypedDict):
+    """An entry of ``page/charts.yaml``: the patterns of the metrics that it draws."""
+
+    title: str
+    metrics: list[str]
+    unit: NotRequired[str]
+    kind: NotRequired[str]
+
+
+class ChartTable(TypedDict):
+    headlines: list[str]
+    charts: list[Chart]
 
 
 def write_report(root: Path, limits: Limits | None = None) -> Path:
@@ -92,13 +86,13 @@ def _asset(name: str) -> str:
     return files("togi.obs").joinpath("page", name).read_text(encoding="utf-8")
 
 
-def chart_table() -> dict[str, Any]:
+def chart_table() -> ChartTable:
     """Headlines and charts of the page, from ``page/charts.yaml``."""
-    table: dict[str, Any] = yaml.safe_load(_asset("charts.yaml"))
+    table: ChartTable = yaml.safe_load(_asset("charts.yaml"))
     return table
 
 
-def _page_data(run: RunDirectory, limits: Limits) -> dict[str, Any]:
+def _page_data(run: RunDirectory, limits: Limits) -> dict[str, object]:
     info, status = run.read_info(), run.read_status()
     records = read_records(run.metrics_path)
     # Thin first: everything below is made of the steps that are shown.
@@ -124,7 +118,7 @@ def _page_data(run: RunDirectory, limits: Limits) -> dict[str, Any]:
     }
 
 
-def _examples(root: Path, limits: Limits) -> list[dict[str, Any]]:
+def _examples(root: Path, limits: Limits) -> list[dict[str, object]]:
     """The examples of the data reports, by set."""
     parts = []
     for path in sorted((root / "data").glob("*.json")):
@@ -134,7 +128,7 @@ def _examples(root: Path, limits: Limits) -> list[dict[str, Any]]:
     return parts
 
 
-def _held_out(root: Path, limits: Limits) -> list[dict[str, Any]]:
+def _held_out(root: Path, limits: Limits) -> list[dict[str, object]]:
     """The held-out rows of evaluations, by step, evenly chosen."""
     rows = read_held_out(root)
     steps = sorted(list(rows)[index] for index in islice(spread_order(len(rows)), limits.evaluations))
@@ -173,7 +167,7 @@ def _facts(run: RunDirectory, info: RunInfo, status: Status, records: Sequence[S
     return [fact for fact in facts if fact[1]]
 
 
-def _headline(name: str, values: Sequence[float | None]) -> dict[str, Any]:
+def _headline(name: str, values: Sequence[float | None]) -> dict[str, object]:
     measured = [value for value in values if value is not None]
     return {"name": name, "first": measured[0], "last": measured[-1]} if measured else {"name": name}
 
@@ -199,10 +193,10 @@ def _series(records: Sequence[StepRecord]) -> dict[str, list[float | None]]:
     return {name: [_number(row.get(name, math.nan)) for row in rows] for name in found}
 
 
-def _charts(table: Sequence[Mapping[str, Any]], series: Mapping[str, object]) -> list[dict[str, Any]]:
+def _charts(table: Sequence[Chart], series: Mapping[str, object]) -> list[dict[str, object]]:
     """The charts of ``charts.yaml`` that have data, and one for each metric of a single method."""
     left = [name for name in series if not name.endswith("_stderr")]
-    charts = []
+    charts: list[dict[str, object]] = []
     for chart in table:
         # The first chart that matches a metric takes it.
         drawn = [name for name in left if any(fnmatchcase(name, pattern) for pattern in chart["metrics"])]
@@ -216,10 +210,10 @@ def _charts(table: Sequence[Mapping[str, Any]], series: Mapping[str, object]) ->
     return charts
 
 
-def _rollouts(store: RolloutStore, limits: Limits) -> tuple[list[dict[str, Any]], list[str]]:
+def _rollouts(store: RolloutStore, limits: Limits) -> tuple[list[dict[str, object]], list[str]]:
     """The rollouts to embed, by step, and notes on those that are left out."""
     files = store.files()
-    chosen: dict[int, dict[str, Any]] = {}
+    chosen: dict[int, dict[str, object]] = {}
     size = cut = 0
     # From a spread order, so that wherever the page is full, its steps cover the whole run.
     for index in spread_order(len(files)):
@@ -235,7 +229,7 @@ def _rollouts(store: RolloutStore, limits: Limits) -> tuple[list[dict[str, Any]]
         notes.append(
             f"Rollouts of {len(chosen)} of {len(files)} files are on this page, evenly chosen to keep it small."
         )
-    if any(part["total"] > len(part["rows"]) for part in chosen.values()):
+    if any(store.count(files[index]) > limits.rollouts_per_step for index in chosen):
         notes.append(f"At most {limits.rollouts_per_step} rollouts of a step are shown.")
     if cut:
         notes.append(f"{cut} texts are cut after {limits.text_characters} characters.")
@@ -244,32 +238,33 @@ def _rollouts(store: RolloutStore, limits: Limits) -> tuple[list[dict[str, Any]]
     return [chosen[index] for index in sorted(chosen)], notes
 
 
-def _step_part(store: RolloutStore, file: RolloutFile, limits: Limits) -> tuple[dict[str, Any], int]:
+def _step_part(store: RolloutStore, file: RolloutFile, limits: Limits) -> tuple[dict[str, object], int]:
     """One file's part of the page, and the number of truncated texts."""
     records = store.read_columns(file, _COLUMNS, limits.rollouts_per_step)
     texts = [text for record in records for text in (record["prompt_text"], record["response_text"])]
-    rows = [asdict(_shown(record, limits.text_characters)) for record in records]
+    rows = [_shown(record, limits.text_characters) for record in records]
     part = {"step": file.step, "split": file.split, "total": store.count(file), "rows": rows}
     return part, sum(len(text) > limits.text_characters for text in texts)
 
 
-def _shown(record: Mapping[str, Any], characters: int) -> ShownRollout:
-    return ShownRollout(
-        group=record["group_id"],
-        index=record["sample_index"],
-        source=record["datasource"],
-        prompt=_cut(record["prompt_text"], characters),
-        response=_cut(record["response_text"], characters),
-        label=_cut(record["label"], characters),
-        tokens=len(record["response_mask"]),
-        reward=_number(record["reward"]),
-        components={name: _number(value) for name, value in record["components"]},
-        advantage=_masked_mean(record["advantages"], record["response_mask"]),
-        outcome=record["outcome"],
-        finish=record["finish_reason"],
-        version=record["policy_version"],
-        filtered=record["filtered"],
-    )
+def _shown(row: Row, characters: int) -> dict[str, object]:
+    """One row of the page's table."""
+    return {
+        "group": row["group_id"],
+        "index": row["sample_index"],
+        "source": row["datasource"],
+        "prompt": _cut(row["prompt_text"], characters),
+        "response": _cut(row["response_text"], characters),
+        "label": _cut(row["label"], characters),
+        "tokens": len(row["response_mask"]),
+        "reward": _number(row["reward"]),
+        "components": {name: _number(value) for name, value in row["components"].items()},
+        "advantage": _masked_mean(row["advantages"], row["response_mask"]),
+        "outcome": row["outcome"],
+        "finish": row["finish_reason"],
+        "version": row["policy_version"],
+        "filtered": row["filtered"],
+    }
 
 
 def spread_order(count: int) -> Iterator[int]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -25,48 +25,16 @@ class Split(StrEnum):
     EVAL = "eval"
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutRow:
-    """One stored rollout.
-
-    ``response_*``, ``*_logprobs`` and ``advantages`` have one entry per response token. Logprobs are in nats at the sampling
-    temperature: ``rollout_logprobs`` of the engine, ``trainer_logprobs`` of the trainer. All but the engine's are empty
-    if not computed. ``label`` is JSON text. ``reward`` is NaN unless ``outcome`` is "score". ``group_id`` is shared by
-    the samples of one prompt in one step; ``sample_index`` counts within it. ``filtered``: dynamic filtering dropped the
-    group from training.
-    """
-
-    step: int
-    group_id: str
-    prompt_id: str
-    sample_index: int
-    datasource: str
-    prompt_text: str
-    response_text: str
-    label: str
-    prompt_tokens: tuple[int, ...]
-    response_tokens: tuple[int, ...]
-    response_mask: tuple[bool, ...]
-    rollout_logprobs: tuple[float, ...]
-    trainer_logprobs: tuple[float, ...]
-    ref_logprobs: tuple[float, ...]
-    advantages: tuple[float, ...]
-    reward: float
-    components: Mapping[str, float]
-    outcome: str
-    finish_reason: str
-    policy_version: int
-    split: Split = Split.TRAIN
-    filtered: bool = False
-
-    def __post_init__(self) -> None:
-        n = len(self.response_tokens)
-        assert n == len(self.response_mask) == len(self.rollout_logprobs), "response streams differ in length"
-        optional = (self.trainer_logprobs, self.ref_logprobs, self.advantages)
-        assert all(len(stream) in (0, n) for stream in optional), "response streams differ in length"
+_PREFIX_OF = {Split.TRAIN: "step", Split.EVAL: "eval"}
+Row = dict[str, Any]
+"""One stored rollout: a value for each name of ``SCHEMA``."""
 
 
 _FLOATS, _TOKENS = pa.list_(pa.float32()), pa.list_(pa.int32())
+# ``response_*``, ``*_logprobs`` and ``advantages`` have one entry per response token. Logprobs are in nats at the sampling
+# temperature: ``rollout_logprobs`` of the engine, ``trainer_logprobs`` of the trainer. All but the engine's are empty if not
+# computed. ``label`` is JSON text. ``reward`` is NaN unless ``outcome`` is "score". ``group_id`` is shared by the samples of one
+# prompt in one step; ``sample_index`` counts within it. ``filtered``: dynamic filtering dropped the group from training.
 SCHEMA = pa.schema(
     {
         "step": pa.int64(),
@@ -93,7 +61,6 @@ SCHEMA = pa.schema(
         "filtered": pa.bool_(),
     }
 )
-assert SCHEMA.names == [field.name for field in fields(RolloutRow)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +80,19 @@ class RolloutStore:
 
     folder: Path
 
-    def write(self, step: int, split: Split, rows: Sequence[RolloutRow]) -> int:
-        """Write all rollouts of one step and split at once. Returns the size of the file in bytes.
+    def write(self, step: int, split: Split, rows: Sequence[Row]) -> int:
+        """Write all rollouts of one step and split at once: all columns but these two. Returns the size of the file in bytes.
 
         Raises ``DataError`` naming the folder if it cannot be written (disk full, for example).
         """
-        assert all(row.step == step and row.split is split for row in rows), "a row of another step or split"
-        columns = [pa.array([_stored(row, name) for row in rows], SCHEMA.field(name).type) for name in SCHEMA.names]
+        records = [{"step": step, "split": split, **row} for row in rows]
+        assert all(record.keys() == set(SCHEMA.names) for record in records), "rows with other columns"
+        table = pa.Table.from_pylist(records, schema=SCHEMA)
         target = self._path(step, split)
         aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), aside, compression="zstd")
+            pq.write_table(table, aside, compression="zstd")
             aside.replace(target)
         except OSError as error:
             with contextlib.suppress(OSError):  # the folder may not exist
@@ -137,9 +105,11 @@ class RolloutStore:
         found = []
         for path in self.folder.glob("*_*.parquet"):
             prefix, _, number = path.stem.partition("_")
-            if prefix in _PREFIX_OF.values() and number.isdigit():
-                split = Split.TRAIN if prefix == _PREFIX_OF[Split.TRAIN] else Split.EVAL
-                found.append(RolloutFile(path, int(number), split))
+            found += [
+                RolloutFile(path, int(number), split)
+                for split, own in _PREFIX_OF.items()
+                if prefix == own and number.isdigit()
+            ]
         return sorted(found, key=lambda file: (file.step, file.split is Split.EVAL))
 
     def steps(self) -> list[int]:
@@ -150,21 +120,23 @@ class RolloutStore:
         """The size of all files in bytes."""
         return sum(file.nbytes for file in self.files())
 
-    def read_step(self, step: int) -> list[RolloutRow]:
+    def read_step(self, step: int) -> list[Row]:
         """All rollouts of one step: training, then evaluation. Raises ``DataError`` if there are none."""
         files = [file for file in self.files() if file.step == step]
         if not files:
-            raise DataError(f"{self.folder} holds no rollouts of step {step}; it has {_span(self.steps())}")
-        return [_row(record) for file in files for record in self.read_columns(file, SCHEMA.names)]
+            steps = self.steps()
+            there = f"steps {steps[0]} to {steps[-1]}" if steps else "none at all"
+            raise DataError(f"{self.folder} holds no rollouts of step {step}; it has {there}")
+        return [row for file in files for row in self.read_columns(file, SCHEMA.names)]
 
-    def read_columns(self, file: RolloutFile, columns: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
+    def read_columns(self, file: RolloutFile, columns: Sequence[str], limit: int | None = None) -> list[Row]:
         """Some columns of the first ``limit`` rows; cheap, because other columns are not read. Raises ``DataError``."""
         try:
             table = pq.read_table(file.path, columns=list(columns))
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{file.path} cannot be read as rollouts: {error}") from error
-        records: list[dict[str, Any]] = table.slice(0, limit).to_pylist()
-        return records
+        rows: list[Row] = table.slice(0, limit).to_pylist(maps_as_pydicts="strict")
+        return rows
 
     def count(self, file: RolloutFile) -> int:
         """The number of rollouts in one file, from its footer."""
@@ -172,21 +144,3 @@ class RolloutStore:
 
     def _path(self, step: int, split: Split) -> Path:
         return self.folder / f"{_PREFIX_OF[split]}_{step:06d}.parquet"
-
-
-_PREFIX_OF = {Split.TRAIN: "step", Split.EVAL: "eval"}
-
-
-def _stored(row: RolloutRow, name: str) -> Any:
-    value = getattr(row, name)
-    return list(value.items()) if isinstance(value, Mapping) else value
-
-
-def _row(record: Mapping[str, Any]) -> RolloutRow:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
-    values.update(components=dict(record["components"]), split=Split(record["split"]))
-    return RolloutRow(**values)
-
-
-def _span(steps: Sequence[int]) -> str:
-    return f"steps {steps[0]} to {steps[-1]}" if steps else "none at all"

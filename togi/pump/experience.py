@@ -40,7 +40,7 @@ from togi.learn.objective import (
     ROLLOUT_LOGPROBS,
 )
 from togi.obs import names
-from togi.obs.rollout_store import RolloutRow, Split
+from togi.obs.rollout_store import Row
 from togi.sample import FinishReason, Outcome, Rollout, Sample, Score, with_streams
 
 
@@ -251,45 +251,42 @@ def eval_metrics(groups: Sequence[ScoredGroup], samples: int) -> dict[str, float
     return metrics
 
 
-def rows(
-    step: int, split: Split, groups: Sequence[ScoredGroup], trained: Mapping[Place, Sample] | None = None
-) -> list[RolloutRow]:
+def rows(groups: Sequence[ScoredGroup], trained: Mapping[Place, Sample] | None = None) -> list[Row]:
     """The stored rows of a step, one per rollout, in order. ``trained``: the samples, whose streams are stored too."""
     known = trained or {}
     return [
-        _row(step, split, group, index, known.get((place, index)))
+        _row(group, index, known.get((place, index)))
         for place, group in enumerate(groups)
         for index in range(len(group.rollouts))
     ]
 
 
-def _row(step: int, split: Split, group: ScoredGroup, index: int, sample: Sample | None) -> RolloutRow:
+def _row(group: ScoredGroup, index: int, sample: Sample | None) -> Row:
     rollout, score = group.rollouts[index], group.scores[index]
-    prompt = rollout.prompt
-    return RolloutRow(
-        step=step,
-        group_id=rollout.group_id,
-        prompt_id=prompt.id,
-        sample_index=index,
-        datasource=prompt.datasource,
-        prompt_text=prompt.text,
-        response_text=rollout.response_text,
-        label=json.dumps(prompt.label, ensure_ascii=False),
-        prompt_tokens=prompt.tokens,
-        response_tokens=rollout.response_tokens,
-        response_mask=rollout.response_mask,
-        rollout_logprobs=rollout.response_logprobs,
-        trainer_logprobs=_at_trained_tokens(sample, OLD_LOGPROBS),
-        ref_logprobs=_at_trained_tokens(sample, REF_LOGPROBS),
-        advantages=_at_trained_tokens(sample, ADVANTAGES),
-        reward=score.value,
-        components=dict(score.components),
-        outcome=score.outcome,
-        finish_reason=rollout.finish_reason,
-        policy_version=rollout.policy_version,
-        split=split,
-        filtered=group.filtered,
-    )
+    prompt, count = rollout.prompt, len(rollout.response_tokens)
+    stored = {"trainer_logprobs": OLD_LOGPROBS, "ref_logprobs": REF_LOGPROBS, "advantages": ADVANTAGES}
+    streams = {name: _at_trained_tokens(sample, stream) for name, stream in stored.items()}
+    assert all(len(stream) in (0, count) for stream in streams.values()), "response streams differ in length"
+    return {
+        "group_id": rollout.group_id,
+        "prompt_id": prompt.id,
+        "sample_index": index,
+        "datasource": prompt.datasource,
+        "prompt_text": prompt.text,
+        "response_text": rollout.response_text,
+        "label": json.dumps(prompt.label, ensure_ascii=False),
+        "prompt_tokens": prompt.tokens,
+        "response_tokens": rollout.response_tokens,
+        "response_mask": rollout.response_mask,
+        "rollout_logprobs": rollout.response_logprobs,
+        **streams,
+        "reward": score.value,
+        "components": dict(score.components),
+        "outcome": score.outcome,
+        "finish_reason": rollout.finish_reason,
+        "policy_version": rollout.policy_version,
+        "filtered": group.filtered,
+    }
 
 
 def _at_trained_tokens(sample: Sample | None, name: str) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from togi.data.prompts import PromptLoader
 from togi.errors import DataError
-from togi.obs.rollout_store import RolloutRow, RolloutStore, Split
+from togi.obs.rollout_store import RolloutStore, Row, Split
 from togi.obs.run_dir import RunDirectory
 from togi.pump.experience import GroupFilter, ScoredGroup
 from togi.reward.scores import ErrorLimit, LengthPenalties, Reward
@@ -206,8 +206,8 @@ class ReplayFeed:
 
         Raises DataError if they have other prompts, other tokens of a prompt, or another number of samples.
         """
-        rows = [row for row in self._store.read_step(step) if row.split is Split.TRAIN]
-        groups = [list(group) for _, group in groupby(rows, key=lambda row: row.group_id)]
+        rows = [row for row in self._store.read_step(step) if row["split"] == Split.TRAIN]
+        groups = [list(group) for _, group in groupby(rows, key=lambda row: str(row["group_id"]))]
         where = f"--replay: step {step} of {self._store.folder}"
         if len(groups) != len(prompts):
             raise DataError(
@@ -215,12 +215,12 @@ class ReplayFeed:
             )
         # In the order of what a user can confuse: data, tokenizer, samples.
         for group, prompt in zip(groups, prompts, strict=True):
-            if group[0].prompt_id != prompt.id:
+            if group[0]["prompt_id"] != prompt.id:
                 raise DataError(
-                    f"{where} trained on prompt {group[0].prompt_id} where this run takes {prompt.id}: give the prompts of "
+                    f"{where} trained on prompt {group[0]['prompt_id']} where this run takes {prompt.id}: give the prompts of "
                     "that run, with its --max_samples and --prompt_max_len."
                 )
-            if group[0].prompt_tokens != prompt.tokens:
+            if tuple(group[0]["prompt_tokens"]) != prompt.tokens:
                 raise DataError(
                     f"{where} has other tokens of prompt {prompt.id} than this run: use the tokenizer, template and data of that "
                     "run."
@@ -233,25 +233,23 @@ class ReplayFeed:
         return [_group(group) for group in groups]
 
 
-def _group(rows: Sequence[RolloutRow]) -> ScoredGroup:
+def _group(rows: Sequence[Row]) -> ScoredGroup:
     first = rows[0]
-    prompt = Prompt(first.prompt_id, first.prompt_tokens, first.prompt_text, json.loads(first.label), first.datasource)
-    rollouts, scores = tuple(_rollout(row, prompt) for row in rows), tuple(_score(row) for row in rows)
-    return ScoredGroup(rollouts, scores, first.filtered)
+    label, tokens = json.loads(first["label"]), tuple(first["prompt_tokens"])
+    prompt = Prompt(first["prompt_id"], tokens, first["prompt_text"], label, first["datasource"])
+    rollouts = tuple(_rollout(row, prompt) for row in rows)
+    scores = tuple(Score(Outcome(row["outcome"]), row["reward"], row["components"]) for row in rows)
+    return ScoredGroup(rollouts, scores, first["filtered"])
 
 
-def _rollout(row: RolloutRow, prompt: Prompt) -> Rollout:
+def _rollout(row: Row, prompt: Prompt) -> Rollout:
     return Rollout(
         prompt=prompt,
-        group_id=row.group_id,
-        response_tokens=row.response_tokens,
-        response_mask=row.response_mask,
-        response_logprobs=row.rollout_logprobs,
-        response_text=row.response_text,
-        finish_reason=FinishReason(row.finish_reason),
-        policy_version=row.policy_version,
+        group_id=row["group_id"],
+        response_tokens=tuple(row["response_tokens"]),
+        response_mask=tuple(row["response_mask"]),
+        response_logprobs=tuple(row["rollout_logprobs"]),
+        response_text=row["response_text"],
+        finish_reason=FinishReason(row["finish_reason"]),
+        policy_version=row["policy_version"],
     )
-
-
-def _score(row: RolloutRow) -> Score:
-    return Score(Outcome(row.outcome), row.reward, dict(row.components))

@@ -314,7 +314,7 @@ class RLRun:
         await self.session.phases.enter(Phase.EVALUATE)
         with self.journal.progress.phase("evaluating"):
             groups = await self._eval_feed.run(self._material.held_out, count, f"eval{self.step}")
-        self.journal.rollouts.write(self.step, Split.EVAL, experience.rows(self.step, Split.EVAL, groups))
+        self.journal.rollouts.write(self.step, Split.EVAL, experience.rows(groups))
         metrics = experience.eval_metrics(groups, count)
         if self._keep.is_best(metrics):
             await self.session.phases.enter(Phase.SAVE)
@@ -348,7 +348,7 @@ class RLRun:
             self._kl = self._kl.update(values[names.KL_REFERENCE], len(samples))
         # Samples, then the line of progress. A step without a gradient says so.
         trained = dict(zip(places, samples, strict=True))
-        self.journal.rollouts.write(self.step, Split.TRAIN, experience.rows(self.step, Split.TRAIN, groups, trained))
+        self.journal.rollouts.write(self.step, Split.TRAIN, experience.rows(groups, trained))
         note = f"reward {values[names.REWARD_MEAN]:.3f}"
         if not any(np.any(sample.streams[ADVANTAGES][sample.loss_mask]) for sample in samples):
             note += " (all advantages are 0: no response was better than another, nothing was learnt)"
