@@ -71,7 +71,7 @@ def _empty() -> Tensor:
     return torch.empty(0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Outputs:
     """Results of one forward over a ``Batch``, all float32 (float64 from a float64 model).
 

@@ -18,10 +18,11 @@ import logging
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_local_fp32_param,
     set_z3_leaf_modules,
 )
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 EXPERTS = "experts"
 # Under stage 3 working copies up to this size stay whole on every rank: gathering norm weights costs more than it saves.
@@ -114,7 +118,7 @@ class DeepSpeed:
 
     def clip(self, max_norm: float) -> float:
         with self.world.collective("gradient norm"):
-            norm = float(self._zero.norm())
+            norm = self._zero.norm()
         # the step scales the gradients, by the same norm
         self._engine.optimizer.clip_grad = max_norm if math.isfinite(max_norm) else 0.0
         return norm if norm >= 0 else math.nan  # DeepSpeed returns -1 for a norm that is not finite
@@ -174,87 +178,64 @@ class DeepSpeed:
         self._zero.refresh()
 
 
-class _Shards(Protocol):
-    """The operations that differ between DeepSpeed's optimizers."""
-
-    def masters(self) -> Iterable[Tensor]:
-        """This rank's flat float32 tensors, which AdamW updates."""
-        ...
-
-    def link_state(self) -> None:
-        """Link the moments to DeepSpeed's own records of them."""
-        ...
-
-    def buffers(self) -> Iterable[Tensor]:
-        """The buffers of gradients. They hold no data between two steps."""
-        ...
-
-    def norm(self) -> Any:
-        """The global L2 norm of the gradients. Negative or infinite if they are not finite."""
-        ...
-
-    def drop_gradients(self) -> None: ...
-
-    def set_working(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Round ``value``, the new master of ``parameter``, into the working copy, or leave it to ``refresh``."""
-        ...
-
-    def refresh(self) -> None:
-        """Round the masters into the working copies, unless ``set_working`` has done it."""
-        ...
-
-
 def _shards_of(optimizer: Any) -> _Shards:
     if isinstance(optimizer, BF16_Optimizer):
         return _FirstStage(optimizer)
-    if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return _SecondStage(optimizer)
-    return _ThirdStage(optimizer)
+    return (_SecondStage if isinstance(optimizer, DeepSpeedZeroOptimizer) else _ThirdStage)(optimizer)
 
 
-class _Whole:
-    """Stages 1 and 2: the working copies are whole on every rank."""
+class _Shards(ABC):
+    """The operations that differ between DeepSpeed's optimizers. As written here the working copies are whole on every rank."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
 
-    def masters(self) -> Iterable[Tensor]:
+    def masters(self) -> list[Tensor]:
+        """This rank's flat float32 tensors, which AdamW updates."""
         return [group["params"][0] for group in self._optimizer.optimizer.param_groups]
 
     def link_state(self) -> None:
+        """Link the moments to DeepSpeed's own records of them."""
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
-    def buffers(self) -> Iterable[Tensor]:
+    def buffers(self) -> list[Tensor]:
+        """The buffers of gradients. They hold no data between two steps."""
         return []
 
-    def set_working(self, parameter: nn.Parameter, value: Tensor) -> None:
-        pass
+    @abstractmethod
+    def norm(self) -> float:
+        """The global L2 norm of the gradients. Negative or infinite if they are not finite."""
+
+    @abstractmethod
+    def drop_gradients(self) -> None: ...
+
+    def set_working(self, parameter: nn.Parameter, value: Tensor) -> None:  # noqa: B027
+        """Round ``value``, the new master of ``parameter``, into the working copy, or leave it to ``refresh``."""
 
     def refresh(self) -> None:
+        """Round the masters into the working copies, unless ``set_working`` has done it."""
         self._optimizer.update_lp_params()
 
 
-class _FirstStage(_Whole):
+class _FirstStage(_Shards):
     """Stage 1 with bfloat16: gradients are whole on every rank too, in float32."""
 
-    def buffers(self) -> Iterable[Tensor]:
-        whole: list[Tensor] = self._optimizer.fp32_groups_gradients_flat
-        return whole
+    def buffers(self) -> list[Tensor]:
+        return [*self._optimizer.fp32_groups_gradients_flat]
 
-    def norm(self) -> Any:
-        gradients, _ = self._optimizer.get_grads_for_norm()
-        return get_global_norm_of_tensors(gradients)
+    def norm(self) -> float:
+        return float(get_global_norm_of_tensors(self._optimizer.get_grads_for_norm()[0]))
 
     def drop_gradients(self) -> None:
         self._optimizer.clear_hp_grads()
         self._optimizer.clear_lp_grads(set_to_none=True)
 
 
-class _SecondStage(_Whole):
+class _SecondStage(_Shards):
     """Stage 2, and stage 1 in float32 or with offload."""
 
-    def norm(self) -> Any:
-        return self._optimizer.scaled_global_norm()
+    def norm(self) -> float:
+        return float(self._optimizer.scaled_global_norm())
 
     def drop_gradients(self) -> None:
         optimizer = self._optimizer
@@ -268,24 +249,20 @@ class _SecondStage(_Whole):
             _zero_gradients(self.masters())
 
 
-class _ThirdStage:
+class _ThirdStage(_Shards):
     """Stage 3: every rank holds a partition of each parameter."""
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-
-    def masters(self) -> Iterable[Tensor]:
-        masters: list[Tensor] = self._optimizer.fp32_partitioned_groups_flat
-        return masters
+    def masters(self) -> list[Tensor]:
+        return [*self._optimizer.fp32_partitioned_groups_flat]
 
     def link_state(self) -> None:
         pass
 
-    def buffers(self) -> Iterable[Tensor]:
+    def buffers(self) -> list[Tensor]:
         return [self._optimizer.grad_partitions_flat_buffer]
 
-    def norm(self) -> Any:
-        return combine_grad_norm_groups(self._optimizer._get_norm_groups())
+    def norm(self) -> float:
+        return float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
 
     def drop_gradients(self) -> None:
         optimizer = self._optimizer
@@ -330,7 +307,7 @@ def _meet(world: World) -> None:
     deepspeed.init_distributed(verbose=False)
 
 
-def _config(world: World, options: BackendOptions) -> dict[str, Any]:
+def _config(world: World, options: BackendOptions) -> dict[str, object]:
     return {
         # the learner forms the batches: DeepSpeed uses these numbers only to count samples
         "train_micro_batch_size_per_gpu": 1,
@@ -387,17 +364,17 @@ def _mark_sparse_blocks(module: nn.Module) -> None:
 class _Tensors(dict[str, Tensor]):
     """The differentiable outputs of a forward as a dict, in which DeepSpeed's hooks on the model find tensors."""
 
-    def __init__(self, record: Any) -> None:
+    def __init__(self, record: DataclassInstance) -> None:
         self.record = record
-        values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-        super().__init__({name: v for name, v in values.items() if isinstance(v, Tensor) and v.requires_grad})
+        values = {name: v for name, v in vars(record).items() if isinstance(v, Tensor) and v.requires_grad}
+        super().__init__(values)
 
 
-def _unwrap(module: nn.Module, inputs: Any, record: Any) -> _Tensors:
+def _unwrap(module: nn.Module, inputs: object, record: DataclassInstance) -> _Tensors:
     """The first forward hook, before DeepSpeed's: from a record to a dict."""
     return _Tensors(record)
 
 
-def _wrap(module: nn.Module, inputs: Any, tensors: _Tensors) -> Any:
+def _wrap(module: nn.Module, inputs: object, tensors: _Tensors) -> DataclassInstance:
     """The last forward hook, after DeepSpeed's: back to the record."""
     return dataclasses.replace(tensors.record, **tensors)

@@ -8,23 +8,13 @@ is sharded over the groups, each of which has its own share of the data, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from togi.parallel.backend import BackendOptions, Reader, cast, check_same_weights, decoder_blocks, nothing_left
-from togi.parallel.groups import DATA, TENSOR, clip_split_gradients, copy_part, grid, split, whole
-from togi.parallel.optimizer import (
-    MOMENTS,
-    clip_gradients,
-    fill_missing_gradients,
-    make_adamw,
-    moments,
-    move_buffers,
-    take_step,
-)
+from togi.parallel.groups import DATA, TENSOR, clip_split_gradients, grid, split, whole
+from togi.parallel.optimizer import Stepped, clip_gradients, fill_missing_gradients, make_adamw, move_buffers, take_step
 from togi.parallel.process import World
 
 
@@ -78,7 +68,7 @@ def shard(
         module.set_gradient_divide_factor(float(world.tensor_size))
 
 
-class Sharded:
+class Sharded(Stepped):
     """The ``Backend`` of several processes, each of which holds a shard of every parameter."""
 
     def __init__(self, module: nn.Module, world: World, options: BackendOptions, read: Reader = nothing_left) -> None:
@@ -89,11 +79,10 @@ class Sharded:
         splits = world.tensor_size > 1
         reshard, on_host = options.zero_stage == 3, options.adam_offload
         shard(module, world, options.bf16, reshard, on_host=on_host, splits=splits, read=read)
-        self.module = module
-        self.world = world
+        self.module, self.world = module, world
         self._zero_stage = options.zero_stage
-        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._optimizer = make_adamw(self._trained, options)
+        self._masters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._optimizer = make_adamw(self._masters, options)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         assert isinstance(self.module, FSDPModule)
@@ -102,12 +91,12 @@ class Sharded:
         with self.world.collective("backward"):
             torch.autograd.backward(loss)
         if last:
-            fill_missing_gradients(self._trained)
+            fill_missing_gradients(self._masters)
 
     def clip(self, max_norm: float) -> float:
         if self.world.tensor_size > 1:
-            return clip_split_gradients(self._trained.values(), max_norm, self.world)
-        norm = clip_gradients(self._trained, max_norm)
+            return clip_split_gradients(self._masters.values(), max_norm, self.world)
+        norm = clip_gradients(self._masters, max_norm)
         with self.world.collective("gradient norm"):
             return float(whole(norm))
 
@@ -116,37 +105,3 @@ class Sharded:
 
     def drop_gradients(self) -> None:
         self._optimizer.zero_grad()
-
-    def full_parameters(
-        self, dtype: torch.dtype | None = None, *, trained_only: bool = False
-    ) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.module.named_parameters():
-            if trained_only and name not in self._trained:
-                continue
-            # cast before gathering: a bfloat16 copy is half the traffic
-            part = parameter.detach().to(self.world.device, parameter.dtype if dtype is None else dtype)
-            with self.world.collective(f"full parameter {name}"):
-                full = whole(part)
-            yield name, full
-
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._trained.items():
-            tensors = {"master": parameter.detach(), **{m: self._optimizer.state[parameter][m] for m in MOMENTS}}
-            for kind, part in tensors.items():
-                with self.world.collective(f"{kind} of {name}"):
-                    full = whole(part)
-                yield f"{kind}/{name}", full
-
-    def load_state(self, read: Callable[[str], Tensor], steps: int) -> None:
-        for name, parameter in self._trained.items():
-            state = self._optimizer.state[parameter]
-            copy_part(parameter, read(f"master/{name}"))
-            for moment in MOMENTS:
-                copy_part(state[moment], read(f"{moment}/{name}"))
-            state["step"].fill_(steps)
-
-    def at_rest(self) -> Iterable[Tensor]:
-        return moments(self._optimizer)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in self._trained.items()}

@@ -131,8 +131,10 @@ def whole(part: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_part(target: Tensor, full: Tensor) -> None:
-    """Copy this rank's part of ``full``, which every rank has loaded itself."""
-    assert isinstance(target, DTensor)
+    """Copy this rank's part of ``full``, which every rank has loaded itself, or all of it."""
+    if not isinstance(target, DTensor):
+        target.copy_(full)
+        return
     mesh, placements = target.device_mesh, target.placements
     # split as in ``split``, then shard as FSDP2 does
     if mesh.ndim == 2 and isinstance(placements[1], Shard):

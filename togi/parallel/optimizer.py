@@ -15,7 +15,7 @@ import ctypes
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from togi.cpu import HostKernels, Rates
 from togi.parallel.backend import BackendOptions
+from togi.parallel.groups import copy_part, whole
+from togi.parallel.process import World
 from togi.plan.machine import Released, resident_bytes, return_freed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -45,7 +47,7 @@ def adamw_without_state(
     """
     decayed = [p for name, p in parameters.items() if len(shapes[name]) > 1]
     others = [p for name, p in parameters.items() if len(shapes[name]) <= 1]
-    groups: list[dict[str, Any]] = []
+    groups: list[dict[str, object]] = []
     for chosen, decay in ((decayed, options.weight_decay), (others, 0.0)):
         by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
         for parameter in chosen:
@@ -105,6 +107,50 @@ def take_host_step(
             steps = int(state["step"])
             rates = Rates(learning_rate, group["weight_decay"], group["betas"], group["eps"], steps, factor)
             kernels.adamw(parameter, (state["exp_avg"], state["exp_avg_sq"]), gradient, working, rates)
+
+
+class Stepped:
+    """What backends have in common that step ``_masters``, whole or sharded by torch, with torch's AdamW."""
+
+    module: nn.Module
+    world: World
+    _masters: Mapping[str, Tensor]
+    _optimizer: torch.optim.AdamW
+
+    def full_parameters(
+        self, dtype: torch.dtype | None = None, *, trained_only: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            if trained_only and name not in self._masters:
+                continue
+            # a working copy is the rounded master: take it if it has the requested dtype
+            best = parameter if dtype is parameter.dtype else self._masters.get(name, parameter)
+            # cast before gathering: a bfloat16 copy is half the traffic
+            part = best.detach().to(self.world.device, best.dtype if dtype is None else dtype)
+            with self.world.collective(f"full parameter {name}"):
+                full = whole(part)
+            yield name, full
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, master in self._masters.items():
+            tensors = {"master": master.detach(), **{m: self._optimizer.state[master][m] for m in MOMENTS}}
+            for kind, part in tensors.items():
+                with self.world.collective(f"{kind} of {name}"):
+                    full = whole(part)
+                yield f"{kind}/{name}", full
+
+    def load_state(self, read: Callable[[str], Tensor], steps: int) -> None:
+        for name, master in self._masters.items():
+            state = self._optimizer.state[master]
+            for kind, part in {"master": master, **{moment: state[moment] for moment in MOMENTS}}.items():
+                copy_part(part, read(f"{kind}/{name}"))
+            state["step"].fill_(steps)
+
+    def at_rest(self) -> Iterable[Tensor]:
+        return moments(self._optimizer)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(master.shape) for name, master in self._masters.items()}
 
 
 def fill_missing_gradients(parameters: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -205,7 +205,7 @@ class World:
         """Element-wise maximum over ranks in float64; the same on every rank."""
         return self._reduce(tag, values, dist.ReduceOp.MAX)
 
-    def _reduce(self, tag: str, values: Sequence[float], op: Any) -> list[float]:
+    def _reduce(self, tag: str, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         # on the CPU, over gloo: control flow must not wait for the device
         numbers = torch.tensor(list(values), dtype=torch.float64)
         if self.size > 1:
@@ -218,7 +218,7 @@ class World:
         """The record of every rank, in the order of ranks, on every rank. For small picklable records between Togi's processes."""
         if self.size == 1:
             return [record]
-        records: list[Any] = [None] * self.size
+        records: list[T] = [record] * self.size
         with self.collective(tag):
             dist.all_gather_object(records, record)
         return records

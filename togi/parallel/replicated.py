@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from togi.cpu import compiled, is_plain
 from togi.parallel.backend import BackendOptions, cast, check_same_weights
-from togi.parallel.optimizer import MOMENTS, fill_missing_gradients, make_adamw, moments, take_host_step, take_step
+from togi.parallel.optimizer import Stepped, fill_missing_gradients, make_adamw, take_host_step, take_step
 from togi.parallel.process import World
 
 BUCKET_ELEMENTS = 32 * 2**20
@@ -24,7 +24,7 @@ CLIP_EPSILON = 1e-6
 """PyTorch adds this to a norm before it divides by the norm."""
 
 
-class Replicated:
+class Replicated(Stepped):
     """The ``Backend`` of one process, or of several that each hold a copy of the model."""
 
     def __init__(self, module: nn.Module, world: World, options: BackendOptions) -> None:
@@ -91,38 +91,13 @@ class Replicated:
             working.grad = self._masters[name].grad = None
         self._factor = 1.0
 
-    def full_parameters(
-        self, dtype: torch.dtype | None = None, *, trained_only: bool = False
-    ) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.module.named_parameters():
-            if trained_only and name not in self._masters:
-                continue
-            # a working copy is the rounded master: take it if it has the requested dtype
-            best = parameter if dtype is parameter.dtype else self._masters.get(name, parameter)
-            yield name, best.detach().to(self.world.device, best.dtype if dtype is None else dtype)
-
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        for name, master in self._masters.items():
-            yield f"master/{name}", master.detach()
-            for moment in MOMENTS:
-                yield f"{moment}/{name}", self._optimizer.state[master][moment]
-
     def load_state(self, read: Callable[[str], Tensor], steps: int) -> None:
-        for name, master in self._masters.items():
-            state = self._optimizer.state[master]
-            with torch.no_grad():
-                master.copy_(read(f"master/{name}"))
-            for moment in MOMENTS:
-                state[moment].copy_(read(f"{moment}/{name}"))
-            state["step"].fill_(steps)
+        super().load_state(read, steps)
         self._refresh(self._names)
 
     def at_rest(self) -> Iterable[Tensor]:
         masters = [master for name, master in self._masters.items() if master is not self._names[name]]
-        return [*masters, *moments(self._optimizer)]
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(master.shape) for name, master in self._masters.items()}
+        return [*masters, *super().at_rest()]
 
     @staticmethod
     def _split(parameter: nn.Parameter, home: torch.device, bf16: bool) -> Tensor:
