@@ -107,7 +107,6 @@ FOREIGN_ATTRIBUTES = Counter(
 OWN_ATTRIBUTES = Counter(
     {
         "config/parse.py: build": 2,
-        "plan/placement.py: resolve": 2,
         "run/preflight.py: check_replayed": 1,
     }
 )

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Literal
 
 from togi.config.choices import BackendName, SyncBackend, WorkersKind
 from togi.config.parse import Parsed, Source
@@ -31,23 +31,18 @@ def check_workers(config: RLConfig, machine: Machine) -> None:
 def what_needs_ray(config: RLConfig, machine: Machine) -> str:
     """The first setting that needs more than one process, as it is written; "" if none does."""
     # Counts first, then settings that work across processes only.
-    counts: dict[str, int | str] = {
+    sizes, roles = _sizes(config), dict.fromkeys(used_roles(config))
+    counts = {
         "vllm_num_engines": config.vllm_num_engines,
         "vllm_tensor_parallel_size": config.vllm_tensor_parallel_size,
-        "actor_num_nodes": config.actor_num_nodes,
-        "actor_num_gpus_per_node": config.actor_num_gpus_per_node,
-        "ring_attn_size": config.ring_attn_size,
-        "ds_tensor_parallel_size": config.ds_tensor_parallel_size,
     }
-    if config.uses_critic:
-        counts["critic_num_nodes"] = config.critic_num_nodes
-        counts["critic_num_gpus_per_node"] = config.critic_num_gpus_per_node
-    if config.loads_reference:
-        counts["ref_num_nodes"] = config.ref_num_nodes
-        counts["ref_num_gpus_per_node"] = config.ref_num_gpus_per_node
-    if config.scoring_models:
-        counts["reward_num_nodes"] = config.reward_num_nodes
-        counts["reward_num_gpus_per_node"] = config.reward_num_gpus_per_node
+    for role in (role for role in roles if role is not Role.ENGINE):
+        counts |= dict(zip(_flags_of(role), sizes[role], strict=True))
+        if role is Role.ACTOR:
+            counts |= {
+                "ring_attn_size": config.ring_attn_size,
+                "ds_tensor_parallel_size": config.ds_tensor_parallel_size,
+            }
     needs = [f"--{name} {count}" for name, count in counts.items() if count != 1]
     if joins_cluster():
         needs.append(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}")
@@ -183,7 +178,7 @@ def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
     config = parsed.config
     colocated, engine_size = config.colocate_all_models, config.vllm_tensor_parallel_size
     share = max(1, machine.gpus // (1 if colocated else len(_sharing(config))))
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     # The actor: from the given engines that it shares GPUs with, else as many whole teams as its share holds.
     actor = config.actor_num_gpus_per_node
     if actor == "auto" and colocated and config.vllm_num_engines != "auto":
@@ -194,11 +189,12 @@ def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
     else:
         actor_per_node = actor
     # The other models follow the actor.
-    for role in ("actor", "critic", "ref", "reward"):
-        if getattr(config, f"{role}_num_gpus_per_node") == "auto":
-            values[f"{role}_num_gpus_per_node"] = actor_per_node
-            if getattr(config, f"{role}_num_nodes") == 1:
-                values[f"{role}_num_nodes"] = config.actor_num_nodes
+    for role, (nodes, per_node) in _sizes(config).items():
+        if role is not Role.ENGINE and per_node == "auto":
+            nodes_flag, per_node_flag = _flags_of(role)
+            values[per_node_flag] = actor_per_node
+            if nodes == 1:
+                values[nodes_flag] = config.actor_num_nodes
     # Engines fill the actor's slots, or their own share.
     if config.vllm_num_engines == "auto":
         slots = actor_per_node * config.actor_num_nodes if colocated else share
@@ -213,7 +209,7 @@ def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
 
 def plan_groups(config: RLConfig) -> tuple[Group, ...]:
     """The groups of a resolved configuration. Raises ConfigError if roles that share slots differ in size."""
-    sizes = _sizes(config)
+    sizes = {role: (nodes, int(per_node)) for role, (nodes, per_node) in _sizes(config).items()}
     _check_teams(config, sizes)
     groups = []
     for roles in _sharing(config):
@@ -352,19 +348,21 @@ def _sharing(config: RLConfig) -> list[tuple[Role, ...]]:
     return single + shared
 
 
-def _sizes(config: RLConfig) -> Mapping[Role, tuple[int, int]]:
-    resolved = (
-        config.vllm_num_engines,
-        config.actor_num_gpus_per_node,
-        config.critic_num_gpus_per_node,
-        config.ref_num_gpus_per_node,
-        config.reward_num_gpus_per_node,
-    )
-    engines, actor, critic, ref, reward = (int(number) for number in resolved)
+Auto = Literal["auto"]
+
+
+def _flags_of(role: Role) -> tuple[str, str]:
+    """The settings of a model's nodes, and of its processes on each."""
+    return f"{role}_num_nodes", f"{role}_num_gpus_per_node"
+
+
+def _sizes(config: RLConfig) -> dict[Role, tuple[int, int | Auto]]:
+    """Nodes of each role and its slots on each, before or after ``auto`` is resolved."""
+    engines = config.vllm_num_engines
     return {
-        Role.ENGINE: (1, engines * config.vllm_tensor_parallel_size),
-        Role.ACTOR: (config.actor_num_nodes, actor),
-        Role.CRITIC: (config.critic_num_nodes, critic),
-        Role.REF: (config.ref_num_nodes, ref),
-        Role.REWARD: (config.reward_num_nodes, reward),
+        Role.ENGINE: (1, engines if engines == "auto" else engines * config.vllm_tensor_parallel_size),
+        Role.ACTOR: (config.actor_num_nodes, config.actor_num_gpus_per_node),
+        Role.CRITIC: (config.critic_num_nodes, config.critic_num_gpus_per_node),
+        Role.REF: (config.ref_num_nodes, config.ref_num_gpus_per_node),
+        Role.REWARD: (config.reward_num_nodes, config.reward_num_gpus_per_node),
     }
