@@ -6,8 +6,6 @@ engines and trainer compute them.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from togi.errors import DataError
+from togi.obs.way_out import replacing
 
 
 class Split(StrEnum):
@@ -89,14 +88,11 @@ class RolloutStore:
         assert all(record.keys() == set(SCHEMA.names) for record in records), "rows with other columns"
         table = pa.Table.from_pylist(records, schema=SCHEMA)
         target = self._path(step, split)
-        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table, aside, compression="zstd")
-            aside.replace(target)
+            with replacing(target) as aside:
+                pq.write_table(table, aside, compression="zstd")
         except OSError as error:
-            with contextlib.suppress(OSError):  # the folder may not exist
-                aside.unlink()
             raise DataError(f"rollouts of step {step} cannot be written to {self.folder}: {error}") from error
         return target.stat().st_size
 

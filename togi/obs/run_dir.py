@@ -16,9 +16,7 @@ Removes secrets from what a run writes: configuration files, reports, trackers a
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import platform
 import re
 import time
@@ -33,7 +31,7 @@ import yaml
 from togi.errors import ConfigError, DataError, WriteError
 from togi.obs.metrics import read_records
 from togi.obs.rollout_store import RolloutStore
-from togi.obs.way_out import writing
+from togi.obs.way_out import replacing, writing
 from togi.version import __version__
 
 SECRET_FLAGS = frozenset({"use_wandb", "wandb_api_key", "hf_token", "api_key"})
@@ -137,40 +135,19 @@ def default_run_dir(command: str, now: time.struct_time | None = None, parent: P
     return path
 
 
-@dataclass(frozen=True, slots=True)
 class RunDirectory:
     """The paths of a run's parts. Create it with ``create`` or ``resume`` (writers) or directly (readers)."""
 
-    root: Path
-
-    @property
-    def info_path(self) -> Path:
-        return self.root / "run.json"
-
-    @property
-    def config_path(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def status_path(self) -> Path:
-        return self.root / "status.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def report_path(self) -> Path:
-        return self.root / "report.html"
-
-    @property
-    def stacks_path(self) -> Path:
-        """Where a stalled process writes its Python stacks (``progress.Watchdog``)."""
-        return self.root / "stacks.txt"
-
-    @property
-    def rollouts(self) -> RolloutStore:
-        return RolloutStore(self.root / "rollouts")
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.info_path = root / "run.json"
+        self.config_path = root / "config.yaml"
+        self.status_path = root / "status.json"
+        self.metrics_path = root / "metrics.jsonl"
+        self.report_path = root / "report.html"
+        # where a stalled process writes its Python stacks (``progress.Watchdog``)
+        self.stacks_path = root / "stacks.txt"
+        self.rollouts = RolloutStore(root / "rollouts")
 
     @property
     def holds_run(self) -> bool:
@@ -200,16 +177,14 @@ class RunDirectory:
 
         The previous configuration is kept in ``discarded/``. Call ``truncate_after`` with the checkpoint's step next.
         """
-        run = cls(root)
-        if not run.info_path.exists():
-            run._write_info(uuid.uuid4().hex[:12], command, argv, values)
-            return run
-        before = run.read_info()
-        kept = run._discard_folder("config")
-        for path in (run.info_path, run.config_path):
-            if path.exists():
-                (kept / path.name).write_bytes(path.read_bytes())
-        run._write_info(before.run_id, command, argv, values)
+        run, run_id = cls(root), uuid.uuid4().hex[:12]
+        if run.info_path.exists():
+            run_id = run.read_info().run_id
+            kept = run._discard_folder("config")
+            for path in (run.info_path, run.config_path):
+                if path.exists():
+                    (kept / path.name).write_bytes(path.read_bytes())
+        run._write_info(run_id, command, argv, values)
         return run
 
     def _write_info(self, run_id: str, command: str, argv: Sequence[str], values: Mapping[str, Resolved]) -> None:
@@ -286,15 +261,8 @@ class RunDirectory:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write aside, then rename: a reader sees the old text or the new one, never a part. Raises WriteError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        try:
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                aside.unlink()
-            raise
+    with writing(path), replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def _plain(value: object) -> object:

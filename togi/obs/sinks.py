@@ -20,14 +20,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from togi.errors import ConfigError
 from togi.obs.metrics import StepRecord
 from togi.obs.run_dir import looks_like_wandb_key, redact_values, scrub
 from togi.obs.way_out import writing
+
+if TYPE_CHECKING:
+    import wandb
 
 log = logging.getLogger(__name__)
 
@@ -102,20 +105,6 @@ class TensorBoardSink:
         self._writer.close()
 
 
-@dataclass(frozen=True, slots=True)
-class WandbRun:
-    """The W&B settings of a run. ``key`` "": the user is logged in. ``run_id``: connects a resumed run to the previous one."""
-
-    key: str
-    project: str
-    name: str
-    entity: str
-    group: str
-    run_id: str
-    folder: str
-    config: dict[str, object]
-
-
 class WandbProcess:
     """W&B in its own process, which reads one JSON line per record and can be killed.
 
@@ -123,7 +112,8 @@ class WandbProcess:
     command line or in the environment, where other processes can read it.
     """
 
-    def __init__(self, run: WandbRun) -> None:
+    def __init__(self, key: str, run: Mapping[str, object]) -> None:
+        """``key`` "": the user is logged in. ``run``: arguments of ``wandb.init``; ``id`` connects a resumed run."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "togi.obs.sinks"],
             stdin=subprocess.PIPE,
@@ -133,25 +123,27 @@ class WandbProcess:
             start_new_session=True,  # Ctrl-C reaches only the run, and the whole group can be killed
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
-        self._send(json.dumps(asdict(run)))
+        assert self._process.stdin is not None and self._process.stdout is not None, "opened as pipes"
+        self._records, self._answers = self._process.stdin, self._process.stdout
+        self._send(json.dumps({"key": key, "run": run}))
 
     def connect(self) -> Sink:
         """Wait until W&B has accepted the run. Raises ``ConnectionError`` with its message otherwise."""
-        answer = self._pipe(self._process.stdout).readline().strip()
+        answer = self._answer("its process ended without a word")
         if answer != _READY:
-            raise ConnectionError(answer or "its process ended without a word")
+            raise ConnectionError(answer)
         return self
 
     def write(self, record: StepRecord) -> None:
         try:
             self._send(record.to_json())
         except BrokenPipeError as error:
-            raise ConnectionError(self._pipe(self._process.stdout).readline().strip() or "its process ended") from error
+            raise ConnectionError(self._answer("its process ended")) from error
 
     def close(self) -> None:
-        self._pipe(self._process.stdin).close()
+        self._records.close()
         if self._process.wait() != 0:
-            raise ConnectionError(self._pipe(self._process.stdout).readline().strip() or "its process failed")
+            raise ConnectionError(self._answer("its process failed"))
 
     def kill(self) -> None:
         """Kill the process and everything it started. Its local files stay, for ``wandb sync``."""
@@ -160,21 +152,18 @@ class WandbProcess:
         self._process.wait()
 
     def _send(self, line: str) -> None:
-        pipe = self._pipe(self._process.stdin)
-        pipe.write(line + "\n")
-        pipe.flush()
+        self._records.write(line + "\n")
+        self._records.flush()
 
-    @staticmethod
-    def _pipe(pipe: IO[str] | None) -> IO[str]:
-        assert pipe is not None, "opened above as a pipe"
-        return pipe
+    def _answer(self, otherwise: str) -> str:
+        return self._answers.readline().strip() or otherwise
 
 
 def _wandb_main() -> None:
     """The body of ``WandbProcess``: reads settings, then records; answers with one line, or with an error."""
     lines, answers = sys.stdin, sys.stdout
     try:
-        run = _wandb_open(WandbRun(**json.loads(lines.readline())))
+        run = _wandb_open(**json.loads(lines.readline()))
         answers.write(_READY + "\n")
         answers.flush()
         for line in lines:
@@ -191,32 +180,20 @@ def _wandb_main() -> None:
         sys.exit(1)
 
 
-def _wandb_open(options: WandbRun) -> Any:
+def _wandb_open(key: str, run: Mapping[str, Any]) -> wandb.Run:
     import wandb
 
     offline = os.environ.get("WANDB_MODE", "online") != "online"
-    if not options.key and not offline and not wandb.login(prompt=False):
+    if not key and not offline and not wandb.login(prompt=False):
         raise ConfigError("not logged in; give a key (--use_wandb KEY), set WANDB_API_KEY or run `wandb login`")
     # x_disable_meta: otherwise W&B stores the command line and paths of the environment. No console capture either.
-    settings = wandb.Settings(
-        api_key=options.key or None, console="off", silent=True, x_disable_meta=True, save_code=False
-    )
-    run = wandb.init(
-        project=options.project,
-        name=options.name,
-        entity=options.entity or None,
-        group=options.group or None,
-        dir=options.folder,
-        id=options.run_id,
-        resume=None if offline else "allow",
-        config=options.config,
-        settings=settings,
-    )
+    settings = wandb.Settings(api_key=key or None, console="off", silent=True, x_disable_meta=True, save_code=False)
+    opened = wandb.init(**run, resume=None if offline else "allow", settings=settings)
     # Training and evaluation have step axes of their own.
     for family in ("train", "eval"):
-        run.define_metric(f"{family}/global_step")
-        run.define_metric(f"{family}/*", step_metric=f"{family}/global_step")
-    return run
+        opened.define_metric(f"{family}/global_step")
+        opened.define_metric(f"{family}/*", step_metric=f"{family}/global_step")
+    return opened
 
 
 def tracker_names(record: StepRecord) -> dict[str, float]:
@@ -250,25 +227,23 @@ class Background:
         self._thread.start()
 
     def write(self, record: StepRecord) -> None:
-        due = record.step % self._every == 0 or any(name.startswith("eval/") for name in record.values)
-        if due and not self._dropped.is_set():
+        if record.step % self._every == 0 or any(name.startswith("eval/") for name in record.values):
+            self._put(record)
+
+    def close(self) -> None:
+        """Wait until everything is sent, at most ``patience`` seconds."""
+        self._put(None)
+        if not self._dropped.is_set():
+            self._thread.join(self._patience)
+            if self._thread.is_alive():
+                self._drop(f"it did not finish within {self._patience:g} s")
+
+    def _put(self, record: StepRecord | None) -> None:
+        if not self._dropped.is_set():
             try:
                 self._records.put_nowait(record)
             except queue.Full:
                 self._drop(f"it is more than {_QUEUE_RECORDS} records behind")
-
-    def close(self) -> None:
-        """Wait until everything is sent, at most ``patience`` seconds."""
-        if self._dropped.is_set():
-            return
-        try:
-            self._records.put_nowait(None)
-        except queue.Full:
-            self._drop(f"it is more than {_QUEUE_RECORDS} records behind")
-            return
-        self._thread.join(self._patience)
-        if self._thread.is_alive():
-            self._drop(f"it did not finish within {self._patience:g} s")
 
     def _work(self, open_sink: Callable[[], Sink]) -> None:
         try:
@@ -331,18 +306,9 @@ def open_trackers(
         )
     if options.use_wandb:
         key = options.use_wandb if looks_like_wandb_key(options.use_wandb) else ""
-        process = WandbProcess(
-            WandbRun(
-                key,
-                options.wandb_project,
-                name,
-                options.wandb_org,
-                options.wandb_group,
-                run_id,
-                str(folder),
-                redact_values(config),
-            )
-        )
+        run = {"project": options.wandb_project, "name": name, "dir": str(folder), "id": run_id}
+        team = {"entity": options.wandb_org or None, "group": options.wandb_group or None}
+        process = WandbProcess(key, {**run, **team, "config": redact_values(config)})
         secrets = (key, os.environ.get("WANDB_API_KEY", ""))
         trackers.append(
             Background("W&B", process.connect, every=options.logging_steps, secrets=secrets, abandon=process.kill)

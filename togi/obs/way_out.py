@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from togi.errors import WriteError
@@ -63,6 +63,19 @@ def writing(path: Path) -> Iterator[None]:
             raise
         reason = reason or getattr(error, "strerror", None) or str(error)
         raise WriteError(f"{path} cannot be written ({reason}): {advice(error)}.") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to, which takes its place at the end; nothing stays of it after an OSError."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        aside.replace(path)
+    except OSError:
+        with suppress(OSError):  # the folder may not exist
+            aside.unlink()
+        raise
 
 
 def disk_reason(error: BaseException) -> str:
