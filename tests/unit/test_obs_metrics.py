@@ -76,7 +76,9 @@ def test_every_standard_name_and_every_name_of_the_report_is_explained_in_one_se
     drawn = {name for chart in table["charts"] for name in chart["metrics"] if "*" not in name} | set(
         table["headlines"]
     )
-    assert standard == set(names.EXPLANATIONS)
+    assert standard == set(names.explanations())
+    reserved = {name.removeprefix("reward/") for name in standard if name.startswith("reward/")}
+    assert reserved == names.RESERVED_COMPONENTS
     assert drawn <= standard
     made = [
         names.reward_component("format"),
