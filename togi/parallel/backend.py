@@ -70,25 +70,21 @@ class Backend(Protocol):
     @property
     def module(self) -> nn.Module:
         """The model: ``module(batch, needs, ...)``. Call the root, never a part of it, so that the hooks of sharding run."""
-        ...
 
     @property
     def world(self) -> World: ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate the gradients of ``loss``. After the ``last`` call of a step they are summed over ranks."""
-        ...
 
     def clip(self, max_norm: float) -> float:
         """Clip gradients to a global L2 norm of ``max_norm`` (``math.inf``: no clip). Returns the norm before clipping.
 
         Call it once a step, before ``step``, which may do the scaling.
         """
-        ...
 
     def step(self, learning_rate: float) -> None:
         """One AdamW step on the accumulated gradients, which are then freed."""
-        ...
 
     def drop_gradients(self) -> None: ...
 
@@ -99,26 +95,21 @@ class Backend(Protocol):
 
         ``trained_only`` skips frozen parameters, which then need not be gathered.
         """
-        ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """The state for a resume, one full tensor at a time: masters and both moments of the trainable parameters."""
-        ...
 
     def load_state(self, read: Callable[[str], Tensor], steps: int) -> None:
         """Load what ``state`` yielded. ``read`` returns a full tensor by name; ``steps``: optimizer steps taken so far."""
-        ...
 
     def at_rest(self) -> Iterable[Tensor]:
         """This rank's tensors that only ``step`` and ``state`` read: moments, masters beside the working weights, buffers.
 
         ``full_parameters`` in the dtype of the working weights does not read them. See ``togi.parallel.optimizer``.
         """
-        ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and full shapes of the trainable parameters."""
-        ...
 
 
 def decoder_blocks(module: nn.Module) -> list[nn.Module]:

@@ -61,6 +61,17 @@ def _from_environment(name: str) -> int:
     return int(text)
 
 
+def _open_group(
+    device: torch.device, timeout: timedelta, store: TCPStore | None = None, rank: int = -1, size: int = -1
+) -> None:
+    """Open torch's process group. Without ``store`` torch finds the others, ``rank`` and ``size`` by the environment."""
+    own = None if device.type == "cpu" else device
+    if own is not None:
+        torch.accelerator.set_device_index(own)
+    library = _LIBRARIES[device.type]
+    dist.init_process_group(library, timeout=timeout, world_size=size, rank=rank, store=store, device_id=own)
+
+
 class World:
     """The processes that train one model together. Collectives must be called by every rank in the same order.
 
@@ -91,17 +102,8 @@ class World:
         if meeting.size == 1:
             return cls.solo(device)
         timeout = timedelta(seconds=meeting.timeout_s)
-        if device.type != "cpu":
-            torch.accelerator.set_device_index(device)
         store = TCPStore(meeting.address, meeting.port, is_master=False, timeout=timeout)
-        dist.init_process_group(
-            _LIBRARIES[device.type],
-            store=store,
-            rank=meeting.rank,
-            world_size=meeting.size,
-            timeout=timeout,
-            device_id=None if device.type == "cpu" else device,
-        )
+        _open_group(device, timeout, store, meeting.rank, meeting.size)
         return cls(meeting.rank, meeting.size, device)
 
     @classmethod
@@ -118,12 +120,8 @@ class World:
         device = default_device(local_rank if local_rank >= 0 else _from_environment("LOCAL_RANK"))
         # only checked here: torch itself reads it
         _from_environment("MASTER_PORT")
-        if device.type != "cpu":
-            torch.accelerator.set_device_index(device)
         # torch reads the address itself: under torchrun the store is the agent's, and torch knows how to join it
-        dist.init_process_group(
-            _LIBRARIES[device.type], timeout=timeout, device_id=None if device.type == "cpu" else device
-        )
+        _open_group(device, timeout)
         return cls(rank, size, device)
 
     def open_group(self) -> None:

@@ -53,6 +53,9 @@ PRIVATE_ENDINGS = (".localhost", ".local", ".internal", ".svc", ".lan")
 logger = logging.getLogger(__name__)
 
 
+_LOST = (aiohttp.ClientConnectionError, OSError)
+
+
 class FaultKind(StrEnum):
     """AWAY: the server is down, wait for it. FAILED: this request failed, retry. REFUSED: it would always fail."""
 
@@ -61,17 +64,29 @@ class FaultKind(StrEnum):
     REFUSED = "refused"
 
 
+@dataclass(eq=False)
 class ServerFaultError(Exception):
     """A request without a usable answer. ``what``: continues "The reward server URL ...".
 
     ``was_lost``: the connection broke after the request was sent, so the request itself may be the cause.
     """
 
-    def __init__(self, kind: FaultKind, what: str, *, was_lost: bool = False) -> None:
-        super().__init__(what)
-        self.kind = kind
-        self.what = what
-        self.was_lost = was_lost
+    kind: FaultKind
+    what: str
+    was_lost: bool = False
+
+
+# Faults of the configuration never pass, those of the connection mean a server that is down, the rest are retried. The first
+# that fits an exception counts.
+_FAULTS: Sequence[tuple[type[Exception] | tuple[type[Exception], ...], FaultKind, str]] = (
+    ((aiohttp.ClientSSLError, ssl.SSLError, aiohttp.InvalidURL), FaultKind.REFUSED, "cannot be used ({reason})"),
+    (aiohttp.ConnectionTimeoutError, FaultKind.AWAY, f"takes no connection within {CONNECT_SECONDS:g} s"),
+    (TimeoutError, FaultKind.FAILED, "gave no answer within --reward_timeout {timeout:g} s"),
+    (aiohttp.ClientPayloadError, FaultKind.FAILED, "broke off its answer ({reason})"),
+    (aiohttp.ClientConnectorError, FaultKind.AWAY, "does not answer ({reason})"),
+    (_LOST, FaultKind.AWAY, "broke the connection ({reason})"),
+    (aiohttp.ClientError, FaultKind.FAILED, "gave no HTTP answer ({reason})"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,23 +159,12 @@ class HttpServer:
             ) as response:
                 content = await response.read()
                 status = response.status
-        # Faults of the configuration never pass, those of the connection mean a server that is down, the rest are
-        # retried.
-        except (aiohttp.ClientSSLError, ssl.SSLError, aiohttp.InvalidURL) as error:
-            raise ServerFaultError(FaultKind.REFUSED, f"cannot be used ({_short(error)})") from None
-        except aiohttp.ConnectionTimeoutError:
-            raise ServerFaultError(FaultKind.AWAY, f"takes no connection within {CONNECT_SECONDS:g} s") from None
-        except TimeoutError:
-            what = f"gave no answer within --reward_timeout {self._limits.timeout:g} s"
-            raise ServerFaultError(FaultKind.FAILED, what) from None
-        except aiohttp.ClientPayloadError as error:
-            raise ServerFaultError(FaultKind.FAILED, f"broke off its answer ({_short(error)})") from None
-        except aiohttp.ClientConnectorError as error:
-            raise ServerFaultError(FaultKind.AWAY, f"does not answer ({_short(error)})") from None
-        except (aiohttp.ClientConnectionError, OSError) as error:
-            raise ServerFaultError(FaultKind.AWAY, f"broke the connection ({_short(error)})", was_lost=True) from None
-        except aiohttp.ClientError as error:
-            raise ServerFaultError(FaultKind.FAILED, f"gave no HTTP answer ({_short(error)})") from None
+        except (aiohttp.ClientError, OSError) as error:
+            types, kind, what = next(fault for fault in _FAULTS if isinstance(error, fault[0]))
+            what = what.format(
+                reason=" ".join(str(error).split()) or type(error).__name__, timeout=self._limits.timeout
+            )
+            raise ServerFaultError(kind, what, was_lost=types is _LOST) from None
         if status == 200:
             return content
         kind = FaultKind.FAILED if status >= 500 else FaultKind.REFUSED
@@ -173,16 +177,11 @@ class HttpServer:
         text = content.decode(errors="replace")
         with contextlib.suppress(ValueError):
             reply = json.loads(text)
-            text = (
-                next((str(reply[key]) for key in ERROR_KEYS if reply.get(key)), text)
-                if isinstance(reply, dict)
-                else text
-            )
+            if isinstance(reply, dict):
+                text = next((str(reply[key]) for key in ERROR_KEYS if reply.get(key)), text)
         # Servers may echo the request with its credentials.
-        secrets = (
-            self._limits.token,
-            *(part or "" for part in (urlsplit(self._url).username, urlsplit(self._url).password)),
-        )
+        login = urlsplit(self._url)
+        secrets = (self._limits.token, login.username or "", login.password or "")
         text = " ".join(scrub(str(redact_value("", text)), secrets).split())
         return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
@@ -248,10 +247,6 @@ def is_private(host: str) -> bool:
     except ValueError:
         return "." not in host or host.endswith(PRIVATE_ENDINGS)
     return address.is_private or address.is_loopback or address.is_link_local
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 TOKEN_VARIABLE = "TOGI_REWARD_TOKEN"
@@ -369,11 +364,9 @@ def read_answer(content: bytes, count: int, shown: Callable[[bytes], str]) -> An
         reply: object = json.loads(content)
     except ValueError:
         raise Complaint(f"returned {shown(content)!r}, which is not JSON", REWARDS) from None
-    if isinstance(reply, dict) and "rewards" not in reply:
-        raise Complaint(f"returned no rewards (but {shown(content)!r})", REWARDS)
     if isinstance(reply, dict):
-        optional = ("scores", "extra_logs")
-        reply = {
-            key: reply[key] for key in DICT_KEYS if key in reply and (key not in optional or reply[key] is not None)
-        }
+        if "rewards" not in reply:
+            raise Complaint(f"returned no rewards (but {shown(content)!r})", REWARDS)
+        # other keys are ignored, and those of nothing
+        reply = {key: reply[key] for key in DICT_KEYS if key == "rewards" or reply.get(key) is not None}
     return checked(reply, count)

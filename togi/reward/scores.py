@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Protocol
 
 from togi.config.choices import RewardCombination
@@ -37,11 +38,9 @@ class Reward(Protocol):
         A source that failed, timed out or returned something that is not a number gives the outcome error. Raises RewardError for
         permanent faults: a function that cannot be loaded, a server that stays down.
         """
-        ...
 
     async def close(self) -> None:
         """Release processes and connections. The source cannot be used afterwards."""
-        ...
 
 
 def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Call:
@@ -226,14 +225,11 @@ def distinct_names(wanted: Sequence[str], reserved: Collection[str] = RESERVED_C
     taken = {name for name in wanted if counts[name] == 1} | set(reserved)
     result = []
     for name in wanted:
-        if counts[name] == 1 and name not in reserved:
-            result.append(name)
-            continue
-        number = 1
-        while f"{name}_{number}" in taken:
-            number += 1
-        taken.add(f"{name}_{number}")
-        result.append(f"{name}_{number}")
+        free = name
+        if counts[name] > 1 or name in reserved:
+            free = next(numbered for number in count(1) if (numbered := f"{name}_{number}") not in taken)
+            taken.add(free)
+        result.append(free)
     return result
 
 
@@ -301,11 +297,10 @@ class LengthPenalties:
         if self.buffer is not None:
             parts[OVERLONG] = overlong_penalty(len(rollout.response_tokens), self.limit, self.buffer, self.factor)
             value += parts[OVERLONG]
-        for name in parts:
-            if name in score.components:
-                raise RewardError(
-                    f"The reward has a part named {name!r}, which is the name of a length penalty: use another name."
-                )
+        for name in (name for name in parts if name in score.components):
+            raise RewardError(
+                f"The reward has a part named {name!r}, which is the name of a length penalty: use another name."
+            )
         return replace(score, value=value, components={**score.components, **parts})
 
 
