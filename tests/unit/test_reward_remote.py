@@ -12,7 +12,7 @@ import pytest
 from tests.scripted_server import Script, free_port, lengths, resets, says, serving
 from togi.errors import RewardError
 from togi.reward import remote
-from togi.reward.remote import ConnectionLimits, Patience, RemoteReward, is_private, proxy_of
+from togi.reward.remote import ConnectionLimits, RemoteReward, is_private, proxy_of
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 
@@ -35,8 +35,7 @@ def client(
 ) -> RemoteReward:
     return RemoteReward(
         urls,
-        ConnectionLimits(timeout=timeout, **limits),
-        Patience(retries, max_pause),
+        ConnectionLimits(timeout=timeout, retries=retries, max_pause=max_pause, **limits),
         lambda each: each.response_text + "<end>",
     )
 

@@ -17,7 +17,7 @@ from togi.cli.main import main
 from togi.config.parse import parse
 from togi.config.tools import ServeRMConfig, check_serve_rm
 from togi.errors import ConfigError
-from togi.reward.remote import ConnectionLimits, Patience, RemoteReward
+from togi.reward.remote import ConnectionLimits, RemoteReward
 from togi.reward.server import Batcher, RewardServer, ServerLimits, read_call
 from togi.reward.wire import Answer, Call, Complaint
 from togi.run.serve_rm import query_tokens
@@ -119,7 +119,7 @@ def test_a_token_is_needed_for_all_but_the_health() -> None:
         rollout = Rollout(Prompt("p", (1,), "Q: "), "g", (2,), (True,), (0.0,), "a", FinishReason.STOP, 0)
         for token, outcome in (("sesame", Outcome.SCORE), ("wrong", Outcome.ERROR)):
             url = f"http://127.0.0.1:{port}/get_reward"
-            client = RemoteReward([url], ConnectionLimits(token=token), Patience(), lambda each: each.response_text)
+            client = RemoteReward([url], ConnectionLimits(token=token), lambda each: each.response_text)
             assert [score.outcome for score in await client.score([rollout] * 2)] == [outcome] * 2
             await client.close()
 

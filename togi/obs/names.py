@@ -104,9 +104,13 @@ RESERVED_COMPONENTS = {name.removeprefix("reward/") for name in (*_REWARDS, REWA
 @cache
 def explanations() -> dict[str, str]:
     """A sentence about each of the names above (``page/metrics.yaml``)."""
-    text = files("togi.obs").joinpath("page", "metrics.yaml").read_text(encoding="utf-8")
-    sentences: dict[str, str] = yaml.safe_load(text)
+    sentences: dict[str, str] = yaml.safe_load(part_of_page("metrics.yaml"))
     return sentences
+
+
+def part_of_page(name: str) -> str:
+    """The text of a file in ``page/``."""
+    return files("togi.obs").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def reward_component(component: str) -> str:

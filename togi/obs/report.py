@@ -14,7 +14,6 @@ from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -73,8 +72,8 @@ def write_report(root: Path, limits: Limits | None = None) -> Path:
     text = template.render(
         title=f"Togi: {root.resolve().name}",
         nonce=secrets.token_urlsafe(16),
-        style=_asset("report.css"),
-        script=_asset("report.js"),
+        style=names.part_of_page("report.css"),
+        script=names.part_of_page("report.js"),
         plotly=get_plotlyjs(),
         data=_embedded(_page_data(run, limits or Limits())),
     )
@@ -82,13 +81,9 @@ def write_report(root: Path, limits: Limits | None = None) -> Path:
     return run.report_path
 
 
-def _asset(name: str) -> str:
-    return files("togi.obs").joinpath("page", name).read_text(encoding="utf-8")
-
-
 def chart_table() -> ChartTable:
     """Headlines and charts of the page, from ``page/charts.yaml``."""
-    table: ChartTable = yaml.safe_load(_asset("charts.yaml"))
+    table: ChartTable = yaml.safe_load(names.part_of_page("charts.yaml"))
     return table
 
 

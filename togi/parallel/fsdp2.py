@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from togi.parallel.backend import BackendOptions, Reader, cast, check_same_weights, decoder_blocks, nothing_left
 from togi.parallel.groups import DATA, TENSOR, clip_split_gradients, grid, split, whole
-from togi.parallel.optimizer import Stepped, clip_gradients, fill_missing_gradients, make_adamw, move_buffers, take_step
+from togi.parallel.optimizer import Stepped, fill_missing_gradients, make_adamw, move_buffers, take_step
 from togi.parallel.process import World
 
 
@@ -96,7 +96,7 @@ class Sharded(Stepped):
     def clip(self, max_norm: float) -> float:
         if self.world.tensor_size > 1:
             return clip_split_gradients(self._masters.values(), max_norm, self.world)
-        norm = clip_gradients(self._masters, max_norm)
+        norm = nn.utils.clip_grad_norm_(self._masters.values(), max_norm)  # sharded, as the gradients are
         with self.world.collective("gradient norm"):
             return float(whole(norm))
 

@@ -160,11 +160,6 @@ def fill_missing_gradients(parameters: Mapping[str, Tensor]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def clip_gradients(parameters: Mapping[str, Tensor], max_norm: float) -> Tensor:
-    """Clip to ``max_norm``. Returns the global L2 norm before clipping, which is sharded if the gradients are."""
-    return torch.nn.utils.clip_grad_norm_(list(parameters.values()), max_norm)
-
-
 def move_buffers(module: nn.Module, device: torch.device) -> None:
     """Move the buffers of ``module`` to ``device``. Its weights stay where they are."""
     for part in module.modules():

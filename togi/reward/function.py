@@ -34,6 +34,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
+import cloudpickle  # type: ignore[import-untyped]
+
 from togi.config.choices import BUILTIN, Verifier
 from togi.errors import RewardError
 from togi.reward.scores import as_call, as_scores, failed, without_errors
@@ -300,13 +302,6 @@ def _load_callable(function: Callable[..., object], shown_as: str) -> Load:
     module = sys.modules.get(function.__module__ or "") if inspect.isfunction(function) else None
     if module is not None and module.__name__ != "__main__" and _lookup(module, name) is function:
         return Load(LoadKind.MODULE, module.__name__, name)
-    try:
-        import cloudpickle  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise RewardError(
-            f"{shown_as} cannot be imported by name in a worker process and cloudpickle is not installed; "
-            "move it to the top level of a module, give its file to --reward_func, or pip install cloudpickle."
-        ) from error
     try:
         pickled = cloudpickle.dumps(function)
     except Exception as error:  # pickling runs the user's own __reduce__ methods

@@ -93,12 +93,15 @@ _FAULTS: Sequence[tuple[type[Exception] | tuple[type[Exception], ...], FaultKind
 class ConnectionLimits:
     """``concurrency``: requests at the same time (``--remote_rm_concurrency``). ``timeout``: seconds for a whole request.
 
-    ``token``: sent as a bearer token; "" sends none.
+    ``token``: sent as a bearer token; "" sends none. ``retries``: how often a failed request is repeated (``--reward_retries``).
+    ``max_pause``: seconds to wait for a server that is away (``--remote_rm_max_pause``).
     """
 
     concurrency: int = 64
     timeout: float = 60.0
     token: str = ""
+    retries: int = 1
+    max_pause: float = 3600.0
 
 
 class HttpServer:
@@ -253,15 +256,6 @@ TOKEN_VARIABLE = "TOGI_REWARD_TOKEN"
 REWARDS = 'answer {"rewards": [one number per query]}'
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """``retries``: how often a failed request is repeated (``--reward_retries``). ``max_pause``: seconds to wait for a
-    server that is away (``--remote_rm_max_pause``)."""
-
-    retries: int = 1
-    max_pause: float = 3600.0
-
-
 class RemoteReward:
     """One reward from one server, or from several equal servers that share the groups.
 
@@ -272,12 +266,11 @@ class RemoteReward:
         self,
         urls: Sequence[str],
         limits: ConnectionLimits,
-        patience: Patience,
         response: Callable[[Rollout], str],
         component: str = "remote",
     ) -> None:
         self._servers = [HttpServer(url, limits) for url in urls]
-        self._patience = patience
+        self._limits = limits
         self._response = response
         self._component = component
 
@@ -287,7 +280,7 @@ class RemoteReward:
         Raises RewardError if no server came back in time.
         """
         body = self._body(group)
-        deadline = time.monotonic() + self._patience.max_pause
+        deadline = time.monotonic() + self._limits.max_pause
         failures, lost_at = 0, math.inf
         while True:
             # The server that is due first, and among those the one with the fewest requests.
@@ -301,10 +294,10 @@ class RemoteReward:
                 failures += fault.kind is FaultKind.FAILED or (fault.was_lost and server.answered_at > lost_at)
                 lost_at = time.monotonic() if fault.was_lost else lost_at
                 # Three ways out: give the request up, give the server up, or try again.
-                if fault.kind is FaultKind.REFUSED or failures > self._patience.retries:
+                if fault.kind is FaultKind.REFUSED or failures > self._limits.retries:
                     return failed(len(group), f"{sentence} (prompt {group[0].prompt.id!r}).")
                 if fault.kind is FaultKind.AWAY and time.monotonic() > deadline:
-                    pause = duration(self._patience.max_pause)
+                    pause = duration(self._limits.max_pause)
                     raise RewardError(
                         f"{sentence}, and the longest pause of {pause} is over (--remote_rm_max_pause): "
                         "start the server again and resume."

@@ -43,7 +43,7 @@ from togi.obs.way_out import way_out
 from togi.plan.placement import Role
 from togi.pump.feed import replay_feed
 from togi.reward.function import CallLimits, FunctionReward
-from togi.reward.remote import TOKEN_VARIABLE, ConnectionLimits, Patience, RemoteReward
+from togi.reward.remote import TOKEN_VARIABLE, ConnectionLimits, RemoteReward
 from togi.reward.scores import CombinedReward, LocalModelReward, Reward, Standardization, Term, distinct_names
 from togi.rollout.collect import SingleTurn
 from togi.run.keep import DRIVER, newest_checkpoint
@@ -87,15 +87,20 @@ class EarlyRewards:
     def connect_servers(self, config: RLConfig, visible: Visible) -> None:
         """Make the clients. ``visible`` decodes response tokens with special tokens kept."""
         token = os.environ.get(TOKEN_VARIABLE, "")
-        limits = ConnectionLimits(config.remote_rm_concurrency, config.reward_timeout, token)
-        patience = Patience(config.reward_retries, config.remote_rm_max_pause)
+        limits = ConnectionLimits(
+            config.remote_rm_concurrency,
+            config.reward_timeout,
+            token,
+            config.reward_retries,
+            config.remote_rm_max_pause,
+        )
         own = self.names[len(config.reward_models) :]
 
         def response(rollout: Rollout) -> str:
             return visible(rollout.response_tokens)
 
         for urls, name in zip(shared_urls(config), own, strict=False):
-            self.remotes.append(RemoteReward(urls, limits, patience, response, name))
+            self.remotes.append(RemoteReward(urls, limits, response, name))
 
     async def check(self, groups: Sequence[Sequence[Rollout]]) -> Mapping[str, Sequence[Score]]:
         """Call every reward once on each group. Returns the scores of the first group by reward name.

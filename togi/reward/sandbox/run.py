@@ -63,7 +63,7 @@ class Ended:
 
 def run_program(code: str, stdin: str, limits: Limits, deadline: float, *, walls: bool) -> Ended:
     """Run a program with a text as standard input. ``deadline``: on the monotonic clock. Raises SandboxError."""
-    with _files(2) as (given, printed):
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as printed:
         given.write(stdin.encode())
         given.seek(0)
         with _started({"role": "program", "code": code}, limits, given, printed, walls=walls) as process:
@@ -82,7 +82,7 @@ def run_tests(code: str, setup: str, tests: Sequence[str], limits: Limits, deadl
             stack.enter_context(os.fdopen(fd, "rb" if fd in (to_code, to_judge) else "wb"))
             for fd in (to_code, from_judge, to_judge, from_code)
         ]
-        (verdict,) = stack.enter_context(_files(1))
+        verdict = stack.enter_context(tempfile.TemporaryFile())
         job = {"role": "judge", "setup": setup, "tests": list(tests), "verdict_fd": verdict.fileno()}
         fds = (verdict.fileno(),)
         judge = stack.enter_context(_started(job, limits, ours[2], ours[1], walls=walls, pass_fds=fds))
@@ -106,7 +106,7 @@ def _started(
     pass_fds: tuple[int, ...] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The launcher with a job; at the end it is killed and reaped with everything that it started."""
-    with tempfile.TemporaryDirectory(prefix="togi-sandbox-") as folder, _files(1) as (file,):
+    with tempfile.TemporaryDirectory(prefix="togi-sandbox-") as folder, tempfile.TemporaryFile() as file:
         record = {**job, "limits": asdict(limits), "walls": walls, "package_root": PACKAGE_ROOT}
         file.write(json.dumps(record).encode())
         file.seek(0)
@@ -127,13 +127,6 @@ def _started(
             process.wait()
             if process.stderr is not None:
                 process.stderr.close()
-
-
-@contextlib.contextmanager
-def _files(count: int) -> Iterator[tuple[IO[bytes], ...]]:
-    """Unnamed temporary files, deleted when they are closed."""
-    with contextlib.ExitStack() as stack:
-        yield tuple(stack.enter_context(tempfile.TemporaryFile()) for _ in range(count))
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float) -> int | None:
