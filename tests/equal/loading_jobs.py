@@ -61,7 +61,7 @@ def watched(model: PolicyModel | ScalarModel) -> tuple[Reader, list[int]]:
 def reads(world: World, folder: Path, name: str, *, scalar: bool, tensor_size: int = 1) -> None:
     """Load, look at the weights and at what was held, score, save; all of it left in a file."""
     if tensor_size > 1:
-        world = world.in_tensor_groups(tensor_size)
+        world = world.in_teams(1, tensor_size)
     model = load(folder, name, scalar=scalar, defer=True)
     assert all(parameter.is_meta for parameter in model.parameters())
     read, seen = watched(model)

@@ -83,7 +83,7 @@ def attended_in_ring(
 def attention(world: World, folder: Path) -> None:
     """Every table in rings of all ranks and, with four, of two; float64 but for one in bfloat16 and one in float32."""
     for size in {world.size, 2}:
-        ring = Ring(world.in_rings(size))
+        ring = Ring(world.in_teams(size))
         for name, segments in TABLES.items():
             for stride in (1, 2, GROUPS):
                 for window in WINDOWS:
@@ -129,7 +129,7 @@ ARCHITECTURES = ("qwen3", "gemma3_text")
 
 def models(world: World, folder: Path) -> None:
     """Forward and backward of two models, one with window layers, with and without gradient checkpointing."""
-    ring = Ring(world.in_rings(world.size))
+    ring = Ring(world.in_teams(world.size))
     for arch in ARCHITECTURES:
         for stride in (1, 2):
             model = gqa_policy(arch)
@@ -184,7 +184,7 @@ def trained(world: World, name: str, stage: int, ring: Ring | None) -> dict[str,
 
 def objectives(world: World, folder: Path) -> None:
     """Two ranks are one ring; four are two rings of two, with a share each."""
-    rings = world.in_rings(2)
+    rings = world.in_teams(2)
     ring = Ring(rings)
     for name in OBJECTIVES:
         for stage in (0, 3):

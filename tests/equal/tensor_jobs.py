@@ -88,7 +88,7 @@ ARCHS = (*SPLITTABLE, "critic")
 
 def two_ranks(world: World, folder: Path) -> None:
     """One group: every architecture, and every stage with the first."""
-    world = world.in_tensor_groups(2)
+    world = world.in_teams(1, 2)
     for arch in ARCHS:
         for stage in STAGES if arch == ARCHS[0] else (3,):
             result = trained(world, arch, stage, checkpointing=stage == 3)
@@ -134,7 +134,7 @@ def checkpoints(world: World, folder: Path) -> None:
 
 def four_ranks(world: World, folder: Path) -> None:
     """Two groups of two with a ragged share each; and a checkpoint of one group goes on in two."""
-    world = world.in_tensor_groups(2)
+    world = world.in_teams(1, 2)
     for arch, stage in (("qwen3", 3), ("llama", 1)):
         result = trained(world, arch, stage)
         torch.save(result, folder / f"{arch}_{stage}_{world.rank}.pt")

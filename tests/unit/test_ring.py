@@ -158,11 +158,11 @@ def test_what_a_ring_cannot_do_is_refused() -> None:
     with pytest.raises(ModelError, match=r"dynamic.*leave --ring_attn_size out"):
         refuse_ring(tiny_config(rope_parameters=rope), 1)
     with pytest.raises(ConfigError, match="--ring_attn_size 2 does not divide the number of processes, which is 3"):
-        World(0, 3, CPU).in_rings(2)
+        World(0, 3, CPU).in_teams(2)
 
 
 def test_shares_of_data() -> None:
     """Four ranks in rings of two have two shares."""
-    worlds = [World(rank, 4, CPU).in_rings(2) for rank in range(4)]
+    worlds = [World(rank, 4, CPU).in_teams(2) for rank in range(4)]
     assert [world.share for world in worlds] == [0, 0, 1, 1]
     assert {world.shares for world in worlds} == {2}

@@ -41,17 +41,10 @@ if torch.accelerator.current_accelerator() is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402
+from deepspeed import utils  # noqa: E402
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    set_z3_leaf_modules,
-)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -104,7 +97,7 @@ class DeepSpeed:
         if loaded:
             self._set(lambda name: {MASTER: loaded[name]})
         for name, part in parts.items():
-            safe_set_local_fp32_param(trained[name], part)
+            utils.safe_set_local_fp32_param(trained[name], part)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         optimizer = self._engine.optimizer
@@ -142,17 +135,17 @@ class DeepSpeed:
                 continue
             from_master = self._options.bf16 and dtype is not torch.bfloat16 and name in self._trained
             with self.world.collective(f"full parameter {name}"):
-                whole = safe_get_full_fp32_param(parameter) if from_master else _gathered(parameter)
+                whole = utils.safe_get_full_fp32_param(parameter) if from_master else _gathered(parameter)
             yield name, whole if dtype is None else whole.to(dtype)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._trained.items():
             with self.world.collective(f"master of {name}"):
-                whole = safe_get_full_fp32_param(parameter)
+                whole = utils.safe_get_full_fp32_param(parameter)
             yield f"{MASTER}/{name}", whole
             for moment in MOMENTS:
                 with self.world.collective(f"{moment} of {name}"):
-                    whole = safe_get_full_optimizer_state(parameter, moment)
+                    whole = utils.safe_get_full_optimizer_state(parameter, moment)
                 yield f"{moment}/{name}", whole
 
     def load_state(self, read: Callable[[str], Tensor], steps: int) -> None:
@@ -171,10 +164,10 @@ class DeepSpeed:
         for name, parameter in self._trained.items():
             for kind, value in values(name).items():
                 if kind == MASTER:
-                    safe_set_full_fp32_param(parameter, value)
+                    utils.safe_set_full_fp32_param(parameter, value)
                     self._zero.set_working(parameter, value)
                 else:
-                    safe_set_full_optimizer_state(parameter, value, kind)
+                    utils.safe_set_full_optimizer_state(parameter, value, kind)
         self._zero.refresh()
 
 
@@ -358,7 +351,7 @@ def _mark_sparse_blocks(module: nn.Module) -> None:
     """Gather a block of experts as a whole, because different ranks run different experts of it."""
     sparse = {type(part) for part in module.modules() if EXPERTS in dict(part.named_children())}
     if sparse:
-        set_z3_leaf_modules(module, list(sparse))
+        utils.set_z3_leaf_modules(module, list(sparse))
 
 
 class _Tensors(dict[str, Tensor]):

@@ -23,15 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, parallel
 
 from togi.parallel.process import World
 
@@ -90,25 +82,25 @@ def grid(world: World) -> DeviceMesh:
 
 def split(block: nn.Module, mesh: DeviceMesh) -> None:
     """Split a decoder block of the Llama family in place, over a group of ranks that all have its full weights."""
-    plan: dict[str, ParallelStyle] = {
+    plan: dict[str, parallel.ParallelStyle] = {
         # the input enters once for all projections, and so does its gradient
-        "self_attn": PrepareModuleInput(
+        "self_attn": parallel.PrepareModuleInput(
             input_kwarg_layouts={"hidden_states": Replicate()},
             desired_input_kwarg_layouts={"hidden_states": Replicate()},
         ),
-        "mlp": PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)),
-        **{f"self_attn.{name}_proj": ColwiseParallel() for name in ("q", "k", "v")},
-        **{f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
-        "self_attn.o_proj": RowwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(),
+        "mlp": parallel.PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)),
+        **{f"self_attn.{name}_proj": parallel.ColwiseParallel() for name in ("q", "k", "v")},
+        **{f"mlp.{name}_proj": parallel.ColwiseParallel() for name in ("gate", "up")},
+        "self_attn.o_proj": parallel.RowwiseParallel(),
+        "mlp.down_proj": parallel.RowwiseParallel(),
     }
     there = dict(block.named_modules())
     missing = [name for name in plan if name not in there]
     assert not missing, f"{type(block).__name__} has no {missing[0]}: not of the Llama family"
     # norms of single heads: every rank applies them to its own heads, and their gradients are summed over the group
     norms = [name for name in ("self_attn.q_norm", "self_attn.k_norm") if name in there]
-    plan |= {name: SequenceParallel(sequence_dim=2, use_local_output=True) for name in norms}
-    parallelize_module(block, mesh, plan, src_data_rank=None)
+    plan |= {name: parallel.SequenceParallel(sequence_dim=2, use_local_output=True) for name in norms}
+    parallel.parallelize_module(block, mesh, plan, src_data_rank=None)
 
 
 def whole(part: Tensor) -> Tensor:

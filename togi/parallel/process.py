@@ -134,27 +134,20 @@ class World:
         if self.size > 1:
             dist.destroy_process_group()
 
-    def in_rings(self, ring_size: int) -> World:
-        """The same processes in rings of ``ring_size``. Raises ConfigError if it does not divide their number."""
-        if self.size % ring_size != 0:
-            raise ConfigError(
-                f"--ring_attn_size {ring_size} does not divide the number of processes, which is {self.size}: start a multiple "
-                f"of {ring_size} processes, or lower --ring_attn_size."
-            )
-        return World(self.rank, self.size, self.device, ring_size)
+    def in_teams(self, ring_size: int = 1, tensor_size: int = 1) -> World:
+        """The same processes in rings or in tensor-parallel groups, of which one has a size of 1.
 
-    def in_tensor_groups(self, tensor_size: int) -> World:
-        """The same processes in tensor-parallel groups. Raises ConfigError if ``tensor_size`` does not divide their number."""
-        if self.size % tensor_size != 0:
+        Raises ConfigError if the other one does not divide their number.
+        """
+        flag, size, lower = "--ring_attn_size", ring_size, "--ring_attn_size"
+        if tensor_size > 1:
+            flag, size, lower = "--ds_tensor_parallel_size", tensor_size, "it"
+        if self.size % size != 0:
             raise ConfigError(
-                f"--ds_tensor_parallel_size {tensor_size} does not divide the number of processes, which is {self.size}: start a "
-                f"multiple of {tensor_size} processes, or lower it."
+                f"{flag} {size} does not divide the number of processes, which is {self.size}: start a multiple of {size} "
+                f"processes, or lower {lower}."
             )
-        return World(self.rank, self.size, self.device, tensor_size=tensor_size)
-
-    def in_teams(self, ring_size: int, tensor_size: int) -> World:
-        """In rings or in tensor-parallel groups, of which one has a size of 1. Raises ConfigError."""
-        return self.in_rings(ring_size) if tensor_size == 1 else self.in_tensor_groups(tensor_size)
+        return World(self.rank, self.size, self.device, ring_size, tensor_size)
 
     @property
     def is_first(self) -> bool:

@@ -12,7 +12,6 @@ import base64
 import contextlib
 import fcntl
 import functools
-import importlib
 import importlib.util
 import inspect
 import math
