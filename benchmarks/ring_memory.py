@@ -43,7 +43,7 @@ def measure(world: World, folder: Path) -> None:
     )
     model = PolicyModel(AutoModelForCausalLM.from_config(config, attn_implementation=SEGMENTS))
     if world.size > 1:
-        model.join_ring(Ring(world.in_rings(world.size)), 4)
+        model.join_ring(Ring(world.in_teams(world.size)), 4)
     batch = plain_pack([([1], [torch.randint(512, (tokens - 1,)).tolist()])])
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}

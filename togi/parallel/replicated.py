@@ -159,15 +159,12 @@ class Replicated(Stepped):
     def _add_up_gradients(self) -> None:
         """Sum the gradients over ranks, in a few large transfers."""
         for names in self._buckets():
-            gradients = [self._masters[name].grad for name in names]
-            self._add_up([gradient for gradient in gradients if gradient is not None])
-
-    def _add_up(self, bucket: list[Tensor]) -> None:
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        self.world.add_up("gradients", flat)
-        parts = torch.split(flat, [gradient.numel() for gradient in bucket])
-        for gradient, part in zip(bucket, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+            gradients = [gradient for name in names if (gradient := self._masters[name].grad) is not None]
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            self.world.add_up("gradients", flat)
+            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
 
 
 def _fits_kernels(master: Tensor, working: Tensor) -> bool:

@@ -6,6 +6,10 @@ from togi.reward.wire import Complaint
 
 SHOWN_CHARACTERS = 80
 
+# The arguments of every function: one entry per response. A label is any JSON value.
+Texts = list[str]
+Labels = list[object]
+
 
 def unusable(label: object, why: str, advice: str = "point --label_key at the answer field") -> Complaint:
     """The error for a label. ``why``: continues the sentence after the label."""

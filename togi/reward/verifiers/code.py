@@ -35,6 +35,7 @@ from functools import cache, partial
 
 from togi.reward.sandbox.calls import PASSED, UNUSABLE
 from togi.reward.sandbox.run import Limits, run_program, run_tests, walls_are_to_be_had
+from togi.reward.verifiers import Labels, Texts
 
 FENCE = re.compile(r"^```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
 AT_ONCE = 4
@@ -69,7 +70,7 @@ class Checks:
 
 
 def reward_func(
-    queries: list[str], prompts: list[str], labels: list[object], responses: list[str], **kwargs: object
+    queries: Texts, prompts: Texts, labels: Labels, responses: Texts, **kwargs: object
 ) -> dict[str, object]:
     """1, 0 or None per query. Raises SandboxError, which is transient, if a sandbox cannot be set up."""
     walls = walls_are_to_be_had()

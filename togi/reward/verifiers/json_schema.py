@@ -12,14 +12,12 @@ from jsonschema.exceptions import SchemaError
 from jsonschema.validators import validator_for
 from referencing import Registry
 
-from togi.reward.verifiers import unusable
+from togi.reward.verifiers import Labels, Texts, unusable
 
 FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
-def reward_func(
-    queries: list[str], prompts: list[str], labels: list[object], responses: list[str], **kwargs: object
-) -> list[float]:
+def reward_func(queries: Texts, prompts: Texts, labels: Labels, responses: Texts, **kwargs: object) -> list[float]:
     """1 or 0 per query. Raises Complaint for a label that is not a schema."""
     return [float(fits(response, label)) for response, label in zip(responses, labels, strict=True)]
 

@@ -11,12 +11,10 @@ from functools import lru_cache
 
 from math_verify import parse, verify
 
-from togi.reward.verifiers import plain_text, unusable
+from togi.reward.verifiers import Labels, Texts, plain_text, unusable
 
 
-def reward_func(
-    queries: list[str], prompts: list[str], labels: list[object], responses: list[str], **kwargs: object
-) -> list[float]:
+def reward_func(queries: Texts, prompts: Texts, labels: Labels, responses: Texts, **kwargs: object) -> list[float]:
     """1 or 0 per query. Raises Complaint for a label without an answer."""
     return [
         float(verify(gold(plain_text(label)), parse(response)))

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
-from togi.reward.verifiers import unusable
+from togi.reward.verifiers import Labels, Texts, unusable
 
 ARITHMETIC_TASKS = {"countdown", "puzzle24"}
 EVALUATING_TASKS = {
@@ -34,9 +34,7 @@ PLAIN_ARITHMETIC = re.compile(r"(?!.*(\*\s*\*|/\s*/))[0-9+\-*/(). ]{1,200}")
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
-def reward_func(
-    queries: list[str], prompts: list[str], labels: list[object], responses: list[str], **kwargs: object
-) -> list[float]:
+def reward_func(queries: Texts, prompts: Texts, labels: Labels, responses: Texts, **kwargs: object) -> list[float]:
     """One score in [0, 1] per query. Most verifiers give a small score to a wrong answer in the right format."""
     return [score(answer_of(response), label) for response, label in zip(responses, labels, strict=True)]
 

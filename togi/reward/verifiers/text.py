@@ -6,12 +6,10 @@ import math
 import re
 
 from togi.config.choices import LengthShape
-from togi.reward.verifiers import plain_text
+from togi.reward.verifiers import Labels, Texts, plain_text
 
 
-def exact(
-    queries: list[str], prompts: list[str], labels: list[object], responses: list[str], **kwargs: object
-) -> list[bool]:
+def exact(queries: Texts, prompts: Texts, labels: Labels, responses: Texts, **kwargs: object) -> list[bool]:
     """True if the response is the label. Surrounding and repeated white space is ignored.
 
     Raises Complaint for a label that is not a text or number.
@@ -20,12 +18,7 @@ def exact(
 
 
 def format(
-    queries: list[str],
-    prompts: list[str],
-    labels: list[object],
-    responses: list[str],
-    format_regex: str,
-    **kwargs: object,
+    queries: Texts, prompts: Texts, labels: Labels, responses: Texts, format_regex: str, **kwargs: object
 ) -> list[float]:
     """1 if the whole response matches the regular expression of ``--format_regex``, else 0.
 
@@ -36,9 +29,9 @@ def format(
 
 
 def length(
-    queries: list[str],
-    prompts: list[str],
-    labels: list[object],
+    queries: Texts,
+    prompts: Texts,
+    labels: Labels,
     response_lengths: list[int],
     length_target: str,
     length_shape: str,
