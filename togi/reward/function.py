@@ -32,7 +32,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 
 import cloudpickle  # type: ignore[import-untyped]
 
@@ -298,10 +297,6 @@ class FunctionReward:
 
 def _load_callable(function: Callable[..., object], shown_as: str) -> Load:
     """Load the function by name if a worker can import it under that name, else by value."""
-    name = _name(function)
-    module = sys.modules.get(function.__module__ or "") if inspect.isfunction(function) else None
-    if module is not None and module.__name__ != "__main__" and _lookup(module, name) is function:
-        return Load(LoadKind.MODULE, module.__name__, name)
     try:
         pickled = cloudpickle.dumps(function)
     except Exception as error:  # pickling runs the user's own __reduce__ methods
@@ -309,16 +304,7 @@ def _load_callable(function: Callable[..., object], shown_as: str) -> Load:
             f"{shown_as} cannot be sent to a worker process ({error}); "
             "move it to the top level of a module or give its file to --reward_func."
         ) from error
-    return Load(LoadKind.PICKLE, base64.b64encode(pickled).decode(), name)
-
-
-def _lookup(module: ModuleType, qualname: str) -> object:
-    found: object = module
-    for part in qualname.split("."):
-        if part not in vars(found):
-            return None
-        found = vars(found)[part]
-    return found
+    return Load(LoadKind.PICKLE, base64.b64encode(pickled).decode(), _name(function))
 
 
 def _name(function: Callable[..., object]) -> str:
