@@ -1,4 +1,4 @@
-"""Write errors as one sentence; and cleanup that never hides why a run ends."""
+"""Write errors as one sentence, files that are replaced whole, and cleanup that never hides why a run ends."""
 
 from __future__ import annotations
 

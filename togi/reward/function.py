@@ -3,9 +3,9 @@
 Signature: ``reward_func(queries, prompts, labels, **kwargs)``, sync or async, called with a whole group (all samples of one
 prompt). The three arguments are lists of equal length; a query is prompt text + response text. ``responses``, ``datasources``,
 ``finish_reasons`` and ``response_lengths`` (in tokens; not in togi iterate) are passed as keyword arguments if the
-function accepts them. For return values see ``returned``.
+function accepts them. For return values see ``wire.checked``.
 
-The function runs in worker processes (``pool``); several groups are scored at the same time. A failed call makes every
+The function runs in worker processes (``Worker``); several groups are scored at the same time. A failed call makes every
 sample of its group an error, never a score of zero. It is retried ``retries`` times if the failure may be transient.
 
 A fixed number of worker processes for one reward function, each of which can be killed at any moment.
@@ -296,7 +296,7 @@ class FunctionReward:
 
 
 def _load_callable(function: Callable[..., object], shown_as: str) -> Load:
-    """Load the function by name if a worker can import it under that name, else by value."""
+    """Send the function by name if a worker can import it under that name, else by value: cloudpickle's own rule."""
     try:
         pickled = cloudpickle.dumps(function)
     except Exception as error:  # pickling runs the user's own __reduce__ methods

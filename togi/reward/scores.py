@@ -48,7 +48,7 @@ def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Cal
 
     Raises RewardError for a label that is not a JSON value.
     """
-    prompt = group[0].prompt  # of all
+    prompt = group[0].prompt  # the same for all
     try:
         json.dumps(prompt.label)
     except (TypeError, ValueError) as error:
@@ -57,11 +57,11 @@ def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Cal
             "point --label_key at a field of texts, numbers, lists or objects."
         ) from None
     call: Call = {
-        "queries": [prompt.text + response(rollout) for rollout in group],
-        "prompts": [prompt.text] * len(group),
-        "labels": [prompt.label] * len(group),
+        "queries": [rollout.prompt.text + response(rollout) for rollout in group],
+        "prompts": [rollout.prompt.text for rollout in group],
+        "labels": [rollout.prompt.label for rollout in group],
         "responses": [rollout.response_text for rollout in group],
-        "datasources": [prompt.datasource] * len(group),
+        "datasources": [rollout.prompt.datasource for rollout in group],
         "finish_reasons": [rollout.finish_reason.value for rollout in group],
     }
     if all(rollout.response_tokens for rollout in group):  # togi iterate has texts only
