@@ -42,9 +42,6 @@ class Expectation:
         past = self._past[name]
         return statistics.median(past) if past else guess
 
-    def known(self, name: str) -> bool:
-        return bool(self._past[name])
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activity:
@@ -138,27 +135,25 @@ class Progress:
     @contextmanager
     def phase(self, name: str, expected_seconds: float | None = None) -> Iterator[None]:
         """Time a phase. ``expected_seconds`` is used until the phase has run once."""
-        first_time = not self._phases.known(name)
+        first_time = self._phases.of(name) is None
         activity = Activity(name, self._clock(), self._phases.of(name, expected_seconds))
         with self._lock:
             self._active.append(activity)
         if first_time:
             about = "" if activity.expected is None else f" (about {duration(activity.expected)})"
             self._say(f"{name}{about}", plain_only=True)
-        finished = False
         try:
             yield
-            finished = True
         finally:
             seconds = self._clock() - activity.started
             with self._lock:
                 self._active.remove(activity)
                 self._seconds[name] += seconds
-                # A failed phase says nothing about how long it takes.
-                if finished:
-                    self._phases.add(name, seconds)
-            if first_time and finished:
-                self._say(f"{name}: done in {duration(seconds)}", plain_only=False)
+        # Only now: a failed phase says nothing about how long it takes.
+        with self._lock:
+            self._phases.add(name, seconds)
+        if first_time:
+            self._say(f"{name}: done in {duration(seconds)}", plain_only=False)
 
     def start_steps(self, total: int, done: int = 0, expected_seconds: float | None = None) -> None:
         """Start counting steps; ``done`` of ``total`` were done before (a resumed run)."""

@@ -64,10 +64,6 @@ class Checks:
     setup: str = ""
     cases: tuple[Case, ...] = ()
 
-    @property
-    def count(self) -> int:
-        return len(self.python) + len(self.cases)
-
 
 def reward_func(
     queries: Texts, prompts: Texts, labels: Labels, responses: Texts, **kwargs: object
@@ -95,9 +91,9 @@ def passed_share(response: str, label: object, *, walls: bool) -> float | None:
     code = program_of(response)
     deadline = time.monotonic() + LIMITS.wall_seconds
     if tests.cases:
-        return sum(prints(code, case, deadline, walls=walls) for case in tests.cases) / tests.count
+        return sum(prints(code, case, deadline, walls=walls) for case in tests.cases) / len(tests.cases)
     outcomes = run_tests(code, tests.setup, tests.python, LIMITS, deadline, walls=walls)
-    return None if UNUSABLE in outcomes else outcomes.count(PASSED) / tests.count
+    return None if UNUSABLE in outcomes else outcomes.count(PASSED) / len(tests.python)
 
 
 def program_of(response: str) -> str:
