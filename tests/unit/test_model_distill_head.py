@@ -11,7 +11,15 @@ import torch
 
 from togi.algo.kl import divergence, divergence_gradient
 from togi.config.choices import Divergence
-from togi.model.heads import LogitTransform, TeacherLogits, distill_logprobs, some_logits, token_logprobs, top_tokens
+from togi.model.heads import (
+    Head,
+    LogitTransform,
+    TeacherLogits,
+    distill_logprobs,
+    some_logits,
+    token_logprobs,
+    top_tokens,
+)
 
 CASES = {
     "plain": (1.0, LogitTransform(), LogitTransform(), False),
@@ -45,12 +53,10 @@ def test_values_and_gradients_equal_the_plain_formula(kind, case, chunk_bytes):
     up, up_divergence = torch.randn(2, tokens, dtype=torch.float64)
     logprobs, distance = distill_logprobs(
         ours[0],
-        ours[1],
+        Head(ours[1], ours[2] if with_bias else None, own),
         targets,
-        TeacherLogits(states, weight, teacher_bias, others, kind),
+        TeacherLogits(states, Head(weight, teacher_bias, others), kind),
         temperature=temperature,
-        bias_V=ours[2] if with_bias else None,
-        transform=own,
         chunk_bytes=chunk_bytes,
     )
     student_logp = naive_logp(plain[0], plain[1], plain[2] if with_bias else None, temperature, own)
@@ -86,8 +92,8 @@ def test_divergences_by_hand():
 def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(kind):
     torch.manual_seed(0)
     hidden, weight = torch.randn(4, 3).double().requires_grad_(), torch.randn(20, 3).double().requires_grad_()
-    teacher = TeacherLogits(hidden.detach(), weight.detach(), None, LogitTransform(), kind)
-    _, distance = distill_logprobs(hidden, weight, torch.zeros(4, dtype=torch.int64), teacher)
+    teacher = TeacherLogits(hidden.detach(), Head(weight.detach()), kind)
+    _, distance = distill_logprobs(hidden, Head(weight), torch.zeros(4, dtype=torch.int64), teacher)
     distance.sum().backward()
     assert float(distance.detach().abs().max()) < 1e-14
     assert float(hidden.grad.abs().max()) < 1e-14 and float(weight.grad.abs().max()) < 1e-14
@@ -95,8 +101,8 @@ def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(kind):
 
 def test_no_tokens_give_zero_gradients():
     hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    teacher = TeacherLogits(torch.randn(0, 3), torch.randn(9, 3), None, LogitTransform())
-    logprobs, distance = distill_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), teacher)
+    teacher = TeacherLogits(torch.randn(0, 3), Head(torch.randn(9, 3)))
+    logprobs, distance = distill_logprobs(hidden, Head(weight), torch.zeros(0, dtype=torch.int64), teacher)
     (logprobs.sum() + distance.sum()).backward()
     assert torch.equal(weight.grad, torch.zeros(9, 4))
 
@@ -107,9 +113,9 @@ def test_bfloat16_is_summed_in_float32():
     states, head = torch.randn(200, 16).bfloat16(), (0.3 * torch.randn(3000, 16)).bfloat16()
     ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     targets = torch.randint(3000, (200,))
-    _, distance = distill_logprobs(ours, weight, targets, TeacherLogits(states, head, None, LogitTransform()))
-    wide = TeacherLogits(states.double(), head.double(), None, LogitTransform())
-    _, expected = distill_logprobs(exact, weight.double(), targets, wide)
+    _, distance = distill_logprobs(ours, Head(weight), targets, TeacherLogits(states, Head(head)))
+    wide = TeacherLogits(states.double(), Head(head.double()))
+    _, expected = distill_logprobs(exact, Head(weight.double()), targets, wide)
     assert distance.dtype == torch.float32
     torch.testing.assert_close(distance.double(), expected, rtol=0, atol=0.03)
     distance.mean().backward()
@@ -124,7 +130,7 @@ def test_some_logits_are_those_of_the_whole_head_with_their_gradients(transform)
     ours, plain = ([torch.randn(*shape).double().requires_grad_() for shape in shapes] for _ in range(2))
     for mine, reference in zip(ours, plain, strict=True):
         reference.data.copy_(mine.data)
-    few = some_logits(ours[0], ours[1], (17, 2), ours[2], transform)
+    few = some_logits(ours[0], Head(ours[1], ours[2], transform), (17, 2))
     full = (plain[0] @ plain[1].T + plain[2]) * transform.scale
     if transform.softcap > 0:
         full = transform.softcap * torch.tanh(full / transform.softcap)
@@ -139,21 +145,20 @@ def test_top_tokens_are_where_the_log_probability_is_highest():
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(5, 3), torch.randn(30, 3), torch.randn(30)
     everything = torch.stack(
-        [token_logprobs(hidden, weight, torch.full((5,), v), bias_V=bias)[0] for v in range(30)], dim=1
+        [token_logprobs(hidden, Head(weight, bias), torch.full((5,), v))[0] for v in range(30)], dim=1
     )
-    assert torch.equal(top_tokens(hidden, weight, bias), everything.argmax(1))
+    assert torch.equal(top_tokens(hidden, Head(weight, bias)), everything.argmax(1))
 
 
 PEAK_SCRIPT = """
 import re, torch
 from pathlib import Path
-from togi.model.heads import TeacherLogits, distill_logprobs
-from togi.model.heads import LogitTransform
+from togi.model.heads import Head, TeacherLogits, distill_logprobs
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
 K, V, H = 4096, 49152, 64
 def run(hidden, weight, states, head):
-    teacher = TeacherLogits(states, head, None, LogitTransform())
-    logprobs, distance = distill_logprobs(hidden, weight, torch.arange(len(hidden)), teacher)
+    teacher = TeacherLogits(states, Head(head))
+    logprobs, distance = distill_logprobs(hidden, Head(weight), torch.arange(len(hidden)), teacher)
     (distance.mean() - logprobs.mean()).backward()
 a = torch.randn(64, H).bfloat16()
 run(a.clone().requires_grad_(), a.clone().requires_grad_(), a, a)  # the first call loads libraries

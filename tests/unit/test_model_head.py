@@ -10,7 +10,7 @@ import torch
 
 from tests.kernel_calls import counted_calls
 from togi.model import heads
-from togi.model.heads import LogitTransform, token_logprobs
+from togi.model.heads import Head, LogitTransform, token_logprobs
 
 CASES = {
     "plain": (1.0, LogitTransform(), False),
@@ -43,11 +43,9 @@ def test_values_and_gradients_equal_the_plain_formula(case, chunk_bytes):
     up, up_entropy = torch.randn(2, tokens, dtype=torch.float64)
     logprobs, entropy = token_logprobs(
         ours[0],
-        ours[1],
+        Head(ours[1], ours[2] if with_bias else None, transform),
         targets,
-        bias_V=ours[2] if with_bias else None,
         temperature=temperature,
-        transform=transform,
         entropy=True,
         chunk_bytes=chunk_bytes,
     )
@@ -81,10 +79,9 @@ def test_kernels_for_bfloat16_are_the_operations_they_replace(monkeypatch, with_
         hidden, weight = (x.clone().requires_grad_() for x in start)
         logprobs, entropy = token_logprobs(
             hidden,
-            weight,
+            Head(weight, transform=transform),
             targets,
             temperature=0.7,
-            transform=transform,
             entropy=with_entropy,
             chunk_bytes=chunk_bytes,
         )
@@ -109,14 +106,14 @@ def test_kernels_for_bfloat16_are_the_operations_they_replace(monkeypatch, with_
 def test_a_target_that_the_head_does_not_predict_is_an_error(wrong):
     hidden, weight = torch.randn(3, 4).bfloat16(), torch.randn(20, 4).bfloat16()
     with pytest.raises(IndexError, match=f"token {wrong} is none of the 20"):
-        token_logprobs(hidden, weight, torch.tensor([1, wrong, 3]))
+        token_logprobs(hidden, Head(weight), torch.tensor([1, wrong, 3]))
 
 
 def test_what_is_no_number_stays_in_its_row_of_the_kernel():
     hidden, weight = torch.randn(3, 4).bfloat16().requires_grad_(), torch.randn(20, 4).bfloat16()
     with torch.no_grad():
         hidden[1, 2] = torch.nan
-    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([1, 2, 3]), entropy=True)
+    logprobs, entropy = token_logprobs(hidden, Head(weight), torch.tensor([1, 2, 3]), entropy=True)
     (logprobs + entropy).sum().backward()
     for x in (logprobs, entropy, hidden.grad.sum(1)):
         assert x.isnan().tolist() == [False, True, False]
@@ -126,17 +123,17 @@ def test_without_entropy_there_is_none_and_gradients_are_the_same():
     torch.manual_seed(0)
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True)
     targets = torch.randint(20, (6,))
-    logprobs, entropy = token_logprobs(hidden, weight, targets)
+    logprobs, entropy = token_logprobs(hidden, Head(weight), targets)
     assert entropy.shape == (0,)
     logprobs.sum().backward()
     one = [hidden.grad.clone(), weight.grad.clone()]
     hidden.grad = weight.grad = None
-    token_logprobs(hidden, weight, targets, entropy=True)[0].sum().backward()
+    token_logprobs(hidden, Head(weight), targets, entropy=True)[0].sum().backward()
     torch.testing.assert_close(one, [hidden.grad, weight.grad], rtol=1e-6, atol=1e-6)
 
 
 def test_uniform_logits_by_hand():
-    logprobs, entropy = token_logprobs(torch.zeros(2, 3), torch.ones(8, 3), torch.tensor([0, 7]), entropy=True)
+    logprobs, entropy = token_logprobs(torch.zeros(2, 3), Head(torch.ones(8, 3)), torch.tensor([0, 7]), entropy=True)
     log8 = torch.full((2,), 2.0794415)
     torch.testing.assert_close(logprobs, -log8)
     torch.testing.assert_close(entropy, log8)
@@ -149,7 +146,7 @@ def test_bfloat16_is_summed_in_float32():
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     targets = torch.randint(5000, (500,))
-    logprobs, entropy = token_logprobs(*ours, targets, entropy=True)
+    logprobs, entropy = token_logprobs(ours[0], Head(ours[1]), targets, entropy=True)
     expected, expected_entropy = naive(*exact, None, targets, 1.0, LogitTransform())
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert ours[0].dtype == torch.bfloat16
@@ -163,7 +160,7 @@ def test_bfloat16_is_summed_in_float32():
 
 def test_no_tokens_give_zero_gradients():
     hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    logprobs, entropy = token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), entropy=True)
+    logprobs, entropy = token_logprobs(hidden, Head(weight), torch.zeros(0, dtype=torch.int64), entropy=True)
     (logprobs.sum() + entropy.sum()).backward()
     assert torch.equal(weight.grad, torch.zeros(9, 4))
     assert hidden.grad.shape == (0, 4)
@@ -172,17 +169,17 @@ def test_no_tokens_give_zero_gradients():
 PEAK_SCRIPT = """
 import re, torch
 from pathlib import Path
-from togi.model.heads import token_logprobs
+from togi.model.heads import Head, token_logprobs
 # not ru_maxrss, which a child process inherits
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
 K, V, H = 8192, 49152, 128
 a = torch.randn(64, H).requires_grad_()
 # the first call loads libraries
-token_logprobs(a, a.detach(), torch.zeros(64, dtype=torch.int64), entropy=True)[0].sum().backward()
+token_logprobs(a, Head(a.detach()), torch.zeros(64, dtype=torch.int64), entropy=True)[0].sum().backward()
 hidden = torch.empty(K, H).normal_().requires_grad_()
 weight = torch.empty(V, H).normal_(std=0.02).requires_grad_()
 before = peak()
-token_logprobs(hidden, weight, torch.arange(K), temperature=0.9, entropy=True)[0].mean().backward()
+token_logprobs(hidden, Head(weight), torch.arange(K), temperature=0.9, entropy=True)[0].mean().backward()
 print(peak() - before - hidden.grad.nbytes - weight.grad.nbytes)
 """
 

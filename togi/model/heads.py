@@ -65,14 +65,21 @@ class LogitTransform:
         return factor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """The last layer of a language model, which gives logits."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    transform: LogitTransform = LogitTransform()
+
+
 def token_logprobs(
     hidden_KH: Tensor,
-    weight_VH: Tensor,
+    head: Head,
     targets_K: Tensor,
     *,
     temperature: float = 1.0,
-    bias_V: Tensor | None = None,
-    transform: LogitTransform | None = None,
     entropy: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
@@ -81,11 +88,18 @@ def token_logprobs(
     The distribution is softmax(logits / temperature). Both results are differentiable. Without ``entropy`` the second
     is an empty tensor. ``chunk_bytes`` bounds one float32 tile of logits; peak memory is about three tiles.
     """
-    assert temperature > 0, "temperature must be positive"
-    assert hidden_KH.dtype == weight_VH.dtype, f"hidden is {hidden_KH.dtype}, the head's weight is {weight_VH.dtype}"
-    settings = HeadSettings(temperature, transform or LogitTransform(), entropy, chunk_bytes)
-    results: tuple[Tensor, Tensor] = _FusedHead.apply(hidden_KH, weight_VH, bias_V, targets_K, settings)  # type: ignore[no-untyped-call]
+    settings = HeadSettings(temperature, head.transform, entropy, chunk_bytes)
+    inputs = _checked(hidden_KH, head, temperature)
+    results: tuple[Tensor, Tensor] = _FusedHead.apply(*inputs, targets_K, settings)  # type: ignore[no-untyped-call]
     return results
+
+
+def _checked(hidden_KH: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias: the tensors that get a gradient."""
+    assert temperature > 0, "temperature must be positive"
+    dtype = head.weight_VH.dtype
+    assert hidden_KH.dtype == dtype, f"hidden is {hidden_KH.dtype}, the head's weight is {dtype}"
+    return hidden_KH, head.weight_VH, head.bias_V
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,58 +290,46 @@ def add_at_targets(grad_kv: Tensor, targets_k: Tensor, up_k: Tensor) -> None:
     grad_kv.scatter_add_(1, columns_k[:, None], torch.where(inside_k, up_k, 0.0)[:, None])
 
 
-def top_tokens(
-    hidden_KH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None, transform: LogitTransform | None = None
-) -> Tensor:
+def top_tokens(hidden_KH: Tensor, head: Head) -> Tensor:
     """The likeliest token of each distribution (int64, [K]; the first among equals), without gradients."""
-    settings = HeadSettings(1.0, transform or LogitTransform(), entropy=False, chunk_bytes=CHUNK_BYTES)
+    settings = HeadSettings(1.0, head.transform, entropy=False, chunk_bytes=CHUNK_BYTES)
     tops_K = torch.empty(hidden_KH.shape[0], dtype=torch.int64, device=hidden_KH.device)
-    step = settings.tokens(weight_VH.shape[0])
+    step = settings.tokens(head.weight_VH.shape[0])
     with torch.no_grad():
         for start in range(0, hidden_KH.shape[0], step):
             rows = slice(start, start + step)
-            tops_K[rows] = settings.logits(hidden_KH[rows], weight_VH, bias_V).argmax(1)
+            tops_K[rows] = settings.logits(hidden_KH[rows], head.weight_VH, head.bias_V).argmax(1)
     return tops_K
 
 
-def some_logits(
-    hidden_KH: Tensor,
-    weight_VH: Tensor,
-    tokens: tuple[int, ...],
-    bias_V: Tensor | None = None,
-    transform: LogitTransform | None = None,
-) -> Tensor:
+def some_logits(hidden_KH: Tensor, head: Head, tokens: tuple[int, ...]) -> Tensor:
     """The logits of a few tokens only: float32, shape [K, len(tokens)], differentiable."""
     chosen_R = torch.tensor(tokens, device=hidden_KH.device)
-    logits_KR = full_precision(hidden_KH @ weight_VH.index_select(0, chosen_R).T)
-    if bias_V is not None:
-        logits_KR = logits_KR + bias_V.index_select(0, chosen_R)
-    return (transform or LogitTransform()).differentiable(logits_KR)
+    logits_KR = full_precision(hidden_KH @ head.weight_VH.index_select(0, chosen_R).T)
+    if head.bias_V is not None:
+        logits_KR = logits_KR + head.bias_V.index_select(0, chosen_R)
+    return head.transform.differentiable(logits_KR)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TeacherLogits:
-    """A frozen model's logits for the tokens in the loss, before the head is applied: its hidden states and its head.
+    """A frozen model's logits for the tokens in the loss, before the head is applied: its hidden states and its head (J wide).
 
     ``kind`` selects the divergence. No tensor here gets a gradient.
     """
 
     states_KJ: Tensor
-    weight_VJ: Tensor
-    bias_V: Tensor | None
-    transform: LogitTransform
+    head: Head
     kind: Divergence = Divergence.FORWARD
 
 
 def distill_logprobs(
     hidden_KH: Tensor,
-    weight_VH: Tensor,
+    head: Head,
     targets_K: Tensor,
     teacher: TeacherLogits,
     *,
     temperature: float = 1.0,
-    bias_V: Tensor | None = None,
-    transform: LogitTransform | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """The student's log-probability of each target and its divergence from the teacher, both in nats, float32, shape [K].
@@ -335,15 +337,14 @@ def distill_logprobs(
     Both are differentiable with respect to the student. ``temperature`` divides both models' logits. ``chunk_bytes``
     bounds one tile of logits of both models together.
     """
-    assert temperature > 0, "temperature must be positive"
-    assert hidden_KH.dtype == weight_VH.dtype, f"hidden is {hidden_KH.dtype}, the head's weight is {weight_VH.dtype}"
-    assert weight_VH.shape[0] == teacher.weight_VJ.shape[0], "teacher and student have different vocabularies"
-    assert hidden_KH.shape[0] == teacher.states_KJ.shape[0], "teacher and student saw different tokens"
-    own = HeadSettings(temperature, transform or LogitTransform(), entropy=False, chunk_bytes=chunk_bytes // 2)
-    others = HeadSettings(temperature, teacher.transform, entropy=False, chunk_bytes=chunk_bytes // 2)
-    results: tuple[Tensor, Tensor] = _DistillHead.apply(  # type: ignore[no-untyped-call]
-        hidden_KH, weight_VH, bias_V, targets_K, teacher, own, others
+    inputs = _checked(hidden_KH, head, temperature)
+    assert len(head.weight_VH) == len(teacher.head.weight_VH), "teacher and student have different vocabularies"
+    assert len(hidden_KH) == len(teacher.states_KJ), "teacher and student saw different tokens"
+    own, others = (
+        HeadSettings(temperature, transform, entropy=False, chunk_bytes=chunk_bytes // 2)
+        for transform in (head.transform, teacher.head.transform)
     )
+    results: tuple[Tensor, Tensor] = _DistillHead.apply(*inputs, targets_K, teacher, own, others)  # type: ignore[no-untyped-call]
     return results
 
 
@@ -371,7 +372,7 @@ class _DistillHead(torch.autograd.Function):
             logp_kV = logits_kV.sub_(norm_K[rows, None])
             logprobs_K[rows] = logp_kV.gather(1, targets_K[rows, None]).squeeze(1)
             # the teacher: the same tokens, in the second half of the chunk
-            teacher_kV = others.logits(teacher.states_KJ[rows], teacher.weight_VJ, teacher.bias_V)
+            teacher_kV = others.logits(teacher.states_KJ[rows], teacher.head.weight_VH, teacher.head.bias_V)
             teacher_norm_K[rows] = teacher_kV.logsumexp(1)
             divergence_K[rows] = divergence(teacher_kV.sub_(teacher_norm_K[rows, None]), logp_kV, teacher.kind)
         # beside the inputs only a few numbers a token are kept: the backward recomputes the logits
@@ -390,8 +391,8 @@ class _DistillHead(torch.autograd.Function):
 
         def gradient(logits_kv: Tensor, rows: slice, words: slice) -> Tensor:
             logp_kv = logits_kv.sub_(norm_K[rows, None])
-            bias_v = None if teacher.bias_V is None else teacher.bias_V[words]
-            teacher_kv = others.logits(teacher.states_KJ[rows], teacher.weight_VJ[words], bias_v)
+            bias_v = None if teacher.head.bias_V is None else teacher.head.bias_V[words]
+            teacher_kv = others.logits(teacher.states_KJ[rows], teacher.head.weight_VH[words], bias_v)
             teacher_kv.sub_(teacher_norm_K[rows, None])
             # d divergence / d logits, then d log-prob / d logits = onehot - p
             grad_kv = divergence_gradient(teacher_kv, logp_kv, divergence_K[rows], teacher.kind)

@@ -39,7 +39,15 @@ from togi.batch import NO_SEQUENCE, Batch
 from togi.config.choices import Divergence
 from togi.config.shared import MIXTURES
 from togi.model.deferred import Reader, nothing_left
-from togi.model.heads import LogitTransform, TeacherLogits, distill_logprobs, some_logits, token_logprobs, top_tokens
+from togi.model.heads import (
+    Head,
+    LogitTransform,
+    TeacherLogits,
+    distill_logprobs,
+    some_logits,
+    token_logprobs,
+    top_tokens,
+)
 from togi.model.ring_attention import RING, refuse_ring
 from togi.model.ring_layout import Layout, Places, Ring, RingLayout
 
@@ -159,26 +167,24 @@ class _Model(nn.Module):
         """Whether the model is a mixture of experts whose router can be balanced."""
         return self.hf.config.model_type in MIXTURES
 
-    def _states(self, layout: Layout, batch: Batch, needs: Needs) -> tuple[Tensor, Outputs]:
+    def _states(self, layout: Layout, batch: Batch, needs: Needs) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden states, [t, H], and for a mixture of experts the requested outputs about its routing."""
         if not (needs.balance or needs.routes):
             states_tH = hidden_states(self.hf, layout)
-            return states_tH, Outputs(balance_N=states_tH.new_empty(0))
+            return states_tH, {"balance_N": states_tH.new_empty(0)}
         assert self.is_mixture, "a dense model has no router"
         output = _body(self.hf, layout, output_router_logits=True)
         states_tH, top_k = output.last_hidden_state[0], self.hf.config.num_experts_per_tok
         segments = len(batch.segments)
-        routing = Outputs(balance_N=states_tH.new_empty(0))
+        routing = {"balance_N": states_tH.new_empty(0)}
         if needs.balance:
             # sums over each segment: a prefix counts in every sequence that continues it. The last row is for filler tokens
             own_2SE = routing_sums(output.router_logits, top_k, layout.segments_of(batch), segments + 1)[:, :segments]
-            balance_N = balance_loss(layout.total(own_2SE), top_k, batch.chains_NS())
-            routing = replace(routing, balance_N=balance_N)
+            routing["balance_N"] = balance_loss(layout.total(own_2SE), top_k, batch.chains_NS())
         if needs.routes:
             places = layout.at(batch.targets_K)
             # the routing of a token is at the token itself, not at its source
-            own_kMC = places.states(chosen_experts(output.router_logits, top_k))
-            routing = replace(routing, routes_KMC=places.whole(own_kMC))
+            routing["routes_KMC"] = places.whole(places.states(chosen_experts(output.router_logits, top_k)))
         return states_tH, routing
 
 
@@ -195,7 +201,7 @@ class PolicyModel(_Model):
     @property
     def vocabulary(self) -> int:
         """The number of tokens of the head, padding rows included."""
-        return int(self._head.weight.shape[0])
+        return len(self._head.weight_VH)
 
     def end_answers_with(self, token_ids: Sequence[int]) -> None:
         """Add end tokens to those in the generation config that is saved with the model."""
@@ -215,8 +221,7 @@ class PolicyModel(_Model):
         assert not (needs.values or needs.scores), "a policy has no scalar head"
         layout = self.layout_of(batch)
         states_tH, routing = self._states(layout, batch, needs)
-        outputs = self._predictions(states_tH, layout, batch, needs, temperature, teacher)
-        return replace(outputs, balance_N=routing.balance_N, routes_KMC=routing.routes_KMC)
+        return replace(self._predictions(states_tH, layout, batch, needs, temperature, teacher), **routing)
 
     def _predictions(
         self,
@@ -239,27 +244,13 @@ class PolicyModel(_Model):
         states_kH = places.states(states_tH)
         if needs.states:
             return Outputs(states_kH=states_kH)
-        head, tokens_k = self._head, places.own(batch.tokens_T[targets_K])
+        tokens_k = places.own(batch.tokens_T[targets_K])
         if teacher is not None:
             assert not needs.entropy, "there is no entropy beside a divergence"
-            logprobs_k, divergence_k = distill_logprobs(
-                states_kH,
-                head.weight,
-                tokens_k,
-                teacher,
-                temperature=temperature,
-                bias_V=head.bias,
-                transform=self.transform,
-            )
-            return Outputs(logprobs_K=places.whole(logprobs_k), divergence_K=places.whole(divergence_k))
+            pair = distill_logprobs(states_kH, self._head, tokens_k, teacher, temperature=temperature)
+            return Outputs(logprobs_K=places.whole(pair[0]), divergence_K=places.whole(pair[1]))
         logprobs_k, entropy_k = token_logprobs(
-            states_kH,
-            head.weight,
-            tokens_k,
-            temperature=temperature,
-            bias_V=head.bias,
-            transform=self.transform,
-            entropy=needs.entropy,
+            states_kH, self._head, tokens_k, temperature=temperature, entropy=needs.entropy
         )
         entropy_K = places.whole(entropy_k) if needs.entropy else entropy_k
         return Outputs(places.whole(logprobs_k), entropy_K) if needs.logprobs else Outputs(entropy_K=entropy_K)
@@ -269,29 +260,27 @@ class PolicyModel(_Model):
 
         The head is read outside of a forward, so it must be whole on this rank: a teacher cannot be sharded.
         """
-        weight_VJ, bias_V = self._head.weight.detach(), self._head.bias
-        assert type(weight_VJ) is Tensor, "the teacher's head is sharded"
-        return TeacherLogits(
-            states_kH.detach(), weight_VJ, None if bias_V is None else bias_V.detach(), self.transform, kind
-        )
+        weight_VH, bias_V = self._head.weight_VH.detach(), self._head.bias_V
+        assert type(weight_VH) is Tensor, "the teacher's head is sharded"
+        head = Head(weight_VH, None if bias_V is None else bias_V.detach(), self.transform)
+        return TeacherLogits(states_kH.detach(), head, kind)
 
     def _what_follows(self, states_tH: Tensor, places: Places, batch: Batch, needs: Needs) -> Outputs:
         """Predictions at the tokens in the loss about the token after each."""
-        weight_VH, bias_V, states_kH = self._head.weight, self._head.bias, places.states(states_tH)
+        states_kH = places.states(states_tH)
         if needs.next_logits:
-            logits_kR = some_logits(states_kH, weight_VH, needs.next_logits, bias_V, self.transform)
-            return Outputs(next_logits_KR=places.whole(logits_kR))
+            return Outputs(next_logits_KR=places.whole(some_logits(states_kH, self._head, needs.next_logits)))
         # streams are float32, which holds every id below 2^24 exactly; a dummy batch has no tokens and no streams
         labels_K = batch.select(LABELS).long() if len(batch.targets_K) > 0 else batch.tokens_T[:0]
         labels_k = places.own(labels_K)
-        logprobs_k, _ = token_logprobs(states_kH, weight_VH, labels_k, bias_V=bias_V, transform=self.transform)
-        hits_k = top_tokens(states_kH, weight_VH, bias_V, self.transform) == labels_k
+        logprobs_k, _ = token_logprobs(states_kH, self._head, labels_k)
+        hits_k = top_tokens(states_kH, self._head) == labels_k
         return Outputs(label_logprobs_K=places.whole(logprobs_k), label_hits_K=places.whole(hits_k.byte()).bool())
 
     @property
-    def _head(self) -> nn.Linear:
-        head: nn.Linear = self.hf.get_output_embeddings()
-        return head
+    def _head(self) -> Head:
+        layer = self.hf.get_output_embeddings()
+        return Head(layer.weight, layer.bias, self.transform)
 
 
 class ScalarModel(_Model):
@@ -331,7 +320,7 @@ class ScalarModel(_Model):
             values_K = self._at(layout.at(batch.sources_T[batch.targets_K]), states_tH)
         if needs.scores:
             scores_N = self._at(layout.at(last_tokens(batch)), states_tH)
-        return Outputs(values_K=values_K, scores_N=scores_N, balance_N=routing.balance_N)
+        return Outputs(values_K=values_K, scores_N=scores_N, **routing)
 
     def _at(self, places: Places, states_tH: Tensor) -> Tensor:
         return places.whole(self._head(places.states(states_tH)))
