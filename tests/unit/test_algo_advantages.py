@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tests.unit import algo_reference as ref
 from togi.algo.advantages import (
-    Advantages,
     Moments,
     advantages,
     baselined_rewards,
@@ -195,13 +194,13 @@ def test_merged_moments_equal_the_moments_of_everything(parts, mean_only):
 def test_the_clip_range_comes_after_the_baseline():
     # rloo: 30 - 10 = 20 -> 10; 10 - 30 = -20 -> -10. Clipping first would give 0, 0. The mean over the three tokens,
     # 10, -10, -10, is -10/3, the biased variance 800/9.
-    out = run(Est.RLOO, doubles(30, 10), ids(0, 0), ids(0, 1, 1))
-    close(out.returns_K, [10, -10, -10])
+    adv, ret = run(Est.RLOO, doubles(30, 10), ids(0, 0), ids(0, 1, 1))
+    close(ret, [10, -10, -10])
     scale = math.sqrt(800 / 9)
-    close(out.advantages_K, [40 / 3 / scale, -20 / 3 / scale, -20 / 3 / scale])
+    close(adv, [40 / 3 / scale, -20 / 3 / scale, -20 / 3 / scale])
 
 
-def run(estimator, rewards, groups, sequences, **changes) -> Advantages:
+def run(estimator, rewards, groups, sequences, **changes) -> tuple[torch.Tensor, torch.Tensor]:
     settings_ = {
         "reward_clip": (-10.0, 10.0),
         "kl_K": None,
@@ -216,15 +215,15 @@ def run(estimator, rewards, groups, sequences, **changes) -> Advantages:
 
 def test_grpo_with_kl_in_the_reward_by_hand():
     # shaped +-1/sqrt(2) at the last tokens, -0.1 * KL at each, suffix sums, no global normalisation
-    out = run(Est.GROUP_NORM, doubles(1, 0), ids(4, 4), ids(0, 0, 1), kl_K=doubles(1, 2, 3), kl_coef=0.1)
-    close(out.advantages_K, [PAIR - 0.3, PAIR - 0.2, -PAIR - 0.3], atol=2e-9)
-    assert torch.equal(out.advantages_K, out.returns_K)
+    adv, ret = run(Est.GROUP_NORM, doubles(1, 0), ids(4, 4), ids(0, 0, 1), kl_K=doubles(1, 2, 3), kl_coef=0.1)
+    close(adv, [PAIR - 0.3, PAIR - 0.2, -PAIR - 0.3], atol=2e-9)
+    assert torch.equal(adv, ret)
 
 
 def test_returns_are_not_normalized():
-    out = run(Est.GAE, doubles(1, 3), ids(0, 1), ids(0, 1), values_K=doubles(0.5, 0.5))
-    close(out.returns_K, [1, 3])
-    close(out.advantages_K, [-1, 1])  # raw 0.5, 2.5
+    adv, ret = run(Est.GAE, doubles(1, 3), ids(0, 1), ids(0, 1), values_K=doubles(0.5, 0.5))
+    close(ret, [1, 3])
+    close(adv, [-1, 1])  # raw 0.5, 2.5
 
 
 @pytest.mark.parametrize("estimator", GROUP_ESTIMATORS)
@@ -243,8 +242,8 @@ def test_values_are_for_gae_and_only_for_gae():
 @pytest.mark.parametrize("estimator", list(Est))
 def test_no_tokens_at_all(estimator):
     values = torch.empty(0) if estimator is Est.GAE else None
-    out = run(estimator, torch.tensor([1.0, 2.0]), ids(0, 0), ids(), values_K=values)
-    assert out.advantages_K.shape == out.returns_K.shape == (0,)
+    adv, ret = run(estimator, torch.tensor([1.0, 2.0]), ids(0, 0), ids(), values_K=values)
+    assert adv.shape == ret.shape == (0,)
 
 
 grid = st.integers(-60, 60).map(lambda i: i / 7)
@@ -272,7 +271,7 @@ def steps(draw):
 def test_every_estimator_equals_the_reference(estimator, step, gamma, lam, flag):
     scores, groups, lengths, kls, values = step
     gamma = 1.0 if estimator.uses_groups else gamma
-    out = run(
+    adv, ret = run(
         estimator,
         doubles(*scores),
         ids(*groups),
@@ -297,9 +296,9 @@ def test_every_estimator_equals_the_reference(estimator, step, gamma, lam, flag)
         lam=lam,
         mean_only=flag,
     )
-    close(out.returns_K, expected_returns)
+    close(ret, expected_returns)
     # Sums that cancel to about 1e-16 are scaled by up to 1e4 in the normalisation.
-    close(out.advantages_K, expected_advantages, atol=1e-9)
+    close(adv, expected_advantages, atol=1e-9)
 
 
 @pytest.mark.parametrize("estimator", list(Est))

@@ -23,14 +23,6 @@ STD_FLOOR = 1e-9
 VARIANCE_FLOOR = 1e-8
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Advantages:
-    """``advantages_K`` for the policy loss (normalised if ``normalizes``), ``returns_K`` for the value loss."""
-
-    advantages_K: Tensor
-    returns_K: Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class Moments:
     """Count, mean and sum of squared distances from the mean of a set of numbers, in float64; ``merge`` joins sets."""
@@ -68,8 +60,10 @@ def advantages(
     gamma: float,
     lam: float,
     no_std_norm: bool,
-) -> Advantages:
-    """Advantages and returns of all tokens of one step. Normalisation is over all tokens given.
+) -> tuple[Tensor, Tensor]:
+    """Advantages for the policy loss and returns for the value loss, of all tokens of one step, both [K].
+
+    Advantages are normalised over all tokens given, if the estimator ``normalizes``.
 
     Order: baseline over groups, clip to ``reward_clip``, shaped scalar on the last token and -kl_coef * KL on each
     token, GAE or discounted sums, normalisation. ``kl_K`` is None if the KL is not in the reward. ``values_K`` is
@@ -87,7 +81,7 @@ def advantages(
         advantages_K = returns_K = discounted_returns(rewards_K, sequences_K, gamma)
     if normalizes(estimator):
         advantages_K = normalize(advantages_K, mean_only=no_std_norm)
-    return Advantages(advantages_K, returns_K)
+    return advantages_K, returns_K
 
 
 def baselined_rewards(estimator: AdvantageEstimator, rewards_N: Tensor, groups_N: Tensor) -> Tensor:

@@ -150,36 +150,36 @@ def written_aside(target: Path) -> Iterator[Path]:
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int) -> None:
     files: list[list[str]] = []
     total, size, held = 0, 0, dict[str, Tensor]()
+
+    def part(number: int) -> Path:
+        return directory / f"part-{number:05d}.safetensors"
+
+    def write_held() -> None:
+        save_file(held, part(len(files)), metadata={"format": "pt"})
+        files.append(list(held))
+        held.clear()
+
     for name, tensor in tensors:
         # a copy of its own: safetensors refuses views, and a shard must not keep memory that the caller frees
         ready = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
         if held and size + ready.nbytes > shard_bytes:
-            files.append(_write_shard(directory, len(files), held))
-            size, held = 0, {}
+            write_held()
+            size = 0
         held[name] = ready
         size += ready.nbytes
         total += ready.nbytes
-    files.append(_write_shard(directory, len(files), held))
+    write_held()
     # the final names contain the number of files, which is known only now
     if len(files) == 1:
-        _shard(directory, 0).rename(directory / "model.safetensors")
+        part(0).rename(directory / "model.safetensors")
         return
     places = {}
     for i, names in enumerate(files):
         final = directory / f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        _shard(directory, i).rename(final)
+        part(i).rename(final)
         places.update(dict.fromkeys(names, final.name))
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shard(directory: Path, number: int) -> Path:
-    return directory / f"part-{number:05d}.safetensors"
-
-
-def _write_shard(directory: Path, number: int, held: dict[str, Tensor]) -> list[str]:
-    save_file(held, _shard(directory, number), metadata={"format": "pt"})
-    return list(held)
 
 
 FLOAT32 = 4

@@ -33,18 +33,9 @@ from togi.config.model_facts import check_length
 from togi.config.shared import ADAPTER_CONFIG, LoRA, ModelSettings, Recompute, check_mixture
 from togi.cpu import use_host_layers
 from togi.errors import ModelError
+from togi.model import layers
 from togi.model.attention import SEGMENTS, VARLEN
 from togi.model.deferred import Deferred, Reader, nothing_left, quiet
-from togi.model.layers import (
-    apply_liger,
-    check_compiled,
-    check_liger,
-    compile_layers,
-    dropout_notice,
-    remove_fixed,
-    switch_off,
-    use_recompute,
-)
 from togi.model.policy import HEAD, PolicyModel, ScalarModel
 from togi.model.support import PROVEN, logit_transform, refuse_other_parts, refuse_unsupported, verify_packing
 from togi.weights.files import files_of
@@ -139,11 +130,11 @@ def load_scalar_model(source: ModelSource, *, init_head: bool = False, value_hea
 def _fit_config(source: ModelSource) -> PreTrainedConfig:
     """The model's config with dropout off. Raises ModelError if its layers do not support ``source.layers``."""
     config = read_config(source.path, source.trust_remote_code)
-    switch_off(config)
+    layers.switch_off(config)
     if source.layers is Layers.LIGER:
-        check_liger(config.model_type)
+        layers.check_liger(config.model_type)
     elif source.layers is Layers.COMPILED:
-        check_compiled(config.model_type)
+        layers.check_compiled(config.model_type)
     return config
 
 
@@ -176,7 +167,7 @@ def check_causal_lm(
     """
     config = read_config(path, trust_remote_code)
     check_length(asked, longest, path, config.to_dict())
-    rates = switch_off(config)
+    rates = layers.switch_off(config)
     if balanced:
         check_mixture(path, config.model_type)
     source = ModelSource(path, torch.float32, flash_attn, trust_remote_code)
@@ -196,7 +187,7 @@ def check_causal_lm(
                 "leave it out."
             )
     if rates:
-        logger.warning(dropout_notice(path, rates))
+        logger.warning(layers.dropout_notice(path, rates))
 
 
 def known_tokens(path: str, trust_remote_code: bool = False) -> int:
@@ -345,15 +336,15 @@ def _init_head(hf: PreTrainedModel) -> None:
 
 
 def _ready(model: Model, source: ModelSource) -> Model:
-    recompute, lora, layers = source.recompute, source.lora, source.layers
-    remove_fixed(model)
+    recompute, lora = source.recompute, source.lora
+    layers.remove_fixed(model)
     # before kernels and adapters change the layers: the proof compares with the plain model
     if model.hf.config.model_type not in PROVEN:
         verify_packing(model)
     # replace layers first, since adapters wrap the layers that they find
-    if layers is Layers.LIGER:
-        apply_liger(model.hf)
-    elif layers is Layers.STANDARD:
+    if source.layers is Layers.LIGER:
+        layers.apply_liger(model.hf)
+    elif source.layers is Layers.STANDARD:
         use_host_layers(model.hf)
     if lora is not None:
         from togi.model.adapters import add_lora  # PEFT takes more than half a second to import
@@ -363,9 +354,9 @@ def _ready(model: Model, source: ModelSource) -> Model:
             # the re-entrant kind drops the gradients of a block whose input needs none, and the embedding is frozen
             model.hf.enable_input_require_grads()
     if recompute is not None:
-        use_recompute(model.hf, recompute)
+        layers.use_recompute(model.hf, recompute)
     # last: it compiles the forward that all of the above left
-    if layers is Layers.COMPILED:
-        compile_layers(model.hf)
+    if source.layers is Layers.COMPILED:
+        layers.compile_layers(model.hf)
     model.train()
     return model

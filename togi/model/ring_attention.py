@@ -15,7 +15,7 @@ while the present one is computed. In the backward the gradient of a block follo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -236,10 +236,10 @@ class _RingAttention(torch.autograd.Function):
         grad_q_tHD = torch.zeros_like(full_precision(q_tHD))
         grad_kv_tGW = torch.empty_like(full_precision(kv_tGW))
         for queries, keys in _head_groups(q_tHD, kv_tGW, table.head_stride):
-            visitor = _Visitor(
-                q_tHD[:, queries], grad_tHD[:, queries], out_tHD[:, queries], lse_tH[:, queries], width, scale
-            )
-            grad_kv_tGW[:, keys] = _return_home(visitor, kv_tGW[:, keys], grad_q_tHD[:, queries], todo, table.ring)
+            own = [x[:, queries] for x in (q_tHD, grad_tHD, out_tHD, lse_tH)]
+            blocks = ((block, todo.visits[step]) for step, block in _blocks(kv_tGW[:, keys], todo, table.ring))
+            grads = _gradients(own, blocks, grad_q_tHD[:, queries], width, scale)
+            grad_kv_tGW[:, keys] = _return_home(grads, todo, table.ring)
         return grad_q_tHD.to(q_tHD.dtype), grad_kv_tGW.to(kv_tGW.dtype), None, None, None, None
 
 
@@ -262,11 +262,12 @@ def _blocks(own_tgW: Tensor, todo: Plan, ring: Ring) -> Iterator[tuple[int, Tens
 
 
 def _shaped(rows: Tensor, index: Tensor, count: int) -> Tensor:
-    """Rows [n x L, heads, D] of a tensor as [n, heads, L, D]."""
+    """Rows [n x L, heads, ...] of a tensor as [n, heads, L, ...]."""
     return rows.index_select(0, index).view(count, -1, *rows.shape[1:]).transpose(1, 2)
 
 
 def _flat(part_nHLD: Tensor) -> Tensor:
+    """The reverse: [n, heads, L, ...] as [n x L, heads, ...]."""
     return part_nHLD.transpose(1, 2).flatten(0, 1)
 
 
@@ -275,44 +276,38 @@ def _attend(q_tHD: Tensor, block_bgW: Tensor, call: Call, width: int, scale: flo
     q = _shaped(q_tHD, call.queries_nL, call.count)
     kv = _shaped(block_bgW, call.keys_nM, call.count)
     out, lse = attend(q, kv[..., :width], kv[..., width:], scale, call.visibility())
-    return _flat(out), lse.transpose(1, 2).flatten(0, 1)
+    return _flat(out), _flat(lse)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Visitor:
-    """The tensors that the backward of a call needs beside the block: those of some heads, over all keys."""
+def _gradients(
+    own: Sequence[Tensor],
+    blocks: Iterable[tuple[Tensor, Sequence[Call]]],
+    grad_q_tHD: Tensor,
+    width: int,
+    scale: float,
+) -> Iterator[Tensor]:
+    """Yield the gradient of each block from this rank's queries, [b, g, W]. Adds the gradient of the queries to ``grad_q_tHD``.
 
-    q_tHD: Tensor
-    grad_tHD: Tensor
-    out_tHD: Tensor
-    lse_tH: Tensor
-    width: int
-    scale: float
-
-    def gradient(self, block_bgW: Tensor, calls: Sequence[Call], grad_q_tHD: Tensor) -> Tensor:
-        """The gradient of a block from this rank's queries, [b, g, W]. Adds the gradient of the queries to ``grad_q_tHD``."""
+    ``own``: queries of some heads, the gradient of their output, that output and its log-sum-exp, both over all keys.
+    """
+    for block_bgW, calls in blocks:
         grad_block_bgW = torch.zeros_like(full_precision(block_bgW))
         for call in calls:
-            q, grad, out = (_shaped(x, call.queries_nL, call.count) for x in (self.q_tHD, self.grad_tHD, self.out_tHD))
+            q, grad, out, lse = (_shaped(x, call.queries_nL, call.count) for x in own)
             kv = _shaped(block_bgW, call.keys_nM, call.count)
-            lse = (
-                self.lse_tH.index_select(0, call.queries_nL).view(call.count, -1, self.lse_tH.shape[1]).transpose(1, 2)
-            )
-            inputs = (q, kv[..., : self.width], kv[..., self.width :])
-            grad_q, grad_k, grad_v = attend_backward(grad, inputs, out, lse.contiguous(), self.scale, call.visibility())
+            inputs = (q, kv[..., :width], kv[..., width:])
+            grad_q, grad_k, grad_v = attend_backward(grad, inputs, out, lse.contiguous(), scale, call.visibility())
             grad_q_tHD.index_add_(0, call.queries_nL, _flat(grad_q))
             grad_block_bgW.index_add_(0, call.keys_nM, _flat(torch.cat([grad_k, grad_v], dim=-1)))
-        return grad_block_bgW
+        yield grad_block_bgW
 
 
-def _return_home(visitor: _Visitor, own_tgW: Tensor, grad_q_tHD: Tensor, todo: Plan, ring: Ring) -> Tensor:
-    """The gradient of this rank's block from the queries of all ranks.
+def _return_home(grads: Iterator[Tensor], todo: Plan, ring: Ring) -> Tensor:
+    """The gradient of this rank's block from the queries of all ranks. ``grads``: those of all blocks from its own queries.
 
     The gradient of a block starts on the first rank that the block visits. Each rank adds its share and passes the gradient on,
     one step behind the block, until it is home.
     """
-    blocks = _blocks(own_tgW, todo, ring)
-    grads = (visitor.gradient(block, todo.visits[step], grad_q_tHD) for step, block in blocks)
     # the share of the own queries stays here; the gradient of the first visitor is sent on
     own_grad_tgW = next(grads)
     arriving = ring.pass_on(next(grads), todo.sizes[2 % ring.size], GRADIENTS)

@@ -73,15 +73,15 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
 
     Compares the hidden states of each sequence's own segment and, for a policy, its log-probs. The measure is the median over a
     segment's tokens, because a mixture of experts in bf16 may route single tokens differently. The pack must also give the same
-    states in training mode; otherwise a random operation is still on. Raises ModelError if anything differs.
+    states in training mode; otherwise a random operation is still on. Raises ModelError if anything differs. The model is then
+    in evaluation mode.
     """
     batch = _probe_batch(model.hf.config.vocab_size).to(next(model.parameters()).device)
     worst = 0.0
-    # nothing random in training mode?
-    with torch.no_grad(), _mode(model, training=True):
-        drawn_TH = hidden_states(model.hf, Layout.whole(batch))
-    with torch.no_grad(), _mode(model, training=False):
-        packed_TH = hidden_states(model.hf, Layout.whole(batch))
+    with torch.no_grad():
+        # nothing random in training mode?
+        drawn_TH = hidden_states(model.train().hf, Layout.whole(batch))
+        packed_TH = hidden_states(model.eval().hf, Layout.whole(batch))
         if not torch.allclose(drawn_TH.float(), packed_TH.float(), rtol=1e-3, atol=1e-3):
             raise ModelError(
                 f"{model.hf.config.model_type} models give other results in training than in evaluation, though all dropout "
@@ -129,13 +129,3 @@ def _stock_attention(hf: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         hf.set_attn_implementation(ours)
-
-
-@contextmanager
-def _mode(model: PolicyModel | ScalarModel, *, training: bool) -> Iterator[None]:
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)

@@ -146,7 +146,7 @@ def with_advantages(
             rewards_N=rewards_N, groups_N=groups_N, sequences_K=sequences_K, penalties_K=penalties_K
         )
         return with_streams(samples, {ADVANTAGES: np.split(estimated_K.numpy().astype(np.float32), ends)})
-    result = advantages(
+    flat_K = advantages(
         config.advantage_estimator,
         rewards_N,
         groups_N,
@@ -161,8 +161,8 @@ def with_advantages(
     )
     # Back to one array per sample.
     per_sample = {
-        name: np.split(flat_K.numpy().astype(np.float32), ends)
-        for name, flat_K in ((ADVANTAGES, result.advantages_K), (RETURNS, result.returns_K))
+        name: np.split(each_K.numpy().astype(np.float32), ends)
+        for name, each_K in zip((ADVANTAGES, RETURNS), flat_K, strict=True)
     }
     return with_streams(samples, per_sample)
 
