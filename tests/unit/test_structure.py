@@ -146,7 +146,7 @@ CAUGHT = Counter(
         "reward/server.py: Batcher._drain": 1,
         "reward/server.py: RewardServer._guard": 1,
         "rollout/engine.py: RolloutEngine._admit": 1,
-        "rollout/engine.py: RolloutEngine._call.call": 1,
+        "rollout/engine.py: RolloutEngine.answer": 1,
         "rollout/engine.py: RolloutEngine._run": 2,
         # Ray has no class for a slow start, after which it is started again
         "workers/ray/cluster.py: _start": 1,

@@ -45,14 +45,16 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
 class CheckpointStore:
     """The checkpoints under ``root``, at most ``max_num`` of them and ``max_gb`` (10^9 bytes) together."""
 
-    def __init__(self, root: Path, max_num: int = 3, max_gb: float = math.inf) -> None:
-        assert max_num >= 1
-        self.root = root
-        self.max_num = max_num
-        self.max_gb = max_gb
+    root: Path
+    max_num: int = 3
+    max_gb: float = math.inf
+
+    def __post_init__(self) -> None:
+        assert self.max_num >= 1
 
     @contextmanager
     def write(self, step: int, state: Mapping[str, object], expected_bytes: int) -> Iterator[Path]:
@@ -258,11 +260,11 @@ def better(aim: Aim, value: float, best: Best | None) -> bool:
     return beats and math.isfinite(value)
 
 
+@dataclass(frozen=True)
 class BestStore:
     """The folder ``root``/best. Only one process writes."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    root: Path
 
     @property
     def folder(self) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -84,27 +84,22 @@ class Mixed:
     coef: float
 
 
+@dataclass(eq=False)
 class Learner:
     """Trains one model. ``max_norm``: bound on the global gradient norm; ``math.inf`` for none.
 
     ``aux_loss_coef``: weight of the load-balancing loss (``togi.algo.balance``), only for a mixture of experts.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        objective: Objective,
-        schedule: LearningRate,
-        max_norm: float,
-        aux_loss_coef: float = 0.0,
-    ) -> None:
-        assert max_norm > 0 and aux_loss_coef >= 0
-        self.backend = backend
-        self.objective = objective
-        self.schedule = schedule
-        self.max_norm = max_norm
-        self.aux_loss_coef = aux_loss_coef
-        self.steps = 0
+    backend: Backend
+    objective: Objective
+    schedule: LearningRate
+    max_norm: float
+    aux_loss_coef: float = 0.0
+    steps: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        assert self.max_norm > 0 and self.aux_loss_coef >= 0
 
     def update(self, micro_batches: Sequence[Batch], mixed: Mixed | None = None) -> UpdateReport:
         """One optimizer step on the micro-batches of all ranks. Ranks may have different numbers of micro-batches, also none.

@@ -81,6 +81,7 @@ def per_sequence(per_token_K: Tensor, batch: Batch) -> list[NDArray[np.float32]]
 Arrays = tuple[NDArray[np.float32], ...]
 
 
+@dataclass(frozen=True, eq=False)
 class Scorer:
     """Runs ``module`` without gradients, in evaluation mode. All ranks call it together, each with its own number of batches.
 
@@ -88,12 +89,9 @@ class Scorer:
     call, such as one without the adapter, or with the weights on the device.
     """
 
-    def __init__(
-        self, module: nn.Module, world: World, around: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> None:
-        self.module = module
-        self.world = world
-        self._around = around
+    module: nn.Module
+    world: World
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> Arrays:
         """Log-probs (nats) at the tokens in the loss: one array a sequence."""
@@ -126,7 +124,7 @@ class Scorer:
 
     def _run(self, batches: Sequence[Batch], forward: Callable[[Batch], Outputs]) -> Iterator[tuple[Outputs, Batch]]:
         self.module.eval()
-        with self._around():
+        with self.around():
             for batch, real, _ in even_rounds(self.world, batches):
                 with torch.no_grad():
                     outputs = forward(batch)

@@ -15,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from togi.data.prompts import PromptLoader
 from togi.errors import DataError
@@ -39,6 +40,7 @@ class Feed(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class RolloutFeed:
     """Turns prompts into scored groups. With ``seed`` every sample has its own seed, whatever the timing.
 
@@ -46,23 +48,13 @@ class RolloutFeed:
     every group is kept.
     """
 
-    def __init__(
-        self,
-        environment: Environment,
-        generate: Generate,
-        reward: Reward,
-        seed: int | None,
-        max_errors: float,
-        penalties: LengthPenalties | None = None,
-        filtering: GroupFilter | None = None,
-    ) -> None:
-        self._environment = environment
-        self._generate = generate
-        self._reward = reward
-        self._seed = seed
-        self._max_errors = max_errors
-        self._penalties = penalties
-        self._filtering = filtering
+    environment: Environment
+    generate: Generate
+    reward: Reward
+    seed: int | None
+    max_errors: float
+    penalties: LengthPenalties | None = None
+    filtering: GroupFilter | None = None
 
     async def take(self, loader: PromptLoader, count: int, samples: int, step: int) -> list[ScoredGroup]:
         """Scored groups of the next prompts, ``samples`` rollouts each, in the loader's order.
@@ -71,24 +63,24 @@ class RolloutFeed:
         episode. The result includes filtered groups. Raises RewardError if more rewards fail than allowed, and
         ConfigError if too few groups are kept.
         """
-        if self._filtering is None:
+        if self.filtering is None:
             return await self.run(loader.take(count), samples, f"step{step}")
-        return await self._fill(self._filtering, loader, count, samples, f"step{step}")
+        return await self._fill(self.filtering, loader, count, samples, f"step{step}")
 
     async def run(self, prompts: Sequence[Prompt], samples: int, name: str) -> list[ScoredGroup]:
         """Generate and score ``samples`` rollouts of each prompt, in order. ``name``: keeps the group ids of calls apart.
 
         Raises RewardError if more rewards fail than allowed.
         """
-        limit = ErrorLimit(self._max_errors, len(prompts) * samples)
-        places = {f"{name}/{place}/{prompt.id}": place for place, prompt in enumerate(prompts)}
-        result: list[ScoredGroup | None] = [None] * len(prompts)
+        limit = ErrorLimit(self.max_errors, len(prompts) * samples)
+        ids = [f"{name}/{place}/{prompt.id}" for place, prompt in enumerate(prompts)]
+        result: dict[str, ScoredGroup] = {}
 
         async def score(group: Sequence[Rollout]) -> None:
-            result[places[group[0].group_id]] = await self._scored(group, limit)
+            result[group[0].group_id] = await self._scored(group, limit)
 
-        # Scoring starts as soon as a group is complete, in any order; results go to the place of their prompt.
-        groups = self._collected(zip(places, prompts, strict=True), samples, MAX_IN_FLIGHT)
+        # Scoring starts as soon as a group is complete, in any order.
+        groups = self._collected(zip(ids, prompts, strict=True), samples, MAX_IN_FLIGHT)
         scoring: list[asyncio.Task[None]] = []
         try:
             async for group in groups:
@@ -100,8 +92,7 @@ class RolloutFeed:
         finally:
             for task in scoring:
                 task.cancel()
-        assert all(group is not None for group in result)
-        return [group for group in result if group is not None]
+        return [result[group_id] for group_id in ids]
 
     async def _fill(
         self, filtering: GroupFilter, loader: PromptLoader, count: int, samples: int, name: str
@@ -112,7 +103,7 @@ class RolloutFeed:
         that many have failed, so the choice of prompts does not depend on timing, and no group is generated for nothing.
         """
         groups: dict[int, ScoredGroup] = {}
-        limit = ErrorLimit(self._max_errors, 0)
+        limit = ErrorLimit(self.max_errors, 0)
         free = asyncio.Semaphore(max(1, MAX_IN_FLIGHT // samples))
 
         def source() -> Iterator[tuple[int, Prompt]]:
@@ -145,33 +136,33 @@ class RolloutFeed:
     ) -> AsyncIterator[Sequence[Rollout]]:
         """The groups of ``prompts`` (group id, prompt), as they finish; at most ``most`` rollouts at once."""
         return collect_groups(
-            prompts, self._environment, self._generate, n_samples=samples, max_in_flight=most, seed=self._seed
+            prompts, self.environment, self.generate, n_samples=samples, max_in_flight=most, seed=self.seed
         )
 
     async def _scored(self, group: Sequence[Rollout], limit: ErrorLimit) -> ScoredGroup:
-        scores = await self._reward.score(group)
+        scores = await self.reward.score(group)
         limit.count(scores)
         # Filter on the reward itself; a length penalty would make equal rewards differ.
-        filtered = self._filtering is not None and not self._filtering.keeps(scores)
-        if self._penalties is not None:
-            scores = self._penalties.applied(group, scores)
+        filtered = self.filtering is not None and not self.filtering.keeps(scores)
+        if self.penalties is not None:
+            scores = self.penalties.applied(group, scores)
         return ScoredGroup(tuple(group), tuple(scores), filtered)
 
 
-def replay_feed(folder: str, *, filtering: bool) -> ReplayFeed:
-    """The feed of the run in ``folder``."""
-    return ReplayFeed(RunDirectory(Path(folder)).rollouts, filtering=filtering)
-
-
+@dataclass(frozen=True)
 class ReplayFeed:
     """A ``Feed`` that returns the stored groups of its prompts.
 
     ``filtering``: each rollout of the run took as many prompts as it needed, and so does its replay.
     """
 
-    def __init__(self, store: RolloutStore, *, filtering: bool = False) -> None:
-        self._store = store
-        self._filtering = filtering
+    store: RolloutStore
+    filtering: bool = False
+
+    @classmethod
+    def of(cls, folder: str, *, filtering: bool) -> Self:
+        """The feed of the run in ``folder``."""
+        return cls(RunDirectory(Path(folder)).rollouts, filtering)
 
     async def take(self, loader: PromptLoader, count: int, samples: int, step: int) -> list[ScoredGroup]:
         """The groups of the next ``count`` prompts as they were trained in ``step``, in the loader's order."""
@@ -179,10 +170,10 @@ class ReplayFeed:
 
     def prompts_of(self, step: int, count: int) -> int:
         """How many prompts ``step`` took: ``count``, or with filtering the number that is stored (0 if nothing is)."""
-        if not self._filtering:
+        if not self.filtering:
             return count
-        files = [file for file in self._store.files() if (file.step, file.split) == (step, Split.TRAIN)]
-        return len({row["group_id"] for file in files for row in self._store.read_columns(file, ["group_id"])})
+        files = [file for file in self.store.files() if (file.step, file.split) == (step, Split.TRAIN)]
+        return len({row["group_id"] for file in files for row in self.store.read_columns(file, ["group_id"])})
 
     def steps_for(self, prompts: int) -> int:
         """With filtering: the number of steps in which the run used up ``prompts``; one more than are stored if it did not."""
@@ -193,11 +184,11 @@ class ReplayFeed:
 
     def check(self, rollouts: int) -> None:
         """Raise DataError unless steps 1 to ``rollouts`` are stored."""
-        there = {file.step for file in self._store.files() if file.split is Split.TRAIN}
+        there = {file.step for file in self.store.files() if file.split is Split.TRAIN}
         missing = [step for step in range(1, rollouts + 1) if step not in there]
         if missing:
             raise DataError(
-                f"--replay: {self._store.folder} has no rollouts of step {missing[0]}, but this run takes {rollouts} steps: "
+                f"--replay: {self.store.folder} has no rollouts of step {missing[0]}, but this run takes {rollouts} steps: "
                 f"{'set --max_steps to ' + str(missing[0] - 1) if missing[0] > 1 else 'give the folder of a run of togi rl'}."
             )
 
@@ -206,9 +197,9 @@ class ReplayFeed:
 
         Raises DataError if they have other prompts, other tokens of a prompt, or another number of samples.
         """
-        rows = [row for row in self._store.read_step(step) if row["split"] == Split.TRAIN]
+        rows = [row for row in self.store.read_step(step) if row["split"] == Split.TRAIN]
         groups = [list(group) for _, group in groupby(rows, key=lambda row: str(row["group_id"]))]
-        where = f"--replay: step {step} of {self._store.folder}"
+        where = f"--replay: step {step} of {self.store.folder}"
         if len(groups) != len(prompts):
             raise DataError(
                 f"{where} has {len(groups)} prompts, but this run takes {len(prompts)}: give the prompts of that run."

@@ -13,13 +13,13 @@ import asyncio
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from togi.weights.buckets import Bucket, Manifest, TensorSpec, pack_buckets
 from togi.weights.updates import UpdateLog
 
 T = TypeVar("T")
+P = ParamSpec("P")
 MERGED_BUCKET_BYTES = 256 << 20
 STOP_SECONDS = 10.0
 
@@ -47,25 +48,25 @@ def end_token_ids(folder: str) -> frozenset[int]:
     root = Path(folder)
     if not (root / "config.json").is_file():
         raise ConfigError(f"{folder!r} is not a model folder: it has no config.json")
+
+    def entry(name: str, key: str) -> object:
+        """An entry of a JSON file. None if there is none, or no such file: not every model folder has all of them."""
+        path = root / name
+        return json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
+
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        eos = _read(root / name).get("eos_token_id")
-        if eos is not None:
-            found.update(eos if isinstance(eos, list) else [eos])
+        match entry(name, "eos_token_id"):
+            case int() as eos:
+                found.add(eos)
+            case list() as several:
+                found.update(several)
     # the tokenizer configuration has the text of the token: look up its id
-    token = _read(root / "tokenizer_config.json").get("eos_token")
+    token, added = entry("tokenizer_config.json", "eos_token"), entry("tokenizer.json", "added_tokens")
     content = token["content"] if isinstance(token, dict) else token
-    added = _read(root / "tokenizer.json").get("added_tokens", [])
-    found.update(entry["id"] for entry in added if entry["content"] == content)
+    if isinstance(added, list):
+        found.update(known["id"] for known in added if known["content"] == content)
     return frozenset(found)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Empty if there is no such file, since not every model folder has all of them."""
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 DTYPES = ("bfloat16", "float32")
@@ -123,6 +124,20 @@ class Core(Protocol):
     def close(self) -> None: ...
 
 
+def on_thread(
+    method: Callable[Concatenate[RolloutEngine, P], T],
+) -> Callable[Concatenate[RolloutEngine, P], Coroutine[object, object, T]]:
+    """The method as a coroutine that runs it on the engine's thread, between two steps of the core."""
+
+    @wraps(method)
+    async def call(engine: RolloutEngine, /, *arguments: P.args, **named: P.kwargs) -> T:
+        result: Future[T] = Future()
+        engine.send(partial(engine.answer, result, partial(method, engine, *arguments, **named)))
+        return await asyncio.wrap_future(result)
+
+    return call
+
+
 class RolloutEngine:
     """A generation engine: a core on its own thread. All methods may be called concurrently from any event loop.
 
@@ -174,113 +189,139 @@ class RolloutEngine:
         assert sampling.max_tokens >= 1
         key, future = next(self._keys), Future[Generation]()
         fitting = replace(sampling, max_tokens=min(sampling.max_tokens, room))
-        self._send(partial(self._admit, key, tuple(prompt_tokens), fitting, future))
+        self.send(partial(self._admit, key, tuple(prompt_tokens), fitting, future))
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            self._send(partial(self._abort, key))
+            self.send(partial(self._abort, key))
             raise
 
-    async def score(self, tokens: Sequence[int]) -> list[float]:
+    @on_thread
+    def score(self, tokens: Sequence[int]) -> list[float]:
         """Log-probs (nats, temperature 1) of ``tokens[1:]``, each given the tokens before it, under the current weights.
 
         The engine must be idle. Raises ``DataError`` if ``tokens`` are too few or too many.
         """
-        self._check_length(tokens)
-        return await self._call(lambda: self._idle_core().score(tuple(tokens)))
+        return self._idle_core(tokens).score(tuple(tokens))
 
-    async def routes(self, tokens: Sequence[int]) -> NDArray[np.int64]:
+    @on_thread
+    def routes(self, tokens: Sequence[int]) -> NDArray[np.int64]:
         """The experts of each token in each layer of a mixture, under the current weights: [tokens, layers, choices].
 
         Empty if the engine cannot observe the routing, as in compiled graphs of vLLM. The engine must be idle.
         """
-        self._check_length(tokens)
-        return await self._call(lambda: self._idle_core().routes(tuple(tokens)))
+        return self._idle_core(tokens).routes(tuple(tokens))
 
-    async def begin_update(self, manifest: Manifest) -> None:
+    @on_thread
+    def begin_update(self, manifest: Manifest) -> None:
         """Begin an update. It may replace an unfinished one.
 
         Raises ``WeightSyncError``, without any change, if requests are running or the manifest does not fit the model.
         """
-        await self._call(partial(self._begin_update, manifest))
+        if self._asleep:
+            raise WeightSyncError("the weights of a sleeping engine cannot be updated: call wake first")
+        if self._running:
+            raise WeightSyncError(f"{len(self._running)} requests are running: pause the engine before an update")
+        # an adapter alone is merged into the weights of the engine's own files
+        if manifest.adapter_scale is not None:
+            self._base = BaseFiles.of(self._model, self._core.expected)
+        self._log.begin(manifest)
+        self._adapter = {}
+        self._core.begin_update()
 
-    async def load_bucket(self, bucket: Bucket) -> None:
+    @on_thread
+    def load_bucket(self, bucket: Bucket) -> None:
         """Load some tensors of the manifest. ``bucket.data`` may be reused once this returns."""
-        await self._call(partial(self._load_bucket, bucket))
+        self._log.arrive(bucket.tensors)
+        if self._log.adapter_scale is None:
+            self._core.load(bucket)
+        else:
+            self._adapter |= dict(bucket.own().unpack())
 
-    async def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    @on_thread
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """``load_bucket`` for tensors of this process. The engine may use them without a copy.
 
         They must not change before the next update begins.
         """
-        await self._call(partial(self._load_tensors, tensors))
+        if self._log.adapter_scale is None:
+            self._core.load_tensors(self._arriving(tensors))
+        else:
+            self._adapter |= {name: tensor.clone() for name, tensor in self._arriving(tensors)}
 
-    async def finish_update(self) -> None:
+    @on_thread
+    def finish_update(self) -> None:
         """Finish the update: clear the caches of the old weights, and set ``version`` to the manifest's.
 
         Raises ``WeightSyncError`` with the names of missing tensors.
         """
-        await self._call(self._finish_update)
+        self._log.check_complete()
+        if self._log.adapter_scale is not None:
+            self._load_merged(self._log.adapter_scale)
+        self._core.finish_update()
+        self._log.finish()
 
     async def pause(self) -> None:
         """Hold back new requests, and return when the running ones have finished."""
         drained: Future[None] = Future()
-        self._send(partial(self._pause, drained))
+        self.send(partial(self._pause, drained))
         await asyncio.wrap_future(drained)
 
-    async def resume(self) -> None:
+    @on_thread
+    def resume(self) -> None:
         """Admit requests again, the waiting ones first."""
-        await self._call(self._resume)
+        self._paused = False
+        waiting, self._waiting = self._waiting, {}
+        for admit in waiting.values():
+            admit()
 
-    async def sleep(self) -> Released:
+    @on_thread
+    def sleep(self) -> Released:
         """Free the memory of the KV cache. Requests and updates are refused until ``wake``.
 
         vLLM on a GPU also moves its weights to host memory. Returns the bytes freed, and the memory in use before and after.
         """
-        return await self._call(self._sleep)
+        if self._running:
+            raise RuntimeError(f"{len(self._running)} requests are running: pause the engine before it sleeps")
+        released = Released(0, 0, 0) if self._asleep else self._core.sleep()
+        self._asleep = True
+        return released
 
-    async def wake(self) -> None:
+    @on_thread
+    def wake(self) -> None:
         """Allocate again what ``sleep`` freed."""
-        await self._call(self._wake)
+        if self._asleep:
+            self._core.wake()
+        self._asleep = False
 
     async def shutdown(self) -> None:
         """Stop the engine's thread and free its memory. Unfinished requests fail."""
         if self._failure is None:
-            self._send(self._stop)
+            self.send(self._stop)
         await asyncio.to_thread(self._thread.join)
 
     def stop(self) -> None:
         """``shutdown`` outside of an event loop. Waits for the thread for a limited time only."""
         if self._failure is None:
-            self._send(self._stop)
+            self.send(self._stop)
         self._thread.join(STOP_SECONDS)
 
-    def _check_length(self, tokens: Sequence[int]) -> None:
-        if not 1 < len(tokens) < self._max_model_len:
-            raise DataError(
-                f"{len(tokens)} tokens cannot be scored: at least 2 and fewer than {self._max_model_len} can"
-            )
+    # All methods below run on the engine's thread, except send.
 
-    # All methods below run on the engine's thread, except _send and _call.
-
-    def _send(self, call: Callable[[], None]) -> None:
+    def send(self, call: Callable[[], None]) -> None:
+        """Put a call into the queue of the engine's thread."""
         with self._door:
             if self._failure is not None:
                 raise RuntimeError("the generation engine is not running") from self._failure
             self._calls.put(call)
 
-    async def _call(self, function: Callable[[], T]) -> T:
-        result: Future[T] = Future()
-
-        def call() -> None:
-            try:
-                self._check_alive()
-                result.set_result(function())
-            except Exception as error:  # noqa: BLE001 - passed to the caller, which waits on another thread
-                result.set_exception(error)
-
-        self._send(call)
-        return await asyncio.wrap_future(result)
+    def answer(self, result: Future[T], function: Callable[[], T]) -> None:
+        """Call ``function`` and give ``result`` what it returns or raises."""
+        try:
+            self._check_alive()
+            result.set_result(function())
+        except Exception as error:  # noqa: BLE001 - passed to the caller, which waits on another thread
+            result.set_exception(error)
 
     def _run(
         self, make_core: Callable[[EngineSettings], Core], settings: EngineSettings, started: Future[None]
@@ -344,48 +385,21 @@ class RolloutEngine:
         if self._log.open:
             raise WeightSyncError(f"{self._log.opening}: the engine waits for a complete update")
 
-    def _idle_core(self) -> Core:
+    def _idle_core(self, tokens: Sequence[int]) -> Core:
+        """The core, to score ``tokens``."""
+        if not 1 < len(tokens) < self._max_model_len:
+            raise DataError(
+                f"{len(tokens)} tokens cannot be scored: at least 2 and fewer than {self._max_model_len} can"
+            )
         self._check_usable()
         if self._running:
             raise RuntimeError("scoring needs an idle engine: pause it first")
         return self._core
 
-    def _begin_update(self, manifest: Manifest) -> None:
-        if self._asleep:
-            raise WeightSyncError("the weights of a sleeping engine cannot be updated: call wake first")
-        if self._running:
-            raise WeightSyncError(f"{len(self._running)} requests are running: pause the engine before an update")
-        # an adapter alone is merged into the weights of the engine's own files
-        if manifest.adapter_scale is not None:
-            self._base = BaseFiles.of(self._model, self._core.expected)
-        self._log.begin(manifest)
-        self._adapter = {}
-        self._core.begin_update()
-
-    def _load_bucket(self, bucket: Bucket) -> None:
-        self._log.arrive(bucket.tensors)
-        if self._log.adapter_scale is None:
-            self._core.load(bucket)
-        else:
-            self._adapter |= dict(bucket.own().unpack())
-
-    def _load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        if self._log.adapter_scale is None:
-            self._core.load_tensors(self._arriving(tensors))
-        else:
-            self._adapter |= {name: tensor.clone() for name, tensor in self._arriving(tensors)}
-
     def _arriving(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
             self._log.arrive([TensorSpec.of(name, tensor)])
             yield name, tensor
-
-    def _finish_update(self) -> None:
-        self._log.check_complete()
-        if self._log.adapter_scale is not None:
-            self._load_merged(self._log.adapter_scale)
-        self._core.finish_update()
-        self._log.finish()
 
     def _load_merged(self, scale: float) -> None:
         """Load full weights into the core: those of the engine's files, merged with the received adapter."""
@@ -407,24 +421,6 @@ class RolloutEngine:
             if drained.set_running_or_notify_cancel():
                 drained.set_result(None)
         self._drained.clear()
-
-    def _resume(self) -> None:
-        self._paused = False
-        waiting, self._waiting = self._waiting, {}
-        for admit in waiting.values():
-            admit()
-
-    def _sleep(self) -> Released:
-        if self._running:
-            raise RuntimeError(f"{len(self._running)} requests are running: pause the engine before it sleeps")
-        released = Released(0, 0, 0) if self._asleep else self._core.sleep()
-        self._asleep = True
-        return released
-
-    def _wake(self) -> None:
-        if self._asleep:
-            self._core.wake()
-        self._asleep = False
 
     def _stop(self) -> None:
         self._stopped = True

@@ -31,7 +31,7 @@ from togi.plan.machine import this_machine
 from togi.plan.placement import Role
 from togi.pump import experience
 from togi.pump.experience import GroupFilter, Place, ScoredGroup, to_sample, trainable, with_advantages
-from togi.pump.feed import Feed, RolloutFeed, replay_feed
+from togi.pump.feed import Feed, ReplayFeed, RolloutFeed
 from togi.reward.scores import CombinedReward, LengthPenalties
 from togi.run.journal import Journal, RunJournal, open_journal
 from togi.run.keep import DRIVER, Keep, every
@@ -181,7 +181,7 @@ class RLRun:
         live = RolloutFeed(acting, generate, reward, seed, errors, penalties, GroupFilter.of(config))
         self._feed: Feed = live
         if config.replay is not None:
-            self._feed = replay_feed(config.replay, filtering=config.dynamic_filtering)
+            self._feed = ReplayFeed.of(config.replay, filtering=config.dynamic_filtering)
         self._eval_feed = RolloutFeed(trying, generate, reward, seed, errors)
 
     async def resume(self, found: Checkpoint | None) -> None:
@@ -211,7 +211,7 @@ class RLRun:
             return {}
         with self.journal.progress.phase("syncing weights", expected_seconds=3):
             await self.session.phases.enter(Phase.SYNC)
-            report = await self.session.sync(self.step)
+            report = await self.session.weights.send(self.step)
             mismatch, routing = await self.session.probe(probe), await self.session.routing(probe)
         return routing | {
             names.MISMATCH_PROBE_MEAN_ABS: mismatch,
@@ -270,7 +270,7 @@ class RLRun:
         # Pretraining rows are mixed into the actor's updates only.
         mixed = self._pretraining(len(batches)) if role is Role.ACTOR else []
         with self.journal.progress.phase(f"training the {role}"):
-            updates = await self.session.update(role, batches, mixed)
+            updates = await self.session.learners[role].update(batches, mixed)
         metrics = update_metrics(role, updates)
         # Tokens are counted once per step, on the actor.
         if role is Role.ACTOR:

@@ -41,7 +41,7 @@ from togi.model.loading import check_causal_lm, known_tokens
 from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
 from togi.plan.placement import Role
-from togi.pump.feed import replay_feed
+from togi.pump.feed import ReplayFeed
 from togi.reward.function import CallLimits, FunctionReward
 from togi.reward.remote import TOKEN_VARIABLE, ConnectionLimits, RemoteReward
 from togi.reward.scores import CombinedReward, LocalModelReward, Reward, Standardization, Term, distinct_names
@@ -463,7 +463,7 @@ def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPl
 
     Returns a line for the log. Raises DataError.
     """
-    feed = replay_feed(folder, filtering=config.dynamic_filtering)
+    feed = ReplayFeed.of(folder, filtering=config.dynamic_filtering)
     rollouts = plan.rollouts
     if config.dynamic_filtering:
         rollouts = min(rollouts, feed.steps_for(len(material.prompts) * config.num_episodes))

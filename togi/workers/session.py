@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from togi.sample import Sample, with_streams
 from togi.weights.updates import check_probe, compare, probe
 from togi.workers.engine_worker import EnginePool, EngineWorker
 from togi.workers.model_worker import LearnerWorker, ScorerWorker
-from togi.workers.protocol import Meter, SyncReport, Weights, call_all
+from togi.workers.protocol import Meter, Weights, call_all
 from togi.workers.worker_group import LearnerGroup, WorkerGroup
 
 
@@ -65,23 +65,18 @@ MAY_HOLD: Mapping[Phase, frozenset[Holder]] = {
 
 
 class Phases:
-    """The phase machine of a run. ``sleepers``: who may sleep; ``asleep``: who sleeps already.
-
-    ``adapted``: the weights sent are masters of an adapter, alone or merged, so learners stay awake for a sync.
-    """
+    """The phase machine of a run. ``asleep``: who sleeps already."""
 
     def __init__(
         self,
+        config: RLConfig,
         engines: EnginePool,
-        learners: Sequence[LearnerGroup],
+        learners: Collection[LearnerGroup],
         meter: Meter,
-        sleepers: frozenset[Holder],
         asleep: frozenset[Holder],
-        *,
-        adapted: bool,
     ) -> None:
-        self._engines, self._learners, self._meter = engines, tuple(learners), meter
-        self._sleepers, self._adapted = sleepers, adapted
+        self._engines, self._learners, self._meter = engines, learners, meter
+        self._sleepers, self._adapted = sleepers(config), config.lora is not None
         self._asleep = set(asleep)
         self._values = dict[str, float]()
         self.current = Phase.START
@@ -92,7 +87,7 @@ class Phases:
             return
         await self._measure()
         may_hold = MAY_HOLD[phase]
-        # The masters of an adapter are part of what sleeps.
+        # The weights sent are masters of an adapter, alone or merged, and masters are part of what sleeps.
         if phase is Phase.SYNC and self._adapted:
             may_hold |= {Holder.LEARNERS}
         # Release before taking: both may share one GPU.
@@ -166,9 +161,7 @@ class Session:
         self.reward_models = [group for group in scorers if group.role is Role.REWARD]
         self.weights = weights
         self._meter, self._end = meter, end
-        self.phases = Phases(
-            engines, list(learners.values()), meter, sleepers(config), asleep, adapted=config.lora is not None
-        )
+        self.phases = Phases(config, engines, learners.values(), meter, asleep)
         self._ended = False
 
     @property
@@ -201,16 +194,6 @@ class Session:
     def scoring_passes(self) -> int:
         """How many models score every sample before the update."""
         return self.config.uses_reference + (Role.CRITIC in self.learners) + self.needs_old_logprobs
-
-    async def update(
-        self, role: Role, steps: Sequence[Sequence[Sample]], mixed: Sequence[Sequence[Sample]]
-    ) -> list[UpdateReport]:
-        """Optimizer steps of the actor or the critic. ``mixed``: supervised rows for each step, or empty."""
-        return await self.learners[role].update(steps, mixed)
-
-    async def sync(self, version: int) -> SyncReport:
-        """Send the actor's weights to every engine as ``version``."""
-        return await self.weights.send(version)
 
     async def probe(self, tokens: Sequence[int]) -> float:
         """Mean absolute difference of engine and trainer logprobs (nats) on fixed tokens, over all engines.
