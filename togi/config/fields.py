@@ -48,7 +48,9 @@ class Settings(BaseModel):
     """Frozen and closed: an unknown name is an error, nothing changes after parsing, and every number is finite."""
 
     # Deferred: the validator is built for the class that a command parses, not for every imported class.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=False, defer_build=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=False, defer_build=True
+    )
 
     def changed(self, *names: str) -> dict[str, Any]:
         """The settings in ``names`` that are not at their defaults, with their values."""

@@ -30,15 +30,8 @@ from togi.config.choices import KLEstimator, OnRewardError
 from togi.config.fields import Hook
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError
+from togi.learn import objective as streams
 from togi.learn.hooks import load_estimator
-from togi.learn.objective import (
-    ADVANTAGES,
-    OLD_LOGPROBS,
-    OLD_VALUES,
-    REF_LOGPROBS,
-    RETURNS,
-    ROLLOUT_LOGPROBS,
-)
 from togi.obs import names
 from togi.obs.rollout_store import Row
 from togi.sample import FinishReason, Outcome, Rollout, Sample, Score, with_streams
@@ -121,7 +114,7 @@ def to_sample(rollout: Rollout) -> Sample:
     mask[prompt:] = rollout.response_mask
     logprobs = np.full(len(tokens), np.nan, dtype=np.float32)
     logprobs[prompt:] = rollout.response_logprobs
-    return Sample(tokens, mask, prompt, rollout.group_id, {ROLLOUT_LOGPROBS: logprobs})
+    return Sample(tokens, mask, prompt, rollout.group_id, {streams.ROLLOUT_LOGPROBS: logprobs})
 
 
 def with_advantages(
@@ -145,7 +138,7 @@ def with_advantages(
         estimated_K = load_estimator(config.advantage_estimator)(
             rewards_N=rewards_N, groups_N=groups_N, sequences_K=sequences_K, penalties_K=penalties_K
         )
-        return with_streams(samples, {ADVANTAGES: np.split(estimated_K.numpy().astype(np.float32), ends)})
+        return with_streams(samples, {streams.ADVANTAGES: np.split(estimated_K.numpy().astype(np.float32), ends)})
     flat_K = advantages(
         config.advantage_estimator,
         rewards_N,
@@ -154,7 +147,7 @@ def with_advantages(
         reward_clip=config.reward_clip_range,
         kl_K=_reference_kl(samples) if in_reward else None,
         kl_coef=kl_coef if in_reward else 0.0,
-        values_K=gather(samples, OLD_VALUES) if config.uses_critic else None,
+        values_K=gather(samples, streams.OLD_VALUES) if config.uses_critic else None,
         gamma=config.gamma,
         lam=config.lambd,
         no_std_norm=config.no_advantage_std_norm,
@@ -162,7 +155,7 @@ def with_advantages(
     # Back to one array per sample.
     per_sample = {
         name: np.split(each_K.numpy().astype(np.float32), ends)
-        for name, each_K in zip((ADVANTAGES, RETURNS), flat_K, strict=True)
+        for name, each_K in zip((streams.ADVANTAGES, streams.RETURNS), flat_K, strict=True)
     }
     return with_streams(samples, per_sample)
 
@@ -175,7 +168,7 @@ def gather(samples: Sequence[Sample], name: str) -> Tensor:
 
 
 def _reference_kl(samples: Sequence[Sample]) -> Tensor:
-    return kl_estimate(gather(samples, OLD_LOGPROBS), gather(samples, REF_LOGPROBS), KLEstimator.K1)
+    return kl_estimate(gather(samples, streams.OLD_LOGPROBS), gather(samples, streams.REF_LOGPROBS), KLEstimator.K1)
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
@@ -216,7 +209,7 @@ def filter_metrics(groups: Sequence[ScoredGroup], wanted: int) -> dict[str, floa
 
 def trainer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """Engine against trainer, and policy against reference, from streams that training computes anyway."""
-    engine_K, trainer_K = gather(samples, ROLLOUT_LOGPROBS), gather(samples, OLD_LOGPROBS)
+    engine_K, trainer_K = gather(samples, streams.ROLLOUT_LOGPROBS), gather(samples, streams.OLD_LOGPROBS)
     gap = mismatch(engine_K, trainer_K)
     metrics = {
         names.MISMATCH_MEAN_ABS: gap.abs_log_ratio_mean,
@@ -225,8 +218,8 @@ def trainer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         names.MISMATCH_MAX_RATIO: gap.ratio_max,
         names.MISMATCH_K3: gap.kl,
     }
-    if REF_LOGPROBS in samples[0].streams:
-        kl_K = kl_estimate(trainer_K, gather(samples, REF_LOGPROBS), KLEstimator.K3)
+    if streams.REF_LOGPROBS in samples[0].streams:
+        kl_K = kl_estimate(trainer_K, gather(samples, streams.REF_LOGPROBS), KLEstimator.K3)
         metrics[names.KL_REFERENCE] = float(kl_K.mean())
     return metrics
 
@@ -264,9 +257,13 @@ def rows(groups: Sequence[ScoredGroup], trained: Mapping[Place, Sample] | None =
 def _row(group: ScoredGroup, index: int, sample: Sample | None) -> Row:
     rollout, score = group.rollouts[index], group.scores[index]
     prompt, count = rollout.prompt, len(rollout.response_tokens)
-    stored = {"trainer_logprobs": OLD_LOGPROBS, "ref_logprobs": REF_LOGPROBS, "advantages": ADVANTAGES}
-    streams = {name: _at_trained_tokens(sample, stream) for name, stream in stored.items()}
-    assert all(len(stream) in (0, count) for stream in streams.values()), "response streams differ in length"
+    stored = {
+        "trainer_logprobs": streams.OLD_LOGPROBS,
+        "ref_logprobs": streams.REF_LOGPROBS,
+        "advantages": streams.ADVANTAGES,
+    }
+    columns = {name: _at_trained_tokens(sample, stream) for name, stream in stored.items()}
+    assert all(len(stream) in (0, count) for stream in columns.values()), "response streams differ in length"
     return {
         "group_id": rollout.group_id,
         "prompt_id": prompt.id,
@@ -279,7 +276,7 @@ def _row(group: ScoredGroup, index: int, sample: Sample | None) -> Row:
         "response_tokens": rollout.response_tokens,
         "response_mask": rollout.response_mask,
         "rollout_logprobs": rollout.response_logprobs,
-        **streams,
+        **columns,
         "reward": score.value,
         "components": dict(score.components),
         "outcome": score.outcome,

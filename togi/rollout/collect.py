@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Protocol, TypeVar
 
 from togi.errors import RolloutError, RunError, UserError
@@ -21,8 +22,8 @@ from togi.sample import Generation, Prompt, Rollout, Sampling
 T = TypeVar("T")
 
 
-async def all_or_none(work: Iterable[Coroutine[object, object, T]]) -> list[T]:
-    """The results of all coroutines, in order. The first failure is raised, and cancels the others."""
+async def all_or_none(work: Iterable[Awaitable[T]]) -> list[T]:
+    """The results of all, in order. The first failure is raised, and cancels the others."""
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         return list(await asyncio.gather(*tasks))
@@ -95,7 +96,7 @@ async def collect_groups(
             # start rollouts up to the limit
             while len(running) < max_in_flight and (job := next(jobs, None)) is not None:
                 group_id, prompt, sample, group = job
-                bound = generate if seed is None else Seeded(generate, f"{seed}/{group_id}/{sample}")
+                bound = generate if seed is None else seeded(generate, f"{seed}/{group_id}/{sample}")
                 task = asyncio.create_task(_run_one(environment, prompt, group_id, sample, bound))
                 group.append(task)
                 running[task] = group
@@ -115,18 +116,15 @@ async def collect_groups(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-class Seeded:
+def seeded(generate: Generate, name: str) -> Generate:
     """A ``Generate`` that sets the seed of each call, from a name and the number of the call."""
+    calls = count()
 
-    def __init__(self, generate: Generate, name: str) -> None:
-        self._generate = generate
-        self._name = name
-        self._calls = 0
+    async def call(prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
+        digest = hashlib.blake2b(f"{name}/{next(calls)}".encode(), digest_size=4).digest()
+        return await generate(prompt_tokens, replace(sampling, seed=int.from_bytes(digest, "big")))
 
-    async def __call__(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
-        digest = hashlib.blake2b(f"{self._name}/{self._calls}".encode(), digest_size=4).digest()
-        self._calls += 1
-        return await self._generate(prompt_tokens, replace(sampling, seed=int.from_bytes(digest, "big")))
+    return call
 
 
 async def _run_one(environment: Environment, prompt: Prompt, group_id: str, sample: int, generate: Generate) -> Rollout:

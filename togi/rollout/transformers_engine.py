@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +56,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self._slots = slots
         self.buffers: list[Tensor] = []
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Store new keys and values ([n, H, Q, D] each) in their rows. Returns the keys and values for attention to read."""
         slots, new = self._slots, (key_states, value_states)
         self._fit(new)
@@ -156,7 +157,7 @@ def _grouped_attention(
     value_NHLD: Tensor,
     attention_mask: Tensor,
     scaling: float | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """SDPA in which G query heads share H key heads. With a mask Transformers' own function would copy the cache G/H times.
 
@@ -285,11 +286,10 @@ class TransformersCore:
 
     @torch.inference_mode()
     def routes(self, tokens: tuple[int, ...]) -> NDArray[np.int64]:
-        config: Any = self._model.config
         logits_TE = self._model.base_model(**self._whole(tokens), output_router_logits=True).router_logits
-        return chosen_experts(logits_TE, config.num_experts_per_tok).cpu().numpy()
+        return chosen_experts(logits_TE, self._model.config.num_experts_per_tok).cpu().numpy()
 
-    def _whole(self, tokens: tuple[int, ...]) -> dict[str, Any]:
+    def _whole(self, tokens: tuple[int, ...]) -> dict[str, object]:
         """The model's arguments for one whole sequence, without a cache."""
         positions_1T = torch.arange(len(tokens), device=self._device)[None]
         return {
@@ -326,7 +326,7 @@ class TransformersCore:
     def close(self) -> None:
         self._slots.clear()
 
-    def _load(self, kind: Any, folder: str | None, **arguments: Any) -> PreTrainedModel:
+    def _load(self, kind: type[PreTrainedModel], folder: str | None, **arguments: object) -> PreTrainedModel:
         try:
             model, info = kind.from_pretrained(
                 folder,

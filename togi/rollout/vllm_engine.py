@@ -35,6 +35,7 @@ from togi.weights.buckets import Bucket, TensorSpec
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.worker.gpu_worker import Worker
 
 T = TypeVar("T")
@@ -66,10 +67,8 @@ class VllmCore:
             self._ask_workers(_prepare_worker)
 
     def add(self, key: int, prompt: tuple[int, ...], sampling: Sampling) -> None:
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-
         ends = frozenset() if sampling.ignore_eos else self._ends
-        params = SamplingParams(
+        params = _parameters(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -79,9 +78,6 @@ class VllmCore:
             seed=sampling.seed,
             repetition_penalty=sampling.repetition_penalty,
             logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._engine.add_request(str(key), {"prompt_token_ids": list(prompt)}, params)
 
@@ -93,15 +89,7 @@ class VllmCore:
         return {int(output.request_id): generation_of(output, version) for output in done}
 
     def score(self, tokens: tuple[int, ...]) -> list[float]:
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-        params = SamplingParams(
-            max_tokens=1,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = _parameters(max_tokens=1, prompt_logprobs=0)
         self._engine.add_request(SCORE_REQUEST, {"prompt_token_ids": list(tokens)}, params)
         outputs: list[RequestOutput] = []
         while not outputs:
@@ -215,6 +203,14 @@ def _engine_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, objec
         "block_size": BLOCK_ON_CPU,
         "max_num_batched_tokens": max(settings.max_model_len, MIN_BATCHED_TOKENS),
     }
+
+
+def _parameters(**sampling: object) -> SamplingParams:
+    """vLLM's parameters of one request, of which only the whole result is wanted: token ids and log-probs, no text."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    kind = RequestOutputKind.FINAL_ONLY
+    return SamplingParams(flat_logprobs=True, detokenize=False, output_kind=kind, **sampling)
 
 
 def _skip_token_ranks() -> None:

@@ -166,7 +166,9 @@ class Steps:
         c, folder = self._config, self.folder(number)
         # Flags that all methods share.
         words = _flags({"pretrain": model, "dataset": folder / "train.jsonl", "save_path": self.model(number)})
-        words += _flags({"run_dir": folder / "train", "ckpt_path": folder / "checkpoints", "seed": (c.seed + number) % SEEDS})
+        words += _flags(
+            {"run_dir": folder / "train", "ckpt_path": folder / "checkpoints", "seed": (c.seed + number) % SEEDS}
+        )
         words += _flags({"learning_rate": c.peak_learning_rate, **self._settings(f"{MODEL} {TRAINING}")})
         # Flags of the method.
         if self._method is IterateMethod.DPO:

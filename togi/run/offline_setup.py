@@ -41,7 +41,7 @@ from togi.parallel.backend import BackendOptions, backend_options
 from togi.parallel.groups import Ring
 from togi.parallel.process import World, be_deterministic
 from togi.rollout import create_engine
-from togi.rollout.collect import Seeded
+from togi.rollout.collect import seeded
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.run.journal import Journal
 from togi.run.offline_data import Data, with_reference
@@ -181,7 +181,7 @@ class Student:
         begun = time.perf_counter()
         name = f"{self._config.seed}/{step}"
         jobs = [
-            Seeded(self._engine.generate, f"{name}/{place}")(prompt, self._sampling)
+            seeded(self._engine.generate, f"{name}/{place}")(prompt, self._sampling)
             for place, prompt in prompts.items()
         ]
         responses = await asyncio.gather(*jobs)

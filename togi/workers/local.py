@@ -26,7 +26,7 @@ from togi.plan.machine import Machine, PeakMemory
 from togi.plan.placement import IN_PROCESS, LEARNERS, Role, arithmetic, plan_groups, used_roles
 from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EnginePool, EngineWorker
-from togi.workers.model_worker import LearnerWorker, ScorerWorker
+from togi.workers.model_worker import LearnerWorker, ScorerWorker, take_peak
 from togi.workers.protocol import Method, SyncReport, call_all
 from togi.workers.session import Session, engine_settings, sleepers
 from togi.workers.worker_group import LearnerGroup, WorkerGroup
@@ -85,12 +85,7 @@ class LocalMeter:
         self._memory, self._device = PeakMemory(), default_device()
 
     async def take_peaks(self) -> dict[Holder, list[int]]:
-        resident = self._memory.take()
-        if self._device.type == "cpu":
-            return {Holder.ALL: [resident]}
-        peak = int(torch.accelerator.max_memory_allocated(self._device))
-        torch.accelerator.reset_peak_memory_stats(self._device)
-        return {Holder.ALL: [peak]}
+        return {Holder.ALL: [take_peak(self._memory, self._device)]}
 
     async def highest(self) -> dict[str, int]:
         return {"local": self._memory.highest}

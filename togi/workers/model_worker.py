@@ -37,17 +37,8 @@ from togi.parallel.process import World, default_device
 from togi.plan.machine import PeakMemory, Released, return_freed
 from togi.plan.placement import LEARNERS, Carrier, Role
 from togi.sample import Sample
+from togi.weights import carriers
 from togi.weights.buckets import Manifest, pack_buckets
-from togi.weights.carriers import (
-    Carriage,
-    Channel,
-    Exporter,
-    OverChannel,
-    Parcel,
-    Rendezvous,
-    SameDevice,
-    ThroughDriver,
-)
 
 Arrays = list[NDArray[np.float32]]
 # Small enough that engines load one bucket while the next is gathered; over gloo two to four times as fast as 256 MB.
@@ -71,18 +62,13 @@ class ModelWorker:
 
     def take_peak(self) -> int:
         """Peak memory of the device since the last call, in bytes; on a CPU the peak resident size."""
-        resident, device = self._memory.take(), self._world.device
-        if device.type == "cpu":
-            return resident
-        peak = int(torch.accelerator.max_memory_allocated(device))
-        torch.accelerator.reset_peak_memory_stats(device)
-        return peak
+        return take_peak(self._memory, self._world.device)
 
     def memory_bytes(self) -> int:
         """The highest resident size that ``take_peak`` has seen, in bytes."""
         return self._memory.highest
 
-    def _join(self, meeting: Rendezvous, config: RLConfig, tensor_size: int = 1) -> None:
+    def _join(self, meeting: carriers.Rendezvous, config: RLConfig, tensor_size: int = 1) -> None:
         self._config = config
         torch.manual_seed(config.seed)
         world = World.join(meeting, default_device())
@@ -131,10 +117,20 @@ class ModelWorker:
         )
 
 
+def take_peak(memory: PeakMemory, device: torch.device) -> int:
+    """Peak memory of this process on a device since the last call, in bytes; on a CPU the peak resident size, by ``memory``."""
+    resident = memory.take()
+    if device.type == "cpu":
+        return resident
+    peak = int(torch.accelerator.max_memory_allocated(device))
+    torch.accelerator.reset_peak_memory_stats(device)
+    return peak
+
+
 class ScorerWorker(ModelWorker):
     """One rank of a frozen model."""
 
-    def start(self, meeting: Rendezvous, config: RLConfig, role: Role, path: str) -> None:
+    def start(self, meeting: carriers.Rendezvous, config: RLConfig, role: Role, path: str) -> None:
         """Load the frozen model. ``path``: its folder or hub name."""
         self._join(meeting, config)
         self._model = model = self._load(role, path)
@@ -158,7 +154,7 @@ class ScorerWorker(ModelWorker):
 class LearnerWorker(ModelWorker):
     """One rank of a model in training."""
 
-    def start(self, meeting: Rendezvous, config: RLConfig, role: Role, total: int) -> None:
+    def start(self, meeting: carriers.Rendezvous, config: RLConfig, role: Role, total: int) -> None:
         """Load the model, its optimizer and schedule. ``total``: planned optimizer steps, for the schedule."""
         # Join, load, shard.
         self._join(meeting, config, config.ds_tensor_parallel_size)
@@ -179,8 +175,8 @@ class LearnerWorker(ModelWorker):
             home = torch.device("cpu") if config.adam_offload else self._world.device
             self._ema = Ema(backend, config.ema_beta, home)
         # Assigned by `prepare_export` and `begin_export`: only the actor exports.
-        self._carriage: Carriage
-        self._export: Exporter
+        self._carriage: carriers.Carriage
+        self._export: carriers.Exporter
 
     def routes(self, samples: Sequence[Sample]) -> Arrays:
         """The experts of each sample's trained tokens (``Scorer.routes``); empty for a dense model."""
@@ -229,15 +225,17 @@ class LearnerWorker(ModelWorker):
         rows = self._packs(samples, self._config.micro_train_batch_size)
         return Mixed(PTX, SFTObjective(), rows, self._config.ptx_coef)
 
-    def prepare_export(self, carrier: Carrier, meeting: Rendezvous | None) -> None:
+    def prepare_export(self, carrier: Carrier, meeting: carriers.Rendezvous | None) -> None:
         """Choose how weights leave this rank. ``meeting``: with the engines, if rank 0 sends over a channel."""
         # A GPU carrier packs on the GPU; the others send host memory.
         on_device = carrier in (Carrier.NCCL, Carrier.IPC)
         self._bucket_device = self._world.device if on_device else torch.device("cpu")
         if meeting is not None:
-            self._carriage = OverChannel(Channel.join(meeting, self._bucket_device))
+            self._carriage = carriers.OverChannel(carriers.Channel.join(meeting, self._bucket_device))
+        elif carrier is Carrier.IPC:
+            self._carriage = carriers.SameDevice()
         else:
-            self._carriage = SameDevice() if carrier is Carrier.IPC else ThroughDriver(sends=self._world.is_first)
+            self._carriage = carriers.ThroughDriver(sends=self._world.is_first)
 
     def weights(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:
         """The weights for the engines: all of them in the engine's dtype, or the adapter alone. All ranks gather together.
@@ -254,7 +252,7 @@ class LearnerWorker(ModelWorker):
     def begin_export(self, version: int) -> Manifest:
         """Start a weight update; ``next_bucket`` then returns it piece by piece. All ranks call together."""
         manifest, tensors = self.weights(version)
-        self._export = Exporter(pack_buckets(tensors, BUCKET_BYTES, self._bucket_device), self._carriage)
+        self._export = carriers.Exporter(pack_buckets(tensors, BUCKET_BYTES, self._bucket_device), self._carriage)
         return manifest
 
     def _adapter(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:
@@ -267,7 +265,7 @@ class LearnerWorker(ModelWorker):
         tensors = as_sent(self._model, shapes, backend.full_parameters(DTYPE, trained_only=True))
         return Manifest(version, sent_specs(self._model, shapes), adapter_scale(self._model)), tensors
 
-    def next_bucket(self) -> tuple[int, Parcel | None]:
+    def next_bucket(self) -> tuple[int, carriers.Parcel | None]:
         """(number of tensors, parcel for the engines). All ranks gather together."""
         return self._export.next()
 

@@ -32,18 +32,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from togi.errors import ConfigError, RunError, UserError, WorkerError
 from togi.parallel.process import CUBLAS
+from togi.plan import placement
 from togi.plan.machine import Machine, joins_cluster
-from togi.plan.placement import (
-    Group,
-    Role,
-    arithmetic,
-    check_fits,
-    check_nodes,
-    check_spread,
-    check_whole,
-    node_order,
-    spread,
-)
+from togi.plan.placement import Group, Role
 from togi.workers.protocol import Method
 
 W = TypeVar("W")
@@ -181,16 +172,16 @@ class Cluster:
 
     def __init__(self, groups: tuple[Group, ...], resources: Resources) -> None:
         # The groups fit the cluster and what other jobs leave free.
-        check_fits(groups, resources.gpus)
+        placement.check_fits(groups, resources.gpus)
         if resources.gpus > 0:
-            check_nodes(groups, resources.gpus_of_nodes)
+            placement.check_nodes(groups, resources.gpus_of_nodes)
             _check_free(sum(group.slots for group in groups), resources.gpus)
         self.resources = resources
         self.groups = groups
         # Which node each slot should be on.
         nodes = _gpus_by_node()
-        check_spread(groups, len(nodes))
-        pinned = spread(groups, nodes)
+        placement.check_spread(groups, len(nodes))
+        pinned = placement.spread(groups, nodes)
         # Groups that need certain nodes are placed first; the others take what is left.
         order = sorted(range(len(groups)), key=lambda place: -groups[place].nodes)
         placed = {place: self._place(groups[place], pinned[place]) for place in order}
@@ -277,15 +268,15 @@ class Cluster:
             return list(range(group.slots // group.engine_size))
         table = placement_group_table(placed)["bundles_to_node_id"]
         nodes = [table[bundle] for bundle in range(group.slots)]
-        order = node_order(nodes)
+        order = placement.node_order(nodes)
         if Role.ENGINE in group.roles:
-            check_whole(group.engine_size, [nodes[bundle] for bundle in order])
+            placement.check_whole(group.engine_size, [nodes[bundle] for bundle in order])
         return order
 
 
 def describe(groups: tuple[Group, ...], resources: Resources) -> str:
     """The arithmetic of a placement in one line."""
-    return arithmetic(groups, "GPUs" if resources.gpus > 0 else "worker processes")
+    return placement.arithmetic(groups, "GPUs" if resources.gpus > 0 else "worker processes")
 
 
 def _share(amount: float, group: Group) -> float:
