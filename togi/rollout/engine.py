@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial, wraps
 from itertools import count
 from pathlib import Path
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -69,9 +69,6 @@ def end_token_ids(folder: str) -> frozenset[int]:
     return frozenset(found)
 
 
-DTYPES = ("bfloat16", "float32")
-
-
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """How to run one engine. ``model`` is a local folder in Hugging Face format.
@@ -84,7 +81,7 @@ class EngineSettings:
     """
 
     model: str
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_model_len: int = 2048
     seed: int = 0
     enforce_eager: bool = True
@@ -96,10 +93,6 @@ class EngineSettings:
     threads: int = 0
     trust_remote_code: bool = False
     device_index: int = 0
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"a generation engine runs in {' or '.join(DTYPES)}, not in {self.dtype!r}")
 
 
 class Core(Protocol):
