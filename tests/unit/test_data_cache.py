@@ -125,7 +125,7 @@ def test_a_shard_holds_what_became_of_its_rows(tmp_path, tokenizer):
                 assert kept.tokens.tolist() == coded.tokens.tolist() and kept.tokens.dtype == coded.tokens.dtype
                 for field in ("runs", "prompt_length", "merged", "labels", "values"):
                     assert getattr(kept, field) == getattr(coded, field)
-        assert shard.sizes_N.tolist() == [sum(len(c.tokens) for c in outcome.coded) for outcome in outcomes]
+        assert Table([shard]).sizes_N.tolist() == [sum(len(c.tokens) for c in outcome.coded) for outcome in outcomes]
     write_shard(tmp_path / "none", list(encode_rows(steps, range(1, 2), StepReader(spec, kind), tokenizer)))
     table = Table([Shard(tmp_path / "none"), shard])
     assert table.coded(0) == () and table.coded(1)[1].tokens.tolist() == tokenizer("ac")["input_ids"] + [258]

@@ -176,9 +176,9 @@ def plain_text(value: object, *, chat: bool = True) -> str:
     if not isinstance(value, str):
         is_chat = chat and isinstance(value, list | dict)
         way_out = "use --apply_chat_template for lists of messages" if is_chat else "correct or remove the row"
-        raise RowError(Drop.WRONG_TYPE, f"is {named_value(value)}, not a string: {way_out}.")
+        raise Drop.WRONG_TYPE.error(f"is {named_value(value)}, not a string: {way_out}.")
     if chat and _holds_messages(value):
-        raise RowError(Drop.WRONG_TYPE, f"is a list of messages, as text ({short(value)}): use --apply_chat_template.")
+        raise Drop.WRONG_TYPE.error(f"is a list of messages, as text ({short(value)}): use --apply_chat_template.")
     return value
 
 
@@ -280,7 +280,7 @@ def _generation_eos(model_path: str) -> int | list[int]:
 
 def _refused(error: Exception) -> RowError:
     reason = _one_line(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {_one_line(error)}"
-    return RowError(Drop.TEMPLATE, f"is refused by the chat template ({reason}): change the row or the template.")
+    return Drop.TEMPLATE.error(f"is refused by the chat template ({reason}): change the row or the template.")
 
 
 def _one_line(error: Exception) -> str:

@@ -38,8 +38,7 @@ def parsed(text: str, fits: Callable[[Mapping[str, object]], bool]) -> object:
     if isinstance(items, list | tuple) and items and all(isinstance(item, Mapping) and fits(item) for item in items):
         return value if isinstance(value, Mapping) else list(items)
     if value is None and start[-1] in ")]}" and _SPEAKS.search(start) and _SAYS.search(start):
-        raise RowError(
-            Drop.WRONG_TYPE,
+        raise Drop.WRONG_TYPE.error(
             f"is a text that looks like a list of messages but is not JSON ({short(start)}): write the list itself, or as JSON.",
         )
     return text
@@ -96,6 +95,10 @@ class Drop(StrEnum):
     TOO_LONG = "too long"
     CUT_AWAY = "nothing to learn left when cut"
     CUT_EQUAL = "equal when cut"
+
+    def error(self, message: str) -> RowError:
+        """The error for a row that is not used for this reason."""
+        return RowError(self, message)
 
 
 class Note(StrEnum):
@@ -185,8 +188,8 @@ def check_whole(value: object, subject: str) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             half = value[error.start : error.end].encode("ascii", "backslashreplace").decode()
-            raise RowError(
-                Drop.BAD_TEXT, f"{subject} half a character ({half}) in its text: correct or remove the row."
+            raise Drop.BAD_TEXT.error(
+                f"{subject} half a character ({half}) in its text: correct or remove the row."
             ) from None
     elif isinstance(value, Mapping):
         for key, item in value.items():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from togi.data.chat import Tokenizer, plain_prompt, plain_text, template_text
-from togi.data.faults import Drop, Note, RowError, of_field, parsed
+from togi.data.faults import Drop, Note, of_field, parsed
 from togi.data.messages import (
     ASSISTANT,
     SYSTEM,
@@ -47,7 +47,7 @@ class Fields:
             raise missing_field(flag, key, self.row)
         value: object = self.row[key]
         if isinstance(value, float) and math.isnan(value):
-            raise RowError(Drop.WRONG_TYPE, f"the field {key!r} is NaN, a missing value: fill it in or remove the row.")
+            raise Drop.WRONG_TYPE.error(f"the field {key!r} is NaN, a missing value: fill it in or remove the row.")
         return value
 
     def text(self, key: str, *, chat: bool = True) -> str:
@@ -66,8 +66,7 @@ class Fields:
         """A conversation that ends with the answer, for rows without the field of ``flag``."""
         found, value = self.prompt(key), self.row[key]
         if isinstance(value, str) and isinstance(parsed(value, is_message), str):
-            raise RowError(
-                Drop.WRONG_TYPE,
+            raise Drop.WRONG_TYPE.error(
                 f"the field {key!r} is a string, but without --{flag} it must be a list of messages that ends with the "
                 f"answer: set --{flag}, or give the list.",
             )
@@ -109,22 +108,19 @@ def joined(prompt: Dialogue, answer: Dialogue, keys: tuple[str, str]) -> tuple[D
     answer_system, said = _parted(answer.messages)
     system = prompt_system or answer_system
     if prompt_system and answer_system and not _alike(prompt_system, answer_system):
-        raise RowError(
-            Drop.WRONG_ROLES,
+        raise Drop.WRONG_ROLES.error(
             f"the fields {keys[0]!r} and {keys[1]!r} begin with different system turns: leave one of them out.",
         )
     # Two turns of the assistant in a row cannot be told apart in training.
     if asked and said and asked[-1]["role"] == said[0]["role"] == ASSISTANT:
-        raise RowError(
-            Drop.WRONG_ROLES,
+        raise Drop.WRONG_ROLES.error(
             f"the prompt in {keys[0]!r} ends with a turn of the assistant, and the answer in {keys[1]!r} would follow "
             "it: end the prompt with the turn that is answered.",
         )
     # Does the conversation of the answer repeat the prompt?
     repeats = bool(asked) and _alike(asked, said[: len(asked)])
     if not repeats and asked and said and said[0]["role"] == USER and asked[-1]["role"] in (USER, TOOL):
-        raise RowError(
-            Drop.WRONG_ROLES,
+        raise Drop.WRONG_ROLES.error(
             f"the conversation in {keys[1]!r} does not begin with the prompt in {keys[0]!r}: let both have the same "
             "turns, or give only one of the two fields.",
         )
@@ -132,8 +128,7 @@ def joined(prompt: Dialogue, answer: Dialogue, keys: tuple[str, str]) -> tuple[D
     if not repeats and not answer_system:
         return prompt.extended(answer), len(prompt.messages)
     if not repeats and said[0]["role"] != USER:
-        raise RowError(
-            Drop.WRONG_ROLES,
+        raise Drop.WRONG_ROLES.error(
             f"the field {keys[1]!r} begins with a system turn behind the prompt in {keys[0]!r}: put it at the "
             "beginning of the prompt.",
         )

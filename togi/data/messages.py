@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from togi.data.faults import Drop, Note, RowError, kind, named_value, parsed, short
+from togi.data.faults import Drop, Note, kind, named_value, parsed, short
 from togi.data.tables import Row
 
 Message: TypeAlias = Mapping[str, Any]
@@ -82,7 +82,7 @@ def dialogue_of(value: object, role: str, template: str | None, frame: Dialogue 
         found = [{"role": role, "content": [found]}] if _is_part(found) else _rows_of(found)
         notes.add(Note.ONE_MESSAGE)
     if not isinstance(found, Sequence):
-        raise RowError(Drop.WRONG_TYPE, f"is {named_value(value)}: it must be a string or a list of messages.")
+        raise Drop.WRONG_TYPE.error(f"is {named_value(value)}: it must be a string or a list of messages.")
     messages = tuple(_message(message, number, template, notes) for number, message in enumerate(found))
     dialogue = Dialogue(messages, frame.tools, frozenset(notes))
     # A system turn in the messages wins over the one in a separate field.
@@ -161,7 +161,7 @@ def _message(message: object, number: int, template: str | None, notes: set[Note
     """One message in the common form. Other keys than role and content stay, since a template may use them."""
     where = f"in its message {number}"
     if not isinstance(message, Mapping):
-        raise RowError(Drop.WRONG_ROLES, f"has no role and content {where} ({short(message)}): {_MESSAGE_FORM}")
+        raise Drop.WRONG_ROLES.error(f"has no role and content {where} ({short(message)}): {_MESSAGE_FORM}")
     kept = {key: item for key, item in message.items() if item is not None or key == "content"}
     for written, name in _SHARED.items():
         if written in kept and kept.get(name) is None:
@@ -170,7 +170,7 @@ def _message(message: object, number: int, template: str | None, notes: set[Note
     role = kept.get("role")
     if not isinstance(role, str):
         keys = ", ".join(map(repr, message)) or "none"
-        raise RowError(Drop.WRONG_ROLES, f"has no role and content {where} (its keys: {keys}): {_MESSAGE_FORM}")
+        raise Drop.WRONG_ROLES.error(f"has no role and content {where} (its keys: {keys}): {_MESSAGE_FORM}")
     # Role and calls first: whether content may be missing depends on them.
     _settle_role(kept, role, where, template, notes)
     settle_calls(kept, where, notes)
@@ -183,12 +183,11 @@ def _message(message: object, number: int, template: str | None, notes: set[Note
         kept["content"] = ""
     if "content" not in kept:
         keys = ", ".join(map(repr, message))
-        raise RowError(Drop.WRONG_ROLES, f"has no content {where} (its keys: {keys}): {_MESSAGE_FORM}")
+        raise Drop.WRONG_ROLES.error(f"has no content {where} (its keys: {keys}): {_MESSAGE_FORM}")
     kept["content"] = _text(kept, "content", where, notes)
     # A template would write the reasoning twice.
     if "</think>" in kept["content"] and reasoning_of(kept):
-        raise RowError(
-            Drop.WRONG_ROLES,
+        raise Drop.WRONG_ROLES.error(
             f"has reasoning both in its content and beside it {where}: keep it in one of the two places.",
         )
     return kept
@@ -203,8 +202,7 @@ def _settle_role(kept: dict[str, object], written: str, where: str, template: st
     if name in CALLERS:
         calls = call_list(kept.get("content"))
         if calls is None:
-            raise RowError(
-                Drop.WRONG_ROLES,
+            raise Drop.WRONG_ROLES.error(
                 f"has the role {written!r} {where}, but its content is not a call ({short(kept.get('content'))}): write "
                 "{'name': ..., 'arguments': {...}} as JSON.",
             )
@@ -214,8 +212,7 @@ def _settle_role(kept: dict[str, object], written: str, where: str, template: st
         if role not in ROLES and template is None:
             return
         if role not in ROLES:
-            raise RowError(
-                Drop.WRONG_ROLES,
+            raise Drop.WRONG_ROLES.error(
                 f"has the unknown role {written!r} {where}: write system, user, assistant or tool, or use a chat template "
                 "that names this role.",
             )
@@ -232,8 +229,7 @@ def _is_asked_for(role: str, template: str | None) -> bool:
 def _check_marks(kept: Message, where: str, notes: set[Note]) -> None:
     for key, allowed in MARKS.items():
         if key in kept and kept[key] not in allowed:
-            raise RowError(
-                Drop.WRONG_LABELS,
+            raise Drop.WRONG_LABELS.error(
                 f"has the {key} {short(kept[key])} {where}: a turn is learned or not, write {allowed[1]} or {allowed[0]}.",
             )
     if kept["role"] == ASSISTANT and is_marked_off(kept):
@@ -248,8 +244,7 @@ def _text(message: Message, key: str, where: str, notes: set[Note]) -> str:
     if isinstance(value, list) or (_is_part(value) and value.get("type", "text") in _TEXTS):
         notes.add(Note.PARTS)
         return "".join(_part(part, key, where) for part in (value if isinstance(value, list) else [value]))
-    raise RowError(
-        Drop.WRONG_TYPE,
+    raise Drop.WRONG_TYPE.error(
         f"has {key} that is {named_value(value)} {where} (role {message['role']}): it must be a string, "
         "correct or remove the row.",
     )
@@ -266,8 +261,7 @@ def _part(part: object, key: str, where: str) -> str:
             return str(part["text"])
         has_type = "type" in keys and not is_text
         what = f"of type {part['type']!r}" if has_type else f"with the keys {', '.join(map(repr, keys))}"
-    raise RowError(
-        Drop.WRONG_TYPE,
+    raise Drop.WRONG_TYPE.error(
         f"has a part {what} in the {key} {where}: only text can be trained on, as {{'type': 'text', 'text': ...}}.",
     )
 
@@ -293,7 +287,7 @@ def read_tools(value: object, notes: set[Note]) -> tuple[Tool, ...]:
         return ()
     found = [found] if isinstance(found, Mapping) else found
     if isinstance(found, str) or not isinstance(found, Sequence):
-        raise RowError(Drop.WRONG_TYPE, f"is {short(value)}, {_TOOL_FORM}")
+        raise Drop.WRONG_TYPE.error(f"is {short(value)}, {_TOOL_FORM}")
     return tuple(_tool(each, number, notes) for number, each in enumerate(found))
 
 
@@ -303,7 +297,7 @@ def _tool(value: object, number: int, notes: set[Note]) -> Tool:
         tool = parsed(tool, _has_name)
         notes.add(Note.AS_TEXT)
     if not isinstance(tool, Mapping) or not _has_name(tool):
-        raise RowError(Drop.WRONG_TYPE, f"has the entry {number} {short(value)}, {_TOOL_FORM}")
+        raise Drop.WRONG_TYPE.error(f"has the entry {number} {short(value)}, {_TOOL_FORM}")
     return dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
 
 
@@ -331,7 +325,7 @@ def settle_calls(message: dict[str, object], where: str, notes: set[Note]) -> No
     if not calls:
         return
     if isinstance(calls, str) or not isinstance(calls, Sequence):
-        raise RowError(Drop.WRONG_TYPE, f"has tool_calls of type {kind(calls)} {where}: {_CALL_FORM}")
+        raise Drop.WRONG_TYPE.error(f"has tool_calls of type {kind(calls)} {where}: {_CALL_FORM}")
     message["tool_calls"] = [_call(call, f"{where} (call {number})", notes) for number, call in enumerate(calls)]
 
 
@@ -346,14 +340,14 @@ def call_list(content: object) -> list[Tool] | None:
 def _call(call: object, where: str, notes: set[Note]) -> dict[str, object]:
     found = call_list(call)
     if found is None or len(found) != 1:
-        raise RowError(Drop.WRONG_TYPE, f"has a tool call without the name of a function {where}: {_CALL_FORM}")
+        raise Drop.WRONG_TYPE.error(f"has a tool call without the name of a function {where}: {_CALL_FORM}")
     # Arguments: one of several names, an object or JSON text.
     (record,) = found
     function = dict(_function(record))
     names = [name for name in ARGUMENTS if name in function]
     if len(names) > 1:
         listed = " and ".join(map(repr, names))
-        raise RowError(Drop.WRONG_TYPE, f"has {listed} {where}: keep one of them, as 'arguments'.")
+        raise Drop.WRONG_TYPE.error(f"has {listed} {where}: keep one of them, as 'arguments'.")
     if names and names[0] != "arguments":
         notes.add(Note.CALL)
     arguments = function.pop(names[0]) if names else None
@@ -361,13 +355,12 @@ def _call(call: object, where: str, notes: set[Note]) -> dict[str, object]:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
-            raise RowError(
-                Drop.WRONG_TYPE,
+            raise Drop.WRONG_TYPE.error(
                 f"has arguments that are not JSON ({short(arguments)}) {where}: correct or remove the row.",
             ) from None
     arguments = {} if arguments is None or arguments == "" else arguments
     if not isinstance(arguments, Mapping):
-        raise RowError(Drop.WRONG_TYPE, f"has arguments of type {kind(arguments)} {where}: {_CALL_FORM}")
+        raise Drop.WRONG_TYPE.error(f"has arguments of type {kind(arguments)} {where}: {_CALL_FORM}")
     # Other fields of the call (its id) stay.
     outer = {key: item for key, item in record.items() if key not in (*ARGUMENTS, "name", "function")}
     return {"type": "function", **outer, "function": {**function, "arguments": dict(arguments)}}

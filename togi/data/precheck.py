@@ -24,20 +24,9 @@ from typing import Any, Literal
 
 from togi.config.choices import Overlong
 from togi.config.fields import AUTO
+from togi.data import items
 from togi.data.faults import Drop, RowError, at
-from togi.data.items import (
-    DEFAULT_SPLIT,
-    FORMATS,
-    Item,
-    Kind,
-    check_content,
-    check_names,
-    choose_split,
-    listed,
-    parse_item,
-    split_files,
-    split_items,
-)
+from togi.data.items import DEFAULT_SPLIT, Item, Kind
 from togi.data.tables import BadRow, guarded, read_head
 from togi.errors import DataError
 
@@ -130,7 +119,7 @@ def check_sources(
     text: str, required: Mapping[str, str], split: str = DEFAULT_SPLIT, *, every_row: bool = True
 ) -> None:
     """Call ``check_source`` for each entry of a comma-separated list."""
-    for part in split_items(text):
+    for part in items.split_items(text):
         check_source(part, required, split, every_row=every_row)
 
 
@@ -140,7 +129,7 @@ def check_source(text: str, required: Mapping[str, str], split: str = DEFAULT_SP
     ``required``: the field that each flag names, such as {"input_key": "question"}. ``every_row``: a single bad row
     among the first is an error; else all of them must be bad, and loading counts bad rows.
     """
-    item = parse_item(text)
+    item = items.parse_item(text)
     if item.kind is Kind.HUB:
         return
     head = _head(item, split, tuple(required.values()))
@@ -162,7 +151,7 @@ def missing_field(flag: str, key: str, fields: Iterable[str]) -> RowError:
     names = list(fields)
     near = difflib.get_close_matches(key, names, n=1)
     way_out = f"did you mean --{flag} {shlex.quote(near[0])}?" if near else f"set --{flag} to one of these."
-    return RowError(Drop.MISSING_FIELD, f"has no field {key!r}; it has {listed(names)}: {way_out}")
+    return Drop.MISSING_FIELD.error(f"has no field {key!r}; it has {items.listed(names)}: {way_out}")
 
 
 def parse_probs(text: str, sets: int, flag: str = "probs") -> list[float]:
@@ -189,7 +178,7 @@ def _head(item: Item, split: str, required: Sequence[str]) -> list[Head]:
     """The field names of the first rows, each with its place; one entry for tables; empty if there is no row."""
     if item.kind is Kind.SAVED:
         return _table_head(item, _saved_fields(item.path, split))
-    files = [item.path] if item.kind is Kind.FILE else split_files(item.path, split)
+    files = [item.path] if item.kind is Kind.FILE else items.split_files(item.path, split)
     for file in files:
         if head := _file_head(item, file, required):
             return head
@@ -198,8 +187,8 @@ def _head(item: Item, split: str, required: Sequence[str]) -> list[Head]:
 
 def _file_head(item: Item, path: Path, required: Sequence[str]) -> list[Head]:
     with guarded(path):
-        check_content(path)
-    match FORMATS[path.suffix.lower()]:
+        items.check_content(path)
+    match items.FORMATS[path.suffix.lower()]:
         case "parquet":
             return _table_head(item, _parquet_fields(path))
         case "arrow":
@@ -212,7 +201,7 @@ def _file_head(item: Item, path: Path, required: Sequence[str]) -> list[Head]:
 
 
 def _table_head(item: Item, columns: Sequence[str]) -> list[Head]:
-    check_names(item.text, columns)
+    items.check_names(item.text, columns)
     return [(f"Row 0 of {item.text}", columns)] if columns else []
 
 
@@ -251,7 +240,7 @@ def _saved_fields(folder: Path, split: str) -> Sequence[str]:
     """The fields of a folder written by ``save_to_disk``: one folder per split, or the rows of a single one."""
     if (folder / "dataset_dict.json").is_file():
         names = _saved_list(folder / "dataset_dict.json", "splits")
-        folder = choose_split(str(folder), {name: folder / name for name in names}, split)
+        folder = items.choose_split(str(folder), {name: folder / name for name in names}, split)
     for file in _saved_list(folder / "state.json", "_data_files"):
         if fields := _arrow_fields(folder / file["filename"]):
             return fields

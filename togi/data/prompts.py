@@ -18,23 +18,13 @@ from typing import Self
 
 import numpy as np
 
+from togi.data import report as reports
 from togi.data.chat import Tokenizer, check_rendering, encode, plain_prompt, render_messages, visible
 from togi.data.faults import SHOWN_FAULTS, Note, RowError, check_whole, named, of_field
 from togi.data.faults import Drop as FaultKind
 from togi.data.fields import Fields, is_empty
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.messages import without_answers
-from togi.data.report import (
-    DataReport,
-    Fault,
-    Faults,
-    Lengths,
-    bos_warning,
-    check_faults,
-    loss_warning,
-    note_warnings,
-    source_reports,
-)
 from togi.data.source import Mixture, load_mixture
 from togi.data.tables import Row, readable
 from togi.data.turns import is_held, lost
@@ -157,9 +147,9 @@ class PromptSpec:
 class PromptSet(tuple[Prompt, ...]):
     """Prompts in the order of the mixture, and the report on their rows."""
 
-    report: DataReport
+    report: reports.DataReport
 
-    def __new__(cls, prompts: Iterable[Prompt], report: DataReport) -> Self:
+    def __new__(cls, prompts: Iterable[Prompt], report: reports.DataReport) -> Self:
         self = super().__new__(cls, prompts)
         self.report = report
         assert len({prompt.id for prompt in self}) == len(self), "prompt ids are not unique"
@@ -185,7 +175,7 @@ class _Seen:
     """The distinct rows of all sets, as the report counts them: their number, faults, notes and lengths in tokens."""
 
     rows: int = 0
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[reports.Fault] = field(default_factory=list)
     notes: Counter[Note] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
 
@@ -210,7 +200,7 @@ def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
         counts[pick.source][None if isinstance(row, Prompt) else row] += 1
     # Report first: the errors below quote it.
     report = _report(mixture, counts, seen, prompts, spec, tokenizer)
-    check_faults(report.faults, spec.max_bad_rows)
+    reports.check_faults(report.faults, spec.max_bad_rows)
     if not prompts:
         raise DataError(
             f"No prompt of {spec.prompt_data} can be used (dropped: {report.drop_reasons()}; longest: "
@@ -240,7 +230,7 @@ def _render_source(
             except RowError as error:
                 if spec.max_bad_rows == 0:
                     raise
-                seen.faults.append(Fault(place, error.kind, str(error)))
+                seen.faults.append(reports.Fault(place, error.kind, str(error)))
                 yield number, error.kind
         try:
             ids = encode([text for _, _, text, _ in rows], tokenizer, add_special_tokens=not spec.apply_chat_template)
@@ -284,13 +274,10 @@ def _chat(fields: Fields, key: str) -> tuple[str, frozenset[Note]]:
     dialogue = without_answers(whole)
     with of_field(key):
         if not dialogue.messages and whole.messages:
-            raise RowError(
-                FaultKind.EMPTY_PROMPT, "holds nothing but the assistant's answer: put the question before it."
-            )
+            raise FaultKind.EMPTY_PROMPT.error("holds nothing but the assistant's answer: put the question before it.")
         text = render_messages(dialogue, fields.tokenizer, add_generation_prompt=True)
         if dialogue.messages and not is_held(dialogue.messages[-1]["content"], text):
-            raise RowError(
-                FaultKind.TEMPLATE,
+            raise FaultKind.TEMPLATE.error(
                 "has its last message left out or changed by the chat template (it says "
                 f"{dialogue.messages[-1]['content'][:60]!r}): use a template that keeps what is asked.",
             )
@@ -319,20 +306,20 @@ def _report(
     prompts: Sequence[Prompt],
     spec: PromptSpec,
     tokenizer: Tokenizer,
-) -> DataReport:
+) -> reports.DataReport:
     kinds = Counter(fault.kind for fault in seen.faults)
-    faults = Faults(len(seen.faults), seen.rows, kinds, tuple(seen.faults[:SHOWN_FAULTS]))
+    faults = reports.Faults(len(seen.faults), seen.rows, kinds, tuple(seen.faults[:SHOWN_FAULTS]))
     first = prompts[0].tokens[0] if prompts and spec.apply_chat_template else None
-    return DataReport(
+    return reports.DataReport(
         title=f"Prompts of {spec.prompt_data}",
-        sources=source_reports(mixture, counts),
-        lengths=Lengths.of(seen.lengths),
+        sources=reports.source_reports(mixture, counts),
+        lengths=reports.Lengths.of(seen.lengths),
         examples=tuple(visible(tokenizer, prompt.tokens) for prompt in prompts[:EXAMPLES]),
         warnings=(
-            *loss_warning(len(mixture), len(prompts)),
-            *bos_warning(first, tokenizer),
+            *reports.loss_warning(len(mixture), len(prompts)),
+            *reports.bos_warning(first, tokenizer),
             *faults.warnings(),
-            *note_warnings(seen.notes, seen.rows),
+            *reports.note_warnings(seen.notes, seen.rows),
         ),
         faults=faults,
     )

@@ -17,30 +17,11 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from togi.data import report as reports
+from togi.data import rows
 from togi.data.chat import Tokenizer, check_rendering
 from togi.data.faults import SHOWN_FAULTS
 from togi.data.precheck import RecordSpec
-from togi.data.report import (
-    DataReport,
-    Fault,
-    Faults,
-    Lengths,
-    bos_warning,
-    check_faults,
-    loss_warning,
-    note_warnings,
-    source_reports,
-)
-from togi.data.rows import (
-    AnswerReader,
-    PairReader,
-    RowReader,
-    StepLabels,
-    StepReader,
-    UnpairedReader,
-    label_list,
-    step_labels,
-)
 from togi.data.shards import REASONS, Table, encoded
 from togi.data.source import Mixture, Pick, load_mixture
 from togi.data.tables import BadRow
@@ -61,7 +42,7 @@ class Examples(Sequence[tuple[Sample, ...]]):
     ``places``: (source, row, repeat) of each, shape (M, 3).
     """
 
-    def __init__(self, tables: Sequence[Table], places: NDArray[np.int64], report: DataReport) -> None:
+    def __init__(self, tables: Sequence[Table], places: NDArray[np.int64], report: reports.DataReport) -> None:
         self._tables = tuple(tables)
         self._places = places
         self.report = report
@@ -151,7 +132,7 @@ class ScoredExamples(Examples):
         self,
         tables: Sequence[Table],
         places: NDArray[np.int64],
-        report: DataReport,
+        report: reports.DataReport,
         stream: str,
         numbers: NDArray[np.float32],
     ) -> None:
@@ -178,7 +159,7 @@ class StepExamples(Examples):
     """Rows of a process reward model, and the form of their labels."""
 
     def __init__(
-        self, tables: Sequence[Table], places: NDArray[np.int64], report: DataReport, labels: StepLabels
+        self, tables: Sequence[Table], places: NDArray[np.int64], report: reports.DataReport, labels: rows.StepLabels
     ) -> None:
         super().__init__(tables, places, report)
         self.labels = labels
@@ -186,24 +167,24 @@ class StepExamples(Examples):
 
 def load_sft(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """One sample per row; answers (or whole texts) are trained. Raises DataError naming set, row and field."""
-    return Examples(*_load(_mixture(spec), AnswerReader(spec.of_a_row()), spec, tokenizer))
+    return Examples(*_load(_mixture(spec), rows.AnswerReader(spec.of_a_row()), spec, tokenizer))
 
 
 def load_pairs(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """Two samples per row, chosen first, with values "chosen" and "margin". Raises DataError naming set, row, field."""
-    return Examples(*_load(_mixture(spec), PairReader(spec.of_a_row()), spec, tokenizer))
+    return Examples(*_load(_mixture(spec), rows.PairReader(spec.of_a_row()), spec, tokenizer))
 
 
 def load_unpaired(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """One sample per row with values "desirable" and "mismatched" (0). Raises DataError naming set, row and field."""
-    return Examples(*_load(_mixture(spec), UnpairedReader(spec.of_a_row()), spec, tokenizer))
+    return Examples(*_load(_mixture(spec), rows.UnpairedReader(spec.of_a_row()), spec, tokenizer))
 
 
 def load_steps(spec: RecordSpec, tokenizer: Tokenizer) -> StepExamples:
     """One sample per row with a stream "labels" at its placeholders. Raises DataError naming set, row and field."""
     mixture = _mixture(spec)
-    labels = step_labels(spec, _first_label(mixture, spec.label_key), tokenizer)
-    return StepExamples(*_load(mixture, StepReader(spec.of_a_row(), labels), spec, tokenizer), labels)
+    labels = rows.step_labels(spec, _first_label(mixture, spec.label_key), tokenizer)
+    return StepExamples(*_load(mixture, rows.StepReader(spec.of_a_row(), labels), spec, tokenizer), labels)
 
 
 def _mixture(spec: RecordSpec) -> Mixture:
@@ -216,7 +197,7 @@ def _first_label(mixture: Mixture, key: str) -> object:
     """The first valid label in the rows; None if there is none."""
     for pick in mixture.picks:
         (row,) = mixture.sources[pick.source].rows.fetch([pick.row])
-        labels = None if isinstance(row, BadRow) else label_list(row.get(key))
+        labels = None if isinstance(row, BadRow) else rows.label_list(row.get(key))
         for label in labels if isinstance(labels, list) else []:
             if isinstance(label, str | int | float):
                 return label
@@ -224,8 +205,8 @@ def _first_label(mixture: Mixture, key: str) -> object:
 
 
 def _load(
-    mixture: Mixture, reader: RowReader, spec: RecordSpec, tokenizer: Tokenizer
-) -> tuple[list[Table], NDArray[np.int64], DataReport]:
+    mixture: Mixture, reader: rows.RowReader, spec: RecordSpec, tokenizer: Tokenizer
+) -> tuple[list[Table], NDArray[np.int64], reports.DataReport]:
     """The tables of all sets, the places of the used rows, and the report."""
     if not tokenizer.is_fast:
         raise DataError(
@@ -247,7 +228,7 @@ def _load(
     # The report comes before the checks, which quote it.
     report = _report(mixture, tables, places, spec, tokenizer)
     faults = report.faults
-    check_faults(faults, spec.max_bad_rows)
+    reports.check_faults(faults, spec.max_bad_rows)
     if report.kept == 0:
         first = f"; first fault: {faults.first[0].reason.removesuffix('.')}" if faults.rows > 0 else ""
         raise DataError(
@@ -261,39 +242,39 @@ def _load(
 
 def _report(
     mixture: Mixture, tables: Sequence[Table], places: NDArray[np.int64], spec: RecordSpec, tokenizer: Tokenizer
-) -> DataReport:
+) -> reports.DataReport:
     counts: list[Mapping[str | None, int]] = []
     for index, table in enumerate(tables):
         codes = Counter(table.drops_N[mixture.places[mixture.places[:, 0] == index, 1]].tolist())
         counts.append({REASONS[code]: count for code, count in sorted(codes.items())})
     faults = _faults(mixture, tables)
     first = [tables[source].coded(row) for source, row, _ in places[:SHOWN].tolist()]
-    return DataReport(
+    return reports.DataReport(
         title=f"Rows of {spec.dataset}",
-        sources=source_reports(mixture, counts),
-        lengths=Lengths.of(np.concatenate([table.lengths_L for table in tables])),
+        sources=reports.source_reports(mixture, counts),
+        lengths=reports.Lengths.of(np.concatenate([table.lengths_L for table in tables])),
         examples=tuple(shown(sequence, tokenizer) for coded in first for sequence in coded),
         warnings=(
-            *loss_warning(len(mixture), len(places)),
+            *reports.loss_warning(len(mixture), len(places)),
             *faults.warnings(),
-            *note_warnings(sum((table.notes() for table in tables), Counter()), sum(map(len, tables))),
+            *reports.note_warnings(sum((table.notes() for table in tables), Counter()), sum(map(len, tables))),
             *_token_warnings(tables, places, spec),
-            *bos_warning(int(first[0][0].tokens[0]) if first and spec.apply_chat_template else None, tokenizer),
+            *reports.bos_warning(int(first[0][0].tokens[0]) if first and spec.apply_chat_template else None, tokenizer),
         ),
         faults=faults,
     )
 
 
-def _faults(mixture: Mixture, tables: Sequence[Table]) -> Faults:
+def _faults(mixture: Mixture, tables: Sequence[Table]) -> reports.Faults:
     """The faults over distinct rows, however often the mixture repeats them."""
-    kinds, first = Counter[str](), list[Fault]()
+    kinds, first = Counter[str](), list[reports.Fault]()
     for source, table in zip(mixture.sources, tables, strict=True):
         codes, counts = np.unique(table.drops_N[table.faulty_N], return_counts=True)
         kinds.update({str(REASONS[code]): count for code, count in zip(codes.tolist(), counts.tolist(), strict=True)})
         for row, text in table.faults():
             place = source.rows.place(row)
-            first.append(Fault(place, str(REASONS[table.drops_N[row]]), f"{place}{text}"))
-    return Faults(kinds.total(), sum(map(len, tables)), dict(kinds), tuple(first[:SHOWN_FAULTS]))
+            first.append(reports.Fault(place, str(REASONS[table.drops_N[row]]), f"{place}{text}"))
+    return reports.Faults(kinds.total(), sum(map(len, tables)), dict(kinds), tuple(first[:SHOWN_FAULTS]))
 
 
 def _token_warnings(tables: Sequence[Table], places: NDArray[np.int64], spec: RecordSpec) -> Iterator[str]:

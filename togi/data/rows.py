@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from togi.data.chat import Tokenizer, check_rendering, encode, plain_prompt, render_messages, visible
-from togi.data.faults import SENTENCES, Drop, Note, RowError, check_whole, named, of_field
+from togi.data.faults import SENTENCES, Drop, Note, check_whole, named, of_field
 from togi.data.fields import Fields, is_empty, plain_draft
 from togi.data.precheck import RecordSpec
 from togi.data.report import note_warnings
@@ -150,8 +150,7 @@ class PairReader(RowReader):
         (chosen, chosen_first), (rejected, rejected_first) = found
         if chosen.messages[:chosen_first] != rejected.messages[:rejected_first]:
             names = " and ".join(map(repr, keys))
-            raise RowError(
-                Drop.WRONG_ROLES,
+            raise Drop.WRONG_ROLES.error(
                 f"the conversations in {names} differ before their last message: both must answer the same history.",
             )
         if chosen_first == 0:
@@ -166,9 +165,7 @@ def _margin(row: Row) -> float:
     if value is None:
         return 0.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError(
-            Drop.WRONG_TYPE, f"the field {MARGIN!r} is {value!r}, not a finite number: correct or remove it."
-        )
+        raise Drop.WRONG_TYPE.error(f"the field {MARGIN!r} is {value!r}, not a finite number: correct or remove it.")
     return float(value)
 
 
@@ -187,8 +184,7 @@ class UnpairedReader(AnswerReader):
         label = fields.value("label_key", self.spec.label_key)
         known = label.strip().lower() if isinstance(label, str) else label
         if not isinstance(known, str | int | float) or known not in LABELS:
-            raise RowError(
-                Drop.WRONG_LABELS,
+            raise Drop.WRONG_LABELS.error(
                 f"the field {self.spec.label_key!r} is {label!r}: a label must be true or 1 (desirable), or false or 0.",
             )
         drafts = AnswerReader.read(self, fields)
@@ -237,8 +233,7 @@ def token_id(text: str, flag: str, tokenizer: Tokenizer) -> int:
     """The id of a text that is one token. Raises RowError naming the flag if it is not."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        raise RowError(
-            Drop.WRONG_LABELS,
+        raise Drop.WRONG_LABELS.error(
             f"{flag} {text!r} is {len(ids)} tokens of this tokenizer, not one: choose a text that is a token of its own.",
         )
     return ids[0]
@@ -259,22 +254,20 @@ class StepReader(RowReader):
             return Drop.EMPTY_PROMPT
         text = fields.text(keys[0], chat=False)
         if not isinstance(labels, Sequence) or isinstance(labels, str):
-            raise RowError(
-                Drop.WRONG_TYPE,
+            raise Drop.WRONG_TYPE.error(
                 f"the field {keys[1]!r} is of type {type(labels).__name__}, not a list: give one label for "
                 'each placeholder, in a CSV file as JSON (["+", "-"]).',
             )
         spans = tuple(found.span() for found in re.finditer(re.escape(placeholder), text))
         if len(spans) != len(labels):
-            raise RowError(
-                Drop.WRONG_LABELS,
+            raise Drop.WRONG_LABELS.error(
                 f"has {len(labels)} labels in {keys[1]!r} for {len(spans)} placeholders {placeholder!r} in {keys[0]!r}: "
                 "give one label for each.",
             )
         if not spans:
             return Drop.NO_STEPS
         if not text[: spans[0][0]].strip():
-            raise RowError(Drop.WRONG_LABELS, f"starts with a placeholder in {keys[0]!r}: put the step before it.")
+            raise Drop.WRONG_LABELS.error(f"starts with a placeholder in {keys[0]!r}: put the step before it.")
         numbers = tuple(_number(label, f"label {i}", self.labels, fields.tokenizer) for i, label in enumerate(labels))
         return (Draft(text, spans, complete=False, labels=numbers),)
 
@@ -283,8 +276,7 @@ class StepReader(RowReader):
         for number, (start, end) in enumerate(coded[0].runs):
             part = visible(tokenizer, coded[0].tokens[start:end].tolist())
             if end - start != 1 or part.strip() != self.labels.placeholder.strip():
-                raise RowError(
-                    Drop.WRONG_LABELS,
+                raise Drop.WRONG_LABELS.error(
                     f"has its placeholder {number} in the tokens {part!r}, together with other text: put white space around "
                     "placeholders, or choose another --placeholder_token.",
                 )
@@ -307,25 +299,23 @@ def is_soft(label: object) -> bool:
 def _number(label: object, what: str, kind: StepLabels, tokenizer: Tokenizer) -> float:
     """A label as a number: the id of its token, or the probability. Raises RowError."""
     if not isinstance(label, str | int | float):
-        raise RowError(
-            Drop.WRONG_LABELS, f"{what} is of type {type(label).__name__}: give a token, or a number from 0 to 1."
+        raise Drop.WRONG_LABELS.error(
+            f"{what} is of type {type(label).__name__}: give a token, or a number from 0 to 1."
         )
     if is_soft(label) != kind.soft:
-        raise RowError(
-            Drop.WRONG_LABELS,
+        raise Drop.WRONG_LABELS.error(
             f"{what} is {label!r}, but earlier labels are {_KINDS[kind.soft]}: use one kind for all rows.",
         )
     if isinstance(label, str):
         if kind.reward_tokens is not None and label not in kind.reward_tokens:
-            raise RowError(
-                Drop.WRONG_LABELS,
+            raise Drop.WRONG_LABELS.error(
                 f"{what} is {label!r}, which is not among --reward_tokens {' '.join(kind.reward_tokens)}: add it there "
                 "or correct the row.",
             )
         return float(token_id(label, what, tokenizer))
     if not 0 <= label <= 1:
-        raise RowError(
-            Drop.WRONG_LABELS, f"{what} is {label!r}: a probability of the positive token must lie between 0 and 1."
+        raise Drop.WRONG_LABELS.error(
+            f"{what} is {label!r}: a probability of the positive token must lie between 0 and 1."
         )
     return float(label)
 

@@ -185,37 +185,13 @@ class Shard:
         self._arrays: dict[str, NDArray[Any]] = {name: _array(data, **place) for name, place in header.items()}
         self._names: list[str] = words["names"]
         self.faults: list[tuple[int, str]] = words["faults"]
-        # Small arrays are copied to memory; tokens and runs stay mapped.
-        self.drops_N, self.cut_N = self._arrays["drops_N"].copy(), self._arrays["cut_N"].copy()
-        self.notes_N = self._arrays["notes_N"].copy()
-        self.lengths_L = self._arrays["lengths_L"].copy()
         # Ends of each row, sequence and run, to slice the flat arrays.
         self._sequence_ends = np.cumsum(self._arrays["widths_N"], dtype=np.int64)
         self._token_ends = np.cumsum(self._arrays["token_counts_S"], dtype=np.int64)
         self._run_ends = np.cumsum(self._arrays["run_counts_S"], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.drops_N)
-
-    @property
-    def sizes_N(self) -> NDArray[np.int64]:
-        """Tokens of each row over all its sequences."""
-        ends = np.concatenate([np.zeros(1, np.int64), self._token_ends])[np.append(0, self._sequence_ends)]
-        return np.diff(ends)
-
-    @property
-    def merged_N(self) -> NDArray[np.bool_]:
-        """Whether a token of the row holds the end of its prompt and the start of its answer."""
-        rows_S = np.repeat(np.arange(len(self)), self._arrays["widths_N"])
-        return np.bincount(rows_S[self._arrays["merged_S"]], minlength=len(self)) > 0
-
-    @property
-    def learned_S(self) -> NDArray[np.int64]:
-        """The number of trained tokens of each sequence; the first token of a sequence never counts."""
-        starts_R, ends_R = self._arrays["runs_R"].T.astype(np.int64)
-        sequences_R = np.repeat(np.arange(len(self._run_ends)), self._arrays["run_counts_S"])
-        counts_S = np.bincount(sequences_R, ends_R - np.maximum(starts_R, 1), minlength=len(self._run_ends))
-        return counts_S.astype(np.int64)
+        return len(self._sequence_ends)
 
     def last_tokens(self) -> set[int]:
         """The last tokens of the trained parts."""
@@ -248,24 +224,33 @@ class Shard:
 class Table:
     """All used rows of a data set, as consecutive shards. ``widths_N``, ``sizes_N``: sequences of each row, and their tokens.
 
-    ``learned_S``, ``prompt_lengths_S``: the number of trained tokens of each sequence, and of those before the first of them.
+    ``merged_N``: whether a token of the row holds the end of its prompt and the start of its answer. ``learned_S``,
+    ``prompt_lengths_S``: the number of trained tokens of each sequence, and of those before the first of them.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = tuple(shards)
         self._ends = np.cumsum([len(shard) for shard in shards])
-        self.drops_N = np.concatenate([shard.drops_N for shard in shards])
-        self.notes_N = np.concatenate([shard.notes_N for shard in shards])
-        self.lengths_L = np.concatenate([shard.lengths_L for shard in shards])
-        self.widths_N = np.concatenate([shard.content("widths_N").astype(np.int64) for shard in shards])
-        self.sizes_N = np.concatenate([shard.sizes_N for shard in shards])
-        self.merged_N = np.concatenate([shard.merged_N for shard in shards])
-        self.learned_S = np.concatenate([shard.learned_S for shard in shards])
-        self.prompt_lengths_S = np.concatenate([shard.content("prompt_lengths_S").astype(np.int64) for shard in shards])
-        self.cut = sum(int(shard.cut_N.sum()) for shard in shards)
+        self.drops_N, self.notes_N, self.lengths_L = map(self._joined, ("drops_N", "notes_N", "lengths_L"))
+        self.widths_N, self.prompt_lengths_S, token_counts_S, run_counts_S = (
+            self._joined(name).astype(np.int64)
+            for name in ("widths_N", "prompt_lengths_S", "token_counts_S", "run_counts_S")
+        )
+        self.cut = int(self._joined("cut_N").sum())
+        rows_S = np.repeat(np.arange(len(self)), self.widths_N)
+        self.sizes_N = np.bincount(rows_S, token_counts_S, minlength=len(self)).astype(np.int64)
+        self.merged_N = np.bincount(rows_S[self._joined("merged_S")], minlength=len(self)) > 0
+        # The first token of a sequence never counts.
+        starts_R, ends_R = self._joined("runs_R").T.astype(np.int64)
+        sequences_R = np.repeat(np.arange(len(rows_S)), run_counts_S)
+        learned_S = np.bincount(sequences_R, ends_R - np.maximum(starts_R, 1), minlength=len(rows_S))
+        self.learned_S = learned_S.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.drops_N)
+
+    def _joined(self, name: str) -> NDArray[Any]:
+        return np.concatenate([shard.content(name) for shard in self._shards])
 
     def last_tokens(self) -> set[int]:
         """The last tokens of the trained parts."""

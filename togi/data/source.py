@@ -23,32 +23,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from togi.data import items, tables
 from togi.data.faults import named
-from togi.data.items import (
-    DEFAULT_SPLIT,
-    FORMATS,
-    Item,
-    Kind,
-    check_content,
-    choose_split,
-    parse_item,
-    split_files,
-    split_items,
-)
+from togi.data.items import DEFAULT_SPLIT, Item, Kind
 from togi.data.messages import FRAME, holds_messages, unfilled
 from togi.data.precheck import no_rows, parse_probs, unreadable
-from togi.data.tables import (
-    BadRow,
-    Row,
-    as_row,
-    guarded,
-    is_json_list,
-    item_place,
-    json_list,
-    line_place,
-    line_places,
-    readable,
-)
+from togi.data.tables import BadRow, Row
 from togi.errors import DataError
 
 if TYPE_CHECKING:
@@ -69,7 +49,7 @@ class LineRows:
 
     def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]:
         rows = []
-        with guarded(self.path), self.path.open("rb") as file:
+        with tables.guarded(self.path), self.path.open("rb") as file:
             for i in indices:
                 start, end = self.starts[i : i + 2].tolist()
                 file.seek(start)
@@ -77,7 +57,7 @@ class LineRows:
         return rows
 
     def place(self, index: int) -> str:
-        return line_place(self.path, int(self.lines[index]))
+        return tables.line_place(self.path, int(self.lines[index]))
 
     def digest(self) -> str:
         return file_digest(self.path)
@@ -96,10 +76,10 @@ class ItemRows:
         return len(self.starts)
 
     def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]:
-        return [as_row(json.loads(self.text[int(self.starts[i]) : int(self.ends[i])])) for i in indices]
+        return [tables.as_row(json.loads(self.text[int(self.starts[i]) : int(self.ends[i])])) for i in indices]
 
     def place(self, index: int) -> str:
-        return item_place(self.path, index)
+        return tables.item_place(self.path, index)
 
     def digest(self) -> str:
         return file_digest(self.path)
@@ -107,14 +87,14 @@ class ItemRows:
 
 def open_rows(path: Path) -> LineRows | ItemRows:
     """The rows of a .json, .jsonl or .csv file. Raises DataError naming the file if it cannot be read."""
-    with guarded(path):
-        check_content(path)
-    if is_json_list(path):
-        text, places = json_list(path)
+    with tables.guarded(path):
+        items.check_content(path)
+    if tables.is_json_list(path):
+        text, places = tables.json_list(path)
         table = np.array(places, dtype=np.int64).reshape(-1, 2)
         return ItemRows(path, text, table[:, 0].copy(), table[:, 1].copy())
-    with guarded(path):
-        lines, parse = line_places(path)
+    with tables.guarded(path):
+        lines, parse = tables.line_places(path)
         table = np.fromiter(lines, dtype=(np.int64, 2))
         return LineRows(path, np.append(table[:, 0], path.stat().st_size), table[:, 1].copy(), parse)
 
@@ -125,14 +105,14 @@ def read_rows(path: Path) -> list[Row]:
     found = []
     for i, row in enumerate(rows.fetch(range(len(rows)))):
         with named(rows.place(i)):
-            found.append(readable(row))
+            found.append(tables.readable(row))
     return found
 
 
 def file_digest(path: Path) -> str:
     """A digest of a file's bytes and of the format in its name. Raises DataError."""
-    start = hashlib.blake2b(FORMATS[path.suffix.lower()].encode(), digest_size=16)
-    with guarded(path), path.open("rb") as file:
+    start = hashlib.blake2b(items.FORMATS[path.suffix.lower()].encode(), digest_size=16)
+    with tables.guarded(path), path.open("rb") as file:
         return hashlib.file_digest(file, lambda: start).hexdigest()
 
 
@@ -215,12 +195,12 @@ class Source:
 
 def load_source(text: str, split: str = DEFAULT_SPLIT) -> Source:
     """Load ``name[@data_dir]``. A single file has no splits and matches any. Raises DataError."""
-    item = parse_item(text)
+    item = items.parse_item(text)
     match item.kind:
         case Kind.FILE:
             rows = _load_files(item.text, [item.path])
         case Kind.FOLDER:
-            rows = _load_files(item.text, split_files(item.path, split))
+            rows = _load_files(item.text, items.split_files(item.path, split))
         case Kind.SAVED:
             rows = _load_saved(item, split)
         case Kind.HUB:
@@ -232,7 +212,7 @@ def load_source(text: str, split: str = DEFAULT_SPLIT) -> Source:
 
 def _load_files(text: str, files: Sequence[Path]) -> Rows:
     """The rows of files of one format, concatenated."""
-    name = FORMATS[files[0].suffix.lower()]
+    name = items.FORMATS[files[0].suffix.lower()]
     if name not in ("parquet", "arrow"):
         parts = [open_rows(file) for file in files]
         return parts[0] if len(parts) == 1 else ChainRows(parts)
@@ -241,8 +221,8 @@ def _load_files(text: str, files: Sequence[Path]) -> Rows:
     from datasets.exceptions import DatasetsError
 
     for file in files:
-        with guarded(file):
-            check_content(file)
+        with tables.guarded(file):
+            items.check_content(file)
     try:
         dataset = load_dataset(name, data_files=[str(file) for file in files], split="train")
     except (pyarrow.ArrowException, DatasetsError, OSError) as error:
@@ -258,7 +238,7 @@ def _load_saved(item: Item, split: str) -> Rows:
         loaded = load_from_disk(item.location)
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise unreadable(item.path, error) from None
-    dataset = choose_split(item.location, loaded, split) if isinstance(loaded, DatasetDict) else loaded
+    dataset = items.choose_split(item.location, loaded, split) if isinstance(loaded, DatasetDict) else loaded
     return TableRows(dataset, item.text, " ".join(file_digest(Path(file["filename"])) for file in dataset.cache_files))
 
 
@@ -275,7 +255,7 @@ def _load_hub(item: Item, split: str) -> Rows:
             f"{item.text} is neither a local file or folder nor a hub data set that can be loaded ({reason}): "
             "check the name, the network and HF_HUB_OFFLINE, or give a local path."
         ) from None
-    dataset = choose_split(item.text, loaded, split)
+    dataset = items.choose_split(item.text, loaded, split)
     return TableRows(dataset, item.text, dataset._fingerprint)  # covers the revision, the files and the split
 
 
@@ -324,7 +304,7 @@ class Mixture:
         rows = []
         for pick in self.picks:
             with named(self.place(pick)):
-                rows.append(readable(found[pick.source][pick.row]))
+                rows.append(tables.readable(found[pick.source][pick.row]))
         return rows
 
     def place(self, pick: Pick) -> str:
@@ -340,9 +320,9 @@ def load_mixture(
     Without ``probs`` the sets are concatenated, and ``max_samples`` is shared in proportion to their sizes, so later sets never
     vanish. With ``probs`` rows are drawn until every set was used up once (short sets repeat), and ``max_samples`` truncates.
     """
-    items = split_items(datasets)
-    weights = None if probs is None else parse_probs(probs, len(items))
-    sources = tuple(load_source(item, split) for item in items)
+    names = items.split_items(datasets)
+    weights = None if probs is None else parse_probs(probs, len(names))
+    sources = tuple(load_source(name, split) for name in names)
     sizes = [len(source.rows) for source in sources]
     places = concatenate(sizes, max_samples) if weights is None else interleave(sizes, weights, seed, max_samples)
     return Mixture(sources, _with_repeats(places, sizes))

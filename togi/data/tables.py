@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from togi.data.faults import Drop, RowError
+from togi.data.faults import Drop
 from togi.data.items import FORMATS, check_names, check_objects, csv_separator, heads
 from togi.errors import DataError
 
@@ -52,7 +52,7 @@ def json_row(line: bytes) -> Row | BadRow:
 def readable(row: Row | BadRow) -> Row:
     """Return the row. Raises RowError if it cannot be read."""
     if isinstance(row, BadRow):
-        raise RowError(Drop.UNREADABLE, row.reason)
+        raise Drop.UNREADABLE.error(row.reason)
     return row
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.data.chat import Tokenizer, closing_text, marks_turns, render_marked, render_messages, visible
-from togi.data.faults import Drop, Note, RowError
+from togi.data.faults import Drop, Note
 from togi.data.messages import (
     ASSISTANT,
     Dialogue,
@@ -149,8 +149,7 @@ def check_start(coded: Coded, tokenizer: Tokenizer) -> None:
     """Raise RowError if the sequence starts with two BOS tokens."""
     bos = tokenizer.bos_token_id
     if bos is not None and coded.tokens[:2].tolist() == [bos, bos]:
-        raise RowError(
-            Drop.BAD_TEXT,
+        raise Drop.BAD_TEXT.error(
             f"would start with the BOS token {tokenizer.bos_token!r} twice: remove it from the data or the template.",
         )
 
@@ -210,8 +209,7 @@ _MARK = "mark the assistant's turns in the template with {% generation %} and {%
 def check_last(messages: Sequence[Message]) -> None:
     """Raise RowError if the last message is not the assistant's."""
     if messages[-1]["role"] != ASSISTANT:
-        raise RowError(
-            Drop.WRONG_ROLES,
+        raise Drop.WRONG_ROLES.error(
             f"ends with a message of role {messages[-1]['role']!r}, which cannot be learned: end it with one of role "
             f"{ASSISTANT!r}, or leave the row out.",
         )
@@ -235,8 +233,7 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft 
         if i >= max(first, 1) and message["role"] == ASSISTANT and says_something(message)
     ]
     if turns and all(is_marked_off(messages[i]) for i in turns):
-        raise RowError(
-            Drop.EMPTY_ANSWER,
+        raise Drop.EMPTY_ANSWER.error(
             "has nothing to learn, since each answer is marked with weight 0 or train false: remove the row.",
         )
     turns = [i for i in turns if not is_marked_off(messages[i])]
@@ -303,8 +300,7 @@ def _marked(dialogue: Dialogue, turns: Sequence[int], tokenizer: Tokenizer) -> t
     text, marks = render_marked(dialogue, tokenizer)
     assistants = [i for i, message in enumerate(dialogue.messages) if message["role"] == ASSISTANT]
     if len(marks) != len(assistants):
-        raise RowError(
-            Drop.TEMPLATE,
+        raise Drop.TEMPLATE.error(
             f"has {len(assistants)} messages of the assistant, but the chat template marks {len(marks)} parts with "
             "{% generation %}: let it mark each message of the assistant once.",
         )
@@ -343,8 +339,7 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
             return len(before), len(before) + length
         *thoughts, _ = _pieces(messages[turn]["content"])
         how = "differently" if all(thought in text for thought in thoughts) else "without its reasoning"
-        raise RowError(
-            Drop.TEMPLATE,
+        raise Drop.TEMPLATE.error(
             f"has its message {turn} rendered {how} by the chat template when more messages follow, so that its place is not "
             f"known: {_way_out(messages, turn)}",
         )
@@ -353,14 +348,12 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
     opening = before.removeprefix(history)
     if text.startswith(history) and before.startswith(history):
         rendered = text[len(history) : len(history) + len(opening) + _SHOWN]
-        raise RowError(
-            Drop.TEMPLATE,
+        raise Drop.TEMPLATE.error(
             f"has its message {turn} rendered by the chat template without the generation prompt {opening!r} that answers are "
             f"generated after (it renders {rendered!r}), so that no answer would be learned as it is generated: use a template "
             f"in which both are alike, or {_MARK}.",
         )
-    raise RowError(
-        Drop.TEMPLATE,
+    raise Drop.TEMPLATE.error(
         f"has the messages before its message {turn} rendered differently by the chat template when more messages follow, so "
         f"that it would be learned after another text than it is generated after: {_way_out(messages, turn)}",
     )
@@ -405,29 +398,25 @@ def _check_text(message: Message, turn: int, part: str) -> set[Note]:
     """Notes on what a trained message loses harmlessly. Raises RowError if its content or calls are not in ``part``."""
     content, reasoning = message["content"].strip(), reasoning_of(message)
     if not all(piece in part for piece in _pieces(content)):
-        raise RowError(
-            Drop.TEMPLATE,
+        raise Drop.TEMPLATE.error(
             f"has its message {turn} changed by the chat template (the part to learn is {part[:_SHOWN]!r}, the message "
             f"{content[:_SHOWN]!r}): use a template that keeps the text of the assistant.",
         )
     calls = call_names(message)
     if any(part.count(name) < content.count(name) + calls.count(name) for name in calls):
-        raise RowError(
-            Drop.TEMPLATE,
+        raise Drop.TEMPLATE.error(
             f"has tool calls in its message {turn} that the chat template leaves out: use a template that renders tool_calls.",
         )
     for text, written in argument_texts(message):
         if text not in part and written not in part:
-            raise RowError(
-                Drop.TEMPLATE,
+            raise Drop.TEMPLATE.error(
                 f"has a tool call in its message {turn} whose arguments the chat template leaves out (it renders "
                 f"{part[:_SHOWN]!r}): use a template that renders them.",
             )
     if all(thought.strip() in part for thought in reasoning):
         return set()
     if not content and not call_names(message):
-        raise RowError(
-            Drop.TEMPLATE,
+        raise Drop.TEMPLATE.error(
             f"has nothing but reasoning in its message {turn}, which the chat template leaves out: use a template that renders "
             "reasoning_content, or put the text into content.",
         )
