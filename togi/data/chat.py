@@ -91,11 +91,7 @@ def _as_asked(dialogue: Dialogue, tokenizer: Tokenizer) -> list[Message]:
     """The messages in the form that the template reads: templates of vision models may accept content as parts only."""
     if not _knows_parts_only(tokenizer, template_text(tokenizer)):
         return list(dialogue.messages)
-    return [{**message, "content": _as_part(message["content"])} for message in dialogue.messages]
-
-
-def _as_part(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in dialogue.messages]
 
 
 @lru_cache(maxsize=8)
@@ -110,7 +106,7 @@ def _knows_parts_only(tokenizer: Tokenizer, template: str) -> bool:
         except RowError:
             return False
 
-    return not shows(PROBE) and shows(_as_part(PROBE))
+    return not shows(PROBE) and shows([{"type": "text", "text": PROBE}])
 
 
 def template_text(tokenizer: Tokenizer) -> str:
@@ -220,11 +216,8 @@ def stop_token_ids(tokenizer: Tokenizer, model_path: str, *, chat: bool) -> tupl
     """Every token that ends an answer, ascending: EOS of the generation config and of the tokenizer, and in a ``chat`` the token
     that closes a turn. Raises DataError if there is none.
     """
-    found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    closing = closing_token(tokenizer) if chat else None
-    found.update([] if closing is None else [closing])
-    eos = _generation_eos(model_path)
-    found.update([eos] if isinstance(eos, int) else eos)
+    ends = tokenizer.eos_token_id, closing_token(tokenizer) if chat else None, *_generation_eos(model_path)
+    found = {int(token) for token in ends if token is not None}
     if not found:
         raise DataError(f"Neither the tokenizer nor the generation config of {model_path} names an EOS token: set one.")
     return tuple(sorted(found))
@@ -247,12 +240,8 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """
     tokenizer("a")  # a call sets truncation and padding, which are part of the content
     versions = transformers.__version__, tokenizers.__version__
-    around = (
-        type(tokenizer).__name__,
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
-        tokenizer.split_special_tokens,
-    )
+    name, special = type(tokenizer).__name__, tokenizer.special_tokens_map
+    around = name, special, tokenizer.chat_template, tokenizer.split_special_tokens
     content = tokenizer.backend_tokenizer.to_str()
     return hashlib.blake2b(f"{versions} {around} {content}".encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
@@ -267,7 +256,7 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _generation_eos(model_path: str) -> int | list[int]:
+def _generation_eos(model_path: str) -> list[int]:
     folder = Path(model_path)
     if folder.is_dir() and not (folder / "generation_config.json").is_file():
         return []
@@ -275,7 +264,7 @@ def _generation_eos(model_path: str) -> int | list[int]:
         eos = GenerationConfig.from_pretrained(model_path).eos_token_id
     except OSError:  # a hub model need not have one
         return []
-    return [] if eos is None else eos
+    return [eos] if isinstance(eos, int) else eos or []
 
 
 def _refused(error: Exception) -> RowError:

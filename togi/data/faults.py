@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
+from itertools import chain
 
 from togi.errors import DataError
 
@@ -39,7 +40,7 @@ def parsed(text: str, fits: Callable[[Mapping[str, object]], bool]) -> object:
         return value if isinstance(value, Mapping) else list(items)
     if value is None and start[-1] in ")]}" and _SPEAKS.search(start) and _SAYS.search(start):
         raise Drop.WRONG_TYPE.error(
-            f"is a text that looks like a list of messages but is not JSON ({short(start)}): write the list itself, or as JSON.",
+            f"is a text that looks like a list of messages but is not JSON ({short(start)}): write the list itself, or as JSON."
         )
     return text
 
@@ -191,10 +192,6 @@ def check_whole(value: object, subject: str) -> None:
             raise Drop.BAD_TEXT.error(
                 f"{subject} half a character ({half}) in its text: correct or remove the row."
             ) from None
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            check_whole(key, subject)
-            check_whole(item, subject)
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, Mapping | list | tuple):
+        for item in chain.from_iterable(value.items()) if isinstance(value, Mapping) else value:
             check_whole(item, subject)

@@ -68,7 +68,7 @@ class Fields:
         if isinstance(value, str) and isinstance(parsed(value, is_message), str):
             raise Drop.WRONG_TYPE.error(
                 f"the field {key!r} is a string, but without --{flag} it must be a list of messages that ends with the "
-                f"answer: set --{flag}, or give the list.",
+                f"answer: set --{flag}, or give the list."
             )
         return found
 
@@ -109,20 +109,20 @@ def joined(prompt: Dialogue, answer: Dialogue, keys: tuple[str, str]) -> tuple[D
     system = prompt_system or answer_system
     if prompt_system and answer_system and not _alike(prompt_system, answer_system):
         raise Drop.WRONG_ROLES.error(
-            f"the fields {keys[0]!r} and {keys[1]!r} begin with different system turns: leave one of them out.",
+            f"the fields {keys[0]!r} and {keys[1]!r} begin with different system turns: leave one of them out."
         )
     # Two turns of the assistant in a row cannot be told apart in training.
     if asked and said and asked[-1]["role"] == said[0]["role"] == ASSISTANT:
         raise Drop.WRONG_ROLES.error(
             f"the prompt in {keys[0]!r} ends with a turn of the assistant, and the answer in {keys[1]!r} would follow "
-            "it: end the prompt with the turn that is answered.",
+            "it: end the prompt with the turn that is answered."
         )
     # Does the conversation of the answer repeat the prompt?
     repeats = bool(asked) and _alike(asked, said[: len(asked)])
     if not repeats and asked and said and said[0]["role"] == USER and asked[-1]["role"] in (USER, TOOL):
         raise Drop.WRONG_ROLES.error(
             f"the conversation in {keys[1]!r} does not begin with the prompt in {keys[0]!r}: let both have the same "
-            "turns, or give only one of the two fields.",
+            "turns, or give only one of the two fields."
         )
     # The usual case: the answer follows the prompt.
     if not repeats and not answer_system:
@@ -130,7 +130,7 @@ def joined(prompt: Dialogue, answer: Dialogue, keys: tuple[str, str]) -> tuple[D
     if not repeats and said[0]["role"] != USER:
         raise Drop.WRONG_ROLES.error(
             f"the field {keys[1]!r} begins with a system turn behind the prompt in {keys[0]!r}: put it at the "
-            "beginning of the prompt.",
+            "beginning of the prompt."
         )
     notes = prompt.notes | answer.notes | {Note.PROMPT_TWICE}
     whole = (*system, *said) if repeats else (*system, *asked, *said)

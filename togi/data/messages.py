@@ -188,7 +188,7 @@ def _message(message: object, number: int, template: str | None, notes: set[Note
     # A template would write the reasoning twice.
     if "</think>" in kept["content"] and reasoning_of(kept):
         raise Drop.WRONG_ROLES.error(
-            f"has reasoning both in its content and beside it {where}: keep it in one of the two places.",
+            f"has reasoning both in its content and beside it {where}: keep it in one of the two places."
         )
     return kept
 
@@ -204,7 +204,7 @@ def _settle_role(kept: dict[str, object], written: str, where: str, template: st
         if calls is None:
             raise Drop.WRONG_ROLES.error(
                 f"has the role {written!r} {where}, but its content is not a call ({short(kept.get('content'))}): write "
-                "{'name': ..., 'arguments': {...}} as JSON.",
+                "{'name': ..., 'arguments': {...}} as JSON."
             )
         kept |= {"role": ASSISTANT, "content": None, "tool_calls": calls}
     else:
@@ -214,7 +214,7 @@ def _settle_role(kept: dict[str, object], written: str, where: str, template: st
         if role not in ROLES:
             raise Drop.WRONG_ROLES.error(
                 f"has the unknown role {written!r} {where}: write system, user, assistant or tool, or use a chat template "
-                "that names this role.",
+                "that names this role."
             )
         kept["role"] = role
     notes.add(Note.ALIAS)
@@ -230,7 +230,7 @@ def _check_marks(kept: Message, where: str, notes: set[Note]) -> None:
     for key, allowed in MARKS.items():
         if key in kept and kept[key] not in allowed:
             raise Drop.WRONG_LABELS.error(
-                f"has the {key} {short(kept[key])} {where}: a turn is learned or not, write {allowed[1]} or {allowed[0]}.",
+                f"has the {key} {short(kept[key])} {where}: a turn is learned or not, write {allowed[1]} or {allowed[0]}."
             )
     if kept["role"] == ASSISTANT and is_marked_off(kept):
         notes.add(Note.MARKED_OFF)
@@ -246,7 +246,7 @@ def _text(message: Message, key: str, where: str, notes: set[Note]) -> str:
         return "".join(_part(part, key, where) for part in (value if isinstance(value, list) else [value]))
     raise Drop.WRONG_TYPE.error(
         f"has {key} that is {named_value(value)} {where} (role {message['role']}): it must be a string, "
-        "correct or remove the row.",
+        "correct or remove the row."
     )
 
 
@@ -262,7 +262,7 @@ def _part(part: object, key: str, where: str) -> str:
         has_type = "type" in keys and not is_text
         what = f"of type {part['type']!r}" if has_type else f"with the keys {', '.join(map(repr, keys))}"
     raise Drop.WRONG_TYPE.error(
-        f"has a part {what} in the {key} {where}: only text can be trained on, as {{'type': 'text', 'text': ...}}.",
+        f"has a part {what} in the {key} {where}: only text can be trained on, as {{'type': 'text', 'text': ...}}."
     )
 
 
@@ -356,7 +356,7 @@ def _call(call: object, where: str, notes: set[Note]) -> dict[str, object]:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             raise Drop.WRONG_TYPE.error(
-                f"has arguments that are not JSON ({short(arguments)}) {where}: correct or remove the row.",
+                f"has arguments that are not JSON ({short(arguments)}) {where}: correct or remove the row."
             ) from None
     arguments = {} if arguments is None or arguments == "" else arguments
     if not isinstance(arguments, Mapping):

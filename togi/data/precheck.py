@@ -179,25 +179,16 @@ def _head(item: Item, split: str, required: Sequence[str]) -> list[Head]:
     if item.kind is Kind.SAVED:
         return _table_head(item, _saved_fields(item.path, split))
     files = [item.path] if item.kind is Kind.FILE else items.split_files(item.path, split)
-    for file in files:
-        if head := _file_head(item, file, required):
-            return head
-    return []
+    return next((head for file in files if (head := _file_head(item, file, required))), [])
 
 
 def _file_head(item: Item, path: Path, required: Sequence[str]) -> list[Head]:
     with guarded(path):
         items.check_content(path)
-    match items.FORMATS[path.suffix.lower()]:
-        case "parquet":
-            return _table_head(item, _parquet_fields(path))
-        case "arrow":
-            return _table_head(item, _arrow_fields(path))
-        case _:
-            return [
-                (place, row if isinstance(row, BadRow) else tuple(row))
-                for place, row in read_head(path, HEAD_ROWS, required)
-            ]
+    if fields_of := {".parquet": _parquet_fields, ".arrow": _arrow_fields}.get(path.suffix.lower()):
+        return _table_head(item, fields_of(path))
+    head = read_head(path, HEAD_ROWS, required)
+    return [(place, row if isinstance(row, BadRow) else tuple(row)) for place, row in head]
 
 
 def _table_head(item: Item, columns: Sequence[str]) -> list[Head]:
@@ -241,10 +232,8 @@ def _saved_fields(folder: Path, split: str) -> Sequence[str]:
     if (folder / "dataset_dict.json").is_file():
         names = _saved_list(folder / "dataset_dict.json", "splits")
         folder = items.choose_split(str(folder), {name: folder / name for name in names}, split)
-    for file in _saved_list(folder / "state.json", "_data_files"):
-        if fields := _arrow_fields(folder / file["filename"]):
-            return fields
-    return []
+    paths = [folder / file["filename"] for file in _saved_list(folder / "state.json", "_data_files")]
+    return next((fields for path in paths if (fields := _arrow_fields(path))), [])
 
 
 def _saved_list(path: Path, key: str) -> list[Any]:

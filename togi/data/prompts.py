@@ -279,16 +279,13 @@ def _chat(fields: Fields, key: str) -> tuple[str, frozenset[Note]]:
         if dialogue.messages and not is_held(dialogue.messages[-1]["content"], text):
             raise FaultKind.TEMPLATE.error(
                 "has its last message left out or changed by the chat template (it says "
-                f"{dialogue.messages[-1]['content'][:60]!r}): use a template that keeps what is asked.",
+                f"{dialogue.messages[-1]['content'][:60]!r}): use a template that keeps what is asked."
             )
     return text, dialogue.notes | (lost(dialogue, text) if text else set())
 
 
 def _datasource(row: Row, fallback: str) -> str:
-    for column in DATASOURCE_COLUMNS:
-        if row.get(column) is not None:
-            return str(row[column])
-    return fallback
+    return next((str(row[column]) for column in DATASOURCE_COLUMNS if row.get(column) is not None), fallback)
 
 
 def _datasource_names(mixture: Mixture) -> list[str]:

@@ -45,6 +45,8 @@ class Examples(Sequence[tuple[Sample, ...]]):
     def __init__(self, tables: Sequence[Table], places: NDArray[np.int64], report: reports.DataReport) -> None:
         self._tables = tuple(tables)
         self._places = places
+        # The place of each row among the rows of all tables.
+        self._rows_M = np.cumsum([0, *map(len, tables)])[places[:, 0]] + places[:, 1]
         self.report = report
 
     def __len__(self) -> int:
@@ -56,7 +58,7 @@ class Examples(Sequence[tuple[Sample, ...]]):
     def __getitem__(self, index: slice) -> tuple[tuple[Sample, ...], ...]: ...
     def __getitem__(self, index: int | slice) -> tuple[Sample, ...] | tuple[tuple[Sample, ...], ...]:
         if isinstance(index, slice):
-            return tuple(self[i] for i in range(*index.indices(len(self))))
+            return tuple(map(self._samples, range(len(self))[index]))
         return self._samples(index)
 
     def _samples(self, index: int) -> tuple[Sample, ...]:
@@ -79,38 +81,32 @@ class Examples(Sequence[tuple[Sample, ...]]):
 
     def learned(self) -> NDArray[np.int64]:
         """The number of trained tokens of each sequence, row after row."""
-        return self._per_sequence(lambda table: table.learned_S).reshape(-1)
+        return self._per_sequence(lambda table: table.learned_S)
 
     def prompt_lengths(self) -> NDArray[np.int64]:
         """The number of tokens before the first trained one of each sequence, row after row."""
-        return self._per_sequence(lambda table: table.prompt_lengths_S).reshape(-1)
+        return self._per_sequence(lambda table: table.prompt_lengths_S)
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row over all its sequences, without making samples."""
+        return self._joined(lambda table: table.sizes_N)[self._rows_M]
 
     @property
     def width(self) -> int:
         """Sequences per row."""
-        return max(int(table.widths_N.max(initial=0)) for table in self._tables)
+        return int(self._joined(lambda table: table.widths_N).max(initial=0))
 
     def _per_sequence(self, pick: Callable[[Table], NDArray[np.int64]]) -> NDArray[np.int64]:
-        """A number for each sequence, shape (rows, width)."""
-        numbers = np.empty((len(self), self.width), dtype=np.int64)
-        for source, table in enumerate(self._tables):
-            own = self._places[:, 0] == source
-            # The first sequence of each picked row in its table.
-            firsts = (np.cumsum(table.widths_N) - table.widths_N)[self._places[own, 1]]
-            numbers[own] = pick(table)[firsts[:, None] + np.arange(self.width)]
-        return numbers
+        widths_N = self._joined(lambda table: table.widths_N)
+        firsts_M = (np.cumsum(widths_N) - widths_N)[self._rows_M]
+        return self._joined(pick)[firsts_M[:, None] + np.arange(self.width)].reshape(-1)
+
+    def _joined(self, pick: Callable[[Table], NDArray[np.int64]]) -> NDArray[np.int64]:
+        return np.concatenate([pick(table) for table in self._tables])
 
     def scored(self, stream: str, numbers: NDArray[np.float32]) -> ScoredExamples:
         """The same rows with one number at each token in the loss. ``numbers``: of all rows, in order."""
-        return ScoredExamples(self._tables, self._places, self.report, stream, numbers)
-
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row over all its sequences, without making samples."""
-        sizes = np.empty(len(self), dtype=np.int64)
-        for source, table in enumerate(self._tables):
-            own = self._places[:, 0] == source
-            sizes[own] = table.sizes_N[self._places[own, 1]]
-        return sizes
+        return ScoredExamples(self, stream, numbers)
 
     def fingerprint(self) -> str:
         """A digest of all tokens, trained parts, labels and values: equal for the same samples in the same order."""
@@ -128,23 +124,15 @@ class Examples(Sequence[tuple[Sample, ...]]):
 class ScoredExamples(Examples):
     """Rows whose samples have one more stream. Its numbers (a mapped file, for example) are read per row."""
 
-    def __init__(
-        self,
-        tables: Sequence[Table],
-        places: NDArray[np.int64],
-        report: reports.DataReport,
-        stream: str,
-        numbers: NDArray[np.float32],
-    ) -> None:
-        super().__init__(tables, places, report)
-        self._stream, self._numbers = stream, numbers
+    def __init__(self, rows: Examples, stream: str, numbers: NDArray[np.float32]) -> None:
+        super().__init__(rows._tables, rows._places, rows.report)
+        self._stream, self._numbers, self._width = stream, numbers, self.width
         self._ends = np.cumsum(self.learned())
         assert len(numbers) == self._ends[-1], "there is not one number for each token in the loss"
 
     def _samples(self, index: int) -> tuple[Sample, ...]:
-        first = index * self.width
         return tuple(
-            self._with_stream(sample, int(self._ends[first + place]))
+            self._with_stream(sample, int(self._ends[index * self._width + place]))
             for place, sample in enumerate(super()._samples(index))
         )
 

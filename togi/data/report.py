@@ -129,19 +129,14 @@ class DataReport:
 
     def markdown(self) -> str:
         """The report as Markdown."""
-        lines = [
-            f"# {self.title}",
-            "",
-            f"{self.kept} of {self.picked} rows are used; dropped: {self.drop_reasons()}.",
-            "",
-        ]
+        lines = [f"# {self.title}", ""]
+        lines += [f"{self.kept} of {self.picked} rows are used; dropped: {self.drop_reasons()}.", ""]
         # Warnings, then a table of the sets, lengths, faults and examples.
         lines += [f"**Warning:** {warning}\n" for warning in self.warnings]
         lines += ["| set | rows | picked | repeats | kept | dropped |", "|---|---:|---:|---:|---:|---|"]
         for s in self.sources:
-            lines.append(
-                f"| {s.name} | {s.rows} | {s.picked} | {s.repeats} | {s.kept} | {_in_words(s.dropped) or 'none'} |"
-            )
+            reasons = _in_words(s.dropped) or "none"
+            lines.append(f"| {s.name} | {s.rows} | {s.picked} | {s.repeats} | {s.kept} | {reasons} |")
         q = self.lengths
         lines += ["", f"Tokens: min {q.min}, median {q.median}, p90 {q.p90}, p99 {q.p99}, max {q.max}.", ""]
         if self.faults.rows > 0:

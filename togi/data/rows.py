@@ -151,7 +151,7 @@ class PairReader(RowReader):
         if chosen.messages[:chosen_first] != rejected.messages[:rejected_first]:
             names = " and ".join(map(repr, keys))
             raise Drop.WRONG_ROLES.error(
-                f"the conversations in {names} differ before their last message: both must answer the same history.",
+                f"the conversations in {names} differ before their last message: both must answer the same history."
             )
         if chosen_first == 0:
             return [Drop.EMPTY_PROMPT] * 2
@@ -185,7 +185,7 @@ class UnpairedReader(AnswerReader):
         known = label.strip().lower() if isinstance(label, str) else label
         if not isinstance(known, str | int | float) or known not in LABELS:
             raise Drop.WRONG_LABELS.error(
-                f"the field {self.spec.label_key!r} is {label!r}: a label must be true or 1 (desirable), or false or 0.",
+                f"the field {self.spec.label_key!r} is {label!r}: a label must be true or 1 (desirable), or false or 0."
             )
         drafts = AnswerReader.read(self, fields)
         if isinstance(drafts, Drop):
@@ -234,7 +234,7 @@ def token_id(text: str, flag: str, tokenizer: Tokenizer) -> int:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise Drop.WRONG_LABELS.error(
-            f"{flag} {text!r} is {len(ids)} tokens of this tokenizer, not one: choose a text that is a token of its own.",
+            f"{flag} {text!r} is {len(ids)} tokens of this tokenizer, not one: choose a text that is a token of its own."
         )
     return ids[0]
 
@@ -256,13 +256,13 @@ class StepReader(RowReader):
         if not isinstance(labels, Sequence) or isinstance(labels, str):
             raise Drop.WRONG_TYPE.error(
                 f"the field {keys[1]!r} is of type {type(labels).__name__}, not a list: give one label for "
-                'each placeholder, in a CSV file as JSON (["+", "-"]).',
+                'each placeholder, in a CSV file as JSON (["+", "-"]).'
             )
         spans = tuple(found.span() for found in re.finditer(re.escape(placeholder), text))
         if len(spans) != len(labels):
             raise Drop.WRONG_LABELS.error(
                 f"has {len(labels)} labels in {keys[1]!r} for {len(spans)} placeholders {placeholder!r} in {keys[0]!r}: "
-                "give one label for each.",
+                "give one label for each."
             )
         if not spans:
             return Drop.NO_STEPS
@@ -278,7 +278,7 @@ class StepReader(RowReader):
             if end - start != 1 or part.strip() != self.labels.placeholder.strip():
                 raise Drop.WRONG_LABELS.error(
                     f"has its placeholder {number} in the tokens {part!r}, together with other text: put white space around "
-                    "placeholders, or choose another --placeholder_token.",
+                    "placeholders, or choose another --placeholder_token."
                 )
         return coded
 
@@ -304,13 +304,13 @@ def _number(label: object, what: str, kind: StepLabels, tokenizer: Tokenizer) ->
         )
     if is_soft(label) != kind.soft:
         raise Drop.WRONG_LABELS.error(
-            f"{what} is {label!r}, but earlier labels are {_KINDS[kind.soft]}: use one kind for all rows.",
+            f"{what} is {label!r}, but earlier labels are {_KINDS[kind.soft]}: use one kind for all rows."
         )
     if isinstance(label, str):
         if kind.reward_tokens is not None and label not in kind.reward_tokens:
             raise Drop.WRONG_LABELS.error(
                 f"{what} is {label!r}, which is not among --reward_tokens {' '.join(kind.reward_tokens)}: add it there "
-                "or correct the row.",
+                "or correct the row."
             )
         return float(token_id(label, what, tokenizer))
     if not 0 <= label <= 1:

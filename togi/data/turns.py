@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,10 +117,8 @@ def encode_drafts(
         return_offsets_mapping=True,
         verbose=False,
     )
-    coded = []
-    for draft, ids, offsets in zip(drafts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        coded.append(_code(draft, ids, offsets, tokenizer.eos_token_id, enders))
-    return coded
+    found = zip(drafts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [_code(draft, ids, offsets, tokenizer.eos_token_id, enders) for draft, ids, offsets in found]
 
 
 def end_tokens(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
@@ -135,14 +134,9 @@ def end_tokens(tokenizer: Tokenizer, *, chat: bool) -> frozenset[int]:
 
 def shown(coded: Coded, tokenizer: Tokenizer) -> str:
     """The text with special tokens visible and trained parts between ⟦ and ⟧."""
-    parts, position = [], 0
-    for start, end in coded.runs:
-        parts += [
-            visible(tokenizer, coded.tokens[position:start].tolist()),
-            f"⟦{visible(tokenizer, coded.tokens[start:end].tolist())}⟧",
-        ]
-        position = end
-    return "".join([*parts, visible(tokenizer, coded.tokens[position:].tolist())])
+    cuts = [0, *chain.from_iterable(coded.runs), len(coded.tokens)]
+    parts = [visible(tokenizer, coded.tokens[start:end].tolist()) for start, end in pairwise(cuts)]
+    return "".join(f"⟦{part}⟧" if number % 2 == 1 else part for number, part in enumerate(parts))
 
 
 def check_start(coded: Coded, tokenizer: Tokenizer) -> None:
@@ -150,7 +144,7 @@ def check_start(coded: Coded, tokenizer: Tokenizer) -> None:
     bos = tokenizer.bos_token_id
     if bos is not None and coded.tokens[:2].tolist() == [bos, bos]:
         raise Drop.BAD_TEXT.error(
-            f"would start with the BOS token {tokenizer.bos_token!r} twice: remove it from the data or the template.",
+            f"would start with the BOS token {tokenizer.bos_token!r} twice: remove it from the data or the template."
         )
 
 
@@ -211,7 +205,7 @@ def check_last(messages: Sequence[Message]) -> None:
     if messages[-1]["role"] != ASSISTANT:
         raise Drop.WRONG_ROLES.error(
             f"ends with a message of role {messages[-1]['role']!r}, which cannot be learned: end it with one of role "
-            f"{ASSISTANT!r}, or leave the row out.",
+            f"{ASSISTANT!r}, or leave the row out."
         )
 
 
@@ -227,21 +221,17 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft 
     """
     messages = dialogue.messages
     # Stage 1: the turns to train on.
-    turns = [
-        i
-        for i, message in enumerate(messages)
-        if i >= max(first, 1) and message["role"] == ASSISTANT and says_something(message)
-    ]
+    said = [i for i in range(max(first, 1), len(messages)) if messages[i]["role"] == ASSISTANT]
+    turns = [i for i in said if says_something(messages[i])]
     if turns and all(is_marked_off(messages[i]) for i in turns):
         raise Drop.EMPTY_ANSWER.error(
-            "has nothing to learn, since each answer is marked with weight 0 or train false: remove the row.",
+            "has nothing to learn, since each answer is marked with weight 0 or train false: remove the row."
         )
     turns = [i for i in turns if not is_marked_off(messages[i])]
     if not turns:
         return Drop.EMPTY_ANSWER
     # Stage 2: the text, and where these turns are in it.
-    marked = marks_turns(tokenizer)
-    text, spans = _marked(dialogue, turns, tokenizer) if marked else _located(dialogue, turns, tokenizer)
+    text, spans = (_marked if marks_turns(tokenizer) else _located)(dialogue, turns, tokenizer)
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     # Stage 3: is everything in the text that the messages say?
     notes = set(dialogue.notes)
@@ -255,12 +245,8 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft 
 def lost(dialogue: Dialogue, text: str, *, learned: frozenset[int] = frozenset()) -> set[Note]:
     """What of a dialogue is missing in its formatted text. Messages in ``learned`` are checked separately."""
     notes, called = set[Note](), [name for message in dialogue.messages for name in call_names(message)]
-    said = [
-        part
-        for message in dialogue.messages
-        for part in (message["content"], *reasoning_of(message))
-        if is_held(part, text)
-    ]
+    parts = (part for message in dialogue.messages for part in (message["content"], *reasoning_of(message)))
+    said = [part for part in parts if is_held(part, text)]
 
     def named(name: str) -> int:
         """How often the messages call a tool or mention it."""
@@ -302,7 +288,7 @@ def _marked(dialogue: Dialogue, turns: Sequence[int], tokenizer: Tokenizer) -> t
     if len(marks) != len(assistants):
         raise Drop.TEMPLATE.error(
             f"has {len(assistants)} messages of the assistant, but the chat template marks {len(marks)} parts with "
-            "{% generation %}: let it mark each message of the assistant once.",
+            "{% generation %}: let it mark each message of the assistant once."
         )
     spans = []
     for turn in turns:
@@ -341,7 +327,7 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
         how = "differently" if all(thought in text for thought in thoughts) else "without its reasoning"
         raise Drop.TEMPLATE.error(
             f"has its message {turn} rendered {how} by the chat template when more messages follow, so that its place is not "
-            f"known: {_way_out(messages, turn)}",
+            f"known: {_way_out(messages, turn)}"
         )
     # The rest are templates that cannot be used, told apart for the message.
     history = render_messages(Dialogue(messages[:turn], tools), tokenizer)
@@ -351,11 +337,11 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
         raise Drop.TEMPLATE.error(
             f"has its message {turn} rendered by the chat template without the generation prompt {opening!r} that answers are "
             f"generated after (it renders {rendered!r}), so that no answer would be learned as it is generated: use a template "
-            f"in which both are alike, or {_MARK}.",
+            f"in which both are alike, or {_MARK}."
         )
     raise Drop.TEMPLATE.error(
         f"has the messages before its message {turn} rendered differently by the chat template when more messages follow, so "
-        f"that it would be learned after another text than it is generated after: {_way_out(messages, turn)}",
+        f"that it would be learned after another text than it is generated after: {_way_out(messages, turn)}"
     )
 
 
@@ -400,24 +386,24 @@ def _check_text(message: Message, turn: int, part: str) -> set[Note]:
     if not all(piece in part for piece in _pieces(content)):
         raise Drop.TEMPLATE.error(
             f"has its message {turn} changed by the chat template (the part to learn is {part[:_SHOWN]!r}, the message "
-            f"{content[:_SHOWN]!r}): use a template that keeps the text of the assistant.",
+            f"{content[:_SHOWN]!r}): use a template that keeps the text of the assistant."
         )
     calls = call_names(message)
     if any(part.count(name) < content.count(name) + calls.count(name) for name in calls):
         raise Drop.TEMPLATE.error(
-            f"has tool calls in its message {turn} that the chat template leaves out: use a template that renders tool_calls.",
+            f"has tool calls in its message {turn} that the chat template leaves out: use a template that renders tool_calls."
         )
     for text, written in argument_texts(message):
         if text not in part and written not in part:
             raise Drop.TEMPLATE.error(
                 f"has a tool call in its message {turn} whose arguments the chat template leaves out (it renders "
-                f"{part[:_SHOWN]!r}): use a template that renders them.",
+                f"{part[:_SHOWN]!r}): use a template that renders them."
             )
     if all(thought.strip() in part for thought in reasoning):
         return set()
     if not content and not call_names(message):
         raise Drop.TEMPLATE.error(
             f"has nothing but reasoning in its message {turn}, which the chat template leaves out: use a template that renders "
-            "reasoning_content, or put the text into content.",
+            "reasoning_content, or put the text into content."
         )
     return {Note.REASONING_LOST}
