@@ -56,6 +56,10 @@ class Dialogue:
         """These messages followed by the others, with the same tools."""
         return Dialogue((*self.messages, *other.messages), self.tools, self.notes | other.notes)
 
+    def until(self, turn: int) -> Dialogue:
+        """The messages before this one, with the same tools."""
+        return Dialogue(self.messages[:turn], self.tools)
+
     @property
     def begins_with_system(self) -> bool:
         """Whether the first turn is a system turn."""
@@ -278,13 +282,11 @@ _TOOL_FORM = (
 def read_tools(value: object, notes: set[Note]) -> tuple[Tool, ...]:
     """The tools of a row, given as a list, a single tool, or either as JSON text. Raises RowError for anything else."""
     found = value
+    if found is None or (isinstance(found, str) and found.strip() in ("", "[]", "null", "None")):
+        return ()
     if isinstance(found, str):
-        if found.strip() in ("", "[]", "null", "None"):
-            return ()
         found = parsed(found, _has_name)
         notes.add(Note.AS_TEXT)
-    if found is None:
-        return ()
     found = [found] if isinstance(found, Mapping) else found
     if isinstance(found, str) or not isinstance(found, Sequence):
         raise Drop.WRONG_TYPE.error(f"is {short(value)}, {_TOOL_FORM}")
@@ -379,11 +381,8 @@ def argument_texts(message: Message) -> Iterator[tuple[str, str]]:
 
 
 def _leaves(value: object) -> Iterator[str | int | float]:
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
+    if isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _leaves(item)
     elif isinstance(value, str | int | float) and not isinstance(value, bool):
         yield value

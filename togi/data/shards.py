@@ -326,8 +326,7 @@ def encoded(
     missing = [part for part, shard in found.items() if shard is None]
     # Stage 2: make the others.
     if missing:
-        number = _number_of_processes(missing, processes, tokenizer)
-        if number > 1:
+        if (number := _number_of_processes(missing, processes, tokenizer)) > 1:
             _make_in_processes(job, missing, number)
         else:
             for part in missing:

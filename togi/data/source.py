@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from togi.data import items, tables
-from togi.data.faults import named
 from togi.data.items import DEFAULT_SPLIT, Item, Kind
 from togi.data.messages import FRAME, holds_messages, unfilled
 from togi.data.precheck import no_rows, parse_probs, unreadable
@@ -102,11 +101,7 @@ def open_rows(path: Path) -> LineRows | ItemRows:
 def read_rows(path: Path) -> list[Row]:
     """All rows of such a file, in memory. Raises DataError naming the first row that cannot be read."""
     rows = open_rows(path)
-    found = []
-    for i, row in enumerate(rows.fetch(range(len(rows)))):
-        with named(rows.place(i)):
-            found.append(tables.readable(row))
-    return found
+    return [tables.readable(row, rows.place(i)) for i, row in enumerate(rows.fetch(range(len(rows))))]
 
 
 def file_digest(path: Path) -> str:
@@ -301,11 +296,7 @@ class Mixture:
     def rows(self) -> list[Row]:
         """The row of every pick, in order, all in memory. Raises DataError for a row that cannot be read."""
         found = [source.rows.fetch(self.rows_used(index)) for index, source in enumerate(self.sources)]
-        rows = []
-        for pick in self.picks:
-            with named(self.place(pick)):
-                rows.append(tables.readable(found[pick.source][pick.row]))
-        return rows
+        return [tables.readable(found[pick.source][pick.row], self.place(pick)) for pick in self.picks]
 
     def place(self, pick: Pick) -> str:
         """The place of a pick's row in words: file and line."""

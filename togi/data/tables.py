@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from togi.data.faults import Drop
+from togi.data.faults import Drop, at
 from togi.data.items import FORMATS, check_names, check_objects, csv_separator, heads
 from togi.errors import DataError
 
@@ -49,10 +49,10 @@ def json_row(line: bytes) -> Row | BadRow:
     return as_row(item)
 
 
-def readable(row: Row | BadRow) -> Row:
-    """Return the row. Raises RowError if it cannot be read."""
+def readable(row: Row | BadRow, place: str | None = None) -> Row:
+    """Return the row. Raises RowError if it cannot be read, which begins with its place if that is given."""
     if isinstance(row, BadRow):
-        raise Drop.UNREADABLE.error(row.reason)
+        raise Drop.UNREADABLE.error(row.reason if place is None else at(place, row.reason))
     return row
 
 

@@ -238,7 +238,7 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft 
     for turn, (start, end) in zip(turns, spans, strict=True):
         notes |= _check_text(messages[turn], turn, text[start:end])
     start, end = spans[-1]
-    notes |= lost(Dialogue(messages[: turns[-1]], dialogue.tools), text[:start], learned=frozenset(turns))
+    notes |= lost(dialogue.until(turns[-1]), text[:start], learned=frozenset(turns))
     return Draft(text[:end], tuple(spans), complete=True, notes=frozenset(notes))
 
 
@@ -293,8 +293,7 @@ def _marked(dialogue: Dialogue, turns: Sequence[int], tokenizer: Tokenizer) -> t
     spans = []
     for turn in turns:
         start, end = marks[assistants.index(turn)]
-        head = Dialogue(dialogue.messages[:turn], dialogue.tools)
-        before = render_messages(head, tokenizer, add_generation_prompt=True)
+        before = render_messages(dialogue.until(turn), tokenizer, add_generation_prompt=True)
         # Some templates mark the header of a turn too.
         within = start < len(before) <= end and text.startswith(before)
         spans.append((len(before) if within else start, end))
@@ -308,13 +307,12 @@ def _located(dialogue: Dialogue, turns: Sequence[int], tokenizer: Tokenizer) -> 
 
 def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Span:
     """The (start, end) of a turn in the ``text`` of the whole dialogue. Raises RowError saying why it is unknown."""
-    messages, tools = dialogue.messages, dialogue.tools
-    before = render_messages(Dialogue(messages[:turn], tools), tokenizer, add_generation_prompt=True)
-    is_last = turn + 1 == len(messages)
+    messages = dialogue.messages
+    before = render_messages(dialogue.until(turn), tokenizer, add_generation_prompt=True)
     # The usual case needs no further formatting.
     if text.startswith(before) and (plain := _plainly_closed(messages[turn], text, len(before), tokenizer)) > 0:
         return len(before), len(before) + plain
-    after = text if is_last else render_messages(Dialogue(messages[: turn + 1], tools), tokenizer)
+    after = text if turn + 1 == len(messages) else render_messages(dialogue.until(turn + 1), tokenizer)
     if text.startswith(before):
         # The prefixes agree with the whole: the turn is between them.
         if text.startswith(after) and len(after) > len(before):
@@ -330,7 +328,7 @@ def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Sp
             f"known: {_way_out(messages, turn)}"
         )
     # The rest are templates that cannot be used, told apart for the message.
-    history = render_messages(Dialogue(messages[:turn], tools), tokenizer)
+    history = render_messages(dialogue.until(turn), tokenizer)
     opening = before.removeprefix(history)
     if text.startswith(history) and before.startswith(history):
         rendered = text[len(history) : len(history) + len(opening) + _SHOWN]
