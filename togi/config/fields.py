@@ -6,18 +6,20 @@ Also the type of a setting that may be a function of the user's: ``FILE.py:name`
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypedDict, TypeVar, Unpack
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
+
+from togi.errors import ConfigError
 
 AUTO: Literal["auto"] = "auto"
 _LATER = "not_supported_yet"
 
 
-def _integral(value: Any) -> Any:
+def _integral(value: object) -> object:
     """Accept 1e8 and "1e8" as integers, as is common for these flags; 1.5 stays an error."""
     if isinstance(value, str) and not value.lstrip("+-").isdigit():
         try:
@@ -29,7 +31,7 @@ def _integral(value: Any) -> Any:
     return value
 
 
-def _path(value: Any) -> Any:
+def _path(value: object) -> object:
     """A ``pathlib`` path as text, with ~ expanded, because a YAML file has no shell to do it."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -52,24 +54,44 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=False, defer_build=True
     )
 
-    def changed(self, *names: str) -> dict[str, Any]:
+    def changed(self, *names: str) -> dict[str, object]:
         """The settings in ``names`` that are not at their defaults, with their values."""
-        values = self.model_dump(include=set(names))
-        return {name: values[name] for name in names if values[name] != type(self).model_fields[name].default}
+        values, fields = dict(self), type(self).model_fields
+        return {name: values[name] for name in names if values[name] != fields[name].default}
 
-    def preset(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    def preset(self, given: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
         """Values that one setting implies for others not ``given``, and its flag with its value; none by default."""
         return "", {}
 
 
-def flag(default: Any, help_text: str, **constraints: Any) -> Any:
-    """A supported setting."""
-    return Field(default, description=help_text, **constraints)
+Value = TypeVar("Value")
 
 
-def later(default: Any, help_text: str) -> Any:
+class Limits(TypedDict, total=False):
+    """The range of a number, as pydantic names it."""
+
+    ge: float
+    gt: float
+    le: float
+    lt: float
+
+
+def flag(default: Value, help_text: str, **limits: Unpack[Limits]) -> Value:
+    """A supported setting. For the type checker it is its default, as for pydantic's own ``Field``."""
+    field: Value = Field(default, description=help_text, **limits)
+    return field
+
+
+def later(default: Value, help_text: str) -> Value:
     """A known setting that is not supported yet: any value but its default is refused."""
-    return Field(default, description=help_text, json_schema_extra={_LATER: True})
+    field: Value = Field(default, description=help_text, json_schema_extra={_LATER: True})
+    return field
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise ConfigError with the first of the contradictions between settings."""
+    for message in problems:
+        raise ConfigError(message)
 
 
 def is_later(config_class: type[BaseModel], name: str) -> bool:
@@ -87,7 +109,7 @@ class Hook:
 
     path: str
     name: str
-    function: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
+    function: Callable[..., object] | None = field(default=None, compare=False, repr=False)
 
     # A hook may stand in for a built-in estimator. What it does with groups is up to it.
     uses_groups = False
@@ -96,7 +118,7 @@ class Hook:
         return f"{self.path}:{self.name}"
 
 
-def _hook(value: Any) -> Hook:
+def _hook(value: object) -> Hook:
     if isinstance(value, Hook):
         return value
     if isinstance(value, str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from togi.errors import ConfigError
 
@@ -23,7 +22,7 @@ POSITIONS = (
 PLAIN_ROPE = ("default", "mrope")
 
 
-def text_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_settings(settings: Mapping[str, object]) -> Mapping[str, object]:
     """The settings of the language model: the top level, overlaid by its text part if there is one."""
     for name in TEXT_PARTS:
         part = settings.get(name)
@@ -32,7 +31,7 @@ def text_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings
 
 
-def position_limit(settings: Mapping[str, Any]) -> int | None:
+def position_limit(settings: Mapping[str, object]) -> int | None:
     """The longest sequence that a config.json allows; None if nothing limits it, or if RoPE scaling extends it."""
     text = text_settings(settings)
     if _is_stretched(text.get("rope_parameters") or text.get("rope_scaling")):
@@ -40,7 +39,7 @@ def position_limit(settings: Mapping[str, Any]) -> int | None:
     return min((limit for name in POSITIONS if (limit := _count(text.get(name))) > 0), default=None)
 
 
-def check_length(asked: str, length: int, path: str, settings: Mapping[str, Any]) -> None:
+def check_length(asked: str, length: int, path: str, settings: Mapping[str, object]) -> None:
     """Raise ConfigError if a model has no positions for sequences of ``length``, which the flags ``asked`` allow."""
     limit = position_limit(settings)
     if limit is not None and length > limit:

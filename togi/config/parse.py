@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -57,7 +57,12 @@ class Parsed(Generic[C]):
     config: C
     sources: Mapping[str, str]
 
-    def values_from(self, source: str) -> dict[str, Any]:
+    @property
+    def given(self) -> set[str]:
+        """The names of the settings that are not left at their defaults."""
+        return {name for name, source in self.sources.items() if source is not Source.DEFAULT}
+
+    def values_from(self, source: str) -> dict[str, object]:
         """The values from one source, by name."""
         return self.config.model_dump(include={name for name, origin in self.sources.items() if origin == source})
 
@@ -90,39 +95,38 @@ def parse(config_class: type[C], argv: Sequence[str], command: str) -> Parsed[C]
     return build(config_class, from_file | given, sources)
 
 
-def build(config_class: type[C], values: Mapping[str, Any], sources: Mapping[str, Source]) -> Parsed[C]:
+def build(config_class: type[C], values: Mapping[str, object], sources: Mapping[str, Source]) -> Parsed[C]:
     """Validate flat values, for the command line and the Python API. Raises ConfigError."""
-    for name in values:
-        if name not in config_class.model_fields:
+    fields = config_class.model_fields
+    for name, value in values.items():
+        if name not in fields:
             raise ConfigError(_unknown(name, config_class, prefix=""))
-        if values[name] == "None" and config_class.model_fields[name].default is None:
-            in_file = (
-                "; in YAML, write null or leave the line out."
-                if sources.get(name) == Source.FILE
-                else ": leave it out."
-            )
-            raise ConfigError(f"--{name} None is the text 'None', not the absence of a value{in_file}")
+        if value == "None" and fields[name].default is None:
+            in_file = "; in YAML, write null or leave the line out."
+            way_out = in_file if sources.get(name) == Source.FILE else ": leave it out."
+            raise ConfigError(f"--{name} None is the text 'None', not the absence of a value{way_out}")
     # First the given values alone, so that messages are about them and not about a preset's.
     config = _validated(config_class, values)
-    for name in values:
-        default = config_class.model_fields[name].default
-        if is_later(config_class, name) and getattr(config, name) != default:
-            raise ConfigError(f"--{name} is not supported yet: leave it out (its default is {_shown(default)}).")
+    given = {name: value for name, value in config if name in values}
+    for name, value in given.items():
+        if is_later(config_class, name) and value != fields[name].default:
+            default = _shown(fields[name].default)
+            raise ConfigError(f"--{name} is not supported yet: leave it out (its default is {default}).")
     # Then again with the values of the preset, which never replace given ones.
-    bringer, brought = config.preset({name: getattr(config, name) for name in values})
+    bringer, brought = config.preset(given)
     known = {**dict.fromkeys(brought, bringer), **sources}
-    every = {name: known.get(name, Source.DEFAULT) for name in config_class.model_fields}
+    every = {name: known.get(name, Source.DEFAULT) for name in fields}
     return Parsed(_validated(config_class, {**brought, **values}), every)
 
 
-def _validated(config_class: type[C], values: Mapping[str, Any]) -> C:
+def _validated(config_class: type[C], values: Mapping[str, object]) -> C:
     try:
         return config_class(**values)
     except ValidationError as error:
         raise ConfigError(_sentence(error, values)) from None
 
 
-def read_file(path: Path, config_class: type[Settings]) -> dict[str, Any]:
+def read_file(path: Path, config_class: type[Settings]) -> dict[str, object]:
     """The flat mapping of a YAML file. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -158,13 +162,7 @@ def _names(text: str) -> list[str]:
 
 def build_parser(config_class: type[Settings], command: str) -> argparse.ArgumentParser:
     """An argparse parser whose groups are the base classes of ``config_class``."""
-    parser = _Parser(
-        prog=f"togi {command}",
-        description=config_class.__doc__,
-        allow_abbrev=False,
-        argument_default=None,
-        add_help=True,
-    )
+    parser = _Parser(prog=f"togi {command}", description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with flag names and values; the command line wins.")
     for title, names in groups(config_class):
         group = parser.add_argument_group(title)
@@ -197,15 +195,11 @@ def _add(group: argparse._ArgumentGroup, config_class: type[Settings], name: str
         group.add_argument(f"--{name}", dest=name, action="store_true", default=None, help=text)
         group.add_argument(f"--no_{name}", dest=name, action="store_false", default=None, help=argparse.SUPPRESS)
         return
-    arity = _arity(field.annotation)
-    metavar = _metavar(field.annotation, name)
-    if arity is None:
-        group.add_argument(f"--{name}", dest=name, help=text, metavar=metavar)
-    else:
-        group.add_argument(f"--{name}", dest=name, help=text, nargs=arity, metavar=metavar)
+    arity, metavar = _arity(field.annotation), _metavar(field.annotation, name)
+    group.add_argument(f"--{name}", dest=name, help=text, nargs=arity, metavar=metavar)
 
 
-def _arity(annotation: Any) -> int | str | None:
+def _arity(annotation: object) -> int | str | None:
     """How many words follow the flag: the length of a fixed tuple, "+" for an open one, None for a single word."""
     for part in (annotation, *typing.get_args(annotation)):
         if typing.get_origin(part) is tuple:
@@ -214,7 +208,7 @@ def _arity(annotation: Any) -> int | str | None:
     return None
 
 
-def _metavar(annotation: Any, name: str) -> str:
+def _metavar(annotation: object, name: str) -> str:
     choices: list[str] = []
     for part in (annotation, *typing.get_args(annotation)):
         if isinstance(part, type) and issubclass(part, StrEnum):
@@ -224,10 +218,8 @@ def _metavar(annotation: Any, name: str) -> str:
     return "|".join(choices) if choices else name.rsplit("_", 1)[-1].upper()
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return str(value)
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _unknown(word: str, config_class: type[Settings], prefix: str) -> str:
@@ -256,15 +248,12 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
+def _sentence(error: ValidationError, values: Mapping[str, object]) -> str:
     """The first wrong value in words. Each member of a union reports its own error; together they are one rule."""
     errors = error.errors(include_url=False)
     name = str(errors[0]["loc"][0])
     rules = dict.fromkeys(_rule(each) for each in errors if each["loc"][0] == name)
-    given = values[name]
-    words = (
-        " ".join(map(str, given)) if isinstance(given, list | tuple) else "(no value)" if given is None else str(given)
-    )
+    words = "(no value)" if values[name] is None else _shown(values[name])
     shown = words if len(words) <= SHOWN_CHARACTERS else f"{words[:SHOWN_CHARACTERS]}..."
     return f"--{name} {shown}: must be {' or '.join(rules)}."
 

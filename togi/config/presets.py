@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from togi.config.choices import AdvantageEstimator, Algo, CorrectionType, KLEstimator, PolicyLossType, Scheduler
 from togi.errors import ConfigError
@@ -21,7 +20,7 @@ class Preset:
     """``settings``: by their flat names. ``source``: where they were published."""
 
     estimator: AdvantageEstimator
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     source: str
 
 
@@ -133,7 +132,7 @@ PRESETS: Mapping[Algo, Preset] = {
 }
 
 
-def preset_values(algo: Algo, given: Mapping[str, Any], generate_max_len: int) -> dict[str, Any]:
+def preset_values(algo: Algo, given: Mapping[str, object], generate_max_len: int) -> dict[str, object]:
     """The settings that ``--algo`` adds to those ``given``, by flat name.
 
     ``generate_max_len``: in tokens; DAPO's length penalty covers a share of it. Raises ConfigError if the given
@@ -146,7 +145,7 @@ def preset_values(algo: Algo, given: Mapping[str, Any], generate_max_len: int) -
             f"--advantage_estimator {estimator} contradicts --algo {algo}, which is {preset.estimator} by definition: leave one "
             "of them out."
         )
-    brought = {"advantage_estimator": preset.estimator, **preset.settings}
+    brought: dict[str, object] = {"advantage_estimator": preset.estimator, **preset.settings}
     if algo is Algo.DAPO:
         brought["overlong_buffer_len"] = max(1, round(DAPO_BUFFER * generate_max_len))
     # A value without effect would be refused by the checks as the user's mistake.
@@ -154,7 +153,7 @@ def preset_values(algo: Algo, given: Mapping[str, Any], generate_max_len: int) -
     return {name: value for name, value in brought.items() if name not in given and name not in moot}
 
 
-def _moot(brought: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
+def _moot(brought: Mapping[str, object], given: Mapping[str, object]) -> set[str]:
     """Names whose preset value would have no effect with the given values, or contradict them."""
     moot = set[str]()
     if given.get("init_kl_coef") == 0:
@@ -172,13 +171,13 @@ def _moot(brought: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
     return moot
 
 
-def describe(algo: Algo, settings: Mapping[str, Any]) -> str:
+def describe(algo: Algo, settings: Mapping[str, object]) -> str:
     """One line: what the preset set, as flags, and where it was published."""
     flags = " ".join(_as_flag(name, value) for name, value in settings.items())
     return f"--algo {algo} sets {flags} ({PRESETS[algo].source})"
 
 
-def _as_flag(name: str, value: Any) -> str:
+def _as_flag(name: str, value: object) -> str:
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no_{name}"
     return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"

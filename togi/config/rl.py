@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from togi.config.choices import (
     BUILTIN,
@@ -380,7 +380,7 @@ class RLConfig(
     ckpt_path: PathText = flag("./ckpt/checkpoints_ppo_ray", "Folder of resumable checkpoints.")
     wandb_project: str = flag("togi_rl", "Weights & Biases project.")
 
-    def preset(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    def preset(self, given: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
         """The published settings of ``--algo``. Raises ConfigError if they contradict given values."""
         if self.algo is None:
             return "", {}

@@ -6,9 +6,9 @@ What tensor parallelism and compilation cannot be combined with is here too. The
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from togi.config.choices import BackendName, GradAccumDtype, Layers, Overlong, Scheduler
 from togi.config.fields import Count, CountOrAuto, Int, PathText, Seed, Settings, flag, later
@@ -453,7 +453,7 @@ def _tensor(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
         yield f"{tensor} with --adam_offload is not supported yet: leave one of them out."
 
 
-def check_splittable(size: int, flag: str, path: str, settings: dict[str, Any]) -> None:
+def check_splittable(size: int, flag: str, path: str, settings: Mapping[str, object]) -> None:
     """Raise ConfigError if the layers of a model, by its config.json, cannot be split in ``size`` equal parts."""
     if size == 1 or not settings:
         return
