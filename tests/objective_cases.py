@@ -20,13 +20,10 @@ from togi.batch import Batch
 from togi.config.choices import CorrectionType, Divergence, PolicyLossType, RewardLoss
 from togi.data.packing import pack
 from togi.learn.objective import Objective, SFTObjective
-from togi.methods.dpo_objective import DPOObjective
 from togi.methods.kd_objective import DistillationObjective
 from togi.methods.kto_objective import KTOObjective
-from togi.methods.orpo_objective import ORPOObjective
+from togi.methods.preference import DPOObjective, ORPOObjective, PairwiseRewardObjective, SimPOObjective
 from togi.methods.prm_objective import StepRewardObjective
-from togi.methods.rm_objective import PairwiseRewardObjective
-from togi.methods.simpo_objective import SimPOObjective
 from togi.obs.metrics import merge, reduced
 from togi.sample import Sample
 

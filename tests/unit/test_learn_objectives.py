@@ -21,11 +21,10 @@ from togi.errors import ConfigError
 from togi.learn.objective import Objective, SFTObjective
 from togi.learn.scorer import Scorer
 from togi.methods import preference
-from togi.methods.dpo_objective import DPOObjective
 from togi.methods.kd_objective import DistillationObjective
 from togi.methods.kto_objective import KTOObjective
+from togi.methods.preference import DPOObjective, PairwiseRewardObjective
 from togi.methods.prm_objective import StepRewardObjective
-from togi.methods.rm_objective import PairwiseRewardObjective
 from togi.model.attention import SEGMENTS
 from togi.model.policy import Needs, Outputs, PolicyModel
 from togi.parallel.process import World

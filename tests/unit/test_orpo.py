@@ -16,7 +16,7 @@ from togi.data.packing import pack
 from togi.errors import ConfigError
 from togi.methods import check_method
 from togi.methods.orpo import ORPO
-from togi.methods.orpo_objective import ORPOObjective
+from togi.methods.preference import ORPOObjective
 from togi.model.policy import Outputs
 from togi.obs import names
 

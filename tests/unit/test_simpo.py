@@ -15,8 +15,8 @@ from togi.config.parse import parse
 from togi.data.packing import pack
 from togi.errors import ConfigError
 from togi.methods import check_method
+from togi.methods.preference import SimPOObjective
 from togi.methods.simpo import SimPO
-from togi.methods.simpo_objective import SimPOObjective
 from togi.model.policy import Outputs
 
 

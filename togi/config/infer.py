@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from togi.config.choices import EngineName, EvalTask, PostProcessor
-from togi.config.fields import Count, Int, PathText, Seed, Settings, flag
-from togi.config.parse import Parsed, Source
-from togi.config.shared import PLAIN_TEMPLATE, PromptText, chat_template_problems, template_problems
-from togi.errors import ConfigError
+from togi.config.fields import Count, Int, PathText, Seed, Settings, flag, refuse
+from togi.config.parse import Parsed
+from togi.config.shared import PLAIN_TEMPLATE, rendering_problems, template_problems
 
 REWARD_TEMPLATE = "{input} <rm_score>: {reward} "
 CSFT_PROMPT = "<rm_score>: 5.00"
@@ -47,6 +46,20 @@ class GenerationSettings(Settings):
     vllm_gpu_memory_utilization: float = flag(0.9, "Share of a GPU's memory that vLLM may take.", gt=0, le=1)
     vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of the key-value cache on a CPU, in GB.", gt=0)
     tp_size: Count = flag(1, "Processes that share the model in vLLM, one on each GPU (tensor parallelism).")
+
+    @property
+    def sampling_temperature(self) -> float:
+        return 0.0 if self.greedy_sampling else self.temperature
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence that the engine must hold."""
+        return self.prompt_max_len + self.max_new_tokens
+
+    @property
+    def asked_context(self) -> str:
+        """The flags that determine the longest sequence, for messages."""
+        return f"--prompt_max_len {self.prompt_max_len} + --max_new_tokens {self.max_new_tokens}"
 
 
 class SliceSettings(Settings):
@@ -128,15 +141,6 @@ class InferConfig(
         """The post-processor; the established interface writes none as null."""
         return self.post_processor if isinstance(self.post_processor, PostProcessor) else None
 
-    @property
-    def sampling_temperature(self) -> float:
-        return 0.0 if self.greedy_sampling else self.temperature
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of the longest sequence that the engine must hold."""
-        return self.prompt_max_len + self.max_new_tokens
-
 
 class TalkSettings(Settings):
     """Chat"""
@@ -177,13 +181,10 @@ SCORING = tuple(ScoringSettings.model_fields)
 
 def check_infer(parsed: Parsed[InferConfig]) -> None:
     """Raise ConfigError with the first contradiction. Each message names the flags and the remedy."""
-    for message in _problems(parsed):
-        raise ConfigError(message)
+    refuse(_problems(parsed.config, parsed.given))
 
 
-def _problems(parsed: Parsed[InferConfig]) -> Iterator[str]:
-    config = parsed.config
-    given = {name for name, source in parsed.sources.items() if source is not Source.DEFAULT}
+def _problems(config: InferConfig, given: set[str]) -> Iterator[str]:
     # Required flags, flags of the other task, then the flags of this one.
     yield from _required(config)
     yield from _foreign(config, given)
@@ -202,9 +203,7 @@ def _problems(parsed: Parsed[InferConfig]) -> Iterator[str]:
 
 def check_chat(parsed: Parsed[ChatConfig]) -> None:
     """Like ``check_infer``, for ``togi chat``."""
-    given = {name for name, source in parsed.sources.items() if source is not Source.DEFAULT}
-    for message in _chat_problems(parsed.config, given):
-        raise ConfigError(message)
+    refuse(_chat_problems(parsed.config, parsed.given))
 
 
 def _chat_problems(c: ChatConfig, given: set[str]) -> Iterator[str]:
@@ -221,20 +220,15 @@ def _chat_problems(c: ChatConfig, given: set[str]) -> Iterator[str]:
             yield "--tokenizer_chat_template and --no_apply_chat_template exclude each other: leave one of them out."
         if c.input_template is not None:
             yield from template_problems(c.input_template, applied=False)
-    if c.greedy_sampling and "temperature" in given and c.temperature > 0:
-        yield "--greedy_sampling takes the most likely token but --temperature draws one: leave one of them out."
+    yield from greedy_problems(c, given)
     yield from reward_template_problems(c.reward_template)
-    if not c.enable_csft:
-        for name in ("csft_prompt", "reward_template"):
-            if name in given:
-                yield f"--{name} is only used with --enable_csft: add it, or leave the first out."
+    yield from _csft_problems(c, given)
 
 
-def rendering_problems(c: PromptText) -> Iterator[str]:
-    """Faults of the flags that format prompts."""
-    if c.input_template is not None:
-        yield from template_problems(c.input_template, applied=c.apply_chat_template)
-    yield from chat_template_problems(c.tokenizer_chat_template, applied=c.apply_chat_template)
+def _csft_problems(c: InferConfig | ChatConfig, given: set[str]) -> Iterator[str]:
+    for name in ("csft_prompt", "reward_template"):
+        if name in given and not c.enable_csft:
+            yield f"--{name} is only used with --enable_csft: add it, or leave the first out."
 
 
 def reward_template_problems(template: str) -> Iterator[str]:
@@ -243,13 +237,18 @@ def reward_template_problems(template: str) -> Iterator[str]:
         yield f"--reward_template must contain {{input}} and {{reward}} exactly once each, but is {template!r}."
 
 
-def sampling_problems(c: GenerationSettings, samples: int, flag: str, *, temperature_given: bool) -> Iterator[str]:
-    """Faults of the sampling flags. ``samples``: outputs per prompt, set by ``flag``."""
-    if c.greedy_sampling and temperature_given and c.temperature > 0:
+def greedy_problems(c: GenerationSettings | ChatConfig, given: set[str]) -> Iterator[str]:
+    """A temperature beside ``--greedy_sampling``."""
+    if c.greedy_sampling and "temperature" in given and c.temperature > 0:
         yield "--greedy_sampling takes the most likely token but --temperature draws one: leave one of them out."
-    if samples > 1 and (c.greedy_sampling or c.temperature == 0):
+
+
+def sampling_problems(c: GenerationSettings, samples: int, given: set[str]) -> Iterator[str]:
+    """Faults of the sampling flags. ``samples``: outputs per prompt (``--best_of_n``)."""
+    yield from greedy_problems(c, given)
+    if samples > 1 and c.sampling_temperature == 0:
         which = "--greedy_sampling" if c.greedy_sampling else "--temperature 0"
-        yield f"--{flag} {samples} with {which} would give the same output {samples} times: leave one of them out."
+        yield f"--best_of_n {samples} with {which} would give the same output {samples} times: leave one of them out."
 
 
 def engine_problems(c: GenerationSettings, engine: EngineName, flag: str) -> Iterator[str]:
@@ -281,14 +280,11 @@ def _foreign(c: InferConfig, given: set[str]) -> Iterator[str]:
 
 
 def _generation(c: InferConfig, given: set[str]) -> Iterator[str]:
-    yield from sampling_problems(c, c.best_of_n, "best_of_n", temperature_given="temperature" in given)
+    yield from sampling_problems(c, c.best_of_n, given)
     yield from engine_problems(c, c.engine, f"--eval_task {c.eval_task}")
     if c.iter is None and "rollout_batch_size" in given:
         yield "--rollout_batch_size is the size of the slices of --iter, which is not set: add it or leave the first out."
-    if not c.enable_csft:
-        for name in ("csft_prompt", "reward_template"):
-            if name in given:
-                yield f"--{name} is only used with --enable_csft: add it, or leave the first out."
+    yield from _csft_problems(c, given)
 
 
 def _scoring(c: InferConfig, given: set[str]) -> Iterator[str]:

@@ -9,19 +9,17 @@ from collections.abc import Iterator
 from typing import Literal
 
 from togi.config.choices import EngineName, IterateMethod
-from togi.config.fields import Count, Int, PathText, Settings, flag
+from togi.config.fields import Count, Int, PathText, Settings, flag, refuse
 from togi.config.infer import (
     GenerationSettings,
     RewardTextSettings,
     engine_problems,
-    rendering_problems,
     reward_template_problems,
     sampling_problems,
 )
-from togi.config.parse import Parsed, Source
+from togi.config.parse import Parsed
 from togi.config.rl import PromptSettings, RewardSettings
-from togi.config.shared import TrainSettings
-from togi.errors import ConfigError
+from togi.config.shared import TrainSettings, rendering_problems
 
 LEARNING_RATES = {IterateMethod.RS: 2e-6, IterateMethod.DPO: 5e-7, IterateMethod.CSFT: 2e-6}
 
@@ -105,11 +103,6 @@ class IterateConfig(
         return self.reward_func if self.reward_func is not None else self.remote_rm_url
 
     @property
-    def context_length(self) -> int:
-        """Tokens of the longest sequence that the engine must hold."""
-        return self.prompt_max_len + self.max_new_tokens
-
-    @property
     def peak_learning_rate(self) -> float:
         assert self.method is not None
         return LEARNING_RATES[self.method] if self.learning_rate == "auto" else self.learning_rate
@@ -117,9 +110,7 @@ class IterateConfig(
 
 def check_iterate(parsed: Parsed[IterateConfig]) -> None:
     """Raise ConfigError with the first contradiction. Training flags are checked by the training command."""
-    given = {name for name, source in parsed.sources.items() if source is not Source.DEFAULT}
-    for message in _problems(parsed.config, given):
-        raise ConfigError(message)
+    refuse(_problems(parsed.config, parsed.given))
 
 
 def _problems(c: IterateConfig, given: set[str]) -> Iterator[str]:
@@ -127,7 +118,7 @@ def _problems(c: IterateConfig, given: set[str]) -> Iterator[str]:
     yield from rendering_problems(c)
     yield from _reward(c)
     yield from _method(c, given)
-    yield from sampling_problems(c, c.best_of_n, "best_of_n", temperature_given="temperature" in given)
+    yield from sampling_problems(c, c.best_of_n, given)
     yield from engine_problems(c, c.rollout_engine, f"--rollout_engine {c.rollout_engine}")
     if c.ds_tensor_parallel_size > 1:
         yield "--ds_tensor_parallel_size needs several processes, but togi iterate trains in one: leave it out."

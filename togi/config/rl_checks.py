@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 from togi.config.choices import (
     BUILTIN,
@@ -23,20 +23,17 @@ from togi.config.choices import (
     RewardCombination,
     Verifier,
 )
-from togi.config.fields import Hook
+from togi.config.fields import Hook, refuse
 from togi.config.rl import PretrainMixSettings, RLConfig
 from togi.config.shared import (
-    ModelSettings,
-    chat_template_problems,
+    lora_dropout_problems,
     model_problems,
     output_problems,
     parallel_problems,
-    template_problems,
+    rendering_problems,
     train_problems,
 )
 from togi.errors import ConfigError
-
-Check = Callable[[RLConfig], Iterator[str]]
 
 
 def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
@@ -48,27 +45,13 @@ def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
     if reward_given and config.reward_files:
         raise ConfigError("A reward function was passed and --reward_func is set too: leave one of them out.")
     # In this order: what is missing is reported before what does not fit together.
-    checks: Iterable[Check] = (
-        _required,
-        _data,
-        _reward,
-        _rollout,
-        sample_problems,
-        _algorithm,
-        _training,
-        _placement,
-        _output,
-        _replay,
-    )
-    for check in checks:
-        for message in check(config):
-            raise ConfigError(message)
+    parts = (_required, _data, _reward, _rollout, sample_problems, _algorithm, _training, _placement, _output, _replay)
+    refuse(message for part in parts for message in part(config))
     if not has_reward and config.generates:
         raise ConfigError(
             "There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, --remote_rm_url URL, or several."
         )
-    for message in weight_problems(config, reward_given=reward_given):
-        raise ConfigError(message)
+    refuse(weight_problems(config, reward_given=reward_given))
 
 
 def _required(c: RLConfig) -> Iterator[str]:
@@ -79,9 +62,7 @@ def _required(c: RLConfig) -> Iterator[str]:
 
 
 def _data(c: RLConfig) -> Iterator[str]:
-    if c.input_template is not None:
-        yield from template_problems(c.input_template, applied=c.apply_chat_template)
-    yield from chat_template_problems(c.tokenizer_chat_template, applied=c.apply_chat_template)
+    yield from rendering_problems(c)
     if c.max_len is not None and c.max_len < c.prompt_max_len + c.generate_max_len:
         yield (
             f"--max_len {c.max_len} is less than --prompt_max_len {c.prompt_max_len} + --generate_max_len "
@@ -307,15 +288,6 @@ def policy_loss_problems(c: RLConfig) -> Iterator[str]:
             "leave the second out."
         )
     yield from _correction_problems(c)
-
-
-def lora_dropout_problems(c: ModelSettings) -> Iterator[str]:
-    """Dropout of an adapter whose logprobs are compared with a reference, or with its own earlier ones."""
-    if c.lora_dropout > 0:
-        yield (
-            f"--lora_dropout {c.lora_dropout:g} would put noise into log-probs that are compared with those of a reference or "
-            "of earlier weights: leave it out."
-        )
 
 
 def lora_sync_problems(c: RLConfig) -> Iterator[str]:

@@ -283,6 +283,13 @@ def chat_template_problems(template: str | None, *, applied: bool) -> Iterator[s
         yield f'--tokenizer_chat_template {template!r} is no Jinja template: give its text, in bash "$(cat FILE)".'
 
 
+def rendering_problems(c: PromptText) -> Iterator[str]:
+    """Faults of the flags that format prompts."""
+    if c.input_template is not None:
+        yield from template_problems(c.input_template, applied=c.apply_chat_template)
+    yield from chat_template_problems(c.tokenizer_chat_template, applied=c.apply_chat_template)
+
+
 def check_mixture(path: str, kind: str) -> None:
     """Raise ConfigError for a model (of type ``kind``) without a router to balance."""
     if kind not in MIXTURES:
@@ -313,6 +320,15 @@ def model_problems(c: ModelSettings) -> Iterator[str]:
         yield "--lora_dropout and --target_modules are about an adapter: add --lora_rank, or leave them out."
     if ALL_LINEAR in c.target_modules and len(c.target_modules) > 1:
         yield f"--target_modules {' '.join(c.target_modules)}: give {ALL_LINEAR} alone, or names without it."
+
+
+def lora_dropout_problems(c: ModelSettings) -> Iterator[str]:
+    """Dropout of an adapter whose logprobs are compared with a reference, or with its own earlier ones."""
+    if c.lora_dropout > 0:
+        yield (
+            f"--lora_dropout {c.lora_dropout:g} would put noise into log-probs that are compared with those of a reference or "
+            "of earlier weights: leave it out."
+        )
 
 
 def train_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Iterator
 from typing import Literal
 
-from togi.config.fields import Count, Int, PathText, Settings, flag
+from togi.config.fields import Count, Int, PathText, Settings, flag, refuse
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError
@@ -99,8 +99,7 @@ class ServeRMConfig(Settings):
 
 def check_serve_rm(config: ServeRMConfig, *, has_token: bool) -> None:
     """Raise ConfigError with the first contradiction in the settings of ``togi serve-rm``."""
-    for message in _problems(config, has_token=has_token):
-        raise ConfigError(message)
+    refuse(_problems(config, has_token=has_token))
 
 
 def _problems(c: ServeRMConfig, *, has_token: bool) -> Iterator[str]:

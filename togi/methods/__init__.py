@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from togi.config.parse import Parsed, Source
+from togi.config.fields import refuse
+from togi.config.parse import Parsed
 from togi.config.shared import (
     chat_template_problems,
     model_problems,
@@ -12,7 +13,6 @@ from togi.config.shared import (
     parallel_problems,
     train_problems,
 )
-from togi.errors import ConfigError
 from togi.methods.dpo import DPO
 from togi.methods.kd import KD
 from togi.methods.kto import KTO
@@ -34,31 +34,16 @@ names.add_explanations(
 
 def check_method(parsed: Parsed[Method]) -> None:
     """Raise ConfigError with the first contradiction. Each message names both flags and the remedy."""
-    config = parsed.config
-    for message in _problems(config, template_given=_template_given(parsed)):
-        raise ConfigError(message)
-
-
-def _template_given(parsed: Parsed[Method]) -> bool:
-    """Whether the user wrote ``--input_template``: a chat template replaces its default, but contradicts a given one."""
-    return parsed.sources.get("input_template", Source.DEFAULT) is not Source.DEFAULT
+    # A chat template replaces the default of ``--input_template``, but contradicts one that the user wrote.
+    refuse(_problems(parsed.config, template_given="input_template" in parsed.given))
 
 
 def _problems(c: Method, *, template_given: bool) -> Iterator[str]:
-    yield from _required(c)
-    yield from c.problems(template_given=template_given)
-    yield from _training(c)
-    yield from _output(c)
-
-
-def _required(c: Method) -> Iterator[str]:
     if not c.pretrain:
         yield "--pretrain is required: the Hugging Face folder or hub name of the model to train."
     if not c.dataset:
         yield "--dataset is required: a JSON, JSONL, CSV, Parquet or Arrow file, a saved data set folder or a hub name."
-
-
-def _training(c: Method) -> Iterator[str]:
+    yield from c.problems(template_given=template_given)
     yield from model_problems(c)
     yield from train_problems(c, c)
     yield from parallel_problems(c, c)
@@ -76,9 +61,6 @@ def _training(c: Method) -> Iterator[str]:
         )
     if c.eval_at_start and c.eval_dataset is None:
         yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
-
-
-def _output(c: Method) -> Iterator[str]:
     yield from output_problems(c, evaluates=c.eval_dataset is not None)
     if c.eval_steps == 0:
         yield "--eval_steps must be positive, or -1."

@@ -1,4 +1,4 @@
-"""Direct preference optimisation with a reference: DPO, cDPO, IPO. The loss is in ``dpo_objective``."""
+"""Direct preference optimisation with a reference: DPO, cDPO, IPO. The loss is in ``preference``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ class DPO(Pairs, HeldToReference):
 
     def problems(self, *, template_given: bool) -> Iterator[str]:
         yield from super().problems(template_given=template_given)
-        yield from self.reference_problems()
         if self.ipo and self.label_smoothing > 0:
             yield "--label_smoothing belongs to DPO's loss but --ipo replaces it: leave one of them out."
         if self.precompute_ref and self.ref_offload:
@@ -46,6 +45,6 @@ class DPO(Pairs, HeldToReference):
         return self.precompute_ref
 
     def objective(self, material: Material) -> Objective:
-        from togi.methods.dpo_objective import DPOObjective
+        from togi.methods.preference import DPOObjective
 
         return DPOObjective(self.beta, self.label_smoothing, self.ipo, self.nll_loss_coef)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from togi.config.choices import Divergence
 from togi.config.fields import Count, PathText, flag
 from togi.errors import ConfigError
-from togi.methods.method import Good, Measure, OnPolicySettings, PlainTextOrResponse, rendering_problems
+from togi.methods.method import Good, Measure, OnPolicySettings, PlainTextOrResponse
 from togi.obs import names
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class KD(PlainTextOrResponse, OnPolicySettings):
     def problems(self, *, template_given: bool) -> Iterator[str]:
         if not self.teacher_model:
             yield "--teacher_model is required: the Hugging Face folder or hub name of the model to learn from."
-        yield from rendering_problems(self, template_given=template_given)
-        yield from self.text_problems(template_given=template_given)
+        yield from super().problems(template_given=template_given)
         if self.on_policy_share > 0 and self.pretrain_mode:
             yield "--pretrain_mode has no prompts, but --on_policy_share lets the student answer them: leave one of them out."
         yield from self.generation_problems()

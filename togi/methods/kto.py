@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from togi.config.fields import PathText, flag
 from togi.errors import ConfigError
-from togi.methods.method import REWARD_MEASURES, HeldToReference, Measure, PromptAndResponse, rendering_problems
+from togi.methods.method import REWARD_MEASURES, HeldToReference, Measure, PromptAndResponse
 from togi.obs import names
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ class KTO(PromptAndResponse, HeldToReference):
     wandb_project: str = flag("togi_kto", "Weights & Biases project.")
 
     def problems(self, *, template_given: bool) -> Iterator[str]:
-        yield from rendering_problems(self, template_given=template_given)
-        yield from self.reference_problems()
+        yield from super().problems(template_given=template_given)
         if self.train_batch_size < 2:
             yield (
                 "--train_batch_size 1 gives --beta's KL estimate no mismatched pairs: KTO needs two rows or more, "

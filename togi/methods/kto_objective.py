@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from togi.algo.preference import kto_kl_estimate, kto_loss, sequence_sums
+from togi.algo.preference import kto_kl_estimate, kto_loss
 from togi.batch import Batch
 from togi.errors import DataError
-from togi.learn.objective import REF_LOGPROBS, Loss, Objective, token_metrics
+from togi.learn.objective import Loss, Objective, token_metrics
 from togi.learn.scorer import Scorer
-from togi.methods.preference import implicit_rewards
+from togi.methods.preference import log_ratios
 from togi.methods.training import Dealer, WithReference
 from togi.model.policy import Needs, Outputs
 from togi.obs import names
@@ -57,16 +57,14 @@ class KTOObjective(Objective):
         return Needs(logprobs=True)
 
     def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
-        return implicit_rewards(self.beta, outputs, batch)
+        return self.beta * log_ratios(outputs, batch)
 
     def count(self, batch: Batch) -> float:
         return float(batch.num_sequences)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         assert not bool(batch.values[MISMATCHED].any()), "mismatched rows are for the KL estimate only"
-        sequences_K, number = batch.target_sequences_K, batch.num_sequences
-        ref_K = batch.select(REF_LOGPROBS)
-        ratios_N = sequence_sums(outputs.logprobs_K - ref_K, sequences_K, number)
+        ratios_N, number = log_ratios(outputs, batch), batch.num_sequences
         desirable_N, kl_N = batch.values[DESIRABLE] == 1, batch.values[KL_ESTIMATE]
         total = kto_loss(
             ratios_N,
@@ -133,9 +131,7 @@ def mismatched(samples: Sequence[Sample], seed: int) -> list[Sample]:
     longest = max(len(sample.tokens) for sample in samples)
     # The seed and the rows alone decide the draw, so every rank draws the same.
     generator = np.random.default_rng(seed)
-    others: dict[bytes, list[int]] = {
-        prompt: [i for i, other in enumerate(prompts) if other != prompt] for prompt in set(prompts)
-    }
+    others = {prompt: [i for i, other in enumerate(prompts) if other != prompt] for prompt in set(prompts)}
     drawn = [others[prompt][int(generator.integers(len(others[prompt])))] for prompt in prompts]
     return [_joined(sample, samples[i], longest) for sample, i in zip(samples, drawn, strict=True)]
 

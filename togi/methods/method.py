@@ -31,6 +31,8 @@ from togi.config.shared import (
     OutputSettings,
     PromptText,
     TrainSettings,
+    lora_dropout_problems,
+    template_problems,
 )
 from togi.obs import names
 
@@ -190,14 +192,6 @@ class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, Eval
         return number
 
 
-def rendering_problems(c: PromptText, *, template_given: bool) -> Iterator[str]:
-    """Faults of the flags that format a prompt."""
-    from togi.config.shared import template_problems
-
-    if template_given and c.input_template is not None:
-        yield from template_problems(c.input_template, applied=c.apply_chat_template)
-
-
 class PromptAndResponse(Method):
     """Rows"""
 
@@ -218,6 +212,11 @@ class PromptAndResponse(Method):
     def row_fields(self) -> Mapping[str, str | None]:
         return {"input_key": self.input_key, "output_key": self.output_key}
 
+    def problems(self, *, template_given: bool) -> Iterator[str]:
+        yield from super().problems(template_given=template_given)
+        if template_given and self.input_template is not None:
+            yield from template_problems(self.input_template, applied=self.apply_chat_template)
+
     def load(self, spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
         from togi.data.records import load_sft
 
@@ -237,8 +236,9 @@ class PlainTextOrResponse(PromptAndResponse):
     def learns_every_token(self) -> bool:
         return self.pretrain_mode
 
-    def text_problems(self, *, template_given: bool) -> Iterator[str]:
+    def problems(self, *, template_given: bool) -> Iterator[str]:
         """Plain text has no prompt to format; a response needs a field, or is in the chat."""
+        yield from super().problems(template_given=template_given)
         if self.pretrain_mode and self.apply_chat_template:
             yield "--pretrain_mode trains on plain text but --apply_chat_template is set: leave one of them out."
         if self.pretrain_mode and template_given and self.input_template is not None:
@@ -262,7 +262,9 @@ class Pairs(Method):
     input_template: str | None = flag(None, "Format string with one {} around the prompt, without a chat template.")
 
     def problems(self, *, template_given: bool) -> Iterator[str]:
-        yield from rendering_problems(self, template_given=template_given)
+        yield from super().problems(template_given=template_given)
+        if template_given and self.input_template is not None:
+            yield from template_problems(self.input_template, applied=self.apply_chat_template)
         if template_given and self.prompt_key is None:
             yield "--input_template goes around the prompt but --prompt_key is not set: set it, or leave the template out."
 
@@ -294,10 +296,9 @@ class HeldToReference(Method):
         False, "Score all rows with the reference once, ahead of training, then free it (dpo only)."
     )
 
-    def reference_problems(self) -> Iterator[str]:
+    def problems(self, *, template_given: bool) -> Iterator[str]:
         """Noise in logprobs that are compared."""
-        from togi.config.rl_checks import lora_dropout_problems
-
+        yield from super().problems(template_given=template_given)
         yield from lora_dropout_problems(self)
 
     @property

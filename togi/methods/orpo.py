@@ -1,4 +1,4 @@
-"""ORPO: supervised fine-tuning and a preference in one loss, without a reference. The loss is in ``orpo_objective``.
+"""ORPO: supervised fine-tuning and a preference in one loss, without a reference. The loss is in ``preference``.
 
 Hong et al. 2024, arXiv 2403.07691.
 """
@@ -39,6 +39,6 @@ class ORPO(Pairs):
     wandb_project: str = flag("togi_orpo", "Weights & Biases project.")
 
     def objective(self, material: Material) -> Objective:
-        from togi.methods.orpo_objective import ORPOObjective
+        from togi.methods.preference import ORPOObjective
 
         return ORPOObjective(self.odds_ratio_coef)

@@ -1,24 +1,27 @@
-"""Shared code of objectives over pairs and over labelled rows: pairing, rewards, metrics, and pairs without a reference.
+"""The losses over pairs: reward models, DPO with cDPO and IPO, SimPO, ORPO. Each is a mean over the pairs of the step.
 
-Values of pairs: ``chosen`` (1 or 0). The formulas are in ``togi.algo.preference``. Shape letters: K tokens in the loss, N
-sequences, P pairs.
+Values of pairs: ``chosen`` (1 or 0), ``margin``. Stream: ``ref_logprobs``. The formulas are in ``togi.algo.preference``. Shape
+letters: K tokens in the loss, N sequences, P pairs.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from togi.algo.preference import sequence_sums
+from togi.algo import preference
 from togi.batch import Batch
+from togi.config.choices import RewardLoss
 from togi.learn.objective import REF_LOGPROBS, Loss, Objective, sequence_means, token_metrics
 from togi.model.policy import Needs, Outputs
 from togi.obs import names
 
 CHOSEN = "chosen"
+MARGIN = "margin"
 
 
 def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -36,35 +39,121 @@ def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
     return chosen_P, rejected_P
 
 
-def pair_metrics(sums: Mapping[str, Tensor], chosen_P: Tensor, rejected_P: Tensor) -> dict[str, Tensor]:
-    """Sums over pairs: the rewards, their difference, and how often the chosen response has the higher reward."""
-    return {
-        **sums,
-        names.ACCURACY: (chosen_P > rejected_P).sum(),
-        names.REWARD_CHOSEN: chosen_P.sum(),
-        names.REWARD_REJECTED: rejected_P.sum(),
-        names.REWARD_MARGIN: (chosen_P - rejected_P).sum(),
-    }
-
-
-def implicit_rewards(beta: float, outputs: Outputs, batch: Batch) -> Tensor:
-    """``beta (S_policy - S_ref)`` of each sequence, shape (N)."""
+def log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
+    """``S_policy - S_ref`` of each sequence, shape (N)."""
+    # Subtract token by token first: the difference of two long sums would lose digits.
     gains_K = outputs.logprobs_K - batch.select(REF_LOGPROBS)
-    return beta * sequence_sums(gains_K, batch.target_sequences_K, batch.num_sequences)
+    return preference.sequence_sums(gains_K, batch.target_sequences_K, batch.num_sequences)
 
 
 class OverPairs(Objective):
-    """Losses that are divided by the number of pairs of the step."""
+    """Losses that are divided by the number of pairs of the step, by a reward of each response (``judge``).
+
+    Metrics: loss, accuracy (the chosen response has the higher reward; a tie is wrong), the mean rewards and their difference, and
+    those of ``per_pair``.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(logprobs=True)
 
     def count(self, batch: Batch) -> float:
         return batch.num_sequences / 2
 
+    @abstractmethod
+    def per_pair(
+        self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair (P) and more metrics of each pair (P) by name.
+
+        ``first_P``, ``second_P``: the numbers of its chosen and of its rejected sequence.
+        """
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        first_P, second_P = pairs(batch)
+        losses_P, more = self.per_pair(outputs, batch, first_P, second_P)
+        total = losses_P.sum()
+        # Metrics have no gradient: rewards are detached.
+        rewards_N = self.judge(outputs, batch).detach()
+        chosen_P, rejected_P = rewards_N[first_P], rewards_N[second_P]
+        sums = {
+            names.LOSS: total,
+            **{name: each_P.sum() for name, each_P in more.items()},
+            names.ACCURACY: (chosen_P > rejected_P).sum(),
+            names.REWARD_CHOSEN: chosen_P.sum(),
+            names.REWARD_REJECTED: rejected_P.sum(),
+            names.REWARD_MARGIN: (chosen_P - rejected_P).sum(),
+        }
+        return Loss(total, token_metrics(sums, len(first_P), {}))
+
+
+@dataclass(frozen=True, slots=True)
+class PairwiseRewardObjective(OverPairs):
+    """The loss of a reward model (``togi.algo.preference.pairwise_reward_loss``).
+
+    ``use_margin``: reads the value ``margin``. Scores are float32 whatever the model's dtype, so the loss always is what
+    ``--compute_fp32_loss`` asks for. Rewards are the scores.
+    """
+
+    kind: RewardLoss = RewardLoss.SIGMOID
+    use_margin: bool = False
+
+    def __post_init__(self) -> None:
+        assert not (self.use_margin and self.kind is RewardLoss.LOGEXP), "--margin_loss has no effect in --loss logexp"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(scores=True)
+
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return outputs.scores_N
+
+    def per_pair(
+        self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        margins_P = batch.values[MARGIN][first_P] if self.use_margin else None
+        chosen_P, rejected_P = outputs.scores_N[first_P], outputs.scores_N[second_P]
+        return preference.pairwise_reward_loss(chosen_P, rejected_P, margins_P, self.kind), {}
+
+
+@dataclass(frozen=True, slots=True)
+class DPOObjective(OverPairs):
+    """DPO, cDPO (``label_smoothing`` > 0) or IPO, plus ``nll_loss_coef`` x -S(chosen) / tokens.
+
+    The loss metric has the NLL term. Rewards are the implicit ones, ``beta (S_policy - S_ref)``. The NLL of the chosen responses
+    is a metric too.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    ipo: bool = False
+    nll_loss_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert self.beta > 0, "--beta must be above 0"
+        assert 0 <= self.label_smoothing < 0.5, "--label_smoothing is the share of wrong labels, below 0.5"
+        assert not (self.ipo and self.label_smoothing > 0), "--ipo has no label smoothing"
+
+    def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return self.beta * log_ratios(outputs, batch)
+
+    def per_pair(
+        self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        ratios_N = log_ratios(outputs, batch)
+        gaps_P = ratios_N[first_P] - ratios_N[second_P]
+        smoothing = self.label_smoothing
+        loss_P = (
+            preference.ipo_loss(gaps_P, self.beta) if self.ipo else preference.dpo_loss(gaps_P, self.beta, smoothing)
+        )
+        nll_P = -sequence_means(outputs.logprobs_K, batch)[first_P]
+        return loss_P + self.nll_loss_coef * nll_P if self.nll_loss_coef > 0 else loss_P, {names.CHOSEN_NLL: nll_P}
+
 
 class OverMeans(OverPairs):
-    """Losses of pairs by the mean logprob of each response, without a reference: a mean over the pairs of the step.
+    """Losses of pairs by the mean logprob of each response, without a reference.
 
-    Metrics: loss, accuracy (the chosen response has the higher reward), the rewards ``scale`` x mean logprob and their
-    difference, the NLL of the chosen responses in nats per token, and those of ``per_pair``.
+    Rewards are ``scale`` x mean logprob. The NLL of the chosen responses, in nats per token, is a metric too.
     """
 
     @property
@@ -73,22 +162,55 @@ class OverMeans(OverPairs):
         """Reward per nat of mean logprob."""
 
     @abstractmethod
-    def per_pair(self, chosen_P: Tensor, rejected_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_means(self, chosen_P: Tensor, rejected_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair (P) from the mean logprobs of its responses (P), and more metrics of each pair (P) by name."""
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(logprobs=True)
 
     def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
         return self.scale * sequence_means(outputs.logprobs_K, batch)
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        first_P, second_P = pairs(batch)
+    def per_pair(
+        self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         means_N = sequence_means(outputs.logprobs_K, batch)
-        chosen_P, rejected_P = means_N[first_P], means_N[second_P]
-        losses_P, more = self.per_pair(chosen_P, rejected_P)
-        total = losses_P.sum()
-        own = {names.LOSS: total, names.CHOSEN_NLL: -chosen_P.sum()} | {name: each.sum() for name, each in more.items()}
-        sums = pair_metrics(own, self.scale * chosen_P, self.scale * rejected_P)
-        return Loss(total, token_metrics(sums, len(first_P), {}))
+        losses_P, more = self.of_means(means_N[first_P], means_N[second_P])
+        return losses_P, {names.CHOSEN_NLL: -means_N[first_P], **more}
+
+
+@dataclass(frozen=True, slots=True)
+class SimPOObjective(OverMeans):
+    """SimPO (``togi.algo.preference.simpo_loss``). Accuracy does not depend on the target margin ``gamma``."""
+
+    beta: float = 2.0
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert self.beta > 0 and self.gamma >= 0, "--beta must be above 0 and --gamma not negative"
+
+    @property
+    def scale(self) -> float:
+        return self.beta
+
+    def of_means(self, chosen_P: Tensor, rejected_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return preference.simpo_loss(chosen_P, rejected_P, self.beta, self.gamma), {}
+
+
+@dataclass(frozen=True, slots=True)
+class ORPOObjective(OverMeans):
+    """``NLL(chosen) - coef log sigmoid(log odds(chosen) - log odds(rejected))``.
+
+    Hong et al. 2024, arXiv 2403.07691, equations 6 and 7. The NLL is a mean over the response's tokens, and so is the
+    logprob whose odds are compared. The log odds ratio is a metric too.
+    """
+
+    coef: float = 0.1
+
+    def __post_init__(self) -> None:
+        assert self.coef > 0, "--odds_ratio_coef must be above 0"
+
+    @property
+    def scale(self) -> float:
+        return self.coef
+
+    def of_means(self, chosen_P: Tensor, rejected_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        ratios_P = preference.log_odds(chosen_P) - preference.log_odds(rejected_P)
+        return -chosen_P - self.coef * logsigmoid(ratios_P), {"log_odds_ratio": ratios_P}

@@ -1,4 +1,4 @@
-"""Reward models from preference pairs. The loss is in ``rm_objective``."""
+"""Reward models from preference pairs. The loss is in ``preference``."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ class RM(Pairs):
         return self.value_head_prefix
 
     def objective(self, material: Material) -> Objective:
-        from togi.methods.rm_objective import PairwiseRewardObjective
+        from togi.methods.preference import PairwiseRewardObjective
 
         return PairwiseRewardObjective(self.loss, self.margin_loss)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from togi.config.fields import Count, PathText, flag
-from togi.methods.method import Good, Measure, PlainTextOrResponse, rendering_problems
+from togi.methods.method import Good, Measure, PlainTextOrResponse
 from togi.obs import names
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ class SFT(PlainTextOrResponse):
         return self.train_split if self.train_split is not None else self.dataset_split
 
     def problems(self, *, template_given: bool) -> Iterator[str]:
-        yield from rendering_problems(self, template_given=template_given)
         if self.multiturn and not self.apply_chat_template:
             yield "--multiturn needs --apply_chat_template: add it or leave the first out."
         if self.multiturn and self.output_key is not None:
@@ -49,7 +48,7 @@ class SFT(PlainTextOrResponse):
             )
         if self.train_split is not None and self.changed("dataset_split"):
             yield "--train_split and --dataset_split name the same thing: leave one of them out."
-        yield from self.text_problems(template_given=template_given)
+        yield from super().problems(template_given=template_given)
         if self.pretrain_mode and self.output_key is not None:
             yield "--pretrain_mode reads --input_key only, but --output_key is set too: leave one of them out."
 

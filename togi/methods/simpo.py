@@ -1,4 +1,4 @@
-"""SimPO: preference training without a reference, by the mean logprob of a response. The loss is in ``simpo_objective``.
+"""SimPO: preference training without a reference, by the mean logprob of a response. The loss is in ``preference``.
 
 Meng et al. 2024, arXiv 2405.14734.
 """
@@ -33,6 +33,6 @@ class SimPO(Pairs):
     wandb_project: str = flag("togi_simpo", "Weights & Biases project.")
 
     def objective(self, material: Material) -> Objective:
-        from togi.methods.simpo_objective import SimPOObjective
+        from togi.methods.preference import SimPOObjective
 
         return SimPOObjective(self.beta, self.gamma)
