@@ -8,16 +8,15 @@ A few groups sampled from the policy in this process: no Ray, no vLLM, one copy 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from togi.config.choices import EngineName, WorkersKind
 from togi.config.model_facts import position_limit
+from togi.config.parse import C as Config
 from togi.config.parse import Parsed, Source
 from togi.config.rl import RLConfig
 from togi.config.shared import PromptText
 from togi.data.chat import Tokenizer, load_tokenizer, visible
-from togi.data.packing import in_order, pack_all
 from togi.data.prompts import PromptLoader
 from togi.data.report import DataReport
 from togi.errors import ConfigError, UserError
@@ -34,18 +33,18 @@ from togi.parallel.process import World
 from togi.plan.machine import joins_cluster, this_machine
 from togi.plan.placement import IN_PROCESS, arithmetic, plan_groups
 from togi.pump.experience import GroupFilter, ScoredGroup
-from togi.reward.scores import CombinedReward, LengthPenalties, LocalModelReward, Standardization
+from togi.reward.scores import CombinedReward, LengthPenalties, LocalModelReward
 from togi.rollout import create_engine
 from togi.rollout.collect import collect_groups
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.run import offline, rl_setup
 from togi.run.keep import check_room, offline_writing, rl_writing, size_of
 from togi.run.preflight import model_settings
+from togi.run.reward_model import standardization_of, token_scores
 from togi.run.rl_setup import Material, Opening, combined, reward_names
 from togi.run.signs import Sign, Verdict, prompt_signs, setting_signs
 from togi.sample import Outcome, Rollout, Score
 from togi.weights.files import local_folder
-from togi.workers.worker_group import as_sample
 
 LONGEST = 2000
 SHOWN_FAULTS = 3
@@ -54,7 +53,7 @@ SHOWN = 200
 PAIR = ("chosen", "rejected")
 
 
-def settings_text(parsed: Parsed[Any]) -> Iterator[str]:
+def settings_text(parsed: Parsed[Config]) -> Iterator[str]:
     """Every setting that was given, with its source. Settings derived from this machine are reported elsewhere."""
     values = parsed.config.model_dump(mode="json")
     given = {name: value for name, value in values.items() if parsed.sources[name] not in (Source.DEFAULT, Source.AUTO)}
@@ -213,24 +212,14 @@ def local_reward(config: RLConfig, number: int) -> LocalModelReward:
         ModelSource(config.reward_models[number], dtype_of(config.bf16), trust_remote_code=config.trust_remote_code),
         value_head_prefix=config.value_head_prefix,
     )
-    standardize = Standardization(model.reward_mean, model.reward_std) if config.normalize_reward else None
+    standardize = standardization_of(model, normalize=config.normalize_reward)
     scorer = Scorer(frozen(model, world, backend_options(config, bf16=config.bf16)), world)
     name = reward_names(config, function_given=False)[number]
-    return LocalModelReward(_scores(config, scorer), standardize, name)
 
-
-def _scores(config: RLConfig, scorer: Scorer) -> Callable[[Sequence[Sequence[int]]], Awaitable[list[float]]]:
     async def scores(sequences: Sequence[Sequence[int]]) -> list[float]:
-        packs = pack_all(
-            [as_sample(tokens) for tokens in sequences],
-            max_tokens=config.max_tokens_per_gpu,
-            max_sequences=None,
-            share_prefix=False,
-        )
-        found: list[float] = in_order(packs, scorer.scores(packs).tolist())
-        return found
+        return token_scores(scorer, sequences, config.max_tokens_per_gpu)
 
-    return scores
+    return LocalModelReward(scores, standardize, name)
 
 
 Say = Callable[[str], None]

@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from togi.algo.best_of_n import mean_with_error, standardized
@@ -32,7 +30,6 @@ from togi.data.chat import (
     stop_token_ids,
     visible,
 )
-from togi.data.packing import in_order, pack_all
 from togi.data.precheck import asked_reward, with_reward
 from togi.data.prompts import DEFAULT_DATASOURCE, PromptSpec, fingerprint, load_prompts
 from togi.data.row_log import RowLog
@@ -49,8 +46,9 @@ from togi.reward.scores import Standardization
 from togi.rollout import create_engine
 from togi.rollout.collect import SingleTurn, collect_groups
 from togi.rollout.engine import EngineSettings
-from togi.run.iterate_steps import select
-from togi.sample import FinishReason, Prompt, Rollout, Sample, Sampling
+from togi.run.iterate_steps import Row, select
+from togi.run.reward_model import standardization_of, token_scores
+from togi.sample import FinishReason, Prompt, Rollout, Sampling
 from togi.weights.files import local_folder
 
 SCORED_AT_ONCE = 64
@@ -229,9 +227,9 @@ def engine_settings(config: InferConfig, model: str) -> EngineSettings:
     )
 
 
-def _row(config: InferConfig, asked: Asked, tokenizer: Tokenizer, number: int, rollout: Rollout) -> dict[str, Any]:
+def _row(config: InferConfig, asked: Asked, tokenizer: Tokenizer, number: int, rollout: Rollout) -> Row:
     """An output row. ``input``: the text that the model continued; ``prompt``: the same without the csft reward."""
-    row: dict[str, Any] = {
+    row: Row = {
         "input": as_plain_text(rollout.prompt.text, tokenizer),
         "output": rollout.response_text,
         "id": rollout.prompt.id,
@@ -302,7 +300,8 @@ def _scores(
     progress.start_steps(len(chunks), done=len(log.done))
     for number, chunk in enumerate(chunks):
         if number not in log.done:
-            log.add(number, [{"score": float(value)} for value in score_tokens(scorer, chunk, config)])
+            found = token_scores(scorer, chunk, config.max_tokens_per_gpu, config.micro_batch_size)
+            log.add(number, [{"score": score} for score in found])
             progress.step(len(log.done))
     raw = [row["score"] for row in log.in_order()]
     for number, value in enumerate(raw):
@@ -310,7 +309,7 @@ def _scores(
             raise RewardError(
                 f"--pretrain {config.pretrain} gave {value} for row {number}: check its weights and its number format."
             )
-    return raw, Standardization(model.reward_mean, model.reward_std) if config.normalize_reward else Standardization()
+    return raw, standardization_of(model, normalize=config.normalize_reward)
 
 
 def load_scorer(config: InferConfig) -> tuple[ScalarModel, Scorer]:
@@ -329,22 +328,9 @@ def load_scorer(config: InferConfig) -> tuple[ScalarModel, Scorer]:
     return model, Scorer(model, World.solo(device))
 
 
-def score_tokens(scorer: Scorer, sequences: Sequence[Sequence[int]], config: InferConfig) -> list[float]:
-    """The score at the last token of each sequence. Sequences are packed without padding."""
-    samples = [
-        Sample(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_), 0, str(number))
-        for number, tokens in enumerate(sequences)
-    ]
-    packs = pack_all(
-        samples, max_tokens=config.max_tokens_per_gpu, max_sequences=config.micro_batch_size, share_prefix=False
-    )
-    scores: list[float] = in_order(packs, scorer.scores(packs).tolist())
-    return scores
-
-
 def _scored(
-    config: InferConfig, rows: Sequence[Mapping[str, Any]], raw: Sequence[float], standardization: Standardization
-) -> Iterator[dict[str, Any]]:
+    config: InferConfig, rows: Sequence[Mapping[str, object]], raw: Sequence[float], standardization: Standardization
+) -> Iterator[Row]:
     # csft z-scores over all rows; otherwise the statistics in the model's config are used.
     over_rows = config.normalize_reward and config.selection is PostProcessor.CSFT
     rewards = standardized(raw) if over_rows else [standardization(value) for value in raw]

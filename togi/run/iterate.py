@@ -90,7 +90,7 @@ def check(parsed: Parsed[IterateConfig]) -> None:
 def check_lengths(config: IterateConfig) -> None:
     """Check that generation and training lengths fit the model's positions. Raises UserError."""
     for length, asked in (
-        (config.context_length, f"--prompt_max_len {config.prompt_max_len} + --max_new_tokens {config.max_new_tokens}"),
+        (config.context_length, config.asked_context),
         (config.max_len, f"--max_len {config.max_len}"),
     ):
         check_length(asked, length, config.pretrain, model_settings(config.pretrain))

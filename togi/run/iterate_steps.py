@@ -41,7 +41,8 @@ from togi.sample import FinishReason, Outcome, Prompt, Rollout
 
 Launch = Callable[[str, Sequence[str]], None]
 Row = dict[str, Any]
-Facts = dict[str, Any]
+"""A row of a JSON file."""
+Facts = dict[str, object]
 """The results of a step, as JSON."""
 
 DATASOURCE_COLUMNS = ("datasource", "data_source")
@@ -110,8 +111,7 @@ class Steps:
         # Each round takes the next block of the shuffled prompts and starts over at their end.
         start = (number - 1) * c.rollout_batch_size
         chosen = [rows[(start + i) % len(rows)] for i in range(min(c.rollout_batch_size, len(rows)))]
-        temperature = 0.0 if c.greedy_sampling else c.temperature
-        self._ask(folder, chosen, model, number, c.best_of_n, temperature, told=number > 1)
+        self._ask(folder, chosen, model, number, c.best_of_n, c.sampling_temperature, told=number > 1)
         return {"prompts": len(chosen), "outputs": len(read_rows(folder / "generated.jsonl"))}
 
     def score(self, number: int) -> Facts:
@@ -134,7 +134,7 @@ class Steps:
             usable, PROCESSORS[self._method], reward_template=c.reward_template, standardize=c.normalize_reward
         )
         # RS and DPO format the prompt again in training, so they need it as the data has it.
-        rows = [dict(row) for row in selection.rows]
+        rows: Sequence[Row] = selection.rows
         if self._method is not IterateMethod.CSFT:
             rows = [{**row, **_shown(prompts[_place(row)], c.input_key)} for row in rows]
         # One line for the log says how many rows were dropped and why.
@@ -201,7 +201,7 @@ class Steps:
     def _ask(
         self,
         folder: Path,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Mapping[str, object]],
         model: str,
         number: int,
         samples: int,
@@ -268,12 +268,12 @@ class Steps:
             return ["--apply_chat_template"]
         return _flags({"input_template": self._config.input_template or "{}"})
 
-    def _settings(self, names: str) -> dict[str, Any]:
+    def _settings(self, names: str) -> dict[str, object]:
         values = self._config.model_dump(mode="json")
         return {name: values[name] for name in names.split()}
 
 
-def _flags(values: Mapping[str, Any]) -> list[str]:
+def _flags(values: Mapping[str, object]) -> list[str]:
     """Settings as command line flags. Skips None, and flags that are off and off by default."""
     words = []
     for name, value in values.items():
@@ -288,7 +288,7 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _place(row: Mapping[str, Any]) -> int:
+def _place(row: Mapping[str, object]) -> int:
     """The row of ``prompts.jsonl`` that an output answers: ids are "source:row"."""
     return int(str(row["id"]).partition(":")[2])
 
@@ -300,12 +300,12 @@ def _asked(prompt: object) -> object:
     return list(without_answers(dialogue_of(prompt, USER, None)).messages)
 
 
-def _shown(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _shown(row: Mapping[str, object], key: str) -> dict[str, object]:
     """The parts of a row that make up the formatted prompt: prompt, tools and system turn."""
     return {name: row[name] for name in FRAME if row.get(name)} | {"prompt": row[key]}
 
 
-def _plain(row: Mapping[str, Any]) -> str:
+def _plain(row: Mapping[str, object]) -> str:
     """The prompt without the csft reward."""
     return str(row["prompt"] if "prompt" in row else row["input"])
 
@@ -396,16 +396,13 @@ def _rollout(row: Row) -> Rollout:
     return Rollout(prompt, row["id"], (), (), (), row["output"], FinishReason(row["finish_reason"]), 0)
 
 
-Written = Mapping[str, Any]
-
-
 @dataclass(frozen=True, slots=True)
 class Selection:
     """``rows`` to train on. ``inputs``: distinct inputs that have a reward; ``ties``: inputs whose outputs all have the same
     reward, which make no pair; ``unscored``: rows without a reward.
     """
 
-    rows: tuple[dict[str, Any], ...]
+    rows: tuple[Row, ...]
     inputs: int
     ties: int = 0
     unscored: int = 0
@@ -421,7 +418,7 @@ class Selection:
 
 
 def select(
-    rows: Sequence[Written], processor: PostProcessor, *, reward_template: str, standardize: bool = False
+    rows: Sequence[Row], processor: PostProcessor, *, reward_template: str, standardize: bool = False
 ) -> Selection:
     """Apply a post-processor. ``standardize``: z-score the rewards over all rows before they enter the input (csft only)."""
     match processor:
@@ -433,14 +430,14 @@ def select(
             return conditional(rows, reward_template, standardize=standardize)
 
 
-def rejection_sampling(rows: Sequence[Written]) -> Selection:
+def rejection_sampling(rows: Sequence[Row]) -> Selection:
     """The best output of each input, unchanged; the first one among equals."""
     groups, unscored = _groups(rows)
     chosen = [dict(group[best(_rewards(group))]) for group in groups]
     return Selection(tuple(chosen), len(groups), unscored=unscored)
 
 
-def pairs(rows: Sequence[Written]) -> Selection:
+def pairs(rows: Sequence[Row]) -> Selection:
     """Best and worst output of each input as {prompt, chosen, chosen_reward, rejected, rejected_reward}. Skips ties."""
     groups, unscored = _groups(rows)
     found = []
@@ -464,7 +461,7 @@ def pairs(rows: Sequence[Written]) -> Selection:
     return Selection(tuple(found), len(groups), ties=len(groups) - len(found), unscored=unscored)
 
 
-def conditional(rows: Sequence[Written], reward_template: str, *, standardize: bool) -> Selection:
+def conditional(rows: Sequence[Row], reward_template: str, *, standardize: bool) -> Selection:
     """Every output, with its reward written into the input."""
     scored = [row for row in rows if row["reward"] is not None]
     rewards = standardized(_rewards(scored)) if standardize else _rewards(scored)
@@ -476,18 +473,18 @@ def conditional(rows: Sequence[Written], reward_template: str, *, standardize: b
     return Selection(tuple(told), inputs, unscored=len(rows) - len(scored))
 
 
-def _key(row: Written) -> str:
+def _key(row: Row) -> str:
     """The identity of an input, which may be a list of messages."""
     return json.dumps(row["input"], sort_keys=True)
 
 
-def _rewards(rows: Sequence[Written]) -> list[float]:
+def _rewards(rows: Sequence[Row]) -> list[float]:
     return [float(row["reward"]) for row in rows]
 
 
-def _groups(rows: Sequence[Written]) -> tuple[list[list[Written]], int]:
+def _groups(rows: Sequence[Row]) -> tuple[list[list[Row]], int]:
     """Rows with a reward, grouped by input, and the number of rows without one."""
-    groups: dict[str, list[Written]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         if row["reward"] is not None:
             groups.setdefault(_key(row), []).append(row)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,6 +34,7 @@ from togi.methods.method import Method
 from togi.model.checkpoint import FLOAT32, Sizes, sizes
 from togi.parallel.process import World
 from togi.run.journal import Journal
+from togi.run.preflight import existing
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def check_room(config: OutputSettings, writing: Writing) -> str:
 
     Existing checkpoints are counted as free, because they are replaced.
     """
-    checkpoints, models = _existing(Path(config.ckpt_path)), _existing(Path(config.save_path))
+    checkpoints, models = existing(Path(config.ckpt_path)), existing(Path(config.save_path))
     there = sum(file.stat().st_size for file in Path(config.ckpt_path).glob(f"{PREFIX}*/**/*") if file.is_file())
     wanted = {checkpoints: max(0, writing.beside_checkpoints - there)}
     # Checkpoints and final model may share a disk.
@@ -138,14 +138,6 @@ def size(nbytes: int) -> str:
         if nbytes >= step:
             return f"{nbytes / step:.3g} {unit}"
     return f"{nbytes} B"
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest existing parent."""
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    return nearest
 
 
 logger = logging.getLogger(__name__)
@@ -212,7 +204,7 @@ class Keep:
         return every(self._config.save_steps, step)
 
     @contextmanager
-    def checkpoint(self, step: int, state: Mapping[str, Any], size: int) -> Iterator[Path]:
+    def checkpoint(self, step: int, state: Mapping[str, object], size: int) -> Iterator[Path]:
         """Yields the folder for checkpoint ``step``, the same on every rank.
 
         ``state``: what the loop resumes from, as JSON. ``size``: bytes of the resumable part.

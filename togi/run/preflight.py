@@ -10,9 +10,9 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from togi.config.choices import BackendName, EngineName
 from togi.config.fields import Hook
@@ -24,9 +24,7 @@ from togi.config.rl_checks import check_rl
 from togi.config.shared import (
     ADAPTER_CONFIG,
     COMPILABLE,
-    ModelSettings,
     OutputSettings,
-    TrainSettings,
     check_mixture,
     check_splittable,
 )
@@ -70,20 +68,18 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
         check_engine(config.rollout_engine)
     else:
         check_replayed(config, Path(config.replay))
-    check_backend(config.backend)
     models = models_of(config)
-    for flag, path in models:
-        check_model(flag, path)
-    check_heads(config, models)
-    check_splits(config, trained_models(config))
-    check_compiled(config, models)
-    check_context(config)
+    check_models(config, models, asked_context(config), config.context_length)
+    flags = {path: flag for flag, path in reversed(models)}
+    for path in (config.pretrain, config.critic_source) if config.uses_critic else (config.pretrain,):
+        check_splittable(config.ds_tensor_parallel_size, flags[path], path, model_settings(path))
     check_engine_heads("vllm_tensor_parallel_size", config.vllm_tensor_parallel_size, config.pretrain)
-    check_experts(config)
     # Data, reward files, hooks, folders.
     check_prompts(config)
     if config.pretrain_data is not None:
-        check_pretraining(config, config.pretrain_data)
+        keys = {"pretrain_input_key": config.pretrain_input_key, "pretrain_output_key": config.pretrain_output_key}
+        split, probs = config.pretrain_split, config.pretrain_data_probs
+        check_sets("pretrain_data", config.pretrain_data, keys, split, probs, every_row=False)
     for file in config.reward_files:
         check_reward(file)
     for name, value in (
@@ -92,9 +88,8 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     ):
         if isinstance(value, Hook):
             check_hook_file(name, value)
-    check_trackers(trackers(config))
     critic = [f"{config.save_path}_critic"] if config.save_value_network else []
-    check_folders(config, models, [*critic, *([f"{config.save_path}_ema"] if config.enable_ema else [])])
+    check_outputs(config, models, [*critic, *([f"{config.save_path}_ema"] if config.enable_ema else [])])
     return parsed
 
 
@@ -104,31 +99,33 @@ def models_of(config: RLConfig) -> list[tuple[str, str]]:
     return [("pretrain", config.pretrain), *critic, *(("reward_pretrain", path) for path in config.reward_models)]
 
 
-def check_heads(config: TrainSettings, models: Iterable[tuple[str, str]]) -> None:
-    """Check that the key/value heads of every model divide into the ring's strides. Raises ConfigError."""
-    stride = config.ring_head_stride
+def check_models(config: RLConfig | Method, models: Sequence[tuple[str, str]], asked: str, longest: int) -> None:
+    """Check the training backend, and each model folder against the flags by its config.json. Raises UserError.
+
+    ``longest``: tokens of the longest sequence, which the flags ``asked`` allow.
+    """
+    check_backend(config.backend)
     for flag, path in models:
-        heads = key_value_heads(path)
-        if heads is not None and heads % stride != 0:
+        check_model(flag, path)
+    for flag, path in models:
+        facts, stride = model_settings(path), config.ring_head_stride
+        heads, kind = facts.get("num_key_value_heads"), facts.get("model_type")
+        if isinstance(heads, int) and heads % stride != 0:
             raise ConfigError(
                 f"--ring_head_stride {stride} does not divide the {heads} key/value heads of --{flag} {path}: choose a divisor."
             )
-
-
-def check_compiled(config: ModelSettings, models: Iterable[tuple[str, str]]) -> None:
-    """Check that the layers of every model can be compiled, and that this machine can compile them. Raises ConfigError."""
-    if not config.torch_compile:
-        return
-    for flag, path in models:
-        kind = model_settings(path).get("model_type")
-        if kind is not None and kind not in COMPILABLE:
+        if config.torch_compile and kind is not None and kind not in COMPILABLE:
             raise ConfigError(
                 f"--torch_compile is tested with {', '.join(COMPILABLE)} models, but --{flag} {path} is a {kind} model: "
                 "leave it out."
             )
+        check_length(asked, longest, path, facts)
     # The nodes of a cluster compile for themselves.
-    if not joins_cluster():
+    if config.torch_compile and not joins_cluster():
         check_compiler()
+    # A hub name has no config.json here: `check_causal_lm` looks at it.
+    if config.aux_loss_coef > 0 and (facts := model_settings(config.pretrain)):
+        check_mixture(config.pretrain, str(facts.get("model_type")))
 
 
 def check_replayed(config: RLConfig, folder: Path) -> None:
@@ -139,25 +136,13 @@ def check_replayed(config: RLConfig, folder: Path) -> None:
         before = RunDirectory(folder).read_info().values
     except DataError as error:
         raise DataError(f"--replay: {error}") from None
+    here = dict(config)
     for name in REPLAYED:
-        then, now = before.get(name, {}).get("value"), getattr(config, name)
+        then, now = before.get(name, {}).get("value"), here[name]
         if then != now:
             raise ConfigError(
                 f"--replay {folder} was made with --{name} {then}, but here it is {now}: make them equal."
             )
-
-
-def trained_models(config: RLConfig) -> list[tuple[str, str]]:
-    """The folders that actor and critic start from, with their flags."""
-    flags = {path: flag for flag, path in reversed(models_of(config))}
-    sources = [config.pretrain, config.critic_source] if config.uses_critic else [config.pretrain]
-    return [(flags[path], path) for path in sources]
-
-
-def check_splits(config: TrainSettings, models: Iterable[tuple[str, str]]) -> None:
-    """Check that the layers of every trained model split over ``--ds_tensor_parallel_size`` ranks. Raises UserError."""
-    for flag, path in models:
-        check_splittable(config.ds_tensor_parallel_size, flag, path, model_settings(path))
 
 
 def check_backend(backend: BackendName) -> None:
@@ -170,40 +155,42 @@ def check_backend(backend: BackendName) -> None:
 
 def check_prompts(config: RLConfig | IterateConfig) -> None:
     """Check prompt sets, fields and probabilities. Raises UserError."""
-    keys = {"input_key": config.input_key} | ({"label_key": config.label_key} if config.label_key is not None else {})
-    check_sets("prompt_data", config.prompt_data, keys, config.prompt_split)
-    if config.prompt_data_probs is not None:
-        parse_probs(config.prompt_data_probs, len(parse_items(config.prompt_data)), "--prompt_data_probs")
+    keys = {"input_key": config.input_key, "label_key": config.label_key}
+    check_sets("prompt_data", config.prompt_data, keys, config.prompt_split, config.prompt_data_probs)
     if config.eval_dataset is not None:
         check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
 
 
-def check_pretraining(config: RLConfig, data: str) -> None:
-    """Check sets, fields and probabilities of ``--pretrain_data``. Raises UserError."""
-    keys = {"pretrain_input_key": config.pretrain_input_key}
-    if config.pretrain_output_key is not None:
-        keys["pretrain_output_key"] = config.pretrain_output_key
-    check_sets("pretrain_data", data, keys, config.pretrain_split, every_row=False)
-    if config.pretrain_data_probs is not None:
-        parse_probs(config.pretrain_data_probs, len(parse_items(data)), "--pretrain_data_probs")
+def check_sets(
+    flag: str,
+    text: str,
+    keys: Mapping[str, str | None],
+    split: str,
+    probs: str | None = None,
+    *,
+    every_row: bool = True,
+) -> None:
+    """Check that the data sets of a flag exist and have rows with the fields that ``keys`` name (``precheck.check_source``).
 
-
-def check_sets(flag: str, text: str, keys: Mapping[str, str], split: str, *, every_row: bool = True) -> None:
-    """Check that the data sets of a flag exist and have rows with the fields (``precheck.check_source``). Raises DataError."""
+    ``probs``: the value of the flag's probabilities. Raises UserError.
+    """
+    named = {name: key for name, key in keys.items() if key is not None}
     try:
-        check_sources(text, keys, split, every_row=every_row)
+        check_sources(text, named, split, every_row=every_row)
     except DataError as error:
         raise DataError(f"--{flag}: {error}") from None
+    if probs is not None:
+        parse_probs(probs, len(parse_items(text)), f"--{flag}_probs")
 
 
-def check_folders(config: OutputSettings, models: Iterable[tuple[str, str]], more_outputs: Iterable[str] = ()) -> None:
-    """Check that every output folder can be written, that none would replace one of the ``models`` that the run reads, and that
-    the run folder is not in use by another run. ``more_outputs``: model folders that are written beside ``--save_path``.
+def check_outputs(config: OutputSettings, models: Sequence[tuple[str, str]], more_outputs: Sequence[str] = ()) -> None:
+    """Check the trackers, that every output folder can be written, that none would replace one of the ``models`` that the run
+    reads, and that no other run is in the run folder. ``more_outputs``: model folders that are written beside ``--save_path``.
     """
+    check_trackers(trackers(config))
     run_dir = config.run_dir if config.run_dir is not None else DEFAULT_PARENT
     for flag, folder in (("save_path", config.save_path), ("ckpt_path", config.ckpt_path), ("run_dir", run_dir)):
         check_writable(flag, Path(folder))
-    models = list(models)
     outputs = [("save_path", config.save_path), ("ckpt_path", config.ckpt_path)]
     for flag, folder in outputs + [("save_path", folder) for folder in more_outputs]:
         check_target(flag, folder, models)
@@ -213,7 +200,7 @@ def check_folders(config: OutputSettings, models: Iterable[tuple[str, str]], mor
         RunDirectory(Path(config.run_dir)).check_unused()
 
 
-def check_target(flag: str, output: str, sources: Iterable[tuple[str, str]]) -> None:
+def check_target(flag: str, output: str, sources: Sequence[tuple[str, str]]) -> None:
     """Raise ConfigError if the output folder is one of its sources or a folder around one, which would replace it."""
     target = Path(output).resolve()
     for name, source in sources:
@@ -259,12 +246,6 @@ def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
         )
 
 
-def check_context(config: RLConfig) -> None:
-    """Check that the longest sequence fits the positions in every model's config.json, unless rope scaling extends them."""
-    for _, path in models_of(config):
-        check_length(asked_context(config), config.context_length, path, model_settings(path))
-
-
 def asked_context(config: RLConfig) -> str:
     """The flags that determine the longest sequence, for messages."""
     if config.max_len is not None:
@@ -279,20 +260,7 @@ def check_engine_heads(flag: str, size: int, path: str) -> None:
         raise ConfigError(f"--{flag} {size} does not divide the {heads} attention heads of {path}: lower it.")
 
 
-def key_value_heads(path: str) -> int | None:
-    """The key/value heads of a layer in the config.json of a model folder; None if it has no such entry."""
-    heads = model_settings(path).get("num_key_value_heads")
-    return heads if isinstance(heads, int) else None
-
-
-def check_experts(config: ModelSettings) -> None:
-    """Check that ``--aux_loss_coef`` is set only for a mixture of experts. Hub names are checked by ``check_causal_lm``."""
-    settings = model_settings(config.pretrain)
-    if config.aux_loss_coef > 0 and settings:
-        check_mixture(config.pretrain, str(settings.get("model_type")))
-
-
-def model_settings(path: str) -> dict[str, Any]:
+def model_settings(path: str) -> dict[str, object]:
     """The config.json of a model folder; empty if ``path`` is not such a folder. Raises ConfigError."""
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -360,11 +328,15 @@ def _defined(tree: ast.Module) -> set[str]:
     return names
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest existing parent."""
+    whole = folder.absolute()
+    return next(path for path in (whole, *whole.parents) if path.exists())
+
+
 def check_writable(flag: str, folder: Path) -> None:
     """Check that the folder, or its nearest existing parent, is a writable folder. Raises ConfigError."""
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
+    nearest = existing(folder)
     if not nearest.is_dir():
         raise ConfigError(f"--{flag} {folder}: {nearest} is a file, not a folder; give another path.")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -375,15 +347,8 @@ def check_writable(flag: str, folder: Path) -> None:
 
 def trackers(config: OutputSettings) -> TrackerOptions:
     """The tracker flags in the form of the sinks."""
-    return TrackerOptions(
-        use_tensorboard=config.use_tensorboard or "",
-        use_wandb=config.use_wandb or "",
-        wandb_org=config.wandb_org or "",
-        wandb_group=config.wandb_group or "",
-        wandb_project=config.wandb_project,
-        wandb_run_name=config.wandb_run_name or "",
-        logging_steps=config.logging_steps,
-    )
+    given = config.model_dump(include={each.name for each in fields(TrackerOptions)}, exclude_none=True)
+    return TrackerOptions(**given)
 
 
 def check_offline(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Method]:
@@ -399,33 +364,18 @@ def check_offline(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Me
     # Packages and models.
     if config.on_policy is not None:
         check_engine(config.on_policy.rollout_engine)
-    check_backend(config.backend)
-    for flag, path in other_models(config).items():
-        check_model(flag, path)
-    _check_lengths(config)
+    models = [("pretrain", config.pretrain), *config.more_models.items()]
+    check_models(config, models, f"--max_len {config.max_len}", config.max_len)
     if launched:
         check_teams(config)
-    # Model configs against flags: heads, splits, compilation, experts.
-    check_heads(config, other_models(config).items())
-    check_splits(config, [("pretrain", config.pretrain)])
-    check_compiled(config, other_models(config).items())
-    check_experts(config)
-    # Data and folders.
-    check_data(config)
-    check_trackers(trackers(config))
-    check_folders(config, other_models(config).items())
+    check_splittable(config.ds_tensor_parallel_size, "pretrain", config.pretrain, model_settings(config.pretrain))
+    # Data and folders. Single bad rows are counted when the data is loaded.
+    keys = config.row_fields
+    check_sets("dataset", config.dataset, keys, config.split, config.dataset_probs, every_row=False)
+    if config.eval_dataset is not None:
+        check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split, every_row=False)
+    check_outputs(config, models)
     return parsed
-
-
-def other_models(config: Method) -> Mapping[str, str]:
-    """Every model folder by its flag, the trained model first."""
-    return {"pretrain": config.pretrain, **config.more_models}
-
-
-def _check_lengths(config: Method) -> None:
-    """Check that the longest sequence fits the positions of every model that reads it. Raises ConfigError."""
-    for path in other_models(config).values():
-        check_length(f"--max_len {config.max_len}", config.max_len, path, model_settings(path))
 
 
 def check_teams(config: Method) -> None:
@@ -445,13 +395,3 @@ def check_teams(config: Method) -> None:
                 f"{flag} {size} does not divide the {processes} processes of --nproc_per_node x --nnodes: "
                 f"start a multiple of {size}, or lower {flag}."
             )
-
-
-def check_data(config: Method) -> None:
-    """Check data sets, fields and probabilities. Single bad rows are counted when the data is loaded."""
-    keys = {flag: key for flag, key in config.row_fields.items() if key is not None}
-    check_sets("dataset", config.dataset, keys, config.split, every_row=False)
-    if config.dataset_probs is not None:
-        parse_probs(config.dataset_probs, len(parse_items(config.dataset)), "--dataset_probs")
-    if config.eval_dataset is not None:
-        check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split, every_row=False)

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -59,7 +58,7 @@ async def run(
     parsed: Parsed[RLConfig],
     *,
     argv: Sequence[str] = (),
-    reward: Callable[..., Any] | None = None,
+    reward: Callable[..., object] | None = None,
     announce: Callable[[str], None] = logger.info,
 ) -> Result:
     """Train with settings from ``start.rl_door``.

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from togi.config.choices import BUILTIN, RemoteMode
@@ -67,14 +67,14 @@ class EarlyRewards:
     ``names``: of all rewards in the order of ``--reward_weights``: models, servers, functions. Empty in a replay.
     """
 
-    def __init__(self, config: RLConfig, function: Callable[..., Any] | None) -> None:
+    def __init__(self, config: RLConfig, function: Callable[..., object] | None) -> None:
         self.names: list[str] = []
         self.functions: list[FunctionReward] = []
         self.remotes: list[RemoteReward] = []
         if config.generates:
             self._start_functions(config, function)
 
-    def _start_functions(self, config: RLConfig, function: Callable[..., Any] | None) -> None:
+    def _start_functions(self, config: RLConfig, function: Callable[..., object] | None) -> None:
         self.names = reward_names(config, function_given=function is not None)
         limits = CallLimits(config.reward_workers, config.reward_timeout, config.reward_retries)
         # Names come in the order models, servers, functions: these are the names of the functions.
@@ -225,18 +225,18 @@ class Pretraining:
         """The rows of optimizer step ``step``, counted from 0."""
         return [sample for row in self.plan.rows_of(step) for sample in self.examples[row]]
 
-    def state(self, steps: int) -> dict[str, Any]:
+    def state(self, steps: int) -> dict[str, object]:
         """The checkpoint state after ``steps`` optimizer steps."""
         return {"steps": steps, "batch": self.plan.batch, "fingerprint": self.examples.fingerprint()}
 
-    def steps_of(self, state: Mapping[str, Any] | None) -> int:
+    def steps_of(self, state: Mapping[str, object] | None) -> int:
         """The number of steps in a checkpoint state. Raises CheckpointError if it was made with other rows or none."""
         if state is None:
             raise CheckpointError(
                 "The checkpoint was made without --pretrain_data: leave it out, or start anew without --load_checkpoint."
             )
-        steps: int = state["steps"]
-        if state != self.state(steps):
+        steps = state["steps"]
+        if not isinstance(steps, int) or state != self.state(steps):
             raise CheckpointError(
                 "The checkpoint was made with other rows of --pretrain_data, or another number of them a step: go on with the "
                 "same ones, or start anew without --load_checkpoint."
@@ -278,7 +278,7 @@ class Material:
 
 @asynccontextmanager
 async def opening(
-    config: RLConfig, function: Callable[..., Any] | None, progress: Progress, announce: Callable[[str], None]
+    config: RLConfig, function: Callable[..., object] | None, progress: Progress, announce: Callable[[str], None]
 ) -> AsyncIterator[Opening]:
     """Everything that comes before the processes of a run. The rewards close with the block. Raises UserError."""
     check_hooks(config)
@@ -410,9 +410,9 @@ def trial_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
     return list(found.values())[:TRIALS]
 
 
-def _kind(label: Any) -> object:
+def _kind(label: object) -> object:
     if isinstance(label, Mapping):
-        return tuple(sorted(label))
+        return tuple(sorted(map(str, label)))
     if isinstance(label, list):
         return list, *(_kind(item) for item in label[:1])
     return type(label), isinstance(label, str) and not label.strip()

@@ -12,12 +12,9 @@ import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-import numpy as np
-
 from togi.config.model_facts import position_limit
 from togi.config.tools import ServeRMConfig
 from togi.data.chat import Tokenizer, adds_bos, check_vocabulary, encode, load_tokenizer
-from togi.data.packing import in_order, pack_all
 from togi.errors import ConfigError, DataError
 from togi.learn.scorer import Scorer
 from togi.model.loading import ModelSource, dtype_of, known_tokens, load_scalar_model
@@ -26,10 +23,9 @@ from togi.parallel import frozen
 from togi.parallel.backend import BackendOptions
 from togi.parallel.process import World, default_device
 from togi.reward.function import CallLimits, FunctionReward
-from togi.reward.scores import Standardization
 from togi.reward.server import PATH, Batcher, RewardServer, ScoreCall, ServerLimits
 from togi.reward.wire import Answer, Call, Complaint
-from togi.sample import Sample
+from togi.run.reward_model import standardization_of, token_scores
 
 
 def serve(config: ServeRMConfig, token: str, announce: Callable[[str], None]) -> None:
@@ -109,8 +105,7 @@ class ServedModel:
             value_head_prefix=config.value_head_prefix,
         )
         self._positions = position_limit(model.hf.config.to_dict())
-        mean_std = (model.reward_mean, model.reward_std) if config.normalize_reward else (0.0, 1.0)
-        self._standardize = Standardization(*mean_std)
+        self._standardize = standardization_of(model, normalize=config.normalize_reward)
         options = BackendOptions(config.bf16, 0, (0.9, 0.95), 0.0)
         self._scorer = Scorer(frozen(model, world, options), world)
 
@@ -140,13 +135,7 @@ class ServedModel:
 
     def forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """One score per sequence, packed without padding."""
-        samples = [
-            Sample(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_), 0, "score")
-            for tokens in sequences
-        ]
-        packs = pack_all(samples, max_tokens=self._budget, max_sequences=None, share_prefix=False)
-        scores = in_order(packs, self._scorer.scores(packs).tolist())
-        return [self._standardize(score) for score in scores]
+        return [self._standardize(score) for score in token_scores(self._scorer, sequences, self._budget)]
 
 
 def query_tokens(queries: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:

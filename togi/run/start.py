@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from togi.config.choices import PostProcessor
 from togi.config.infer import ChatConfig, InferConfig, check_infer
@@ -27,7 +27,7 @@ from togi.config.rl import RLConfig
 from togi.config.shared import ModelSettings
 from togi.config.tools import ServeRMConfig
 from togi.data.items import parse_items
-from togi.data.precheck import asked_reward, parse_probs
+from togi.data.precheck import asked_reward
 from togi.errors import ConfigError
 from togi.methods.method import Method
 from togi.plan.machine import joins_cluster, this_machine, usable_precision
@@ -51,10 +51,11 @@ ONE_TOKENIZER = "--disable_fast_tokenizer: Transformers has one tokenizer for ea
 NO_CUDA_FOR_LIGER = "--use_liger_kernel: there is no CUDA device here, Transformers' own layers compute instead"
 logger = logging.getLogger(__name__)
 Announce = Callable[[str], None]
+Config = TypeVar("Config", bound=RLConfig | Method | InferConfig)
 
 
 def start_rl(
-    parsed: Parsed[RLConfig], *, reward: Callable[..., Any] | None = None, announce: Announce = logger.info
+    parsed: Parsed[RLConfig], *, reward: Callable[..., object] | None = None, announce: Announce = logger.info
 ) -> Result:
     """Check the settings, then run ``togi rl`` from Python. ``reward`` replaces ``--reward_func`` by a function.
 
@@ -73,14 +74,11 @@ def rl_door(parsed: Parsed[RLConfig], *, reward_given: bool, announce: Announce)
         bringer, _ = parsed.config.preset({})
         announce(describe(parsed.config.algo, parsed.values_from(bringer)))
     machine = this_machine()
-    ready, notice = usable_precision(preflight.check(parsed, machine, reward_given=reward_given), machine)
-    if notice:
-        announce(notice)
+    ready = _usable(preflight.check(parsed, machine, reward_given=reward_given), announce)
     if ready.config.ref_reward_offload and machine.gpus == 0 and not joins_cluster():
         announce("--ref_reward_offload: there is no GPU, reference and reward models are in host memory already")
     if ready.config.use_liger_kernel and machine.gpus == 0 and not joins_cluster():
         announce(NO_CUDA_FOR_LIGER)
-    say_ignored(ready.config, announce)
     return ready
 
 
@@ -89,7 +87,12 @@ def offline_door(parsed: Parsed[Method], *, announce: Announce, launched: bool =
 
     ``launched``: this is one of the processes that train.
     """
-    ready, notice = usable_precision(preflight.check_offline(parsed, launched=launched), this_machine())
+    return _usable(preflight.check_offline(parsed, launched=launched), announce)
+
+
+def _usable(parsed: Parsed[Config], announce: Announce) -> Parsed[Config]:
+    """The settings with a precision that this machine has. Announces what it changes, and flags without effect."""
+    ready, notice = usable_precision(parsed, this_machine())
     if notice:
         announce(notice)
     say_ignored(ready.config, announce)
@@ -102,12 +105,9 @@ def say_ignored(config: ModelSettings | InferConfig | ChatConfig | ServeRMConfig
         announce(ONE_TOKENIZER)
 
 
-def start_infer(parsed: Parsed[InferConfig], *, announce: Callable[[str], None] = logger.info) -> Written:
+def start_infer(parsed: Parsed[InferConfig], *, announce: Announce = logger.info) -> Written:
     """Check the settings, then generate or score. Raises UserError."""
-    ready, notice = usable_precision(infer_door(parsed), this_machine())
-    if notice:
-        announce(notice)
-    say_ignored(ready.config, announce)
+    ready = _usable(infer_door(parsed), announce)
     if ready.config.zero_stage > 0:
         announce(f"--zero_stage {ready.config.zero_stage}: one process has nothing to shard, and holds the whole model")
     from togi.run.infer import generate, score
@@ -124,26 +124,21 @@ def infer_door(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
     config = parsed.config
     assert config.eval_task is not None
     # Engine, model and lengths.
+    asked, longest = f"--max_len {config.max_len}", config.max_len
     if config.eval_task.generates:
         check_engine(config.engine)
         asked_reward(config.csft_prompt, config.reward_template)
-    check_model("pretrain", config.pretrain)
-    if config.eval_task.generates:
         check_engine_heads("tp_size", config.tp_size, config.pretrain)
-    length, asked = config.max_len, f"--max_len {config.max_len}"
-    if config.eval_task.generates:
-        length = config.context_length
-        asked = f"--prompt_max_len {config.prompt_max_len} + --max_new_tokens {config.max_new_tokens}"
-    check_length(asked, length, config.pretrain, model_settings(config.pretrain))
+        asked, longest = config.asked_context, config.context_length
+    check_model("pretrain", config.pretrain)
+    check_length(asked, longest, config.pretrain, model_settings(config.pretrain))
     # Data and output file.
-    keys: dict[str, str | None] = {"input_key": config.input_key, "label_key": config.label_key}
-    if not config.eval_task.generates:
-        keys["output_key"] = config.output_key
-    check_sets(
-        "dataset", config.dataset, {flag: key for flag, key in keys.items() if key is not None}, config.dataset_split
-    )
-    if config.dataset_probs is not None:
-        parse_probs(config.dataset_probs, len(parse_items(config.dataset)), "--dataset_probs")
+    keys = {
+        "input_key": config.input_key,
+        "label_key": config.label_key,
+        "output_key": None if config.eval_task.generates else config.output_key,
+    }
+    check_sets("dataset", config.dataset, keys, config.dataset_split, config.dataset_probs)
     check_output(config)
     return parsed
 
@@ -167,7 +162,7 @@ T = TypeVar("T")
 SECONDS_AT_MOST = 0.5
 
 
-def run_to_end(work: Coroutine[Any, Any, T]) -> T:
+def run_to_end(work: Coroutine[object, None, T]) -> T:
     """Like ``asyncio.run``. Inside a running loop (a notebook) the work runs on a thread with a loop of its own.
 
     The running loop blocks meanwhile. Ctrl-C cancels ``work`` there too, and this function returns when it has ended.
@@ -175,7 +170,7 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
     if not _in_event_loop():
         return asyncio.run(work)
     # The work must not start before the interrupt handler below can find its task.
-    started = Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]]()
+    started = Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]]()
     may_begin = Event()
 
     async def main() -> T:
