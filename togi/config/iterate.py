@@ -8,15 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from togi.config import infer
 from togi.config.choices import EngineName, IterateMethod
 from togi.config.fields import Count, Int, PathText, Settings, flag, refuse
-from togi.config.infer import (
-    GenerationSettings,
-    RewardTextSettings,
-    engine_problems,
-    reward_template_problems,
-    sampling_problems,
-)
 from togi.config.parse import Parsed
 from togi.config.rl import PromptSettings, RewardSettings
 from togi.config.shared import TrainSettings, rendering_problems
@@ -82,8 +76,8 @@ class IterateConfig(
     LoopModelSettings,
     PromptSettings,
     RewardSettings,
-    RewardTextSettings,
-    GenerationSettings,
+    infer.RewardTextSettings,
+    infer.GenerationSettings,
     TrainSettings,
     PreferenceSettings,
     HeldOutSettings,
@@ -118,8 +112,8 @@ def _problems(c: IterateConfig, given: set[str]) -> Iterator[str]:
     yield from rendering_problems(c)
     yield from _reward(c)
     yield from _method(c, given)
-    yield from sampling_problems(c, c.best_of_n, given)
-    yield from engine_problems(c, c.rollout_engine, f"--rollout_engine {c.rollout_engine}")
+    yield from infer.sampling_problems(c, c.best_of_n, given)
+    yield from infer.engine_problems(c, c.rollout_engine, f"--rollout_engine {c.rollout_engine}")
     if c.ds_tensor_parallel_size > 1:
         yield "--ds_tensor_parallel_size needs several processes, but togi iterate trains in one: leave it out."
     if c.ring_attn_size > 1 or c.ring_head_stride > 1:
@@ -155,10 +149,10 @@ def _reward(c: IterateConfig) -> Iterator[str]:
 
 def _method(c: IterateConfig, given: set[str]) -> Iterator[str]:
     """Flags that belong to another method."""
-    for names, owner in ((RewardTextSettings, IterateMethod.CSFT), (PreferenceSettings, IterateMethod.DPO)):
+    for names, owner in ((infer.RewardTextSettings, IterateMethod.CSFT), (PreferenceSettings, IterateMethod.DPO)):
         for name in names.model_fields:
             if name in given and c.method is not owner:
                 yield f"--{name} belongs to --method {owner}, but --method is {c.method}: leave it out."
-    yield from reward_template_problems(c.reward_template)
+    yield from infer.reward_template_problems(c.reward_template)
     if c.method is not IterateMethod.CSFT and c.best_of_n < 2:
         yield f"--best_of_n 1 leaves --method {c.method} nothing to choose from: set it to 2 or more."

@@ -5,24 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from togi.config.choices import (
-    BUILTIN,
-    AdvantageEstimator,
-    Aggregation,
-    Algo,
-    CorrectionType,
-    EngineName,
-    KLEstimator,
-    LengthShape,
-    LoraSync,
-    OnRewardError,
-    PolicyLossType,
-    RemoteMode,
-    RewardCombination,
-    SyncBackend,
-    Verifier,
-    WorkersKind,
-)
+from togi.config import choices
 from togi.config.fields import Count, CountOrAuto, HookField, Int, PathText, Settings, flag
 from togi.config.presets import preset_values
 from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
@@ -89,14 +72,14 @@ class RewardSettings(Settings):
     reward_func: PathText | None = flag(
         None,
         "Python files that define reward_func(queries, prompts, labels), comma-separated; builtin:NAME for one that "
-        f"comes with Togi ({', '.join(Verifier)}).",
+        f"comes with Togi ({', '.join(choices.Verifier)}).",
     )
     format_regex: str | None = flag(
         None, "What builtin:format wants a whole response to match, a Python regular expression."
     )
     length_target: Count | None = flag(None, "The length of a response that builtin:length rewards most, in tokens.")
-    length_shape: LengthShape = flag(
-        LengthShape.LINEAR, "How builtin:length falls off: linear, or cosine, which is flat near the target."
+    length_shape: choices.LengthShape = flag(
+        choices.LengthShape.LINEAR, "How builtin:length falls off: linear, or cosine, which is flat near the target."
     )
     remote_rm_url: PathText | None = flag(
         None, "Reward servers, comma-separated http(s) URLs; a .py path among them is a --reward_func."
@@ -104,13 +87,13 @@ class RewardSettings(Settings):
     reward_pretrain: PathText | None = flag(
         None, "Local reward models with a scalar head, comma-separated; each has its own worker processes."
     )
-    remote_rm_mode: RemoteMode = flag(
-        RemoteMode.BALANCE,
+    remote_rm_mode: choices.RemoteMode = flag(
+        choices.RemoteMode.BALANCE,
         "Several URLs. balance: equal servers, each group goes to the least busy one (as established). "
         "ensemble: different rewards, each URL scores every sample.",
     )
-    reward_combine: RewardCombination = flag(
-        RewardCombination.SUM,
+    reward_combine: choices.RewardCombination = flag(
+        choices.RewardCombination.SUM,
         "How several rewards become one: their weighted sum, or that divided by the sum of weights.",
     )
     reward_weights: tuple[float, ...] | None = flag(
@@ -130,8 +113,8 @@ class RewardSettings(Settings):
     remote_rm_max_pause: float = flag(
         3600.0, "Seconds the run waits for a reward server that is down, before it stops.", gt=0
     )
-    on_reward_error: OnRewardError = flag(
-        OnRewardError.DROP_GROUP,
+    on_reward_error: choices.OnRewardError = flag(
+        choices.OnRewardError.DROP_GROUP,
         "Samples whose reward failed: leave out their group, leave out only them, or stop the run.",
     )
     max_reward_errors: float = flag(
@@ -158,28 +141,29 @@ class RewardSettings(Settings):
         remote = tuple(item for item in _listed(self.remote_rm_url) if item.endswith(".py"))
         return _listed(self.reward_func) + remote
 
-    def verifier_settings(self, verifier: Verifier) -> dict[str, str]:
+    def verifier_settings(self, verifier: choices.Verifier) -> dict[str, str]:
         """The keyword arguments of a built-in function, from its own flags."""
-        if verifier is Verifier.FORMAT and self.format_regex is not None:
+        if verifier is choices.Verifier.FORMAT and self.format_regex is not None:
             return {"format_regex": self.format_regex}
-        if verifier is Verifier.LENGTH:
+        if verifier is choices.Verifier.LENGTH:
             return {"length_target": str(self.length_target), "length_shape": self.length_shape}
         return {}
 
     @property
     def allowed_reward_errors(self) -> float:
         """The largest share of a rollout's samples whose reward may fail."""
-        return 0.0 if self.on_reward_error is OnRewardError.STOP else self.max_reward_errors
+        return 0.0 if self.on_reward_error is choices.OnRewardError.STOP else self.max_reward_errors
 
     @property
     def remote_sources(self) -> int:
         """The number of rewards from servers: servers that share the samples count as one."""
-        return len(self.reward_urls) if self.remote_rm_mode is RemoteMode.ENSEMBLE else min(1, len(self.reward_urls))
+        count = len(self.reward_urls)
+        return count if self.remote_rm_mode is choices.RemoteMode.ENSEMBLE else min(1, count)
 
 
-def verifier_of(item: str) -> Verifier | None:
+def verifier_of(item: str) -> choices.Verifier | None:
     """The built-in function named by an item of ``--reward_func``; None for a file. Raises ValueError for an unknown name."""
-    return Verifier(item.removeprefix(BUILTIN)) if item.startswith(BUILTIN) else None
+    return choices.Verifier(item.removeprefix(choices.BUILTIN)) if item.startswith(choices.BUILTIN) else None
 
 
 def _listed(text: str | None) -> tuple[str, ...]:
@@ -213,7 +197,9 @@ class PromptSettings(Settings):
 class RolloutSettings(Settings):
     """Rollout"""
 
-    rollout_engine: EngineName = flag(EngineName.VLLM, "What generates: vLLM, or Transformers (no extra install).")
+    rollout_engine: choices.EngineName = flag(
+        choices.EngineName.VLLM, "What generates: vLLM, or Transformers (no extra install)."
+    )
     rollout_batch_size: Count = flag(1024, "Prompts per rollout.")
     n_samples_per_prompt: Count = flag(1, "Responses per prompt.")
     generate_max_len: Count = flag(1024, "At most this many new tokens per response.")
@@ -237,14 +223,14 @@ class RolloutSettings(Settings):
         True, "vLLM prefix cache, from which responses take their common prompt; emptied at every weight update."
     )
     enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
-    vllm_sync_backend: SyncBackend = flag(
-        SyncBackend.AUTO,
+    vllm_sync_backend: choices.SyncBackend = flag(
+        choices.SyncBackend.AUTO,
         "What carries weights to the engines: a process group over nccl (between processes on one GPU: CUDA IPC) or gloo; "
         "auto: host memory on one host, a group across hosts.",
     )
     vllm_sync_with_ray: bool = flag(False, "Let Ray's object store carry the weights, across hosts too.")
-    lora_sync: LoraSync = flag(
-        LoraSync.AUTO,
+    lora_sync: choices.LoraSync = flag(
+        choices.LoraSync.AUTO,
         "What engines are sent under --lora_rank: adapters, which each engine merges into the weights of its own model files, or "
         "whole merged weights; auto: adapters, but merged with --load_in_4bit, whose rounded base is in no file.",
     )
@@ -264,18 +250,18 @@ class RolloutSettings(Settings):
 class AlgorithmSettings(Settings):
     """Algorithm"""
 
-    algo: Algo | None = flag(
+    algo: choices.Algo | None = flag(
         None,
         "Start from the published settings of an algorithm; what is given otherwise wins, and sizes are not part of it.",
     )
-    advantage_estimator: AdvantageEstimator | HookField = flag(
-        AdvantageEstimator.GAE,
+    advantage_estimator: choices.AdvantageEstimator | HookField = flag(
+        choices.AdvantageEstimator.GAE,
         "How rewards become advantages; FILE.py:name for a function of your own (examples/hooks).",
     )
     gamma: float = flag(1.0, "Discount. Group estimators need 1.", gt=0, le=1)
     lambd: float = flag(1.0, "GAE lambda.", ge=0, le=1)
-    policy_loss_type: PolicyLossType | HookField = flag(
-        PolicyLossType.PPO,
+    policy_loss_type: choices.PolicyLossType | HookField = flag(
+        choices.PolicyLossType.PPO,
         "Policy objective: ppo clips each token's ratio, gspo one ratio a sequence (published with --eps_clip_low_high 3e-4 "
         "4e-4), cispo the weight of a gradient that is never dropped; FILE.py:name for a function of your own.",
     )
@@ -283,7 +269,7 @@ class AlgorithmSettings(Settings):
     eps_clip_low_high: tuple[float, float] | None = flag(None, "Separate lower and upper clip; replaces --eps_clip.")
     dual_clip: float | None = flag(None, "Dual-clip constant c > 1 for negative advantages.", gt=1)
     value_clip: float = flag(0.2, "Clip range of the value function.", gt=0)
-    loss_aggregation: Aggregation | Literal["auto"] = flag(
+    loss_aggregation: choices.Aggregation | Literal["auto"] = flag(
         "auto",
         "How token losses of a step become one number; auto: sequence_mean for gspo, constant for dr_grpo, else token_mean.",
     )
@@ -291,13 +277,13 @@ class AlgorithmSettings(Settings):
     enable_vllm_is_correction: bool = flag(
         False, "Weight the loss by trainer / engine probability of the sampled tokens, with either engine."
     )
-    vllm_is_correction_type: CorrectionType = flag(
-        CorrectionType.TIS,
+    vllm_is_correction_type: choices.CorrectionType = flag(
+        choices.CorrectionType.TIS,
         "How: tis clips the weights to the range, icepop leaves out tokens beyond it, seq-mask-tis whole sequences.",
     )
     vllm_is_truncated_threshold: tuple[float, float] = flag((0.5, 5.0), "The range, lowest and highest weight.")
     init_kl_coef: float = flag(0.01, "KL coefficient; 0 starts no reference model.", ge=0)
-    kl_estimator: KLEstimator = flag(KLEstimator.K1, "k1 in the reward; k2 or k3 in the loss.")
+    kl_estimator: choices.KLEstimator = flag(choices.KLEstimator.K1, "k1 in the reward; k2 or k3 in the loss.")
     use_kl_loss: bool = flag(False, "Put the KL term in the loss instead of the reward.")
     kl_target: float | None = flag(None, "If set, adapt the KL coefficient towards this KL.", gt=0)
     kl_horizon: Count = flag(10_000, "Horizon of the adaptive controller, in samples.")
@@ -330,8 +316,8 @@ class RLTrainSettings(Settings):
 class PlacementSettings(Settings):
     """Placement"""
 
-    workers: WorkersKind = flag(
-        WorkersKind.AUTO,
+    workers: choices.WorkersKind = flag(
+        choices.WorkersKind.AUTO,
         "local: models and engine are objects of this process, which needs no Ray and suits notebooks and debuggers; ray: each "
         "has processes of its own; auto: local where one process is enough.",
     )
@@ -424,7 +410,7 @@ class RLConfig(
     @property
     def sends_adapter(self) -> bool:
         """Whether only the adapter is sent to the engines, not whole weights."""
-        return self.lora is not None and not self.load_in_4bit and self.lora_sync is not LoraSync.MERGED
+        return self.lora is not None and not self.load_in_4bit and self.lora_sync is not choices.LoraSync.MERGED
 
     @property
     def trainer_sleeps(self) -> bool:
@@ -432,7 +418,7 @@ class RLConfig(
 
     @property
     def uses_critic(self) -> bool:
-        return self.advantage_estimator is AdvantageEstimator.GAE
+        return self.advantage_estimator is choices.AdvantageEstimator.GAE
 
     @property
     def uses_reference(self) -> bool:
@@ -444,17 +430,17 @@ class RLConfig(
         return self.uses_reference and self.lora is None
 
     @property
-    def aggregation(self) -> Aggregation:
+    def aggregation(self) -> choices.Aggregation:
         """The aggregation in use. Dr. GRPO's default is the constant divisor (Liu et al., 2025, section 3.2).
 
         GSPO's default is the mean over sequences (Zheng et al., 2025, equation 5).
         """
         if self.loss_aggregation != "auto":
             return self.loss_aggregation
-        if self.policy_loss_type is PolicyLossType.GSPO:
-            return Aggregation.SEQUENCE_MEAN
-        is_dr_grpo = self.advantage_estimator is AdvantageEstimator.DR_GRPO
-        return Aggregation.CONSTANT if is_dr_grpo else Aggregation.TOKEN_MEAN
+        if self.policy_loss_type is choices.PolicyLossType.GSPO:
+            return choices.Aggregation.SEQUENCE_MEAN
+        is_dr_grpo = self.advantage_estimator is choices.AdvantageEstimator.DR_GRPO
+        return choices.Aggregation.CONSTANT if is_dr_grpo else choices.Aggregation.TOKEN_MEAN
 
     @property
     def critic_source(self) -> str:

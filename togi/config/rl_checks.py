@@ -10,29 +10,9 @@ import os
 import re
 from collections.abc import Iterator
 
-from togi.config.choices import (
-    BUILTIN,
-    AdvantageEstimator,
-    Aggregation,
-    EngineName,
-    KLEstimator,
-    LengthShape,
-    LoraSync,
-    PolicyLossType,
-    RemoteMode,
-    RewardCombination,
-    Verifier,
-)
+from togi.config import choices, shared
 from togi.config.fields import Hook, refuse
 from togi.config.rl import PretrainMixSettings, RLConfig
-from togi.config.shared import (
-    lora_dropout_problems,
-    model_problems,
-    output_problems,
-    parallel_problems,
-    rendering_problems,
-    train_problems,
-)
 from togi.errors import ConfigError
 
 
@@ -62,7 +42,7 @@ def _required(c: RLConfig) -> Iterator[str]:
 
 
 def _data(c: RLConfig) -> Iterator[str]:
-    yield from rendering_problems(c)
+    yield from shared.rendering_problems(c)
     if c.max_len is not None and c.max_len < c.prompt_max_len + c.generate_max_len:
         yield (
             f"--max_len {c.max_len} is less than --prompt_max_len {c.prompt_max_len} + --generate_max_len "
@@ -72,23 +52,23 @@ def _data(c: RLConfig) -> Iterator[str]:
 
 def _verifier_settings(c: RLConfig) -> Iterator[str]:
     """Flags that belong to one built-in reward function."""
-    if (c.format_regex is not None) != (f"{BUILTIN}{Verifier.FORMAT}" in c.reward_files):
+    if (c.format_regex is not None) != (f"{choices.BUILTIN}{choices.Verifier.FORMAT}" in c.reward_files):
         yield "--format_regex and --reward_func builtin:format belong together: give both or none."
     yield from _regex_problems(c.format_regex or "")
-    uses_length = f"{BUILTIN}{Verifier.LENGTH}" in c.reward_files
+    uses_length = f"{choices.BUILTIN}{choices.Verifier.LENGTH}" in c.reward_files
     if (c.length_target is not None) != uses_length:
         yield "--length_target and --reward_func builtin:length belong together: give both or none."
-    if c.length_shape is not LengthShape.LINEAR and not uses_length:
+    if c.length_shape is not choices.LengthShape.LINEAR and not uses_length:
         yield "--length_shape belongs to --reward_func builtin:length: add that, or leave the shape out."
 
 
 def _reward(c: RLConfig) -> Iterator[str]:
-    known = {f"{BUILTIN}{verifier}" for verifier in Verifier}
+    known = {f"{choices.BUILTIN}{verifier}" for verifier in choices.Verifier}
     # Each source by itself, then their flags.
     for file in c.reward_files:
-        if file.startswith(BUILTIN) and file not in known:
+        if file.startswith(choices.BUILTIN) and file not in known:
             yield f"--reward_func {file} is not known: the built-in ones are {', '.join(sorted(known))}."
-        if not file.startswith(BUILTIN) and not file.endswith(".py"):
+        if not file.startswith(choices.BUILTIN) and not file.endswith(".py"):
             yield f"--reward_func {file} must be a Python file that defines reward_func(queries, prompts, labels)."
     for url in c.reward_urls:
         if not url.startswith(("http://", "https://")):
@@ -103,7 +83,7 @@ def _reward(c: RLConfig) -> Iterator[str]:
         if twice:
             yield f"{flag} names {twice[0]} twice: leave one of them out, or give it --reward_weights."
     # How several sources are used.
-    if c.remote_rm_mode is RemoteMode.ENSEMBLE and len(c.reward_urls) < 2:
+    if c.remote_rm_mode is choices.RemoteMode.ENSEMBLE and len(c.reward_urls) < 2:
         yield "--remote_rm_mode ensemble needs several addresses in --remote_rm_url: add one or leave the mode out."
     if c.normalize_reward and not c.reward_models:
         yield "--normalize_reward works on a reward model: add --reward_pretrain or leave it out."
@@ -122,7 +102,7 @@ def _regex_problems(pattern: str) -> Iterator[str]:
 def weight_problems(c: RLConfig, *, reward_given: bool) -> Iterator[str]:
     """Faults in how several rewards are combined."""
     count = len(c.reward_models) + c.remote_sources + len(c.reward_files) + reward_given
-    if count < 2 and c.reward_combine is not RewardCombination.SUM:
+    if count < 2 and c.reward_combine is not choices.RewardCombination.SUM:
         yield f"--reward_combine {c.reward_combine} needs several rewards: leave it out."
     if c.reward_weights is None:
         return
@@ -133,7 +113,7 @@ def weight_problems(c: RLConfig, *, reward_given: bool) -> Iterator[str]:
         )
     if not all(math.isfinite(weight) and weight != 0 for weight in c.reward_weights):
         yield "--reward_weights must be finite and not 0: leave out a reward that does not count."
-    if c.reward_combine is RewardCombination.MEAN and not sum(c.reward_weights) > 0:
+    if c.reward_combine is choices.RewardCombination.MEAN and not sum(c.reward_weights) > 0:
         yield "--reward_weights must have a sum above 0 with --reward_combine mean: change them, or use sum."
 
 
@@ -143,7 +123,7 @@ def _rollout(c: RLConfig) -> Iterator[str]:
             f"--top_p {c.top_p} cannot be trained on: log-probabilities of a cut distribution differ from the model's; "
             "use --top_p 1."
         )
-    if c.rollout_engine is EngineName.TRANSFORMERS:
+    if c.rollout_engine is choices.EngineName.TRANSFORMERS:
         if c.enforce_eager:
             yield "--enforce_eager needs --rollout_engine vllm: change one of them."
         if c.vllm_tensor_parallel_size > 1:
@@ -173,16 +153,16 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
             f"--kl_horizon {c.kl_horizon} is too short for --kl_target with {c.samples_per_rollout} samples a rollout: "
             f"set it above {c.samples_per_rollout // 5}."
         )
-    if c.uses_reference and c.use_kl_loss and c.kl_estimator is KLEstimator.K1:
+    if c.uses_reference and c.use_kl_loss and c.kl_estimator is choices.KLEstimator.K1:
         yield (
             "--kl_estimator k1 has zero expected gradient as a loss: with --use_kl_loss choose --kl_estimator k2 or k3, "
             "or leave --use_kl_loss out."
         )
-    if c.uses_reference and not c.use_kl_loss and c.kl_estimator is not KLEstimator.K1:
+    if c.uses_reference and not c.use_kl_loss and c.kl_estimator is not choices.KLEstimator.K1:
         yield f"--kl_estimator {c.kl_estimator} belongs in the loss: add --use_kl_loss, or use --kl_estimator k1."
     yield from policy_loss_problems(c)
     yield from lora_sync_problems(c)
-    yield from lora_dropout_problems(c)
+    yield from shared.lora_dropout_problems(c)
     yield from _useless(c)
 
 
@@ -192,12 +172,15 @@ def _useless(c: RLConfig) -> Iterator[str]:
     if isinstance(estimator, Hook):
         for name in c.changed("gamma", "lambd", "reward_clip_range", "no_advantage_std_norm"):
             yield f"--{name} has no effect with --advantage_estimator {estimator}, whose result is used as it is: leave it out."
-    if c.no_advantage_std_norm and estimator in (AdvantageEstimator.GROUP_NORM, AdvantageEstimator.DR_GRPO):
+    if c.no_advantage_std_norm and estimator in (
+        choices.AdvantageEstimator.GROUP_NORM,
+        choices.AdvantageEstimator.DR_GRPO,
+    ):
         yield f"--no_advantage_std_norm has no effect with --advantage_estimator {estimator}: leave it out."
 
 
 def _training(c: RLConfig) -> Iterator[str]:
-    yield from train_problems(c, c)
+    yield from shared.train_problems(c, c)
     if c.train_batch_size > c.samples_per_rollout:
         yield (
             f"--train_batch_size {c.train_batch_size} is more than the {c.samples_per_rollout} samples of one rollout "
@@ -208,8 +191,8 @@ def _training(c: RLConfig) -> Iterator[str]:
             f"--lr_scheduler {c.lr_scheduler} follows a held-out loss, and togi rl measures rewards: use it with the commands "
             "on fixed data, here constant_with_warmup or cosine_with_min_lr."
         )
-    yield from model_problems(c)
-    yield from parallel_problems(c, c)
+    yield from shared.model_problems(c)
+    yield from shared.parallel_problems(c, c)
     # The longest sequence must fit one micro-batch of a ring.
     if c.max_tokens_per_gpu * c.ring_attn_size < c.prompt_max_len + c.generate_max_len:
         ring = f" x --ring_attn_size {c.ring_attn_size}" if c.ring_attn_size > 1 else ""
@@ -254,7 +237,7 @@ def _placement(c: RLConfig) -> Iterator[str]:
 
 
 def _output(c: RLConfig) -> Iterator[str]:
-    yield from output_problems(c, evaluates=c.eval_dataset is not None)
+    yield from shared.output_problems(c, evaluates=c.eval_dataset is not None)
     if c.eval_steps == 0:
         yield "--eval_steps must be positive, or -1."
     if c.max_steps == 0:
@@ -274,7 +257,7 @@ def policy_loss_problems(c: RLConfig) -> Iterator[str]:
     """Faults of clip range, aggregation and correction, given the kind of loss."""
     kind, (low, high) = c.policy_loss_type, c.clip_range
     flag = "--eps_clip" if c.eps_clip_low_high is None else "--eps_clip_low_high"
-    is_cispo = kind is PolicyLossType.CISPO
+    is_cispo = kind is choices.PolicyLossType.CISPO
     if low <= 0 or high <= 0 or low > 1 or (low == 1 and not is_cispo):
         limit = "at most 1, which is no lower bound" if is_cispo else "below 1"
         yield f"{flag}: the clip range {low:g} {high:g} must be positive and the lower number {limit}."
@@ -282,7 +265,7 @@ def policy_loss_problems(c: RLConfig) -> Iterator[str]:
         yield "--dual_clip bounds a ratio that --policy_loss_type cispo bounds already, on both sides: leave it out."
     if c.dual_clip is not None and isinstance(kind, Hook):
         yield f"--dual_clip has no effect with --policy_loss_type {kind}: leave it out."
-    if kind is PolicyLossType.GSPO and c.aggregation is not Aggregation.SEQUENCE_MEAN:
+    if kind is choices.PolicyLossType.GSPO and c.aggregation is not choices.Aggregation.SEQUENCE_MEAN:
         yield (
             f"--policy_loss_type gspo is a mean over sequences of their token means, not --loss_aggregation {c.aggregation}: "
             "leave the second out."
@@ -292,11 +275,11 @@ def policy_loss_problems(c: RLConfig) -> Iterator[str]:
 
 def lora_sync_problems(c: RLConfig) -> Iterator[str]:
     """Faults of ``--lora_sync``."""
-    if c.lora_sync is LoraSync.AUTO:
+    if c.lora_sync is choices.LoraSync.AUTO:
         return
     if c.lora_rank == 0:
         yield f"--lora_sync {c.lora_sync} is about an adapter: add --lora_rank, or leave it out."
-    elif c.load_in_4bit and c.lora_sync is LoraSync.ADAPTERS:
+    elif c.load_in_4bit and c.lora_sync is choices.LoraSync.ADAPTERS:
         yield (
             "--lora_sync adapters with --load_in_4bit would be merged into weights that were never rounded to 4 bits, which are "
             "not those of the trainer: leave --lora_sync out."
@@ -313,7 +296,7 @@ def _correction_problems(c: RLConfig) -> Iterator[str]:
     ]
     if changed and not c.enable_vllm_is_correction:
         yield f"{changed[0]} has no effect: add --enable_vllm_is_correction, or leave it out."
-    if changed and c.policy_loss_type is PolicyLossType.GSPO:
+    if changed and c.policy_loss_type is choices.PolicyLossType.GSPO:
         yield (
             f"{changed[0]} is about weights of tokens, but --policy_loss_type gspo with --enable_vllm_is_correction takes its "
             "ratio against the engine's log-probs and has none: leave it out."

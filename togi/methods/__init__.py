@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from togi.config import shared
 from togi.config.fields import refuse
 from togi.config.parse import Parsed
-from togi.config.shared import (
-    chat_template_problems,
-    model_problems,
-    output_problems,
-    parallel_problems,
-    train_problems,
-)
 from togi.methods.dpo import DPO
 from togi.methods.kd import KD
 from togi.methods.kto import KTO
@@ -44,11 +38,11 @@ def _problems(c: Method, *, template_given: bool) -> Iterator[str]:
     if not c.dataset:
         yield "--dataset is required: a JSON, JSONL, CSV, Parquet or Arrow file, a saved data set folder or a hub name."
     yield from c.problems(template_given=template_given)
-    yield from model_problems(c)
-    yield from train_problems(c, c)
-    yield from parallel_problems(c, c)
+    yield from shared.model_problems(c)
+    yield from shared.train_problems(c, c)
+    yield from shared.parallel_problems(c, c)
     chat = c.prompt_text is not None and c.prompt_text.apply_chat_template
-    yield from chat_template_problems(c.tokenizer_chat_template, applied=chat)
+    yield from shared.chat_template_problems(c.tokenizer_chat_template, applied=chat)
     if c.max_tokens_per_gpu * c.ring_attn_size < c.max_len:
         yield (
             f"--max_tokens_per_gpu {c.max_tokens_per_gpu} x --ring_attn_size {c.ring_attn_size} is less than --max_len "
@@ -61,6 +55,6 @@ def _problems(c: Method, *, template_given: bool) -> Iterator[str]:
         )
     if c.eval_at_start and c.eval_dataset is None:
         yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
-    yield from output_problems(c, evaluates=c.eval_dataset is not None)
+    yield from shared.output_problems(c, evaluates=c.eval_dataset is not None)
     if c.eval_steps == 0:
         yield "--eval_steps must be positive, or -1."

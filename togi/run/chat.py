@@ -10,15 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from togi.config.infer import ChatConfig
-from togi.data.chat import (
-    Tokenizer,
-    check_tokens,
-    check_vocabulary,
-    encode,
-    load_tokenizer,
-    render_messages,
-    stop_token_ids,
-)
+from togi.data import chat
 from togi.data.faults import Note, check_whole, named
 from togi.data.messages import Dialogue, Tool, read_tools
 from togi.data.precheck import asked_reward, with_reward
@@ -34,13 +26,15 @@ class Chat:
 
     def __init__(self, config: ChatConfig) -> None:
         path, trust = config.pretrain, config.trust_remote_code
-        self._tokenizer = load_tokenizer(path, chat_template=config.tokenizer_chat_template, trust_remote_code=trust)
+        self._tokenizer = chat.load_tokenizer(
+            path, chat_template=config.tokenizer_chat_template, trust_remote_code=trust
+        )
         self._history: ChatHistory | PlainHistory = (
             ChatHistory(self._tokenizer, path, config.tools) if config.apply_chat_template else PlainHistory(config)
         )
         self._known = known_tokens(path, trust)
-        check_vocabulary(self._tokenizer, path, self._known, apply_chat_template=config.apply_chat_template)
-        stops = stop_token_ids(self._tokenizer, path, chat=config.apply_chat_template)
+        chat.check_vocabulary(self._tokenizer, path, self._known, apply_chat_template=config.apply_chat_template)
+        stops = chat.stop_token_ids(self._tokenizer, path, chat=config.apply_chat_template)
         temperature = 0.0 if config.greedy_sampling else config.temperature
         self._how = Answering(config.max_len, temperature, config.top_p, stops, config.repetition_penalty)
         # The checks above read small files only; the weights come last.
@@ -63,8 +57,8 @@ class Chat:
         if config.enable_csft:
             reward = asked_reward(config.csft_prompt, config.reward_template)
             rendered = with_reward(config.reward_template, rendered, reward)
-        tokens = encode([rendered], self._tokenizer, add_special_tokens=not config.apply_chat_template)[0]
-        check_tokens(self._tokenizer, config.pretrain, self._known, lambda: max(tokens))
+        tokens = chat.encode([rendered], self._tokenizer, add_special_tokens=not config.apply_chat_template)[0]
+        chat.check_tokens(self._tokenizer, config.pretrain, self._known, lambda: max(tokens))
         pieces = []
         for piece in stream(self._model, self._tokenizer, tokens, self._how):
             pieces.append(piece)
@@ -76,7 +70,7 @@ class Chat:
 class ChatHistory:
     """A history of messages. Raises DataError if the tokenizer has no chat template, or if ``--tools`` cannot be read."""
 
-    def __init__(self, tokenizer: Tokenizer, path: str, tools: str | None) -> None:
+    def __init__(self, tokenizer: chat.Tokenizer, path: str, tools: str | None) -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 f"The tokenizer of {path} has no chat template: use an instruct model, give --tokenizer_chat_template, or "
@@ -92,7 +86,7 @@ class ChatHistory:
     def render(self, text: str) -> str:
         dialogue = Dialogue((*self._messages, {"role": "user", "content": text}), self._tools)
         with named("The conversation"):
-            rendered = render_messages(dialogue, self._tokenizer, add_generation_prompt=True)
+            rendered = chat.render_messages(dialogue, self._tokenizer, add_generation_prompt=True)
             check_whole(rendered, "has")
         if Note.TOOLS_UNSEEN in lost(dialogue, rendered):
             raise DataError(

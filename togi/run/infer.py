@@ -19,17 +19,7 @@ import torch
 from togi.algo.best_of_n import mean_with_error, standardized
 from togi.config.choices import EngineName, PostProcessor
 from togi.config.infer import InferConfig
-from togi.data.chat import (
-    Tokenizer,
-    as_plain_text,
-    check_tokens,
-    check_vocabulary,
-    decode,
-    encode,
-    load_tokenizer,
-    stop_token_ids,
-    visible,
-)
+from togi.data import chat
 from togi.data.precheck import asked_reward, with_reward
 from togi.data.prompts import DEFAULT_DATASOURCE, PromptSpec, fingerprint, load_prompts
 from togi.data.row_log import RowLog
@@ -100,10 +90,10 @@ def generate(config: InferConfig, announce: Announce) -> Written:
         with progress.phase("reading prompts", expected_seconds=8):
             tokenizer = _tokenizer(config)
             known = known_tokens(config.pretrain, config.trust_remote_code)
-            check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
+            chat.check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
             asked = ask(config, tokenizer, announce)
             largest = max((max(each.prompt.tokens, default=-1) for each in asked), default=-1)
-            check_tokens(tokenizer, config.pretrain, known, lambda: largest)
+            chat.check_tokens(tokenizer, config.pretrain, known, lambda: largest)
         model = local_folder(config.pretrain)
         prompts = [each.prompt for each in asked]
         # Stage 2: generate what an earlier attempt did not; the log refuses rows of other settings or weights.
@@ -126,7 +116,7 @@ def generate(config: InferConfig, announce: Announce) -> Written:
     return Written(log.path, len(rows))
 
 
-def ask(config: InferConfig, tokenizer: Tokenizer, announce: Announce) -> list[Asked]:
+def ask(config: InferConfig, tokenizer: chat.Tokenizer, announce: Announce) -> list[Asked]:
     """The prompts of this slice, with the csft reward in them. Too long prompts are dropped and counted."""
     spec = PromptSpec(
         config.dataset,
@@ -154,12 +144,12 @@ def ask(config: InferConfig, tokenizer: Tokenizer, announce: Announce) -> list[A
             )
     # Conditional SFT: the reward text makes a prompt longer, so its length is checked again.
     if not config.enable_csft:
-        return [Asked(prompt, as_plain_text(prompt.text, tokenizer)) for prompt in chosen]
+        return [Asked(prompt, chat.as_plain_text(prompt.text, tokenizer)) for prompt in chosen]
     reward = asked_reward(config.csft_prompt, config.reward_template)
     texts = [with_reward(config.reward_template, prompt.text, reward) for prompt in chosen]
-    ids = encode(texts, tokenizer, add_special_tokens=not config.apply_chat_template)
+    ids = chat.encode(texts, tokenizer, add_special_tokens=not config.apply_chat_template)
     told = [
-        Asked(replace(prompt, text=text, tokens=tuple(tokens)), as_plain_text(prompt.text, tokenizer))
+        Asked(replace(prompt, text=text, tokens=tuple(tokens)), chat.as_plain_text(prompt.text, tokenizer))
         for prompt, text, tokens in zip(chosen, texts, ids, strict=True)
     ]
     kept = [each for each in told if len(each.prompt.tokens) <= config.prompt_max_len]
@@ -171,7 +161,7 @@ def ask(config: InferConfig, tokenizer: Tokenizer, announce: Announce) -> list[A
 async def _generate(
     config: InferConfig,
     model: str,
-    tokenizer: Tokenizer,
+    tokenizer: chat.Tokenizer,
     left: Sequence[tuple[int, Prompt]],
     asked: Sequence[Asked],
     log: RowLog,
@@ -182,10 +172,10 @@ async def _generate(
         config.max_new_tokens,
         config.sampling_temperature,
         config.top_p,
-        stop_token_ids=stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template),
+        stop_token_ids=chat.stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template),
         repetition_penalty=config.repetition_penalty,
     )
-    environment = SingleTurn(partial(visible if config.keep_special_tokens else decode, tokenizer), sampling)
+    environment = SingleTurn(partial(chat.visible if config.keep_special_tokens else chat.decode, tokenizer), sampling)
     settings = engine_settings(config, model)
     units = {prompt.id: unit for unit, prompt in left}
     with progress.phase("starting the engine", expected_seconds=15):
@@ -227,10 +217,10 @@ def engine_settings(config: InferConfig, model: str) -> EngineSettings:
     )
 
 
-def _row(config: InferConfig, asked: Asked, tokenizer: Tokenizer, number: int, rollout: Rollout) -> Row:
+def _row(config: InferConfig, asked: Asked, tokenizer: chat.Tokenizer, number: int, rollout: Rollout) -> Row:
     """An output row. ``input``: the text that the model continued; ``prompt``: the same without the csft reward."""
     row: Row = {
-        "input": as_plain_text(rollout.prompt.text, tokenizer),
+        "input": chat.as_plain_text(rollout.prompt.text, tokenizer),
         "output": rollout.response_text,
         "id": rollout.prompt.id,
         "sample": number,
@@ -245,8 +235,8 @@ def _row(config: InferConfig, asked: Asked, tokenizer: Tokenizer, number: int, r
     return row
 
 
-def _tokenizer(config: InferConfig) -> Tokenizer:
-    return load_tokenizer(
+def _tokenizer(config: InferConfig) -> chat.Tokenizer:
+    return chat.load_tokenizer(
         config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
     )
 
@@ -272,7 +262,7 @@ def score(config: InferConfig, announce: Announce) -> Written:
             rows, ids = read_outputs(mixture, spec, tokenizer)
             known = known_tokens(config.pretrain, config.trust_remote_code)
             largest = max((max(tokens, default=-1) for tokens in ids), default=-1)
-            check_tokens(tokenizer, config.pretrain, known, lambda: largest)
+            chat.check_tokens(tokenizer, config.pretrain, known, lambda: largest)
         # Stage 2: score what an earlier attempt did not, then select.
         tokens = hashlib.blake2b(repr(ids).encode(), digest_size=16).hexdigest()
         identity = identity_of(config, SCORING, local_folder(config.pretrain)) | {"--dataset": tokens}

@@ -23,16 +23,8 @@ from togi.errors import CheckpointError
 from togi.methods import METHODS, check_method
 from togi.obs.run_dir import write_atomically
 from togi.plan.machine import this_machine, usable_precision
+from togi.run import preflight
 from togi.run.iterate_steps import Facts, Launch, Steps, subprocess_step
-from togi.run.preflight import (
-    check_engine,
-    check_model,
-    check_prompts,
-    check_reward_file,
-    check_target,
-    check_writable,
-    model_settings,
-)
 
 # Settings that may change on resume: the number of rounds, and how the steps are run.
 FREE = frozenset({"rounds", "run_dir", "save_steps", "reward_workers", "reward_timeout", "max_num_seqs"})
@@ -69,21 +61,21 @@ def check(parsed: Parsed[IterateConfig]) -> None:
     check_iterate(parsed)
     config = parsed.config
     # Models and lengths.
-    check_engine(config.rollout_engine)
-    check_model("pretrain", config.pretrain)
+    preflight.check_engine(config.rollout_engine)
+    preflight.check_model("pretrain", config.pretrain)
     if config.reward_pretrain is not None:
-        check_model("reward_pretrain", config.reward_pretrain)
+        preflight.check_model("reward_pretrain", config.reward_pretrain)
     check_lengths(config)
     if config.method is IterateMethod.CSFT:
         asked_reward(config.csft_prompt, config.reward_template)
     # Data: both sets must have the columns that the steps read.
-    check_prompts(config)
+    preflight.check_prompts(config)
     # The reward file, the output folder, and the training command.
     if config.reward_file is not None:
-        check_reward_file(Path(config.reward_file))
-    check_writable("run_dir", Path(config.run_dir))
-    rewards = [("reward_pretrain", config.reward_pretrain or "")]
-    check_target("run_dir", config.run_dir, [("pretrain", config.pretrain), *rewards])
+        preflight.check_reward_file(Path(config.reward_file))
+    preflight.check_writable("run_dir", Path(config.run_dir))
+    models = [("pretrain", config.pretrain), ("reward_pretrain", config.reward_pretrain or "")]
+    preflight.check_target("run_dir", config.run_dir, models)
     check_training(config)
 
 
@@ -93,7 +85,7 @@ def check_lengths(config: IterateConfig) -> None:
         (config.context_length, config.asked_context),
         (config.max_len, f"--max_len {config.max_len}"),
     ):
-        check_length(asked, length, config.pretrain, model_settings(config.pretrain))
+        check_length(asked, length, config.pretrain, preflight.model_settings(config.pretrain))
 
 
 def check_training(config: IterateConfig) -> None:

@@ -18,16 +18,7 @@ from urllib.parse import urlsplit
 from togi.config.choices import BUILTIN, RemoteMode
 from togi.config.fields import Hook
 from togi.config.rl import RLConfig, verifier_of
-from togi.data.chat import (
-    Tokenizer,
-    check_tokens,
-    check_vocabulary,
-    decode,
-    end_notice,
-    load_tokenizer,
-    stop_token_ids,
-    visible,
-)
+from togi.data import chat
 from togi.data.precheck import RecordSpec
 from togi.data.prompts import LoaderState, PromptLoader, PromptSet, PromptSpec, load_prompts
 from togi.data.records import Examples, load_sft
@@ -322,13 +313,13 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
         if config.generates and config.sends_adapter:
             check_base_files(config.pretrain, "bfloat16" if config.bf16 else "float32", config.trust_remote_code)
         # Stage 2: tokenizer and rows.
-        tokenizer = load_tokenizer(
+        tokenizer = chat.load_tokenizer(
             config.pretrain,
             chat_template=config.tokenizer_chat_template,
             trust_remote_code=config.trust_remote_code,
         )
         known = known_tokens(config.pretrain, config.trust_remote_code)
-        check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
+        chat.check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
         prompts = load_prompts(spec(config, config.prompt_data, config.prompt_split, training=True), tokenizer)
         reports = {"prompts": prompts.report}
         held_out: Sequence[Prompt] = ()
@@ -342,7 +333,7 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
         # A token id beyond the embedding would fail inside a kernel, so it is found here.
         check_rows(config, tokenizer, [*prompts, *held_out], pretraining)
     # Stage 3: one real call of each reward. Two answers suffice to show whether groups work.
-    rewards.connect_servers(config, partial(visible, tokenizer))
+    rewards.connect_servers(config, partial(chat.visible, tokenizer))
     trial: Mapping[str, Sequence[Score]] = {}
     if config.generates:
         with progress.phase("trying the reward", expected_seconds=2):
@@ -350,8 +341,8 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
             groups = [[example(prompt)] * size for prompt in trial_prompts((*prompts, *held_out))]
             trial = await rewards.check(groups)
     # Stage 4: where answers end.
-    stops = stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
-    if notice := end_notice(tokenizer, config.pretrain, stops):
+    stops = chat.stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
+    if notice := chat.end_notice(tokenizer, config.pretrain, stops):
         logger.warning("%s", notice)
     return Material(
         prompts,
@@ -359,7 +350,7 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
         held_out,
         pretraining,
         reports,
-        partial(decode, tokenizer),
+        partial(chat.decode, tokenizer),
         stops,
         rewards,
         trial,
@@ -367,7 +358,7 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
 
 
 def check_rows(
-    config: RLConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], pretraining: Pretraining | None
+    config: RLConfig, tokenizer: chat.Tokenizer, prompts: Sequence[Prompt], pretraining: Pretraining | None
 ) -> None:
     """Check that every model has an embedding row for every token: the policy for the tokens of the data, other models for all
     tokens that the policy may write. Raises ModelError.
@@ -378,11 +369,11 @@ def check_rows(
         return max(mixed, *(max(prompt.tokens, default=-1) for prompt in prompts))
 
     known = known_tokens(config.pretrain, config.trust_remote_code)
-    check_tokens(tokenizer, config.pretrain, known, largest)
+    chat.check_tokens(tokenizer, config.pretrain, known, largest)
     # The policy cannot write a token beyond its embedding or beyond its tokenizer.
     written = min(known - 1, max(tokenizer.get_vocab().values()))
     for _, path in models_of(config)[1:]:
-        check_tokens(tokenizer, path, known_tokens(path, config.trust_remote_code), lambda: written)
+        chat.check_tokens(tokenizer, path, known_tokens(path, config.trust_remote_code), lambda: written)
 
 
 def spec(config: RLConfig, data: str, split: str, *, training: bool) -> PromptSpec:
@@ -475,7 +466,7 @@ def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPl
     return f"replay of {folder}: no engine runs and no reward is called"
 
 
-def load_pretraining(config: RLConfig, data: str, tokenizer: Tokenizer) -> Pretraining:
+def load_pretraining(config: RLConfig, data: str, tokenizer: chat.Tokenizer) -> Pretraining:
     """Read ``--pretrain_data``: plain texts, learned as a whole, or prompts and responses. Raises DataError."""
     rows = RecordSpec(
         dataset=data,

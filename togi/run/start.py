@@ -33,14 +33,6 @@ from togi.methods.method import Method
 from togi.plan.machine import joins_cluster, this_machine, usable_precision
 from togi.run import preflight
 from togi.run.modelscope import with_local_names
-from togi.run.preflight import (
-    check_engine,
-    check_engine_heads,
-    check_model,
-    check_sets,
-    check_writable,
-    model_settings,
-)
 
 if TYPE_CHECKING:
     from togi.run.infer import Written
@@ -126,19 +118,19 @@ def infer_door(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
     # Engine, model and lengths.
     asked, longest = f"--max_len {config.max_len}", config.max_len
     if config.eval_task.generates:
-        check_engine(config.engine)
+        preflight.check_engine(config.engine)
         asked_reward(config.csft_prompt, config.reward_template)
-        check_engine_heads("tp_size", config.tp_size, config.pretrain)
+        preflight.check_engine_heads("tp_size", config.tp_size, config.pretrain)
         asked, longest = config.asked_context, config.context_length
-    check_model("pretrain", config.pretrain)
-    check_length(asked, longest, config.pretrain, model_settings(config.pretrain))
+    preflight.check_model("pretrain", config.pretrain)
+    check_length(asked, longest, config.pretrain, preflight.model_settings(config.pretrain))
     # Data and output file.
     keys = {
         "input_key": config.input_key,
         "label_key": config.label_key,
         "output_key": None if config.eval_task.generates else config.output_key,
     }
-    check_sets("dataset", config.dataset, keys, config.dataset_split, config.dataset_probs)
+    preflight.check_sets("dataset", config.dataset, keys, config.dataset_split, config.dataset_probs)
     check_output(config)
     return parsed
 
@@ -146,7 +138,7 @@ def infer_door(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
 def check_output(config: InferConfig) -> None:
     """Check that the output file can be written and is not an input. Raises ConfigError."""
     target = Path(config.output_path)
-    check_writable("output_path", target.parent)
+    preflight.check_writable("output_path", target.parent)
     if target.is_dir():
         raise ConfigError(f"--output_path {target} is a folder: give the path of a file in it.")
     if any(Path(item.path).absolute() == target.absolute() for item in parse_items(config.dataset)):
