@@ -19,6 +19,7 @@ from togi.errors import DataError
 from togi.model.generate import Answering, load_generator, stream
 from togi.model.loading import known_tokens
 from togi.parallel.process import default_device
+from togi.run.loading import tokenizer_of
 
 
 class Chat:
@@ -26,9 +27,7 @@ class Chat:
 
     def __init__(self, config: ChatConfig) -> None:
         path, trust = config.pretrain, config.trust_remote_code
-        self._tokenizer = chat.load_tokenizer(
-            path, chat_template=config.tokenizer_chat_template, trust_remote_code=trust
-        )
+        self._tokenizer = tokenizer_of(config)
         self._history: ChatHistory | PlainHistory = (
             ChatHistory(self._tokenizer, path, config.tools) if config.apply_chat_template else PlainHistory(config)
         )

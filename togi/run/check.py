@@ -16,7 +16,7 @@ from togi.config.parse import C as Config
 from togi.config.parse import Parsed, Source
 from togi.config.rl import RLConfig
 from togi.config.shared import PromptText
-from togi.data.chat import Tokenizer, load_tokenizer, visible
+from togi.data.chat import Tokenizer, visible
 from togi.data.prompts import PromptLoader
 from togi.data.report import DataReport
 from togi.errors import ConfigError, UserError
@@ -39,9 +39,10 @@ from togi.rollout.collect import collect_groups
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.run import offline, rl_setup
 from togi.run.keep import check_room, offline_writing, rl_writing, size_of
-from togi.run.preflight import model_settings
-from togi.run.reward_model import standardization_of, token_scores
-from togi.run.rl_setup import Material, Opening, combined, reward_names
+from togi.run.loading import standardization_of, token_scores, tokenizer_of
+from togi.run.plan import StepPlan
+from togi.run.preflight import asked_context, model_settings
+from togi.run.rl_setup import Material, combined, reward_names
 from togi.run.signs import Sign, Verdict, prompt_signs, setting_signs
 from togi.sample import Outcome, Rollout, Score
 from togi.weights.files import local_folder
@@ -230,18 +231,18 @@ def look_at_offline(parsed: Parsed[Method], command: str, say: Say) -> None:
     config, sizes = parsed.config, size_of(parsed.config)
     _say_all(settings_text(parsed), say)
     with Progress() as progress:
-        opened = offline.opening(config, command, World.solo(), progress, say)
+        data, plan, _ = offline.opening(config, command, World.solo(), progress, say)
     # Facts of the run: model, lengths, tokenizer, template, rows, disk space.
     say(model_text("pretrain", config.pretrain, sizes(config.pretrain, config.is_scalar)))
     say(_lengths(f"--max_len {config.max_len}", config.pretrain))
-    say(tokenizer_text(opened.data.tokenizer, opened.data.stop_token_ids))
+    say(tokenizer_text(data.tokenizer, data.stop_token_ids))
     if config.learns_every_token:
         say("template: none, every token is learnt (--pretrain_mode)")
     elif config.prompt_text is not None:
-        say(template_text(config.prompt_text, opened.data.tokenizer))
-    for name, report in opened.data.reports.items():
+        say(template_text(config.prompt_text, data.tokenizer))
+    for name, report in data.reports.items():
         _say_all(rows_text(name, report, width=config.width), say)
-    say(f"disk: {check_room(config, offline_writing(config, opened.plan.steps, sizes))}")
+    say(f"disk: {check_room(config, offline_writing(config, plan.steps, sizes))}")
     # For RL, `setting_signs` makes this check.
     if config.learning_rate == 0:
         conclude(
@@ -261,24 +262,21 @@ def look_at_rl(parsed: Parsed[RLConfig], sample_groups: int, say: Say) -> None:
 
 
 async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, say: Say) -> None:
-    async with rl_setup.opening(config, None, progress, say) as opened:
-        tokenizer = load_tokenizer(
-            config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
-        )
-        _describe(config, opened, tokenizer, say)
+    async with rl_setup.opening(config, None, progress, say) as (material, plan, _):
+        tokenizer = tokenizer_of(config)
+        _describe(config, material, plan, tokenizer, say)
         # Signs from settings and prompts cost nothing; sampled answers need the model, so they are optional.
-        signs = [*setting_signs(config, opened.plan), *prompt_signs(config, opened.material, tokenizer)]
+        signs = [*setting_signs(config, plan), *prompt_signs(config, material, tokenizer)]
         if sample_groups > 0:
-            signs += await _sampled(config, opened.material, tokenizer, sample_groups, progress, say)
+            signs += await _sampled(config, material, tokenizer, sample_groups, progress, say)
     conclude(signs, say)
 
 
-def _describe(config: RLConfig, opened: Opening, tokenizer: Tokenizer, say: Say) -> None:
+def _describe(config: RLConfig, material: Material, plan: StepPlan, tokenizer: Tokenizer, say: Say) -> None:
     """Report model, lengths, tokenizer, template, rows, reward, placement and disk space."""
-    material, sizes = opened.material, size_of(config)
+    sizes = size_of(config)
     say(model_text("pretrain", config.pretrain, sizes(config.pretrain, False)))
-    asked = f"--prompt_max_len {config.prompt_max_len} + --generate_max_len {config.generate_max_len}"
-    say(_lengths(asked if config.max_len is None else f"--max_len {config.max_len}", config.pretrain))
+    say(_lengths(asked_context(config), config.pretrain))
     say(tokenizer_text(tokenizer, material.stop_token_ids))
     say(template_text(config, tokenizer))
     for name, report in material.reports.items():
@@ -293,7 +291,7 @@ def _describe(config: RLConfig, opened: Opening, tokenizer: Tokenizer, say: Say)
     unit = "GPUs" if this_machine().gpus > 0 or joins_cluster() else "worker processes"
     unit = IN_PROCESS if config.workers is WorkersKind.LOCAL else unit
     say(f"placement: {arithmetic(plan_groups(config), unit)}")
-    say(f"disk: {check_room(config, rl_writing(config, opened.plan.rollouts, sizes))}")
+    say(f"disk: {check_room(config, rl_writing(config, plan.rollouts, sizes))}")
 
 
 async def _sampled(

@@ -37,7 +37,7 @@ from togi.rollout import create_engine
 from togi.rollout.collect import SingleTurn, collect_groups
 from togi.rollout.engine import EngineSettings
 from togi.run.iterate_steps import Row, select
-from togi.run.reward_model import standardization_of, token_scores
+from togi.run.loading import standardization_of, token_scores, tokenizer_of
 from togi.sample import FinishReason, Prompt, Rollout, Sampling
 from togi.weights.files import local_folder
 
@@ -88,7 +88,7 @@ def generate(config: InferConfig, announce: Announce) -> Written:
     with Progress() as progress:
         # Stage 1: prompts. No weights are loaded yet.
         with progress.phase("reading prompts", expected_seconds=8):
-            tokenizer = _tokenizer(config)
+            tokenizer = tokenizer_of(config)
             known = known_tokens(config.pretrain, config.trust_remote_code)
             chat.check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
             asked = ask(config, tokenizer, announce)
@@ -235,12 +235,6 @@ def _row(config: InferConfig, asked: Asked, tokenizer: chat.Tokenizer, number: i
     return row
 
 
-def _tokenizer(config: InferConfig) -> chat.Tokenizer:
-    return chat.load_tokenizer(
-        config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
-    )
-
-
 def score(config: InferConfig, announce: Announce) -> Written:
     """Score every row, then apply the post-processor. Other columns of a row are kept."""
     if config.full_determinism:
@@ -248,7 +242,7 @@ def score(config: InferConfig, announce: Announce) -> Written:
     with Progress() as progress:
         # Stage 1: rows. No weights are loaded yet.
         with progress.phase("reading rows", expected_seconds=8):
-            tokenizer = _tokenizer(config)
+            tokenizer = tokenizer_of(config)
             mixture = load_mixture(
                 config.dataset,
                 config.dataset_probs,

@@ -19,7 +19,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -342,28 +343,24 @@ def try_function(config: IterateConfig) -> None:
     """Call the reward function once on made-up rows. Raises RewardError."""
     row = {
         "id": "0:0",
-        "sample": 0,
         "input": "A trial question?",
         "output": "A trial answer: 42",
         "finish_reason": "stop",
+        "label": "42",
     }
-    asyncio.run(_try(config, [_rollout(row | {"label": "42"}), _rollout(row | {"label": "42", "sample": 1})]))
+    asyncio.run(_try(config, [_rollout(row)] * 2))
 
 
 async def _try(config: IterateConfig, group: Sequence[Rollout]) -> None:
-    function = _function(config)
-    try:
+    async with _function(config) as function:
         await function.check(group)
-    finally:
-        with way_out("closing the reward"):
-            await function.close()
 
 
 async def _score(config: IterateConfig, groups: Sequence[Sequence[Row]], log: RowLog) -> None:
     # Two groups per worker: enough to keep every worker busy.
-    function, room = _function(config), asyncio.Semaphore(2 * config.reward_workers)
+    room = asyncio.Semaphore(2 * config.reward_workers)
 
-    async def one(unit: int, group: Sequence[Row]) -> None:
+    async def one(function: FunctionReward, unit: int, group: Sequence[Row]) -> None:
         async with room:
             scores = await function.score([_rollout(row) for row in group])
         rewards = [score.value if score.outcome is Outcome.SCORE else None for score in scores]
@@ -371,28 +368,33 @@ async def _score(config: IterateConfig, groups: Sequence[Sequence[Row]], log: Ro
         log.add(unit, [{"id": row["id"], "sample": row["sample"], "reward": reward} for row, reward in pairs])
 
     try:
-        async with asyncio.TaskGroup() as tasks:
+        async with _function(config) as function, asyncio.TaskGroup() as tasks:
             for unit, group in enumerate(groups):
                 if unit not in log.done:
-                    tasks.create_task(one(unit, group))
+                    tasks.create_task(one(function, unit, group))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+
+
+@asynccontextmanager
+async def reward_function(path: str, limits: CallLimits) -> AsyncIterator[FunctionReward]:
+    """A reward function in its worker processes, which end with the block. Raises RewardError."""
+    function = FunctionReward.from_file(path, limits)
+    try:
+        yield function
     finally:
         with way_out("closing the reward"):
             await function.close()
 
 
-def _function(config: IterateConfig) -> FunctionReward:
+def _function(config: IterateConfig) -> AbstractAsyncContextManager[FunctionReward]:
     limits = CallLimits(workers=config.reward_workers, timeout=config.reward_timeout)
-    return FunctionReward.from_file(str(config.reward_file), limits)
+    return reward_function(str(config.reward_file), limits)
 
 
 def _rollout(row: Row) -> Rollout:
     """A row as a rollout for the reward function: texts only, no tokens."""
-    text = row["prompt"] if "prompt" in row else row["input"]
-    label = row["label"] if "label" in row else ""
-    datasource = row["datasource"] if "datasource" in row else "default"
-    prompt = Prompt(row["id"], (0,), text, label, datasource)
+    prompt = Prompt(row["id"], (0,), _plain(row), row.get("label", ""), row.get("datasource", "default"))
     return Rollout(prompt, row["id"], (), (), (), row["output"], FinishReason(row["finish_reason"]), 0)
 
 
@@ -447,17 +449,9 @@ def pairs(rows: Sequence[Row]) -> Selection:
             continue
         chosen, rejected = group[places[0]], group[places[1]]
         # Other columns come from the chosen output.
-        rest = {name: value for name, value in chosen.items() if name not in ("input", "output", "reward")}
-        found.append(
-            rest
-            | {
-                "prompt": chosen["input"],
-                "chosen": chosen["output"],
-                "chosen_reward": chosen["reward"],
-                "rejected": rejected["output"],
-                "rejected_reward": rejected["reward"],
-            }
-        )
+        row = {name: value for name, value in chosen.items() if name not in ("input", "output", "reward")}
+        row |= {"prompt": chosen["input"], "chosen": chosen["output"], "chosen_reward": chosen["reward"]}
+        found.append(row | {"rejected": rejected["output"], "rejected_reward": rejected["reward"]})
     return Selection(tuple(found), len(groups), ties=len(groups) - len(found), unscored=unscored)
 
 

@@ -68,15 +68,6 @@ def launched(local_rank: int) -> Iterator[World]:
     world.leave()  # not after an error, when others may still wait in a collective
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Opening:
-    """The state of a run before it loads a model or makes a folder. ``found``: the checkpoint to resume from."""
-
-    data: Data
-    plan: EpochPlan
-    found: Checkpoint | None
-
-
 def run(
     world: World,
     parsed: Parsed[Method],
@@ -90,22 +81,27 @@ def run(
     world = world.in_teams(config.ring_attn_size, config.ds_tensor_parallel_size)
     with Progress(quiet=not first) as progress, ExitStack() as stack:
         # Data, plan and checkpoint first: a user's mistake ends the run before a model is loaded.
-        opened = opening(config, command, world, progress, announce if first else silent)
-        journal, data, found = Journal(progress), opened.data, opened.found
+        data, plan, found = opening(config, command, world, progress, announce if first else silent)
+        journal = Journal(progress)
         if first:
             folder = open_journal(parsed, command, argv, progress, announce, data.reports, found)
             journal = stack.enter_context(folder)
         with progress.phase("loading models", expected_seconds=10):
-            models = load_models(config, data, opened.plan, world, journal)
+            models = load_models(config, data, plan, world, journal)
         # From here on the loop owns the models and closes them.
-        state = OfflineRun(config, command, opened.plan, models, world, journal)
+        state = OfflineRun(config, command, plan, models, world, journal)
         stack.callback(state.close)
         evaluations = train(state, found)
-    return Result(journal.root, Path(config.save_path), opened.plan.steps, tuple(evaluations), first)
+    return Result(journal.root, Path(config.save_path), plan.steps, tuple(evaluations), first)
 
 
-def opening(config: Method, command: str, world: World, progress: Progress, announce: Callable[[str], None]) -> Opening:
-    """Everything that comes before the models: notices, rows, the step plan, the checkpoint. Raises UserError."""
+def opening(
+    config: Method, command: str, world: World, progress: Progress, announce: Callable[[str], None]
+) -> tuple[Data, EpochPlan, Checkpoint | None]:
+    """Everything that comes before a model or a folder: notices, rows, the step plan, the checkpoint to resume from.
+
+    Raises UserError.
+    """
     # Notices about flags that this machine or these settings change.
     if config.flash_attn and config.ring_attn_size > 1:
         announce("--flash_attn: ring attention (--ring_attn_size) has kernels of its own, which are used instead")
@@ -123,7 +119,7 @@ def opening(config: Method, command: str, world: World, progress: Progress, anno
     plan = EpochPlan(len(data.train), config.train_batch_size, config.max_epochs, config.seed)
     check_plan(config, plan, data)
     announce(plan.describe())
-    return Opening(data, plan, find_checkpoint(config, command, data, world))
+    return data, plan, find_checkpoint(config, command, data, world)
 
 
 def silent(line: str) -> None:

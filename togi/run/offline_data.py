@@ -34,6 +34,7 @@ from togi.model.loading import check_causal_lm, known_tokens
 from togi.obs.progress import Progress
 from togi.parallel.process import World
 from togi.run.journal import Journal
+from togi.run.loading import tokenizer_of
 from togi.run.plan import EpochPlan
 from togi.version import __version__
 from togi.weights.files import local_folder
@@ -73,9 +74,7 @@ def load_data(config: Method, world: World, progress: Progress) -> Data:
             asked=f"--max_len {config.max_len}",
             longest=config.max_len,
         )
-        tokenizer = load_tokenizer(
-            config.pretrain, chat_template=config.tokenizer_chat_template, trust_remote_code=config.trust_remote_code
-        )
+        tokenizer = tokenizer_of(config)
         spec = record_spec(config, config.dataset, config.split, training=True)
         rows = {
             path: known_tokens(path, config.trust_remote_code)

@@ -69,14 +69,13 @@ async def run(
     config = parsed.config
     with Progress() as progress:
         # Each block owns what it opens, and closes it also after an error: data and rewards, run folder, workers.
-        async with opening(config, reward, progress, announce) as opened:
-            material, found = opened.material, opened.checkpoint
+        async with opening(config, reward, progress, announce) as (material, plan, found):
             with open_journal(parsed, COMMAND, argv, progress, announce, material.reports, found) as journal:
-                async with workers(config, opened.plan, journal) as session:
+                async with workers(config, plan, journal) as session:
                     combined = await connect(config, material.rewards, session)
                     if line := describe(config, combined):
                         announce(f"reward: {line}")
-                    state = RLRun(config, material, combined, opened.plan, session, journal)
+                    state = RLRun(config, material, combined, plan, session, journal)
                     evaluations = await train(state, found)
     return Result(journal.root, journal.root / "report.html", Path(config.save_path), state.step, tuple(evaluations))
 

@@ -38,6 +38,7 @@ from togi.reward.remote import TOKEN_VARIABLE, ConnectionLimits, RemoteReward
 from togi.reward.scores import CombinedReward, LocalModelReward, Reward, Standardization, Term, distinct_names
 from togi.rollout.collect import SingleTurn
 from togi.run.keep import DRIVER, newest_checkpoint
+from togi.run.loading import tokenizer_of
 from togi.run.plan import EpochPlan, StepPlan, rl_aim
 from togi.run.preflight import asked_context, models_of
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Sample, Sampling, Score
@@ -236,15 +237,6 @@ class Pretraining:
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
-    """The state of a run before it starts a process or makes a folder. ``checkpoint``: the one to resume from."""
-
-    material: Material
-    plan: StepPlan
-    checkpoint: Checkpoint | None
-
-
-@dataclass(frozen=True, slots=True)
 class Material:
     """Prompts, held-out prompts (empty without ``--eval_dataset``), and the rewards that need no worker of the run.
 
@@ -270,8 +262,11 @@ class Material:
 @asynccontextmanager
 async def opening(
     config: RLConfig, function: Callable[..., object] | None, progress: Progress, announce: Callable[[str], None]
-) -> AsyncIterator[Opening]:
-    """Everything that comes before the processes of a run. The rewards close with the block. Raises UserError."""
+) -> AsyncIterator[tuple[Material, StepPlan, Checkpoint | None]]:
+    """Everything that comes before a process or a folder of a run, with the checkpoint to resume from.
+
+    The rewards close with the block. Raises UserError.
+    """
     check_hooks(config)
     rewards = EarlyRewards(config, function)  # processes start now and import while the prompts are read
     try:
@@ -282,7 +277,7 @@ async def opening(
         announce(plan.describe(config))
         if config.replay is not None:
             announce(check_replay(config, config.replay, material, plan))
-        yield Opening(material, plan, find_checkpoint(config, material, progress))
+        yield material, plan, find_checkpoint(config, material, progress)
     finally:
         with way_out("closing the rewards"):
             await rewards.close()
@@ -313,11 +308,7 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
         if config.generates and config.sends_adapter:
             check_base_files(config.pretrain, "bfloat16" if config.bf16 else "float32", config.trust_remote_code)
         # Stage 2: tokenizer and rows.
-        tokenizer = chat.load_tokenizer(
-            config.pretrain,
-            chat_template=config.tokenizer_chat_template,
-            trust_remote_code=config.trust_remote_code,
-        )
+        tokenizer = tokenizer_of(config)
         known = known_tokens(config.pretrain, config.trust_remote_code)
         chat.check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
         prompts = load_prompts(spec(config, config.prompt_data, config.prompt_split, training=True), tokenizer)

@@ -22,10 +22,11 @@ from togi.obs.way_out import way_out
 from togi.parallel import frozen
 from togi.parallel.backend import BackendOptions
 from togi.parallel.process import World, default_device
-from togi.reward.function import CallLimits, FunctionReward
+from togi.reward.function import CallLimits
 from togi.reward.server import PATH, Batcher, RewardServer, ScoreCall, ServerLimits
 from togi.reward.wire import Answer, Call, Complaint
-from togi.run.reward_model import standardization_of, token_scores
+from togi.run.iterate_steps import reward_function
+from togi.run.loading import standardization_of, token_scores
 
 
 def serve(config: ServeRMConfig, token: str, announce: Callable[[str], None]) -> None:
@@ -58,12 +59,8 @@ async def source(config: ServeRMConfig) -> AsyncIterator[ScoreCall]:
     # A reward function runs in worker processes of its own.
     if config.reward_func:
         limits = CallLimits(config.reward_workers, config.reward_timeout)
-        function = FunctionReward.from_file(config.reward_func, limits)
-        try:
+        async with reward_function(config.reward_func, limits) as function:
             yield function.answer
-        finally:
-            with way_out("closing the reward"):
-                await function.close()
         return
     # A model runs in this process; requests that wait together share a forward pass.
     model = ServedModel(config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import numpy as np
 
@@ -42,6 +43,10 @@ class Sign:
     sentence: str
 
 
+fine = partial(Sign, Verdict.FINE)
+warning = partial(Sign, Verdict.WARNING)
+
+
 def setting_signs(config: RLConfig, plan: StepPlan) -> Iterator[Sign]:
     """Settings under which the actor never changes."""
     if config.actor_learning_rate == 0:
@@ -54,7 +59,7 @@ def setting_signs(config: RLConfig, plan: StepPlan) -> Iterator[Sign]:
         )
     else:
         rate = config.actor_learning_rate
-        yield Sign(Verdict.FINE, f"{plan.actor_updates} updates of the actor at a learning rate of up to {rate:g}.")
+        yield fine(f"{plan.actor_updates} updates of the actor at a learning rate of up to {rate:g}.")
 
 
 def prompt_signs(config: RLConfig, material: Material, tokenizer: Tokenizer) -> Iterator[Sign]:
@@ -81,19 +86,16 @@ def marks(tokenizer: Tokenizer) -> frozenset[int]:
 def _label_signs(key: str, labels: Sequence[object]) -> Iterator[Sign]:
     empty = sum(label is None or label in ("", [], {}) for label in labels)
     if empty == len(labels):
-        text = (
+        yield warning(
             f"The field {key!r} is empty in all {empty} rows: name the field of the reference answers with --label_key."
         )
-        yield Sign(Verdict.WARNING, text)
     elif empty > 0:
-        text = f"The field {key!r} is empty in {empty} of {len(labels)} rows: fill it, or leave those rows out."
-        yield Sign(Verdict.WARNING, text)
+        yield warning(f"The field {key!r} is empty in {empty} of {len(labels)} rows: fill it, or leave those rows out.")
     elif len(labels) > 1 and all(label == labels[0] for label in labels):
-        text = (
+        yield warning(
             f"The field {key!r} is {labels[0]!r} in all {len(labels)} rows: if answers differ, name their field with "
             "--label_key."
         )
-        yield Sign(Verdict.WARNING, text)
 
 
 def reward_signs(config: RLConfig, groups: Sequence[ScoredGroup]) -> Iterator[Sign]:
@@ -105,11 +107,11 @@ def reward_signs(config: RLConfig, groups: Sequence[ScoredGroup]) -> Iterator[Si
         return
     if not places and config.dynamic_filtering:
         low, high = config.dynamic_filtering_reward_range
-        text = (
+        yield Sign(
+            _certain(scores),
             f"--dynamic_filtering leaves out all {len(groups)} groups, as none has a mean reward between {low:g} and {high:g}: "
-            "widen --dynamic_filtering_reward_range, or give prompts that are solved sometimes."
+            "widen --dynamic_filtering_reward_range, or give prompts that are solved sometimes.",
         )
-        yield Sign(_certain(scores), text)
     elif places:
         yield from _variance_signs(config, groups, places)
     yield from _part_signs(config, [score for score in scores if score.outcome is Outcome.SCORE])
@@ -156,7 +158,7 @@ def _variance_signs(config: RLConfig, groups: Sequence[ScoredGroup], places: Seq
                 Verdict.NOTE, "No --label_key is set, so that the reward is given empty labels: name their field."
             )
     elif not config.advantage_estimator.uses_groups:
-        yield Sign(Verdict.FINE, f"Rewards differ: {low:g} to {high:g} over {len(values)} answers.")
+        yield fine(f"Rewards differ: {low:g} to {high:g} over {len(values)} answers.")
     elif len(flat) == len(by_group):
         yield Sign(
             verdict,
@@ -168,10 +170,10 @@ def _variance_signs(config: RLConfig, groups: Sequence[ScoredGroup], places: Seq
         worst, best = flat.count(low), flat.count(high)
         ends = f"in {worst} of the others all are at {low:g}, in {best} all at {high:g}"
         if 2 * len(flat) <= len(by_group):
-            yield Sign(Verdict.FINE, f"{text}.")
+            yield fine(f"{text}.")
         else:
             advice = "take prompts that are solved sometimes, or raise --n_samples_per_prompt"
-            yield Sign(Verdict.WARNING, f"Only {text}; {ends}: {advice}.")
+            yield warning(f"Only {text}; {ends}: {advice}.")
 
 
 def _part_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
@@ -183,11 +185,11 @@ def _part_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
     for name in names:
         values = [score.components[name] for score in scores if name in score.components]
         if len(values) >= ENOUGH and not any(values):
-            text = (
+            yield Sign(
+                Verdict.WARNING if name in whole else Verdict.NOTE,
                 f"The part {name!r} of the reward is 0 for all {len(values)} answers: nothing teaches to reach it, so show the "
-                "form in the prompt or by supervised fine-tuning first, or reward steps towards it."
+                "form in the prompt or by supervised fine-tuning first, or reward steps towards it.",
             )
-            yield Sign(Verdict.WARNING if name in whole else Verdict.NOTE, text)
 
 
 def _length_signs(config: RLConfig, groups: Sequence[ScoredGroup], places: Sequence[Place]) -> Iterator[Sign]:
@@ -203,10 +205,9 @@ def _length_signs(config: RLConfig, groups: Sequence[ScoredGroup], places: Seque
         return
     along = float(np.corrcoef(lengths, values)[0, 1])
     if abs(along) > PARALLEL:
-        yield Sign(
-            Verdict.WARNING,
+        yield warning(
             f"The reward follows the length of the answers (correlation {along:.3f} over {len(places)} answers), so that "
-            f"{'long' if along > 0 else 'short'} answers alone are learnt: let it depend on what they say.",
+            f"{'long' if along > 0 else 'short'} answers alone are learnt: let it depend on what they say."
         )
 
 
@@ -232,20 +233,16 @@ def answer_signs(
     median = lengths[number // 2]
     if cut == number:
         ends = ", ".join(repr(visible(tokenizer, [stop])) for stop in stops)
-        yield Sign(
-            Verdict.WARNING,
+        yield warning(
             f"None of {number} answers ends in a stop token ({ends}), all are cut at --generate_max_len {limit}: raise it, or "
-            "take a model and a template whose answers end.",
+            "take a model and a template whose answers end."
         )
     elif cut > CUT * number:
-        yield Sign(
-            Verdict.WARNING,
-            f"{cut} of {number} answers are cut at --generate_max_len {limit} (median {median} tokens): raise it.",
+        yield warning(
+            f"{cut} of {number} answers are cut at --generate_max_len {limit} (median {median} tokens): raise it."
         )
     else:
-        yield Sign(
-            Verdict.FINE, f"{cut} of {number} answers are cut at --generate_max_len {limit} (median {median} tokens)."
-        )
+        yield fine(f"{cut} of {number} answers are cut at --generate_max_len {limit} (median {median} tokens).")
     empty = sum(not rollout.response_text.strip() for rollout in rollouts)
     if empty > EMPTY * number:
         yield Sign(
@@ -282,19 +279,17 @@ def _token_signs(
         merged += tuple(again[: len(prompt)]) != prompt
         other += tuple(again) != prompt + answer
     if merged > DRIFT * number:
-        yield Sign(
-            Verdict.WARNING,
+        yield warning(
             f"In {merged} of {number} answers the tokenizer would join the end of the prompt with the start of the answer, so "
-            "that the model never saw such a beginning: end the prompt without a space (--input_template).",
+            "that the model never saw such a beginning: end the prompt without a space (--input_template)."
         )
     elif other > DRIFT * number:
-        yield Sign(
-            Verdict.WARNING,
+        yield warning(
             f"The text of {other} of {number} answers becomes other tokens than were sampled, so that the reward may read what "
-            "the model did not mean: sample at a lower --temperature, or check that tokenizer and model belong together.",
+            "the model did not mean: sample at a lower --temperature, or check that tokenizer and model belong together."
         )
     else:
-        yield Sign(Verdict.FINE, f"The text of {number - other} of {number} answers becomes the sampled tokens again.")
+        yield fine(f"The text of {number - other} of {number} answers becomes the sampled tokens again.")
 
 
 def drift(answer: str, tokenizer: Tokenizer) -> str:
@@ -321,11 +316,10 @@ def _drift_signs(answers: Sequence[str], tokenizer: Tokenizer) -> Iterator[Sign]
     """Chat templates that do not continue their own prompt."""
     found = [how for how in (drift(answer, tokenizer) for answer in answers) if how]
     if found:
-        yield Sign(
-            Verdict.WARNING,
+        yield warning(
             f"In {len(found)} of {len(answers)} conversations with the answer the chat template does not continue its own prompt "
             f"({found[0]}): later turns and supervised rows are not what is trained here; give a --tokenizer_chat_template "
-            "that does.",
+            "that does."
         )
 
 

@@ -1,14 +1,23 @@
-"""Scores by a reward model of this process, for ``togi infer``, ``togi check`` and ``togi serve-rm``."""
+"""What several commands load in the same way: the tokenizer, and the scores of a reward model in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from togi.config.infer import ChatConfig, InferConfig
+from togi.config.shared import ModelSettings
+from togi.data import chat
 from togi.data.packing import in_order, pack_all
 from togi.learn.scorer import Scorer
 from togi.model.policy import ScalarModel
 from togi.reward.scores import Standardization
 from togi.workers.worker_group import as_sample
+
+
+def tokenizer_of(config: ModelSettings | InferConfig | ChatConfig) -> chat.Tokenizer:
+    """The tokenizer of ``--pretrain``, with the chat template that the user gave. Raises DataError."""
+    template, trust = config.tokenizer_chat_template, config.trust_remote_code
+    return chat.load_tokenizer(config.pretrain, chat_template=template, trust_remote_code=trust)
 
 
 def token_scores(
