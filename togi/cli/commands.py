@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from togi.cli.main import say
 from togi.config.fields import Settings, flag
 from togi.config.iterate import IterateConfig
 from togi.config.parse import Parsed, nearest, parse
@@ -39,18 +40,18 @@ class ReportConfig(Settings):
 def offline(argv: Sequence[str]) -> None:
     """Train a method on fixed data, the one that the first word names, and print where everything is."""
     command, *flags = argv
-    ready = offline_door(parse(METHODS[command], flags, command), announce=_say)
+    ready = offline_door(parse(METHODS[command], flags, command), announce=say)
     from togi.run.offline import launched, run
 
     with launched(ready.config.local_rank) as world:
-        result = run(world, ready, command, argv=flags, announce=_say)
+        result = run(world, ready, command, argv=flags, announce=say)
     if not result.is_first:
         return
     for evaluation in result.evaluations:
         when = "before training" if evaluation.step == 0 else f"after {evaluation.step} steps"
         shown = {"loss": evaluation.loss, **evaluation.metrics}
-        _say(f"held-out, {when}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-    _say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
+        say(f"held-out, {when}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
 
 
 def iterate(argv: Sequence[str]) -> None:
@@ -58,8 +59,8 @@ def iterate(argv: Sequence[str]) -> None:
     parsed = parse(IterateConfig, argv, "iterate")
     from togi.run.iterate import start_iterate
 
-    result = start_iterate(parsed, announce=_say)
-    _say(f"summary: {result.summary}\nmodel:   {result.model}")
+    result = start_iterate(parsed, announce=say)
+    say(f"summary: {result.summary}\nmodel:   {result.model}")
 
 
 def export(argv: Sequence[str]) -> None:
@@ -71,8 +72,8 @@ def export(argv: Sequence[str]) -> None:
     from togi.run.export import export
 
     for line in export(config):
-        _say(line)
-    _say(f"exported model: {Path(config.output_path)}")
+        say(line)
+    say(f"exported model: {Path(config.output_path)}")
 
 
 def report(argv: Sequence[str]) -> None:
@@ -82,7 +83,7 @@ def report(argv: Sequence[str]) -> None:
         raise ConfigError("--run_dir is required: the folder of a run, such as runs/rl-20260101-120000.")
     from togi.obs.report import write_report
 
-    _say(str(write_report(Path(config.run_dir))))
+    say(str(write_report(Path(config.run_dir))))
 
 
 def check(argv: Sequence[str]) -> None:
@@ -101,24 +102,20 @@ def check(argv: Sequence[str]) -> None:
         raise ConfigError(f"--{SAMPLE_GROUPS} samples answers to be rewarded: it is for togi check rl.")
     if command == "rl":
         parsed, groups = without_check(parse(RLCheckConfig, flags, "check rl"))
-        ready = rl_door(parsed, reward_given=False, announce=_say)
+        ready = rl_door(parsed, reward_given=False, announce=say)
         from togi.run.check import look_at_rl
 
-        look_at_rl(ready, groups, _say)
+        look_at_rl(ready, groups, say)
     else:
         _check_offline(parse(METHODS[command], flags, f"check {command}"), command)
-    _say("ok: the run can start")
+    say("ok: the run can start")
 
 
 def _check_offline(parsed: Parsed[Method], command: str) -> None:
     config, launched = parsed.config, "WORLD_SIZE" in os.environ
-    ready = offline_door(parsed, announce=_say, launched=launched)
+    ready = offline_door(parsed, announce=say, launched=launched)
     if not launched and (team := config.ring_attn_size * config.ds_tensor_parallel_size) > 1:
-        _say(f"processes: the run needs a multiple of {team}, started with torchrun --nproc_per_node {team}")
+        say(f"processes: the run needs a multiple of {team}, started with torchrun --nproc_per_node {team}")
     from togi.run.check import look_at_offline
 
-    look_at_offline(ready, command, _say)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+    look_at_offline(ready, command, say)

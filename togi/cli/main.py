@@ -68,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def say(line: str) -> None:
+    """Print a line at once, as a run may go on for hours."""
+    print(line, flush=True)
+
+
 def _speaker() -> str:
     """The name before an error; with several launched processes it includes the rank."""
     rank = os.environ.get("RANK", "0")

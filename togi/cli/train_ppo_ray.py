@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from togi.cli.main import main as run_togi
+from togi.cli.main import say
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.run.start import rl_door
@@ -15,20 +16,16 @@ from togi.run.start import rl_door
 
 def main(argv: Sequence[str]) -> None:
     """Run the command. Raises UserError for the user's mistakes."""
-    ready = rl_door(parse(RLConfig, argv, "rl"), reward_given=False, announce=_say)
+    ready = rl_door(parse(RLConfig, argv, "rl"), reward_given=False, announce=say)
     from togi.run.rl import run
 
-    result = asyncio.run(run(ready, argv=argv, announce=_say))
+    result = asyncio.run(run(ready, argv=argv, announce=say))
     for evaluation in result.evaluations:
         when = "before training" if evaluation.step == 0 else f"after {evaluation.step} rollouts"
-        _say(f"held-out reward {when}: {evaluation.reward:.3f} +- {evaluation.stderr:.3f} (standard error)")
+        say(f"held-out reward {when}: {evaluation.reward:.3f} +- {evaluation.stderr:.3f} (standard error)")
     program = sys.argv[0] if Path(sys.argv[0]).name == "togi" else "togi"
-    _say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
-    _say(f"talk to it:  {program} chat --pretrain {result.model}")
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+    say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
+    say(f"talk to it:  {program} chat --pretrain {result.model}")
 
 
 if __name__ == "__main__":

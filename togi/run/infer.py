@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -118,18 +118,8 @@ def generate(config: InferConfig, announce: Announce) -> Written:
 
 def ask(config: InferConfig, tokenizer: chat.Tokenizer, announce: Announce) -> list[Asked]:
     """The prompts of this slice, with the csft reward in them. Too long prompts are dropped and counted."""
-    spec = PromptSpec(
-        config.dataset,
-        config.input_key,
-        config.label_key,
-        config.dataset_probs,
-        config.dataset_split,
-        config.apply_chat_template,
-        config.input_template,
-        config.prompt_max_len,
-        config.max_samples,
-        config.seed,
-    )
+    given = config.model_dump(include={each.name for each in fields(PromptSpec)})
+    spec = PromptSpec(config.dataset, prompt_data_probs=config.dataset_probs, split=config.dataset_split, **given)
     prompts = load_prompts(spec, tokenizer)
     if prompts.report.picked > prompts.report.kept:
         announce(f"prompts left out: {prompts.report.drop_reasons()}")

@@ -130,10 +130,9 @@ def check_same_tokens(config: Method, tokenizer: Tokenizer) -> None:
 
 def record_spec(config: Method, dataset: str, split: str, *, training: bool) -> RecordSpec:
     """How to read a data set. Probabilities and --max_samples apply to the training set only."""
-    known = {field.name for field in dataclasses.fields(RecordSpec)}
-    values = {name: value for name, value in config.model_dump().items() if name in known}
+    given = config.model_dump(include={field.name for field in dataclasses.fields(RecordSpec)})
     limits = {} if training else {"dataset_probs": None, "max_samples": UNLIMITED}
-    return RecordSpec(**{**values, **limits, "dataset": dataset, "split": split})
+    return RecordSpec(**{**given, **limits, "dataset": dataset, "split": split})
 
 
 def uses_flash(config: Method, world: World) -> bool:

@@ -82,10 +82,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
         check_sets("pretrain_data", config.pretrain_data, keys, split, probs, every_row=False)
     for file in config.reward_files:
         check_reward(file)
-    for name, value in (
-        ("advantage_estimator", config.advantage_estimator),
-        ("policy_loss_type", config.policy_loss_type),
-    ):
+    for name, value in config:
         if isinstance(value, Hook):
             check_hook_file(name, value)
     critic = [f"{config.save_path}_critic"] if config.save_value_network else []

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,24 +57,19 @@ class EarlyRewards:
     """The rewards that need no worker of the run. Function processes start here, servers with ``connect_servers``.
 
     ``names``: of all rewards in the order of ``--reward_weights``: models, servers, functions. Empty in a replay.
+    ``functions`` and ``remotes`` (the clients of servers) are by name.
     """
 
     def __init__(self, config: RLConfig, function: Callable[..., object] | None) -> None:
-        self.names: list[str] = []
-        self.functions: list[FunctionReward] = []
-        self.remotes: list[RemoteReward] = []
-        if config.generates:
-            self._start_functions(config, function)
-
-    def _start_functions(self, config: RLConfig, function: Callable[..., object] | None) -> None:
-        self.names = reward_names(config, function_given=function is not None)
+        self.names = reward_names(config, function_given=function is not None) if config.generates else []
+        self.functions = dict[str, FunctionReward]()
+        self.remotes = dict[str, RemoteReward]()
         limits = CallLimits(config.reward_workers, config.reward_timeout, config.reward_retries)
-        # Names come in the order models, servers, functions: these are the names of the functions.
         own = self.names[len(config.reward_models) + config.remote_sources :]
         for item, name in zip(config.reward_files, own, strict=False):
-            self.functions.append(from_item(item, config, limits, name))
-        if function is not None:
-            self.functions.append(FunctionReward.from_callable(function, limits, own[-1]))
+            self.functions[name] = from_item(item, config, limits, name)
+        if function is not None and own:
+            self.functions[own[-1]] = FunctionReward.from_callable(function, limits, own[-1])
 
     def connect_servers(self, config: RLConfig, visible: Visible) -> None:
         """Make the clients. ``visible`` decodes response tokens with special tokens kept."""
@@ -86,23 +81,21 @@ class EarlyRewards:
             config.reward_retries,
             config.remote_rm_max_pause,
         )
-        own = self.names[len(config.reward_models) :]
 
         def response(rollout: Rollout) -> str:
             return visible(rollout.response_tokens)
 
-        for urls, name in zip(shared_urls(config), own, strict=False):
-            self.remotes.append(RemoteReward(urls, limits, response, name))
+        for urls, name in zip(shared_urls(config), self.names[len(config.reward_models) :], strict=False):
+            self.remotes[name] = RemoteReward(urls, limits, response, name)
 
     async def check(self, groups: Sequence[Sequence[Rollout]]) -> Mapping[str, Sequence[Score]]:
         """Call every reward once on each group. Returns the scores of the first group by reward name.
 
         Raises RewardError for the first that fails, and for a built-in function that abstains on every group.
         """
-        end = len(self.names) - len(self.functions)
         first: dict[str, Sequence[Score]] = {}
         # Functions are tried first: they answer fastest, and a wrong --label_key shows here.
-        for name, function in zip(self.names[end:], self.functions, strict=True):
+        for name, function in self.functions.items():
             scores = [await function.check(group) for group in groups]
             if function.is_built_in and all(score.outcome is Outcome.ABSTAIN for found in scores for score in found):
                 prompt = groups[0][0].prompt
@@ -111,19 +104,17 @@ class EarlyRewards:
                     f"{prompt.id!r}): point --label_key at the field that it is made for."
                 )
             first[name] = scores[0]
-        # Then the servers.
-        for name, remote in zip(self.names[end - len(self.remotes) : end], self.remotes, strict=True):
-            scores = [await remote.check(group) for group in groups]
-            first[name] = scores[0]
+        for name, remote in self.remotes.items():
+            first[name], *_ = [await remote.check(group) for group in groups]
         return first
 
     def take_paused_seconds(self) -> float:
         """The longest time since the last call, in seconds, that the run waited for a server."""
-        return max(remote.take_paused_seconds() for remote in self.remotes)
+        return max(remote.take_paused_seconds() for remote in self.remotes.values())
 
     async def close(self) -> None:
         """Stop processes and close connections."""
-        sources: list[Reward] = [*self.functions, *self.remotes]
+        sources: list[Reward] = [*self.functions.values(), *self.remotes.values()]
         async with AsyncExitStack() as stack:  # closes all of them, even if one fails
             for source in sources:
                 stack.push_async_callback(source.close)
@@ -143,7 +134,7 @@ async def connect(config: RLConfig, early: EarlyRewards, session: Session) -> Co
 
 def combined(config: RLConfig, early: EarlyRewards, models: Sequence[Reward]) -> CombinedReward:
     """All rewards as one. ``models``: the local reward models."""
-    sources = [*models, *early.remotes, *early.functions]
+    sources = [*models, *early.remotes.values(), *early.functions.values()]
     weights = config.reward_weights if config.reward_weights is not None else (1.0,) * len(sources)
     terms = [Term(name, source, weight) for name, source, weight in zip(early.names, sources, weights, strict=True)]
     return CombinedReward(terms, config.reward_combine)
@@ -369,19 +360,11 @@ def check_rows(
 
 def spec(config: RLConfig, data: str, split: str, *, training: bool) -> PromptSpec:
     """How to read a prompt set. Probabilities and --max_samples apply to the training set only."""
-    return PromptSpec(
-        prompt_data=data,
-        input_key=config.input_key,
-        label_key=config.label_key,
-        prompt_data_probs=config.prompt_data_probs if training else None,
-        split=split,
-        apply_chat_template=config.apply_chat_template,
-        input_template=config.input_template,
-        prompt_max_len=config.prompt_max_len,
-        max_samples=config.max_samples if training else UNLIMITED,
-        seed=config.seed,
-        max_bad_rows=config.max_bad_rows,
-    )
+    given = config.model_dump(include={each.name for each in fields(PromptSpec)}) | {
+        "prompt_data": data,
+        "split": split,
+    }
+    return PromptSpec(**given | ({} if training else {"prompt_data_probs": None, "max_samples": UNLIMITED}))
 
 
 def trial_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
