@@ -64,7 +64,7 @@ def test_rewards_are_closed_whichever_fails() -> None:
 
     rewards = EarlyRewards(parse(RLConfig, [], "rl").config, None)
     sources = [Source(False), Source(True), Source(False)]
-    rewards.functions = sources  # type: ignore[assignment]
+    rewards.functions = dict(enumerate(sources))  # type: ignore[assignment]
     with pytest.raises(OSError, match="no"):
         asyncio.run(rewards.close())
     assert all(source.closed for source in sources)

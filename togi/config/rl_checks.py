@@ -205,35 +205,27 @@ def _training(c: RLConfig) -> Iterator[str]:
 
 
 def _placement(c: RLConfig) -> Iterator[str]:
-    roles = {
-        "actor": (c.actor_num_nodes, c.actor_num_gpus_per_node),
-        "critic": (c.critic_num_nodes, c.critic_num_gpus_per_node),
-        "ref": (c.ref_num_nodes, c.ref_num_gpus_per_node),
-        "reward": (c.reward_num_nodes, c.reward_num_gpus_per_node),
-    }
+    values, everything = dict(c), c.colocate_all_models
 
-    def differ(a: str, b: str) -> bool:
-        (nodes_a, gpus_a), (nodes_b, gpus_b) = roles[a], roles[b]
-        return nodes_a != nodes_b or ("auto" not in (gpus_a, gpus_b) and gpus_a != gpus_b)
+    def unequal(switch: str, a: str, b: str) -> Iterator[str]:
+        nodes_a, nodes_b = values[f"{a}_num_nodes"], values[f"{b}_num_nodes"]
+        gpus_a, gpus_b = values[f"{a}_num_gpus_per_node"], values[f"{b}_num_gpus_per_node"]
+        if nodes_a != nodes_b or ("auto" not in (gpus_a, gpus_b) and gpus_a != gpus_b):
+            yield (
+                f"--{switch} puts {a} and {b} on the same GPUs, but --{a}_num_nodes x --{a}_num_gpus_per_node is "
+                f"{nodes_a} x {gpus_a} and --{b}_num_nodes x --{b}_num_gpus_per_node is {nodes_b} x {gpus_b}: make them equal."
+            )
 
-    def mismatch(switch: str, a: str, b: str) -> str:
-        (nodes_a, gpus_a), (nodes_b, gpus_b) = roles[a], roles[b]
-        return (
-            f"--{switch} puts {a} and {b} on the same GPUs, but --{a}_num_nodes x --{a}_num_gpus_per_node is "
-            f"{nodes_a} x {gpus_a} and --{b}_num_nodes x --{b}_num_gpus_per_node is {nodes_b} x {gpus_b}: make them equal."
-        )
-
-    if c.colocate_all_models and c.colocate_critic_reward:
+    if everything and c.colocate_critic_reward:
         yield "--colocate_all_models already includes --colocate_critic_reward: leave the second out."
-    if (c.colocate_actor_ref or c.colocate_all_models) and c.loads_reference and differ("actor", "ref"):
-        yield mismatch("colocate_all_models" if c.colocate_all_models else "colocate_actor_ref", "actor", "ref")
-    shares = c.colocate_critic_reward and c.uses_critic and bool(c.reward_models)
-    if shares and differ("critic", "reward"):
-        yield mismatch("colocate_critic_reward", "critic", "reward")
-    if c.colocate_all_models and c.uses_critic and differ("actor", "critic"):
-        yield mismatch("colocate_all_models", "actor", "critic")
-    if c.colocate_all_models and c.reward_models and differ("actor", "reward"):
-        yield mismatch("colocate_all_models", "actor", "reward")
+    if (c.colocate_actor_ref or everything) and c.loads_reference:
+        yield from unequal("colocate_all_models" if everything else "colocate_actor_ref", "actor", "ref")
+    if c.colocate_critic_reward and c.uses_critic and c.reward_models:
+        yield from unequal("colocate_critic_reward", "critic", "reward")
+    if everything and c.uses_critic:
+        yield from unequal("colocate_all_models", "actor", "critic")
+    if everything and c.reward_models:
+        yield from unequal("colocate_all_models", "actor", "reward")
 
 
 def _output(c: RLConfig) -> Iterator[str]:

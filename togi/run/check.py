@@ -36,14 +36,13 @@ from togi.pump.experience import GroupFilter, ScoredGroup
 from togi.reward.scores import CombinedReward, LengthPenalties, LocalModelReward
 from togi.rollout import create_engine
 from togi.rollout.collect import collect_groups
-from togi.rollout.engine import EngineSettings, RolloutEngine
-from togi.run import offline, rl_setup
+from togi.rollout.engine import EngineSettings, RolloutEngine, end_token_ids
+from togi.run import offline, rl_setup, signs
 from togi.run.keep import check_room, offline_writing, rl_writing, size_of
 from togi.run.loading import standardization_of, token_scores, tokenizer_of
 from togi.run.plan import StepPlan
 from togi.run.preflight import asked_context, model_settings
 from togi.run.rl_setup import Material, combined, reward_names
-from togi.run.signs import Sign, Verdict, prompt_signs, setting_signs
 from togi.sample import Outcome, Rollout, Score
 from togi.weights.files import local_folder
 
@@ -245,10 +244,8 @@ def look_at_offline(parsed: Parsed[Method], command: str, say: Say) -> None:
     say(f"disk: {check_room(config, offline_writing(config, plan.steps, sizes))}")
     # For RL, `setting_signs` makes this check.
     if config.learning_rate == 0:
-        conclude(
-            [Sign(Verdict.WARNING, "--learning_rate 0 changes no weight: give a rate above 0, unless that is meant.")],
-            say,
-        )
+        text = "--learning_rate 0 changes no weight: give a rate above 0, unless that is meant."
+        conclude([signs.warning(text)], say)
 
 
 def look_at_rl(parsed: Parsed[RLConfig], sample_groups: int, say: Say) -> None:
@@ -266,10 +263,10 @@ async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, 
         tokenizer = tokenizer_of(config)
         _describe(config, material, plan, tokenizer, say)
         # Signs from settings and prompts cost nothing; sampled answers need the model, so they are optional.
-        signs = [*setting_signs(config, plan), *prompt_signs(config, material, tokenizer)]
+        found = [*signs.setting_signs(config, plan), *signs.prompt_signs(config, material, tokenizer)]
         if sample_groups > 0:
-            signs += await _sampled(config, material, tokenizer, sample_groups, progress, say)
-    conclude(signs, say)
+            found += await _sampled(config, material, tokenizer, sample_groups, progress, say)
+    conclude(found, say)
 
 
 def _describe(config: RLConfig, material: Material, plan: StepPlan, tokenizer: Tokenizer, say: Say) -> None:
@@ -296,29 +293,25 @@ def _describe(config: RLConfig, material: Material, plan: StepPlan, tokenizer: T
 
 async def _sampled(
     config: RLConfig, material: Material, tokenizer: Tokenizer, groups: int, progress: Progress, say: Say
-) -> Sequence[Sign]:
+) -> Sequence[signs.Sign]:
     """Let the policy answer a few groups and return the signs in the answers and rewards."""
-    from togi.rollout.engine import end_token_ids
-    from togi.run.signs import answer_signs, reward_signs, template_signs
-    from togi.weights.files import local_folder
-
     found = await sample(config, material, groups, progress)
     _say_all(samples_text(found), say)
     stops = tuple(sorted({*material.stop_token_ids, *end_token_ids(local_folder(config.pretrain))}))
     return [
-        *reward_signs(config, found),
-        *answer_signs(config, found, tokenizer, stops),
-        *template_signs(config, found, tokenizer, stops),
+        *signs.reward_signs(config, found),
+        *signs.answer_signs(config, found, tokenizer, stops),
+        *signs.template_signs(config, found, tokenizer, stops),
     ]
 
 
-def conclude(signs: Sequence[Sign], say: Say) -> None:
+def conclude(found: Sequence[signs.Sign], say: Say) -> None:
     """Say every sign, and raise UserError if one of them stops learning."""
-    for sign in signs:
+    for sign in found:
         say(f"{sign.verdict}: {sign.sentence}")
-    stopping = [sign for sign in signs if sign.verdict is Verdict.STOPS]
-    if stopping:
-        raise UserError(f"The run would not learn. {stopping[0].sentence}")
+    for sign in found:
+        if sign.verdict is signs.Verdict.STOPS:
+            raise UserError(f"The run would not learn. {sign.sentence}")
 
 
 def _lengths(asked: str, path: str) -> str:

@@ -65,31 +65,19 @@ def check(parsed: Parsed[IterateConfig]) -> None:
     preflight.check_model("pretrain", config.pretrain)
     if config.reward_pretrain is not None:
         preflight.check_model("reward_pretrain", config.reward_pretrain)
-    check_lengths(config)
+    facts = preflight.model_settings(config.pretrain)
+    check_length(config.asked_context, config.context_length, config.pretrain, facts)
+    check_length(f"--max_len {config.max_len}", config.max_len, config.pretrain, facts)
     if config.method is IterateMethod.CSFT:
         asked_reward(config.csft_prompt, config.reward_template)
     # Data: both sets must have the columns that the steps read.
     preflight.check_prompts(config)
-    # The reward file, the output folder, and the training command.
+    # The reward file, the output folder, and the command that every round trains with.
     if config.reward_file is not None:
         preflight.check_reward_file(Path(config.reward_file))
     preflight.check_writable("run_dir", Path(config.run_dir))
     models = [("pretrain", config.pretrain), ("reward_pretrain", config.reward_pretrain or "")]
     preflight.check_target("run_dir", config.run_dir, models)
-    check_training(config)
-
-
-def check_lengths(config: IterateConfig) -> None:
-    """Check that generation and training lengths fit the model's positions. Raises UserError."""
-    for length, asked in (
-        (config.context_length, config.asked_context),
-        (config.max_len, f"--max_len {config.max_len}"),
-    ):
-        check_length(asked, length, config.pretrain, preflight.model_settings(config.pretrain))
-
-
-def check_training(config: IterateConfig) -> None:
-    """Check the settings of the command that every round trains with. Raises UserError."""
     command, argv = Steps(config, Path(config.run_dir), subprocess_step).training_command(1, config.pretrain)
     check_method(parse(METHODS[command], argv, command))
 

@@ -100,7 +100,7 @@ class Steps:
     def try_reward(self) -> None:
         """Call the reward function once, before anything expensive starts."""
         if self._config.reward_file is not None:
-            try_function(self._config)
+            asyncio.run(_try(self._config))
 
     def generate(self, number: int, model: str) -> Facts:
         """Generate outputs for the prompts of this round. From round 2 on, conditional SFT puts the reward into the prompt."""
@@ -339,7 +339,7 @@ def function_scores(config: IterateConfig, rows: Sequence[Row], path: Path) -> l
     return [scored[row["id"], row["sample"]] for row in rows]
 
 
-def try_function(config: IterateConfig) -> None:
+async def _try(config: IterateConfig) -> None:
     """Call the reward function once on made-up rows. Raises RewardError."""
     row = {
         "id": "0:0",
@@ -348,12 +348,8 @@ def try_function(config: IterateConfig) -> None:
         "finish_reason": "stop",
         "label": "42",
     }
-    asyncio.run(_try(config, [_rollout(row)] * 2))
-
-
-async def _try(config: IterateConfig, group: Sequence[Rollout]) -> None:
     async with _function(config) as function:
-        await function.check(group)
+        await function.check([_rollout(row)] * 2)
 
 
 async def _score(config: IterateConfig, groups: Sequence[Sequence[Row]], log: RowLog) -> None:

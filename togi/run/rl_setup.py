@@ -67,7 +67,11 @@ class EarlyRewards:
         limits = CallLimits(config.reward_workers, config.reward_timeout, config.reward_retries)
         own = self.names[len(config.reward_models) + config.remote_sources :]
         for item, name in zip(config.reward_files, own, strict=False):
-            self.functions[name] = from_item(item, config, limits, name)
+            if (verifier := verifier_of(item)) is None:
+                self.functions[name] = FunctionReward.from_file(item, limits, name)
+            else:
+                settings = config.verifier_settings(verifier)
+                self.functions[name] = FunctionReward.from_verifier(verifier, settings, limits, name)
         if function is not None and own:
             self.functions[own[-1]] = FunctionReward.from_callable(function, limits, own[-1])
 
@@ -145,14 +149,6 @@ def describe(config: RLConfig, reward: CombinedReward) -> str:
     shared = config.remote_rm_mode is RemoteMode.BALANCE and len(config.reward_urls) > 1
     note = f"{len(config.reward_urls)} reward servers share the samples (--remote_rm_mode balance)" if shared else ""
     return "; ".join(part for part in (reward.formula if len(reward.terms) > 1 else "", note) if part)
-
-
-def from_item(item: str, config: RLConfig, limits: CallLimits, name: str) -> FunctionReward:
-    """The reward of one entry of ``--reward_func``: a built-in function or a file."""
-    verifier = verifier_of(item)
-    if verifier is None:
-        return FunctionReward.from_file(item, limits, name)
-    return FunctionReward.from_verifier(verifier, config.verifier_settings(verifier), limits, name)
 
 
 def shared_urls(config: RLConfig) -> list[tuple[str, ...]]:
