@@ -18,7 +18,7 @@ def scored(flags: list[str], texts: list[str], label: object, tokens: int = 1) -
             Rollout(prompt, "g", (3,) * tokens, (True,) * tokens, (-1.0,) * tokens, text, FinishReason.STOP, 0)
             for text in texts
         ]
-        scores = await rewards.functions[0].score(group)
+        scores = await next(iter(rewards.functions.values())).score(group)
         await rewards.close()
         return scores
 
