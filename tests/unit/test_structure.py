@@ -106,8 +106,6 @@ FOREIGN_ATTRIBUTES = Counter(
 # Of our own records, by a name that is a value: none is wanted, and no further one is allowed.
 OWN_ATTRIBUTES = Counter(
     {
-        "config/parse.py: build": 2,
-        "run/preflight.py: check_replayed": 1,
     }
 )
 # Where any exception is caught and another one, or the same, is raised: something is closed, or the user told what failed.
