@@ -80,9 +80,9 @@ def run(
     config, first = parsed.config, world.is_first
     world = world.in_teams(config.ring_attn_size, config.ds_tensor_parallel_size)
     with Progress(quiet=not first) as progress, ExitStack() as stack:
-        # Data, plan and checkpoint first: a user's mistake ends the run before a model is loaded.
-        data, plan, found = opening(config, command, world, progress, announce if first else silent)
         journal = Journal(progress)
+        # Data, plan and checkpoint first: a user's mistake ends the run before a model is loaded.
+        data, plan, found = opening(config, command, world, progress, announce if first else journal.announce)
         if first:
             folder = open_journal(parsed, command, argv, progress, announce, data.reports, found)
             journal = stack.enter_context(folder)
@@ -120,10 +120,6 @@ def opening(
     check_plan(config, plan, data)
     announce(plan.describe())
     return data, plan, find_checkpoint(config, command, data, world)
-
-
-def silent(line: str) -> None:
-    """The announcement of all ranks but the first: nothing."""
 
 
 def train(run: OfflineRun, checkpoint: Checkpoint | None) -> list[Evaluation]:

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -204,11 +203,6 @@ class Student:
 
 
 CLASSIFIER = "ForSequenceClassification"
-Model = TypeVar("Model", PolicyModel, ScalarModel, PolicyModel | ScalarModel)
-
-
-class Joining(Protocol):
-    def __call__(self, model: Model) -> Model: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,23 +227,20 @@ def load_models(config: Method, data: Data, plan: EpochPlan, world: World, journ
     engines = start_engines(config, world)
     if config.full_determinism:
         be_deterministic()
-    options = backend_options(config, bf16=config.bf16)
-    join, dealer = joining(config, world), dealer_of(config, world)
+    load, dealer = Loading(config, world), dealer_of(config, world)
     # Stage 2: a reference of its own scores all rows and is freed before the policy is loaded.
     if config.scores_ahead and not base_is_reference(config):
-        data = with_reference(
-            config, config.reference, data, partial(_own_reference, config, join, world, options), dealer, journal
-        )
+        data = with_reference(config, config.reference, data, load.reference, dealer, journal)
     # Stage 3: the model in training, sharded, with its schedule and loss.
     torch.manual_seed(config.seed)
-    model = join(_trained(config, world))
+    model = load.trained()
     vocabulary = model.vocabulary if isinstance(model, PolicyModel) else 0
-    backend = trainable(model, world, options, model.read)
+    backend = trainable(model, world, load.options, model.read)
     kind = MeasuredRate if config.lr_scheduler.follows_a_loss else Schedule
     schedule = kind.of(config, config.learning_rate, plan.steps)
-    whole = replace(options, zero_stage=0)
     # Teachers are whole on every rank.
-    teachers = tuple(_frozen(config, path, join, world, whole) for path in (config.teacher,) if path)
+    whole = replace(load.options, zero_stage=0)
+    teachers = tuple(load.frozen(path, whole) for path in (config.teacher,) if path)
     objective = config.objective(Material(data.train, teachers, vocabulary))
     max_norm = config.max_norm if config.max_norm > 0 else math.inf
     learner = Learner(backend, objective, schedule, max_norm, config.aux_loss_coef)
@@ -261,7 +252,7 @@ def load_models(config: Method, data: Data, plan: EpochPlan, world: World, journ
         students = tuple(Student(config, engine, model, learner, plan, data, dealer) for engine in engines)
         return Models(data, model, learner, policy, dealer, Share(dealer), students)
     inside = base_is_reference(config)
-    reference = _base(policy) if inside else _own_reference(config, join, world, options)
+    reference = _base(policy) if inside else load.reference()
     return Models(data, model, learner, policy, dealer, config.preparation(dealer, policy, reference))
 
 
@@ -285,19 +276,6 @@ def moves_weights(config: Method, world: World) -> bool:
     return config.offload_flag != "" and world.device.type != "cpu"
 
 
-def joining(config: Method, world: World) -> Joining:
-    """A function that puts a model into this rank's ring; the identity for ``--ring_attn_size`` 1. All ranks call together."""
-    if world.ring_size == 1:
-        return lambda model: model
-    ring = Ring(world)
-
-    def join(model: Model) -> Model:
-        model.join_ring(ring, config.ring_head_stride)
-        return model
-
-    return join
-
-
 def dealer_of(config: Method, world: World) -> Dealer:
     """The dealer of micro-batches. Its flags count rows; a pair is two sequences. A ring has the token budget of all its ranks."""
     rows = config.micro_train_batch_size if config.packing_samples else 1
@@ -305,30 +283,49 @@ def dealer_of(config: Method, world: World) -> Dealer:
     return Dealer(world, config.max_tokens_per_gpu * world.ring_size, most, share_prefix=config.width > 1)
 
 
-def _trained(config: Method, world: World) -> PolicyModel | ScalarModel:
-    """The model in training. A reward model from a language model gets a new head; one that has a head keeps it."""
-    source = _source(config, config.pretrain, world, backend_options(config, bf16=config.bf16), trained=True)
-    if not config.is_scalar:
-        return load_causal_lm(source)
-    kinds = read_config(config.pretrain, config.trust_remote_code).architectures or ()
-    init_head = not any(kind.endswith(CLASSIFIER) for kind in kinds)
-    return load_scalar_model(source, init_head=init_head, value_head_prefix=config.head)
+class Loading:
+    """Loads the models of this rank, each into its ring. All ranks make one, and call it, together."""
 
+    def __init__(self, config: Method, world: World) -> None:
+        self.config, self.world = config, world
+        self.options = backend_options(config, bf16=config.bf16)
+        self._ring = Ring(world) if world.ring_size > 1 else None
 
-def _frozen(config: Method, path: str, join: Joining, world: World, options: BackendOptions) -> Frozen:
-    """A frozen language model, in host memory if an offload flag is set."""
-    model = load_causal_lm(_source(config, path, world, options, trained=False))
-    join(model)
-    if moves_weights(config, world):
-        return Frozen(model, frozen_on_host(model, world, options, model.read))
-    frozen(model, world, options, model.read)
-    return Frozen(model, nullcontext)
+    def trained(self) -> PolicyModel | ScalarModel:
+        """The model in training. A reward model from a language model gets a new head; one that has a head keeps it."""
+        config, source = self.config, self._source(self.config.pretrain, self.options, trained=True)
+        model: PolicyModel | ScalarModel
+        if config.is_scalar:
+            kinds = read_config(config.pretrain, config.trust_remote_code).architectures or ()
+            init_head = not any(kind.endswith(CLASSIFIER) for kind in kinds)
+            model = load_scalar_model(source, init_head=init_head, value_head_prefix=config.head)
+        else:
+            model = load_causal_lm(source)
+        self._join(model)
+        return model
 
+    def frozen(self, path: str, options: BackendOptions) -> Frozen:
+        """A frozen language model, in host memory if an offload flag is set."""
+        model = load_causal_lm(self._source(path, options, trained=False))
+        self._join(model)
+        if moves_weights(self.config, self.world):
+            return Frozen(model, frozen_on_host(model, self.world, options, model.read))
+        frozen(model, self.world, options, model.read)
+        return Frozen(model, nullcontext)
 
-def _own_reference(config: Method, join: Joining, world: World, options: BackendOptions) -> Scorer:
-    """The reference model as a copy of its own, frozen."""
-    reference = _frozen(config, config.reference, join, world, options)
-    return Scorer(reference.model, world, reference.around)
+    def reference(self) -> Scorer:
+        """The reference model as a copy of its own, frozen."""
+        reference = self.frozen(self.config.reference, self.options)
+        return Scorer(reference.model, self.world, reference.around)
+
+    def _join(self, model: PolicyModel | ScalarModel) -> None:
+        if self._ring is not None:
+            model.join_ring(self._ring, self.config.ring_head_stride)
+
+    def _source(self, path: str, options: BackendOptions, *, trained: bool) -> ModelSource:
+        world, defer = self.world, reads_parts(self.world, options, trained=trained)
+        in_ring = world.ring_size > 1
+        return ModelSource.of(self.config, path, world.device, in_ring=in_ring, trained=trained, defer=defer)
 
 
 def _base(policy: Scorer) -> Scorer:
@@ -336,8 +333,3 @@ def _base(policy: Scorer) -> Scorer:
     from togi.model.adapters import without_adapter
 
     return Scorer(policy.module, policy.world, partial(without_adapter, policy.module))
-
-
-def _source(config: Method, path: str, world: World, options: BackendOptions, *, trained: bool) -> ModelSource:
-    defer = reads_parts(world, options, trained=trained)
-    return ModelSource.of(config, path, world.device, in_ring=world.ring_size > 1, trained=trained, defer=defer)

@@ -23,14 +23,9 @@ from togi.obs import names
 PREFIX = "eval/"
 
 
-def offline_metrics(config: Method) -> list[str]:
-    """The metrics of an evaluation of this command, by their names in the logs."""
-    return [_logged(measure) for measure in _offline_measures(config)]
-
-
 def offline_aim(config: Method) -> Aim | None:
     """The metric of the best model of this run; None if none is kept. Raises ConfigError."""
-    return _aim(config, _offline_measures(config))
+    return _aim(config, [Measure(names.LOSS, Good.LOW), *config.measures])
 
 
 def rl_aim(config: RLConfig, sources: Iterable[str]) -> Aim | None:
@@ -42,10 +37,6 @@ def check_rl_metric(config: RLConfig) -> None:
     """Check ``rl_aim`` before the prompts are read, when any data source is still possible."""
     source = config.best_metric_key.removeprefix(PREFIX).rpartition("/")[0]
     rl_aim(config, [source] if source else [])
-
-
-def _offline_measures(config: Method) -> list[Measure]:
-    return [Measure(names.LOSS, Good.LOW), *config.measures]
 
 
 def _rl_measures(config: RLConfig, sources: Iterable[str]) -> list[Measure]:
