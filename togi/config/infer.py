@@ -12,7 +12,7 @@ from typing import Literal
 from togi.config.choices import EngineName, EvalTask, PostProcessor
 from togi.config.fields import Count, Int, PathText, Seed, Settings, flag, refuse
 from togi.config.parse import Parsed
-from togi.config.shared import PLAIN_TEMPLATE, rendering_problems, template_problems
+from togi.config.shared import DISABLE_FAST_TOKENIZER, PLAIN_TEMPLATE, rendering_problems, template_problems
 
 REWARD_TEMPLATE = "{input} <rm_score>: {reward} "
 CSFT_PROMPT = "<rm_score>: 5.00"
@@ -106,9 +106,7 @@ class InferModelSettings(Settings):
     zero_stage: Int = flag(
         0, "Accepted for established commands; changes nothing: one process has nothing to shard.", ge=0, le=3
     )
-    disable_fast_tokenizer: bool = flag(
-        False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
-    )
+    disable_fast_tokenizer: bool = DISABLE_FAST_TOKENIZER
     use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
 
 
@@ -165,9 +163,7 @@ class TalkSettings(Settings):
     trust_remote_code: bool = flag(False, "Run code that comes with a model folder.")
     flash_attn: bool = flag(False, "Use FlashAttention where the device has it (CUDA); elsewhere attention is SDPA.")
     load_in_4bit: bool = flag(False, "Hold the weights in NF4.")
-    disable_fast_tokenizer: bool = flag(
-        False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
-    )
+    disable_fast_tokenizer: bool = DISABLE_FAST_TOKENIZER
     use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
 
 

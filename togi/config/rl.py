@@ -8,7 +8,7 @@ from typing import Literal
 from togi.config import choices
 from togi.config.fields import Count, CountOrAuto, HookField, Int, PathText, Settings, flag
 from togi.config.presets import preset_values
-from togi.config.shared import ModelSettings, OutputSettings, TrainSettings
+from togi.config.shared import MAX_BAD_ROWS, ModelSettings, OutputSettings, TrainSettings
 
 
 class SampleSettings(Settings):
@@ -186,12 +186,7 @@ class PromptSettings(Settings):
     apply_chat_template: bool = flag(False, "Render prompts with the tokenizer's chat template.")
     prompt_max_len: Count = flag(1024, "Prompts of more tokens are dropped and counted, never cut.")
     max_samples: Count = flag(100_000_000, "Use at most this many prompts of the mixture.")
-    max_bad_rows: float = flag(
-        0.05,
-        "Stop before training if a larger share of the rows is faulty; 0 stops at any. They are left out.",
-        ge=0,
-        le=1,
-    )
+    max_bad_rows: float = MAX_BAD_ROWS
 
 
 class RolloutSettings(Settings):

@@ -27,6 +27,14 @@ SPLITTABLE = ("llama", "qwen2", "qwen3", "mistral")
 # Model types whose compiled layers were shown to be equal. A mixture's experts get varying numbers of tokens.
 COMPILABLE = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
+# Settings that several groups have.
+DISABLE_FAST_TOKENIZER = flag(
+    False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
+)
+MAX_BAD_ROWS = flag(
+    0.05, "Stop before training if a larger share of the rows is faulty; 0 stops at any. They are left out.", ge=0, le=1
+)
+
 
 @dataclass(frozen=True, slots=True)
 class LoRA:
@@ -75,9 +83,7 @@ class ModelSettings(Settings):
     trust_remote_code: bool = flag(
         False, "Run code that comes with a model folder. Off by default: it can do anything."
     )
-    disable_fast_tokenizer: bool = flag(
-        False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
-    )
+    disable_fast_tokenizer: bool = DISABLE_FAST_TOKENIZER
     use_liger_kernel: bool = flag(
         False, "Compute norms, rotary embeddings and MLPs with Liger's kernels where the device has them (CUDA)."
     )
@@ -239,12 +245,7 @@ class DatasetSettings(Settings):
     overlong: Overlong = flag(
         Overlong.DROP, "What becomes of longer rows: left out and counted, cut (without an end token), or an error."
     )
-    max_bad_rows: float = flag(
-        0.05,
-        "Stop before training if a larger share of the rows is faulty; 0 stops at any. They are left out.",
-        ge=0,
-        le=1,
-    )
+    max_bad_rows: float = MAX_BAD_ROWS
     dataset_num_proc: CountOrAuto = flag(
         "auto", "Processes that tokenise the rows; auto: one per core for large sets, else this one."
     )

@@ -9,6 +9,7 @@ from typing import Literal
 from togi.config.fields import Count, Int, PathText, Settings, flag, refuse
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
+from togi.config.shared import DISABLE_FAST_TOKENIZER
 from togi.errors import ConfigError
 
 SAMPLE_GROUPS = "sample_groups"
@@ -90,9 +91,7 @@ class ServeRMConfig(Settings):
     max_body_mb: float = flag(64.0, "Largest body of a request, in MB.", gt=0)
     max_items: Count = flag(1024, "Most queries in one request.")
     max_queue: Count = flag(8192, "Most queries that wait at once; beyond, requests are told to come back (429).")
-    disable_fast_tokenizer: bool = flag(
-        False, "Accepted for established commands; changes nothing: Transformers has one tokenizer for each model."
-    )
+    disable_fast_tokenizer: bool = DISABLE_FAST_TOKENIZER
     load_in_4bit: bool = flag(False, "Hold the weights in NF4.")
     use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
 
