@@ -171,6 +171,22 @@ def test_broken_files(tmp_path, name, text, message):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("rows", [1, 5000])
+def test_a_value_of_a_list_that_python_cannot_hold(tmp_path, rows):
+    """Also beyond the head of the file that the first checks read."""
+    good = ",".join(['{"input": "some text"}'] * rows)
+    digits = "Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits"
+    for value, reason in (("9" * 5000, digits), ("[" * 200_000 + "]" * 200_000, "maximum recursion depth exceeded")):
+        (tmp_path / "a.json").write_text(f'[{good},\n{{"input": {value}}}]')
+        with pytest.raises(DataError) as error:
+            load_source(str(tmp_path / "a.json"))
+        assert str(error.value).startswith(f"Line 2 of {tmp_path}/a.json is not valid JSON ({reason}")
+        assert str(error.value).endswith("): repair or remove it.")
+        if rows == 1:
+            with pytest.raises(DataError, match=r"^Line 2 of .*a.json is not valid JSON"):
+                check_source(str(tmp_path / "a.json"), INPUT)
+
+
 @pytest.mark.parametrize(
     "text", ['[{"input": 1},]', '[{"input": 1} {"input": 2}]', '[{"input": 1}] x', '[{"input": 1}']
 )

@@ -160,7 +160,7 @@ def _items(text: str) -> Iterator[tuple[object, tuple[int, int]]]:
     position = _after_space(text, text.index("[") + 1)
     more = text[position : position + 1] != "]"
     while more:
-        item, end = decoder.raw_decode(text, position)
+        item, end = _decode(decoder, text, position)
         yield item, (position, end)
         position = _after_space(text, end)
         more = text[position : position + 1] == ","
@@ -248,6 +248,17 @@ def _list_head(path: Path, limit: int) -> list[object]:
                 continue
         return items
     raise AssertionError("the last head is the whole file")
+
+
+def _decode(decoder: json.JSONDecoder, text: str, position: int) -> tuple[object, int]:
+    """The item at ``position`` and where it ends. Raises JSONDecodeError."""
+    try:
+        item, end = decoder.raw_decode(text, position)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or lists nested too deeply
+        raise json.JSONDecodeError(str(error), text, position) from None
+    return item, end
 
 
 def _after_space(text: str, position: int) -> int:
