@@ -151,6 +151,18 @@ def test_the_library_is_built_once(
     assert sum("Compiled the kernels" in line for line in caplog.messages) == 1
 
 
+def test_a_damaged_library_is_built_again(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = host.library()
+    whole = path.read_bytes()
+    for damaged in (bytes(len(whole)), whole[: len(whole) // 2], whole[:-1], bytes(64) + whole[64:], whole[:-32], b""):
+        path.write_bytes(damaged)
+        assert not host._is_whole(path)
+    assert host.compiled() is not None  # of an empty file
+    assert host._is_whole(path) and host.library() == path
+    assert sum("Compiled the kernels" in line for line in caplog.messages) == 2
+
+
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false", "cc '-O2"])
 def test_without_a_compiler_there_is_a_warning(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 SOURCES = tuple(HERE / name for name in ("layers.c", "attention.c", "optimizer.c"))
 HEADERS = (HERE / "numbers.h",)
+DIGEST_BYTES = 32
 # No -ffast-math, because NaN must stay NaN. libgomp is the one that torch has loaded, so both share one thread pool.
 _EXACT = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 FLAGS = ("-O3", "-march=native", "-std=c11", *_EXACT, "-fopenmp", "-fPIC", "-shared")
@@ -47,7 +48,7 @@ def processor_mark() -> str:
 
 
 def library() -> Path:
-    """The path of the library for this source, compiler and processor. Builds it if it is missing.
+    """The path of the library for this source, compiler and processor. Builds it if it is missing or damaged.
 
     Raises OSError if there is no compiler or other users can write to the folder, SubprocessError if compiling fails, and
     ValueError if CC is not a valid command.
@@ -61,16 +62,31 @@ def library() -> Path:
     name = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
     folder = own_folder("kernels")
     path = folder / f"{name}.so"
-    if not path.exists():
+    if not _is_whole(path):
         start = time.perf_counter()
         # built in a temporary folder and renamed, because other processes may build it at the same time
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = Path(aside) / path.name
             words = [*shlex.split(compiler), *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
             subprocess.run(words, check=True, capture_output=True, text=True, errors="replace", timeout=120)
+            with made.open("ab") as file:
+                file.write(_digest(made.read_bytes()))
             made.replace(path)
         logger.info("Compiled the kernels for the CPU in %.1f s: %s", time.perf_counter() - start, path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library ends with the digest of all before it, as ``library`` wrote it. The loader ignores what follows its parts.
+
+    A file that a full disk or a lost machine has cut would be fatal: reading a missing page ends the process.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    return len(content) > DIGEST_BYTES and _digest(content[:-DIGEST_BYTES]) == content[-DIGEST_BYTES:]
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 BLOCK_ROWS = 64
