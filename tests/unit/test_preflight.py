@@ -97,6 +97,25 @@ def test_what_cannot_be_a_model(name: str) -> None:
         preflight.check_model("pretrain", name)
 
 
+def test_the_weights_of_an_adapter_are_not_those_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ConfigError) as error:
+        preflight.check_model("pretrain", str(tmp_path))
+    assert (
+        str(error.value)
+        == f"--pretrain {tmp_path} has no weights (*.safetensors, *.bin): give a complete model folder."
+    )
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ConfigError) as error:
+        preflight.check_model("pretrain", str(tmp_path))
+    merge = "merge it into its base with togi merge-lora first."
+    assert str(error.value) == f"--pretrain {tmp_path} is a LoRA adapter, not a model: {merge}"
+    preflight.check_model("pretrain", str(tmp_path), adapters=True)
+    (tmp_path / "model.safetensors").touch()
+    preflight.check_model("pretrain", str(tmp_path))
+
+
 def test_hub_names_pass_unless_the_hub_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     preflight.check_model("pretrain", "owner/some-model_1.5b")

@@ -44,6 +44,7 @@ DEFAULT_PARENT = "runs"
 # Settings that stored rollouts depend on, besides their prompts: order, number and logprobs.
 REPLAYED = ("seed", "rollout_batch_size", "n_samples_per_prompt", "temperature", "dynamic_filtering")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+ADAPTER_FILES = "adapter_model."
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -219,7 +220,10 @@ def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
     folder = Path(path)
     # A local folder: complete, and a model.
     if path and folder.is_dir():
-        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        weights = any(
+            file for pattern in WEIGHTS for file in folder.glob(pattern) if not file.name.startswith(ADAPTER_FILES)
+        )
+        if (folder / ADAPTER_CONFIG).is_file() and not (weights and (folder / "config.json").is_file()):
             if adapters:
                 return
             raise ConfigError(
@@ -227,7 +231,7 @@ def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
             )
         if not (folder / "config.json").is_file():
             raise ConfigError(f"--{flag} {path} is a folder without config.json: give a Hugging Face model folder.")
-        if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        if not weights:
             raise ConfigError(f"--{flag} {path} has no weights ({', '.join(WEIGHTS)}): give a complete model folder.")
         return
     # A hub name.
