@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.example_scripts import run_script
 from tests.offline_world import DATA, ROOT, flags, launch, make_world, train
 from togi.cli.main import main
+from togi.learn.schedule import Schedule
 from togi.methods import METHODS
 from togi.obs.run_dir import read_held_out
 
@@ -53,6 +54,38 @@ def test_a_command_learns_and_leaves_everything_behind(world: Path, tmp_path: Pa
     model = kind.from_pretrained(run / "model")
     inputs = AutoTokenizer.from_pretrained(run / "model")("abc", return_tensors="pt")
     assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_diverged_training_ends_as_a_failure(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second update overflows. No checkpoint of it pushes out an older one, and no model is written."""
+    rates, run = iter([1e-3, 1e-3, 1e30, 1e-3, 1e-3, 1e-3, 1e-3]), tmp_path / "run"
+    monkeypatch.setattr(Schedule, "rate", lambda self, step: next(rates))
+    more = ("--max_epochs", "4", "--save_steps", "1", "--max_ckpt_num", "2", "--l2", "0")
+    assert main(["sft", *flags(world, "sft", run, *more, evaluate=False)]) == 1
+    assert (
+        "Training has diverged: 3 updates in a row, the last of them in step 6, had a gradient that is not finite. Lower "
+        "--learning_rate or --max_norm, or look for extreme values in the data of these steps, and start again, or from an "
+        "earlier checkpoint."
+    ) in capsys.readouterr().err
+    assert not list((run / "model").glob("*"))
+    assert sorted(path.name for path in (run / "checkpoints").glob("*0*")) == ["step_00000002", "step_00000003"]
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_model_with_weights_that_are_not_finite_is_not_written(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Schedule, "rate", lambda self, step: math.nan)
+    run = tmp_path / "run"
+    assert main(["sft", *flags(world, "sft", run, "--train_batch_size", "14", evaluate=False)]) == 1
+    assert re.search(
+        r"Training has diverged: the weights of \S+ are not finite \(NaN or infinite\), so this model is not saved. Lower the "
+        "learning rate or --max_norm, or look for extreme values in the data, and start again, or from an earlier checkpoint.",
+        capsys.readouterr().err,
+    )
+    assert not list((run / "model").glob("*"))
 
 
 def drawn_on(page: Path) -> set[str]:

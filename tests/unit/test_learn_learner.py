@@ -19,7 +19,8 @@ from tests.learn_tools import (
     weights,
 )
 from togi.config.choices import Aggregation, Scheduler
-from togi.learn.learner import Learner, StepOutcome
+from togi.errors import RunError
+from togi.learn.learner import Divergence, Learner, StepOutcome
 from togi.learn.objective import PolicyObjective, ValueObjective
 from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer, dummy_batch, nothing
@@ -104,6 +105,32 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
     fresh = solo()
     fresh.update(packs(rollouts(2), [2]))
     assert max_difference(weights(fresh.backend), weights(learner.backend)) == 0.0
+
+
+def test_a_run_ends_after_three_updates_in_a_row_without_a_finite_gradient(caplog: pytest.LogCaptureFixture) -> None:
+    learner, diverged = solo(), Divergence("--actor_learning_rate")
+    bad = rollouts(2)
+    bad[1].streams["advantages"][bad[1].loss_mask] = np.nan
+    good, bad = learner.update(packs(rollouts(2), [2])), learner.update(packs(bad, [2]))
+    empty = learner.update([])
+    diverged.watch(1, [bad, bad])
+    diverged.watch(2, [good, bad])
+    assert diverged.in_a_row == 1
+    diverged.watch(3, [empty, bad])
+    with pytest.raises(RunError) as error:
+        diverged.watch(4, [bad, good])
+    assert str(error.value) == (
+        "Training has diverged: 3 updates in a row, the last of them in step 4, had a gradient that is not finite. Lower "
+        "--actor_learning_rate or --max_norm, or look for extreme values in the data of these steps, and start again, or from "
+        "an earlier checkpoint."
+    )
+    said = "update was skipped, as the gradient norm is nan"
+    empty_said = "step 3: an update was skipped, as no token or row is in the loss"
+    assert caplog.messages == [
+        *(f"step {step}: an {said}" for step in (1, 1, 2)),
+        empty_said,
+        *(f"step {step}: an {said}" for step in (3, 4)),
+    ]
 
 
 def test_a_dummy_has_zero_loss_and_reaches_every_parameter() -> None:

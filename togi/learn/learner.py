@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from togi.batch import Batch
 from togi.data.packing import PackStats, pack_stats
+from togi.errors import RunError
 from togi.learn.objective import Objective, token_metrics
 from togi.learn.schedule import LearningRate
 from togi.learn.scorer import DUMMY_TOKENS, even_rounds, nothing, per_sequence
@@ -28,6 +29,8 @@ from togi.obs.metrics import Metric, merge, reduced
 from togi.parallel.backend import Backend
 
 logger = logging.getLogger(__name__)
+NOT_FINITE_AT_MOST = 3
+"""A run ends after so many updates in a row without a finite gradient. One alone may be the fault of a single row."""
 
 
 class StepOutcome(StrEnum):
@@ -84,6 +87,35 @@ class Mixed:
     coef: float
 
 
+class Divergence:
+    """Says which updates of one model were skipped, and ends a run that has diverged.
+
+    ``rate``: the flag of the model's learning rate, for the message. ``in_a_row``: the latest updates without a finite gradient.
+    """
+
+    def __init__(self, rate: str) -> None:
+        self.rate = rate
+        self.in_a_row = 0
+
+    def watch(self, step: int, reports: Iterable[UpdateReport]) -> None:
+        """Look at the updates of the run's step ``step``. Raises RunError after ``NOT_FINITE_AT_MOST`` in a row."""
+        for report in reports:
+            if report.outcome is StepOutcome.SKIPPED_EMPTY:
+                logger.warning("step %d: an update was skipped, as no token or row is in the loss", step)
+                continue
+            if report.outcome is StepOutcome.UPDATED:
+                self.in_a_row = 0
+                continue
+            self.in_a_row += 1
+            logger.warning("step %d: an update was skipped, as the gradient norm is %s", step, report.grad_norm)
+            if self.in_a_row == NOT_FINITE_AT_MOST:
+                raise RunError(
+                    f"Training has diverged: {NOT_FINITE_AT_MOST} updates in a row, the last of them in step {step}, had a "
+                    f"gradient that is not finite. Lower {self.rate} or --max_norm, or look for extreme values in the data of "
+                    "these steps, and start again, or from an earlier checkpoint."
+                )
+
+
 @dataclass(eq=False)
 class Learner:
     """Trains one model. ``max_norm``: bound on the global gradient norm; ``math.inf`` for none.
@@ -104,7 +136,7 @@ class Learner:
     def update(self, micro_batches: Sequence[Batch], mixed: Mixed | None = None) -> UpdateReport:
         """One optimizer step on the micro-batches of all ranks. Ranks may have different numbers of micro-batches, also none.
 
-        ``mixed`` adds a second objective, on all ranks or on none. The step is skipped, logged and reported if the first objective
+        ``mixed`` adds a second objective, on all ranks or on none. The step is skipped and reported if the first objective
         has no token or row in its loss, or if the gradient is not finite.
         """
         backend, rate = self.backend, self.schedule.rate(self.steps)
@@ -117,9 +149,9 @@ class Learner:
         assert math.isfinite(count) and count >= 0, f"a loss count of {count}"
         packed = sum((pack_stats(batch) for batch in micro_batches), PackStats(0, 0))
         if count == 0:
-            logger.warning("optimizer step %d skipped: no token or row is in the loss", self.steps)
-            empty = StepOutcome.SKIPPED_EMPTY
-            return UpdateReport(empty, self.steps, rate, math.nan, count, Load(0.0, 1.0), packed, {}, ())
+            return UpdateReport(
+                StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, Load(0.0, 1.0), packed, {}, ()
+            )
         # forward and backward: gradients are summed over micro-batches and, after the last one, over ranks
         balanced_over = sequences if self.aux_loss_coef > 0 else None
         metrics, logprobs = self._accumulate(
@@ -136,7 +168,6 @@ class Learner:
             outcome = StepOutcome.UPDATED
         else:
             backend.drop_gradients()
-            logger.warning("optimizer step %d skipped: the gradient norm is %s", self.steps, grad_norm)
             outcome = StepOutcome.SKIPPED_NOT_FINITE
         # metrics over all ranks
         values = self.objective.summary(reduced(merge(world.gather_shares("metrics", metrics))))

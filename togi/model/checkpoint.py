@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from togi.config.shared import ADAPTER_CONFIG, LoRA
+from togi.errors import RunError
 from togi.model.loading import auto_class, read_config, skeleton
 from togi.model.policy import PolicyModel, ScalarModel, checkpoint_tensors
 from togi.obs.way_out import writing
@@ -95,10 +96,11 @@ def save_trained(
 ) -> None:
     """Write the trained model, or with LoRA only the adapter (``adapters.save_adapter``).
 
-    Collective: all ranks call it to gather the parameters. The rank that writes passes ``directory``, the others None.
+    Collective: all ranks call it to gather the parameters. The rank that writes passes ``directory``, the others None. Raises
+    RunError for weights that are not finite, on all ranks.
     """
     adapter = model.is_adapted
-    tensors = full_parameters(None if adapter else dtype, trained_only=adapter)
+    tensors = _finite(full_parameters(None if adapter else dtype, trained_only=adapter))
     if directory is None:
         # the gather is collective: ranks that do not write must take part in it
         for _ in tensors:
@@ -109,6 +111,17 @@ def save_trained(
         save_adapter(directory, model, tensors, tokenizer)
     else:
         save_hf(directory, model, tensors, tokenizer, dtype)
+
+
+def _finite(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in named_tensors:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise RunError(
+                f"Training has diverged: the weights of {name} are not finite (NaN or infinite), so this model is not saved. "
+                "Lower the learning rate or --max_norm, or look for extreme values in the data, and start again, or from an "
+                "earlier checkpoint."
+            )
+        yield name, tensor
 
 
 def whole_tensors(

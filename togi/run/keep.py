@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from togi.learn.checkpoint import (
     CheckpointStore,
     better,
 )
+from togi.learn.learner import Divergence
 from togi.methods.method import Method
 from togi.model.checkpoint import FLOAT32, Sizes, sizes
 from togi.parallel.process import World
@@ -199,9 +200,14 @@ class Keep:
             yield stack.enter_context(self._bests.write(best)) if self._world.is_first else folder
         self._journal.announce(f"best so far: {metric} {best.value:.5g} at step {step}, in {folder}")
 
-    def checkpoint_is_due(self, step: int) -> bool:
-        """True every ``--save_steps`` steps."""
-        return every(self._config.save_steps, step)
+    def checkpoint_is_due(self, step: int, trained: Iterable[Divergence]) -> bool:
+        """True every ``--save_steps`` steps, unless one of the ``trained`` models may have diverged: a checkpoint of it would
+        push out one from before.
+        """
+        due, may_have = every(self._config.save_steps, step), any(model.in_a_row > 0 for model in trained)
+        if due and may_have:
+            logger.warning("step %d: no checkpoint is written, as the last gradient was not finite", step)
+        return due and not may_have
 
     @contextmanager
     def checkpoint(self, step: int, state: Mapping[str, object], size: int) -> Iterator[Path]:

@@ -21,6 +21,7 @@ from togi.data.packing import PackStats, in_order
 from togi.data.records import Examples
 from togi.errors import CheckpointError
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
+from togi.learn.learner import Divergence
 from togi.learn.learner_state import check_rank, expected_bytes, load_learner, save_learner
 from togi.learn.scorer import Measured, conclude, measure
 from togi.methods.method import Method
@@ -196,6 +197,7 @@ class OfflineRun:
         self.step = 0
         self._identity = identity(config, command, models.data)
         self._tokens_seen = 0.0
+        self._divergence = Divergence("--learning_rate")
         self._keep = Keep(config, offline_aim(config), world, journal)
 
     def close(self) -> None:
@@ -237,6 +239,7 @@ class OfflineRun:
             # Tokens are summed over ranks: each rank has seen its share only.
             tokens, unshared = self._world.sum_shares("tokens", [report.packed.tokens, report.packed.unshared_tokens])
         self.step += 1
+        self._divergence.watch(self.step, [report])
         self._tokens_seen += unshared
         compiling = {names.COMPILE_SECONDS: clock.take_seconds()} if self.config.torch_compile else {}
         return compiling | {
@@ -292,7 +295,7 @@ class OfflineRun:
     def checkpoint_if_due(self) -> None:
         """Write a resumable checkpoint and, with --save_hf_ckpt, a model folder inside it. The first rank writes."""
         config = self.config
-        if not self._keep.checkpoint_is_due(self.step):
+        if not self._keep.checkpoint_is_due(self.step, [self._divergence]):
             return
         state = {"identity": self._identity, "tokens_seen": self._tokens_seen}
         with self._keep.checkpoint(self.step, state, expected_bytes(self._models.learner)) as folder:

@@ -19,7 +19,7 @@ from togi.algo.kl import KLController
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
-from togi.learn.learner import UpdateReport
+from togi.learn.learner import Divergence, UpdateReport
 from togi.learn.objective import ADVANTAGES, KL_COEF, OLD_LOGPROBS
 from togi.model.checkpoint import written_aside
 from togi.obs import names
@@ -27,7 +27,7 @@ from togi.obs.progress import Progress
 from togi.obs.rollout_store import Split
 from togi.obs.way_out import way_out
 from togi.plan.machine import this_machine
-from togi.plan.placement import Role
+from togi.plan.placement import LEARNERS, Role
 from togi.pump import experience
 from togi.pump.experience import GroupFilter, Place, ScoredGroup, to_sample, trainable, with_advantages
 from togi.pump.feed import Feed, ReplayFeed, RolloutFeed
@@ -167,6 +167,7 @@ class RLRun:
         self.step = 0
         self._kl = KLController(config.init_kl_coef, config.kl_target, config.kl_horizon)
         self._tokens_seen = 0
+        self._divergence = {role: Divergence(f"--{role}_learning_rate") for role in LEARNERS}
         self._pretrain_steps = 0
         self._keep = Keep(config, best_aim(config, material), DRIVER, journal)
         # Feeds: a live one generates and scores, a replay reads stored rollouts. Evaluation samples at its own
@@ -269,6 +270,7 @@ class RLRun:
         mixed = self._pretraining(len(batches)) if role is Role.ACTOR else []
         with self.journal.progress.phase(f"training the {role}"):
             updates = await self.session.learners[role].update(batches, mixed)
+        self._divergence[role].watch(self.step + 1, updates)
         metrics = update_metrics(role, updates)
         # Tokens are counted once per step, on the actor.
         if role is Role.ACTOR:
@@ -355,7 +357,7 @@ class RLRun:
     async def checkpoint_if_due(self) -> None:
         """Write a resumable checkpoint and, with --save_hf_ckpt, a model folder inside it."""
         config, rows = self.config, self._material.pretraining
-        if not self._keep.checkpoint_is_due(self.step):
+        if not self._keep.checkpoint_is_due(self.step, self._divergence.values()):
             return
         state = {
             "rollout_batch_size": config.rollout_batch_size,
