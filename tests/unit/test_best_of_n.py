@@ -132,6 +132,20 @@ def test_a_row_log_of_other_work_is_refused(tmp_path: Path) -> None:
         RowLog(tmp_path / "rows.jsonl", {"--seed": "2"}).__enter__()
 
 
+def test_a_row_log_has_one_writer(tmp_path: Path) -> None:
+    path, identity = tmp_path / "rows.jsonl", {"--seed": "1"}
+    with RowLog(path, identity) as log:
+        log.add(0, [{"n": 0}])
+        with pytest.raises(CheckpointError) as error:
+            RowLog(path, identity).__enter__()
+        assert str(error.value) == (
+            f"Another process is writing {path}.partial: wait until it has ended, or choose another --output_path."
+        )
+        log.add(1, [{"n": 1}])
+    with RowLog(path, identity) as log:
+        assert sorted(log.done) == [0, 1]
+
+
 def test_a_log_killed_in_its_first_line_starts_anew(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl.partial").write_text('{"--se')
     with RowLog(tmp_path / "rows.jsonl", {"--seed": "1"}) as log:

@@ -63,6 +63,7 @@ def test_answers_refusals_and_metrics(caplog: pytest.LogCaptureFixture) -> None:
         assert await ask(body) == (200, {"rewards": [4, 6], "scores": [1, 1], "extra_logs": {"log": [0.5, None]}})
         for wrong, status, words in (
             ("{", 400, "not JSON"),
+            ("[" * 1500, 400, "not JSON"),
             ([1], 400, 'no "query"'),
             ({"query": []}, 400, "at least one text"),
             ({"query": 3}, 400, '"query" must be a text or a list of at least one text'),
@@ -95,7 +96,7 @@ def test_answers_refusals_and_metrics(caplog: pytest.LogCaptureFixture) -> None:
             text = await (await session.get("/metrics")).text()
         for line in (
             'requests_total{status="200"} 1',
-            'requests_total{status="400"} 14',
+            'requests_total{status="400"} 15',
             "items_total 2",
             "waiting_items 0",
         ):
@@ -113,6 +114,11 @@ def test_a_token_is_needed_for_all_but_the_health() -> None:
         assert (await ask(body))[0] == 401
         assert (await ask(body, Authorization="Bearer wrong"))[0] == 401
         assert (await ask(body, Authorization="Bearer sesame"))[0] == 200
+        assert (await ask(body, Authorization="bearer sesame"))[0] == 200
+        assert (await ask(body, Authorization="sesame"))[0] == 401
+        assert (await ask(body, Authorization="Basic sesame"))[0] == 401
+        answer = await raw(port, b"POST /get_reward HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer \xff\xfe\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 401 ") and b"WWW-Authenticate: Bearer" in answer
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
             assert (await session.get("/health")).status == 200
             assert (await session.get("/metrics")).status == 401
@@ -124,6 +130,34 @@ def test_a_token_is_needed_for_all_but_the_health() -> None:
             await client.close()
 
     talk(session, ServerLimits(2000, 3, 4, "sesame"))
+
+
+async def raw(port: int, request: bytes) -> bytes:
+    """The first bytes of the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    answer = await reader.read(2000)
+    writer.close()
+    return answer
+
+
+def test_a_broken_body_is_the_clients_fault_and_a_client_may_go(caplog: pytest.LogCaptureFixture) -> None:
+    head = b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\nContent-Length: 8\r\n\r\n"
+
+    async def session(ask: Ask, server: RewardServer, port: int) -> None:
+        answer = await raw(port, head + b"not gzip")
+        assert answer.startswith(b"HTTP/1.1 400 "), answer
+        assert b"the body cannot be unpacked; send it whole, in the encoding that its header names" in answer
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n\r\nhalf")
+        await writer.drain()
+        await asyncio.sleep(0.2)
+        writer.close()
+        await asyncio.sleep(0.2)
+        assert server.counts.requests == {400: 1, 499: 1}
+
+    talk(session)
+    assert "failed" not in caplog.text
 
 
 def test_a_full_queue_says_come_back() -> None:

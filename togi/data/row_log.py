@@ -7,6 +7,7 @@ end, whole.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,15 +33,20 @@ class RowLog:
         self._identity = dict(identity)
 
     def __enter__(self) -> Self:
-        """Read what an earlier attempt left. Raises CheckpointError if that was other work."""
+        """Read what an earlier attempt left. Raises CheckpointError if that was other work, or if another process writes here."""
         self._partial.parent.mkdir(parents=True, exist_ok=True)
-        kept = self._read() if self._partial.is_file() else 0
-        self._file = self._partial.open("r+b" if kept > 0 else "wb")
-        if kept > 0:
+        self._partial.touch()
+        self._file = self._partial.open("r+b")
+        try:
+            self._lock()
+            kept = self._read()
             self._file.truncate(kept)  # drops a line that a kill left incomplete
             self._file.seek(kept)
-        else:
-            self._write(self._identity)
+            if kept == 0:
+                self._write(self._identity)
+        except BaseException:
+            self._file.close()
+            raise
         return self
 
     def __exit__(
@@ -64,6 +70,15 @@ class RowLog:
     def in_order(self) -> list[Row]:
         """The rows of all finished units, ordered by unit."""
         return [row for unit in sorted(self.done) for row in self.done[unit]]
+
+    def _lock(self) -> None:
+        """Hold the file until it is closed, also by a kill. Raises CheckpointError if another process holds it."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"Another process is writing {self._partial}: wait until it has ended, or choose another --output_path."
+            ) from None
 
     def _write(self, record: Row) -> None:
         with writing(self._partial):

@@ -97,6 +97,9 @@ PATH = "/get_reward"
 PREFIX = "togi_reward"
 # The HTTP statuses for a complaint of the scoring source: permanent or transient.
 REFUSED, BROKEN = 422, 500
+# The status that counts a client that closed the connection before its answer, as nginx does.
+GONE = 499
+NEEDS_TOKEN = ("a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
 _KINDS: Mapping[type, str] = {
     type(None): "null",
@@ -180,9 +183,13 @@ class RewardServer:
         start = time.monotonic()
         response: web.StreamResponse
         try:
-            response = await handler(request) if self._may(request) else _error(401, "a bearer token is needed")
+            response = await handler(request) if self._may(request) else _error(401, *NEEDS_TOKEN)
         except BadRequestError as error:
             response = _error(400, str(error))
+        except web.RequestPayloadError:
+            response = _error(400, "the body cannot be unpacked; send it whole, in the encoding that its header names")
+        except ConnectionError:  # nobody is left to hear an answer
+            response = _error(GONE, "the client went away")
         except web.HTTPException as error:  # aiohttp's own: no such path, body too large, and so on
             response = _error(error.status, error.reason)
         # A bug must not end the server. Its message may quote the request, so only its places in the code are logged.
@@ -198,8 +205,10 @@ class RewardServer:
     def _may(self, request: web.Request) -> bool:
         if not self._limits.token or request.path == "/health":
             return True
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        return hmac.compare_digest(given.encode(), self._limits.token.encode())
+        # RFC 6750: the name of the scheme, in any case, and the token. Bytes that are no UTF-8 arrive as lone surrogates.
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        same = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self._limits.token.encode())
+        return same and scheme.lower() == "bearer"
 
     async def _get_reward(self, request: web.Request) -> web.Response:
         call = read_call(await request.read(), self._limits.items)
@@ -230,7 +239,7 @@ def read_call(body: bytes, most: int) -> Call:
     """Parse the body of a request. Raises BadRequestError."""
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or lists nested too deeply
         raise BadRequestError('the body is not JSON; send {"query": [texts]}') from None
     if not isinstance(request, dict) or "query" not in request:
         raise BadRequestError('the body has no "query"; send {"query": [texts]}')
