@@ -40,6 +40,10 @@ TABLES = (
     {"columns": ["prompt", "answer"], "index": [0, 1], "data": [list(row.values()) for row in ROWS]},
 )
 FOREIGN = [
+    *(
+        (name, bytes(4096), "{} begins with zero bytes, so it holds no text: write or copy it again.")
+        for name in ("a.jsonl", "a.json", "a.csv")
+    ),
     *(("a.json", json.dumps(table, indent=indent).encode(), AS_RECORDS) for table in TABLES for indent in (None, 1)),
     ("a.jsonl", json.dumps(NUMBERED).encode(), AS_RECORDS),
     *(

@@ -242,6 +242,28 @@ def test_empty_rows_are_dropped_counted_and_named(tmp_path, tokenizer):
     assert dict(texts.report.sources[0].dropped) == {"empty prompt": 1, "empty answer": 1}
 
 
+SYSTEM_TURN = (
+    "it is read as the system turn and must be a string; correct it, or rename the field if it is something else"
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (
+            {"m": TURNS[:1]},
+            " has no turn of the assistant, so there is nothing to learn: add the answer or remove the row",
+        ),
+        ({"m": TURNS, "system": ["Be brief."]}, f": the field 'system' is the list ['Be brief.']: {SYSTEM_TURN}"),
+        ({"m": TURNS, "system_prompt": 3}, f": the field 'system_prompt' is the number 3: {SYSTEM_TURN}"),
+    ],
+)
+def test_what_a_conversation_lacks_or_cannot_say(tmp_path, tokenizer, row, sentence):
+    with pytest.raises(DataError) as error:
+        load(tmp_path, tokenizer, [row], apply_chat_template=True, input_key="m", multiturn=True, max_bad_rows=0.0)
+    assert str(error.value).startswith(f"Line 1 of {tmp_path}/a.jsonl{sentence} (the first of 1 faulty rows")
+
+
 def test_too_many_faults_stop_the_run(tmp_path, tokenizer):
     rows = [{"q": "x", "a": ""}] * 2 + [{"q": "x", "a": "y"}] * 18
     limit = (

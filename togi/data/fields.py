@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from togi.data.chat import Tokenizer, plain_prompt, plain_text, template_text
-from togi.data.faults import Drop, Note, of_field, parsed
+from togi.data.faults import Drop, Note, named_value, of_field, parsed
 from togi.data.messages import (
     ASSISTANT,
     SYSTEM,
+    SYSTEM_FIELDS,
     TOOL,
     TOOLS,
     USER,
@@ -57,6 +58,12 @@ class Fields:
 
     def prompt(self, key: str) -> Dialogue:
         """The prompt as messages: a string becomes one user message. With the row's tools and system turn."""
+        for name in SYSTEM_FIELDS:
+            if self.row.get(name) and not isinstance(self.row[name], str):
+                raise Drop.WRONG_TYPE.error(
+                    f"the field {name!r} is {named_value(self.row[name])}: it is read as the system turn and must be a string; "
+                    "correct it, or rename the field if it is something else."
+                )
         with of_field(TOOLS):
             frame = frame_of(self.row)
         with of_field(key):

@@ -236,6 +236,8 @@ def check_content(path: Path) -> None:
     for starts, what in _SIGNS:
         if head.startswith(starts) or (is_text and head.lstrip().startswith(starts)):
             raise DataError(f"{path} {what}")
+    if is_text and head.startswith(b"\0\0"):
+        raise DataError(f"{path} begins with zero bytes, so it holds no text: write or copy it again.")
     if is_text and b"\0" in head[:2]:
         raise DataError(f"{path} {_UTF16}")
     for sign, extension in _TABLES.items():

@@ -220,6 +220,10 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft 
     Turns with nothing before them are context. Raises RowError.
     """
     messages = dialogue.messages
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise Drop.WRONG_ROLES.error(
+            "has no turn of the assistant, so there is nothing to learn: add the answer or remove the row."
+        )
     # Stage 1: the turns to train on.
     said = [i for i in range(max(first, 1), len(messages)) if messages[i]["role"] == ASSISTANT]
     turns = [i for i in said if says_something(messages[i])]
