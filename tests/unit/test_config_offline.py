@@ -104,6 +104,12 @@ CONTRADICTIONS = [
     ("sft", "--save_hf_ckpt", ("--save_hf_ckpt", "--save_steps")),
     ("sft", "--disable_ds_ckpt", ("--disable_ds_ckpt", "--save_hf_ckpt")),
     ("sft", "--no_packing_samples --micro_train_batch_size 4", ("--no_packing_samples", "--micro_train_batch_size")),
+    ("sft", "--lora_alpha 8", ("--lora_alpha 8 is about an adapter: add --lora_rank, or leave it out.",)),
+    (
+        "rm",
+        "--value_head_prefix lm_head",
+        ("--value_head_prefix lm_head is the name of another part of language models: choose one such as score.",),
+    ),
     ("sft", "--tokenizer_chat_template x", ("--tokenizer_chat_template", "--apply_chat_template")),
     ("sft", "--load_in_4bit", ("--load_in_4bit", "--lora_rank")),
     ("dpo", "--gradient_checkpointing_above 9", ("--gradient_checkpointing_above", "needs --gradient_checkpointing:")),

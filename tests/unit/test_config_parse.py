@@ -143,6 +143,15 @@ CONTRADICTIONS = [
     (["--input_template", "Q: {}", "--apply_chat_template"], ["--input_template", "--apply_chat_template"]),
     (["--input_template", "no hole"], ["--input_template", "{}"]),
     (["--tokenizer_chat_template", "{{x}}"], ["--tokenizer_chat_template", "--apply_chat_template"]),
+    (
+        ["--tokenizer_chat_template", "{% for m in messages %}\n{{ m['role' }}{% endfor %}", "--apply_chat_template"],
+        [
+            "--tokenizer_chat_template has a syntax error in line 2 (unexpected '}', expected ']'): correct the template."
+        ],
+    ),
+    (["--lora_alpha", "8"], ["--lora_alpha 8 is about an adapter: add --lora_rank, or leave it out."]),
+    (["--eval_steps", "2"], ["--eval_steps 2 needs --eval_dataset: add it or leave the first out."]),
+    (["--value_head_prefix", "a.b"], ["--value_head_prefix 'a.b' must be a plain name such as score."]),
     (["--tokenizer_chat_template", "chat.jinja", "--apply_chat_template"], ["'chat.jinja' is no Jinja", "cat FILE"]),
     (["--adam_betas", "0.9", "1"], ["--adam_betas 0.9 1", "below 1"]),
     (["--max_len", "100"], ["--max_len", "--prompt_max_len"]),
@@ -219,6 +228,10 @@ def test_contradictions_name_both_flags(flags: list[str], words: list[str]) -> N
 
 def test_a_sound_configuration_passes() -> None:
     check_rl(rl(*NEEDED).config)
+    marked = (
+        "{% for m in messages %}{%- generation -%}{% break %}{{ m.content | tojson }}{% endgeneration %}{% endfor %}"
+    )
+    check_rl(rl(*NEEDED, "--apply_chat_template", "--tokenizer_chat_template", marked).config)
     check_rl(rl(*NEEDED, *GRPO, "--use_kl_loss", "--kl_estimator", "k3", "--bf16", "--packing_samples").config)
     unbounded = ["--policy_loss_type", "cispo", "--eps_clip_low_high", "1", "0.3"]
     check_rl(rl(*NEEDED, *unbounded, "--enable_vllm_is_correction", "--vllm_is_correction_type", "icepop").config)

@@ -104,10 +104,7 @@ FOREIGN_ATTRIBUTES = Counter(
     }
 )
 # Of our own records, by a name that is a value: none is wanted, and no further one is allowed.
-OWN_ATTRIBUTES = Counter(
-    {
-    }
-)
+OWN_ATTRIBUTES = Counter({})
 # Where any exception is caught and another one, or the same, is raised: something is closed, or the user told what failed.
 RAISED_AGAIN = Counter(
     {

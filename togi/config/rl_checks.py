@@ -202,6 +202,8 @@ def _training(c: RLConfig) -> Iterator[str]:
         )
     if c.eval_at_start and c.eval_dataset is None:
         yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
+    if c.eval_steps > 0 and c.eval_dataset is None:
+        yield f"--eval_steps {c.eval_steps} needs --eval_dataset: add it or leave the first out."
 
 
 def _placement(c: RLConfig) -> Iterator[str]:
@@ -230,6 +232,7 @@ def _placement(c: RLConfig) -> Iterator[str]:
 
 def _output(c: RLConfig) -> Iterator[str]:
     yield from shared.output_problems(c, evaluates=c.eval_dataset is not None)
+    yield from shared.head_problems(c.value_head_prefix)
     if c.eval_steps == 0:
         yield "--eval_steps must be positive, or -1."
     if c.max_steps == 0:

@@ -6,6 +6,7 @@ What tensor parallelism and compilation cannot be combined with is here too. The
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -20,6 +21,8 @@ ALL_LINEAR = "all-linear"
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that marks the folder of a LoRA adapter."""
 NO_METRIC = "none"
+# The outermost parts of language models, whose weights would be taken for those of a head of the same name.
+MODEL_PARTS = ("lm_head", "model", "transformer")
 # Mixtures of experts whose router is known to be read correctly, by model type.
 MIXTURES = ("mixtral", "qwen3_moe")
 # Model types whose layers --ds_tensor_parallel_size can split.
@@ -282,6 +285,29 @@ def chat_template_problems(template: str | None, *, applied: bool) -> Iterator[s
         yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."
     if template is not None and "{" not in template:
         yield f'--tokenizer_chat_template {template!r} is no Jinja template: give its text, in bash "$(cat FILE)".'
+    if template is not None and (fault := _template_fault(template)):
+        yield f"--tokenizer_chat_template has a syntax error in {fault}: correct the template."
+
+
+def _template_fault(template: str) -> str:
+    """Line and reason of a Jinja syntax error; "" if there is none."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    # Transformers' own block, which marks answers, is no part of Jinja.
+    text = re.sub(r"{%([-+]?)\s*(?:end)?generation\s*([-+]?)%}", "", template)
+    try:
+        Environment(autoescape=True, extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno} ({(error.message or '').rstrip('.')})"
+    return ""
+
+
+def head_problems(prefix: str) -> Iterator[str]:
+    """Faults of a ``--value_head_prefix``, the name of a new head."""
+    if not prefix.isidentifier():
+        yield f"--value_head_prefix {prefix!r} must be a plain name such as score."
+    if prefix in MODEL_PARTS:
+        yield f"--value_head_prefix {prefix} is the name of another part of language models: choose one such as score."
 
 
 def rendering_problems(c: PromptText) -> Iterator[str]:
@@ -319,6 +345,8 @@ def model_problems(c: ModelSettings) -> Iterator[str]:
         yield "--load_in_4bit freezes the weights and trains an adapter: add --lora_rank, or leave --load_in_4bit out."
     if c.lora_rank == 0 and (c.lora_dropout > 0 or c.target_modules != (ALL_LINEAR,)):
         yield "--lora_dropout and --target_modules are about an adapter: add --lora_rank, or leave them out."
+    if c.lora_rank == 0 and c.changed("lora_alpha"):
+        yield f"--lora_alpha {c.lora_alpha} is about an adapter: add --lora_rank, or leave it out."
     if ALL_LINEAR in c.target_modules and len(c.target_modules) > 1:
         yield f"--target_modules {' '.join(c.target_modules)}: give {ALL_LINEAR} alone, or names without it."
 

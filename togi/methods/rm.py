@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from togi.config.choices import RewardLoss
 from togi.config.fields import Count, PathText, flag
+from togi.config.shared import head_problems
 from togi.methods.method import REWARD_MEASURES, Pairs
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ class RM(Pairs):
         yield from super().problems(template_given=template_given)
         if self.margin_loss and self.loss is not RewardLoss.SIGMOID:
             yield f"--margin_loss has no meaning with --loss {self.loss}: use --loss sigmoid or leave the first out."
-        if not self.value_head_prefix.isidentifier():
-            yield f"--value_head_prefix {self.value_head_prefix!r} must be a plain name such as score."
+        yield from head_problems(self.value_head_prefix)
 
     @property
     def head(self) -> str:
