@@ -48,6 +48,25 @@ def test_the_newest_is_kept_even_when_it_alone_is_too_large(tmp_path: Path) -> N
     assert names(tmp_path) == ["latest", "step_00000002"]
 
 
+def test_the_pointer_says_which_is_the_newest(tmp_path: Path) -> None:
+    """A run that goes on from step 10, as 15 and 20 were damaged, or another run's, is resumed and pruned as itself."""
+    store = CheckpointStore(tmp_path, max_num=3)
+    for step in (10, 15, 20):
+        save(store, step)
+    (tmp_path / "latest").write_text("step_00000010")
+    assert store.latest().step == 10
+    save(store, 11)
+    assert names(tmp_path) == ["latest", "step_00000010", "step_00000011", "step_00000020"]
+    save(store, 12)
+    assert names(tmp_path) == ["latest", "step_00000010", "step_00000011", "step_00000012"]
+    (tmp_path / "step_00000012" / "manifest.json").unlink()
+    assert store.latest().step == 11
+    (tmp_path / "latest").unlink()
+    save(CheckpointStore(tmp_path, max_num=9), 13)
+    (tmp_path / "latest").unlink()
+    assert store.latest().step == 13
+
+
 def test_a_killed_save_leaves_the_last_good_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(tmp_path)
     save(store, 5)

@@ -220,6 +220,35 @@ def test_no_output_replaces_a_model_that_the_run_reads(
             preflight.check_offline(parse(METHODS["kd"], f"{words} {keys}".split(), "kd"))
 
 
+def sft(tmp_path: Path, *flags: str) -> None:
+    (tmp_path / "files" / "s.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    words = f"--pretrain {tmp_path}/files/model --dataset {tmp_path}/files/s.jsonl --input_key q --output_key a".split()
+    preflight.check_offline(parse(METHODS["sft"], [*words, *flags], "sft"))
+
+
+@pytest.mark.parametrize("left", ["step_00000012", "best"])
+def test_a_new_run_keeps_out_of_the_checkpoints_of_an_earlier_one(flags: list[str], tmp_path: Path, left: str) -> None:
+    (tmp_path / "work" / "c" / left).mkdir(parents=True)
+    says = (
+        f"--ckpt_path c already holds {left!r} of an earlier run: go on with that run by --load_checkpoint, give another "
+        "--ckpt_path, or remove the folder."
+    )
+    rows = ["--eval_dataset", str(tmp_path / "files" / "s.jsonl")]
+    for run in (
+        lambda *more: check(*flags, "--ckpt_path", "c", "--save_steps", "2", *more),
+        lambda *more: sft(tmp_path, "--ckpt_path", "c", "--save_steps", "2", *more),
+        lambda *more: sft(tmp_path, "--ckpt_path", "c", "--best_metric_key", "eval/loss", *rows, *more),
+    ):
+        with pytest.raises(ConfigError) as error:
+            run()
+        assert str(error.value) == says
+        run("--load_checkpoint")
+        run("--ckpt_path", "other")
+    check(*flags, "--ckpt_path", "c")  # writes no checkpoint
+    (tmp_path / "work" / "c" / left).rmdir()
+    check(*flags, "--ckpt_path", "c", "--save_steps", "2")
+
+
 def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     preflight.check_backend(BackendName.FSDP2)

@@ -1,8 +1,9 @@
 """Crash-safe checkpoints: a folder of checkpoints, and the folder of the best model.
 
 A checkpoint is written to a temporary folder, listed in a manifest (sizes and SHA-256), flushed to disk and renamed in one
-operation. Then ``latest`` points to it. Old checkpoints are pruned last, the newest never. A reader loads the newest complete
-checkpoint and logs what it skipped. Only one process writes. Not here: the contents of a checkpoint (``learner_state``).
+operation. Then ``latest`` points to it. Old checkpoints are pruned last, the newest never. A reader loads the checkpoint that
+``latest`` names, or the newest complete one before it, and logs what it skipped. Only one process writes. Not here: the contents
+of a checkpoint (``learner_state``).
 """
 
 from __future__ import annotations
@@ -112,9 +113,9 @@ class CheckpointStore:
         self._prune(target)
 
     def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, with every file checked against its hash. None if there is none.
+        """The checkpoint written last that is complete, with every file checked against its hash. None if there is none.
 
-        Newer checkpoints that are damaged or unfinished are skipped and logged.
+        Later ones that are damaged or unfinished are skipped and logged.
         """
         for left_over in sorted(self.root.glob(f"{UNFINISHED}*/")):
             logger.warning("skipping %s: it was never finished", left_over)
@@ -126,8 +127,16 @@ class CheckpointStore:
         return None
 
     def _all(self) -> list[Path]:
-        folders = (path for path in self.root.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
-        return sorted(folders, key=lambda path: int(path.name.removeprefix(PREFIX)))
+        """All checkpoints in the order of their age, the one that the pointer names last.
+
+        Those of later steps are older than it: the run that wrote it has left them behind, as they were damaged or by hand.
+        """
+        names = (path.name.removeprefix(PREFIX) for path in self.root.glob(f"{PREFIX}*"))
+        folders = {self.root / f"{PREFIX}{digits}": int(digits) for digits in names if digits.isdigit()}
+        pointer = self.root / POINTER
+        named = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        last = folders.get(self.root / named, math.inf)
+        return sorted(folders, key=lambda path: (folders[path] <= last, folders[path]))
 
     def _prune(self, newest: Path) -> None:
         """Remove the oldest checkpoints until both limits hold, but never ``newest``."""
@@ -150,6 +159,11 @@ def _writing(failed: str) -> Iterator[None]:
         raise CheckpointError(
             f"{failed} ({disk_reason(error) or error}): {advice(error)}, and go on with --load_checkpoint."
         ) from error
+
+
+def left_behind(root: Path) -> list[str]:
+    """The names of what an earlier run has left in a checkpoint folder: its checkpoints and the folder of its best model."""
+    return [path.name for path in CheckpointStore(root)._all()] + [BEST_FOLDER] * (root / BEST_FOLDER).exists()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -24,6 +24,7 @@ from togi.config.rl_checks import check_rl
 from togi.config.shared import (
     ADAPTER_CONFIG,
     COMPILABLE,
+    NO_METRIC,
     OutputSettings,
     check_mixture,
     check_splittable,
@@ -31,6 +32,7 @@ from togi.config.shared import (
 from togi.data.items import listed, parse_items
 from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError, UserError
+from togi.learn.checkpoint import left_behind
 from togi.methods import check_method
 from togi.methods.method import Method
 from togi.obs.sinks import TrackerOptions, check_trackers
@@ -196,6 +198,20 @@ def check_outputs(config: OutputSettings, models: Sequence[tuple[str, str]], mor
         from togi.obs.run_dir import RunDirectory
 
         RunDirectory(Path(config.run_dir)).check_unused()
+    check_checkpoints_unused(config)
+
+
+def check_checkpoints_unused(config: OutputSettings) -> None:
+    """Check that a new run finds no checkpoint or best model of an earlier one where it writes its own. Raises ConfigError.
+
+    They would be resumed as its own, and pruned in place of older ones of its own.
+    """
+    writes = config.save_steps > 0 or config.best_metric_key != NO_METRIC
+    if writes and not config.load_checkpoint and (left := left_behind(Path(config.ckpt_path))):
+        raise ConfigError(
+            f"--ckpt_path {config.ckpt_path} already holds {listed(left[-2:])} of an earlier run: go on with that run by "
+            "--load_checkpoint, give another --ckpt_path, or remove the folder."
+        )
 
 
 def check_target(flag: str, output: str, sources: Sequence[tuple[str, str]]) -> None:
