@@ -267,6 +267,19 @@ def test_a_file_may_import_its_neighbours(tmp_path: Path) -> None:
     assert found(rewards_N=torch.ones(1), sequences_K=torch.tensor([0, 0]), **given).tolist() == [3.0, 3.0]
 
 
+def test_a_run_has_the_file_as_it_was_tried_and_the_next_one_as_it_is_then(tmp_path: Path) -> None:
+    own = Hook(str(tmp_path / "own.py"), "f")
+    one = {"rewards_N": torch.ones(1), "groups_N": torch.tensor([0]), "sequences_K": torch.tensor([0])}
+    found = []
+    for scale in (3, 4, 3):  # within a second and of equal size: Python would take its bytecode of the first
+        (tmp_path / "own.py").write_text(f"def f(rewards_N, sequences_K): return {scale}.0 * rewards_N[sequences_K]\n")
+        if scale == 4:
+            found.append(load_estimator(own)(**one, penalties_K=torch.zeros(1)).item())  # still in the first run
+        check_estimator(own, penalised=False)
+        found.append(load_estimator(own)(**one, penalties_K=torch.zeros(1)).item())
+    assert found == [3.0, 3.0, 4.0, 3.0]
+
+
 def ppo_again(
     logprobs_K: Tensor, old_logprobs_K: Tensor, advantages_K: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:

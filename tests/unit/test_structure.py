@@ -113,7 +113,7 @@ RAISED_AGAIN = Counter(
         "data/chat.py: load_tokenizer": 1,
         "data/chat.py: render_marked": 1,
         "learn/checkpoint.py: BestStore.write": 1,
-        "learn/hooks.py: _from_file": 1,
+        "learn/hooks.py: _import": 1,
         "learn/hooks.py: _tried": 1,
         "learn/checkpoint.py: _writing": 1,
         "model/generate.py: _generate": 1,

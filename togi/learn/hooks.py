@@ -39,9 +39,12 @@ LOSS = ("logprobs_K", "old_logprobs_K", "advantages_K", "sequences_K", "clip_low
 TOLERANCE = 1e-5
 
 
-def load(hook: Hook, flag: str, known: tuple[str, ...]) -> Callable[..., Tensor]:
-    """Load the function. Call the result with all arguments of ``known`` by name. Raises ConfigError naming ``--flag``."""
-    function = hook.function if hook.function is not None else _from_file(hook, flag)
+def load(hook: Hook, flag: str, known: tuple[str, ...], *, trial: bool) -> Callable[..., Tensor]:
+    """Load the function. Call the result with all arguments of ``known`` by name. Raises ConfigError naming ``--flag``.
+
+    ``trial``: before a run, on a made-up batch.
+    """
+    function = hook.function if hook.function is not None else _from_file(hook, flag, trial=trial)
     shown = f"--{flag} {hook}"
     if not callable(function) or inspect.iscoroutinefunction(function):
         raise ConfigError(f"{shown} is not a plain function: give one that takes {', '.join(known)}.")
@@ -63,14 +66,14 @@ def load(hook: Hook, flag: str, known: tuple[str, ...]) -> Callable[..., Tensor]
     return call
 
 
-def load_estimator(hook: Hook) -> Callable[..., Tensor]:
+def load_estimator(hook: Hook, *, trial: bool = False) -> Callable[..., Tensor]:
     """Load the estimator. Call it with the arguments of ``ESTIMATOR`` by name. Raises ConfigError."""
-    return load(hook, "advantage_estimator", ESTIMATOR)
+    return load(hook, "advantage_estimator", ESTIMATOR, trial=trial)
 
 
-def load_policy_loss(hook: Hook) -> Callable[..., Tensor]:
+def load_policy_loss(hook: Hook, *, trial: bool = False) -> Callable[..., Tensor]:
     """Load the policy loss. Call it with the arguments of ``LOSS`` by name. Raises ConfigError."""
-    return load(hook, "policy_loss_type", LOSS)
+    return load(hook, "policy_loss_type", LOSS, trial=trial)
 
 
 def check_estimator(hook: Hook, *, penalised: bool) -> None:
@@ -78,7 +81,7 @@ def check_estimator(hook: Hook, *, penalised: bool) -> None:
 
     Raises ConfigError if the result is invalid, or ignores the KL.
     """
-    function, shown = load_estimator(hook), f"--advantage_estimator {hook}"
+    function, shown = load_estimator(hook, trial=True), f"--advantage_estimator {hook}"
     arguments = {
         "rewards_N": torch.tensor([1.0, 0.0, 0.5, 0.25, -1.0], dtype=torch.float64),
         "groups_N": torch.tensor([0, 0, 1, 1, 2]),
@@ -101,7 +104,7 @@ def check_policy_loss(hook: Hook, clip_low: float, clip_high: float, *, clips: b
 
     Raises ConfigError if the result is invalid, depends on packing, or ignores the clip range.
     """
-    function, shown = load_policy_loss(hook), f"--policy_loss_type {hook}"
+    function, shown = load_policy_loss(hook, trial=True), f"--policy_loss_type {hook}"
 
     def loss(first: int, end: int, low: float, high: float) -> tuple[Tensor, Tensor]:
         """Losses and their gradient on tokens ``first`` to ``end``."""
@@ -138,9 +141,7 @@ def check_policy_loss(hook: Hook, clip_low: float, clip_high: float, *, clips: b
         )
 
 
-def _tried(
-    function: Callable[..., Tensor], shown: str, arguments: Mapping[str, Tensor | float], *, tokens: int
-) -> Tensor:
+def _tried(function: Callable[..., Tensor], shown: str, arguments: Mapping[str, object], *, tokens: int) -> Tensor:
     """Call the function once. Raises ConfigError unless it returns one finite float a token and changes no argument."""
     given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
     try:
@@ -155,29 +156,44 @@ def _tried(
     if not result_K.is_floating_point() or not bool(result_K.isfinite().all()):
         raise ConfigError(f"{shown} returned {result_K.tolist()} on a made-up batch: every number must be finite.")
     for name, value in given.items():
-        if isinstance(value, Tensor) and not torch.equal(value, torch.as_tensor(arguments[name])):
+        if isinstance(value, Tensor) and not torch.equal(value, arguments[name]):
             raise ConfigError(f"{shown} changes its argument {name}: work on a copy, {name}.clone().")
     return result_K
 
 
-def _from_file(hook: Hook, flag: str) -> object:
-    """Import the file under a unique module name, with its folder on ``sys.path`` during the import."""
+# The module of each file as the last trial of this process found it.
+_current: dict[Path, str] = {}
+
+
+def _from_file(hook: Hook, flag: str, *, trial: bool) -> object:
+    """Import the file under a module name of its own, with its folder on ``sys.path`` during the import.
+
+    A trial reads a file that was edited since; what follows in the same run has the functions that were tried.
+    """
     path, shown = Path(hook.path).expanduser().absolute(), f"--{flag} {hook}"
-    name = f"togi_hook_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses and pickles of the file look up their module
-        sys.path.insert(0, str(path.parent))
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            raise ConfigError(f"{shown} cannot be loaded ({type(error).__name__}: {error}).") from error
-        finally:
-            sys.path.remove(str(path.parent))
-    found = vars(sys.modules[name])
+    if trial or path not in _current:
+        source = path.read_bytes()
+        name = f"togi_hook_{hashlib.sha256(str(path).encode() + source).hexdigest()[:16]}"
+        if name not in sys.modules:
+            _import(path, source, name, shown)
+        _current[path] = name
+    found = vars(sys.modules[_current[path]])
     if hook.name not in found:
         raise ConfigError(f"{shown}: the file defines no {hook.name} when it is loaded.")
     return found[hook.name]
+
+
+def _import(path: Path, source: bytes, name: str, shown: str) -> None:
+    """Run ``source`` as the module ``name``. Python's own loader may run stale bytecode of a file edited within a second."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles of the file look up their module
+    sys.path.insert(0, str(path.parent))
+    try:
+        exec(compile(source, str(path), "exec"), vars(module))  # noqa: S102 - the file of the user, as an import runs it
+    except Exception as error:
+        del sys.modules[name]
+        raise ConfigError(f"{shown} cannot be loaded ({type(error).__name__}: {error}).") from error
+    finally:
+        sys.path.remove(str(path.parent))
