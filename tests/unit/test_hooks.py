@@ -26,11 +26,11 @@ from togi.config.parse import Source, build, parse
 from togi.config.rl import RLConfig
 from togi.config.rl_checks import check_rl
 from togi.data.packing import pack
-from togi.errors import ConfigError
+from togi.errors import ConfigError, RunError
 from togi.learn.hooks import check_estimator, check_policy_loss, load_estimator, load_policy_loss
-from togi.pump.experience import ScoredGroup, to_sample, with_advantages
+from togi.pump.experience import Place, ScoredGroup, to_sample, with_advantages
 from togi.run.preflight import check_hook_file
-from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score, with_streams
+from togi.sample import FinishReason, Outcome, Prompt, Rollout, Sample, Score, with_streams
 
 NEEDED = ["--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "reward.py"]
 MEDIAN = Hook(str(ROOT / "examples" / "hooks" / "median.py"), "median_baseline")
@@ -163,6 +163,20 @@ def not_finite(sequences_K: Tensor) -> Tensor:
     return torch.full(sequences_K.shape, torch.nan)
 
 
+def deviating(rewards_N: Tensor, groups_N: Tensor, sequences_K: Tensor) -> Tensor:
+    """GRPO without the small number in its denominator."""
+    advantages_N = torch.zeros_like(rewards_N)
+    for group in groups_N.unique():
+        of = rewards_N[groups_N == group]
+        if len(of) > 1:
+            advantages_N[groups_N == group] = (of - of.mean()) / of.std()
+    return advantages_N[sequences_K]
+
+
+def whole(groups_N: Tensor, sequences_K: Tensor) -> Tensor:
+    return groups_N[sequences_K]
+
+
 def greedy(rewards_N: Tensor, sequences_K: Tensor) -> Tensor:
     rewards_N -= rewards_N.mean()
     return rewards_N[sequences_K]
@@ -183,9 +197,15 @@ def a_list(rewards_N: Tensor) -> list[float]:
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        (scalar, "returned a tensor of shape (5,) for 10 tokens: it must return one number a token"),
+        (scalar, "returned a tensor of shape (7,) for 14 tokens: it must return one number a token"),
         (broken, "failed on a made-up batch (ValueError: no luck)."),
-        (not_finite, "every number must be finite."),
+        (not_finite, "every number must be finite, also"),
+        (
+            deviating,
+            "returned 4 of 14 numbers that are not finite on a made-up batch: every number must be finite, also for one sample "
+            "alone or equal rewards, which have no deviation.",
+        ),
+        (whole, "returned torch.int64 on a made-up batch: it must return floating-point numbers"),
         (greedy, "changes its argument rewards_N: work on a copy, rewards_N.clone()."),
         (
             no_penalty,
@@ -319,8 +339,8 @@ def rloo_again(rewards_N: Tensor, groups_N: Tensor, sequences_K: Tensor, penalti
     return normalize(returns_K, mean_only=False)
 
 
-def test_rloo_as_a_hook_is_rloo() -> None:
-    """The same streams on samples of different lengths, with a KL in the reward."""
+def made_up_step() -> tuple[list[ScoredGroup], list[Place], list[Sample]]:
+    """Two groups of two samples, of 3, 1, 2 and 4 trained tokens."""
     rng, rollouts, scores, samples = np.random.default_rng(3), [], [], []
     for n, length in enumerate((3, 1, 2, 4)):
         prompt = Prompt(str(n // 2), (1, 2), "ab", None, "set")
@@ -332,10 +352,82 @@ def test_rloo_as_a_hook_is_rloo() -> None:
         streams = {"old_logprobs": [rng.normal(size=length)], "ref_logprobs": [rng.normal(size=length)]}
         samples += with_streams([to_sample(rollout)], streams)
     groups = [ScoredGroup(tuple(rollouts[i : i + 2]), tuple(scores[i : i + 2])) for i in (0, 2)]
-    places = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    return groups, [(0, 0), (0, 1), (1, 0), (1, 1)], samples
+
+
+def test_rloo_as_a_hook_is_rloo() -> None:
+    """The same streams on samples of different lengths, with a KL in the reward."""
+    step = made_up_step()
     rloo = config("--advantage_estimator", "rloo", "--n_samples_per_prompt", "2")
     own = build(RLConfig, {"advantage_estimator": rloo_again}, {}).config
-    expected, found = (with_advantages(groups, places, samples, c, 0.3) for c in (rloo, own))
+    expected, found = (with_advantages(*step, c, 0.3) for c in (rloo, own))
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose(a.streams["advantages"], b.streams["advantages"], atol=1e-6)
         assert np.isnan(b.streams["advantages"][:2]).all()
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda x_K: x_K.bfloat16(), lambda x_K: x_K.float().requires_grad_(), lambda x_K: x_K.half()]
+)
+def test_advantages_of_any_precision_are_constants(cast: Callable[[Tensor], Tensor]) -> None:
+    def counting(sequences_K: Tensor) -> Tensor:
+        return cast(sequences_K.double() + 1)
+
+    check_estimator(python(counting), penalised=False)
+    own = build(RLConfig, {"advantage_estimator": counting}, {}).config
+    found = with_advantages(*made_up_step(), own, 0.0)
+    values = [sample.streams["advantages"][2:].tolist() for sample in found]
+    assert values == [[1.0] * 3, [2.0], [3.0] * 2, [4.0] * 4]
+
+
+def late(result: Callable[[Tensor], Any]) -> Callable[..., Any]:
+    """An estimator that goes wrong on ten tokens, the number of a real step."""
+
+    def own(sequences_K: Tensor) -> Any:
+        return result(sequences_K) if len(sequences_K) == 10 else torch.ones(len(sequences_K))
+
+    return own
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence"),
+    [
+        (lambda x_K: 1 / 0, "failed (ZeroDivisionError: division by zero)."),
+        (lambda x_K: None, "returned NoneType, not a tensor."),
+        (
+            lambda x_K: x_K[:3],
+            "returned a tensor of shape (3,) for 10 tokens: it must return one number a token, shape (10,);",
+        ),
+        (lambda x_K: x_K, "returned torch.int64: it must return floating-point numbers, as x_K.double() makes them."),
+        (lambda x_K: x_K / x_K, "returned 3 of 10 numbers that are not finite: every number must be finite, also for"),
+    ],
+)
+def test_an_estimator_that_goes_wrong_in_a_step_is_named(result: Callable[[Tensor], Any], sentence: str) -> None:
+    function = late(result)
+    check_estimator(python(function), penalised=False)
+    own = build(RLConfig, {"advantage_estimator": function}, {}).config
+    with pytest.raises(RunError) as caught:
+        with_advantages(*made_up_step(), own, 0.0)
+    assert str(caught.value).startswith(f"--advantage_estimator python:own {sentence}")
+    assert (caught.value.__cause__ is not None) == ("failed" in sentence)
+
+
+def half(logprobs_K: Tensor, old_logprobs_K: Tensor, advantages_K: Tensor) -> Tensor:
+    return (-(logprobs_K - old_logprobs_K).exp() * advantages_K).bfloat16()
+
+
+def test_a_loss_that_goes_wrong_in_a_step_is_named_and_one_of_few_digits_is_summed_in_many() -> None:
+    batch = pack(rollout_pairs(), share_prefix=True)
+
+    def loss_of(function: Callable[..., Any]) -> Tensor:
+        made = replace(objective(PolicyLossType.PPO)(), kind=python(function), dual_clip=None)
+        return made.loss(made.forward(policy(), batch), batch).sum
+
+    check_policy_loss(python(half), 0.2, 0.2, clips=False)
+    assert loss_of(half).dtype == torch.float32
+    with pytest.raises(RunError, match=r"^--policy_loss_type python:broken_loss failed \(ValueError: no luck\)\.$"):
+        loss_of(broken_loss)
+
+
+def broken_loss(logprobs_K: Tensor) -> Tensor:
+    raise ValueError("no luck")

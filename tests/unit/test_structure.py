@@ -114,7 +114,7 @@ RAISED_AGAIN = Counter(
         "data/chat.py: render_marked": 1,
         "learn/checkpoint.py: BestStore.write": 1,
         "learn/hooks.py: _import": 1,
-        "learn/hooks.py: _tried": 1,
+        "learn/hooks.py: load.call": 1,
         "learn/checkpoint.py: _writing": 1,
         "model/generate.py: _generate": 1,
         "obs/way_out.py: writing": 1,

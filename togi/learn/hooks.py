@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from togi.config.fields import Hook
-from togi.errors import ConfigError
+from togi.errors import ConfigError, RunError
 
 ESTIMATOR = ("rewards_N", "groups_N", "sequences_K", "penalties_K")
 LOSS = ("logprobs_K", "old_logprobs_K", "advantages_K", "sequences_K", "clip_low", "clip_high")
@@ -42,7 +42,8 @@ TOLERANCE = 1e-5
 def load(hook: Hook, flag: str, known: tuple[str, ...], *, trial: bool) -> Callable[..., Tensor]:
     """Load the function. Call the result with all arguments of ``known`` by name. Raises ConfigError naming ``--flag``.
 
-    ``trial``: before a run, on a made-up batch.
+    ``trial``: before a run, on a made-up batch. The call raises ConfigError then and RunError in a run, naming ``--flag``,
+    if the function fails or does not return one finite number a token.
     """
     function = hook.function if hook.function is not None else _from_file(hook, flag, trial=trial)
     shown = f"--{flag} {hook}"
@@ -57,13 +58,40 @@ def load(hook: Hook, flag: str, known: tuple[str, ...], *, trial: bool) -> Calla
         raise ConfigError(f"{shown} asks for {unknown[0]}, which it cannot have: it may take {', '.join(known)}.")
     wanted = frozenset(known if takes_all else named)
 
+    kind, where = (ConfigError, " on a made-up batch") if trial else (RunError, "")
+
     # the caller passes everything; the function gets only what its signature names
     def call(**arguments: object) -> Tensor:
-        result = function(**{name: value for name, value in arguments.items() if name in wanted})
-        assert isinstance(result, Tensor), f"{shown} returned {type(result).__name__}, not a tensor"
+        try:
+            result = function(**{name: value for name, value in arguments.items() if name in wanted})
+        except Exception as error:  # the user's code may raise anything: report it unchanged
+            raise kind(f"{shown} failed{where} ({type(error).__name__}: {error}).") from error
+        if problem := _problem(result, where, arguments):
+            raise kind(f"{shown} {problem}.")
+        assert isinstance(result, Tensor)
         return result
 
     return call
+
+
+def _problem(result: object, where: str, arguments: Mapping[str, object]) -> str:
+    """What is wrong with the result of a function that must return one finite number a token; "" if nothing is."""
+    tokens = len(arguments["sequences_K"])
+    if not isinstance(result, Tensor):
+        return f"returned {type(result).__name__}, not a tensor"
+    if result.shape != (tokens,):
+        return (
+            f"returned a tensor of shape {tuple(result.shape)} for {tokens} tokens: it must return one number a token, "
+            f"shape ({tokens},); a number a sequence becomes that by x_N[sequences_K]"
+        )
+    if not result.is_floating_point():
+        return f"returned {result.dtype}{where}: it must return floating-point numbers, as x_K.double() makes them"
+    bad = int((~result.isfinite()).sum())
+    # what a diverged model brings along is no fault of the function
+    if bad > 0 and all(bool(value.isfinite().all()) for value in arguments.values() if isinstance(value, Tensor)):
+        also = ", also for one sample alone or equal rewards, which have no deviation" * ("rewards_N" in arguments)
+        return f"returned {bad} of {tokens} numbers that are not finite{where}: every number must be finite{also}"
+    return ""
 
 
 def load_estimator(hook: Hook, *, trial: bool = False) -> Callable[..., Tensor]:
@@ -77,22 +105,24 @@ def load_policy_loss(hook: Hook, *, trial: bool = False) -> Callable[..., Tensor
 
 
 def check_estimator(hook: Hook, *, penalised: bool) -> None:
-    """Test the estimator on five made-up sequences of three prompts. ``penalised``: a KL is in the reward.
+    """Test the estimator on seven made-up sequences of four prompts: one has a single sample, one equal rewards.
+
+    ``penalised``: a KL is in the reward.
 
     Raises ConfigError if the result is invalid, or ignores the KL.
     """
     function, shown = load_estimator(hook, trial=True), f"--advantage_estimator {hook}"
     arguments = {
-        "rewards_N": torch.tensor([1.0, 0.0, 0.5, 0.25, -1.0], dtype=torch.float64),
-        "groups_N": torch.tensor([0, 0, 1, 1, 2]),
-        "sequences_K": torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 4, 4]),
-        "penalties_K": torch.zeros(10, dtype=torch.float64),
+        "rewards_N": torch.tensor([1.0, 0.0, 0.5, 0.25, -1.0, 0.5, 0.5], dtype=torch.float64),
+        "groups_N": torch.tensor([0, 0, 1, 1, 2, 3, 3]),
+        "sequences_K": torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]),
+        "penalties_K": torch.zeros(14, dtype=torch.float64),
     }
-    result_K = _tried(function, shown, arguments, tokens=10)
+    result_K = _tried(function, shown, arguments)
     if not penalised:
         return
-    penalties_K = torch.linspace(0.1, 1.0, 10, dtype=torch.float64)
-    if torch.equal(result_K, _tried(function, shown, {**arguments, "penalties_K": penalties_K}, tokens=10)):
+    penalties_K = torch.linspace(0.1, 1.4, 14, dtype=torch.float64)
+    if torch.equal(result_K, _tried(function, shown, {**arguments, "penalties_K": penalties_K})):
         raise ConfigError(
             f"{shown} does not use penalties_K, so the KL that --init_kl_coef puts into the reward would have no effect: use it, "
             "add --use_kl_loss, or set --init_kl_coef 0."
@@ -115,7 +145,7 @@ def check_policy_loss(hook: Hook, clip_low: float, clip_high: float, *, clips: b
             "advantages_K": torch.tensor([1.0, 1.0, 1.0, -0.5, -0.5])[first:end],
             "sequences_K": torch.tensor([0, 0, 0, 1, 1])[first:end] - int(first > 0),
         }
-        loss_K = _tried(function, shown, {**streams, "clip_low": low, "clip_high": high}, tokens=end - first)
+        loss_K = _tried(function, shown, {**streams, "clip_low": low, "clip_high": high})
         if not loss_K.requires_grad:
             raise ConfigError(f"{shown} has no gradient: its result must be computed from logprobs_K.")
         (gradient_K,) = torch.autograd.grad(loss_K.sum(), logprobs_K)
@@ -141,20 +171,10 @@ def check_policy_loss(hook: Hook, clip_low: float, clip_high: float, *, clips: b
         )
 
 
-def _tried(function: Callable[..., Tensor], shown: str, arguments: Mapping[str, object], *, tokens: int) -> Tensor:
-    """Call the function once. Raises ConfigError unless it returns one finite float a token and changes no argument."""
+def _tried(function: Callable[..., Tensor], shown: str, arguments: Mapping[str, object]) -> Tensor:
+    """Call the function once. Raises ConfigError unless its result is in order and it changes no argument."""
     given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    try:
-        result_K = function(**given)
-    except Exception as error:  # the user's code may raise anything: report it unchanged
-        raise ConfigError(f"{shown} failed on a made-up batch ({type(error).__name__}: {error}).") from error
-    if result_K.shape != (tokens,):
-        raise ConfigError(
-            f"{shown} returned a tensor of shape {tuple(result_K.shape)} for {tokens} tokens: it must return one number a token, "
-            f"shape ({tokens},); a number a sequence becomes that by x_N[sequences_K]."
-        )
-    if not result_K.is_floating_point() or not bool(result_K.isfinite().all()):
-        raise ConfigError(f"{shown} returned {result_K.tolist()} on a made-up batch: every number must be finite.")
+    result_K = function(**given)
     for name, value in given.items():
         if isinstance(value, Tensor) and not torch.equal(value, arguments[name]):
             raise ConfigError(f"{shown} changes its argument {name}: work on a copy, {name}.clone().")

@@ -240,6 +240,8 @@ class PolicyObjective(Objective):
                 clip_low=self.clip_low,
                 clip_high=self.clip_high,
             )
+        # Losses are summed over many tokens: never in a lower precision than that of the log-probs.
+        loss_K = loss_K.to(torch.promote_types(loss_K.dtype, logprobs_K.dtype))
         log_ratio_K = (logprobs_K - base_K).detach()
         ratio_K = policy.bounded_ratio(log_ratio_K)
         return loss_K, log_ratio_K, (ratio_K < 1 - self.clip_low) | (ratio_K > 1 + self.clip_high)

@@ -138,7 +138,9 @@ def with_advantages(
         estimated_K = load_estimator(config.advantage_estimator)(
             rewards_N=rewards_N, groups_N=groups_N, sequences_K=sequences_K, penalties_K=penalties_K
         )
-        return with_streams(samples, {streams.ADVANTAGES: np.split(estimated_K.numpy().astype(np.float32), ends)})
+        # Advantages are constants, in whatever precision and place the function has them.
+        advantages_K = estimated_K.detach().to("cpu", torch.float64).numpy()
+        return with_streams(samples, {streams.ADVANTAGES: np.split(advantages_K.astype(np.float32), ends)})
     flat_K = advantages(
         config.advantage_estimator,
         rewards_N,
