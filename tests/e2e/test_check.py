@@ -94,6 +94,20 @@ def test_a_rate_of_zero_is_said(world: Path, capsys: pytest.CaptureFixture[str])
     assert warning in capsys.readouterr().out.splitlines()
 
 
+def test_a_warm_up_that_is_all_of_the_run_teaches_nothing(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    still = (
+        "The run has 1 updates, and --lr_scheduler cosine_with_min_lr with --lr_warmup_ratio 0.03 gives them learning rate 0, "
+        "which changes no weight: plan more updates, or take --lr_scheduler constant."
+    )
+    for command, more in (("sft", "--train_batch_size 99"), ("rl", "--max_steps 1 --train_batch_size 16")):
+        assert main(["check", command, *words(world, command, *more.split())]) == 2
+        said = capsys.readouterr()
+        assert f"stops learning: {still}" in said.out.splitlines()
+        assert f"The run would not learn. {still}" in said.err
+        assert main(["check", command, *words(world, command, *more.split(), "--lr_scheduler", "constant")]) == 0
+        capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("command", "line"),
     [

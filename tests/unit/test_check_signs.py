@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import tiny_tokenizer
 from togi.config.rl import RLConfig
 from togi.pump.experience import ScoredGroup
-from togi.run.signs import Sign, Verdict, drift, reward_signs, template_signs
+from togi.run.plan import StepPlan
+from togi.run.signs import Sign, Verdict, drift, reward_signs, setting_signs, template_signs
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 ERROR = Score(Outcome.ERROR, message="reward_func raised.")
@@ -44,6 +45,30 @@ def group(*scores: Score, prompt: Sequence[int] = (65,), text: str = "A", answer
 
 def of(verdict: Verdict, signs: Sequence[Sign]) -> list[str]:
     return [sign.sentence for sign in signs if sign.verdict is verdict]
+
+
+@pytest.mark.parametrize(
+    ("flags", "updates", "verdict", "sentence"),
+    [
+        (
+            {},
+            1,
+            Verdict.STOPS,
+            "The run has 1 updates, and --lr_scheduler cosine_with_min_lr with --lr_warmup_ratio 0.03 gives them learning "
+            "rate 0, which changes no weight: plan more updates, or take --lr_scheduler constant.",
+        ),
+        ({"lr_scheduler": "constant"}, 1, Verdict.FINE, "1 updates of the actor at a learning rate of up to 1e-06."),
+        ({}, 2, Verdict.FINE, "2 updates of the actor at a learning rate of up to 1e-06."),
+        # a warm-up over the whole run ends before its peak: steps 0, 1, 2, 3 of 4
+        ({"lr_warmup_ratio": 1.0}, 4, Verdict.FINE, "4 updates of the actor at a learning rate of up to 7.5e-07."),
+    ],
+)
+def test_the_rate_is_that_of_the_planned_updates(
+    flags: dict[str, object], updates: int, verdict: Verdict, sentence: str
+) -> None:
+    plan = StepPlan((4,), updates, updates, updates)
+    signs = list(setting_signs(config(actor_learning_rate=1e-6, **flags), plan))
+    assert signs == [Sign(verdict, sentence)]
 
 
 def test_some_failures_are_a_warning_and_any_is_the_end_where_none_is_allowed() -> None:

@@ -76,7 +76,9 @@ def load(hook: Hook, flag: str, known: tuple[str, ...], *, trial: bool) -> Calla
 
 def _problem(result: object, where: str, arguments: Mapping[str, object]) -> str:
     """What is wrong with the result of a function that must return one finite number a token; "" if nothing is."""
-    tokens = len(arguments["sequences_K"])
+    sequences_K = arguments["sequences_K"]
+    assert isinstance(sequences_K, Tensor)
+    tokens = len(sequences_K)
     if not isinstance(result, Tensor):
         return f"returned {type(result).__name__}, not a tensor"
     if result.shape != (tokens,):
@@ -175,8 +177,9 @@ def _tried(function: Callable[..., Tensor], shown: str, arguments: Mapping[str, 
     """Call the function once. Raises ConfigError unless its result is in order and it changes no argument."""
     given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
     result_K = function(**given)
-    for name, value in given.items():
-        if isinstance(value, Tensor) and not torch.equal(value, arguments[name]):
+    for name, before in arguments.items():
+        after = given[name]
+        if isinstance(before, Tensor) and isinstance(after, Tensor) and not torch.equal(before, after):
             raise ConfigError(f"{shown} changes its argument {name}: work on a copy, {name}.clone().")
     return result_K
 

@@ -164,6 +164,27 @@ class MeasuredRate:
         self.rule.optimizer.param_groups[0]["lr"] = self.rule.get_last_lr()[0]
 
 
+def planned(settings: TrainSettings, peak: float, total: int) -> Schedule | MeasuredRate:
+    """The rate that the flags describe, over ``total`` optimizer steps."""
+    return (MeasuredRate if settings.lr_scheduler.follows_a_loss else Schedule).of(settings, peak, total)
+
+
+def highest(settings: TrainSettings, peak: float, total: int) -> float:
+    """The highest rate of ``total`` optimizer steps: of very few it is below the peak. 0 for no step."""
+    return max(map(planned(settings, peak, total).rate, range(total)), default=0.0)
+
+
+def standing_still(settings: TrainSettings, peak: float, total: int) -> str:
+    """A sentence if the schedule makes the rate of every optimizer step 0, such as a warm-up of one step; else ""."""
+    if peak == 0 or total == 0 or highest(settings, peak, total) > 0:
+        return ""
+    return (
+        f"The run has {total} updates, and --lr_scheduler {settings.lr_scheduler} with --lr_warmup_ratio "
+        f"{settings.lr_warmup_ratio:g} gives them learning rate 0, which changes no weight: plan more updates, or take "
+        "--lr_scheduler constant."
+    )
+
+
 def _scheduler(kind: Scheduler, options: Mapping[str, float], **steps: int) -> Any:
     """Transformers' scheduler over a dummy optimizer with a rate of 1, so that its rates are shares."""
     from transformers import get_scheduler  # slow: it imports PEFT too

@@ -20,6 +20,7 @@ from togi.data.chat import Tokenizer, visible
 from togi.data.prompts import PromptLoader
 from togi.data.report import DataReport
 from togi.errors import ConfigError, UserError
+from togi.learn.schedule import standing_still
 from togi.learn.scorer import Scorer
 from togi.methods.method import Method
 from togi.model.checkpoint import Sizes
@@ -242,10 +243,12 @@ def look_at_offline(parsed: Parsed[Method], command: str, say: Say) -> None:
     for name, report in data.reports.items():
         _say_all(rows_text(name, report, width=config.width), say)
     say(f"disk: {check_room(config, offline_writing(config, plan.steps, sizes))}")
-    # For RL, `setting_signs` makes this check.
+    # For RL, `setting_signs` makes these checks.
     if config.learning_rate == 0:
         text = "--learning_rate 0 changes no weight: give a rate above 0, unless that is meant."
         conclude([signs.warning(text)], say)
+    if still := standing_still(config, config.learning_rate, plan.steps):
+        conclude([signs.stops(still)], say)
 
 
 def look_at_rl(parsed: Parsed[RLConfig], sample_groups: int, say: Say) -> None:

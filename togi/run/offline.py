@@ -23,6 +23,7 @@ from togi.errors import CheckpointError
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
 from togi.learn.learner import Divergence
 from togi.learn.learner_state import check_rank, expected_bytes, load_learner, save_learner
+from togi.learn.schedule import standing_still
 from togi.learn.scorer import Measured, conclude, measure
 from togi.methods.method import Method
 from togi.model.checkpoint import save_trained, written_aside
@@ -84,6 +85,8 @@ def run(
         journal = Journal(progress)
         # Data, plan and checkpoint first: a user's mistake ends the run before a model is loaded.
         data, plan, found = opening(config, command, world, progress, announce if first else journal.announce)
+        if first and (still := standing_still(config, config.learning_rate, plan.steps)):
+            announce(f"warning: {still}")
         if first:
             folder = open_journal(parsed, command, argv, progress, announce, data.reports, found)
             journal = stack.enter_context(folder)

@@ -27,7 +27,7 @@ import torch
 from togi.config.choices import EngineName
 from togi.errors import ConfigError
 from togi.learn.learner import Learner
-from togi.learn.schedule import MeasuredRate, Schedule
+from togi.learn.schedule import planned
 from togi.learn.scorer import Scorer
 from togi.methods.method import GENERATED, Method
 from togi.methods.training import Dealer, Frozen, Material, Preparation, Share
@@ -236,8 +236,7 @@ def load_models(config: Method, data: Data, plan: EpochPlan, world: World, journ
     model = load.trained()
     vocabulary = model.vocabulary if isinstance(model, PolicyModel) else 0
     backend = trainable(model, world, load.options, model.read)
-    kind = MeasuredRate if config.lr_scheduler.follows_a_loss else Schedule
-    schedule = kind.of(config, config.learning_rate, plan.steps)
+    schedule = planned(config, config.learning_rate, plan.steps)
     # Teachers are whole on every rank.
     whole = replace(load.options, zero_stage=0)
     teachers = tuple(load.frozen(path, whole) for path in (config.teacher,) if path)

@@ -36,6 +36,7 @@ from togi.run.journal import Journal, RunJournal, open_journal
 from togi.run.keep import DRIVER, Keep, every
 from togi.run.plan import StepPlan
 from togi.run.rl_setup import COMMAND, Material, best_aim, connect, describe, opening
+from togi.run.signs import Verdict, setting_signs
 from togi.sample import Sample, with_streams
 from togi.workers import start
 from togi.workers.session import Phase, Session, single_logprobs, update_metrics
@@ -70,6 +71,9 @@ async def run(
     with Progress() as progress:
         # Each block owns what it opens, and closes it also after an error: data and rewards, run folder, workers.
         async with opening(config, reward, progress, announce) as (material, plan, found):
+            for sign in setting_signs(config, plan):
+                if sign.verdict is Verdict.STOPS:
+                    announce(f"warning: {sign.sentence}")
             with open_journal(parsed, COMMAND, argv, progress, announce, material.reports, found) as journal:
                 async with workers(config, plan, journal) as session:
                     combined = await connect(config, material.rewards, session)

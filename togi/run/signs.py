@@ -17,6 +17,7 @@ from togi.config.rl import RLConfig
 from togi.data.chat import Tokenizer, encode, render_messages, visible
 from togi.data.messages import ASSISTANT, USER, Dialogue
 from togi.errors import DataError
+from togi.learn.schedule import highest, standing_still
 from togi.pump.experience import Place, ScoredGroup, trainable
 from togi.reward.scores import OVERLONG, STOP_PROPERLY
 from togi.run.plan import StepPlan
@@ -45,20 +46,23 @@ class Sign:
 
 fine = partial(Sign, Verdict.FINE)
 warning = partial(Sign, Verdict.WARNING)
+stops = partial(Sign, Verdict.STOPS)
 
 
 def setting_signs(config: RLConfig, plan: StepPlan) -> Iterator[Sign]:
     """Settings under which the actor never changes."""
     if config.actor_learning_rate == 0:
-        yield Sign(Verdict.STOPS, "--actor_learning_rate 0 changes no weight: give a rate above 0, such as 1e-6.")
+        yield stops("--actor_learning_rate 0 changes no weight: give a rate above 0, such as 1e-6.")
     elif plan.actor_updates == 0:
         yield Sign(
             Verdict.STOPS,
             f"--freezing_actor_steps {config.freezing_actor_steps} freezes the actor on all {plan.rollouts} rollouts: lower it, "
             "or raise --num_episodes.",
         )
+    elif still := standing_still(config, config.actor_learning_rate, plan.actor_updates):
+        yield stops(still)
     else:
-        rate = config.actor_learning_rate
+        rate = highest(config, config.actor_learning_rate, plan.actor_updates)
         yield fine(f"{plan.actor_updates} updates of the actor at a learning rate of up to {rate:g}.")
 
 
