@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from tests.learn_tools import CPU, critic, learner, max_difference, packs, rollouts, solo, weights
+from togi.config.shared import ModelSettings
 from togi.errors import CheckpointError
 from togi.learn import checkpoint as module
 from togi.learn import learner_state
-from togi.learn.checkpoint import CheckpointStore, damage
+from togi.learn.checkpoint import Checkpoint, CheckpointStore, damage
 from togi.learn.learner import Learner
-from togi.learn.learner_state import expected_bytes, load_learner, save_learner
+from togi.learn.learner_state import check_adapter, expected_bytes, load_learner, save_learner
 from togi.learn.objective import ValueObjective
 from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
@@ -171,6 +172,41 @@ def test_another_run_is_refused_with_the_differences(tmp_path: Path) -> None:
     other = Learner(backend, ValueObjective(0.2), learner(backend).schedule, 1.0)
     with pytest.raises(CheckpointError, match=r"hf\.score\.weight is not expected"):
         load_learner(other, tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "sentence"),
+    [
+        (4, 16, ""),
+        (
+            8,
+            16,
+            "has an adapter of rank 4, but --lora_rank is 8 here: go on with --lora_rank 4, or choose another --ckpt_path.",
+        ),
+        (
+            4,
+            64,
+            "has an adapter of alpha 16, but --lora_alpha is 64 here: go on with --lora_alpha 16, or choose another ",
+        ),
+        (
+            0,
+            16,
+            "has an adapter of rank 4, but --lora_rank is 0 here: go on with --lora_rank 4, or choose another --ckpt_path.",
+        ),
+    ],
+)
+def test_an_adapter_goes_on_with_its_rank_and_scale(tmp_path: Path, rank: int, alpha: int, sentence: str) -> None:
+    (tmp_path / "actor").mkdir()
+    record = {"parameters": {"layer.lora_A.default.weight": [4, 64], "layer.lora_B.default.weight": [64, 4]}}
+    (tmp_path / "actor" / "learner.json").write_text(json.dumps(record))
+    settings = ModelSettings(lora_rank=rank, lora_alpha=alpha)
+    try:
+        check_adapter(Checkpoint(tmp_path, 1, {"lora_alpha": 16}), "actor", settings)
+        check_adapter(Checkpoint(tmp_path, 1, {}), "actor", settings)
+    except CheckpointError as error:
+        assert sentence and str(error).startswith(f"The checkpoint {tmp_path}/actor {sentence}")
+    else:
+        assert not sentence
 
 
 def test_the_manifest_lists_every_file(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_a_checkpoint_without_an_average_or_of_other_rows_is_refused_before_any_
     loader = PromptLoader(prompts, seed=42, episodes=1)
     material = Material(prompts, loader, (), rows, {}, str, (), None)
     flags = ["--load_checkpoint", "--ckpt_path", str(tmp_path / "checkpoints"), "--enable_ema"]
+    flags += ["--advantage_estimator", "reinforce"]
     config = parse(RLConfig, flags, "rl").config
     state = {"resumable": True, "rollout_batch_size": config.rollout_batch_size, "loader": loader.state().to_json()}
 
@@ -88,3 +89,10 @@ def test_a_checkpoint_without_an_average_or_of_other_rows_is_refused_before_any_
             find_checkpoint(config, material, Progress())
     written(ema=True, pretraining=rows.state(3))
     assert find_checkpoint(config, material, Progress()).step == 1
+    critical = parse(RLConfig, [*flags, "--advantage_estimator", "gae"], "rl").config
+    with pytest.raises(CheckpointError) as refused:
+        find_checkpoint(critical, material, Progress())
+    assert str(refused.value) == (
+        f"The checkpoint {tmp_path}/checkpoints/step_00000001 has no critic, which --advantage_estimator gae needs: go on with "
+        "the estimator that it was written with, or start anew with another --ckpt_path."
+    )

@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from togi.config.shared import ModelSettings
 from togi.errors import CheckpointError
+from togi.learn.checkpoint import Checkpoint
 from togi.learn.learner import Learner
 from togi.parallel.backend import Backend
 from togi.parallel.process import World
@@ -78,17 +80,27 @@ def load_learner(learner: Learner, folder: Path, identity: Mapping[str, str]) ->
         _restore_generators(generators[world.rank])
 
 
-def check_rank(folder: Path, rank: int) -> None:
-    """Raise CheckpointError if the state in ``folder`` has an adapter of another LoRA rank. ``rank`` 0 means no adapter."""
-    if not (folder / LEARNER).is_file():  # the loader reports what is missing
+def check_adapter(found: Checkpoint, folder: str, settings: ModelSettings) -> None:
+    """Raise CheckpointError if the state in ``folder`` of a checkpoint has an adapter of another rank or scale.
+
+    The scale, alpha / rank, is no parameter: another one would change the model that the parameters are loaded into.
+    """
+    path = found.path / folder
+    if not (path / LEARNER).is_file():  # the loader reports what is missing
         return
-    ranks = {shape[0] for name, shape in _record(folder)["parameters"].items() if ADAPTER_A in name}
-    saved = ranks.pop() if len(ranks) == 1 else 0
+    ranks = {shape[0] for name, shape in _record(path)["parameters"].items() if ADAPTER_A in name}
+    rank, saved = settings.lora_rank, ranks.pop() if len(ranks) == 1 else 0
     if saved != rank:
         has = f"an adapter of rank {saved}" if saved > 0 else "no adapter"
         raise CheckpointError(
-            f"The checkpoint {folder} has {has}, but --lora_rank is {rank} here: go on with --lora_rank {saved}, or choose "
+            f"The checkpoint {path} has {has}, but --lora_rank is {rank} here: go on with --lora_rank {saved}, or choose "
             "another --ckpt_path."
+        )
+    alpha = found.state.get("lora_alpha", settings.lora_alpha)  # earlier versions do not name it
+    if rank > 0 and alpha != settings.lora_alpha:
+        raise CheckpointError(
+            f"The checkpoint {path} has an adapter of alpha {alpha}, but --lora_alpha is {settings.lora_alpha} here: go on with "
+            f"--lora_alpha {alpha}, or choose another --ckpt_path."
         )
 
 

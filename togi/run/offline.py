@@ -22,7 +22,7 @@ from togi.data.records import Examples
 from togi.errors import CheckpointError
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
 from togi.learn.learner import Divergence
-from togi.learn.learner_state import check_rank, expected_bytes, load_learner, save_learner
+from togi.learn.learner_state import check_adapter, expected_bytes, load_learner, save_learner
 from togi.learn.schedule import standing_still
 from togi.learn.scorer import Measured, conclude, measure
 from togi.methods.method import Method
@@ -153,7 +153,7 @@ def find_checkpoint(config: Method, command: str, data: Data, world: World) -> C
     found = newest_checkpoint(config, world) if config.load_checkpoint else None
     if found is None:
         return None
-    check_rank(found.path, config.lora_rank)
+    check_adapter(found, "", config)
     saved, now = found.state["identity"], identity(config, command, data)
     # Other rows or another batch size would train some rows twice and others never.
     if saved != now:
@@ -300,7 +300,7 @@ class OfflineRun:
         config = self.config
         if not self._keep.checkpoint_is_due(self.step, [self._divergence]):
             return
-        state = {"identity": self._identity, "tokens_seen": self._tokens_seen}
+        state = {"identity": self._identity, "tokens_seen": self._tokens_seen, "lora_alpha": config.lora_alpha}
         with self._keep.checkpoint(self.step, state, expected_bytes(self._models.learner)) as folder:
             if not config.disable_ds_ckpt:
                 save_learner(self._models.learner, folder, self._identity)

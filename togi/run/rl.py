@@ -369,6 +369,7 @@ class RLRun:
             "kl": self._kl.value,
             "tokens_seen": self._tokens_seen,
             "ema": config.enable_ema,
+            "lora_alpha": config.lora_alpha,
             "pretraining": rows.state(self._pretrain_steps) if rows is not None else None,
         }
         await self.session.phases.enter(Phase.SAVE)

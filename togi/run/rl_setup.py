@@ -26,7 +26,7 @@ from togi.data.report import DataReport
 from togi.errors import CheckpointError, DataError, RewardError
 from togi.learn.checkpoint import Aim, Checkpoint
 from togi.learn.hooks import check_estimator, check_policy_loss
-from togi.learn.learner_state import check_rank
+from togi.learn.learner_state import check_adapter
 from togi.model.checkpoint import check_base_files
 from togi.model.loading import check_causal_lm, known_tokens
 from togi.obs.progress import Progress
@@ -212,13 +212,13 @@ class Pretraining:
         """The number of steps in a checkpoint state. Raises CheckpointError if it was made with other rows or none."""
         if state is None:
             raise CheckpointError(
-                "The checkpoint was made without --pretrain_data: leave it out, or start anew without --load_checkpoint."
+                "The checkpoint was made without --pretrain_data: leave it out, or start anew with another --ckpt_path."
             )
         steps = state["steps"]
         if not isinstance(steps, int) or state != self.state(steps):
             raise CheckpointError(
                 "The checkpoint was made with other rows of --pretrain_data, or another number of them a step: go on with the "
-                "same ones, or start anew without --load_checkpoint."
+                "same ones, or start anew with another --ckpt_path."
             )
         return steps
 
@@ -400,19 +400,24 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
         found = newest_checkpoint(config, DRIVER)
     if found is None:
         return None
-    # What the checkpoint must agree on with this run: LoRA rank, prompts per rollout, prompts, average, mixed-in rows.
-    check_rank(found.path / Role.ACTOR, config.lora_rank)
+    # What the checkpoint must agree on with this run: adapter, critic, prompts per rollout, prompts, average, mixed-in rows.
+    check_adapter(found, Role.ACTOR, config)
+    if config.uses_critic and not (found.path / Role.CRITIC).is_dir():
+        raise CheckpointError(
+            f"The checkpoint {found.path} has no critic, which --advantage_estimator {config.advantage_estimator} needs: go on "
+            "with the estimator that it was written with, or start anew with another --ckpt_path."
+        )
     saved = found.state["rollout_batch_size"]
     if saved != config.rollout_batch_size:
         raise CheckpointError(
             f"The checkpoint {found.path} counts rollouts of {saved} prompts: go on with --rollout_batch_size {saved}, or start "
-            "anew without --load_checkpoint."
+            "anew with another --ckpt_path."
         )
     material.loader.load_state(LoaderState(**found.state["loader"]))
     if config.enable_ema and not found.state.get("ema", False):
         raise CheckpointError(
             f"The checkpoint {found.path} has no moving average, as it was written without --enable_ema: leave --enable_ema out, "
-            "or start anew without --load_checkpoint."
+            "or start anew with another --ckpt_path."
         )
     if material.pretraining is not None:
         material.pretraining.steps_of(found.state.get("pretraining"))
