@@ -130,3 +130,34 @@ def test_an_interrupt_beside_a_running_event_loop_lets_the_work_close_what_it_op
     finally:
         signal.signal(signal.SIGINT, before)
         loop.close()
+
+
+INTERRUPTED = """
+import asyncio, os, signal
+from togi.run.start import run_to_end
+
+async def work(told):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(60)
+    finally:
+        print(told, "is closed", flush=True)
+
+async def notebook():
+    own = signal.getsignal(signal.SIGINT)
+    try:
+        run_to_end(work("the first"))
+    except KeyboardInterrupt:
+        print("interrupted", signal.getsignal(signal.SIGINT) is own, asyncio.current_task().cancelling())
+    run_to_end(work("the second"))
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+asyncio.run(notebook())
+"""
+
+
+def test_ctrl_c_stops_a_run_inside_asyncio_run() -> None:
+    """Python's runner takes the signal for itself, and cancels a task that waits for the run and cannot be reached."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.stdout == "the first is closed\ninterrupted True 0\nthe second is closed\n"
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt") and done.returncode == -signal.SIGINT

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
 from togi.config.choices import PostProcessor
@@ -163,7 +165,7 @@ def run_to_end(work: Coroutine[object, None, T]) -> T:
         return asyncio.run(work)
     # The work must not start before the interrupt handler below can find its task.
     started = Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]]()
-    may_begin = Event()
+    may_begin = threading.Event()
 
     async def main() -> T:
         may_begin.wait()
@@ -172,7 +174,7 @@ def run_to_end(work: Coroutine[object, None, T]) -> T:
         started.set_result((asyncio.get_running_loop(), task))
         return await work
 
-    with ThreadPoolExecutor(1, "togi") as thread:
+    with _interrupts_raised(), ThreadPoolExecutor(1, "togi") as thread:
         done = None
         try:
             done = thread.submit(asyncio.run, main())
@@ -189,6 +191,23 @@ def run_to_end(work: Coroutine[object, None, T]) -> T:
                 loop.call_soon_threadsafe(task.cancel)
                 wait([done])
             raise
+
+
+@contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt in the main thread, in place of what a running loop does with it.
+
+    ``asyncio.run`` cancels its own task, which cannot happen while that task waits here. An ignored signal stays ignored.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _in_event_loop() -> bool:
