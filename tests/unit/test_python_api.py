@@ -66,6 +66,12 @@ def test_settings_reach_the_recipe_with_their_source(monkeypatch: pytest.MonkeyP
         "bf16",
     }
     assert parsed.sources["gamma"] is Source.DEFAULT
+    # a file below them, as on the command line
+    (tmp_path / "c.yaml").write_text("seed: 7\ngamma: 0.5\n")
+    togi.rl(config=tmp_path / "c.yaml", reward=reward, gamma=0.25)
+    parsed, _ = seen[1]
+    assert (parsed.config.seed, parsed.config.gamma) == (7, 0.25)
+    assert (parsed.sources["seed"], parsed.sources["gamma"]) == (Source.FILE, Source.PYTHON)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,13 @@ def test_settings_reach_the_recipe_with_their_source(monkeypatch: pytest.MonkeyP
         ({}, ["--pretrain is required"]),
         ({"pretrain": "m", "prompt_data": "p"}, ["There is no reward"]),
         ({"reward": "reward.py"}, ["reward must be a function", "not str", "reward_func"]),
+        (
+            {"reward": Source},
+            [
+                "reward is the class Source, which is not called with queries: give an object of it, Source(...), or a function"
+            ],
+        ),
+        ({"config": "no/such.yaml"}, ["--config no/such.yaml cannot be read (No such file or directory)"]),
         (
             {"pretrain": "m", "prompt_data": "p", "reward": reward, "reward_func": "r.py"},
             ["A reward function was passed and --reward_func is set too"],

@@ -17,7 +17,7 @@ from togi.errors import ConfigError, RewardError
 from togi.reward.verifiers import reasoning_gym as gym
 from togi.reward.wire import Complaint
 from togi.run import preflight
-from togi.run.rl_setup import EarlyRewards, trial_prompts
+from togi.run.rl_setup import EarlyRewards, example, trial_prompts
 from togi.sample import Outcome, Prompt
 
 
@@ -68,6 +68,25 @@ def test_rewards_are_closed_whichever_fails() -> None:
     with pytest.raises(OSError, match="no"):
         asyncio.run(rewards.close())
     assert all(source.closed for source in sources)
+
+
+def test_a_function_that_abstains_in_the_trial_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """A warning: it may judge the made-up answer. What a built-in one cannot use is the label, which is real."""
+
+    def silent(queries, prompts, labels):  # type: ignore[no-untyped-def]
+        return [None for _ in queries]
+
+    rewards = EarlyRewards(parse(RLConfig, ["--n_samples_per_prompt", "2"], "rl").config, silent)
+
+    async def tried() -> None:
+        try:
+            await rewards.check([[example(Prompt("p", (1,), "q", "a", "set"))] * 2])
+        finally:
+            await rewards.close()
+
+    asyncio.run(tried())
+    assert "silent in " in caplog.text
+    assert " abstained on every trial answer: what it returns None for is not trained on" in caplog.text
 
 
 def test_format() -> None:

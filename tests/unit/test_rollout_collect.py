@@ -12,7 +12,7 @@ from togi.errors import DataError, RolloutError, WeightSyncError
 from togi.rollout.collect import Generate, SingleTurn, collect_groups
 from togi.sample import FinishReason, Generation, Prompt, Rollout, Sampling
 from togi.weights.buckets import Manifest, TensorSpec
-from togi.weights.updates import UpdateLog, compare
+from togi.weights.updates import UpdateLog, check_probe, compare
 
 SAMPLING = Sampling(max_tokens=4)
 
@@ -189,3 +189,31 @@ def test_an_update_may_start_over() -> None:
 
 def test_parity_is_the_mean_gap() -> None:
     assert compare([-1.0, -2.0, -3.0, -4.0], [-1.0, -2.5, -2.75, -4.0]) == 0.1875
+
+
+@pytest.mark.parametrize(
+    ("engine", "trainer", "sentence"),
+    [
+        (
+            [-1.0, -3.0],
+            [-1.0, -1.0],
+            "After the weight update engine and trainer disagree by 1.000 nats a token on the same text",
+        ),
+        (
+            [float("nan"), -1.0],
+            [-1.0, -1.0],
+            "The log-probs of a text are not finite after the weight update: the weights hold",
+        ),
+        (
+            [-1.0, -1.0],
+            [-1.0, float("-inf")],
+            "The log-probs of a text are not finite after the weight update: the weights hold",
+        ),
+    ],
+)
+def test_the_probe_tells_other_weights_from_broken_ones(
+    engine: list[float], trainer: list[float], sentence: str
+) -> None:
+    with pytest.raises(WeightSyncError) as refused:
+        check_probe(compare(engine, trainer))
+    assert str(refused.value).startswith(sentence)

@@ -90,9 +90,14 @@ def parse(config_class: type[C], argv: Sequence[str], command: str) -> Parsed[C]
         raise ConfigError(_unknown(unknown[0], config_class, prefix="--"))
     # Only what was given: defaults are pydantic's, so that each value has one source.
     given = {name: value for name, value in vars(known).items() if value is not None and name != "config"}
-    from_file = read_file(Path(known.config), config_class) if known.config is not None else {}
-    sources = dict.fromkeys(from_file, Source.FILE) | dict.fromkeys(given, Source.COMMAND_LINE)
-    return build(config_class, from_file | given, sources)
+    return over_file(config_class, known.config, given, Source.COMMAND_LINE)
+
+
+def over_file(config_class: type[C], file: str | Path | None, given: Mapping[str, Any], source: Source) -> Parsed[C]:
+    """The settings of a YAML file (None: of none), and over them those ``given`` from ``source``. Raises ConfigError."""
+    from_file = read_file(Path(file), config_class) if file is not None else {}
+    sources = dict.fromkeys(from_file, Source.FILE) | dict.fromkeys(given, source)
+    return build(config_class, {**from_file, **given}, sources)
 
 
 def build(config_class: type[C], values: Mapping[str, object], sources: Mapping[str, Source]) -> Parsed[C]:

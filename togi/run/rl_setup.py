@@ -101,7 +101,13 @@ class EarlyRewards:
         # Functions are tried first: they answer fastest, and a wrong --label_key shows here.
         for name, function in self.functions.items():
             scores = [await function.check(group) for group in groups]
-            if function.is_built_in and all(score.outcome is Outcome.ABSTAIN for found in scores for score in found):
+            silent = all(score.outcome is Outcome.ABSTAIN for found in scores for score in found)
+            if silent and not function.is_built_in:
+                # it may look at the answer, and that of a trial is made up
+                logger.warning(
+                    "%s abstained on every trial answer: what it returns None for is not trained on", function.shown_as
+                )
+            elif silent:
                 prompt = groups[0][0].prompt
                 raise RewardError(
                     f"{function.shown_as} can use no label of those tried (the first: {shown_label(prompt.label)} of prompt "

@@ -5,6 +5,7 @@ The probe is a fixed text that engine and trainer both score after each update.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -112,7 +113,13 @@ def probe(tokens: Sequence[int], context_length: int) -> Sample:
 
 def check_probe(difference: float) -> float:
     """Return ``difference`` (nats a token). Raises WeightSyncError if it is so large that the weights must differ."""
-    if not difference < PROBE_LIMIT_NATS:
+    if not math.isfinite(difference):
+        raise WeightSyncError(
+            "The log-probs of a text are not finite after the weight update: the weights hold NaN or infinity, so that the model "
+            "came broken or has diverged; look at the last gradient norms, lower the learning rate, and go on from an earlier "
+            "checkpoint."
+        )
+    if difference >= PROBE_LIMIT_NATS:
         raise WeightSyncError(
             f"After the weight update engine and trainer disagree by {difference:.3f} nats a token on the same text "
             f"(limit {PROBE_LIMIT_NATS}): the engines do not hold the trainer's weights."
