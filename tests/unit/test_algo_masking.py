@@ -46,7 +46,7 @@ def batch(fill: float) -> Batch:
 def advantages_of(packed: Batch, estimator: AdvantageEstimator) -> tuple[Tensor, Tensor]:
     is_gae = estimator is AdvantageEstimator.GAE
     kl_K = kl_estimate(packed.select("old"), packed.select("ref"), KLEstimator.K3)
-    out = advantages(
+    return advantages(
         estimator,
         packed.values["reward"],
         GROUPS,
@@ -59,7 +59,6 @@ def advantages_of(packed: Batch, estimator: AdvantageEstimator) -> tuple[Tensor,
         lam=0.8,
         no_std_norm=False,
     )
-    return out.advantages_K, out.returns_K
 
 
 def losses(packed: Batch, advantages_K: Tensor, returns_K: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
