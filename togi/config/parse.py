@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
 
@@ -93,7 +94,9 @@ def parse(config_class: type[C], argv: Sequence[str], command: str) -> Parsed[C]
     return over_file(config_class, known.config, given, Source.COMMAND_LINE)
 
 
-def over_file(config_class: type[C], file: str | Path | None, given: Mapping[str, Any], source: Source) -> Parsed[C]:
+def over_file(
+    config_class: type[C], file: str | PathLike[str] | None, given: Mapping[str, object], source: Source
+) -> Parsed[C]:
     """The settings of a YAML file (None: of none), and over them those ``given`` from ``source``. Raises ConfigError."""
     from_file = read_file(Path(file), config_class) if file is not None else {}
     sources = dict.fromkeys(from_file, Source.FILE) | dict.fromkeys(given, source)

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from togi.config.choices import BackendName, GradAccumDtype, Layers, Overlong, Scheduler
-from togi.config.fields import Count, CountOrAuto, Int, PathText, Seed, Settings, flag, later
+from togi.config.choices import BackendName, GradAccumDtype, Layers, Scheduler
+from togi.config.fields import Count, Int, PathText, Seed, Settings, flag, later
 from togi.errors import ConfigError
 
 PLAIN_TEMPLATE = "User: {}\nAssistant: "
@@ -233,40 +233,6 @@ class OutputSettings(Settings):
     wandb_project: str = flag("togi", "Weights & Biases project.")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name; default: the run folder's name.")
     use_tensorboard: PathText | None = flag(None, "TensorBoard folder.")
-
-
-class DatasetSettings(Settings):
-    """Data"""
-
-    dataset: PathText = flag(
-        "", "Training sets: comma-separated files, folders or hub names, each optionally name@dir. Required."
-    )
-    dataset_probs: str | None = flag(None, "Comma-separated sampling probabilities, one per set; default: concatenate.")
-    dataset_split: str = flag("train", "Split of the training sets.")
-    max_samples: Count = flag(100_000_000, "Use at most this many rows of the mixture.")
-    max_len: Count = flag(2048, "At most this many tokens per sequence, prompt and response together.")
-    overlong: Overlong = flag(
-        Overlong.DROP, "What becomes of longer rows: left out and counted, cut (without an end token), or an error."
-    )
-    max_bad_rows: float = MAX_BAD_ROWS
-    dataset_num_proc: CountOrAuto = flag(
-        "auto", "Processes that tokenise the rows; auto: one per core for large sets, else this one."
-    )
-
-
-class EvaluationSettings(Settings):
-    """Evaluation"""
-
-    eval_dataset: PathText | None = flag(None, "Held-out sets, with the same fields as --dataset.")
-    eval_split: str = flag("test", "Split of the held-out sets.")
-    eval_steps: Int = flag(-1, "Evaluate every N optimizer steps; in any case at the end of each epoch.")
-    eval_at_start: bool = flag(False, "Also evaluate before the first update.")
-
-
-class LaunchSettings(Settings):
-    """Launch"""
-
-    local_rank: Int = flag(-1, "Set by launchers that start one process per device; wins over LOCAL_RANK.")
 
 
 def template_problems(template: str, *, applied: bool) -> Iterator[str]:

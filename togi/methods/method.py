@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
-from togi.config.choices import EngineName
-from togi.config.fields import Count, PathText, Settings, flag
+from togi.config.choices import EngineName, Overlong
+from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag
 from togi.config.shared import (
+    MAX_BAD_ROWS,
     PLAIN_TEMPLATE,
-    DatasetSettings,
-    EvaluationSettings,
-    LaunchSettings,
     ModelSettings,
     OutputSettings,
     PromptText,
@@ -73,6 +71,40 @@ REWARD_MEASURES = (
     Measure(names.REWARD_MARGIN, Good.HIGH),
 )
 """The metrics of methods that compare responses by a reward, explicit or implicit."""
+
+
+class DatasetSettings(Settings):
+    """Data"""
+
+    dataset: PathText = flag(
+        "", "Training sets: comma-separated files, folders or hub names, each optionally name@dir. Required."
+    )
+    dataset_probs: str | None = flag(None, "Comma-separated sampling probabilities, one per set; default: concatenate.")
+    dataset_split: str = flag("train", "Split of the training sets.")
+    max_samples: Count = flag(100_000_000, "Use at most this many rows of the mixture.")
+    max_len: Count = flag(2048, "At most this many tokens per sequence, prompt and response together.")
+    overlong: Overlong = flag(
+        Overlong.DROP, "What becomes of longer rows: left out and counted, cut (without an end token), or an error."
+    )
+    max_bad_rows: float = MAX_BAD_ROWS
+    dataset_num_proc: CountOrAuto = flag(
+        "auto", "Processes that tokenise the rows; auto: one per core for large sets, else this one."
+    )
+
+
+class EvaluationSettings(Settings):
+    """Evaluation"""
+
+    eval_dataset: PathText | None = flag(None, "Held-out sets, with the same fields as --dataset.")
+    eval_split: str = flag("test", "Split of the held-out sets.")
+    eval_steps: Int = flag(-1, "Evaluate every N optimizer steps; in any case at the end of each epoch.")
+    eval_at_start: bool = flag(False, "Also evaluate before the first update.")
+
+
+class LaunchSettings(Settings):
+    """Launch"""
+
+    local_rank: Int = flag(-1, "Set by launchers that start one process per device; wins over LOCAL_RANK.")
 
 
 class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, EvaluationSettings, OutputSettings, ABC):
