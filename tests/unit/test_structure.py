@@ -111,6 +111,7 @@ RAISED_AGAIN = Counter(
         "data/chat.py: _rendered": 1,
         "data/chat.py: load_tokenizer": 1,
         "data/chat.py: render_marked": 1,
+        "data/row_log.py: RowLog.__enter__": 1,
         "learn/checkpoint.py: BestStore.write": 1,
         "learn/hooks.py: _import": 1,
         "learn/hooks.py: load.call": 1,
