@@ -220,7 +220,8 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft 
     Turns with nothing before them are context. Raises RowError.
     """
     messages = dialogue.messages
-    if not any(message["role"] == ASSISTANT for message in messages):
+    # an answer beside its prompt that holds no message is empty; a conversation lacks its answer
+    if first == 0 and not any(message["role"] == ASSISTANT for message in messages):
         raise Drop.WRONG_ROLES.error(
             "has no turn of the assistant, so there is nothing to learn: add the answer or remove the row."
         )
