@@ -16,7 +16,7 @@ import torch
 from tests.tiny import save_tiny_model
 from togi.cli import commands
 from togi.cli.main import main
-from togi.config.shared import MIXTURES
+from togi.config.architectures import MIXTURES
 from togi.methods import METHODS
 
 ROOT = Path(__file__).parents[1]

@@ -13,8 +13,8 @@ from tests.equal.parallel_jobs import IDENTITY, PLANS, finish, record, same_stat
 from tests.learn_tools import learner, packs, rollouts, weights
 from tests.tiny import tiny_config, tiny_model
 from togi.batch import Batch
+from togi.config.architectures import SPLITTABLE
 from togi.config.choices import Scheduler
-from togi.config.shared import SPLITTABLE
 from togi.learn.learner import Learner, UpdateReport
 from togi.learn.learner_state import load_learner, save_learner
 from togi.learn.objective import ValueObjective

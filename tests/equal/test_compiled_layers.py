@@ -12,9 +12,10 @@ from torch import Tensor
 from tests.offline_world import flags, make_world
 from tests.packs import random_groups, shared_pack
 from tests.tiny import save_tiny_model
+from togi.config.architectures import COMPILABLE
 from togi.config.choices import Layers
 from togi.config.parse import parse
-from togi.config.shared import COMPILABLE, LoRA, Recompute
+from togi.config.shared import LoRA, Recompute
 from togi.errors import ConfigError, ModelError
 from togi.methods.kd import KD
 from togi.model.adapters import without_adapter

@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from tests.tiny import save_tiny_model
+from togi.config.architectures import WITH_LIGER
 from togi.config.choices import Layers
 from togi.errors import ModelError
-from togi.model.layers import TESTED
 from togi.model.loading import ModelSource, load_causal_lm
 
 
 def test_the_kernels_equal_the_layers_they_replace():
     done = subprocess.run(
-        [sys.executable, "-m", "tests.equal.liger_job", *TESTED], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "tests.equal.liger_job", *WITH_LIGER], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     found = {}
     for line in done.stdout.splitlines():
         found |= json.loads(line) if line.startswith("{") else {}
-    assert found.keys() == set(TESTED)
+    assert found.keys() == set(WITH_LIGER)
     for arch, gaps in found.items():
         # two layers of two norms and an MLP each, and the last norm; Qwen3 has norms of queries and keys too
         assert gaps["layers"] == (11 if arch == "qwen3" else 7), arch

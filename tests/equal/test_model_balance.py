@@ -14,8 +14,8 @@ from tests.packs import Group, plain_pack, random_groups, shared_pack
 from tests.tiny import tiny_config, tiny_model
 from togi.algo.balance import balance_loss, routing_sums
 from togi.batch import Batch
+from togi.config.architectures import MIXTURES
 from togi.config.choices import Scheduler
-from togi.config.shared import MIXTURES
 from togi.learn.learner import Learner
 from togi.learn.objective import SFTObjective
 from togi.learn.schedule import Schedule

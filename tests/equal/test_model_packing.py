@@ -25,11 +25,11 @@ from tests.packs import (
     shared_pack,
 )
 from tests.tiny import tiny_model
-from togi.config.shared import MIXTURES
+from togi.config.architectures import ARCHITECTURES, MIXTURES
 from togi.model.attention import SEGMENTS
 from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.policy import PolicyModel
-from togi.model.support import PROVEN, logit_transform
+from togi.model.support import logit_transform
 
 CACHED_MODEL = Path(os.environ.get("TOGI_CACHE", "~/.cache/togi")).expanduser() / "smollm2-135m-instruct"
 
@@ -67,7 +67,7 @@ def assert_same(one, other, rtol: float = 1e-5, atol: float = 1e-6) -> None:
         torch.testing.assert_close(gradient / scale, other[2][name] / scale, rtol=rtol, atol=10 * atol, msg=name)
 
 
-@pytest.mark.parametrize("arch", sorted(PROVEN))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("layout", [plain_pack, shared_pack])
 def test_packed_equals_transformers_one_by_one(arch, layout):
     model = policy(arch)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from togi.config.architectures import MIXTURES, SPLITTABLE
 from togi.config.choices import BackendName, GradAccumDtype, Layers, Scheduler
 from togi.config.fields import Count, Int, PathText, Seed, Settings, flag, later
 from togi.errors import ConfigError
@@ -23,12 +24,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 NO_METRIC = "none"
 # The outermost parts of language models, whose weights would be taken for those of a head of the same name.
 MODEL_PARTS = ("lm_head", "model", "transformer")
-# Mixtures of experts whose router is known to be read correctly, by model type.
-MIXTURES = ("mixtral", "qwen3_moe")
-# Model types whose layers --ds_tensor_parallel_size can split.
-SPLITTABLE = ("llama", "qwen2", "qwen3", "mistral")
-# Model types whose compiled layers were shown to be equal. A mixture's experts get varying numbers of tokens.
-COMPILABLE = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 # Settings that several groups have.
 DISABLE_FAST_TOKENIZER = flag(

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from togi.config.shared import COMPILABLE, Recompute
+from togi.config.architectures import COMPILABLE, WITH_LIGER
+from togi.config.shared import Recompute
 from togi.cpu import keeping_outputs, own_folder, processor_mark
 from togi.errors import ModelError
 from togi.model.attention import SEGMENTS, VARLEN, segment_attention, varlen_attention
@@ -82,16 +83,15 @@ clock = CompileClock()
 
 # Tested equal to Transformers' own layers, in outputs and gradients. The package supports more model types, and silently skips
 # those that it does not support.
-TESTED = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def check_liger(kind: str) -> None:
     """Raise ModelError if Liger cannot be used for models of this type. Call it before weights are read."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise ModelError("--use_liger_kernel needs the package liger-kernel: pip install 'togi[liger]'.")
-    if kind not in TESTED:
+    if kind not in WITH_LIGER:
         raise ModelError(
-            f"--use_liger_kernel is tested with {', '.join(TESTED)} models, and this is a {kind} model: leave the flag out."
+            f"--use_liger_kernel is tested with {', '.join(WITH_LIGER)} models, and this is a {kind} model: leave the flag out."
         )
 
 

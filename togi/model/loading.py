@@ -28,6 +28,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
+from togi.config.architectures import ARCHITECTURES
 from togi.config.choices import Layers
 from togi.config.model_facts import check_length
 from togi.config.shared import ADAPTER_CONFIG, LoRA, ModelSettings, Recompute, check_mixture
@@ -37,7 +38,7 @@ from togi.model import layers
 from togi.model.attention import SEGMENTS, VARLEN
 from togi.model.deferred import Deferred, Reader, nothing_left, quiet
 from togi.model.policy import HEAD, PolicyModel, ScalarModel
-from togi.model.support import PROVEN, logit_transform, refuse_other_parts, refuse_unsupported, verify_packing
+from togi.model.support import logit_transform, refuse_other_parts, refuse_unsupported, verify_packing
 from togi.weights.files import files_of
 
 logger = logging.getLogger(__name__)
@@ -257,7 +258,7 @@ def _load(
     # refuse an unsupported architecture before any weight is read
     empty = _refuse(kind, source, config)
     # only proven architectures: the packing check of the others runs the model at once
-    defer = source.defer and source.lora is None and not source.in_4bit and config.model_type in PROVEN
+    defer = source.defer and source.lora is None and not source.in_4bit and config.model_type in ARCHITECTURES
     files = files_of(source.path) if defer else []
     if files:
         empty.set_attn_implementation(attention)
@@ -339,7 +340,7 @@ def _ready(model: Model, source: ModelSource) -> Model:
     recompute, lora = source.recompute, source.lora
     layers.remove_fixed(model)
     # before kernels and adapters change the layers: the proof compares with the plain model
-    if model.hf.config.model_type not in PROVEN:
+    if model.hf.config.model_type not in ARCHITECTURES:
         verify_packing(model)
     # replace layers first, since adapters wrap the layers that they find
     if source.layers is Layers.LIGER:

@@ -36,8 +36,8 @@ from togi.algo.balance import balance_loss, routing_sums
 from togi.algo.policy import chosen_experts
 from togi.algo.precision import full_precision
 from togi.batch import NO_SEQUENCE, Batch
+from togi.config.architectures import MIXTURES
 from togi.config.choices import Divergence
-from togi.config.shared import MIXTURES
 from togi.model.deferred import Reader, nothing_left
 from togi.model.heads import (
     Head,

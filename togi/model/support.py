@@ -1,6 +1,6 @@
 """Which architectures can be trained packed, and how their logits are computed.
 
-The test suite checks "packed = one by one" for the architectures in ``PROVEN``. Any other architecture is refused if its class or
+The test suite checks "packed = one by one" for those in ``ARCHITECTURES``. Any other architecture is refused if its class or
 config shows a feature that packing breaks. Otherwise it is tested on its own weights when it is loaded: a few tokens must give the
 same results packed and through Transformers' own attention.
 """
@@ -14,13 +14,13 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
+from togi.config.architectures import ARCHITECTURES
 from togi.errors import ModelError
 from togi.model.attention import SEGMENTS
 from togi.model.heads import LogitTransform
 from togi.model.policy import Needs, PolicyModel, ScalarModel, hidden_states
 from togi.model.ring_layout import Layout
 
-PROVEN = frozenset({"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral", "qwen3_moe"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.05}
 
@@ -85,7 +85,7 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
         if not torch.allclose(drawn_TH.float(), packed_TH.float(), rtol=1e-3, atol=1e-3):
             raise ModelError(
                 f"{model.hf.config.model_type} models give other results in training than in evaluation, though all dropout "
-                f"in their config.json is off: Togi cannot train this architecture; tested ones are {', '.join(sorted(PROVEN))}."
+                f"in their config.json is off: Togi cannot train this architecture; tested ones are {', '.join(ARCHITECTURES)}."
             )
         ours_K = model(batch, Needs(logprobs=True)).logprobs_K if isinstance(model, PolicyModel) else None
         # each sequence alone, as plain Transformers computes it
@@ -106,7 +106,7 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
     if not worst <= _TOLERANCE.get(packed_TH.dtype, 1e-3):
         raise ModelError(
             f"{model.hf.config.model_type} models give other results packed than alone (difference {worst:.2g}): "
-            f"Togi cannot train this architecture; tested ones are {', '.join(sorted(PROVEN))}."
+            f"Togi cannot train this architecture; tested ones are {', '.join(ARCHITECTURES)}."
         )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from togi.config.architectures import COMPILABLE
 from togi.config.choices import BackendName, EngineName
 from togi.config.fields import Hook
 from togi.config.iterate import IterateConfig
@@ -23,7 +24,6 @@ from togi.config.rl import RLConfig, verifier_of
 from togi.config.rl_checks import check_rl
 from togi.config.shared import (
     ADAPTER_CONFIG,
-    COMPILABLE,
     NO_METRIC,
     OutputSettings,
     check_mixture,
