@@ -81,12 +81,11 @@ class CompileClock:
 clock = CompileClock()
 
 
-# Tested equal to Transformers' own layers, in outputs and gradients. The package supports more model types, and silently skips
-# those that it does not support.
-
-
 def check_liger(kind: str) -> None:
-    """Raise ModelError if Liger cannot be used for models of this type. Call it before weights are read."""
+    """Raise ModelError if Liger cannot be used for models of this type. Call it before weights are read.
+
+    The package supports more model types than were tested equal, and silently skips those that it does not support.
+    """
     if importlib.util.find_spec("liger_kernel") is None:
         raise ModelError("--use_liger_kernel needs the package liger-kernel: pip install 'togi[liger]'.")
     if kind not in WITH_LIGER:
