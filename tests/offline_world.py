@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tests import warm
 from tests.tiny import save_tiny_model
 from togi.cli import commands
 from togi.cli.main import main
@@ -102,8 +103,21 @@ def module(command: str) -> str:
 
 def launch(world: Path, command: str, run: Path, ranks: int, *more: str) -> list[dict[str, float]]:
     """Run under torchrun."""
-    launcher = f"-m torch.distributed.run --nproc_per_node {ranks} --standalone -m {module(command)}"
-    words = [sys.executable, *launcher.split(), *flags(world, command, run, *more)]
+    launcher = [sys.executable, *f"-m torch.distributed.run --nproc_per_node {ranks} --standalone".split()]
+    return run_ranked([*launcher, "-m", *module(command).split()], world, command, run, *more)
+
+
+def launch_warm(world: Path, command: str, run: Path, ranks: int, *more: str) -> list[dict[str, float]]:
+    """Run under what stands for torchrun, whose processes are forked."""
+    launcher = [warm.torchrun(), "--standalone", "--nproc_per_node", str(ranks), "-m", "togi", command]
+    return run_ranked(launcher, world, command, run, *more)
+
+
+def run_ranked(
+    launcher: Sequence[str | Path], world: Path, command: str, run: Path, *more: str
+) -> list[dict[str, float]]:
+    """The values of each step of a run that ``launcher`` starts."""
+    words = [*launcher, *flags(world, command, run, *more)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]

@@ -99,7 +99,8 @@ def test_a_warm_up_that_is_all_of_the_run_teaches_nothing(world: Path, capsys: p
         "The run has 1 updates, and --lr_scheduler cosine_with_min_lr with --lr_warmup_ratio 0.03 gives them learning rate 0, "
         "which changes no weight: plan more updates, or take --lr_scheduler constant."
     )
-    for command, more in (("sft", "--train_batch_size 99"), ("rl", "--max_steps 1 --train_batch_size 16")):
+    warm_up = "--lr_scheduler cosine_with_min_lr"
+    for command, more in (("sft", f"--train_batch_size 99 {warm_up}"), ("rl", "--max_steps 1 --train_batch_size 16")):
         assert main(["check", command, *words(world, command, *more.split())]) == 2
         said = capsys.readouterr()
         assert f"stops learning: {still}" in said.out.splitlines()

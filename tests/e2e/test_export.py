@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.example_scripts import run_script
-from tests.offline_world import ROOT, launch, make_world, train, values
+from tests.offline_world import ROOT, launch_warm, make_world, train, values
 from tests.tiny import save_tiny_model
 from togi.cli.main import main
 
@@ -146,7 +146,7 @@ def test_an_adapter_is_merged_final_or_from_a_checkpoint(runs: Path, tmp_path: P
 def test_checkpoints_of_two_ranks(world: Path, tmp_path: Path, flags: list[str]) -> None:
     if "deepspeed" in flags:
         pytest.importorskip("deepspeed")
-    launch(world, "sft", tmp_path / "run", 2, "--save_steps", "4", *flags)
+    launch_warm(world, "sft", tmp_path / "run", 2, "--save_steps", "4", *flags)
     export(tmp_path / "run", tmp_path / "out", "--ckpt", str(tmp_path / "run" / "checkpoints"))
     assert same_weights(tmp_path / "out", tmp_path / "run" / "model")
 
