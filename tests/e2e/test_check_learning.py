@@ -61,7 +61,7 @@ EXAMPLES = {"check.sh"}
 BASE = """
     --input_key prompt --label_key answer --rollout_engine transformers --advantage_estimator group_norm
     --n_samples_per_prompt 8 --rollout_batch_size 8 --train_batch_size 64 --prompt_max_len 64 --generate_max_len 8
-    --init_kl_coef 0 --reward_workers 1 --sample_groups 8
+    --init_kl_coef 0 --reward_workers 1 --sample_groups 8 --lr_scheduler constant
 """
 
 
@@ -290,11 +290,13 @@ def test_sampling_and_replaying_exclude_each_other(files: Path, capsys: pytest.C
 
 
 def test_the_example_script(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its words, run here with a model that answers 1 or 2."""
+    """Its words, run here with a model that answers 1 or 2, and twice over the few prompts: one update is all warm-up."""
     (command,) = commands(
         SCRIPTS / "check.sh",
         tmp_path,
         "--no_bf16",
+        "--num_episodes",
+        "2",
         MODEL=files / "chat",
         DATA=files / "sums.jsonl",
         TOGI_CACHE=tmp_path,
