@@ -187,6 +187,7 @@ def test_an_engine_with_other_weights_is_not_learned_from(
     assert values(tmp_path / "run") == []
 
 
+@pytest.mark.large
 def test_vllm_generates_too(world: Path, tmp_path: Path) -> None:
     """In a process of its own, which vLLM changes: its seeds, its threads."""
     words = ("--on_policy_share", "1", "--generate_max_len", "12", "--vllm_cpu_kv_cache_gb", "0.1")

@@ -150,12 +150,14 @@ def test_verifiers(world: Path, tmp_path: Path) -> None:
         assert row["reward"] == pytest.approx(parts["math"] + 0.2 * parts["format"])
 
 
+@pytest.mark.large
 def test_workers(world: Path, tmp_path: Path) -> None:
     train(world, "rl_workers.sh", tmp_path / "run")
     state = json.loads((tmp_path / "run" / "status.json").read_text())["state"]
     assert state == "finished" and (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir()
 
 
+@pytest.mark.large
 def test_ppo_in_a_ring(world: Path, tmp_path: Path) -> None:
     """Whatever the ring is, all its ranks are one actor: the ratio to the engine's log-probs is 1."""
     train(world, "rl_ppo_ring.sh", tmp_path / "run")

@@ -196,6 +196,7 @@ def test_vllm_gives_the_same_greedy_text(world: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "vllm.jsonl") == ours
 
 
+@pytest.mark.large
 def test_a_vllm_in_two_processes_gives_the_same_greedy_text(world: Path, tmp_path: Path) -> None:
     ours = infer(world, tmp_path / "ours.jsonl", "--greedy_sampling")
     flags = ["--greedy_sampling", "--eval_task", "generate_vllm", "--vllm_cpu_kv_cache_gb", "0.1", "--tp_size", "2"]

@@ -268,7 +268,12 @@ TINY = "--no_bf16 --max_samples 4 --prompt_max_len 100 --max_new_tokens 8"
 TINY_LOOP = "--max_len 160 --max_tokens_per_gpu 1024 --keep_truncated --eval_n_samples_per_prompt 1 --eval_dataset"
 
 
-@pytest.mark.parametrize("script", EXAMPLES)
+SELDOM = ("batch_inference.sh", "conditional_sft.sh")
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(each, marks=pytest.mark.large if each in SELDOM else ()) for each in EXAMPLES]
+)
 def test_every_example_runs(world: Path, tmp_path: Path, script: str) -> None:
     """All steps of a script in one process: starting many takes longer than a tiny step."""
     togi = tmp_path / "togi"

@@ -91,6 +91,7 @@ def test_supervised_fine_tuning(world: Path, tmp_path: Path) -> None:
     assert max_difference(*models) < 1e-5
 
 
+@pytest.mark.large
 def test_reward_model(world: Path, tmp_path: Path) -> None:
     """With DeepSpeed's launcher and its ZeRO stage 3 in one process, and as a plain one."""
     module = "togi.cli.train_rm"

@@ -154,6 +154,7 @@ def submit(place: Cluster, folder: Path, words: list[str], seconds: float) -> su
     )
 
 
+@pytest.mark.large
 def test_a_job_that_asks_for_more_than_there_is_ends_at_once(tmp_path: Path) -> None:
     data = make_data(tmp_path)
     with cluster(gpus=2) as place:

@@ -82,6 +82,7 @@ def test_local_workers_equal_ray_bit_for_bit(world: Path, tmp_path: Path, scalar
         assert model_bytes(runs["local"] / model) == model_bytes(runs["ray"] / model)
 
 
+@pytest.mark.large
 def test_a_run_goes_on_with_other_workers(world: Path, tmp_path: Path) -> None:
     """The checkpoint of either kind is that of the other: local, Ray and local again end where a local run ends."""
     flags = [*GRPO, *HF, *STEPS[:1], "--rollout_batch_size", "2", "--train_batch_size", "8", "--save_steps", "1"]

@@ -99,7 +99,7 @@ def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("backend", ["fsdp2", "deepspeed"])
+@pytest.mark.parametrize("backend", ["fsdp2", pytest.param("deepspeed", marks=pytest.mark.large)])
 def test_two_sharded_workers_equal_one(world: Path, tmp_path: Path, alone: Path, backend: str) -> None:
     """Adapters of float32 models under stage 3, in two processes that send two engines the adapter alone."""
     run = tmp_path / "run"

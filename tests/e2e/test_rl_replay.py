@@ -72,9 +72,7 @@ def test_a_replay_repeats_the_run_bit_for_bit(world: Path, original: Path, tmp_p
         assert stored[0].equals(stored[1])
 
 
-@pytest.mark.parametrize(
-    "workers", [pytest.param(name, marks=pytest.mark.large) if "compiled" in name else name for name in WORKERS]
-)
+@pytest.mark.parametrize("workers", [pytest.param(name, marks=pytest.mark.large) for name in WORKERS])
 def test_two_workers_of_each_model_have_equal_losses(world: Path, original: Path, tmp_path: Path, workers: str) -> None:
     """Two actors and two critics under ZeRO-3, on either backend, apart or together."""
     run = tmp_path / "run"

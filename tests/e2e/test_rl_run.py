@@ -74,7 +74,13 @@ TINY = (
 )
 
 
-@pytest.mark.parametrize("script", EXAMPLES)
+# what it adds is in test_rl_lora
+SELDOM = ("rl_grpo_lora.sh",)
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(each, marks=pytest.mark.large if each in SELDOM else ()) for each in EXAMPLES]
+)
 def test_every_example_trains(world: Path, tmp_path: Path, script: str) -> None:
     run = tmp_path / "run"
     places = {"MODEL": world / "model", "DATA": world / "prompts.jsonl", "REWARD": world / "reward.py", "OUT": run}
@@ -190,7 +196,7 @@ def one_worker(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "way",
     [
         "",
-        "--ds_tensor_parallel_size 2",
+        pytest.param("--ds_tensor_parallel_size 2", marks=pytest.mark.large),
         pytest.param("--ring_attn_size 2", marks=pytest.mark.large),
         pytest.param("--backend deepspeed --zero_stage 3", marks=pytest.mark.large),
     ],

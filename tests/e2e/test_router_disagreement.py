@@ -46,7 +46,11 @@ def trainer_routes(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "arch"),
-    [(EngineName.TRANSFORMERS, "mixtral"), (EngineName.TRANSFORMERS, "qwen3_moe"), (EngineName.VLLM, "qwen3_moe")],
+    [
+        (EngineName.TRANSFORMERS, "mixtral"),
+        (EngineName.TRANSFORMERS, "qwen3_moe"),
+        pytest.param(EngineName.VLLM, "qwen3_moe", marks=pytest.mark.large),
+    ],
 )
 def test_the_same_weights_route_alike_and_others_do_not(name: EngineName, arch: str, tmp_path: Path) -> None:
     """With the first router's weights negated the engine's first layer takes the other two of four experts for every token."""

@@ -64,7 +64,13 @@ def assert_equal(model: PolicyModel, compiled: PolicyModel) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("arch", COMPILABLE)
+# compiling takes many seconds for each
+EVERY_TIME = ("llama", "gemma3_text")
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=() if arch in EVERY_TIME else pytest.mark.large) for arch in COMPILABLE]
+)
 def test_compiled_layers_equal_those_as_they_are(tmp_path: Path, arch: str) -> None:
     save_tiny_model(tmp_path, arch=arch)
     load = [
@@ -91,7 +97,10 @@ def test_layers_and_packs_are_not_compiled_again(tmp_path: Path) -> None:
     assert clock.take_seconds() == 0
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(4, 16, 0.0, ("q_proj", "down_proj"), load_in_4bit=False)])
+ADAPTERS = LoRA(4, 16, 0.0, ("q_proj", "down_proj"), load_in_4bit=False)
+
+
+@pytest.mark.parametrize("lora", [None, pytest.param(ADAPTERS, marks=pytest.mark.large)])
 def test_recomputing_and_adapters_change_nothing(tmp_path: Path, lora: LoRA | None) -> None:
     save_tiny_model(tmp_path)
     models = []

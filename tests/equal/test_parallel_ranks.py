@@ -29,6 +29,9 @@ from togi.parallel.fsdp2 import Sharded
 from togi.parallel.process import World
 from togi.parallel.replicated import Replicated
 
+# The covering array of test_combinations has the same losses, gradients and weights every time.
+pytestmark = pytest.mark.large
+
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, object]:

@@ -293,6 +293,7 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.large
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """100,000 rows with 500 characters that are not trained on. They grow by about 20 MB; as Python objects they took 220 MB."""
     for name, count in (("warm", 5000), ("large", 100_000)):

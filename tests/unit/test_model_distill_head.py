@@ -172,6 +172,7 @@ print(peak() - before - hidden.grad.nbytes - weight.grad.nbytes)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.large
 def test_peak_memory_is_far_below_one_matrix_of_logits():
     """4096 tokens, 49152 words: the logits of both models would be 1.6 GB in float32; the limit is 300 MB."""
     done = subprocess.run(
