@@ -26,7 +26,7 @@ test: setup
 	@$(VENV)/bin/python -m pytest $(SLOWEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not busy and not large" tests
 
 test-all: test
-	@$(VENV)/bin/python -m pytest $(SLOWEST) -m large tests/e2e tests/equal
+	@$(VENV)/bin/python -m pytest $(SLOWEST) -m large tests
 
 lint: setup
 	$(VENV)/bin/ruff format --check .
