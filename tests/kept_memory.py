@@ -51,7 +51,7 @@ def kept_bytes(model: PolicyModel, batch: Batch) -> int:
 def least_printed(script: str, enough: float, tries: int = 3) -> int:
     """The least of the bytes that a script prints, in up to ``tries`` processes; no more are started once it is below ``enough``.
 
-    A peak of resident memory also holds what was freed and not yet taken back, so that one process in ten shows three times its need.
+    A peak of resident memory also holds what was freed and not yet taken back, so that some processes show three times their need.
     """
     found = []
     for _ in range(tries):
