@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -39,14 +40,14 @@ from togi.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class RowReader:
+class RowReader(ABC):
     """How rows are read. Picklable; its repr names everything that the result depends on."""
 
     spec: RecordSpec
 
+    @abstractmethod
     def read(self, fields: Fields) -> tuple[Draft, ...] | Drop:
         """The drafts to tokenise, or why there are none. Raises RowError."""
-        raise NotImplementedError
 
     def finish(self, coded: tuple[Coded, ...], tokenizer: Tokenizer) -> tuple[Coded, ...] | Drop:
         """Check or change the sequences, which fit --max_len now. Raises RowError."""
