@@ -176,7 +176,8 @@ def highest(settings: TrainSettings, peak: float, total: int) -> float:
 
 def standing_still(settings: TrainSettings, peak: float, total: int) -> str:
     """A sentence if the schedule makes the rate of every optimizer step 0, such as a warm-up of one step; else ""."""
-    if peak == 0 or total == 0 or highest(settings, peak, total) > 0:
+    # it ends at the first update with a rate above 0, most often the second
+    if peak == 0 or total == 0 or any(map(planned(settings, peak, total).rate, range(total))):
         return ""
     return (
         f"The run has {total} updates, and --lr_scheduler {settings.lr_scheduler} with --lr_warmup_ratio "
