@@ -8,9 +8,8 @@ the step: they follow a loss on held-out rows, and their state is part of a chec
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol, Self
 
 import torch
@@ -20,6 +19,8 @@ from togi.config.shared import TrainSettings
 
 # The state of a rule that follows a loss, by the names in its state_dict; all other entries are settings.
 _SEEN = ("best", "num_bad_epochs", "num_good_epochs", "reset_start", "last_epoch", "_last_lr")
+INVERSE_SQRT_STEPS = 10_000
+"""The time scale of inverse_sqrt without a warm-up, as in Transformers."""
 
 
 class LearningRate(Protocol):
@@ -85,23 +86,41 @@ class Schedule:
         """The last step of the schedule. After it some of Transformers' schedules would rise again."""
         return max(self.total, self.warmup + 1) - (self.kind is Scheduler.COSINE_WARMUP_WITH_MIN_LR)
 
-    @cached_property
-    def _share(self) -> Callable[[int], float]:
-        """Transformers' own function from the step to the rate, as a share of the peak."""
-        kind, options = self.kind, {} if self.cycles is None else {"num_cycles": self.cycles}
+    def _share(self, step: int) -> float:
+        """The rate as a share of the peak: the formulas of Transformers' functions, which cannot be imported without PEFT."""
+        kind, floor, end = self.kind, self.floor, max(self.total, self.warmup + 1)
+        taken = step + (kind is Scheduler.COSINE_WARMUP_WITH_MIN_LR)
+        if step < self.warmup and kind is not Scheduler.CONSTANT:
+            rising = taken / self.warmup
+            return rising * (1 - floor) + floor if kind is Scheduler.WARMUP_STABLE_DECAY else rising
+        done = (taken - self.warmup) / (end - self.warmup)
+        waves = 0.5 if self.cycles is None else self.cycles
         match kind:
-            case Scheduler.COSINE_WITH_MIN_LR | Scheduler.COSINE_WARMUP_WITH_MIN_LR:
-                options["min_lr_rate"] = self.floor
-            case Scheduler.POLYNOMIAL if self.floor < 1:
-                options = {"lr_end": self.floor, "power": self.power}
-            case Scheduler.POLYNOMIAL:  # floor = peak, which Transformers refuses
-                kind, options = Scheduler.CONSTANT_WITH_WARMUP, {}
+            case Scheduler.CONSTANT | Scheduler.CONSTANT_WITH_WARMUP:
+                share = 1.0
+            case Scheduler.LINEAR:
+                share = 1 - done
+            case Scheduler.POLYNOMIAL:
+                share = (1 - floor) * (1 - done) ** float(self.power) + floor
+            case Scheduler.INVERSE_SQRT:
+                scale = self.warmup or INVERSE_SQRT_STEPS
+                share = math.sqrt(scale / (step - self.warmup + scale))
+            case Scheduler.COSINE_WITH_RESTARTS:
+                share = _wave((self.cycles or 1.0) * done % 1) if done < 1 else 0.0
             case Scheduler.WARMUP_STABLE_DECAY:
-                options |= {"num_decay_steps": self.decay, "min_lr_ratio": self.floor}
-        share: Callable[[int], float] = _scheduler(
-            kind, options, num_warmup_steps=self.warmup, num_training_steps=max(self.total, self.warmup + 1)
-        ).lr_lambdas[0]
+                falling = (step - (end - self.decay)) / max(1, self.decay)
+                share = 1.0 if falling < 0 else _wave(2 * waves * falling) * (1 - floor) + floor
+                share = share if step < end else floor
+            case Scheduler.COSINE:
+                share = _wave(2 * waves * done)
+            case _:
+                share = _wave(2 * waves * done) * (1 - floor) + floor
         return share
+
+
+def _wave(done: float) -> float:
+    """Half a cosine, from 1 down to 0."""
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 class MeasuredRate:
@@ -129,7 +148,12 @@ class MeasuredRate:
         options: dict[str, float] = {"min_lr": floor, "patience": patience, "eps": 0.0}
         options |= {} if factor is None else {"factor": factor}
         options |= {"max_lr": ceiling} if kind is Scheduler.GREEDY else {}
-        self.rule = _scheduler(kind, options)
+        if kind is Scheduler.GREEDY:
+            from transformers.optimization import GreedyLR as Rule  # slow: it imports PEFT too
+        else:
+            from torch.optim.lr_scheduler import ReduceLROnPlateau as Rule
+        # over a dummy optimizer with a rate of 1, so that its rates are shares
+        self.rule: Any = Rule(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), **options)
 
     @classmethod
     def of(cls, settings: TrainSettings, start: float, total: int) -> Self:
@@ -184,11 +208,3 @@ def standing_still(settings: TrainSettings, peak: float, total: int) -> str:
         f"{settings.lr_warmup_ratio:g} gives them learning rate 0, which changes no weight: plan more updates, or take "
         "--lr_scheduler constant."
     )
-
-
-def _scheduler(kind: Scheduler, options: Mapping[str, float], **steps: int) -> Any:
-    """Transformers' scheduler over a dummy optimizer with a rate of 1, so that its rates are shares."""
-    from transformers import get_scheduler  # slow: it imports PEFT too
-
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    return get_scheduler(kind.value, optimizer, scheduler_specific_kwargs=dict(options), **steps)
