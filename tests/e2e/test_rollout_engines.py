@@ -6,8 +6,10 @@ Engines of one kind live side by side in this process; vLLM's first start pays f
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +217,24 @@ def test_sleep_and_wake(engine: RolloutEngine) -> None:
         generate(engine, [PROMPTS[0]], GREEDY)
     asyncio.run(engine.wake())
     after = generate(engine, LONG, GREEDY)
+    assert [got.tokens for got in before] == [got.tokens for got in after]
+
+
+def test_dropped_weights_are_freed_and_refused_until_an_update(engine: RolloutEngine, folder: Path) -> None:
+    before = generate(engine, PROMPTS, GREEDY)
+    model = None if isinstance(engine._core, VllmCore) else weakref.ref(engine._core._model)
+    asyncio.run(engine.drop_weights())
+    asyncio.run(engine.drop_weights())  # a second time changes nothing
+    gc.collect()
+    assert model is None or model() is None
+    with pytest.raises(WeightSyncError, match=r"the weights of version \d+ are out of date: the engine waits"):
+        generate(engine, [PROMPTS[0]], GREEDY)
+    with pytest.raises(WeightSyncError, match="out of date"):
+        asyncio.run(engine.score(PROMPTS[0]))
+    with pytest.raises(WeightSyncError, match="finish_update was called outside an update"):
+        asyncio.run(engine.finish_update())
+    asyncio.run(update(engine, folder, engine.version))
+    after = generate(engine, PROMPTS, GREEDY)
     assert [got.tokens for got in before] == [got.tokens for got in after]
 
 

@@ -112,6 +112,7 @@ class Core(Protocol):
     def load(self, bucket: Bucket) -> None: ...
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None: ...
     def finish_update(self) -> None: ...
+    def drop_weights(self) -> None: ...
     def sleep(self) -> Released: ...
     def wake(self) -> None: ...
     def close(self) -> None: ...
@@ -274,11 +275,20 @@ class RolloutEngine:
 
         vLLM on a GPU also moves its weights to host memory. Returns the bytes freed, and the memory in use before and after.
         """
-        if self._running:
-            raise RuntimeError(f"{len(self._running)} requests are running: pause the engine before it sleeps")
+        self._check_idle("it sleeps")
         released = Released(0, 0, 0) if self._asleep else self._core.sleep()
         self._asleep = True
         return released
+
+    @on_thread
+    def drop_weights(self) -> None:
+        """Forget weights that are out of date, as their policy trains. Requests raise ``WeightSyncError`` until the next update.
+
+        The Transformers engine frees the memory of its weights and caches, vLLM keeps it.
+        """
+        self._check_idle("its weights are dropped")
+        self._log.expire()
+        self._core.drop_weights()
 
     @on_thread
     def wake(self) -> None:
@@ -375,8 +385,12 @@ class RolloutEngine:
         self._check_alive()
         if self._asleep:
             raise RuntimeError("the generation engine is asleep: call wake first")
-        if self._log.open:
+        if self._log.open or self._log.expired:
             raise WeightSyncError(f"{self._log.opening}: the engine waits for a complete update")
+
+    def _check_idle(self, what: str) -> None:
+        if self._running:
+            raise RuntimeError(f"{len(self._running)} requests are running: pause the engine before {what}")
 
     def _idle_core(self, tokens: Sequence[int]) -> Core:
         """The core, to score ``tokens``."""

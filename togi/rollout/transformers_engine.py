@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -310,9 +311,20 @@ class TransformersCore:
 
     def finish_update(self) -> None:
         """Load the tensors like a checkpoint, because in memory they may have another form (all experts in one tensor)."""
-        del self._model  # old and new weights must not both be in memory; no request runs before this succeeds
+        self.drop_weights()  # old and new weights must not both be in memory; no request runs before this succeeds
         self._model = self._load(self._kind, None, config=self._config, state_dict=self._arriving)
         self._arriving = {}
+        self._return_freed()
+
+    def drop_weights(self) -> None:
+        self._slots.clear()
+        with suppress(AttributeError):  # dropped before
+            del self._model
+        self._return_freed()
+
+    def _return_freed(self) -> None:
+        if self._device.type == "cpu":  # the trainer uses the same memory, and the C library would keep freed pages
+            return_freed()
 
     def sleep(self) -> Released:
         before = resident_bytes()

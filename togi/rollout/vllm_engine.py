@@ -147,6 +147,9 @@ class VllmCore:
         after = self._ask_workers(_cache_and_memory)
         return _added_up([Released(cache, used, now) for (cache, used), (_, now) in zip(before, after, strict=True)])
 
+    def drop_weights(self) -> None:
+        """Do nothing: vLLM loads new weights into the memory of the old ones."""
+
     def wake(self) -> None:
         if not self._on_cpu:  # on a CPU released pages are allocated again, zeroed, at the first access
             self._engine.wake_up()

@@ -22,13 +22,14 @@ NAMES_SHOWN = 5
 class UpdateLog:
     """Checks an update from begin to finish, by the specs of tensors.
 
-    ``open`` is True from a successful ``begin`` to the matching ``finish``. In between old and new weights are mixed.
+    ``open`` is True from a successful ``begin`` to the matching ``finish``. In between old and new weights are mixed. ``expired``:
+    the weights are out of date, and no update has finished since.
     """
 
     def __init__(self, expected: Iterable[TensorSpec]) -> None:
         self.expected = tuple(expected)
         self.version = 0
-        self.open = False
+        self.open = self.expired = False
         self._manifest = Manifest(0, ())
         self._missing: dict[str, TensorSpec] = {}
 
@@ -39,8 +40,14 @@ class UpdateLog:
 
     @property
     def opening(self) -> str:
-        """The open update, in words for an error message."""
+        """Why the weights cannot be used, in words for an error message."""
+        if not self.open:
+            return f"the weights of version {self.version} are out of date"
         return f"the weight update to version {self._manifest.version} has begun and is not finished"
+
+    def expire(self) -> None:
+        """The weights are of no use until an update has finished."""
+        self.expired = True
 
     def begin(self, manifest: Manifest) -> None:
         """Begin an update, which may replace an unfinished one. Raises WeightSyncError, without any change, if it does not fit."""
@@ -86,7 +93,7 @@ class UpdateLog:
         """Close the update: the weights are loaded, and ``version`` becomes the new one. Raises WeightSyncError if incomplete."""
         self.check_complete()
         self.version = self._manifest.version
-        self.open = False
+        self.open = self.expired = False
 
 
 PROBE_TOKENS = 512

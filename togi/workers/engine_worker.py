@@ -71,6 +71,9 @@ class EngineWorker:
         await self._engine.finish_update()
         return self._inbox.checksum()
 
+    async def drop_weights(self) -> None:
+        await self._engine.drop_weights()
+
     async def sleep(self) -> Released:
         return await self._engine.sleep()
 

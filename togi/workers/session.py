@@ -95,6 +95,9 @@ class Phases:
             await self._sleep(holder)
         for holder in sorted(self._asleep & may_hold):
             await self._wake(holder)
+        # What the engines hold is out of date as soon as the policy trains; a sync follows every update.
+        if phase is Phase.TRAIN:
+            await call_all(self._engines.workers, EngineWorker.drop_weights)
         assert not self._asleep & may_hold and self._sleepers - may_hold == self._asleep
         self.current = phase
 
