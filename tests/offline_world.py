@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -132,6 +131,7 @@ def call(module: str, argv: Sequence[str]) -> None:
     """A command in this process, named by the module that a launcher would start. Raises UserError."""
     command = module.rpartition(".train_")[2]
     if command in METHODS:
-        commands.offline([command, *argv])
+        commands.offline(command, argv)
     else:
-        importlib.import_module(module).main(list(argv))
+        assert module == "togi.cli.batch_inference"
+        commands.infer(argv)

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from tests.offline_world import ROOT
-from togi.cli.main import COMMANDS
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.config.rl_checks import check_rl
@@ -178,7 +177,7 @@ def test_the_command_of_the_ray_job_is_togis_and_fits_its_workers(job: dict[str,
     """Neither more nor fewer GPUs than the workers have."""
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     words = shlex.split(job["spec"]["entrypoint"])
-    assert words[:2] == ["python", "-m"] and f"{words[2]}:main" == COMMANDS["rl"][0]
+    assert words[:3] == ["python", "-m", "togi.cli.train_ppo_ray"]
     parsed = parse(RLConfig, words[3:], "rl")
     check_rl(parsed.config)
     (workers,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]

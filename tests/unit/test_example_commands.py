@@ -22,7 +22,12 @@ FILES = sorted(
     for path in [*(ROOT / folder).rglob("*"), *ROOT.glob("*")]
     if path.is_file() and path.suffix in KINDS and "__pycache__" not in path.parts and path.name != ".git"
 )
-MODULES = {module.removesuffix(":main"): name for name, (module, _) in COMMANDS.items()}
+# The commands by their established names.
+MODULES = {
+    f"togi.cli.{path.stem}": found[1]
+    for path in (ROOT / "togi/cli").glob("*.py")
+    if (found := re.search(r'^    launch\("([\w-]+)"\)$', path.read_text(), re.MULTILINE))
+}
 # Where a command may stand: at the start of a line, behind what runs it, or between backticks; and in words, "flags of togi rl".
 STARTED = r"(?:^|docker/run\.sh |exec |!|`|flags? of |\$ )"
 COMMAND = re.compile(

@@ -74,6 +74,6 @@ def test_from_rl_to_its_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         *("--advantage_estimator", "rloo", "--prompt_max_len", "32", "--generate_max_len", "8"),
     ]
     assert main(["rl", *map(str, words)]) == 1
-    assert frames.names == ["main", "main", "run"]
+    assert frames.names == ["main", "rl", "run"]
     assert len([*frames.names, "train"]) <= LONGEST
     assert "the loop was reached" in (tmp_path / "run" / "status.json").read_text()

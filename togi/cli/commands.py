@@ -1,25 +1,37 @@
-"""The commands without an established module name: training on fixed data, check, iterate, export, report.
+"""The commands, each under its name in ``main.COMMANDS``.
 
-Each takes the words after ``togi`` and raises UserError for the user's mistakes. What computes is imported once the settings are
+Each takes the words after that name and raises UserError for the user's mistakes. What computes is imported once the settings are
 checked.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from togi.cli.main import say
 from togi.config.fields import Settings, flag
+from togi.config.infer import ChatConfig, InferConfig, check_chat
 from togi.config.iterate import IterateConfig
-from togi.config.parse import Parsed, nearest, parse
-from togi.config.tools import SAMPLE_GROUPS, ExportConfig, RLCheckConfig, without_check
-from togi.errors import ConfigError
+from togi.config.parse import nearest, parse
+from togi.config.rl import RLConfig
+from togi.config.tools import (
+    SAMPLE_GROUPS,
+    ExportConfig,
+    MergeConfig,
+    RLCheckConfig,
+    ServeRMConfig,
+    check_serve_rm,
+    without_check,
+)
+from togi.data.precheck import asked_reward
+from togi.errors import ConfigError, UserError
 from togi.methods import METHODS
-from togi.methods.method import Method
-from togi.run.start import offline_door, rl_door
+from togi.run.modelscope import with_local_names
+from togi.run.preflight import check_model, check_reward_file
+from togi.run.start import offline_door, rl_door, say_ignored, start_infer
 
 CHECKED = ("rl", *METHODS)
 USAGE = f"""usage: togi check COMMAND [flags of the command]
@@ -34,17 +46,35 @@ COMMAND is one of {", ".join(CHECKED)}; togi check COMMAND --help lists the flag
 class ReportConfig(Settings):
     """Write the report page of a run folder again."""
 
-    run_dir: str = flag("", "The run folder. Required.")
+    run_dir: str = flag("", "the folder of a run, such as runs/rl-20260101-120000.")
 
 
-def offline(argv: Sequence[str]) -> None:
-    """Train a method on fixed data, the one that the first word names, and print where everything is."""
-    command, *flags = argv
-    ready = offline_door(parse(METHODS[command], flags, command), announce=say)
+def say(line: str) -> None:
+    """Print a line at once, as a run may go on for hours."""
+    print(line, flush=True)
+
+
+def rl(argv: Sequence[str]) -> None:
+    """``togi rl``: check, train, print where everything is."""
+    ready = rl_door(parse(RLConfig, argv, "rl"), reward_given=False, announce=say)
+    from togi.run.rl import run
+
+    result = asyncio.run(run(ready, argv=argv, announce=say))
+    for evaluation in result.evaluations:
+        when = "before training" if evaluation.step == 0 else f"after {evaluation.step} rollouts"
+        say(f"held-out reward {when}: {evaluation.reward:.3f} +- {evaluation.stderr:.3f} (standard error)")
+    program = sys.argv[0] if Path(sys.argv[0]).name == "togi" else "togi"
+    say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
+    say(f"talk to it:  {program} chat --pretrain {result.model}")
+
+
+def offline(command: str, argv: Sequence[str]) -> None:
+    """``togi COMMAND``: train a method on fixed data, print where everything is."""
+    ready = offline_door(parse(METHODS[command], argv, command), announce=say)
     from togi.run.offline import launched, run
 
     with launched(ready.config.local_rank) as world:
-        result = run(world, ready, command, argv=flags, announce=say)
+        result = run(world, ready, command, argv=argv, announce=say)
     if not result.is_first:
         return
     for evaluation in result.evaluations:
@@ -52,6 +82,12 @@ def offline(argv: Sequence[str]) -> None:
         shown = {"loss": evaluation.loss, **evaluation.metrics}
         say(f"held-out, {when}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
+
+
+def infer(argv: Sequence[str]) -> None:
+    """``togi infer``: outputs for prompts, scores for outputs, to a file."""
+    written = start_infer(parse(InferConfig, argv, "infer"), announce=say)
+    say(f"{written.rows} rows: {written.path}")
 
 
 def iterate(argv: Sequence[str]) -> None:
@@ -66,9 +102,7 @@ def iterate(argv: Sequence[str]) -> None:
 def export(argv: Sequence[str]) -> None:
     """``togi export``: a run's final model, or one of its checkpoints, as a plain Hugging Face folder with a model card."""
     config = parse(ExportConfig, argv, "export").config
-    for name, value in (("run_dir", config.run_dir), ("output_path", config.output_path)):
-        if not value:
-            raise ConfigError(f"--{name} is required: {ExportConfig.model_fields[name].description}")
+    _require(config, "run_dir", "output_path")
     from togi.run.export import export
 
     for line in export(config):
@@ -79,11 +113,95 @@ def export(argv: Sequence[str]) -> None:
 def report(argv: Sequence[str]) -> None:
     """``togi report``: write report.html of a run folder again, from the content of the folder."""
     config = parse(ReportConfig, argv, "report").config
-    if not config.run_dir:
-        raise ConfigError("--run_dir is required: the folder of a run, such as runs/rl-20260101-120000.")
+    _require(config, "run_dir")
     from togi.obs.report import write_report
 
     say(str(write_report(Path(config.run_dir))))
+
+
+def merge_lora(argv: Sequence[str]) -> None:
+    """``togi merge-lora``: merge an adapter into its base model."""
+    config = parse(MergeConfig, argv, "merge-lora").config
+    _require(config, "lora_path", "output_path")
+    from togi.run.export import merge
+
+    merge(config)
+    say(f"merged model: {Path(config.output_path)}")
+
+
+def _require(config: Settings, *names: str) -> None:
+    """Raise ConfigError for the first of these settings that is not given."""
+    for name in names:
+        if not vars(config)[name]:
+            raise ConfigError(f"--{name} is required: {type(config).model_fields[name].description}")
+
+
+def chat(argv: Sequence[str]) -> None:
+    """``togi chat``: a streamed conversation in the terminal with its history, until "exit" or the end of input."""
+    parsed = parse(ChatConfig, argv, "chat")
+    # Everything that can be checked without the model.
+    check_chat(parsed)
+    config = with_local_names(parsed).config
+    say_ignored(config, say)
+    check_model("pretrain", config.pretrain, adapters=True)
+    asked_reward(config.csft_prompt, config.reward_template)
+    from togi.run.chat import Chat
+
+    conversation = Chat(config)
+    print('Type a message; "clear" starts anew, "exit" ends.')
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line == "exit":
+            return
+        if line == "clear":
+            conversation.clear()
+        elif line:
+            _answer(conversation.answer(line))
+
+
+def _answer(pieces: Iterator[str]) -> None:
+    """Stream an answer to the terminal. An error ends the turn, not the conversation."""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except UserError as error:
+        print(f"togi: {error}", end="", file=sys.stderr)
+    print()
+
+
+def serve_rm(argv: Sequence[str]) -> None:
+    """``togi serve-rm``: a reward model or function over HTTP, until SIGTERM or SIGINT."""
+    parsed = parse(ServeRMConfig, argv, "serve-rm")
+    token = _token(parsed.config)
+    check_serve_rm(parsed.config, has_token=bool(token))
+    config = with_local_names(parsed).config
+    say_ignored(config, say)
+    if config.reward_pretrain:
+        check_model("reward_pretrain", config.reward_pretrain)
+    else:
+        check_reward_file(Path(config.reward_func))
+    from togi.run.serve_rm import serve
+
+    serve(config, token, say)
+
+
+def _token(config: ServeRMConfig) -> str:
+    """The bearer token, "" if there is none. Raises ConfigError."""
+    if config.token_file is None:
+        return os.environ.get("TOGI_REWARD_TOKEN", "")
+    try:
+        token = Path(config.token_file).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(
+            f"--token_file {config.token_file} cannot be read ({error.strerror}): give another."
+        ) from None
+    if not token:
+        raise ConfigError(f"--token_file {config.token_file} is empty: write the token into it.")
+    return token
 
 
 def check(argv: Sequence[str]) -> None:
@@ -101,21 +219,17 @@ def check(argv: Sequence[str]) -> None:
     if command != "rl" and f"--{SAMPLE_GROUPS}" in flags:
         raise ConfigError(f"--{SAMPLE_GROUPS} samples answers to be rewarded: it is for togi check rl.")
     if command == "rl":
-        parsed, groups = without_check(parse(RLCheckConfig, flags, "check rl"))
-        ready = rl_door(parsed, reward_given=False, announce=say)
+        settings, groups = without_check(parse(RLCheckConfig, flags, "check rl"))
+        ready_rl = rl_door(settings, reward_given=False, announce=say)
         from togi.run.check import look_at_rl
 
-        look_at_rl(ready, groups, say)
+        look_at_rl(ready_rl, groups, say)
     else:
-        _check_offline(parse(METHODS[command], flags, f"check {command}"), command)
+        parsed, launched = parse(METHODS[command], flags, f"check {command}"), "WORLD_SIZE" in os.environ
+        ready = offline_door(parsed, announce=say, launched=launched)
+        if not launched and (team := ready.config.ring_attn_size * ready.config.ds_tensor_parallel_size) > 1:
+            say(f"processes: the run needs a multiple of {team}, started with torchrun --nproc_per_node {team}")
+        from togi.run.check import look_at_offline
+
+        look_at_offline(ready, command, say)
     say("ok: the run can start")
-
-
-def _check_offline(parsed: Parsed[Method], command: str) -> None:
-    config, launched = parsed.config, "WORLD_SIZE" in os.environ
-    ready = offline_door(parsed, announce=say, launched=launched)
-    if not launched and (team := config.ring_attn_size * config.ds_tensor_parallel_size) > 1:
-        say(f"processes: the run needs a multiple of {team}, started with torchrun --nproc_per_node {team}")
-    from togi.run.check import look_at_offline
-
-    look_at_offline(ready, command, say)

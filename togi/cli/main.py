@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -14,27 +13,21 @@ from togi.methods import METHODS
 from togi.obs.way_out import advice, disk_reason
 
 COMMANDS = {
-    "rl": ("togi.cli.train_ppo_ray:main", "online RL: PPO, GRPO, RLOO, REINFORCE++, Dr. GRPO"),
-    **{name: ("togi.cli.commands:offline", method.summary) for name, method in METHODS.items()},
-    "infer": ("togi.cli.batch_inference:main", "outputs for a file of prompts, scores for a file of outputs"),
-    "iterate": (
-        "togi.cli.commands:iterate",
-        "rounds of generate, score, select, train: best-of-n, iterative DPO, conditional SFT",
-    ),
-    "check": (
-        "togi.cli.commands:check",
-        "everything a command does before its first step, in seconds; rl: would it learn?",
-    ),
-    "chat": ("togi.cli.interactive_chat:main", "talk to a model in the terminal"),
-    "serve-rm": ("togi.cli.serve_rm:main", "serve a reward model or function over HTTP"),
-    "merge-lora": ("togi.cli.lora_combiner:main", "merge a LoRA adapter into its base model"),
-    "export": ("togi.cli.commands:export", "a run's model or checkpoint as a Hugging Face folder with a model card"),
-    "report": ("togi.cli.commands:report", "write report.html of a run folder again"),
+    "rl": "online RL: PPO, GRPO, RLOO, REINFORCE++, Dr. GRPO",
+    **{name: method.summary for name, method in METHODS.items()},
+    "infer": "outputs for a file of prompts, scores for a file of outputs",
+    "iterate": "rounds of generate, score, select, train: best-of-n, iterative DPO, conditional SFT",
+    "check": "everything a command does before its first step, in seconds; rl: would it learn?",
+    "chat": "talk to a model in the terminal",
+    "serve-rm": "serve a reward model or function over HTTP",
+    "merge-lora": "merge a LoRA adapter into its base model",
+    "export": "a run's model or checkpoint as a Hugging Face folder with a model card",
+    "report": "write report.html of a run folder again",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command, as ``togi`` and ``python -m togi.cli.<module>`` do. Returns the exit status."""
+    """Run one command. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -51,8 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Expected errors become one sentence and an exit status; any other is a bug and keeps its traceback.
     status, why = 0, ""
     try:
-        module, _, function = COMMANDS[name][0].partition(":")
-        vars(importlib.import_module(module))[function](words if name in METHODS else rest)
+        from togi.cli import commands
+
+        if name in METHODS:
+            commands.offline(name, rest)
+        else:
+            vars(commands)[name.replace("-", "_")](rest)
     except UserError as error:
         status, why = 2, str(error)
     except RunError as error:
@@ -68,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def say(line: str) -> None:
-    """Print a line at once, as a run may go on for hours."""
-    print(line, flush=True)
+def launch(command: str) -> None:
+    """Run ``togi COMMAND`` with the flags of this process, and end it: the command under an established module name."""
+    sys.exit(main([command, *sys.argv[1:]]))
 
 
 def _speaker() -> str:
@@ -81,5 +78,5 @@ def _speaker() -> str:
 
 def _usage() -> str:
     lines = [f"togi {togi.__version__}: {(togi.__doc__ or '').splitlines()[0]}", "", "usage: togi COMMAND [flags]", ""]
-    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join([*lines, "", "togi COMMAND --help lists every flag of a command."])

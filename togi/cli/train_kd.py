@@ -1,8 +1,6 @@
 """``togi kd`` under its established name: ``python -m togi.cli.train_kd``, also under torchrun."""
 
-import sys
-
-from togi.cli.main import main
+from togi.cli.main import launch
 
 if __name__ == "__main__":
-    sys.exit(main(["kd", *sys.argv[1:]]))
+    launch("kd")

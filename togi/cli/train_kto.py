@@ -1,8 +1,6 @@
 """``togi kto`` under its established name: ``python -m togi.cli.train_kto``, also under torchrun."""
 
-import sys
-
-from togi.cli.main import main
+from togi.cli.main import launch
 
 if __name__ == "__main__":
-    sys.exit(main(["kto", *sys.argv[1:]]))
+    launch("kto")

@@ -1,8 +1,6 @@
 """``togi sft`` under its established name: ``python -m togi.cli.train_sft``, also under torchrun."""
 
-import sys
-
-from togi.cli.main import main
+from togi.cli.main import launch
 
 if __name__ == "__main__":
-    sys.exit(main(["sft", *sys.argv[1:]]))
+    launch("sft")
