@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from togi.obs.progress import Expectation, Progress, Watchdog, duration
+from togi.obs.progress import Progress, Watchdog, duration, expected
 
 
 class Clock:
@@ -39,24 +39,23 @@ def test_durations_for_people(seconds, text):
 
 
 def test_expectation_is_the_median_of_the_past_or_the_guess():
-    expectation = Expectation()
-    assert expectation.of("x") is None
-    assert expectation.of("x", 25.0) == 25.0
-    for seconds in (1.0, 100.0, 3.0):  # one slow outlier does not matter
-        expectation.add("x", seconds)
-    assert expectation.of("x", 25.0) == 3.0
+    assert expected([]) is None
+    assert expected([], 25.0) == 25.0
+    assert expected([1.0, 100.0, 3.0], 25.0) == 3.0  # one slow outlier does not matter
 
 
 def test_remaining_time_of_steps():
     clock = Clock()
     progress, _ = plain(clock)
-    progress.start_steps(total=10, done=2, expected_seconds=5.0)
-    assert progress.remaining_seconds() == 40.0  # 8 steps of 5 s, by the guess
+    progress.start_steps(total=10, done=1)
+    clock.now += 5.0
+    progress.step(2)
+    assert progress.remaining_seconds() == 40.0  # 8 steps of 5 s
     clock.now += 2.0
     assert progress.remaining_seconds() == 38.0
-    clock.now += 2.0
-    progress.step(3)  # took 4 s
-    assert progress.remaining_seconds() == 28.0  # 7 x 4
+    clock.now += 1.0
+    progress.step(3)  # took 3 s
+    assert progress.remaining_seconds() == 28.0  # 7 x 4, the median
     clock.now += 1.0
     assert progress.remaining_seconds() == 27.0
     clock.now += 60.0  # an overdue step never makes the rest negative

@@ -6,6 +6,7 @@ with a part chosen at run time (a reward component, a phase, a process) are made
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cache
@@ -94,6 +95,20 @@ WEIGHT_SYNC_SECONDS = "weights/sync_seconds"
 WEIGHT_SYNC_BYTES = "weights/sync_bytes"
 WEIGHT_SYNC_RATE = "throughput/weight_sync_gb_per_second"
 
+# Sentences about names that are made at run time, the first that matches.
+_PATTERNS = {
+    r"reward/(.+)": "Mean of the reward component {0!r} over the step's rollouts.",
+    r"time/(.+)": "Seconds of the step spent in {0!r}.",
+    r"released_memory/(.+)": "What the {0} let go of when they last went to sleep, in GB.",
+    r"(?:peak_)?memory/([^/]+)/(.+)": "Peak memory during {0!r} in GB, the sum over all {1}; memory that they share counts in "
+    "each.",
+    r"(?:peak_)?memory/(.+)": "Peak memory of {0!r} in GB.",
+    r"eval/(.+)/pass1": "Mean reward over all samples of the evaluation set {0!r}.",
+    r"eval/(.+)/pass(\d+)": "Expected best reward among {1} responses to a prompt of {0!r}, unbiased; pass@k where rewards are "
+    "0 or 1.",
+    r"eval/(.+)/([^/]+)_stderr": "Standard error of {1!r} on the evaluation set {0!r}, over prompts.",
+    r"eval/(.+)/([^/]+)": "{1!r} on the evaluation set {0!r}.",
+}
 # Metrics of a single training method; their sentences are in its file.
 _OF_METHODS: dict[str, str] = {}
 
@@ -170,37 +185,9 @@ def explain(name: str) -> str:
     known = explanations() | _OF_METHODS
     if name in known:
         return known[name]
-    family, _, rest = name.partition("/")
-    if family == "reward" and rest:
-        return f"Mean of the reward component {rest!r} over the step's rollouts."
-    if family == "time" and rest:
-        return f"Seconds of the step spent in {rest!r}."
-    if family in ("memory", "peak_memory", "released_memory") and rest:
-        return _explain_memory(family, rest)
-    if family == "eval" and (rest in known or "/" in rest):
-        return _explain_eval(rest)
+    if name.startswith("eval/") and (trained := name.removeprefix("eval/")) in known:
+        return f"On the evaluation data: {known[trained]}"
+    for pattern, sentence in _PATTERNS.items():
+        if found := re.fullmatch(pattern, name):
+            return sentence.format(*found.groups())
     return f"{name!r} is not one of Togi's standard metrics; it comes from the recipe, reward function or environment."
-
-
-def _explain_memory(family: str, rest: str) -> str:
-    if family == "released_memory":
-        return f"What the {rest} let go of when they last went to sleep, in GB."
-    phase, _, kind = rest.partition("/")
-    if kind:
-        return f"Peak memory during {phase!r} in GB, the sum over all {kind}; memory that they share counts in each."
-    return f"Peak memory of {rest!r} in GB."
-
-
-def _explain_eval(rest: str) -> str:
-    known = explanations() | _OF_METHODS
-    if rest in known:
-        return f"On the evaluation data: {known[rest]}"
-    source, _, key = rest.rpartition("/")
-    if key == "pass1":
-        return f"Mean reward over all samples of the evaluation set {source!r}."
-    if key.removeprefix("pass").isdigit():
-        best = f"Expected best reward among {key.removeprefix('pass')} responses to a prompt of {source!r}"
-        return f"{best}, unbiased; pass@k where rewards are 0 or 1."
-    if key.endswith("_stderr"):
-        return f"Standard error of {key.removesuffix('_stderr')!r} on the evaluation set {source!r}, over prompts."
-    return f"{key!r} on the evaluation set {source!r}."

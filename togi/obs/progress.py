@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,19 +28,9 @@ _WINDOW = 20
 _STEP_LINE_SECONDS = 2.0
 
 
-class Expectation:
-    """The expected duration of something: the median of recent durations, else the caller's guess."""
-
-    def __init__(self) -> None:
-        self._past: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_WINDOW))
-
-    def add(self, name: str, seconds: float) -> None:
-        self._past[name].append(seconds)
-
-    def of(self, name: str, guess: float | None = None) -> float | None:
-        """Seconds, or None if nothing is known."""
-        past = self._past[name]
-        return statistics.median(past) if past else guess
+def expected(past: Sequence[float], guess: float | None = None) -> float | None:
+    """The expected duration of something in seconds: the median of its ``past`` ones, else the caller's guess."""
+    return statistics.median(past) if past else guess
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +57,7 @@ class _Steps:
     total: int = 0
     last_end: float = 0.0
     note: str = ""
-    guess: float | None = None
-    expectation: Expectation = field(default_factory=Expectation)
+    past: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
 
 def duration(seconds: float) -> str:
@@ -105,7 +94,7 @@ class Progress:
         # Phases in progress, and the seconds of finished ones since the last step record.
         self._active: list[Activity] = []
         self._seconds: dict[str, float] = defaultdict(float)
-        self._phases = Expectation()
+        self._past: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_WINDOW))
         self._steps = _Steps(last_end=clock())
         # Plain lines come from a timer thread; a terminal has a live line instead.
         self._last_line = clock()
@@ -135,8 +124,8 @@ class Progress:
     @contextmanager
     def phase(self, name: str, expected_seconds: float | None = None) -> Iterator[None]:
         """Time a phase. ``expected_seconds`` is used until the phase has run once."""
-        first_time = self._phases.of(name) is None
-        activity = Activity(name, self._clock(), self._phases.of(name, expected_seconds))
+        past = self._past[name]
+        first_time, activity = not past, Activity(name, self._clock(), expected(past, expected_seconds))
         with self._lock:
             self._active.append(activity)
         if first_time:
@@ -151,21 +140,21 @@ class Progress:
                 self._seconds[name] += seconds
         # Only now: a failed phase says nothing about how long it takes.
         with self._lock:
-            self._phases.add(name, seconds)
+            past.append(seconds)
         if first_time:
             self._say(f"{name}: done in {duration(seconds)}", plain_only=False)
 
-    def start_steps(self, total: int, done: int = 0, expected_seconds: float | None = None) -> None:
+    def start_steps(self, total: int, done: int = 0) -> None:
         """Start counting steps; ``done`` of ``total`` were done before (a resumed run)."""
         with self._lock:
-            self._steps = _Steps(done=done, first=done, total=total, last_end=self._clock(), guess=expected_seconds)
+            self._steps = _Steps(done=done, first=done, total=total, last_end=self._clock())
 
     def step(self, done: int, note: str = "") -> None:
         """Step number ``done`` (from 1) is finished. ``note``: a headline such as "reward 0.41"."""
         with self._lock:
             now, steps = self._clock(), self._steps
             assert done > steps.done, f"step {done} finished after step {steps.done}"
-            steps.expectation.add("step", (now - steps.last_end) / (done - steps.done))
+            steps.past.append((now - steps.last_end) / (done - steps.done))
             steps.done, steps.last_end, steps.note = done, now, note
             # Fast steps would flood a log file, so lines keep a distance; the first and the last step are always shown.
             due = now - self._last_line >= _STEP_LINE_SECONDS or done in (steps.first + 1, steps.total)
@@ -176,7 +165,7 @@ class Progress:
         """Seconds until the last step ends, less what the current step has used; None if nothing is known yet."""
         with self._lock:
             steps = self._steps
-            each = steps.expectation.of("step", steps.guess)
+            each = expected(steps.past)
             if each is None or steps.total == 0:
                 return None
             used = min(self._clock() - steps.last_end, each) if steps.done < steps.total else 0.0

@@ -6,6 +6,7 @@ engines and trainer compute them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,7 +25,6 @@ class Split(StrEnum):
     EVAL = "eval"
 
 
-_PREFIX_OF = {Split.TRAIN: "step", Split.EVAL: "eval"}
 Row = dict[str, Any]
 """One stored rollout: a value for each name of ``SCHEMA``."""
 
@@ -87,7 +87,7 @@ class RolloutStore:
         records = [{"step": step, "split": split, **row} for row in rows]
         assert all(record.keys() == set(SCHEMA.names) for record in records), "rows with other columns"
         table = pa.Table.from_pylist(records, schema=SCHEMA)
-        target = self._path(step, split)
+        target = self.folder / f"{'eval' if split is Split.EVAL else 'step'}_{step:06d}.parquet"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(target) as aside:
@@ -99,13 +99,10 @@ class RolloutStore:
     def files(self) -> list[RolloutFile]:
         """The stored files, by step, training before evaluation."""
         found = []
-        for path in self.folder.glob("*_*.parquet"):
-            prefix, _, number = path.stem.partition("_")
-            found += [
-                RolloutFile(path, int(number), split)
-                for split, own in _PREFIX_OF.items()
-                if prefix == own and number.isdigit()
-            ]
+        for path in self.folder.glob("*.parquet"):
+            if name := re.fullmatch(r"(step|eval)_(\d+)", path.stem):
+                split = Split.EVAL if name[1] == "eval" else Split.TRAIN
+                found.append(RolloutFile(path, int(name[2]), split))
         return sorted(found, key=lambda file: (file.step, file.split is Split.EVAL))
 
     def steps(self) -> list[int]:
@@ -137,6 +134,3 @@ class RolloutStore:
     def count(self, file: RolloutFile) -> int:
         """The number of rollouts in one file, from its footer."""
         return int(pq.read_metadata(file.path).num_rows)
-
-    def _path(self, step: int, split: Split) -> Path:
-        return self.folder / f"{_PREFIX_OF[split]}_{step:06d}.parquet"

@@ -51,10 +51,6 @@ def redact_value(name: str, value: object) -> object:
     return value
 
 
-def redact_values(values: Mapping[str, object]) -> dict[str, object]:
-    return {name: redact_value(name, value) for name, value in values.items()}
-
-
 def redact_argv(argv: Sequence[str]) -> list[str]:
     """A command line with the values of secret flags replaced, in both forms: ``--flag value`` and ``--flag=value``."""
     shown: list[str] = []
@@ -149,13 +145,9 @@ class RunDirectory:
         self.stacks_path = root / "stacks.txt"
         self.rollouts = RolloutStore(root / "rollouts")
 
-    @property
-    def holds_run(self) -> bool:
-        return self.info_path.exists() or self.metrics_path.exists()
-
     def check_unused(self) -> None:
         """Raise ``ConfigError`` if the folder already holds a run."""
-        if self.holds_run:
+        if self.info_path.exists() or self.metrics_path.exists():
             raise ConfigError(
                 f"--run_dir {self.root} already holds a run: give another folder, or go on with it by --load_checkpoint."
             )
@@ -189,17 +181,10 @@ class RunDirectory:
 
     def _write_info(self, run_id: str, command: str, argv: Sequence[str], values: Mapping[str, Resolved]) -> None:
         # No secret may reach a file, neither from the settings nor from the command line.
-        shown = {name: Resolved(_plain(redact_value(name, item.value)), item.source) for name, item in values.items()}
-        info = RunInfo(
-            run_id=run_id,
-            command=command,
-            argv=redact_argv(argv),
-            started=time.time(),
-            togi_version=__version__,
-            python_version=platform.python_version(),
-            host=platform.node(),
-            values={name: {"value": item.value, "source": str(item.source)} for name, item in shown.items()},
-        )
+        shown = {name: Resolved(redact_value(name, item.value), item.source) for name, item in values.items()}
+        entries = {name: {"value": item.value, "source": str(item.source)} for name, item in shown.items()}
+        python, host = platform.python_version(), platform.node()
+        info = RunInfo(run_id, command, redact_argv(argv), time.time(), __version__, python, host, entries)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             write_atomically(self.info_path, json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n")
@@ -263,17 +248,6 @@ def write_atomically(path: Path, text: str) -> None:
     """Write aside, then rename: a reader sees the old text or the new one, never a part. Raises WriteError."""
     with writing(path), replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
-
-
-def _plain(value: object) -> object:
-    """``value`` in the types that JSON and YAML share."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    return str(value)
 
 
 def _as_yaml(command: str, values: Mapping[str, Resolved]) -> str:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from togi.errors import ConfigError
 from togi.obs.metrics import StepRecord
-from togi.obs.run_dir import looks_like_wandb_key, redact_values, scrub
+from togi.obs.run_dir import looks_like_wandb_key, redact_value, scrub
 from togi.obs.way_out import writing
 
 if TYPE_CHECKING:
@@ -52,7 +52,12 @@ class JsonlSink:
     """Appends to ``metrics.jsonl``. Each line is flushed at once, and synced to disk at most every five seconds."""
 
     def __init__(self, path: Path) -> None:
-        _drop_unfinished_line(path)
+        # Half a line that a killed process left: otherwise the next record would be appended to it.
+        text = path.read_bytes() if path.exists() else b""
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            log.warning("%s ended in half a line, which was dropped", path)
+            os.truncate(path, whole)
         self._path = path
         self._file = path.open("a", encoding="utf-8")
         self._synced = time.monotonic()
@@ -70,15 +75,6 @@ class JsonlSink:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-
-
-def _drop_unfinished_line(path: Path) -> None:
-    """Truncate half a line that a killed process left; otherwise the next record would be appended to it."""
-    text = path.read_bytes() if path.exists() else b""
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        log.warning("%s ended in half a line, which was dropped", path)
-        os.truncate(path, whole)
 
 
 class TensorBoardSink:
@@ -297,22 +293,19 @@ def open_trackers(
     ``check_trackers``.
     """
     check_trackers(options)
-    name = options.wandb_run_name or folder.name
+    name, every = options.wandb_run_name or folder.name, options.logging_steps
     trackers = []
     if options.use_tensorboard:
         board = Path(options.use_tensorboard) / name
-        trackers.append(
-            Background("TensorBoard", lambda: TensorBoardSink(board, first_step), every=options.logging_steps)
-        )
+        trackers.append(Background("TensorBoard", lambda: TensorBoardSink(board, first_step), every=every))
     if options.use_wandb:
         key = options.use_wandb if looks_like_wandb_key(options.use_wandb) else ""
         run = {"project": options.wandb_project, "name": name, "dir": str(folder), "id": run_id}
         team = {"entity": options.wandb_org or None, "group": options.wandb_group or None}
-        process = WandbProcess(key, {**run, **team, "config": redact_values(config)})
+        shown = {name: redact_value(name, value) for name, value in config.items()}
+        process = WandbProcess(key, {**run, **team, "config": shown})
         secrets = (key, os.environ.get("WANDB_API_KEY", ""))
-        trackers.append(
-            Background("W&B", process.connect, every=options.logging_steps, secrets=secrets, abandon=process.kill)
-        )
+        trackers.append(Background("W&B", process.connect, every=every, secrets=secrets, abandon=process.kill))
     return trackers
 
 
