@@ -17,7 +17,7 @@ from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError
 from togi.methods.dpo import DPO
-from togi.run.modelscope import with_local_names
+from togi.run.preflight import with_local_names
 
 
 @pytest.fixture

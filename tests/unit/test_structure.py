@@ -118,7 +118,7 @@ RAISED_AGAIN = Counter(
         "learn/checkpoint.py: _writing": 1,
         "model/generate.py: _generate": 1,
         "obs/way_out.py: writing": 1,
-        "run/modelscope.py: _downloaded": 1,
+        "run/preflight.py: _downloaded": 1,
         "reward/function.py: _load_callable": 1,
         "reward/worker.py: load_function": 1,
         "rollout/collect.py: _run_one": 1,

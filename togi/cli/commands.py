@@ -29,8 +29,7 @@ from togi.config.tools import (
 from togi.data.precheck import asked_reward
 from togi.errors import ConfigError, UserError
 from togi.methods import METHODS
-from togi.run.modelscope import with_local_names
-from togi.run.preflight import check_model, check_reward_file
+from togi.run.preflight import check_model, check_reward_file, with_local_names
 from togi.run.start import offline_door, rl_door, say_ignored, start_infer
 
 CHECKED = ("rl", *METHODS)

@@ -10,35 +10,32 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar, cast
 
 from togi.config.architectures import COMPILABLE
 from togi.config.choices import BackendName, EngineName
 from togi.config.fields import Hook
+from togi.config.infer import ChatConfig, InferConfig
 from togi.config.iterate import IterateConfig
 from togi.config.model_facts import check_length
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig, verifier_of
 from togi.config.rl_checks import check_rl
-from togi.config.shared import (
-    ADAPTER_CONFIG,
-    NO_METRIC,
-    OutputSettings,
-    check_mixture,
-    check_splittable,
-)
-from togi.data.items import listed, parse_items
+from togi.config.shared import ADAPTER_CONFIG, NO_METRIC, ModelSettings, OutputSettings, check_mixture, check_splittable
+from togi.config.tools import ServeRMConfig
+from togi.data.items import Kind, listed, parse_item, parse_items, split_items
 from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError, UserError
 from togi.learn.checkpoint import left_behind
 from togi.methods import check_method
 from togi.methods.method import Method
+from togi.obs.run_dir import RunDirectory
 from togi.obs.sinks import TrackerOptions, check_trackers
 from togi.plan.machine import Machine, check_compiler, joins_cluster
 from togi.plan.placement import check_fits, check_spread, check_workers, plan_groups, resolve
-from togi.run.modelscope import with_local_names
 from togi.run.plan import check_rl_metric, offline_aim
 
 FUNCTION = "reward_func"
@@ -130,8 +127,6 @@ def check_models(config: RLConfig | Method, models: Sequence[tuple[str, str]], a
 
 def check_replayed(config: RLConfig, folder: Path) -> None:
     """Check that the run in ``--replay`` had the settings that its rollouts depend on. Raises DataError or ConfigError."""
-    from togi.obs.run_dir import RunDirectory
-
     try:
         before = RunDirectory(folder).read_info().values
     except DataError as error:
@@ -188,24 +183,15 @@ def check_outputs(config: OutputSettings, models: Sequence[tuple[str, str]], mor
     reads, and that no other run is in the run folder. ``more_outputs``: model folders that are written beside ``--save_path``.
     """
     check_trackers(trackers(config))
-    run_dir = config.run_dir if config.run_dir is not None else DEFAULT_PARENT
-    for flag, folder in (("save_path", config.save_path), ("ckpt_path", config.ckpt_path), ("run_dir", run_dir)):
-        check_writable(flag, Path(folder))
     outputs = [("save_path", config.save_path), ("ckpt_path", config.ckpt_path)]
-    for flag, folder in outputs + [("save_path", folder) for folder in more_outputs]:
+    for flag, folder in (*outputs, ("run_dir", config.run_dir or DEFAULT_PARENT)):
+        check_writable(flag, Path(folder))
+    for flag, folder in (*outputs, *(("save_path", folder) for folder in more_outputs)):
         check_target(flag, folder, models)
     if config.run_dir is not None and Path(config.run_dir).is_dir() and not config.load_checkpoint:
-        from togi.obs.run_dir import RunDirectory
-
         RunDirectory(Path(config.run_dir)).check_unused()
-    check_checkpoints_unused(config)
-
-
-def check_checkpoints_unused(config: OutputSettings) -> None:
-    """Check that a new run finds no checkpoint or best model of an earlier one where it writes its own. Raises ConfigError.
-
-    They would be resumed as its own, and pruned in place of older ones of its own.
-    """
+    # A new run finds no checkpoint or best model of an earlier one where it writes its own: they would be resumed as its own,
+    # and pruned in place of older ones of its own.
     writes = config.save_steps > 0 or config.best_metric_key != NO_METRIC
     if writes and not config.load_checkpoint and (left := left_behind(Path(config.ckpt_path))):
         raise ConfigError(
@@ -412,3 +398,62 @@ def check_teams(config: Method) -> None:
                 f"{flag} {size} does not divide the {processes} processes of --nproc_per_node x --nnodes: "
                 f"start a multiple of {size}, or lower {flag}."
             )
+
+
+# ``--use_ms``: models and data sets by their ModelScope names, downloaded before anything reads them. After that they are local
+# folders. ModelScope's package caches downloads under a lock, so the processes of a launcher download once.
+
+MODELS = ("pretrain", "critic_pretrain", "ref_pretrain", "teacher_model")
+DATA_LISTS = ("dataset", "eval_dataset", "prompt_data", "pretrain_data")
+Named = TypeVar("Named", bound=ModelSettings | InferConfig | ChatConfig | ServeRMConfig)
+
+
+def with_local_names(parsed: Parsed[Named]) -> Parsed[Named]:
+    """The settings with each ModelScope name replaced by the folder that it was downloaded to. Local paths stay.
+
+    No-op without ``--use_ms``. Raises ConfigError if the package is missing or the download fails.
+    """
+    if not parsed.config.use_ms:
+        return parsed
+    if importlib.util.find_spec("modelscope") is None:
+        raise ConfigError("--use_ms needs the package modelscope: pip install 'togi[modelscope]'.")
+    given = parsed.config.model_dump()
+    found = {name: _model(name, given[name]) for name in MODELS if given.get(name)}
+    if models := given.get("reward_pretrain"):
+        found["reward_pretrain"] = ",".join(_model("reward_pretrain", item.strip()) for item in models.split(","))
+    for name in (name for name in DATA_LISTS if given.get(name)):
+        found[name] = ",".join(_data_set(name, item.strip()) for item in split_items(given[name]))
+    return Parsed(cast(Named, parsed.config.model_copy(update=found)), parsed.sources)
+
+
+def _model(flag: str, name: str) -> str:
+    if Path(name).is_dir():
+        return name
+    from modelscope import snapshot_download
+
+    from togi.weights.files import FILES
+
+    return _downloaded(flag, name, lambda: snapshot_download(name, allow_patterns=FILES))
+
+
+def _data_set(flag: str, text: str) -> str:
+    """``name[@data_dir]`` as in every data flag: the part after @ is a folder inside the set."""
+    item = parse_item(text)
+    if item.kind is not Kind.HUB:
+        return text
+    from modelscope import dataset_snapshot_download
+
+    folder = _downloaded(flag, item.location, lambda: dataset_snapshot_download(item.location))
+    return f"{folder}@{item.data_dir}" if item.data_dir else folder
+
+
+def _downloaded(flag: str, name: str, download: Callable[[], str]) -> str:
+    if name.count("/") != 1:
+        raise ConfigError(f"--{flag} {name} is no folder and no name of ModelScope: write namespace/name.")
+    try:
+        return download()
+    except Exception as error:  # noqa: BLE001  the package's, its HTTP library's and the network's, which share no class
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"--{flag} {name} cannot be had from ModelScope ({reason}): check the name and the network, or give a folder."
+        ) from None

@@ -34,7 +34,6 @@ from togi.errors import ConfigError
 from togi.methods.method import Method
 from togi.plan.machine import joins_cluster, this_machine, usable_precision
 from togi.run import preflight
-from togi.run.modelscope import with_local_names
 
 if TYPE_CHECKING:
     from togi.run.infer import Written
@@ -114,7 +113,7 @@ def start_infer(parsed: Parsed[InferConfig], *, announce: Announce = logger.info
 def infer_door(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
     """The settings with local names. Raises the first UserError. Loads no model and reads only the head of the data."""
     check_infer(parsed)
-    parsed = with_local_names(parsed)
+    parsed = preflight.with_local_names(parsed)
     config = parsed.config
     assert config.eval_task is not None
     # Engine, model and lengths.
