@@ -45,8 +45,14 @@ class Sign:
 
 
 fine = partial(Sign, Verdict.FINE)
+note = partial(Sign, Verdict.NOTE)
 warning = partial(Sign, Verdict.WARNING)
 stops = partial(Sign, Verdict.STOPS)
+
+
+def grave(sentence: str, *, certain: bool) -> Sign:
+    """A sign that stops learning if it is certain, else a warning."""
+    return stops(sentence) if certain else warning(sentence)
 
 
 def setting_signs(config: RLConfig, plan: StepPlan) -> Iterator[Sign]:
@@ -54,8 +60,7 @@ def setting_signs(config: RLConfig, plan: StepPlan) -> Iterator[Sign]:
     if config.actor_learning_rate == 0:
         yield stops("--actor_learning_rate 0 changes no weight: give a rate above 0, such as 1e-6.")
     elif plan.actor_updates == 0:
-        yield Sign(
-            Verdict.STOPS,
+        yield stops(
             f"--freezing_actor_steps {config.freezing_actor_steps} freezes the actor on all {plan.rollouts} rollouts: lower it, "
             "or raise --num_episodes.",
         )
@@ -71,20 +76,15 @@ def prompt_signs(config: RLConfig, material: Material, tokenizer: Tokenizer) -> 
     prompts = material.prompts
     if config.label_key is not None:
         yield from _label_signs(config.label_key, [prompt.label for prompt in prompts])
-    special = marks(tokenizer) - {tokenizer.bos_token_id}
+    # Tokens that are not text: special tokens and all tokens added to the vocabulary, which templates use.
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids} - {tokenizer.bos_token_id}
     # A prompt that already has special tokens was formatted by the user.
     rendered = any(not special.isdisjoint(prompt.tokens) for prompt in prompts[:ENOUGH])
     if tokenizer.chat_template and not config.apply_chat_template and not rendered:
-        yield Sign(
-            Verdict.NOTE,
+        yield note(
             "The tokenizer has a chat template and prompts are plain text: if this is an instruct model, add "
-            "--apply_chat_template.",
+            "--apply_chat_template."
         )
-
-
-def marks(tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that are not text: special tokens and all tokens added to the vocabulary, which templates use."""
-    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
 
 
 def _label_signs(key: str, labels: Sequence[object]) -> Iterator[Sign]:
@@ -111,10 +111,10 @@ def reward_signs(config: RLConfig, groups: Sequence[ScoredGroup]) -> Iterator[Si
         return
     if not places and config.dynamic_filtering:
         low, high = config.dynamic_filtering_reward_range
-        yield Sign(
-            _certain(scores),
+        yield grave(
             f"--dynamic_filtering leaves out all {len(groups)} groups, as none has a mean reward between {low:g} and {high:g}: "
             "widen --dynamic_filtering_reward_range, or give prompts that are solved sometimes.",
+            certain=len(scores) >= ENOUGH,
         )
     elif places:
         yield from _variance_signs(config, groups, places)
@@ -125,20 +125,19 @@ def reward_signs(config: RLConfig, groups: Sequence[ScoredGroup]) -> Iterator[Si
 def _failure_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
     """Rewards that failed or abstained."""
     errors = [score for score in scores if score.outcome is Outcome.ERROR]
-    silent = sum(score.outcome is Outcome.ABSTAIN for score in scores)
+    silent, number = sum(score.outcome is Outcome.ABSTAIN for score in scores), len(scores)
     allowed = config.allowed_reward_errors
     if errors:
-        share = f"{len(errors)} of {len(scores)}"
-        yield Sign(
-            Verdict.STOPS if len(errors) == len(scores) or allowed == 0 else Verdict.WARNING,
-            f"The reward of {share} answers failed, and the run stops above a share of {allowed:g} of a rollout; the first: "
-            f"{errors[0].message}",
+        yield grave(
+            f"The reward of {len(errors)} of {number} answers failed, and the run stops above a share of {allowed:g} of a "
+            f"rollout; the first: {errors[0].message}",
+            certain=len(errors) == number or allowed == 0,
         )
     if silent > 0:
-        yield Sign(
-            Verdict.STOPS if silent == len(scores) else Verdict.WARNING,
-            f"The reward abstained on {silent} of {len(scores)} answers, which are not trained on: return a number for each "
+        yield grave(
+            f"The reward abstained on {silent} of {number} answers, which are not trained on: return a number for each "
             "answer that is to count.",
+            certain=silent == number,
         )
 
 
@@ -150,34 +149,28 @@ def _variance_signs(config: RLConfig, groups: Sequence[ScoredGroup], places: Seq
         by_group.setdefault(group, []).append(value)
     # A group of equal rewards has advantage 0 for all of its answers.
     flat = [rewards[0] for rewards in by_group.values() if min(rewards) == max(rewards)]
-    low, high, verdict = min(values), max(values), _certain(values)
+    low, high, certain = min(values), max(values), len(values) >= ENOUGH
     if low == high:
-        yield Sign(
-            verdict,
+        yield grave(
             f"The reward is {low:g} for all {len(values)} answers, so that no answer is better than another: try the reward "
             "function on a right and on a wrong answer, and take prompts that the model solves sometimes.",
+            certain=certain,
         )
         if config.label_key is None:
-            yield Sign(
-                Verdict.NOTE, "No --label_key is set, so that the reward is given empty labels: name their field."
-            )
+            yield note("No --label_key is set, so that the reward is given empty labels: name their field.")
     elif not config.advantage_estimator.uses_groups:
         yield fine(f"Rewards differ: {low:g} to {high:g} over {len(values)} answers.")
     elif len(flat) == len(by_group):
-        yield Sign(
-            verdict,
+        yield grave(
             f"In all {len(flat)} groups every answer has the same reward, and --advantage_estimator {config.advantage_estimator} "
             "learns from differences within a group: let the reward depend on the answer, or raise --n_samples_per_prompt.",
+            certain=certain,
         )
     else:
         text = f"{len(by_group) - len(flat)} of {len(by_group)} groups have answers that differ in reward ({low:g} to {high:g})"
-        worst, best = flat.count(low), flat.count(high)
-        ends = f"in {worst} of the others all are at {low:g}, in {best} all at {high:g}"
-        if 2 * len(flat) <= len(by_group):
-            yield fine(f"{text}.")
-        else:
-            advice = "take prompts that are solved sometimes, or raise --n_samples_per_prompt"
-            yield warning(f"Only {text}; {ends}: {advice}.")
+        ends = f"in {flat.count(low)} of the others all are at {low:g}, in {flat.count(high)} all at {high:g}"
+        advice = "take prompts that are solved sometimes, or raise --n_samples_per_prompt"
+        yield fine(f"{text}.") if 2 * len(flat) <= len(by_group) else warning(f"Only {text}; {ends}: {advice}.")
 
 
 def _part_signs(config: RLConfig, scores: Sequence[Score]) -> Iterator[Sign]:
@@ -215,11 +208,6 @@ def _length_signs(config: RLConfig, groups: Sequence[ScoredGroup], places: Seque
         )
 
 
-def _certain(seen: Sequence[object]) -> Verdict:
-    """The verdict if all answers have the same result: certain only with enough answers."""
-    return Verdict.STOPS if len(seen) >= ENOUGH else Verdict.WARNING
-
-
 # Shares of the answers above which a sign is a warning.
 CUT, EMPTY, DRIFT = 0.25, 0.5, 0.5
 QUESTION = "How are you?"
@@ -241,18 +229,15 @@ def answer_signs(
             f"None of {number} answers ends in a stop token ({ends}), all are cut at --generate_max_len {limit}: raise it, or "
             "take a model and a template whose answers end."
         )
-    elif cut > CUT * number:
-        yield warning(
-            f"{cut} of {number} answers are cut at --generate_max_len {limit} (median {median} tokens): raise it."
-        )
     else:
-        yield fine(f"{cut} of {number} answers are cut at --generate_max_len {limit} (median {median} tokens).")
+        text = f"{cut} of {number} answers are cut at --generate_max_len {limit} (median {median} tokens)"
+        yield warning(f"{text}: raise it.") if cut > CUT * number else fine(f"{text}.")
     empty = sum(not rollout.response_text.strip() for rollout in rollouts)
     if empty > EMPTY * number:
-        yield Sign(
-            Verdict.STOPS if empty == number >= ENOUGH else Verdict.WARNING,
+        yield grave(
             f"{empty} of {number} answers have no text, only special tokens or white space: check that prompts end where the "
             "model begins to answer (--apply_chat_template, --input_template).",
+            certain=empty == number >= ENOUGH,
         )
 
 
@@ -263,7 +248,13 @@ def template_signs(
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     yield from _token_signs(config, rollouts, tokenizer, stops)
     if config.apply_chat_template:
-        yield from _drift_signs([rollout.response_text for rollout in rollouts], tokenizer)
+        found = [how for rollout in rollouts if (how := drift(rollout.response_text, tokenizer))]
+        if found:
+            yield warning(
+                f"In {len(found)} of {len(rollouts)} conversations with the answer the chat template does not continue its own "
+                f"prompt ({found[0]}): later turns and supervised rows are not what is trained here; give a "
+                "--tokenizer_chat_template that does."
+            )
 
 
 def _token_signs(
@@ -272,7 +263,9 @@ def _token_signs(
     """Whether the text of prompt and answer encodes to the same tokens again."""
     merged, other, number = 0, 0, len(rollouts)
     for rollout in rollouts:
-        prompt, answer = rollout.prompt.tokens, _without_stop(rollout.response_tokens, stops)
+        prompt, answer = rollout.prompt.tokens, rollout.response_tokens
+        if answer and answer[-1] in stops:
+            answer = answer[:-1]
         text = rollout.prompt.text + _continuation(prompt, answer, tokenizer)
         try:
             (again,) = encode([text], tokenizer, add_special_tokens=not config.apply_chat_template)
@@ -316,22 +309,7 @@ def drift(answer: str, tokenizer: Tokenizer) -> str:
     return f"it puts {before[-SHOWN:]!r} before the answer" if before else ""
 
 
-def _drift_signs(answers: Sequence[str], tokenizer: Tokenizer) -> Iterator[Sign]:
-    """Chat templates that do not continue their own prompt."""
-    found = [how for how in (drift(answer, tokenizer) for answer in answers) if how]
-    if found:
-        yield warning(
-            f"In {len(found)} of {len(answers)} conversations with the answer the chat template does not continue its own prompt "
-            f"({found[0]}): later turns and supervised rows are not what is trained here; give a --tokenizer_chat_template "
-            "that does."
-        )
-
-
 def _continuation(prompt: Sequence[int], answer: Sequence[int], tokenizer: Tokenizer) -> str:
     """The text of the answer in its place after the prompt: some tokenizers drop a space at the start of a text."""
     before, whole = visible(tokenizer, prompt), visible(tokenizer, (*prompt, *answer))
     return whole[len(before) :] if whole.startswith(before) else visible(tokenizer, answer)
-
-
-def _without_stop(tokens: tuple[int, ...], stops: Sequence[int]) -> tuple[int, ...]:
-    return tokens[:-1] if tokens and tokens[-1] in stops else tokens
