@@ -8,8 +8,7 @@ run writes its final model.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +30,32 @@ from togi.obs.run_dir import RunDirectory
 from togi.run.preflight import check_target
 
 
-@dataclass(frozen=True, slots=True)
 class Run:
     """A run's folder, and the settings of its command."""
 
-    directory: RunDirectory
-    command: str
-    values: Mapping[str, Any]
-    pretrain: str
-    role: str
-
-    @property
-    def is_scalar(self) -> bool:
-        """Whether the model to export has a scalar head."""
-        return self.role == "critic" or (self.command in METHODS and METHODS[self.command].is_scalar)
-
-    @property
-    def training(self) -> str:
-        """The training that the model went through, for the model card."""
-        return METHODS[self.command].title if self.command in METHODS else "online reinforcement learning"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which the run itself writes its models."""
-        return dtype_of(self.values["bf16"])
-
-    @property
-    def final_model(self) -> Path:
-        return Path(self.values["save_path"] + ("_critic" if self.role == "critic" else ""))
+    def __init__(self, config: ExportConfig) -> None:
+        self.directory = RunDirectory(Path(config.run_dir))
+        info = self.directory.read_info()
+        self.values: dict[str, Any] = {name: entry["value"] for name, entry in info.values.items()}
+        self.is_rl, self.trust_remote_code = info.command == "rl", config.trust_remote_code
+        self.role = config.role
+        self.is_critic = config.role == "critic"
+        if self.is_critic and not self.is_rl:
+            raise ConfigError(
+                f"--role critic is of togi rl, but {config.run_dir} is a run of togi {info.command}: leave it out."
+            )
+        self.pretrain = config.pretrain or self.values["pretrain"]
+        # A critic starts from --critic_pretrain, else the first reward model, else the policy, as in the run.
+        if self.is_critic and config.pretrain is None:
+            models = (self.values["reward_pretrain"] or "").split(",")
+            self.pretrain = self.values["critic_pretrain"] or models[0] or self.pretrain
+        method = METHODS.get(info.command)
+        self.is_scalar = self.is_critic or (method is not None and method.is_scalar)
+        # In words, for the model card.
+        self.training = "online reinforcement learning" if method is None else method.title
+        # The run itself writes its models like this.
+        self.dtype = dtype_of(self.values["bf16"])
+        self.final_model = Path(self.values["save_path"] + ("_critic" if self.is_critic else ""))
 
     @property
     def lora(self) -> LoRA | None:
@@ -68,11 +65,46 @@ class Run:
             return None
         return LoRA(v["lora_rank"], v["lora_alpha"], v["lora_dropout"], tuple(v["target_modules"]), load_in_4bit=False)
 
+    def tokenizer(self, path: str, chat_template: str | None = None) -> Tokenizer:
+        return load_tokenizer(path, chat_template=chat_template, trust_remote_code=self.trust_remote_code)
+
+    def convert(self, checkpoint: Checkpoint, aside: Path) -> None:
+        """Write the model that a resumable checkpoint holds."""
+        folder = checkpoint.path / self.role if self.is_rl else checkpoint.path
+        if not folder.is_dir():
+            raise CheckpointError(f"The checkpoint {checkpoint.path} has no {self.role}: that run trained none.")
+        # The model as before training, in float32. A scalar head may be new here: the checkpoint has the trained one.
+        source = ModelSource(self.pretrain, torch.float32, trust_remote_code=self.trust_remote_code, lora=self.lora)
+        model: PolicyModel | ScalarModel
+        if self.is_scalar:
+            model = load_scalar_model(source, init_head=True, value_head_prefix=self.values["value_head_prefix"])
+        else:
+            model = load_causal_lm(source)
+        # The checkpoint holds trained parameters only: frozen ones (the base of an adapter) come from --pretrain.
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        with torch.no_grad():
+            for name, master in read_masters(folder, {name: tuple(own.shape) for name, own in trained.items()}):
+                trained[name].copy_(master)
+        path = self.values["pretrain"] if self.is_critic else self.pretrain
+        tokenizer = self.tokenizer(path, self.values["tokenizer_chat_template"])
+        if isinstance(model, PolicyModel):
+            chat = bool(self.values.get("apply_chat_template"))
+            model.end_answers_with(stop_token_ids(tokenizer, self.values["pretrain"], chat=chat))
+        if model.is_adapted:
+            save_proven(aside, model, tokenizer, self.dtype, trust_remote_code=self.trust_remote_code)
+        else:
+            save_hf(aside, model, model.named_parameters(), tokenizer, self.dtype)
+
+    def merge(self, adapter: Path, aside: Path) -> None:
+        """Write the model that an adapter and its base are together."""
+        trust = self.trust_remote_code
+        model = load_merged(str(adapter), self.pretrain, scalar=self.is_scalar, trust_remote_code=trust)
+        save_proven(aside, model, self.tokenizer(str(adapter)), self.dtype, trust_remote_code=trust)
+
 
 def export(config: ExportConfig) -> Iterator[str]:
     """Write the folder; yield the lines to print. Raises UserError for a run that cannot be exported."""
-    run = _run(config)
-    checkpoint = _checkpoint(config)
+    run, checkpoint = Run(config), _checkpoint(config)
     # The source is the model folder inside a checkpoint, or else the final model of the run.
     source = run.final_model
     if checkpoint is not None:
@@ -87,11 +119,11 @@ def export(config: ExportConfig) -> Iterator[str]:
     with written_aside(Path(config.output_path)) as aside:
         # A resumable checkpoint holds tensors to convert; without them the source is already a model folder.
         if checkpoint is not None and checkpoint.state["resumable"]:
-            _convert(run, checkpoint, aside, trust_remote_code=config.trust_remote_code)
-            if run.is_scalar and run.role != "critic":
+            run.convert(checkpoint, aside)
+            if run.is_scalar and not run.is_critic:
                 yield "mean and std of the rewards are measured when a run writes its model; a checkpoint has none"
         elif (source / ADAPTER_CONFIG).is_file():
-            _merge(run, source, aside, trust_remote_code=config.trust_remote_code)
+            run.merge(source, aside)
         else:
             _copy(source, aside)
         step = None if checkpoint is None else checkpoint.step
@@ -99,22 +131,6 @@ def export(config: ExportConfig) -> Iterator[str]:
             run.directory, base_model=run.pretrain, training=run.training, is_scalar=run.is_scalar, step=step
         )
         (aside / CARD).write_text(card, encoding="utf-8")
-
-
-def _run(config: ExportConfig) -> Run:
-    directory = RunDirectory(Path(config.run_dir))
-    info = directory.read_info()
-    values: dict[str, Any] = {name: entry["value"] for name, entry in info.values.items()}
-    if config.role == "critic" and info.command != "rl":
-        raise ConfigError(
-            f"--role critic is of togi rl, but {config.run_dir} is a run of togi {info.command}: leave it out."
-        )
-    pretrain = config.pretrain or values["pretrain"]
-    # A critic starts from --critic_pretrain, else the first reward model, else the policy, as in the run.
-    if config.role == "critic" and config.pretrain is None:
-        models = (values["reward_pretrain"] or "").split(",")
-        pretrain = values["critic_pretrain"] or models[0] or pretrain
-    return Run(directory, info.command, values, pretrain, config.role)
 
 
 def _checkpoint(config: ExportConfig) -> Checkpoint | None:
@@ -128,45 +144,6 @@ def _checkpoint(config: ExportConfig) -> Checkpoint | None:
             f"--ckpt {path} has no complete checkpoint: give the --ckpt_path of a run with --save_steps."
         )
     return found
-
-
-def _convert(run: Run, checkpoint: Checkpoint, aside: Path, *, trust_remote_code: bool) -> None:
-    """Write the model that a resumable checkpoint holds."""
-    folder = checkpoint.path / run.role if run.command == "rl" else checkpoint.path
-    if not folder.is_dir():
-        raise CheckpointError(f"The checkpoint {checkpoint.path} has no {run.role}: that run trained none.")
-    model = _untrained(run, trust_remote_code=trust_remote_code)
-    # The checkpoint holds trained parameters only: frozen ones (the base of an adapter) come from --pretrain.
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with torch.no_grad():
-        for name, master in read_masters(folder, {name: tuple(own.shape) for name, own in trained.items()}):
-            trained[name].copy_(master)
-    tokenizer = load_tokenizer(
-        run.values["pretrain"] if run.role == "critic" else run.pretrain,
-        chat_template=run.values["tokenizer_chat_template"],
-        trust_remote_code=trust_remote_code,
-    )
-    if isinstance(model, PolicyModel):
-        chat = bool(run.values.get("apply_chat_template"))
-        model.end_answers_with(stop_token_ids(tokenizer, run.values["pretrain"], chat=chat))
-    if model.is_adapted:
-        save_proven(aside, model, tokenizer, run.dtype, trust_remote_code=trust_remote_code)
-    else:
-        save_hf(aside, model, model.named_parameters(), tokenizer, run.dtype)
-
-
-def _untrained(run: Run, *, trust_remote_code: bool) -> PolicyModel | ScalarModel:
-    """The model as before training, in float32. A scalar head may be new here: the checkpoint has the trained one."""
-    source = ModelSource(run.pretrain, torch.float32, trust_remote_code=trust_remote_code, lora=run.lora)
-    if not run.is_scalar:
-        return load_causal_lm(source)
-    return load_scalar_model(source, init_head=True, value_head_prefix=run.values["value_head_prefix"])
-
-
-def _merge(run: Run, adapter: Path, aside: Path, *, trust_remote_code: bool) -> None:
-    model = load_merged(str(adapter), run.pretrain, scalar=run.is_scalar, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(str(adapter), chat_template=None, trust_remote_code=trust_remote_code)
-    save_proven(aside, model, tokenizer, run.dtype, trust_remote_code=trust_remote_code)
 
 
 def _copy(source: Path, aside: Path) -> None:
