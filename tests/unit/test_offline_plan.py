@@ -17,7 +17,8 @@ from togi.methods.kto import KTO
 from togi.methods.prm import PRM
 from togi.methods.sft import SFT
 from togi.parallel.process import World
-from togi.run.offline_data import UNLIMITED, Data, check_plan, record_spec
+from togi.run.loading import UNLIMITED
+from togi.run.offline_data import Data, check_plan, record_spec
 from togi.run.plan import EpochPlan
 
 

@@ -21,30 +21,26 @@ from togi.data.prompts import PromptLoader
 from togi.data.report import DataReport
 from togi.errors import ConfigError, UserError
 from togi.learn.schedule import standing_still
-from togi.learn.scorer import Scorer
 from togi.methods.method import Method
 from togi.model.checkpoint import Sizes
-from togi.model.loading import ModelSource, dtype_of, load_scalar_model
 from togi.obs.progress import Progress
 from togi.obs.run_dir import redact_value
 from togi.obs.way_out import way_out
-from togi.parallel import frozen
-from togi.parallel.backend import backend_options
 from togi.parallel.process import World
 from togi.plan.machine import joins_cluster, this_machine
 from togi.plan.placement import IN_PROCESS, arithmetic, plan_groups
 from togi.pump.experience import GroupFilter, ScoredGroup
-from togi.reward.scores import CombinedReward, LengthPenalties, LocalModelReward
+from togi.pump.feed import RolloutFeed
+from togi.reward.scores import LengthPenalties, LocalModelReward
 from togi.rollout import create_engine
-from togi.rollout.collect import collect_groups
 from togi.rollout.engine import EngineSettings, RolloutEngine, end_token_ids
 from togi.run import offline, rl_setup, signs
 from togi.run.keep import check_room, offline_writing, rl_writing, size_of
-from togi.run.loading import standardization_of, token_scores, tokenizer_of
+from togi.run.loading import RewardModel, tokenizer_of
 from togi.run.plan import StepPlan
 from togi.run.preflight import asked_context, model_settings
 from togi.run.rl_setup import Material, combined, reward_names
-from togi.sample import Outcome, Rollout, Score
+from togi.sample import Outcome, Score
 from togi.weights.files import local_folder
 
 LONGEST = 2000
@@ -144,9 +140,6 @@ def samples_text(groups: Sequence[ScoredGroup]) -> Iterator[str]:
         yield f"sample: {text!r} ({tokens} tokens, {rollout.finish_reason}), reward {score_text(found)}"
 
 
-MOST_AT_ONCE = 256
-
-
 async def sample(config: RLConfig, material: Material, groups: int, progress: Progress) -> list[ScoredGroup]:
     """The groups of the first prompts that the run would take, scored as in its first rollout.
 
@@ -155,40 +148,16 @@ async def sample(config: RLConfig, material: Material, groups: int, progress: Pr
     with progress.phase("loading the model to sample from", expected_seconds=10):
         engine = _engine(config)
         reward = combined(config, material.rewards, [local_reward(config, i) for i in range(len(config.reward_models))])
+    acting = material.environment(config, config.temperature)
+    penalties = LengthPenalties.of(config) if config.uses_length_penalties else None
+    feed = RolloutFeed(acting, engine.generate, reward, config.seed, 1.0, penalties, GroupFilter.of(config))
     try:
         with progress.phase("sampling"):
-            return await _scored(config, material, groups, engine, reward)
+            prompts = PromptLoader(material.prompts, seed=config.seed, episodes=1).take(groups)
+            return await feed.run(prompts, config.n_samples_per_prompt, "step1")
     finally:
         with way_out("shutting the engine down"):
             await engine.shutdown()
-
-
-async def _scored(
-    config: RLConfig, material: Material, groups: int, engine: RolloutEngine, reward: CombinedReward
-) -> list[ScoredGroup]:
-    prompts = PromptLoader(material.prompts, seed=config.seed, episodes=1).take(groups)
-    places = {f"trial/{place}": prompt for place, prompt in enumerate(prompts)}
-    collected = collect_groups(
-        places.items(),
-        material.environment(config, config.temperature),
-        engine.generate,
-        n_samples=config.n_samples_per_prompt,
-        max_in_flight=MOST_AT_ONCE,
-        seed=config.seed,
-    )
-    # Groups finish in any order; the report is in the order of the prompts.
-    found = {group[0].group_id: group async for group in collected}
-    ordered = [found[place] for place in places]
-    return list(await asyncio.gather(*(_one(config, group, reward) for group in ordered)))
-
-
-async def _one(config: RLConfig, group: Sequence[Rollout], reward: CombinedReward) -> ScoredGroup:
-    """Score a group as the feed of the run does: filter on the raw rewards, then apply length penalties."""
-    scores, filtering = await reward.score(group), GroupFilter.of(config)
-    filtered = filtering is not None and not filtering.keeps(scores)
-    if config.uses_length_penalties:
-        scores = LengthPenalties.of(config).applied(group, scores)
-    return ScoredGroup(tuple(group), tuple(scores), filtered)
 
 
 def _engine(config: RLConfig) -> RolloutEngine:
@@ -208,19 +177,12 @@ def _engine(config: RLConfig) -> RolloutEngine:
 
 def local_reward(config: RLConfig, number: int) -> LocalModelReward:
     """One of ``--reward_pretrain``, loaded into this process, under its name in the run."""
-    world = World.solo()
-    model = load_scalar_model(
-        ModelSource(config.reward_models[number], dtype_of(config.bf16), trust_remote_code=config.trust_remote_code),
-        value_head_prefix=config.value_head_prefix,
-    )
-    standardize = standardization_of(model, normalize=config.normalize_reward)
-    scorer = Scorer(frozen(model, world, backend_options(config, bf16=config.bf16)), world)
-    name = reward_names(config, function_given=False)[number]
+    model = RewardModel(config.reward_models[number], config)
 
     async def scores(sequences: Sequence[Sequence[int]]) -> list[float]:
-        return token_scores(scorer, sequences, config.max_tokens_per_gpu)
+        return model.scores(sequences, config.max_tokens_per_gpu)
 
-    return LocalModelReward(scores, standardize, name)
+    return LocalModelReward(scores, model.standardize, reward_names(config, function_given=False)[number])
 
 
 Say = Callable[[str], None]

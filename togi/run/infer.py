@@ -7,10 +7,9 @@ Settings are checked by ``start``.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,18 +25,15 @@ from togi.data.row_log import RowLog
 from togi.data.rows import OutputSpec, read_outputs
 from togi.data.source import load_mixture
 from togi.errors import ConfigError, RewardError
-from togi.learn.scorer import Scorer
-from togi.model.loading import ModelSource, dtype_of, known_tokens, load_scalar_model
-from togi.model.policy import ScalarModel
+from togi.model.loading import known_tokens
 from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
-from togi.parallel.process import World, be_deterministic, default_device
-from togi.reward.scores import Standardization
+from togi.parallel.process import be_deterministic, default_device
 from togi.rollout import create_engine
 from togi.rollout.collect import SingleTurn, collect_groups
 from togi.rollout.engine import EngineSettings
-from togi.run.iterate_steps import Row, select
-from togi.run.loading import standardization_of, token_scores, tokenizer_of
+from togi.run.iterate_steps import Row, digest, select
+from togi.run.loading import RewardModel, spec_of, tokenizer_of
 from togi.sample import FinishReason, Prompt, Rollout, Sampling
 from togi.weights.files import local_folder
 
@@ -70,14 +66,6 @@ class Written:
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A prompt as the model gets it. ``plain``: its text without the csft reward."""
-
-    prompt: Prompt
-    plain: str
-
-
 def generate(config: InferConfig, announce: Announce) -> Written:
     """``--best_of_n`` outputs for every prompt of the slice, in the order of the prompts.
 
@@ -91,11 +79,10 @@ def generate(config: InferConfig, announce: Announce) -> Written:
             tokenizer = tokenizer_of(config)
             known = known_tokens(config.pretrain, config.trust_remote_code)
             chat.check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
-            asked = ask(config, tokenizer, announce)
-            largest = max((max(each.prompt.tokens, default=-1) for each in asked), default=-1)
+            prompts, plain = ask(config, tokenizer, announce)
+            largest = max((max(prompt.tokens, default=-1) for prompt in prompts), default=-1)
             chat.check_tokens(tokenizer, config.pretrain, known, lambda: largest)
         model = local_folder(config.pretrain)
-        prompts = [each.prompt for each in asked]
         # Stage 2: generate what an earlier attempt did not; the log refuses rows of other settings or weights.
         identity = identity_of(config, GENERATION, model) | {"--dataset": fingerprint(prompts)}
         with RowLog(Path(config.output_path), identity) as log:
@@ -104,7 +91,7 @@ def generate(config: InferConfig, announce: Announce) -> Written:
                 announce(f"{len(prompts) - len(left)} of {len(prompts)} prompts were done by an earlier attempt")
             progress.start_steps(len(prompts), done=len(log.done))
             if left:
-                asyncio.run(_generate(config, model, tokenizer, left, asked, log, progress))
+                asyncio.run(_generate(config, model, tokenizer, left, plain, log, progress))
             rows = log.in_order()
             log.finish(rows)
     # Stage 3: report truncated outputs.
@@ -116,14 +103,16 @@ def generate(config: InferConfig, announce: Announce) -> Written:
     return Written(log.path, len(rows))
 
 
-def ask(config: InferConfig, tokenizer: chat.Tokenizer, announce: Announce) -> list[Asked]:
-    """The prompts of this slice, with the csft reward in them. Too long prompts are dropped and counted."""
-    given = config.model_dump(include={each.name for each in fields(PromptSpec)})
-    spec = PromptSpec(config.dataset, prompt_data_probs=config.dataset_probs, split=config.dataset_split, **given)
+def ask(config: InferConfig, tokenizer: chat.Tokenizer, announce: Announce) -> tuple[list[Prompt], list[str]]:
+    """The prompts of this slice, with the csft reward in them, and their texts without it. Too long prompts are dropped and
+    counted.
+    """
+    sets = {"prompt_data": config.dataset, "prompt_data_probs": config.dataset_probs, "split": config.dataset_split}
+    spec = spec_of(PromptSpec, config, **sets)
     prompts = load_prompts(spec, tokenizer)
     if prompts.report.picked > prompts.report.kept:
         announce(f"prompts left out: {prompts.report.drop_reasons()}")
-    chosen = tuple(prompts)
+    chosen = list(prompts)
     # --iter picks one block of prompts.
     if config.iter is not None:
         start = config.iter * config.rollout_batch_size
@@ -132,20 +121,18 @@ def ask(config: InferConfig, tokenizer: chat.Tokenizer, announce: Announce) -> l
             raise ConfigError(
                 f"--iter {config.iter} starts at prompt {start} of {len(prompts)}: give a smaller one, or more prompts."
             )
-    # Conditional SFT: the reward text makes a prompt longer, so its length is checked again.
+    plain = [chat.as_plain_text(prompt.text, tokenizer) for prompt in chosen]
     if not config.enable_csft:
-        return [Asked(prompt, chat.as_plain_text(prompt.text, tokenizer)) for prompt in chosen]
+        return chosen, plain
+    # Conditional SFT: the reward text makes a prompt longer, so its length is checked again.
     reward = asked_reward(config.csft_prompt, config.reward_template)
     texts = [with_reward(config.reward_template, prompt.text, reward) for prompt in chosen]
     ids = chat.encode(texts, tokenizer, add_special_tokens=not config.apply_chat_template)
-    told = [
-        Asked(replace(prompt, text=text, tokens=tuple(tokens)), chat.as_plain_text(prompt.text, tokenizer))
-        for prompt, text, tokens in zip(chosen, texts, ids, strict=True)
-    ]
-    kept = [each for each in told if len(each.prompt.tokens) <= config.prompt_max_len]
+    told = [replace(prompt, text=text, tokens=tuple(t)) for prompt, text, t in zip(chosen, texts, ids, strict=True)]
+    kept = [place for place, prompt in enumerate(told) if len(prompt.tokens) <= config.prompt_max_len]
     if len(kept) < len(told):
         announce(f"prompts left out: {len(told) - len(kept)} too long with the reward text")
-    return kept
+    return [told[place] for place in kept], [plain[place] for place in kept]
 
 
 async def _generate(
@@ -153,7 +140,7 @@ async def _generate(
     model: str,
     tokenizer: chat.Tokenizer,
     left: Sequence[tuple[int, Prompt]],
-    asked: Sequence[Asked],
+    plain: Sequence[str],
     log: RowLog,
     progress: Progress,
 ) -> None:
@@ -182,7 +169,7 @@ async def _generate(
         )
         async for group in groups:
             unit = units[group[0].prompt.id]
-            log.add(unit, [_row(config, asked[unit], tokenizer, n, rollout) for n, rollout in enumerate(group)])
+            log.add(unit, [_row(config, plain[unit], tokenizer, n, rollout) for n, rollout in enumerate(group)])
             progress.step(len(log.done))
     finally:
         with way_out("shutting the engine down"):
@@ -207,7 +194,7 @@ def engine_settings(config: InferConfig, model: str) -> EngineSettings:
     )
 
 
-def _row(config: InferConfig, asked: Asked, tokenizer: chat.Tokenizer, number: int, rollout: Rollout) -> Row:
+def _row(config: InferConfig, plain: str, tokenizer: chat.Tokenizer, number: int, rollout: Rollout) -> Row:
     """An output row. ``input``: the text that the model continued; ``prompt``: the same without the csft reward."""
     row: Row = {
         "input": chat.as_plain_text(rollout.prompt.text, tokenizer),
@@ -217,7 +204,7 @@ def _row(config: InferConfig, asked: Asked, tokenizer: chat.Tokenizer, number: i
         "finish_reason": rollout.finish_reason.value,
     }
     if config.enable_csft:
-        row["prompt"] = asked.plain
+        row["prompt"] = plain
     if config.label_key is not None:
         row["label"] = rollout.prompt.label
     if rollout.prompt.datasource != DEFAULT_DATASOURCE:
@@ -248,11 +235,10 @@ def score(config: InferConfig, announce: Announce) -> Written:
             largest = max((max(tokens, default=-1) for tokens in ids), default=-1)
             chat.check_tokens(tokenizer, config.pretrain, known, lambda: largest)
         # Stage 2: score what an earlier attempt did not, then select.
-        tokens = hashlib.blake2b(repr(ids).encode(), digest_size=16).hexdigest()
+        tokens = digest(repr(ids).encode())
         identity = identity_of(config, SCORING, local_folder(config.pretrain)) | {"--dataset": tokens}
         with RowLog(Path(config.output_path), identity) as log:
-            rewards, standardize = _scores(config, ids, log, progress)
-            scored = list(_scored(config, rows, rewards, standardize))
+            scored = list(_scored(config, rows, _rewards(config, ids, log, progress)))
             estimate = mean_with_error([row["reward"] for row in scored])
             announce(f"mean reward {estimate.mean:.4f} +- {estimate.standard_error:.4f} over {estimate.count} rows")
             if config.selection is not None:
@@ -263,18 +249,16 @@ def score(config: InferConfig, announce: Announce) -> Written:
     return Written(log.path, len(scored))
 
 
-def _scores(
-    config: InferConfig, ids: Sequence[Sequence[int]], log: RowLog, progress: Progress
-) -> tuple[list[float], Standardization]:
-    """The model's raw scores in row order, and the standardisation from its config."""
+def _rewards(config: InferConfig, ids: Sequence[Sequence[int]], log: RowLog, progress: Progress) -> list[float]:
+    """The rewards in row order, standardised with ``--normalize_reward``."""
     # A chunk is the unit of a resume.
     chunks = [ids[start : start + SCORED_AT_ONCE] for start in range(0, len(ids), SCORED_AT_ONCE)]
     with progress.phase("loading the reward model", expected_seconds=5):
-        model, scorer = load_scorer(config)
+        model = RewardModel(config.pretrain, config, default_device(max(config.local_rank, 0)))
     progress.start_steps(len(chunks), done=len(log.done))
     for number, chunk in enumerate(chunks):
         if number not in log.done:
-            found = token_scores(scorer, chunk, config.max_tokens_per_gpu, config.micro_batch_size)
+            found = model.scores(chunk, config.max_tokens_per_gpu, config.micro_batch_size)
             log.add(number, [{"score": score} for score in found])
             progress.step(len(log.done))
     raw = [row["score"] for row in log.in_order()]
@@ -283,31 +267,13 @@ def _scores(
             raise RewardError(
                 f"--pretrain {config.pretrain} gave {value} for row {number}: check its weights and its number format."
             )
-    return raw, standardization_of(model, normalize=config.normalize_reward)
-
-
-def load_scorer(config: InferConfig) -> tuple[ScalarModel, Scorer]:
-    """The frozen reward model on this machine's device, and its scorer."""
-    device = default_device(max(config.local_rank, 0))
-    model = load_scalar_model(
-        ModelSource(
-            config.pretrain,
-            dtype_of(config.bf16),
-            flash_attn=config.flash_attn and device.type == "cuda",
-            trust_remote_code=config.trust_remote_code,
-        ),
-        value_head_prefix=config.value_head_prefix,
-    )
-    model.requires_grad_(False).to(device)
-    return model, Scorer(model, World.solo(device))
-
-
-def _scored(
-    config: InferConfig, rows: Sequence[Mapping[str, object]], raw: Sequence[float], standardization: Standardization
-) -> Iterator[Row]:
     # csft z-scores over all rows; otherwise the statistics in the model's config are used.
-    over_rows = config.normalize_reward and config.selection is PostProcessor.CSFT
-    rewards = standardized(raw) if over_rows else [standardization(value) for value in raw]
+    if config.normalize_reward and config.selection is PostProcessor.CSFT:
+        return standardized(raw)
+    return [model.standardize(value) for value in raw]
+
+
+def _scored(config: InferConfig, rows: Sequence[Mapping[str, object]], rewards: Sequence[float]) -> Iterator[Row]:
     for row, reward in zip(rows, rewards, strict=True):
         rest = {name: value for name, value in row.items() if name not in (config.input_key, config.output_key)}
         yield {"input": row[config.input_key], "output": row[config.output_key], **rest, "reward": reward}
@@ -318,5 +284,5 @@ def identity_of(config: InferConfig, names: Sequence[str], model: str) -> dict[s
     settings = {f"--{name}": str(config.model_dump()[name]) for name in names}
     files = sorted(file for pattern in WEIGHTS for file in Path(model).glob(pattern))
     stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
-    weights = hashlib.blake2b("\n".join(stamps).encode(), digest_size=16).hexdigest()
+    weights = digest("\n".join(stamps).encode())
     return settings | {"--pretrain": config.pretrain, "weights of --pretrain": weights}

@@ -7,7 +7,7 @@ interrupted iteration resumes where it stopped. Imports no torch.
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from togi.methods import METHODS, check_method
 from togi.obs.run_dir import write_atomically
 from togi.plan.machine import this_machine, usable_precision
 from togi.run import preflight
-from togi.run.iterate_steps import Facts, Launch, Steps, subprocess_step
+from togi.run.iterate_steps import Facts, Launch, Steps, digest, subprocess_step, try_reward
 
 # Settings that may change on resume: the number of rounds, and how the steps are run.
 FREE = frozenset({"rounds", "run_dir", "save_steps", "reward_workers", "reward_timeout", "max_num_seqs"})
@@ -43,10 +43,7 @@ class Result:
 
 
 def start_iterate(
-    parsed: Parsed[IterateConfig],
-    *,
-    announce: Callable[[str], None] = logger.info,
-    launch: Launch = subprocess_step,
+    parsed: Parsed[IterateConfig], *, announce: Callable[[str], None] = logger.info, launch: Launch = subprocess_step
 ) -> Result:
     """Check the settings, then run all rounds. ``launch`` runs the command of one step. Raises UserError."""
     check(parsed)
@@ -89,7 +86,8 @@ def run(config: IterateConfig, announce: Callable[[str], None], launch: Launch) 
     state = IterateState(root, identity(config))
     if (done := state.open()) > 0:
         announce(f"going on in {root}: {done} steps are done")
-    steps.try_reward()
+    if config.reward_file is not None:
+        asyncio.run(try_reward(config))
     rounds: list[Facts] = []
     model = config.pretrain
     # Round 0 is the held-out reward of the initial model, the baseline of the others.
@@ -122,8 +120,7 @@ def identity(config: IterateConfig) -> dict[str, str]:
     settings = {f"--{name}": str(value) for name, value in config.model_dump(mode="json").items() if name not in FREE}
     if config.reward_file is None:
         return settings
-    code = hashlib.blake2b(Path(config.reward_file).read_bytes(), digest_size=16).hexdigest()
-    return settings | {"the content of --reward_func": code}
+    return settings | {"the content of --reward_func": digest(Path(config.reward_file).read_bytes())}
 
 
 def describe(facts: Facts) -> str:

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from togi.config.choices import EngineName, EvalTask, IterateMethod, PostProcess
 from togi.config.fields import SEEDS
 from togi.config.iterate import IterateConfig
 from togi.config.model_facts import position_limit
+from togi.config.tools import ServeRMConfig
 from togi.data.messages import FRAME, USER, dialogue_of, without_answers
 from togi.data.precheck import with_reward
 from togi.data.row_log import RowLog, write_rows
@@ -97,11 +98,6 @@ class Steps:
     def model(self, number: int) -> Path:
         return self.folder(number) / "model"
 
-    def try_reward(self) -> None:
-        """Call the reward function once, before anything expensive starts."""
-        if self._config.reward_file is not None:
-            asyncio.run(_try(self._config))
-
     def generate(self, number: int, model: str) -> Facts:
         """Generate outputs for the prompts of this round. From round 2 on, conditional SFT puts the reward into the prompt."""
         c, folder = self._config, self.folder(number)
@@ -165,22 +161,25 @@ class Steps:
     def training_command(self, number: int, model: str) -> tuple[str, list[str]]:
         """The name and the flags of the training command."""
         c, folder = self._config, self.folder(number)
-        # Flags that all methods share.
-        words = _flags({"pretrain": model, "dataset": folder / "train.jsonl", "save_path": self.model(number)})
-        words += _flags(
-            {"run_dir": folder / "train", "ckpt_path": folder / "checkpoints", "seed": (c.seed + number) % SEEDS}
-        )
-        words += _flags({"learning_rate": c.peak_learning_rate, **self._settings(f"{MODEL} {TRAINING}")})
-        # Flags of the method.
+        given = {
+            "pretrain": model,
+            "dataset": folder / "train.jsonl",
+            "save_path": self.model(number),
+            "run_dir": folder / "train",
+            "ckpt_path": folder / "checkpoints",
+            "seed": (c.seed + number) % SEEDS,
+            "learning_rate": c.peak_learning_rate,
+            **self._settings(f"{MODEL} {TRAINING}"),
+        }
         if self._method is IterateMethod.DPO:
             reference = model if c.ref_previous_round else c.pretrain
-            words += _flags({"prompt_key": "prompt", "ref_pretrain": reference, **self._settings(PAIRS)})
-            return "dpo", words + self._rendering()
+            given |= {"prompt_key": "prompt", "ref_pretrain": reference, **self._settings(PAIRS), **self._rendering()}
+            return "dpo", _flags(given)
         if self._method is IterateMethod.RS:
-            return "sft", words + self._rendering() + _flags({"input_key": "prompt", "output_key": "output"})
+            return "sft", _flags(given | {"input_key": "prompt", "output_key": "output", **self._rendering()})
         # The prompt of csft is already formatted text with the reward in it.
-        words = [word for word in words if not word.startswith("--tokenizer_chat_template")]
-        return "sft", words + _flags({"input_key": "input", "output_key": "output", "input_template": "{}"})
+        plain = {"tokenizer_chat_template": None, "input_template": "{}"}
+        return "sft", _flags(given | {"input_key": "input", "output_key": "output", **plain})
 
     def evaluate(self, number: int, model: str) -> Facts:
         """Mean reward on the held-out prompts, with the standard error over prompts (null for a single one)."""
@@ -223,22 +222,28 @@ class Steps:
             kept = [{**row, c.input_key: _asked(row.get(c.input_key))} for row in kept]
         write_rows(folder / "prompts.jsonl", kept)
         # `togi infer` generates; samples, lengths and engine settings are passed through.
-        task = EvalTask.GENERATE_VLLM if c.rollout_engine is EngineName.VLLM else EvalTask.GENERATE
-        words = _flags({"eval_task": task, "pretrain": model, "dataset": folder / "prompts.jsonl"})
-        words += _flags({"output_path": folder / "generated.jsonl", "input_key": c.input_key, "label_key": c.label_key})
-        words += _flags({"best_of_n": samples, "temperature": temperature, "seed": (c.seed + number) % SEEDS})
-        words += _flags({"micro_batch_size": c.max_num_seqs, **self._settings(f"{MODEL} {GENERATION}")})
-        words += self._rendering()
+        asked = {
+            "eval_task": EvalTask.GENERATE_VLLM if c.rollout_engine is EngineName.VLLM else EvalTask.GENERATE,
+            "pretrain": model,
+            "dataset": folder / "prompts.jsonl",
+            "output_path": folder / "generated.jsonl",
+            "best_of_n": samples,
+            "temperature": temperature,
+            "seed": (c.seed + number) % SEEDS,
+            "micro_batch_size": c.max_num_seqs,
+            **self._settings(f"input_key label_key {MODEL} {GENERATION}"),
+            **self._rendering(),
+        }
         if self._method is IterateMethod.CSFT and told:
-            words += _flags({"enable_csft": True, "csft_prompt": c.csft_prompt, "reward_template": c.reward_template})
-        self._launch(INFER, words)
+            asked |= {"enable_csft": True, **self._settings("csft_prompt reward_template")}
+        self._launch(INFER, _flags(asked))
 
     def _score(self, folder: Path) -> list[Row]:
         """Score ``generated.jsonl`` by every reward source, add the scores, write ``scored.jsonl``."""
         rows = [dict(row) for row in read_rows(folder / "generated.jsonl")]
         columns = []
         if self._config.reward_file is not None:
-            columns.append(function_scores(self._config, rows, folder / "function_scores.jsonl"))
+            columns.append(asyncio.run(function_scores(self._config, rows, folder / "function_scores.jsonl")))
         if self._config.reward_pretrain is not None:
             columns.append(self._model_scores(self._config.reward_pretrain, rows, folder))
         scored = [{**row, "reward": _sum(parts)} for row, parts in zip(rows, zip(*columns, strict=True), strict=True)]
@@ -254,20 +259,26 @@ class Steps:
         # A row may be as long as the reward model and the token budget allow.
         positions = position_limit(model_settings(model))
         length = c.max_tokens_per_gpu if positions is None else min(c.max_tokens_per_gpu, positions)
-        words = _flags({"eval_task": EvalTask.RM, "pretrain": model, "dataset": folder / "to_score.jsonl"})
-        words += _flags({"output_path": folder / "model_scores.jsonl", "input_key": "prompt", "max_len": length})
-        words += _flags(self._settings("max_tokens_per_gpu bf16 flash_attn trust_remote_code"))
-        # csft standardises over the rows of the round instead, in `select`.
-        if c.normalize_reward and self._method is not IterateMethod.CSFT:
-            words += ["--normalize_reward"]
-        self._launch(INFER, words + self._rendering())
+        given = {
+            "eval_task": EvalTask.RM,
+            "pretrain": model,
+            "dataset": folder / "to_score.jsonl",
+            "output_path": folder / "model_scores.jsonl",
+            "input_key": "prompt",
+            "max_len": length,
+            # csft standardises over the rows of the round instead, in `select`.
+            "normalize_reward": c.normalize_reward and self._method is not IterateMethod.CSFT,
+            **self._settings("max_tokens_per_gpu bf16 flash_attn trust_remote_code"),
+            **self._rendering(),
+        }
+        self._launch(INFER, _flags(given))
         return [row["reward"] for row in read_rows(folder / "model_scores.jsonl")]
 
-    def _rendering(self) -> list[str]:
-        """The flags for how a prompt is formatted, the same for every command."""
+    def _rendering(self) -> dict[str, object]:
+        """The settings for how a prompt is formatted, the same for every command."""
         if self._config.apply_chat_template:
-            return ["--apply_chat_template"]
-        return _flags({"input_template": self._config.input_template or "{}"})
+            return {"apply_chat_template": True}
+        return {"input_template": self._config.input_template or "{}"}
 
     def _settings(self, names: str) -> dict[str, object]:
         values = self._config.model_dump(mode="json")
@@ -316,7 +327,7 @@ def _sum(parts: Sequence[float | None]) -> float | None:
     return None if any(part is None for part in parts) else sum(part for part in parts if part is not None)
 
 
-def function_scores(config: IterateConfig, rows: Sequence[Row], path: Path) -> list[float | None]:
+async def function_scores(config: IterateConfig, rows: Sequence[Row], path: Path) -> list[float | None]:
     """One reward per row, None where the function abstained. ``path`` keeps the scores for a resume.
 
     Raises RewardError as ``FunctionReward.score`` does.
@@ -327,65 +338,52 @@ def function_scores(config: IterateConfig, rows: Sequence[Row], path: Path) -> l
         groups.setdefault(row["id"], []).append(row)
     # Scores in `path` count only for the same outputs and the same function.
     text = "\n".join(f"{row['input']}\0{row['output']}" for row in rows).encode("utf-8", "surrogatepass")
-    code = Path(str(config.reward_file)).read_bytes()
-    identity = {
-        "--reward_func": hashlib.blake2b(code, digest_size=16).hexdigest(),
-        "outputs": hashlib.blake2b(text, digest_size=16).hexdigest(),
-    }
-    with RowLog(path, identity) as log:
-        asyncio.run(_score(config, list(groups.values()), log))
-        scored = {(row["id"], row["sample"]): row["reward"] for row in log.in_order()}
-        log.finish(log.in_order())
-    return [scored[row["id"], row["sample"]] for row in rows]
-
-
-async def _try(config: IterateConfig) -> None:
-    """Call the reward function once on made-up rows. Raises RewardError."""
-    row = {
-        "id": "0:0",
-        "input": "A trial question?",
-        "output": "A trial answer: 42",
-        "finish_reason": "stop",
-        "label": "42",
-    }
-    async with _function(config) as function:
-        await function.check([_rollout(row)] * 2)
-
-
-async def _score(config: IterateConfig, groups: Sequence[Sequence[Row]], log: RowLog) -> None:
+    identity = {"--reward_func": digest(Path(str(config.reward_file)).read_bytes()), "outputs": digest(text)}
     # Two groups per worker: enough to keep every worker busy.
     room = asyncio.Semaphore(2 * config.reward_workers)
 
-    async def one(function: FunctionReward, unit: int, group: Sequence[Row]) -> None:
+    async def score(function: FunctionReward, log: RowLog, unit: int, group: Sequence[Row]) -> None:
         async with room:
             scores = await function.score([_rollout(row) for row in group])
         rewards = [score.value if score.outcome is Outcome.SCORE else None for score in scores]
         pairs = zip(group, rewards, strict=True)
         log.add(unit, [{"id": row["id"], "sample": row["sample"], "reward": reward} for row, reward in pairs])
 
-    try:
-        async with _function(config) as function, asyncio.TaskGroup() as tasks:
-            for unit, group in enumerate(groups):
-                if unit not in log.done:
-                    tasks.create_task(one(function, unit, group))
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+    with RowLog(path, identity) as log:
+        try:
+            async with reward_function(str(config.reward_file), config) as function, asyncio.TaskGroup() as tasks:
+                for unit, group in enumerate(groups.values()):
+                    if unit not in log.done:
+                        tasks.create_task(score(function, log, unit, group))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        log.finish(log.in_order())
+    scored = {(row["id"], row["sample"]): row["reward"] for row in log.in_order()}
+    return [scored[row["id"], row["sample"]] for row in rows]
+
+
+def digest(content: bytes) -> str:
+    """What stands for the content of a file or of rows in the record of a run that may be resumed."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+async def try_reward(config: IterateConfig) -> None:
+    """Call the reward function once on made-up rows, before anything expensive starts. Raises RewardError."""
+    row = {"id": "0:0", "input": "A trial question?", "output": "A trial answer: 42", "finish_reason": "stop"}
+    async with reward_function(str(config.reward_file), config) as function:
+        await function.check([_rollout({**row, "label": "42"})] * 2)
 
 
 @asynccontextmanager
-async def reward_function(path: str, limits: CallLimits) -> AsyncIterator[FunctionReward]:
-    """A reward function in its worker processes, which end with the block. Raises RewardError."""
+async def reward_function(path: str, config: IterateConfig | ServeRMConfig) -> AsyncIterator[FunctionReward]:
+    """The reward function in its worker processes, which end with the block. Raises RewardError."""
+    limits = CallLimits(config.reward_workers, config.reward_timeout)
     function = FunctionReward.from_file(path, limits)
     try:
         yield function
     finally:
         with way_out("closing the reward"):
             await function.close()
-
-
-def _function(config: IterateConfig) -> AbstractAsyncContextManager[FunctionReward]:
-    limits = CallLimits(workers=config.reward_workers, timeout=config.reward_timeout)
-    return reward_function(str(config.reward_file), limits)
 
 
 def _rollout(row: Row) -> Rollout:
@@ -402,8 +400,8 @@ class Selection:
 
     rows: tuple[Row, ...]
     inputs: int
-    ties: int = 0
-    unscored: int = 0
+    ties: int
+    unscored: int
 
     def describe(self) -> str:
         """The counts in words."""
@@ -419,63 +417,38 @@ def select(
     rows: Sequence[Row], processor: PostProcessor, *, reward_template: str, standardize: bool = False
 ) -> Selection:
     """Apply a post-processor. ``standardize``: z-score the rewards over all rows before they enter the input (csft only)."""
+    scored = [row for row in rows if row["reward"] is not None]
+    groups: dict[str, list[Row]] = {}
+    for row in scored:
+        # The identity of an input, which may be a list of messages.
+        groups.setdefault(json.dumps(row["input"], sort_keys=True), []).append(row)
     match processor:
         case PostProcessor.RS:
-            return rejection_sampling(rows)
+            # The best output of each input, unchanged; the first one among equals.
+            chosen = [dict(group[best(_rewards(group))]) for group in groups.values()]
         case PostProcessor.ITER_DPO:
-            return pairs(rows)
+            chosen = [pair for group in groups.values() if (pair := best_with_worst(group)) is not None]
         case PostProcessor.CSFT:
-            return conditional(rows, reward_template, standardize=standardize)
+            rewards = standardized(_rewards(scored)) if standardize else _rewards(scored)
+            chosen = [
+                {**row, "input": with_reward(reward_template, row["input"], reward), "reward": reward}
+                for row, reward in zip(scored, rewards, strict=True)
+            ]
+    ties = len(groups) - len(chosen) if processor is PostProcessor.ITER_DPO else 0
+    return Selection(tuple(chosen), len(groups), ties, len(rows) - len(scored))
 
 
-def rejection_sampling(rows: Sequence[Row]) -> Selection:
-    """The best output of each input, unchanged; the first one among equals."""
-    groups, unscored = _groups(rows)
-    chosen = [dict(group[best(_rewards(group))]) for group in groups]
-    return Selection(tuple(chosen), len(groups), unscored=unscored)
-
-
-def pairs(rows: Sequence[Row]) -> Selection:
-    """Best and worst output of each input as {prompt, chosen, chosen_reward, rejected, rejected_reward}. Skips ties."""
-    groups, unscored = _groups(rows)
-    found = []
-    for group in groups:
-        places = best_and_worst(_rewards(group))
-        if places is None:
-            continue
-        chosen, rejected = group[places[0]], group[places[1]]
-        # Other columns come from the chosen output.
-        row = {name: value for name, value in chosen.items() if name not in ("input", "output", "reward")}
-        row |= {"prompt": chosen["input"], "chosen": chosen["output"], "chosen_reward": chosen["reward"]}
-        found.append(row | {"rejected": rejected["output"], "rejected_reward": rejected["reward"]})
-    return Selection(tuple(found), len(groups), ties=len(groups) - len(found), unscored=unscored)
-
-
-def conditional(rows: Sequence[Row], reward_template: str, *, standardize: bool) -> Selection:
-    """Every output, with its reward written into the input."""
-    scored = [row for row in rows if row["reward"] is not None]
-    rewards = standardized(_rewards(scored)) if standardize else _rewards(scored)
-    told = [
-        {**row, "input": with_reward(reward_template, row["input"], reward), "reward": reward}
-        for row, reward in zip(scored, rewards, strict=True)
-    ]
-    inputs = len({_key(row) for row in scored})
-    return Selection(tuple(told), inputs, unscored=len(rows) - len(scored))
-
-
-def _key(row: Row) -> str:
-    """The identity of an input, which may be a list of messages."""
-    return json.dumps(row["input"], sort_keys=True)
+def best_with_worst(group: Sequence[Row]) -> Row | None:
+    """Best and worst output as {prompt, chosen, chosen_reward, rejected, rejected_reward}; None for a tie."""
+    places = best_and_worst(_rewards(group))
+    if places is None:
+        return None
+    chosen, rejected = group[places[0]], group[places[1]]
+    # Other columns come from the chosen output.
+    row = {name: value for name, value in chosen.items() if name not in ("input", "output", "reward")}
+    row |= {"prompt": chosen["input"], "chosen": chosen["output"], "chosen_reward": chosen["reward"]}
+    return row | {"rejected": rejected["output"], "rejected_reward": rejected["reward"]}
 
 
 def _rewards(rows: Sequence[Row]) -> list[float]:
     return [float(row["reward"]) for row in rows]
-
-
-def _groups(rows: Sequence[Row]) -> tuple[list[list[Row]], int]:
-    """Rows with a reward, grouped by input, and the number of rows without one."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["reward"] is not None:
-            groups.setdefault(_key(row), []).append(row)
-    return list(groups.values()), len(rows) - sum(map(len, groups.values()))

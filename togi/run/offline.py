@@ -71,12 +71,7 @@ def launched(local_rank: int) -> Iterator[World]:
 
 
 def run(
-    world: World,
-    parsed: Parsed[Method],
-    command: str,
-    *,
-    argv: Sequence[str],
-    announce: Callable[[str], None],
+    world: World, parsed: Parsed[Method], command: str, *, argv: Sequence[str], announce: Callable[[str], None]
 ) -> Result:
     """Train with settings from ``start.offline_door``, in a process group that is already set up."""
     config, first = parsed.config, world.is_first
@@ -187,13 +182,7 @@ class OfflineRun:
     """A run after ``step`` optimizer steps. All ranks call every method together. A phase returns metrics by name."""
 
     def __init__(
-        self,
-        config: Method,
-        command: str,
-        plan: EpochPlan,
-        models: Models,
-        world: World,
-        journal: Journal,
+        self, config: Method, command: str, plan: EpochPlan, models: Models, world: World, journal: Journal
     ) -> None:
         self.config, self.plan, self.data = config, plan, models.data
         self._models, self._world, self._journal = models, world, journal

@@ -9,7 +9,6 @@ rows make a new file. Ranks on several machines need a shared disk, as they do f
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import hashlib
 import logging
@@ -30,16 +29,15 @@ from togi.learn.objective import REF_LOGPROBS
 from togi.learn.scorer import Scorer
 from togi.methods.method import Method
 from togi.methods.training import Dealer
-from togi.model.loading import check_causal_lm, known_tokens
+from togi.model.loading import known_tokens
 from togi.obs.progress import Progress
 from togi.parallel.process import World
 from togi.run.journal import Journal
-from togi.run.loading import tokenizer_of
+from togi.run.loading import UNLIMITED, check_start, spec_of, tokenizer_of
 from togi.run.plan import EpochPlan
 from togi.version import __version__
 from togi.weights.files import local_folder
 
-UNLIMITED = 2**62
 logger = logging.getLogger(__name__)
 
 
@@ -65,15 +63,8 @@ def load_data(config: Method, world: World, progress: Progress) -> Data:
     """
     with progress.phase("reading data", expected_seconds=8):
         # Stage 1: model and tokenizer fit together; no weights are read.
-        check_causal_lm(
-            config.pretrain,
-            flash_attn=uses_flash(config, world),
-            trust_remote_code=config.trust_remote_code,
-            lora=config.lora,
-            balanced=config.aux_loss_coef > 0,
-            asked=f"--max_len {config.max_len}",
-            longest=config.max_len,
-        )
+        flash, asked = uses_flash(config, world), f"--max_len {config.max_len}"
+        check_start(config, flash_attn=flash, asked=asked, longest=config.max_len)
         tokenizer = tokenizer_of(config)
         spec = record_spec(config, config.dataset, config.split, training=True)
         rows = {
@@ -89,9 +80,8 @@ def load_data(config: Method, world: World, progress: Progress) -> Data:
         train = config.load(spec, tokenizer)
         held_out = []
         if config.eval_dataset is not None:
-            held_out.append(
-                config.load(record_spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer)
-            )
+            evaluated = record_spec(config, config.eval_dataset, config.eval_split, training=False)
+            held_out.append(config.load(evaluated, tokenizer))
         if world.is_first:
             world.barrier("first rank has read the data")
         # Stage 3: every model has an embedding row for every token of the data.
@@ -130,9 +120,8 @@ def check_same_tokens(config: Method, tokenizer: Tokenizer) -> None:
 
 def record_spec(config: Method, dataset: str, split: str, *, training: bool) -> RecordSpec:
     """How to read a data set. Probabilities and --max_samples apply to the training set only."""
-    given = config.model_dump(include={field.name for field in dataclasses.fields(RecordSpec)})
-    limits = {} if training else {"dataset_probs": None, "max_samples": UNLIMITED}
-    return RecordSpec(**{**given, **limits, "dataset": dataset, "split": split})
+    whole = {} if training else {"dataset_probs": None, "max_samples": UNLIMITED}
+    return spec_of(RecordSpec, config, dataset=dataset, split=split, **whole)
 
 
 def uses_flash(config: Method, world: World) -> bool:
@@ -159,7 +148,10 @@ def with_reference(
     if missing:
         with journal.progress.phase("scoring with the reference"):
             _score(load, missing, dealer, journal)
-        _release()
+        # Nothing references the model any more: free its memory.
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
     scored = [
         examples.scored(REF_LOGPROBS, np.load(file, mmap_mode="r"))
         for (file, _), examples in zip(files, sets, strict=True)
@@ -213,10 +205,3 @@ def _logprobs(scorer: Scorer, examples: Examples, rows: Sequence[int], dealer: D
     for indices, arrays in zip(places, dealer.world.gather_shares("reference log-probs", own), strict=True):
         found.update(zip(indices, arrays, strict=True))
     return np.concatenate([found[i] for i in range(len(samples))])
-
-
-def _release() -> None:
-    """Free the memory of a model that nothing references any more."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()

@@ -104,14 +104,6 @@ def answered(sample: Sample, response: Sequence[int]) -> Sample:
     return replace(sample, tokens=tokens, loss_mask=mask, streams={}, values={**sample.values, GENERATED: 1.0})
 
 
-@dataclass(frozen=True, slots=True)
-class _Generated:
-    """The output of one rank: responses by place, and seconds."""
-
-    responses: Mapping[int, Generation]
-    seconds: float
-
-
 class Student:
     """The model in training as a generator. All ranks call every method together, except ``close``."""
 
@@ -126,13 +118,14 @@ class Student:
         dealer: Dealer,
     ) -> None:
         assert config.on_policy is not None
-        how = config.on_policy
-        self._config, self._how = config, how
+        self._config, self._how = config, config.on_policy
         self._engine, self._model, self._backend = engine, model, learner.backend
         self._plan, self._dealer, self._world = plan, dealer, learner.backend.world
         # The probe compares engine and trainer after each sync; the manifest tells the engine which tensors will come.
         self._policy = Scorer(learner.backend.module, self._world)
-        self._sampling = Sampling(how.generate_max_len, how.temperature, stop_token_ids=data.stop_token_ids)
+        self._sampling = Sampling(
+            config.on_policy.generate_max_len, config.on_policy.temperature, stop_token_ids=data.stop_token_ids
+        )
         self._probe = probe(data.train[0][0].tokens.tolist(), config.max_len)
         self._dtype = dtype_of(config.bf16)
         dtype = str(self._dtype).removeprefix("torch.")
@@ -150,9 +143,9 @@ class Student:
         # Every rank generates for its part, and all responses are gathered.
         mine = places[self._world.rank :: self._world.size]
         prompts = {place: samples[place].tokens[: samples[place].prompt_length].tolist() for place in mine}
-        own, metrics = asyncio.run(self._renew_and_generate(prompts, step))
-        parts = self._world.gather("responses", own)
-        generations = {place: each for part in parts for place, each in part.responses.items()}
+        responses, seconds, metrics = asyncio.run(self._renew_and_generate(prompts, step))
+        parts = self._world.gather("responses", (responses, seconds))
+        generations = {place: each for part, _ in parts for place, each in part.items()}
         for place in places:
             result[place] = answered(samples[place], generations[place].tokens)
         # Metrics over all ranks: time is that of the slowest.
@@ -161,7 +154,7 @@ class Student:
         return result, metrics | {
             names.LENGTH_RESPONSE: float(np.mean(lengths)),
             names.LENGTH_TRUNCATED: float(np.mean(cut)),
-            names.THROUGHPUT_GENERATE: sum(lengths) / max(part.seconds for part in parts),
+            names.THROUGHPUT_GENERATE: sum(lengths) / max(seconds for _, seconds in parts),
         }
 
     def close(self) -> None:
@@ -170,36 +163,34 @@ class Student:
 
     async def _renew_and_generate(
         self, prompts: Mapping[int, Sequence[int]], step: int
-    ) -> tuple[_Generated, dict[str, float]]:
-        """Wake the engine, send the current weights, check them on the probe, generate, and put the engine to sleep."""
+    ) -> tuple[dict[int, Generation], float, dict[str, float]]:
+        """Wake the engine, send the current weights, check them on the probe, generate, and put the engine to sleep.
+
+        Returns the responses by place, the seconds that they took, and metrics.
+        """
         await self._engine.wake()
         start = time.perf_counter()
-        await self._send_weights(step + 1)
+        await self._engine.begin_update(Manifest(step + 1, self._tensors))
+        whole = whole_tensors(self._model, self._backend.full_parameters, self._dtype)
+        for bucket in pack_buckets(whole, BUCKET_BYTES):
+            await self._engine.load_bucket(bucket)
+        await self._engine.finish_update()
         synced = time.perf_counter()
-        difference = await self._compare()
+        # The largest mean difference of logprobs between an engine and the trainer on the probe, over ranks.
+        (trainer,) = self._dealer.logprobs(self._policy, [self._probe])
+        engine = await self._engine.score(self._probe.tokens.tolist())
+        difference = check_probe(self._world.max("probe", [compare(engine, trainer.tolist())])[0])
         begun = time.perf_counter()
         name = f"{self._config.seed}/{step}"
         jobs = [
             seeded(self._engine.generate, f"{name}/{place}")(prompt, self._sampling)
             for place, prompt in prompts.items()
         ]
-        responses = await asyncio.gather(*jobs)
-        own = _Generated(dict(zip(prompts, responses, strict=True)), time.perf_counter() - begun)
+        responses = dict(zip(prompts, await asyncio.gather(*jobs), strict=True))
+        seconds = time.perf_counter() - begun
         await self._engine.sleep()
-        return own, {names.MISMATCH_PROBE_MEAN_ABS: difference, names.WEIGHT_SYNC_SECONDS: synced - start}
-
-    async def _send_weights(self, version: int) -> None:
-        await self._engine.begin_update(Manifest(version, self._tensors))
-        whole = whole_tensors(self._model, self._backend.full_parameters, self._dtype)
-        for bucket in pack_buckets(whole, BUCKET_BYTES):
-            await self._engine.load_bucket(bucket)
-        await self._engine.finish_update()
-
-    async def _compare(self) -> float:
-        """The largest mean difference of logprobs between an engine and the trainer on the probe, over ranks."""
-        (trainer,) = self._dealer.logprobs(self._policy, [self._probe])
-        engine = await self._engine.score(self._probe.tokens.tolist())
-        return check_probe(self._world.max("probe", [compare(engine, trainer.tolist())])[0])
+        metrics = {names.MISMATCH_PROBE_MEAN_ABS: difference, names.WEIGHT_SYNC_SECONDS: synced - start}
+        return responses, seconds, metrics
 
 
 CLASSIFIER = "ForSequenceClassification"
@@ -218,7 +209,7 @@ class Models:
     policy: Scorer
     dealer: Dealer
     prepare: Preparation
-    students: tuple[Student, ...] = ()
+    students: tuple[Student, ...]
 
 
 def load_models(config: Method, data: Data, plan: EpochPlan, world: World, journal: Journal) -> Models:
@@ -247,12 +238,12 @@ def load_models(config: Method, data: Data, plan: EpochPlan, world: World, journ
     # Stage 4: the reference. With LoRA it is the base inside the policy, so it comes after the policy.
     if config.scores_ahead and base_is_reference(config):
         data = with_reference(config, config.reference, data, lambda: _base(policy), dealer, journal)
-    if not config.reference or config.scores_ahead:
-        students = tuple(Student(config, engine, model, learner, plan, data, dealer) for engine in engines)
-        return Models(data, model, learner, policy, dealer, Share(dealer), students)
-    inside = base_is_reference(config)
-    reference = _base(policy) if inside else load.reference()
-    return Models(data, model, learner, policy, dealer, config.preparation(dealer, policy, reference))
+    prepare: Preparation = Share(dealer)
+    if config.reference and not config.scores_ahead:
+        reference = _base(policy) if base_is_reference(config) else load.reference()
+        prepare = config.preparation(dealer, policy, reference)
+    students = tuple(Student(config, engine, model, learner, plan, data, dealer) for engine in engines)
+    return Models(data, model, learner, policy, dealer, prepare, students)
 
 
 def base_is_reference(config: Method) -> bool:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ from togi.learn.checkpoint import Aim, Checkpoint
 from togi.learn.hooks import check_estimator, check_policy_loss
 from togi.learn.learner_state import check_adapter
 from togi.model.checkpoint import check_base_files
-from togi.model.loading import check_causal_lm, known_tokens
+from togi.model.loading import known_tokens
 from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
 from togi.plan.placement import Role
@@ -38,7 +38,7 @@ from togi.reward.remote import TOKEN_VARIABLE, ConnectionLimits, RemoteReward
 from togi.reward.scores import CombinedReward, LocalModelReward, Reward, Standardization, Term, distinct_names
 from togi.rollout.collect import SingleTurn
 from togi.run.keep import DRIVER, newest_checkpoint
-from togi.run.loading import tokenizer_of
+from togi.run.loading import UNLIMITED, check_start, spec_of, tokenizer_of
 from togi.run.plan import EpochPlan, StepPlan, rl_aim
 from togi.run.preflight import asked_context, models_of
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Sample, Sampling, Score
@@ -49,8 +49,12 @@ if TYPE_CHECKING:
     from togi.workers.session import Session
 
 
+COMMAND = "rl"
+logger = logging.getLogger(__name__)
 SHOWN_CHARACTERS = 60
-Visible = Callable[[Sequence[int]], str]
+Decode = Callable[[Sequence[int]], str]
+# The reward is tried on at most this many kinds of labels.
+TRIALS = 8
 
 
 class EarlyRewards:
@@ -75,16 +79,11 @@ class EarlyRewards:
         if function is not None and own:
             self.functions[own[-1]] = FunctionReward.from_callable(function, limits, own[-1])
 
-    def connect_servers(self, config: RLConfig, visible: Visible) -> None:
+    def connect_servers(self, config: RLConfig, visible: Decode) -> None:
         """Make the clients. ``visible`` decodes response tokens with special tokens kept."""
         token = os.environ.get(TOKEN_VARIABLE, "")
-        limits = ConnectionLimits(
-            config.remote_rm_concurrency,
-            config.reward_timeout,
-            token,
-            config.reward_retries,
-            config.remote_rm_max_pause,
-        )
+        most, timeout, pause = config.remote_rm_concurrency, config.reward_timeout, config.remote_rm_max_pause
+        limits = ConnectionLimits(most, timeout, token, config.reward_retries, pause)
 
         def response(rollout: Rollout) -> str:
             return visible(rollout.response_tokens)
@@ -186,14 +185,6 @@ def _host(url: str) -> str:
     return f"{parts.hostname}_{parts.port}" if parts.port is not None else str(parts.hostname)
 
 
-Decode = Callable[[Sequence[int]], str]
-COMMAND = "rl"
-logger = logging.getLogger(__name__)
-UNLIMITED = 2**62
-# The reward is tried on at most this many kinds of labels.
-TRIALS = 8
-
-
 @dataclass(frozen=True, slots=True)
 class Pretraining:
     """Supervised rows that are mixed into the actor's updates against forgetting.
@@ -289,15 +280,7 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
     """Load tokenizer and prompts, then call reward functions and servers on each kind of label. Raises UserError."""
     with progress.phase("reading prompts", expected_seconds=8):
         # Stage 1: the model's config fits the settings; no weights are read.
-        check_causal_lm(
-            config.pretrain,
-            flash_attn=config.flash_attn,
-            trust_remote_code=config.trust_remote_code,
-            lora=config.lora,
-            balanced=config.aux_loss_coef > 0,
-            asked=asked_context(config),
-            longest=config.context_length,
-        )
+        check_start(config, flash_attn=config.flash_attn, asked=asked_context(config), longest=config.context_length)
         if config.generates and config.sends_adapter:
             check_base_files(config.pretrain, "bfloat16" if config.bf16 else "float32", config.trust_remote_code)
         # Stage 2: tokenizer and rows.
@@ -328,17 +311,9 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
     stops = chat.stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
     if notice := chat.end_notice(tokenizer, config.pretrain, stops):
         logger.warning("%s", notice)
-    return Material(
-        prompts,
-        PromptLoader(prompts, seed=config.seed, episodes=config.num_episodes),
-        held_out,
-        pretraining,
-        reports,
-        partial(chat.decode, tokenizer),
-        stops,
-        rewards,
-        trial,
-    )
+    loader = PromptLoader(prompts, seed=config.seed, episodes=config.num_episodes)
+    decode = partial(chat.decode, tokenizer)
+    return Material(prompts, loader, held_out, pretraining, reports, decode, stops, rewards, trial)
 
 
 def check_rows(
@@ -362,11 +337,8 @@ def check_rows(
 
 def spec(config: RLConfig, data: str, split: str, *, training: bool) -> PromptSpec:
     """How to read a prompt set. Probabilities and --max_samples apply to the training set only."""
-    given = config.model_dump(include={each.name for each in fields(PromptSpec)}) | {
-        "prompt_data": data,
-        "split": split,
-    }
-    return PromptSpec(**given | ({} if training else {"prompt_data_probs": None, "max_samples": UNLIMITED}))
+    whole = {} if training else {"prompt_data_probs": None, "max_samples": UNLIMITED}
+    return spec_of(PromptSpec, config, prompt_data=data, split=split, **whole)
 
 
 def trial_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:

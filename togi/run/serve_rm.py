@@ -16,17 +16,12 @@ from togi.config.model_facts import position_limit
 from togi.config.tools import ServeRMConfig
 from togi.data.chat import Tokenizer, adds_bos, check_vocabulary, encode, load_tokenizer
 from togi.errors import ConfigError, DataError
-from togi.learn.scorer import Scorer
-from togi.model.loading import ModelSource, dtype_of, known_tokens, load_scalar_model
+from togi.model.loading import known_tokens
 from togi.obs.way_out import way_out
-from togi.parallel import frozen
-from togi.parallel.backend import BackendOptions
-from togi.parallel.process import World, default_device
-from togi.reward.function import CallLimits
 from togi.reward.server import PATH, Batcher, RewardServer, ScoreCall, ServerLimits
 from togi.reward.wire import Answer, Call, Complaint
 from togi.run.iterate_steps import reward_function
-from togi.run.loading import standardization_of, token_scores
+from togi.run.loading import RewardModel
 
 
 def serve(config: ServeRMConfig, token: str, announce: Callable[[str], None]) -> None:
@@ -58,8 +53,7 @@ async def source(config: ServeRMConfig) -> AsyncIterator[ScoreCall]:
     """The scoring function of the server; it is closed at the end."""
     # A reward function runs in worker processes of its own.
     if config.reward_func:
-        limits = CallLimits(config.reward_workers, config.reward_timeout)
-        async with reward_function(config.reward_func, limits) as function:
+        async with reward_function(config.reward_func, config) as function:
             yield function.answer
         return
     # A model runs in this process; requests that wait together share a forward pass.
@@ -90,21 +84,8 @@ class ServedModel:
         self._tokenizer = load_tokenizer(path, chat_template=None, trust_remote_code=config.trust_remote_code)
         self._known = known_tokens(path, config.trust_remote_code)
         check_vocabulary(self._tokenizer, path, self._known)
-        world = World.solo()
-        model = load_scalar_model(
-            ModelSource(
-                path,
-                dtype_of(config.bf16),
-                flash_attn=config.flash_attn and default_device().type == "cuda",
-                trust_remote_code=config.trust_remote_code,
-                in_4bit=config.load_in_4bit,
-            ),
-            value_head_prefix=config.value_head_prefix,
-        )
-        self._positions = position_limit(model.hf.config.to_dict())
-        self._standardize = standardization_of(model, normalize=config.normalize_reward)
-        options = BackendOptions(config.bf16, 0, (0.9, 0.95), 0.0)
-        self._scorer = Scorer(frozen(model, world, options), world)
+        self._model = RewardModel(path, config, in_4bit=config.load_in_4bit)
+        self._positions = position_limit(self._model.config.to_dict())
 
     def tokens_of(self, queries: Sequence[str]) -> list[list[int]]:
         """Token ids of each query. Raises Complaint if they cannot be scored."""
@@ -132,7 +113,7 @@ class ServedModel:
 
     def forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """One score per sequence, packed without padding."""
-        return [self._standardize(score) for score in token_scores(self._scorer, sequences, self._budget)]
+        return [self._model.standardize(score) for score in self._model.scores(sequences, self._budget)]
 
 
 def query_tokens(queries: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
