@@ -82,7 +82,7 @@ def test_every_standard_name_and_every_name_of_the_report_is_explained_in_one_se
     assert drawn <= standard
     made = [
         names.reward_component("format"),
-        names.phase_time("train"),
+        "time/train",
         names.process_memory("actor 0"),
         *(names.eval_of("gsm8k", key) for key in ("pass1", "pass4", "pass1_stderr", "length")),
     ]

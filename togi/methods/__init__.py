@@ -21,7 +21,7 @@ from togi.obs import names
 METHODS: Mapping[str, type[Method]] = {method.command: method for method in (SFT, RM, DPO, SimPO, ORPO, KTO, PRM, KD)}
 """The methods by the name of their command, in the order of ``togi --help``."""
 
-names.add_explanations(
+names.OF_METHODS.update(
     {each.name: each.explanation for method in METHODS.values() for each in method.measures if each.explanation}
 )
 

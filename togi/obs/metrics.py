@@ -108,6 +108,11 @@ class StepRecord:
         return cls(record["step"], values, record["seconds"], record["time"])
 
 
+def all_values(record: StepRecord) -> dict[str, float]:
+    """Values and the seconds of phases (``time/<phase>``) by name."""
+    return {**record.values, **{f"time/{phase}": seconds for phase, seconds in record.seconds.items()}}
+
+
 def read_records(path: Path) -> list[StepRecord]:
     """All records of a ``metrics.jsonl``; empty if there is no file.
 

@@ -25,18 +25,8 @@ CARD = "README.md"
 LIBRARIES = ("torch", "transformers", "safetensors", "peft", "bitsandbytes", "deepspeed", "vllm", "ray")
 # Settings about the machine and the user, not about the model.
 NOT_SHOWN = SECRET_FLAGS | {
-    "run_dir",
-    "save_path",
-    "ckpt_path",
-    "load_checkpoint",
-    "local_rank",
-    "use_tensorboard",
-    "wandb_org",
-    "wandb_group",
-    "wandb_project",
-    "wandb_run_name",
-    "remote_rm_url",
-    "token_file",
+    *("run_dir", "save_path", "ckpt_path", "load_checkpoint", "local_rank", "remote_rm_url", "token_file"),
+    *("use_tensorboard", "wandb_org", "wandb_group", "wandb_project", "wandb_run_name"),
 }
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "TOGI_REWARD_TOKEN")
 # "account/name" as on the hub.

@@ -7,7 +7,6 @@ with a part chosen at run time (a reward component, a phase, a process) are made
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from enum import StrEnum
 from functools import cache
 from importlib.resources import files
@@ -109,8 +108,8 @@ _PATTERNS = {
     r"eval/(.+)/([^/]+)_stderr": "Standard error of {1!r} on the evaluation set {0!r}, over prompts.",
     r"eval/(.+)/([^/]+)": "{1!r} on the evaluation set {0!r}.",
 }
-# Metrics of a single training method; their sentences are in its file.
-_OF_METHODS: dict[str, str] = {}
+# A sentence about each metric of a single training method; ``togi.methods`` adds those in the methods' files.
+OF_METHODS: dict[str, str] = {}
 
 _REWARDS = (REWARD_MEAN, REWARD_STD, REWARD_GROUP_STD, REWARD_ABSTAINED, REWARD_ERRORS, REWARD_PAUSED, REWARD_CHOSEN)
 RESERVED_COMPONENTS = {name.removeprefix("reward/") for name in (*_REWARDS, REWARD_REJECTED, REWARD_MARGIN)}
@@ -133,11 +132,6 @@ def reward_component(component: str) -> str:
     if component in RESERVED_COMPONENTS:
         raise RewardError(f"a reward component is called {component!r}, which is a metric of Togi's own; rename it")
     return f"reward/{component}"
-
-
-def phase_time(phase: str) -> str:
-    """Metric name of the seconds of one phase of a step."""
-    return f"time/{phase}"
 
 
 class Holder(StrEnum):
@@ -170,19 +164,9 @@ def eval_of(source: str, key: str) -> str:
     return f"eval/{source}/{key}"
 
 
-def add_explanations(explanations: Mapping[str, str]) -> None:
-    """Add sentences about metrics of a single method; called once, when the methods are imported."""
-    _OF_METHODS.update(explanations)
-
-
-def of_methods() -> tuple[str, ...]:
-    """The metrics of single training methods."""
-    return tuple(_OF_METHODS)
-
-
 def explain(name: str) -> str:
     """One sentence about a metric; a name that is not Togi's gets a sentence that says so."""
-    known = explanations() | _OF_METHODS
+    known = explanations() | OF_METHODS
     if name in known:
         return known[name]
     if name.startswith("eval/") and (trained := name.removeprefix("eval/")) in known:

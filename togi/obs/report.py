@@ -12,9 +12,9 @@ import math
 import secrets
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -23,8 +23,8 @@ from jinja2 import Environment, PackageLoader
 from jinja2.utils import htmlsafe_json_dumps
 
 from togi.obs import names
-from togi.obs.metrics import StepRecord, read_records
-from togi.obs.rollout_store import RolloutFile, RolloutStore, Row
+from togi.obs.metrics import StepRecord, all_values, read_records
+from togi.obs.rollout_store import RolloutStore, Row
 from togi.obs.run_dir import RunDirectory, RunInfo, State, Status, read_held_out, write_atomically
 from togi.obs.way_out import tolerated, way_out
 
@@ -100,7 +100,7 @@ def _page_data(run: RunDirectory, limits: Limits) -> dict[str, object]:
     return {
         "facts": _facts(run, info, status, records),
         "state": {"name": status.state, "message": status.message},
-        "headlines": [_headline(name, series[name]) for name in table["headlines"] if name in series],
+        "headlines": [{"name": name, **_ends(series[name])} for name in table["headlines"] if name in series],
         "steps": [record.step for record in shown],
         "series": series,
         "charts": _charts(table["charts"], series),
@@ -131,9 +131,8 @@ def _held_out(root: Path, limits: Limits) -> list[dict[str, object]]:
         {
             "step": step,
             "rows": [
-                {
-                    "place": row.place,
-                    "number": row.number,
+                asdict(row)
+                | {
                     "texts": [_cut(text, limits.text_characters) for text in row.texts],
                     "values": [_number(value) for value in row.values],
                 }
@@ -162,9 +161,10 @@ def _facts(run: RunDirectory, info: RunInfo, status: Status, records: Sequence[S
     return [fact for fact in facts if fact[1]]
 
 
-def _headline(name: str, values: Sequence[float | None]) -> dict[str, object]:
+def _ends(values: Sequence[float | None]) -> dict[str, float]:
+    """The first and the last measured value, if there is one."""
     measured = [value for value in values if value is not None]
-    return {"name": name, "first": measured[0], "last": measured[-1]} if measured else {"name": name}
+    return {"first": measured[0], "last": measured[-1]} if measured else {}
 
 
 def _thinned(records: Sequence[StepRecord], limit: int) -> list[StepRecord]:
@@ -180,10 +180,7 @@ def _thinned(records: Sequence[StepRecord], limit: int) -> list[StepRecord]:
 
 def _series(records: Sequence[StepRecord]) -> dict[str, list[float | None]]:
     """Values by metric, one per record; None if not measured or not finite."""
-    rows = [
-        {**record.values, **{names.phase_time(phase): seconds for phase, seconds in record.seconds.items()}}
-        for record in records
-    ]
+    rows = [all_values(record) for record in records]
     found = dict.fromkeys(name for row in rows for name in row)
     return {name: [_number(row.get(name, math.nan)) for row in rows] for name in found}
 
@@ -199,7 +196,7 @@ def _charts(table: Sequence[Chart], series: Mapping[str, object]) -> list[dict[s
         if drawn:
             kind = chart.get("kind", "lines")
             charts.append({"title": chart["title"], "unit": chart.get("unit", ""), "kind": kind, "names": drawn})
-    for own in names.of_methods():
+    for own in names.OF_METHODS:
         if drawn := [name for name in left if name in (own, f"eval/{own}")]:
             charts.append({"title": own.replace("_", " "), "unit": "", "kind": "lines", "names": drawn})
     return charts
@@ -212,12 +209,16 @@ def _rollouts(store: RolloutStore, limits: Limits) -> tuple[list[dict[str, objec
     size = cut = 0
     # From a spread order, so that wherever the page is full, its steps cover the whole run.
     for index in spread_order(len(files)):
-        part, shortened = _step_part(store, files[index], limits)
+        file = files[index]
+        records = store.read_columns(file, _COLUMNS, limits.rollouts_per_step)
+        rows = [_shown(record, limits.text_characters) for record in records]
+        part = {"step": file.step, "split": file.split, "total": store.count(file), "rows": rows}
         size += len(_embedded(part))
         if chosen and size > limits.rollout_bytes:
             break
         chosen[index] = part
-        cut += shortened
+        texts = [text for record in records for text in (record["prompt_text"], record["response_text"])]
+        cut += sum(len(text) > limits.text_characters for text in texts)
     # Say what is missing.
     notes = []
     if len(chosen) < len(files):
@@ -233,15 +234,6 @@ def _rollouts(store: RolloutStore, limits: Limits) -> tuple[list[dict[str, objec
     return [chosen[index] for index in sorted(chosen)], notes
 
 
-def _step_part(store: RolloutStore, file: RolloutFile, limits: Limits) -> tuple[dict[str, object], int]:
-    """One file's part of the page, and the number of truncated texts."""
-    records = store.read_columns(file, _COLUMNS, limits.rollouts_per_step)
-    texts = [text for record in records for text in (record["prompt_text"], record["response_text"])]
-    rows = [_shown(record, limits.text_characters) for record in records]
-    part = {"step": file.step, "split": file.split, "total": store.count(file), "rows": rows}
-    return part, sum(len(text) > limits.text_characters for text in texts)
-
-
 def _shown(row: Row, characters: int) -> dict[str, object]:
     """One row of the page's table."""
     return {
@@ -254,7 +246,7 @@ def _shown(row: Row, characters: int) -> dict[str, object]:
         "tokens": len(row["response_mask"]),
         "reward": _number(row["reward"]),
         "components": {name: _number(value) for name, value in row["components"].items()},
-        "advantage": _masked_mean(row["advantages"], row["response_mask"]),
+        "advantage": _mean(list(compress(row["advantages"], row["response_mask"]))),
         "outcome": row["outcome"],
         "finish": row["finish_reason"],
         "version": row["policy_version"],
@@ -281,12 +273,8 @@ def spread_order(count: int) -> Iterator[int]:
         gaps = halves
 
 
-def _masked_mean(values: Sequence[float], mask: Sequence[bool]) -> float | None:
-    """Mean over the tokens that the policy chose; None without values."""
-    if not values:
-        return None
-    chosen = [value for value, kept in zip(values, mask, strict=True) if kept]
-    return _number(sum(chosen) / len(chosen)) if chosen else None
+def _mean(values: Sequence[float]) -> float | None:
+    return _number(sum(values) / len(values)) if values else None
 
 
 def _number(value: float) -> float | None:

@@ -22,15 +22,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from togi.errors import ConfigError
-from togi.obs.metrics import StepRecord
+from togi.obs.metrics import StepRecord, all_values
 from togi.obs.run_dir import looks_like_wandb_key, redact_value, scrub
 from togi.obs.way_out import writing
-
-if TYPE_CHECKING:
-    import wandb
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +156,19 @@ def _wandb_main() -> None:
     """The body of ``WandbProcess``: reads settings, then records; answers with one line, or with an error."""
     lines, answers = sys.stdin, sys.stdout
     try:
-        run = _wandb_open(**json.loads(lines.readline()))
+        settings = json.loads(lines.readline())
+        key, offline = settings["key"], os.environ.get("WANDB_MODE", "online") != "online"
+        import wandb
+
+        if not key and not offline and not wandb.login(prompt=False):
+            raise ConfigError("not logged in; give a key (--use_wandb KEY), set WANDB_API_KEY or run `wandb login`")
+        # x_disable_meta: otherwise W&B stores the command line and paths of the environment. No console capture either.
+        how = wandb.Settings(api_key=key or None, console="off", silent=True, x_disable_meta=True, save_code=False)
+        run = wandb.init(**settings["run"], resume=None if offline else "allow", settings=how)
+        # Training and evaluation have step axes of their own.
+        for family in ("train", "eval"):
+            run.define_metric(f"{family}/global_step")
+            run.define_metric(f"{family}/*", step_metric=f"{family}/global_step")
         answers.write(_READY + "\n")
         answers.flush()
         for line in lines:
@@ -176,26 +185,9 @@ def _wandb_main() -> None:
         sys.exit(1)
 
 
-def _wandb_open(key: str, run: Mapping[str, Any]) -> wandb.Run:
-    import wandb
-
-    offline = os.environ.get("WANDB_MODE", "online") != "online"
-    if not key and not offline and not wandb.login(prompt=False):
-        raise ConfigError("not logged in; give a key (--use_wandb KEY), set WANDB_API_KEY or run `wandb login`")
-    # x_disable_meta: otherwise W&B stores the command line and paths of the environment. No console capture either.
-    settings = wandb.Settings(api_key=key or None, console="off", silent=True, x_disable_meta=True, save_code=False)
-    opened = wandb.init(**run, resume=None if offline else "allow", settings=settings)
-    # Training and evaluation have step axes of their own.
-    for family in ("train", "eval"):
-        opened.define_metric(f"{family}/global_step")
-        opened.define_metric(f"{family}/*", step_metric=f"{family}/global_step")
-    return opened
-
-
 def tracker_names(record: StepRecord) -> dict[str, float]:
     """Values and phase seconds by their names in trackers: ``eval/<k>`` unchanged, everything else ``train/<k>``."""
-    values = {**record.values, **{f"time/{phase}": seconds for phase, seconds in record.seconds.items()}}
-    return {name if name.startswith("eval/") else f"train/{name}": value for name, value in values.items()}
+    return {name if name.startswith("eval/") else f"train/{name}": value for name, value in all_values(record).items()}
 
 
 class Background:
