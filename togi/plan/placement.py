@@ -32,17 +32,13 @@ def what_needs_ray(config: RLConfig, machine: Machine) -> str:
     """The first setting that needs more than one process, as it is written; "" if none does."""
     # Counts first, then settings that work across processes only.
     sizes, roles = _sizes(config), dict.fromkeys(used_roles(config))
-    counts = {
-        "vllm_num_engines": config.vllm_num_engines,
-        "vllm_tensor_parallel_size": config.vllm_tensor_parallel_size,
-    }
+    engines, size = config.vllm_num_engines, config.vllm_tensor_parallel_size
+    counts = {"vllm_num_engines": engines, "vllm_tensor_parallel_size": size}
     for role in (role for role in roles if role is not Role.ENGINE):
         counts |= dict(zip(_flags_of(role), sizes[role], strict=True))
         if role is Role.ACTOR:
-            counts |= {
-                "ring_attn_size": config.ring_attn_size,
-                "ds_tensor_parallel_size": config.ds_tensor_parallel_size,
-            }
+            ring, parts = config.ring_attn_size, config.ds_tensor_parallel_size
+            counts |= {"ring_attn_size": ring, "ds_tensor_parallel_size": parts}
     needs = [f"--{name} {count}" for name, count in counts.items() if count != 1]
     if joins_cluster():
         needs.append(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}")
@@ -97,21 +93,16 @@ def choose(config: RLConfig, *, on_gpu: bool, one_host: bool) -> Route:
     if asked is SyncBackend.AUTO and one_host:
         return Route(Carrier.HOST)
     # What remains needs NCCL, or has a fallback.
-    problem = _nccl_problem(config, on_gpu)
+    problem = "" if on_gpu else "GPUs, and the actor computes on the CPU"
+    if on_gpu and config.vllm_tensor_parallel_size > 1:
+        # A tensor-parallel engine receives its weights in a process without a GPU of its own.
+        problem = "--vllm_tensor_parallel_size 1"
     if asked is SyncBackend.AUTO:
         return Route(Carrier.GLOO if problem or config.colocate_all_models else Carrier.NCCL)
     if problem:
         return Route(Carrier.GLOO, f"--vllm_sync_backend nccl needs {problem}")
     shared = Route(Carrier.IPC, "nccl cannot connect two processes on one GPU")
     return shared if config.colocate_all_models else Route(Carrier.NCCL)
-
-
-def _nccl_problem(config: RLConfig, on_gpu: bool) -> str:
-    """What prevents sending GPU memory; "" if nothing does."""
-    if not on_gpu:
-        return "GPUs, and the actor computes on the CPU"
-    # A tensor-parallel engine receives its weights in a process without a GPU of its own.
-    return "--vllm_tensor_parallel_size 1" if config.vllm_tensor_parallel_size > 1 else ""
 
 
 class Role(StrEnum):
@@ -215,9 +206,8 @@ def plan_groups(config: RLConfig) -> tuple[Group, ...]:
     for roles in _sharing(config):
         counts = {sizes[role] for role in roles if role is not Role.ENGINE}
         if len(counts) > 1:
-            shapes = ", ".join(
-                f"{role} {sizes[role][0]} x {sizes[role][1]}" for role in roles if role is not Role.ENGINE
-            )
+            trained = [role for role in roles if role is not Role.ENGINE]
+            shapes = ", ".join(f"{role} {sizes[role][0]} x {sizes[role][1]}" for role in trained)
             raise ConfigError(
                 f"Colocated models need the same --*_num_nodes x --*_num_gpus_per_node but are {shapes}: make them equal."
             )
@@ -337,15 +327,13 @@ def _sharing(config: RLConfig) -> list[tuple[Role, ...]]:
     roles = used_roles(config)
     if config.colocate_all_models:
         return [roles]
-    pairs: list[tuple[Role, ...]] = []
-    if config.colocate_actor_ref:
-        pairs.append((Role.ACTOR, Role.REF))
-    if config.colocate_critic_reward:
-        pairs.append((Role.CRITIC, *[Role.REWARD] * max(1, len(config.reward_models))))
+    rewards = [Role.REWARD] * max(1, len(config.reward_models))
+    pairs = [(Role.ACTOR, Role.REF)] * config.colocate_actor_ref + [
+        (Role.CRITIC, *rewards)
+    ] * config.colocate_critic_reward
     shared = [pair for pair in pairs if all(role in roles for role in pair)]
     taken = {role for pair in shared for role in pair}
-    single: list[tuple[Role, ...]] = [(role,) for role in roles if role not in taken]
-    return single + shared
+    return [*((role,) for role in roles if role not in taken), *shared]
 
 
 Auto = Literal["auto"]

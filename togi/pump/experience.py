@@ -194,11 +194,10 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         metrics[names.REWARD_GROUP_STD] = float(np.mean(spreads))
         metrics[names.GROUPS_ZERO_VARIANCE] = float(np.mean([spread == 0 for spread in spreads]))
     # Named parts of the reward, each over the samples that have it.
-    components: dict[str, list[float]] = {}
-    for score in scores:
-        for name, value in score.components.items():
-            components.setdefault(names.reward_component(name), []).append(value)
-    return metrics | {name: float(np.mean(numbers)) for name, numbers in components.items()}
+    for name in dict.fromkeys(name for score in scores for name in score.components):
+        parts = [score.components[name] for score in scores if name in score.components]
+        metrics[names.reward_component(name)] = float(np.mean(parts))
+    return metrics
 
 
 def filter_metrics(groups: Sequence[ScoredGroup], wanted: int) -> dict[str, float]:

@@ -119,17 +119,15 @@ class RolloutFeed:
         async def place() -> None:
             for number, prompt in prompts:
                 async with free:
-                    group = await self._one(prompt, f"{name}/{number}/{prompt.id}", samples, limit)
+                    alone = self._collected([(f"{name}/{number}/{prompt.id}", prompt)], samples, samples)
+                    [rollouts] = [rollouts async for rollouts in alone]
+                    group = await self._scored(rollouts, limit)
                 groups[number] = group
                 if not group.filtered:
                     return
 
         await all_or_none(place() for _ in range(count))
         return [groups[number] for number in sorted(groups)]
-
-    async def _one(self, prompt: Prompt, group_id: str, samples: int, limit: ErrorLimit) -> ScoredGroup:
-        [group] = [group async for group in self._collected([(group_id, prompt)], samples, samples)]
-        return await self._scored(group, limit)
 
     def _collected(
         self, prompts: Iterable[tuple[str, Prompt]], samples: int, most: int
@@ -228,19 +226,10 @@ def _group(rows: Sequence[Row]) -> ScoredGroup:
     first = rows[0]
     label, tokens = json.loads(first["label"]), tuple(first["prompt_tokens"])
     prompt = Prompt(first["prompt_id"], tokens, first["prompt_text"], label, first["datasource"])
-    rollouts = tuple(_rollout(row, prompt) for row in rows)
+    rollouts = []
+    for row in rows:
+        tokens, mask, logprobs = (tuple(row[name]) for name in ("response_tokens", "response_mask", "rollout_logprobs"))
+        reason, version = FinishReason(row["finish_reason"]), row["policy_version"]
+        rollouts.append(Rollout(prompt, row["group_id"], tokens, mask, logprobs, row["response_text"], reason, version))
     scores = tuple(Score(Outcome(row["outcome"]), row["reward"], row["components"]) for row in rows)
-    return ScoredGroup(rollouts, scores, first["filtered"])
-
-
-def _rollout(row: Row, prompt: Prompt) -> Rollout:
-    return Rollout(
-        prompt=prompt,
-        group_id=row["group_id"],
-        response_tokens=tuple(row["response_tokens"]),
-        response_mask=tuple(row["response_mask"]),
-        response_logprobs=tuple(row["rollout_logprobs"]),
-        response_text=row["response_text"],
-        finish_reason=FinishReason(row["finish_reason"]),
-        policy_version=row["policy_version"],
-    )
+    return ScoredGroup(tuple(rollouts), scores, first["filtered"])
