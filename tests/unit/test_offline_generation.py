@@ -15,8 +15,7 @@ from togi.data.turns import Coded
 from togi.errors import ConfigError
 from togi.methods.kd import KD
 from togi.parallel.process import World
-from togi.run.offline_data import Data, check_plan
-from togi.run.offline_setup import answered, check_ranks, places_to_answer
+from togi.run.offline_setup import Data, answered, check_plan, check_ranks, places_to_answer
 from togi.run.plan import EpochPlan
 from togi.sample import Sample
 

@@ -18,7 +18,7 @@ from togi.methods.prm import PRM
 from togi.methods.sft import SFT
 from togi.parallel.process import World
 from togi.run.loading import UNLIMITED
-from togi.run.offline_data import Data, check_plan, record_spec
+from togi.run.offline_setup import Data, check_plan, record_spec
 from togi.run.plan import EpochPlan
 
 

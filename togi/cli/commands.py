@@ -12,20 +12,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from togi.config import tools
 from togi.config.fields import Settings, flag
 from togi.config.infer import ChatConfig, InferConfig, check_chat
 from togi.config.iterate import IterateConfig
 from togi.config.parse import nearest, parse
 from togi.config.rl import RLConfig
-from togi.config.tools import (
-    SAMPLE_GROUPS,
-    ExportConfig,
-    MergeConfig,
-    RLCheckConfig,
-    ServeRMConfig,
-    check_serve_rm,
-    without_check,
-)
 from togi.data.precheck import asked_reward
 from togi.errors import ConfigError, UserError
 from togi.methods import METHODS
@@ -100,7 +92,7 @@ def iterate(argv: Sequence[str]) -> None:
 
 def export(argv: Sequence[str]) -> None:
     """``togi export``: a run's final model, or one of its checkpoints, as a plain Hugging Face folder with a model card."""
-    config = parse(ExportConfig, argv, "export").config
+    config = parse(tools.ExportConfig, argv, "export").config
     _require(config, "run_dir", "output_path")
     from togi.run.export import export
 
@@ -120,7 +112,7 @@ def report(argv: Sequence[str]) -> None:
 
 def merge_lora(argv: Sequence[str]) -> None:
     """``togi merge-lora``: merge an adapter into its base model."""
-    config = parse(MergeConfig, argv, "merge-lora").config
+    config = parse(tools.MergeConfig, argv, "merge-lora").config
     _require(config, "lora_path", "output_path")
     from togi.run.export import merge
 
@@ -144,7 +136,7 @@ def chat(argv: Sequence[str]) -> None:
     say_ignored(config, say)
     check_model("pretrain", config.pretrain, adapters=True)
     asked_reward(config.csft_prompt, config.reward_template)
-    from togi.run.chat import Chat
+    from togi.run.infer import Chat
 
     conversation = Chat(config)
     print('Type a message; "clear" starts anew, "exit" ends.')
@@ -174,9 +166,9 @@ def _answer(pieces: Iterator[str]) -> None:
 
 def serve_rm(argv: Sequence[str]) -> None:
     """``togi serve-rm``: a reward model or function over HTTP, until SIGTERM or SIGINT."""
-    parsed = parse(ServeRMConfig, argv, "serve-rm")
+    parsed = parse(tools.ServeRMConfig, argv, "serve-rm")
     token = _token(parsed.config)
-    check_serve_rm(parsed.config, has_token=bool(token))
+    tools.check_serve_rm(parsed.config, has_token=bool(token))
     config = with_local_names(parsed).config
     say_ignored(config, say)
     if config.reward_pretrain:
@@ -188,7 +180,7 @@ def serve_rm(argv: Sequence[str]) -> None:
     serve(config, token, say)
 
 
-def _token(config: ServeRMConfig) -> str:
+def _token(config: tools.ServeRMConfig) -> str:
     """The bearer token, "" if there is none. Raises ConfigError."""
     if config.token_file is None:
         return os.environ.get("TOGI_REWARD_TOKEN", "")
@@ -215,10 +207,10 @@ def check(argv: Sequence[str]) -> None:
         raise ConfigError(f"togi check looks at {', '.join(CHECKED)}, not at {command}{hint}")
     if os.environ.get("RANK", "0") != "0":  # one process of a launcher is enough
         return
-    if command != "rl" and f"--{SAMPLE_GROUPS}" in flags:
-        raise ConfigError(f"--{SAMPLE_GROUPS} samples answers to be rewarded: it is for togi check rl.")
+    if command != "rl" and f"--{tools.SAMPLE_GROUPS}" in flags:
+        raise ConfigError(f"--{tools.SAMPLE_GROUPS} samples answers to be rewarded: it is for togi check rl.")
     if command == "rl":
-        settings, groups = without_check(parse(RLCheckConfig, flags, "check rl"))
+        settings, groups = tools.without_check(parse(tools.RLCheckConfig, flags, "check rl"))
         ready_rl = rl_door(settings, reward_given=False, announce=say)
         from togi.run.check import look_at_rl
 

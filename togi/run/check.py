@@ -8,7 +8,7 @@ A few groups sampled from the policy in this process: no Ray, no vLLM, one copy 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from togi.config.choices import EngineName, WorkersKind
 from togi.config.model_facts import position_limit
@@ -33,10 +33,10 @@ from togi.pump.experience import GroupFilter, ScoredGroup
 from togi.pump.feed import RolloutFeed
 from togi.reward.scores import LengthPenalties, LocalModelReward
 from togi.rollout import create_engine
-from togi.rollout.engine import EngineSettings, RolloutEngine, end_token_ids
+from togi.rollout.engine import RolloutEngine, end_token_ids
 from togi.run import offline, rl_setup, signs
 from togi.run.keep import check_room, offline_writing, rl_writing, size_of
-from togi.run.loading import RewardModel, tokenizer_of
+from togi.run.loading import RewardModel, engine_settings, tokenizer_of
 from togi.run.plan import StepPlan
 from togi.run.preflight import asked_context, model_settings
 from togi.run.rl_setup import Material, combined, reward_names
@@ -61,21 +61,22 @@ def settings_text(parsed: Parsed[Config]) -> Iterator[str]:
         yield f"  --{name} {shown if len(shown) <= SHOWN else shown[:SHOWN] + ' ...'} ({parsed.sources[name]})"
 
 
-def model_text(flag: str, path: str, found: Sizes) -> str:
-    """The size of a model."""
+def model_text(path: str, found: Sizes, asked: str, tokenizer: Tokenizer, stops: Sequence[int]) -> Iterator[str]:
+    """The size of the model, its lengths, and of its tokenizer type, size and special tokens.
+
+    ``asked``: the flags of the longest sequence. ``stops``: the tokens that end an answer.
+    """
     adapter = f", {found.trained:,} of an adapter are trained" if found.adapter else ""
-    return (
-        f"model: --{flag} {path} has {found.weights:,} weights in {found.layers} layers of width {found.hidden}{adapter}; "
+    yield (
+        f"model: --pretrain {path} has {found.weights:,} weights in {found.layers} layers of width {found.hidden}{adapter}; "
         f"its embedding has {found.embedding:,} rows"
     )
-
-
-def tokenizer_text(found: Tokenizer, stops: Sequence[int]) -> str:
-    """Type, size and special tokens of the tokenizer, and the tokens that end an answer."""
-    names = {"BOS": found.bos_token, "EOS": found.eos_token, "padding": found.pad_token}
+    positions = position_limit(model_settings(path))
+    yield f"lengths: {asked}" + ("" if positions is None else f", of {positions} positions that the model has")
+    names = {"BOS": tokenizer.bos_token, "EOS": tokenizer.eos_token, "padding": tokenizer.pad_token}
     special = ", ".join(f"{name} {token!r}" for name, token in names.items() if token is not None)
-    ends = ", ".join(repr(visible(found, [stop])) for stop in stops)
-    return f"tokenizer: {type(found).__name__} with {len(found):,} tokens ({special}); answers end at {ends}"
+    ends = ", ".join(repr(visible(tokenizer, [stop])) for stop in stops)
+    yield f"tokenizer: {type(tokenizer).__name__} with {len(tokenizer):,} tokens ({special}); answers end at {ends}"
 
 
 def template_text(config: PromptText, found: Tokenizer) -> str:
@@ -84,9 +85,8 @@ def template_text(config: PromptText, found: Tokenizer) -> str:
         own = config.tokenizer_chat_template is None
         return f"template: {'the chat template of the tokenizer' if own else '--tokenizer_chat_template'}"
     rest = "; the tokenizer has a chat template, which is not used" if found.chat_template else ""
-    if config.input_template is not None:
-        return f"template: --input_template {config.input_template!r}{rest}"
-    return f"template: none, rows are taken as they are{rest}"
+    given = config.input_template
+    return f"template: {'none, rows are taken as they are' if given is None else f'--input_template {given!r}'}{rest}"
 
 
 def rows_text(name: str, report: DataReport, *, width: int = 1) -> Iterator[str]:
@@ -94,13 +94,9 @@ def rows_text(name: str, report: DataReport, *, width: int = 1) -> Iterator[str]
 
     ``width``: examples of one row (2 for pairs).
     """
-    title = report.title[0].lower() + report.title[1:]
+    title, at = report.title[0].lower() + report.title[1:], report.lengths
     yield f"{name}: {title}, {report.kept} of {report.picked} are used; dropped: {report.drop_reasons()}"
-    lengths = report.lengths
-    yield (
-        f"  tokens: shortest {lengths.min}, median {lengths.median}, 90% up to {lengths.p90}, 99% up to {lengths.p99}, "
-        f"longest {lengths.max}"
-    )
+    yield f"  tokens: shortest {at.min}, median {at.median}, 90% up to {at.p90}, 99% up to {at.p99}, longest {at.max}"
     for fault in report.faults.first[:SHOWN_FAULTS]:
         yield f"  faulty: {fault.reason}"
     for number, example in enumerate(report.examples):
@@ -115,12 +111,6 @@ def indented(text: str) -> str:
         half = LONGEST // 2
         text = f"{text[:half]}\n... {len(text) - 2 * half:,} characters ...\n{text[-half:]}"
     return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def reward_text(trial: Mapping[str, Sequence[Score]], answer: str) -> Iterator[str]:
-    """The reward that each reward function gave when it was tried."""
-    for name, scores in trial.items():
-        yield f"reward: {name} says {score_text(scores[0])} of the answer {answer!r} to the first prompt"
 
 
 def score_text(found: Score) -> str:
@@ -161,15 +151,8 @@ async def sample(config: RLConfig, material: Material, groups: int, progress: Pr
 
 
 def _engine(config: RLConfig) -> RolloutEngine:
-    settings = EngineSettings(
-        model=local_folder(config.pretrain),
-        dtype="bfloat16" if config.bf16 else "float32",
-        max_model_len=config.context_length,
-        seed=config.seed,
-        trust_remote_code=config.trust_remote_code,
-    )
     try:
-        return create_engine(EngineName.TRANSFORMERS, settings)
+        return create_engine(EngineName.TRANSFORMERS, engine_settings(config, config.context_length))
     except ConfigError as error:  # its advice is another engine, but sampling has only this one
         reason = str(error).partition(":")[0]
         raise ConfigError(f"--sample_groups samples with Transformers, but {reason}: leave it out.") from None
@@ -194,10 +177,8 @@ def look_at_offline(parsed: Parsed[Method], command: str, say: Say) -> None:
     _say_all(settings_text(parsed), say)
     with Progress() as progress:
         data, plan, _ = offline.opening(config, command, World.solo(), progress, say)
-    # Facts of the run: model, lengths, tokenizer, template, rows, disk space.
-    say(model_text("pretrain", config.pretrain, sizes(config.pretrain, config.is_scalar)))
-    say(_lengths(f"--max_len {config.max_len}", config.pretrain))
-    say(tokenizer_text(data.tokenizer, data.stop_token_ids))
+    asked, model = f"--max_len {config.max_len}", sizes(config.pretrain, config.is_scalar)
+    _say_all(model_text(config.pretrain, model, asked, data.tokenizer, data.stop_token_ids), say)
     if config.learns_every_token:
         say("template: none, every token is learnt (--pretrain_mode)")
     elif config.prompt_text is not None:
@@ -230,23 +211,27 @@ async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, 
         # Signs from settings and prompts cost nothing; sampled answers need the model, so they are optional.
         found = [*signs.setting_signs(config, plan), *signs.prompt_signs(config, material, tokenizer)]
         if sample_groups > 0:
-            found += await _sampled(config, material, tokenizer, sample_groups, progress, say)
+            groups = await sample(config, material, sample_groups, progress)
+            _say_all(samples_text(groups), say)
+            stops = tuple(sorted({*material.stop_token_ids, *end_token_ids(local_folder(config.pretrain))}))
+            found += signs.reward_signs(config, groups)
+            found += signs.answer_signs(config, groups, tokenizer, stops)
+            found += signs.template_signs(config, groups, tokenizer, stops)
     conclude(found, say)
 
 
 def _describe(config: RLConfig, material: Material, plan: StepPlan, tokenizer: Tokenizer, say: Say) -> None:
     """Report model, lengths, tokenizer, template, rows, reward, placement and disk space."""
     sizes = size_of(config)
-    say(model_text("pretrain", config.pretrain, sizes(config.pretrain, False)))
-    say(_lengths(asked_context(config), config.pretrain))
-    say(tokenizer_text(tokenizer, material.stop_token_ids))
+    model, stops = sizes(config.pretrain, False), material.stop_token_ids
+    _say_all(model_text(config.pretrain, model, asked_context(config), tokenizer, stops), say)
     say(template_text(config, tokenizer))
     for name, report in material.reports.items():
         _say_all(rows_text(name, report), say)
     # The reward was called once by the opening; reward models are too large to load here.
-    if material.trial:
+    for name, scores in material.trial.items():
         answer = rl_setup.example(material.prompts[0]).response_text
-        _say_all(reward_text(material.trial, answer), say)
+        say(f"reward: {name} says {score_text(scores[0])} of the answer {answer!r} to the first prompt")
     for path in config.scoring_models:
         say(f"reward: the model {path} is loaded by the run, not here")
     # Without GPUs and without a Ray cluster the groups are placed on processes.
@@ -256,20 +241,6 @@ def _describe(config: RLConfig, material: Material, plan: StepPlan, tokenizer: T
     say(f"disk: {check_room(config, rl_writing(config, plan.rollouts, sizes))}")
 
 
-async def _sampled(
-    config: RLConfig, material: Material, tokenizer: Tokenizer, groups: int, progress: Progress, say: Say
-) -> Sequence[signs.Sign]:
-    """Let the policy answer a few groups and return the signs in the answers and rewards."""
-    found = await sample(config, material, groups, progress)
-    _say_all(samples_text(found), say)
-    stops = tuple(sorted({*material.stop_token_ids, *end_token_ids(local_folder(config.pretrain))}))
-    return [
-        *signs.reward_signs(config, found),
-        *signs.answer_signs(config, found, tokenizer, stops),
-        *signs.template_signs(config, found, tokenizer, stops),
-    ]
-
-
 def conclude(found: Sequence[signs.Sign], say: Say) -> None:
     """Say every sign, and raise UserError if one of them stops learning."""
     for sign in found:
@@ -277,11 +248,6 @@ def conclude(found: Sequence[signs.Sign], say: Say) -> None:
     for sign in found:
         if sign.verdict is signs.Verdict.STOPS:
             raise UserError(f"The run would not learn. {sign.sentence}")
-
-
-def _lengths(asked: str, path: str) -> str:
-    positions = position_limit(model_settings(path))
-    return f"lengths: {asked}" + ("" if positions is None else f", of {positions} positions that the model has")
 
 
 def _say_all(lines: Iterable[str], say: Say) -> None:

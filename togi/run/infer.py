@@ -1,7 +1,7 @@
-"""Generate outputs for a file of prompts (``generate``) and scores for a file of outputs (``score``).
+"""Generate outputs for a file of prompts (``generate``), scores for a file of outputs (``score``), or talk (``Chat``).
 
-Both write rows as they finish and end with a file in order (``togi.data.row_log``), so the same command resumes after a kill.
-Settings are checked by ``start``.
+The first two write rows as they finish and end with a file in order (``togi.data.row_log``), so the same command resumes after a
+kill. Settings are checked by ``start``.
 """
 
 from __future__ import annotations
@@ -17,41 +17,34 @@ import torch
 
 from togi.algo.best_of_n import mean_with_error, standardized
 from togi.config.choices import EngineName, PostProcessor
-from togi.config.infer import InferConfig
+from togi.config.infer import ChatConfig, InferConfig
 from togi.data import chat
+from togi.data.faults import Note, check_whole, named
+from togi.data.messages import ASSISTANT, USER, Dialogue, Tool, read_tools
 from togi.data.precheck import asked_reward, with_reward
 from togi.data.prompts import DEFAULT_DATASOURCE, PromptSpec, fingerprint, load_prompts
 from togi.data.row_log import RowLog
 from togi.data.rows import OutputSpec, read_outputs
 from togi.data.source import load_mixture
-from togi.errors import ConfigError, RewardError
+from togi.data.turns import lost
+from togi.errors import ConfigError, DataError, RewardError
+from togi.model.generate import Answering, load_generator, stream
 from togi.model.loading import known_tokens
 from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
 from togi.parallel.process import be_deterministic, default_device
 from togi.rollout import create_engine
 from togi.rollout.collect import SingleTurn, collect_groups
-from togi.rollout.engine import EngineSettings
 from togi.run.iterate_steps import Row, digest, select
-from togi.run.loading import RewardModel, spec_of, tokenizer_of
+from togi.run.loading import RewardModel, engine_settings, spec_of, tokenizer_of
 from togi.sample import FinishReason, Prompt, Rollout, Sampling
 from togi.weights.files import local_folder
 
 SCORED_AT_ONCE = 64
 # Settings that the rows depend on, besides prompts and weights.
 GENERATION = (
-    "eval_task",
-    "seed",
-    "best_of_n",
-    "max_new_tokens",
-    "prompt_max_len",
-    "temperature",
-    "top_p",
-    "greedy_sampling",
-    "repetition_penalty",
-    "keep_special_tokens",
-    "label_key",
-    "bf16",
+    *("eval_task", "seed", "best_of_n", "max_new_tokens", "prompt_max_len", "label_key", "bf16"),
+    *("temperature", "top_p", "greedy_sampling", "repetition_penalty", "keep_special_tokens"),
 )
 SCORING = ("eval_task", "value_head_prefix", "bf16")
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -82,16 +75,15 @@ def generate(config: InferConfig, announce: Announce) -> Written:
             prompts, plain = ask(config, tokenizer, announce)
             largest = max((max(prompt.tokens, default=-1) for prompt in prompts), default=-1)
             chat.check_tokens(tokenizer, config.pretrain, known, lambda: largest)
-        model = local_folder(config.pretrain)
         # Stage 2: generate what an earlier attempt did not; the log refuses rows of other settings or weights.
-        identity = identity_of(config, GENERATION, model) | {"--dataset": fingerprint(prompts)}
+        identity = identity_of(config, GENERATION) | {"--dataset": fingerprint(prompts)}
         with RowLog(Path(config.output_path), identity) as log:
             left = [(unit, prompt) for unit, prompt in enumerate(prompts) if unit not in log.done]
             if len(left) < len(prompts):
                 announce(f"{len(prompts) - len(left)} of {len(prompts)} prompts were done by an earlier attempt")
             progress.start_steps(len(prompts), done=len(log.done))
             if left:
-                asyncio.run(_generate(config, model, tokenizer, left, plain, log, progress))
+                asyncio.run(_generate(config, tokenizer, left, plain, log, progress))
             rows = log.in_order()
             log.finish(rows)
     # Stage 3: report truncated outputs.
@@ -137,7 +129,6 @@ def ask(config: InferConfig, tokenizer: chat.Tokenizer, announce: Announce) -> t
 
 async def _generate(
     config: InferConfig,
-    model: str,
     tokenizer: chat.Tokenizer,
     left: Sequence[tuple[int, Prompt]],
     plain: Sequence[str],
@@ -153,7 +144,15 @@ async def _generate(
         repetition_penalty=config.repetition_penalty,
     )
     environment = SingleTurn(partial(chat.visible if config.keep_special_tokens else chat.decode, tokenizer), sampling)
-    settings = engine_settings(config, model)
+    settings = replace(
+        engine_settings(config, config.context_length),
+        enforce_eager=config.enforce_eager or torch.accelerator.current_accelerator() is None,
+        enable_prefix_caching=config.enable_prefix_caching,
+        tensor_parallel_size=config.tp_size,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        kv_cache_gb=config.vllm_cpu_kv_cache_gb,
+        max_num_seqs=config.max_num_seqs if config.engine is EngineName.VLLM else config.micro_batch_size,
+    )
     units = {prompt.id: unit for unit, prompt in left}
     with progress.phase("starting the engine", expected_seconds=15):
         engine = create_engine(config.engine, settings)
@@ -174,24 +173,6 @@ async def _generate(
     finally:
         with way_out("shutting the engine down"):
             await engine.shutdown()
-
-
-def engine_settings(config: InferConfig, model: str) -> EngineSettings:
-    """Settings of one engine on this machine."""
-    on_cpu = torch.accelerator.current_accelerator() is None
-    return EngineSettings(
-        model=model,
-        dtype="bfloat16" if config.bf16 else "float32",
-        max_model_len=config.context_length,
-        seed=config.seed,
-        enforce_eager=config.enforce_eager or on_cpu,
-        enable_prefix_caching=config.enable_prefix_caching,
-        tensor_parallel_size=config.tp_size,
-        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-        kv_cache_gb=config.vllm_cpu_kv_cache_gb,
-        max_num_seqs=config.max_num_seqs if config.engine is EngineName.VLLM else config.micro_batch_size,
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def _row(config: InferConfig, plain: str, tokenizer: chat.Tokenizer, number: int, rollout: Rollout) -> Row:
@@ -236,7 +217,7 @@ def score(config: InferConfig, announce: Announce) -> Written:
             chat.check_tokens(tokenizer, config.pretrain, known, lambda: largest)
         # Stage 2: score what an earlier attempt did not, then select.
         tokens = digest(repr(ids).encode())
-        identity = identity_of(config, SCORING, local_folder(config.pretrain)) | {"--dataset": tokens}
+        identity = identity_of(config, SCORING) | {"--dataset": tokens}
         with RowLog(Path(config.output_path), identity) as log:
             scored = list(_scored(config, rows, _rewards(config, ids, log, progress)))
             estimate = mean_with_error([row["reward"] for row in scored])
@@ -279,10 +260,98 @@ def _scored(config: InferConfig, rows: Sequence[Mapping[str, object]], rewards: 
         yield {"input": row[config.input_key], "output": row[config.output_key], **rest, "reward": reward}
 
 
-def identity_of(config: InferConfig, names: Sequence[str], model: str) -> dict[str, str]:
+def identity_of(config: InferConfig, names: Sequence[str]) -> dict[str, str]:
     """What must be equal for a resume: settings, and the weights by size and modification time."""
     settings = {f"--{name}": str(config.model_dump()[name]) for name in names}
-    files = sorted(file for pattern in WEIGHTS for file in Path(model).glob(pattern))
+    files = sorted(file for pattern in WEIGHTS for file in Path(local_folder(config.pretrain)).glob(pattern))
     stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
     weights = digest("\n".join(stamps).encode())
     return settings | {"--pretrain": config.pretrain, "weights of --pretrain": weights}
+
+
+# Second part: a conversation. The whole history is formatted anew for each turn, and answers stream as text.
+
+
+class Chat:
+    """The model and the turns so far: with a chat template messages, in plain text one text that grows by a line break and
+    ``--input_template`` per turn, after ``--ta_prompt``.
+
+    Raises DataError or ModelError for a model that cannot chat, and DataError for a file that cannot be read.
+    """
+
+    def __init__(self, config: ChatConfig) -> None:
+        path, trust = config.pretrain, config.trust_remote_code
+        self._config, self._tokenizer = config, tokenizer_of(config)
+        if config.apply_chat_template and not self._tokenizer.chat_template:
+            raise DataError(
+                f"The tokenizer of {path} has no chat template: use an instruct model, give --tokenizer_chat_template, or "
+                "talk in plain text with --no_apply_chat_template."
+            )
+        self._tools: tuple[Tool, ...] = ()
+        if config.apply_chat_template and config.tools is not None:
+            text = _read(config.tools, "tools", "a JSON file with a list of tools")
+            with named(f"--tools {Path(config.tools)}"):
+                self._tools = read_tools(text, set())
+        self._start: list[str] = []
+        if not config.apply_chat_template and config.ta_prompt is not None:
+            self._start = [_read(config.ta_prompt, "ta_prompt", "a text file")]
+        self._turns: list[tuple[str, str]] = []
+        self._known = known_tokens(path, trust)
+        chat.check_vocabulary(self._tokenizer, path, self._known, apply_chat_template=config.apply_chat_template)
+        stops = chat.stop_token_ids(self._tokenizer, path, chat=config.apply_chat_template)
+        temperature = 0.0 if config.greedy_sampling else config.temperature
+        self._how = Answering(config.max_len, temperature, config.top_p, stops, config.repetition_penalty)
+        # The checks above read small files only; the weights come last.
+        self._model = load_generator(
+            path,
+            bf16=config.bf16,
+            trust_remote_code=trust,
+            flash_attn=config.flash_attn and default_device().type == "cuda",
+            in_4bit=config.load_in_4bit,
+        )
+
+    def clear(self) -> None:
+        """Clear the history."""
+        self._turns.clear()
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The model's answer to ``text``, as a stream. Both are added to the history when the answer is complete."""
+        config = self._config
+        rendered = self._conversation(text) if config.apply_chat_template else self._plain_text(text)
+        if config.enable_csft:
+            reward = asked_reward(config.csft_prompt, config.reward_template)
+            rendered = with_reward(config.reward_template, rendered, reward)
+        tokens = chat.encode([rendered], self._tokenizer, add_special_tokens=not config.apply_chat_template)[0]
+        chat.check_tokens(self._tokenizer, config.pretrain, self._known, lambda: max(tokens))
+        pieces = []
+        for piece in stream(self._model, self._tokenizer, tokens, self._how):
+            pieces.append(piece)
+            yield piece
+        # Not reached if the caller stops early: an interrupted answer does not enter the history.
+        self._turns.append((text, "".join(pieces)))
+
+    def _conversation(self, text: str) -> str:
+        said = [part for question, answer in self._turns for part in ((USER, question), (ASSISTANT, answer))]
+        messages = tuple({"role": role, "content": content} for role, content in (*said, (USER, text)))
+        dialogue = Dialogue(messages, self._tools)
+        with named("The conversation"):
+            rendered = chat.render_messages(dialogue, self._tokenizer, add_generation_prompt=True)
+            check_whole(rendered, "has")
+        if Note.TOOLS_UNSEEN in lost(dialogue, rendered):
+            raise DataError(
+                "--tools: the chat template does not show the tools to the model: use a template that renders tools "
+                "(--tokenizer_chat_template), or leave --tools out."
+            )
+        return rendered
+
+    def _plain_text(self, text: str) -> str:
+        template = "{}" if self._config.input_template is None else self._config.input_template
+        turns = (template.replace("{}", question) + answer for question, answer in (*self._turns, (text, "")))
+        return "\n".join([*self._start, *turns])
+
+
+def _read(path: str, flag: str, wanted: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--{flag} {Path(path)} cannot be read ({error}): give {wanted}.") from None

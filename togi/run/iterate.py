@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from togi.config.choices import IterateMethod
@@ -95,24 +96,19 @@ def run(config: IterateConfig, announce: Callable[[str], None], launch: Launch) 
         rounds.append({"round": 0, **state.once(0, "evaluate", lambda: steps.evaluate(0, config.pretrain))})
         announce(describe(rounds[-1]))
     for number in range(1, config.rounds + 1):
-        model, facts = one_round(number, model, config, steps, state)
+        # Each step is given to `once`, which calls it at once or not at all.
+        facts: Facts = {"round": number}
+        facts |= state.once(number, "generate", partial(steps.generate, number, model))
+        facts |= state.once(number, "score", partial(steps.score, number))
+        facts |= state.once(number, "select", partial(steps.select, number))
+        facts |= state.once(number, "train", partial(steps.train, number, model))
+        model = str(steps.model(number))
+        if config.eval_dataset is not None:
+            facts |= state.once(number, "evaluate", partial(steps.evaluate, number, model))
         rounds.append(facts)
         state.summarize(rounds)
         announce(describe(facts))
     return Result(Path(model), state.summarize(rounds), tuple(rounds))
-
-
-def one_round(number: int, model: str, config: IterateConfig, steps: Steps, state: IterateState) -> tuple[str, Facts]:
-    """Generate, score, select, train, evaluate. Returns the new model and the facts of the round."""
-    facts: Facts = {"round": number}
-    facts |= state.once(number, "generate", lambda: steps.generate(number, model))
-    facts |= state.once(number, "score", lambda: steps.score(number))
-    facts |= state.once(number, "select", lambda: steps.select(number))
-    facts |= state.once(number, "train", lambda: steps.train(number, model))
-    new = str(steps.model(number))
-    if config.eval_dataset is not None:
-        facts |= state.once(number, "evaluate", lambda: steps.evaluate(number, new))
-    return new, facts
 
 
 def identity(config: IterateConfig) -> dict[str, str]:

@@ -241,12 +241,14 @@ class Steps:
     def _score(self, folder: Path) -> list[Row]:
         """Score ``generated.jsonl`` by every reward source, add the scores, write ``scored.jsonl``."""
         rows = [dict(row) for row in read_rows(folder / "generated.jsonl")]
-        columns = []
+        columns = list[list[Any]]()
         if self._config.reward_file is not None:
             columns.append(asyncio.run(function_scores(self._config, rows, folder / "function_scores.jsonl")))
         if self._config.reward_pretrain is not None:
             columns.append(self._model_scores(self._config.reward_pretrain, rows, folder))
-        scored = [{**row, "reward": _sum(parts)} for row, parts in zip(rows, zip(*columns, strict=True), strict=True)]
+        # The sum over all reward sources; None if one of them abstained.
+        sums = [None if None in parts else sum(parts) for parts in zip(*columns, strict=True)]
+        scored = [{**row, "reward": reward} for row, reward in zip(rows, sums, strict=True)]
         write_rows(folder / "scored.jsonl", scored)
         return scored
 
@@ -320,11 +322,6 @@ def _shown(row: Mapping[str, object], key: str) -> dict[str, object]:
 def _plain(row: Mapping[str, object]) -> str:
     """The prompt without the csft reward."""
     return str(row["prompt"] if "prompt" in row else row["input"])
-
-
-def _sum(parts: Sequence[float | None]) -> float | None:
-    """The sum over all reward sources; None if one of them abstained."""
-    return None if any(part is None for part in parts) else sum(part for part in parts if part is not None)
 
 
 async def function_scores(config: IterateConfig, rows: Sequence[Row], path: Path) -> list[float | None]:

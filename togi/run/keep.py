@@ -19,17 +19,7 @@ import torch
 from togi.config.rl import RLConfig
 from togi.config.shared import NO_METRIC, ModelSettings, OutputSettings
 from togi.errors import CheckpointError
-from togi.learn.checkpoint import (
-    HF_FOLDER,
-    PREFIX,
-    SPACE_MARGIN,
-    Aim,
-    Best,
-    BestStore,
-    Checkpoint,
-    CheckpointStore,
-    better,
-)
+from togi.learn import checkpoint as checkpoints
 from togi.learn.learner import Divergence
 from togi.methods.method import Method
 from togi.model.checkpoint import FLOAT32, Sizes, sizes
@@ -55,11 +45,6 @@ class Writing:
     @property
     def checkpoint(self) -> int:
         return self.state + self.model
-
-    @property
-    def beside_checkpoints(self) -> int:
-        """Bytes in the checkpoint folder."""
-        return self.checkpoint * self.kept + self.best
 
     def describe(self) -> str:
         """The sum in one line."""
@@ -114,17 +99,18 @@ def check_room(config: OutputSettings, writing: Writing) -> str:
 
     Existing checkpoints are counted as free, because they are replaced.
     """
-    checkpoints, models = existing(Path(config.ckpt_path)), existing(Path(config.save_path))
-    there = sum(file.stat().st_size for file in Path(config.ckpt_path).glob(f"{PREFIX}*/**/*") if file.is_file())
-    wanted = {checkpoints: max(0, writing.beside_checkpoints - there)}
+    ckpt, final = existing(Path(config.ckpt_path)), existing(Path(config.save_path))
+    files = Path(config.ckpt_path).glob(f"{checkpoints.PREFIX}*/**/*")
+    there = sum(file.stat().st_size for file in files if file.is_file())
+    wanted = {ckpt: max(0, writing.checkpoint * writing.kept + writing.best - there)}
     # Checkpoints and final model may share a disk.
-    if checkpoints.stat().st_dev == models.stat().st_dev:
-        wanted[checkpoints] += writing.final
+    if ckpt.stat().st_dev == final.stat().st_dev:
+        wanted[ckpt] += writing.final
     else:
-        wanted[models] = writing.final
+        wanted[final] = writing.final
     free = {folder: shutil.disk_usage(folder).free for folder in wanted}
     for folder, needed in wanted.items():
-        if free[folder] < needed * SPACE_MARGIN:
+        if free[folder] < needed * checkpoints.SPACE_MARGIN:
             raise CheckpointError(
                 f"The run would write {size(needed)} to {folder} ({writing.describe()}), where {size(free[folder])} are free: "
                 "make room, choose another --ckpt_path or --save_path, or keep fewer checkpoints with --max_ckpt_num."
@@ -146,12 +132,12 @@ DRIVER = World.solo(torch.device("cpu"))
 """The one process that decides for all workers of an RL run."""
 
 
-def checkpoint_store(config: OutputSettings) -> CheckpointStore:
+def checkpoint_store(config: OutputSettings) -> checkpoints.CheckpointStore:
     """The checkpoint store of a run."""
-    return CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
+    return checkpoints.CheckpointStore(Path(config.ckpt_path), config.max_ckpt_num, config.max_ckpt_mem)
 
 
-def newest_checkpoint(config: OutputSettings, world: World) -> Checkpoint | None:
+def newest_checkpoint(config: OutputSettings, world: World) -> checkpoints.Checkpoint | None:
     """The checkpoint that a run with ``--load_checkpoint`` resumes from. The first rank looks and tells the others.
 
     None if there is none. Raises CheckpointError if it has no resumable state.
@@ -162,7 +148,8 @@ def newest_checkpoint(config: OutputSettings, world: World) -> Checkpoint | None
     elif not found.state["resumable"]:
         raise CheckpointError(
             f"The checkpoint {found.path} was written with --disable_ds_ckpt and cannot be resumed: start without "
-            f"--load_checkpoint, with --pretrain set to its folder {HF_FOLDER}, and with other --save_path and --ckpt_path."
+            f"--load_checkpoint, with --pretrain set to its folder {checkpoints.HF_FOLDER}, and with other --save_path and "
+            "--ckpt_path."
         )
     return found
 
@@ -175,12 +162,12 @@ def every(steps: int, step: int) -> bool:
 class Keep:
     """The checkpoints and the best model of one run. ``aim``: the metric of the best model, None if none is kept."""
 
-    def __init__(self, config: OutputSettings, aim: Aim | None, world: World, journal: Journal) -> None:
+    def __init__(self, config: OutputSettings, aim: checkpoints.Aim | None, world: World, journal: Journal) -> None:
         self._config, self._aim, self._world, self._journal = config, aim, world, journal
-        self._store, self._bests = checkpoint_store(config), BestStore(Path(config.ckpt_path))
-        self._best: Best | None = None
+        self._store, self._bests = checkpoint_store(config), checkpoints.BestStore(Path(config.ckpt_path))
+        self._best: checkpoints.Best | None = None
 
-    def resume(self, found: Checkpoint) -> None:
+    def resume(self, found: checkpoints.Checkpoint) -> None:
         """Load the best evaluation before ``found``, and a later one whose model is in the folder."""
         if self._aim is not None:
             best = self._bests.resumed(self._aim, found.state.get("best")) if self._world.is_first else None
@@ -188,14 +175,14 @@ class Keep:
 
     def is_best(self, values: Mapping[str, float]) -> bool:
         """Whether these values beat every earlier evaluation."""
-        return self._aim is not None and better(self._aim, values[self._aim.metric], self._best)
+        return self._aim is not None and checkpoints.better(self._aim, values[self._aim.metric], self._best)
 
     @contextmanager
     def best(self, step: int, values: Mapping[str, float]) -> Iterator[Path]:
         """Yields the folder for the new best model, from the evaluation after ``step``."""
         assert self._aim is not None
         metric, folder = self._aim.metric, self._bests.folder
-        best = self._best = Best(self._aim, values[metric], step)
+        best = self._best = checkpoints.Best(self._aim, values[metric], step)
         with self._journal.progress.phase("writing the best model"), ExitStack() as stack:
             yield stack.enter_context(self._bests.write(best)) if self._world.is_first else folder
         self._journal.announce(f"best so far: {metric} {best.value:.5g} at step {step}, in {folder}")

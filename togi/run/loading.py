@@ -22,6 +22,8 @@ from togi.parallel import frozen
 from togi.parallel.backend import BackendOptions
 from togi.parallel.process import World
 from togi.reward.scores import Standardization
+from togi.rollout.engine import EngineSettings
+from togi.weights.files import local_folder
 from togi.workers.worker_group import as_sample
 
 UNLIMITED = 2**62
@@ -49,6 +51,17 @@ def check_start(config: RLConfig | Method, *, flash_attn: bool, asked: str, long
         balanced=config.aux_loss_coef > 0,
         asked=asked,
         longest=longest,
+    )
+
+
+def engine_settings(config: RLConfig | Method | InferConfig, max_model_len: int) -> EngineSettings:
+    """The settings of an engine in this process that every command has."""
+    return EngineSettings(
+        model=local_folder(config.pretrain),
+        dtype="bfloat16" if config.bf16 else "float32",
+        max_model_len=max_model_len,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,8 +36,16 @@ from togi.obs.way_out import way_out
 from togi.parallel.process import World
 from togi.run.journal import Journal, Judged, ends, judge, open_journal, worst_and_best
 from togi.run.keep import Keep, every, newest_checkpoint
-from togi.run.offline_data import Data, check_plan, load_data, uses_flash
-from togi.run.offline_setup import Models, check_ranks, load_models, offload_notice
+from togi.run.offline_setup import (
+    Data,
+    Models,
+    check_plan,
+    check_ranks,
+    load_data,
+    load_models,
+    offload_notice,
+    uses_flash,
+)
 from togi.run.plan import EpochPlan, offline_aim
 from togi.run.start import NO_CUDA_FOR_LIGER
 from togi.sample import Sample
@@ -300,11 +308,9 @@ class OfflineRun:
         """Write the final model in plain Hugging Face format, to a folder aside that is then renamed."""
         target = Path(self.config.save_path)
         with self._journal.progress.phase("saving the model", expected_seconds=5):
-            if self._world.is_first:
-                with written_aside(target) as aside:
-                    self._write_model(aside)
-            else:
-                self._write_model(target)  # takes part in gathering, writes nothing
+            # The other ranks take part in gathering and write nothing.
+            with written_aside(target) if self._world.is_first else nullcontext(target) as folder:
+                self._write_model(folder)
             self._world.barrier("model in place")
 
     def _write_model(self, folder: Path) -> None:

@@ -30,21 +30,16 @@ def offline_aim(config: Method) -> Aim | None:
 
 def rl_aim(config: RLConfig, sources: Iterable[str]) -> Aim | None:
     """Like ``offline_aim``, for an RL run with held-out prompts of these data sources."""
-    return _aim(config, _rl_measures(config, sources))
+    keys = [f"pass{k}" for k in reported_ks(config.eval_n_samples_per_prompt)]
+    good = {names.EVAL_REWARD: Good.HIGH, names.EVAL_LENGTH: Good.EITHER, names.EVAL_TRUNCATED: Good.LOW}
+    good |= {names.eval_of(source, key): Good.HIGH for source in sources for key in keys}
+    return _aim(config, [Measure(name.removeprefix(PREFIX), which) for name, which in good.items()])
 
 
 def check_rl_metric(config: RLConfig) -> None:
     """Check ``rl_aim`` before the prompts are read, when any data source is still possible."""
     source = config.best_metric_key.removeprefix(PREFIX).rpartition("/")[0]
     rl_aim(config, [source] if source else [])
-
-
-def _rl_measures(config: RLConfig, sources: Iterable[str]) -> list[Measure]:
-    keys = [f"pass{k}" for k in reported_ks(config.eval_n_samples_per_prompt)]
-    passes = [names.eval_of(source, key) for source in sources for key in keys]
-    good = {names.EVAL_REWARD: Good.HIGH, names.EVAL_LENGTH: Good.EITHER, names.EVAL_TRUNCATED: Good.LOW}
-    good |= dict.fromkeys(passes, Good.HIGH)
-    return [Measure(name.removeprefix(PREFIX), which) for name, which in good.items()]
 
 
 def _aim(config: OutputSettings, measures: Sequence[Measure]) -> Aim | None:

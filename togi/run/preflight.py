@@ -285,7 +285,7 @@ def check_reward(item: str) -> None:
 
 def check_reward_file(path: Path) -> None:
     """Check that the file parses and defines ``reward_func``, without running it. Raises RewardError."""
-    defined = _defined(_syntax(path, f"The reward file {path}", f"--{FUNCTION}", RewardError))
+    defined = _defined(path, f"The reward file {path}", f"--{FUNCTION}", RewardError)
     if FUNCTION not in defined and "*" not in defined:
         there = listed(sorted(defined)) or "nothing"
         raise RewardError(
@@ -298,7 +298,7 @@ def check_hook_file(flag: str, hook: Hook) -> None:
     """Check that the file of ``FILE.py:name`` parses and defines the name, without running it. Raises ConfigError."""
     if hook.function is not None:
         return
-    defined = _defined(_syntax(Path(hook.path).expanduser(), f"--{flag} {hook}: the file", f"--{flag}", ConfigError))
+    defined = _defined(Path(hook.path).expanduser(), f"--{flag} {hook}: the file", f"--{flag}", ConfigError)
     if hook.name not in defined and "*" not in defined:
         raise ConfigError(
             f"--{flag} {hook}: the file defines no {hook.name}, but {listed(sorted(defined)) or 'nothing'}: write one of those "
@@ -306,20 +306,16 @@ def check_hook_file(flag: str, hook: Hook) -> None:
         )
 
 
-def _syntax(path: Path, shown: str, flag: str, kind: type[UserError]) -> ast.Module:
-    """The syntax tree of a user's Python file. Raises ``kind``."""
+def _defined(path: Path, shown: str, flag: str, kind: type[UserError]) -> set[str]:
+    """Every name that a user's Python file may define in any way; "*" for a star import. Raises ``kind``."""
     try:
-        return ast.parse(path.read_bytes())
+        tree = ast.parse(path.read_bytes())
     except OSError as error:
         raise kind(f"{shown} cannot be read ({error.strerror}): give {flag} the path of a Python file.") from None
     except SyntaxError as error:
         raise kind(f"{shown} has a syntax error in line {error.lineno}: {error.msg}.") from None
     except ValueError as error:
         raise kind(f"{shown} is not Python text: {error}.") from None
-
-
-def _defined(tree: ast.Module) -> set[str]:
-    """Every name that a module may define in any way; "*" for a star import."""
     names = set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

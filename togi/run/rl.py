@@ -35,7 +35,7 @@ from togi.reward.scores import CombinedReward, LengthPenalties
 from togi.run.journal import Journal, RunJournal, open_journal
 from togi.run.keep import DRIVER, Keep, every
 from togi.run.plan import StepPlan
-from togi.run.rl_setup import COMMAND, Material, best_aim, connect, describe, opening
+from togi.run.rl_setup import COMMAND, Material, connect, describe, opening
 from togi.run.signs import Verdict, setting_signs
 from togi.sample import Sample, with_streams
 from togi.workers import start
@@ -123,12 +123,14 @@ async def train(run: RLRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
             samples = run.with_advantages(groups, places, samples)
             if Role.CRITIC in run.session.learners:
                 metrics |= (await run.update(Role.CRITIC, samples))[1]
-            if not run.actor_is_frozen:
+            if run.step >= config.freezing_actor_steps:
                 updates, updated = await run.update(Role.ACTOR, samples)
                 metrics |= updated
         run.step += 1
         # Stage 3: the engines get the new weights before the evaluation uses them.
-        metrics |= await run.sync(probe_of(groups))
+        # The probe text is the first sequence of this rollout.
+        first = groups[0].rollouts[0]
+        metrics |= await run.sync(first.prompt.tokens + first.response_tokens)
         if run.evaluation_is_due(episode):
             evaluations.append(await run.evaluate())
             metrics |= evaluations[-1].metrics
@@ -173,7 +175,7 @@ class RLRun:
         self._tokens_seen = 0
         self._divergence = {role: Divergence(f"--{role}_learning_rate") for role in LEARNERS}
         self._pretrain_steps = 0
-        self._keep = Keep(config, best_aim(config, material), DRIVER, journal)
+        self._keep = Keep(config, material.aim, DRIVER, journal)
         # Feeds: a live one generates and scores, a replay reads stored rollouts. Evaluation samples at its own
         # temperature.
         generate = session.engines.generate
@@ -252,11 +254,6 @@ class RLRun:
         rate = {names.THROUGHPUT_SCORE: scored / (time.perf_counter() - start)} if scored > 0 else {}
         return places, samples, rate
 
-    @property
-    def actor_is_frozen(self) -> bool:
-        """Whether the next rollout is one of the first ``--freezing_actor_steps``."""
-        return self.step < self.config.freezing_actor_steps
-
     def with_advantages(
         self, groups: Sequence[ScoredGroup], places: Sequence[Place], samples: Sequence[Sample]
     ) -> list[Sample]:
@@ -270,8 +267,11 @@ class RLRun:
         """All optimizer steps of one model on this rollout. Returns their reports and metrics."""
         await self.session.phases.enter(Phase.TRAIN)
         start, batches = time.perf_counter(), mini_batches(samples, self.config, self.step)
-        # Pretraining rows are mixed into the actor's updates only.
-        mixed = self._pretraining(len(batches)) if role is Role.ACTOR else []
+        # The next rows of --pretrain_data are mixed into the actor's updates only.
+        mixed, rows = list[list[Sample]](), self._material.pretraining
+        if role is Role.ACTOR and rows is not None:
+            mixed = [rows.batch(self._pretrain_steps + number) for number in range(len(batches))]
+            self._pretrain_steps += len(batches)
         with self.journal.progress.phase(f"training the {role}"):
             updates = await self.session.learners[role].update(batches, mixed)
         self._divergence[role].watch(self.step + 1, updates)
@@ -286,14 +286,6 @@ class RLRun:
                 names.TOKENS_STEP: tokens,
             }
         return updates, metrics
-
-    def _pretraining(self, updates: int) -> list[list[Sample]]:
-        """The next rows of ``--pretrain_data`` for each update; empty without it."""
-        rows = self._material.pretraining
-        if rows is None:
-            return []
-        first, self._pretrain_steps = self._pretrain_steps, self._pretrain_steps + updates
-        return [rows.batch(first + number) for number in range(updates)]
 
     @property
     def is_done(self) -> bool:
@@ -392,12 +384,6 @@ class RLRun:
             if self.config.save_value_network:
                 with written_aside(Path(target + "_critic")) as aside:
                     await self.session.save_model(Role.CRITIC, aside)
-
-
-def probe_of(groups: Sequence[ScoredGroup]) -> tuple[int, ...]:
-    """The first sequence of this rollout, as probe text for engines and trainer."""
-    first = groups[0].rollouts[0]
-    return first.prompt.tokens + first.response_tokens
 
 
 def mini_batches(samples: Sequence[Sample], config: RLConfig, step: int) -> list[list[Sample]]:

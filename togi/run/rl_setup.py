@@ -12,7 +12,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from togi.config.choices import BUILTIN, RemoteMode
@@ -43,11 +42,8 @@ from togi.run.plan import EpochPlan, StepPlan, rl_aim
 from togi.run.preflight import asked_context, models_of
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Sample, Sampling, Score
 from togi.workers.model_worker import ScorerWorker
+from togi.workers.session import Session
 from togi.workers.worker_group import ModelScores
-
-if TYPE_CHECKING:
-    from togi.workers.session import Session
-
 
 COMMAND = "rl"
 logger = logging.getLogger(__name__)
@@ -224,7 +220,8 @@ class Pretraining:
 class Material:
     """Prompts, held-out prompts (empty without ``--eval_dataset``), and the rewards that need no worker of the run.
 
-    ``pretraining`` is None without ``--pretrain_data``. ``trial``: the scores of a made-up answer, by reward name.
+    ``pretraining`` is None without ``--pretrain_data``. ``trial``: the scores of a made-up answer, by reward name. ``aim``: the
+    metric of the best model, None if none is kept.
     """
 
     prompts: PromptSet
@@ -236,6 +233,7 @@ class Material:
     stop_token_ids: tuple[int, ...]
     rewards: EarlyRewards
     trial: Mapping[str, Sequence[Score]] = field(default_factory=dict)
+    aim: Aim | None = None
 
     def environment(self, config: RLConfig, temperature: float) -> SingleTurn:
         """A single-turn environment at the given temperature."""
@@ -251,13 +249,16 @@ async def opening(
 
     The rewards close with the block. Raises UserError.
     """
-    check_hooks(config)
+    # Try the user's own advantage estimator and policy loss on a made-up batch.
+    if isinstance(config.advantage_estimator, Hook):
+        check_estimator(config.advantage_estimator, penalised=config.uses_reference and not config.use_kl_loss)
+    if isinstance(config.policy_loss_type, Hook):
+        clips = bool(config.changed("eps_clip", "eps_clip_low_high"))
+        check_policy_loss(config.policy_loss_type, *config.clip_range, clips=clips)
     rewards = EarlyRewards(config, function)  # processes start now and import while the prompts are read
     try:
         material = await prepare(config, rewards, progress)
         plan = StepPlan.of(config, len(material.prompts))
-        # Only for its ConfigError: a metric that no evaluation has is found before the models load.
-        best_aim(config, material)
         announce(plan.describe(config))
         if config.replay is not None:
             announce(check_replay(config, config.replay, material, plan))
@@ -265,15 +266,6 @@ async def opening(
     finally:
         with way_out("closing the rewards"):
             await rewards.close()
-
-
-def check_hooks(config: RLConfig) -> None:
-    """Try the user's own advantage estimator and policy loss on a made-up batch. Raises ConfigError."""
-    if isinstance(config.advantage_estimator, Hook):
-        check_estimator(config.advantage_estimator, penalised=config.uses_reference and not config.use_kl_loss)
-    if isinstance(config.policy_loss_type, Hook):
-        clips = bool(config.changed("eps_clip", "eps_clip_low_high"))
-        check_policy_loss(config.policy_loss_type, *config.clip_range, clips=clips)
 
 
 async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -> Material:
@@ -313,7 +305,8 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
         logger.warning("%s", notice)
     loader = PromptLoader(prompts, seed=config.seed, episodes=config.num_episodes)
     decode = partial(chat.decode, tokenizer)
-    return Material(prompts, loader, held_out, pretraining, reports, decode, stops, rewards, trial)
+    aim = rl_aim(config, sorted({prompt.datasource for prompt in held_out}))
+    return Material(prompts, loader, held_out, pretraining, reports, decode, stops, rewards, trial, aim)
 
 
 def check_rows(
@@ -360,11 +353,6 @@ def _kind(label: object) -> object:
 def example(prompt: Prompt) -> Rollout:
     """A made-up answer to a real prompt, to try the reward on."""
     return Rollout(prompt, "trial", (0,), (True,), (0.0,), "A trial answer: 42", FinishReason.STOP, 0)
-
-
-def best_aim(config: RLConfig, material: Material) -> Aim | None:
-    """The metric of the best model; None if none is kept. Raises ConfigError for a metric that is not measured."""
-    return rl_aim(config, sorted({prompt.datasource for prompt in material.held_out}))
 
 
 def find_checkpoint(config: RLConfig, material: Material, progress: Progress) -> Checkpoint | None:

@@ -68,9 +68,10 @@ def rl_door(parsed: Parsed[RLConfig], *, reward_given: bool, announce: Announce)
         announce(describe(parsed.config.algo, parsed.values_from(bringer)))
     machine = this_machine()
     ready = _usable(preflight.check(parsed, machine, reward_given=reward_given), announce)
-    if ready.config.ref_reward_offload and machine.gpus == 0 and not joins_cluster():
+    on_cpu = machine.gpus == 0 and not joins_cluster()
+    if ready.config.ref_reward_offload and on_cpu:
         announce("--ref_reward_offload: there is no GPU, reference and reward models are in host memory already")
-    if ready.config.use_liger_kernel and machine.gpus == 0 and not joins_cluster():
+    if ready.config.use_liger_kernel and on_cpu:
         announce(NO_CUDA_FOR_LIGER)
     return ready
 
@@ -160,7 +161,9 @@ def run_to_end(work: Coroutine[object, None, T]) -> T:
 
     The running loop blocks meanwhile. Ctrl-C cancels ``work`` there too, and this function returns when it has ended.
     """
-    if not _in_event_loop():
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
         return asyncio.run(work)
     # The work must not start before the interrupt handler below can find its task.
     started = Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]]()
@@ -207,11 +210,3 @@ def _interrupts_raised() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _in_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
