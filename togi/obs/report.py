@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from itertools import compress, islice
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader
@@ -46,20 +46,6 @@ _COLUMNS = (
 )
 
 
-class Chart(TypedDict):
-    """An entry of ``page/charts.yaml``: the patterns of the metrics that it draws."""
-
-    title: str
-    metrics: list[str]
-    unit: NotRequired[str]
-    kind: NotRequired[str]
-
-
-class ChartTable(TypedDict):
-    headlines: list[str]
-    charts: list[Chart]
-
-
 def write_report(root: Path, limits: Limits | None = None) -> Path:
     """Write (or refresh, atomically) ``report.html`` of the run in ``root`` and return its path.
 
@@ -81,10 +67,9 @@ def write_report(root: Path, limits: Limits | None = None) -> Path:
     return run.report_path
 
 
-def chart_table() -> ChartTable:
-    """Headlines and charts of the page, from ``page/charts.yaml``."""
-    table: ChartTable = yaml.safe_load(names.part_of_page("charts.yaml"))
-    return table
+def chart_table() -> dict[str, Any]:
+    """``page/charts.yaml``: names of headlines, and charts with a title, patterns of the metrics, a unit and a kind."""
+    return dict(yaml.safe_load(names.part_of_page("charts.yaml")))
 
 
 def _page_data(run: RunDirectory, limits: Limits) -> dict[str, object]:
@@ -185,7 +170,7 @@ def _series(records: Sequence[StepRecord]) -> dict[str, list[float | None]]:
     return {name: [_number(row.get(name, math.nan)) for row in rows] for name in found}
 
 
-def _charts(table: Sequence[Chart], series: Mapping[str, object]) -> list[dict[str, object]]:
+def _charts(table: Sequence[Mapping[str, Any]], series: Mapping[str, object]) -> list[dict[str, object]]:
     """The charts of ``charts.yaml`` that have data, and one for each metric of a single method."""
     left = [name for name in series if not name.endswith("_stderr")]
     charts: list[dict[str, object]] = []
