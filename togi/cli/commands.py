@@ -21,6 +21,7 @@ from togi.config.rl import RLConfig
 from togi.data.precheck import asked_reward
 from togi.errors import ConfigError, UserError
 from togi.methods import METHODS
+from togi.obs import names
 from togi.run.preflight import check_model, check_reward_file, with_local_names
 from togi.run.start import offline_door, rl_door, say_ignored, start_infer
 
@@ -53,7 +54,8 @@ def rl(argv: Sequence[str]) -> None:
     result = asyncio.run(run(ready, argv=argv, announce=say))
     for evaluation in result.evaluations:
         when = "before training" if evaluation.step == 0 else f"after {evaluation.step} rollouts"
-        say(f"held-out reward {when}: {evaluation.reward:.3f} +- {evaluation.stderr:.3f} (standard error)")
+        reward, error = evaluation.metrics[names.EVAL_REWARD], evaluation.metrics[names.EVAL_REWARD_STDERR]
+        say(f"held-out reward {when}: {reward:.3f} +- {error:.3f} (standard error)")
     program = sys.argv[0] if Path(sys.argv[0]).name == "togi" else "togi"
     say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
     say(f"talk to it:  {program} chat --pretrain {result.model}")
@@ -70,8 +72,8 @@ def offline(command: str, argv: Sequence[str]) -> None:
         return
     for evaluation in result.evaluations:
         when = "before training" if evaluation.step == 0 else f"after {evaluation.step} steps"
-        shown = {"loss": evaluation.loss, **evaluation.metrics}
-        say(f"held-out, {when}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        shown = (f"{name.removeprefix('eval/')} {value:.4g}" for name, value in evaluation.metrics.items())
+        say(f"held-out, {when}: {', '.join(shown)}")
     say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
 
 

@@ -31,6 +31,15 @@ from togi.obs.way_out import tolerated
 from togi.run.preflight import trackers
 from togi.sample import Sample
 
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The metrics on held-out rows after ``step`` steps (of RL: rollouts), by their names in the logs."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
 Badness = Callable[[Sequence[tuple[Sample, float]]], float]
 
 

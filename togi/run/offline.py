@@ -34,7 +34,7 @@ from togi.obs import names
 from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
 from togi.parallel.process import World
-from togi.run.journal import Journal, Judged, ends, judge, open_journal, worst_and_best
+from togi.run.journal import Evaluation, Journal, Judged, ends, judge, open_journal, worst_and_best
 from togi.run.keep import Keep, every, newest_checkpoint
 from togi.run.offline_setup import (
     Data,
@@ -138,13 +138,13 @@ def train(run: OfflineRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
     run.resume(checkpoint)
     if run.config.eval_at_start and run.step == 0 and run.data.held_out:
         evaluations.append(run.evaluate())
-        run.log(evaluations[-1].values)
+        run.log(evaluations[-1].metrics)
     while run.step < run.plan.steps:
         samples, metrics = run.next_samples()
         metrics |= run.update(run.prepare(samples))
         if run.evaluation_is_due:
             evaluations.append(run.evaluate())
-            metrics |= evaluations[-1].values
+            metrics |= evaluations[-1].metrics
         run.log(metrics)
         run.checkpoint_if_due()
     run.save()
@@ -170,20 +170,6 @@ def find_checkpoint(config: Method, command: str, data: Data, world: World) -> C
 
 
 SMALLEST_STD = 1e-8
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """The held-out loss and metrics after ``step`` optimizer steps."""
-
-    step: int
-    loss: float
-    metrics: Mapping[str, float]
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Loss and metrics under their names in the logs."""
-        return {f"eval/{name}": value for name, value in self.metrics.items()} | {names.EVAL_LOSS: self.loss}
 
 
 class OfflineRun:
@@ -279,14 +265,14 @@ class OfflineRun:
         if self._world.is_first:
             shown = worst_and_best(self.config.number, rows, examples, self.data.tokenizer)
             self._journal.write_rows(self.step, shown)
-        evaluation = Evaluation(self.step, loss, metrics)
+        values = {names.EVAL_LOSS: loss, **{f"eval/{name}": value for name, value in metrics.items()}}
         # Stage 3: keep the best model, and report the loss to a schedule that follows it.
-        if self._keep.is_best(evaluation.values):
-            with self._keep.best(self.step, evaluation.values) as folder:
+        if self._keep.is_best(values):
+            with self._keep.best(self.step, values) as folder:
                 self._write_model(folder)
         if self.step > 0:
             self._models.learner.schedule.observe(loss)
-        return evaluation
+        return Evaluation(self.step, values)
 
     def log(self, values: Mapping[str, float]) -> None:
         """Write the metrics of a step; step 0 is an evaluation before training."""

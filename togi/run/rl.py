@@ -32,7 +32,7 @@ from togi.pump import experience
 from togi.pump.experience import GroupFilter, Place, ScoredGroup, to_sample, trainable, with_advantages
 from togi.pump.feed import Feed, ReplayFeed, RolloutFeed
 from togi.reward.scores import CombinedReward, LengthPenalties
-from togi.run.journal import Journal, RunJournal, open_journal
+from togi.run.journal import Evaluation, Journal, RunJournal, open_journal
 from togi.run.keep import DRIVER, Keep, every
 from togi.run.plan import StepPlan
 from togi.run.rl_setup import COMMAND, Material, connect, describe, opening
@@ -138,22 +138,6 @@ async def train(run: RLRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
         await run.checkpoint_if_due()
     await run.save()
     return evaluations
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """The metrics on the held-out prompts after ``step`` rollouts: the mean reward, its standard error over prompts, ..."""
-
-    step: int
-    metrics: Mapping[str, float]
-
-    @property
-    def reward(self) -> float:
-        return self.metrics[names.EVAL_REWARD]
-
-    @property
-    def stderr(self) -> float:
-        return self.metrics[names.EVAL_REWARD_STDERR]
 
 
 class RLRun:
