@@ -26,6 +26,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -356,6 +357,7 @@ class Student:
 
 
 CLASSIFIER = "ForSequenceClassification"
+Model = TypeVar("Model", PolicyModel, ScalarModel)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -443,20 +445,15 @@ class Loading:
     def trained(self) -> PolicyModel | ScalarModel:
         """The model in training. A reward model from a language model gets a new head; one that has a head keeps it."""
         config, source = self.config, self._source(self.config.pretrain, self.options, trained=True)
-        model: PolicyModel | ScalarModel
-        if config.is_scalar:
-            kinds = read_config(config.pretrain, config.trust_remote_code).architectures or ()
-            init_head = not any(kind.endswith(CLASSIFIER) for kind in kinds)
-            model = load_scalar_model(source, init_head=init_head, value_head_prefix=config.head)
-        else:
-            model = load_causal_lm(source)
-        self._join(model)
-        return model
+        if not config.is_scalar:
+            return self._joined(load_causal_lm(source))
+        kinds = read_config(config.pretrain, config.trust_remote_code).architectures or ()
+        init_head = not any(kind.endswith(CLASSIFIER) for kind in kinds)
+        return self._joined(load_scalar_model(source, init_head=init_head, value_head_prefix=config.head))
 
     def frozen(self, path: str, options: BackendOptions) -> Frozen:
         """A frozen language model, in host memory if an offload flag is set."""
-        model = load_causal_lm(self._source(path, options, trained=False))
-        self._join(model)
+        model = self._joined(load_causal_lm(self._source(path, options, trained=False)))
         if moves_weights(self.config, self.world):
             return Frozen(model, frozen_on_host(model, self.world, options, model.read))
         frozen(model, self.world, options, model.read)
@@ -467,9 +464,10 @@ class Loading:
         reference = self.frozen(self.config.reference, self.options)
         return Scorer(reference.model, self.world, reference.around)
 
-    def _join(self, model: PolicyModel | ScalarModel) -> None:
+    def _joined(self, model: Model) -> Model:
         if self._ring is not None:
             model.join_ring(self._ring, self.config.ring_head_stride)
+        return model
 
     def _source(self, path: str, options: BackendOptions, *, trained: bool) -> ModelSource:
         defer, in_ring = reads_parts(self.world, options, trained=trained), self.world.ring_size > 1
