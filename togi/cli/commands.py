@@ -4,8 +4,6 @@ Each takes the words after that name and raises UserError for the user's mistake
 checked.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import sys

@@ -1,7 +1,5 @@
 """The ``togi`` command. It knows the names of the commands; the rest is imported when a command runs."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

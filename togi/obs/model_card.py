@@ -5,8 +5,6 @@ Its text is ``page/card.md.j2``, which says what is in it in which order; here i
 A card may be published: it has no secrets and no server addresses, and only the last part of local paths.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

@@ -4,8 +4,6 @@ Recipes log under these names, the report plots them, trackers show them as ``tr
 with a part chosen at run time (a reward component, a phase, a process) are made by the functions below.
 """
 
-from __future__ import annotations
-
 import re
 from enum import StrEnum
 from functools import cache

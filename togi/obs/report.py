@@ -5,8 +5,6 @@ are embedded as JSON and shown as text by the page's script, so nothing a model 
 script and the table of charts are files in ``page/``.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import secrets

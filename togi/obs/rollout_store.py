@@ -4,8 +4,6 @@ One row per rollout, zstd. A file is written aside and renamed, so an existing f
 engines and trainer compute them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ continues. Only this file imports trackers. A W&B key is passed to it through a 
 into the tracked configuration. ``python -m togi.obs.sinks`` is the process that talks to W&B.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import importlib.util

@@ -1,7 +1,5 @@
 """Write errors as one sentence, files that are replaced whole, and cleanup that never hides why a run ends."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

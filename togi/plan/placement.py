@@ -3,8 +3,6 @@
 Decided and printed before anything starts.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence

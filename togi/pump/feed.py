@@ -10,8 +10,6 @@ With another backend, number of workers or placement it shows what those change.
 not stored.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence

@@ -5,8 +5,6 @@ The lines that ``togi check`` prints.
 A few groups sampled from the policy in this process: no Ray, no vLLM, one copy of the weights.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 

@@ -5,8 +5,6 @@ parameter names of the model in training, whatever the backend: they are loaded 
 run writes its final model.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ The first two write rows as they finish and end with a file in order (``togi.dat
 kill. Settings are checked by ``start``.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ own process (``iterate_steps``), so its memory is free before the next step. Eac
 interrupted iteration resumes where it stopped. Imports no torch.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -9,8 +9,6 @@ A scored row has "input" and "output" (texts), "reward" (a number, or null where
 of the generation. Rows of one input form a group wherever they stand; inputs keep the order of their first appearance.
 """
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import hashlib

@@ -5,8 +5,6 @@ Only the first rank writes; other ranks have a ``Journal`` that keeps time and w
 The held-out rows in the report: those with the worst and the best values of an evaluation.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

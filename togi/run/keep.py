@@ -5,8 +5,6 @@ All ranks call together and the first one writes; the driver of RL is a world of
 The bytes that a run will write, compared with the free disk space before it starts.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping

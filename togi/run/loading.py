@@ -1,7 +1,5 @@
 """What several commands load or check in the same way: the tokenizer, and a reward model in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from inspect import signature
 from typing import TypeVar

@@ -3,8 +3,6 @@
 Contradictions between flags come first, then placement, packages, models, data, the reward file and folders. Checks that need
 the tokenizer or a call of the reward function follow, before any model is loaded (``togi.run.rl_setup``)."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import json

@@ -3,8 +3,6 @@
 The rewards of an RL run: functions and servers start before any model is loaded, then local models; all form one reward.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence

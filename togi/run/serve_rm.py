@@ -4,8 +4,6 @@ A query is scored as it is: BOS is added if the tokenizer wants it, an end token
 the ends is dropped, and a query that is too long is refused. So a served model gives the scores that ``--reward_pretrain`` gives.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import signal

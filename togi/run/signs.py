@@ -3,8 +3,6 @@
 A sign stops learning only if no update could come of what was seen; anything that is merely unlikely to work is a warning.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
