@@ -325,10 +325,11 @@ def _sharing(config: RLConfig) -> list[tuple[Role, ...]]:
     roles = used_roles(config)
     if config.colocate_all_models:
         return [roles]
-    rewards = [Role.REWARD] * max(1, len(config.reward_models))
-    pairs = [(Role.ACTOR, Role.REF)] * config.colocate_actor_ref + [
-        (Role.CRITIC, *rewards)
-    ] * config.colocate_critic_reward
+    pairs: list[tuple[Role, ...]] = []
+    if config.colocate_actor_ref:
+        pairs.append((Role.ACTOR, Role.REF))
+    if config.colocate_critic_reward:
+        pairs.append((Role.CRITIC, *[Role.REWARD] * max(1, len(config.reward_models))))
     shared = [pair for pair in pairs if all(role in roles for role in pair)]
     taken = {role for pair in shared for role in pair}
     return [*((role,) for role in roles if role not in taken), *shared]
