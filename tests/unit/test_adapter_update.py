@@ -132,7 +132,7 @@ def test_files_with_other_names_are_refused_before_the_run(tmp_path: Path) -> No
         ("--lora_rank 4 --load_in_4bit", False, ""),
         ("--lora_rank 4 --load_in_4bit --lora_sync merged", False, ""),
         ("--lora_rank 4 --load_in_4bit --lora_sync adapters", False, "--lora_sync adapters with --load_in_4bit"),
-        ("--lora_sync merged", False, "--lora_sync merged is about an adapter: add --lora_rank"),
+        ("--lora_sync merged", False, "--lora_sync merged has no effect without --lora_rank"),
     ],
 )
 def test_when_the_adapter_alone_is_sent(flags: str, sends: bool, problem: str) -> None:

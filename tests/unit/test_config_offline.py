@@ -104,7 +104,7 @@ CONTRADICTIONS = [
     ("sft", "--save_hf_ckpt", ("--save_hf_ckpt", "--save_steps")),
     ("sft", "--disable_ds_ckpt", ("--disable_ds_ckpt", "--save_hf_ckpt")),
     ("sft", "--no_packing_samples --micro_train_batch_size 4", ("--no_packing_samples", "--micro_train_batch_size")),
-    ("sft", "--lora_alpha 8", ("--lora_alpha 8 is about an adapter: add --lora_rank, or leave it out.",)),
+    ("sft", "--lora_alpha 8", ("--lora_alpha 8 has no effect without --lora_rank: add it, or leave the first out.",)),
     (
         "rm",
         "--value_head_prefix lm_head",
@@ -112,7 +112,11 @@ CONTRADICTIONS = [
     ),
     ("sft", "--tokenizer_chat_template x", ("--tokenizer_chat_template", "--apply_chat_template")),
     ("sft", "--load_in_4bit", ("--load_in_4bit", "--lora_rank")),
-    ("dpo", "--gradient_checkpointing_above 9", ("--gradient_checkpointing_above", "needs --gradient_checkpointing:")),
+    (
+        "dpo",
+        "--gradient_checkpointing_above 9",
+        ("--gradient_checkpointing_above", "without --gradient_checkpointing:"),
+    ),
     ("rm", f"{ABOVE} --gradient_checkpointing_use_reentrant", ("--gradient_checkpointing_above", "_use_reentrant")),
     ("sft", f"{ABOVE} --backend deepspeed --zero_stage 3", ("--gradient_checkpointing_above", "--backend deepspeed")),
     ("sft", "--torch_compile --use_liger_kernel", ("--torch_compile", "--use_liger_kernel")),

@@ -149,8 +149,8 @@ CONTRADICTIONS = [
             "--tokenizer_chat_template has a syntax error in line 2 (unexpected '}', expected ']'): correct the template."
         ],
     ),
-    (["--lora_alpha", "8"], ["--lora_alpha 8 is about an adapter: add --lora_rank, or leave it out."]),
-    (["--eval_steps", "2"], ["--eval_steps 2 needs --eval_dataset: add it or leave the first out."]),
+    (["--lora_alpha", "8"], ["--lora_alpha 8 has no effect without --lora_rank: add it, or leave the first out."]),
+    (["--eval_steps", "2"], ["--eval_steps 2 has no effect without --eval_dataset: add it, or leave the first out."]),
     (["--value_head_prefix", "a.b"], ["--value_head_prefix 'a.b' must be a plain name such as score."]),
     (["--tokenizer_chat_template", "chat.jinja", "--apply_chat_template"], ["'chat.jinja' is no Jinja", "cat FILE"]),
     (["--adam_betas", "0.9", "1"], ["--adam_betas 0.9 1", "below 1"]),

@@ -115,5 +115,5 @@ def test_the_line_says_what_was_set_and_by_whom_it_was_published() -> None:
     parsed = rl("--algo", "dr_grpo", "--n_samples_per_prompt", "4")
     assert describe(Algo.DR_GRPO, parsed.values_from("--algo dr_grpo")) == (
         "--algo dr_grpo sets --actor_learning_rate 1e-06 --advantage_estimator dr_grpo --eps_clip 0.2 --loss_aggregation "
-        "constant --init_kl_coef 0.0 (Liu et al. 2025, arXiv 2503.20783, table 6)"
+        "constant --init_kl_coef 0 (Liu et al. 2025, arXiv 2503.20783, table 6)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
 
 from tests.source import PACKAGE, imports, module_of, trees
@@ -89,3 +90,20 @@ def test_settings_are_asked_for_what_they_say_and_not_for_their_class() -> None:
 def test_a_type_test_is_found() -> None:
     code = "isinstance(c, A | B)\nmatch c:\n    case A(x=1):\n        pass\nisinstance(c, D)"
     assert sorted(type_tests(ast.parse(code), {"A"})) == [1, 3]
+
+
+def test_what_stands_in_braces_in_a_message_is_a_setting() -> None:
+    """``fields.refuse`` writes the flag with its value in its place; {input} and {reward} are parts of templates."""
+    known = {name for kind in below(Settings) for name in kind.model_fields} | {"input", "reward"}
+    found = {
+        (path, name)
+        for path, tree in trees().items()
+        if path.startswith(("config/", "methods/"))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Yield)
+        for text in ast.walk(node)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str)
+        for name in re.findall(r"{(\w+)}", text.value)
+    }
+    assert ("config/rl_checks.py", "kl_horizon") in found
+    assert {(path, name) for path, name in found if name not in known} == set()

@@ -6,7 +6,8 @@ Also the type of a setting that may be a function of the user's: ``FILE.py:name`
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypedDict, TypeVar, Unpack
 
@@ -88,10 +89,32 @@ def later(default: Value, help_text: str) -> Value:
     return field
 
 
-def refuse(problems: Iterable[str]) -> None:
-    """Raise ConfigError with the first of the contradictions between settings."""
+def refuse(config: Settings, problems: Iterable[str]) -> None:
+    """Raise ConfigError with the first contradiction between settings. In it {name} stands for a flag with its value."""
+    flags = {name: as_flag(name, value) for name, value in config}
     for message in problems:
-        raise ConfigError(message)
+        raise ConfigError(re.sub(r"{(\w+)}", lambda found: flags.get(found[1], found[0]), message))
+
+
+def as_flag(name: str, value: object) -> str:
+    """A setting as on the command line: "--seed 1", "--bf16", "--no_bf16"; the name alone for no value."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    words = value if isinstance(value, tuple) else () if value is None else (value,)
+    return " ".join((f"--{name}", *(f"{word:.15g}" if isinstance(word, float) else str(word) for word in words)))
+
+
+def missing(config: Settings, **required: str) -> Iterator[str]:
+    """Required settings without a value. ``required``: what each is, in words."""
+    yield from (f"--{name} is required: {words}." for name, words in required.items() if not dict(config)[name])
+
+
+def unread(config: Settings, readers: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """Settings that were changed although the one that reads them is off. ``readers``: the names of each."""
+    for reader, names in readers.items():
+        if dict(config)[reader] in (None, False, 0):
+            for name in config.changed(*names):
+                yield f"{{{name}}} has no effect without --{reader}: add it, or leave the first out."
 
 
 def is_later(config_class: type[BaseModel], name: str) -> bool:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from togi.config.choices import EngineName, EvalTask, PostProcessor
-from togi.config.fields import Count, Int, PathText, Seed, Settings, flag, refuse
+from togi.config.fields import Count, Int, PathText, Seed, Settings, flag, missing, refuse
 from togi.config.parse import Parsed
-from togi.config.shared import DISABLE_FAST_TOKENIZER, PLAIN_TEMPLATE, rendering_problems, template_problems
+from togi.config.shared import DISABLE_FAST_TOKENIZER, PLAIN_TEMPLATE, ROWS, rendering_problems, template_problems
 
 REWARD_TEMPLATE = "{input} <rm_score>: {reward} "
 CSFT_PROMPT = "<rm_score>: 5.00"
@@ -177,43 +177,65 @@ SCORING = tuple(ScoringSettings.model_fields)
 
 def check_infer(parsed: Parsed[InferConfig]) -> None:
     """Raise ConfigError with the first contradiction. Each message names the flags and the remedy."""
-    refuse(_problems(parsed.config, parsed.given))
+    refuse(parsed.config, _problems(parsed.config, parsed.given))
 
 
-def _problems(config: InferConfig, given: set[str]) -> Iterator[str]:
+def _problems(c: InferConfig, given: set[str]) -> Iterator[str]:
     # Required flags, flags of the other task, then the flags of this one.
-    yield from _required(config)
-    yield from _foreign(config, given)
-    yield from rendering_problems(config)
-    yield from reward_template_problems(config.reward_template)
-    if config.eval_task is EvalTask.RM:
-        yield from _scoring(config, given)
-    else:
-        yield from _generation(config, given)
+    yield from missing(
+        c,
+        eval_task="generate_vllm, generate (Transformers engine), or rm (score with a reward model)",
+        pretrain="the Hugging Face folder or hub name of the model to run",
+        dataset=ROWS,
+        output_path="the JSONL file to write",
+    )
+    if not c.output_path.endswith((".jsonl", ".json")):
+        yield "{output_path} must end in .jsonl: the file has one object a line."
+    names, other = (GENERATING, "rm scores") if c.eval_task is EvalTask.RM else (SCORING, f"{c.eval_task} generates")
+    for name in names:
+        if name in given:
+            yield f"--{name} has no meaning here, --eval_task {other}: leave it out."
+    yield from rendering_problems(c)
+    yield from reward_template_problems(c.reward_template)
+    yield from (_scoring if c.eval_task is EvalTask.RM else _generation)(c, given)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         yield (
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but --eval_task {config.eval_task} runs in one process: start it "
-            "with plain python, and give each device a part of the rows (--iter)."
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {{eval_task}} runs in one process: start it with plain python, and "
+            "give each device a part of the rows (--iter)."
         )
+
+
+def _generation(c: InferConfig, given: set[str]) -> Iterator[str]:
+    yield from sampling_problems(c, c.best_of_n, given)
+    yield from engine_problems(c, c.engine, "{eval_task}")
+    if c.iter is None and "rollout_batch_size" in given:
+        yield "--rollout_batch_size is the size of the slices of --iter, which is not set: add it or leave the first out."
+    yield from _csft_problems(c, given)
+
+
+def _scoring(c: InferConfig, given: set[str]) -> Iterator[str]:
+    if "csft_prompt" in given:
+        yield "--csft_prompt asks for a reward in generation, --eval_task rm measures it: leave it out."
+    if "reward_template" in given and c.selection is not PostProcessor.CSFT:
+        yield "--reward_template is only used with --post_processor csft: add it, or leave the first out."
+    if c.max_tokens_per_gpu < c.max_len:
+        yield "{max_tokens_per_gpu} is less than {max_len}: raise the first."
 
 
 def check_chat(parsed: Parsed[ChatConfig]) -> None:
     """Like ``check_infer``, for ``togi chat``."""
-    refuse(_chat_problems(parsed.config, parsed.given))
+    refuse(parsed.config, _chat_problems(parsed.config, parsed.given))
 
 
 def _chat_problems(c: ChatConfig, given: set[str]) -> Iterator[str]:
-    if not c.pretrain:
-        yield "--pretrain is required: the folder or hub name of the model to talk to."
+    yield from missing(c, pretrain="the folder or hub name of the model to talk to")
     # Flags for plain text, then flags for chats.
     for name in ("input_template", "ta_prompt"):
         if c.apply_chat_template and name in given:
             yield f"--{name} is for plain text: add --no_apply_chat_template, or leave --{name} out."
     if not c.apply_chat_template:
-        if c.tools is not None:
-            yield "--tools needs the chat template, which shows them: leave --tools or --no_apply_chat_template out."
-        if c.tokenizer_chat_template is not None:
-            yield "--tokenizer_chat_template and --no_apply_chat_template exclude each other: leave one of them out."
+        for name in c.changed("tools", "tokenizer_chat_template"):
+            yield f"--{name} and --no_apply_chat_template exclude each other: leave one of them out."
         if c.input_template is not None:
             yield from template_problems(c.input_template, applied=False)
     yield from greedy_problems(c, given)
@@ -244,7 +266,7 @@ def sampling_problems(c: GenerationSettings, samples: int, given: set[str]) -> I
     yield from greedy_problems(c, given)
     if samples > 1 and c.sampling_temperature == 0:
         which = "--greedy_sampling" if c.greedy_sampling else "--temperature 0"
-        yield f"--best_of_n {samples} with {which} would give the same output {samples} times: leave one of them out."
+        yield f"{{best_of_n}} with {which} would give the same output {samples} times: leave one of them out."
 
 
 def engine_problems(c: GenerationSettings, engine: EngineName, flag: str) -> Iterator[str]:
@@ -252,41 +274,3 @@ def engine_problems(c: GenerationSettings, engine: EngineName, flag: str) -> Ite
     if engine is EngineName.TRANSFORMERS:
         for name in c.changed("enforce_eager", "tp_size"):
             yield f"--{name} is vLLM's but {flag} generates with Transformers: change one of them."
-
-
-def _required(c: InferConfig) -> Iterator[str]:
-    if c.eval_task is None:
-        yield "--eval_task is required: generate_vllm, generate (Transformers engine), or rm (score with a reward model)."
-    if not c.pretrain:
-        yield "--pretrain is required: the Hugging Face folder or hub name of the model to run."
-    if not c.dataset:
-        yield "--dataset is required: a JSON, JSONL, CSV, Parquet or Arrow file, a saved data set folder or a hub name."
-    if not c.output_path:
-        yield "--output_path is required: the JSONL file to write."
-    elif not c.output_path.endswith((".jsonl", ".json")):
-        yield f"--output_path {c.output_path} must end in .jsonl: the file has one object a line."
-
-
-def _foreign(c: InferConfig, given: set[str]) -> Iterator[str]:
-    """Flags that the task would ignore."""
-    names, other = (GENERATING, "rm scores") if c.eval_task is EvalTask.RM else (SCORING, f"{c.eval_task} generates")
-    for name in names:
-        if name in given:
-            yield f"--{name} has no meaning here, --eval_task {other}: leave it out."
-
-
-def _generation(c: InferConfig, given: set[str]) -> Iterator[str]:
-    yield from sampling_problems(c, c.best_of_n, given)
-    yield from engine_problems(c, c.engine, f"--eval_task {c.eval_task}")
-    if c.iter is None and "rollout_batch_size" in given:
-        yield "--rollout_batch_size is the size of the slices of --iter, which is not set: add it or leave the first out."
-    yield from _csft_problems(c, given)
-
-
-def _scoring(c: InferConfig, given: set[str]) -> Iterator[str]:
-    if "csft_prompt" in given:
-        yield "--csft_prompt asks for a reward in generation, --eval_task rm measures it: leave it out."
-    if "reward_template" in given and c.selection is not PostProcessor.CSFT:
-        yield "--reward_template is only used with --post_processor csft: add it, or leave the first out."
-    if c.max_tokens_per_gpu < c.max_len:
-        yield f"--max_tokens_per_gpu {c.max_tokens_per_gpu} is less than --max_len {c.max_len}: raise the first."

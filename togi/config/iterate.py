@@ -10,10 +10,10 @@ from typing import Literal
 
 from togi.config import infer
 from togi.config.choices import EngineName, IterateMethod
-from togi.config.fields import Count, Int, PathText, Settings, flag, refuse
+from togi.config.fields import Count, Int, PathText, Settings, flag, missing, refuse
 from togi.config.parse import Parsed
 from togi.config.rl import PromptSettings, RewardSettings
-from togi.config.shared import TrainSettings, rendering_problems
+from togi.config.shared import MODEL_TO_TRAIN, ROWS, TrainSettings, rendering_problems
 
 LEARNING_RATES = {IterateMethod.RS: 2e-6, IterateMethod.DPO: 5e-7, IterateMethod.CSFT: 2e-6}
 
@@ -104,36 +104,28 @@ class IterateConfig(
 
 def check_iterate(parsed: Parsed[IterateConfig]) -> None:
     """Raise ConfigError with the first contradiction. Training flags are checked by the training command."""
-    refuse(_problems(parsed.config, parsed.given))
+    refuse(parsed.config, _problems(parsed.config, parsed.given))
 
 
 def _problems(c: IterateConfig, given: set[str]) -> Iterator[str]:
-    yield from _required(c)
+    yield from missing(
+        c,
+        method="rs (rejection sampling), dpo (iterative DPO) or csft (conditional SFT)",
+        pretrain=MODEL_TO_TRAIN,
+        prompt_data=ROWS,
+        run_dir="the folder of all rounds, in which the same command goes on after a stop",
+    )
     yield from rendering_problems(c)
     yield from _reward(c)
     yield from _method(c, given)
     yield from infer.sampling_problems(c, c.best_of_n, given)
-    yield from infer.engine_problems(c, c.rollout_engine, f"--rollout_engine {c.rollout_engine}")
+    yield from infer.engine_problems(c, c.rollout_engine, "{rollout_engine}")
     if c.ds_tensor_parallel_size > 1:
         yield "--ds_tensor_parallel_size needs several processes, but togi iterate trains in one: leave it out."
     if c.ring_attn_size > 1 or c.ring_head_stride > 1:
         yield "--ring_attn_size and --ring_head_stride need several processes, but togi iterate trains in one: leave them out."
     if c.eval_dataset is not None and c.eval_temperature == 0 and c.eval_n_samples_per_prompt > 1:
-        yield (
-            f"--eval_n_samples_per_prompt {c.eval_n_samples_per_prompt} with --eval_temperature 0 would give the same output "
-            f"{c.eval_n_samples_per_prompt} times: set the first to 1."
-        )
-
-
-def _required(c: IterateConfig) -> Iterator[str]:
-    if c.method is None:
-        yield "--method is required: rs (rejection sampling), dpo (iterative DPO) or csft (conditional SFT)."
-    if not c.pretrain:
-        yield "--pretrain is required: the Hugging Face folder or hub name of the model to train."
-    if not c.prompt_data:
-        yield "--prompt_data is required: a JSON, JSONL, CSV, Parquet or Arrow file, a saved data set folder or a hub name."
-    if not c.run_dir:
-        yield "--run_dir is required: the folder of all rounds, in which the same command goes on after a stop."
+        yield "{eval_n_samples_per_prompt} with {eval_temperature} would repeat one output: set the first to 1."
 
 
 def _reward(c: IterateConfig) -> Iterator[str]:
@@ -155,4 +147,4 @@ def _method(c: IterateConfig, given: set[str]) -> Iterator[str]:
                 yield f"--{name} belongs to --method {owner}, but --method is {c.method}: leave it out."
     yield from infer.reward_template_problems(c.reward_template)
     if c.method is not IterateMethod.CSFT and c.best_of_n < 2:
-        yield f"--best_of_n 1 leaves --method {c.method} nothing to choose from: set it to 2 or more."
+        yield "{best_of_n} leaves {method} nothing to choose from: set it to 2 or more."

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from togi.config.choices import AdvantageEstimator, Algo, CorrectionType, KLEstimator, PolicyLossType, Scheduler
+from togi.config.fields import as_flag
 from togi.errors import ConfigError
 
 
@@ -173,11 +174,5 @@ def _moot(brought: Mapping[str, object], given: Mapping[str, object]) -> set[str
 
 def describe(algo: Algo, settings: Mapping[str, object]) -> str:
     """One line: what the preset set, as flags, and where it was published."""
-    flags = " ".join(_as_flag(name, value) for name, value in settings.items())
+    flags = " ".join(as_flag(name, value) for name, value in settings.items())
     return f"--algo {algo} sets {flags} ({PRESETS[algo].source})"
-
-
-def _as_flag(name: str, value: object) -> str:
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no_{name}"
-    return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"

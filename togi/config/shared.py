@@ -13,11 +13,14 @@ from typing import Literal, Protocol
 
 from togi.config.architectures import MIXTURES, SPLITTABLE
 from togi.config.choices import BackendName, GradAccumDtype, Layers, Scheduler
-from togi.config.fields import Count, Int, PathText, Seed, Settings, flag, later
+from togi.config.fields import Count, Int, PathText, Seed, Settings, flag, later, unread
 from togi.errors import ConfigError
 
 PLAIN_TEMPLATE = "User: {}\nAssistant: "
 """The format of a prompt without a chat template."""
+# Required settings in words.
+MODEL_TO_TRAIN = "the Hugging Face folder or hub name of the model to train"
+ROWS = "a JSON, JSONL, CSV, Parquet or Arrow file, a saved data set folder or a hub name"
 ALL_LINEAR = "all-linear"
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that marks the folder of a LoRA adapter."""
@@ -230,6 +233,13 @@ class OutputSettings(Settings):
     use_tensorboard: PathText | None = flag(None, "TensorBoard folder.")
 
 
+# The settings that only another one reads, by that one.
+READERS = {
+    "gradient_checkpointing": ("gradient_checkpointing_use_reentrant", "gradient_checkpointing_above"),
+    "lora_rank": ("lora_alpha", "lora_dropout", "target_modules"),
+}
+
+
 def template_problems(template: str, *, applied: bool) -> Iterator[str]:
     """Faults of an ``--input_template`` that the user wrote. ``applied``: rows are rendered with a chat template."""
     if applied:
@@ -242,11 +252,13 @@ def template_problems(template: str, *, applied: bool) -> Iterator[str]:
 
 def chat_template_problems(template: str | None, *, applied: bool) -> Iterator[str]:
     """Faults of a ``--tokenizer_chat_template``. ``applied``: rows are rendered with a chat template."""
-    if template is not None and not applied:
+    if template is None:
+        return
+    if not applied:
         yield "--tokenizer_chat_template is only used with --apply_chat_template: add it, or leave the template out."
-    if template is not None and "{" not in template:
+    if "{" not in template:
         yield f'--tokenizer_chat_template {template!r} is no Jinja template: give its text, in bash "$(cat FILE)".'
-    if template is not None and (fault := _template_fault(template)):
+    if fault := _template_fault(template):
         yield f"--tokenizer_chat_template has a syntax error in {fault}: correct the template."
 
 
@@ -268,7 +280,7 @@ def head_problems(prefix: str) -> Iterator[str]:
     if not prefix.isidentifier():
         yield f"--value_head_prefix {prefix!r} must be a plain name such as score."
     if prefix in MODEL_PARTS:
-        yield f"--value_head_prefix {prefix} is the name of another part of language models: choose one such as score."
+        yield "{value_head_prefix} is the name of another part of language models: choose one such as score."
 
 
 def rendering_problems(c: PromptText) -> Iterator[str]:
@@ -289,9 +301,9 @@ def check_mixture(path: str, kind: str) -> None:
 
 def model_problems(c: ModelSettings) -> Iterator[str]:
     """Faults of the model flags of any command."""
-    for name in ("gradient_checkpointing_use_reentrant", "gradient_checkpointing_above"):
-        if c.changed(name) and not c.gradient_checkpointing:
-            yield f"--{name} needs --gradient_checkpointing: add it or leave the first out."
+    if c.load_in_4bit and c.lora_rank == 0:
+        yield "--load_in_4bit freezes the weights and trains an adapter: add --lora_rank, or leave --load_in_4bit out."
+    yield from unread(c, READERS)
     if c.gradient_checkpointing_use_reentrant and c.gradient_checkpointing_above > 0:
         yield (
             "--gradient_checkpointing_above is not for the kind of --gradient_checkpointing_use_reentrant, which needs the same "
@@ -302,22 +314,16 @@ def model_problems(c: ModelSettings) -> Iterator[str]:
             "--aux_loss_coef with --gradient_checkpointing_use_reentrant would have no gradient, since that kind hides the "
             "router from it: leave the second out."
         )
-    if c.load_in_4bit and c.lora_rank == 0:
-        yield "--load_in_4bit freezes the weights and trains an adapter: add --lora_rank, or leave --load_in_4bit out."
-    if c.lora_rank == 0 and (c.lora_dropout > 0 or c.target_modules != (ALL_LINEAR,)):
-        yield "--lora_dropout and --target_modules are about an adapter: add --lora_rank, or leave them out."
-    if c.lora_rank == 0 and c.changed("lora_alpha"):
-        yield f"--lora_alpha {c.lora_alpha} is about an adapter: add --lora_rank, or leave it out."
     if ALL_LINEAR in c.target_modules and len(c.target_modules) > 1:
-        yield f"--target_modules {' '.join(c.target_modules)}: give {ALL_LINEAR} alone, or names without it."
+        yield f"{{target_modules}}: give {ALL_LINEAR} alone, or names without it."
 
 
 def lora_dropout_problems(c: ModelSettings) -> Iterator[str]:
     """Dropout of an adapter whose logprobs are compared with a reference, or with its own earlier ones."""
     if c.lora_dropout > 0:
         yield (
-            f"--lora_dropout {c.lora_dropout:g} would put noise into log-probs that are compared with those of a reference or "
-            "of earlier weights: leave it out."
+            "{lora_dropout} would put noise into log-probs that are compared with those of a reference or of earlier weights: "
+            "leave it out."
         )
 
 
@@ -329,38 +335,32 @@ def train_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
     if c.grad_accum_dtype is GradAccumDtype.BF16 and not model.bf16:
         yield "--grad_accum_dtype bf16 needs gradients in bfloat16: add --bf16, or leave the first out."
     if c.ring_head_stride > 1 and c.ring_attn_size == 1:
-        yield f"--ring_head_stride {c.ring_head_stride} is about a ring of processes: add --ring_attn_size, or leave it out."
+        yield "{ring_head_stride} is about a ring of processes: add --ring_attn_size, or leave it out."
     if not c.packing_samples and c.micro_train_batch_size not in ("auto", 1):
-        yield (
-            f"--micro_train_batch_size {c.micro_train_batch_size} needs packing but --no_packing_samples is set: "
-            "leave one of them out."
-        )
+        yield "{micro_train_batch_size} needs packing but --no_packing_samples is set: leave one of them out."
     if not all(0 <= beta < 1 for beta in c.adam_betas):
-        yield f"--adam_betas {c.adam_betas[0]:g} {c.adam_betas[1]:g} must both be at least 0 and below 1."
+        yield "{adam_betas} must both be at least 0 and below 1."
     yield from _schedule_problems(c)
 
 
 def _backend(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
     """What one of the backends cannot do, or only in some layouts."""
-    sharded = c.zero_stage > 0 and not model.load_in_4bit
-    if model.gradient_checkpointing_above > 0 and c.backend is BackendName.DEEPSPEED and c.zero_stage == 3:
+    on_deepspeed = c.backend is BackendName.DEEPSPEED
+    if model.gradient_checkpointing_above > 0 and on_deepspeed and c.zero_stage == 3:
         yield (
             "--gradient_checkpointing_above with --backend deepspeed and --zero_stage 3: workers would gather other layers, each "
             "by its own pack: leave the first out."
         )
-    if c.deepcompile and c.backend is not BackendName.DEEPSPEED:
+    if c.deepcompile and not on_deepspeed:
         yield f"--deepcompile is DeepSpeed's compiler but --backend is {c.backend}: leave it out."
     if c.deepcompile:
+        yield "--deepcompile needs one graph for all steps, but packed batches differ in their segment tables: leave it out."
+    if c.zpg > 1 and not (on_deepspeed and c.zero_stage == 3):
         yield (
-            "--deepcompile needs CUDA and one graph for all steps, but packed batches have another segment table in each: "
-            "leave it out."
-        )
-    if c.zpg > 1 and (c.backend is not BackendName.DEEPSPEED or c.zero_stage != 3):
-        yield (
-            f"--zpg {c.zpg} needs --backend deepspeed and --zero_stage 3, where weights are gathered for each pass, but they are "
+            "{zpg} needs --backend deepspeed and --zero_stage 3, where weights are gathered for each pass, but they are "
             f"{c.backend} and {c.zero_stage}: change them, or leave --zpg out."
         )
-    if c.grad_accum_dtype is GradAccumDtype.BF16 and (c.backend is not BackendName.DEEPSPEED or not sharded):
+    if c.grad_accum_dtype is GradAccumDtype.BF16 and (not on_deepspeed or c.zero_stage == 0 or model.load_in_4bit):
         yield (
             "--grad_accum_dtype bf16 needs --backend deepspeed with --zero_stage 1, 2 or 3 and without --load_in_4bit, all "
             "else adds up in float32: change that, or leave it out."
@@ -369,94 +369,62 @@ def _backend(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
 
 def _schedule_problems(c: TrainSettings) -> Iterator[str]:
     kind = c.lr_scheduler
+    decays = kind is Scheduler.WARMUP_STABLE_DECAY
     # Which schedules read each flag.
     used = {
-        "min_lr_ratio": kind.follows_a_loss
-        or kind.endswith("with_min_lr")
-        or kind in (Scheduler.POLYNOMIAL, Scheduler.WARMUP_STABLE_DECAY),
-        "lr_num_cycles": kind.startswith("cosine") or kind is Scheduler.WARMUP_STABLE_DECAY,
+        "min_lr_ratio": kind.follows_a_loss or kind.endswith("with_min_lr") or kind is Scheduler.POLYNOMIAL or decays,
+        "lr_num_cycles": kind.startswith("cosine") or decays,
         "lr_power": kind is Scheduler.POLYNOMIAL,
-        "lr_decay_ratio": kind is Scheduler.WARMUP_STABLE_DECAY,
+        "lr_decay_ratio": decays,
         "lr_factor": kind.follows_a_loss,
         "lr_patience": kind.follows_a_loss,
         "max_lr_ratio": kind is Scheduler.GREEDY,
     }
-    for name, value in c.changed(*used).items():
+    for name in c.changed(*used):
         if not used[name]:
-            yield f"--{name} {value:g} has no effect with --lr_scheduler {kind}: leave it out, or choose another schedule."
-    if kind is Scheduler.WARMUP_STABLE_DECAY and c.lr_warmup_ratio + c.lr_decay_ratio > 1:
-        yield (
-            f"--lr_warmup_ratio {c.lr_warmup_ratio:g} and --lr_decay_ratio {c.lr_decay_ratio:g} are more than the whole run: "
-            "lower one of them."
-        )
+            yield f"{{{name}}} has no effect with {{lr_scheduler}}: leave it out, or choose another schedule."
+    if decays and c.lr_warmup_ratio + c.lr_decay_ratio > 1:
+        yield "{lr_warmup_ratio} and {lr_decay_ratio} are more than the whole run: lower one of them."
 
 
 def output_problems(c: OutputSettings, *, evaluates: bool) -> Iterator[str]:
     """Faults of the output flags of any command. ``evaluates``: there is a held-out set."""
     if c.best_metric_key != NO_METRIC and not evaluates:
-        yield f"--best_metric_key {c.best_metric_key} is measured on held-out data: add --eval_dataset, or leave it out."
+        yield "{best_metric_key} is measured on held-out data: add --eval_dataset, or leave it out."
     if c.best_metric_key == NO_METRIC and c.best_metric_mode != "auto":
-        yield f"--best_metric_mode {c.best_metric_mode} says which values are good, but of no metric: add --best_metric_key."
+        yield "{best_metric_mode} says which values are good, but of no metric: add --best_metric_key."
     if c.save_hf_ckpt and c.save_steps <= 0:
         yield "--save_hf_ckpt writes with each checkpoint: set --save_steps to a positive number."
     if c.disable_ds_ckpt and not c.save_hf_ckpt:
         yield "--disable_ds_ckpt without --save_hf_ckpt leaves nothing to save: add the second or leave the first out."
-    if c.use_ds_universal_ckpt and not c.load_checkpoint:
-        yield "--use_ds_universal_ckpt is about loading a checkpoint: add --load_checkpoint, or leave the first out."
+    yield from unread(c, {"load_checkpoint": ("use_ds_universal_ckpt",)})
     if c.save_steps == 0:
         yield "--save_steps must be positive, or -1."
 
 
 def parallel_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
-    """Faults of ``--ds_tensor_parallel_size`` and ``--torch_compile``."""
-    yield from _compiled(c, model)
-    yield from _tensor(c, model)
-
-
-def _compiled(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
-    if not model.torch_compile:
-        return
-    if model.use_liger_kernel:
-        yield "--torch_compile and --use_liger_kernel exclude each other, both compute the layers: leave one of them out."
-    if model.load_in_4bit:
-        yield "--torch_compile with --load_in_4bit: weights in NF4 are not compiled, leave one of them out."
-    if model.aux_loss_coef > 0:
-        yield f"--torch_compile with --aux_loss_coef {model.aux_loss_coef:g}: experts are not compiled, leave one of them out."
-    if c.backend is BackendName.DEEPSPEED and c.zero_stage == 3:
-        yield (
-            "--torch_compile with --backend deepspeed and --zero_stage 3: weights would be gathered inside of what is compiled, "
-            "use --backend fsdp2, or leave the first out."
-        )
-    if c.ds_tensor_parallel_size > 1:
-        yield (
-            f"--torch_compile with --ds_tensor_parallel_size {c.ds_tensor_parallel_size}: split weights are not compiled, leave "
-            "one of them out."
-        )
-
-
-def _tensor(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
-    size = c.ds_tensor_parallel_size
-    if size == 1:
-        return
-    tensor = f"--ds_tensor_parallel_size {size}"
-    if c.ring_attn_size > 1:
-        yield (
-            f"{tensor} with --ring_attn_size {c.ring_attn_size}: the first parts the weights and the second the tokens of a batch "
-            "among the same processes, leave one of them out."
-        )
+    """What ``--torch_compile`` and ``--ds_tensor_parallel_size`` cannot be combined with."""
+    is_split, shards_all = c.ds_tensor_parallel_size > 1, c.backend is BackendName.DEEPSPEED and c.zero_stage == 3
+    compiled = (
+        (model.use_liger_kernel, "--use_liger_kernel: both compute the layers"),
+        (model.load_in_4bit, "--load_in_4bit: weights in NF4 are not compiled"),
+        (model.aux_loss_coef > 0, "{aux_loss_coef}: experts are not compiled"),
+        (shards_all, "--backend deepspeed and --zero_stage 3: weights would be gathered inside of what is compiled"),
+        (is_split, "{ds_tensor_parallel_size}: split weights are not compiled"),
+    )
     # Tensor parallelism is built on FSDP2's shards of plain weights.
-    if c.backend is not BackendName.FSDP2:
-        yield f"{tensor} splits weights beneath FSDP2: use --backend fsdp2, or leave it out."
-    if c.zero_stage == 0:
-        yield f"{tensor} with --zero_stage 0, which keeps every weight whole: use --zero_stage 1, 2 or 3."
-    if model.lora is not None:
-        yield f"{tensor} with --lora_rank {model.lora_rank}: adapters are not split, leave one of them out."
-    if model.aux_loss_coef > 0:
-        yield f"{tensor} with --aux_loss_coef {model.aux_loss_coef:g}: experts are not split, leave one of them out."
-    if model.use_liger_kernel:
-        yield f"{tensor} with --use_liger_kernel: Liger's kernels take whole weights, leave one of them out."
-    if c.adam_offload:
-        yield f"{tensor} with --adam_offload is not supported yet: leave one of them out."
+    split = (
+        (c.ring_attn_size > 1, "{ring_attn_size}: both part a batch's work among the same processes"),
+        (c.backend is not BackendName.FSDP2, "{backend}: weights are split beneath --backend fsdp2"),
+        (c.zero_stage == 0, "{zero_stage}: that keeps every weight whole, 1, 2 and 3 do not"),
+        (model.lora_rank > 0, "{lora_rank}: adapters are not split"),
+        (model.aux_loss_coef > 0, "{aux_loss_coef}: experts are not split"),
+        (model.use_liger_kernel, "--use_liger_kernel: Liger's kernels take whole weights"),
+        (c.adam_offload, "--adam_offload: that is not supported yet"),
+    )
+    tensor = "{ds_tensor_parallel_size}"
+    for name, is_on, others in (("--torch_compile", model.torch_compile, compiled), (tensor, is_split, split)):
+        yield from (f"{name} with {other}, leave one of them out." for is_so, other in others if is_on and is_so)
 
 
 def check_splittable(size: int, flag: str, path: str, settings: Mapping[str, object]) -> None:

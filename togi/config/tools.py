@@ -98,7 +98,7 @@ class ServeRMConfig(Settings):
 
 def check_serve_rm(config: ServeRMConfig, *, has_token: bool) -> None:
     """Raise ConfigError with the first contradiction in the settings of ``togi serve-rm``."""
-    refuse(_problems(config, has_token=has_token))
+    refuse(config, _problems(config, has_token=has_token))
 
 
 def _problems(c: ServeRMConfig, *, has_token: bool) -> Iterator[str]:
@@ -107,18 +107,15 @@ def _problems(c: ServeRMConfig, *, has_token: bool) -> Iterator[str]:
     if c.reward_pretrain and c.reward_func:
         yield "--reward_pretrain and --reward_func exclude each other: serve them on two ports."
     if c.reward_func and not c.reward_func.endswith(".py"):
-        yield f"--reward_func {c.reward_func} must be a Python file that defines reward_func(queries, prompts, labels)."
+        yield "{reward_func} must be a Python file that defines reward_func(queries, prompts, labels)."
     if c.normalize_reward and not c.reward_pretrain:
         yield "--normalize_reward works on a reward model: add --reward_pretrain or leave it out."
     if c.max_len > c.max_tokens_per_gpu:
-        yield f"--max_len {c.max_len} is more than --max_tokens_per_gpu {c.max_tokens_per_gpu}: lower the first."
+        yield "{max_len} is more than {max_tokens_per_gpu}: lower the first."
     if c.max_items > c.max_queue:
-        yield f"--max_items {c.max_items} is more than --max_queue {c.max_queue}: raise the second or lower the first."
+        yield "{max_items} is more than {max_queue}: raise the second or lower the first."
     if not is_loopback(c.host) and not has_token and not c.allow_unauthenticated:
-        yield (
-            f"--host {c.host} lets other machines in without a token: set TOGI_REWARD_TOKEN or --token_file, "
-            "or add --allow_unauthenticated."
-        )
+        yield "{host} lets others in without a token: set TOGI_REWARD_TOKEN or --token_file, or add --allow_unauthenticated."
 
 
 def is_loopback(host: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from togi.config import shared
-from togi.config.fields import refuse
+from togi.config.fields import missing, refuse, unread
 from togi.config.parse import Parsed
 from togi.methods.dpo import DPO
 from togi.methods.kd import KD
@@ -29,14 +29,11 @@ names.OF_METHODS.update(
 def check_method(parsed: Parsed[Method]) -> None:
     """Raise ConfigError with the first contradiction. Each message names both flags and the remedy."""
     # A chat template replaces the default of ``--input_template``, but contradicts one that the user wrote.
-    refuse(_problems(parsed.config, template_given="input_template" in parsed.given))
+    refuse(parsed.config, _problems(parsed.config, template_given="input_template" in parsed.given))
 
 
 def _problems(c: Method, *, template_given: bool) -> Iterator[str]:
-    if not c.pretrain:
-        yield "--pretrain is required: the Hugging Face folder or hub name of the model to train."
-    if not c.dataset:
-        yield "--dataset is required: a JSON, JSONL, CSV, Parquet or Arrow file, a saved data set folder or a hub name."
+    yield from missing(c, pretrain=shared.MODEL_TO_TRAIN, dataset=shared.ROWS)
     yield from c.problems(template_given=template_given)
     yield from shared.model_problems(c)
     yield from shared.train_problems(c, c)
@@ -44,17 +41,13 @@ def _problems(c: Method, *, template_given: bool) -> Iterator[str]:
     chat = c.prompt_text is not None and c.prompt_text.apply_chat_template
     yield from shared.chat_template_problems(c.tokenizer_chat_template, applied=chat)
     if c.max_tokens_per_gpu * c.ring_attn_size < c.max_len:
-        yield (
-            f"--max_tokens_per_gpu {c.max_tokens_per_gpu} x --ring_attn_size {c.ring_attn_size} is less than --max_len "
-            f"{c.max_len}: raise one of the first two or lower the third."
-        )
+        yield "{max_tokens_per_gpu} x {ring_attn_size} is less than {max_len}: raise one of the first or lower the last."
     if c.lr_scheduler.follows_a_loss and c.eval_dataset is None:
         yield (
-            f"--lr_scheduler {c.lr_scheduler} follows the held-out loss: add --eval_dataset (and --eval_steps), or choose a "
-            "schedule that needs no measurement."
+            "{lr_scheduler} follows the held-out loss: add --eval_dataset (and --eval_steps), or choose a schedule that needs no "
+            "measurement."
         )
-    if c.eval_at_start and c.eval_dataset is None:
-        yield "--eval_at_start needs --eval_dataset: add it or leave the first out."
+    yield from unread(c, {"eval_dataset": ("eval_at_start",)})
     yield from shared.output_problems(c, evaluates=c.eval_dataset is not None)
     if c.eval_steps == 0:
         yield "--eval_steps must be positive, or -1."

@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
 from togi.config.choices import EngineName, Overlong
-from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag
+from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, unread
 from togi.config.shared import (
     MAX_BAD_ROWS,
     PLAIN_TEMPLATE,
@@ -276,10 +276,7 @@ class PlainTextOrResponse(PromptAndResponse):
         if self.pretrain_mode and template_given and self.input_template is not None:
             yield "--pretrain_mode trains on plain text but --input_template is set: leave one of them out."
         if not self.pretrain_mode and not self.apply_chat_template and self.output_key is None:
-            yield (
-                "--output_key is required without --apply_chat_template: name the field with the response, or use "
-                "--pretrain_mode for plain text."
-            )
+            yield "--output_key (the field with the response) is required without --apply_chat_template or --pretrain_mode."
 
 
 class Pairs(Method):
@@ -369,8 +366,6 @@ class OnPolicySettings(Settings):
 
     def generation_problems(self) -> Iterator[str]:
         """Generation flags without ``--on_policy_share``, and what the engines exclude."""
-        if self.on_policy_share == 0:
-            for name in self.changed(*OnPolicySettings.model_fields):
-                yield f"--{name} is about generated responses: add --on_policy_share, or leave --{name} out."
-        elif self.enforce_eager and self.rollout_engine is EngineName.TRANSFORMERS:
+        yield from unread(self, {"on_policy_share": OnPolicySettings.model_fields})
+        if self.enforce_eager and self.rollout_engine is EngineName.TRANSFORMERS:
             yield "--enforce_eager needs --rollout_engine vllm: change one of them."
