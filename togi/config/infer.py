@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from togi.config.choices import EngineName, EvalTask, PostProcessor
-from togi.config.fields import Count, Int, PathText, Seed, Settings, flag, missing, refuse
+from togi.config.fields import Count, FromZero, Int, PathText, Positive, Seed, Settings, flag, missing, refuse
 from togi.config.parse import Parsed
 from togi.config.shared import DISABLE_FAST_TOKENIZER, PLAIN_TEMPLATE, ROWS, rendering_problems, template_problems
 
@@ -21,12 +21,8 @@ CSFT_PROMPT = "<rm_score>: 5.00"
 class RewardTextSettings(Settings):
     """Conditional SFT"""
 
-    reward_template: str = flag(
-        REWARD_TEMPLATE, "How a reward is told to the model: text with {input} and {reward} once each."
-    )
-    csft_prompt: str = flag(
-        CSFT_PROMPT, "The reward to ask for, in the words of --reward_template, or the number alone."
-    )
+    reward_template: str = flag(REWARD_TEMPLATE, "How a reward is told: text with {input} and {reward} once each.")
+    csft_prompt: str = flag(CSFT_PROMPT, "The reward to ask for, in the words of --reward_template, or the number.")
 
 
 class GenerationSettings(Settings):
@@ -34,17 +30,15 @@ class GenerationSettings(Settings):
 
     max_new_tokens: Count = flag(1024, "At most this many new tokens per output.")
     prompt_max_len: Count = flag(1024, "Prompts of more tokens are left out and counted, never cut.")
-    temperature: float = flag(1.0, "Sampling temperature; 0 is greedy.", ge=0)
+    temperature: FromZero = flag(1.0, "Sampling temperature; 0 is greedy.")
     top_p: float = flag(1.0, "Nucleus sampling.", gt=0, le=1)
     greedy_sampling: bool = flag(False, "Take the most likely token each time, in both engines.")
-    repetition_penalty: float = flag(
-        1.0, "Divide positive logits of tokens already there by this, multiply negative ones.", gt=0
-    )
+    repetition_penalty: Positive = flag(1.0, "Divide positive logits of tokens already there, multiply negative ones.")
     max_num_seqs: Count = flag(256, "At most this many outputs in progress in vLLM.")
     enable_prefix_caching: bool = flag(True, "vLLM prefix cache, from which outputs take what their prompts share.")
     enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
     vllm_gpu_memory_utilization: float = flag(0.9, "Share of a GPU's memory that vLLM may take.", gt=0, le=1)
-    vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of the key-value cache on a CPU, in GB.", gt=0)
+    vllm_cpu_kv_cache_gb: Positive = flag(1.0, "Size of the key-value cache on a CPU, in GB.")
     tp_size: Count = flag(1, "Processes that share the model in vLLM, one on each GPU (tensor parallelism).")
 
     @property
@@ -79,9 +73,7 @@ class ScoringSettings(Settings):
     output_key: str = flag("output", "Field with the output to score.")
     max_len: Count = flag(2048, "At most this many tokens per row, prompt and output together.")
     value_head_prefix: str = flag("score", "Name of the scalar head; a model's own config wins.")
-    normalize_reward: bool = flag(
-        False, "Standardise with the mean and std of the model's config; for --post_processor csft with the rows' own."
-    )
+    normalize_reward: bool = flag(False, "Standardise with the mean and std of the model, in csft of the rows.")
     post_processor: PostProcessor | Literal["null", "None"] | None = flag(
         None, "What becomes of scored rows: the best of each prompt, reward text, or pairs; default: all are kept."
     )
@@ -91,9 +83,7 @@ class ScoringSettings(Settings):
 class InferModelSettings(Settings):
     """Model"""
 
-    eval_task: EvalTask | None = flag(
-        None, "generate_vllm, generate (Transformers engine, nothing to install) or rm (reward model). Required."
-    )
+    eval_task: EvalTask | None = flag(None, "generate_vllm, generate (Transformers) or rm (reward model). Required.")
     pretrain: PathText = flag("", "Model folder or hub name. Required.")
     bf16: bool = flag(False, "Run in bfloat16.")
     flash_attn: bool = flag(False, "Use FlashAttention where the device has it (CUDA); vLLM and SDPA need no flag.")
@@ -103,9 +93,7 @@ class InferModelSettings(Settings):
     seed: Seed = flag(1234, "Seed; every output has one of its own, made from this, its prompt's place and its number.")
     full_determinism: bool = flag(False, "Deterministic kernels.")
     local_rank: Int = flag(-1, "Set by launchers; this command runs in one process.")
-    zero_stage: Int = flag(
-        0, "Accepted for established commands; changes nothing: one process has nothing to shard.", ge=0, le=3
-    )
+    zero_stage: Int = flag(0, "Accepted for established commands; changes nothing: there is one process.", ge=0, le=3)
     disable_fast_tokenizer: bool = DISABLE_FAST_TOKENIZER
     use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
 
@@ -113,9 +101,7 @@ class InferModelSettings(Settings):
 class RowSettings(Settings):
     """Data"""
 
-    dataset: PathText = flag(
-        "", "Prompts or scored rows: comma-separated files, folders or hub names, each optionally name@dir. Required."
-    )
+    dataset: PathText = flag("", "Prompts or scored rows: files, folders or hub names, or name@dir. Required.")
     dataset_probs: str | None = flag(None, "Comma-separated sampling probabilities, one per set; default: concatenate.")
     dataset_split: str = flag("train", "Split of the sets.")
     max_samples: Count = flag(100_000_000, "Use at most this many rows of the mixture.")
@@ -146,17 +132,13 @@ class TalkSettings(Settings):
     pretrain: PathText = flag("", "Model folder or hub name. Required.")
     bf16: bool = flag(False, "Run in bfloat16.")
     max_len: Count = flag(1024, "At most this many new tokens per answer.")
-    temperature: float = flag(0.2, "Sampling temperature; 0 is greedy.", ge=0)
+    temperature: FromZero = flag(0.2, "Sampling temperature; 0 is greedy.")
     top_p: float = flag(0.9, "Nucleus sampling.", gt=0, le=1)
     greedy_sampling: bool = flag(False, "Take the most likely token each time.")
-    repetition_penalty: float = flag(1.0, "Make tokens that are already there less likely; 1 changes nothing.", gt=0)
+    repetition_penalty: Positive = flag(1.0, "Make tokens that are already there less likely; 1 changes nothing.")
     apply_chat_template: bool = flag(True, "Talk in the chat template; --no_apply_chat_template: one plain text.")
-    input_template: str | None = flag(
-        PLAIN_TEMPLATE, "Format string with one {} around each message, in plain text only."
-    )
-    tools: PathText | None = flag(
-        None, "JSON file with a list of tools that the chat template shows to the model, as in a row's field tools."
-    )
+    input_template: str | None = flag(PLAIN_TEMPLATE, "Format string with one {} around each message, in plain text.")
+    tools: PathText | None = flag(None, "JSON file of tools that the chat template shows, as in a row's field tools.")
     ta_prompt: PathText | None = flag(None, "Text file that the conversation starts with, in plain text only.")
     enable_csft: bool = flag(False, "Put the reward text of --csft_prompt before each answer.")
     tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")

@@ -10,7 +10,7 @@ from typing import Literal
 
 from togi.config import infer
 from togi.config.choices import EngineName, IterateMethod
-from togi.config.fields import Count, Int, PathText, Settings, flag, missing, refuse
+from togi.config.fields import Count, FromZero, Int, PathText, Positive, Settings, Share, flag, missing, refuse
 from togi.config.parse import Parsed
 from togi.config.rl import PromptSettings, RewardSettings
 from togi.config.shared import MODEL_TO_TRAIN, ROWS, TrainSettings, rendering_problems
@@ -26,13 +26,9 @@ class LoopSettings(Settings):
         "rs: learn the best output; dpo: prefer the best to the worst; csft: learn all with their reward. Required.",
     )
     rounds: Count = flag(3, "Rounds of generate, score, select and train.")
-    rollout_batch_size: Count = flag(
-        1024, "Prompts per round, in the order of the data; after the last one the first follows."
-    )
+    rollout_batch_size: Count = flag(1024, "Prompts per round, in the order of the data, which then starts again.")
     best_of_n: Count = flag(4, "Outputs per prompt.")
-    keep_truncated: bool = flag(
-        False, "Also learn outputs that --max_new_tokens cut: they get an end token that they never had."
-    )
+    keep_truncated: bool = flag(False, "Also learn outputs cut by --max_new_tokens, with an end token they never had.")
     rollout_engine: EngineName = flag(EngineName.VLLM, "What generates: vLLM, or Transformers (no extra install).")
     run_dir: PathText = flag("", "Folder of all rounds; the same command goes on there. Required.")
 
@@ -55,20 +51,18 @@ class HeldOutSettings(Settings):
         None, "Held-out prompt sets, with the same keys as --prompt_data: scored before training and after each round."
     )
     eval_split: str = flag("train", "Split of the held-out sets.")
-    eval_temperature: float = flag(0.6, "Sampling temperature in evaluation; 0 is greedy.", ge=0)
+    eval_temperature: FromZero = flag(0.6, "Sampling temperature in evaluation; 0 is greedy.")
     eval_n_samples_per_prompt: Count = flag(4, "Outputs per prompt in evaluation.")
 
 
 class PreferenceSettings(Settings):
     """Training on pairs"""
 
-    beta: float = flag(0.1, "Temperature: how strongly the policy is held to the reference.", gt=0)
+    beta: Positive = flag(0.1, "Temperature: how strongly the policy is held to the reference.")
     ipo: bool = flag(False, "IPO's squared loss in place of DPO's log-sigmoid.")
     label_smoothing: float = flag(0.0, "cDPO: the share of labels taken to be wrong.", ge=0, lt=0.5)
-    nll_loss_coef: float = flag(0.0, "Weight of the chosen response's negative log-likelihood a token.", ge=0)
-    ref_previous_round: bool = flag(
-        False, "The reference is the model that the round starts from; default: --pretrain in every round."
-    )
+    nll_loss_coef: FromZero = flag(0.0, "Weight of the chosen response's negative log-likelihood a token.")
+    ref_previous_round: bool = flag(False, "The reference is the model of the previous round; default: --pretrain.")
 
 
 class IterateConfig(
@@ -85,9 +79,7 @@ class IterateConfig(
     """Rounds of best-of-n: generate, score, select, train. A stopped command goes on when it is given again."""
 
     learning_rate: float | Literal["auto"] = flag("auto", "Peak learning rate; auto: 5e-7 for dpo, else 2e-6.")
-    lr_warmup_ratio: float = flag(
-        0.0, "Warm-up steps = ceil(ratio x optimizer steps of a round); the first of them learns nothing.", ge=0, le=1
-    )
+    lr_warmup_ratio: Share = flag(0.0, "Warm-up steps = ceil(ratio x steps of a round); the first learns nothing.")
     max_len: Count = flag(2048, "At most this many tokens per row in training; longer rows are dropped and counted.")
     save_steps: Int = flag(-1, "In training write a checkpoint every N optimizer steps to go on from; -1 never.")
 

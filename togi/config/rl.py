@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from togi.config import choices
-from togi.config.fields import Count, CountOrAuto, HookField, Int, PathText, Settings, flag
+from togi.config.fields import Count, CountOrAuto, FromZero, HookField, Int, PathText, Positive, Settings, Share, flag
 from togi.config.presets import preset_values
 from togi.config.shared import MAX_BAD_ROWS, ModelSettings, OutputSettings, TrainSettings
 
@@ -22,13 +22,9 @@ class SampleSettings(Settings):
     dynamic_filtering_reward_range: tuple[float, float] = flag(
         (0.0, 1.0), "The open range, of the reward before length penalties: a mean that is one of its ends is outside."
     )
-    dynamic_filtering_max_generations: Count = flag(
-        20, "Stop the run when a rollout is not full after so many times its number of prompts."
-    )
-    overlong_buffer_len: Count | None = flag(
-        None, "Responses that reach into the last so many tokens of --generate_max_len lose reward, linearly (DAPO)."
-    )
-    overlong_penalty_factor: float = flag(1.0, "What a response of --generate_max_len tokens loses.", gt=0)
+    dynamic_filtering_max_generations: Count = flag(20, "Stop when a rollout is not full after so many times its size.")
+    overlong_buffer_len: Count | None = flag(None, "Responses lose reward linearly in the last so many tokens (DAPO).")
+    overlong_penalty_factor: Positive = flag(1.0, "What a response of --generate_max_len tokens loses.")
     stop_properly_penalty_coef: float | None = flag(
         None,
         "Reward of a response cut off by the limit: from 0 to 1 it is multiplied by this, below 0 replaced by it (ProRL).",
@@ -48,20 +44,12 @@ class PretrainMixSettings(Settings):
         "Texts that the actor goes on learning: --ptx_coef x their mean negative log-probability a token is added to the policy "
         "loss of every update (PPO-ptx).",
     )
-    ptx_coef: float = flag(0.05, "Weight of the loss on --pretrain_data.", gt=0)
-    pretrain_data_probs: str | None = flag(
-        None, "Comma-separated sampling probabilities, one per set; default: concatenate."
-    )
+    ptx_coef: Positive = flag(0.05, "Weight of the loss on --pretrain_data.")
+    pretrain_data_probs: str | None = flag(None, "Probabilities of the sets, comma-separated; default: concatenate.")
     pretrain_split: str = flag("train", "Split of these sets.")
-    pretrain_input_key: str = flag(
-        "input", "Field with the text, or with the prompt if --pretrain_output_key is given."
-    )
-    pretrain_output_key: str | None = flag(
-        None, "Field with the response, which alone is learned; without it every token of the text is."
-    )
-    pretrain_max_len: Count | None = flag(
-        None, "Longer rows are left out and counted; default --prompt_max_len + --generate_max_len."
-    )
+    pretrain_input_key: str = flag("input", "Field with the text, or with the prompt beside --pretrain_output_key.")
+    pretrain_output_key: str | None = flag(None, "Field with the response, which alone is learned; default: learn all.")
+    pretrain_max_len: Count | None = flag(None, "Longer rows are left out; default prompt_max_len + generate_max_len.")
     pretrain_max_samples: Count = flag(100_000_000, "Use at most this many rows of the mixture.")
     pretrain_batch_size: Count | None = flag(None, "Rows in each of the actor's updates; default --train_batch_size.")
 
@@ -74,19 +62,13 @@ class RewardSettings(Settings):
         "Python files that define reward_func(queries, prompts, labels), comma-separated; builtin:NAME for one that "
         f"comes with Togi ({', '.join(choices.Verifier)}).",
     )
-    format_regex: str | None = flag(
-        None, "What builtin:format wants a whole response to match, a Python regular expression."
-    )
+    format_regex: str | None = flag(None, "Python regular expression that builtin:format matches with the response.")
     length_target: Count | None = flag(None, "The length of a response that builtin:length rewards most, in tokens.")
     length_shape: choices.LengthShape = flag(
         choices.LengthShape.LINEAR, "How builtin:length falls off: linear, or cosine, which is flat near the target."
     )
-    remote_rm_url: PathText | None = flag(
-        None, "Reward servers, comma-separated http(s) URLs; a .py path among them is a --reward_func."
-    )
-    reward_pretrain: PathText | None = flag(
-        None, "Local reward models with a scalar head, comma-separated; each has its own worker processes."
-    )
+    remote_rm_url: PathText | None = flag(None, "Reward servers, comma-separated URLs; a .py path is a --reward_func.")
+    reward_pretrain: PathText | None = flag(None, "Local reward models with a scalar head, comma-separated.")
     remote_rm_mode: choices.RemoteMode = flag(
         choices.RemoteMode.BALANCE,
         "Several URLs. balance: equal servers, each group goes to the least busy one (as established). "
@@ -99,27 +81,17 @@ class RewardSettings(Settings):
     reward_weights: tuple[float, ...] | None = flag(
         None, "One weight per reward: reward models, then servers, then functions, as given; default 1 for each."
     )
-    normalize_reward: bool = flag(
-        False, "Standardise each reward model's output with the mean and std of its own config."
-    )
-    reward_timeout: float = flag(60.0, "Seconds one call of a reward function or server may take.", gt=0)
+    normalize_reward: bool = flag(False, "Standardise a reward model's output with the mean and std of its config.")
+    reward_timeout: Positive = flag(60.0, "Seconds one call of a reward function or server may take.")
     reward_workers: Count = flag(2, "Processes that run a reward function.")
-    reward_retries: Int = flag(
-        1,
-        "How often a call is repeated that failed for a passing reason: a timeout, a killed process, an I/O error.",
-        ge=0,
-    )
+    reward_retries: Int = flag(1, "How often a call is repeated after a timeout, killed process or I/O error.", ge=0)
     remote_rm_concurrency: Count = flag(64, "Requests at the same time to one reward server.")
-    remote_rm_max_pause: float = flag(
-        3600.0, "Seconds the run waits for a reward server that is down, before it stops.", gt=0
-    )
+    remote_rm_max_pause: Positive = flag(3600.0, "Seconds to wait for a reward server that is down, before stopping.")
     on_reward_error: choices.OnRewardError = flag(
         choices.OnRewardError.DROP_GROUP,
         "Samples whose reward failed: leave out their group, leave out only them, or stop the run.",
     )
-    max_reward_errors: float = flag(
-        0.1, "Largest share of a rollout's samples whose reward may fail; above it the run stops.", ge=0, le=1
-    )
+    max_reward_errors: Share = flag(0.1, "Largest share of samples whose reward may fail; above it the run stops.")
     ref_reward_offload: bool = flag(
         False,
         "Keep reference and reward models in host memory while they do not compute; without a GPU they are there anyway.",
@@ -173,12 +145,8 @@ def _listed(text: str | None) -> tuple[str, ...]:
 class PromptSettings(Settings):
     """Prompts"""
 
-    prompt_data: PathText = flag(
-        "", "Prompt sets: comma-separated files, folders or hub names, each optionally name@dir. Required."
-    )
-    prompt_data_probs: str | None = flag(
-        None, "Comma-separated sampling probabilities, one per set; default: concatenate."
-    )
+    prompt_data: PathText = flag("", "Prompt sets, comma-separated: files, folders, hub names, or name@dir. Required.")
+    prompt_data_probs: str | None = flag(None, "Probabilities of the sets, comma-separated; default: concatenate.")
     prompt_split: str = flag("train", "Split of the prompt sets.")
     input_key: str = flag("input", "Field with the prompt: a string or a list of chat messages.")
     label_key: str | None = flag(None, "Field given to the reward as the label, such as the reference answer.")
@@ -192,31 +160,21 @@ class PromptSettings(Settings):
 class RolloutSettings(Settings):
     """Rollout"""
 
-    rollout_engine: choices.EngineName = flag(
-        choices.EngineName.VLLM, "What generates: vLLM, or Transformers (no extra install)."
-    )
+    rollout_engine: choices.EngineName = flag(choices.EngineName.VLLM, "What generates; Transformers needs no install.")
     rollout_batch_size: Count = flag(1024, "Prompts per rollout.")
     n_samples_per_prompt: Count = flag(1, "Responses per prompt.")
     generate_max_len: Count = flag(1024, "At most this many new tokens per response.")
     max_len: Count | None = flag(None, "Context length of the engine; default --prompt_max_len + --generate_max_len.")
-    temperature: float = flag(1.0, "Sampling temperature; training divides the logits by the same number.", gt=0)
-    top_p: float = flag(
-        1.0, "Nucleus sampling. Only 1 can be trained on: a cut distribution has other ratios.", gt=0, le=1
-    )
+    temperature: Positive = flag(1.0, "Sampling temperature; training divides the logits by the same number.")
+    top_p: float = flag(1.0, "Nucleus sampling. Only 1 can be trained on, as a cut changes the ratios.", gt=0, le=1)
     micro_rollout_batch_size: Count | Literal["auto"] = flag(
         "auto", "At most this many samples per scoring forward; auto: as many as --max_tokens_per_gpu allows."
     )
-    vllm_num_engines: CountOrAuto = flag(
-        "auto", "Number of generation engines; auto: 1 without GPUs, else as many as the actor's GPUs hold."
-    )
-    vllm_tensor_parallel_size: Count = flag(
-        1, "GPUs per engine, on one node; without GPUs: processes that share an engine's weights and cache."
-    )
+    vllm_num_engines: CountOrAuto = flag("auto", "Generation engines; auto: as many as the actor's GPUs hold, or 1.")
+    vllm_tensor_parallel_size: Count = flag(1, "GPUs of one node per engine; without GPUs: processes per engine.")
     vllm_gpu_memory_utilization: float = flag(0.95, "Share of a GPU's memory that vLLM may take.", gt=0, le=1)
-    vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of vLLM's key-value cache on a CPU, in GB.", gt=0)
-    enable_prefix_caching: bool = flag(
-        True, "vLLM prefix cache, from which responses take their common prompt; emptied at every weight update."
-    )
+    vllm_cpu_kv_cache_gb: Positive = flag(1.0, "Size of vLLM's key-value cache on a CPU, in GB.")
+    enable_prefix_caching: bool = flag(True, "vLLM prefix cache for common prompts; emptied at every weight update.")
     enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
     vllm_sync_backend: choices.SyncBackend = flag(
         choices.SyncBackend.AUTO,
@@ -229,17 +187,11 @@ class RolloutSettings(Settings):
         "What engines are sent under --lora_rank: adapters, which each engine merges into the weights of its own model files, or "
         "whole merged weights; auto: adapters, but merged with --load_in_4bit, whose rounded base is in no file.",
     )
-    vllm_enable_sleep: bool = flag(
-        False, "Engines give back their cache while the models train (--colocate_all_models)."
-    )
-    trainer_enable_sleep: bool = flag(
-        False, "Actor and critic put optimizer states and masters away while they do not train, under any --backend."
-    )
+    vllm_enable_sleep: bool = flag(False, "Engines give back their cache while models train (--colocate_all_models).")
+    trainer_enable_sleep: bool = flag(False, "Actor and critic put optimizer states and masters away between updates.")
     deepspeed_enable_sleep: bool = flag(False, "The established name of --trainer_enable_sleep.")
-    replay: PathText | None = flag(
-        None, "Train on the rollouts stored in this run folder: no engine runs and no reward is called."
-    )
-    weight_sync_timeout: float = flag(600.0, "Seconds after which an unfinished weight update is an error.", gt=0)
+    replay: PathText | None = flag(None, "Train on the rollouts of this run folder, without engines and rewards.")
+    weight_sync_timeout: Positive = flag(600.0, "Seconds after which an unfinished weight update is an error.")
 
 
 class AlgorithmSettings(Settings):
@@ -254,43 +206,37 @@ class AlgorithmSettings(Settings):
         "How rewards become advantages; FILE.py:name for a function of your own (examples/hooks).",
     )
     gamma: float = flag(1.0, "Discount. Group estimators need 1.", gt=0, le=1)
-    lambd: float = flag(1.0, "GAE lambda.", ge=0, le=1)
+    lambd: Share = flag(1.0, "GAE lambda.")
     policy_loss_type: choices.PolicyLossType | HookField = flag(
         choices.PolicyLossType.PPO,
         "Policy objective: ppo clips each token's ratio, gspo one ratio a sequence (published with --eps_clip_low_high 3e-4 "
         "4e-4), cispo the weight of a gradient that is never dropped; FILE.py:name for a function of your own.",
     )
-    eps_clip: float = flag(0.2, "Clip range of the ratio.", gt=0)
+    eps_clip: Positive = flag(0.2, "Clip range of the ratio.")
     eps_clip_low_high: tuple[float, float] | None = flag(None, "Separate lower and upper clip; replaces --eps_clip.")
     dual_clip: float | None = flag(None, "Dual-clip constant c > 1 for negative advantages.", gt=1)
-    value_clip: float = flag(0.2, "Clip range of the value function.", gt=0)
+    value_clip: Positive = flag(0.2, "Clip range of the value function.")
     loss_aggregation: choices.Aggregation | Literal["auto"] = flag(
         "auto",
         "How token losses of a step become one number; auto: sequence_mean for gspo, constant for dr_grpo, else token_mean.",
     )
-    entropy_loss_coef: float = flag(0.0, "Weight of the policy's entropy, which is subtracted from the loss.", ge=0)
-    enable_vllm_is_correction: bool = flag(
-        False, "Weight the loss by trainer / engine probability of the sampled tokens, with either engine."
-    )
+    entropy_loss_coef: FromZero = flag(0.0, "Weight of the policy's entropy, which is subtracted from the loss.")
+    enable_vllm_is_correction: bool = flag(False, "Weight the loss by trainer / engine probability of the tokens.")
     vllm_is_correction_type: choices.CorrectionType = flag(
         choices.CorrectionType.TIS,
         "How: tis clips the weights to the range, icepop leaves out tokens beyond it, seq-mask-tis whole sequences.",
     )
     vllm_is_truncated_threshold: tuple[float, float] = flag((0.5, 5.0), "The range, lowest and highest weight.")
-    init_kl_coef: float = flag(0.01, "KL coefficient; 0 starts no reference model.", ge=0)
+    init_kl_coef: FromZero = flag(0.01, "KL coefficient; 0 starts no reference model.")
     kl_estimator: choices.KLEstimator = flag(choices.KLEstimator.K1, "k1 in the reward; k2 or k3 in the loss.")
     use_kl_loss: bool = flag(False, "Put the KL term in the loss instead of the reward.")
-    kl_target: float | None = flag(None, "If set, adapt the KL coefficient towards this KL.", gt=0)
+    kl_target: Positive | None = flag(None, "If set, adapt the KL coefficient towards this KL.")
     kl_horizon: Count = flag(10_000, "Horizon of the adaptive controller, in samples.")
     reward_clip_range: tuple[float, float] = flag((-10.0, 10.0), "Clip of the scalar reward after the baseline.")
     no_advantage_std_norm: bool = flag(False, "Advantage normalisation subtracts the mean only.")
     share_prompts: bool = flag(True, "Compute a prompt once for all its responses in a pack (exact).")
-    freezing_actor_steps: Int = flag(
-        -1, "Critic warm-up: the actor is not updated on the first N rollouts, the critic is; -1 or 0: none.", ge=-1
-    )
-    enable_ema: bool = flag(
-        False, "Keep an exponential moving average of the actor's weights and save it too, as save_path + _ema."
-    )
+    freezing_actor_steps: Int = flag(-1, "Warm-up: train only the critic on the first N rollouts; -1, 0: none.", ge=-1)
+    enable_ema: bool = flag(False, "Save an exponential moving average of the actor's weights too: save_path + _ema.")
     ema_beta: float = flag(0.992, "Decay of the average in each optimizer step.", gt=0, lt=1)
 
 
@@ -299,11 +245,9 @@ class RLTrainSettings(Settings):
 
     num_episodes: Count = flag(1, "Passes over the prompt set.")
     max_steps: Int = flag(-1, "Stop after this many rollouts; -1: after all episodes.")
-    actor_learning_rate: float = flag(1e-6, "Peak learning rate of the actor.", ge=0)
-    critic_learning_rate: float = flag(9e-6, "Peak learning rate of the critic.", ge=0)
-    critic_pretrain: PathText | None = flag(
-        None, "Model the critic starts from; default the first of --reward_pretrain, else --pretrain."
-    )
+    actor_learning_rate: FromZero = flag(1e-6, "Peak learning rate of the actor.")
+    critic_learning_rate: FromZero = flag(9e-6, "Peak learning rate of the critic.")
+    critic_pretrain: PathText | None = flag(None, "Model of the critic; default: a reward model, or --pretrain.")
     value_head_prefix: str = flag("score", "Attribute name of the scalar head; a model's own config wins.")
     save_value_network: bool = flag(False, "Save the critic at the end (save_path + _critic).")
 
@@ -317,9 +261,7 @@ class PlacementSettings(Settings):
         "has processes of its own; auto: local where one process is enough.",
     )
     actor_num_nodes: Count = flag(1, "Nodes of the actor.")
-    actor_num_gpus_per_node: CountOrAuto = flag(
-        "auto", "GPUs per node; without GPUs: worker processes. auto: all GPUs, or 1."
-    )
+    actor_num_gpus_per_node: CountOrAuto = flag("auto", "GPUs per node, without GPUs: processes; auto: all GPUs, or 1.")
     critic_num_nodes: Count = flag(1, "Nodes of the critic.")
     critic_num_gpus_per_node: CountOrAuto = flag("auto", "As for the actor; auto: like the actor.")
     ref_num_nodes: Count = flag(1, "Nodes of the reference model.")
@@ -338,7 +280,7 @@ class EvaluationSettings(Settings):
     eval_split: str = flag("train", "Split of the evaluation sets.")
     eval_steps: Int = flag(-1, "Evaluate every N rollouts; -1: at the end of each episode.")
     eval_at_start: bool = flag(False, "Also evaluate before the first update.")
-    eval_temperature: float = flag(0.6, "Sampling temperature in evaluation; 0 is greedy.", ge=0)
+    eval_temperature: FromZero = flag(0.6, "Sampling temperature in evaluation; 0 is greedy.")
     eval_n_samples_per_prompt: Count = flag(4, "Responses per prompt in evaluation.")
 
 

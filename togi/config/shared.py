@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from togi.config.architectures import MIXTURES, SPLITTABLE
 from togi.config.choices import BackendName, GradAccumDtype, Layers, Scheduler
-from togi.config.fields import Count, Int, PathText, Seed, Settings, flag, later, unread
+from togi.config.fields import Count, FromZero, Int, PathText, Positive, Seed, Settings, Share, flag, later, unread
 from togi.errors import ConfigError
 
 PLAIN_TEMPLATE = "User: {}\nAssistant: "
@@ -72,34 +72,22 @@ class ModelSettings(Settings):
 
     pretrain: PathText = flag("", "Model to train: a Hugging Face folder or hub name. Required.")
     bf16: bool = flag(False, "Compute in bfloat16; the master weights stay float32.")
-    flash_attn: bool = flag(
-        False, "Use FlashAttention where the device has it (CUDA); elsewhere segments run through SDPA."
-    )
+    flash_attn: bool = flag(False, "Use FlashAttention where the device has it (CUDA); elsewhere attention is SDPA.")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
     gradient_checkpointing_use_reentrant: bool = flag(False, "Use the re-entrant variant of gradient checkpointing.")
     gradient_checkpointing_above: Int = flag(
         0, "Recompute no more layers than needed to keep the activations of a pack of this many tokens; 0: all.", ge=0
     )
     tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")
-    trust_remote_code: bool = flag(
-        False, "Run code that comes with a model folder. Off by default: it can do anything."
-    )
+    trust_remote_code: bool = flag(False, "Run code that comes with a model folder. Off, as it can do anything.")
     disable_fast_tokenizer: bool = DISABLE_FAST_TOKENIZER
-    use_liger_kernel: bool = flag(
-        False, "Compute norms, rotary embeddings and MLPs with Liger's kernels where the device has them (CUDA)."
-    )
-    torch_compile: bool = flag(
-        False, "Compile the layers with torch.compile at the first batches; what is built is kept for later runs."
-    )
-    aux_loss_coef: float = flag(
-        0.0, "Weight of the load-balancing loss of a mixture of experts, a mean over sequences; 0 turns it off.", ge=0
-    )
+    use_liger_kernel: bool = flag(False, "Compute norms, rotary embeddings and MLPs with Liger's kernels (on CUDA).")
+    torch_compile: bool = flag(False, "Compile the layers with torch.compile at the first batches, and for later runs.")
+    aux_loss_coef: FromZero = flag(0.0, "Weight of the load-balancing loss of a mixture of experts, by sequence.")
     load_in_4bit: bool = flag(False, "Hold the frozen weights in NF4 (QLoRA); needs --lora_rank.")
     lora_rank: Int = flag(0, "Train an adapter of this rank beside frozen weights (LoRA); 0 trains all weights.", ge=0)
     lora_alpha: Int = flag(16, "LoRA scale: the adapter's output is multiplied by alpha / rank.", ge=1)
-    target_modules: tuple[str, ...] = flag(
-        (ALL_LINEAR,), "Linear layers that get an adapter, by the last part of their names, or all-linear."
-    )
+    target_modules: tuple[str, ...] = flag((ALL_LINEAR,), "Layers with an adapter, by the last part of their names.")
     lora_dropout: float = flag(0.0, "Dropout before the adapter, in training.", ge=0, lt=1)
     use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")
 
@@ -132,28 +120,19 @@ class TrainSettings(Settings):
         "auto", "At most this many samples per forward and backward; auto: as many as --max_tokens_per_gpu allows."
     )
     max_tokens_per_gpu: Count = flag(16384, "Token budget of one packed micro-batch on one worker.")
-    packing_samples: bool = flag(
-        True, "Pack sequences without padding; --no_packing_samples runs one sequence at a time."
-    )
+    packing_samples: bool = flag(True, "Pack sequences without padding; --no_packing_samples runs them one by one.")
     max_epochs: Count = flag(1, "Passes over the data (RL: over each rollout).")
-    max_norm: float = flag(1.0, "Clip the global gradient norm to this; 0 turns clipping off.", ge=0)
-    l2: float = flag(0.0, "AdamW weight decay (not on biases and norm weights).", ge=0)
+    max_norm: FromZero = flag(1.0, "Clip the global gradient norm to this; 0 turns clipping off.")
+    l2: FromZero = flag(0.0, "AdamW weight decay (not on biases and norm weights).")
     adam_betas: tuple[float, float] = flag((0.9, 0.95), "AdamW betas.")
     lr_scheduler: Scheduler = flag(Scheduler.COSINE_WITH_MIN_LR, "Learning-rate schedule, counted in optimizer steps.")
-    lr_warmup_ratio: float = flag(0.03, "Warm-up steps = ceil(ratio x total optimizer steps).", ge=0, le=1)
-    min_lr_ratio: float = flag(
-        0.1,
-        "Lowest learning rate as a share of the peak, of schedules with a floor (also polynomial's end).",
-        ge=0,
-        le=1,
+    lr_warmup_ratio: Share = flag(0.03, "Warm-up steps = ceil(ratio x total optimizer steps).")
+    min_lr_ratio: Share = flag(0.1, "Lowest learning rate as a share of the peak, of schedules with a floor.")
+    lr_num_cycles: Positive | None = flag(
+        None, "Waves of a cosine (default: half a wave), or how often cosine_with_restarts falls (default: 1)."
     )
-    lr_num_cycles: float | None = flag(
-        None, "Waves of a cosine (default: half a wave), or how often cosine_with_restarts falls (default: 1).", gt=0
-    )
-    lr_power: float = flag(1.0, "Exponent of --lr_scheduler polynomial.", gt=0)
-    lr_decay_ratio: float = flag(
-        0.1, "Steps of the fall in warmup_stable_decay = ceil(ratio x total optimizer steps).", ge=0, le=1
-    )
+    lr_power: Positive = flag(1.0, "Exponent of --lr_scheduler polynomial.")
+    lr_decay_ratio: Share = flag(0.1, "Steps of the fall in warmup_stable_decay = ceil(ratio x total steps).")
     lr_factor: float | None = flag(
         None,
         "What reduce_lr_on_plateau and greedy multiply the rate by when the held-out loss no longer falls "
@@ -161,9 +140,7 @@ class TrainSettings(Settings):
         gt=0,
         lt=1,
     )
-    lr_patience: Int = flag(
-        10, "reduce_lr_on_plateau and greedy change the rate after more than so many evaluations of one kind.", ge=0
-    )
+    lr_patience: Int = flag(10, "reduce_lr_on_plateau, greedy: change the rate after more such evaluations.", ge=0)
     max_lr_ratio: float = flag(10.0, "Highest rate of greedy as a multiple of the learning rate it starts from.", ge=1)
     seed: Seed = flag(42, "Seed of data order, sampling and initialisation.")
     full_determinism: bool = flag(
@@ -173,30 +150,17 @@ class TrainSettings(Settings):
     backend: BackendName = flag(BackendName.FSDP2, "Training backend.")
     zero_stage: Int = flag(2, "0 replicates; 1, 2 shard gradients and optimizer; 3 shards weights too.", ge=0, le=3)
     adam_offload: bool = flag(False, "Keep master weights and Adam's moments in host memory, and run AdamW there.")
-    zpg: Count = flag(
-        1,
-        "ZeRO++: ranks that keep one more copy of the weights among them, for the backward pass (DeepSpeed, stage 3).",
-    )
+    zpg: Count = flag(1, "ZeRO++: ranks that hold one more copy of the weights for the backward (DeepSpeed, stage 3).")
     grad_accum_dtype: GradAccumDtype = flag(
         GradAccumDtype.FP32,
         "In which numbers micro-batches are added up; bf16 is DeepSpeed's only and loses small terms.",
     )
-    overlap_comm: bool = flag(
-        False, "Overlap DeepSpeed's communication with the backward pass; FSDP2 always does so, with or without."
-    )
+    overlap_comm: bool = flag(False, "Overlap DeepSpeed's communication with the backward pass; FSDP2 always does.")
     deepcompile: bool = flag(False, "DeepSpeed's compiler. Refused: it cannot compile packed batches.")
-    ring_attn_size: Count = flag(
-        1, "Compute each batch on this many processes, each holding its part of the tokens (ring attention)."
-    )
-    ring_head_stride: Count = flag(
-        1, "Key/value heads exchanged per ring step, a divisor of their number: more means fewer and larger messages."
-    )
-    ds_tensor_parallel_size: Count = flag(
-        1, "Split the weights and heads of each layer over this many processes (tensor parallelism, by FSDP2)."
-    )
-    local_rank: Int = later(
-        -1, "Set by launchers that start one process per device; this command starts its own workers."
-    )
+    ring_attn_size: Count = flag(1, "Processes that share each batch, by its tokens (ring attention).")
+    ring_head_stride: Count = flag(1, "Key/value heads exchanged per ring step, a divisor of their number.")
+    ds_tensor_parallel_size: Count = flag(1, "Processes that share the weights of each layer (tensor parallelism).")
+    local_rank: Int = later(-1, "Set by launchers of one process per device; this command starts its own workers.")
 
 
 class OutputSettings(Settings):
@@ -209,7 +173,7 @@ class OutputSettings(Settings):
     save_hf_ckpt: bool = flag(False, "With each checkpoint also write the model in Hugging Face format.")
     disable_ds_ckpt: bool = flag(False, "Do not write the resumable part of checkpoints (needs --save_hf_ckpt).")
     max_ckpt_num: Count = flag(3, "Keep at most this many checkpoints; the newest is never removed.")
-    max_ckpt_mem: float = flag(1e8, "Keep at most this many GB of checkpoints.", gt=0)
+    max_ckpt_mem: Positive = flag(1e8, "Keep at most this many GB of checkpoints.")
     load_checkpoint: bool = flag(False, "Continue from the newest complete checkpoint in --ckpt_path, if there is one.")
     use_ds_universal_ckpt: bool = flag(
         False,
@@ -223,9 +187,7 @@ class OutputSettings(Settings):
         "auto", "Which values of --best_metric_key are good; auto: low losses, high rewards and accuracies."
     )
     logging_steps: Count = flag(1, "Send metrics to the trackers every N steps (metrics.jsonl has every step).")
-    use_wandb: str | None = flag(
-        None, "Weights & Biases: an API key, or any word when logged in or WANDB_API_KEY is set."
-    )
+    use_wandb: str | None = flag(None, "Weights & Biases: an API key, or any word with a login or WANDB_API_KEY.")
     wandb_org: str | None = flag(None, "Weights & Biases entity.")
     wandb_group: str | None = flag(None, "Weights & Biases group.")
     wandb_project: str = flag("togi", "Weights & Biases project.")

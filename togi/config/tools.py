@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Iterator
 from typing import Literal
 
-from togi.config.fields import Count, Int, PathText, Settings, flag, refuse
+from togi.config.fields import Count, Int, PathText, Positive, Settings, flag, refuse
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.config.shared import DISABLE_FAST_TOKENIZER
@@ -66,9 +66,7 @@ class ServeRMConfig(Settings):
     """Serve a reward model, or a reward function, over HTTP: POST /get_reward, GET /health, GET /metrics."""
 
     reward_pretrain: PathText = flag("", "Reward model with a scalar head: a folder or hub name.")
-    reward_func: PathText = flag(
-        "", "Python file that defines reward_func(queries, prompts, labels), instead of a model."
-    )
+    reward_func: PathText = flag("", "Python file that defines reward_func(queries, prompts, labels), not a model.")
     host: str = flag("127.0.0.1", "Address to listen on; others than this machine's own need a token.")
     port: Int = flag(5000, "TCP port; 0 takes a free one and says which.", ge=0, le=65535)
     token_file: PathText | None = flag(
@@ -77,18 +75,16 @@ class ServeRMConfig(Settings):
     )
     allow_unauthenticated: bool = flag(False, "Listen on other addresses without a token.")
     max_len: Count = flag(2048, "Queries of more tokens are refused, never cut.")
-    batch_size: Count | None = flag(
-        None, "At most this many queries per forward; default: as many as the token budget allows."
-    )
+    batch_size: Count | None = flag(None, "At most this many queries per forward; default: by the token budget.")
     max_tokens_per_gpu: Count = flag(16384, "Token budget of one packed forward; queries of several requests share it.")
     normalize_reward: bool = flag(False, "Standardise scores with the mean and std of the model's config.")
     value_head_prefix: str = flag("score", "Attribute name of the scalar head; a model's own config wins.")
     bf16: bool = flag(False, "Compute in bfloat16.")
     flash_attn: bool = flag(False, "Use FlashAttention where the device has it (CUDA).")
     trust_remote_code: bool = flag(False, "Run code that comes with a model folder.")
-    reward_timeout: float = flag(60.0, "Seconds one call of the reward function may take before it is stopped.", gt=0)
+    reward_timeout: Positive = flag(60.0, "Seconds one call of the reward function may take before it is stopped.")
     reward_workers: Count = flag(2, "Processes that run the reward function.")
-    max_body_mb: float = flag(64.0, "Largest body of a request, in MB.", gt=0)
+    max_body_mb: Positive = flag(64.0, "Largest body of a request, in MB.")
     max_items: Count = flag(1024, "Most queries in one request.")
     max_queue: Count = flag(8192, "Most queries that wait at once; beyond, requests are told to come back (429).")
     disable_fast_tokenizer: bool = DISABLE_FAST_TOKENIZER

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from togi.config.fields import Count, PathText, flag
+from togi.config.fields import Count, FromZero, PathText, Positive, flag
 from togi.methods.method import REWARD_MEASURES, Good, HeldToReference, Measure, Pairs
 from togi.obs import names
 
@@ -23,11 +23,11 @@ class DPO(Pairs, HeldToReference):
     measures = (*REWARD_MEASURES, Measure(names.CHOSEN_NLL, Good.LOW))
     number = "reward"
 
-    beta: float = flag(0.1, "Temperature: how strongly the policy is held to the reference.", gt=0)
+    beta: Positive = flag(0.1, "Temperature: how strongly the policy is held to the reference.")
     ipo: bool = flag(False, "IPO's squared loss in place of DPO's log-sigmoid.")
     label_smoothing: float = flag(0.0, "cDPO: the share of labels taken to be wrong.", ge=0, lt=0.5)
-    nll_loss_coef: float = flag(0.0, "Weight of the chosen response's negative log-likelihood a token.", ge=0)
-    learning_rate: float = flag(1e-5, "Peak learning rate.", ge=0)
+    nll_loss_coef: FromZero = flag(0.0, "Weight of the chosen response's negative log-likelihood a token.")
+    learning_rate: FromZero = flag(1e-5, "Peak learning rate.")
     max_len: Count = flag(512, "At most this many tokens per sequence, prompt and response together.")
     max_samples: Count = flag(1_000_000, "Use at most this many rows of the mixture.")
     ckpt_path: PathText = flag("./ckpt/checkpoints_dpo", "Folder of resumable checkpoints.")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from togi.config.choices import Divergence
-from togi.config.fields import Count, PathText, flag
+from togi.config.fields import Count, PathText, Share, flag
 from togi.errors import ConfigError
 from togi.methods.method import Good, Measure, OnPolicySettings, PlainTextOrResponse
 from togi.obs import names
@@ -28,7 +28,7 @@ class KD(PlainTextOrResponse, OnPolicySettings):
 
     output_key: str | None = flag("output", "Field with the response.")
     teacher_model: PathText = flag("", "Teacher: a Hugging Face folder or hub name. Required.")
-    kd_coef: float = flag(0.4, "Share of the distillation loss; the rest is cross-entropy on the data.", ge=0, le=1)
+    kd_coef: Share = flag(0.4, "Share of the distillation loss; the rest is cross-entropy on the data.")
     kd_divergence: Divergence = flag(
         Divergence.FORWARD,
         "forward: the student covers all the teacher may say; reverse: it says only what the teacher may.",

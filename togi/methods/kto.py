@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from togi.config.fields import PathText, flag
+from togi.config.fields import FromZero, PathText, Positive, flag
 from togi.errors import ConfigError
 from togi.methods.method import REWARD_MEASURES, HeldToReference, Measure, PromptAndResponse
 from togi.obs import names
@@ -38,10 +38,10 @@ class KTO(PromptAndResponse, HeldToReference):
     looks_at_all_rows = True
 
     label_key: str = flag("label", "Field with the label: 1 desirable, 0 undesirable.")
-    beta: float = flag(0.01, "Temperature: how strongly the policy is held to the reference.", gt=0)
-    desirable_loss_weight: float = flag(1.0, "Weight of desirable rows.", ge=0)
-    undesirable_loss_weight: float = flag(1.0, "Weight of undesirable rows.", ge=0)
-    learning_rate: float = flag(1e-5, "Peak learning rate.", ge=0)
+    beta: Positive = flag(0.01, "Temperature: how strongly the policy is held to the reference.")
+    desirable_loss_weight: FromZero = flag(1.0, "Weight of desirable rows.")
+    undesirable_loss_weight: FromZero = flag(1.0, "Weight of undesirable rows.")
+    learning_rate: FromZero = flag(1e-5, "Peak learning rate.")
     ckpt_path: PathText = flag("./ckpt/checkpoints_kto", "Folder of resumable checkpoints.")
     wandb_project: str = flag("togi_kto", "Weights & Biases project.")
 

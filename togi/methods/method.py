@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
 from togi.config.choices import EngineName, Overlong
-from togi.config.fields import Count, CountOrAuto, Int, PathText, Settings, flag, unread
+from togi.config.fields import Count, CountOrAuto, FromZero, Int, PathText, Positive, Settings, Share, flag, unread
 from togi.config.shared import (
     MAX_BAD_ROWS,
     PLAIN_TEMPLATE,
@@ -76,20 +76,14 @@ REWARD_MEASURES = (
 class DatasetSettings(Settings):
     """Data"""
 
-    dataset: PathText = flag(
-        "", "Training sets: comma-separated files, folders or hub names, each optionally name@dir. Required."
-    )
+    dataset: PathText = flag("", "Training sets, comma-separated: files, folders or hub names, or name@dir. Required.")
     dataset_probs: str | None = flag(None, "Comma-separated sampling probabilities, one per set; default: concatenate.")
     dataset_split: str = flag("train", "Split of the training sets.")
     max_samples: Count = flag(100_000_000, "Use at most this many rows of the mixture.")
     max_len: Count = flag(2048, "At most this many tokens per sequence, prompt and response together.")
-    overlong: Overlong = flag(
-        Overlong.DROP, "What becomes of longer rows: left out and counted, cut (without an end token), or an error."
-    )
+    overlong: Overlong = flag(Overlong.DROP, "Longer rows are left out and counted, cut (no end token), or an error.")
     max_bad_rows: float = MAX_BAD_ROWS
-    dataset_num_proc: CountOrAuto = flag(
-        "auto", "Processes that tokenise the rows; auto: one per core for large sets, else this one."
-    )
+    dataset_num_proc: CountOrAuto = flag("auto", "Processes that tokenise; auto: one per core for large sets, or one.")
 
 
 class EvaluationSettings(Settings):
@@ -127,7 +121,7 @@ class Method(LaunchSettings, ModelSettings, DatasetSettings, TrainSettings, Eval
     looks_at_all_rows: ClassVar[bool] = False
     """Whether the loss of a row depends on the other rows of its step, so that an evaluation takes all rows at once."""
 
-    learning_rate: float = flag(5e-6, "Peak learning rate.", ge=0)
+    learning_rate: FromZero = flag(5e-6, "Peak learning rate.")
 
     # ---- settings
 
@@ -228,13 +222,9 @@ class PromptAndResponse(Method):
     """Rows"""
 
     input_key: str = flag("input", "Field with the prompt: a string or a list of chat messages.")
-    output_key: str | None = flag(
-        None, "Field with the response; default: the last message of the chat list in --input_key."
-    )
+    output_key: str | None = flag(None, "Field with the response; default: the last message in --input_key.")
     apply_chat_template: bool = flag(False, "Render rows with the tokenizer's chat template.")
-    input_template: str | None = flag(
-        PLAIN_TEMPLATE, "Format string with one {} around the prompt; not used with --apply_chat_template."
-    )
+    input_template: str | None = flag(PLAIN_TEMPLATE, "Format string with one {} around the prompt, in plain text.")
 
     @property
     def prompt_text(self) -> PromptText | None:
@@ -321,9 +311,7 @@ class HeldToReference(Method):
 
     ref_pretrain: PathText | None = flag(None, "Reference model; default: --pretrain.")
     ref_offload: bool = flag(False, "Keep the frozen reference in host memory, on the device only while it scores.")
-    precompute_ref: bool = flag(
-        False, "Score all rows with the reference once, ahead of training, then free it (dpo only)."
-    )
+    precompute_ref: bool = flag(False, "Score all rows with the reference before training, then free it (dpo only).")
 
     def problems(self, *, template_given: bool) -> Iterator[str]:
         """Noise in logprobs that are compared."""
@@ -350,18 +338,12 @@ GENERATED = "generated"
 class OnPolicySettings(Settings):
     """On-policy distillation"""
 
-    on_policy_share: float = flag(
-        0.0, "Share of the rows that the student answers itself; there the divergence alone is learned.", ge=0, le=1
-    )
+    on_policy_share: Share = flag(0.0, "Share of the rows that the student answers; there only divergence is learned.")
     generate_max_len: Count = flag(1024, "At most this many new tokens per response, within --max_len.")
-    temperature: float = flag(
-        1.0, "Sampling temperature; the divergence is always that of the models as they are.", gt=0
-    )
+    temperature: Positive = flag(1.0, "Sampling temperature; the divergence is always that of the plain models.")
     rollout_engine: EngineName = flag(EngineName.VLLM, "What generates: vLLM, or Transformers (no extra install).")
-    vllm_gpu_memory_utilization: float = flag(
-        0.3, "Share of a GPU's memory that vLLM may take, beside the models.", gt=0, le=1
-    )
-    vllm_cpu_kv_cache_gb: float = flag(1.0, "Size of the key-value cache on a CPU, in GB.", gt=0)
+    vllm_gpu_memory_utilization: float = flag(0.3, "Share of a GPU's memory for vLLM, beside the models.", gt=0, le=1)
+    vllm_cpu_kv_cache_gb: Positive = flag(1.0, "Size of the key-value cache on a CPU, in GB.")
     enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
 
     def generation_problems(self) -> Iterator[str]:

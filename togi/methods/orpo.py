@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from togi.config.fields import Count, PathText, flag
+from togi.config.fields import Count, PathText, Positive, flag
 from togi.methods.method import REWARD_MEASURES, Good, Measure, Pairs
 from togi.obs import names
 
@@ -33,7 +33,7 @@ class ORPO(Pairs):
     )
     number = "reward"
 
-    odds_ratio_coef: float = flag(0.1, "The paper's lambda: weight of the preference beside the supervised loss.", gt=0)
+    odds_ratio_coef: Positive = flag(0.1, "The paper's lambda: weight of the preference beside the supervised loss.")
     max_samples: Count = flag(1_000_000, "Use at most this many rows of the mixture.")
     ckpt_path: PathText = flag("./ckpt/checkpoints_orpo", "Folder of resumable checkpoints.")
     wandb_project: str = flag("togi_orpo", "Weights & Biases project.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from togi.config.fields import Count, PathText, flag
+from togi.config.fields import Count, FromZero, PathText, flag
 from togi.errors import ConfigError
 from togi.methods.method import Good, Measure, Method
 from togi.obs import names
@@ -34,7 +34,7 @@ class PRM(Method):
     reward_tokens: tuple[str, ...] | None = flag(
         None, "Label tokens, one token each; soft labels need two, the positive one first. Default: the vocabulary."
     )
-    learning_rate: float = flag(1e-6, "Peak learning rate.", ge=0)
+    learning_rate: FromZero = flag(1e-6, "Peak learning rate.")
     max_samples: Count = flag(1_000_000, "Use at most this many rows of the mixture.")
     ckpt_path: PathText = flag("./ckpt/checkpoints_prm", "Folder of resumable checkpoints.")
     wandb_project: str = flag("togi_prm", "Weights & Biases project.")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from togi.config.choices import RewardLoss
-from togi.config.fields import Count, PathText, flag
+from togi.config.fields import Count, FromZero, PathText, flag
 from togi.config.shared import head_problems
 from togi.methods.method import REWARD_MEASURES, Pairs
 
@@ -29,7 +29,7 @@ class RM(Pairs):
     margin_loss: bool = flag(False, "Subtract the field margin of each row inside the sigmoid loss.")
     compute_fp32_loss: bool = flag(False, "Compute the loss from float32 scores. Always so here, with or without.")
     value_head_prefix: str = flag("score", "Name of the scalar head; score loads in plain Transformers.")
-    learning_rate: float = flag(9e-6, "Peak learning rate.", ge=0)
+    learning_rate: FromZero = flag(9e-6, "Peak learning rate.")
     max_len: Count = flag(512, "At most this many tokens per sequence, prompt and response together.")
     ckpt_path: PathText = flag("./ckpt/checkpoints_rm", "Folder of resumable checkpoints.")
     wandb_project: str = flag("togi_rm", "Weights & Biases project.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from togi.config.fields import Count, PathText, flag
+from togi.config.fields import Count, FromZero, PathText, Positive, flag
 from togi.methods.method import REWARD_MEASURES, Good, Measure, Pairs
 from togi.obs import names
 
@@ -25,9 +25,9 @@ class SimPO(Pairs):
     measures = (*REWARD_MEASURES, Measure(names.CHOSEN_NLL, Good.LOW))
     number = "reward"
 
-    beta: float = flag(2.0, "Scale of the reward: beta x the mean log-prob of a response's tokens.", gt=0)
-    gamma: float = flag(1.0, "Target margin: the chosen response's reward is to be this much higher.", ge=0)
-    learning_rate: float = flag(1e-6, "Peak learning rate.", ge=0)
+    beta: Positive = flag(2.0, "Scale of the reward: beta x the mean log-prob of a response's tokens.")
+    gamma: FromZero = flag(1.0, "Target margin: the chosen response's reward is to be this much higher.")
+    learning_rate: FromZero = flag(1e-6, "Peak learning rate.")
     max_samples: Count = flag(1_000_000, "Use at most this many rows of the mixture.")
     ckpt_path: PathText = flag("./ckpt/checkpoints_simpo", "Folder of resumable checkpoints.")
     wandb_project: str = flag("togi_simpo", "Weights & Biases project.")
