@@ -20,4 +20,4 @@ def examples_of(rows: Sequence[tuple[Coded, ...]], folder: Path) -> Examples:
     write_shard(path, [Outcome(row, tuple(len(each.tokens) for each in row), None) for row in rows])
     places = np.array([(0, i, 0) for i in range(len(rows))])
     report = DataReport("rows", (), Lengths.of([len(each.tokens) for row in rows for each in row]), (), ())
-    return Examples([Table([Shard(path)])], places, report)
+    return Examples(Table([Shard(path)]), places, report)

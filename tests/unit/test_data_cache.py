@@ -17,7 +17,7 @@ from togi.data.encode import encode_rows
 from togi.data.faults import Drop
 from togi.data.records import RecordSpec, load_pairs, load_sft, load_steps, load_unpaired
 from togi.data.rows import PairReader, StepReader, step_labels
-from togi.data.shards import Job, Shard, Table, shard_ranges, write_shard
+from togi.data.shards import FAULT_CODES, Job, Shard, Table, shard_ranges, write_shard
 from togi.data.source import load_source
 from togi.errors import DataError
 
@@ -129,7 +129,9 @@ def test_a_shard_holds_what_became_of_its_rows(tmp_path, tokenizer):
     write_shard(tmp_path / "none", list(encode_rows(steps, range(1, 2), StepReader(spec, kind), tokenizer)))
     table = Table([Shard(tmp_path / "none"), shard])
     assert table.coded(0) == () and table.coded(1)[1].tokens.tolist() == tokenizer("ac")["input_ids"] + [258]
-    assert table.faulty_N.tolist() == [True, False, True] and [row for row, _ in table.faults()] == [0, 2]
+    assert np.isin(table.drops_N, FAULT_CODES).tolist() == [True, False, True] and [
+        row for row, _ in table.faults()
+    ] == [0, 2]
 
 
 def test_processes_make_the_same_as_one(tmp_path, tokenizer, made, monkeypatch):

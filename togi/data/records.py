@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import overload
 
@@ -20,16 +19,15 @@ from numpy.typing import NDArray
 from togi.data import report as reports
 from togi.data import rows
 from togi.data.chat import Tokenizer, check_rendering
-from togi.data.faults import SHOWN_FAULTS
 from togi.data.precheck import RecordSpec
-from togi.data.shards import REASONS, Table, encoded
+from togi.data.shards import FAULT_CODES, REASONS, Table, encoded
 from togi.data.source import Mixture, Pick, load_mixture
 from togi.data.tables import BadRow
 from togi.data.turns import shown
 from togi.errors import DataError
-from togi.sample import Sample
+from togi.sample import Sample, with_streams
 
-__all__ = ["Examples", "RecordSpec", "StepExamples", "load_pairs", "load_sft", "load_steps", "load_unpaired"]
+__all__ = ["Examples", "RecordSpec", "load_pairs", "load_sft", "load_steps", "load_unpaired"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +37,15 @@ SHOWN = 3
 class Examples(Sequence[tuple[Sample, ...]]):
     """The samples of each used row in the order of the mixture: one, or chosen and rejected. ``group_id``: the row's id.
 
-    ``places``: (source, row, repeat) of each, shape (M, 3).
+    ``table``: the rows of all sets. ``places``: (source, row, repeat) of each, shape (M, 3). ``labels``: how the steps of a
+    process reward model are labelled.
     """
 
-    def __init__(self, tables: Sequence[Table], places: NDArray[np.int64], report: reports.DataReport) -> None:
-        self._tables = tuple(tables)
-        self._places = places
-        # The place of each row among the rows of all tables.
-        self._rows_M = np.cumsum([0, *map(len, tables)])[places[:, 0]] + places[:, 1]
-        self.report = report
+    labels: rows.StepLabels | None = None
+
+    def __init__(self, table: Table, places: NDArray[np.int64], report: reports.DataReport) -> None:
+        self._table, self._places, self.report = table, places, report
+        self._rows_M = table.rows(places)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -63,46 +61,42 @@ class Examples(Sequence[tuple[Sample, ...]]):
 
     def _samples(self, index: int) -> tuple[Sample, ...]:
         pick = Pick(*self._places[index].tolist())
-        return tuple(sequence.sample(pick.id) for sequence in self._tables[pick.source].coded(pick.row))
+        return tuple(sequence.sample(pick.id) for sequence in self._table.coded(int(self._rows_M[index])))
 
     def prompt(self, index: int) -> bytes:
         """The prompt tokens of a row's first sequence as bytes, to compare prompts."""
-        source, row, _ = self._places[index].tolist()
-        first = self._tables[source].coded(row)[0]
+        first = self._table.coded(int(self._rows_M[index]))[0]
         return bytes(first.tokens[: first.prompt_length].tobytes())
 
     def last_tokens(self) -> set[int]:
         """The last tokens of the trained parts."""
-        return set[int]().union(*(table.last_tokens() for table in self._tables))
+        return self._table.last_tokens()
 
     def largest_token(self) -> int:
         """The largest token id in the rows; -1 if there is none."""
-        return max(table.largest_token() for table in self._tables)
+        return self._table.largest_token()
 
     def learned(self) -> NDArray[np.int64]:
         """The number of trained tokens of each sequence, row after row."""
-        return self._per_sequence(lambda table: table.learned_S)
+        return self._per_sequence(self._table.learned_S)
 
     def prompt_lengths(self) -> NDArray[np.int64]:
         """The number of tokens before the first trained one of each sequence, row after row."""
-        return self._per_sequence(lambda table: table.prompt_lengths_S)
+        return self._per_sequence(self._table.prompt_lengths_S)
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row over all its sequences, without making samples."""
-        return self._joined(lambda table: table.sizes_N)[self._rows_M]
+        return self._table.sizes_N[self._rows_M]
 
     @property
     def width(self) -> int:
         """Sequences per row."""
-        return int(self._joined(lambda table: table.widths_N).max(initial=0))
+        return int(self._table.widths_N.max(initial=0))
 
-    def _per_sequence(self, pick: Callable[[Table], NDArray[np.int64]]) -> NDArray[np.int64]:
-        widths_N = self._joined(lambda table: table.widths_N)
+    def _per_sequence(self, values_S: NDArray[np.int64]) -> NDArray[np.int64]:
+        widths_N = self._table.widths_N
         firsts_M = (np.cumsum(widths_N) - widths_N)[self._rows_M]
-        return self._joined(pick)[firsts_M[:, None] + np.arange(self.width)].reshape(-1)
-
-    def _joined(self, pick: Callable[[Table], NDArray[np.int64]]) -> NDArray[np.int64]:
-        return np.concatenate([pick(table) for table in self._tables])
+        return values_S[firsts_M[:, None] + np.arange(self.width)].reshape(-1)
 
     def scored(self, stream: str, numbers: NDArray[np.float32]) -> ScoredExamples:
         """The same rows with one number at each token in the loss. ``numbers``: of all rows, in order."""
@@ -115,9 +109,8 @@ class Examples(Sequence[tuple[Sample, ...]]):
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(self._places.astype("<i8").tobytes(), digest_size=16)
-        for table in self._tables:
-            for part in table.content():
-                digest.update(part)
+        for part in self._table.content():
+            digest.update(part)
         return digest.hexdigest()
 
 
@@ -125,54 +118,40 @@ class ScoredExamples(Examples):
     """Rows whose samples have one more stream. Its numbers (a mapped file, for example) are read per row."""
 
     def __init__(self, rows: Examples, stream: str, numbers: NDArray[np.float32]) -> None:
-        super().__init__(rows._tables, rows._places, rows.report)
+        super().__init__(rows._table, rows._places, rows.report)
         self._stream, self._numbers, self._width = stream, numbers, self.width
         self._ends = np.cumsum(self.learned())
         assert len(numbers) == self._ends[-1], "there is not one number for each token in the loss"
 
     def _samples(self, index: int) -> tuple[Sample, ...]:
-        return tuple(
-            self._with_stream(sample, int(self._ends[index * self._width + place]))
-            for place, sample in enumerate(super()._samples(index))
-        )
-
-    def _with_stream(self, sample: Sample, end: int) -> Sample:
-        """Add the numbers that end at ``end``; NaN at tokens that are not in the loss."""
-        values = np.full(len(sample.tokens), np.nan, dtype=np.float32)
-        values[sample.loss_mask] = self._numbers[end - int(sample.loss_mask.sum()) : end]
-        return replace(sample, streams={**sample.streams, self._stream: values})
-
-
-class StepExamples(Examples):
-    """Rows of a process reward model, and the form of their labels."""
-
-    def __init__(
-        self, tables: Sequence[Table], places: NDArray[np.int64], report: reports.DataReport, labels: rows.StepLabels
-    ) -> None:
-        super().__init__(tables, places, report)
-        self.labels = labels
+        samples = super()._samples(index)
+        ends = self._ends[index * self._width :].tolist()
+        own = [self._numbers[end - int(s.loss_mask.sum()) : end] for s, end in zip(samples, ends, strict=False)]
+        return tuple(with_streams(samples, {self._stream: own}))
 
 
 def load_sft(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """One sample per row; answers (or whole texts) are trained. Raises DataError naming set, row and field."""
-    return Examples(*_load(_mixture(spec), rows.AnswerReader(spec.of_a_row()), spec, tokenizer))
+    return _load(_mixture(spec), rows.AnswerReader(spec.of_a_row()), spec, tokenizer)
 
 
 def load_pairs(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """Two samples per row, chosen first, with values "chosen" and "margin". Raises DataError naming set, row, field."""
-    return Examples(*_load(_mixture(spec), rows.PairReader(spec.of_a_row()), spec, tokenizer))
+    return _load(_mixture(spec), rows.PairReader(spec.of_a_row()), spec, tokenizer)
 
 
 def load_unpaired(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """One sample per row with values "desirable" and "mismatched" (0). Raises DataError naming set, row and field."""
-    return Examples(*_load(_mixture(spec), rows.UnpairedReader(spec.of_a_row()), spec, tokenizer))
+    return _load(_mixture(spec), rows.UnpairedReader(spec.of_a_row()), spec, tokenizer)
 
 
-def load_steps(spec: RecordSpec, tokenizer: Tokenizer) -> StepExamples:
+def load_steps(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     """One sample per row with a stream "labels" at its placeholders. Raises DataError naming set, row and field."""
     mixture = _mixture(spec)
     labels = rows.step_labels(spec, _first_label(mixture, spec.label_key), tokenizer)
-    return StepExamples(*_load(mixture, rows.StepReader(spec.of_a_row(), labels), spec, tokenizer), labels)
+    examples = _load(mixture, rows.StepReader(spec.of_a_row(), labels), spec, tokenizer)
+    examples.labels = labels
+    return examples
 
 
 def _mixture(spec: RecordSpec) -> Mixture:
@@ -192,10 +171,7 @@ def _first_label(mixture: Mixture, key: str) -> object:
     return None
 
 
-def _load(
-    mixture: Mixture, reader: rows.RowReader, spec: RecordSpec, tokenizer: Tokenizer
-) -> tuple[list[Table], NDArray[np.int64], reports.DataReport]:
-    """The tables of all sets, the places of the used rows, and the report."""
+def _load(mixture: Mixture, reader: rows.RowReader, spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
     if not tokenizer.is_fast:
         raise DataError(
             f"The tokenizer {type(tokenizer).__name__} cannot say which characters a token is made of: use its fast "
@@ -203,18 +179,16 @@ def _load(
         )
     check_rendering(tokenizer, apply_chat_template=spec.apply_chat_template, input_template=spec.template)
     # Tokenise, or take from the cache.
-    tables = [
-        encoded(source.rows, mixture.rows_used(index), reader, tokenizer, spec.dataset_num_proc)
-        for index, source in enumerate(mixture.sources)
-    ]
+    table = Table(
+        *(
+            encoded(source.rows, mixture.rows_used(index), reader, tokenizer, spec.dataset_num_proc)
+            for index, source in enumerate(mixture.sources)
+        )
+    )
     # Keep the picks whose row was not dropped.
-    used = np.empty(len(mixture), dtype=np.bool_)
-    for index, table in enumerate(tables):
-        own = mixture.places[:, 0] == index
-        used[own] = table.drops_N[mixture.places[own, 1]] == 0
-    places = mixture.places[used]
+    places = mixture.places[table.drops_N[table.rows(mixture.places)] == 0]
     # The report comes before the checks, which quote it.
-    report = _report(mixture, tables, places, spec, tokenizer)
+    report = _report(mixture, table, spec, tokenizer)
     faults = report.faults
     reports.check_faults(faults, spec.max_bad_rows)
     if report.kept == 0:
@@ -225,52 +199,49 @@ def _load(
         )
     for warning in report.warnings:
         logger.warning("%s: %s", spec.dataset, warning)
-    return tables, places, report
+    return Examples(table, places, report)
 
 
-def _report(
-    mixture: Mixture, tables: Sequence[Table], places: NDArray[np.int64], spec: RecordSpec, tokenizer: Tokenizer
-) -> reports.DataReport:
+def _report(mixture: Mixture, table: Table, spec: RecordSpec, tokenizer: Tokenizer) -> reports.DataReport:
+    rows_M = table.rows(mixture.places)
+    drops_M = table.drops_N[rows_M]
     counts: list[Mapping[str | None, int]] = []
-    for index, table in enumerate(tables):
-        codes = Counter(table.drops_N[mixture.places[mixture.places[:, 0] == index, 1]].tolist())
+    for index in range(len(mixture.sources)):
+        codes = Counter(drops_M[mixture.places[:, 0] == index].tolist())
         counts.append({REASONS[code]: count for code, count in sorted(codes.items())})
-    faults = _faults(mixture, tables)
-    first = [tables[source].coded(row) for source, row, _ in places[:SHOWN].tolist()]
+    # Faults are over distinct rows, however often the mixture repeats them.
+    codes = Counter(table.drops_N[np.isin(table.drops_N, FAULT_CODES)].tolist())
+    kinds = {str(REASONS[code]): count for code, count in sorted(codes.items())}
+    first_faults = []
+    for row, text in table.faults():
+        source = int(np.searchsorted(table.starts, row, side="right")) - 1
+        place = mixture.sources[source].rows.place(row - int(table.starts[source]))
+        first_faults.append(reports.Fault(place, str(REASONS[table.drops_N[row]]), f"{place}{text}"))
+    faults = reports.Faults(sum(kinds.values()), len(table), kinds, tuple(first_faults))
+    used = rows_M[drops_M == 0]
+    first = [table.coded(row) for row in used[:SHOWN].tolist()]
     return reports.DataReport(
         title=f"Rows of {spec.dataset}",
         sources=reports.source_reports(mixture, counts),
-        lengths=reports.Lengths.of(np.concatenate([table.lengths_L for table in tables])),
+        lengths=reports.Lengths.of(table.lengths_L),
         examples=tuple(shown(sequence, tokenizer) for coded in first for sequence in coded),
         warnings=(
-            *reports.loss_warning(len(mixture), len(places)),
+            *reports.loss_warning(len(mixture), len(used)),
             *faults.warnings(),
-            *reports.note_warnings(sum((table.notes() for table in tables), Counter()), sum(map(len, tables))),
-            *_token_warnings(tables, places, spec),
+            *reports.note_warnings(table.notes(), len(table)),
+            *_token_warnings(table, used, spec),
             *reports.bos_warning(int(first[0][0].tokens[0]) if first and spec.apply_chat_template else None, tokenizer),
         ),
         faults=faults,
     )
 
 
-def _faults(mixture: Mixture, tables: Sequence[Table]) -> reports.Faults:
-    """The faults over distinct rows, however often the mixture repeats them."""
-    kinds, first = Counter[str](), list[reports.Fault]()
-    for source, table in zip(mixture.sources, tables, strict=True):
-        codes, counts = np.unique(table.drops_N[table.faulty_N], return_counts=True)
-        kinds.update({str(REASONS[code]): count for code, count in zip(codes.tolist(), counts.tolist(), strict=True)})
-        for row, text in table.faults():
-            place = source.rows.place(row)
-            first.append(reports.Fault(place, str(REASONS[table.drops_N[row]]), f"{place}{text}"))
-    return reports.Faults(kinds.total(), sum(map(len, tables)), dict(kinds), tuple(first[:SHOWN_FAULTS]))
-
-
-def _token_warnings(tables: Sequence[Table], places: NDArray[np.int64], spec: RecordSpec) -> Iterator[str]:
+def _token_warnings(table: Table, used: NDArray[np.int64], spec: RecordSpec) -> Iterator[str]:
     """What was cut, and where a prompt ends inside a token."""
-    if cut := sum(table.cut for table in tables):
-        yield f"{cut} rows were cut to --max_len {spec.max_len}; they have no end token."
-    if merged := sum(int(table.merged_N[places[places[:, 0] == i, 1]].sum()) for i, table in enumerate(tables)):
+    if table.cut:
+        yield f"{table.cut} rows were cut to --max_len {spec.max_len}; they have no end token."
+    if merged := int(table.merged_N[used].sum()):
         yield (
-            f"in {merged} of {len(places)} rows one token holds the end of the prompt and the start of the answer, and "
+            f"in {merged} of {len(used)} rows one token holds the end of the prompt and the start of the answer, and "
             "generation never starts so: end the prompt (--input_template) without a space."
         )

@@ -222,15 +222,18 @@ class Shard:
 
 
 class Table:
-    """All used rows of a data set, as consecutive shards. ``widths_N``, ``sizes_N``: sequences of each row, and their tokens.
+    """All used rows of several data sets, as consecutive shards. ``starts``: the first row of each set, and the end.
+
+    ``widths_N``, ``sizes_N``: sequences of each row, and their tokens.
 
     ``merged_N``: whether a token of the row holds the end of its prompt and the start of its answer. ``learned_S``,
     ``prompt_lengths_S``: the number of trained tokens of each sequence, and of those before the first of them.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = tuple(shards)
-        self._ends = np.cumsum([len(shard) for shard in shards])
+    def __init__(self, *sets: Sequence[Shard]) -> None:
+        self._shards = tuple(chain.from_iterable(sets))
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        self.starts = np.cumsum([0, *(sum(map(len, shards)) for shards in sets)])
         self.drops_N, self.notes_N, self.lengths_L = map(self._joined, ("drops_N", "notes_N", "lengths_L"))
         self.widths_N, self.prompt_lengths_S, token_counts_S, run_counts_S = (
             self._joined(name).astype(np.int64)
@@ -249,6 +252,10 @@ class Table:
     def __len__(self) -> int:
         return len(self.drops_N)
 
+    def rows(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows at these places (source, row, repeat)."""
+        return self.starts[places[:, 0]] + places[:, 1]
+
     def _joined(self, name: str) -> NDArray[Any]:
         return np.concatenate([shard.content(name) for shard in self._shards])
 
@@ -259,11 +266,6 @@ class Table:
     def largest_token(self) -> int:
         """The largest token id of all rows; -1 if there is none."""
         return max(int(shard.content("tokens_T").max(initial=-1)) for shard in self._shards)
-
-    @property
-    def faulty_N(self) -> NDArray[np.bool_]:
-        """Whether a row is skipped for a fault of its own."""
-        return np.isin(self.drops_N, FAULT_CODES)
 
     def faults(self) -> list[tuple[int, str]]:
         """The first SHOWN_FAULTS faulty rows, and what is wrong with each, to be printed after its place."""
@@ -318,8 +320,8 @@ class Job:
 
 def encoded(
     rows: Rows, used: range, reader: RowReader, tokenizer: Tokenizer, processes: int | Literal["auto"]
-) -> Table:
-    """The used rows, tokenised by at most ``processes`` processes. Raises DataError for what is not the fault of one row."""
+) -> list[Shard]:
+    """The shards of the used rows, made by at most ``processes`` processes. Raises DataError for what is not the fault of one."""
     job = Job(rows, reader, tokenizer, Entry.of(rows.digest(), reader, tokenizer))
     # Stage 1: which shards are in the cache?
     found = {part: job.entry.find(part) for part in shard_ranges(used)}
@@ -337,7 +339,7 @@ def encoded(
     made = [shard for shard in shards if shard is not None]
     if len(made) < len(shards):
         raise RunError(f"Tokenised rows vanished from {job.entry.folder}: is another program removing its files?")
-    return Table(made)
+    return made
 
 
 def shard_ranges(used: range) -> list[range]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -35,67 +34,46 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LineRows:
-    """A JSONL or CSV file. Row i begins at byte ``starts[i]`` in line ``lines[i]``; ``starts`` has one element more."""
+class FileRows:
+    """The rows of a .json, .jsonl or .csv file: the bytes of each, and its number in ``placed`` (a line or an item of a list)."""
 
     path: Path
     starts: NDArray[np.int64]
-    lines: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    numbers: NDArray[np.int64]
     parse: Callable[[bytes], Row | BadRow]
+    placed: Callable[[Path, int], str]
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.numbers)
 
     def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]:
         rows = []
         with tables.guarded(self.path), self.path.open("rb") as file:
             for i in indices:
-                start, end = self.starts[i : i + 2].tolist()
-                file.seek(start)
-                rows.append(self.parse(file.read(end - start)))
+                file.seek(int(self.starts[i]))
+                rows.append(self.parse(file.read(int(self.ends[i] - self.starts[i]))))
         return rows
 
     def place(self, index: int) -> str:
-        return tables.line_place(self.path, int(self.lines[index]))
+        return self.placed(self.path, int(self.numbers[index]))
 
     def digest(self) -> str:
         return file_digest(self.path)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ItemRows:
-    """A file that is one JSON list: its ``text``, and the first and last character of each item."""
-
-    path: Path
-    text: str
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def fetch(self, indices: Sequence[int]) -> list[Row | BadRow]:
-        return [tables.as_row(json.loads(self.text[int(self.starts[i]) : int(self.ends[i])])) for i in indices]
-
-    def place(self, index: int) -> str:
-        return tables.item_place(self.path, index)
-
-    def digest(self) -> str:
-        return file_digest(self.path)
-
-
-def open_rows(path: Path) -> LineRows | ItemRows:
-    """The rows of a .json, .jsonl or .csv file. Raises DataError naming the file if it cannot be read."""
+def open_rows(path: Path) -> FileRows:
+    """The rows of such a file. Raises DataError naming the file if it cannot be read."""
     with tables.guarded(path):
         items.check_content(path)
-    if tables.is_json_list(path):
-        text, places = tables.json_list(path)
-        table = np.array(places, dtype=np.int64).reshape(-1, 2)
-        return ItemRows(path, text, table[:, 0].copy(), table[:, 1].copy())
-    with tables.guarded(path):
+        if tables.is_json_list(path):
+            places = np.array(tables.json_list(path), dtype=np.int64).reshape(-1, 2)
+            starts, ends = places.T.copy()
+            return FileRows(path, starts, ends, np.arange(len(places)), tables.json_row, tables.item_place)
         lines, parse = tables.line_places(path)
-        table = np.fromiter(lines, dtype=(np.int64, 2))
-        return LineRows(path, np.append(table[:, 0], path.stat().st_size), table[:, 1].copy(), parse)
+        starts, numbers = np.fromiter(lines, dtype=(np.int64, 2)).reshape(-1, 2).T.copy()
+        ends = np.append(starts[1:], path.stat().st_size)[: len(starts)]
+        return FileRows(path, starts, ends, numbers, parse, tables.line_place)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -42,10 +42,9 @@ def json_row(line: bytes) -> Row | BadRow:
         item = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return BadRow(_not_utf8(error))
-    except json.JSONDecodeError as error:
-        return BadRow(f"is not valid JSON ({error.msg}): repair or remove it.")
-    except (ValueError, RecursionError) as error:  # a number with too many digits, or lists nested too deeply
-        return BadRow(f"is not valid JSON ({error}): repair or remove it.")
+    except (ValueError, RecursionError) as error:  # also a number with too many digits, or lists nested too deeply
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        return BadRow(f"is not valid JSON ({reason}): repair or remove it.")
     return as_row(item)
 
 
@@ -78,8 +77,7 @@ class CsvParser:
             return BadRow(f"is not valid CSV ({error}): repair or remove it.")
         if len(cells) != len(self.header):
             return BadRow(
-                f"has {len(cells)} cells but the first line names {len(self.header)} columns: quote cells that contain "
-                "commas."
+                f"has {len(cells)} cells but the first line names {len(self.header)} columns: quote cells that contain commas."
             )
         return dict(zip(self.header, cells, strict=True))
 
@@ -144,14 +142,19 @@ def _skip_bom(file: BinaryIO) -> int:
     return file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
 
 
-def json_list(path: Path) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a file that is one JSON list, and the (start, end) characters of its items. Raises DataError."""
-    with guarded(path):
-        text = path.read_text(encoding="utf-8-sig")
+def json_list(path: Path) -> list[tuple[int, int]]:
+    """The (start, end) bytes of the items of a file that is one JSON list. Raises DataError, OSError."""
+    content = path.read_bytes()
+    text, passed, byte = content.decode("utf-8-sig"), 0, len(BOM) if content.startswith(BOM) else 0
+    places = []
     try:
-        return text, [place for _, place in _items(text)]
+        for _, (start, end) in _items(text):
+            first = byte + len(text[passed:start].encode())
+            passed, byte = end, first + len(text[start:end].encode())
+            places.append((first, byte))
     except json.JSONDecodeError as error:
         raise _malformed(path, error) from None
+    return places
 
 
 def _items(text: str) -> Iterator[tuple[object, tuple[int, int]]]:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from togi.data.chat import Tokenizer
     from togi.data.precheck import RecordSpec
     from togi.data.records import Examples
-    from togi.data.rows import StepLabels
     from togi.learn.objective import Objective
     from togi.methods.training import Material
 
@@ -58,7 +57,7 @@ class PRM(Method):
 
     def check_rows(self, train: Examples, held_out: Sequence[Examples], steps: Iterable[Sequence[int]]) -> None:
         """The form of the labels comes from the data and must be the same in both sets. Raises ConfigError."""
-        if len({_labels(examples).soft for examples in (train, *held_out)}) > 1:
+        if len({examples.labels is not None and examples.labels.soft for examples in (train, *held_out)}) > 1:
             raise ConfigError(
                 "--dataset and --eval_dataset have labels of two kinds, tokens in one and probabilities in the other: "
                 "use one kind."
@@ -67,13 +66,6 @@ class PRM(Method):
     def objective(self, material: Material) -> Objective:
         from togi.methods.prm_objective import StepRewardObjective
 
-        labels = _labels(material.rows)
+        labels = material.rows.labels
+        assert labels is not None, "rows without labels"
         return StepRewardObjective(labels.reward_ids, labels.soft)
-
-
-def _labels(examples: Examples) -> StepLabels:
-    """The form of the labels of a set of this method."""
-    from togi.data.records import StepExamples
-
-    assert isinstance(examples, StepExamples)
-    return examples.labels
