@@ -4,8 +4,6 @@ Others are tested on their own weights when they are loaded (``togi.model.suppor
 each column runs over its models, so a new entry is a line here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -210,12 +210,8 @@ class Verifier(StrEnum):
     @property
     def package(self) -> str:
         """The package that the function needs besides the standard library; "" for none."""
-        packages = {
-            Verifier.JSON_SCHEMA: "jsonschema",
-            Verifier.MATH: "math_verify",
-            Verifier.REASONING_GYM: "reasoning_gym",
-        }
-        return packages.get(self, "")
+        packages = {"json_schema": "jsonschema", "math": "math_verify", "reasoning_gym": "reasoning_gym"}
+        return packages.get(self.value, "")
 
 
 class LengthShape(StrEnum):

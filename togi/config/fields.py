@@ -3,8 +3,6 @@
 Also the type of a setting that may be a function of the user's: ``FILE.py:name`` as a flag, a callable from Python.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -3,8 +3,6 @@
 ``togi infer`` generates to a file, or scores a file.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from typing import Literal
@@ -181,10 +179,8 @@ def _problems(c: InferConfig, given: set[str]) -> Iterator[str]:
     yield from reward_template_problems(c.reward_template)
     yield from (_scoring if c.eval_task is EvalTask.RM else _generation)(c, given)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        yield (
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {{eval_task}} runs in one process: start it with plain python, and "
-            "give each device a part of the rows (--iter)."
-        )
+        size = os.environ["WORLD_SIZE"]
+        yield f"WORLD_SIZE is {size}, but {{eval_task}} runs in one process: start it with plain python, on parts (--iter)."
 
 
 def _generation(c: InferConfig, given: set[str]) -> Iterator[str]:

@@ -3,8 +3,6 @@
 Established as three shell loops.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Literal
 

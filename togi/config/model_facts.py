@@ -1,7 +1,5 @@
 """Lengths in a model's config.json, as plain data, without torch or Transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from togi.errors import ConfigError
@@ -36,7 +34,9 @@ def position_limit(settings: Mapping[str, object]) -> int | None:
     text = text_settings(settings)
     if _is_stretched(text.get("rope_parameters") or text.get("rope_scaling")):
         return None
-    return min((limit for name in POSITIONS if (limit := _count(text.get(name))) > 0), default=None)
+    found = (text.get(name) for name in POSITIONS)
+    limits = (limit for limit in found if isinstance(limit, int) and not isinstance(limit, bool))
+    return min((limit for limit in limits if limit > 0), default=None)
 
 
 def check_length(asked: str, length: int, path: str, settings: Mapping[str, object]) -> None:
@@ -52,7 +52,3 @@ def _is_stretched(rope: object) -> bool:
         return False
     kinds = [part for part in rope.values() if isinstance(part, Mapping)] or [rope]
     return any((kind.get("rope_type") or kind.get("type") or "default") not in PLAIN_ROPE for kind in kinds)
-
-
-def _count(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0

@@ -4,8 +4,6 @@ argparse only splits the command line. pydantic checks types and limits, so valu
 same rules and are refused with the same sentence.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re
@@ -85,8 +83,9 @@ def parse(config_class: type[C], argv: Sequence[str], command: str) -> Parsed[C]
     known, unknown = parser.parse_known_args(words)
     # "--bf16 true" leaves "true" over: say that the flag takes no value, not that the word is unknown.
     for before, word in pairwise(words):
-        if word in unknown and not word.startswith("-") and _is_switch(before.removeprefix("--"), config_class):
-            raise ConfigError(_no_value(before.removeprefix("--")))
+        field = config_class.model_fields.get(name := before.removeprefix("--"))
+        if word in unknown and not word.startswith("-") and field is not None and field.annotation is bool:
+            raise ConfigError(_no_value(name))
     if unknown:
         raise ConfigError(_unknown(unknown[0], config_class, prefix="--"))
     # Only what was given: defaults are pydantic's, so that each value has one source.
@@ -239,11 +238,6 @@ def _unknown(word: str, config_class: type[Settings], prefix: str) -> str:
     hint = f"; did you mean {prefix}{near}?" if near else "; see --help for all of them."
     kind = "flag" if prefix else "setting"
     return f"Unknown {kind} {prefix}{name.lstrip('-')}{hint}"
-
-
-def _is_switch(name: str, config_class: type[Settings]) -> bool:
-    fields = config_class.model_fields
-    return name in fields and fields[name].annotation is bool
 
 
 def _no_value(name: str) -> str:

@@ -6,8 +6,6 @@ estimator is another algorithm. If a given value makes a value of the preset mea
 of its KL), that value is left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +23,16 @@ class Preset:
     source: str
 
 
+def _in_reward(coef: float) -> dict[str, object]:
+    """The settings of a KL in the reward."""
+    return {"init_kl_coef": coef, "use_kl_loss": False, "kl_estimator": KLEstimator.K1}
+
+
+def _in_loss(coef: float, estimator: KLEstimator) -> dict[str, object]:
+    """The settings of a KL in the loss."""
+    return {"init_kl_coef": coef, "use_kl_loss": True, "kl_estimator": estimator}
+
+
 # DAPO penalises responses that reach into the last 4,096 of 20,480 tokens.
 DAPO_BUFFER = 4096 / 20480
 # GRPO's paper gives no clip; 0.2 is PPO's. RLOO's paper does not clip: with one update per rollout nothing is clipped.
@@ -36,9 +44,7 @@ PRESETS: Mapping[Algo, Preset] = {
             "lambd": 0.95,
             "eps_clip": 0.2,
             "value_clip": 0.2,
-            "init_kl_coef": 0.02,
-            "use_kl_loss": False,
-            "kl_estimator": KLEstimator.K1,
+            **_in_reward(0.02),
             "critic_learning_rate": 9e-6,
         },
         "Ouyang et al. 2022, arXiv 2203.02155, appendix C.4; lambda: Stiennon et al. 2020, arXiv 2009.01325",
@@ -48,9 +54,7 @@ PRESETS: Mapping[Algo, Preset] = {
         {
             "gamma": 1.0,
             "eps_clip": 0.2,
-            "init_kl_coef": 0.01,
-            "use_kl_loss": False,
-            "kl_estimator": KLEstimator.K1,
+            **_in_reward(0.01),
             "actor_learning_rate": 5e-7,
         },
         "Hu et al. 2025, arXiv 2501.03262",
@@ -60,9 +64,7 @@ PRESETS: Mapping[Algo, Preset] = {
         {
             "n_samples_per_prompt": 8,
             "eps_clip": 0.2,
-            "init_kl_coef": 1e-5,
-            "use_kl_loss": True,
-            "kl_estimator": KLEstimator.K2,
+            **_in_loss(1e-5, KLEstimator.K2),
         },
         "Hu et al. 2025, arXiv 2501.03262; numbers of its authors' example",
     ),
@@ -72,9 +74,7 @@ PRESETS: Mapping[Algo, Preset] = {
             "n_samples_per_prompt": 64,
             "eps_clip": 0.2,
             "loss_aggregation": "sequence_mean",
-            "init_kl_coef": 0.04,
-            "use_kl_loss": True,
-            "kl_estimator": KLEstimator.K3,
+            **_in_loss(0.04, KLEstimator.K3),
             "actor_learning_rate": 1e-6,
         },
         "Shao et al. 2024, arXiv 2402.03300, section 4.2",
@@ -83,9 +83,7 @@ PRESETS: Mapping[Algo, Preset] = {
         AdvantageEstimator.RLOO,
         {
             "n_samples_per_prompt": 4,
-            "init_kl_coef": 0.03,
-            "use_kl_loss": False,
-            "kl_estimator": KLEstimator.K1,
+            **_in_reward(0.03),
             "actor_learning_rate": 1e-6,
         },
         "Ahmadian et al. 2024, arXiv 2402.14740, appendix C",
@@ -119,9 +117,7 @@ PRESETS: Mapping[Algo, Preset] = {
         {
             "n_samples_per_prompt": 16,
             "eps_clip_low_high": (0.2, 0.27),
-            "init_kl_coef": 1e-4,
-            "use_kl_loss": True,
-            "kl_estimator": KLEstimator.K2,
+            **_in_loss(1e-4, KLEstimator.K2),
             "dynamic_filtering": True,
             "stop_properly_penalty_coef": 0.0,
             "enable_vllm_is_correction": True,
@@ -143,8 +139,7 @@ def preset_values(algo: Algo, given: Mapping[str, object], generate_max_len: int
     estimator = given.get("advantage_estimator", preset.estimator)
     if estimator != preset.estimator:
         raise ConfigError(
-            f"--advantage_estimator {estimator} contradicts --algo {algo}, which is {preset.estimator} by definition: leave one "
-            "of them out."
+            f"--advantage_estimator {estimator} contradicts --algo {algo}, which is {preset.estimator}: leave one of them out."
         )
     brought: dict[str, object] = {"advantage_estimator": preset.estimator, **preset.settings}
     if algo is Algo.DAPO:
@@ -156,20 +151,18 @@ def preset_values(algo: Algo, given: Mapping[str, object], generate_max_len: int
 
 def _moot(brought: Mapping[str, object], given: Mapping[str, object]) -> set[str]:
     """Names whose preset value would have no effect with the given values, or contradict them."""
-    moot = set[str]()
-    if given.get("init_kl_coef") == 0:
-        moot |= {"use_kl_loss", "kl_estimator"}
-    if "use_kl_loss" in given and given["use_kl_loss"] != brought.get("use_kl_loss"):
-        moot |= {"kl_estimator"}
-    if "eps_clip" in given:
-        moot |= {"eps_clip_low_high"}
-    if "eps_clip_low_high" in given:
-        moot |= {"eps_clip"}
-    if given.get("policy_loss_type") is PolicyLossType.GSPO:
-        moot |= {"loss_aggregation", "vllm_is_correction_type"}
-    if given.get("enable_vllm_is_correction") is False:
-        moot |= {"vllm_is_correction_type"}
-    return moot
+    off = "enable_vllm_is_correction" in given and not given["enable_vllm_is_correction"]
+    is_gspo = given.get("policy_loss_type") is PolicyLossType.GSPO
+    other_kl = "use_kl_loss" in given and given["use_kl_loss"] != brought.get("use_kl_loss")
+    moot = {
+        "use_kl_loss": given.get("init_kl_coef") == 0,
+        "kl_estimator": given.get("init_kl_coef") == 0 or other_kl,
+        "eps_clip_low_high": "eps_clip" in given,
+        "eps_clip": "eps_clip_low_high" in given,
+        "loss_aggregation": is_gspo,
+        "vllm_is_correction_type": is_gspo or off,
+    }
+    return {name for name, is_moot in moot.items() if is_moot}
 
 
 def describe(algo: Algo, settings: Mapping[str, object]) -> str:

@@ -1,7 +1,5 @@
 """The settings of ``togi rl`` (established name: ``train_ppo_ray``). Their rules are in ``rl_checks``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Each message names both flags and the remedy. {name} in a message stands for a flag with its value (``fields.refuse``).
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -150,10 +148,7 @@ def _algorithm(c: RLConfig) -> Iterator[str]:
     yield from _kl(c)
     yield from shared.lora_dropout_problems(c)
     if c.load_in_4bit and c.lora_sync is choices.LoraSync.ADAPTERS:
-        yield (
-            "--lora_sync adapters with --load_in_4bit would be merged into weights that were never rounded to 4 bits, which are "
-            "not those of the trainer: leave --lora_sync out."
-        )
+        yield "--lora_sync adapters with --load_in_4bit would be merged into weights that were never rounded: leave it out."
 
 
 def _kl(c: RLConfig) -> Iterator[str]:
@@ -162,10 +157,8 @@ def _kl(c: RLConfig) -> Iterator[str]:
         for name in c.changed("use_kl_loss", "kl_target"):
             yield f"--{name} needs a reference model but --init_kl_coef is 0: raise it or leave --{name} out."
     if c.kl_target is not None and c.samples_per_rollout >= 5 * c.kl_horizon:
-        yield (
-            f"{{kl_horizon}} is too short for --kl_target with {c.samples_per_rollout} samples a rollout: set it above "
-            f"{c.samples_per_rollout // 5}."
-        )
+        least = c.samples_per_rollout // 5
+        yield f"{{kl_horizon}} is too short for --kl_target: set it above {least}, a fifth of the samples of a rollout."
     if c.uses_reference and c.use_kl_loss and c.kl_estimator is choices.KLEstimator.K1:
         yield "{kl_estimator} has zero expected gradient in the loss: choose k2 or k3, or leave --use_kl_loss out."
     if c.uses_reference and not c.use_kl_loss and c.kl_estimator is not choices.KLEstimator.K1:
@@ -191,33 +184,22 @@ def _policy_loss(c: RLConfig) -> Iterator[str]:
     if not 0 <= low < high:
         yield "{vllm_is_truncated_threshold}: the first number must be at least 0 and below the second."
     for name in c.changed(*READERS["enable_vllm_is_correction"]) if is_gspo else ():
-        yield (
-            f"{{{name}}} is about weights of tokens, but --policy_loss_type gspo with --enable_vllm_is_correction takes its "
-            "ratio against the engine's log-probs and has none: leave it out."
-        )
+        yield f"{{{name}}} is about weights of tokens, which {{policy_loss_type}} does not have: leave it out."
 
 
 def _training(c: RLConfig) -> Iterator[str]:
     yield from shared.train_problems(c, c)
     if c.train_batch_size > c.samples_per_rollout:
-        yield (
-            f"{{train_batch_size}} is more than the {c.samples_per_rollout} samples of one rollout ({{rollout_batch_size}} x "
-            "{n_samples_per_prompt}): lower it."
-        )
+        samples = f"{c.samples_per_rollout} samples of {{rollout_batch_size}} x {{n_samples_per_prompt}}"
+        yield f"{{train_batch_size}} is more than the {samples}: lower it."
     if c.lr_scheduler.follows_a_loss:
-        yield (
-            "{lr_scheduler} follows a held-out loss, and togi rl measures rewards: use it with the commands on fixed data, here "
-            "constant_with_warmup or cosine_with_min_lr."
-        )
+        yield "{lr_scheduler} follows a held-out loss, but togi rl measures rewards: choose another, such as constant_with_warmup."
     yield from shared.model_problems(c)
     yield from shared.parallel_problems(c, c)
     # The longest sequence must fit one micro-batch of a ring.
     if c.max_tokens_per_gpu * c.ring_attn_size < c.prompt_max_len + c.generate_max_len:
         ring = " x {ring_attn_size}" if c.ring_attn_size > 1 else ""
-        yield (
-            f"{{max_tokens_per_gpu}}{ring} is less than the longest sequence ({{prompt_max_len}} + {{generate_max_len}}): raise "
-            "it or lower one of the others."
-        )
+        yield f"{{max_tokens_per_gpu}}{ring} is less than {{prompt_max_len}} + {{generate_max_len}}: raise it or lower those."
 
 
 def _placement(c: RLConfig) -> Iterator[str]:

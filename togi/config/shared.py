@@ -4,8 +4,6 @@ Each has one flat name; established names are kept.
 What tensor parallelism and compilation cannot be combined with is here too. The settings of one method are in ``togi.methods``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -267,15 +265,11 @@ def model_problems(c: ModelSettings) -> Iterator[str]:
         yield "--load_in_4bit freezes the weights and trains an adapter: add --lora_rank, or leave --load_in_4bit out."
     yield from unread(c, READERS)
     if c.gradient_checkpointing_use_reentrant and c.gradient_checkpointing_above > 0:
-        yield (
-            "--gradient_checkpointing_above is not for the kind of --gradient_checkpointing_use_reentrant, which needs the same "
-            "layers on all workers: leave one of them out."
-        )
+        # The re-entrant kind needs the same layers on all workers.
+        yield "--gradient_checkpointing_above is not for --gradient_checkpointing_use_reentrant: leave one of them out."
     if c.gradient_checkpointing_use_reentrant and c.aux_loss_coef > 0:
-        yield (
-            "--aux_loss_coef with --gradient_checkpointing_use_reentrant would have no gradient, since that kind hides the "
-            "router from it: leave the second out."
-        )
+        # That kind hides the router from the loss.
+        yield "--aux_loss_coef has no gradient with --gradient_checkpointing_use_reentrant: leave the second out."
     if ALL_LINEAR in c.target_modules and len(c.target_modules) > 1:
         yield f"{{target_modules}}: give {ALL_LINEAR} alone, or names without it."
 
@@ -309,24 +303,17 @@ def _backend(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
     """What one of the backends cannot do, or only in some layouts."""
     on_deepspeed = c.backend is BackendName.DEEPSPEED
     if model.gradient_checkpointing_above > 0 and on_deepspeed and c.zero_stage == 3:
-        yield (
-            "--gradient_checkpointing_above with --backend deepspeed and --zero_stage 3: workers would gather other layers, each "
-            "by its own pack: leave the first out."
-        )
+        # Workers would gather other layers, each by its own pack.
+        yield "--gradient_checkpointing_above does not work with --backend deepspeed and --zero_stage 3: leave the first out."
     if c.deepcompile and not on_deepspeed:
         yield f"--deepcompile is DeepSpeed's compiler but --backend is {c.backend}: leave it out."
     if c.deepcompile:
         yield "--deepcompile needs one graph for all steps, but packed batches differ in their segment tables: leave it out."
     if c.zpg > 1 and not (on_deepspeed and c.zero_stage == 3):
-        yield (
-            "{zpg} needs --backend deepspeed and --zero_stage 3, where weights are gathered for each pass, but they are "
-            f"{c.backend} and {c.zero_stage}: change them, or leave --zpg out."
-        )
+        yield f"{{zpg}} needs --backend deepspeed and --zero_stage 3, not {c.backend} and {c.zero_stage}: leave --zpg out."
     if c.grad_accum_dtype is GradAccumDtype.BF16 and (not on_deepspeed or c.zero_stage == 0 or model.load_in_4bit):
-        yield (
-            "--grad_accum_dtype bf16 needs --backend deepspeed with --zero_stage 1, 2 or 3 and without --load_in_4bit, all "
-            "else adds up in float32: change that, or leave it out."
-        )
+        # All else adds up in float32.
+        yield "--grad_accum_dtype bf16 needs --backend deepspeed, --zero_stage 1 to 3 and no --load_in_4bit: leave it out."
 
 
 def _schedule_problems(c: TrainSettings) -> Iterator[str]:

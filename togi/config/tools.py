@@ -1,7 +1,5 @@
 """The settings of the commands beside training: ``togi check``, ``togi export``, ``togi merge-lora``, ``togi serve-rm``."""
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Iterator
 from typing import Literal

@@ -1,7 +1,5 @@
 """The methods of training on fixed data, one file each, their table and what is checked before one starts. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 from togi.config import shared
@@ -38,15 +36,15 @@ def _problems(c: Method, *, template_given: bool) -> Iterator[str]:
     yield from shared.model_problems(c)
     yield from shared.train_problems(c, c)
     yield from shared.parallel_problems(c, c)
-    chat = c.prompt_text is not None and c.prompt_text.apply_chat_template
-    yield from shared.chat_template_problems(c.tokenizer_chat_template, applied=chat)
+    text = c.prompt_text
+    applied = text is not None and text.apply_chat_template
+    if template_given and text is not None and text.input_template is not None:
+        yield from shared.template_problems(text.input_template, applied=applied)
+    yield from shared.chat_template_problems(c.tokenizer_chat_template, applied=applied)
     if c.max_tokens_per_gpu * c.ring_attn_size < c.max_len:
         yield "{max_tokens_per_gpu} x {ring_attn_size} is less than {max_len}: raise one of the first or lower the last."
     if c.lr_scheduler.follows_a_loss and c.eval_dataset is None:
-        yield (
-            "{lr_scheduler} follows the held-out loss: add --eval_dataset (and --eval_steps), or choose a schedule that needs no "
-            "measurement."
-        )
+        yield "{lr_scheduler} follows the held-out loss: add --eval_dataset (and --eval_steps), or choose another schedule."
     yield from unread(c, {"eval_dataset": ("eval_at_start",)})
     yield from shared.output_problems(c, evaluates=c.eval_dataset is not None)
     if c.eval_steps == 0:

@@ -79,6 +79,5 @@ class KD(PlainTextOrResponse, OnPolicySettings):
         from togi.methods.kd_objective import DistillationObjective
 
         (teacher,) = material.teachers
-        return DistillationObjective(
-            teacher.model, material.vocabulary, self.kd_coef, self.kd_divergence, around=teacher.around
-        )
+        models = teacher.model, material.vocabulary
+        return DistillationObjective(*models, self.kd_coef, self.kd_divergence, around=teacher.around)

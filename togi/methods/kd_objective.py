@@ -11,8 +11,6 @@ divergence at later tokens; their teacher-mixed sampling and length normalisatio
 out here. Generation is elsewhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace

@@ -48,15 +48,10 @@ class KTO(PromptAndResponse, HeldToReference):
     def problems(self, *, template_given: bool) -> Iterator[str]:
         yield from super().problems(template_given=template_given)
         if self.train_batch_size < 2:
-            yield (
-                "--train_batch_size 1 gives --beta's KL estimate no mismatched pairs: KTO needs two rows or more, "
-                "set --train_batch_size to 2 or more."
-            )
+            yield "--train_batch_size 1 gives the KL estimate no mismatched pairs: KTO needs two rows or more."
         if self.precompute_ref:
-            yield (
-                "--precompute_ref cannot free the reference in togi kto, whose KL estimate scores other pairs of prompt and "
-                "answer in every step: use --ref_offload, or leave it out."
-            )
+            # The KL estimate scores other pairs of prompt and answer in every step.
+            yield "--precompute_ref cannot free the reference, which togi kto needs in every step: use --ref_offload instead."
         if self.desirable_loss_weight == 0 and self.undesirable_loss_weight == 0:
             yield "--desirable_loss_weight and --undesirable_loss_weight are both 0: raise one of them."
         if self.output_key is None and not self.apply_chat_template:

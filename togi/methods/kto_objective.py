@@ -4,8 +4,6 @@ Values of a row: ``desirable``, ``mismatched``, ``kl_estimate``. Stream: ``ref_l
 rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

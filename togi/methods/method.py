@@ -30,7 +30,6 @@ from togi.config.shared import (
     PromptText,
     TrainSettings,
     lora_dropout_problems,
-    template_problems,
 )
 from togi.obs import names
 
@@ -234,11 +233,6 @@ class PromptAndResponse(Method):
     def row_fields(self) -> Mapping[str, str | None]:
         return {"input_key": self.input_key, "output_key": self.output_key}
 
-    def problems(self, *, template_given: bool) -> Iterator[str]:
-        yield from super().problems(template_given=template_given)
-        if template_given and self.input_template is not None:
-            yield from template_problems(self.input_template, applied=self.apply_chat_template)
-
     def load(self, spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
         from togi.data.records import load_sft
 
@@ -282,8 +276,6 @@ class Pairs(Method):
 
     def problems(self, *, template_given: bool) -> Iterator[str]:
         yield from super().problems(template_given=template_given)
-        if template_given and self.input_template is not None:
-            yield from template_problems(self.input_template, applied=self.apply_chat_template)
         if template_given and self.prompt_key is None:
             yield "--input_template goes around the prompt but --prompt_key is not set: set it, or leave the template out."
 

@@ -4,8 +4,6 @@ Values of pairs: ``chosen`` (1 or 0), ``margin``. Stream: ``ref_logprobs``. The 
 letters: K tokens in the loss, N sequences, P pairs.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -22,6 +20,9 @@ from togi.obs import names
 
 CHOSEN = "chosen"
 MARGIN = "margin"
+
+PerPair = tuple[Tensor, dict[str, Tensor]]
+"""The loss of each pair (P), and more metrics of each pair (P) by name."""
 
 
 def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -61,13 +62,8 @@ class OverPairs(Objective):
         return batch.num_sequences / 2
 
     @abstractmethod
-    def per_pair(
-        self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each pair (P) and more metrics of each pair (P) by name.
-
-        ``first_P``, ``second_P``: the numbers of its chosen and of its rejected sequence.
-        """
+    def per_pair(self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor) -> PerPair:
+        """The losses. ``first_P``, ``second_P``: the numbers of a pair's chosen and of its rejected sequence."""
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         first_P, second_P = pairs(batch)
@@ -108,9 +104,7 @@ class PairwiseRewardObjective(OverPairs):
     def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
         return outputs.scores_N
 
-    def per_pair(
-        self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def per_pair(self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor) -> PerPair:
         margins_P = batch.values[MARGIN][first_P] if self.use_margin else None
         chosen_P, rejected_P = outputs.scores_N[first_P], outputs.scores_N[second_P]
         return preference.pairwise_reward_loss(chosen_P, rejected_P, margins_P, self.kind), {}
@@ -137,15 +131,12 @@ class DPOObjective(OverPairs):
     def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
         return self.beta * log_ratios(outputs, batch)
 
-    def per_pair(
-        self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def per_pair(self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor) -> PerPair:
         ratios_N = log_ratios(outputs, batch)
         gaps_P = ratios_N[first_P] - ratios_N[second_P]
-        smoothing = self.label_smoothing
-        loss_P = (
-            preference.ipo_loss(gaps_P, self.beta) if self.ipo else preference.dpo_loss(gaps_P, self.beta, smoothing)
-        )
+        loss_P = preference.dpo_loss(gaps_P, self.beta, self.label_smoothing)
+        if self.ipo:
+            loss_P = preference.ipo_loss(gaps_P, self.beta)
         nll_P = -sequence_means(outputs.logprobs_K, batch)[first_P]
         return loss_P + self.nll_loss_coef * nll_P if self.nll_loss_coef > 0 else loss_P, {names.CHOSEN_NLL: nll_P}
 
@@ -162,15 +153,13 @@ class OverMeans(OverPairs):
         """Reward per nat of mean logprob."""
 
     @abstractmethod
-    def of_means(self, chosen_P: Tensor, rejected_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each pair (P) from the mean logprobs of its responses (P), and more metrics of each pair (P) by name."""
+    def of_means(self, chosen_P: Tensor, rejected_P: Tensor) -> PerPair:
+        """The losses from the mean logprobs of the responses (P)."""
 
     def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
         return self.scale * sequence_means(outputs.logprobs_K, batch)
 
-    def per_pair(
-        self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def per_pair(self, outputs: Outputs, batch: Batch, first_P: Tensor, second_P: Tensor) -> PerPair:
         means_N = sequence_means(outputs.logprobs_K, batch)
         losses_P, more = self.of_means(means_N[first_P], means_N[second_P])
         return losses_P, {names.CHOSEN_NLL: -means_N[first_P], **more}
@@ -190,7 +179,7 @@ class SimPOObjective(OverMeans):
     def scale(self) -> float:
         return self.beta
 
-    def of_means(self, chosen_P: Tensor, rejected_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_means(self, chosen_P: Tensor, rejected_P: Tensor) -> PerPair:
         return preference.simpo_loss(chosen_P, rejected_P, self.beta, self.gamma), {}
 
 
@@ -211,6 +200,6 @@ class ORPOObjective(OverMeans):
     def scale(self) -> float:
         return self.coef
 
-    def of_means(self, chosen_P: Tensor, rejected_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_means(self, chosen_P: Tensor, rejected_P: Tensor) -> PerPair:
         ratios_P = preference.log_odds(chosen_P) - preference.log_odds(rejected_P)
         return -chosen_P - self.coef * logsigmoid(ratios_P), {"log_odds_ratio": ratios_P}

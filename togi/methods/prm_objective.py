@@ -7,8 +7,6 @@ the positive token. Shape letters: K placeholders, R reward tokens.
 Lightman et al. 2023, arXiv 2305.20050; soft labels from rollouts: Wang et al. 2023 (Math-Shepherd), arXiv 2312.08935.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -42,10 +42,7 @@ class SFT(PlainTextOrResponse):
         if self.multiturn and not self.apply_chat_template:
             yield "--multiturn needs --apply_chat_template: add it or leave the first out."
         if self.multiturn and self.output_key is not None:
-            yield (
-                "--multiturn takes the whole conversation from --input_key, but --output_key is set too: "
-                "leave one of them out."
-            )
+            yield "--multiturn takes the whole conversation from --input_key, not --output_key: leave one of them out."
         if self.train_split is not None and self.changed("dataset_split"):
             yield "--train_split and --dataset_split name the same thing: leave one of them out."
         yield from super().problems(template_given=template_given)

@@ -4,8 +4,6 @@ A ``Preparation`` gets the samples of the whole optimizer step, the same on ever
 with the values that the loss needs from other models. All ranks call it together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
