@@ -4,8 +4,6 @@
 Text is tokenised once, when a ``Prompt`` is made. From then on all code uses the token ids, and text is for display.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -13,7 +13,7 @@ from tests.tiny import CHAT_TEMPLATE, STOP, tiny_tokenizer
 from togi.data.chat import closing_token, end_notice, enders, stop_token_ids
 from togi.data.prompts import PromptSpec, load_prompts
 from togi.data.records import RecordSpec, load_pairs, load_sft, load_unpaired
-from togi.data.rows import OutputSpec, read_outputs
+from togi.data.rows import read_outputs
 from togi.data.source import load_mixture
 from togi.errors import DataError
 from togi.run.iterate_steps import _asked, _shown
@@ -34,6 +34,7 @@ CALL = {"type": "function", "function": {"name": "find", "arguments": {"color": 
 HEAD = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
 QA = HEAD + "[a<|im_end|>]"
 USER = {"role": "user", "content": "q"}
+SCORED = RecordSpec("", input_key="m", output_key="o", apply_chat_template=True, max_len=400)
 ANSWER = {"role": "assistant", "content": "a"}
 CALLED = [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "here"}, ANSWER]
 CALLED_TEXT = (
@@ -167,7 +168,7 @@ def test_tools_reach_the_template_in_every_command(tmp_path):
     assert parts(sample, tokenizer) == whole
     (prompt,) = load_prompts(PromptSpec(path, "m", **chat), tokenizer)
     assert prompt.text == SHOWN_TOOLS + HEAD
-    _, (ids,) = read_outputs(load_mixture(path, None), OutputSpec("m", "o", True, None, 400), tokenizer)
+    _, (ids,) = read_outputs(load_mixture(path, None), SCORED, tokenizer)
     assert ids == sample.tokens.tolist()
 
 
@@ -496,7 +497,7 @@ def test_half_characters_are_found_when_rows_are_read(tmp_path):
     )
     path = write(tmp_path, [{"m": "q", "o": "A \ud83d."}])
     with pytest.raises(DataError, match=r"^Line 1 of .* has half a character \(\\ud83d\) in its text"):
-        read_outputs(load_mixture(path, None), OutputSpec("m", "o", True, None, 400), chatting())
+        read_outputs(load_mixture(path, None), SCORED, chatting())
 
 
 def test_the_token_that_closes_a_turn_ends_answers(tmp_path):
@@ -626,7 +627,7 @@ def test_pairs_that_differ_in_what_is_not_rendered(tmp_path):
 
 
 def test_answers_that_say_nothing_have_a_score_in_every_form(tmp_path):
-    spec, tokenizer = OutputSpec("m", "o", True, None, 400), chatting()
+    spec, tokenizer = SCORED, chatting()
     found = []
     for output in ("", " ", [], [{"role": "assistant", "content": ""}]):
         _, (ids,) = read_outputs(load_mixture(write(tmp_path, [{"m": "q", "o": output}]), None), spec, tokenizer)

@@ -122,10 +122,16 @@ def token_rewards(rewards_N: Tensor, kl_K: Tensor | None, kl_coef: float, sequen
 
     ``kl_K``: one estimate per token in nats, or None for a reward without KL. A sequence without tokens gets no reward.
     """
-    _check_runs(sequences_K, len(rewards_N))
+    if sequences_K.numel() > 0:
+        assert bool((sequences_K[1:] >= sequences_K[:-1]).all()), (
+            "tokens of a sequence must be one run, in ascending order"
+        )
+        assert int(sequences_K[0]) >= 0 and int(sequences_K[-1]) < len(rewards_N), "a token of no sequence"
     assert kl_coef >= 0, "a KL coefficient below zero would reward distance from the reference"
     rewards_K = rewards_N.new_zeros(sequences_K.shape) if kl_K is None else -kl_coef * kl_K
-    last = _last_tokens(sequences_K)
+    is_last_K = torch.ones_like(sequences_K, dtype=torch.bool)
+    is_last_K[:-1] = sequences_K[:-1] != sequences_K[1:]
+    last = is_last_K.nonzero().squeeze(-1)
     rewards_K[last] += rewards_N[sequences_K[last]].to(rewards_K.dtype)
     return rewards_K
 
@@ -193,17 +199,3 @@ def normalize_by(advantages_K: Tensor, over: Moments, *, mean_only: bool) -> Ten
 def _group_sums(values_N: Tensor, index_N: Tensor, num_groups: int) -> Tensor:
     """Each sequence's group sum."""
     return values_N.new_zeros(num_groups).index_add_(0, index_N, values_N)[index_N]
-
-
-def _last_tokens(sequences_K: Tensor) -> Tensor:
-    """Indices into K of the last token of each sequence that has one."""
-    is_last_K = torch.ones_like(sequences_K, dtype=torch.bool)
-    is_last_K[:-1] = sequences_K[:-1] != sequences_K[1:]
-    return is_last_K.nonzero().squeeze(-1)
-
-
-def _check_runs(sequences_K: Tensor, num_sequences: int) -> None:
-    if sequences_K.numel() == 0:
-        return
-    assert bool((sequences_K[1:] >= sequences_K[:-1]).all()), "tokens of a sequence must be one run, in ascending order"
-    assert int(sequences_K[0]) >= 0 and int(sequences_K[-1]) < num_sequences, "a token of no sequence"

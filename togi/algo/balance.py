@@ -9,8 +9,6 @@ which is k if all experts are used alike. It is the loss of Switch Transformer (
 Shape letters: T tokens, E experts, S segments, N sequences.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ preference pairs: Dong et al., "RLHF Workflow", 2024; z-scores for conditional S
 with Offline Learning from Human Feedback", 2023.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ On the CPU this calls PyTorch's fused kernel, which returns the log-sum-exp and 
 implementation in tiles of bounded size. Results and sums are float32 (float64 from float64) for any input dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

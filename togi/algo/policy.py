@@ -4,8 +4,6 @@ First the raw numbers of the mismatch between engine and trainer, never clipped,
 Shape letters: K tokens in the loss, T tokens, E experts, M layers with experts, C experts chosen for a token.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

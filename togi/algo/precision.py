@@ -1,7 +1,5 @@
 """What functions with a gradient of their own share: the dtype of sums and results, and the type of their context."""
 
-from __future__ import annotations
-
 from typing import Protocol, TypeVar
 
 import torch

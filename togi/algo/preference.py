@@ -6,8 +6,6 @@ learner divides the sum once. Not here: which rows are a pair.
 Shape letters: K tokens in the loss, N sequences, P pairs, M mismatched rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -9,8 +9,6 @@ A tokenizer may have more tokens than the model has rows: some published models 
 tokens that occur are checked: first those of the chat template and of text ends, later those of the rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -24,8 +22,8 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from togi.data.faults import Drop, RowError, named_value, parsed, short
-from togi.data.messages import ASSISTANT, SYSTEM, USER, Dialogue, Message, Tool, is_message
+from togi.data.faults import Drop, RowError, named_value, short
+from togi.data.messages import ASSISTANT, SYSTEM, USER, Dialogue, Message, Tool, holds_text
 from togi.errors import DataError, ModelError
 
 SHOWN_CHARACTERS = 80
@@ -180,7 +178,7 @@ def plain_text(value: object, *, chat: bool = True) -> str:
 
 def _holds_messages(text: str) -> bool:
     try:
-        return not isinstance(parsed(text, is_message), str)
+        return not holds_text(text)
     except RowError:  # malformed messages count as text here
         return False
 

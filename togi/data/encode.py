@@ -4,8 +4,6 @@ The result depends only on row, reader and tokenizer, so it can run anywhere and
 are read is in ``rows``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice

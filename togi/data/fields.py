@@ -1,26 +1,12 @@
 """The fields of a row as prompt and answer, and both as one text to tokenise. Raises RowError for anything else."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from togi.data.chat import Tokenizer, plain_prompt, plain_text, template_text
-from togi.data.faults import Drop, Note, named_value, of_field, parsed
-from togi.data.messages import (
-    ASSISTANT,
-    SYSTEM,
-    SYSTEM_FIELDS,
-    TOOL,
-    TOOLS,
-    USER,
-    Dialogue,
-    Message,
-    dialogue_of,
-    frame_of,
-    is_message,
-)
+from togi.data.faults import Drop, Note, of_field
+from togi.data.messages import ASSISTANT, TOOL, USER, Dialogue, Message, dialogue_of, frame_of, holds_text
 from togi.data.precheck import RecordSpec, missing_field
 from togi.data.tables import Row
 from togi.data.turns import Draft, check_last, conversation
@@ -58,21 +44,14 @@ class Fields:
 
     def prompt(self, key: str) -> Dialogue:
         """The prompt as messages: a string becomes one user message. With the row's tools and system turn."""
-        for name in SYSTEM_FIELDS:
-            if self.row.get(name) and not isinstance(self.row[name], str):
-                raise Drop.WRONG_TYPE.error(
-                    f"the field {name!r} is {named_value(self.row[name])}: it is read as the system turn and must be a string; "
-                    "correct it, or rename the field if it is something else."
-                )
-        with of_field(TOOLS):
-            frame = frame_of(self.row)
+        frame = frame_of(self.row)
         with of_field(key):
             return dialogue_of(self.row[key], USER, template_text(self.tokenizer), frame)
 
     def whole(self, key: str, flag: str) -> Dialogue:
         """A conversation that ends with the answer, for rows without the field of ``flag``."""
         found, value = self.prompt(key), self.row[key]
-        if isinstance(value, str) and isinstance(parsed(value, is_message), str):
+        if holds_text(value):
             raise Drop.WRONG_TYPE.error(
                 f"the field {key!r} is a string, but without --{flag} it must be a list of messages that ends with the "
                 f"answer: set --{flag}, or give the list."
@@ -111,8 +90,8 @@ def joined(prompt: Dialogue, answer: Dialogue, keys: tuple[str, str]) -> tuple[D
     with the system turn of either. ``keys``: the names of the fields. Raises RowError if the two differ.
     """
     # System turns are compared apart: the answer's field may have it, the prompt's, or both.
-    prompt_system, asked = _parted(prompt.messages)
-    answer_system, said = _parted(answer.messages)
+    prompt_system, asked = prompt.parted()
+    answer_system, said = answer.parted()
     system = prompt_system or answer_system
     if prompt_system and answer_system and not _alike(prompt_system, answer_system):
         raise Drop.WRONG_ROLES.error(
@@ -158,22 +137,15 @@ def _missing(*values: object) -> frozenset[Note]:
 
 def _repeated(answer: object, *prompts: object) -> frozenset[Note]:
     """A note if the text of an answer begins with that of the whole prompt, and not by chance."""
-    starts = tuple(
-        prompt.strip() for prompt in prompts if isinstance(prompt, str) and len(prompt.strip()) >= LONG_PROMPT
-    )
+    texts = (prompt.strip() for prompt in prompts if isinstance(prompt, str))
+    starts = tuple(text for text in texts if len(text) >= LONG_PROMPT)
     return frozenset({Note.PROMPT_IN_ANSWER} if isinstance(answer, str) and answer.lstrip().startswith(starts) else ())
-
-
-def _parted(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """The system turn at the start of a conversation, if any, and the other turns."""
-    cut = 1 if messages and messages[0]["role"] in (SYSTEM, "developer") else 0
-    return tuple(messages[:cut]), tuple(messages[cut:])
 
 
 def _alike(some: Sequence[Message], others: Sequence[Message]) -> bool:
     """Whether two conversations have the same turns, up to white space."""
-    return [_bare(message) for message in some] == [_bare(message) for message in others]
 
+    def bare(messages: Sequence[Message]) -> list[tuple[object, ...]]:
+        return [(m["role"], "".join(m["content"].split()), m.get("tool_calls")) for m in messages]
 
-def _bare(message: Message) -> Mapping[str, object]:
-    return {"role": message["role"], "content": "".join(message["content"].split()), "calls": message.get("tool_calls")}
+    return bare(some) == bare(others)

@@ -7,8 +7,6 @@ Recognise files that hold no rows, whatever their names say, and tell how to con
 Nothing is converted here: each kind of file has one sentence, raised before a row is read.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter
@@ -99,7 +97,11 @@ def parse_item(text: str, whole: str = "") -> Item:
     text = text.strip()
     if not text:
         raise DataError("The list of data sets has an empty entry: remove the extra comma or name a data set.")
-    name, data_dir = _split_data_dir(text)
+    name, data_dir = text, ""
+    if "@" in text and not Path(text).expanduser().exists():
+        name, _, data_dir = text.rpartition("@")
+        if not name or not data_dir:
+            raise DataError(f"{text!r} is not a data set: write name or name@data_dir.")
     path = Path(name).expanduser()
     if path.suffix.lower() == ".py":
         raise DataError(
@@ -109,7 +111,11 @@ def parse_item(text: str, whole: str = "") -> Item:
     if path.is_file():
         return _file(text, path, data_dir)
     if path.is_dir():
-        return _folder(text, path / data_dir)
+        path = path / data_dir
+        if not path.is_dir():
+            raise DataError(f"There is no folder {path}: check the part after @ in {text!r}.")
+        saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+        return Item(text, Kind.SAVED if saved else Kind.FOLDER, str(path))
     looks_local = path.suffix.lower() in FORMATS or name[0] in "./~" or not _HUB_NAME.fullmatch(name)
     if looks_local:
         commas = f", and the commas in {whole!r}, which separate data sets" if whole else ""
@@ -123,9 +129,14 @@ def split_files(folder: Path, split: str) -> list[Path]:
     The file (``train.jsonl``, ``test-00000-of-00002.parquet``) or a folder above it (``test/a.csv``) names the split. If no file
     names one, all files together are "train". Raises DataError.
     """
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and _is_data(p.relative_to(folder)))
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and p.name not in _METADATA)
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     if not files:
-        raise no_data_files(folder)
+        others = (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in OTHER_FORMATS)
+        found = next((f"{file.name} {OTHER_FORMATS[file.suffix.lower()]}" for file in others), "")
+        raise DataError(
+            f"The folder {folder} has no data files ({SUPPORTED}): {found or 'point to the folder that holds them.'}"
+        )
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(_split_of(file.relative_to(folder)), []).append(file)
@@ -145,17 +156,6 @@ def split_files(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
-def no_data_files(folder: Path) -> DataError:
-    """The error for a folder without data files. Names a file of another format if there is one."""
-    others = (
-        f"{file.name} {OTHER_FORMATS[file.suffix.lower()]}"
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in OTHER_FORMATS
-    )
-    way_out = next(others, "point to the folder that holds them.")
-    return DataError(f"The folder {folder} has no data files ({SUPPORTED}): {way_out}")
-
-
 def choose_split(where: str, splits: Mapping[str, T], split: str) -> T:
     """``splits[split]``; raises DataError naming the existing splits."""
     if split not in splits:
@@ -168,15 +168,6 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-def _split_data_dir(text: str) -> tuple[str, str]:
-    if "@" not in text or Path(text).expanduser().exists():
-        return text, ""
-    name, _, data_dir = text.rpartition("@")
-    if not name or not data_dir:
-        raise DataError(f"{text!r} is not a data set: write name or name@data_dir.")
-    return name, data_dir
-
-
 def _file(text: str, path: Path, data_dir: str) -> Item:
     if data_dir:
         raise DataError(f"{text!r} gives a data_dir for the single file {path}: remove @{data_dir}.")
@@ -186,17 +177,6 @@ def _file(text: str, path: Path, data_dir: str) -> Item:
         problem = f"has the unknown extension {path.suffix}" if path.suffix else "has no extension"
         raise DataError(f"{path} {problem}: data files end in {SUPPORTED}.")
     return Item(text, Kind.FILE, str(path))
-
-
-def _folder(text: str, path: Path) -> Item:
-    if not path.is_dir():
-        raise DataError(f"There is no folder {path}: check the part after @ in {text!r}.")
-    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    return Item(text, Kind.SAVED if saved else Kind.FOLDER, str(path))
-
-
-def _is_data(path: Path) -> bool:
-    return path.name not in _METADATA and not any(part.startswith(".") for part in path.parts)
 
 
 def _split_of(path: Path) -> str:
@@ -215,10 +195,7 @@ SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _UTF16 = "is UTF-16 text, as some programs export it: save it as UTF-8 (in Excel: CSV UTF-8)."
 # First bytes of a file, and what it then is and what to do.
 _SIGNS = (
-    (
-        (b"version https://git-lfs",),
-        "holds only a Git LFS pointer, not the data: fetch the data with `git lfs pull`.",
-    ),
+    ((b"version https://git-lfs",), "holds only a Git LFS pointer, not the data: fetch the data with `git lfs pull`."),
     ((b"\xff\xfe", b"\xfe\xff"), _UTF16),
     ((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), "is compressed: unpack it."),
     ((b"PK\x03\x04",), "is a ZIP archive or an Excel workbook: unpack it, or export it as CSV UTF-8."),
@@ -263,8 +240,7 @@ def check_objects(path: Path, fields: Collection[str] = ()) -> None:
         _check_only(path, value, is_row=set(fields) <= value.keys() if fields else lines == 1)
     if lines > 1:
         raise DataError(
-            f"The first object of {path} goes over {lines} lines: write one object a line (`jq -c . FILE`), or a list of "
-            "them."
+            f"The first object of {path} goes over {lines} lines: write one object a line (`jq -c . FILE`), or a list of them."
         )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from togi.data.faults import Drop, Note, kind, named_value, parsed, short
+from togi.data.faults import Drop, Note, kind, named_value, of_field, parsed, short
 from togi.data.tables import Row
 
 Message: TypeAlias = Mapping[str, Any]
@@ -24,9 +24,8 @@ Tool: TypeAlias = Mapping[str, object]
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
 ROLES = frozenset({SYSTEM, "developer", USER, ASSISTANT, TOOL})
 # Names of user and assistant in other data sets.
-SPEAKERS = dict.fromkeys(("human", "prompter"), USER) | dict.fromkeys(
-    ("gpt", "chatgpt", "model", "bot", "chatbot", "ai"), ASSISTANT
-)
+SPEAKERS = dict.fromkeys(("human", "prompter"), USER)
+SPEAKERS |= dict.fromkeys(("gpt", "chatgpt", "model", "bot", "chatbot", "ai"), ASSISTANT)
 # Names of the tool role in other data sets. A template that knows the name keeps it.
 ANSWERERS = dict.fromkeys(("observation", "tool_response", "function_response", "function", "ipython"), TOOL)
 # Roles of an assistant turn that is only a call, as JSON text.
@@ -56,14 +55,19 @@ class Dialogue:
         """These messages followed by the others, with the same tools."""
         return Dialogue((*self.messages, *other.messages), self.tools, self.notes | other.notes)
 
+    def parted(self) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+        """The system turn at the start, if any, and the other turns."""
+        cut = 1 if self.messages and self.messages[0]["role"] in (SYSTEM, "developer") else 0
+        return self.messages[:cut], self.messages[cut:]
+
+    @property
+    def tool_names(self) -> list[str]:
+        """The names of the tools."""
+        return [str(_function(tool)["name"]) for tool in self.tools]
+
     def until(self, turn: int) -> Dialogue:
         """The messages before this one, with the same tools."""
         return Dialogue(self.messages[:turn], self.tools)
-
-    @property
-    def begins_with_system(self) -> bool:
-        """Whether the first turn is a system turn."""
-        return bool(self.messages) and self.messages[0]["role"] in (SYSTEM, "developer")
 
 
 NO_FRAME = Dialogue(())
@@ -90,20 +94,27 @@ def dialogue_of(value: object, role: str, template: str | None, frame: Dialogue 
     messages = tuple(_message(message, number, template, notes) for number, message in enumerate(found))
     dialogue = Dialogue(messages, frame.tools, frozenset(notes))
     # A system turn in the messages wins over the one in a separate field.
-    return dialogue if dialogue.begins_with_system else replace(dialogue, messages=(*frame.messages, *messages))
+    return dialogue if dialogue.parted()[0] else replace(dialogue, messages=(*frame.messages, *messages))
 
 
 def frame_of(row: Row) -> Dialogue:
     """Tools (``tools`` or the older ``functions``) and system turn (``system``) in separate fields of a row.
 
-    Raises RowError, without the name of the field, for invalid tools.
+    Raises RowError.
     """
+    for name in SYSTEM_FIELDS:
+        if row.get(name) and not isinstance(row[name], str):
+            raise Drop.WRONG_TYPE.error(
+                f"the field {name!r} is {named_value(row[name])}: it is read as the system turn and must be a string; correct "
+                "it, or rename the field if it is something else."
+            )
     notes, functions = set[Note](), row.get(FUNCTIONS)
-    tools = read_tools(row.get(TOOLS), notes)
-    if not tools and is_tools(functions):
-        tools = read_tools(functions, notes)
+    with of_field(TOOLS):
+        tools = read_tools(row.get(TOOLS), notes)
+        if not tools and isinstance(functions, list) and call_list(functions) is not None:
+            tools = read_tools(functions, notes)
     system = next((row[name] for name in SYSTEM_FIELDS if row.get(name)), None)
-    if not isinstance(system, str) or not system.strip():
+    if system is None or not system.strip():
         return Dialogue((), tools, frozenset(notes))
     return Dialogue(({"role": SYSTEM, "content": system},), tools, frozenset(notes | {Note.SYSTEM_FIELD}))
 
@@ -138,6 +149,11 @@ def unfilled(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: unfilled(item) for key, item in value.items() if item is not None}
     return [unfilled(item) for item in value] if isinstance(value, list) else value
+
+
+def holds_text(value: object) -> bool:
+    """Whether a value is a text that stands for no messages. Raises RowError for broken ones."""
+    return isinstance(value, str) and isinstance(parsed(value, is_message), str)
 
 
 def is_message(item: Mapping[str, object]) -> bool:
@@ -301,16 +317,6 @@ def _tool(value: object, number: int, notes: set[Note]) -> Tool:
     if not isinstance(tool, Mapping) or not _has_name(tool):
         raise Drop.WRONG_TYPE.error(f"has the entry {number} {short(value)}, {_TOOL_FORM}")
     return dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
-
-
-def tool_names(tools: Sequence[Tool]) -> list[str]:
-    """The names of the tools."""
-    return [str(_function(tool)["name"]) for tool in tools]
-
-
-def is_tools(value: object) -> bool:
-    """Whether a value is a list of tools and nothing else."""
-    return isinstance(value, list) and call_list(value) is not None
 
 
 def settle_calls(message: dict[str, object], where: str, notes: set[Note]) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -194,9 +193,9 @@ class PackStats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
-    """A planned segment: tokens ``start`` to ``end`` of a sample. ``sequence`` NO_SEQUENCE marks a shared prompt."""
+    """A planned segment: tokens ``start`` to ``end`` of a sample, by its number. ``sequence`` NO_SEQUENCE: a shared prompt."""
 
-    sample: Sample
+    sample: int
     start: int
     end: int
     prefix: int
@@ -222,14 +221,14 @@ def pack(samples: Sequence[Sample], *, share_prefix: bool) -> Batch:
         alike = sample.streams.keys() == first.streams.keys() and sample.values.keys() == first.values.keys()
         assert alike, "samples carry different streams or values"
     return Batch(
-        tokens_T=_joined(pieces, lambda sample: sample.tokens, np.int64),
+        tokens_T=_joined(pieces, [sample.tokens for sample in samples], np.int64),
         positions_T=segment_positions(table),
         sources_T=predecessors(table),
         sequences_T=torch.from_numpy(sequences),
-        loss_mask_T=_joined(pieces, lambda sample: sample.loss_mask, np.bool_),
+        loss_mask_T=_joined(pieces, [sample.loss_mask for sample in samples], np.bool_),
         segments=table,
         order_N=tuple(order),
-        streams={name: _joined(pieces, partial(_stream, name), np.float32) for name in first.streams},
+        streams={name: _joined(pieces, [s.streams[name] for s in samples], np.float32) for name in first.streams},
         values={name: torch.tensor([samples[i].values[name] for i in order]) for name in first.values},
     ).validate()
 
@@ -251,10 +250,8 @@ def pack_all(
         whole_groups=whole_groups,
     )
     batches = [pack([samples[i] for i in plan], share_prefix=share_prefix) for plan in plans]
-    return [
-        replace(batch, order_N=tuple(plan[i] for i in batch.order_N))
-        for batch, plan in zip(batches, plans, strict=True)
-    ]
+    found = zip(batches, plans, strict=True)
+    return [replace(batch, order_N=tuple(plan[i] for i in batch.order_N)) for batch, plan in found]
 
 
 def in_order(batches: Sequence[Batch], results: Sequence[T]) -> list[T]:
@@ -284,22 +281,16 @@ def _pieces(samples: Sequence[Sample], prefixes: Sequence[int]) -> tuple[list[_P
         shared, shared_segment = 0, NO_PREFIX
         # A prompt of several samples is a segment of its own, which their responses name as prefix.
         if len(indices) > 1:
-            first = samples[indices[0]]
-            shared, shared_segment = first.prompt_length, len(pieces)
-            pieces.append(_Piece(first, 0, shared, NO_PREFIX, NO_SEQUENCE))
+            shared, shared_segment = samples[indices[0]].prompt_length, len(pieces)
+            pieces.append(_Piece(indices[0], 0, shared, NO_PREFIX, NO_SEQUENCE))
         for i in indices:
             assert not samples[i].loss_mask[: samples[i].prompt_length].any(), "a token of the prompt is in the loss"
-            pieces.append(_Piece(samples[i], shared, len(samples[i].tokens), shared_segment, len(order)))
+            pieces.append(_Piece(i, shared, len(samples[i].tokens), shared_segment, len(order)))
             order.append(i)
     return pieces, order
 
 
-def _stream(name: str, sample: Sample) -> NDArray[np.generic]:
-    return sample.streams[name]
-
-
-def _joined(
-    pieces: Sequence[_Piece], part: Callable[[Sample], NDArray[np.generic]], dtype: type[np.generic]
-) -> torch.Tensor:
-    runs = [part(piece.sample)[piece.start : piece.end] for piece in pieces]
+def _joined(pieces: Sequence[_Piece], arrays: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> torch.Tensor:
+    """The parts of the samples' arrays, one after the other."""
+    runs = [arrays[piece.sample][piece.start : piece.end] for piece in pieces]
     return torch.from_numpy(np.concatenate(runs).astype(dtype, copy=False))

@@ -18,7 +18,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,11 +68,9 @@ class RecordSpec:
 
     def of_a_row(self) -> RecordSpec:
         """Only the settings that decide the result of a given row; the others are at their defaults."""
-        d = RecordSpec("")
-        mixed = replace(
-            self, dataset=d.dataset, dataset_probs=d.dataset_probs, split=d.split, max_samples=d.max_samples
-        )
-        return replace(mixed, seed=d.seed, max_bad_rows=d.max_bad_rows, dataset_num_proc=d.dataset_num_proc)
+        others = ("dataset", "dataset_probs", "split", "max_samples", "seed", "max_bad_rows", "dataset_num_proc")
+        defaults = asdict(RecordSpec(""))
+        return replace(self, **{name: defaults[name] for name in others})
 
 
 DECIMALS = 2
@@ -185,8 +183,8 @@ def _head(item: Item, split: str, required: Sequence[str]) -> list[Head]:
 def _file_head(item: Item, path: Path, required: Sequence[str]) -> list[Head]:
     with guarded(path):
         items.check_content(path)
-    if fields_of := {".parquet": _parquet_fields, ".arrow": _arrow_fields}.get(path.suffix.lower()):
-        return _table_head(item, fields_of(path))
+    if path.suffix.lower() in (".parquet", ".arrow"):
+        return _table_head(item, _columns(path))
     head = read_head(path, HEAD_ROWS, required)
     return [(place, row if isinstance(row, BadRow) else tuple(row)) for place, row in head]
 
@@ -196,23 +194,16 @@ def _table_head(item: Item, columns: Sequence[str]) -> list[Head]:
     return [(f"Row 0 of {item.text}", columns)] if columns else []
 
 
-def _parquet_fields(path: Path) -> Sequence[str]:
+def _columns(path: Path) -> Sequence[str]:
+    """The columns of a Parquet or Arrow file; none if it has no row."""
     import pyarrow
+    import pyarrow.ipc
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise unreadable(path, error) from None
-    with file:
-        return list(file.schema_arrow.names) if file.metadata.num_rows > 0 else []
-
-
-def _arrow_fields(path: Path) -> Sequence[str]:
-    import pyarrow
-    import pyarrow.ipc
-
-    try:
+        if path.suffix.lower() == ".parquet":
+            with pyarrow.parquet.ParquetFile(path) as file:
+                return list(file.schema_arrow.names) if file.metadata.num_rows > 0 else []
         with pyarrow.memory_map(str(path)) as source:
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
@@ -233,7 +224,7 @@ def _saved_fields(folder: Path, split: str) -> Sequence[str]:
         names = _saved_list(folder / "dataset_dict.json", "splits")
         folder = items.choose_split(str(folder), {name: folder / name for name in names}, split)
     paths = [folder / file["filename"] for file in _saved_list(folder / "state.json", "_data_files")]
-    return next((fields for path in paths if (fields := _arrow_fields(path))), [])
+    return next((fields for path in paths if (fields := _columns(path))), [])
 
 
 def _saved_list(path: Path, key: str) -> list[Any]:

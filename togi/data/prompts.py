@@ -5,10 +5,7 @@ Every prompt comes once per episode over any sequence of takes, saves and resume
 episode and the number of prompts, not on ranks or on how many are taken at once.
 """
 
-from __future__ import annotations
-
 import hashlib
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +23,7 @@ from togi.data.fields import Fields, is_empty
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.messages import without_answers
 from togi.data.source import Mixture, load_mixture
-from togi.data.tables import Row, readable
+from togi.data.tables import readable
 from togi.data.turns import is_held, lost
 from togi.errors import DataError
 from togi.sample import Prompt
@@ -84,21 +81,15 @@ class PromptLoader:
 
     def load_state(self, state: LoaderState) -> None:
         """Resume at ``state``. Raises DataError if it was saved with other prompts or another seed."""
+        problem = ""
         if state.num_prompts != len(self._prompts):
-            raise DataError(
-                f"The checkpoint was made with {state.num_prompts} prompts but the prompt set now has "
-                f"{len(self._prompts)}: resume with the same data, or start a new run."
-            )
-        if state.fingerprint != self._fingerprint:
-            raise DataError(
-                "The checkpoint was made with other prompts (as many, but not the same): "
-                "resume with the same data and templates, or start a new run."
-            )
-        if state.seed != self._seed:
-            raise DataError(
-                f"The checkpoint was made with --seed {state.seed} but this run has --seed {self._seed}, which is "
-                "another order of the prompts: resume with the same seed."
-            )
+            problem = f"{state.num_prompts} prompts but the prompt set now has {len(self._prompts)}: resume with the same data"
+        elif state.fingerprint != self._fingerprint:
+            problem = "other prompts (as many, but not the same): resume with the same data and templates"
+        elif state.seed != self._seed:
+            problem = f"--seed {state.seed} but this run has --seed {self._seed}: resume with the same order of prompts"
+        if problem:
+            raise DataError(f"The checkpoint was made with {problem}, or start a new run.")
         self._start(state.episode)
         self._position = state.position
 
@@ -107,8 +98,6 @@ class PromptLoader:
         self._position = 0
         self._order = np.random.default_rng([self._seed, episode]).permutation(len(self._prompts)).tolist()
 
-
-logger = logging.getLogger(__name__)
 
 CHUNK = 4096
 EXAMPLES = 3
@@ -198,17 +187,9 @@ def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
             prompts.append(replace(row, id=pick.id))
         # Counts are over picks, since repeats count; faults and notes are over distinct rows.
         counts[pick.source][None if isinstance(row, Prompt) else row] += 1
-    # Report first: the errors below quote it.
     report = _report(mixture, counts, seen, prompts, spec, tokenizer)
-    reports.check_faults(report.faults, spec.max_bad_rows)
-    if not prompts:
-        raise DataError(
-            f"No prompt of {spec.prompt_data} can be used (dropped: {report.drop_reasons()}; longest: "
-            f"{report.lengths.max} tokens): check --input_key {spec.input_key} and --prompt_max_len "
-            f"{spec.prompt_max_len}."
-        )
-    for warning in report.warnings:
-        logger.warning("%s: %s", spec.prompt_data, warning)
+    way_out = f"check --input_key {spec.input_key} and --prompt_max_len {spec.prompt_max_len}"
+    report.check("prompt", spec.prompt_data, spec.max_bad_rows, way_out)
     return PromptSet(prompts, report)
 
 
@@ -248,7 +229,8 @@ def _render_source(
             # One int object per token id instead of one per token: this keeps large prompt sets small.
             kept = tuple(map(vocabulary.__getitem__, tokens))
             label = "" if spec.label_key is None else row[spec.label_key]
-            yield number, Prompt("", kept, text, label, _datasource(row, fallback))
+            named_sources = (str(row[column]) for column in DATASOURCE_COLUMNS if row.get(column) is not None)
+            yield number, Prompt("", kept, text, label, next(named_sources, fallback))
 
 
 def _text(fields: Fields, spec: PromptSpec) -> tuple[str, frozenset[Note]]:
@@ -282,10 +264,6 @@ def _chat(fields: Fields, key: str) -> tuple[str, frozenset[Note]]:
                 f"{dialogue.messages[-1]['content'][:60]!r}): use a template that keeps what is asked."
             )
     return text, dialogue.notes | (lost(dialogue, text) if text else set())
-
-
-def _datasource(row: Row, fallback: str) -> str:
-    return next((str(row[column]) for column in DATASOURCE_COLUMNS if row.get(column) is not None), fallback)
 
 
 def _datasource_names(mixture: Mixture) -> list[str]:

@@ -7,7 +7,6 @@ Samples are made on demand. How one row is read is in ``encode``; batches are ma
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -28,8 +27,6 @@ from togi.errors import DataError
 from togi.sample import Sample, with_streams
 
 __all__ = ["Examples", "RecordSpec", "load_pairs", "load_sft", "load_steps", "load_unpaired"]
-
-logger = logging.getLogger(__name__)
 
 SHOWN = 3
 
@@ -155,9 +152,8 @@ def load_steps(spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
 
 
 def _mixture(spec: RecordSpec) -> Mixture:
-    return load_mixture(
-        spec.dataset, spec.dataset_probs, split=spec.split, seed=spec.seed, max_samples=spec.max_samples
-    )
+    limits = {"seed": spec.seed, "max_samples": spec.max_samples}
+    return load_mixture(spec.dataset, spec.dataset_probs, split=spec.split, **limits)
 
 
 def _first_label(mixture: Mixture, key: str) -> object:
@@ -187,18 +183,8 @@ def _load(mixture: Mixture, reader: rows.RowReader, spec: RecordSpec, tokenizer:
     )
     # Keep the picks whose row was not dropped.
     places = mixture.places[table.drops_N[table.rows(mixture.places)] == 0]
-    # The report comes before the checks, which quote it.
     report = _report(mixture, table, spec, tokenizer)
-    faults = report.faults
-    reports.check_faults(faults, spec.max_bad_rows)
-    if report.kept == 0:
-        first = f"; first fault: {faults.first[0].reason.removesuffix('.')}" if faults.rows > 0 else ""
-        raise DataError(
-            f"No row of {spec.dataset} can be used (dropped: {report.drop_reasons()}; longest: {report.lengths.max} "
-            f"tokens{first}): check the keys and --max_len {spec.max_len}."
-        )
-    for warning in report.warnings:
-        logger.warning("%s: %s", spec.dataset, warning)
+    report.check("row", spec.dataset, spec.max_bad_rows, f"check the keys and --max_len {spec.max_len}")
     return Examples(table, places, report)
 
 

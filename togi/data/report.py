@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from togi.errors import DataError
 from togi.obs.way_out import writing
 
 LARGE_LOSS = 0.5
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +87,6 @@ class Faults:
             yield f"{self.rows} of {self.of} rows are faulty and were left out ({self.kinds()}); the first: {self.first[0].reason}"
 
 
-def check_faults(faults: Faults, limit: float) -> None:
-    """Raise DataError if the share of faulty rows is above ``limit``, the value of --max_bad_rows."""
-    if faults.rows > limit * faults.of:
-        first = faults.first[0].reason.removesuffix(".")
-        raise DataError(
-            f"{first} (the first of {faults.rows} faulty rows among {faults.of}, more than --max_bad_rows {limit:g} allows: "
-            "correct them, or raise the limit to leave them out)."
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class DataReport:
     """What was read, kept and dropped, with examples as the model sees them (special tokens visible)."""
@@ -113,6 +105,24 @@ class DataReport:
     @property
     def kept(self) -> int:
         return sum(source.kept for source in self.sources)
+
+    def check(self, kind: str, name: str, limit: float, way_out: str) -> None:
+        """Log the warnings. Raises DataError if a share of the rows above ``limit`` (--max_bad_rows) is faulty, or if none can be
+        used. ``kind``: what the rows are; ``name``: their sets; ``way_out``: what to do if there are none.
+        """
+        faults, first = self.faults, self.faults.first[0].reason.removesuffix(".") if self.faults.rows > 0 else ""
+        if faults.rows > limit * faults.of:
+            raise DataError(
+                f"{first} (the first of {faults.rows} faulty rows among {faults.of}, more than --max_bad_rows {limit:g} allows: "
+                "correct them, or raise the limit to leave them out)."
+            )
+        if self.kept == 0:
+            longest = f"{self.lengths.max} tokens" + (f"; first fault: {first}" if first else "")
+            raise DataError(
+                f"No {kind} of {name} can be used (dropped: {self.drop_reasons()}; longest: {longest}): {way_out}."
+            )
+        for warning in self.warnings:
+            logger.warning("%s: %s", name, warning)
 
     def drop_reasons(self) -> str:
         """Reasons and counts over all sources, in words: "12 too long, 1 empty"; "none" if nothing was dropped."""

@@ -5,8 +5,6 @@ Until it is complete, ``<path>.partial`` holds everything: a first line that ide
 end, whole.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -38,12 +36,18 @@ class RowLog:
         self._partial.touch()
         self._file = self._partial.open("r+b")
         try:
-            self._lock()
+            # Held until the file is closed, also by a kill.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             kept = self._read()
             self._file.truncate(kept)  # drops a line that a kill left incomplete
             self._file.seek(kept)
             if kept == 0:
                 self._write(self._identity)
+        except BlockingIOError:
+            self._file.close()
+            raise CheckpointError(
+                f"Another process is writing {self._partial}: wait until it has ended, or choose another --output_path."
+            ) from None
         except BaseException:
             self._file.close()
             raise
@@ -70,15 +74,6 @@ class RowLog:
     def in_order(self) -> list[Row]:
         """The rows of all finished units, ordered by unit."""
         return [row for unit in sorted(self.done) for row in self.done[unit]]
-
-    def _lock(self) -> None:
-        """Hold the file until it is closed, also by a kill. Raises CheckpointError if another process holds it."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"Another process is writing {self._partial}: wait until it has ended, or choose another --output_path."
-            ) from None
 
     def _write(self, record: Row) -> None:
         with writing(self._partial):

@@ -14,8 +14,6 @@ as that of pairs: prompt and output as one text with an end token. Unlike there,
 has a score too.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -63,7 +61,9 @@ class AnswerReader(RowReader):
         spec = self.spec
         value = fields.value("input_key", spec.input_key)
         if spec.pretrain_mode:
-            draft = Drop.EMPTY_PROMPT if is_empty(value) else _raw(fields.text(spec.input_key, chat=False))
+            # All of a text is trained, and nothing ends it.
+            text = fields.text(spec.input_key, chat=False) if not is_empty(value) else ""
+            draft = Draft(text, ((0, len(text)),), complete=False) if text else Drop.EMPTY_PROMPT
         elif spec.output_key is None:
             assert spec.apply_chat_template, "--output_key is not set"
             draft = Drop.EMPTY_PROMPT if is_empty(value) else self._conversation(fields)
@@ -82,11 +82,6 @@ class AnswerReader(RowReader):
             if last == 0:
                 return Drop.EMPTY_PROMPT
         return conversation(dialogue, 0 if multiturn else last, fields.tokenizer)
-
-
-def _raw(text: str) -> Draft:
-    """All of a text is trained, and nothing ends it."""
-    return Draft(text, ((0, len(text)),), complete=False)
 
 
 MARGIN = "margin"
@@ -195,9 +190,6 @@ class UnpairedReader(AnswerReader):
         return tuple(replace(draft, values=values) for draft in drafts)
 
 
-_KINDS = {False: "tokens", True: "numbers"}
-
-
 @dataclass(frozen=True, slots=True)
 class StepLabels:
     """How steps are marked and labelled. ``reward_ids``: in the order of ``--reward_tokens``; None: any token.
@@ -217,11 +209,8 @@ def step_labels(spec: RecordSpec, first_label: object, tokenizer: Tokenizer) -> 
     tokens = spec.reward_tokens
     ids = None if tokens is None else tuple(token_id(token, "--reward_tokens", tokenizer) for token in tokens)
     if ids is not None and len(set(ids)) < len(ids):
-        raise DataError(
-            f"Two of --reward_tokens {' '.join(tokens or ())} are the same token of this tokenizer: choose texts of different "
-            "tokens."
-        )
-    soft = is_soft(first_label)
+        raise DataError(f"Two of --reward_tokens {' '.join(tokens or ())} are the same token: choose other texts.")
+    soft = isinstance(first_label, int | float)
     if soft and (ids is None or len(ids) != 2):
         raise DataError(
             f"The labels in {spec.label_key!r} are numbers, which need two tokens to divide the probability: give "
@@ -292,50 +281,31 @@ def label_list(value: object) -> object:
     return value
 
 
-def is_soft(label: object) -> bool:
-    """Whether a label is a probability (a number, or true for 1) instead of a token."""
-    return isinstance(label, int | float)
-
-
 def _number(label: object, what: str, kind: StepLabels, tokenizer: Tokenizer) -> float:
     """A label as a number: the id of its token, or the probability. Raises RowError."""
+    wrong = Drop.WRONG_LABELS.error
     if not isinstance(label, str | int | float):
-        raise Drop.WRONG_LABELS.error(
-            f"{what} is of type {type(label).__name__}: give a token, or a number from 0 to 1."
-        )
-    if is_soft(label) != kind.soft:
-        raise Drop.WRONG_LABELS.error(
-            f"{what} is {label!r}, but earlier labels are {_KINDS[kind.soft]}: use one kind for all rows."
-        )
+        raise wrong(f"{what} is of type {type(label).__name__}: give a token, or a number from 0 to 1.")
+    # A number, or true for 1, is a probability.
+    if isinstance(label, int | float) != kind.soft:
+        earlier = "numbers" if kind.soft else "tokens"
+        raise wrong(f"{what} is {label!r}, but earlier labels are {earlier}: use one kind for all rows.")
     if isinstance(label, str):
         if kind.reward_tokens is not None and label not in kind.reward_tokens:
-            raise Drop.WRONG_LABELS.error(
-                f"{what} is {label!r}, which is not among --reward_tokens {' '.join(kind.reward_tokens)}: add it there "
-                "or correct the row."
+            known = " ".join(kind.reward_tokens)
+            raise wrong(
+                f"{what} is {label!r}, which is not among --reward_tokens {known}: add it there or correct the row."
             )
         return float(token_id(label, what, tokenizer))
     if not 0 <= label <= 1:
-        raise Drop.WRONG_LABELS.error(
-            f"{what} is {label!r}: a probability of the positive token must lie between 0 and 1."
-        )
+        raise wrong(f"{what} is {label!r}: a probability of the positive token must lie between 0 and 1.")
     return float(label)
 
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class OutputSpec:
-    """The fields of prompt and output, and how they are formatted. Fields are named as their flags; lengths in tokens."""
-
-    input_key: str
-    output_key: str
-    apply_chat_template: bool
-    input_template: str | None
-    max_len: int
-
-
-def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tuple[list[Row], list[list[int]]]:
+def read_outputs(mixture: Mixture, spec: RecordSpec, tokenizer: Tokenizer) -> tuple[list[Row], list[list[int]]]:
     """The rows in the order of the mixture, and the token ids of each.
 
     Raises DataError naming row and field, also for a row of more than ``max_len`` tokens.
@@ -363,7 +333,8 @@ def read_outputs(mixture: Mixture, spec: OutputSpec, tokenizer: Tokenizer) -> tu
     return rows, ids
 
 
-def _text(fields: Fields, spec: OutputSpec, notes: Counter[Note]) -> str:
+def _text(fields: Fields, spec: RecordSpec, notes: Counter[Note]) -> str:
+    assert spec.output_key is not None, "--output_key is not set"
     keys = spec.input_key, spec.output_key
     fields.value("input_key", keys[0])
     output = fields.value("output_key", keys[1])

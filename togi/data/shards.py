@@ -153,9 +153,7 @@ def write_shard(path: Path, rows: Sequence[Outcome]) -> None:
     arrays = {
         "drops_N": np.array([REASONS.index(outcome.drop) for outcome in rows], dtype=np.uint8),
         "cut_N": np.array([outcome.was_cut for outcome in rows], dtype=np.bool_),
-        "notes_N": np.array(
-            [sum(1 << NOTES.index(note) for note in outcome.notes) for outcome in rows], dtype=np.int32
-        ),
+        "notes_N": np.array([sum(1 << NOTES.index(each) for each in outcome.notes) for outcome in rows], np.int32),
         "widths_N": np.array([len(outcome.coded) for outcome in rows], dtype=np.uint8),
         "lengths_L": np.array([*chain.from_iterable(outcome.lengths for outcome in rows)], dtype=np.int32),
         "tokens_T": np.concatenate([np.empty(0, np.int32), *(sequence.tokens for sequence in coded)]),
@@ -182,7 +180,10 @@ class Shard:
             header = json.loads(file.read(size))
         data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + size)
         words = json.loads(header.pop("__metadata__")["words"])
-        self._arrays: dict[str, NDArray[Any]] = {name: _array(data, **place) for name, place in header.items()}
+        self._arrays: dict[str, NDArray[Any]] = {
+            name: np.asarray(data[slice(*place["data_offsets"])]).view(_TYPES[place["dtype"]]).reshape(place["shape"])
+            for name, place in header.items()
+        }
         self._names: list[str] = words["names"]
         self.faults: list[tuple[int, str]] = words["faults"]
         # Ends of each row, sequence and run, to slice the flat arrays.
@@ -288,10 +289,6 @@ class Table:
             yield name.encode()
             for shard in self._shards:
                 yield shard.content(name).tobytes()
-
-
-def _array(data: NDArray[np.uint8], dtype: str, shape: list[int], data_offsets: list[int]) -> NDArray[Any]:
-    return np.asarray(data[slice(*data_offsets)]).view(_TYPES[dtype]).reshape(shape)
 
 
 def _span(ends: NDArray[np.int64], i: int) -> tuple[int, int]:

@@ -294,7 +294,12 @@ def load_mixture(
     sources = tuple(load_source(name, split) for name in names)
     sizes = [len(source.rows) for source in sources]
     places = concatenate(sizes, max_samples) if weights is None else interleave(sizes, weights, seed, max_samples)
-    return Mixture(sources, _with_repeats(places, sizes))
+    # Rows of a set come in turn, so the number of earlier occurrences is the number of earlier rounds.
+    repeats = np.empty(len(places), dtype=np.int64)
+    for source, size in enumerate(sizes):
+        turns = np.flatnonzero(places[:, 0] == source)
+        repeats[turns] = np.arange(len(turns)) // size
+    return Mixture(sources, np.column_stack([places, repeats]))
 
 
 def concatenate(sizes: Sequence[int], max_samples: int) -> NDArray[np.int64]:
@@ -344,12 +349,3 @@ def interleave(sizes: Sequence[int], probs: Sequence[float], seed: int, max_samp
         rows[turns] = np.arange(len(turns)) % size
         end = max(end, int(turns[size - 1]) + 1 if len(turns) >= size else len(drawn))
     return np.stack([drawn, rows], axis=1)[: min(end, max_samples)]
-
-
-def _with_repeats(places: NDArray[np.int64], sizes: Sequence[int]) -> NDArray[np.int64]:
-    """Places with the number of earlier occurrences: rows of a set come in turn, so it is the number of earlier rounds."""
-    repeats = np.empty(len(places), dtype=np.int64)
-    for source, size in enumerate(sizes):
-        turns = np.flatnonzero(places[:, 0] == source)
-        repeats[turns] = np.arange(len(turns)) // size
-    return np.column_stack([places, repeats])

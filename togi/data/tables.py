@@ -5,8 +5,6 @@ CSV file are strings ("007" stays "007"). A row that cannot be read is a ``BadRo
 without any readable row (a list with broken JSON, quotes that never close) is a DataError.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

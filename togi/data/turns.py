@@ -22,16 +22,7 @@ from numpy.typing import NDArray
 
 from togi.data.chat import Tokenizer, closing_text, marks_turns, render_marked, render_messages, visible
 from togi.data.faults import Drop, Note
-from togi.data.messages import (
-    ASSISTANT,
-    Dialogue,
-    Message,
-    argument_texts,
-    call_names,
-    is_marked_off,
-    reasoning_of,
-    tool_names,
-)
+from togi.data.messages import ASSISTANT, Dialogue, Message, argument_texts, call_names, is_marked_off, reasoning_of
 from togi.errors import DataError
 from togi.sample import Sample
 
@@ -163,7 +154,11 @@ def check_decoding(draft: Draft, coded: Coded, tokenizer: Tokenizer) -> None:
 
 
 def _code(draft: Draft, ids: list[int], offsets: list[Span], eos: int, enders: Collection[int]) -> Coded:
-    starts, ends = _character_ranges(offsets)
+    # The characters of each token; special tokens that the tokenizer adds are at (0, 0). Some tokenizers leave white space out
+    # of offsets, so a token starts at the latest where the previous one ended.
+    firsts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    reached = np.maximum.accumulate(np.concatenate([np.zeros(1, np.int64), ends[:-1]]))[: len(ends)]
+    starts = np.minimum(firsts, reached)
     runs = [_run(span, starts, ends) for span in draft.spans]
     tokens = np.array(ids, dtype=np.int32)
     # End the answer, unless it was truncated or already has an end token.
@@ -173,17 +168,6 @@ def _code(draft: Draft, ids: list[int], offsets: list[Span], eos: int, enders: C
     first = runs[0][0] if runs else len(tokens)
     merged = bool(runs) and first < len(starts) and bool(starts[first] < draft.spans[0][0])
     return Coded(tokens, tuple(runs), first, merged, draft.labels, draft.values)
-
-
-def _character_ranges(offsets: list[Span]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The start and end characters of each token. Special tokens that the tokenizer adds are at (0, 0).
-
-    Some tokenizers leave white space out of offsets, so a token starts at the latest where the previous one ended.
-    """
-    table = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    ends = table[:, 1]
-    reached = np.maximum.accumulate(np.concatenate([np.zeros(1, np.int64), ends[:-1]]))[: len(ends)]
-    return np.minimum(table[:, 0], reached), ends
 
 
 def _run(span: Span, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Span:
@@ -236,7 +220,11 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft 
     if not turns:
         return Drop.EMPTY_ANSWER
     # Stage 2: the text, and where these turns are in it.
-    text, spans = (_marked if marks_turns(tokenizer) else _located)(dialogue, turns, tokenizer)
+    if marks_turns(tokenizer):
+        text, spans = _marked(dialogue, turns, tokenizer)
+    else:
+        text = render_messages(dialogue, tokenizer)
+        spans = [_place(dialogue, turn, text, tokenizer) for turn in turns]
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     # Stage 3: is everything in the text that the messages say?
     notes = set(dialogue.notes)
@@ -259,9 +247,11 @@ def lost(dialogue: Dialogue, text: str, *, learned: frozenset[int] = frozenset()
         return called.count(name) + spoken
 
     # A tool that is shown has its name in the text more often than the messages say it.
-    if dialogue.tools and not any(text.count(name) > named(name) for name in tool_names(dialogue.tools)):
+    if dialogue.tools and not any(text.count(name) > named(name) for name in dialogue.tool_names):
         notes.add(Note.TOOLS_UNSEEN)
-    in_system = _names_in([message["tools"] for message in dialogue.messages if message.get("tools")])
+    # Tools inside a message are objects, or text.
+    inside = json.dumps([message["tools"] for message in dialogue.messages if message.get("tools")]).replace('\\"', '"')
+    in_system = re.findall(r'"name": ?"([^"]+)"', inside)
     if in_system and not any(name in text for name in in_system):
         notes.add(Note.TOOLS_UNSEEN)
     # Messages and calls of the context.
@@ -270,11 +260,6 @@ def lost(dialogue: Dialogue, text: str, *, learned: frozenset[int] = frozenset()
     if not is_whole or any(text.count(name) < named(name) for name in set(called)):
         notes.add(Note.CONTEXT_LOST)
     return notes
-
-
-def _names_in(tools: object) -> list[str]:
-    """The names of tools inside a message, given as objects or as text."""
-    return re.findall(r'"name": ?"([^"]+)"', json.dumps(tools).replace('\\"', '"'))
 
 
 def is_held(said: str, text: str) -> bool:
@@ -303,11 +288,6 @@ def _marked(dialogue: Dialogue, turns: Sequence[int], tokenizer: Tokenizer) -> t
         within = start < len(before) <= end and text.startswith(before)
         spans.append((len(before) if within else start, end))
     return text, spans
-
-
-def _located(dialogue: Dialogue, turns: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[Span]]:
-    text = render_messages(dialogue, tokenizer)
-    return text, [_place(dialogue, turn, text, tokenizer) for turn in turns]
 
 
 def _place(dialogue: Dialogue, turn: int, text: str, tokenizer: Tokenizer) -> Span:

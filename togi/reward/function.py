@@ -132,7 +132,9 @@ class Worker:
             self._replace()
             raise late from None
         except OSError:
-            what = f"ended its process ({_ending(self._replace())})"
+            status = self._replace()
+            ending = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+            what = f"ended its process ({ending})"
             advice = "let it return its rewards, within the machine's memory"
             raise Complaint(what, advice, is_transient=True) from None
         if "complaint" in reply:
@@ -162,10 +164,6 @@ class Worker:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def _ending(status: int) -> str:
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
 
 
 FUNCTION_NAME = "reward_func"
@@ -200,8 +198,7 @@ class FunctionReward:
         file = Path(path).expanduser().absolute()
         if file.suffix != ".py" or not file.is_file():
             raise RewardError(
-                f"The reward function file {path} is not an existing .py file; "
-                "give --reward_func (or --remote_rm_url) the path of one."
+                f"The reward function file {path} is not an existing .py file; give --reward_func the path of one."
             )
         load = Load(LoadKind.FILE, str(file), FUNCTION_NAME)
         return cls(load, f"{FUNCTION_NAME} in {path}", limits, component)

@@ -8,8 +8,6 @@ A server that is down is waited for, up to ``max_pause`` seconds per group. A fa
 times; a refused one (4xx) is not. The environment variable TOGI_REWARD_TOKEN holds a bearer token.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ipaddress
@@ -155,23 +153,27 @@ class HttpServer:
             await self._session.close()
 
     async def _post(self, body: bytes) -> bytes:
-        session = self._open()
+        if self._session is None:
+            limits = aiohttp.ClientTimeout(total=self._limits.timeout, sock_connect=CONNECT_SECONDS)
+            connector = aiohttp.TCPConnector(limit=self._limits.concurrency, keepalive_timeout=KEEPALIVE_SECONDS)
+            self._session = aiohttp.ClientSession(timeout=limits, connector=connector)
+        headers = {"Content-Type": "application/json"}
+        if self._limits.token and "@" not in urlsplit(self._url).netloc:  # a login in the URL is sent instead
+            headers["Authorization"] = f"Bearer {self._limits.token}"
         try:
-            async with session.post(
-                self._url, data=body, proxy=proxy_of(self._url), allow_redirects=False, headers=self._headers()
+            async with self._session.post(
+                self._url, data=body, proxy=proxy_of(self._url), allow_redirects=False, headers=headers
             ) as response:
-                content = await response.read()
-                status = response.status
+                content, status = await response.read(), response.status
         except (aiohttp.ClientError, OSError) as error:
             types, kind, what = next(fault for fault in _FAULTS if isinstance(error, fault[0]))
-            what = what.format(
-                reason=" ".join(str(error).split()) or type(error).__name__, timeout=self._limits.timeout
-            )
+            reason = " ".join(str(error).split()) or type(error).__name__
+            what = what.format(reason=reason, timeout=self._limits.timeout)
             raise ServerFaultError(kind, what, was_lost=types is _LOST) from None
         if status == 200:
             return content
-        kind = FaultKind.FAILED if status >= 500 else FaultKind.REFUSED
-        kind = FaultKind.AWAY if status in AWAY_STATUSES else kind
+        failure = FaultKind.FAILED if status >= 500 else FaultKind.REFUSED
+        kind = FaultKind.AWAY if status in AWAY_STATUSES else failure
         said = self.shown(content)
         raise ServerFaultError(kind, f"answered with status {status}" + (f": {said}" if said else ""))
 
@@ -188,19 +190,6 @@ class HttpServer:
         text = " ".join(scrub(str(redact_value("", text)), secrets).split())
         return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            limits = aiohttp.ClientTimeout(total=self._limits.timeout, sock_connect=CONNECT_SECONDS)
-            connector = aiohttp.TCPConnector(limit=self._limits.concurrency, keepalive_timeout=KEEPALIVE_SECONDS)
-            self._session = aiohttp.ClientSession(timeout=limits, connector=connector)
-        return self._session
-
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json"}
-        if self._limits.token and "@" not in urlsplit(self._url).netloc:  # a login in the URL is sent instead
-            headers["Authorization"] = f"Bearer {self._limits.token}"
-        return headers
-
     def _is_away(self, what: str) -> None:
         now = time.monotonic()
         if self._down_since is None:
@@ -212,17 +201,16 @@ class HttpServer:
         if now >= self._next_notice:
             self._next_notice = now + NOTICE_SECONDS
             self._was_noticed = True
-            so_far = f" ({duration(now - self._down_since)} so far)" if now > self._down_since else ""
+            since = f" ({duration(now - self._down_since)} so far)" if now > self._down_since else ""
             logger.warning(
-                "The reward server %s %s: its requests wait until it is back%s.", self.shown_url, what, so_far
+                "The reward server %s %s: its requests wait until it is back%s.", self.shown_url, what, since
             )
 
     def _is_up(self) -> None:
         now = time.monotonic()
         if self._down_since is not None and self._was_noticed:
-            logger.warning(
-                "The reward server %s answers again after %s.", self.shown_url, duration(now - self._down_since)
-            )
+            away = duration(now - self._down_since)
+            logger.warning("The reward server %s answers again after %s.", self.shown_url, away)
         self._count_pause()
         self._down_since, self._was_noticed, self._delays, self._retry_at = None, False, 0, 0.0
         self.answered_at = now
@@ -270,9 +258,7 @@ class RemoteReward:
         component: str = "remote",
     ) -> None:
         self._servers = [HttpServer(url, limits) for url in urls]
-        self._limits = limits
-        self._response = response
-        self._component = component
+        self._limits, self._response, self._component = limits, response, component
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
         """One score per rollout, in order; all of them errors if the request failed for good.
@@ -285,7 +271,9 @@ class RemoteReward:
         while True:
             # The server that is due first, and among those the one with the fewest requests.
             server = min(self._servers, key=lambda each: (each.wait_seconds, each.unfinished))
-            await self._wait_for(server, deadline)
+            # Until the server is due for another try, but not beyond the deadline.
+            while (wait := min(server.wait_seconds, deadline - time.monotonic())) > 0:
+                await asyncio.sleep(wait)
             try:
                 return self._scores(await server.post(body), server, group)
             except ServerFaultError as fault:
@@ -298,10 +286,8 @@ class RemoteReward:
                     return failed(len(group), f"{sentence} (prompt {group[0].prompt.id!r}).")
                 if fault.kind is FaultKind.AWAY and time.monotonic() > deadline:
                     pause = duration(self._limits.max_pause)
-                    raise RewardError(
-                        f"{sentence}, and the longest pause of {pause} is over (--remote_rm_max_pause): "
-                        "start the server again and resume."
-                    ) from None
+                    over = f"the longest pause of {pause} is over (--remote_rm_max_pause): start the server again and resume."
+                    raise RewardError(f"{sentence}, and {over}") from None
                 if fault.kind is FaultKind.FAILED:
                     await asyncio.sleep(FIRST_DELAY_SECONDS * 2 ** (failures - 1) * random.uniform(0.5, 1.0))
 
@@ -328,11 +314,6 @@ class RemoteReward:
         """Seconds since the last call that a server was down, the longest of all servers."""
         return max(server.take_paused_seconds() for server in self._servers)
 
-    async def _wait_for(self, server: HttpServer, deadline: float) -> None:
-        """Sleep until the server is due for another try, but not beyond the deadline."""
-        while (wait := min(server.wait_seconds, deadline - time.monotonic())) > 0:
-            await asyncio.sleep(wait)
-
     def _body(self, group: Sequence[Rollout]) -> bytes:
         call = as_call(group, self._response)
         return json.dumps({"query": call["queries"], "prompts": call["prompts"], "labels": call["labels"]}).encode()
@@ -344,10 +325,8 @@ class RemoteReward:
             answer = read_answer(content, len(group), server.shown)
         except Complaint as complaint:
             where = f" for sample {complaint.index}" if complaint.index != NO_INDEX else ""
-            return failed(
-                len(group),
-                f"{shown_as} {complaint}{where} of prompt {group[0].prompt.id!r}; let it {complaint.advice}.",
-            )
+            message = f"{shown_as} {complaint}{where} of prompt {group[0].prompt.id!r}; let it {complaint.advice}."
+            return failed(len(group), message)
         return as_scores(answer, self._component, shown_as, len(group))
 
 

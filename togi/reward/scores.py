@@ -52,10 +52,8 @@ def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Cal
     try:
         json.dumps(prompt.label)
     except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"The label of prompt {prompt.id!r} is not a JSON value ({error}); "
-            "point --label_key at a field of texts, numbers, lists or objects."
-        ) from None
+        way_out = "point --label_key at a field of texts, numbers, lists or objects"
+        raise RewardError(f"The label of prompt {prompt.id!r} is not a JSON value ({error}); {way_out}.") from None
     call: Call = {
         "queries": [rollout.prompt.text + response(rollout) for rollout in group],
         "prompts": [rollout.prompt.text for rollout in group],
@@ -132,14 +130,10 @@ class LocalModelReward:
     """
 
     def __init__(
-        self,
-        score_tokens: ScoreTokens,
-        standardization: Standardization | None = None,
-        component: str = "reward_model",
+        self, score_tokens: ScoreTokens, standardization: Standardization | None = None, component: str = "reward_model"
     ) -> None:
-        self._score_tokens = score_tokens
+        self._score_tokens, self._component = score_tokens, component
         self._standardize = Standardization() if standardization is None else standardization
-        self._component = component
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
         """One score per rollout; an error where the model's output is not finite."""
@@ -297,10 +291,8 @@ class LengthPenalties:
         if self.buffer is not None:
             parts[OVERLONG] = overlong_penalty(len(rollout.response_tokens), self.limit, self.buffer, self.factor)
             value += parts[OVERLONG]
-        for name in (name for name in parts if name in score.components):
-            raise RewardError(
-                f"The reward has a part named {name!r}, which is the name of a length penalty: use another name."
-            )
+        for name in parts.keys() & score.components:
+            raise RewardError(f"The reward has a part named {name!r}, as a length penalty is: use another name.")
         return replace(score, value=value, components={**score.components, **parts})
 
 

@@ -5,8 +5,6 @@ with "scores" and "extra_logs" if the source has them; null abstains. GET /healt
 does. Errors are {"error": sentence}. The text of a request is never logged.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import json
@@ -83,10 +81,10 @@ class Batcher:
         most = len(self._queue) if self._max_sequences is None else self._max_sequences
         taken: list[_Waiting] = []
         tokens = 0
-        while (
-            self._queue and len(taken) < most and (not taken or tokens + len(self._queue[0].tokens) <= self._max_tokens)
-        ):
+        while self._queue and len(taken) < most:
             tokens += len(self._queue[0].tokens)
+            if taken and tokens > self._max_tokens:
+                break
             taken.append(self._queue.popleft())
         return taken
 

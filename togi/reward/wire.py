@@ -3,8 +3,6 @@
 Standard library only: the worker process imports this. ``function`` starts and stops processes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import socket

@@ -5,8 +5,6 @@ thread (so its own alarms work). Its output goes to stderr, never into the proto
 limits: it kills this process together with its process group.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import contextlib

@@ -19,10 +19,10 @@ from togi.config.infer import ChatConfig, InferConfig
 from togi.data import chat
 from togi.data.faults import Note, check_whole, named
 from togi.data.messages import ASSISTANT, USER, Dialogue, Tool, read_tools
-from togi.data.precheck import asked_reward, with_reward
+from togi.data.precheck import RecordSpec, asked_reward, with_reward
 from togi.data.prompts import DEFAULT_DATASOURCE, PromptSpec, fingerprint, load_prompts
 from togi.data.row_log import RowLog
-from togi.data.rows import OutputSpec, read_outputs
+from togi.data.rows import read_outputs
 from togi.data.source import load_mixture
 from togi.data.turns import lost
 from togi.errors import ConfigError, DataError, RewardError
@@ -206,9 +206,8 @@ def score(config: InferConfig, announce: Announce) -> Written:
                 seed=config.seed,
                 max_samples=config.max_samples,
             )
-            spec = OutputSpec(
-                config.input_key, config.output_key, config.apply_chat_template, config.input_template, config.max_len
-            )
+            keys = {"input_key", "output_key", "apply_chat_template", "input_template", "max_len"}
+            spec = RecordSpec(config.dataset, **config.model_dump(include=keys))
             rows, ids = read_outputs(mixture, spec, tokenizer)
             known = known_tokens(config.pretrain, config.trust_remote_code)
             largest = max((max(tokens, default=-1) for tokens in ids), default=-1)

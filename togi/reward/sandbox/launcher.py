@@ -8,8 +8,6 @@ Without namespaces the launcher runs the program itself, behind a guard inside P
 error: text there says why the program was not run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -39,7 +37,9 @@ def main() -> None:
             os.write(2, f"{error}\n".encode())
             os._exit(FAILED)
     # Only now: errors of the setup go to standard error.
-    silence()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
     if not job["walls"]:
         limit(job["limits"])
         walls.install(os.getcwd())  # noqa: PTH109
@@ -80,13 +80,6 @@ def become_the_program(limits: dict[str, int]) -> None:
 
 def _ending_of(child: int) -> int:
     return FAILED if os.waitpid(child, 0)[1] != 0 else 0
-
-
-def silence() -> None:
-    """Redirect standard error to /dev/null, in the program's process."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    os.close(null)
 
 
 def limit(limits: dict[str, int]) -> None:

@@ -5,8 +5,6 @@
 files and processes. The wall clock is enforced here. A sandbox stays in the worker's process group, so it ends with the worker.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -12,8 +12,6 @@ An ordinary user needs a user namespace, root does not. Limits are elsewhere. No
 addresses of its host (AF_VSOCK), which no network namespace covers.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

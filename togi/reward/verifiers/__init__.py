@@ -1,7 +1,5 @@
 """Labels as the built-in functions read them, and the error for unusable labels."""
 
-from __future__ import annotations
-
 from togi.reward.wire import Complaint
 
 SHOWN_CHARACTERS = 80

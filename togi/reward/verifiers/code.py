@@ -21,8 +21,6 @@ What remains possible: to know the tests by heart, or to guess the values of a f
 A program has 10 seconds, and 4 run at once: give large groups a larger ``--reward_timeout``.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import logging
@@ -131,14 +129,12 @@ def _listed(tests: object, setup: object) -> Checks | None:
         return None
     if all(isinstance(test, str) for test in tests):
         return _python(tests, setup)
-    cases = [Case(case["input"], case["output"]) for case in tests if _is_case(case)]
+    cases = []
+    for test in tests:
+        match test:
+            case {"input": str(given), "output": str(expected), **rest} if not rest:
+                cases.append(Case(given, expected))
     return Checks(cases=tuple(cases)) if len(cases) == len(tests) and not setup else None
-
-
-def _is_case(case: object) -> bool:
-    return (
-        isinstance(case, dict) and case.keys() == {"input", "output"} and all(isinstance(v, str) for v in case.values())
-    )
 
 
 def _python(tests: Sequence[str], setup: str) -> Checks | None:

@@ -3,8 +3,6 @@
 The label is a JSON Schema, as an object or as text. The JSON is the whole response, or its last fenced code block.
 """
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -5,8 +5,6 @@ counts. The answer is the response's last boxed expression, or else its last exp
 within seconds, counts as wrong: a model must not gain by confusing its judge.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 from math_verify import parse, verify

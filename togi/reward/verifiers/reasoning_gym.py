@@ -12,8 +12,6 @@ Some verifiers evaluate the answer as Python or SymPy, which a model can use to 
 arithmetic as answer, anything else gets 0 without running the verifier; other such tasks are refused.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """The built-in functions over the text and length of a response: builtin:exact, builtin:format, builtin:length."""
 
-from __future__ import annotations
-
 import math
 import re
 
