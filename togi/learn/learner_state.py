@@ -26,6 +26,7 @@ from togi.learn.learner import Learner
 from togi.parallel.backend import Backend
 from togi.parallel.process import World
 from togi.weights.buckets import TensorSpec, differences
+from togi.weights.files import in_parts
 
 logger = logging.getLogger(__name__)
 
@@ -135,28 +136,17 @@ def _write_tensors(world: World, folder: Path, tensors: Iterable[tuple[str, Tens
 
     Gathering ``tensors`` is collective: every rank runs the loop, rank 0 makes the folder and writes.
     """
-    if world.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-    held, files = dict[str, Tensor](), 0
-    for name, tensor in tensors:
-        if not world.is_first:
-            continue
-        if held and sum(each.nbytes for each in held.values()) + tensor.nbytes > MAX_FILE_BYTES:
-            files += 1
-            _write_file(folder, files, held)
-            held = {}
-        # A copy even on the CPU: tied storage and views cannot be written.
-        held[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    if world.is_first:
-        _write_file(folder, files + 1, held)
-
-
-def _write_file(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
-    file = folder / f"tensors_{number:05d}.safetensors"
-    try:
-        save_file(tensors, file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} could not be written: {error}") from error
+    if not world.is_first:
+        for _ in tensors:
+            pass
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, held in enumerate(in_parts(tensors, MAX_FILE_BYTES), start=1):
+        file = folder / f"tensors_{number:05d}.safetensors"
+        try:
+            save_file(held, file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} could not be written: {error}") from error
 
 
 def _reader(folder: Path) -> Callable[[str], Tensor]:

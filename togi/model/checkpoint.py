@@ -8,12 +8,11 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -27,18 +26,15 @@ from togi.model.policy import PolicyModel, ScalarModel, checkpoint_tensors
 from togi.obs.way_out import writing
 from togi.weights.adapters import BaseFiles
 from togi.weights.buckets import TensorSpec
+from togi.weights.files import in_parts
 
 SHARD_BYTES = 5 * 10**9
 UNFINISHED = ".unfinished"
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", ADAPTER_CONFIG)
 
 
-class FullParameters(Protocol):
-    """``Backend.full_parameters``."""
-
-    def __call__(
-        self, dtype: torch.dtype | None = None, *, trained_only: bool = False
-    ) -> Iterator[tuple[str, Tensor]]: ...
+FullParameters = Callable[..., Iterator[tuple[str, Tensor]]]
+"""``Backend.full_parameters``."""
 
 
 @cache
@@ -161,38 +157,20 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int) -> None:
-    files: list[list[str]] = []
-    total, size, held = 0, 0, dict[str, Tensor]()
-
-    def part(number: int) -> Path:
-        return directory / f"part-{number:05d}.safetensors"
-
-    def write_held() -> None:
-        save_file(held, part(len(files)), metadata={"format": "pt"})
+    files, total = list[list[str]](), 0
+    for held in in_parts(tensors, shard_bytes, dtype):
+        save_file(held, directory / f"part-{len(files):05d}.safetensors", metadata={"format": "pt"})
         files.append(list(held))
-        held.clear()
-
-    for name, tensor in tensors:
-        # a copy of its own: safetensors refuses views, and a shard must not keep memory that the caller frees
-        ready = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
-        if held and size + ready.nbytes > shard_bytes:
-            write_held()
-            size = 0
-        held[name] = ready
-        size += ready.nbytes
-        total += ready.nbytes
-    write_held()
+        total += sum(tensor.nbytes for tensor in held.values())
     # the final names contain the number of files, which is known only now
-    if len(files) == 1:
-        part(0).rename(directory / "model.safetensors")
-        return
-    places = {}
+    single, count, places = directory / "model.safetensors", len(files), {}
     for i, names in enumerate(files):
-        final = directory / f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        part(i).rename(final)
+        final = single if count == 1 else directory / f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        (directory / f"part-{i:05d}.safetensors").rename(final)
         places.update(dict.fromkeys(names, final.name))
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 FLOAT32 = 4

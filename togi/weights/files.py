@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import Tensor
 
 from togi.errors import ModelError
 
@@ -34,3 +37,23 @@ def files_of(path: str) -> list[Path]:
     folder = Path(local_folder(path))
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+
+
+def in_parts(
+    tensors: Iterable[tuple[str, Tensor]], max_bytes: int, dtype: torch.dtype | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield copies of the tensors on the CPU for one file after the other, of at most ``max_bytes`` or a single larger tensor.
+
+    ``dtype``: that of floating-point numbers in the files, if it is another one. Write a part before you ask for the next.
+    """
+    held, size = dict[str, Tensor](), 0
+    for name, tensor in tensors:
+        # a copy of its own: safetensors refuses views, and a part must not keep memory that the caller frees
+        ready = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True).contiguous()
+        if held and size + ready.nbytes > max_bytes:
+            yield held
+            held.clear()
+            size = 0
+        held[name] = ready
+        size += ready.nbytes
+    yield held
