@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -89,24 +90,14 @@ class Channel:
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """A bucket of ``nbytes`` bytes that travels over the channel."""
+    """A bucket without its bytes. ``content``: their number, if they come over the channel, or a call that maps GPU memory."""
 
     tensors: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
-    nbytes: int
+    content: int | Callable[[], Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class OnDevice:
-    """A bucket in GPU memory: a function of torch and its arguments, which map it into another process."""
-
-    tensors: tuple[TensorSpec, ...]
-    offsets: tuple[int, ...]
-    rebuild: Callable[..., Tensor]
-    arguments: tuple[object, ...]
-
-
-Parcel = Bucket | Announced | OnDevice
+Parcel = Bucket | Announced
 
 
 class Carriage(Protocol):
@@ -163,7 +154,7 @@ class SameDevice:
         # The engine may still read the last bucket, so two are alive.
         self._kept = [*self._kept[-1:], buffer]
         rebuild, arguments = reduce_tensor(buffer)  # type: ignore[no-untyped-call]
-        return OnDevice(bucket.tensors, bucket.offsets, rebuild, arguments)
+        return Announced(bucket.tensors, bucket.offsets, partial(rebuild, *arguments))
 
     def flush(self) -> None:
         self._kept.clear()
@@ -197,15 +188,12 @@ class Inbox:
 
     def open(self, parcel: Parcel) -> Bucket:
         """The bucket of a parcel. Blocks until it has arrived."""
-        if isinstance(parcel, Bucket):
-            bucket = parcel
-        elif isinstance(parcel, Announced):
-            (channel,) = self._channels
-            bucket = Bucket.of(parcel.tensors, parcel.offsets, channel.receive(parcel.nbytes))
-        else:
-            bucket = Bucket.of(parcel.tensors, parcel.offsets, parcel.rebuild(*parcel.arguments))
-        self._checksum.add(bucket)
-        return bucket
+        if isinstance(parcel, Announced):
+            content = parcel.content
+            data = self._channels[0].receive(content) if isinstance(content, int) else content()
+            parcel = Bucket.of(parcel.tensors, parcel.offsets, data)
+        self._checksum.add(parcel)
+        return parcel
 
     def checksum(self) -> str:
         return self._checksum.digest()
