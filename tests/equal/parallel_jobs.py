@@ -90,7 +90,7 @@ def train(model: Learner, steps: Iterable[int]) -> list[UpdateReport]:
 
 def record(reports: list[UpdateReport], final: dict[str, Tensor]) -> dict[str, object]:
     metrics = [{**report.metrics, "grad_norm": report.grad_norm, "count": report.count} for report in reports]
-    loads = [(report.load.padding_share, report.load.imbalance) for report in reports]
+    loads = [(report.padding_share, report.imbalance) for report in reports]
     return {"metrics": metrics, "weights": final, "loads": loads}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -71,13 +72,13 @@ def test_a_resume_goes_on_from_the_better_of_both_records(
     store = BestStore(tmp_path)
     if there is not None:
         write(store, there, 8)
-    best = store.resumed(LOSS, Best(LOSS, saved, 2).to_json() if saved is not None else None)
+    best = store.resumed(LOSS, asdict(Best(LOSS, saved, 2)) if saved is not None else None)
     assert (best.value if best is not None else None) == expected
 
 
 def test_a_resume_by_another_metric_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the lowest eval/loss, this run asks for the highest eval/reward"):
-        BestStore(tmp_path).resumed(REWARD, Best(LOSS, 1.0, 2).to_json())
+        BestStore(tmp_path).resumed(REWARD, asdict(Best(LOSS, 1.0, 2)))
 
 
 def test_pruning_leaves_the_best_alone(tmp_path: Path) -> None:

@@ -26,10 +26,14 @@ def optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=START)
 
 
+def measured(kind: Scheduler, **settings: float) -> MeasuredRate:
+    return MeasuredRate(SFT(lr_scheduler=kind, lr_warmup_ratio=0.0, **settings), START, 10)
+
+
 @pytest.mark.parametrize("patience", [0, 2, 10])
 def test_plateau_is_torchs(patience: int) -> None:
     theirs = ReduceLROnPlateau(optimizer(), factor=0.5, patience=patience, min_lr=0.01 * START, eps=0)
-    ours = MeasuredRate(Scheduler.REDUCE_LR_ON_PLATEAU, START, floor=0.01, factor=0.5, patience=patience)
+    ours = measured(Scheduler.REDUCE_LR_ON_PLATEAU, lr_patience=patience, min_lr_ratio=0.01, lr_factor=0.5)
     for loss in LOSSES:
         theirs.step(loss)
         ours.observe(loss)
@@ -41,7 +45,7 @@ def test_plateau_is_torchs(patience: int) -> None:
 def test_greedy_is_transformers(patience: int) -> None:
     bounds = {"min_lr": 0.02 * START, "max_lr": 4 * START}
     theirs = GreedyLR(optimizer(), factor=0.7, patience=patience, eps=0, **bounds)
-    ours = MeasuredRate(Scheduler.GREEDY, START, floor=0.02, ceiling=4.0, factor=0.7, patience=patience)
+    ours = measured(Scheduler.GREEDY, lr_patience=patience, min_lr_ratio=0.02, max_lr_ratio=4.0, lr_factor=0.7)
     rates = []
     for loss in [*LOSSES, *[1.2] * 700 * (patience + 1), *LOSSES]:
         theirs.step(loss)
@@ -62,21 +66,21 @@ def test_by_hand_with_a_warm_up_and_through_a_checkpoint() -> None:
         max_lr_ratio=3,
         min_lr_ratio=0.25,
     )
-    rate = MeasuredRate.of(config, 8.0, 10)
+    rate = MeasuredRate(config, 8.0, 10)
     assert [rate.rate(step) for step in range(4)] == [0.0, 4.0, 8.0, 8.0]
     seen = []
     for loss in (2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0):
         rate.observe(loss)
         seen.append(rate.rate(5))
-        other = MeasuredRate.of(config, 8.0, 10)
+        other = MeasuredRate(config, 8.0, 10)
         other.load_state(json.loads(json.dumps(rate.state())))
         rate = other
     assert seen == [16.0, 24.0, 12.0, 6.0, 3.0, 2.0, 2.0]
 
 
 def test_the_factor_is_the_kinds_own_unless_given() -> None:
-    assert MeasuredRate.of(SFT(lr_scheduler=Scheduler.GREEDY), 1.0, 10).rule.factor == 0.95
-    assert MeasuredRate.of(SFT(lr_scheduler=Scheduler.REDUCE_LR_ON_PLATEAU), 1.0, 10).rule.factor == 0.1
+    assert MeasuredRate(SFT(lr_scheduler=Scheduler.GREEDY), 1.0, 10).rule.factor == 0.95
+    assert MeasuredRate(SFT(lr_scheduler=Scheduler.REDUCE_LR_ON_PLATEAU), 1.0, 10).rule.factor == 0.1
 
 
 @pytest.mark.parametrize(

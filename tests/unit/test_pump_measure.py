@@ -10,7 +10,7 @@ from togi.config.choices import OnRewardError
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.data.packing import PackStats
-from togi.learn.learner import Load, StepOutcome, UpdateReport
+from togi.learn.learner import StepOutcome, UpdateReport
 from togi.obs import names
 from togi.plan.placement import Role
 from togi.pump.experience import ScoredGroup, eval_metrics, rollout_metrics, trainable
@@ -78,7 +78,7 @@ def test_the_cap_and_the_probabilities_belong_to_the_training_set() -> None:
 def test_metrics_of_several_steps_are_means_and_compile_time_a_sum() -> None:
     def report(loss: float, compiling: float) -> UpdateReport:
         values = {"policy/loss": loss, names.COMPILE_SECONDS: compiling}
-        return UpdateReport(StepOutcome.UPDATED, 1, 1e-5, loss, 8.0, Load(0.0, 1.0), PackStats(4, 4), values, ())
+        return UpdateReport(StepOutcome.UPDATED, 1, 1e-5, loss, 8.0, 0.0, 1.0, PackStats(4, 4), values, ())
 
     found = update_metrics(Role.ACTOR, [report(1.0, 20.0), report(3.0, 1.5)])
     assert (found["policy/loss"], found[names.POLICY_GRAD_NORM], found[names.COMPILE_SECONDS]) == (2.0, 2.0, 21.5)

@@ -260,9 +260,6 @@ class Best:
     value: float
     step: int
 
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Best:
         return cls(Aim(**record["aim"]), record["value"], record["step"])
@@ -296,7 +293,7 @@ class BestStore:
                 yield new
                 # the record is written last: a folder that has one is complete (``_mend``)
                 flush_tree(new)
-                (new / BEST_RECORD).write_text(json.dumps(best.to_json(), indent=1), encoding="utf-8")
+                (new / BEST_RECORD).write_text(json.dumps(asdict(best), indent=1), encoding="utf-8")
                 flush_tree(new)
                 if self.folder.exists():
                     self.folder.rename(old)

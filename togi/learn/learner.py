@@ -41,26 +41,15 @@ class StepOutcome(StrEnum):
     """The gradient norm was NaN or infinite. The weights are unchanged."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How evenly a step loads the ranks.
-
-    ``padding_share``: the share of positions without a token among those computed on all ranks. ``imbalance``: tokens of the
-    busiest rank / mean over ranks, at least 1.
-    """
-
-    padding_share: float
-    imbalance: float
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class UpdateReport:
     """One call of ``Learner.update``. All but ``packed`` and ``logprobs`` is the same on every rank.
 
     ``steps``: optimizer steps taken so far. ``learning_rate``: that of this step. ``grad_norm``: global L2 norm before
-    clipping, NaN if no gradient was computed. ``count``: the denominator. ``packed``: the tokens of this rank. ``logprobs``: this
-    rank's log-probs (nats) at the tokens in the loss before the step, one array a sequence: batch after batch, each in the order
-    of the list it was packed from. Empty if the objective computes none.
+    clipping, NaN if no gradient was computed. ``count``: the denominator. ``padding_share``: the share of positions without a
+    token among those computed on all ranks. ``imbalance``: tokens of the busiest rank / mean over ranks, at least 1. ``packed``:
+    the tokens of this rank. ``logprobs``: this rank's log-probs (nats) at the tokens in the loss before the step, one array a
+    sequence: batch after batch, each in the order of the list it was packed from. Empty if the objective computes none.
     """
 
     outcome: StepOutcome
@@ -68,7 +57,8 @@ class UpdateReport:
     learning_rate: float
     grad_norm: float
     count: float
-    load: Load
+    padding_share: float
+    imbalance: float
     packed: PackStats
     metrics: Mapping[str, float]
     logprobs: Sequence[NDArray[np.float32]]
@@ -149,9 +139,7 @@ class Learner:
         assert math.isfinite(count) and count >= 0, f"a loss count of {count}"
         packed = sum((pack_stats(batch) for batch in micro_batches), PackStats(0, 0))
         if count == 0:
-            return UpdateReport(
-                StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, Load(0.0, 1.0), packed, {}, ()
-            )
+            return UpdateReport(StepOutcome.SKIPPED_EMPTY, self.steps, rate, math.nan, count, 0.0, 1.0, packed, {}, ())
         # forward and backward: gradients are summed over micro-batches and, after the last one, over ranks
         balanced_over = sequences if self.aux_loss_coef > 0 else None
         metrics, logprobs = self._accumulate(
@@ -175,10 +163,10 @@ class Learner:
             others_values = mixed.objective.summary(reduced(merge(world.gather_shares("mixed metrics", added))))
             values |= {f"{mixed.name}/{name}": value for name, value in others_values.items()}
         load = self._load(micro_batches)
-        return UpdateReport(outcome, self.steps, rate, grad_norm, count, load, packed, values, logprobs)
+        return UpdateReport(outcome, self.steps, rate, grad_norm, count, *load, packed, values, logprobs)
 
-    def _load(self, micro_batches: Sequence[Batch]) -> Load:
-        """How evenly the tokens of a step are spread over ranks. A rank computes a dummy batch if another has more batches.
+    def _load(self, micro_batches: Sequence[Batch]) -> tuple[float, float]:
+        """(padding share, imbalance) of a step. A rank computes a dummy batch if another has more batches.
 
         The ranks of a ring count as one.
         """
@@ -186,7 +174,7 @@ class Learner:
         highest, rounds = world.max("load", [tokens, len(micro_batches)])
         every, batches = world.sum_shares("load", [tokens, len(micro_batches)])
         padding = (rounds * world.shares - batches) * DUMMY_TOKENS
-        return Load(padding / (every + padding), highest * world.shares / every)
+        return padding / (every + padding), highest * world.shares / every
 
     def _accumulate(
         self,

@@ -180,14 +180,21 @@ class PolicyObjective(Objective):
             batch.select(OLD_LOGPROBS).to(logprobs_K.dtype) if OLD_LOGPROBS in batch.streams else logprobs_K.detach()
         )
         loss_K, log_ratio_K, clipped_K = self._surrogate(logprobs_K, old_K, batch)
+        # the weights against the engine: the terms whose ratio is out of bounds are bounded or masked
+        own = (batch.target_sequences_K, batch.num_sequences)
         sums = dict[str, Tensor]()
-        if self.correction is not None:
-            trust = self._trust(self.correction, old_K, batch)
-            loss_K, sums = trust.select(loss_K), _correction_sums(trust)
+        if (by := self.correction) is not None:
+            engine_K = batch.select(ROLLOUT_LOGPROBS)
+            trust = policy.correction(by.kind, old_K, engine_K, *own, low=by.low, high=by.high)
+            masked_K = ~trust.kept_K
+            loss_K = trust.select(loss_K)
+            sums = {
+                names.MISMATCH_CORRECTED_SHARE: (trust.truncated_K | masked_K).sum(),
+                names.MISMATCH_MASKED_SHARE: masked_K.sum(),
+                names.MISMATCH_MEAN_WEIGHT: trust.weights_K.sum(),
+            }
         # the aggregation: a weighted sum over tokens
-        weights_K = policy.token_weights(
-            self.aggregation, batch.target_sequences_K, batch.num_sequences, logprobs_K.dtype
-        )
+        weights_K = policy.token_weights(self.aggregation, *own, logprobs_K.dtype)
         total = (weights_K * loss_K).sum()
         sums |= {
             names.POLICY_LOSS: loss_K.sum(),
@@ -245,26 +252,6 @@ class PolicyObjective(Objective):
         log_ratio_K = (logprobs_K - base_K).detach()
         ratio_K = policy.bounded_ratio(log_ratio_K)
         return loss_K, log_ratio_K, (ratio_K < 1 - self.clip_low) | (ratio_K > 1 + self.clip_high)
-
-    def _trust(self, settings: EngineCorrection, old_K: Tensor, batch: Batch) -> policy.TokenWeights:
-        return policy.correction(
-            settings.kind,
-            old_K,
-            batch.select(ROLLOUT_LOGPROBS),
-            batch.target_sequences_K,
-            batch.num_sequences,
-            low=settings.low,
-            high=settings.high,
-        )
-
-
-def _correction_sums(trust: policy.TokenWeights) -> dict[str, Tensor]:
-    masked_K = ~trust.kept_K
-    return {
-        names.MISMATCH_CORRECTED_SHARE: (trust.truncated_K | masked_K).sum(),
-        names.MISMATCH_MASKED_SHARE: masked_K.sum(),
-        names.MISMATCH_MEAN_WEIGHT: trust.weights_K.sum(),
-    }
 
 
 @dataclass(frozen=True, slots=True)

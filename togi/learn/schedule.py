@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 
@@ -21,18 +21,6 @@ from togi.config.shared import TrainSettings
 _SEEN = ("best", "num_bad_epochs", "num_good_epochs", "reset_start", "last_epoch", "_last_lr")
 INVERSE_SQRT_STEPS = 10_000
 """The time scale of inverse_sqrt without a warm-up, as in Transformers."""
-
-
-class LearningRate(Protocol):
-    """The rate of each optimizer step. ``observe`` takes the loss of an evaluation; ``state`` goes into checkpoints."""
-
-    def rate(self, step: int) -> float: ...
-
-    def observe(self, loss: float) -> None: ...
-
-    def state(self) -> dict[str, object]: ...
-
-    def load_state(self, state: Mapping[str, object]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -126,47 +114,26 @@ def _wave(done: float) -> float:
 class MeasuredRate:
     """A rate that follows a held-out loss by torch's ``ReduceLROnPlateau`` or Transformers' ``GreedyLR`` (arXiv 2512.14527).
 
-    ``start``: the first rate after ``warmup`` steps. ``floor``, ``ceiling``: bounds as shares of ``start``. (GreedyLR's own
-    defaults, 0.001 and 1, are far too high for a language model.) After more than ``patience`` evaluations in a row without a
-    better loss the rate is multiplied by ``factor`` (None: the rule's default). Greedy also divides it by ``factor`` after more
-    than ``patience`` better losses in a row. Even the smallest change is applied.
+    ``start``: the first rate after the warm-up. ``--min_lr_ratio`` and ``--max_lr_ratio`` bound it as shares of ``start``.
+    (GreedyLR's own bounds, 0.001 and 1, are far too high for a language model.) After more than ``--lr_patience`` evaluations in
+    a row without a better loss the rate is multiplied by ``--lr_factor`` (None: the rule's default). Greedy also divides it by
+    that factor after more than ``--lr_patience`` better losses in a row. Even the smallest change is applied.
     """
 
-    def __init__(
-        self,
-        kind: Scheduler,
-        start: float,
-        *,
-        warmup: int = 0,
-        floor: float = 0.0,
-        ceiling: float = math.inf,
-        factor: float | None = None,
-        patience: int,
-    ) -> None:
-        assert kind.follows_a_loss and 0 <= floor <= 1 <= ceiling
-        self.start, self.warmup = start, warmup
-        options: dict[str, float] = {"min_lr": floor, "patience": patience, "eps": 0.0}
-        options |= {} if factor is None else {"factor": factor}
-        options |= {"max_lr": ceiling} if kind is Scheduler.GREEDY else {}
+    def __init__(self, settings: TrainSettings, start: float, total: int) -> None:
+        """The rate that the flags describe. ``total``: planned optimizer steps, for the warm-up."""
+        kind = settings.lr_scheduler
+        assert kind.follows_a_loss
+        self.start, self.warmup = start, math.ceil(settings.lr_warmup_ratio * total)
+        options: dict[str, float] = {"min_lr": settings.min_lr_ratio, "patience": settings.lr_patience, "eps": 0.0}
+        options |= {} if settings.lr_factor is None else {"factor": settings.lr_factor}
+        options |= {"max_lr": settings.max_lr_ratio} if kind is Scheduler.GREEDY else {}
         if kind is Scheduler.GREEDY:
             from transformers.optimization import GreedyLR as Rule  # slow: it imports PEFT too
         else:
             from torch.optim.lr_scheduler import ReduceLROnPlateau as Rule
         # over a dummy optimizer with a rate of 1, so that its rates are shares
         self.rule: Any = Rule(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), **options)
-
-    @classmethod
-    def of(cls, settings: TrainSettings, start: float, total: int) -> Self:
-        """The rate that the flags describe. ``total``: planned optimizer steps, for the warm-up."""
-        return cls(
-            settings.lr_scheduler,
-            start,
-            warmup=math.ceil(settings.lr_warmup_ratio * total),
-            floor=settings.min_lr_ratio,
-            ceiling=settings.max_lr_ratio,
-            factor=settings.lr_factor,
-            patience=settings.lr_patience,
-        )
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0, after the losses observed before it."""
@@ -188,9 +155,13 @@ class MeasuredRate:
         self.rule.optimizer.param_groups[0]["lr"] = self.rule.get_last_lr()[0]
 
 
-def planned(settings: TrainSettings, peak: float, total: int) -> Schedule | MeasuredRate:
+LearningRate = Schedule | MeasuredRate
+"""The rate of each optimizer step. ``observe`` takes the loss of an evaluation; ``state`` goes into checkpoints."""
+
+
+def planned(settings: TrainSettings, peak: float, total: int) -> LearningRate:
     """The rate that the flags describe, over ``total`` optimizer steps."""
-    return (MeasuredRate if settings.lr_scheduler.follows_a_loss else Schedule).of(settings, peak, total)
+    return (MeasuredRate if settings.lr_scheduler.follows_a_loss else Schedule.of)(settings, peak, total)
 
 
 def highest(settings: TrainSettings, peak: float, total: int) -> float:

@@ -40,29 +40,14 @@ def even_rounds(world: World, batches: Sequence[Batch]) -> Iterator[tuple[Batch,
 def dummy_batch() -> Batch:
     """``DUMMY_TOKENS`` tokens of no sequence, none of them in the loss."""
     segments = Segments(starts_S=(0,), lengths_S=(DUMMY_TOKENS,), prefixes_S=(NO_PREFIX,))
-    return Batch(
-        tokens_T=torch.zeros(DUMMY_TOKENS, dtype=torch.int64),
-        positions_T=segment_positions(segments),
-        sources_T=predecessors(segments),
-        sequences_T=torch.full((DUMMY_TOKENS,), NO_SEQUENCE),
-        loss_mask_T=torch.zeros(DUMMY_TOKENS, dtype=torch.bool),
-        segments=segments,
-        order_N=(),
-        streams={},
-        values={},
-    ).validate()
+    tokens_T, sequences_T = torch.zeros(DUMMY_TOKENS, dtype=torch.int64), torch.full((DUMMY_TOKENS,), NO_SEQUENCE)
+    places = segment_positions(segments), predecessors(segments)
+    return Batch(tokens_T, *places, sequences_T, tokens_T.bool(), segments, (), {}, {}).validate()
 
 
 def nothing(outputs: Outputs) -> Tensor:
     """The loss of a dummy batch: a sum over no elements, exactly 0, whose graph reaches the parameters of the model."""
-    tensors = (
-        outputs.logprobs_K,
-        outputs.values_K,
-        outputs.scores_N,
-        outputs.label_logprobs_K,
-        outputs.next_logits_KR,
-        outputs.balance_N,
-    )
+    tensors: list[Tensor] = list(vars(outputs).values())
     assert all(tensor.numel() == 0 for tensor in tensors), "a dummy has outputs"
     return torch.stack([tensor.sum() for tensor in tensors if tensor.requires_grad]).sum()
 
@@ -95,39 +80,35 @@ class Scorer:
 
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> Arrays:
         """Log-probs (nats) at the tokens in the loss: one array a sequence."""
-        needs = Needs(logprobs=True)
-        return self._per_token(batches, lambda batch: self.module(batch, needs, temperature), lambda o: o.logprobs_K)
+        return self._per_token(batches, lambda outputs: outputs.logprobs_K, Needs(logprobs=True), temperature)
 
     def routes(self, batches: Sequence[Batch]) -> Arrays:
         """The experts to which a mixture routes each token in the loss: one array [tokens, layers, choices] a sequence."""
-        needs = Needs(routes=True)
-        return self._per_token(batches, lambda batch: self.module(batch, needs), lambda o: o.routes_KMC)
+        return self._per_token(batches, lambda outputs: outputs.routes_KMC, Needs(routes=True))
 
     def values(self, batches: Sequence[Batch]) -> Arrays:
         """Values of the states in which the tokens in the loss were chosen: one array a sequence."""
-        needs = Needs(values=True)
-        return self._per_token(batches, lambda batch: self.module(batch, needs), lambda o: o.values_K)
+        return self._per_token(batches, lambda outputs: outputs.values_K, Needs(values=True))
 
     def scores(self, batches: Sequence[Batch]) -> NDArray[np.float32]:
         """One score a sequence, in one array."""
-        needs = Needs(scores=True)
         parts = [np.empty(0, dtype=np.float32)]
-        for outputs, batch in self._run(batches, lambda batch: self.module(batch, needs)):
+        for outputs, batch in self._run(batches, Needs(scores=True)):
             parts.append(outputs.scores_N.float().cpu().numpy()[np.argsort(batch.order_N)])
         return np.concatenate(parts)
 
     def _per_token(
-        self, batches: Sequence[Batch], forward: Callable[[Batch], Outputs], pick: Callable[[Outputs], Tensor]
+        self, batches: Sequence[Batch], pick: Callable[[Outputs], Tensor], needs: Needs, *temperature: float
     ) -> Arrays:
-        runs = self._run(batches, forward)
+        runs = self._run(batches, needs, *temperature)
         return tuple(part for outputs, batch in runs for part in per_sequence(pick(outputs), batch))
 
-    def _run(self, batches: Sequence[Batch], forward: Callable[[Batch], Outputs]) -> Iterator[tuple[Outputs, Batch]]:
+    def _run(self, batches: Sequence[Batch], needs: Needs, *temperature: float) -> Iterator[tuple[Outputs, Batch]]:
         self.module.eval()
         with self.around():
             for batch, real, _ in even_rounds(self.world, batches):
                 with torch.no_grad():
-                    outputs = forward(batch)
+                    outputs = self.module(batch, needs, *temperature)
                 # the forward of a dummy only keeps this rank in the collectives
                 if real:
                     yield outputs, batch

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -201,7 +201,7 @@ class Keep:
         ``state``: what the loop resumes from, as JSON. ``size``: bytes of the resumable part.
         """
         resumable, best = not self._config.disable_ds_ckpt, self._best
-        whole = {**state, "resumable": resumable, "best": best.to_json() if best is not None else None}
+        whole = {**state, "resumable": resumable, "best": asdict(best) if best is not None else None}
         with self._journal.progress.phase("writing a checkpoint"), ExitStack() as stack:
             writing = self._store.write(step, whole, size if resumable else 0)
             folder = stack.enter_context(writing) if self._world.is_first else Path()

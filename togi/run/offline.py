@@ -235,8 +235,8 @@ class OfflineRun:
             names.TOKENS_STEP: unshared,
             names.TOKENS_SEEN: self._tokens_seen,
             names.SHARED_SHARE: PackStats(int(tokens), int(unshared)).saved_share,
-            names.PADDING_SHARE: report.load.padding_share,
-            names.RANK_IMBALANCE: report.load.imbalance,
+            names.PADDING_SHARE: report.padding_share,
+            names.RANK_IMBALANCE: report.imbalance,
             names.THROUGHPUT_TRAIN: unshared / (time.perf_counter() - start),
         }
 

@@ -308,6 +308,6 @@ def update_metrics(role: Role, reports: Sequence[UpdateReport]) -> dict[str, flo
     means[grad_norm] = float(np.mean([report.grad_norm for report in reports]))
     means[rate] = reports[-1].learning_rate
     if role is Role.ACTOR:
-        means[names.PADDING_SHARE] = float(np.mean([report.load.padding_share for report in reports]))
-        means[names.RANK_IMBALANCE] = float(np.mean([report.load.imbalance for report in reports]))
+        means[names.PADDING_SHARE] = float(np.mean([report.padding_share for report in reports]))
+        means[names.RANK_IMBALANCE] = float(np.mean([report.imbalance for report in reports]))
     return means
