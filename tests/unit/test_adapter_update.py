@@ -20,7 +20,7 @@ from togi.model.adapters import adapter_scale, as_sent, sent_specs
 from togi.model.checkpoint import check_base_files, expected_manifest, whole_tensors
 from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.policy import PolicyModel
-from togi.weights.adapters import BaseFiles, merge
+from togi.weights.adapters import base_files, merge, with_adapter
 from togi.weights.buckets import Manifest, TensorSpec
 from togi.weights.updates import UpdateLog
 
@@ -74,13 +74,13 @@ def test_what_an_engine_makes_is_what_the_trainer_would_send(
         yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
     expected = expected_manifest(str(folder), dtype)
-    base, adapter = BaseFiles.of(str(folder), expected), sent(model)
+    base, adapter = base_files(str(folder), expected), sent(model)
     assert adapter_scale(model) == 3.0
     log = UpdateLog(expected)
     log.begin(Manifest(1, tuple(TensorSpec.of(name, tensor) for name, tensor in adapter.items()), 3.0))
     other = {name: tensor + 1 for name, tensor in adapter.items()}
-    assert len(dict(base.with_adapter(expected, other, 3.0))) == len(expected)
-    made, merged = dict(base.with_adapter(expected, adapter, 3.0)), dict(whole_tensors(model, full, kind))
+    assert len(dict(with_adapter(base, expected, other, 3.0))) == len(expected)
+    made, merged = dict(with_adapter(base, expected, adapter, 3.0)), dict(whole_tensors(model, full, kind))
     assert made.keys() == merged.keys()
     changed = [name for name, tensor in load_file(folder / "model.safetensors").items() if not same(made, name, tensor)]
     assert len(changed) == len(adapter) // 2

@@ -44,26 +44,23 @@ def add_lora(model: PolicyModel | ScalarModel, lora: LoRA) -> None:
     """
     kind = TaskType.SEQ_CLS if isinstance(model, ScalarModel) else TaskType.CAUSAL_LM
     targets = target_layers(model.hf, lora.target_modules)
+    base, path = model.hf.base_model, Path(model.hf.config.name_or_path)
+    ends = tuple(f".{target}" for target in targets)
     config = LoraConfig(
         task_type=kind,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        fan_in_fan_out=any(isinstance(part, Conv1D) for part in _targeted(model.hf, targets)),
-        base_model_name_or_path=_base_path(model.hf),
+        fan_in_fan_out=any(isinstance(p, Conv1D) for name, p in base.named_modules() if f".{name}".endswith(ends)),
+        # a folder by its absolute path, so that it is found from any directory
+        base_model_name_or_path=str(path.resolve() if path.is_dir() else model.hf.config.name_or_path),
     )
     inject_adapter_in_model(config, model.hf, ADAPTER)
     model.is_adapted = True
     # Not among the modules that PEFT saves whole: then it would keep a frozen copy of the head beside the trained one.
     if isinstance(model, ScalarModel):
         model.hf.score.requires_grad_(True)
-
-
-def _base_path(hf: PreTrainedModel) -> str:
-    """The base model that the adapter names. A folder becomes an absolute path, so that it is found from any directory."""
-    path = Path(hf.config.name_or_path)
-    return str(path.resolve()) if path.is_dir() else str(hf.config.name_or_path)
 
 
 def target_layers(hf: PreTrainedModel, wanted: Iterable[str]) -> list[str]:
@@ -85,11 +82,6 @@ def target_layers(hf: PreTrainedModel, wanted: Iterable[str]) -> list[str]:
                 f"{', '.join(every)}, or {ALL_LINEAR} alone."
             )
     return targets
-
-
-def _targeted(hf: PreTrainedModel, targets: Iterable[str]) -> Iterator[nn.Module]:
-    ends = tuple(f".{target}" for target in targets)
-    return (part for name, part in hf.base_model.named_modules() if f".{name}".endswith(ends))
 
 
 @contextmanager
@@ -136,21 +128,21 @@ def merged(
     assert not held, f"no adapter followed {sorted(held)}"
 
 
-def sent_names(model: PolicyModel, names: Iterable[str]) -> dict[str, str]:
-    """Map the trainable parameters ``names`` of an adapted model to the names under which an engine receives them.
+def _sent(model: PolicyModel, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """The name under which an engine receives each of the trainable parameters ``names``, and whether it is sent transposed.
 
-    A name is the checkpoint name of the layer and A or B. Parameters in ``turned`` are sent transposed: A^T as B and B^T as A.
+    A name is the checkpoint name of the layer and A or B. A layer that stores its weight as [in, out] sends A^T as B and B^T as A.
     """
-    ends = {_A: adapters.A, _B: adapters.B}
-    other = {_A: adapters.B, _B: adapters.A}
-    across = turned(model, names := list(names))
     parts = {name: name.partition(_A if _A in name else _B) for name in names}
     layers = list(dict.fromkeys(layer for layer, _, _ in parts.values()))
     # checkpoint_tensors renames and sorts: a number in place of each weight shows which layer got which name
     numbered = ((f"{layer}.weight", torch.tensor(number)) for number, layer in enumerate(layers))
-    weights = {layers[int(number)]: name for name, number in checkpoint_tensors(model, numbered)}
+    stems = {
+        layers[int(number)]: name.removesuffix(adapters.WEIGHT) for name, number in checkpoint_tensors(model, numbered)
+    }
+    across = {layer: bool(model.get_submodule(layer).fan_in_fan_out) for layer in layers}
     return {
-        name: weights[layer].removesuffix(adapters.WEIGHT) + (other if name in across else ends)[kind]
+        name: (stems[layer] + (adapters.A if (kind == _A) != across[layer] else adapters.B), across[layer])
         for name, (layer, kind, _) in parts.items()
     }
 
@@ -165,24 +157,19 @@ def as_sent(
     model: PolicyModel, names: Iterable[str], named_tensors: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the trainable parameters ``names`` as they are sent to an engine. ``named_tensors`` yields them in full."""
-    names = list(names)
-    sent, across = sent_names(model, names), turned(model, names)
-    return ((sent[name], tensor.T.contiguous() if name in across else tensor) for name, tensor in named_tensors)
+    sent = _sent(model, names)
+    for name, tensor in named_tensors:
+        engine_name, across = sent[name]
+        yield engine_name, tensor.T.contiguous() if across else tensor
 
 
 def sent_specs(model: PolicyModel, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorSpec, ...]:
     """Names, shapes and dtype of the tensors that ``as_sent`` yields."""
-    sent, across = sent_names(model, shapes), turned(model, shapes)
     kind = str(adapters.DTYPE).removeprefix("torch.")
     return tuple(
-        TensorSpec(sent[name], shape[::-1] if name in across else shape, kind) for name, shape in shapes.items()
+        TensorSpec(name, shapes[ours][::-1] if across else shapes[ours], kind)
+        for ours, (name, across) in _sent(model, shapes).items()
     )
-
-
-def turned(model: PolicyModel, names: Iterable[str]) -> set[str]:
-    """The subset of the trainable parameters ``names`` whose layer stores its weight as [in, out]."""
-    layers: dict[str, LoraLayer] = {name: model.get_submodule(name.partition(".lora_")[0]) for name in names}
-    return {name for name, layer in layers.items() if layer.fan_in_fan_out}
 
 
 def adapter_scale(model: PolicyModel) -> float:

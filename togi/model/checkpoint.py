@@ -24,7 +24,7 @@ from togi.errors import RunError
 from togi.model.loading import auto_class, read_config, skeleton
 from togi.model.policy import PolicyModel, ScalarModel, checkpoint_tensors
 from togi.obs.way_out import writing
-from togi.weights.adapters import BaseFiles
+from togi.weights.adapters import base_files
 from togi.weights.buckets import TensorSpec
 from togi.weights.files import in_parts
 
@@ -49,7 +49,7 @@ def expected_manifest(path: str, dtype: str, trust_remote_code: bool = False) ->
 
 def check_base_files(model: str, dtype: str, trust_remote_code: bool) -> None:
     """Raise ModelError if the files lack a weight that engines merge an adapter into."""
-    BaseFiles.of(model, expected_manifest(model, dtype, trust_remote_code))
+    base_files(model, expected_manifest(model, dtype, trust_remote_code))
 
 
 def save_hf(

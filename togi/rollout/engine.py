@@ -29,7 +29,7 @@ from torch import Tensor
 from togi.errors import ConfigError, DataError, WeightSyncError
 from togi.plan.machine import Released
 from togi.sample import Generation, Sampling
-from togi.weights.adapters import BaseFiles
+from togi.weights.adapters import base_files, with_adapter
 from togi.weights.buckets import Bucket, Manifest, TensorSpec, pack_buckets
 from togi.weights.updates import UpdateLog
 
@@ -218,7 +218,7 @@ class RolloutEngine:
             raise WeightSyncError(f"{len(self._running)} requests are running: pause the engine before an update")
         # an adapter alone is merged into the weights of the engine's own files
         if manifest.adapter_scale is not None:
-            self._base = BaseFiles.of(self._model, self._core.expected)
+            self._base = base_files(self._model, self._core.expected)
         self._log.begin(manifest)
         self._adapter = {}
         self._core.begin_update()
@@ -410,7 +410,7 @@ class RolloutEngine:
 
     def _load_merged(self, scale: float) -> None:
         """Load full weights into the core: those of the engine's files, merged with the received adapter."""
-        whole = self._base.with_adapter(self._core.expected, self._adapter, scale)
+        whole = with_adapter(self._base, self._core.expected, self._adapter, scale)
         device = next(iter(self._adapter.values())).device
         for bucket in pack_buckets(whole, MERGED_BUCKET_BYTES, device):
             self._core.load(bucket)

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Self
 
 import torch
 from safetensors import safe_open
@@ -50,40 +49,37 @@ def problems(base: Iterable[TensorSpec], offered: Iterable[TensorSpec]) -> list[
     return differences(expected, have)
 
 
-class BaseFiles:
-    """The files of the base model, which both the engine and the trainer loaded, by checkpoint name."""
+def base_files(model: str, expected: Iterable[TensorSpec]) -> dict[str, Path]:
+    """The file of each tensor of the base model, which both the engine and the trainer loaded, by checkpoint name.
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = files
+    ``model``: a folder or hub name. Raises ModelError if its files lack one of the ``expected`` tensors.
+    """
+    found: dict[str, Path] = {}
+    for file in files_of(model):
+        with safe_open(file, framework="pt") as handle:
+            found |= dict.fromkeys(handle.keys(), file)
+    missing = [spec.name for spec in expected if spec.name not in found]
+    if missing:
+        raise ModelError(
+            f"--lora_rank sends the adapter alone, which engines merge into the files of --pretrain {model}, but they have no "
+            f"tensor called {missing[0]}: add --lora_sync merged."
+        )
+    return found
 
-    @classmethod
-    def of(cls, model: str, expected: Iterable[TensorSpec]) -> Self:
-        """The files of a folder or hub name. Raises ModelError if they lack one of the ``expected`` tensors."""
-        found: dict[str, Path] = {}
-        for file in files_of(model):
-            with safe_open(file, framework="pt") as handle:
-                found |= dict.fromkeys(handle.keys(), file)
-        missing = [spec.name for spec in expected if spec.name not in found]
-        if missing:
-            raise ModelError(
-                f"--lora_rank sends the adapter alone, which engines merge into the files of --pretrain {model}, but they have no "
-                f"tensor called {missing[0]}: add --lora_sync merged."
-            )
-        return cls(found)
 
-    def with_adapter(
-        self, expected: Iterable[TensorSpec], adapter: Mapping[str, Tensor], scale: float
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the ``expected`` tensors with the adapter merged in, computed on the device of A and B."""
-        device = next(iter(adapter.values())).device
-        with ExitStack() as stack:
-            # each file is opened once; only the current tensor is in memory
-            opened = cache(lambda file: stack.enter_context(safe_open(file, framework="pt")))
-            for spec in expected:
-                dtype: torch.dtype = getattr(torch, spec.dtype)
-                weight: Tensor = opened(self._files[spec.name]).get_tensor(spec.name).to(device, dtype)
-                stem = spec.name.removesuffix(WEIGHT)
-                # most tensors have no adapter: embeddings, norms, the head
-                if stem + A in adapter:
-                    weight = merge(weight, adapter[stem + A], adapter[stem + B], scale).to(dtype)
-                yield spec.name, weight
+def with_adapter(
+    files: Mapping[str, Path], expected: Iterable[TensorSpec], adapter: Mapping[str, Tensor], scale: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the ``expected`` tensors of the ``base_files`` with the adapter merged in, computed on the device of A and B."""
+    device = next(iter(adapter.values())).device
+    with ExitStack() as stack:
+        # each file is opened once; only the current tensor is in memory
+        opened = cache(lambda file: stack.enter_context(safe_open(file, framework="pt")))
+        for spec in expected:
+            dtype: torch.dtype = getattr(torch, spec.dtype)
+            weight: Tensor = opened(files[spec.name]).get_tensor(spec.name).to(device, dtype)
+            stem = spec.name.removesuffix(WEIGHT)
+            # most tensors have no adapter: embeddings, norms, the head
+            if stem + A in adapter:
+                weight = merge(weight, adapter[stem + A], adapter[stem + B], scale).to(dtype)
+            yield spec.name, weight
