@@ -15,7 +15,7 @@ from togi.errors import WeightSyncError
 from togi.parallel.process import open_store
 from togi.plan.placement import Carrier, choose
 from togi.weights.buckets import Bucket, Checksum, TensorSpec, pack_buckets
-from togi.weights.carriers import Announced, Channel, Exporter, Inbox, OverChannel, Rendezvous, ThroughDriver
+from togi.weights.carriers import Announced, Channel, Exporter, Inbox, OverChannel, Rendezvous
 from togi.workers.ray.weight_sync import _Progress, agreed_checksum
 
 HOST, GLOO, NCCL, IPC = Carrier.HOST, Carrier.GLOO, Carrier.NCCL, Carrier.IPC
@@ -114,12 +114,14 @@ def test_buckets_over_a_channel_to_two_receivers() -> None:
     for process in processes:
         process.start()
     channel = Channel.join(Rendezvous(0, 3, "127.0.0.1", store.port, 60.0), torch.device("cpu"))
-    exporter = Exporter(pack_buckets(tensors(), 50), OverChannel(channel))
+    exporter = OverChannel(channel)
+    exporter.begin(pack_buckets(tensors(), 50))
     sent = [exporter.next() for _ in parcels]
     assert [parcel for _, parcel in sent] == parcels
     assert len(parcels) > 2
     mine = exporter.finish()
-    other = Exporter(pack_buckets(tensors(), 10_000), ThroughDriver(sends=False))
+    other = Exporter(sends=False)
+    other.begin(pack_buckets(tensors(), 10_000))
     assert other.next() == (4, None)
     assert other.finish() == mine
     for _ in processes:

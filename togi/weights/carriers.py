@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -100,83 +100,69 @@ class Announced:
 Parcel = Bucket | Announced
 
 
-class Carriage(Protocol):
-    """How buckets leave one rank."""
+class Exporter:
+    """One rank's part of weight updates: its buckets, one after the other, and a checksum of each update.
 
-    def carry(self, bucket: Bucket) -> Parcel | None:
-        """The parcel for the driver; None on a rank that sends nothing."""
-        ...
+    Here rank 0, which ``sends``, returns the bucket itself.
+    """
 
-    def flush(self) -> None:
-        """Called when nothing that was carried is needed any more: wait until it is sent, or free it."""
-        ...
-
-
-class ThroughDriver:
-    """Rank 0 returns the bucket itself."""
-
-    def __init__(self, *, sends: bool) -> None:
+    def __init__(self, *, sends: bool = False) -> None:
         self._sends = sends
 
-    def carry(self, bucket: Bucket) -> Parcel | None:
+    def begin(self, buckets: Iterator[Bucket]) -> None:
+        self._buckets, self._checksum = buckets, Checksum()
+
+    def next(self) -> tuple[int, Parcel | None]:
+        """Gather the next bucket; all ranks call together. Returns (number of its tensors, parcel for the driver if any)."""
+        bucket = next(self._buckets)
+        self._checksum.add(bucket)
+        return len(bucket.tensors), self._carry(bucket)
+
+    def finish(self) -> str:
+        """Wait until the last bucket is sent. Returns the checksum of what this rank gathered."""
+        self._flush()
+        return self._checksum.digest()
+
+    def _carry(self, bucket: Bucket) -> Parcel | None:
         return bucket if self._sends else None
 
-    def flush(self) -> None:
-        """Nothing to do: Ray keeps what is in its store."""
+    def _flush(self) -> None:
+        """Wait until what was carried is sent, or free it. Ray keeps what is in its store."""
 
 
-class OverChannel:
+class OverChannel(Exporter):
     """Rank 0 sends over the channel while all ranks gather the next bucket."""
 
     def __init__(self, channel: Channel) -> None:
+        super().__init__()
         self._channel = channel
 
-    def carry(self, bucket: Bucket) -> Parcel | None:
+    def _carry(self, bucket: Bucket) -> Parcel | None:
         buffer = bucket.as_tensor()
         self._channel.send(buffer)
         return Announced(bucket.tensors, bucket.offsets, buffer.nbytes)
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         self._channel.flush()
 
 
-class SameDevice:
+class SameDevice(Exporter):
     """Every rank shares its bucket with the engine on its GPU, and keeps it until the engine has the next one."""
 
-    def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+    _kept: tuple[Tensor, ...] = ()
 
-    def carry(self, bucket: Bucket) -> Parcel | None:
+    def _carry(self, bucket: Bucket) -> Parcel | None:
         from torch.multiprocessing.reductions import reduce_tensor
 
         buffer = bucket.as_tensor()
         torch.accelerator.synchronize()  # the other process does not wait for the streams of this one
         # The engine may still read the last bucket, so two are alive.
-        self._kept = [*self._kept[-1:], buffer]
+        self._kept = (*self._kept[-1:], buffer)
         rebuild, arguments = reduce_tensor(buffer)  # type: ignore[no-untyped-call]
         return Announced(bucket.tensors, bucket.offsets, partial(rebuild, *arguments))
 
-    def flush(self) -> None:
-        self._kept.clear()
-
-
-class Exporter:
-    """One rank's part of a weight update: its buckets, one after the other, and a checksum of all of them."""
-
-    def __init__(self, buckets: Iterator[Bucket], carriage: Carriage) -> None:
-        self._buckets, self._carriage = buckets, carriage
-        self._checksum = Checksum()
-
-    def next(self) -> tuple[int, Parcel | None]:
-        """Gather the next bucket; all ranks call together. Returns (number of its tensors, parcel)."""
-        bucket = next(self._buckets)
-        self._checksum.add(bucket)
-        return len(bucket.tensors), self._carriage.carry(bucket)
-
-    def finish(self) -> str:
-        """Wait until the last bucket is sent. Returns the checksum of what this rank gathered."""
-        self._carriage.flush()
-        return self._checksum.digest()
+    def _flush(self) -> None:
+        self._kept = ()
 
 
 class Inbox:

@@ -174,9 +174,7 @@ class LearnerWorker(ModelWorker):
         if config.enable_ema and role is Role.ACTOR:
             home = torch.device("cpu") if config.adam_offload else self._world.device
             self._ema = Ema(backend, config.ema_beta, home)
-        # Assigned by `prepare_export` and `begin_export`: only the actor exports.
-        self._carriage: carriers.Carriage
-        self._export: carriers.Exporter
+        self._export: carriers.Exporter  # assigned by `prepare_export`: only the actor exports
 
     def routes(self, samples: Sequence[Sample]) -> Arrays:
         """The experts of each sample's trained tokens (``Scorer.routes``); empty for a dense model."""
@@ -231,11 +229,11 @@ class LearnerWorker(ModelWorker):
         on_device = carrier in (Carrier.NCCL, Carrier.IPC)
         self._bucket_device = self._world.device if on_device else torch.device("cpu")
         if meeting is not None:
-            self._carriage = carriers.OverChannel(carriers.Channel.join(meeting, self._bucket_device))
+            self._export = carriers.OverChannel(carriers.Channel.join(meeting, self._bucket_device))
         elif carrier is Carrier.IPC:
-            self._carriage = carriers.SameDevice()
+            self._export = carriers.SameDevice()
         else:
-            self._carriage = carriers.ThroughDriver(sends=self._world.is_first)
+            self._export = carriers.Exporter(sends=self._world.is_first)
 
     def weights(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:
         """The weights for the engines: all of them in the engine's dtype, or the adapter alone. All ranks gather together.
@@ -252,7 +250,7 @@ class LearnerWorker(ModelWorker):
     def begin_export(self, version: int) -> Manifest:
         """Start a weight update; ``next_bucket`` then returns it piece by piece. All ranks call together."""
         manifest, tensors = self.weights(version)
-        self._export = carriers.Exporter(pack_buckets(tensors, BUCKET_BYTES, self._bucket_device), self._carriage)
+        self._export.begin(pack_buckets(tensors, BUCKET_BYTES, self._bucket_device))
         return manifest
 
     def _adapter(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:
