@@ -18,8 +18,9 @@ from togi.model.checkpoint import save_trained
 from togi.model.loading import ModelSource, load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.parallel import frozen, trainable
-from togi.parallel.backend import BackendOptions, Reader
+from togi.parallel.backend import BackendOptions
 from togi.parallel.process import World
+from togi.weights.files import Reader
 
 POLICIES = ("llama", "qwen3_tied", "gemma3_text", "mixtral", "qwen3_moe")
 SCALARS = ("scalar", "llama")
@@ -83,10 +84,10 @@ def scores_frozen(world: World, folder: Path) -> None:
     """A frozen model in bfloat16: sharded part by part it scores as one that was read at once."""
     model = load_causal_lm(ModelSource(str(folder / "llama"), torch.bfloat16, defer=True))
     options = BackendOptions(bf16=True, zero_stage=3)
-    deferred = Scorer(frozen(model, world, options, model.read), world).logprobs(packs(rollouts(4), [4]))
+    deferred = Scorer(model, world, frozen(model, world, options, model.read)).logprobs(packs(rollouts(4), [4]))
     assert not any(parameter.requires_grad for parameter in model.parameters())
     at_once = load_causal_lm(ModelSource(str(folder / "llama"), torch.bfloat16))
-    plain = Scorer(frozen(at_once, world, options), world).logprobs(packs(rollouts(4), [4]))
+    plain = Scorer(at_once, world, frozen(at_once, world, options)).logprobs(packs(rollouts(4), [4]))
     assert all((ours == theirs).all() for ours, theirs in zip(deferred, plain, strict=True))
 
 

@@ -35,7 +35,7 @@ from togi.learn.learner import Learner, StepOutcome, UpdateReport
 from togi.learn.learner_state import load_learner, save_learner
 from togi.learn.scorer import Scorer
 from togi.model.layers import use_recompute
-from togi.parallel import frozen, frozen_on_host, trainable
+from togi.parallel import frozen, trainable
 from togi.parallel.backend import BackendOptions, decoder_blocks
 from togi.parallel.optimizer import Parking
 from togi.parallel.process import World
@@ -138,10 +138,11 @@ def layouts(world: World, folder: Path) -> None:
 def frozen_shards(world: World, folder: Path) -> None:
     """One whose shards lie in host memory gives the same bits."""
     options = BackendOptions(bf16=False, zero_stage=3)
-    scores = Scorer(frozen(critic(), world, options), world).scores(own_batches(world, 0))
+    model = critic()
+    scores = Scorer(model, world, frozen(model, world, options)).scores(own_batches(world, 0))
     torch.save(world.gather("test", scores.tolist()), folder / f"scores{world.rank}.pt")
     on_host = critic()
-    around = frozen_on_host(on_host, world, options)
+    around = frozen(on_host, world, options, on_host=True)
     assert all(isinstance(p, DTensor) and p.to_local().device.type == "cpu" for p in on_host.parameters())
     assert np.array_equal(Scorer(on_host, world, around).scores(own_batches(world, 0)), scores)
 

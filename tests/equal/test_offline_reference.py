@@ -17,7 +17,7 @@ from tests.tiny import save_tiny_model
 from togi.learn.learner import Learner
 from togi.model.loading import ModelSource
 from togi.model.policy import PolicyModel
-from togi.parallel import frozen_on_host
+from togi.parallel import frozen
 from togi.parallel.backend import BackendOptions
 from togi.parallel.process import World
 from togi.run import offline_setup
@@ -139,10 +139,12 @@ def test_weights_that_come_for_each_pass_train_the_same(
     plain = train(world, command, tmp_path / "plain", evaluate=False)
     passes: list[int] = []
 
-    def on_host(
-        module: PolicyModel, world: World, options: BackendOptions, read: Callable[[nn.Module], None]
+    def counted(
+        module: PolicyModel, world: World, options: BackendOptions, read: Callable[[nn.Module], None], *, on_host: bool
     ) -> Callable[[], AbstractContextManager[None]]:
-        around = frozen_on_host(module, world, options, read)
+        around = frozen(module, world, options, read, on_host=on_host)
+        if not on_host:
+            return around
 
         def count() -> AbstractContextManager[None]:
             passes.append(1)
@@ -150,7 +152,7 @@ def test_weights_that_come_for_each_pass_train_the_same(
 
         return count
 
-    monkeypatch.setattr(offline_setup, "frozen_on_host", on_host)
+    monkeypatch.setattr(offline_setup, "frozen", counted)
     monkeypatch.setattr(offline_setup, "moves_weights", lambda config, world: True)
     offloaded = train(world, command, tmp_path / "offloaded", *words, evaluate=False)
     assert len(passes) == 4  # one for each step: the reference's call, the teacher's micro-batch

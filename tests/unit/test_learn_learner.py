@@ -167,9 +167,9 @@ def test_value_objective_reports_loss_and_explained_variance() -> None:
 
 
 def test_scores_of_a_frozen_model_in_the_callers_order() -> None:
-    model = frozen(critic(), World.solo(CPU), BackendOptions(bf16=False))
+    model, alone = critic(), World.solo(CPU)
     samples = rollouts(4)
-    scorer = Scorer(model, World.solo(CPU))
+    scorer = Scorer(model, alone, frozen(model, alone, BackendOptions(bf16=False)))
     batches = packs(samples, [4])
     shuffled = dataclasses.replace(batches[0], order_N=(2, 0, 3, 1))
     plain = scorer.scores(batches)

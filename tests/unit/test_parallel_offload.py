@@ -17,7 +17,7 @@ from tests.objective_cases import VOCAB, responses, teacher
 from togi.data.packing import pack
 from togi.learn.scorer import Scorer
 from togi.methods.kd_objective import DistillationObjective
-from togi.parallel import frozen_on_host
+from togi.parallel import frozen
 from togi.parallel.backend import BackendOptions
 from togi.parallel.optimizer import HostWeights
 from togi.parallel.process import World
@@ -100,7 +100,7 @@ def test_a_teacher_that_leaves_after_its_pass_teaches_the_same() -> None:
 
 def test_one_process_moves_the_whole_model_under_every_stage() -> None:
     model = policy()
-    around = frozen_on_host(model, World.solo(META), BackendOptions(bf16=True, zero_stage=3))
+    around = frozen(model, World.solo(META), BackendOptions(bf16=True, zero_stage=3), on_host=True)
     assert not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with around():

@@ -27,13 +27,6 @@ from transformers.utils import logging as hf_logging
 
 from togi.weights.files import local_folder
 
-Reader = Callable[[nn.Module], None]
-"""Loads the weights of a part of a model that are still on disk."""
-
-
-def nothing_left(part: nn.Module) -> None:
-    """The reader of a model whose weights are already loaded."""
-
 
 class Deferred:
     """The reader of ``hf``, which was built on the meta device. Call it for each part, and last for the whole model.

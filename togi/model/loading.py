@@ -36,10 +36,10 @@ from togi.cpu import use_host_layers
 from togi.errors import ModelError
 from togi.model import layers
 from togi.model.attention import SEGMENTS, VARLEN
-from togi.model.deferred import Deferred, Reader, nothing_left, quiet
+from togi.model.deferred import Deferred, quiet
 from togi.model.policy import HEAD, PolicyModel, ScalarModel
 from togi.model.support import logit_transform, refuse_other_parts, refuse_unsupported, verify_packing
-from togi.weights.files import files_of
+from togi.weights.files import Reader, files_of, nothing_left
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 
@@ -38,18 +38,11 @@ from togi.algo.precision import full_precision
 from togi.batch import NO_SEQUENCE, Batch
 from togi.config.architectures import MIXTURES
 from togi.config.choices import Divergence
-from togi.model.deferred import Reader, nothing_left
-from togi.model.heads import (
-    Head,
-    LogitTransform,
-    TeacherLogits,
-    distill_logprobs,
-    some_logits,
-    token_logprobs,
-    top_tokens,
-)
+from togi.model import heads
+from togi.model.heads import Head, LogitTransform, TeacherLogits
 from togi.model.ring_attention import RING, refuse_ring
 from togi.model.ring_layout import Layout, Places, Ring, RingLayout
+from togi.weights.files import Reader, nothing_left
 
 LABELS = "labels"
 """The stream that holds, at each token in the loss, the id of the token that should follow (``Needs.label_logprobs``)."""
@@ -75,8 +68,7 @@ class Needs:
     routes: bool = False
 
 
-def _empty() -> Tensor:
-    return torch.empty(0)
+_empty = partial(torch.empty, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,13 +162,11 @@ class _Model(nn.Module):
     def _states(self, layout: Layout, batch: Batch, needs: Needs) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden states, [t, H], and for a mixture of experts the requested outputs about its routing."""
         if not (needs.balance or needs.routes):
-            states_tH = hidden_states(self.hf, layout)
-            return states_tH, {"balance_N": states_tH.new_empty(0)}
+            return hidden_states(self.hf, layout), {}
         assert self.is_mixture, "a dense model has no router"
         output = _body(self.hf, layout, output_router_logits=True)
         states_tH, top_k = output.last_hidden_state[0], self.hf.config.num_experts_per_tok
-        segments = len(batch.segments)
-        routing = {"balance_N": states_tH.new_empty(0)}
+        segments, routing = len(batch.segments), dict[str, Tensor]()
         if needs.balance:
             # sums over each segment: a prefix counts in every sequence that continues it. The last row is for filler tokens
             own_2SE = routing_sums(output.router_logits, top_k, layout.segments_of(batch), segments + 1)[:, :segments]
@@ -219,41 +209,31 @@ class PolicyModel(_Model):
         ``temperature`` divides the logits. With a ``teacher`` the outputs are log-probs and the divergence from the teacher.
         """
         assert not (needs.values or needs.scores), "a policy has no scalar head"
-        layout = self.layout_of(batch)
+        layout, targets_K = self.layout_of(batch), batch.targets_K
         states_tH, routing = self._states(layout, batch, needs)
-        return replace(self._predictions(states_tH, layout, batch, needs, temperature, teacher), **routing)
-
-    def _predictions(
-        self,
-        states_tH: Tensor,
-        layout: Layout,
-        batch: Batch,
-        needs: Needs,
-        temperature: float,
-        teacher: TeacherLogits | None,
-    ) -> Outputs:
-        targets_K = batch.targets_K
         # predictions about the token that follows: made at the tokens in the loss themselves
         if needs.label_logprobs or needs.next_logits:
             assert not (needs.logprobs or needs.entropy or needs.states), "ask for tokens or for what follows them"
-            return self._what_follows(states_tH, layout.at(targets_K), batch, needs)
+            return Outputs(**self._what_follows(states_tH, layout.at(targets_K), batch, needs), **routing)
         if not (needs.logprobs or needs.entropy or needs.states):
-            return Outputs()
+            return Outputs(**routing)
         # predictions about the tokens in the loss: made at the token before, the source
         places = layout.at(batch.sources_T[targets_K])
         states_kH = places.states(states_tH)
         if needs.states:
-            return Outputs(states_kH=states_kH)
+            return Outputs(states_kH=states_kH, **routing)
         tokens_k = places.own(batch.tokens_T[targets_K])
         if teacher is not None:
             assert not needs.entropy, "there is no entropy beside a divergence"
-            pair = distill_logprobs(states_kH, self._head, tokens_k, teacher, temperature=temperature)
-            return Outputs(logprobs_K=places.whole(pair[0]), divergence_K=places.whole(pair[1]))
-        logprobs_k, entropy_k = token_logprobs(
+            pair = heads.distill_logprobs(states_kH, self._head, tokens_k, teacher, temperature=temperature)
+            return Outputs(logprobs_K=places.whole(pair[0]), divergence_K=places.whole(pair[1]), **routing)
+        logprobs_k, entropy_k = heads.token_logprobs(
             states_kH, self._head, tokens_k, temperature=temperature, entropy=needs.entropy
         )
-        entropy_K = places.whole(entropy_k) if needs.entropy else entropy_k
-        return Outputs(places.whole(logprobs_k), entropy_K) if needs.logprobs else Outputs(entropy_K=entropy_K)
+        found = {"entropy_K": places.whole(entropy_k) if needs.entropy else entropy_k}
+        if needs.logprobs:
+            found["logprobs_K"] = places.whole(logprobs_k)
+        return Outputs(**found, **routing)
 
     def logits_of(self, states_kH: Tensor, kind: Divergence) -> TeacherLogits:
         """This model as a teacher, from hidden states that its forward returned for ``Needs(states=True)``.
@@ -265,17 +245,17 @@ class PolicyModel(_Model):
         head = Head(weight_VH, None if bias_V is None else bias_V.detach(), self.transform)
         return TeacherLogits(states_kH.detach(), head, kind)
 
-    def _what_follows(self, states_tH: Tensor, places: Places, batch: Batch, needs: Needs) -> Outputs:
-        """Predictions at the tokens in the loss about the token after each."""
+    def _what_follows(self, states_tH: Tensor, places: Places, batch: Batch, needs: Needs) -> dict[str, Tensor]:
+        """Predictions at the tokens in the loss about the token after each, by the names of ``Outputs``."""
         states_kH = places.states(states_tH)
         if needs.next_logits:
-            return Outputs(next_logits_KR=places.whole(some_logits(states_kH, self._head, needs.next_logits)))
+            return {"next_logits_KR": places.whole(heads.some_logits(states_kH, self._head, needs.next_logits))}
         # streams are float32, which holds every id below 2^24 exactly; a dummy batch has no tokens and no streams
         labels_K = batch.select(LABELS).long() if len(batch.targets_K) > 0 else batch.tokens_T[:0]
         labels_k = places.own(labels_K)
-        logprobs_k, _ = token_logprobs(states_kH, self._head, labels_k)
-        hits_k = top_tokens(states_kH, self._head) == labels_k
-        return Outputs(label_logprobs_K=places.whole(logprobs_k), label_hits_K=places.whole(hits_k.byte()).bool())
+        logprobs_k, _ = heads.token_logprobs(states_kH, self._head, labels_k)
+        hits_k = heads.top_tokens(states_kH, self._head) == labels_k
+        return {"label_logprobs_K": places.whole(logprobs_k), "label_hits_K": places.whole(hits_k.byte()).bool()}
 
     @property
     def _head(self) -> Head:
@@ -313,8 +293,7 @@ class ScalarModel(_Model):
         assert needs == own, "a scalar model has no token distribution"
         layout = self.layout_of(batch)
         states_tH, routing = self._states(layout, batch, needs)
-        empty = states_tH.new_empty(0, dtype=torch.float32)
-        values_K, scores_N = empty, empty
+        values_K = scores_N = states_tH.new_empty(0, dtype=torch.float32)
         if needs.values:
             # the value of a token is that of the state before it, its source
             values_K = self._at(layout.at(batch.sources_T[batch.targets_K]), states_tH)

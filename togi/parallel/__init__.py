@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from togi.config.choices import BackendName
-from togi.parallel.backend import Backend, BackendOptions, Reader, cast, nothing_left
+from togi.parallel.backend import Backend, BackendOptions, cast
 from togi.parallel.fsdp2 import Sharded, shard
 from togi.parallel.optimizer import HostWeights
 from togi.parallel.process import World
 from togi.parallel.replicated import Replicated
 from togi.plan.machine import keep_freed
+from togi.weights.files import Reader, nothing_left
 
 
 def reads_parts(world: World, options: BackendOptions, *, trained: bool) -> bool:
@@ -45,35 +46,22 @@ def trainable(module: nn.Module, world: World, options: BackendOptions, read: Re
     return Replicated(module, world, options)
 
 
-def frozen(module: nn.Module, world: World, options: BackendOptions, read: Reader = nothing_left) -> nn.Module:
-    """Make ``module`` ready for scoring only: no gradients, no masters, sharded over the ranks under stage 3.
-
-    FSDP2 shards it under either backend.
-    """
-    _freeze(module, options)
-    if reads_parts(world, options, trained=False):
-        shard(module, world, bf16=False, reshard_after_forward=True, read=read)
-    else:
-        read(module)
-    return module.to(world.device)
-
-
-def frozen_on_host(
-    module: nn.Module, world: World, options: BackendOptions, read: Reader = nothing_left
+def frozen(
+    module: nn.Module, world: World, options: BackendOptions, read: Reader = nothing_left, *, on_host: bool = False
 ) -> Callable[[], AbstractContextManager[None]]:
-    """Like ``frozen``, with the weights in host memory. Returns the context in which ``module`` can be called.
+    """Make ``module`` ready for scoring only, in place: no gradients, no masters, sharded over the ranks under stage 3.
 
-    Under stage 3 FSDP2 copies each block's shards from host memory when it gathers the block, so the context does nothing.
+    Returns the context in which ``module`` can be called. ``on_host``: the weights stay in host memory outside of it. FSDP2 shards
+    under either backend; it copies each block's shards when it gathers the block, so the context then does nothing.
     """
-    _freeze(module, options)
-    if reads_parts(world, options, trained=False):
-        shard(module, world, bf16=False, reshard_after_forward=True, on_host=True, read=read)
-        return nullcontext
-    read(module)
-    return HostWeights(module, world.device).on_device
-
-
-def _freeze(module: nn.Module, options: BackendOptions) -> None:
     module.requires_grad_(False).eval()
     if options.bf16:
         cast(module.parameters(), torch.bfloat16)
+    if reads_parts(world, options, trained=False):
+        shard(module, world, bf16=False, reshard_after_forward=True, on_host=on_host, read=read)
+        return nullcontext
+    read(module)
+    if on_host:
+        return HostWeights(module, world.device).on_device
+    module.to(world.device)
+    return nullcontext

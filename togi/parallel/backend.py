@@ -65,14 +65,11 @@ def backend_options(config: TrainSettings, *, bf16: bool) -> BackendOptions:
 
 
 class Backend(Protocol):
-    """A trainable model on this rank. All methods but the properties are collective: all ranks call them together."""
+    """A trainable model on this rank. All methods are collective: all ranks call them together."""
 
-    @property
-    def module(self) -> nn.Module:
-        """The model: ``module(batch, needs, ...)``. Call the root, never a part of it, so that the hooks of sharding run."""
-
-    @property
-    def world(self) -> World: ...
+    module: nn.Module
+    """The model: ``module(batch, needs, ...)``. Call the root, never a part of it, so that the hooks of sharding run."""
+    world: World
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate the gradients of ``loss``. After the ``last`` call of a step they are summed over ranks."""
@@ -124,14 +121,6 @@ def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
     for parameter in parameters:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-Reader = Callable[[nn.Module], None]
-"""Loads the weights of a part of a model that are still on disk (``togi.model.deferred``)."""
-
-
-def nothing_left(part: nn.Module) -> None:
-    """The reader of a model whose weights are already loaded."""
 
 
 def check_same_weights(module: nn.Module, world: World) -> None:

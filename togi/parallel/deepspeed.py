@@ -22,16 +22,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from togi.errors import ConfigError
-from togi.parallel.backend import BackendOptions, Reader, cast, check_same_weights, decoder_blocks, nothing_left
+from togi.parallel.backend import BackendOptions, cast, check_same_weights, decoder_blocks
 from togi.parallel.optimizer import MOMENTS, adamw_without_state, add_state, moments, set_rate
 from togi.parallel.process import World
 from togi.parallel.replicated import BUCKET_ELEMENTS
+from togi.weights.files import Reader, nothing_left
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed calls collectives by names that torch has deprecated.
@@ -45,9 +46,6 @@ from deepspeed import utils  # noqa: E402
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer  # noqa: E402
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 EXPERTS = "experts"
 # Under stage 3 working copies up to this size stay whole on every rank: gathering norm weights costs more than it saves.
@@ -91,7 +89,8 @@ class DeepSpeed:
         self._options = options
         self._trained = trained
         # moments exist before the first step, and masters have the loaded precision
-        self._zero = _shards_of(self._engine.optimizer)
+        kinds = {BF16_Optimizer: _FirstStage, DeepSpeedZeroOptimizer: _SecondStage}
+        self._zero: _Shards = kinds.get(type(self._engine.optimizer), _ThirdStage)(self._engine.optimizer)
         add_state(self._adamw, self._zero.masters())
         self._zero.link_state()
         if loaded:
@@ -169,12 +168,6 @@ class DeepSpeed:
                 else:
                     utils.safe_set_full_optimizer_state(parameter, value, kind)
         self._zero.refresh()
-
-
-def _shards_of(optimizer: Any) -> _Shards:
-    if isinstance(optimizer, BF16_Optimizer):
-        return _FirstStage(optimizer)
-    return (_SecondStage if isinstance(optimizer, DeepSpeedZeroOptimizer) else _ThirdStage)(optimizer)
 
 
 class _Shards(ABC):
@@ -357,17 +350,16 @@ def _mark_sparse_blocks(module: nn.Module) -> None:
 class _Tensors(dict[str, Tensor]):
     """The differentiable outputs of a forward as a dict, in which DeepSpeed's hooks on the model find tensors."""
 
-    def __init__(self, record: DataclassInstance) -> None:
+    def __init__(self, record: Any) -> None:
         self.record = record
-        values = {name: v for name, v in vars(record).items() if isinstance(v, Tensor) and v.requires_grad}
-        super().__init__(values)
+        super().__init__({name: v for name, v in vars(record).items() if isinstance(v, Tensor) and v.requires_grad})
 
 
-def _unwrap(module: nn.Module, inputs: object, record: DataclassInstance) -> _Tensors:
+def _unwrap(module: nn.Module, inputs: object, record: object) -> _Tensors:
     """The first forward hook, before DeepSpeed's: from a record to a dict."""
     return _Tensors(record)
 
 
-def _wrap(module: nn.Module, inputs: object, tensors: _Tensors) -> DataclassInstance:
+def _wrap(module: nn.Module, inputs: object, tensors: _Tensors) -> object:
     """The last forward hook, after DeepSpeed's: back to the record."""
     return dataclasses.replace(tensors.record, **tensors)

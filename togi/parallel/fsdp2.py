@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from togi.parallel.backend import BackendOptions, Reader, cast, check_same_weights, decoder_blocks, nothing_left
+from togi.parallel.backend import BackendOptions, cast, check_same_weights, decoder_blocks
 from togi.parallel.groups import DATA, TENSOR, clip_split_gradients, grid, split, whole
 from togi.parallel.optimizer import Stepped, fill_missing_gradients, make_adamw, move_buffers, take_step
 from togi.parallel.process import World
+from togi.weights.files import Reader, nothing_left
 
 
 def shard(

@@ -83,7 +83,7 @@ class RewardModel:
         model = load_scalar_model(source, value_head_prefix=config.value_head_prefix)
         statistics = (model.reward_mean, model.reward_std) if config.normalize_reward else ()
         self.config, self.standardize = model.hf.config, Standardization(*statistics)
-        self._scorer = Scorer(frozen(model, world, BackendOptions(config.bf16, 0, (0.9, 0.95), 0.0)), world)
+        self._scorer = Scorer(model, world, frozen(model, world, BackendOptions(config.bf16, 0, (0.9, 0.95), 0.0)))
 
     def scores(
         self, sequences: Sequence[Sequence[int]], max_tokens: int, max_sequences: int | None = None

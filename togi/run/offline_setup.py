@@ -22,7 +22,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,7 @@ from togi.model.loading import ModelSource, dtype_of, known_tokens, load_causal_
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.obs import names
 from togi.obs.progress import Progress
-from togi.parallel import frozen, frozen_on_host, reads_parts, trainable
+from togi.parallel import frozen, reads_parts, trainable
 from togi.parallel.backend import BackendOptions, backend_options
 from togi.parallel.groups import Ring
 from togi.parallel.process import World, be_deterministic
@@ -454,10 +453,8 @@ class Loading:
     def frozen(self, path: str, options: BackendOptions) -> Frozen:
         """A frozen language model, in host memory if an offload flag is set."""
         model = self._joined(load_causal_lm(self._source(path, options, trained=False)))
-        if moves_weights(self.config, self.world):
-            return Frozen(model, frozen_on_host(model, self.world, options, model.read))
-        frozen(model, self.world, options, model.read)
-        return Frozen(model, nullcontext)
+        on_host = moves_weights(self.config, self.world)
+        return Frozen(model, frozen(model, self.world, options, model.read, on_host=on_host))
 
     def reference(self) -> Scorer:
         """The reference model as a copy of its own, frozen."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from torch import Tensor
+from torch import Tensor, nn
 
 from togi.errors import ModelError
 
+Reader = Callable[[nn.Module], None]
+"""Loads the weights of a part of a model that are still on disk (``togi.model.deferred``)."""
 # Weights in pickle form are left out: Togi reads safetensors only.
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
@@ -30,6 +32,10 @@ def local_folder(model: str) -> str:
         raise ModelError(
             f"the model {model!r} is no folder and cannot be had from the hub ({reason}): check the name."
         ) from None
+
+
+def nothing_left(part: nn.Module) -> None:
+    """The reader of a model whose weights are already loaded."""
 
 
 def files_of(path: str) -> list[Path]:

@@ -29,7 +29,7 @@ from togi.model.layers import clock
 from togi.model.loading import ModelSource, dtype_of, load_causal_lm, load_scalar_model
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.obs import names
-from togi.parallel import frozen, frozen_on_host, reads_parts, trainable
+from togi.parallel import frozen, reads_parts, trainable
 from togi.parallel.backend import backend_options
 from togi.parallel.groups import Ring
 from togi.parallel.optimizer import Parking
@@ -134,12 +134,10 @@ class ScorerWorker(ModelWorker):
         """Load the frozen model. ``path``: its folder or hub name."""
         self._join(meeting, config)
         self._model = model = self._load(role, path)
-        options = backend_options(config, bf16=config.bf16)
+        options, world = backend_options(config, bf16=config.bf16), self._world
         # Offloaded weights are in host memory and are copied to the device for each call.
-        if config.ref_reward_offload and self._world.device.type != "cpu":
-            self._scorer = Scorer(model, self._world, frozen_on_host(model, self._world, options, model.read))
-        else:
-            self._scorer = Scorer(frozen(model, self._world, options, model.read), self._world)
+        on_host = config.ref_reward_offload and world.device.type != "cpu"
+        self._scorer = Scorer(model, world, frozen(model, world, options, model.read, on_host=on_host))
 
     def scores(self, samples: Sequence[Sample]) -> Arrays:
         """The scalar head at each sample's last token, as arrays of one element."""
