@@ -15,6 +15,7 @@ from ctypes import byref
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -268,20 +269,19 @@ class HostKernels:
     def adamw(
         self, master: Tensor, moments: tuple[Tensor, Tensor], gradient: Tensor, working: Tensor, rates: Rates
     ) -> None:
-        """One AdamW step on a float32 master and its moments, in place. ``working`` gets the master rounded to bfloat16.
+        """One AdamW step (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2) on a float32 master and its moments, in place.
 
-        The gradient is bfloat16 or float32.
+        The gradient is bfloat16 or float32. ``working`` gets the master rounded to bfloat16.
         """
-        gradient, half = gradient.contiguous(), gradient.dtype == torch.bfloat16
-        self._run("adamw", master, *moments, gradient, half, working, byref(rates.as_struct()), master.numel())
+        gradient, half, (first, second) = gradient.contiguous(), gradient.dtype == torch.bfloat16, rates.betas
+        keep, size = 1 - rates.learning_rate * rates.decay, rates.learning_rate / (1 - first**rates.steps)
+        root = (1 - second**rates.steps) ** 0.5
+        struct = (_F * 8)(keep, 1 - first, second, 1 - second, size, root, rates.epsilon, rates.factor)
+        self._run("adamw", master, *moments, gradient, half, working, byref(struct), master.numel())
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Numbers of one AdamW step (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2). ``steps`` includes this step.
-
-    ``factor`` multiplies the gradients first.
-    """
+class Rates(NamedTuple):
+    """Numbers of one AdamW step. ``steps`` includes this step. ``factor`` multiplies the gradients first."""
 
     learning_rate: float
     decay: float
@@ -289,13 +289,6 @@ class Rates:
     epsilon: float
     steps: int
     factor: float
-
-    def as_struct(self) -> ctypes.Array[ctypes.c_float]:
-        """The struct ``rates`` of optimizer.c."""
-        first, second = self.betas
-        size, root = self.learning_rate / (1 - first**self.steps), (1 - second**self.steps) ** 0.5
-        keep = 1 - self.learning_rate * self.decay
-        return (_F * 8)(keep, 1 - first, second, 1 - second, size, root, self.epsilon, self.factor)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,19 +9,12 @@ from threading import Event
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, generation
 from transformers.utils import logging as hf_logging
 
 from togi.config.model_facts import position_limit
 from togi.errors import ModelError
-from togi.model.loading import check_4bit, dtype_of, keep_layout, nf4
+from togi.model.loading import check_package, dtype_of, keep_layout, nf4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +35,7 @@ def load_generator(
     hf_logging.disable_progress_bar()
     dtype = dtype_of(bf16)
     if in_4bit:
-        check_4bit()
+        check_package("load_in_4bit", "bitsandbytes")
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path,
@@ -70,7 +63,7 @@ def stream(
     room = positions(model) - len(tokens)
     if room < 1:
         raise ModelError(f"The conversation has {len(tokens)} tokens, all that the model can see: start anew.")
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = generation.TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = torch.tensor([list(tokens)], device=model.device)
     # What a model folder sets for sampling (top_k and the like) stays, except where it would contradict greedy.
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -87,7 +80,7 @@ def stream(
     stop = _Stop()
     with ThreadPoolExecutor(1, thread_name_prefix="generate") as threads:
         done = threads.submit(
-            _generate, model, streamer, arguments | {"stopping_criteria": StoppingCriteriaList([stop])}
+            _generate, model, streamer, arguments | {"stopping_criteria": generation.StoppingCriteriaList([stop])}
         )
         try:
             yield from streamer
@@ -104,7 +97,7 @@ def positions(model: PreTrainedModel) -> int:
     return found if isinstance(found, int) else 2**31
 
 
-def _generate(model: PreTrainedModel, streamer: TextIteratorStreamer, arguments: dict[str, object]) -> None:
+def _generate(model: PreTrainedModel, streamer: generation.TextIteratorStreamer, arguments: dict[str, object]) -> None:
     try:
         model.generate(streamer=streamer, **arguments)
     except BaseException:
@@ -112,7 +105,7 @@ def _generate(model: PreTrainedModel, streamer: TextIteratorStreamer, arguments:
         raise
 
 
-class _Stop(StoppingCriteria):  # type: ignore[misc]
+class _Stop(generation.StoppingCriteria):  # type: ignore[misc]
     """Ends the generation at its next token once the event ``asked`` is set."""
 
     def __init__(self) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Mapping, MutableMapping
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,11 +28,15 @@ RECOMPILE_LIMIT = 64
 
 def check_compiled(kind: str) -> None:
     """Raise ModelError or ConfigError if layers of this model type cannot be compiled. Call it before weights are read."""
-    if kind not in COMPILABLE:
-        raise ModelError(
-            f"--torch_compile is tested with {', '.join(COMPILABLE)} models, and this is a {kind} model: leave the flag out."
-        )
+    _check_tested("--torch_compile", kind, COMPILABLE)
     check_compiler()
+
+
+def _check_tested(flag: str, kind: str, tested: Collection[str]) -> None:
+    if kind not in tested:
+        raise ModelError(
+            f"{flag} is tested with {', '.join(tested)} models, and this is a {kind} model: leave the flag out."
+        )
 
 
 def compile_layers(hf: PreTrainedModel) -> None:
@@ -88,10 +91,7 @@ def check_liger(kind: str) -> None:
     """
     if importlib.util.find_spec("liger_kernel") is None:
         raise ModelError("--use_liger_kernel needs the package liger-kernel: pip install 'togi[liger]'.")
-    if kind not in WITH_LIGER:
-        raise ModelError(
-            f"--use_liger_kernel is tested with {', '.join(WITH_LIGER)} models, and this is a {kind} model: leave the flag out."
-        )
+    _check_tested("--use_liger_kernel", kind, WITH_LIGER)
 
 
 def apply_liger(hf: PreTrainedModel) -> None:
@@ -135,12 +135,12 @@ def use_recompute(hf: PreTrainedModel, how: Recompute) -> None:
 
 def _checkpoint(layer: Callable[..., object], *inputs: object) -> object:
     """Both forwards of a layer must save the same tensors for the backward (``keeping_outputs``)."""
-    return checkpoint(partial(_keeping, layer), *inputs, use_reentrant=False)
 
+    def keeping(*again: object) -> object:
+        with keeping_outputs():
+            return layer(*again)
 
-def _keeping(layer: Callable[..., object], *inputs: object) -> object:
-    with keeping_outputs():
-        return layer(*inputs)
+    return checkpoint(keeping, *inputs, use_reentrant=False)
 
 
 # "jitter" is the noise by which routers of experts multiply their inputs in training.
@@ -149,26 +149,19 @@ NOISE = ("drop", "jitter")
 OTHER_HEADS = ("classifier", "summary")
 
 
-def switch_off(config: PreTrainedConfig) -> dict[str, float]:
-    """Set every rate to 0, in place. Returns the rates that were not 0, by the configuration's own keys."""
-    return _zeroed(vars(config))
-
-
-def _zeroed(settings: MutableMapping[str, object], prefix: str = "") -> dict[str, float]:
+def switch_off(config: PreTrainedConfig | dict[str, object], prefix: str = "") -> dict[str, float]:
+    """Set every rate to 0, in place. Returns the rates that were not 0, by the configuration's own keys after ``prefix``."""
+    settings = config if isinstance(config, dict) else vars(config)
     found: dict[str, float] = {}
     for key, value in list(settings.items()):
-        if isinstance(value, PreTrainedConfig):
-            found |= _zeroed(vars(value), f"{prefix}{key}.")
-        elif isinstance(value, dict):
-            found |= _zeroed(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1 and _is_noise(str(key)):
-            found[prefix + key] = float(value)
+        name = str(key)  # of a label's number too
+        is_noise = any(word in name for word in NOISE) and not name.startswith(OTHER_HEADS)
+        if isinstance(value, PreTrainedConfig | dict):
+            found |= switch_off(value, f"{prefix}{key}.")
+        elif is_noise and isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
+            found[prefix + name] = float(value)
             settings[key] = 0.0
     return found
-
-
-def _is_noise(key: str) -> bool:
-    return any(word in key for word in NOISE) and not key.startswith(OTHER_HEADS)
 
 
 def remove_fixed(model: nn.Module) -> None:

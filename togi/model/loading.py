@@ -17,16 +17,11 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from togi.config.architectures import ARCHITECTURES
 from togi.config.choices import Layers
@@ -176,9 +171,9 @@ def check_causal_lm(
     model = _refuse(AutoModelForCausalLM, source, config)
     if lora is not None:
         # the adapter: its packages, its target layers, its quantisation
-        _check_package("lora_rank", "peft")
+        check_package("lora_rank", "peft")
         if lora.load_in_4bit:
-            check_4bit()
+            check_package("load_in_4bit", "bitsandbytes")
         from togi.model.adapters import target_layers
 
         target_layers(model, lora.target_modules)
@@ -199,12 +194,8 @@ def known_tokens(path: str, trust_remote_code: bool = False) -> int:
     return int(read_config(path, trust_remote_code).get_text_config().vocab_size)
 
 
-def check_4bit() -> None:
-    """Raise ModelError if the package for ``--load_in_4bit`` is not installed."""
-    _check_package("load_in_4bit", "bitsandbytes")
-
-
-def _check_package(flag: str, package: str) -> None:
+def check_package(flag: str, package: str) -> None:
+    """Raise ModelError if the package that ``--flag`` needs is not installed."""
     if importlib.util.find_spec(package) is None:
         raise ModelError(f"--{flag} needs the package {package}: pip install 'togi[lora]'.")
 

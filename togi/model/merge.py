@@ -137,7 +137,12 @@ def load_merged(adapter: str, base: str, *, scalar: bool, trust_remote_code: boo
     _grow(model, adapter, base, shapes)
     hf = _merge(model, adapter, base, shapes)
     if not scalar:
-        return _with_ends(PolicyModel(hf), Path(adapter) / GENERATION)
+        policy, generation = PolicyModel(hf), Path(adapter) / GENERATION
+        # the end tokens of the adapter's generation config, added to those of the model
+        ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+        if ends is not None:
+            policy.end_answers_with(ends if isinstance(ends, list) else [ends])
+        return policy
     # a scalar model also gets the name of its head and the reward statistics
     file = Path(adapter) / HEAD_RECORD
     # an adapter that PEFT wrote has no such file
@@ -159,14 +164,6 @@ def named_base(adapter: str) -> str:
             f"the adapter {adapter} was trained beside {path}, which is not there: give the base as --model_path."
         )
     return path
-
-
-def _with_ends(model: PolicyModel, generation: Path) -> PolicyModel:
-    """The model, with the end tokens of the adapter's generation config added to its own."""
-    ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
-    if ends is not None:
-        model.end_answers_with(ends if isinstance(ends, list) else [ends])
-    return model
 
 
 def _merge(model: PreTrainedModel, adapter: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedModel:

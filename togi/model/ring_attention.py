@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -57,16 +57,6 @@ class Call:
         distance_LM = queries_L[:, None] - keys_M[None]
         seen_LM = distance_LM < self.window
         return Visibility(seen_LM=seen_LM & (distance_LM >= 0) if self.causal else seen_LM)
-
-    def to(self, device: torch.device) -> Call:
-        """A copy with every tensor on ``device``."""
-        queries_L, keys_M = self.positions
-        return replace(
-            self,
-            queries_nL=self.queries_nL.to(device),
-            keys_nM=self.keys_nM.to(device),
-            positions=(queries_L.to(device), keys_M.to(device)),
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,15 +100,16 @@ def plan(shards: Shards, rank: int, window: int | None, device: torch.device) ->
     own = _rows(shards.chunks[rank])
     travels = [travelling(shards, (rank - step) % size) for step in range(size)]
     visits = []
-    for step in range(size):
-        # the own block is complete; a visiting block holds only the rows that its rank sends
-        block = own if step == 0 else _rows(travels[step])
-        calls = list(_diagonals(shards, rank, window)) if step == 0 else []
-        for keys, queries in seen_whole(shards, rank, (rank - step) % size).items():
-            calls += _call(shards, [(own[q], q) for q in queries], [(block[k], k) for k in keys], window)
-        visits.append(tuple(call.to(device) for call in calls))
-    sent_b = torch.cat([torch.arange(0), *(torch.arange(own[c], own[c] + len(c)) for c in travels[0])])
-    return Plan(tuple(visits), sent_b.to(device), tuple(sum(map(len, chunks)) for chunks in travels))
+    with device:
+        for step in range(size):
+            # the own block is complete; a visiting block holds only the rows that its rank sends
+            block = own if step == 0 else _rows(travels[step])
+            calls = list(_diagonals(shards, rank, window)) if step == 0 else []
+            for keys, queries in seen_whole(shards, rank, (rank - step) % size).items():
+                calls += _call(shards, [(own[q], q) for q in queries], [(block[k], k) for k in keys], window)
+            visits.append(tuple(calls))
+        sent_b = torch.cat([torch.arange(0), *(torch.arange(own[c], own[c] + len(c)) for c in travels[0])])
+    return Plan(tuple(visits), sent_b, tuple(sum(map(len, chunks)) for chunks in travels))
 
 
 def _rows(chunks: Sequence[Chunk]) -> dict[Chunk, int]:

@@ -32,19 +32,14 @@ MAX_IMBALANCE = 1.05
 class Ring(Protocol):
     """The ranks that share the tokens of each batch, as one of them sees it. Methods are collective: all ranks call them."""
 
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
+    rank: int
+    size: int
 
     def pass_on(self, block: Tensor, rows: int, channel: int) -> Callable[[], Tensor]:
         """Start to send ``block`` to the next rank. Call the result to wait for the block of the rank before, of ``rows`` rows."""
-        ...
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace ``tensor`` on every rank by the sum over the ring."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

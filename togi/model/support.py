@@ -7,9 +7,6 @@ same results packed and through Transformers' own attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
@@ -89,12 +86,13 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
             )
         ours_K = model(batch, Needs(logprobs=True)).logprobs_K if isinstance(model, PolicyModel) else None
         # each sequence alone, as plain Transformers computes it
+        attention = model.hf.config._attn_implementation
+        model.hf.set_attn_implementation("sdpa" if model.hf._supports_sdpa else "eager")
         for own in (1, 2, 3):
             path = torch.cat([batch.segments.tokens(s) for s in batch.segments.chain(own)])
             tokens, length = batch.tokens_T[path], batch.segments.lengths_S[own]
-            with _stock_attention(model.hf):
-                stock = model.hf.base_model(input_ids=tokens[None], use_cache=False)
-                full = model.hf(input_ids=tokens[None], use_cache=False)
+            stock = model.hf.base_model(input_ids=tokens[None], use_cache=False)
+            full = model.hf(input_ids=tokens[None], use_cache=False)
             alone_lH = stock.last_hidden_state[0, -length:].float()
             gap_l = (packed_TH[path[-length:]].float() - alone_lH).norm(dim=-1) / alone_lH.norm(dim=-1)
             worst = max(worst, float(gap_l.median()))
@@ -103,6 +101,7 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
                 ours_k = ours_K[batch.target_sequences_K == own - 1]
                 theirs = full.logits[0, :-1].float().log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
                 worst = max(worst, float((ours_k - theirs[-len(ours_k) :]).abs().median()))
+    model.hf.set_attn_implementation(attention)
     if not worst <= _TOLERANCE.get(packed_TH.dtype, 1e-3):
         raise ModelError(
             f"{model.hf.config.model_type} models give other results packed than alone (difference {worst:.2g}): "
@@ -119,13 +118,3 @@ def _probe_batch(vocab: int) -> Batch:
     tokens = (torch.arange(18) * 7919 + 13) % vocab
     positions, sources = segment_positions(segments), predecessors(segments)
     return Batch(tokens, positions, sources, sequences, loss_mask, segments, (0, 1, 2), {}, {}).validate()
-
-
-@contextmanager
-def _stock_attention(hf: PreTrainedModel) -> Iterator[None]:
-    ours = hf.config._attn_implementation
-    hf.set_attn_implementation("sdpa" if hf._supports_sdpa else "eager")
-    try:
-        yield
-    finally:
-        hf.set_attn_implementation(ours)
