@@ -96,7 +96,9 @@ class CheckpointStore:
         # list and flush all files before the folder gets its name: a rename must not overtake the data
         _write_json(folder / STATE, dict(state))
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        listing = {str(path.relative_to(folder)): {"bytes": _size(path), "sha256": _digest(path)} for path in files}
+        listing = {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files
+        }
         _write_json(folder / MANIFEST, {"schema": SCHEMA, "step": step, "files": listing})
         flush_tree(folder)
         target = self.root / f"{PREFIX}{step:08d}"
@@ -195,17 +197,13 @@ def _file_damage(path: Path, name: str, entry: Mapping[str, object]) -> str:
     file = path / name
     if not file.is_file():
         return f"{name} is missing"
-    if _size(file) != entry["bytes"]:
-        return f"{name} has {_size(file)} bytes, expected {entry['bytes']}"
+    if file.stat().st_size != entry["bytes"]:
+        return f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}"
     return "" if _digest(file) == entry["sha256"] else f"{name} does not match its hash"
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
-
-
 def _folder_size(path: Path) -> int:
-    return sum(_size(file) for file in path.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _digest(path: Path) -> str:

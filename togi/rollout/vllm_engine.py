@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from multiprocessing.shared_memory import SharedMemory
 from typing import TYPE_CHECKING, TypeVar
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 SCORE_REQUEST = "score"
+NOT_SHARED = ("gpu_memory_utilization", "kv_cache_gb", "threads", "device_index")
+"""The settings that vLLM does not have on every device; it has all others, by the same names."""
 MIN_BATCHED_TOKENS = 4096
 BLOCK_ON_CPU = 32  # tokens; the minimum of vLLM's attention on CPUs
 
@@ -64,7 +67,7 @@ class VllmCore:
         self._engine = LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(settings, self._on_cpu)))
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a no-op
         if not self._in_process:
-            self._ask_workers(_prepare_worker)
+            self._ask_workers(_skip_token_ranks)
 
     def add(self, key: int, prompt: tuple[int, ...], sampling: Sampling) -> None:
         ends = frozenset() if sampling.ignore_eos else self._ends
@@ -178,20 +181,11 @@ def _set_environment() -> None:
 
 
 def _engine_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, object]:
-    shared: dict[str, object] = {
-        "model": settings.model,
-        "dtype": settings.dtype,
-        "max_model_len": settings.max_model_len,
-        "seed": settings.seed,
-        "enforce_eager": settings.enforce_eager,
-        "enable_prefix_caching": settings.enable_prefix_caching,
-        "max_num_seqs": settings.max_num_seqs,
-        "trust_remote_code": settings.trust_remote_code,
+    shared = {name: value for name, value in asdict(settings).items() if name not in NOT_SHARED} | {
         "skip_tokenizer_init": True,
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        "tensor_parallel_size": settings.tensor_parallel_size,
         "distributed_executor_backend": "uni" if settings.tensor_parallel_size == 1 else "mp",
     }
     if not on_cpu:
@@ -216,11 +210,11 @@ def _parameters(**sampling: object) -> SamplingParams:
     return SamplingParams(flat_logprobs=True, detokenize=False, output_kind=kind, **sampling)
 
 
-def _skip_token_ranks() -> None:
-    """Make vLLM return zeros as the ranks of sampled tokens, which it computes with every log-prob and Togi never reads.
+def _skip_token_ranks(_: object = None) -> None:
+    """Make vLLM, here or on a worker, return zeros as the ranks of sampled tokens.
 
-    vLLM compiles the original with ``torch.compile``: its first call takes up to 27 s, and each call a pass over
-    [sequences, vocabulary].
+    It computes them with every log-prob, and Togi never reads them. vLLM compiles the original with ``torch.compile``: its first
+    call takes up to 27 s, and each call a pass over [sequences, vocabulary].
     """
     from vllm.v1.sample import sampler
 
@@ -282,10 +276,6 @@ def _bytes_of(segment: SharedMemory, nbytes: int) -> NDArray[np.uint8]:
     """The first bytes of a segment. No reference to them may exist when the segment is closed."""
     assert segment.buf is not None
     return np.frombuffer(segment.buf, np.uint8, nbytes)
-
-
-def _prepare_worker(worker: Worker) -> None:
-    _skip_token_ranks()
 
 
 def _watch_routers(worker: Worker) -> None:
