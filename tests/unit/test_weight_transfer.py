@@ -82,12 +82,12 @@ def test_a_deadline_says_who_is_behind() -> None:
     progress = _Progress([-1, -1])
     assert progress.describe() == "the actor has not begun"
     progress.total = 9
-    progress.add(0, 1)
+    progress.engines[0] += 1
     assert progress.describe() == "engine 1 confirmed 0 of 9 tensors"
-    progress.add(1, 1)
+    progress.engines[1] += 1
     assert progress.describe() == "the actor has sent 0 of 9 tensors"
     progress.sent = 4
-    progress.add(1, 4)
+    progress.engines[1] += 4
     assert progress.describe() == "engine 0 confirmed 0 of 9 tensors"
     progress.sent = 9
     progress.engines = [9, 9]

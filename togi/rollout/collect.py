@@ -40,7 +40,6 @@ class Environment(Protocol):
 
     async def run(self, prompt: Prompt, group_id: str, generate: Generate) -> Rollout:
         """Run one trajectory. Token ids may only be appended: generated ids are passed on, never decoded and encoded again."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

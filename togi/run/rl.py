@@ -39,7 +39,7 @@ from togi.run.rl_setup import COMMAND, Material, connect, describe, opening
 from togi.run.signs import Verdict, setting_signs
 from togi.sample import Sample, with_streams
 from togi.workers import start
-from togi.workers.session import Phase, Session, single_logprobs, update_metrics
+from togi.workers.session import Phase, Session, update_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -319,7 +319,8 @@ class RLRun:
             values[names.REWARD_PAUSED] = self._material.rewards.take_paused_seconds()
         # With a single update there was no separate pass for old logprobs: the update's own forward gave them.
         if updates and OLD_LOGPROBS not in samples[0].streams:
-            samples = with_streams(samples, {OLD_LOGPROBS: single_logprobs(updates)})
+            (update,) = updates
+            samples = with_streams(samples, {OLD_LOGPROBS: update.logprobs})
         if samples and OLD_LOGPROBS in samples[0].streams:
             values |= experience.trainer_metrics(samples)
         values[names.TOKENS_SEEN] = self._tokens_seen

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Generic, ParamSpec, TypeVar
+from typing import Generic
 
 import torch
 
@@ -27,13 +27,10 @@ from togi.plan.placement import IN_PROCESS, LEARNERS, Role, arithmetic, plan_gro
 from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EnginePool, EngineWorker
 from togi.workers.model_worker import LearnerWorker, ScorerWorker, take_peak
-from togi.workers.protocol import Method, SyncReport, call_all
+from togi.workers.protocol import Method, P, SyncReport, T, W_co, call_all
 from togi.workers.session import Session, engine_settings, sleepers
 from togi.workers.worker_group import LearnerGroup, WorkerGroup
 
-W_co = TypeVar("W_co", covariant=True)
-T = TypeVar("T")
-P = ParamSpec("P")
 ALONE = Rendezvous(0, 1, "", 0)
 """The rendezvous of a single rank."""
 

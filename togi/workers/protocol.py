@@ -28,7 +28,6 @@ class Workers(Protocol[W_co]):
 
     async def call(self, index: int, method: Method[W_co, P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """The result of ``method`` on object ``index``."""
-        ...
 
 
 @overload
@@ -69,7 +68,6 @@ class Weights(Protocol):
 
     async def send(self, version: int) -> SyncReport:
         """Send the actor's current weights to every engine as ``version``. Raises WeightSyncError."""
-        ...
 
 
 class Meter(Protocol):
@@ -77,8 +75,6 @@ class Meter(Protocol):
 
     async def take_peaks(self) -> Mapping[Holder, Sequence[int]]:
         """The peaks since the last call, for each kind of process."""
-        ...
 
     async def highest(self) -> Mapping[str, int]:
         """The highest peak so far, by the name of the process."""
-        ...

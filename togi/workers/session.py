@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from togi.algo.policy import router_disagreement
 from togi.config.rl import RLConfig
@@ -30,7 +29,6 @@ from togi.errors import RunError
 from togi.learn.learner import UpdateReport
 from togi.learn.objective import OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS
 from togi.obs import names
-from togi.obs.names import Holder
 from togi.plan.placement import Role
 from togi.rollout.engine import EngineSettings
 from togi.sample import Sample, with_streams
@@ -52,15 +50,15 @@ class Phase(StrEnum):
 
 
 # Scorers keep only working weights, so just these two can sleep.
-SLEEPING = frozenset({Holder.ENGINES, Holder.LEARNERS})
-MAY_HOLD: Mapping[Phase, frozenset[Holder]] = {
+SLEEPING = frozenset({names.Holder.ENGINES, names.Holder.LEARNERS})
+MAY_HOLD: Mapping[Phase, frozenset[names.Holder]] = {
     Phase.START: SLEEPING,
-    Phase.GENERATE: frozenset({Holder.ENGINES}),
+    Phase.GENERATE: frozenset({names.Holder.ENGINES}),
     Phase.SCORE: frozenset(),
-    Phase.TRAIN: frozenset({Holder.LEARNERS}),
-    Phase.SYNC: frozenset({Holder.ENGINES}),
-    Phase.SAVE: frozenset({Holder.LEARNERS}),
-    Phase.EVALUATE: frozenset({Holder.ENGINES}),
+    Phase.TRAIN: frozenset({names.Holder.LEARNERS}),
+    Phase.SYNC: frozenset({names.Holder.ENGINES}),
+    Phase.SAVE: frozenset({names.Holder.LEARNERS}),
+    Phase.EVALUATE: frozenset({names.Holder.ENGINES}),
 }
 
 
@@ -73,7 +71,7 @@ class Phases:
         engines: EnginePool,
         learners: Collection[LearnerGroup],
         meter: Meter,
-        asleep: frozenset[Holder],
+        asleep: frozenset[names.Holder],
     ) -> None:
         self._engines, self._learners, self._meter = engines, learners, meter
         self._sleepers, self._adapted = sleepers(config), config.lora is not None
@@ -89,16 +87,18 @@ class Phases:
         may_hold = MAY_HOLD[phase]
         # The weights sent are masters of an adapter, alone or merged, and masters are part of what sleeps.
         if phase is Phase.SYNC and self._adapted:
-            may_hold |= {Holder.LEARNERS}
+            may_hold |= {names.Holder.LEARNERS}
         # Release before taking: both may share one GPU.
         for holder in sorted((self._sleepers - may_hold) - self._asleep):
             await self._sleep(holder)
-        for holder in sorted(self._asleep & may_hold):
-            await self._wake(holder)
+        if names.Holder.ENGINES in self._asleep & may_hold:
+            await call_all(self._engines.workers, EngineWorker.wake)
+        if names.Holder.LEARNERS in self._asleep & may_hold:
+            await asyncio.gather(*(group.call_all(LearnerWorker.wake) for group in self._learners))
+        self._asleep -= may_hold
         # What the engines hold is out of date as soon as the policy trains; a sync follows every update.
         if phase is Phase.TRAIN:
             await call_all(self._engines.workers, EngineWorker.drop_weights)
-        assert not self._asleep & may_hold and self._sleepers - may_hold == self._asleep
         self.current = phase
 
     async def take_metrics(self) -> dict[str, float]:
@@ -113,9 +113,9 @@ class Phases:
                 name = names.phase_memory(self.current, kind)
                 self._values[name] = max(self._values.get(name, 0.0), sum(peaks) / 1e9)
 
-    async def _sleep(self, holder: Holder) -> None:
+    async def _sleep(self, holder: names.Holder) -> None:
         self._asleep.add(holder)
-        if holder is Holder.ENGINES:
+        if holder is names.Holder.ENGINES:
             slept = await call_all(self._engines.workers, EngineWorker.sleep)
             released = {f"engine {number}": each for number, each in enumerate(slept)}
         else:
@@ -128,13 +128,6 @@ class Phases:
         for who, each in released.items():
             each.check(who)
         self._values[names.released_memory(holder)] = sum(each.nbytes for each in released.values()) / 1e9
-
-    async def _wake(self, holder: Holder) -> None:
-        if holder is Holder.ENGINES:
-            await call_all(self._engines.workers, EngineWorker.wake)
-        else:
-            await asyncio.gather(*(group.call_all(LearnerWorker.wake) for group in self._learners))
-        self._asleep.discard(holder)
 
 
 logger = logging.getLogger(__name__)
@@ -153,16 +146,13 @@ class Session:
         scorers: Sequence[WorkerGroup[ScorerWorker]],
         weights: Weights,
         meter: Meter,
-        asleep: frozenset[Holder],
+        asleep: frozenset[names.Holder],
         end: Callable[[], None],
     ) -> None:
         """``scorers``: the reference and the reward models. ``asleep``: who sleeps already. ``end``: ends every worker at once."""
-        self.config = config
-        self.engines = engines
-        self.learners = learners
+        self.config, self.engines, self.learners, self.weights = config, engines, learners, weights
         self.references = [group for group in scorers if group.role is Role.REF]  # one or none
         self.reward_models = [group for group in scorers if group.role is Role.REWARD]
-        self.weights = weights
         self._meter, self._end = meter, end
         self.phases = Phases(config, engines, learners.values(), meter, asleep)
         self._ended = False
@@ -265,9 +255,9 @@ class Session:
             self._end()
 
 
-def sleepers(config: RLConfig) -> frozenset[Holder]:
+def sleepers(config: RLConfig) -> frozenset[names.Holder]:
     """Who sleeps in the phases that do not need it."""
-    flags = {Holder.ENGINES: config.vllm_enable_sleep, Holder.LEARNERS: config.trainer_sleeps}
+    flags = {names.Holder.ENGINES: config.vllm_enable_sleep, names.Holder.LEARNERS: config.trainer_sleeps}
     return frozenset(holder for holder, sleeps in flags.items() if sleeps)
 
 
@@ -288,26 +278,19 @@ def engine_settings(config: RLConfig, index: int, threads: int) -> EngineSetting
     )
 
 
-def single_logprobs(updates: Sequence[UpdateReport]) -> Sequence[NDArray[np.float32]]:
-    """Logprobs of the single update's own forward pass, in sample order."""
-    assert len(updates) == 1, "old log-probs of several updates are not those of the rollout"
-    return updates[0].logprobs
-
-
 def update_metrics(role: Role, reports: Sequence[UpdateReport]) -> dict[str, float]:
     """Metrics of the optimizer steps of one rollout: means over the steps, and the last learning rate."""
-    grad_norm, rate = (
-        (names.POLICY_GRAD_NORM, names.POLICY_LR) if role is Role.ACTOR else (names.VALUE_GRAD_NORM, names.VALUE_LR)
-    )
+    actor = role is Role.ACTOR
     keys = {key for report in reports for key in report.metrics}
     means = {key: float(np.mean([report.metrics[key] for report in reports if key in report.metrics])) for key in keys}
     if names.COMPILE_SECONDS in means:
         means[names.COMPILE_SECONDS] *= len(reports)  # seconds add up, so the sum instead of the mean
     if role is Role.CRITIC and names.AUX_LOSS in means:
         means[names.VALUE_AUX_LOSS] = means.pop(names.AUX_LOSS)
+    means[names.POLICY_LR if actor else names.VALUE_LR] = reports[-1].learning_rate
+    grad_norm = names.POLICY_GRAD_NORM if actor else names.VALUE_GRAD_NORM
     means[grad_norm] = float(np.mean([report.grad_norm for report in reports]))
-    means[rate] = reports[-1].learning_rate
-    if role is Role.ACTOR:
+    if actor:
         means[names.PADDING_SHARE] = float(np.mean([report.padding_share for report in reports]))
         means[names.RANK_IMBALANCE] = float(np.mean([report.imbalance for report in reports]))
     return means

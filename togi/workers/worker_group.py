@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Concatenate, Generic, ParamSpec, TypeVar
+from typing import Concatenate, Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,7 @@ from togi.plan.placement import Role
 from togi.rollout.collect import all_or_none
 from togi.sample import Sample
 from togi.workers.model_worker import Arrays, LearnerWorker, ScorerWorker
-from togi.workers.protocol import Workers, call_all
-
-W = TypeVar("W")
-T = TypeVar("T")
-P = ParamSpec("P")
+from togi.workers.protocol import P, T, W, Workers, call_all
 
 
 class WorkerGroup(Generic[W]):
@@ -58,7 +54,7 @@ class WorkerGroup(Generic[W]):
         answers = await all_or_none(
             self.workers.call(rank, method, share[0]) for rank, share in enumerate(self._by_rank(dealt))
         )
-        return _in_order(plan, self._one_per_share(answers))
+        return _in_order(plan, answers[:: self._ranks_per_share])
 
     def _deal(self, steps: Sequence[Sequence[Sample]]) -> tuple[list[list[list[int]]], list[list[list[Sample]]]]:
         """For each step the sample indices of each share, and for each share its samples of every step."""
@@ -72,10 +68,6 @@ class WorkerGroup(Generic[W]):
     def _by_rank(self, shares: Iterable[T]) -> list[T]:
         """The share of each rank: all ranks of a team have the same."""
         return [share for share in shares for _ in range(self._ranks_per_share)]
-
-    def _one_per_share(self, answers: Sequence[T]) -> Sequence[T]:
-        """The results of the first rank of each team."""
-        return answers[:: self._ranks_per_share]
 
 
 class LearnerGroup(WorkerGroup[LearnerWorker]):
@@ -95,14 +87,13 @@ class LearnerGroup(WorkerGroup[LearnerWorker]):
             self.workers.call(rank, LearnerWorker.update, samples, rows)
             for rank, (samples, rows) in enumerate(self._by_rank(zip(dealt, dealt_rows, strict=True)))
         )
-        by_step = zip(*self._one_per_share(answers), strict=True)
-        return [_merged(plan, reports) for plan, reports in zip(plans, by_step, strict=True)]
-
-
-def _merged(plan: Sequence[Sequence[int]], reports: Sequence[UpdateReport]) -> UpdateReport:
-    """The report of one optimizer step, from those of its shares."""
-    packed = sum((report.packed for report in reports), PackStats(0, 0))
-    return replace(reports[0], packed=packed, logprobs=_in_order(plan, [report.logprobs for report in reports]))
+        merged = []
+        # the report of each step, from those of its shares: the first rank of a team speaks for it
+        for plan, *reports in zip(plans, *answers[:: self._ranks_per_share], strict=True):
+            packed = sum((report.packed for report in reports), PackStats(0, 0))
+            logprobs = _in_order(plan, [report.logprobs for report in reports])
+            merged.append(replace(reports[0], packed=packed, logprobs=logprobs))
+        return merged
 
 
 def _in_order(plan: Sequence[Sequence[int]], answers: Sequence[Sequence[NDArray[np.float32]]]) -> Arrays:

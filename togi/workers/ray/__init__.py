@@ -6,18 +6,20 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+import ray
+
 from togi.config.rl import RLConfig
 from togi.obs.names import Holder
 from togi.obs.way_out import way_out
 from togi.plan.machine import Machine
-from togi.plan.placement import LEARNERS, Role, plan_groups, team_size, used_roles
+from togi.plan.placement import LEARNERS, Role, arithmetic, plan_groups, team_size, used_roles
 from togi.rollout.collect import all_or_none
 from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EnginePool
 from togi.workers.model_worker import LearnerWorker, ModelWorker, ScorerWorker
 from togi.workers.protocol import call_all
 from togi.workers.ray.actors import EngineActor, LearnerActor, ModelActor, ScorerActor
-from togi.workers.ray.cluster import Cluster, RayWorkers, connect, describe, disconnect
+from togi.workers.ray.cluster import Cluster, RayWorkers, connect
 from togi.workers.ray.weight_sync import WeightSync
 from togi.workers.session import Session, engine_settings, sleepers
 from togi.workers.worker_group import LearnerGroup, WorkerGroup
@@ -36,7 +38,7 @@ async def start(
     """
     groups, resources = plan_groups(config), connect(machine)
     try:
-        announce(f"placement: {describe(groups, resources)}")
+        announce(f"placement: {arithmetic(groups, 'GPUs' if resources.gpus > 0 else 'worker processes')}")
         cluster = Cluster(groups, resources)
         session = await _start_all(config, cluster, updates, announce)
         if resources.gpus > 0 and (await session.actor.call_all(LearnerWorker.device_type))[0] == "cpu":
@@ -48,7 +50,7 @@ async def start(
         return session
     except BaseException:
         with way_out("leaving the cluster"):
-            disconnect()
+            ray.shutdown()
         raise
 
 
@@ -90,7 +92,7 @@ async def _start_all(
 
     def end() -> None:
         cluster.close()
-        disconnect()
+        ray.shutdown()
 
     return Session(config, pool, learners, scorers, weights, meter, asleep, end)
 
@@ -107,16 +109,10 @@ class RayMeter:
         self._engines, self._learners, self._scorers = engines, tuple(learners), tuple(scorers)
 
     async def take_peaks(self) -> dict[Holder, list[int]]:
-        engines, learners, scorers = await asyncio.gather(
-            call_all(self._engines, EngineActor.take_peak),
-            asyncio.gather(*(group.call_all(ModelWorker.take_peak) for group in self._learners)),
-            asyncio.gather(*(group.call_all(ModelWorker.take_peak) for group in self._scorers)),
-        )
-        return {
-            Holder.ENGINES: engines,
-            Holder.LEARNERS: [peak for peaks in learners for peak in peaks],
-            Holder.SCORERS: [peak for peaks in scorers for peak in peaks],
-        }
+        peaks = {Holder.ENGINES: await call_all(self._engines, EngineActor.take_peak)}
+        for holder, groups in ((Holder.LEARNERS, self._learners), (Holder.SCORERS, self._scorers)):
+            peaks[holder] = [peak for group in groups for peak in await group.call_all(ModelWorker.take_peak)]
+        return peaks
 
     async def highest(self) -> dict[str, int]:
         numbered = {Role.ENGINE: await call_all(self._engines, EngineActor.memory_bytes)}
@@ -146,20 +142,16 @@ async def load(
 async def _load_engines(
     config: RLConfig, cluster: Cluster, engines: RayWorkers[EngineActor], actor: RayWorkers[LearnerActor]
 ) -> None:
-    threads = cluster.threads(max(1, len(engines)) * config.vllm_tensor_parallel_size)
-    gpus = await _gpus_of_engines(config, actor, len(engines))
-    settings = [engine_settings(config, index, threads) for index in range(len(engines))]
+    count, size = len(engines), config.vllm_tensor_parallel_size
+    threads = cluster.threads(max(1, count) * size)
+    # The GPUs of an engine that shares several with ranks of the actor; none are named where Ray gives each engine its own.
+    gpus: list[tuple[str, ...]] = [()] * count
+    if size > 1 and count > 0 and config.colocate_all_models:
+        slots = await call_all(actor, LearnerActor.gpus)
+        # Engine k runs on the GPUs of the k-th run of `size` actor ranks.
+        runs = (slots[first : first + size] for first in range(0, len(slots), size))
+        gpus = [tuple(gpu for slot in run for gpu in slot) for run in runs]
     _: list[None] = await all_or_none(
-        engines.call(index, EngineActor.start_on, config.rollout_engine, settings[index], gpus[index])
-        for index in range(len(engines))
+        engines.call(i, EngineActor.start_on, config.rollout_engine, engine_settings(config, i, threads), gpus[i])
+        for i in range(count)
     )
-
-
-async def _gpus_of_engines(config: RLConfig, actor: RayWorkers[LearnerActor], engines: int) -> list[tuple[str, ...]]:
-    """The GPUs of each engine that shares several with the actor's ranks; empty tuples if Ray gives each engine its own."""
-    size = config.vllm_tensor_parallel_size
-    if size == 1 or engines == 0 or not config.colocate_all_models:
-        return [()] * engines
-    slots = await call_all(actor, LearnerActor.gpus)
-    # Engine k runs on the GPUs of the k-th run of `size` actor ranks.
-    return [tuple(gpu for slot in slots[first : first + size] for gpu in slot) for first in range(0, len(slots), size)]

@@ -16,16 +16,19 @@ from togi.workers.model_worker import LearnerWorker, ModelWorker, ScorerWorker
 from togi.workers.ray.cluster import own_gpus, see_only
 
 MEETING_TIMEOUT_S = 300.0
+_STORES: list[object] = []
+"""The stores that this process has opened, which last as long as it does."""
 
 
 class ModelActor(ModelWorker):
     """One rank of a model in its own process."""
 
     def open_meeting(self) -> tuple[str, int]:
-        """Open the store where the ranks of this model meet, on rank 0. Returns its address and port."""
+        """Open a store where other processes meet this one, which is their rank 0. Returns its address and port."""
         address = ray.util.get_node_ip_address()
-        self._store = open_store(address, MEETING_TIMEOUT_S)
-        return address, self._store.port
+        store = open_store(address, MEETING_TIMEOUT_S)
+        _STORES.append(store)
+        return address, store.port
 
     def gpus(self) -> tuple[str, ...]:
         """The GPUs that Ray gave this process."""
@@ -45,12 +48,6 @@ class ModelActor(ModelWorker):
 
 class LearnerActor(ModelActor, LearnerWorker):
     """One rank of a model in training."""
-
-    def open_channel(self) -> tuple[str, int]:
-        """Open the store where this rank and the engines meet. Returns its address and port."""
-        address = ray.util.get_node_ip_address()
-        self._channel_store = open_store(address, MEETING_TIMEOUT_S)
-        return address, self._channel_store.port
 
 
 class ScorerActor(ModelActor, ScorerWorker):

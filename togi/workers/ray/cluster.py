@@ -16,18 +16,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic
 
 import ray
 from ray import ObjectRef
 from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from togi.errors import ConfigError, RunError, UserError, WorkerError
@@ -35,12 +30,7 @@ from togi.parallel.process import CUBLAS
 from togi.plan import placement
 from togi.plan.machine import Machine, joins_cluster
 from togi.plan.placement import Group, Role
-from togi.workers.protocol import Method
-
-W = TypeVar("W")
-W_co = TypeVar("W_co", covariant=True)
-T = TypeVar("T")
-P = ParamSpec("P")
+from togi.workers.protocol import Method, P, T, W, W_co
 
 
 class RayWorkers(Generic[W_co]):
@@ -102,7 +92,10 @@ class Resources:
 
 
 def connect(machine: Machine) -> Resources:
-    """Join the cluster of RAY_ADDRESS (set by ``ray job submit``), or start a private one on this machine."""
+    """Join the cluster of RAY_ADDRESS (set by ``ray job submit``), or start a private one on this machine.
+
+    Raises ConfigError if the cluster does not answer.
+    """
     if not joins_cluster():
         # By default Ray gives its workers a lower priority than every other process of the machine.
         os.environ.setdefault("RAY_worker_niceness", "0")
@@ -111,7 +104,14 @@ def connect(machine: Machine) -> Resources:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         _start(machine)
     else:
-        _join()
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            # A common cause is the token: a head with a token file demands one, and a client that names an address sends none.
+            raise ConfigError(
+                f"Ray at RAY_ADDRESS {os.environ['RAY_ADDRESS']} does not answer: start it, or set RAY_AUTH_MODE=token here "
+                "too if it was started with a token (as it is, unasked, where ~/.ray/auth_token exists)."
+            ) from error
     gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
     return Resources(machine.cpus, tuple(number for number in gpus if number > 0))
 
@@ -153,20 +153,6 @@ def see_only(gpus: Sequence[str]) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
 
 
-def _join() -> None:
-    """Join the cluster. Raises ConfigError if it does not answer.
-
-    A common cause is the token: a head with a token file demands one, and a client that names an address does not send it.
-    """
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise ConfigError(
-            f"Ray at RAY_ADDRESS {os.environ['RAY_ADDRESS']} does not answer: start it, or set RAY_AUTH_MODE=token here too if "
-            "it was started with a token (as it is, unasked, where ~/.ray/auth_token exists)."
-        ) from error
-
-
 class Cluster:
     """The placement groups of a run."""
 
@@ -176,8 +162,7 @@ class Cluster:
         if resources.gpus > 0:
             placement.check_nodes(groups, resources.gpus_of_nodes)
             _check_free(sum(group.slots for group in groups), resources.gpus)
-        self.resources = resources
-        self.groups = groups
+        self.resources, self.groups = resources, groups
         # Which node each slot should be on.
         nodes = _gpus_by_node()
         placement.check_spread(groups, len(nodes))
@@ -200,11 +185,8 @@ class Cluster:
         index = found[min(number, len(found) - 1)]
         group, placed, bundles = self.groups[index], self._placed[index], self._bundles[index]
         remote: ActorClass = ray.remote(actor_class)
-        variables = {
-            "OMP_NUM_THREADS": str(self.threads(group.slots)),
-            "TOKENIZERS_PARALLELISM": "false",
-            **CUBLAS,
-        }
+        threads = str(self.threads(group.slots))
+        variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **CUBLAS}
         # An engine takes several slots: its process starts in the first of them.
         step = group.engine_size // group.slots_per_bundle if role is Role.ENGINE else 1
         handles = [
@@ -274,11 +256,6 @@ class Cluster:
         return order
 
 
-def describe(groups: tuple[Group, ...], resources: Resources) -> str:
-    """The arithmetic of a placement in one line."""
-    return placement.arithmetic(groups, "GPUs" if resources.gpus > 0 else "worker processes")
-
-
 def _share(amount: float, group: Group) -> float:
     """Each role's share of a bundle with ``amount`` per slot, rounded down, because the shares must not add up to more."""
     share = amount * group.slots_per_bundle / len(group.roles)
@@ -303,8 +280,3 @@ def _gpus_by_node() -> dict[str, int]:
     alive = [node for node in ray.nodes() if node["Alive"]]
     alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeManagerAddress"], node["NodeID"]))
     return {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
-
-
-def disconnect() -> None:
-    """Leave the cluster; ends it if it was started here."""
-    ray.shutdown()

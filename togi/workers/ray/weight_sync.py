@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from togi.config.rl import RLConfig
 from togi.errors import WeightSyncError
@@ -20,11 +19,9 @@ from togi.rollout.collect import all_or_none
 from togi.weights.buckets import Manifest
 from togi.weights.carriers import Rendezvous
 from togi.workers.model_worker import LearnerWorker
-from togi.workers.protocol import Method, SyncReport, call_all
+from togi.workers.protocol import Method, SyncReport, T, call_all
 from togi.workers.ray.actors import EngineActor, LearnerActor
 from togi.workers.ray.cluster import RayWorkers, result_of
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -34,9 +31,6 @@ class _Progress:
     engines: list[int]
     total: int = 0
     sent: int = 0
-
-    def add(self, engine: int, tensors: int) -> None:
-        self.engines[engine] += tensors
 
     def describe(self) -> str:
         """Who is behind, for the message of a timeout."""
@@ -55,8 +49,7 @@ class WeightSync:
     def __init__(
         self, actor: RayWorkers[LearnerActor], engines: RayWorkers[EngineActor], route: Route, timeout: float
     ) -> None:
-        self.route = route
-        self._actor, self._engines, self._timeout = actor, engines, timeout
+        self.route, self._actor, self._engines, self._timeout = route, actor, engines, timeout
 
     @classmethod
     async def open(
@@ -74,24 +67,20 @@ class WeightSync:
     async def connect(self) -> None:
         """Join actor and engines in a group if the carrier needs one."""
         carrier = self.route.carrier
-        meetings: list[Rendezvous] = []
+        first: Rendezvous | None = None
+        joins: list[Coroutine[object, object, None]] = []
         # Rank 0 of the actor is rank 0 of the group; the engines follow.
         if carrier.is_group:
-            address, port = await self._actor.call(0, LearnerActor.open_channel)
-            size = 1 + len(self._engines)
-            meetings = [Rendezvous(rank, size, address, port, self._timeout) for rank in range(size)]
-        ready = [
-            self._actor.call(
-                rank, LearnerActor.prepare_export, carrier, meetings[0] if meetings and rank == 0 else None
+            address, port = await self._actor.call(0, LearnerActor.open_meeting)
+            first, *others = (
+                Rendezvous(rank, 1 + len(self._engines), address, port, self._timeout)
+                for rank in range(1 + len(self._engines))
             )
-            for rank in range(len(self._actor))
-        ]
-        joins: list[Coroutine[object, object, None]] = [
-            self._engines.call(index, EngineActor.join_channel, meeting, carrier)
-            for index, meeting in enumerate(meetings[1:])
-        ]
+            joins += [self._engines.call(i, EngineActor.join_channel, other, carrier) for i, other in enumerate(others)]
+        for rank in range(len(self._actor)):
+            joins.append(self._actor.call(rank, LearnerActor.prepare_export, carrier, None if rank > 0 else first))
         # Joining blocks until all are there, so both sides wait together.
-        await all_or_none([*ready, *joins])
+        await all_or_none(joins)
 
     async def send(self, version: int) -> SyncReport:
         """Send the actor's current weights to every engine as ``version``.
@@ -147,7 +136,7 @@ class WeightSync:
 
         async def one(engine: int, argument: T) -> None:
             await self._engines.call(engine, method, argument)
-            progress.add(engine, tensors)
+            progress.engines[engine] += tensors
 
         await all_or_none(one(engine, argument) for engine, argument in enumerate(arguments))
 
