@@ -94,7 +94,7 @@ def learner(backend: Backend, lr: float = 1e-3, max_norm: float = 1.0) -> Learne
 
 
 def solo(dtype: torch.dtype = torch.float32, bf16: bool = False, **settings: float) -> Learner:
-    options = BackendOptions(bf16=bf16, weight_decay=0.1)
+    options = BackendOptions(bf16=bf16, l2=0.1)
     return learner(trainable(policy(dtype=dtype), World.solo(CPU), options), **settings)
 
 

@@ -29,7 +29,7 @@ from tests.learn_tools import (
     weights,
 )
 from togi.batch import Batch
-from togi.config.choices import BackendName
+from togi.config.choices import BackendName, GradAccumDtype
 from togi.config.shared import Recompute
 from togi.learn.learner import Learner, StepOutcome, UpdateReport
 from togi.learn.learner_state import load_learner, save_learner
@@ -76,7 +76,7 @@ def own_batches(world: World, step: int) -> list[Batch]:
 
 def options_of(layout: str, **more: object) -> BackendOptions:
     backend, stage = BackendName(layout[:-1]), int(layout[-1])
-    return BackendOptions(**{"bf16": False, "weight_decay": 0.1, "backend": backend, "zero_stage": stage, **more})
+    return BackendOptions(**{"bf16": False, "l2": 0.1, "backend": backend, "zero_stage": stage, **more})
 
 
 def precise_learner(world: World, layout: str) -> Learner:
@@ -327,7 +327,8 @@ def accumulation_in_bfloat16(world: World) -> None:
     """Loses small terms, so it can be told from float32, and not many."""
     for layout in KEEPERS[1:]:
         wide, narrow = (
-            trained_with(world, layout, bf16=True, bf16_accumulation=accumulates)[0] for accumulates in (False, True)
+            trained_with(world, layout, bf16=True, grad_accum_dtype=dtype)[0]
+            for dtype in (GradAccumDtype.FP32, GradAccumDtype.BF16)
         )
         assert 1e-5 < max_difference(wide, narrow) < 1e-2, layout
 

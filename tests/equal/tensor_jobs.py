@@ -62,7 +62,7 @@ def own_batches(world: World, step: int) -> list[Batch]:
 
 
 def learner_of(world: World, arch: str, stage: int, **more: object) -> Learner:
-    options = BackendOptions(**{"bf16": False, "weight_decay": 0.1, "zero_stage": stage, **more})
+    options = BackendOptions(**{"bf16": False, "l2": 0.1, "zero_stage": stage, **more})
     module = model_of(arch)
     if options.bf16:
         module = module.float()

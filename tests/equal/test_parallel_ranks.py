@@ -79,7 +79,7 @@ def test_four_ragged_ranks_equal_one_process(tmp_path: Path, alone: dict[str, ob
 def test_fully_shard_on_one_rank_equals_plain_pytorch_bit_for_bit(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's AdamW on both sides; the kernel of one process is compared with it in test_parallel_replicated."""
     monkeypatch.setattr(replicated, "compiled", lambda: None)
-    options = BackendOptions(bf16=bf16, zero_stage=2, weight_decay=0.1)
+    options = BackendOptions(bf16=bf16, zero_stage=2, l2=0.1)
     plain = learner(Replicated(policy(), World.solo(CPU), options))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -19,7 +19,7 @@ def test_one_process_equals_a_plain_loop_bit_for_bit() -> None:
     plain = copy.deepcopy(model)
     loss_of = objective()
     learner = Learner(
-        trainable(model, World.solo(CPU), BackendOptions(bf16=False, weight_decay=0.1)),
+        trainable(model, World.solo(CPU), BackendOptions(bf16=False, l2=0.1)),
         loss_of,
         Schedule(Scheduler.CONSTANT, 1e-3, 4),
         1.0,

@@ -225,10 +225,6 @@ class Part:
         shared_GCD = torch.cat([x_GTD[:, link] for link in self.context], dim=1)
         return torch.cat([shared_GCD.expand(self.count, *shared_GCD.shape), own_nGLD], dim=2)
 
-    def put(self, x_HTD: Tensor, part_nHLD: Tensor) -> None:
-        """Write ``part`` to the places that ``queries`` reads."""
-        self.queries(x_HTD).copy_(part_nHLD)
-
     def add(self, x_GTD: Tensor, part_nGMD: Tensor) -> None:
         """Add ``part`` to the places that ``keys`` reads. The context gets the sum over segments."""
         shared_GCD = part_nGMD[:, :, : part_nGMD.shape[2] - self.length].sum(0)
@@ -270,7 +266,10 @@ class HostAttention(torch.autograd.Function):
         # token-major memory: the output projection reads it without a copy
         out_HTD = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
         # short runs: one call of the C kernel, if it fits the tensors and keeps all threads busy
-        short = tuple(_is_short(part, visible) for part, visible in zip(parts, seen, strict=True))
+        short = tuple(
+            visible.causal and visible.seen_LM is None and wins(part.length, part.seen)
+            for part, visible in zip(parts, seen, strict=True)
+        )
         together = _together(runs, short, 2 * len(key) * key.shape[2] * 4)
         kernels = kernels_for(query, key, value, float32=True) if query.stride(2) == 1 else None
         # the C kernel needs a segment and key/value head for each thread; PyTorch splits single products over threads
@@ -282,16 +281,16 @@ class HostAttention(torch.autograd.Function):
         # the other runs one by one, and short ones too without the C kernel
         kept: list[Tensor | None] = []  # short runs keep neither output nor log-sum-exp
         for part, visible, is_short in zip(parts, seen, short, strict=True):
-            if is_short and kernels is not None:
+            if is_short:
                 kept += [None, None]
-                continue
+                if kernels is not None:
+                    continue
             inputs = (part.queries(query), part.keys(key), part.keys(value))
             if is_short:
                 attend_in_blocks(*inputs, scale, part.queries(out_HTD))
-                kept += [None, None]
                 continue
             out_nHLD, lse_nHL = attend(*inputs, scale, visible)
-            part.put(out_HTD, out_nHLD)
+            part.queries(out_HTD).copy_(out_nHLD)
             kept += [out_nHLD, lse_nHL]  # before rounding: the backward subtracts with it
         ctx.save_for_backward(query, key, value, *kept)
         ctx.fixed = parts, seen, kernels, together, scale
@@ -318,14 +317,10 @@ class HostAttention(torch.autograd.Function):
                 d_keys, d_values = attend_in_blocks_backward(grad_nHLD, *inputs, scale, part.queries(d_query))
             else:
                 d_queries, d_keys, d_values = attend_backward(grad_nHLD, inputs, out_nHLD, lse_nHL, scale, visible)
-                part.put(d_query, d_queries)
+                part.queries(d_query).copy_(d_queries)
             part.add(d_key, d_keys)
             part.add(d_value, d_values)
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
-
-
-def _is_short(part: Part, visible: Visibility) -> bool:
-    return visible.causal and visible.seen_LM is None and wins(part.length, part.seen)
 
 
 @lru_cache(maxsize=8)

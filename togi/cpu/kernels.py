@@ -149,10 +149,8 @@ class HostKernels:
         self._functions = {name: library[name] for name in SIGNATURES}
         for name, function in self._functions.items():
             # without declared types ctypes would pass pointers and sizes as 32-bit integers
-            function.argtypes, function.restype = (
-                SIGNATURES[name],
-                ctypes.c_int if name.startswith("attention") else None,
-            )
+            function.argtypes = SIGNATURES[name]
+            function.restype = ctypes.c_int if name.startswith("attention") else None
 
     def _run(self, name: str, *arguments: object) -> None:
         """Call a C function; it gets the address of a tensor, which must be contiguous. Raises MemoryError."""

@@ -8,8 +8,8 @@ not depend on losses or batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,46 +22,36 @@ from togi.parallel.process import World
 
 @dataclass(frozen=True, slots=True)
 class BackendOptions:
-    """``--bf16``, ``--zero_stage``, ``--adam_betas``, ``--l2``, AdamW's epsilon, ``--backend`` and options of single backends.
+    """Settings of training by the names of their flags, and AdamW's epsilon.
 
     bf16: compute in bfloat16 from float32 masters; otherwise everything is in the dtype of the parameters.
     zero_stage: 0 replicates; 1 shards masters and moments; 2 shards gradients too (reduced at every micro-batch); 3 also
     frees the gathered weights between forward and backward.
     adam_offload: masters and moments are in host memory, and AdamW runs there.
-    overlap_comm, zpg (the number of ranks that share a second copy of the weights, ZeRO++) and bf16_accumulation (gradients of
-    micro-batches are summed in bfloat16) are DeepSpeed's. FSDP2 always overlaps, gathers over all ranks and sums in float32.
+    overlap_comm, zpg (the number of ranks that share a second copy of the weights, ZeRO++) and grad_accum_dtype (in which
+    gradients of micro-batches are summed) are DeepSpeed's. FSDP2 always overlaps, gathers over all ranks and sums in float32.
     """
 
     bf16: bool = True
     zero_stage: int = 2
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    l2: float = 0.0
     eps: float = 1e-8
     backend: BackendName = BackendName.FSDP2
     adam_offload: bool = False
     overlap_comm: bool = False
     zpg: int = 1
-    bf16_accumulation: bool = False
+    grad_accum_dtype: GradAccumDtype = GradAccumDtype.FP32
+
+    @classmethod
+    def of(cls, config: TrainSettings) -> Self:
+        """The options from the flags of a command."""
+        return cls(**config.model_dump(include={field.name for field in fields(cls)}))
 
     @property
     def partitions_parts(self) -> bool:
         """Whether DeepSpeed loads its weights part by part. With ZeRO++ it cannot: the engine must make the groups first."""
         return self.backend is BackendName.DEEPSPEED and self.zero_stage == 3 and self.zpg == 1
-
-
-def backend_options(config: TrainSettings, *, bf16: bool) -> BackendOptions:
-    """The options from the flags of a command."""
-    return BackendOptions(
-        bf16=bf16,
-        zero_stage=config.zero_stage,
-        betas=config.adam_betas,
-        weight_decay=config.l2,
-        backend=config.backend,
-        adam_offload=config.adam_offload,
-        overlap_comm=config.overlap_comm,
-        zpg=config.zpg,
-        bf16_accumulation=bf16 and config.grad_accum_dtype is GradAccumDtype.BF16,
-    )
 
 
 class Backend(Protocol):

@@ -84,10 +84,8 @@ class DeepSpeed:
                 model=module, optimizer=self._adamw, config=_config(world, options), dist_init_required=False
             )
         module.register_forward_hook(_wrap)
-        self.module = module
-        self.world = world
-        self._options = options
-        self._trained = trained
+        self.module, self.world = module, world
+        self._options, self._trained = options, trained
         # moments exist before the first step, and masters have the loaded precision
         kinds = {BF16_Optimizer: _FirstStage, DeepSpeedZeroOptimizer: _SecondStage}
         self._zero: _Shards = kinds.get(type(self._engine.optimizer), _ThirdStage)(self._engine.optimizer)
@@ -300,7 +298,7 @@ def _config(world: World, options: BackendOptions) -> dict[str, object]:
         "gradient_accumulation_steps": 1,
         "steps_per_print": None,
         "bf16": {"enabled": options.bf16},
-        "data_types": {"grad_accum_dtype": "bf16" if options.bf16_accumulation else "fp32"},
+        "data_types": {"grad_accum_dtype": options.grad_accum_dtype.value},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

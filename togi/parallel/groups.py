@@ -143,18 +143,10 @@ def clip_split_gradients(parameters: Iterable[Tensor], max_norm: float, world: W
         assert isinstance(parameter.grad, DTensor)
         own.append(parameter.grad.to_local())
         # an element on several ranks must count once in the sum over ranks
-        square += float(own[-1].double().square().sum()) / _copies(parameter.grad, world)
+        mesh, placements = parameter.grad.device_mesh, parameter.grad.placements
+        apart = [mesh.size(dim) for dim, placement in enumerate(placements) if not placement.is_replicate()]
+        square += float(own[-1].double().square().sum()) / (world.size // math.prod(apart))
     norm = math.sqrt(world.sum("gradient norm", [square])[0])
     if math.isfinite(norm) and norm > max_norm:
         torch._foreach_mul_(own, max_norm / (norm + 1e-6))
     return norm
-
-
-def _copies(part: DTensor, world: World) -> int:
-    """The number of ranks that hold each element."""
-    mesh = part.device_mesh
-    copies = world.size // mesh.size()
-    for dim, placement in enumerate(part.placements):
-        if placement.is_replicate():
-            copies *= mesh.size(dim)
-    return copies

@@ -48,13 +48,13 @@ def adamw_without_state(
     decayed = [p for name, p in parameters.items() if len(shapes[name]) > 1]
     others = [p for name, p in parameters.items() if len(shapes[name]) <= 1]
     groups: list[dict[str, object]] = []
-    for chosen, decay in ((decayed, options.weight_decay), (others, 0.0)):
+    for chosen, decay in ((decayed, options.l2), (others, 0.0)):
         by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
         for parameter in chosen:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             by_mesh.setdefault(mesh, []).append(parameter)
         groups += [{"params": own, "weight_decay": decay} for own in by_mesh.values()]
-    return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=options.adam_betas, eps=options.eps, fused=True)
 
 
 def add_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:

@@ -83,11 +83,8 @@ class World:
     def __init__(self, rank: int, size: int, device: torch.device, ring_size: int = 1, tensor_size: int = 1) -> None:
         assert 0 <= rank < size and size % (ring_size * tensor_size) == 0
         assert ring_size == 1 or tensor_size == 1, "teams of both kinds"
-        self.rank = rank
-        self.size = size
-        self.device = device
-        self.ring_size = ring_size
-        self.tensor_size = tensor_size
+        self.rank, self.size, self.device = rank, size, device
+        self.ring_size, self.tensor_size = ring_size, tensor_size
         # The tag of the running collective, for stall reports; "" outside of collectives.
         self.pending = ""
 

@@ -353,9 +353,8 @@ class TransformersCore:
             raise ModelError(f"the Transformers engine cannot generate with {folder!r}: {reason}") from error
         if info["missing_keys"]:
             raise ModelError(f"the checkpoint {folder!r} lacks {', '.join(sorted(info['missing_keys'])[:5])}")
-        model.set_attn_implementation(
-            ATTENTION
-        )  # only now: Transformers refuses models that cannot use SDPA, as ours is
+        # only now: Transformers refuses models that cannot use SDPA, as ours is
+        model.set_attn_implementation(ATTENTION)
         loaded: PreTrainedModel = model.requires_grad_(False).eval().to(self._device)
         pack_linears(loaded)
         return loaded

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
 
 T = TypeVar("T")
-REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 SCORE_REQUEST = "score"
 NOT_SHARED = ("gpu_memory_utilization", "kv_cache_gb", "threads", "device_index")
 """The settings that vLLM does not have on every device; it has all others, by the same names."""
@@ -229,7 +228,7 @@ def generation_of(output: RequestOutput, version: int) -> Generation:
     """A finished request of vLLM. ``version``: of the weights."""
     (completion,) = output.outputs
     tokens, logprobs = tuple(completion.token_ids), tuple(completion.logprobs.logprobs)
-    return Generation(tokens, logprobs, REASONS[completion.finish_reason], version)
+    return Generation(tokens, logprobs, FinishReason(completion.finish_reason), version)
 
 
 # The functions below run on vLLM's worker; their first argument is its Worker object.

@@ -49,7 +49,7 @@ from togi.model.policy import PolicyModel, ScalarModel
 from togi.obs import names
 from togi.obs.progress import Progress
 from togi.parallel import frozen, reads_parts, trainable
-from togi.parallel.backend import BackendOptions, backend_options
+from togi.parallel.backend import BackendOptions
 from togi.parallel.groups import Ring
 from togi.parallel.process import World, be_deterministic
 from togi.rollout import create_engine
@@ -438,7 +438,7 @@ class Loading:
 
     def __init__(self, config: Method, world: World) -> None:
         self.config, self.world = config, world
-        self.options = backend_options(config, bf16=config.bf16)
+        self.options = BackendOptions.of(config)
         self._ring = Ring(world) if world.ring_size > 1 else None
 
     def trained(self) -> PolicyModel | ScalarModel:

@@ -30,7 +30,7 @@ from togi.model.loading import ModelSource, dtype_of, load_causal_lm, load_scala
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.obs import names
 from togi.parallel import frozen, reads_parts, trainable
-from togi.parallel.backend import backend_options
+from togi.parallel.backend import BackendOptions
 from togi.parallel.groups import Ring
 from togi.parallel.optimizer import Parking
 from togi.parallel.process import World, default_device
@@ -84,7 +84,7 @@ class ModelWorker:
     def _read(self, role: Role, path: str) -> PolicyModel | ScalarModel:
         """Read the model. A critic that starts from the policy gets a new head; other scalar models must have one."""
         config, world, trained = self._config, self._world, role in LEARNERS
-        defer = reads_parts(world, backend_options(config, bf16=config.bf16), trained=trained)
+        defer = reads_parts(world, BackendOptions.of(config), trained=trained)
         source = ModelSource.of(config, path, world.device, in_ring=world.ring_size > 1, trained=trained, defer=defer)
         if role in (Role.ACTOR, Role.REF):
             return load_causal_lm(source)
@@ -134,7 +134,7 @@ class ScorerWorker(ModelWorker):
         """Load the frozen model. ``path``: its folder or hub name."""
         self._join(meeting, config)
         self._model = model = self._load(role, path)
-        options, world = backend_options(config, bf16=config.bf16), self._world
+        options, world = BackendOptions.of(config), self._world
         # Offloaded weights are in host memory and are copied to the device for each call.
         on_host = config.ref_reward_offload and world.device.type != "cpu"
         self._scorer = Scorer(model, world, frozen(model, world, options, model.read, on_host=on_host))
@@ -158,7 +158,7 @@ class LearnerWorker(ModelWorker):
         self._join(meeting, config, config.ds_tensor_parallel_size)
         self._role = role
         self._model = self._load(role, config.pretrain if role is Role.ACTOR else config.critic_source)
-        backend = trainable(self._model, self._world, backend_options(config, bf16=config.bf16), self._model.read)
+        backend = trainable(self._model, self._world, BackendOptions.of(config), self._model.read)
         # Schedule, loss and optimizer step.
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
         schedule = Schedule.of(config, peak, total)
