@@ -18,6 +18,7 @@ from togi.data.packing import pack
 from togi.learn.learner import Learner
 from togi.learn.objective import PolicyObjective
 from togi.learn.schedule import Schedule
+from togi.methods.sft import SFT
 from togi.model.attention import SEGMENTS
 from togi.model.policy import PolicyModel, ScalarModel
 from togi.parallel import trainable
@@ -36,6 +37,11 @@ PRELOADED = [
     "togi.model.adapters",
     "togi.run.offline",
 ]
+
+
+def scheduled(kind: Scheduler, peak: float, total: int) -> Schedule:
+    """A schedule without warm-up."""
+    return Schedule(SFT(lr_scheduler=kind, lr_warmup_ratio=0.0), peak, total)
 
 
 def policy(seed: int = 0, dtype: torch.dtype = torch.float32, arch: str = "llama") -> PolicyModel:
@@ -90,7 +96,7 @@ def objective(aggregation: Aggregation = Aggregation.TOKEN_MEAN) -> PolicyObject
 
 
 def learner(backend: Backend, lr: float = 1e-3, max_norm: float = 1.0) -> Learner:
-    return Learner(backend, objective(), Schedule(Scheduler.LINEAR, lr, 10), max_norm)
+    return Learner(backend, objective(), scheduled(Scheduler.LINEAR, lr, 10), max_norm)
 
 
 def solo(dtype: torch.dtype = torch.float32, bf16: bool = False, **settings: float) -> Learner:
@@ -112,7 +118,7 @@ def gradients(samples: Sequence[Sample], sizes: Sequence[int], aggregation: Aggr
         backend.drop_gradients()
 
     backend.step = look
-    Learner(backend, objective(aggregation), Schedule(Scheduler.CONSTANT, 1.0, 1), math.inf).update(
+    Learner(backend, objective(aggregation), scheduled(Scheduler.CONSTANT, 1.0, 1), math.inf).update(
         packs(samples, sizes)
     )
     return seen

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.learn_tools import CPU
+from tests.learn_tools import CPU, scheduled
 from togi.batch import Batch
 from togi.config.choices import Scheduler
 from togi.data.packing import pack
 from togi.learn.learner import Learner
 from togi.learn.objective import Objective
-from togi.learn.schedule import Schedule
 from togi.model.policy import Outputs
 from togi.obs.metrics import merge, reduced
 from togi.parallel import trainable
@@ -51,7 +50,7 @@ def double(*values: float) -> Tensor:
 
 def learner(model: nn.Module, objective: Objective) -> Learner:
     backend = trainable(model, World.solo(CPU), BackendOptions(bf16=False))
-    return Learner(backend, objective, Schedule(Scheduler.CONSTANT, 1e-3, 8), 1.0)
+    return Learner(backend, objective, scheduled(Scheduler.CONSTANT, 1e-3, 8), 1.0)
 
 
 def history(learner: Learner, samples: Sequence[Sample], number: int = 8) -> list[dict[str, float]]:

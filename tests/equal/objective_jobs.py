@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from tests.learn_tools import weights
+from tests.learn_tools import scheduled, weights
 from tests.objective_cases import CASES, Case
 from togi.batch import Batch
 from togi.config.choices import Scheduler
 from togi.data.packing import pack
 from togi.learn.learner import Learner
-from togi.learn.schedule import Schedule
 from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
 from togi.parallel.process import World
@@ -47,7 +46,7 @@ def train(world: World, name: str, stage: int) -> dict[str, object]:
     """Two float64 steps on the same rows."""
     case = CASES[name]
     backend = trainable(case.model(), world, BackendOptions(bf16=False, zero_stage=stage))
-    learner = Learner(backend, case.make(), Schedule(Scheduler.CONSTANT, 1e-3, 2), math.inf)
+    learner = Learner(backend, case.make(), scheduled(Scheduler.CONSTANT, 1e-3, 2), math.inf)
     reports = [learner.update(own_batches(world, case)) for _ in range(2)]
     metrics = [{**report.metrics, "grad_norm": report.grad_norm, "count": report.count} for report in reports]
     return {"metrics": metrics, "weights": weights(backend)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.equal.objective_jobs import NAMES
-from tests.learn_tools import critic, objective, policy, rollouts, weights
+from tests.learn_tools import critic, objective, policy, rollouts, scheduled, weights
 from tests.objective_cases import CASES
 from tests.packs import Group, make_segments, random_groups, shared_pack
 from tests.tiny import tiny_model
@@ -20,7 +20,6 @@ from togi.config.choices import Scheduler
 from togi.data.packing import pack
 from togi.learn.learner import Learner
 from togi.learn.objective import ValueObjective
-from togi.learn.schedule import Schedule
 from togi.model.attention import SEGMENTS, segment_attention
 from togi.model.policy import Needs, PolicyModel
 from togi.model.ring_attention import ring_attention
@@ -174,7 +173,7 @@ def trained(world: World, name: str, stage: int, ring: Ring | None) -> dict[str,
         if name.startswith("kd"):
             goal.teacher.join_ring(ring, 1)
     backend = trainable(model, world, BackendOptions(bf16=False, zero_stage=stage))
-    learner = Learner(backend, goal, Schedule(Scheduler.CONSTANT, 1e-3, 2), math.inf)
+    learner = Learner(backend, goal, scheduled(Scheduler.CONSTANT, 1e-3, 2), math.inf)
     batches = [pack(samples[a:b], share_prefix=True) for a, b in pairwise(cuts)]
     reports = [learner.update(batches) for _ in range(2)]
     metrics = [{**report.metrics, "grad_norm": report.grad_norm, "count": report.count} for report in reports]

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification
 
 from tests.equal.parallel_jobs import IDENTITY, PLANS, finish, record, same_state
-from tests.learn_tools import learner, packs, rollouts, weights
+from tests.learn_tools import learner, packs, rollouts, scheduled, weights
 from tests.tiny import tiny_config, tiny_model
 from togi.batch import Batch
 from togi.config.architectures import SPLITTABLE
@@ -18,7 +18,6 @@ from togi.config.choices import Scheduler
 from togi.learn.learner import Learner, UpdateReport
 from togi.learn.learner_state import load_learner, save_learner
 from togi.learn.objective import ValueObjective
-from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer
 from togi.model.attention import SEGMENTS
 from togi.model.policy import PolicyModel, ScalarModel
@@ -68,7 +67,7 @@ def learner_of(world: World, arch: str, stage: int, **more: object) -> Learner:
         module = module.float()
     backend = trainable(module, world, options)
     if arch == "critic":
-        return Learner(backend, ValueObjective(0.2), Schedule(Scheduler.LINEAR, 1e-3, 10), 1.0)
+        return Learner(backend, ValueObjective(0.2), scheduled(Scheduler.LINEAR, 1e-3, 10), 1.0)
     return learner(backend)
 
 

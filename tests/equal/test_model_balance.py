@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from tests.learn_tools import scheduled
 from tests.packs import Group, plain_pack, random_groups, shared_pack
 from tests.tiny import tiny_config, tiny_model
 from togi.algo.balance import balance_loss, routing_sums
@@ -18,7 +19,6 @@ from togi.config.architectures import MIXTURES
 from togi.config.choices import Scheduler
 from togi.learn.learner import Learner
 from togi.learn.objective import SFTObjective
-from togi.learn.schedule import Schedule
 from togi.model.attention import SEGMENTS
 from togi.model.policy import Needs, PolicyModel, ScalarModel
 from togi.obs import names
@@ -124,7 +124,7 @@ def step_gradients(batches: list[Batch], coef: float) -> tuple[dict[str, Tensor]
         seen.update(gradients(backend.module))
 
     backend.step = look
-    learner = Learner(backend, SFTObjective(), Schedule(Scheduler.CONSTANT, 1.0, 1), math.inf, coef)
+    learner = Learner(backend, SFTObjective(), scheduled(Scheduler.CONSTANT, 1.0, 1), math.inf, coef)
     return seen, learner.update(batches).metrics.get(names.AUX_LOSS, math.nan)
 
 

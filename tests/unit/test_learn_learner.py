@@ -15,6 +15,7 @@ from tests.learn_tools import (
     packs,
     policy,
     rollouts,
+    scheduled,
     solo,
     weights,
 )
@@ -22,7 +23,6 @@ from togi.config.choices import Aggregation, Scheduler
 from togi.errors import RunError
 from togi.learn.learner import Divergence, Learner, StepOutcome
 from togi.learn.objective import PolicyObjective, ValueObjective
-from togi.learn.schedule import Schedule
 from togi.learn.scorer import Scorer, dummy_batch, nothing
 from togi.model.policy import Needs
 from togi.parallel import frozen, trainable
@@ -155,7 +155,7 @@ def test_value_objective_reports_loss_and_explained_variance() -> None:
     )
     held = old + np.clip(values - old, -0.2, 0.2)
     loss = 0.5 * np.maximum((values - returns) ** 2, (held - returns) ** 2).mean()
-    report = Learner(backend, ValueObjective(0.2), Schedule(Scheduler.CONSTANT, 1e-3, 1), 1.0).update(
+    report = Learner(backend, ValueObjective(0.2), scheduled(Scheduler.CONSTANT, 1e-3, 1), 1.0).update(
         packs(samples, [2, 3])
     )
     assert report.metrics["value/loss"] == pytest.approx(loss, rel=1e-5)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.learn_tools import CPU, objective, packs, policy, rollouts
+from tests.learn_tools import CPU, objective, packs, policy, rollouts, scheduled
 from togi.config.choices import Scheduler
 from togi.learn.learner import Learner, Mixed, UpdateReport
 from togi.learn.objective import Objective, SFTObjective
-from togi.learn.schedule import Schedule
 from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
 from togi.parallel.process import World
@@ -34,7 +33,7 @@ def gradient(
         backend.drop_gradients()
 
     backend.step = look
-    report = Learner(backend, main, Schedule(Scheduler.CONSTANT, 1.0, 1), math.inf).update(batches, mixed)
+    report = Learner(backend, main, scheduled(Scheduler.CONSTANT, 1.0, 1), math.inf).update(batches, mixed)
     return seen, report
 
 

@@ -24,19 +24,19 @@ CASES: list[tuple[Scheduler, dict[str, Any], dict[str, Any]]] = [
     (Scheduler.CONSTANT_WITH_WARMUP, {}, {}),
     (Scheduler.INVERSE_SQRT, {}, {}),
     (Scheduler.COSINE, {}, {}),
-    (Scheduler.COSINE, {"num_cycles": 1.5}, {"cycles": 1.5}),
+    (Scheduler.COSINE, {"num_cycles": 1.5}, {"lr_num_cycles": 1.5}),
     (Scheduler.COSINE_WITH_RESTARTS, {}, {}),
-    (Scheduler.COSINE_WITH_RESTARTS, {"num_cycles": 3}, {"cycles": 3.0}),
+    (Scheduler.COSINE_WITH_RESTARTS, {"num_cycles": 3}, {"lr_num_cycles": 3.0}),
     (Scheduler.POLYNOMIAL, {"lr_end": 0.1 * PEAK}, {}),
-    (Scheduler.POLYNOMIAL, {"lr_end": 0.0, "power": 2.5}, {"floor": 0.0, "power": 2.5}),
+    (Scheduler.POLYNOMIAL, {"lr_end": 0.0, "power": 2.5}, {"min_lr_ratio": 0.0, "lr_power": 2.5}),
     (Scheduler.COSINE_WITH_MIN_LR, {"min_lr_rate": 0.1}, {}),
-    (Scheduler.COSINE_WITH_MIN_LR, {**FLOOR, "num_cycles": 1.5}, {"floor": 0.25, "cycles": 1.5}),
-    (Scheduler.COSINE_WARMUP_WITH_MIN_LR, FLOOR, {"floor": 0.25}),
-    (Scheduler.WARMUP_STABLE_DECAY, {"num_decay_steps": 6}, {"floor": 0.0, "decay": 6}),
+    (Scheduler.COSINE_WITH_MIN_LR, {**FLOOR, "num_cycles": 1.5}, {"min_lr_ratio": 0.25, "lr_num_cycles": 1.5}),
+    (Scheduler.COSINE_WARMUP_WITH_MIN_LR, FLOOR, {"min_lr_ratio": 0.25}),
+    (Scheduler.WARMUP_STABLE_DECAY, {"num_decay_steps": 6}, {"min_lr_ratio": 0.0, "lr_decay_ratio": 6 / TOTAL}),
     (
         Scheduler.WARMUP_STABLE_DECAY,
         {"num_decay_steps": 9, "min_lr_ratio": 0.25, "num_cycles": 1.0},
-        {"floor": 0.25, "decay": 9, "cycles": 1.0},
+        {"min_lr_ratio": 0.25, "lr_decay_ratio": 9 / TOTAL, "lr_num_cycles": 1.0},
     ),
 ]
 
@@ -51,7 +51,7 @@ def test_every_schedule_of_transformers_is_known_and_tested() -> None:
 def test_equal_to_transformers(kind: Scheduler, theirs: dict[str, Any], ours: dict[str, Any], warmup: int) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
     reference = get_scheduler(kind.value, optimizer, warmup, TOTAL, scheduler_specific_kwargs=theirs)
-    schedule = Schedule(kind, PEAK, TOTAL, warmup, **ours)
+    schedule = Schedule(SFT(lr_scheduler=kind, lr_warmup_ratio=warmup / TOTAL, **ours), PEAK, TOTAL)
     last = TOTAL - (
         kind is Scheduler.COSINE_WARMUP_WITH_MIN_LR
     )  # step TOTAL is past its end, where it would rise again
@@ -62,7 +62,7 @@ def test_equal_to_transformers(kind: Scheduler, theirs: dict[str, Any], ours: di
 
 
 def test_warm_up_is_a_ceiling_and_the_floor_holds() -> None:
-    schedule = Schedule.of(SFT(), 1.0, 101)
+    schedule = Schedule(SFT(), 1.0, 101)
     assert schedule.warmup == 4
     assert [schedule.rate(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
     for step in (101, 500):
@@ -77,11 +77,11 @@ def test_the_flags_reach_the_schedule() -> None:
         min_lr_ratio=0.2,
         lr_num_cycles=0.5,
     )
-    rates = [Schedule.of(config, 10.0, 10).rate(step) for step in range(11)]
+    rates = [Schedule(config, 10.0, 10).rate(step) for step in range(11)]
     # one step of warm-up from the floor, six at the peak, then ceil(0.25 x 10) = 3 along half a cosine
     assert rates == pytest.approx([2.0, 10, 10, 10, 10, 10, 10, 10, 8.0, 4.0, 2.0])
     power = SFT(lr_scheduler=Scheduler.POLYNOMIAL, lr_warmup_ratio=0, lr_power=2, min_lr_ratio=0)
-    assert [Schedule.of(power, 1.0, 4).rate(step) for step in range(5)] == [1.0, 0.5625, 0.25, 0.0625, 0.0]
+    assert [Schedule(power, 1.0, 4).rate(step) for step in range(5)] == [1.0, 0.5625, 0.25, 0.0625, 0.0]
 
 
 @pytest.mark.parametrize(

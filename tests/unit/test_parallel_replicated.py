@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from tests.kernel_calls import counted_calls
-from tests.learn_tools import CPU, max_difference, objective, packs, policy, rollouts, solo, weights
+from tests.learn_tools import CPU, max_difference, objective, packs, policy, rollouts, scheduled, solo, weights
 from togi.config.choices import Scheduler
 from togi.learn.learner import Learner
-from togi.learn.schedule import Schedule
 from togi.parallel import replicated, trainable
 from togi.parallel.backend import BackendOptions, decoder_blocks
 from togi.parallel.process import World
@@ -21,7 +20,7 @@ def test_one_process_equals_a_plain_loop_bit_for_bit() -> None:
     learner = Learner(
         trainable(model, World.solo(CPU), BackendOptions(bf16=False, l2=0.1)),
         loss_of,
-        Schedule(Scheduler.CONSTANT, 1e-3, 4),
+        scheduled(Scheduler.CONSTANT, 1e-3, 4),
         1.0,
     )
     groups = [

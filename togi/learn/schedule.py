@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -25,39 +25,26 @@ INVERSE_SQRT_STEPS = 10_000
 
 @dataclass(frozen=True)
 class Schedule:
-    """``peak``: the highest rate. ``total``: planned optimizer steps. ``warmup``: steps of linear warm-up.
+    """The rate that the flags describe, a function of the step. ``peak``: the highest rate; ``total``: planned optimizer steps.
 
-    ``floor``: the lowest rate as a share of the peak, for the kinds that have one. ``cycles``: waves of the cosine, or its
-    number of restarts; None for the kind's default. ``power``: exponent of polynomial. ``decay``: the last steps of
-    warmup_stable_decay, in which the rate falls. Steps past ``total`` keep the last rate, except that inverse_sqrt decays further.
+    Shares of the run are rounded up to whole steps. Steps past ``total`` keep the last rate, except that inverse_sqrt decays
+    further.
     """
 
-    kind: Scheduler
+    settings: TrainSettings
     peak: float
     total: int
-    warmup: int = 0
-    floor: float = 0.1
-    cycles: float | None = None
-    power: float = 1.0
-    decay: int = 0
 
-    @classmethod
-    def of(cls, settings: TrainSettings, peak: float, total: int) -> Self:
-        """The schedule that the flags describe. Shares of the run are rounded up to whole steps."""
-        return cls(
-            settings.lr_scheduler,
-            peak,
-            total,
-            warmup=math.ceil(settings.lr_warmup_ratio * total),
-            floor=settings.min_lr_ratio,
-            cycles=settings.lr_num_cycles,
-            power=settings.lr_power,
-            decay=math.ceil(settings.lr_decay_ratio * total),
-        )
+    @property
+    def warmup(self) -> int:
+        """Steps of linear warm-up."""
+        return math.ceil(self.settings.lr_warmup_ratio * self.total)
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""
-        return self.peak * self._share(step if self.kind is Scheduler.INVERSE_SQRT else min(step, self._last))
+        return self.peak * self._share(
+            step if self.settings.lr_scheduler is Scheduler.INVERSE_SQRT else min(step, self._last)
+        )
 
     def observe(self, loss: float) -> None:
         """Ignore the loss: the rate depends on the step alone."""
@@ -67,36 +54,38 @@ class Schedule:
         return {}
 
     def load_state(self, state: Mapping[str, object]) -> None:
-        assert not state, f"{self.kind} was given the state of a measured rate"
+        assert not state, f"{self.settings.lr_scheduler} was given the state of a measured rate"
 
     @property
     def _last(self) -> int:
         """The last step of the schedule. After it some of Transformers' schedules would rise again."""
-        return max(self.total, self.warmup + 1) - (self.kind is Scheduler.COSINE_WARMUP_WITH_MIN_LR)
+        return max(self.total, self.warmup + 1) - (self.settings.lr_scheduler is Scheduler.COSINE_WARMUP_WITH_MIN_LR)
 
     def _share(self, step: int) -> float:
         """The rate as a share of the peak: the formulas of Transformers' functions, which cannot be imported without PEFT."""
-        kind, floor, end = self.kind, self.floor, max(self.total, self.warmup + 1)
+        settings, end = self.settings, max(self.total, self.warmup + 1)
+        kind, floor, cycles = settings.lr_scheduler, settings.min_lr_ratio, settings.lr_num_cycles
         taken = step + (kind is Scheduler.COSINE_WARMUP_WITH_MIN_LR)
         if step < self.warmup and kind is not Scheduler.CONSTANT:
             rising = taken / self.warmup
             return rising * (1 - floor) + floor if kind is Scheduler.WARMUP_STABLE_DECAY else rising
         done = (taken - self.warmup) / (end - self.warmup)
-        waves = 0.5 if self.cycles is None else self.cycles
+        waves = 0.5 if cycles is None else cycles
         match kind:
             case Scheduler.CONSTANT | Scheduler.CONSTANT_WITH_WARMUP:
                 share = 1.0
             case Scheduler.LINEAR:
                 share = 1 - done
             case Scheduler.POLYNOMIAL:
-                share = (1 - floor) * (1 - done) ** float(self.power) + floor
+                share = (1 - floor) * (1 - done) ** settings.lr_power + floor
             case Scheduler.INVERSE_SQRT:
                 scale = self.warmup or INVERSE_SQRT_STEPS
                 share = math.sqrt(scale / (step - self.warmup + scale))
             case Scheduler.COSINE_WITH_RESTARTS:
-                share = _wave((self.cycles or 1.0) * done % 1) if done < 1 else 0.0
+                share = _wave((cycles or 1.0) * done % 1) if done < 1 else 0.0
             case Scheduler.WARMUP_STABLE_DECAY:
-                falling = (step - (end - self.decay)) / max(1, self.decay)
+                decay = math.ceil(settings.lr_decay_ratio * self.total)
+                falling = (step - (end - decay)) / max(1, decay)
                 share = 1.0 if falling < 0 else _wave(2 * waves * falling) * (1 - floor) + floor
                 share = share if step < end else floor
             case Scheduler.COSINE:
@@ -161,7 +150,7 @@ LearningRate = Schedule | MeasuredRate
 
 def planned(settings: TrainSettings, peak: float, total: int) -> LearningRate:
     """The rate that the flags describe, over ``total`` optimizer steps."""
-    return (MeasuredRate if settings.lr_scheduler.follows_a_loss else Schedule.of)(settings, peak, total)
+    return (MeasuredRate if settings.lr_scheduler.follows_a_loss else Schedule)(settings, peak, total)
 
 
 def highest(settings: TrainSettings, peak: float, total: int) -> float:

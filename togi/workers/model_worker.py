@@ -161,7 +161,7 @@ class LearnerWorker(ModelWorker):
         backend = trainable(self._model, self._world, BackendOptions.of(config), self._model.read)
         # Schedule, loss and optimizer step.
         peak = config.actor_learning_rate if role is Role.ACTOR else config.critic_learning_rate
-        schedule = Schedule.of(config, peak, total)
+        schedule = Schedule(config, peak, total)
         max_norm = config.max_norm if config.max_norm > 0 else float("inf")
         balance = config.aux_loss_coef if self._model.is_mixture else 0.0  # a critic may be dense
         self._learner = Learner(backend, self._objective(), schedule, max_norm, balance)
