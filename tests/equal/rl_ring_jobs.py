@@ -6,7 +6,7 @@ from togi.config.rl import RLConfig
 from togi.plan.placement import Role
 from togi.weights.carriers import Rendezvous
 from togi.workers.model_worker import ScorerWorker
-from togi.workers.ray.actors import LearnerActor
+from togi.workers.ray.cluster import LearnerActor
 
 
 class Player(LearnerActor):

@@ -137,13 +137,13 @@ class DeepSpeed:
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._trained.items():
-            with self.world.collective(f"master of {name}"):
-                whole = utils.safe_get_full_fp32_param(parameter)
-            yield f"{MASTER}/{name}", whole
-            for moment in MOMENTS:
-                with self.world.collective(f"{moment} of {name}"):
-                    whole = utils.safe_get_full_optimizer_state(parameter, moment)
-                yield f"{moment}/{name}", whole
+            for kind in (MASTER, *MOMENTS):
+                with self.world.collective(f"{kind} of {name}"):
+                    if kind == MASTER:
+                        whole = utils.safe_get_full_fp32_param(parameter)
+                    else:
+                        whole = utils.safe_get_full_optimizer_state(parameter, kind)
+                yield f"{kind}/{name}", whole
 
     def load_state(self, read: Callable[[str], Tensor], steps: int) -> None:
         self._set(lambda name: {kind: read(f"{kind}/{name}") for kind in (MASTER, *MOMENTS)})

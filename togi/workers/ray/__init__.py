@@ -18,8 +18,7 @@ from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EnginePool
 from togi.workers.model_worker import LearnerWorker, ModelWorker, ScorerWorker
 from togi.workers.protocol import call_all
-from togi.workers.ray.actors import EngineActor, LearnerActor, ModelActor, ScorerActor
-from togi.workers.ray.cluster import Cluster, RayWorkers, connect
+from togi.workers.ray.cluster import Cluster, EngineActor, LearnerActor, ModelActor, RayWorkers, ScorerActor, connect
 from togi.workers.ray.weight_sync import WeightSync
 from togi.workers.session import Session, engine_settings, sleepers
 from togi.workers.worker_group import LearnerGroup, WorkerGroup

@@ -4,7 +4,8 @@ Only this module asks Ray for resources. The arithmetic was checked before (``to
 what the cluster really has, so that nothing waits for a GPU that does not exist. GPUs that are only declared
 (``ray start --num-gpus 8`` on a machine without any) count as slots, whose processes compute on the CPU.
 
-The first failure of a worker is raised as an error that names the worker, without Ray's wrapping.
+The first failure of a worker is raised as an error that names the worker, without Ray's wrapping. At the end: the workers as Ray
+actors, with what an object needs when it runs in its own process.
 """
 
 from __future__ import annotations
@@ -25,11 +26,17 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from togi.config.choices import EngineName
+from togi.config.rl import RLConfig
 from togi.errors import ConfigError, RunError, UserError, WorkerError
-from togi.parallel.process import CUBLAS
+from togi.parallel.process import CUBLAS, be_deterministic, open_store
 from togi.plan import placement
 from togi.plan.machine import Machine, joins_cluster
 from togi.plan.placement import Group, Role
+from togi.rollout.engine import EngineSettings
+from togi.weights.carriers import Rendezvous
+from togi.workers.engine_worker import EngineWorker
+from togi.workers.model_worker import LearnerWorker, ModelWorker, ScorerWorker
 from togi.workers.protocol import Method, P, T, W, W_co
 
 
@@ -77,6 +84,9 @@ SLOW_START = "timed out during startup"  # part of Ray's message
 RELEASE_TIMEOUT_S = 10.0
 """A job that has just ended may still be releasing its GPUs."""
 NODE_LABEL = "ray.io/node-id"
+MEETING_TIMEOUT_S = 300.0
+_STORES: list[object] = []
+"""The stores that this process has opened, which last as long as it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +150,6 @@ def _start(machine: Machine) -> None:
                 ) from error
             logger.warning("Ray did not start within its time, so it is started again: this machine is busy.")
             ray.shutdown()
-
-
-def own_gpus() -> tuple[str, ...]:
-    """The GPUs that Ray gave this worker, as CUDA_VISIBLE_DEVICES names them."""
-    return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
-
-
-def see_only(gpus: Sequence[str]) -> None:
-    """Restrict torch to these GPUs, before its first use of one. Ray does so itself unless it is configured not to."""
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
 
 
 class Cluster:
@@ -276,7 +275,70 @@ def _check_free(needed: int, total: int) -> None:
 
 def _gpus_by_node() -> dict[str, int]:
     """The number of GPUs of every node, this node first."""
-    here = ray.get_runtime_context().get_node_id()
+    here = _this_node()
     alive = [node for node in ray.nodes() if node["Alive"]]
     alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeManagerAddress"], node["NodeID"]))
     return {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
+
+
+class ModelActor(ModelWorker):
+    """One rank of a model in its own process."""
+
+    def open_meeting(self) -> tuple[str, int]:
+        """Open a store where other processes meet this one, which is their rank 0. Returns its address and port."""
+        address = ray.util.get_node_ip_address()
+        store = open_store(address, MEETING_TIMEOUT_S)
+        _STORES.append(store)
+        return address, store.port
+
+    def gpus(self) -> tuple[str, ...]:
+        """The GPUs that Ray gave this process."""
+        return _own_gpus()
+
+    def node(self) -> str:
+        """The node of this process."""
+        return _this_node()
+
+    def _join(self, meeting: Rendezvous, config: RLConfig, tensor_size: int = 1) -> None:
+        # Before the first use of CUDA in this process.
+        _see_only(_own_gpus())
+        if config.full_determinism:
+            be_deterministic()
+        super()._join(meeting, config, tensor_size)
+
+
+class LearnerActor(ModelActor, LearnerWorker):
+    """One rank of a model in training."""
+
+
+class ScorerActor(ModelActor, ScorerWorker):
+    """One rank of a frozen model."""
+
+
+class EngineActor(EngineWorker):
+    """One engine in its own process."""
+
+    async def start_on(self, name: EngineName, settings: EngineSettings, gpus: Sequence[str]) -> None:
+        """Start the engine. ``gpus``: the GPUs that it may use, if they are not those that Ray gave this process."""
+        _see_only(gpus or _own_gpus())
+        await self.start(name, settings)
+
+    async def node(self) -> str:
+        """The node of this process."""
+        return _this_node()
+
+
+def _this_node() -> str:
+    """The id of the node of this process."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _own_gpus() -> tuple[str, ...]:
+    """The GPUs that Ray gave this worker, as CUDA_VISIBLE_DEVICES names them."""
+    return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
+
+
+def _see_only(gpus: Sequence[str]) -> None:
+    """Restrict torch to these GPUs, before its first use of one. Ray does so itself unless it is configured not to."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

@@ -20,8 +20,7 @@ from togi.weights.buckets import Manifest
 from togi.weights.carriers import Rendezvous
 from togi.workers.model_worker import LearnerWorker
 from togi.workers.protocol import Method, SyncReport, T, call_all
-from togi.workers.ray.actors import EngineActor, LearnerActor
-from togi.workers.ray.cluster import RayWorkers, result_of
+from togi.workers.ray.cluster import EngineActor, LearnerActor, RayWorkers, result_of
 
 
 @dataclass(slots=True)
