@@ -25,6 +25,8 @@ from transformers import Gemma3Config
 
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from togi.cli.main import main
+from togi.errors import ConfigError
+from togi.run.journal import claimed
 
 ROOT = Path(__file__).parents[2]
 GOOD = """
@@ -518,6 +520,33 @@ def test_prompts_and_rewards_before_a_model_is_loaded(
     assert list(tmp_path.iterdir()) == []
     assert psutil.Process().children(recursive=True) == before
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("flag", ["save_path", "ckpt_path"])
+def test_a_folder_that_another_run_writes_into(
+    world: Path, flag: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    case = Case(
+        "",
+        f"--{flag} one --run_dir run --save_steps 1",
+        (f"Another run is writing into --{flag} one: wait for its end",),
+    )
+    # the other run is a process that is killed: nothing of its hold is left
+    hold = "import sys, time; from togi.run.journal import claimed\nwith claimed('x', 'one'): print(flush=True); time.sleep(600)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold], stdout=subprocess.PIPE, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert other.stdout is not None and other.stdout.readline() == b"\n"
+    assert main(argv(world, case)) == 2
+    check_sentence(world, case, capfd.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    other.kill()
+    other.wait()
+    with claimed(flag, "one"), pytest.raises(ConfigError, match="wait for its end"), claimed(flag, "one"):
+        pass
+    with claimed(flag, "one"):
+        pass
 
 
 @pytest.mark.parametrize("case", [*ALONE, *ALONE_HEAVY], ids=lambda case: case.name)

@@ -192,6 +192,11 @@ class OutputSettings(Settings):
     wandb_run_name: str | None = flag(None, "Weights & Biases run name; default: the run folder's name.")
     use_tensorboard: PathText | None = flag(None, "TensorBoard folder.")
 
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether the run writes into ``--ckpt_path``: checkpoints, or its best model."""
+        return self.save_steps > 0 or self.best_metric_key != NO_METRIC
+
 
 # The settings that only another one reads, by that one.
 READERS = {

@@ -5,9 +5,11 @@ Only the first rank writes; other ranks have a ``Journal`` that keeps time and w
 The held-out rows in the report: those with the worst and the best values of an evaluation.
 """
 
+import fcntl
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +21,7 @@ from togi.config.shared import OutputSettings
 from togi.data.chat import Tokenizer, visible
 from togi.data.records import Examples
 from togi.data.report import DataReport
+from togi.errors import ConfigError
 from togi.learn.checkpoint import Checkpoint
 from togi.obs.metrics import StepRecord
 from togi.obs.progress import Progress, Watchdog
@@ -156,6 +159,27 @@ class RunJournal(Journal):
 
 
 @contextmanager
+def claimed(flag: str, folder: str) -> Iterator[None]:
+    """Hold a folder that a run writes into until the block or the process ends. Raises ConfigError if another run holds it.
+
+    The lock is on the folder itself: no file is left behind, and the system gives it back however a process ends.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"Another run is writing into --{flag} {folder}: wait for its end, or give another folder."
+                ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def open_journal(
     parsed: Parsed[Config],
     command: str,
@@ -169,29 +193,32 @@ def open_journal(
 
     ``reports``: of the data sets, by the name of the folder that each goes to.
     """
-    config = parsed.config
-    # The folder with its settings.
+    config, files = parsed.config, ExitStack()
     root = Path(config.run_dir) if config.run_dir is not None else default_run_dir(command)
     settings = config.model_dump(mode="json")
     resolved = {name: Resolved(value, parsed.sources[name]) for name, value in settings.items()}
     opened = RunDirectory.resume if config.load_checkpoint else RunDirectory.create
-    directory = opened(root, command, argv, resolved)
     # Without a checkpoint nothing of an earlier attempt counts, not even its evaluation before training.
     last_step = found.step if found is not None else -1
-    # Sinks and watchdog; a failure on the way closes those that are open.
-    files = ExitStack()
-    try:
-        for name, report in reports.items():
-            report.write(root / "data" / name)
-        if config.load_checkpoint:
-            directory.truncate_after(last_step)
-        sinks = open_trackers(trackers(config), directory.read_info().run_id, root, settings, last_step + 1)
-        recorder = Recorder(directory.metrics_path, sinks)
-        files.callback(recorder.close)
-        watchdog = files.enter_context(Watchdog(STALL_SECONDS, directory.stacks_path))
-        yield RunJournal(directory, recorder, watchdog, progress, announce)
-        files.close()
-    except BaseException as error:
-        end_run(directory, State.FAILED, cause(error), files.close)
-        raise
-    end_run(directory, State.FINISHED)
+    with ExitStack() as held:
+        held.enter_context(claimed("save_path", config.save_path))
+        if config.keeps_checkpoints:
+            held.enter_context(claimed("ckpt_path", config.ckpt_path))
+        # The folder with its settings.
+        directory = opened(root, command, argv, resolved)
+        # Sinks and watchdog; a failure on the way closes those that are open.
+        try:
+            for name, report in reports.items():
+                report.write(root / "data" / name)
+            if config.load_checkpoint:
+                directory.truncate_after(last_step)
+            sinks = open_trackers(trackers(config), directory.read_info().run_id, root, settings, last_step + 1)
+            recorder = Recorder(directory.metrics_path, sinks)
+            files.callback(recorder.close)
+            watchdog = files.enter_context(Watchdog(STALL_SECONDS, directory.stacks_path))
+            yield RunJournal(directory, recorder, watchdog, progress, announce)
+            files.close()
+        except BaseException as error:
+            end_run(directory, State.FAILED, cause(error), files.close)
+            raise
+        end_run(directory, State.FINISHED)

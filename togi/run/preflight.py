@@ -22,7 +22,7 @@ from togi.config.model_facts import check_length
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig, verifier_of
 from togi.config.rl_checks import check_rl
-from togi.config.shared import ADAPTER_CONFIG, NO_METRIC, ModelSettings, OutputSettings, check_mixture, check_splittable
+from togi.config.shared import ADAPTER_CONFIG, ModelSettings, OutputSettings, check_mixture, check_splittable
 from togi.config.tools import ServeRMConfig
 from togi.data.items import Kind, listed, parse_item, parse_items, split_items
 from togi.data.precheck import check_sources, parse_probs
@@ -190,8 +190,7 @@ def check_outputs(config: OutputSettings, models: Sequence[tuple[str, str]], mor
         RunDirectory(Path(config.run_dir)).check_unused()
     # A new run finds no checkpoint or best model of an earlier one where it writes its own: they would be resumed as its own,
     # and pruned in place of older ones of its own.
-    writes = config.save_steps > 0 or config.best_metric_key != NO_METRIC
-    if writes and not config.load_checkpoint and (left := left_behind(Path(config.ckpt_path))):
+    if config.keeps_checkpoints and not config.load_checkpoint and (left := left_behind(Path(config.ckpt_path))):
         raise ConfigError(
             f"--ckpt_path {config.ckpt_path} already holds {listed(left[-2:])} of an earlier run: go on with that run by "
             "--load_checkpoint, give another --ckpt_path, or remove the folder."
