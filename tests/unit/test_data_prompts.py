@@ -1,14 +1,18 @@
 """Rendering, tokenising once, counting every dropped row, and dealing each prompt once per episode."""
 
 import dataclasses
+import datetime
 import json
 import os
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from tests.tiny import START, STOP, tiny_tokenizer
 from togi.data.chat import decode, encode, load_tokenizer, plain_prompt, render_messages, stop_token_ids, visible
@@ -191,6 +195,16 @@ def test_unusable_sets_are_errors(tmp_path, tokenizer):
     path = write(tmp_path / "c.jsonl", [{"input": "a", "label": 1}, {"input": "c"}])
     with pytest.raises(DataError, match=r"^Line 2 of .*c.jsonl has no field 'label'"):
         load_prompts(PromptSpec(path, label_key="label"), tokenizer)
+
+
+@pytest.mark.parametrize("value", [datetime.date(2026, 11, 30), Decimal("1.5"), b"bytes"], ids=repr)
+def test_a_label_that_json_cannot_hold_names_its_row(tmp_path, tokenizer, value):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"input": ["a", "b"], "label": pyarrow.array([None, value])}), path)
+    with pytest.raises(
+        DataError, match=r"^Row 1 of .*a.parquet: the field 'label' is no JSON value .*: point --label_key"
+    ):
+        load_prompts(PromptSpec(str(path), label_key="label"), tokenizer)
 
 
 def test_faulty_rows_are_left_out_up_to_a_limit(tmp_path, tokenizer):

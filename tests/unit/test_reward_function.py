@@ -174,12 +174,9 @@ def test_the_worker_imports_neither_torch_nor_numpy(manners):
     assert score(manners, "a", label="modules")[0].value == 0.0
 
 
-def test_a_label_may_be_any_json_value_but_nothing_else(manners):
+def test_a_label_may_be_any_json_value(manners):
     for label in (None, 3, 1.5, True, [1, ["x"]], {"a": {"b": None}}, "ü\ud800\n"):
         assert score(manners, "a", label=label)[0].value == 4.0
-    message = refusal(manners, object())
-    assert "The label of prompt 'p-7' is not a JSON value" in message
-    assert "--label_key" in message
 
 
 def test_a_large_group_passes(manners):

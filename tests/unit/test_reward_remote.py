@@ -269,12 +269,6 @@ def test_proxies_are_for_public_hosts_only(monkeypatch: pytest.MonkeyPatch) -> N
     assert not is_private("8.8.8.8")
 
 
-def test_labels_that_are_no_json_values_are_refused() -> None:
-    reward = client("http://127.0.0.1:1/")
-    with pytest.raises(RewardError, match="label of prompt 'p-1' is not a JSON value"):
-        asyncio.run(reward.score([rollout("a", {1, 2})]))
-
-
 def test_the_wait_doubles_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """0.5, 1, 2, 4, 8, 10, 10 s, each times a random factor of 0.5 to 1."""
     monkeypatch.setattr(remote, "FIRST_DELAY_SECONDS", 0.5)

@@ -6,6 +6,7 @@ episode and the number of prompts, not on ranks or on how many are taken at once
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -241,6 +242,13 @@ def _text(fields: Fields, spec: PromptSpec) -> tuple[str, frozenset[Note]]:
     if is_empty(value):
         return "", frozenset()
     check_whole(label, f"the field {spec.label_key!r} has")
+    try:
+        json.dumps(label)
+    except (TypeError, ValueError) as error:
+        raise FaultKind.WRONG_TYPE.error(
+            f"the field {spec.label_key!r} is no JSON value ({error}): point --label_key at a field of texts, numbers, lists or "
+            "objects."
+        ) from None
     if spec.apply_chat_template:
         text, notes = _chat(fields, key)
     else:

@@ -11,7 +11,6 @@ devices, its head and its micro-batches.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -44,16 +43,7 @@ class Reward(Protocol):
 
 
 def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Call:
-    """The group as lists. A query is the prompt's text plus ``response`` of the rollout.
-
-    Raises RewardError for a label that is not a JSON value.
-    """
-    prompt = group[0].prompt  # the same for all
-    try:
-        json.dumps(prompt.label)
-    except (TypeError, ValueError) as error:
-        way_out = "point --label_key at a field of texts, numbers, lists or objects"
-        raise RewardError(f"The label of prompt {prompt.id!r} is not a JSON value ({error}); {way_out}.") from None
+    """The group as lists. A query is the prompt's text plus ``response`` of the rollout."""
     call: Call = {
         "queries": [rollout.prompt.text + response(rollout) for rollout in group],
         "prompts": [rollout.prompt.text for rollout in group],
