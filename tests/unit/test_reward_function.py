@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,6 +200,21 @@ def test_a_hanging_function_is_killed_with_its_children_and_replaced(tmp_path):
         assert score(reward, "a")[0].value == 4.0
 
 
+@pytest.mark.parametrize("edited", ["def reward_func(queries, prompts, labels): return [9]", "no Python ("])
+def test_a_file_edited_during_a_run_changes_nothing(tmp_path, edited):
+    """Every worker has the file as it was at the start, also one that replaces another, and errors show its lines."""
+    path = write(tmp_path, MANNERS)
+    with closing(FunctionReward.from_file(path, CallLimits(workers=1, timeout=0.5))) as reward:
+        path.write_text(edited)
+        assert score(reward, "a")[0].value == 4.0
+        assert "was killed" in failure(reward, "hang")
+        assert score(reward, "a")[0].value == 4.0
+        before = failure(reward, "raise")
+        path.write_text(textwrap.dedent(MANNERS))
+        with closing(FunctionReward.from_file(path, CallLimits(workers=1))) as other:
+            assert failure(other, "raise") == before
+
+
 def test_close_reaps_the_workers_and_ends_calls_in_flight(tmp_path):
     reward = FunctionReward.from_file(write(tmp_path, MANNERS), CallLimits(workers=2))
 
@@ -324,7 +340,8 @@ def test_keyword_arguments_reach_a_function_that_takes_any(tmp_path):
 def test_a_file_that_cannot_be_used(tmp_path, monkeypatch, source, sentence):
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(Complaint) as refusal:
-        load_function(Load(LoadKind.FILE, str(write(tmp_path, source)), "reward_func"))
+        path = write(tmp_path, source)
+        load_function(Load(LoadKind.FILE, str(path), "reward_func", content=b64encode(path.read_bytes()).decode()))
     assert refusal.value.what.startswith(sentence)
 
 

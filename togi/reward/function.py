@@ -194,13 +194,17 @@ class FunctionReward:
 
     @classmethod
     def from_file(cls, path: str | Path, limits: CallLimits = DEFAULT, component: str = "function") -> FunctionReward:
-        """The ``reward_func`` of a Python file. Raises RewardError if there is no such file."""
+        """The ``reward_func`` of a Python file, which is read once, here. Raises RewardError if there is no such file."""
         file = Path(path).expanduser().absolute()
         if file.suffix != ".py" or not file.is_file():
             raise RewardError(
                 f"The reward function file {path} is not an existing .py file; give --reward_func the path of one."
             )
-        load = Load(LoadKind.FILE, str(file), FUNCTION_NAME)
+        try:
+            content = base64.b64encode(file.read_bytes()).decode()
+        except OSError as error:
+            raise RewardError(f"The reward function file {path} cannot be read ({error}).") from None
+        load = Load(LoadKind.FILE, str(file), FUNCTION_NAME, content=content)
         return cls(load, f"{FUNCTION_NAME} in {path}", limits, component)
 
     @classmethod

@@ -31,13 +31,15 @@ class LoadKind(StrEnum):
 class Load:
     """The first message to a worker. ``source``: a path, a module name or base64. ``name``: the qualified function name.
 
-    ``settings``: keyword arguments of every call.
+    ``settings``: keyword arguments of every call. ``content``: the bytes of a file in base64, so that every worker of a run has
+    the same function, also if the file is edited.
     """
 
     kind: LoadKind
     source: str
     name: str
     settings: Mapping[str, str] = field(default_factory=dict)
+    content: str = ""
 
 
 Call = dict[str, list[Any]]
