@@ -52,6 +52,8 @@ REWARDS = {
     "nan": FUNCTION + "    return [float('nan')] * len(queries)\n",
     "text": FUNCTION + "    return ['good'] * len(queries)\n",
     "nothing": FUNCTION + "    pass\n",
+    "penalty": FUNCTION + "    return {'rewards': [0.0] * len(queries), 'extra_logs': {'overlong_penalty': 1.0}}\n",
+    "metric": FUNCTION + "    return {'rewards': [0.0] * len(queries), 'extra_logs': {'mean': 1.0}}\n",
     "hangs": "import time\n" + FUNCTION + "    time.sleep(1000)\n",
     "dies": "import os\n" + FUNCTION + "    os.kill(os.getpid(), 9)\n",
     "signature": "def reward_func(text):\n    return 0.0\n",
@@ -330,6 +332,12 @@ HEAVY = [
     Case("NaN", "--reward_func @nan.py", ("@nan.py returned nan in rewards for sample 0",)),
     Case("a string", "--reward_func @text.py", ("@text.py returned the string 'good' in rewards for sample 0",)),
     Case("no return", "--reward_func @nothing.py", ("@nothing.py returned None as rewards",)),
+    Case(
+        "a log named as a length penalty",
+        "--reward_func @penalty.py --overlong_buffer_len 4",
+        ("The reward has a part named 'overlong_penalty', as a length penalty is: use another name.",),
+    ),
+    Case("a log named as a metric", "--reward_func @metric.py", ("a part named 'mean', as a metric of Togi's own is",)),
     Case(
         "signature", "--reward_func @signature.py", ("@signature.py cannot be called with queries, prompts and labels",)
     ),

@@ -128,7 +128,7 @@ def part_of_page(name: str) -> str:
 def reward_component(component: str) -> str:
     """Metric name of a named part of the reward. Raises ``RewardError`` if it would hide a standard metric."""
     if component in RESERVED_COMPONENTS:
-        raise RewardError(f"a reward component is called {component!r}, which is a metric of Togi's own; rename it")
+        raise RewardError(f"The reward has a part named {component!r}, as a metric of Togi's own is: use another name.")
     return f"reward/{component}"
 
 

@@ -26,13 +26,23 @@ from togi.learn.hooks import check_estimator, check_policy_loss
 from togi.learn.learner_state import check_adapter
 from togi.model.checkpoint import check_base_files
 from togi.model.loading import known_tokens
+from togi.obs.names import reward_component
 from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
 from togi.plan.placement import Role
 from togi.pump.feed import ReplayFeed
 from togi.reward.function import CallLimits, FunctionReward
 from togi.reward.remote import TOKEN_VARIABLE, ConnectionLimits, RemoteReward
-from togi.reward.scores import CombinedReward, LocalModelReward, Reward, Standardization, Term, distinct_names
+from togi.reward.scores import (
+    CombinedReward,
+    LengthPenalties,
+    LocalModelReward,
+    Reward,
+    Standardization,
+    Term,
+    combine,
+    distinct_names,
+)
 from togi.rollout.collect import SingleTurn
 from togi.run.keep import DRIVER, newest_checkpoint
 from togi.run.loading import UNLIMITED, check_start, spec_of, tokenizer_of
@@ -297,6 +307,7 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
             size = min(2, config.n_samples_per_prompt)
             groups = [[example(prompt)] * size for prompt in trial_prompts((*prompts, *held_out))]
             trial = await rewards.check(groups)
+            check_parts(config, rewards.names, groups[0], trial)
     # Stage 4: where answers end.
     stops = chat.stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
     if notice := chat.end_notice(tokenizer, config.pretrain, stops):
@@ -338,6 +349,18 @@ def trial_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
     for prompt in prompts:
         found.setdefault((prompt.datasource, _kind(prompt.label)), prompt)
     return list(found.values())[:TRIALS]
+
+
+def check_parts(
+    config: RLConfig, names: Sequence[str], group: Sequence[Rollout], trial: Mapping[str, Sequence[Score]]
+) -> None:
+    """Name the parts of the trial's reward as the run will. Raises RewardError for one that is a length penalty or a metric."""
+    untried = [Score(Outcome.SCORE, 0.0)] * len(group)  # reward models are not loaded yet
+    rows = zip(*(trial.get(name, untried) for name in names), strict=True)
+    scores = [combine(names, [1.0] * len(names), row) for row in rows]
+    for score in LengthPenalties.of(config).applied(group, scores):
+        for part in score.components:
+            reward_component(part)
 
 
 def _kind(label: object) -> object:
