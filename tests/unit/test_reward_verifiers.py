@@ -14,6 +14,7 @@ from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.config.rl_checks import check_rl
 from togi.errors import ConfigError, RewardError
+from togi.reward.verifiers import json_schema
 from togi.reward.verifiers import reasoning_gym as gym
 from togi.reward.wire import Complaint
 from togi.run import preflight
@@ -31,6 +32,7 @@ def test_exact() -> None:
     assert values("exact", ["Paris", " Paris\n", "paris"], "Paris") == [1.0, 1.0, 0.0]
     assert values("exact", ["7", "a  b"], 7) == [1.0, 0.0]
     assert values("exact", ["True", "1"], True) == [1.0, 0.0]
+    assert values("exact", ["0.00001", "1e-05"], 1e-05) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["exact", "math"])
@@ -122,10 +124,47 @@ def test_json_schema() -> None:
         "builtin:json_schema cannot use the label {'type': 'nothing'}: it is no JSON Schema ('nothing' is not valid under any "
         "of the given schemas) (scoring prompt 'p'); point --label_key at a field of schemas."
     )
+    assert values("json_schema", ["NaN", "-Infinity", "1"], {"type": "number"}) == [0.0, 0.0, 1.0]
+    # each bracket takes several frames of the validator
+    assert values("json_schema", ["[" * 2000 + "]" * 2000, "[[]]"], {"items": {"$ref": "#"}}) == [0.0, 1.0]
     (text,) = scored(["--reward_func", "builtin:json_schema"], ["{}"], "7 apples")
     assert text.message.startswith(
         "builtin:json_schema cannot use the label '7 apples': it is no JSON Schema (Extra data"
     )
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        (5, "it is no object, true or false"),
+        (None, "it is no object, true or false"),
+        ('{"minimum": NaN}', "NaN is no JSON"),
+        ({"$schema": 5}, "its $schema is no text"),
+        ({"$ref": "http://x.y/z"}, "nothing is at its reference 'http://x.y/z'"),
+        ({"items": {"$ref": "#/definitions/x"}}, "nothing is at its reference '/definitions/x'"),
+        ({"x": {"not": {"$ref": "#/y"}}, "items": {"$ref": "#/x"}}, "nothing is at its reference '/y'"),
+        ({"allOf": [{"$ref": "#"}]}, "it is nested, or refers to itself, without end"),
+    ],
+)
+def test_labels_that_are_no_schema(label: object, reason: str) -> None:
+    with pytest.raises(Complaint) as refusal:
+        json_schema.reward_func([""], [""], [label])
+    assert refusal.value.what.endswith(f"it is no JSON Schema ({reason})")
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        True,
+        "true",
+        {},
+        {"$ref": "http://json-schema.org/draft-07/schema#"},
+        {"properties": {"$ref": {"enum": [{"$ref": "#/no"}]}}},
+        {"$defs": {"x": {"$id": "a"}}, "$ref": "a"},
+    ],
+)
+def test_labels_that_are_schemas(label: object) -> None:
+    assert json_schema.reward_func([""], [""], [label]) == [None]
 
 
 def test_math() -> None:
@@ -141,6 +180,37 @@ def test_math() -> None:
     assert values("math", texts, r"\frac{1}{2}") == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     assert values("math", [r"\boxed{18}"], "3 x 6 = 18\n#### 18") == [1.0]
     assert values("math", [r"$\boxed{x^2+2x+1}$"], "(x+1)^2") == [1.0]
+
+
+def test_numbers_are_read_as_they_are_written_by_hand() -> None:
+    pytest.importorskip("math_verify")
+    plain = {1e-05: "0.00001", 1e16: "1" + "0" * 16, "1e20": "1" + "0" * 20, "-2.5E-3": "-0.0025", 72.0: "72"}
+    plain |= {"5.": "5", "#### 1,000.": "1000", "$7$.": "7", -0.5: "-0.5", 10**30: "1" + "0" * 30}
+    for label, answer in plain.items():
+        assert values("math", [rf"\boxed{{{answer}}}", r"\boxed{3}"], label) == [1.0, 0.0], label
+
+
+def test_every_label_of_math_is_checked_as_it_is_parsed() -> None:
+    """Most labels are not parsed by the check: it must accept the same ones."""
+    math = pytest.importorskip("togi.reward.verifiers.math")
+    for label in (
+        "5",
+        r"$\frac{1}{2}$",
+        r"so \boxed{4}",
+        r"\text{Paris}",
+        "{4}",
+        "(1,2]",
+        r"\alpha",
+        "-x",
+        r"\{1\}",
+        "π",
+    ):
+        assert math.reward_func([""], [""], [label]) == [None]
+        assert math.gold(label)
+    for label in ("####", "$", "}", '"', r"\text{}", r"\boxed{4", r"so \boxed{}", float("nan"), None, [5]):
+        with pytest.raises(Complaint) as refusal:
+            math.reward_func(["", ""], ["", ""], ["5", label])
+        assert refusal.value.index == 1
 
 
 def test_math_without_an_answer_in_the_label_is_an_error() -> None:
@@ -195,6 +265,57 @@ def test_reasoning_gym() -> None:
         gym.score("[]", {**label, "task": "n_queens"})
     with pytest.raises(Complaint, match="is not an object"):
         gym.score("5", "5")
+
+
+def gym_label(task: str) -> dict[str, object]:
+    """A label as the module's recipe makes it, after its way through JSON."""
+    row = pytest.importorskip("reasoning_gym").create_dataset(task, size=1, seed=3)[0]
+    label = json.dumps({"task": task, "answer": row["answer"], "metadata": row["metadata"]})
+    return dict(json.loads(label))
+
+
+def test_a_verifier_that_raises_says_that_the_answer_is_wrong() -> None:
+    wrong = {"prime_factorization": "foo", "boxnet": "[[]]", "game_of_life": "{}", "complex_arithmetic": "nan + 3i"}
+    for task, answer in wrong.items():
+        label = gym_label(task)
+        assert gym.score(answer, label) == 0.0, task
+        assert gym.reward_func([""], [""], [label]) == [None]  # and the label is in order
+    assert gym.score("1e400", gym_label("coin_flip")) == 0.0
+
+
+@pytest.mark.parametrize("task", ["arc_agi", "rearc"])
+def test_grids_are_compared_after_their_way_through_json(task: str) -> None:
+    label = gym_label(task)
+    assert gym.score(str(label["answer"]), label) == 1.0
+    assert gym.score("1 2\n3 4", label) == 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"task": "game_of_life_halting"}, "'game_of_life_halting': it names a task whose verifier scores '?' 1"),
+        ({"task": "coin_flip", "answer": "0.234375"}, "'coin_flip': it names a task whose verifier scores '0' 1"),
+        ({"task": "coin_toss"}, "'coin_toss': it names no task"),
+        ({"task": ["coin_flip"]}, "it is not an object"),
+        (
+            {"task": "arc_agi", "answer": "1 2", "metadata": {"output": [[3, 4]]}},
+            "it has an answer that its task arc_agi scores 0.05, not 1",
+        ),
+    ],
+)
+def test_labels_that_would_teach_nonsense_are_refused(change: dict[str, object], why: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    label = {"task": "prime_factorization", "answer": "2 × 3", "metadata": {}}
+    assert gym.reward_func([""], [""], [label]) == [None]
+    with pytest.raises(Complaint) as refusal:
+        gym.reward_func(["", ""], ["", ""], [label, label | change])
+    assert why in refusal.value.what and refusal.value.index == 1
+
+
+def test_zero_may_be_the_right_answer() -> None:
+    pytest.importorskip("reasoning_gym")
+    label = {"task": "coin_flip", "answer": "0.0", "metadata": {}}
+    assert gym.reward_func([""], [""], [label]) == [None]
 
 
 def test_reasoning_gym_agrees_with_the_reference_answers() -> None:

@@ -97,7 +97,6 @@ FOREIGN_ATTRIBUTES = Counter(
         "obs/way_out.py: writing": 1,
         "plan/machine.py: keep_freed": 1,
         "plan/machine.py: return_freed": 1,
-        "reward/verifiers/json_schema.py: fits": 1,
         # the user's module, and what its function returned
         "config/fields.py: _hook": 1,
         "reward/wire.py: _plain": 1,
@@ -135,6 +134,7 @@ CAUGHT = Counter(
         "obs/sinks.py: Background._work": 1,
         "reward/sandbox/calls.py: _answer": 1,
         "reward/sandbox/calls.py: judge": 2,
+        "reward/verifiers/reasoning_gym.py: score": 1,
         "reward/worker.py: reply": 1,
         # the edge of a thread, a process or a request: the caller is on the other side
         "obs/sinks.py: _wandb_main": 1,

@@ -4,15 +4,19 @@ import math
 import re
 
 from togi.config.choices import LengthShape
-from togi.reward.verifiers import Labels, Texts, plain_text
+from togi.reward.verifiers import Labels, Texts, judged, plain_text
 
 
-def exact(queries: Texts, prompts: Texts, labels: Labels, responses: Texts, **kwargs: object) -> list[bool]:
-    """True if the response is the label. Surrounding and repeated white space is ignored.
+def exact(
+    queries: Texts, prompts: Texts, labels: Labels, responses: Texts | None = None, **kwargs: object
+) -> list[float | None]:
+    """1 if the response is the label, else 0. Surrounding and repeated white space is ignored.
 
-    Raises Complaint for a label that is not a text or number.
+    A number is written without an exponent. Raises Complaint for a label that is not a text or number.
     """
-    return [response.split() == plain_text(label).split() for response, label in zip(responses, labels, strict=True)]
+    return judged(
+        labels, responses, plain_text, lambda response, label: float(response.split() == plain_text(label).split())
+    )
 
 
 def format(
