@@ -264,9 +264,19 @@ HEAVY = [
         "labels of another kind further down",
         "--prompt_data @kinds.jsonl --reward_func builtin:exact",
         (
-            "togi: builtin:exact cannot use the label [1]: it is no text and no number (scoring prompt '0:2'); point "
-            "--label_key at the answer field.",
+            "togi: Line 3 of @kinds.jsonl: builtin:exact cannot use the label [1]: it is no text and no number; point "
+            "--label_key at the answer field, or correct or remove the row.",
         ),
+    ),
+    Case(
+        "one label of no use among good ones",
+        "--prompt_data @one_empty.jsonl --reward_func @good.py,builtin:exact",
+        ("togi: Line 40 of @one_empty.jsonl: builtin:exact cannot use the label ' ': it is empty; point --label_key",),
+    ),
+    Case(
+        "one label of no use among held-out ones",
+        "--eval_dataset @one_empty.jsonl --eval_steps 1 --reward_func builtin:exact",
+        ("togi: Line 40 of @one_empty.jsonl: builtin:exact cannot use the label ' ': it is empty; point --label_key",),
     ),
     Case(
         "labels that say nothing to a built-in function",
@@ -391,6 +401,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "number.jsonl": ['{"prompt": 3, "answer": ""}'],
         "nan.jsonl": [lines[0], '{"prompt": NaN, "answer": ""}'],
         "kinds.jsonl": [*lines[:2], '{"prompt": "x", "answer": [1]}', *lines[2:]],
+        "one_empty.jsonl": [*lines[:39], '{"prompt": "x", "answer": " "}'],
         "numbers.jsonl": ['{"prompt": "2+2", "answer": 4}'] * 4,
         "semicolons.csv": ["prompt;answer", "1+1, then?;2"],
         "columns.json": ['{"prompt": {"0": "1+1", "1": "1+2"}, "answer": {"0": "2", "1": "3"}}'],

@@ -208,6 +208,11 @@ class Verifier(StrEnum):
         return self in (Verifier.EXACT, Verifier.FORMAT, Verifier.LENGTH)
 
     @property
+    def checks_labels(self) -> bool:
+        """Whether the function, called without responses, checks its labels: those that raise at a label."""
+        return self in (Verifier.EXACT, Verifier.JSON_SCHEMA, Verifier.MATH, Verifier.REASONING_GYM)
+
+    @property
     def package(self) -> str:
         """The package that the function needs besides the standard library; "" for none."""
         packages = {"json_schema": "jsonschema", "math": "math_verify", "reasoning_gym": "reasoning_gym"}

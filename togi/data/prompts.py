@@ -23,7 +23,7 @@ from togi.data.faults import Drop as FaultKind
 from togi.data.fields import Fields, is_empty
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.messages import without_answers
-from togi.data.source import Mixture, load_mixture
+from togi.data.source import Mixture, Pick, load_mixture
 from togi.data.tables import readable
 from togi.data.turns import is_held, lost
 from togi.errors import DataError
@@ -138,12 +138,17 @@ class PromptSet(tuple[Prompt, ...]):
     """Prompts in the order of the mixture, and the report on their rows."""
 
     report: reports.DataReport
+    _mixture: Mixture
 
-    def __new__(cls, prompts: Iterable[Prompt], report: reports.DataReport) -> Self:
+    def __new__(cls, prompts: Iterable[Prompt], report: reports.DataReport, mixture: Mixture) -> Self:
         self = super().__new__(cls, prompts)
-        self.report = report
+        self.report, self._mixture = report, mixture
         assert len({prompt.id for prompt in self}) == len(self), "prompt ids are not unique"
         return self
+
+    def place(self, prompt: Prompt) -> str:
+        """The place of a prompt's row, for users: "Line 3 of a.jsonl"."""
+        return self._mixture.place(Pick.of(prompt.id))
 
     def fingerprint(self) -> str:
         """A digest of ids and texts: equal for the same prompts in the same order."""
@@ -191,7 +196,7 @@ def load_prompts(spec: PromptSpec, tokenizer: Tokenizer) -> PromptSet:
     report = _report(mixture, counts, seen, prompts, spec, tokenizer)
     way_out = f"check --input_key {spec.input_key} and --prompt_max_len {spec.prompt_max_len}"
     report.check("prompt", spec.prompt_data, spec.max_bad_rows, way_out)
-    return PromptSet(prompts, report)
+    return PromptSet(prompts, report, mixture)
 
 
 def _render_source(

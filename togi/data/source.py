@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -247,6 +247,11 @@ class Pick:
     def id(self) -> str:
         """Unique in the mixture and stable between runs: "source:row", then "source:row#1" for a repeat."""
         return f"{self.source}:{self.row}" + (f"#{self.repeat}" if self.repeat > 0 else "")
+
+    @classmethod
+    def of(cls, id: str) -> Self:
+        """The pick of an id."""
+        return cls(*map(int, id.replace("#", ":").split(":")))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

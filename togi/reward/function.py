@@ -21,6 +21,7 @@ import asyncio
 import base64
 import contextlib
 import inspect
+import json
 import logging
 import os
 import queue
@@ -39,7 +40,7 @@ from togi.config.choices import BUILTIN, Verifier
 from togi.errors import RewardError
 from togi.reward.scores import as_call, as_scores, failed, without_errors
 from togi.reward.wire import NO_INDEX, Answer, Call, Complaint, Load, LoadKind, encode, receive, send
-from togi.sample import Rollout, Score
+from togi.sample import Prompt, Rollout, Score
 
 STDERR_FD = 2
 
@@ -168,6 +169,8 @@ class Worker:
 
 FUNCTION_NAME = "reward_func"
 SHOWN_CHARACTERS = 80
+# Few enough to be checked within the limit of a call, which the user may have set low.
+LABELS_AT_ONCE = 64
 DEFAULT = CallLimits()
 
 logger = logging.getLogger(__name__)
@@ -237,6 +240,26 @@ class FunctionReward:
         Two rollouts are enough to tell one number per sample from one number for all.
         """
         return without_errors(await self._score(group, 0))
+
+    async def check_labels(self, prompts: Sequence[Prompt], place: Callable[[Prompt], str]) -> None:
+        """Have a built-in function check every label. Raises RewardError with the ``place`` of the first that is of no use."""
+        # many rows may share one label, such as a schema
+        distinct = list({hash(json.dumps(prompt.label)): prompt for prompt in reversed(prompts)}.values())[::-1]
+
+        async def problem(part: Sequence[Prompt]) -> str:
+            texts = [""] * len(part)
+            try:
+                await self.answer({"queries": texts, "prompts": texts, "labels": [prompt.label for prompt in part]})
+            except Complaint as complaint:
+                said = f"{self.shown_as} {complaint}; {complaint.advice}"
+                known = complaint.index != NO_INDEX
+                return f"{place(part[complaint.index])}: {said}, or correct or remove the row." if known else f"{said}."
+            return ""
+
+        starts = range(0, len(distinct), LABELS_AT_ONCE)
+        found = await asyncio.gather(*(problem(distinct[start : start + LABELS_AT_ONCE]) for start in starts))
+        if first := next(filter(None, found), ""):
+            raise RewardError(first)
 
     async def answer(self, call: Call) -> Answer:
         """The result of one call on the next idle worker, without retries. Raises Complaint."""

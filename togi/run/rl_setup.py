@@ -72,6 +72,7 @@ class EarlyRewards:
         self.names = reward_names(config, function_given=function is not None) if config.generates else []
         self.functions = dict[str, FunctionReward]()
         self.remotes = dict[str, RemoteReward]()
+        self._readers: list[FunctionReward] = []  # the built-in functions that can check labels
         limits = CallLimits(config.reward_workers, config.reward_timeout, config.reward_retries)
         own = self.names[len(config.reward_models) + config.remote_sources :]
         for item, name in zip(config.reward_files, own, strict=False):
@@ -80,6 +81,7 @@ class EarlyRewards:
             else:
                 settings = config.verifier_settings(verifier)
                 self.functions[name] = FunctionReward.from_verifier(verifier, settings, limits, name)
+                self._readers += [self.functions[name]] * verifier.checks_labels
         if function is not None and own:
             self.functions[own[-1]] = FunctionReward.from_callable(function, limits, own[-1])
 
@@ -94,6 +96,11 @@ class EarlyRewards:
 
         for urls, name in zip(shared_urls(config), self.names[len(config.reward_models) :], strict=False):
             self.remotes[name] = RemoteReward(urls, limits, response, name)
+
+    async def check_labels(self, prompts: PromptSet) -> None:
+        """Have the built-in functions check every label. Raises RewardError naming the first row whose label is of no use."""
+        for function in self._readers:
+            await function.check_labels(prompts, prompts.place)
 
     async def check(self, groups: Sequence[Sequence[Rollout]]) -> Mapping[str, Sequence[Score]]:
         """Call every reward once on each group. Returns the scores of the first group by reward name.
@@ -277,7 +284,7 @@ async def opening(
 
 
 async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -> Material:
-    """Load tokenizer and prompts, then call reward functions and servers on each kind of label. Raises UserError."""
+    """Load tokenizer and prompts, then check labels and try reward functions and servers on each kind. Raises UserError."""
     with progress.phase("reading prompts", expected_seconds=8):
         # Stage 1: the model's config fits the settings; no weights are read.
         check_start(config, flash_attn=config.flash_attn, asked=asked_context(config), longest=config.context_length)
@@ -304,6 +311,9 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
     trial: Mapping[str, Sequence[Score]] = {}
     if config.generates:
         with progress.phase("trying the reward", expected_seconds=2):
+            for each in (prompts, held_out):
+                if isinstance(each, PromptSet):
+                    await rewards.check_labels(each)
             size = min(2, config.n_samples_per_prompt)
             groups = [[example(prompt)] * size for prompt in trial_prompts((*prompts, *held_out))]
             trial = await rewards.check(groups)
