@@ -297,6 +297,7 @@ def test_grids_are_compared_after_their_way_through_json(task: str) -> None:
         ({"task": "coin_flip", "answer": "0.234375"}, "'coin_flip': it names a task whose verifier scores '0' 1"),
         ({"task": "coin_toss"}, "'coin_toss': it names no task"),
         ({"task": ["coin_flip"]}, "it is not an object"),
+        ({"task": "ab", "answer": ""}, "it has an empty answer to its task ab, which scores 0"),
         (
             {"task": "arc_agi", "answer": "1 2", "metadata": {"output": [[3, 4]]}},
             "it has an answer that its task arc_agi scores 0.05, not 1",

@@ -61,6 +61,8 @@ def check(label: object) -> None:
     """Raise Complaint for a label whose own answer does not score 1, or with which an answer that says nothing does."""
     task, entry = entry_of(label)
     own = str(entry["answer"])
+    if not own.strip():
+        raise unusable(label, f"has an empty answer to its task {task}, which scores 0", "leave such rows out")
     found = score(answer_of(f"<answer>{own}</answer>"), label)
     if entry["answer"] is not None and found < NEARLY_ONE:
         raise unusable(
