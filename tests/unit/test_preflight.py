@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
+from inspect import getsource
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -14,7 +17,10 @@ from togi.config.parse import Parsed, parse
 from togi.config.rl import RLConfig
 from togi.errors import ConfigError, DataError, RewardError
 from togi.methods import METHODS
+from togi.obs.run_dir import Resolved, RunDirectory
 from togi.plan.machine import Machine
+from togi.pump.experience import GroupFilter
+from togi.reward.scores import LengthPenalties
 from togi.run import preflight
 
 MACHINE = Machine(cpus=2, memory_bytes=0, gpus=0)
@@ -254,3 +260,51 @@ def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     preflight.check_backend(BackendName.FSDP2)
     with pytest.raises(ConfigError, match=r"--backend deepspeed needs .* pip install"):
         preflight.check_backend(BackendName.DEEPSPEED)
+
+
+def replayed(tmp_path: Path, *flags: str) -> None:
+    """Check a replay of a run that cut answers off at a penalty."""
+    made = parse(RLConfig, [*MADE.split(), "--overlong_buffer_len", "8"], "rl").config
+    values = {name: Resolved(value, "default") for name, value in made.model_dump(mode="json").items()}
+    RunDirectory.create(tmp_path / "before", "rl", [], values)
+    preflight.check_replayed(parse(RLConfig, [*MADE.split(), *flags], "rl").config, tmp_path / "before")
+
+
+MADE = "--n_samples_per_prompt 2 --rollout_batch_size 4"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("", "--overlong_buffer_len 8, but here it is None"),
+        ("--overlong_buffer_len 8 --overlong_penalty_factor 2", "--overlong_penalty_factor 1.0, but here it is 2.0"),
+        (
+            "--overlong_buffer_len 8 --stop_properly_penalty_coef 0",
+            "--stop_properly_penalty_coef None, but here it is 0.0",
+        ),
+        ("--overlong_buffer_len 8 --generate_max_len 16", "--generate_max_len 1024, but here it is 16"),
+        (
+            "--overlong_buffer_len 8 --dynamic_filtering_reward_range 0 2",
+            "--dynamic_filtering_reward_range [0.0, 1.0], but here it is [0.0, 2.0]",
+        ),
+    ],
+)
+def test_a_replay_agrees_on_what_was_done_to_its_groups(tmp_path: Path, flags: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        replayed(tmp_path, *flags.split())
+
+
+def test_a_replay_with_the_same_settings_passes(tmp_path: Path) -> None:
+    replayed(tmp_path, "--overlong_buffer_len", "8")
+
+
+def test_all_that_makes_groups_is_agreed_on() -> None:
+    """What filters and penalties read is fixed in a replay, but for what training applies again."""
+    read = {
+        node.attr
+        for made in (LengthPenalties.of, GroupFilter.of)
+        for node in ast.walk(ast.parse(dedent(getsource(made))))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config"
+    }
+    assert "overlong_penalty_factor" in read and "dynamic_filtering" in read
+    assert read - {*preflight.REPLAYED} == {"on_reward_error"}

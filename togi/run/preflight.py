@@ -20,7 +20,7 @@ from togi.config.infer import ChatConfig, InferConfig
 from togi.config.iterate import IterateConfig
 from togi.config.model_facts import check_length
 from togi.config.parse import Parsed
-from togi.config.rl import RLConfig, verifier_of
+from togi.config.rl import RLConfig, SampleSettings, verifier_of
 from togi.config.rl_checks import check_rl
 from togi.config.shared import ADAPTER_CONFIG, ModelSettings, OutputSettings, check_mixture, check_splittable
 from togi.config.tools import ServeRMConfig
@@ -38,8 +38,12 @@ from togi.run.plan import check_rl_metric, offline_aim
 
 FUNCTION = "reward_func"
 DEFAULT_PARENT = "runs"
-# Settings that stored rollouts depend on, besides their prompts: order, number and logprobs.
-REPLAYED = ("seed", "rollout_batch_size", "n_samples_per_prompt", "temperature", "dynamic_filtering")
+# Settings that stored rollouts and their rewards depend on, besides their prompts: order, number, length and logprobs, and all
+# that is done to groups when they are made.
+REPLAYED = (
+    *("seed", "rollout_batch_size", "n_samples_per_prompt", "generate_max_len", "temperature"),
+    *SampleSettings.model_fields,
+)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 ADAPTER_FILES = "adapter_model."
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -129,7 +133,7 @@ def check_replayed(config: RLConfig, folder: Path) -> None:
         before = RunDirectory(folder).read_info().values
     except DataError as error:
         raise DataError(f"--replay: {error}") from None
-    here = dict(config)
+    here = config.model_dump(mode="json")
     for name in REPLAYED:
         then, now = before.get(name, {}).get("value"), here[name]
         if then != now:
