@@ -6,7 +6,7 @@ import asyncio
 
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
-from togi.run.rl_setup import EarlyRewards
+from togi.run.rewards import EarlyRewards
 from togi.sample import FinishReason, Prompt, Rollout, Score
 
 

@@ -221,9 +221,21 @@ def test_other_settings_are_refused_and_more_rounds_are_not(world: Path, whole: 
 
 
 def test_a_reward_model_reads_the_prompt_in_its_own_template(world: Path, tmp_path: Path) -> None:
-    """Function and model together: the sum of the two."""
+    """Function and model together, by their weights; what was generated or scored before a stop is not done again."""
     more = ["--reward_pretrain", str(world / "rm"), "--rounds", "1", "--eval_dataset", str(world / "prompts.jsonl")]
-    iterate(world, tmp_path / "run", "dpo", *more, "--ref_previous_round", "--keep_truncated")
+    more += ["--ref_previous_round", "--keep_truncated", "--reward_weights", "3", "0.5"]
+    calls: list[str] = []
+
+    def stopping(module: str, argv: Sequence[str]) -> None:
+        calls.append(next(word for word in argv if word.startswith(("--output_path", "--save_path"))))
+        here(module, argv)
+        if len(calls) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):  # after the model's scores of round 0
+        iterate(world, tmp_path / "run", "dpo", *more, launch=stopping)
+    iterate(world, tmp_path / "run", "dpo", *more, launch=stopping)
+    assert len(calls) == len(set(calls)) == 7
     folder = tmp_path / "run" / "round_001"
     model = AutoModelForSequenceClassification.from_pretrained(world / "rm", dtype=torch.float32).eval()
     for row in read(folder / "scored.jsonl")[:4]:
@@ -235,7 +247,7 @@ def test_a_reward_model_reads_the_prompt_in_its_own_template(world: Path, tmp_pa
         with torch.no_grad():
             value = model(torch.tensor([ids])).logits[0, 0].item()
         function = row["output"].count(row["label"]) - len(row["output"]) / 100
-        assert row["reward"] == pytest.approx(value + function, abs=1e-5)
+        assert row["reward"] == pytest.approx(3 * value + 0.5 * function, abs=1e-5)
 
 
 def test_equal_rewards_make_no_pair(world: Path, tmp_path: Path) -> None:

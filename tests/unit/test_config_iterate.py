@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
 import sys
 import time
+from inspect import getsource
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
-from tests.source import read_attributes
-from togi.config.fields import is_later
+from tests.source import trees
+from togi.config.fields import Settings, is_later
 from togi.config.infer import InferConfig, check_infer
 from togi.config.iterate import IterateConfig, check_iterate
 from togi.config.parse import parse
@@ -21,7 +24,7 @@ from togi.methods import check_method
 from togi.methods.dpo import DPO
 from togi.methods.sft import SFT
 from togi.run.iterate import IterateState
-from togi.run.iterate_steps import Steps, subprocess_step
+from togi.run.iterate_steps import GENERATION, MODEL, PAIRS, REWARD_TEXT, TRAINING, Steps, subprocess_step
 
 ROOT = Path(__file__).parents[2]
 NEEDED = "--pretrain m --prompt_data d.jsonl --run_dir r --reward_func f.py --method"
@@ -49,7 +52,18 @@ def config(flags: str) -> IterateConfig:
             "--enforce_eager is vLLM's but --rollout_engine transformers",
         ),
         ("rs --normalize_reward", "--normalize_reward works on a reward model"),
-        ("rs --remote_rm_url g.py", "--reward_func and --remote_rm_url name the same thing"),
+        ("rs --reward_weights 1 2", "--reward_weights has 2 numbers for 1 rewards"),
+        ("rs --reward_func builtin:sum", "--reward_func builtin:sum is not known"),
+        ("rs --length_target 9", "--length_target and --reward_func builtin:length belong together"),
+        ("rs --reward_combine mean", "--reward_combine mean needs several rewards"),
+        ("rs --remote_rm_url host/x", "--remote_rm_url host/x: give the http:// or https:// address"),
+        ("rs --reward_func=", "There is no reward"),
+        (
+            "rs --reward_pretrain r --max_new_tokens 24 --prompt_max_len 40 --max_tokens_per_gpu 64",
+            "--max_tokens_per_gpu 64 is not more than --prompt_max_len 40 + --max_new_tokens 24, which a reward model",
+        ),
+        ("rs --ref_reward_offload", "Unknown flag --ref_reward_offload"),
+        ("rs --max_bad_rows 0.1", "Unknown flag --max_bad_rows"),
         ("rs --reward_func f.txt", "--reward_func f.txt must be a Python file"),
         ("csft --reward_template {input}", "--reward_template must contain"),
         ("rs --eval_dataset e --eval_temperature 0", "--eval_n_samples_per_prompt 4 with --eval_temperature 0"),
@@ -64,11 +78,27 @@ def test_what_makes_no_sense_is_refused(flags: str, sentence: str) -> None:
     assert sentence in str(error.value)
 
 
-def test_every_accepted_flag_is_read_somewhere() -> None:
-    """By name here, or in the lists of settings that are handed to the steps' commands."""
+def test_every_accepted_flag_is_read() -> None:
+    """By name in the files of this command, in a property that they read, or handed to the command of a step."""
     accepted = {name for name in IterateConfig.model_fields if not is_later(IterateConfig, name)}
-    handed = set((ROOT / "togi" / "run" / "iterate_steps.py").read_text().replace('"', " ").split())
-    assert accepted - read_attributes() - handed == set()
+    files = ("iterate", "iterate_steps", "iterate_scores", "rewards")
+    read = set[str]().union(*(attributes(trees()[f"run/{file}.py"]) for file in files))
+    # A property is read, and so is what it reads in turn.
+    methods = {
+        name: attributes(ast.parse(dedent(getsource(method))))
+        for base in IterateConfig.__mro__
+        if issubclass(base, Settings)
+        for name, each in vars(base).items()
+        if callable(method := each.fget if isinstance(each, property) else each) and not name.startswith("_")
+    }
+    for _ in range(3):
+        read |= set[str]().union(*(methods[name] for name in read & methods.keys()))
+    handed = {*MODEL, *GENERATION, *TRAINING, *PAIRS, *REWARD_TEXT}
+    assert accepted - read - handed == set()
+
+
+def attributes(tree: ast.AST) -> set[str]:
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
 @pytest.mark.parametrize("method", ["rs", "dpo", "csft"])

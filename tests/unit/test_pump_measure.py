@@ -14,7 +14,7 @@ from togi.learn.learner import StepOutcome, UpdateReport
 from togi.obs import names
 from togi.plan.placement import Role
 from togi.pump.experience import ScoredGroup, eval_metrics, rollout_metrics, trainable
-from togi.run.rl_setup import spec
+from togi.run.loading import prompt_spec
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 from togi.workers.session import update_metrics
 
@@ -69,7 +69,7 @@ def test_a_source_without_any_score_is_not_measured() -> None:
 def test_the_cap_and_the_probabilities_belong_to_the_training_set() -> None:
     flags = ["--prompt_data", "x", "--eval_dataset", "x", "--max_samples", "5", "--prompt_data_probs", "1"]
     config = parse(RLConfig, flags, "rl").config
-    training, held_out = (spec(config, "x", "train", training=which) for which in (True, False))
+    training, held_out = (prompt_spec(config, "x", "train", training=which) for which in (True, False))
     assert (training.max_samples, training.prompt_data_probs) == (5, "1")
     assert held_out.max_samples > 10**9
     assert held_out.prompt_data_probs is None

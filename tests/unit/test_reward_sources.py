@@ -23,7 +23,7 @@ from togi.reward.scores import (
     combine,
     distinct_names,
 )
-from togi.run.rl_setup import reward_names
+from togi.run.rewards import reward_names
 from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 
 

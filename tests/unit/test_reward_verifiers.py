@@ -18,7 +18,7 @@ from togi.reward.verifiers import json_schema
 from togi.reward.verifiers import reasoning_gym as gym
 from togi.reward.wire import Complaint
 from togi.run import preflight
-from togi.run.rl_setup import EarlyRewards, example, trial_prompts
+from togi.run.rewards import EarlyRewards, trial_prompts
 from togi.sample import Outcome, Prompt
 
 
@@ -82,7 +82,7 @@ def test_a_function_that_abstains_in_the_trial_is_named(caplog: pytest.LogCaptur
 
     async def tried() -> None:
         try:
-            await rewards.check([[example(Prompt("p", (1,), "q", "a", "set"))] * 2])
+            await rewards.check([Prompt("p", (1,), "q", "a", "set")], 2)
         finally:
             await rewards.close()
 

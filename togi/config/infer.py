@@ -63,6 +63,7 @@ class SliceSettings(Settings):
     enable_csft: bool = flag(False, "Put the reward text of --csft_prompt into every prompt.")
     label_key: str | None = flag(None, "Copy this field of each prompt into the rows as label.")
     keep_special_tokens: bool = flag(False, "Leave special tokens in the output, the end token among them.")
+    keep_tokens: bool = flag(False, "Write the token ids of each output into the rows too, as output_tokens.")
 
 
 class ScoringSettings(Settings):

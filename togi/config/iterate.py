@@ -11,6 +11,7 @@ from togi.config.choices import EngineName, IterateMethod
 from togi.config.fields import Count, FromZero, Int, PathText, Positive, Settings, Share, flag, missing, refuse
 from togi.config.parse import Parsed
 from togi.config.rl import PromptSettings, RewardSettings
+from togi.config.rl_checks import combination_problems, reward_problems
 from togi.config.shared import MODEL_TO_TRAIN, ROWS, TrainSettings, rendering_problems
 
 LEARNING_RATES = {IterateMethod.RS: 2e-6, IterateMethod.DPO: 5e-7, IterateMethod.CSFT: 2e-6}
@@ -82,11 +83,6 @@ class IterateConfig(
     save_steps: Int = flag(-1, "In training write a checkpoint every N optimizer steps to go on from; -1 never.")
 
     @property
-    def reward_file(self) -> str | None:
-        """Path of the reward function file, given under either of its two names."""
-        return self.reward_func if self.reward_func is not None else self.remote_rm_url
-
-    @property
     def peak_learning_rate(self) -> float:
         assert self.method is not None
         return LEARNING_RATES[self.method] if self.learning_rate == "auto" else self.learning_rate
@@ -119,13 +115,12 @@ def _problems(c: IterateConfig, given: set[str]) -> Iterator[str]:
 
 
 def _reward(c: IterateConfig) -> Iterator[str]:
-    if c.reward_file is None and c.reward_pretrain is None:
-        yield "There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, or both."
-    if c.reward_func is not None and c.remote_rm_url is not None:
-        yield "--reward_func and --remote_rm_url name the same thing: leave one of them out."
-    if c.reward_file is not None and not c.reward_file.endswith(".py"):
-        yield f"--reward_func {c.reward_file} must be a Python file that defines reward_func(queries, prompts, labels)."
-    if c.normalize_reward and c.reward_pretrain is None and c.method is not IterateMethod.CSFT:
+    yield from reward_problems(c)
+    yield from combination_problems(c)
+    # A reward model reads an output that was cut off with an end token behind it.
+    if c.reward_models and c.max_tokens_per_gpu <= c.context_length:
+        yield "{max_tokens_per_gpu} is not more than {prompt_max_len} + {max_new_tokens}, which a reward model reads: raise it."
+    if c.normalize_reward and not c.reward_models and c.method is not IterateMethod.CSFT:
         yield "--normalize_reward works on a reward model, or on the text of --method csft: leave it out."
 
 

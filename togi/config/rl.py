@@ -90,10 +90,11 @@ class RewardSettings(Settings):
         "Samples whose reward failed: leave out their group, leave out only them, or stop the run.",
     )
     max_reward_errors: Share = flag(0.1, "Largest share of samples whose reward may fail; above it the run stops.")
-    ref_reward_offload: bool = flag(
-        False,
-        "Keep reference and reward models in host memory while they do not compute; without a GPU they are there anyway.",
-    )
+
+    @property
+    def generates(self) -> bool:
+        """Whether rollouts are generated and scored."""
+        return True
 
     @property
     def reward_models(self) -> tuple[str, ...]:
@@ -121,7 +122,7 @@ class RewardSettings(Settings):
 
     @property
     def allowed_reward_errors(self) -> float:
-        """The largest share of a rollout's samples whose reward may fail."""
+        """The largest share of the samples that are scored together (a rollout, a round) whose reward may fail."""
         return 0.0 if self.on_reward_error is choices.OnRewardError.STOP else self.max_reward_errors
 
     @property
@@ -152,7 +153,6 @@ class PromptSettings(Settings):
     apply_chat_template: bool = flag(False, "Render prompts with the tokenizer's chat template.")
     prompt_max_len: Count = flag(1024, "Prompts of more tokens are dropped and counted, never cut.")
     max_samples: Count = flag(100_000_000, "Use at most this many prompts of the mixture.")
-    max_bad_rows: float = MAX_BAD_ROWS
 
 
 class RolloutSettings(Settings):
@@ -241,6 +241,7 @@ class AlgorithmSettings(Settings):
 class RLTrainSettings(Settings):
     """RL training"""
 
+    max_bad_rows: float = MAX_BAD_ROWS
     num_episodes: Count = flag(1, "Passes over the prompt set.")
     max_steps: Int = flag(-1, "Stop after this many rollouts; -1: after all episodes.")
     actor_learning_rate: FromZero = flag(1e-6, "Peak learning rate of the actor.")
@@ -269,6 +270,10 @@ class PlacementSettings(Settings):
     colocate_actor_ref: bool = flag(False, "Actor and reference share GPUs.")
     colocate_critic_reward: bool = flag(False, "Critic and reward model share GPUs.")
     colocate_all_models: bool = flag(False, "All models and the engines share the actor's GPUs.")
+    ref_reward_offload: bool = flag(
+        False,
+        "Keep reference and reward models in host memory while they do not compute; without a GPU they are there anyway.",
+    )
 
 
 class EvaluationSettings(Settings):

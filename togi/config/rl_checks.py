@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from togi.config import choices, shared
 from togi.config.fields import Hook, missing, refuse, unread
-from togi.config.rl import PretrainMixSettings, RLConfig
+from togi.config.rl import PretrainMixSettings, RewardSettings, RLConfig
 
 # The settings that only another one reads, by that one.
 READERS = {
@@ -42,12 +42,19 @@ def _problems(c: RLConfig, *, reward_given: bool) -> Iterator[str]:
         yield "{max_len} is less than {prompt_max_len} + {generate_max_len}: raise the first or lower one of the others."
     for part in (_reward, _rollout, _samples, _algorithm, _policy_loss, _training, _placement, _output):
         yield from part(c)
-    if c.generates and not (reward_given or c.reward_files or c.reward_urls or c.reward_models):
-        yield "There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, --remote_rm_url URL, or several."
-    yield from _weights(c, reward_given=reward_given)
+    yield from combination_problems(c, reward_given=reward_given)
 
 
 def _reward(c: RLConfig) -> Iterator[str]:
+    yield from reward_problems(c)
+    if c.normalize_reward and not c.reward_models:
+        yield "--normalize_reward works on a reward model: add --reward_pretrain or leave it out."
+    if not c.reward_clip_range[0] < c.reward_clip_range[1]:
+        yield "{reward_clip_range}: the first number must be below the second."
+
+
+def reward_problems(c: RewardSettings) -> Iterator[str]:
+    """Faults of the sources of the reward, each by itself."""
     known = {f"{choices.BUILTIN}{verifier}" for verifier in choices.Verifier}
     # Each source by itself, then their flags.
     for file in c.reward_files:
@@ -64,16 +71,11 @@ def _reward(c: RLConfig) -> Iterator[str]:
         for item in items:
             if items.count(item) > 1:
                 yield f"{flag} names {item} twice: leave one of them out, or give it --reward_weights."
-    # How several sources are used.
     if c.remote_rm_mode is choices.RemoteMode.ENSEMBLE and len(c.reward_urls) < 2:
         yield "{remote_rm_mode} needs several addresses in --remote_rm_url: add one or leave the mode out."
-    if c.normalize_reward and not c.reward_models:
-        yield "--normalize_reward works on a reward model: add --reward_pretrain or leave it out."
-    if not c.reward_clip_range[0] < c.reward_clip_range[1]:
-        yield "{reward_clip_range}: the first number must be below the second."
 
 
-def _verifier_settings(c: RLConfig) -> Iterator[str]:
+def _verifier_settings(c: RewardSettings) -> Iterator[str]:
     """Flags that belong to one built-in reward function."""
     if (c.format_regex is not None) != (f"{choices.BUILTIN}{choices.Verifier.FORMAT}" in c.reward_files):
         yield "--format_regex and --reward_func builtin:format belong together: give both or none."
@@ -88,8 +90,10 @@ def _verifier_settings(c: RLConfig) -> Iterator[str]:
         yield "--length_shape belongs to --reward_func builtin:length: add that, or leave the shape out."
 
 
-def _weights(c: RLConfig, *, reward_given: bool) -> Iterator[str]:
-    """Faults in how several rewards are combined."""
+def combination_problems(c: RewardSettings, *, reward_given: bool = False) -> Iterator[str]:
+    """No reward at all, and faults in how several are combined."""
+    if c.generates and not (reward_given or c.reward_files or c.reward_urls or c.reward_models):
+        yield "There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, --remote_rm_url URL, or several."
     models, functions = len(c.reward_models), len(c.reward_files) + reward_given
     count, is_mean = models + c.remote_sources + functions, c.reward_combine is choices.RewardCombination.MEAN
     if count < 2 and is_mean:

@@ -23,7 +23,7 @@ from togi.data.faults import Drop as FaultKind
 from togi.data.fields import Fields, is_empty
 from togi.data.items import DEFAULT_SPLIT
 from togi.data.messages import without_answers
-from togi.data.source import Mixture, Pick, load_mixture
+from togi.data.source import DATASOURCE_COLUMNS, Mixture, Pick, load_mixture
 from togi.data.tables import readable
 from togi.data.turns import is_held, lost
 from togi.errors import DataError
@@ -102,8 +102,6 @@ class PromptLoader:
 
 CHUNK = 4096
 EXAMPLES = 3
-DEFAULT_DATASOURCE = "default"
-DATASOURCE_COLUMNS = ("datasource", "data_source")
 
 
 class Drop(StrEnum):
@@ -203,7 +201,7 @@ def _render_source(
     mixture: Mixture, index: int, spec: PromptSpec, tokenizer: Tokenizer, vocabulary: Sequence[int], seen: _Seen
 ) -> Iterator[tuple[int, Prompt | Drop | FaultKind]]:
     """Format and tokenise every used row of one source. Yields row numbers with prompts without an id, or why there is none."""
-    source, fallback = mixture.sources[index], _datasource_names(mixture)[index]
+    source, fallback = mixture.sources[index], mixture.datasources[index]
     numbers = iter(mixture.rows_used(index))
     while chunk := list(islice(numbers, CHUNK)):
         seen.rows += len(chunk)
@@ -277,14 +275,6 @@ def _chat(fields: Fields, key: str) -> tuple[str, frozenset[Note]]:
                 f"{dialogue.messages[-1]['content'][:60]!r}): use a template that keeps what is asked."
             )
     return text, dialogue.notes | (lost(dialogue, text) if text else set())
-
-
-def _datasource_names(mixture: Mixture) -> list[str]:
-    """The datasource of prompts without such a column: the name of their set, if there are several sets."""
-    if len(mixture.sources) == 1:
-        return [DEFAULT_DATASOURCE]
-    names = [source.name for source in mixture.sources]
-    return [s.text if names.count(s.name) > 1 else s.name for s in mixture.sources]
 
 
 def _report(

@@ -6,6 +6,7 @@ end, whole.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -117,3 +118,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
             aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def digest(content: bytes) -> str:
+    """What stands for the content of a file or of rows in the record of a run that may be resumed."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

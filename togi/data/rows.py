@@ -329,7 +329,9 @@ def read_outputs(mixture: Mixture, spec: RecordSpec, tokenizer: Tokenizer) -> tu
         if tokens[-1] not in enders:
             tokens.append(tokenizer.eos_token_id)
         if len(tokens) > spec.max_len:
-            raise DataError(f"{name} has {len(tokens)} tokens, more than --max_len {spec.max_len}: raise it.")
+            raise DataError(
+                f"{name} has {len(tokens)} tokens, more than --max_len {spec.max_len}: raise it, or shorten the row."
+            )
     return rows, ids
 
 

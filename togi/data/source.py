@@ -232,6 +232,8 @@ def _load_hub(item: Item, split: str) -> Rows:
     return TableRows(dataset, item.text, dataset._fingerprint)  # covers the revision, the files and the split
 
 
+DEFAULT_DATASOURCE = "default"
+DATASOURCE_COLUMNS = ("datasource", "data_source")
 DRAW = 1000
 
 
@@ -270,6 +272,14 @@ class Mixture:
         return (
             Pick(*place) for start in range(0, len(self), DRAW) for place in self.places[start : start + DRAW].tolist()
         )
+
+    @property
+    def datasources(self) -> list[str]:
+        """The datasource of the rows of each set that have no such column: the name of the set, if there are several."""
+        if len(self.sources) == 1:
+            return [DEFAULT_DATASOURCE]
+        names = [source.name for source in self.sources]
+        return [source.text if names.count(source.name) > 1 else source.name for source in self.sources]
 
     def rows_used(self, source: int) -> range:
         """The distinct rows of a source that are used, always from its beginning."""

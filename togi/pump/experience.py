@@ -34,6 +34,7 @@ from togi.learn import objective as streams
 from togi.learn.hooks import load_estimator
 from togi.obs import names
 from togi.obs.rollout_store import Row
+from togi.reward.scores import takes_group
 from togi.sample import FinishReason, Outcome, Rollout, Sample, Score, with_streams
 
 
@@ -99,11 +100,6 @@ def trainable(groups: Sequence[ScoredGroup], on_error: OnRewardError) -> list[Pl
         for index, (rollout, score) in enumerate(zip(group.rollouts, group.scores, strict=True))
         if score.outcome is Outcome.SCORE and any(rollout.response_mask)
     ]
-
-
-def takes_group(scores: Sequence[Score], on_error: OnRewardError) -> bool:
-    """Whether an error among a group's scores drops the whole group."""
-    return on_error is not OnRewardError.DROP_SAMPLE and any(score.outcome is Outcome.ERROR for score in scores)
 
 
 def to_sample(rollout: Rollout) -> Sample:

@@ -2,8 +2,8 @@
 
 Signature: ``reward_func(queries, prompts, labels, **kwargs)``, sync or async, called with a whole group (all samples of one
 prompt). The three arguments are lists of equal length; a query is prompt text + response text. ``responses``, ``datasources``,
-``finish_reasons`` and ``response_lengths`` (in tokens; not in togi iterate) are passed as keyword arguments if the
-function accepts them. For return values see ``wire.checked``.
+``finish_reasons`` and ``response_lengths`` (in tokens) are passed as keyword arguments if the function accepts them. For return
+values see ``wire.checked``.
 
 The function runs in worker processes (``Worker``); several groups are scored at the same time. A failed call makes every
 sample of its group an error, never a score of zero. It is retried ``retries`` times if the failure may be transient.

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Protocol
 
-from togi.config.choices import RewardCombination
+from togi.config.choices import OnRewardError, RewardCombination
 from togi.config.rl import RLConfig
 from togi.errors import RewardError
 from togi.obs.names import RESERVED_COMPONENTS
@@ -52,8 +52,7 @@ def as_call(group: Sequence[Rollout], response: Callable[[Rollout], str]) -> Cal
         "datasources": [rollout.prompt.datasource for rollout in group],
         "finish_reasons": [rollout.finish_reason.value for rollout in group],
     }
-    if all(rollout.response_tokens for rollout in group):  # togi iterate has texts only
-        call["response_lengths"] = [len(rollout.response_tokens) for rollout in group]
+    call["response_lengths"] = [len(rollout.response_tokens) for rollout in group]
     return call
 
 
@@ -234,6 +233,11 @@ class ErrorLimit:
                 f"The reward of {self.errors} of {self.total} samples failed, above the allowed share of {self.share:g} "
                 f"(--max_reward_errors, or 0 with --on_reward_error stop): {failures[0]}"
             )
+
+
+def takes_group(scores: Sequence[Score], on_error: OnRewardError) -> bool:
+    """Whether an error among a group's scores drops the whole group."""
+    return on_error is not OnRewardError.DROP_SAMPLE and any(score.outcome is Outcome.ERROR for score in scores)
 
 
 # Length penalties are named parts of the reward, beside the components of its sources.

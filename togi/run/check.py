@@ -32,12 +32,13 @@ from togi.pump.feed import RolloutFeed
 from togi.reward.scores import LengthPenalties, LocalModelReward
 from togi.rollout import create_engine
 from togi.rollout.engine import RolloutEngine, end_token_ids
-from togi.run import offline, rl_setup, signs
+from togi.run import offline, rewards, rl_setup, signs
 from togi.run.keep import check_room, offline_writing, rl_writing, size_of
 from togi.run.loading import RewardModel, engine_settings, tokenizer_of
 from togi.run.plan import StepPlan
 from togi.run.preflight import asked_context, model_settings
-from togi.run.rl_setup import Material, combined, reward_names
+from togi.run.rewards import combined, reward_names
+from togi.run.rl_setup import Material
 from togi.sample import Outcome, Score
 from togi.weights.files import local_folder
 
@@ -228,7 +229,7 @@ def _describe(config: RLConfig, material: Material, plan: StepPlan, tokenizer: T
         _say_all(rows_text(name, report), say)
     # The reward was called once by the opening; reward models are too large to load here.
     for name, scores in material.trial.items():
-        answer = rl_setup.example(material.prompts[0]).response_text
+        answer = rewards.example(material.prompts[0]).response_text
         say(f"reward: {name} says {score_text(scores[0])} of the answer {answer!r} to the first prompt")
     for path in config.scoring_models:
         say(f"reward: the model {path} is loaded by the run, not here")

@@ -20,10 +20,10 @@ from togi.data import chat
 from togi.data.faults import Note, check_whole, named
 from togi.data.messages import ASSISTANT, USER, Dialogue, Tool, read_tools
 from togi.data.precheck import RecordSpec, asked_reward, with_reward
-from togi.data.prompts import DEFAULT_DATASOURCE, PromptSpec, fingerprint, load_prompts
-from togi.data.row_log import RowLog
+from togi.data.prompts import PromptSpec, fingerprint, load_prompts
+from togi.data.row_log import RowLog, digest
 from togi.data.rows import read_outputs
-from togi.data.source import load_mixture
+from togi.data.source import DEFAULT_DATASOURCE, load_mixture
 from togi.data.turns import lost
 from togi.errors import ConfigError, DataError, RewardError
 from togi.model.generate import Answering, load_generator, stream
@@ -33,7 +33,8 @@ from togi.obs.way_out import way_out
 from togi.parallel.process import be_deterministic, default_device
 from togi.rollout import create_engine
 from togi.rollout.collect import SingleTurn, collect_groups
-from togi.run.iterate_steps import Row, digest, select
+from togi.run.iterate_scores import Row
+from togi.run.iterate_steps import select
 from togi.run.loading import RewardModel, engine_settings, spec_of, tokenizer_of
 from togi.sample import FinishReason, Prompt, Rollout, Sampling
 from togi.weights.files import local_folder
@@ -42,7 +43,8 @@ SCORED_AT_ONCE = 64
 # Settings that the rows depend on, besides prompts and weights.
 GENERATION = (
     *("eval_task", "seed", "best_of_n", "max_new_tokens", "prompt_max_len", "label_key", "bf16"),
-    *("temperature", "top_p", "greedy_sampling", "repetition_penalty", "keep_special_tokens"),
+    *("temperature", "top_p", "greedy_sampling", "repetition_penalty"),
+    *("keep_special_tokens", "keep_tokens"),
 )
 SCORING = ("eval_task", "value_head_prefix", "bf16")
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -182,6 +184,8 @@ def _row(config: InferConfig, plain: str, tokenizer: chat.Tokenizer, number: int
         "sample": number,
         "finish_reason": rollout.finish_reason.value,
     }
+    if config.keep_tokens:
+        row["output_tokens"] = list(rollout.response_tokens)
     if config.enable_csft:
         row["prompt"] = plain
     if config.label_key is not None:

@@ -17,16 +17,24 @@ from togi.config.choices import IterateMethod
 from togi.config.iterate import IterateConfig, check_iterate
 from togi.config.model_facts import check_length
 from togi.config.parse import Parsed, parse
+from togi.config.rl import verifier_of
 from togi.data.precheck import asked_reward
+from togi.data.row_log import digest
 from togi.errors import CheckpointError
 from togi.methods import METHODS, check_method
 from togi.obs.run_dir import write_atomically
 from togi.plan.machine import this_machine, usable_precision
 from togi.run import preflight
-from togi.run.iterate_steps import Facts, Launch, Steps, digest, subprocess_step, try_reward
+from togi.run.iterate_scores import try_rewards
+from togi.run.iterate_steps import Facts, Launch, Steps, subprocess_step
 
-# Settings that may change on resume: the number of rounds, and how the steps are run.
-FREE = frozenset({"rounds", "run_dir", "save_steps", "reward_workers", "reward_timeout", "max_num_seqs"})
+# Settings that may change on resume: the number of rounds, and how the steps are run, also after failures.
+FREE = frozenset(
+    {
+        *("rounds", "run_dir", "save_steps", "max_num_seqs", "reward_workers", "reward_timeout", "reward_retries"),
+        *("remote_rm_concurrency", "remote_rm_max_pause", "on_reward_error", "max_reward_errors"),
+    }
+)
 STATE = "iterate.json"
 SUMMARY = "summary.json"
 logger = logging.getLogger(__name__)
@@ -59,8 +67,11 @@ def check(parsed: Parsed[IterateConfig]) -> None:
     # Models and lengths.
     preflight.check_engine(config.rollout_engine)
     preflight.check_model("pretrain", config.pretrain)
-    if config.reward_pretrain is not None:
-        preflight.check_model("reward_pretrain", config.reward_pretrain)
+    for path in config.reward_models:
+        preflight.check_model("reward_pretrain", path)
+        # An output that was cut off gets an end token, at which it is scored.
+        asked, longest = f"{config.asked_context} + 1 end token", config.context_length + 1
+        check_length(asked, longest, path, preflight.model_settings(path))
     facts = preflight.model_settings(config.pretrain)
     check_length(config.asked_context, config.context_length, config.pretrain, facts)
     check_length(f"--max_len {config.max_len}", config.max_len, config.pretrain, facts)
@@ -68,11 +79,11 @@ def check(parsed: Parsed[IterateConfig]) -> None:
         asked_reward(config.csft_prompt, config.reward_template)
     # Data: both sets must have the columns that the steps read.
     preflight.check_prompts(config)
-    # The reward file, the output folder, and the command that every round trains with.
-    if config.reward_file is not None:
-        preflight.check_reward_file(Path(config.reward_file))
+    # The reward files, the output folder, and the command that every round trains with.
+    for item in config.reward_files:
+        preflight.check_reward(item)
     preflight.check_writable("run_dir", Path(config.run_dir))
-    models = [("pretrain", config.pretrain), ("reward_pretrain", config.reward_pretrain or "")]
+    models = [("pretrain", config.pretrain), *(("reward_pretrain", path) for path in config.reward_models)]
     preflight.check_target("run_dir", config.run_dir, models)
     command, argv = Steps(config, Path(config.run_dir), subprocess_step).training_command(1, config.pretrain)
     check_method(parse(METHODS[command], argv, command))
@@ -85,8 +96,8 @@ def run(config: IterateConfig, announce: Callable[[str], None], launch: Launch) 
     state = IterateState(root, identity(config))
     if (done := state.open()) > 0:
         announce(f"going on in {root}: {done} steps are done")
-    if config.reward_file is not None:
-        asyncio.run(try_reward(config))
+    if config.reward_files or config.reward_urls:
+        asyncio.run(try_rewards(config))
     rounds: list[Facts] = []
     model = config.pretrain
     # Round 0 is the held-out reward of the initial model, the baseline of the others.
@@ -110,11 +121,10 @@ def run(config: IterateConfig, announce: Callable[[str], None], launch: Launch) 
 
 
 def identity(config: IterateConfig) -> dict[str, str]:
-    """Every setting that the results depend on, and a hash of the reward function's file."""
+    """Every setting that the results depend on, and a hash of each reward function's file."""
     settings = {f"--{name}": str(value) for name, value in config.model_dump(mode="json").items() if name not in FREE}
-    if config.reward_file is None:
-        return settings
-    return settings | {"the content of --reward_func": digest(Path(config.reward_file).read_bytes())}
+    files = [item for item in config.reward_files if verifier_of(item) is None]
+    return settings | {f"the content of {file}": digest(Path(file).read_bytes()) for file in files}
 
 
 def describe(facts: Facts) -> str:

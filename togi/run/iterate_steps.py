@@ -1,7 +1,7 @@
 """The steps of a round. Each reads and writes files in the folder of the round. The loop is in ``iterate``.
 
-Generating, scoring with a model and training are commands (``togi.cli``) in their own processes; scoring with a function and
-selecting run in this process. A step that is called again resumes from its own files.
+Generating, scoring with a model and training are commands (``togi.cli``) in their own processes; scoring with functions and
+servers and selecting run in this process. A step that is called again resumes from its own files.
 
 Turn scored rows into training rows: the best output of each prompt, best and worst, or every output with its reward.
 
@@ -11,58 +11,51 @@ of the generation. Rows of one input form a group wherever they stand; inputs ke
 
 import asyncio
 import ctypes
-import hashlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from togi.algo.best_of_n import best, best_and_worst, mean_with_error, standardized
 from togi.config.choices import EngineName, EvalTask, IterateMethod, PostProcessor
 from togi.config.fields import SEEDS
-from togi.config.iterate import IterateConfig
+from togi.config.infer import GenerationSettings, RewardTextSettings
+from togi.config.iterate import IterateConfig, PreferenceSettings
 from togi.config.model_facts import position_limit
-from togi.config.tools import ServeRMConfig
+from togi.config.shared import TrainSettings
 from togi.data.messages import FRAME, USER, dialogue_of, without_answers
 from togi.data.precheck import with_reward
-from togi.data.row_log import RowLog, write_rows
-from togi.data.source import load_mixture, read_rows
+from togi.data.row_log import write_rows
+from togi.data.source import DATASOURCE_COLUMNS, Mixture, load_mixture, read_rows
 from togi.errors import DataError, RunError
-from togi.obs.way_out import way_out
-from togi.reward.function import CallLimits, FunctionReward
+from togi.run.iterate_scores import Row, plain_input, score_rows
 from togi.run.preflight import model_settings
-from togi.sample import FinishReason, Outcome, Prompt, Rollout
+from togi.sample import FinishReason
 
 Launch = Callable[[str, Sequence[str]], None]
-Row = dict[str, Any]
-"""A row of a JSON file."""
 Facts = dict[str, object]
 """The results of a step, as JSON."""
 
-DATASOURCE_COLUMNS = ("datasource", "data_source")
 INFER = "togi.cli.batch_inference"
 PROCESSORS = {
     IterateMethod.RS: PostProcessor.RS,
     IterateMethod.DPO: PostProcessor.ITER_DPO,
     IterateMethod.CSFT: PostProcessor.CSFT,
 }
+# The settings that are handed to the commands of the steps as they are: those that both have.
+MODEL = ("bf16", "flash_attn", "tokenizer_chat_template", "trust_remote_code")
 GENERATION = (
-    "max_new_tokens prompt_max_len top_p repetition_penalty max_num_seqs enable_prefix_caching enforce_eager "
-    "vllm_gpu_memory_utilization vllm_cpu_kv_cache_gb"
+    *(name for name in GenerationSettings.model_fields if name != "greedy_sampling"),
+    "input_key",
+    "label_key",
 )
-MODEL = "bf16 flash_attn tokenizer_chat_template trust_remote_code"
-TRAINING = (
-    "train_batch_size micro_train_batch_size max_tokens_per_gpu packing_samples max_epochs max_norm l2 adam_betas "
-    "lr_scheduler lr_warmup_ratio min_lr_ratio lr_num_cycles lr_power lr_decay_ratio full_determinism backend zero_stage "
-    "adam_offload zpg grad_accum_dtype overlap_comm deepcompile gradient_checkpointing max_len save_steps"
-)
-PAIRS = "beta ipo label_smoothing nll_loss_coef"
+TRAINING = (*TrainSettings.model_fields, "gradient_checkpointing", "max_len", "save_steps")
+PAIRS = tuple(name for name in PreferenceSettings.model_fields if name != "ref_previous_round")
+REWARD_TEXT = tuple(RewardTextSettings.model_fields)
 ON_BY_DEFAULT = {name for name, field in IterateConfig.model_fields.items() if field.default is True}
 PR_SET_PDEATHSIG = 1
 
@@ -102,7 +95,7 @@ class Steps:
         mixture = load_mixture(
             c.prompt_data, c.prompt_data_probs, split=c.prompt_split, seed=c.seed, max_samples=c.max_samples
         )
-        rows = mixture.rows()
+        rows = _rows(mixture)
         # Each round takes the next block of the shuffled prompts and starts over at their end.
         start = (number - 1) * c.rollout_batch_size
         chosen = [rows[(start + i) % len(rows)] for i in range(min(c.rollout_batch_size, len(rows)))]
@@ -111,10 +104,13 @@ class Steps:
 
     def score(self, number: int) -> Facts:
         """Score every output and return the mean reward."""
-        rewards = [row["reward"] for row in self._score(self.folder(number)) if row["reward"] is not None]
+        rows = self._score(self.folder(number))
+        rewards = [row["reward"] for row in rows if row["reward"] is not None]
         if not rewards:
-            raise DataError(f"Round {number}: the reward abstained on every output, so that there is nothing to learn.")
-        return {"reward": sum(rewards) / len(rewards)}
+            raise DataError(
+                f"Round {number}: the reward abstained or failed on every output, so that there is nothing to learn."
+            )
+        return {"reward": sum(rewards) / len(rewards), "reward_errors": sum("reward_error" in row for row in rows)}
 
     def select(self, number: int) -> Facts:
         """Select the rows to train on. Dropped first: empty outputs, which cannot be learned, and truncated outputs, which
@@ -122,7 +118,7 @@ class Steps:
         """
         c, folder = self._config, self.folder(number)
         prompts = read_rows(folder / "prompts.jsonl")
-        scored = [{**row, "input": _plain(row)} for row in read_rows(folder / "scored.jsonl")]
+        scored = [{**row, "input": plain_input(row)} for row in read_rows(folder / "scored.jsonl")]
         spoken = [row for row in scored if row["output"].strip()]
         usable = [row for row in spoken if c.keep_truncated or row["finish_reason"] != FinishReason.LENGTH]
         selection = select(
@@ -160,6 +156,7 @@ class Steps:
         """The name and the flags of the training command."""
         c, folder = self._config, self.folder(number)
         given = {
+            **self._settings(*MODEL, *TRAINING),
             "pretrain": model,
             "dataset": folder / "train.jsonl",
             "save_path": self.model(number),
@@ -167,11 +164,10 @@ class Steps:
             "ckpt_path": folder / "checkpoints",
             "seed": (c.seed + number) % SEEDS,
             "learning_rate": c.peak_learning_rate,
-            **self._settings(f"{MODEL} {TRAINING}"),
         }
         if self._method is IterateMethod.DPO:
             reference = model if c.ref_previous_round else c.pretrain
-            given |= {"prompt_key": "prompt", "ref_pretrain": reference, **self._settings(PAIRS), **self._rendering()}
+            given |= {"prompt_key": "prompt", "ref_pretrain": reference, **self._settings(*PAIRS), **self._rendering()}
             return "dpo", _flags(given)
         if self._method is IterateMethod.RS:
             return "sft", _flags(given | {"input_key": "prompt", "output_key": "output", **self._rendering()})
@@ -183,7 +179,7 @@ class Steps:
         """Mean reward on the held-out prompts, with the standard error over prompts (null for a single one)."""
         c, folder = self._config, self.folder(number) / "eval"
         assert c.eval_dataset is not None
-        rows = load_mixture(c.eval_dataset, None, split=c.eval_split).rows()
+        rows = _rows(load_mixture(c.eval_dataset, None, split=c.eval_split))
         self._ask(folder, rows, model, number, c.eval_n_samples_per_prompt, c.eval_temperature, told=number > 0)
         # Mean over the samples of each prompt first: the standard error is over prompts.
         of_prompt: dict[int, list[float]] = {}
@@ -191,7 +187,7 @@ class Steps:
             if row["reward"] is not None:
                 of_prompt.setdefault(_place(row), []).append(row["reward"])
         if not of_prompt:
-            raise DataError("The reward abstained on every held-out output: leave --eval_dataset out.")
+            raise DataError("The reward abstained or failed on every held-out output: leave --eval_dataset out.")
         estimate = mean_with_error([sum(rewards) / len(rewards) for rewards in of_prompt.values()])
         error = estimate.standard_error if estimate.count > 1 else None
         return {"eval_reward": estimate.mean, "eval_stderr": error, "eval_prompts": estimate.count}
@@ -207,11 +203,13 @@ class Steps:
         *,
         told: bool,
     ) -> None:
-        """Write ``prompts.jsonl`` and run ``togi infer``, which writes ``generated.jsonl``.
+        """Write ``prompts.jsonl`` and run ``togi infer``, which writes ``generated.jsonl``, unless that was done before.
 
         ``told``: whether csft puts its reward into the prompt.
         """
         c = self._config
+        if (folder / "generated.jsonl").exists():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         # Only the columns that later steps read are kept.
         keys = [c.input_key, *FRAME, *DATASOURCE_COLUMNS] + ([c.label_key] if c.label_key is not None else [])
@@ -221,6 +219,7 @@ class Steps:
         write_rows(folder / "prompts.jsonl", kept)
         # `togi infer` generates; samples, lengths and engine settings are passed through.
         asked = {
+            **self._settings(*MODEL, *GENERATION),
             "eval_task": EvalTask.GENERATE_VLLM if c.rollout_engine is EngineName.VLLM else EvalTask.GENERATE,
             "pretrain": model,
             "dataset": folder / "prompts.jsonl",
@@ -229,30 +228,26 @@ class Steps:
             "temperature": temperature,
             "seed": (c.seed + number) % SEEDS,
             "micro_batch_size": c.max_num_seqs,
-            **self._settings(f"input_key label_key {MODEL} {GENERATION}"),
+            "keep_tokens": True,
             **self._rendering(),
         }
         if self._method is IterateMethod.CSFT and told:
-            asked |= {"enable_csft": True, **self._settings("csft_prompt reward_template")}
+            asked |= {"enable_csft": True, **self._settings(*REWARD_TEXT)}
         self._launch(INFER, _flags(asked))
 
     def _score(self, folder: Path) -> list[Row]:
-        """Score ``generated.jsonl`` by every reward source, add the scores, write ``scored.jsonl``."""
-        rows = [dict(row) for row in read_rows(folder / "generated.jsonl")]
-        columns = list[list[Any]]()
-        if self._config.reward_file is not None:
-            columns.append(asyncio.run(function_scores(self._config, rows, folder / "function_scores.jsonl")))
-        if self._config.reward_pretrain is not None:
-            columns.append(self._model_scores(self._config.reward_pretrain, rows, folder))
-        # The sum over all reward sources; None if one of them abstained.
-        sums = [None if None in parts else sum(parts) for parts in zip(*columns, strict=True)]
-        scored = [{**row, "reward": reward} for row, reward in zip(rows, sums, strict=True)]
-        write_rows(folder / "scored.jsonl", scored)
-        return scored
+        """Score ``generated.jsonl`` by all rewards together, as ``togi rl`` does, and write ``scored.jsonl``."""
+        path = folder / "scored.jsonl"
+        if not path.exists():
+            rows = [dict(row) for row in read_rows(folder / "generated.jsonl")]
+            models = [self._model_scores(number, rows, folder) for number in range(len(self._config.reward_models))]
+            asyncio.run(score_rows(self._config, rows, models, path))
+        return [dict(row) for row in read_rows(path)]
 
-    def _model_scores(self, model: str, rows: Sequence[Row], folder: Path) -> list[float | None]:
-        """Score by the reward model, which formats the raw prompts with its own tokenizer and template."""
-        c = self._config
+    def _model_scores(self, number: int, rows: Sequence[Row], folder: Path) -> list[float]:
+        """Score by a reward model, which formats the raw prompts with its own tokenizer and template."""
+        c, model = self._config, self._config.reward_models[number]
+        path = folder / f"model_scores_{number}.jsonl"
         prompts = read_rows(folder / "prompts.jsonl")
         whole = [{**_shown(prompts[_place(row)], c.input_key), "output": row["output"]} for row in rows]
         write_rows(folder / "to_score.jsonl", whole)
@@ -260,19 +255,20 @@ class Steps:
         positions = position_limit(model_settings(model))
         length = c.max_tokens_per_gpu if positions is None else min(c.max_tokens_per_gpu, positions)
         given = {
+            **self._settings("max_tokens_per_gpu", "bf16", "flash_attn", "trust_remote_code"),
             "eval_task": EvalTask.RM,
             "pretrain": model,
             "dataset": folder / "to_score.jsonl",
-            "output_path": folder / "model_scores.jsonl",
+            "output_path": path,
             "input_key": "prompt",
             "max_len": length,
             # csft standardises over the rows of the round instead, in `select`.
             "normalize_reward": c.normalize_reward and self._method is not IterateMethod.CSFT,
-            **self._settings("max_tokens_per_gpu bf16 flash_attn trust_remote_code"),
             **self._rendering(),
         }
-        self._launch(INFER, _flags(given))
-        return [row["reward"] for row in read_rows(folder / "model_scores.jsonl")]
+        if not path.exists():
+            self._launch(INFER, _flags(given))
+        return [row["reward"] for row in read_rows(path)]
 
     def _rendering(self) -> dict[str, object]:
         """The settings for how a prompt is formatted, the same for every command."""
@@ -280,9 +276,8 @@ class Steps:
             return {"apply_chat_template": True}
         return {"input_template": self._config.input_template or "{}"}
 
-    def _settings(self, names: str) -> dict[str, object]:
-        values = self._config.model_dump(mode="json")
-        return {name: values[name] for name in names.split()}
+    def _settings(self, *names: str) -> dict[str, object]:
+        return self._config.model_dump(mode="json", include=set(names))
 
 
 def _flags(values: Mapping[str, object]) -> list[str]:
@@ -300,6 +295,18 @@ def _flags(values: Mapping[str, object]) -> list[str]:
     return words
 
 
+def _rows(mixture: Mixture) -> list[Mapping[str, object]]:
+    """The rows of prompt sets, with their datasource where the sets tell them apart."""
+    names = mixture.datasources
+    whole = zip(mixture.picks, mixture.rows(), strict=True)
+    return [
+        row
+        if len(names) == 1 or any(row.get(column) is not None for column in DATASOURCE_COLUMNS)
+        else {**row, DATASOURCE_COLUMNS[0]: names[pick.source]}
+        for pick, row in whole
+    ]
+
+
 def _place(row: Mapping[str, object]) -> int:
     """The row of ``prompts.jsonl`` that an output answers: ids are "source:row"."""
     return int(str(row["id"]).partition(":")[2])
@@ -315,76 +322,6 @@ def _asked(prompt: object) -> object:
 def _shown(row: Mapping[str, object], key: str) -> dict[str, object]:
     """The parts of a row that make up the formatted prompt: prompt, tools and system turn."""
     return {name: row[name] for name in FRAME if row.get(name)} | {"prompt": row[key]}
-
-
-def _plain(row: Mapping[str, object]) -> str:
-    """The prompt without the csft reward."""
-    return str(row["prompt"] if "prompt" in row else row["input"])
-
-
-async def function_scores(config: IterateConfig, rows: Sequence[Row], path: Path) -> list[float | None]:
-    """One reward per row, None where the function abstained. ``path`` keeps the scores for a resume.
-
-    Raises RewardError as ``FunctionReward.score`` does.
-    """
-    # The function scores the outputs of a prompt together.
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["id"], []).append(row)
-    # Scores in `path` count only for the same outputs and the same function.
-    text = "\n".join(f"{row['input']}\0{row['output']}" for row in rows).encode("utf-8", "surrogatepass")
-    identity = {"--reward_func": digest(Path(str(config.reward_file)).read_bytes()), "outputs": digest(text)}
-    # Two groups per worker: enough to keep every worker busy.
-    room = asyncio.Semaphore(2 * config.reward_workers)
-
-    async def score(function: FunctionReward, log: RowLog, unit: int, group: Sequence[Row]) -> None:
-        async with room:
-            scores = await function.score([_rollout(row) for row in group])
-        rewards = [score.value if score.outcome is Outcome.SCORE else None for score in scores]
-        pairs = zip(group, rewards, strict=True)
-        log.add(unit, [{"id": row["id"], "sample": row["sample"], "reward": reward} for row, reward in pairs])
-
-    with RowLog(path, identity) as log:
-        try:
-            async with reward_function(str(config.reward_file), config) as function, asyncio.TaskGroup() as tasks:
-                for unit, group in enumerate(groups.values()):
-                    if unit not in log.done:
-                        tasks.create_task(score(function, log, unit, group))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        log.finish(log.in_order())
-    scored = {(row["id"], row["sample"]): row["reward"] for row in log.in_order()}
-    return [scored[row["id"], row["sample"]] for row in rows]
-
-
-def digest(content: bytes) -> str:
-    """What stands for the content of a file or of rows in the record of a run that may be resumed."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-async def try_reward(config: IterateConfig) -> None:
-    """Call the reward function once on made-up rows, before anything expensive starts. Raises RewardError."""
-    row = {"id": "0:0", "input": "A trial question?", "output": "A trial answer: 42", "finish_reason": "stop"}
-    async with reward_function(str(config.reward_file), config) as function:
-        await function.check([_rollout({**row, "label": "42"})] * 2)
-
-
-@asynccontextmanager
-async def reward_function(path: str, config: IterateConfig | ServeRMConfig) -> AsyncIterator[FunctionReward]:
-    """The reward function in its worker processes, which end with the block. Raises RewardError."""
-    limits = CallLimits(config.reward_workers, config.reward_timeout)
-    function = FunctionReward.from_file(path, limits)
-    try:
-        yield function
-    finally:
-        with way_out("closing the reward"):
-            await function.close()
-
-
-def _rollout(row: Row) -> Rollout:
-    """A row as a rollout for the reward function: texts only, no tokens."""
-    prompt = Prompt(row["id"], (0,), _plain(row), row.get("label", ""), row.get("datasource", "default"))
-    return Rollout(prompt, row["id"], (), (), (), row["output"], FinishReason(row["finish_reason"]), 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What several commands load or check in the same way: the tokenizer, and a reward model in this process."""
+"""What several commands load or check in the same way: the tokenizer, how prompts are read, and a reward model in this process."""
 
 from collections.abc import Sequence
 from inspect import signature
@@ -8,11 +8,13 @@ import torch
 
 from togi.config.fields import Settings
 from togi.config.infer import ChatConfig, InferConfig
+from togi.config.iterate import IterateConfig
 from togi.config.rl import RLConfig
 from togi.config.shared import ModelSettings
 from togi.config.tools import ServeRMConfig
 from togi.data import chat
 from togi.data.packing import in_order, pack_all
+from togi.data.prompts import PromptSpec
 from togi.learn.scorer import Scorer
 from togi.methods.method import Method
 from togi.model.loading import ModelSource, check_causal_lm, dtype_of, load_scalar_model
@@ -28,7 +30,7 @@ UNLIMITED = 2**62
 Spec = TypeVar("Spec")
 
 
-def tokenizer_of(config: ModelSettings | InferConfig | ChatConfig) -> chat.Tokenizer:
+def tokenizer_of(config: ModelSettings | InferConfig | ChatConfig | IterateConfig) -> chat.Tokenizer:
     """The tokenizer of ``--pretrain``, with the chat template that the user gave. Raises DataError."""
     template, trust = config.tokenizer_chat_template, config.trust_remote_code
     return chat.load_tokenizer(config.pretrain, chat_template=template, trust_remote_code=trust)
@@ -37,6 +39,12 @@ def tokenizer_of(config: ModelSettings | InferConfig | ChatConfig) -> chat.Token
 def spec_of(kind: type[Spec], config: Settings, **changed: object) -> Spec:
     """A record with the settings of its fields' names; ``changed`` in place of them."""
     return kind(**config.model_dump(include=set(signature(kind).parameters)) | changed)
+
+
+def prompt_spec(config: RLConfig | IterateConfig, data: str, split: str, *, training: bool) -> PromptSpec:
+    """How to read a prompt set. Probabilities and --max_samples apply to the training set only."""
+    whole = {} if training else {"prompt_data_probs": None, "max_samples": UNLIMITED}
+    return spec_of(PromptSpec, config, prompt_data=data, split=split, **whole)
 
 
 def check_start(config: RLConfig | Method, *, flash_attn: bool, asked: str, longest: int) -> None:

@@ -35,7 +35,8 @@ from togi.reward.scores import CombinedReward, LengthPenalties
 from togi.run.journal import Evaluation, Journal, RunJournal, open_journal
 from togi.run.keep import DRIVER, Keep, every
 from togi.run.plan import StepPlan
-from togi.run.rl_setup import COMMAND, Material, connect, describe, opening
+from togi.run.rewards import describe
+from togi.run.rl_setup import COMMAND, Material, connect, opening
 from togi.run.signs import Verdict, setting_signs
 from togi.sample import Sample, with_streams
 from togi.workers import start

@@ -1,26 +1,19 @@
-"""What an RL run needs before any model is loaded: prompts, mixed-in rows, rewards, the checkpoint to resume from.
-
-The rewards of an RL run: functions and servers start before any model is loaded, then local models; all form one reward.
-"""
+"""What an RL run needs before any model is loaded: prompts, mixed-in rows, rewards, the checkpoint to resume from."""
 
 import logging
-import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from urllib.parse import urlsplit
 
-from togi.config.choices import BUILTIN, RemoteMode
 from togi.config.fields import Hook
-from togi.config.rl import RLConfig, verifier_of
+from togi.config.rl import RLConfig
 from togi.data import chat
 from togi.data.precheck import RecordSpec
-from togi.data.prompts import LoaderState, PromptLoader, PromptSet, PromptSpec, load_prompts
+from togi.data.prompts import LoaderState, PromptLoader, PromptSet, load_prompts
 from togi.data.records import Examples, load_sft
 from togi.data.report import DataReport
-from togi.errors import CheckpointError, DataError, RewardError
+from togi.errors import CheckpointError, DataError
 from togi.learn.checkpoint import Aim, Checkpoint
 from togi.learn.hooks import check_estimator, check_policy_loss
 from togi.learn.learner_state import check_adapter
@@ -31,113 +24,27 @@ from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
 from togi.plan.placement import Role
 from togi.pump.feed import ReplayFeed
-from togi.reward.function import CallLimits, FunctionReward
-from togi.reward.remote import TOKEN_VARIABLE, ConnectionLimits, RemoteReward
 from togi.reward.scores import (
     CombinedReward,
     LengthPenalties,
     LocalModelReward,
     Reward,
     Standardization,
-    Term,
     combine,
-    distinct_names,
 )
 from togi.rollout.collect import SingleTurn
 from togi.run.keep import DRIVER, newest_checkpoint
-from togi.run.loading import UNLIMITED, check_start, spec_of, tokenizer_of
+from togi.run.loading import check_start, prompt_spec, tokenizer_of
 from togi.run.plan import EpochPlan, StepPlan, rl_aim
 from togi.run.preflight import asked_context, models_of
-from togi.sample import FinishReason, Outcome, Prompt, Rollout, Sample, Sampling, Score
+from togi.run.rewards import Decode, EarlyRewards, combined, example
+from togi.sample import Outcome, Prompt, Sample, Sampling, Score
 from togi.workers.model_worker import ScorerWorker
 from togi.workers.session import Session
 from togi.workers.worker_group import ModelScores
 
 COMMAND = "rl"
 logger = logging.getLogger(__name__)
-SHOWN_CHARACTERS = 60
-Decode = Callable[[Sequence[int]], str]
-# The reward is tried on at most this many kinds of labels.
-TRIALS = 8
-
-
-class EarlyRewards:
-    """The rewards that need no worker of the run. Function processes start here, servers with ``connect_servers``.
-
-    ``names``: of all rewards in the order of ``--reward_weights``: models, servers, functions. Empty in a replay.
-    ``functions`` and ``remotes`` (the clients of servers) are by name.
-    """
-
-    def __init__(self, config: RLConfig, function: Callable[..., object] | None) -> None:
-        self.names = reward_names(config, function_given=function is not None) if config.generates else []
-        self.functions = dict[str, FunctionReward]()
-        self.remotes = dict[str, RemoteReward]()
-        self._readers: list[FunctionReward] = []  # the built-in functions that can check labels
-        limits = CallLimits(config.reward_workers, config.reward_timeout, config.reward_retries)
-        own = self.names[len(config.reward_models) + config.remote_sources :]
-        for item, name in zip(config.reward_files, own, strict=False):
-            if (verifier := verifier_of(item)) is None:
-                self.functions[name] = FunctionReward.from_file(item, limits, name)
-            else:
-                settings = config.verifier_settings(verifier)
-                self.functions[name] = FunctionReward.from_verifier(verifier, settings, limits, name)
-                self._readers += [self.functions[name]] * verifier.checks_labels
-        if function is not None and own:
-            self.functions[own[-1]] = FunctionReward.from_callable(function, limits, own[-1])
-
-    def connect_servers(self, config: RLConfig, visible: Decode) -> None:
-        """Make the clients. ``visible`` decodes response tokens with special tokens kept."""
-        token = os.environ.get(TOKEN_VARIABLE, "")
-        most, timeout, pause = config.remote_rm_concurrency, config.reward_timeout, config.remote_rm_max_pause
-        limits = ConnectionLimits(most, timeout, token, config.reward_retries, pause)
-
-        def response(rollout: Rollout) -> str:
-            return visible(rollout.response_tokens)
-
-        for urls, name in zip(shared_urls(config), self.names[len(config.reward_models) :], strict=False):
-            self.remotes[name] = RemoteReward(urls, limits, response, name)
-
-    async def check_labels(self, prompts: PromptSet) -> None:
-        """Have the built-in functions check every label. Raises RewardError naming the first row whose label is of no use."""
-        for function in self._readers:
-            await function.check_labels(prompts, prompts.place)
-
-    async def check(self, groups: Sequence[Sequence[Rollout]]) -> Mapping[str, Sequence[Score]]:
-        """Call every reward once on each group. Returns the scores of the first group by reward name.
-
-        Raises RewardError for the first that fails, and for a built-in function that abstains on every group.
-        """
-        first: dict[str, Sequence[Score]] = {}
-        # Functions are tried first: they answer fastest, and a wrong --label_key shows here.
-        for name, function in self.functions.items():
-            scores = [await function.check(group) for group in groups]
-            silent = all(score.outcome is Outcome.ABSTAIN for found in scores for score in found)
-            if silent and not function.is_built_in:
-                # it may look at the answer, and that of a trial is made up
-                logger.warning(
-                    "%s abstained on every trial answer: what it returns None for is not trained on", function.shown_as
-                )
-            elif silent:
-                prompt = groups[0][0].prompt
-                raise RewardError(
-                    f"{function.shown_as} can use no label of those tried (the first: {shown_label(prompt.label)} of prompt "
-                    f"{prompt.id!r}): point --label_key at the field that it is made for."
-                )
-            first[name] = scores[0]
-        for name, remote in self.remotes.items():
-            first[name], *_ = [await remote.check(group) for group in groups]
-        return first
-
-    def take_paused_seconds(self) -> float:
-        """The longest time since the last call, in seconds, that the run waited for a server."""
-        return max(remote.take_paused_seconds() for remote in self.remotes.values())
-
-    async def close(self) -> None:
-        """Stop processes and close connections."""
-        sources: list[Reward] = [*self.functions.values(), *self.remotes.values()]
-        async with AsyncExitStack() as stack:  # closes all of them, even if one fails
-            for source in sources:
-                stack.push_async_callback(source.close)
 
 
 async def connect(config: RLConfig, early: EarlyRewards, session: Session) -> CombinedReward:
@@ -150,50 +57,6 @@ async def connect(config: RLConfig, early: EarlyRewards, session: Session) -> Co
         standardization = Standardization(mean, std) if config.normalize_reward else None
         models.append(LocalModelReward(ModelScores(group).score, standardization, name))
     return combined(config, early, models)
-
-
-def combined(config: RLConfig, early: EarlyRewards, models: Sequence[Reward]) -> CombinedReward:
-    """All rewards as one. ``models``: the local reward models."""
-    sources = [*models, *early.remotes.values(), *early.functions.values()]
-    weights = config.reward_weights if config.reward_weights is not None else (1.0,) * len(sources)
-    terms = [Term(name, source, weight) for name, source, weight in zip(early.names, sources, weights, strict=True)]
-    return CombinedReward(terms, config.reward_combine)
-
-
-def describe(config: RLConfig, reward: CombinedReward) -> str:
-    """One line on how rewards are combined and servers shared; "" if there is one reward and one server."""
-    shared = config.remote_rm_mode is RemoteMode.BALANCE and len(config.reward_urls) > 1
-    note = f"{len(config.reward_urls)} reward servers share the samples (--remote_rm_mode balance)" if shared else ""
-    return "; ".join(part for part in (reward.formula if len(reward.terms) > 1 else "", note) if part)
-
-
-def shared_urls(config: RLConfig) -> list[tuple[str, ...]]:
-    """The server URLs of each reward: all URLs for one reward, or in ensemble mode one URL each."""
-    if config.remote_rm_mode is RemoteMode.ENSEMBLE:
-        return [(url,) for url in config.reward_urls]
-    return [config.reward_urls] if config.reward_urls else []
-
-
-def reward_names(config: RLConfig, *, function_given: bool) -> list[str]:
-    """Distinct names of all rewards for the logs: the kind if there is one of it, else file, folder or host names."""
-    models = [Path(path).name for path in config.reward_models]
-    servers = [_host(urls[0]) for urls in shared_urls(config)]
-    functions = [Path(path).stem.removeprefix(BUILTIN) for path in config.reward_files] + ["function"] * function_given
-    kinds = ((models, "reward_model"), (servers, "remote"), (functions, "function"))
-    return distinct_names(
-        [name for names, kind in kinds for name in (names if len(names) > 1 else [kind] * len(names))]
-    )
-
-
-def shown_label(label: object) -> str:
-    """The beginning of a label, for messages."""
-    text = repr(label)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
-
-
-def _host(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.hostname}_{parts.port}" if parts.port is not None else str(parts.hostname)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,11 +157,13 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
         tokenizer = tokenizer_of(config)
         known = known_tokens(config.pretrain, config.trust_remote_code)
         chat.check_vocabulary(tokenizer, config.pretrain, known, apply_chat_template=config.apply_chat_template)
-        prompts = load_prompts(spec(config, config.prompt_data, config.prompt_split, training=True), tokenizer)
+        prompts = load_prompts(prompt_spec(config, config.prompt_data, config.prompt_split, training=True), tokenizer)
         reports = {"prompts": prompts.report}
         held_out: Sequence[Prompt] = ()
         if config.eval_dataset is not None:
-            loaded = load_prompts(spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer)
+            loaded = load_prompts(
+                prompt_spec(config, config.eval_dataset, config.eval_split, training=False), tokenizer
+            )
             held_out, reports["eval_prompts"] = loaded, loaded.report
         pretraining = None
         if config.pretrain_data is not None:
@@ -306,18 +171,16 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
             reports["pretrain_data"] = pretraining.examples.report
         # A token id beyond the embedding would fail inside a kernel, so it is found here.
         check_rows(config, tokenizer, [*prompts, *held_out], pretraining)
-    # Stage 3: one real call of each reward. Two answers suffice to show whether groups work.
+    # Stage 3: one real call of each reward.
     rewards.connect_servers(config, partial(chat.visible, tokenizer))
     trial: Mapping[str, Sequence[Score]] = {}
     if config.generates:
         with progress.phase("trying the reward", expected_seconds=2):
             for each in (prompts, held_out):
                 if isinstance(each, PromptSet):
-                    await rewards.check_labels(each)
-            size = min(2, config.n_samples_per_prompt)
-            groups = [[example(prompt)] * size for prompt in trial_prompts((*prompts, *held_out))]
-            trial = await rewards.check(groups)
-            check_parts(config, rewards.names, groups[0], trial)
+                    await rewards.check_labels(each, each.place)
+            trial = await rewards.check((*prompts, *held_out), config.n_samples_per_prompt)
+            check_parts(config, rewards.names, prompts[0], trial)
     # Stage 4: where answers end.
     stops = chat.stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
     if notice := chat.end_notice(tokenizer, config.pretrain, stops):
@@ -347,43 +210,13 @@ def check_rows(
         chat.check_tokens(tokenizer, path, known_tokens(path, config.trust_remote_code), lambda: written)
 
 
-def spec(config: RLConfig, data: str, split: str, *, training: bool) -> PromptSpec:
-    """How to read a prompt set. Probabilities and --max_samples apply to the training set only."""
-    whole = {} if training else {"prompt_data_probs": None, "max_samples": UNLIMITED}
-    return spec_of(PromptSpec, config, prompt_data=data, split=split, **whole)
-
-
-def trial_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """The first prompt of each data source and kind of label, so that a label that a reward cannot read is found early."""
-    found: dict[object, Prompt] = {}
-    for prompt in prompts:
-        found.setdefault((prompt.datasource, _kind(prompt.label)), prompt)
-    return list(found.values())[:TRIALS]
-
-
-def check_parts(
-    config: RLConfig, names: Sequence[str], group: Sequence[Rollout], trial: Mapping[str, Sequence[Score]]
-) -> None:
+def check_parts(config: RLConfig, names: Sequence[str], prompt: Prompt, trial: Mapping[str, Sequence[Score]]) -> None:
     """Name the parts of the trial's reward as the run will. Raises RewardError for one that is a length penalty or a metric."""
-    untried = [Score(Outcome.SCORE, 0.0)] * len(group)  # reward models are not loaded yet
-    rows = zip(*(trial.get(name, untried) for name in names), strict=True)
-    scores = [combine(names, [1.0] * len(names), row) for row in rows]
-    for score in LengthPenalties.of(config).applied(group, scores):
+    # reward models are not loaded yet
+    row = [trial[name][0] if name in trial else Score(Outcome.SCORE, 0.0) for name in names]
+    for score in LengthPenalties.of(config).applied([example(prompt)], [combine(names, [1.0] * len(names), row)]):
         for part in score.components:
             reward_component(part)
-
-
-def _kind(label: object) -> object:
-    if isinstance(label, Mapping):
-        return tuple(sorted(map(str, label)))
-    if isinstance(label, list):
-        return list, *(_kind(item) for item in label[:1])
-    return type(label), isinstance(label, str) and not label.strip()
-
-
-def example(prompt: Prompt) -> Rollout:
-    """A made-up answer to a real prompt, to try the reward on."""
-    return Rollout(prompt, "trial", (0,), (True,), (0.0,), "A trial answer: 42", FinishReason.STOP, 0)
 
 
 def find_checkpoint(config: RLConfig, material: Material, progress: Progress) -> Checkpoint | None:

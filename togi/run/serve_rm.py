@@ -16,9 +16,9 @@ from togi.data.chat import Tokenizer, adds_bos, check_vocabulary, encode, load_t
 from togi.errors import ConfigError, DataError
 from togi.model.loading import known_tokens
 from togi.obs.way_out import way_out
+from togi.reward.function import CallLimits, FunctionReward
 from togi.reward.server import PATH, Batcher, RewardServer, ScoreCall, ServerLimits
 from togi.reward.wire import Answer, Call, Complaint
-from togi.run.iterate_steps import reward_function
 from togi.run.loading import RewardModel
 
 
@@ -51,8 +51,13 @@ async def source(config: ServeRMConfig) -> AsyncIterator[ScoreCall]:
     """The scoring function of the server; it is closed at the end."""
     # A reward function runs in worker processes of its own.
     if config.reward_func:
-        async with reward_function(config.reward_func, config) as function:
+        limits = CallLimits(config.reward_workers, config.reward_timeout)
+        function = FunctionReward.from_file(config.reward_func, limits)
+        try:
             yield function.answer
+        finally:
+            with way_out("closing the reward"):
+                await function.close()
         return
     # A model runs in this process; requests that wait together share a forward pass.
     model = ServedModel(config)

@@ -19,7 +19,8 @@ from togi.learn.schedule import highest, standing_still
 from togi.pump.experience import Place, ScoredGroup, trainable
 from togi.reward.scores import OVERLONG, STOP_PROPERLY
 from togi.run.plan import StepPlan
-from togi.run.rl_setup import Material, reward_names
+from togi.run.rewards import reward_names
+from togi.run.rl_setup import Material
 from togi.sample import FinishReason, Outcome, Rollout, Score
 
 # Fewer answers prove nothing.
