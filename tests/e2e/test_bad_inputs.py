@@ -171,7 +171,7 @@ LIGHT = [
     Case(
         "groups of one", "--n_samples_per_prompt 1", ("--advantage_estimator group_norm", "--n_samples_per_prompt to 2")
     ),
-    Case("KL loss without KL", "--use_kl_loss", ("--use_kl_loss with --init_kl_coef 0",)),
+    Case("KL loss without KL", "--use_kl_loss", ("--use_kl_loss needs a reference model but --init_kl_coef is 0",)),
     Case("batch too large", "--train_batch_size 64", ("--train_batch_size 64 is more than the 8 samples",)),
     Case(
         "colocation",
