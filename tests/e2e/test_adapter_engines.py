@@ -16,7 +16,7 @@ from tests.tiny import save_tiny_model
 from togi.config.choices import EngineName
 from togi.config.shared import LoRA
 from togi.errors import WeightSyncError
-from togi.model.adapters import adapter_scale, sent_names
+from togi.model.adapters import adapter_scale, as_sent
 from togi.model.checkpoint import whole_tensors
 from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.policy import PolicyModel
@@ -32,10 +32,9 @@ def stir(model: PolicyModel, seed: int) -> dict[str, Tensor]:
     """Give the adapter other values; what of it is sent."""
     generator = torch.Generator().manual_seed(seed)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    names = sent_names(model, trained)
     for parameter in trained.values():
         parameter.data = torch.randn(parameter.shape, generator=generator) / 5
-    return {names[name]: parameter.detach() for name, parameter in trained.items()}
+    return dict(as_sent(model, trained, ((name, parameter.detach()) for name, parameter in trained.items())))
 
 
 def whole(model: PolicyModel) -> dict[str, Tensor]:

@@ -103,6 +103,7 @@ def test_two_processes_equal_one_and_the_trainer_also_after_an_update(tmp_path: 
         said[size].append(ask(engine))
         asyncio.run(engine.shutdown())
     left = [child for child in psutil.Process().children(recursive=True) if child not in before]
+    left = [child for child in left if child.status() != psutil.STATUS_ZOMBIE]  # ended, and not yet waited for
     assert not [child for child in left if "spawn_main" in " ".join(child.cmdline())]
     for folder, two, one in zip((old, new, merged), said[2], said[1], strict=True):
         check(folder, *two)
