@@ -51,7 +51,7 @@ def test_a_model_without_experts_is_refused(world: Path, tmp_path: Path, capsys:
                 "--gradient_checkpointing",
                 "--gradient_checkpointing_use_reentrant",
             ],
-            "--aux_loss_coef with --gradient_checkpointing_use_reentrant would have no gradient",
+            "--aux_loss_coef has no gradient with --gradient_checkpointing_use_reentrant: leave the second out.",
         ),
         (["--aux_loss_coef", "-1"], "--aux_loss_coef -1: must be at least 0."),
     ]

@@ -370,7 +370,6 @@ def parallel_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
     split = (
         (c.ring_attn_size > 1, "{ring_attn_size}: both part a batch's work among the same processes"),
         (c.backend is not BackendName.FSDP2, "{backend}: weights are split beneath --backend fsdp2"),
-        (c.zero_stage == 0, "{zero_stage}: that keeps every weight whole, 1, 2 and 3 do not"),
         (model.lora_rank > 0, "{lora_rank}: adapters are not split"),
         (model.aux_loss_coef > 0, "{aux_loss_coef}: experts are not split"),
         (model.use_liger_kernel, "--use_liger_kernel: Liger's kernels take whole weights"),
@@ -379,6 +378,8 @@ def parallel_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
     tensor = "{ds_tensor_parallel_size}"
     for name, is_on, others in (("--torch_compile", model.torch_compile, compiled), (tensor, is_split, split)):
         yield from (f"{name} with {other}, leave one of them out." for is_so, other in others if is_on and is_so)
+    if is_split and c.zero_stage == 0:
+        yield f"{tensor} with {{zero_stage}}, which keeps every weight whole: use --zero_stage 1, 2 or 3."
 
 
 def check_splittable(size: int, flag: str, path: str, settings: Mapping[str, object]) -> None:
