@@ -164,6 +164,25 @@ def test_scores_are_the_reward_models_own(world: Path, tmp_path: Path) -> None:
     assert [row["reward"] for row in chat] == pytest.approx(reference_scores(world, texts), abs=1e-5)
 
 
+def test_columns_of_the_data_never_replace_those_of_the_scores(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alpaca's column ``input`` is empty here: selection by it would take all rows for outputs of one prompt."""
+    rows = [
+        {"instruction": f"Task {i // 2}", "input": "", "output": "yes" * (i + 1), "reward": 9, "more": i}
+        for i in range(6)
+    ]
+    write(tmp_path / "alpaca.jsonl", rows)
+    keys = ["--input_key", "instruction"]
+    scored = rate(world, tmp_path / "alpaca.jsonl", tmp_path / "scored.jsonl", *keys)
+    assert "own of these names: 'input' in 6 rows, 'reward' in 6 rows" in capsys.readouterr().out
+    expected = reference_scores(world, [f"{row['instruction']}{row['output']}<|im_end|>" for row in rows])
+    assert [row.pop("reward") for row in scored] == pytest.approx(expected, abs=1e-5)
+    assert scored == [{"input": row["instruction"], "output": row["output"], "more": row["more"]} for row in rows]
+    best = rate(world, tmp_path / "alpaca.jsonl", tmp_path / "best.jsonl", *keys, "--post_processor", "rs")
+    assert [row["input"] for row in best] == ["Task 0", "Task 1", "Task 2"]
+
+
 def test_from_prompts_to_rows_to_train_on(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The established pipeline of files: generate, score, select; each selection agrees with the scored rows."""
     out = tmp_path / "generated.jsonl"

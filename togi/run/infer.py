@@ -6,6 +6,7 @@ kill. Settings are checked by ``start``.
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,6 +41,8 @@ from togi.sample import FinishReason, Prompt, Rollout, Sampling
 from togi.weights.files import local_folder
 
 SCORED_AT_ONCE = 64
+# The columns of a scored row. Others are those of the data.
+WRITTEN = ("input", "output", "reward")
 # Settings that the rows depend on, besides prompts and weights.
 GENERATION = (
     *("eval_task", "seed", "best_of_n", "max_new_tokens", "prompt_max_len", "label_key", "bf16"),
@@ -196,7 +199,7 @@ def _row(config: InferConfig, plain: str, tokenizer: chat.Tokenizer, number: int
 
 
 def score(config: InferConfig, announce: Announce) -> Written:
-    """Score every row, then apply the post-processor. Other columns of a row are kept."""
+    """Score every row, then apply the post-processor. Other columns of a row are kept, but never in place of WRITTEN."""
     if config.full_determinism:
         be_deterministic()
     with Progress() as progress:
@@ -213,6 +216,10 @@ def score(config: InferConfig, announce: Announce) -> Written:
             keys = {"input_key", "output_key", "apply_chat_template", "input_template", "max_len"}
             spec = RecordSpec(config.dataset, **config.model_dump(include=keys))
             rows, ids = read_outputs(mixture, spec, tokenizer)
+            taken = set(WRITTEN) - {config.input_key, config.output_key}
+            if hidden := Counter(name for row in rows for name in row if name in taken):
+                counts = ", ".join(f"{name!r} in {count} rows" for name, count in sorted(hidden.items()))
+                announce(f"columns left out, as infer writes its own of these names: {counts}")
             known = known_tokens(config.pretrain, config.trust_remote_code)
             largest = max((max(tokens, default=-1) for tokens in ids), default=-1)
             chat.check_tokens(tokenizer, config.pretrain, known, lambda: largest)
@@ -257,7 +264,8 @@ def _rewards(config: InferConfig, ids: Sequence[Sequence[int]], log: RowLog, pro
 
 def _scored(config: InferConfig, rows: Sequence[Mapping[str, object]], rewards: Sequence[float]) -> Iterator[Row]:
     for row, reward in zip(rows, rewards, strict=True):
-        rest = {name: value for name, value in row.items() if name not in (config.input_key, config.output_key)}
+        own = (config.input_key, config.output_key, *WRITTEN)
+        rest = {name: value for name, value in row.items() if name not in own}
         yield {"input": row[config.input_key], "output": row[config.output_key], **rest, "reward": reward}
 
 
