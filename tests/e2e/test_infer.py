@@ -239,3 +239,23 @@ def test_a_model_is_told_to_be_wrong_before_it_is_loaded(
     for change, sentence in cases:
         assert main(words(world, tmp_path / "out.jsonl", *change)) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_no_output_takes_the_place_of_its_data(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files are compared, not names; a new file in a folder of data would be read by the next command."""
+    folder, link = tmp_path / "fold", tmp_path / "link.jsonl"
+    folder.mkdir()
+    data = folder / "train.jsonl"
+    write(data, [{"q": "say it"}])
+    link.symlink_to(data)
+    before = data.read_bytes()
+    cases = [
+        (folder, data, "is also --dataset"),
+        (folder / ".." / "fold" / "train.jsonl", data, "is also --dataset"),
+        (link, data, "is also --dataset"),
+        (folder, folder / "new.jsonl", "is in --dataset"),
+    ]
+    for dataset, out, sentence in cases:
+        assert main(words(world, out, "--dataset", str(dataset))) == 2
+        assert sentence in capsys.readouterr().err
+    assert data.read_bytes() == before

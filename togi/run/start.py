@@ -28,7 +28,7 @@ from togi.config.presets import describe
 from togi.config.rl import RLConfig
 from togi.config.shared import ModelSettings
 from togi.config.tools import ServeRMConfig
-from togi.data.items import parse_items
+from togi.data.items import Kind, parse_items, split_files
 from togi.data.precheck import asked_reward
 from togi.errors import ConfigError
 from togi.methods.method import Method
@@ -143,8 +143,16 @@ def check_output(config: InferConfig) -> None:
     preflight.check_writable("output_path", target.parent)
     if target.is_dir():
         raise ConfigError(f"--output_path {target} is a folder: give the path of a file in it.")
-    if any(Path(item.path).absolute() == target.absolute() for item in parse_items(config.dataset)):
-        raise ConfigError(f"--output_path {target} is also --dataset: choose another file.")
+    for item in parse_items(config.dataset):
+        real, place = target.resolve(), item.path.resolve()
+        is_folder = item.kind is Kind.FOLDER
+        read = split_files(item.path, config.dataset_split) if is_folder else [item.path]
+        if any(real == file.resolve() for file in read):
+            raise ConfigError(f"--output_path {target} is also --dataset: choose another file.")
+        if is_folder and place in real.parents:
+            raise ConfigError(
+                f"--output_path {target} is in --dataset {item.path}, whose files are all read: choose another folder."
+            )
     if config.selection is PostProcessor.CSFT and config.apply_chat_template:
         raise ConfigError(
             "--post_processor csft tells the reward in the text of the prompt, which --apply_chat_template would render "
