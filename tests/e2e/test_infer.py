@@ -19,6 +19,7 @@ from tests import warm
 from tests.offline_world import ROOT, write
 from tests.tiny import PAD, STOP, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 from togi.cli.main import main
+from togi.data.row_log import RowLog
 
 NEW = 12
 PRINTABLE = 94  # the tokenizer's first ids are the printable ASCII bytes
@@ -259,3 +260,20 @@ def test_no_output_takes_the_place_of_its_data(world: Path, tmp_path: Path, caps
         assert main(words(world, out, "--dataset", str(dataset))) == 2
         assert sentence in capsys.readouterr().err
     assert data.read_bytes() == before
+
+
+def test_rows_of_other_labels_are_not_gone_on_with(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    asked = ["--dataset", str(data), "--label_key", "answer"]
+    write(data, [{"q": "say it", "answer": "old"}])
+    with monkeypatch.context() as stopped:
+        stopped.setattr(RowLog, "finish", lambda log, rows: None)  # as if the command was killed here
+        assert main(words(world, out, *asked)) == 0
+    write(data, [{"q": "say it", "answer": "new"}])
+    capsys.readouterr()
+    assert main(words(world, out, *asked)) != 0
+    assert "holds the unfinished work of another command (--dataset was" in capsys.readouterr().err
+    out.with_name("out.jsonl.partial").unlink()
+    assert [row["label"] for row in infer(world, out, *asked)] == ["new"]

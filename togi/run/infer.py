@@ -79,7 +79,11 @@ def generate(config: InferConfig, announce: Announce) -> Written:
             largest = max((max(prompt.tokens, default=-1) for prompt in prompts), default=-1)
             chat.check_tokens(tokenizer, config.pretrain, known, lambda: largest)
         # Stage 2: generate what an earlier attempt did not; the log refuses rows of other settings or weights.
-        identity = identity_of(config, GENERATION) | {"--dataset": fingerprint(prompts)}
+        # The rows hold labels and datasources too.
+        copied = [(prompt.label, prompt.datasource) for prompt in prompts]
+        identity = identity_of(config, GENERATION) | {
+            "--dataset": digest(f"{fingerprint(prompts)} {copied!r}".encode())
+        }
         with RowLog(Path(config.output_path), identity) as log:
             left = [(unit, prompt) for unit, prompt in enumerate(prompts) if unit not in log.done]
             if len(left) < len(prompts):
