@@ -43,7 +43,8 @@ def answer(i: int) -> dict[str, Any]:
 
 
 def pair(i: int) -> dict[str, Any]:
-    return {"q": f"number {i}?", "chosen": f"good {i}" + "!" * (i % 3), "rejected": "bad" + "." * (i % 4)}
+    answers = {"chosen": f"good {i}" + "!" * (i % 3), "rejected": "bad" + "." * (i % 4)}
+    return {"q": f"number {i}?", **answers, "margin": i / 10}
 
 
 def verdict(i: int) -> dict[str, Any]:

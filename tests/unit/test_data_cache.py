@@ -74,7 +74,7 @@ CASES = {
     "pairs": (
         load_pairs,
         [{"p": f"p{i}", "chosen": "good" * (i % 3 + 1), "rejected": "bad", "margin": i / 7} for i in range(9)],
-        {"prompt_key": "p"},
+        {"prompt_key": "p", "margin_loss": True},
     ),
     "unpaired": (load_unpaired, [{**row, "label": i % 2} for i, row in enumerate(answers(9))], PLAIN),
     "steps": (
@@ -112,9 +112,9 @@ def test_a_shard_holds_what_became_of_its_rows(tmp_path, tokenizer):
     kind = step_labels(spec, 0.1, tokenizer)
     rows = [{"input": "a#b#", "label": [0.1, 1]}, {"input": "", "label": []}, {"input": "too long #", "label": [1]}]
     steps = load_source(write(tmp_path / "steps.jsonl", rows)).rows
-    pairs = [{"chosen": "ab", "rejected": "ac", "margin": 1 / 3}, {"chosen": "x", "rejected": "x"}]
+    pairs = [{"chosen": "ab", "rejected": "ac", "margin": 1 / 3}, {"chosen": "x", "rejected": "x", "margin": 0}]
     pairs = load_source(write(tmp_path / "pairs.jsonl", pairs)).rows
-    for source, reader in ((steps, StepReader(spec, kind)), (pairs, PairReader(RecordSpec("")))):
+    for source, reader in ((steps, StepReader(spec, kind)), (pairs, PairReader(RecordSpec("", margin_loss=True)))):
         outcomes = list(encode_rows(source, range(len(source)), reader, tokenizer))
         write_shard(tmp_path / "shard", outcomes)
         shard = Shard(tmp_path / "shard")

@@ -47,13 +47,18 @@ def steps(tmp_path, tokenizer, rows, **settings):
 
 def test_pair_of_strings(tmp_path, tokenizer):
     row = {"p": "hi", "chosen": "good", "rejected": "bad", "margin": 2}
-    ((chosen, rejected),) = pairs(tmp_path, tokenizer, [row], prompt_key="p", input_template="U: {} A:")
+    settings = {"prompt_key": "p", "input_template": "U: {} A:"}
+    ((chosen, rejected),) = pairs(tmp_path, tokenizer, [row], margin_loss=True, **settings)
     assert parts(chosen, tokenizer) == "U: hi A:[good<|im_end|>]"
     assert parts(rejected, tokenizer) == "U: hi A:[bad<|im_end|>]"
     assert (chosen.prompt_length, rejected.prompt_length) == (8, 8)
     assert (chosen.group_id, rejected.group_id) == ("0:0", "0:0")
     assert dict(chosen.values) == {"chosen": 1.0, "margin": 2.0}
     assert dict(rejected.values) == {"chosen": 0.0, "margin": 2.0}
+    # A margin is also read from text, as CSV has it, and without the flag it is none of the data's faults.
+    for value, wanted in ((" 2.0", True), ("high", False), ("", False)):
+        ((side, _),) = pairs(tmp_path, tokenizer, [{**row, "margin": value}], margin_loss=wanted, **settings)
+        assert side.values["margin"] == (2.0 if wanted else 0.0)
     # Laid out together the prompt is there once.
     batch = pack([chosen, rejected], share_prefix=True)
     assert pack_stats(batch).unshared_tokens - batch.num_tokens == 8
@@ -137,10 +142,19 @@ def test_long_pairs(tmp_path, tokenizer):
         ({"chosen": "a", "rejected": 3}, {}, r"^Line 2 of .*: the field 'rejected' is the number 3, not a string"),
         (
             {"chosen": "a", "rejected": "b", "margin": "big"},
-            {},
+            {"margin_loss": True},
             r"^Line 2 of .*: the field 'margin' is 'big', not a finite number",
         ),
-        ({"chosen": "a", "rejected": "b", "margin": True}, {}, r"^Line 2 of .*: the field 'margin' is True"),
+        (
+            {"chosen": "a", "rejected": "b", "margin": True},
+            {"margin_loss": True},
+            r"^Line 2 of .*: the field 'margin' is True",
+        ),
+        (
+            {"chosen": "a", "rejected": "b", "margin": None},
+            {"margin_loss": True},
+            r"^Line 2 of .* has no 'margin', which --margin_loss needs",
+        ),
         (
             {"chosen": "a", "rejected": "b"},
             {"apply_chat_template": True},
@@ -169,7 +183,7 @@ def test_bad_pairs(tmp_path, tokenizer, row, settings, message):
         "chosen": GOOD[1:] if "prompt_key" in settings else GOOD,
         "rejected": BAD[1:] if "prompt_key" in settings else BAD,
     }
-    fine = {"p": "x", **(fine if chat else {"chosen": "a", "rejected": "b"})}
+    fine = {"p": "x", "margin": 1, **(fine if chat else {"chosen": "a", "rejected": "b"})}
     with pytest.raises(DataError, match=message):
         pairs(tmp_path, tokenizer, [fine, row], **settings)
 

@@ -57,6 +57,7 @@ class RecordSpec:
     overlong: Overlong = Overlong.DROP
     placeholder_token: str = ""
     reward_tokens: tuple[str, ...] | None = None
+    margin_loss: bool = False
     seed: int = 42
     max_bad_rows: float = 0.05
     dataset_num_proc: int | Literal["auto"] = AUTO

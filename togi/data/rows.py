@@ -92,12 +92,12 @@ class PairReader(RowReader):
     """Rows with a chosen and a rejected answer."""
 
     def read(self, fields: Fields) -> tuple[Draft, ...] | Drop:
-        """Two drafts, chosen first, with values "chosen" (1 or 0) and "margin" (0 if there is none)."""
+        """Two drafts, chosen first, with values "chosen" (1 or 0) and "margin" (0 without ``margin_loss``)."""
         spec = self.spec
         keys = spec.chosen_key, spec.rejected_key
         answers = fields.value("chosen_key", keys[0]), fields.value("rejected_key", keys[1])
         empty_prompt = spec.prompt_key is not None and is_empty(fields.value("prompt_key", spec.prompt_key))
-        margin = _margin(fields.row)
+        margin = _margin(fields.row) if spec.margin_loss else 0.0
         # Cheap reasons to drop the row, before anything is formatted.
         if empty_prompt:
             return Drop.EMPTY_PROMPT
@@ -157,12 +157,17 @@ class PairReader(RowReader):
 
 
 def _margin(row: Row) -> float:
-    value = row.get(MARGIN)
-    if value is None:
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Drop.WRONG_TYPE.error(f"the field {MARGIN!r} is {value!r}, not a finite number: correct or remove it.")
-    return float(value)
+    """The margin, a number or its text as in a CSV cell."""
+    if row.get(MARGIN) is None:
+        raise Drop.MISSING_FIELD.error(f"has no {MARGIN!r}, which --margin_loss needs: fill it in, or remove the row.")
+    value = row[MARGIN]
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        with suppress(ValueError):
+            if math.isfinite(margin := float(value)):
+                return margin
+    raise Drop.WRONG_TYPE.error(
+        f"the field {MARGIN!r} is {value!r}, not a finite number: correct it or remove the row."
+    )
 
 
 # CSV cells are strings: labels as written by hand, by Python and by tables with missing values.

@@ -26,7 +26,7 @@ class RM(Pairs):
     is_scalar = True
 
     loss: RewardLoss = flag(RewardLoss.SIGMOID, "Pairwise loss; log-exp is the same function without a margin.")
-    margin_loss: bool = flag(False, "Subtract the field margin of each row inside the sigmoid loss.")
+    margin_loss: bool = flag(False, "Subtract the field margin, which every row must have, inside the sigmoid loss.")
     compute_fp32_loss: bool = flag(False, "Compute the loss from float32 scores. Always so here, with or without.")
     value_head_prefix: str = flag("score", "Name of the scalar head; score loads in plain Transformers.")
     learning_rate: FromZero = flag(9e-6, "Peak learning rate.")
