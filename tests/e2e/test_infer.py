@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -176,12 +180,23 @@ def test_columns_of_the_data_never_replace_those_of_the_scores(
     write(tmp_path / "alpaca.jsonl", rows)
     keys = ["--input_key", "instruction"]
     scored = rate(world, tmp_path / "alpaca.jsonl", tmp_path / "scored.jsonl", *keys)
-    assert "own of these names: 'input' in 6 rows, 'reward' in 6 rows" in capsys.readouterr().out
+    assert "JSON has no such value: 'input' in 6 rows, 'reward' in 6 rows" in capsys.readouterr().out
     expected = reference_scores(world, [f"{row['instruction']}{row['output']}<|im_end|>" for row in rows])
     assert [row.pop("reward") for row in scored] == pytest.approx(expected, abs=1e-5)
     assert scored == [{"input": row["instruction"], "output": row["output"], "more": row["more"]} for row in rows]
     best = rate(world, tmp_path / "alpaca.jsonl", tmp_path / "best.jsonl", *keys, "--post_processor", "rs")
     assert [row["input"] for row in best] == ["Task 0", "Task 1", "Task 2"]
+
+
+def test_columns_that_json_cannot_hold_are_left_out(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    when = datetime(2024, 1, 2, tzinfo=UTC)
+    rows = [{"input": "q", "output": "a", "when": when, "n": n, "raw": b"x"} for n in (1.0, math.nan)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    scored = rate(world, tmp_path / "rows.parquet", tmp_path / "scored.jsonl")
+    assert "'n' in 1 rows, 'raw' in 2 rows, 'when' in 2 rows" in capsys.readouterr().out
+    assert [sorted(row) for row in scored] == [["input", "n", "output", "reward"], ["input", "output", "reward"]]
 
 
 def test_from_prompts_to_rows_to_train_on(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ kill. Settings are checked by ``start``.
 """
 
 import asyncio
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -220,10 +221,10 @@ def score(config: InferConfig, announce: Announce) -> Written:
             keys = {"input_key", "output_key", "apply_chat_template", "input_template", "max_len"}
             spec = RecordSpec(config.dataset, **config.model_dump(include=keys))
             rows, ids = read_outputs(mixture, spec, tokenizer)
-            taken = set(WRITTEN) - {config.input_key, config.output_key}
-            if hidden := Counter(name for row in rows for name in row if name in taken):
-                counts = ", ".join(f"{name!r} in {count} rows" for name, count in sorted(hidden.items()))
-                announce(f"columns left out, as infer writes its own of these names: {counts}")
+            more, left_out = _more_columns(config, rows)
+            if left_out:
+                counts = ", ".join(f"{name!r} in {count} rows" for name, count in sorted(left_out.items()))
+                announce(f"columns left out, as infer writes its own of this name or JSON has no such value: {counts}")
             known = known_tokens(config.pretrain, config.trust_remote_code)
             largest = max((max(tokens, default=-1) for tokens in ids), default=-1)
             chat.check_tokens(tokenizer, config.pretrain, known, lambda: largest)
@@ -231,7 +232,13 @@ def score(config: InferConfig, announce: Announce) -> Written:
         tokens = digest(repr(ids).encode())
         identity = identity_of(config, SCORING) | {"--dataset": tokens}
         with RowLog(Path(config.output_path), identity) as log:
-            scored = list(_scored(config, rows, _rewards(config, ids, log, progress)))
+            texts = ((row[config.input_key], row[config.output_key]) for row in rows)
+            scored = [
+                {"input": prompt, "output": output, **rest, "reward": reward}
+                for (prompt, output), rest, reward in zip(
+                    texts, more, _rewards(config, ids, log, progress), strict=True
+                )
+            ]
             estimate = mean_with_error([row["reward"] for row in scored])
             announce(f"mean reward {estimate.mean:.4f} +- {estimate.standard_error:.4f} over {estimate.count} rows")
             if config.selection is not None:
@@ -266,11 +273,30 @@ def _rewards(config: InferConfig, ids: Sequence[Sequence[int]], log: RowLog, pro
     return [model.standardize(value) for value in raw]
 
 
-def _scored(config: InferConfig, rows: Sequence[Mapping[str, object]], rewards: Sequence[float]) -> Iterator[Row]:
-    for row, reward in zip(rows, rewards, strict=True):
-        own = (config.input_key, config.output_key, *WRITTEN)
-        rest = {name: value for name, value in row.items() if name not in own}
-        yield {"input": row[config.input_key], "output": row[config.output_key], **rest, "reward": reward}
+def _more_columns(config: InferConfig, rows: Sequence[Mapping[str, object]]) -> tuple[list[Row], Counter[str]]:
+    """The columns of each row beside prompt and output that can be written, and the number of others by name.
+
+    Raises DataError for a prompt or an output that cannot be written.
+    """
+    keys, kept, left_out = (config.input_key, config.output_key), list[Row](), Counter[str]()
+    for number, row in enumerate(rows):
+        if not all(_is_json(row[key]) for key in keys):
+            raise DataError(
+                f"Row {number} of {config.dataset} has a message with values that JSON cannot hold: remove them."
+            )
+        named_otherwise = {name: value for name, value in row.items() if name not in (*keys, *WRITTEN)}
+        kept.append({name: value for name, value in named_otherwise.items() if _is_json(value)})
+        left_out.update(row.keys() - kept[-1].keys() - set(keys))
+    return kept, left_out
+
+
+def _is_json(value: object) -> bool:
+    """Not of a time, bytes, a decimal, as Parquet has them, or NaN."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def identity_of(config: InferConfig, names: Sequence[str]) -> dict[str, str]:
