@@ -260,6 +260,43 @@ def test_missing_local_data(item):
             load(item)
 
 
+@pytest.mark.parametrize(
+    ("name", "column", "shown"),
+    [
+        ("a.parquet", pyarrow.array([[("k", "v")]], pyarrow.map_(pyarrow.string(), pyarrow.string())), "map<"),
+        ("a.arrow", pyarrow.array([b"0" * 16], pyarrow.uuid()), "extension<arrow.uuid>"),
+        ("a.arrow", pyarrow.array([pyarrow.MonthDayNano([1, 2, 3])]), "month_day_nano_interval"),
+    ],
+)
+def test_a_column_of_a_type_that_datasets_does_not_know(tmp_path, name, column, shown):
+    table, path = pyarrow.table({"input": ["x"], "meta": column}), tmp_path / name
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError) as caught:
+        load_source(str(path))
+    assert f"{path} has the column 'meta' of the type {shown}" in str(caught.value)
+
+
+def test_tables_of_a_folder_with_other_columns(tmp_path):
+    """And what the message advises: each as a set of its own."""
+    for number, more in enumerate(({}, {"more": 1})):
+        table = pyarrow.Table.from_pylist([{"input": "x", **more}])
+        pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet")
+    with pytest.raises(DataError, match=r"0\.parquet and .*1\.parquet have different columns or types.*give each as"):
+        load_source(str(tmp_path))
+    assert len(load_mixture(f"{tmp_path / '0.parquet'},{tmp_path / '1.parquet'}", None)) == 2
+
+
+def test_a_cache_of_tables_that_cannot_be_written(tmp_path, monkeypatch):
+    WRITERS["a.parquet"](tmp_path / "a.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "a.parquet" / "cache")
+    with pytest.raises(DataError, match=r"The Hugging Face cache .*/a.parquet/cache cannot be written .* set HF_HOME"):
+        load_source(str(tmp_path / "a.parquet"))
+
+
 def test_hub_name_offline(monkeypatch):
     check_source("owner/name@sub", INPUT)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

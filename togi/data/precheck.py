@@ -185,7 +185,7 @@ def _file_head(item: Item, path: Path, required: Sequence[str]) -> list[Head]:
     with guarded(path):
         items.check_content(path)
     if path.suffix.lower() in (".parquet", ".arrow"):
-        return _table_head(item, _columns(path))
+        return _table_head(item, [field.name for field in table_fields(path)])
     head = read_head(path, HEAD_ROWS, required)
     return [(place, row if isinstance(row, BadRow) else tuple(row)) for place, row in head]
 
@@ -195,8 +195,8 @@ def _table_head(item: Item, columns: Sequence[str]) -> list[Head]:
     return [(f"Row 0 of {item.text}", columns)] if columns else []
 
 
-def _columns(path: Path) -> Sequence[str]:
-    """The columns of a Parquet or Arrow file; none if it has no row."""
+def table_fields(path: Path) -> list[Any]:
+    """The columns of a Parquet or Arrow file, each with ``name`` and ``type``; none if it has no row."""
     import pyarrow
     import pyarrow.ipc
     import pyarrow.parquet
@@ -204,7 +204,7 @@ def _columns(path: Path) -> Sequence[str]:
     try:
         if path.suffix.lower() == ".parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
-                return list(file.schema_arrow.names) if file.metadata.num_rows > 0 else []
+                return list(file.schema_arrow) if file.metadata.num_rows > 0 else []
         with pyarrow.memory_map(str(path)) as source:
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
@@ -214,7 +214,7 @@ def _columns(path: Path) -> Sequence[str]:
             else:
                 reader = batches = pyarrow.ipc.open_stream(source)
             has_rows = any(batch.num_rows > 0 for batch in batches)
-            return list(reader.schema.names) if has_rows else []
+            return list(reader.schema) if has_rows else []
     except (pyarrow.ArrowException, OSError) as error:
         raise unreadable(path, error) from None
 
@@ -225,7 +225,7 @@ def _saved_fields(folder: Path, split: str) -> Sequence[str]:
         names = _saved_list(folder / "dataset_dict.json", "splits")
         folder = items.choose_split(str(folder), {name: folder / name for name in names}, split)
     paths = [folder / file["filename"] for file in _saved_list(folder / "state.json", "_data_files")]
-    return next((fields for path in paths if (fields := _columns(path))), [])
+    return next(([field.name for field in fields] for path in paths if (fields := table_fields(path))), [])
 
 
 def _saved_list(path: Path, key: str) -> list[Any]:
@@ -235,6 +235,6 @@ def _saved_list(path: Path, key: str) -> list[Any]:
         raise unreadable(path, error) from None
 
 
-def unreadable(path: Path | str, error: Exception) -> DataError:
+def unreadable(path: Path | str, error: BaseException) -> DataError:
     reason = " ".join(str(error).split())
     return DataError(f"{path} cannot be read ({reason}): check that the file is complete and has the right extension.")

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from togi.data import items, tables
 from togi.data.items import DEFAULT_SPLIT, Item, Kind
 from togi.data.messages import FRAME, holds_messages, unfilled
-from togi.data.precheck import no_rows, parse_probs, unreadable
+from togi.data.precheck import no_rows, parse_probs, table_fields, unreadable
 from togi.data.tables import BadRow, Row
 from togi.errors import DataError
+from togi.obs.way_out import advice, disk_reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -198,9 +199,48 @@ def _load_files(text: str, files: Sequence[Path]) -> Rows:
             items.check_content(file)
     try:
         dataset = load_dataset(name, data_files=[str(file) for file in files], split="train")
-    except (pyarrow.ArrowException, DatasetsError, OSError) as error:
-        raise unreadable(", ".join(str(file) for file in files), error) from None
+    except (pyarrow.ArrowException, DatasetsError, OSError, ValueError) as error:
+        _check_cache(_root(error))
+        _check_types(files)
+        raise unreadable(", ".join(str(file) for file in files), _root(error)) from None
     return TableRows(dataset, text, " ".join(file_digest(file) for file in files))
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error that one of ``datasets`` comes from."""
+    return error if error.__cause__ is None else _root(error.__cause__)
+
+
+def _check_cache(error: BaseException) -> None:
+    """Raise DataError if an error is one of the folder to which ``datasets`` writes every table that it reads."""
+    from datasets import config
+
+    if isinstance(error, OSError) and error.errno is not None:
+        raise DataError(
+            f"The Hugging Face cache {config.HF_DATASETS_CACHE} cannot be written ({error.strerror}): {advice(error)}, or set "
+            "HF_HOME to another folder."
+        ) from None
+
+
+def _check_types(files: Sequence[Path]) -> None:
+    """Raise DataError for a column that ``datasets`` does not know, and for files that make no common table."""
+    from datasets.features.features import generate_from_arrow_type
+
+    tables_of = {file: fields for file in files if (fields := table_fields(file))}
+    for file, fields in tables_of.items():
+        for field in fields:
+            try:
+                generate_from_arrow_type(field.type)
+            except ValueError:
+                raise DataError(
+                    f"{file} has the column {field.name!r} of the type {field.type}, which the library datasets cannot read: "
+                    "write the file without this column, or with text or lists in it."
+                ) from None
+        if fields != (first := next(iter(tables_of.items())))[1]:
+            raise DataError(
+                f"{first[0]} and {file} have different columns or types, so that they are no common table: give each as "
+                "a data set of its own, with a comma in between."
+            )
 
 
 def _load_saved(item: Item, split: str) -> Rows:
@@ -223,6 +263,8 @@ def _load_hub(item: Item, split: str) -> Rows:
         loaded = load_dataset(item.location, data_dir=item.data_dir or None)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         # RuntimeError: a hub data set that needs its own loading script.
+        if disk_reason(_root(error)):
+            _check_cache(_root(error))
         reason = " ".join(str(error).split())
         raise DataError(
             f"{item.text} is neither a local file or folder nor a hub data set that can be loaded ({reason}): "
