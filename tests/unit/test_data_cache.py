@@ -1,6 +1,7 @@
 """Tokenised rows in files: made once, in any number of processes, going on after a kill, and never trusted when damaged."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from togi.config.choices import Overlong
@@ -269,6 +271,29 @@ def test_a_cache_that_cannot_be_written(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("TOGI_CACHE", write(tmp_path / "file", ["x"]))
     with pytest.raises(DataError, match=r"^Tokenised rows cannot be kept in .*/file/data/.*set TOGI_CACHE"):
         load_sft(RecordSpec(write(tmp_path / "a.jsonl", answers(1)), **PLAIN), tokenizer)
+
+
+def test_a_cache_of_another_user(tmp_path, tokenizer, made, monkeypatch):
+    """Rows in a folder that cannot be touched are used; those that cannot be read are made again."""
+    path = write(tmp_path / "a.jsonl", answers(4))
+    first = load_sft(RecordSpec(path, **PLAIN), tokenizer).fingerprint()
+    made.clear()
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as read_only:
+        read_only.setattr(shards.os, "utime", refused)
+        assert load_sft(RecordSpec(path, **PLAIN), tokenizer).fingerprint() == first and made == []
+    (theirs,), digest = files(tmp_path), shards._digest
+    monkeypatch.setattr(shards, "_digest", lambda file: refused() if file == theirs and not made else digest(file))
+    assert load_sft(RecordSpec(path, **PLAIN), tokenizer).fingerprint() == first and made == [range(4)]
+    # As the library that writes the files says it.
+    theirs.unlink()
+    refusal = SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
+    monkeypatch.setattr(shards, "save_file", lambda *_, **__: (_ for _ in ()).throw(refusal))
+    with pytest.raises(DataError, match=r"^Tokenised rows cannot be kept in .*Permission denied.*set TOGI_CACHE"):
+        load_sft(RecordSpec(path, **PLAIN), tokenizer)
 
 
 def test_few_files_for_many_rows(monkeypatch):

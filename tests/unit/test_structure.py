@@ -106,7 +106,6 @@ FOREIGN_ATTRIBUTES = Counter(
 # Where any exception is caught and another one, or the same, is raised: something is closed, or the user told what failed.
 RAISED_AGAIN = Counter(
     {
-        "data/shards.py: Entry.write": 1,
         "data/chat.py: _rendered": 1,
         "data/chat.py: load_tokenizer": 1,
         "data/chat.py: render_marked": 1,

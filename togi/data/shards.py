@@ -35,6 +35,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from togi.data.chat import Tokenizer, tokenizer_digest
@@ -72,15 +73,20 @@ class Entry:
         return cls(cache_folder() / hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest())
 
     def find(self, part: range) -> Shard | None:
-        """The shard of these rows; None if there is none. A damaged file is removed."""
-        for path in self.folder.glob(f"{_name(part)}.*.safetensors"):
+        """The shard of these rows; None if there is none that can be read. A damaged file is removed."""
+        try:
+            paths = list(self.folder.glob(f"{_name(part)}.*.safetensors"))
+        except OSError:  # a folder of another user
+            return None
+        for path in paths:
             try:
                 if path.name.split(".")[1] == _digest(path):
-                    # The time of the folder tells how long it is unused.
-                    os.utime(self.folder)
+                    # The time of the folder tells how long it is unused. A shared or read-only one keeps its time.
+                    with contextlib.suppress(OSError):
+                        os.utime(self.folder)
                     return Shard(path)
                 path.unlink()
-            except FileNotFoundError:  # another run is removing it
+            except OSError:  # another run is removing it, or it is another user's
                 continue
         return None
 
@@ -92,9 +98,7 @@ class Entry:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_shard(aside, outcomes)
             aside.rename(self.folder / f"{_name(part)}.{_digest(aside)}.safetensors")
-        except Exception as error:
-            if not isinstance(error, OSError) and not disk_reason(error):
-                raise
+        except (OSError, SafetensorError) as error:
             raise DataError(
                 f"Tokenised rows cannot be kept in {self.folder} ({disk_reason(error) or error}): {advice(error)}, or set "
                 "TOGI_CACHE to another folder."
@@ -108,12 +112,12 @@ def remove_oldest(*, keep: Path) -> None:
     """Remove the folders that are unused for longest, except ``keep``, until the total is at most MAX_BYTES."""
     # First the files that killed runs left unfinished.
     for aside in cache_folder().glob(f"*/*{ASIDE}"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # gone, or another user's, as below
             if time.time() - aside.stat().st_mtime > LEFT_OVER_SECONDS:
                 aside.unlink()
     ages: list[tuple[float, int, Path]] = []
     for folder in cache_folder().iterdir():
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):
             size = sum(file.stat().st_size for file in folder.iterdir())
             ages.append((folder.stat().st_mtime, size, folder))
     total = sum(size for _, size, _ in ages)
