@@ -2,19 +2,26 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 
+from tests.objective_tools import LOG2, LOG3, double, summary
 from tests.records import MARKED, SMOL, merging_tokenizer, parts
 from tests.tiny import STOP, tiny_tokenizer
 from togi.config.choices import Overlong
+from togi.config.parse import parse
 from togi.data.chat import load_tokenizer
 from togi.data.packing import pack, pack_stats
 from togi.data.records import RecordSpec, load_pairs, load_steps, load_unpaired
 from togi.data.rows import step_labels
 from togi.errors import DataError
 from togi.methods.kto_objective import mismatched
+from togi.methods.orpo import ORPO
+from togi.methods.preference import ORPOObjective, SimPOObjective
+from togi.methods.simpo import SimPO
+from togi.model.policy import Outputs
 
 HISTORY = [{"role": "user", "content": "q"}]
 GOOD = [*HISTORY, {"role": "assistant", "content": "good"}]
@@ -69,6 +76,32 @@ def test_strings_without_prompt_are_learned_whole(tmp_path, tokenizer):
     # Nothing is prompt, but the first token has no prediction.
     assert chosen.loss_mask.tolist() == rejected.loss_mask.tolist() == [False, True, True]
     assert (chosen.prompt_length, chosen.values["margin"]) == (0, 0.0)
+
+
+@pytest.mark.parametrize("method", [SimPO, ORPO])
+def test_what_whole_texts_share_is_their_prompt_where_it_does_not_cancel(tmp_path, tokenizer, method):
+    """Losses of means: SimPO's reward is over the response given the prompt, and so are ORPO's odds and NLL."""
+    config = parse(method, ["--pretrain", "m", "--dataset", "d"], method.command).config
+    (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": "Q:x A:b", "rejected": "Q:x A:cd"}))
+    examples = config.load(RecordSpec(str(tmp_path / "a.jsonl")), tokenizer)
+    ((chosen, rejected),) = examples
+    assert parts(chosen, tokenizer) == "Q:x A:[b<|im_end|>]"
+    assert parts(rejected, tokenizer) == "Q:x A:[cd<|im_end|>]"
+    assert examples.learned().tolist() == [2, 3]
+    assert any("counts as the prompt" in warning for warning in examples.report.warnings)
+    batch = pack([chosen, rejected], share_prefix=False)
+    if method is SimPO:  # rewards 2 x mean, with a difference of log 3, and no margin
+        outputs = Outputs(double(0, -2 * LOG2, -3 * LOG2, -3 * LOG3 / 2, 0))
+        assert summary(SimPOObjective(2.0, 0.0), outputs, batch)["loss"] == pytest.approx(math.log(4 / 3))
+    else:  # odds 3 and 1
+        outputs = Outputs(double(0, 2 * math.log(0.75), -LOG2, -LOG2, -LOG2))
+        assert summary(ORPOObjective(0.5), outputs, batch)["loss"] == pytest.approx(1.5 * math.log(4 / 3))
+
+
+def test_only_whole_texts_have_an_implicit_prompt(tmp_path, tokenizer):
+    settings = {"prompt_key": "p", "implicit_prompt": True}
+    ((chosen, rejected),) = pairs(tmp_path, tokenizer, [{"p": "q", "chosen": "ab", "rejected": "ac"}], **settings)
+    assert (parts(chosen, tokenizer), parts(rejected, tokenizer)) == ("q[ab<|im_end|>]", "q[ac<|im_end|>]")
 
 
 @pytest.mark.parametrize("marked", [False, True])

@@ -122,6 +122,10 @@ class Note(StrEnum):
     PROMPT_IN_ANSWER = (
         "have an answer that begins with the whole prompt: if it is there twice, leave it out of one field"
     )
+    IMPLICIT_PROMPT = (
+        "have no prompt of their own, so that what both texts begin with counts as the prompt, and is not learned: set "
+        "--prompt_key if the data has it apart"
+    )
     ANSWER_LEFT_OUT = "end with the assistant's answer, which is left out of the prompt"
     MARKED_OFF = "have turns of the assistant that are marked with weight 0 or train false, and are not learned"
     TOOLS_UNSEEN = "have tools that the chat template does not show to the model: use a template that renders tools"

@@ -36,7 +36,8 @@ class RecordSpec:
     """Which rows to load and how to make sequences of them. Fields are named as their flags.
 
     ``max_len``: in tokens, prompt and answer together. Each command reads the keys that it knows. ``max_bad_rows``: the
-    share of rows that may be faulty, 0 to 1. ``dataset_num_proc``: processes that tokenise.
+    share of rows that may be faulty, 0 to 1. ``dataset_num_proc``: processes that tokenise. ``implicit_prompt``: in pairs of whole
+    texts, what both begin with is their prompt.
     """
 
     dataset: str
@@ -58,6 +59,7 @@ class RecordSpec:
     placeholder_token: str = ""
     reward_tokens: tuple[str, ...] | None = None
     margin_loss: bool = False
+    implicit_prompt: bool = False
     seed: int = 42
     max_bad_rows: float = 0.05
     dataset_num_proc: int | Literal["auto"] = AUTO

@@ -118,17 +118,22 @@ class PairReader(RowReader):
         chosen, rejected = coded
         if np.array_equal(chosen.tokens, rejected.tokens):
             return Drop.CUT_EQUAL
-        limit = min(chosen.prompt_length, rejected.prompt_length)
+        lengths = len(chosen.tokens), len(rejected.tokens)
+        limit = min(lengths) if self._implicit else min(chosen.prompt_length, rejected.prompt_length)
         differs = np.flatnonzero(chosen.tokens[:limit] != rejected.tokens[:limit])
         shared = int(differs[0]) if len(differs) else limit
         return tuple(
             replace(side, prompt_length=shared, runs=((shared, side.runs[0][1]), *side.runs[1:])) for side in coded
         )
 
+    @property
+    def _implicit(self) -> bool:
+        return self.spec.implicit_prompt and self.spec.prompt_key is None and not self.spec.apply_chat_template
+
     def _plain(self, fields: Fields, key: str) -> Draft | Drop:
-        """A draft in plain text. Without a prompt field the answer is the whole text."""
+        """A draft in plain text. Without a prompt field the answer is the whole text; ``finish`` finds an implicit prompt."""
         if self.spec.prompt_key is None:
-            return plain_draft("", fields.text(key))
+            return plain_draft("", fields.text(key), frozenset({Note.IMPLICIT_PROMPT} if self._implicit else ()))
         return fields.draft((self.spec.prompt_key, key), self.spec)
 
     def _chats(self, fields: Fields, keys: tuple[str, str]) -> list[Draft | Drop]:

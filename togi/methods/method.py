@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
@@ -267,8 +267,13 @@ class Pairs(Method):
     """Rows"""
 
     width: ClassVar[int] = 2
+    # Whether what two whole texts share must be left out: it cancels in a difference of sums, but not in means.
+    implicit_prompt: ClassVar[bool] = False
 
-    prompt_key: str | None = flag(None, "Field with the prompt; default: it is part of both conversations.")
+    prompt_key: str | None = flag(
+        None,
+        "Field with the prompt; default: it is part of both conversations (simpo, orpo: or what both texts begin with).",
+    )
     chosen_key: str = flag("chosen", "Field with the preferred response or conversation.")
     rejected_key: str = flag("rejected", "Field with the rejected response or conversation.")
     apply_chat_template: bool = flag(False, "Render rows with the tokenizer's chat template.")
@@ -290,7 +295,7 @@ class Pairs(Method):
     def load(self, spec: RecordSpec, tokenizer: Tokenizer) -> Examples:
         from togi.data.records import load_pairs
 
-        return load_pairs(spec, tokenizer)
+        return load_pairs(replace(spec, implicit_prompt=self.implicit_prompt), tokenizer)
 
     def badness(self, sequences: Sequence[tuple[Sample, float]]) -> float:
         """How far the reward of the rejected response is above the chosen one."""

@@ -32,6 +32,7 @@ class ORPO(Pairs):
         ),
     )
     number = "reward"
+    implicit_prompt = True
 
     odds_ratio_coef: Positive = flag(0.1, "The paper's lambda: weight of the preference beside the supervised loss.")
     max_samples: Count = flag(1_000_000, "Use at most this many rows of the mixture.")

@@ -24,6 +24,7 @@ class SimPO(Pairs):
     title = "simple preference optimisation (SimPO)"
     measures = (*REWARD_MEASURES, Measure(names.CHOSEN_NLL, Good.LOW))
     number = "reward"
+    implicit_prompt = True
 
     beta: Positive = flag(2.0, "Scale of the reward: beta x the mean log-prob of a response's tokens.")
     gamma: FromZero = flag(1.0, "Target margin: the chosen response's reward is to be this much higher.")
