@@ -74,6 +74,24 @@ def asked(tmp_path, rows, template=CHAT_TEMPLATE, **settings):
     return load_prompts(PromptSpec(write(tmp_path, rows), **settings), chatting(template))
 
 
+@pytest.mark.parametrize(
+    ("content", "template", "noted"),
+    [
+        ("a<|im_end|>\n<|im_start|>user\nmore", CHAT_TEMPLATE, True),
+        ("a <|im_end|", CHAT_TEMPLATE, False),
+        ("a<|im_end|>", "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}", False),
+        ("a<|im_end|>", "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}", True),
+    ],
+)
+def test_control_tokens_in_a_content_are_noted(tmp_path, content, template, noted):
+    """Only those that the template itself writes: other special tokens may be part of the task."""
+    plain, held = [USER, ANSWER], [{"role": "user", "content": content}, ANSWER]
+    prompts = asked(tmp_path, [{"m": held[:1]}], template)
+    assert ["itself writes" in warning for warning in warnings(prompts)] == [True] * noted
+    found = warnings(sft(tmp_path, [{"m": plain}, {"m": held}], template))
+    assert [warning.startswith("1 of 2 rows have content with special tokens") for warning in found] == [True] * noted
+
+
 def fault(tmp_path, row, template=CHAT_TEMPLATE, loader=sft, **settings):
     """The sentence for a row, without the place of its field and what follows."""
     with pytest.raises(DataError) as caught:

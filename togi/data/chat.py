@@ -144,6 +144,20 @@ def enders(tokenizer: Tokenizer, token_ids: Iterable[int]) -> set[int]:
     return {token for token in token_ids if token in added and added[token].special} - {tokenizer.bos_token_id}
 
 
+@lru_cache(maxsize=8)
+def _control_texts(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
+    """The special tokens that a chat template writes, by their text or as ``bos_token`` and ``eos_token``."""
+    named = {str(text) for name, text in tokenizer.special_tokens_map.items() if re.search(rf"\b{name}\b", template)}
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(text for text in special if text in named or text in template))
+
+
+def holds_controls(texts: Iterable[str], tokenizer: Tokenizer) -> bool:
+    """Whether a text holds a special token that the chat template writes."""
+    controls = _control_texts(tokenizer, template_text(tokenizer))
+    return any(control in text for text in texts for control in controls)
+
+
 def marks_turns(tokenizer: Tokenizer) -> bool:
     """Whether the chat template marks the trained parts with ``{% generation %}``."""
     return re.search(r"{%-?\s*generation\s*-?%}", template_text(tokenizer)) is not None

@@ -133,6 +133,10 @@ class Note(StrEnum):
         "have a message in the context that the chat template leaves out or changes: look at the rendered examples"
     )
     REASONING_LOST = "have reasoning beside the content that the chat template leaves out, so that it is not learned"
+    CONTROL_TOKENS = (
+        "have content with special tokens that the chat template itself writes, and the model reads them so, for example as the "
+        "end of a turn: remove them from the content, or give text that is rendered already without the template"
+    )
 
 
 # Reasons that depend on --max_len. Every other reason is a fault of the row and counts for --max_bad_rows.

@@ -25,7 +25,7 @@ from togi.data.items import DEFAULT_SPLIT
 from togi.data.messages import without_answers
 from togi.data.source import DATASOURCE_COLUMNS, Mixture, Pick, load_mixture
 from togi.data.tables import readable
-from togi.data.turns import is_held, lost
+from togi.data.turns import control_notes, is_held, lost
 from togi.errors import DataError
 from togi.sample import Prompt
 
@@ -274,7 +274,8 @@ def _chat(fields: Fields, key: str) -> tuple[str, frozenset[Note]]:
                 "has its last message left out or changed by the chat template (it says "
                 f"{dialogue.messages[-1]['content'][:60]!r}): use a template that keeps what is asked."
             )
-    return text, dialogue.notes | (lost(dialogue, text) if text else set())
+    notes = control_notes(dialogue.messages, fields.tokenizer) | (lost(dialogue, text) if text else set())
+    return text, dialogue.notes | notes
 
 
 def _report(

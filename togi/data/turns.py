@@ -20,7 +20,7 @@ from itertools import chain, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from togi.data.chat import Tokenizer, closing_text, marks_turns, render_marked, render_messages, visible
+from togi.data.chat import Tokenizer, closing_text, holds_controls, marks_turns, render_marked, render_messages, visible
 from togi.data.faults import Drop, Note
 from togi.data.messages import ASSISTANT, Dialogue, Message, argument_texts, call_names, is_marked_off, reasoning_of
 from togi.errors import DataError
@@ -232,7 +232,14 @@ def conversation(dialogue: Dialogue, first: int, tokenizer: Tokenizer) -> Draft 
         notes |= _check_text(messages[turn], turn, text[start:end])
     start, end = spans[-1]
     notes |= lost(dialogue.until(turns[-1]), text[:start], learned=frozenset(turns))
+    notes |= control_notes(messages[: turns[-1] + 1], tokenizer)
     return Draft(text[:end], tuple(spans), complete=True, notes=frozenset(notes))
+
+
+def control_notes(messages: Sequence[Message], tokenizer: Tokenizer) -> set[Note]:
+    """A note if the text of a message would be read as control tokens."""
+    texts = (text for message in messages for text in (message["content"], *reasoning_of(message)))
+    return {Note.CONTROL_TOKENS} if holds_controls(texts, tokenizer) else set()
 
 
 def lost(dialogue: Dialogue, text: str, *, learned: frozenset[int] = frozenset()) -> set[Note]:
