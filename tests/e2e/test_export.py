@@ -141,6 +141,30 @@ def test_an_adapter_is_merged_final_or_from_a_checkpoint(runs: Path, tmp_path: P
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
 
+def test_the_model_of_another_run_is_refused(
+    runs: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        train(world, "sft", Path(name), "--save_path", "model", "--save_steps", "4", evaluate=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # run.json has absolute paths
+    export(Path("../two"), tmp_path / "out")
+    assert same_weights(tmp_path / "out", tmp_path / "model") and not (tmp_path / "out" / "togi_run.json").exists()
+    words = ["export", "--run_dir", "../one", "--output_path", str(tmp_path / "no")]
+    for source, more in (
+        (tmp_path / "model", []),  # both runs wrote this folder
+        (tmp_path / "two" / "checkpoints" / "step_00000004", ["--ckpt", str(tmp_path / "two" / "checkpoints")]),
+    ):
+        capsys.readouterr()
+        assert main([*words, *more]) == 2
+        assert capsys.readouterr().err == (
+            f"togi: {source} was not written by the run --run_dir ../one: give the folder of the run that wrote it, or a "
+            "checkpoint of this run by --ckpt.\n"
+        )
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.busy
 @pytest.mark.parametrize("flags", [["--zero_stage", "3"], ["--backend", "deepspeed"]], ids=["fsdp2", "deepspeed"])
 def test_checkpoints_of_two_ranks(world: Path, tmp_path: Path, flags: list[str]) -> None:

@@ -30,7 +30,12 @@ from togi.weights.files import in_parts
 
 SHARD_BYTES = 5 * 10**9
 UNFINISHED = ".unfinished"
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", ADAPTER_CONFIG)
+RUN_FILE = "togi_run.json"
+"""In a final model's folder: the id of the run that wrote it."""
+WEIGHT_FILES = (
+    *("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", ADAPTER_CONFIG),
+    RUN_FILE,
+)
 
 
 FullParameters = Callable[..., Iterator[tuple[str, Tensor]]]

@@ -5,6 +5,7 @@ parameter names of the model in training, whatever the backend: they are loaded 
 run writes its final model.
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from togi.errors import CheckpointError, ConfigError, DataError, ModelError
 from togi.learn.checkpoint import HF_FOLDER, STATE, Checkpoint, CheckpointStore, read_checkpoint
 from togi.learn.learner_state import read_masters
 from togi.methods import METHODS
-from togi.model.checkpoint import save_hf, written_aside
+from togi.model.checkpoint import RUN_FILE, save_hf, written_aside
 from togi.model.loading import ModelSource, dtype_of, load_causal_lm, load_scalar_model
 from togi.model.merge import load_merged, named_base, save_proven
 from togi.model.policy import PolicyModel, ScalarModel
@@ -34,6 +35,7 @@ class Run:
     def __init__(self, config: ExportConfig) -> None:
         self.directory = RunDirectory(Path(config.run_dir))
         info = self.directory.read_info()
+        self.id = info.run_id
         self.values: dict[str, Any] = {name: entry["value"] for name, entry in info.values.items()}
         self.is_rl, self.trust_remote_code = info.command == "rl", config.trust_remote_code
         self.role = config.role
@@ -62,6 +64,14 @@ class Run:
         if v["lora_rank"] == 0:
             return None
         return LoRA(v["lora_rank"], v["lora_alpha"], v["lora_dropout"], tuple(v["target_modules"]), load_in_4bit=False)
+
+    def check_own(self, source: Path, writer: str | None) -> None:
+        """Raise ConfigError if ``source`` was written by another run than this one. ``writer``: the id of that run."""
+        if writer != self.id:
+            raise ConfigError(
+                f"{source} was not written by the run --run_dir {self.directory.root}: give the folder of the run that wrote it, "
+                "or a checkpoint of this run by --ckpt."
+            )
 
     def tokenizer(self, path: str, chat_template: str | None = None) -> Tokenizer:
         return load_tokenizer(path, chat_template=chat_template, trust_remote_code=self.trust_remote_code)
@@ -107,11 +117,15 @@ def export(config: ExportConfig) -> Iterator[str]:
     source = run.final_model
     if checkpoint is not None:
         source = checkpoint.path / HF_FOLDER
+        run.check_own(checkpoint.path, checkpoint.state.get("run_id"))
         yield f"from the checkpoint of step {checkpoint.step}: {checkpoint.path}"
     elif not source.is_dir():
         raise ConfigError(
             f"The run {config.run_dir} has no final model in {source}: give one of its checkpoints by --ckpt."
         )
+    else:
+        file = source / RUN_FILE
+        run.check_own(source, json.loads(file.read_text(encoding="utf-8"))["run_id"] if file.is_file() else None)
     sources = [("run_dir", config.run_dir), ("save_path", str(source)), ("pretrain", run.pretrain)]
     check_target("output_path", config.output_path, sources)
     with written_aside(Path(config.output_path)) as aside:
@@ -149,7 +163,7 @@ def _copy(source: Path, aside: Path) -> None:
     if not (source / "config.json").is_file():
         raise ConfigError(f"{source} holds no model: give a checkpoint by --ckpt.")
     for file in source.iterdir():
-        if file.is_file() and not file.name.startswith(".") and file.name not in (CARD, "best.json"):
+        if file.is_file() and not file.name.startswith(".") and file.name not in (CARD, RUN_FILE):
             shutil.copy(file, aside)
 
 

@@ -6,6 +6,7 @@ The held-out rows in the report: those with the worst and the best values of an 
 """
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +24,14 @@ from togi.data.records import Examples
 from togi.data.report import DataReport
 from togi.errors import ConfigError
 from togi.learn.checkpoint import Checkpoint
+from togi.model.checkpoint import RUN_FILE
 from togi.obs.metrics import StepRecord
 from togi.obs.progress import Progress, Watchdog
 from togi.obs.report import cause, end_run, write_report
 from togi.obs.run_dir import SHOWN_ROWS, HeldOutRow, Resolved, RunDirectory, State, default_run_dir, write_held_out
 from togi.obs.sinks import Recorder, open_trackers
 from togi.obs.way_out import tolerated
-from togi.run.preflight import trackers
+from togi.run.preflight import absolute, trackers
 from togi.sample import Sample
 
 
@@ -107,7 +109,7 @@ class Journal:
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.root = Path()
+        self.root, self.run_id = Path(), ""
 
     def announce(self, line: str) -> None:
         """Print one line for the user."""
@@ -120,6 +122,9 @@ class Journal:
 
     def write_rows(self, step: int, rows: Sequence[HeldOutRow]) -> None:
         """Write the worst and best held-out rows of the evaluation after ``step``."""
+
+    def sign(self, model: Path) -> None:
+        """Write into a final model's folder which run made it, for ``togi export``."""
 
 
 class RunJournal(Journal):
@@ -134,7 +139,7 @@ class RunJournal(Journal):
         announce: Callable[[str], None],
     ) -> None:
         super().__init__(progress)
-        self.root, self.rollouts = directory.root, directory.rollouts
+        self.root, self.rollouts, self.run_id = directory.root, directory.rollouts, directory.read_info().run_id
         self._recorder, self._watchdog, self._announce = recorder, watchdog, announce
         self._report_due = 0.0
 
@@ -156,6 +161,9 @@ class RunJournal(Journal):
 
     def write_rows(self, step: int, rows: Sequence[HeldOutRow]) -> None:
         write_held_out(self.root, step, rows)
+
+    def sign(self, model: Path) -> None:
+        (model / RUN_FILE).write_text(json.dumps({"run_id": self.run_id}) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -196,7 +204,8 @@ def open_journal(
     config, files = parsed.config, ExitStack()
     root = Path(config.run_dir) if config.run_dir is not None else default_run_dir(command)
     settings = config.model_dump(mode="json")
-    resolved = {name: Resolved(value, parsed.sources[name]) for name, value in settings.items()}
+    # Paths are absolute, so that the folder of the run can be read from any other.
+    resolved = {name: Resolved(absolute(name, value), parsed.sources[name]) for name, value in settings.items()}
     opened = RunDirectory.resume if config.load_checkpoint else RunDirectory.create
     # Without a checkpoint nothing of an earlier attempt counts, not even its evaluation before training.
     last_step = found.step if found is not None else -1

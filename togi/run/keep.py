@@ -202,6 +202,7 @@ class Keep:
         """
         resumable, best = not self._config.disable_ds_ckpt, self._best
         whole = {**state, "resumable": resumable, "best": asdict(best) if best is not None else None}
+        whole["run_id"] = self._journal.run_id
         with self._journal.progress.phase("writing a checkpoint"), ExitStack() as stack:
             writing = self._store.write(step, whole, size if resumable else 0)
             folder = stack.enter_context(writing) if self._world.is_first else Path()

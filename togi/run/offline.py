@@ -297,6 +297,7 @@ class OfflineRun:
             # The other ranks take part in gathering and write nothing.
             with written_aside(target) if self._world.is_first else nullcontext(target) as folder:
                 self._write_model(folder)
+                self._journal.sign(folder)
             self._world.barrier("model in place")
 
     def _write_model(self, folder: Path) -> None:

@@ -401,6 +401,7 @@ def check_teams(config: Method) -> None:
 # folders. ModelScope's package caches downloads under a lock, so the processes of a launcher download once.
 
 MODELS = ("pretrain", "critic_pretrain", "ref_pretrain", "teacher_model")
+OUTPUTS = ("save_path", "ckpt_path", "run_dir")
 DATA_LISTS = ("dataset", "eval_dataset", "prompt_data", "pretrain_data")
 Named = TypeVar("Named", bound=ModelSettings | InferConfig | ChatConfig | ServeRMConfig)
 
@@ -421,6 +422,14 @@ def with_local_names(parsed: Parsed[Named]) -> Parsed[Named]:
     for name in (name for name in DATA_LISTS if given.get(name)):
         found[name] = ",".join(_data_set(name, item.strip()) for item in split_items(given[name]))
     return Parsed(cast(Named, parsed.config.model_copy(update=found)), parsed.sources)
+
+
+def absolute(name: str, value: object) -> object:
+    """The value of a setting; output folders and local models as absolute paths."""
+    if not isinstance(value, str) or name not in (*OUTPUTS, *MODELS, "reward_pretrain"):
+        return value
+    parts = value.split(",") if name == "reward_pretrain" else [value]
+    return ",".join(str(Path(part).absolute()) if name in OUTPUTS or Path(part).is_dir() else part for part in parts)
 
 
 def _model(flag: str, name: str) -> str:

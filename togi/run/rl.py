@@ -364,12 +364,15 @@ class RLRun:
             await self.session.phases.enter(Phase.SAVE)
             with written_aside(Path(target)) as aside:
                 await self.session.save_model(Role.ACTOR, aside)
+                self.journal.sign(aside)
             if self.config.enable_ema:
                 with written_aside(Path(target + "_ema")) as aside:
                     await self.session.save_average(aside)
+                    self.journal.sign(aside)
             if self.config.save_value_network:
                 with written_aside(Path(target + "_critic")) as aside:
                     await self.session.save_model(Role.CRITIC, aside)
+                    self.journal.sign(aside)
 
 
 def mini_batches(samples: Sequence[Sample], config: RLConfig, step: int) -> list[list[Sample]]:
