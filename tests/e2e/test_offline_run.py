@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.example_scripts import run_script
 from tests.offline_world import DATA, ROOT, flags, launch, make_world, train
+from tests.tiny import save_tiny_model
 from togi.cli.main import main
 from togi.learn.schedule import Schedule
 from togi.methods import METHODS
@@ -254,6 +255,36 @@ def test_a_checkpoint_of_other_data_is_refused(world: Path, tmp_path: Path, caps
     ):
         assert main(["sft", *flags(world, "sft", run, "--load_checkpoint", *change)]) == 2
         assert f"belongs to another run ({named} was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "flag", "named"),
+    [
+        ("sft", ["--lora_rank", "4"], "--pretrain", "--pretrain (the base of the adapter)"),
+        ("dpo", [], "--pretrain", "--ref_pretrain (by default --pretrain)"),
+        ("kd", [], "--teacher_model", "--teacher_model"),
+    ],
+    ids=["base", "reference", "teacher"],
+)
+def test_a_frozen_model_stays_the_same(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    kind: list[str],
+    flag: str,
+    named: str,
+) -> None:
+    """A checkpoint does not hold it. A copy of its folder is the same model, other weights in the same folder are not."""
+    for name in ("model", "copy"):
+        shutil.copytree(world / "model", tmp_path / name)
+    run, words = tmp_path / "run", kind
+    train(world, command, run, "--save_steps", "2", *words, flag, str(tmp_path / "model"), evaluate=False)
+    train(world, command, run, "--load_checkpoint", *words, flag, str(tmp_path / "copy"), evaluate=False)
+    save_tiny_model(tmp_path / "copy", seed=5)
+    again = flags(world, command, run, "--load_checkpoint", *words, flag, str(tmp_path / "copy"), evaluate=False)
+    assert main([command, *again]) == 2
+    assert f"belongs to another run (the weights of {named} was " in capsys.readouterr().err
 
 
 def test_what_only_the_data_can_tell(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

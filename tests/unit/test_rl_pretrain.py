@@ -15,7 +15,7 @@ from togi.data.prompts import PromptLoader
 from togi.errors import CheckpointError, DataError
 from togi.obs.progress import Progress
 from togi.run.keep import checkpoint_store
-from togi.run.rl_setup import Material, Pretraining, find_checkpoint, load_pretraining
+from togi.run.rl_setup import Material, Pretraining, find_checkpoint, frozen_weights, load_pretraining
 from togi.sample import Prompt
 
 ROWS = [{"input": f"text {i}", "output": f"answer {i}"} for i in range(5)]
@@ -72,7 +72,10 @@ def test_a_checkpoint_without_an_average_or_of_other_rows_is_refused_before_any_
     loader = PromptLoader(prompts, seed=42, episodes=1)
     material = Material(prompts, loader, (), rows, {}, str, (), None)
     flags = ["--load_checkpoint", "--ckpt_path", str(tmp_path / "checkpoints"), "--enable_ema"]
-    flags += ["--advantage_estimator", "reinforce"]
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    flags += ["--advantage_estimator", "reinforce", "--pretrain", str(model), "--init_kl_coef", "0.1"]
     config = parse(RLConfig, flags, "rl").config
     state = {"resumable": True, "rollout_batch_size": config.rollout_batch_size, "loader": loader.state().to_json()}
 
@@ -87,7 +90,7 @@ def test_a_checkpoint_without_an_average_or_of_other_rows_is_refused_before_any_
         written(**more)
         with pytest.raises(CheckpointError, match=message):
             find_checkpoint(config, material, Progress())
-    written(ema=True, pretraining=rows.state(3))
+    written(ema=True, pretraining=rows.state(3), frozen=frozen_weights(config))
     assert find_checkpoint(config, material, Progress()).step == 1
     critical = parse(RLConfig, [*flags, "--advantage_estimator", "gae"], "rl").config
     with pytest.raises(CheckpointError) as refused:
@@ -96,3 +99,10 @@ def test_a_checkpoint_without_an_average_or_of_other_rows_is_refused_before_any_
         f"The checkpoint {tmp_path}/checkpoints/step_00000001 has no critic, which --advantage_estimator gae needs: go on with "
         "the estimator that it was written with, or start anew with another --ckpt_path."
     )
+    (model / "model.safetensors").write_bytes(b"rewrote")
+    with pytest.raises(
+        CheckpointError, match=f"was written with other weights in --pretrain {model}, of which the run"
+    ):
+        find_checkpoint(config, material, Progress())
+    unheld = parse(RLConfig, [*flags, "--init_kl_coef", "0"], "rl").config  # no reference: nothing is frozen
+    assert find_checkpoint(unheld, material, Progress()).step == 1

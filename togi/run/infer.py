@@ -39,7 +39,7 @@ from togi.run.iterate_scores import Row
 from togi.run.iterate_steps import select
 from togi.run.loading import RewardModel, engine_settings, spec_of, tokenizer_of
 from togi.sample import FinishReason, Prompt, Rollout, Sampling
-from togi.weights.files import local_folder
+from togi.weights.files import stamp
 
 SCORED_AT_ONCE = 64
 # The columns of a scored row. Others are those of the data.
@@ -51,7 +51,6 @@ GENERATION = (
     *("keep_special_tokens", "keep_tokens"),
 )
 SCORING = ("eval_task", "value_head_prefix", "bf16")
-WEIGHTS = ("*.safetensors", "*.bin")
 Announce = Callable[[str], None]
 
 
@@ -300,12 +299,9 @@ def _is_json(value: object) -> bool:
 
 
 def identity_of(config: InferConfig, names: Sequence[str]) -> dict[str, str]:
-    """What must be equal for a resume: settings, and the weights by size and modification time."""
+    """What must be equal for a resume: settings, and the weights (``weights.files.stamp``)."""
     settings = {f"--{name}": str(config.model_dump()[name]) for name in names}
-    files = sorted(file for pattern in WEIGHTS for file in Path(local_folder(config.pretrain)).glob(pattern))
-    stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
-    weights = digest("\n".join(stamps).encode())
-    return settings | {"--pretrain": config.pretrain, "weights of --pretrain": weights}
+    return settings | {"--pretrain": config.pretrain, "weights of --pretrain": stamp(config.pretrain)}
 
 
 # Second part: a conversation. The whole history is formatted anew for each turn, and answers stream as text.

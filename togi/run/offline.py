@@ -49,8 +49,9 @@ from togi.run.offline_setup import (
 from togi.run.plan import EpochPlan, offline_aim
 from togi.run.start import NO_CUDA_FOR_LIGER
 from togi.sample import Sample
+from togi.weights.files import stamp
 
-NOT_SET = "not one that follows a loss"
+NOT_SET = {"--lr_scheduler": "not one that follows a loss"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,9 @@ def find_checkpoint(config: Method, command: str, data: Data, world: World) -> C
     saved, now = found.state["identity"], identity(config, command, data)
     # Other rows or another batch size would train some rows twice and others never.
     if saved != now:
-        pairs = {name: (saved.get(name, NOT_SET), now.get(name, NOT_SET)) for name in {**now, **saved}}
+        pairs = {
+            name: [each.get(name, NOT_SET.get(name, "none")) for each in (saved, now)] for name in {**now, **saved}
+        }
         different = "; ".join(f"{name} was {a}, is {b}" for name, (a, b) in pairs.items() if a != b)
         raise CheckpointError(
             f"The checkpoint {found.path} belongs to another run ({different}): resume with the same rows and settings, "
@@ -339,12 +342,16 @@ class OfflineRun:
 
 
 def identity(config: Method, command: str, data: Data) -> dict[str, str]:
-    """What must be equal for a resumed run to see every row exactly as often as an uninterrupted run."""
+    """What must be equal for a resumed run to go on as an uninterrupted one: the rows and their order, and all frozen weights."""
     same = {
         "command": f"togi {command}",
         "--dataset": data.train.fingerprint(),
         "--seed": str(config.seed),
         "--train_batch_size": str(config.train_batch_size),
     }
+    # A checkpoint holds trained weights only; those of a frozen model come from its folder.
+    base = {"--pretrain (the base of the adapter)": config.pretrain if config.lora is not None else ""}
+    others = {"--ref_pretrain (by default --pretrain)": config.reference, "--teacher_model": config.teacher}
+    same |= {f"the weights of {flag}": stamp(path) for flag, path in (base | others).items() if path}
     # The state of a schedule that follows a loss is in the checkpoint; the other schedules need only the step.
     return same | ({"--lr_scheduler": config.lr_scheduler.value} if config.lr_scheduler.follows_a_loss else {})

@@ -36,7 +36,7 @@ from togi.run.journal import Evaluation, Journal, RunJournal, open_journal
 from togi.run.keep import DRIVER, Keep, every
 from togi.run.plan import StepPlan
 from togi.run.rewards import describe
-from togi.run.rl_setup import COMMAND, Material, connect, opening
+from togi.run.rl_setup import COMMAND, Material, connect, frozen_weights, opening
 from togi.run.signs import Verdict, setting_signs
 from togi.sample import Sample, with_streams
 from togi.workers import start
@@ -348,6 +348,7 @@ class RLRun:
             "tokens_seen": self._tokens_seen,
             "ema": config.enable_ema,
             "lora_alpha": config.lora_alpha,
+            "frozen": frozen_weights(config),
             "pretraining": rows.state(self._pretrain_steps) if rows is not None else None,
         }
         await self.session.phases.enter(Phase.SAVE)

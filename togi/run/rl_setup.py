@@ -39,6 +39,7 @@ from togi.run.plan import EpochPlan, StepPlan, rl_aim
 from togi.run.preflight import asked_context, models_of
 from togi.run.rewards import Decode, EarlyRewards, combined, example
 from togi.sample import Outcome, Prompt, Sample, Sampling, Score
+from togi.weights.files import stamp
 from togi.workers.model_worker import ScorerWorker
 from togi.workers.session import Session
 from togi.workers.worker_group import ModelScores
@@ -237,6 +238,13 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
             f"The checkpoint {found.path} has no critic, which --advantage_estimator {config.advantage_estimator} needs: go on "
             "with the estimator that it was written with, or start anew with another --ckpt_path."
         )
+    now = frozen_weights(config)
+    for flag, weights in found.state.get("frozen", {}).items():
+        if now.get(flag, weights) != weights:
+            raise CheckpointError(
+                f"The checkpoint {found.path} was written with other weights in --{flag} {dict(models_of(config))[flag]}, "
+                "of which the run uses a frozen copy: give the same model, or start anew with another --ckpt_path."
+            )
     saved = found.state["rollout_batch_size"]
     if saved != config.rollout_batch_size:
         raise CheckpointError(
@@ -252,6 +260,18 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
     if material.pretraining is not None:
         material.pretraining.steps_of(found.state.get("pretraining"))
     return found
+
+
+def frozen_weights(config: RLConfig) -> dict[str, str]:
+    """The stamp of each model that the run uses frozen and no checkpoint holds, by its flag: the reference and bases of adapters.
+
+    Reward models may change, as reward functions and servers may: the metrics show it.
+    """
+    flags = {path: flag for flag, path in reversed(models_of(config))}
+    frozen = {config.pretrain} if config.uses_reference or config.lora is not None else set()
+    if config.uses_critic and config.lora is not None:
+        frozen.add(config.critic_source)
+    return {flags[path]: stamp(path) for path in frozen}
 
 
 def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPlan) -> str:

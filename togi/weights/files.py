@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from togi.errors import ModelError
 
 Reader = Callable[[nn.Module], None]
 """Loads the weights of a part of a model that are still on disk (``togi.model.deferred``)."""
+WEIGHTS = ("*.safetensors", "*.bin")
+# Training changes weights everywhere: to tell two models apart, blocks spread over a file are enough.
+BLOCK, SAMPLES = 4096, 256
 # Weights in pickle form are left out: Togi reads safetensors only.
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
@@ -43,6 +47,20 @@ def files_of(path: str) -> list[Path]:
     folder = Path(local_folder(path))
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+
+
+def stamp(model: str) -> str:
+    """A short text that stands for the weights of a model, wherever it lies: of each file the size and ``SAMPLES`` blocks."""
+    found = hashlib.blake2b(digest_size=16)
+    folder = Path(local_folder(model))
+    for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        size = path.stat().st_size
+        found.update(f"{path.name}:{size}\n".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(BLOCK, size // SAMPLES)):
+                file.seek(start)
+                found.update(file.read(BLOCK))
+    return found.hexdigest()
 
 
 def in_parts(
