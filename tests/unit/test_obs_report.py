@@ -104,6 +104,21 @@ def test_rows_of_the_data_and_of_evaluations_are_on_the_page_as_text(run):
     ]
 
 
+def test_a_broken_file_is_named_and_left_out(run, caplog):
+    """Such as one that an older version was killed in."""
+    write_held_out(run.root, 2, [HeldOutRow("best", "reward", ("c", "d"), (1.0, 0.5))])
+    (run.root / "data").mkdir()
+    broken = [run.root / "data" / "train.json", run.root / "held_out" / "step_00000001.json"]
+    for path in broken:
+        path.write_text('[{"place": "wor')
+    run.status_path.write_text("")
+    _, _, data = page_of(run)
+    assert data["examples"] == [] and [part["step"] for part in data["held_out"]] == [2]
+    assert data["state"]["name"] == "failed" and f"{run.status_path} cannot be read" in data["state"]["message"]
+    for path in broken:
+        assert f"{path} cannot be read and is left out" in caplog.text
+
+
 def test_the_page_holds_the_curves_and_the_rollouts(run):
     _, _, data = page_of(run)
     assert data["steps"] == [1, 2, 3, 4]

@@ -11,7 +11,17 @@ from tests.run_rows import ARGV, KEY, VALUES, row
 from togi.errors import ConfigError, DataError
 from togi.obs.metrics import StepRecord, read_records
 from togi.obs.rollout_store import Split
-from togi.obs.run_dir import Resolved, RunDirectory, State, default_run_dir, redact_argv, redact_value, scrub
+from togi.obs.run_dir import (
+    Resolved,
+    RunDirectory,
+    State,
+    default_run_dir,
+    read_held_out,
+    redact_argv,
+    redact_value,
+    scrub,
+    write_held_out,
+)
 from togi.obs.sinks import Recorder
 
 
@@ -97,7 +107,10 @@ def test_winding_back_moves_later_steps_aside_so_that_each_exists_once(tmp_path)
     run.rollouts.write(5, Split.EVAL, [row()])
     run.rollouts.write(6, Split.TRAIN, [row()])  # generated, but the step was never finished
     recorder.close()
-    assert run.truncate_after(3) == (4, 5, 6)
+    for step in (3, 7):
+        write_held_out(tmp_path, step, [])
+    assert run.truncate_after(3) == (4, 5, 6, 7)
+    assert list(read_held_out(tmp_path)) == [3]
     assert [record.step for record in read_records(run.metrics_path)] == [1, 2, 3]
     assert run.rollouts.steps() == [1, 2, 3]
     aside = tmp_path / "discarded" / "001-after-step-000003"
@@ -108,6 +121,7 @@ def test_winding_back_moves_later_steps_aside_so_that_each_exists_once(tmp_path)
         "step_000005.parquet",
         "step_000006.parquet",
     ]
+    assert list(read_held_out(aside)) == [7]
     assert run.truncate_after(3) == ()
     again = Recorder(run.metrics_path, [], last_step=3)
     again.write(StepRecord(4, {"x": 40.0}))

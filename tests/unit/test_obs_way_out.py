@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +33,8 @@ from togi.obs.metrics import StepRecord
 from togi.obs.report import cause, end_run
 from togi.obs.run_dir import HeldOutRow, RunDirectory, State, write_held_out
 from togi.obs.sinks import Recorder
-from togi.obs.way_out import disk_reason, way_out, writing
+from togi.obs.way_out import disk_reason, tolerated, way_out, writing
+from togi.run.journal import leaving_in_order
 
 TOO_LARGE = "(File too large): raise the limit on the size of files (ulimit -f)"
 LONG = "x" * 200_000
@@ -73,7 +76,7 @@ WRITERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "model": (model, "f"),
     "tokenizer": (tokenizer, "f"),
     "metrics": (metrics, "f"),
-    "data report": (lambda folder: REPORT.write(folder / "f"), "f.md"),
+    "data report": (lambda folder: REPORT.write(folder / "f"), "f.json"),
     "held-out rows": (
         lambda folder: write_held_out(folder, 3, [HeldOutRow("best", "nats", (LONG,), (1.0,))]),
         "held_out/step_00000003.json",
@@ -165,6 +168,24 @@ def test_without_an_error_before_the_last_one_counts(caplog: pytest.LogCaptureFi
     with pytest.raises(OSError, match="it jams"), way_out("closing the door"):
         raise OSError("it jams")
     assert caplog.records == []
+
+
+def test_what_a_run_can_do_without_never_ends_it(caplog: pytest.LogCaptureFixture) -> None:
+    for error in (OSError("no room"), ValueError("no JSON"), KeyError("place")):
+        with tolerated("writing the report page"):
+            raise error
+    assert [record.getMessage() for record in caplog.records] == [
+        f"writing the report page failed, and the run goes on without it ({why})"
+        for why in ("no room", "no JSON", "'place'")
+    ]
+
+
+def test_sigterm_ends_a_run_as_an_exception_does() -> None:
+    with pytest.raises(SystemExit) as ended, leaving_in_order():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert ended.value.code == 143 and cause(ended.value) == "terminated"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_run_ends_in_its_folder_as_far_as_that_goes(

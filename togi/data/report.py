@@ -17,7 +17,7 @@ from togi.data.chat import Tokenizer, adds_bos
 from togi.data.faults import Note
 from togi.data.source import Mixture
 from togi.errors import DataError
-from togi.obs.way_out import writing
+from togi.obs.way_out import write_atomically, writing
 
 LARGE_LOSS = 0.5
 logger = logging.getLogger(__name__)
@@ -133,9 +133,8 @@ class DataReport:
         """Write the report to ``path`` with the endings .json and .md. Raises WriteError."""
         with writing(path.with_suffix(".md")):
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-            path.with_suffix(".json").write_text(text, encoding="utf-8")
-            path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+        write_atomically(path.with_suffix(".json"), json.dumps(asdict(self), indent=2, ensure_ascii=False))
+        write_atomically(path.with_suffix(".md"), self.markdown())
 
     def markdown(self) -> str:
         """The report as Markdown."""

@@ -17,7 +17,7 @@ import yaml
 from jinja2 import Environment, PackageLoader
 
 from togi.obs.metrics import read_records
-from togi.obs.run_dir import REDACTED, SECRET_FLAGS, RunDirectory, RunInfo, scrub
+from togi.obs.run_dir import REDACTED, SECRET_FLAGS, RunDirectory, RunInfo, read_data_reports, scrub
 
 CARD = "README.md"
 LIBRARIES = ("torch", "transformers", "safetensors", "peft", "bitsandbytes", "deepspeed", "vllm", "ray")
@@ -43,7 +43,6 @@ def model_card(run: RunDirectory, *, base_model: str, training: str, is_scalar: 
         if step is None or record.step <= step:
             metrics |= {name: (record.step, value) for name, value in record.values.items()}
     metadata = yaml.safe_dump(_metadata(info, base_model, is_scalar=is_scalar), sort_keys=False, allow_unicode=True)
-    reports = sorted((run.root / "data").glob("*.json"))
     pages = Environment(  # noqa: S701  Markdown: there is nothing to escape
         loader=PackageLoader("togi.obs", "page"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -54,7 +53,7 @@ def model_card(run: RunDirectory, *, base_model: str, training: str, is_scalar: 
         training=training,
         info=info,
         step=step,
-        reports={path.stem: json.loads(path.read_text(encoding="utf-8")) for path in reports},
+        reports=read_data_reports(run.root),
         # the settings that were given, or that depend on the machine
         settings={
             name: entry["value"]

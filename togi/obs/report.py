@@ -23,8 +23,8 @@ from jinja2.utils import htmlsafe_json_dumps
 from togi.obs import names
 from togi.obs.metrics import StepRecord, all_values, read_records
 from togi.obs.rollout_store import RolloutStore, Row
-from togi.obs.run_dir import RunDirectory, RunInfo, State, Status, read_held_out, write_atomically
-from togi.obs.way_out import tolerated, way_out
+from togi.obs.run_dir import RunDirectory, RunInfo, State, Status, read_data_reports, read_held_out
+from togi.obs.way_out import tolerated, way_out, write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,7 @@ def _page_data(run: RunDirectory, limits: Limits) -> dict[str, object]:
 def _examples(root: Path, limits: Limits) -> list[dict[str, object]]:
     """The examples of the data reports, by set."""
     parts = []
-    for path in sorted((root / "data").glob("*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
+    for report in read_data_reports(root).values():
         texts = [_cut(text, limits.text_characters) for text in report["examples"]]
         parts.append({"title": report["title"], "texts": texts})
     return parts
@@ -285,6 +284,8 @@ def cause(error: BaseException) -> str:
     """Why a run ended, in words for its status."""
     if isinstance(error, KeyboardInterrupt | CancelledError):
         return "interrupted"
+    if isinstance(error, SystemExit):
+        return "terminated"
     return str(error) or type(error).__name__
 
 

@@ -25,13 +25,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from togi.errors import ConfigError, DataError, WriteError
 from togi.obs.metrics import read_records
 from togi.obs.rollout_store import RolloutStore
-from togi.obs.way_out import replacing, writing
+from togi.obs.way_out import left_out, write_atomically, writing
 from togi.version import __version__
 
 SECRET_FLAGS = frozenset({"use_wandb", "wandb_api_key", "hf_token", "api_key"})
@@ -210,8 +211,13 @@ class RunDirectory:
         write_atomically(self.status_path, json.dumps(asdict(status), indent=2) + "\n")
 
     def read_status(self) -> Status:
-        record = json.loads(self.status_path.read_text(encoding="utf-8"))
-        return Status(State(record["state"]), record["started"], record["updated"], record["message"])
+        """The status. A run whose status cannot be read counts as failed."""
+        try:
+            record = json.loads(self.status_path.read_text(encoding="utf-8"))
+            return Status(State(record["state"]), record["started"], record["updated"], record["message"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            started = self.read_info().started
+            return Status(State.FAILED, started, started, f"{self.status_path} cannot be read ({error})")
 
     def truncate_after(self, step: int) -> tuple[int, ...]:
         """Move everything of steps after ``step`` into ``discarded/``, so that each step will exist exactly once.
@@ -222,18 +228,23 @@ class RunDirectory:
         records = read_records(self.metrics_path)
         late_records = [record for record in records if record.step > step]
         late_files = [file for file in self.rollouts.files() if file.step > step]
+        late_rows = [(number, path) for number, path in _held_out_files(self.root) if number > step]
         # First copy what is moved, and only then shorten the metrics.
-        if late_records or late_files:
+        if late_records or late_files or late_rows:
             folder = self._discard_folder(f"after-step-{step:06d}")
             text = "".join(record.to_json() + "\n" for record in late_records)
             write_atomically(folder / self.metrics_path.name, text)
             (folder / "rollouts").mkdir(exist_ok=True)
             for file in late_files:
                 file.path.replace(folder / "rollouts" / file.path.name)
+            (folder / HELD_OUT_FOLDER).mkdir(exist_ok=True)
+            for _, path in late_rows:
+                path.replace(folder / HELD_OUT_FOLDER / path.name)
         if self.metrics_path.exists():
             kept = "".join(record.to_json() + "\n" for record in records if record.step <= step)
             write_atomically(self.metrics_path, kept)
-        return tuple(sorted({record.step for record in late_records} | {file.step for file in late_files}))
+        steps = {record.step for record in late_records} | {file.step for file in late_files}
+        return tuple(sorted(steps | {number for number, _ in late_rows}))
 
     def _discard_folder(self, name: str) -> Path:
         """A new folder for one resume; its number gives the order."""
@@ -242,12 +253,6 @@ class RunDirectory:
         folder = parent / f"{len(list(parent.iterdir())) + 1:03d}-{name}"
         folder.mkdir()
         return folder
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write aside, then rename: a reader sees the old text or the new one, never a part. Raises WriteError."""
-    with writing(path), replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
 
 
 def _as_yaml(command: str, values: Mapping[str, Resolved]) -> str:
@@ -290,16 +295,31 @@ def write_held_out(root: Path, step: int, rows: Sequence[HeldOutRow]) -> None:
     path = folder / f"step_{step:08d}.json"
     with writing(path):
         folder.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    write_atomically(path, text)
 
 
 def read_held_out(root: Path) -> dict[int, list[HeldOutRow]]:
-    """The rows by step, ascending; empty if there are none."""
+    """The rows by step, ascending; empty if there are none. A file that cannot be read is left out and logged."""
     rows = {}
-    for path in sorted((root / HELD_OUT_FOLDER).glob("step_*.json")):
-        step = int(path.stem.removeprefix("step_"))
-        rows[step] = [
-            HeldOutRow(row["place"], row["number"], tuple(row["texts"]), tuple(row["values"]))
-            for row in json.loads(path.read_text(encoding="utf-8"))
-        ]
+    for step, path in _held_out_files(root):
+        with left_out(path):
+            rows[step] = [
+                HeldOutRow(row["place"], row["number"], tuple(row["texts"]), tuple(row["values"]))
+                for row in json.loads(path.read_text(encoding="utf-8"))
+            ]
     return rows
+
+
+def _held_out_files(root: Path) -> list[tuple[int, Path]]:
+    return [
+        (int(path.stem.removeprefix("step_")), path) for path in sorted((root / HELD_OUT_FOLDER).glob("step_*.json"))
+    ]
+
+
+def read_data_reports(root: Path) -> dict[str, dict[str, Any]]:
+    """The data reports of the run folder ``root`` by name. A file that cannot be read is left out and logged."""
+    reports = {}
+    for path in sorted((root / "data").glob("*.json")):
+        with left_out(path):
+            reports[path.stem] = dict(json.loads(path.read_text(encoding="utf-8")))
+    return reports

@@ -41,11 +41,20 @@ def way_out(what: str) -> Iterator[None]:
 
 @contextmanager
 def tolerated(what: str) -> Iterator[None]:
-    """For work that a run can do without: a failure is logged, and the run continues."""
+    """For work that a run can do without: a failure with files or their content is logged, and the run continues."""
     try:
         yield
-    except (OSError, WriteError) as error:
+    except (OSError, ValueError, KeyError, TypeError, WriteError) as error:
         logger.warning("%s failed, and the run goes on without it (%s)", what, " ".join(str(error).split()))
+
+
+@contextmanager
+def left_out(path: Path) -> Iterator[None]:
+    """For a file that a reader can do without: one that is broken is logged and left out."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be read and is left out (%s)", path, error)
 
 
 @contextmanager
@@ -74,6 +83,12 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # the folder may not exist
             aside.unlink()
         raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside, then rename: a reader sees the old text or the new one, never a part. Raises WriteError."""
+    with writing(path), replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def disk_reason(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from togi.data.precheck import asked_reward
 from togi.data.row_log import digest
 from togi.errors import CheckpointError
 from togi.methods import METHODS, check_method
-from togi.obs.run_dir import write_atomically
+from togi.obs.way_out import write_atomically
 from togi.plan.machine import this_machine, usable_precision
 from togi.run import preflight
 from togi.run.iterate_scores import try_rewards

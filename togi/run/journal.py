@@ -8,6 +8,8 @@ The held-out rows in the report: those with the worst and the best values of an 
 import fcntl
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -188,6 +190,23 @@ def claimed(flag: str, folder: str) -> Iterator[None]:
 
 
 @contextmanager
+def leaving_in_order() -> Iterator[None]:
+    """Let SIGTERM end the block as an exception, with its clean-up; by default it ends the process on the spot."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if ours:
+        signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def open_journal(
     parsed: Parsed[Config],
     command: str,
@@ -210,6 +229,7 @@ def open_journal(
     # Without a checkpoint nothing of an earlier attempt counts, not even its evaluation before training.
     last_step = found.step if found is not None else -1
     with ExitStack() as held:
+        held.enter_context(leaving_in_order())
         held.enter_context(claimed("save_path", config.save_path))
         if config.keeps_checkpoints:
             held.enter_context(claimed("ckpt_path", config.ckpt_path))
