@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.learn_tools import partition_small_weights
 from tests.offline_world import flags
 from togi.config.parse import parse
+from togi.errors import UserError
 from togi.methods import METHODS
 from togi.parallel.process import World
 from togi.run.offline import run
@@ -102,3 +103,19 @@ def run_few(world: World, folder: Path) -> None:
 def run_one(world: World, folder: Path, command: str, name: str, *more: str) -> None:
     config_class, argv = METHODS[command], flags(folder, command, folder / name / command, *more, "--max_ckpt_num", "9")
     run(world, parse(config_class, argv, command), command, argv=argv, announce=lambda line: None)
+
+
+def make_mistakes(world: World, folder: Path) -> None:
+    """What every rank says of rows that the first cannot read, of rows of its own, and of a run folder that is a file."""
+    (folder / "file").touch()
+    own = folder / ("sft.jsonl" if world.is_first else "sft_eval.jsonl")
+    for name, more in (
+        ("bad", ("--output_key", "none")),
+        ("own", ("--dataset", str(own))),
+        ("folder", ("--run_dir", str(folder / "file"))),
+    ):
+        words = flags(folder, "sft", folder / "mistakes" / name, *more, evaluate=False)
+        try:
+            run(world, parse(METHODS["sft"], words, "sft"), "sft", argv=[], announce=str)
+        except (UserError, SystemExit) as error:
+            (folder / f"{name}_{world.rank}").write_text(str(error))

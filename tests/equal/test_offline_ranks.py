@@ -19,6 +19,7 @@ from tests.equal.offline_jobs import (
     SPLIT,
     STAGE_3,
     THREE,
+    make_mistakes,
     run_all,
     run_few,
     run_more,
@@ -224,3 +225,12 @@ def test_teams_without_any_row_equal_one(world: Path, few: None, command: str) -
 def test_micro_batches_equal_one_pack(world: Path, one: Runs, command: str) -> None:
     """One row at a time, without packing, against everything in one pack."""
     assert_equal_runs(one[command], train(world, command, world / "split" / command, "--no_packing_samples"))
+
+
+def test_a_mistake_ends_all_ranks_and_is_said_once(world: Path) -> None:
+    run_ranks(make_mistakes, 2, world)
+    said = {name: [(world / f"{name}_{rank}").read_text() for rank in (0, 1)] for name in ("bad", "own", "folder")}
+    assert said["bad"][0].startswith("Line 1 of ") and said["bad"][1] == "2"  # the exit status
+    assert said["own"][0] == said["own"][1]
+    assert said["own"][0].startswith("The process of rank 1 has read other rows than that of rank 0: ")
+    assert said["folder"][0].startswith("--run_dir ") and said["folder"][1] == "2"

@@ -8,7 +8,8 @@ and sending weights to generation engines (``togi.workers``). A world of one ope
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Self, TypeVar
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
-from togi.errors import ConfigError
+from togi.errors import ConfigError, UserError
 from togi.weights.carriers import Rendezvous
 
 T = TypeVar("T")
@@ -224,3 +225,23 @@ class World:
     def barrier(self, tag: str) -> None:
         """Wait for every rank."""
         self.sum(tag, [0.0])
+
+    def in_turn(self, tag: str, work: Callable[[], T]) -> T:
+        """The result of ``work``, which the first rank does before the others. After a UserError on one rank no rank goes on:
+        those without one exit with the same status and say nothing, so that it is said once.
+        """
+        done = list[T]()
+        for turn in (True, False):
+            mistake: UserError | None = None
+            if self.is_first is turn:
+                try:
+                    done.append(work())
+                except UserError as error:
+                    mistake = error
+            failed = any(self.gather(tag, mistake is not None))
+            if mistake is not None:
+                raise mistake
+            if failed:
+                time.sleep(1)  # a launcher ends all when one has ended: let the other rank speak first
+                raise SystemExit(2)
+        return done[0]

@@ -93,7 +93,9 @@ def run(
             announce(f"warning: {still}")
         if first:
             folder = open_journal(parsed, command, argv, progress, announce, data.reports, found)
-            journal = stack.enter_context(folder)
+            journal = world.in_turn("run folder", lambda: stack.enter_context(folder))
+        else:
+            journal = world.in_turn("run folder", lambda: Journal(progress))
         with progress.phase("loading models", expected_seconds=10):
             models = load_models(config, data, plan, world, journal)
         # From here on the loop owns the models and closes them.

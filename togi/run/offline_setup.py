@@ -36,7 +36,7 @@ from togi.data.chat import Tokenizer, check_tokens, check_vocabulary, end_notice
 from togi.data.precheck import RecordSpec
 from togi.data.records import Examples
 from togi.data.report import DataReport
-from togi.errors import ConfigError
+from togi.errors import ConfigError, DataError
 from togi.learn.learner import Learner
 from togi.learn.objective import REF_LOGPROBS
 from togi.learn.schedule import planned
@@ -100,16 +100,17 @@ def load_data(config: Method, world: World, progress: Progress) -> Data:
         }
         for path, known in rows.items():
             check_vocabulary(tokenizer, path, known, apply_chat_template=spec.apply_chat_template)
-        # Stage 2: the other ranks wait here until the first has filled the cache.
-        if not world.is_first:
-            world.barrier("first rank has read the data")
-        train = config.load(spec, tokenizer)
-        held_out = []
+        # Stage 2: the other ranks wait until the first has filled the cache. All have the same rows then.
+        specs = [spec]
         if config.eval_dataset is not None:
-            evaluated = record_spec(config, config.eval_dataset, config.eval_split, training=False)
-            held_out.append(config.load(evaluated, tokenizer))
-        if world.is_first:
-            world.barrier("first rank has read the data")
+            specs.append(record_spec(config, config.eval_dataset, config.eval_split, training=False))
+        train, *held_out = world.in_turn("reading data", lambda: [config.load(each, tokenizer) for each in specs])
+        found = world.gather("fingerprints of the rows", [each.fingerprint() for each in (train, *held_out)])
+        if other := [rank for rank, rows_there in enumerate(found) if rows_there != found[0]]:
+            raise DataError(
+                f"The process of rank {other[0]} has read other rows than that of rank 0: start all with the same flags, and with "
+                "the same files of --dataset and --eval_dataset on every machine."
+            )
         # Stage 3: every model has an embedding row for every token of the data.
         for path, known in rows.items():
             check_tokens(tokenizer, path, known, lambda: max(each.largest_token() for each in (train, *held_out)))
