@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,26 @@ def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr("togi.cli.commands.report", interrupted)
     assert main(["report"]) == 130
     assert capsys.readouterr().err == "togi: interrupted\n"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"]])
+def test_a_closed_pipe_is_status_141(argv: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "togi", *argv], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_no_quiet_end(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(argv: list[str]) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("togi.cli.commands.report", broken)
+    with capfd.disabled(), pytest.raises(BrokenPipeError):
+        main(["report"])
 
 
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

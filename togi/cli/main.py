@@ -1,6 +1,7 @@
 """The ``togi`` command. It knows the names of the commands; the rest is imported when a command runs."""
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -25,7 +26,23 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status."""
+    """Run one command. Returns the exit status, 141 if nobody reads the output any more (``togi ... | head``)."""
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Other pipes break too, of a process that died: that is no quiet end.
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if not output.poll(0):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
