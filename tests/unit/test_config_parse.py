@@ -244,6 +244,11 @@ def test_paths_expand_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.pretrain, config.save_path, config.prompt_data) == ("/home/me/model", "/home/me/out", "a~b")
 
 
+def test_an_empty_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--save_path \(no value\): must be a path, not an empty text"):
+        rl(*NEEDED, "--save_path", "")
+
+
 def test_required_flags() -> None:
     for missing in ("--pretrain", "--prompt_data"):
         index = NEEDED.index(missing)

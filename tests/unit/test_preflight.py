@@ -255,6 +255,17 @@ def test_a_new_run_keeps_out_of_the_checkpoints_of_an_earlier_one(flags: list[st
     check(*flags, "--ckpt_path", "c", "--save_steps", "2")
 
 
+@pytest.mark.parametrize("inside", ["best", "step_00000004", "best/model"])
+def test_the_final_model_stays_out_of_the_runs_own_checkpoints(flags: list[str], tmp_path: Path, inside: str) -> None:
+    says = f"--save_path c/{inside} is where the run keeps its best model or a checkpoint (--ckpt_path c): give another folder."
+    for run in (lambda *more: check(*flags, *more), lambda *more: sft(tmp_path, *more)):
+        with pytest.raises(ConfigError) as error:
+            run("--ckpt_path", "c", "--save_path", f"c/{inside}")
+        assert str(error.value) == says
+        run("--ckpt_path", "c", "--save_path", "c/final")
+        run("--ckpt_path", "c", "--save_path", "c")
+
+
 def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     preflight.check_backend(BackendName.FSDP2)

@@ -45,7 +45,7 @@ FromZero = Annotated[float, Field(ge=0)]
 SEEDS = 2**32  # the seeds that every random generator takes, from 0
 Seed = Annotated[Int, Field(ge=0, le=SEEDS - 1)]
 CountOrAuto = Count | Literal["auto"]
-PathText = Annotated[str, BeforeValidator(_path)]
+PathText = Annotated[str, Field(min_length=1), BeforeValidator(_path)]
 
 
 class Settings(BaseModel):

@@ -27,6 +27,7 @@ C = TypeVar("C", bound=Settings)
 SHOWN_CHARACTERS = 80
 # pydantic's kinds of errors, by the start of their names, in words for users.
 _RULES = {
+    "string_too_short": "a path, not an empty text",
     "int_": "a whole number",
     "float_": "a number",
     "bool_": "true or false",
@@ -255,7 +256,7 @@ def _sentence(error: ValidationError, values: Mapping[str, object]) -> str:
     errors = error.errors(include_url=False)
     name = str(errors[0]["loc"][0])
     rules = dict.fromkeys(_rule(each) for each in errors if each["loc"][0] == name)
-    words = "(no value)" if values[name] is None else _shown(values[name])
+    words = "(no value)" if values[name] in (None, "") else _shown(values[name])
     shown = words if len(words) <= SHOWN_CHARACTERS else f"{words[:SHOWN_CHARACTERS]}..."
     return f"--{name} {shown}: must be {' or '.join(rules)}."
 

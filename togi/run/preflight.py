@@ -27,7 +27,7 @@ from togi.config.tools import ServeRMConfig
 from togi.data.items import Kind, listed, parse_item, parse_items, split_items
 from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError, UserError
-from togi.learn.checkpoint import left_behind
+from togi.learn.checkpoint import BEST_FOLDER, PREFIX, left_behind
 from togi.methods import check_method
 from togi.methods.method import Method
 from togi.obs.run_dir import RunDirectory
@@ -190,6 +190,13 @@ def check_outputs(config: OutputSettings, models: Sequence[tuple[str, str]], mor
         check_writable(flag, Path(folder))
     for flag, folder in (*outputs, *(("save_path", folder) for folder in more_outputs)):
         check_target(flag, folder, models)
+    final, kept = Path(config.save_path).resolve(), Path(config.ckpt_path).resolve()
+    inside = final.relative_to(kept).parts[:1] if final.is_relative_to(kept) else ()
+    if any(name == BEST_FOLDER or name.startswith(PREFIX) for name in inside):
+        raise ConfigError(
+            f"--save_path {config.save_path} is where the run keeps its best model or a checkpoint (--ckpt_path "
+            f"{config.ckpt_path}): give another folder."
+        )
     if config.run_dir is not None and Path(config.run_dir).is_dir() and not config.load_checkpoint:
         RunDirectory(Path(config.run_dir)).check_unused()
     # A new run finds no checkpoint or best model of an earlier one where it writes its own: they would be resumed as its own,
