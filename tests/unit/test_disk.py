@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 
-from tests.offline_world import make_world, train
+from tests import rl_world
+from tests.offline_world import flags, make_world, train
+from togi.cli.main import main
 from togi.config.rl import RLConfig
 from togi.config.shared import LoRA
 from togi.errors import CheckpointError
+from togi.learn.checkpoint import size
 from togi.methods.rm import RM
 from togi.methods.sft import SFT
 from togi.model.checkpoint import Sizes, sizes
-from togi.run.keep import Writing, check_room, offline_writing, rl_writing, size, size_of
+from togi.run.keep import Writing, check_room, offline_writing, rl_writing, size_of
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -76,12 +79,26 @@ def test_a_full_disk_is_found_before_the_run(tmp_path: Path, monkeypatch: pytest
     check_room(config, writing)  # an old checkpoint is removed for a new one
 
 
-@pytest.mark.parametrize("flags", ["", "--lora_rank 2"])
-def test_what_is_written_is_what_was_foretold(tmp_path: Path, flags: str) -> None:
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_a_run_looks_at_the_disk_before_it_makes_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    if command == "sft":
+        words = flags(make_world(tmp_path / "world"), command, tmp_path / "run", evaluate=False)
+    else:
+        _, _, _, *words = rl_world.command(rl_world.make_rl_world(tmp_path / "world"), tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 0, 5))
+    assert main([command, *words]) == 2
+    assert "The run would write " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lora", ["", "--lora_rank 2"])
+def test_what_is_written_is_what_was_foretold(tmp_path: Path, lora: str) -> None:
     """Beside tensors the files have only headers and records."""
     world = make_world(tmp_path / "world")
-    train(world, "sft", tmp_path / "run", "--save_steps", "4", "--save_hf_ckpt", *flags.split(), evaluate=False)
-    config = SFT(pretrain=str(world / "model"), lora_rank=2 if flags else 0)
+    train(world, "sft", tmp_path / "run", "--save_steps", "4", "--save_hf_ckpt", *lora.split(), evaluate=False)
+    config = SFT(pretrain=str(world / "model"), lora_rank=2 if lora else 0)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     state = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     model = sum(file.stat().st_size for file in (checkpoint / "hf").glob("*.safetensors"))

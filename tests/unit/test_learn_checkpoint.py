@@ -112,7 +112,7 @@ def test_a_damaged_one_is_skipped_and_named(tmp_path: Path, caplog: pytest.LogCa
 def test_a_full_disk_is_an_error_before_and_leaves_nothing_during(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, max_num=1)
     save(store, 5)
-    with pytest.raises(CheckpointError, match=r"needs .* GB .* free: make room"):
+    with pytest.raises(CheckpointError, match=r"needs .* TB and .* free: make room"):
         store.begin(10, 10**18)
     with pytest.raises(CheckpointError, match="No space left"), store.write(10, {}, 0):
         raise OSError(28, "No space left on device")

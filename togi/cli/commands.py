@@ -44,6 +44,12 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def _say_places(run_dir: Path, page: Path, model: Path) -> None:
+    """Say where a run has left everything. There is no page if it could not be written."""
+    report = f"report page: {page}\n" if page.is_file() else ""
+    say(f"run folder:  {run_dir}\n{report}model:       {model}")
+
+
 def rl(argv: Sequence[str]) -> None:
     """``togi rl``: check, train, print where everything is."""
     ready = rl_door(parse(RLConfig, argv, "rl"), reward_given=False, announce=say)
@@ -55,7 +61,7 @@ def rl(argv: Sequence[str]) -> None:
         reward, error = evaluation.metrics[names.EVAL_REWARD], evaluation.metrics[names.EVAL_REWARD_STDERR]
         say(f"held-out reward {when}: {reward:.3f} +- {error:.3f} (standard error)")
     program = sys.argv[0] if Path(sys.argv[0]).name == "togi" else "togi"
-    say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
+    _say_places(result.run_dir, result.report, result.model)
     say(f"talk to it:  {program} chat --pretrain {result.model}")
 
 
@@ -72,7 +78,7 @@ def offline(command: str, argv: Sequence[str]) -> None:
         when = "before training" if evaluation.step == 0 else f"after {evaluation.step} steps"
         shown = (f"{name.removeprefix('eval/')} {value:.4g}" for name, value in evaluation.metrics.items())
         say(f"held-out, {when}: {', '.join(shown)}")
-    say(f"run folder:  {result.run_dir}\nreport page: {result.report}\nmodel:       {result.model}")
+    _say_places(result.run_dir, result.report, result.model)
 
 
 def infer(argv: Sequence[str]) -> None:

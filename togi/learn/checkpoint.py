@@ -84,7 +84,7 @@ class CheckpointStore:
         free, needed = shutil.disk_usage(self.root).free, expected_bytes * SPACE_MARGIN
         if free < needed:
             raise CheckpointError(
-                f"checkpoint of step {step} needs {needed / 1e9:.1f} GB and {self.root} has {free / 1e9:.1f} GB free: "
+                f"checkpoint of step {step} needs {size(round(needed))} and {self.root} has {size(free)} free: "
                 "make room, or set --ckpt_path to a larger disk"
             )
         folder = self.root / f"{UNFINISHED}{step}"
@@ -200,6 +200,14 @@ def _file_damage(path: Path, name: str, entry: Mapping[str, object]) -> str:
     if file.stat().st_size != entry["bytes"]:
         return f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}"
     return "" if _digest(file) == entry["sha256"] else f"{name} does not match its hash"
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes in TB, GB, MB or kB, with three digits."""
+    for unit, step in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= step:
+            return f"{nbytes / step:.3g} {unit}"
+    return f"{nbytes} B"
 
 
 def _folder_size(path: Path) -> int:

@@ -18,6 +18,7 @@ from togi.config.rl import RLConfig
 from togi.config.shared import NO_METRIC, ModelSettings, OutputSettings
 from togi.errors import CheckpointError
 from togi.learn import checkpoint as checkpoints
+from togi.learn.checkpoint import size
 from togi.learn.learner import Divergence
 from togi.methods.method import Method
 from togi.model.checkpoint import FLOAT32, Sizes, sizes
@@ -115,14 +116,6 @@ def check_room(config: OutputSettings, writing: Writing) -> str:
             )
     rooms = ", ".join(f"{size(number)} free in {folder}" for folder, number in free.items())
     return f"{writing.describe()}; {rooms}"
-
-
-def size(nbytes: int) -> str:
-    """A number of bytes in TB, GB, MB or kB, with three digits."""
-    for unit, step in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= step:
-            return f"{nbytes / step:.3g} {unit}"
-    return f"{nbytes} B"
 
 
 logger = logging.getLogger(__name__)

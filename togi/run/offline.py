@@ -35,7 +35,7 @@ from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
 from togi.parallel.process import World
 from togi.run.journal import Evaluation, Journal, Judged, ends, judge, open_journal, worst_and_best
-from togi.run.keep import Keep, every, newest_checkpoint
+from togi.run.keep import Keep, check_room, every, newest_checkpoint, offline_writing, size_of
 from togi.run.offline_setup import (
     Data,
     Models,
@@ -108,7 +108,7 @@ def run(
 def opening(
     config: Method, command: str, world: World, progress: Progress, announce: Callable[[str], None]
 ) -> tuple[Data, EpochPlan, Checkpoint | None]:
-    """Everything that comes before a model or a folder: notices, rows, the step plan, the checkpoint to resume from.
+    """Everything that comes before a model or a folder: notices, rows, the step plan, room on the disk, the checkpoint.
 
     Raises UserError.
     """
@@ -129,6 +129,8 @@ def opening(
     plan = EpochPlan(len(data.train), config.train_batch_size, config.max_epochs, config.seed)
     check_plan(config, plan, data)
     announce(plan.describe())
+    writing = offline_writing(config, plan.steps, size_of(config))
+    world.in_turn("disk", lambda: check_room(config, writing) if world.is_first else "")
     return data, plan, find_checkpoint(config, command, data, world)
 
 

@@ -33,7 +33,7 @@ from togi.reward.scores import (
     combine,
 )
 from togi.rollout.collect import SingleTurn
-from togi.run.keep import DRIVER, newest_checkpoint
+from togi.run.keep import DRIVER, check_room, newest_checkpoint, rl_writing, size_of
 from togi.run.loading import check_start, prompt_spec, tokenizer_of
 from togi.run.plan import EpochPlan, StepPlan, rl_aim
 from togi.run.preflight import asked_context, models_of
@@ -139,6 +139,7 @@ async def opening(
         material = await prepare(config, rewards, progress)
         plan = StepPlan.of(config, len(material.prompts))
         announce(plan.describe(config))
+        check_room(config, rl_writing(config, plan.rollouts, size_of(config)))
         if config.replay is not None:
             announce(check_replay(config, config.replay, material, plan))
         yield material, plan, find_checkpoint(config, material, progress)
