@@ -5,6 +5,7 @@
     status.json     running | finished | failed, and since when
     metrics.jsonl   one line per step (``metrics``)
     rollouts/       one Parquet file per step (``rollout_store``)
+    held_out/       the worst and best held-out rows of each evaluation
     reference/      logprobs of the reference, with ``--precompute_ref``
     report.html     the page (``report``)
     discarded/      what steps after a checkpoint had written before the run was resumed from it
