@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,12 @@ NEEDED = "--pretrain m --prompt_data d.jsonl --run_dir r --reward_func f.py --me
 
 
 def config(flags: str) -> IterateConfig:
-    parsed = parse(IterateConfig, [*NEEDED.split(), *flags.split()], "iterate")
+    """From the needed flags and more, or "METHOD without FLAG"."""
+    method, *more = flags.split()
+    words = [*NEEDED.split(), method, *more]
+    if more[:1] == ["without"]:
+        words = re.sub(rf"{more[1]} \S+ ", "", f"{NEEDED} {method}").split()
+    parsed = parse(IterateConfig, words, "iterate")
     check_iterate(parsed)
     return parsed.config
 
@@ -39,8 +45,8 @@ def config(flags: str) -> IterateConfig:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ("rs --pretrain=", "--pretrain is required"),
-        ("rs --run_dir=", "--run_dir is required"),
+        ("rs without --pretrain", "--pretrain is required"),
+        ("rs without --run_dir", "--run_dir is required"),
         ("best", "--method best: must be rs, dpo or csft"),
         ("rs --beta 0.2", "--beta belongs to --method dpo, but --method is rs"),
         ("dpo --csft_prompt 3", "--csft_prompt belongs to --method csft, but --method is dpo"),
@@ -57,7 +63,8 @@ def config(flags: str) -> IterateConfig:
         ("rs --length_target 9", "--length_target and --reward_func builtin:length belong together"),
         ("rs --reward_combine mean", "--reward_combine mean needs several rewards"),
         ("rs --remote_rm_url host/x", "--remote_rm_url host/x: give the http:// or https:// address"),
-        ("rs --reward_func=", "There is no reward"),
+        ("rs without --reward_func", "There is no reward"),
+        ("rs --pretrain=", "--pretrain (no value): must be a path, not an empty text"),
         (
             "rs --reward_pretrain r --max_new_tokens 24 --prompt_max_len 40 --max_tokens_per_gpu 64",
             "--max_tokens_per_gpu 64 is not more than --prompt_max_len 40 + --max_new_tokens 24, which a reward model",

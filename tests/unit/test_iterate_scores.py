@@ -79,7 +79,8 @@ def test_a_server_gets_what_togi_rl_sends(flags: list[str], tmp_path: Path) -> N
     """Responses with their end token as text."""
     save_tiny_model(tmp_path / "model")
     with serving(lengths) as script:
-        made = config(flags, f"--reward_func= --remote_rm_url {script.url} --pretrain {tmp_path}/model")
+        place = flags.index("--reward_func")
+        made = config(flags[:place] + flags[place + 2 :], f"--remote_rm_url {script.url} --pretrain {tmp_path}/model")
         rows = scored(made, tmp_path / "scored.jsonl")
     response = tiny_tokenizer().decode([1, STOP])
     assert sorted(body["query"][0] for body in script.bodies)[0] == f"p0{response}" != "p0"

@@ -145,7 +145,7 @@ CAUGHT = Counter(
         # Ray has no class for a slow start, after which it is started again
         "workers/ray/cluster.py: _start": 1,
         # the last word: the exit status, and a failure while another one is on its way
-        "cli/main.py: _main": 1,
+        "cli/main.py: main": 1,
         "obs/way_out.py: way_out": 1,
     }
 )

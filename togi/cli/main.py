@@ -4,6 +4,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import togi
 from togi.config.parse import nearest
@@ -29,60 +30,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status, 141 if nobody reads the output any more (``togi ... | head``)."""
     try:
         try:
-            return _main(argv)
+            words = list(sys.argv[1:] if argv is None else argv)
+            if not words or words[0] in ("-h", "--help", "-V", "--version"):
+                print(f"togi {togi.__version__}" if words and words[0] in ("-V", "--version") else _usage())
+                return 0
+            name, *rest = words
+            if name not in COMMANDS:
+                near = nearest(name, COMMANDS)
+                hint = f"; did you mean {near}?" if near else f". Commands: {', '.join(COMMANDS)}."
+                print(f"togi: unknown command {name}{hint}", file=sys.stderr)
+                return 2
+            # Expected errors become one sentence and an exit status; any other is a bug and keeps its traceback.
+            status, why = 0, ""
+            try:
+                from togi.cli import commands
+
+                method = partial(commands.offline, name) if name in METHODS else None
+                (method or vars(commands)[name.replace("-", "_")])(rest)
+            except UserError as error:
+                status, why = 2, str(error)
+            except RunError as error:
+                status, why = 1, f"the run failed: {error}"
+            except Exception as error:
+                if not disk_reason(error):
+                    raise
+                status, why = 1, f"the run failed: a file cannot be written ({error}): {advice(error)}."
+            except KeyboardInterrupt:
+                status, why = 130, "interrupted"
+            if status != 0:
+                print(f"{_speaker()}: {why}", file=sys.stderr)
+            return status
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Other pipes break too, of a process that died: that is no quiet end.
-        output = select.poll()
-        output.register(sys.stdout.fileno(), 0)
-        if not output.poll(0):
+        if not _nobody_reads():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
-    if words[0] in ("-V", "--version"):
-        print(f"togi {togi.__version__}")
-        return 0
-    name, *rest = words
-    if name not in COMMANDS:
-        near = nearest(name, COMMANDS)
-        hint = f"; did you mean {near}?" if near else f". Commands: {', '.join(COMMANDS)}."
-        print(f"togi: unknown command {name}{hint}", file=sys.stderr)
-        return 2
-    # Expected errors become one sentence and an exit status; any other is a bug and keeps its traceback.
-    status, why = 0, ""
-    try:
-        from togi.cli import commands
-
-        if name in METHODS:
-            commands.offline(name, rest)
-        else:
-            vars(commands)[name.replace("-", "_")](rest)
-    except UserError as error:
-        status, why = 2, str(error)
-    except RunError as error:
-        status, why = 1, f"the run failed: {error}"
-    except Exception as error:
-        if not disk_reason(error):
-            raise
-        status, why = 1, f"the run failed: a file cannot be written ({error}): {advice(error)}."
-    except KeyboardInterrupt:
-        status, why = 130, "interrupted"
-    if status != 0:
-        print(f"{_speaker()}: {why}", file=sys.stderr)
-    return status
-
-
 def launch(command: str) -> None:
     """Run ``togi COMMAND`` with the flags of this process, and end it: the command under an established module name."""
     sys.exit(main([command, *sys.argv[1:]]))
+
+
+def _nobody_reads() -> bool:
+    """Whether it was the output that broke, and not a pipe to a process that died."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return bool(output.poll(0))
 
 
 def _speaker() -> str:
