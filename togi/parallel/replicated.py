@@ -18,7 +18,6 @@ from togi.cpu import compiled, is_plain
 from togi.parallel.backend import BackendOptions, cast, check_same_weights
 from togi.parallel.optimizer import Stepped, fill_missing_gradients, make_adamw, take_host_step, take_step
 from togi.parallel.process import World
-from togi.plan.machine import return_freed
 
 BUCKET_ELEMENTS = 32 * 2**20
 CLIP_EPSILON = 1e-6
@@ -51,8 +50,6 @@ class Replicated(Stepped):
             self._kernels = None
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        if self.world.device.type == "cpu":
-            return_freed()  # the C library cannot reuse most of what the forward's temporaries leave between its tensors
         self._hand_over_all()  # gradients of the last micro-batch: autograd would add to them in bfloat16
         torch.autograd.backward(loss)
         if last and self.world.size > 1:
