@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.offline_world import make_world, train
+from tests.offline_world import flags, make_world, train
 from tests.tiny import save_tiny_model
+from togi.cli.main import main
 from togi.learn.learner import Learner
 from togi.model.loading import ModelSource
 from togi.model.policy import PolicyModel
@@ -101,15 +102,17 @@ def test_a_resumed_run_reads_the_file_and_is_the_same_run(world: Path, tmp_path:
     assert ends[0] == ends[1]
 
 
-def test_another_reference_in_the_same_folder_is_not_taken_for_the_first(world: Path, tmp_path: Path) -> None:
+def test_another_reference_in_the_same_folder_is_not_taken_for_the_first(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     reference = save_tiny_model(tmp_path / "reference", seed=5)
     words = ("--precompute_ref", "--ref_pretrain", str(reference), "--save_steps", "1", "--max_ckpt_num", "9")
     train(world, "dpo", tmp_path / "run", *words)
+    before = sorted((tmp_path / "run" / "reference").iterdir())
     save_tiny_model(reference, seed=6)
-    for step in (2, 3, 4):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
-    train(world, "dpo", tmp_path / "run", *words, "--load_checkpoint")
-    assert len(list((tmp_path / "run" / "reference").iterdir())) == 4
+    assert main(["dpo", *flags(world, "dpo", tmp_path / "run", *words, "--load_checkpoint")]) == 2
+    assert "belongs to another run (the weights of --ref_pretrain" in capsys.readouterr().err
+    assert sorted((tmp_path / "run" / "reference").iterdir()) == before
 
 
 OFFLOADS = [
