@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 SEED ?= 1
 SLOWEST := --durations 20 --durations-min 5
+# A test that ends its process fails, and ends the session; pytest would start it again, without end.
+SHARED := -n 2 --max-worker-restart 0
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: setup demo test test-all lint bench clean
@@ -22,8 +24,8 @@ demo: setup
 test test-all: export OMP_NUM_THREADS := 1
 test: setup
 	@$(VENV)/bin/python examples/demo/prepare.py
-	@$(VENV)/bin/python -m pytest $(SLOWEST) -n 2 --dist worksteal -m "busy and not large" tests/e2e tests/equal
-	@$(VENV)/bin/python -m pytest $(SLOWEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not busy and not large" tests
+	@$(VENV)/bin/python -m pytest $(SLOWEST) $(SHARED) --dist worksteal -m "busy and not large" tests/e2e tests/equal
+	@$(VENV)/bin/python -m pytest $(SLOWEST) $(SHARED) --dist loadfile --no-loadscope-reorder -m "not busy and not large" tests
 
 test-all: test
 	@$(VENV)/bin/python -m pytest $(SLOWEST) -m large tests
