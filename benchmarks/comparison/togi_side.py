@@ -13,11 +13,14 @@ from comparison.cases import Case, Kind
 from comparison.material import SEED, Material
 from comparison.places import ROOT
 from comparison.summary import Steps, Work
+from togi.config.parse import parse
+from togi.config.rl import RLConfig
 from togi.data.prompts import PromptLoader, PromptSpec, load_prompts
 from togi.obs import names
 from togi.obs.metrics import read_records
 from togi.obs.rollout_store import RolloutStore, Split
 from togi.obs.run_dir import Resolved, RunDirectory
+from togi.plan.machine import cache_folder
 from togi.sample import FinishReason, Outcome
 
 TOKENS_PER_PACK = 4096
@@ -53,7 +56,9 @@ def command(case: Case, model: Path, material: Material, folder: Path, processes
         flags += ["--critic_learning_rate", str(case.learning_rate)]
     source = ["--reward_func", str(RL_REWARD), "--rollout_engine", "transformers", "--colocate_all_models"]
     if case.kind is Kind.REPLAYED:
-        source = ["--replay", str(store_rollouts(case, model, material, folder / "stored")), "--colocate_actor_ref"]
+        settings = parse(RLConfig, [*common, *flags], "rl").config.model_dump(mode="json")
+        stored = store_rollouts(case, model, material, folder / "stored", settings)
+        source = ["--replay", str(stored), "--colocate_actor_ref"]
     return [sys.executable, "-m", "togi", "rl", *common, *flags, *source]
 
 
@@ -61,19 +66,12 @@ def torchrun(processes: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
 
-def store_rollouts(case: Case, model: Path, material: Material, folder: Path) -> Path:
-    """The folder of a run that made these responses, as ``--replay`` reads it."""
+def store_rollouts(case: Case, model: Path, material: Material, folder: Path, settings: dict[str, object]) -> Path:
+    """The folder of a run with ``settings`` that made these responses, as ``--replay`` reads it."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     spec = PromptSpec(str(material.togi), input_key="prompt", seed=SEED)
     loader = PromptLoader(load_prompts(spec, tokenizer), seed=SEED, episodes=1)
-    values = {
-        "seed": SEED,
-        "rollout_batch_size": case.rows,
-        "n_samples_per_prompt": case.answers,
-        "temperature": 1.0,
-        "dynamic_filtering": False,
-    }
-    resolved = {name: Resolved(value, "benchmark") for name, value in values.items()}
+    resolved = {name: Resolved(value, "benchmark") for name, value in settings.items()}
     run = RunDirectory.create(folder, "rl", [], resolved)
     by_text = {record["prompt"]: record for record in material.records}
     for step in range(1, case.steps + 1):
@@ -139,6 +137,13 @@ def work_of(lengths: Sequence[int]) -> Work:
 
 
 def environment(threads: int, cache: Path) -> dict[str, str]:
-    """Of either side: no network, so many threads a process, an empty cache of tokenised rows, and this checkout."""
+    """Of either side: no network, so many threads a process, an empty cache of tokenised rows, and this checkout.
+
+    The C kernels are those of the user's cache: a machine compiles them once.
+    """
+    name = f"kernels-{os.getuid()}"
+    (kernels := cache_folder() / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    cache.mkdir()
+    (cache / name).symlink_to(kernels.absolute())
     fixed = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return os.environ | fixed | {"OMP_NUM_THREADS": str(threads), "TOGI_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
