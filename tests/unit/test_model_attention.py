@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.attention_cases import MODULE, TREE, dense_attention, dense_mask, random_qkv, run, varlen_stand_in
+from tests.flash_stand_in import flash_on_cpu
 from tests.packs import make_segments
 from togi.algo.partial_attention import Run, visible_keys
 from togi.batch import NO_PREFIX
@@ -67,19 +68,18 @@ def test_short_bfloat16_segments_are_computed_in_float32():
 
 
 PLAIN = make_segments([4, 1, 3], [NO_PREFIX] * 3)
-WINDOW, CAP = {"sliding_window": 3}, {"softcap": 1.5, "scaling": 0.4}
 
 
-# a tree with neither is in test_model_flash_prefixes
-@pytest.mark.parametrize(
-    ("segments", "keywords"), [(PLAIN, {}), (PLAIN, WINDOW), (PLAIN, CAP), (TREE, WINDOW), (TREE, CAP)]
-)
-def test_varlen_equals_dense_with_a_stand_in_for_the_kernel(monkeypatch, segments, keywords):
+@pytest.mark.parametrize("segments", [PLAIN, TREE])
+def test_capped_scores_take_the_package(monkeypatch, segments):
     package = ModuleType("flash_attn")
     package.flash_attn_varlen_func = varlen_stand_in
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    one, other = run(varlen_attention, segments, **keywords), run(dense_attention, segments, **keywords)
+    keywords = {"softcap": 1.5, "scaling": 0.4, "sliding_window": 3}
+    with flash_on_cpu() as calls:
+        one, other = run(varlen_attention, segments, **keywords), run(dense_attention, segments, **keywords)
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert calls == []
 
 
 def test_varlen_table_by_hand():

@@ -1,111 +1,86 @@
 """FlashAttention over shared prefixes in two calls and more: who asks whom, the joined numbers, the real operators' shapes."""
 
-import sys
-from itertools import pairwise
-from types import ModuleType
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from tests.attention_cases import TREE, dense_attention, random_qkv, run, varlen_stand_in
+from tests.attention_cases import TREE, dense_attention, random_qkv, run
+from tests.flash_stand_in import Call, flash_on_cpu
 from tests.packs import make_segments
-from togi.algo.partial_attention import Visibility, attend_in_tiles, attend_in_tiles_backward
-from togi.algo.precision import full_precision
-from togi.batch import NO_PREFIX
-from togi.model import attention
-from togi.model.attention import attend_to_prefixes, levels_of, varlen_attention
+from togi.algo import partial_attention
+from togi.algo.partial_attention import (
+    Visibility,
+    attend,
+    attend_backward,
+    attend_in_tiles,
+    attend_in_tiles_backward,
+    flash_takes,
+)
+from togi.batch import NO_PREFIX, Segments
+from togi.model.attention import attend_to_prefixes, levels_of, segment_attention, varlen_attention
 
+CPU = torch.device("cpu")
+PLAIN = make_segments([4, 1, 3], [NO_PREFIX] * 3)
 GROUP = make_segments([2, 1, 2, 1], [NO_PREFIX, 0, 0, NO_PREFIX])
 
 
-def pieces(starts_q, starts_k, longest_q, longest_k):
-    """Rows of the queries and of the keys of each piece."""
-    assert starts_q.dtype == starts_k.dtype == torch.int32
-    assert longest_q >= max(2, starts_q.diff().max()) and longest_k == starts_k.diff().max()
-    bounds_q, bounds_k = starts_q.tolist(), starts_k.tolist()
-    slices = [[slice(*pair) for pair in pairwise(bounds)] for bounds in (bounds_q, bounds_k)]
-    return list(zip(*slices, strict=True))
-
-
-def heads_first(x):
-    return x.transpose(0, 1)[None]
-
-
-class StandIn:
-    """The two operators as torch.nn.attention.varlen calls them, in plain torch; ``calls``: how many were made."""
-
-    def __init__(self):
-        self.calls = []
-
-    def forward(self, q, k, v, starts_q, starts_k, longest_q, longest_k, dropout, causal, debug, *, scale):
-        assert dropout == 0.0 and not debug
-        self.calls.append(("forward", causal, len(q), len(k)))
-        out, lse = torch.empty_like(q), full_precision(q.new_empty(q.shape[1], q.shape[0]))
-        for rows, keys in pieces(starts_q, starts_k, longest_q, longest_k):
-            inputs = [heads_first(x) for x in (q[rows], k[keys], v[keys])]
-            part, lse[:, rows] = (x[0] for x in attend_in_tiles(*inputs, scale, Visibility(causal)))
-            out[rows] = part.transpose(0, 1)
-        return out, lse, None, None, None
-
-    def backward(
-        self,
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        starts_q,
-        starts_k,
-        longest_q,
-        longest_k,
-        dropout,
-        causal,
-        _state,
-        _unused,
-        *,
-        scale,
-    ):
-        assert dropout == 0.0 and lse.is_contiguous()
-        self.calls.append(("backward", causal, len(q), len(k)))
-        d_q, d_k, d_v = (torch.full_like(x, torch.nan) for x in (q, k, v))
-        for rows, keys in pieces(starts_q, starts_k, longest_q, longest_k):
-            inputs = tuple(heads_first(x) for x in (q[rows], k[keys], v[keys]))
-            whole = (heads_first(out[rows]), lse[:, rows][None])
-            grads = attend_in_tiles_backward(heads_first(grad[rows]), inputs, *whole, scale, Visibility(causal))
-            for to, place, part in zip((d_q, d_k, d_v), (rows, keys, keys), grads, strict=True):
-                to[place] = part[0].transpose(0, 1)
-        return d_q, d_k, d_v
-
-
 @pytest.fixture
-def kernels(monkeypatch):
-    stand_in = StandIn()
-    monkeypatch.setattr(attention, "_FLASH", stand_in.forward)
-    monkeypatch.setattr(attention, "_FLASH_BACKWARD", stand_in.backward)
-    return stand_in
+def calls() -> Iterator[list[Call]]:
+    with flash_on_cpu() as made:
+        yield made
 
 
-def test_levels_by_hand():
-    own, shared = levels_of(GROUP, torch.device("cpu"))
-    assert own.causal and own.queries_R.tolist() == own.keys_U.tolist() == [0, 1, 2, 3, 4, 5]
-    assert own.starts_q.tolist() == own.starts_k.tolist() == [0, 2, 3, 5, 6] and own.longest == (2, 2)
-    assert not shared.causal and shared.longest == (3, 2)
-    assert shared.queries_R.tolist() == [2, 3, 4] and shared.keys_U.tolist() == [0, 1]
-    assert shared.starts_q.tolist() == [0, 3] and shared.starts_k.tolist() == [0, 2]
+def test_levels_by_hand() -> None:
+    own, shared = levels_of(GROUP, None, CPU)
+    assert own.pieces.causal and own.queries_R is own.keys_U is None
+    assert own.pieces.starts_q.tolist() == own.pieces.starts_k.tolist() == [0, 2, 3, 5, 6]
+    assert own.pieces.longest == (2, 2)
+    assert not shared.pieces.causal and shared.pieces.longest == (3, 2)
+    assert shared.queries_R is not None and shared.queries_R.tolist() == [2, 3, 4]
+    assert shared.keys_U is not None and shared.keys_U.tolist() == [0, 1]
+    assert shared.pieces.starts_q.tolist() == [0, 3] and shared.pieces.starts_k.tolist() == [0, 2]
+
+
+def test_a_window_gathers_only_the_keys_that_it_shows() -> None:
+    """In the group of a prompt of 2 with responses of 1 and 2: a window of 2 shows a first token one key before it."""
+    (level,) = levels_of(GROUP, 2, CPU)
+    assert level.keys_U is not None and level.keys_U.tolist() == [0, 1, 1, 2, 1, 3, 4, 5]
+    assert level.pieces.starts_k.tolist() == [0, 2, 4, 7, 8] and level.pieces.window == 2
+    assert levels_of(GROUP, 4, CPU)[1].pieces.window is None, "no sequence is longer than 4"
+    (plain,) = levels_of(make_segments([4, 1], [NO_PREFIX] * 2), 2, CPU)
+    assert plain.keys_U is None
+
+
+@pytest.mark.parametrize(
+    ("segments", "keywords"),
+    [
+        *((TREE, {"scaling": 0.3, "sliding_window": window}) for window in (1, 2, 3, 5)),
+        *((PLAIN, {"sliding_window": window}) for window in (None, 1, 3)),
+    ],
+)
+def test_windows_and_plain_packs_equal_dense(
+    calls: list[Call], segments: Segments, keywords: dict[str, float | None]
+) -> None:
+    one, other = run(varlen_attention, segments, **keywords), run(dense_attention, segments, **keywords)
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert [way for way, *_ in calls] == ["forward", "backward"], "one call for the whole pack"
 
 
 @pytest.mark.parametrize("keywords", [{}, {"scaling": 0.3}, {"sliding_window": 7}])
-def test_prefixes_equal_dense(kernels, keywords):
+def test_prefixes_equal_dense(calls: list[Call], keywords: dict[str, float]) -> None:
     """The tree has a prompt with three responses, a plain sequence, and turns two deep; no sequence is longer than 7."""
     one, other = run(varlen_attention, TREE, **keywords), run(dense_attention, TREE, **keywords)
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     # all on themselves; 8 tokens continue the first prompt of 3 and 5 the other of 2; 2 tokens continue the turn of 3
     levels = [(True, 23, 23), (False, 13, 5), (False, 2, 3)]
-    assert kernels.calls == [(way, *level) for way in ("forward", "backward") for level in levels]
+    assert calls == [(way, *level) for way in ("forward", "backward") for level in levels]
 
 
-def test_half_precision_is_rounded_once_a_part(kernels):
+def test_half_precision_is_rounded_once_a_part(calls: list[Call]) -> None:
     """Log-sum-exps stay float32; output and gradients are within three roundings of the exact ones of the same inputs."""
     rounded = [x.detach().bfloat16() for x in random_qkv(sum(TREE.lengths_S))]
     found = []
@@ -119,26 +94,60 @@ def test_half_precision_is_rounded_once_a_part(kernels):
         torch.testing.assert_close(
             one.double(), other, rtol=3 * 2**-8, atol=3 * 2**-8 * float(other.detach().abs().max())
         )
-    assert len(kernels.calls) == 6
+    assert len(calls) == 6
 
 
-def test_heads_of_odd_sizes_take_gathered_keys(kernels, monkeypatch):
-    """The kernel is for multiples of eight."""
-    package = ModuleType("flash_attn")
-    package.flash_attn_varlen_func = varlen_stand_in
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
+@pytest.mark.parametrize("window", [None, 2])
+def test_heads_of_any_size_are_padded(calls: list[Call], window: int | None) -> None:
+    """The kernel is for multiples of eight, of one size: here 12 and, of values, 5."""
+    found = []
+    for function in (varlen_attention, dense_attention):
+        torch.manual_seed(0)
+        inputs = [
+            torch.randn(1, h, 23, d, dtype=torch.float64, requires_grad=True) for h, d in ((4, 12), (2, 12), (2, 5))
+        ]
+        out, _ = function(torch.nn.Identity(), *inputs, None, segments=TREE, sliding_window=window)
+        (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+        found.append([out, *(x.grad for x in inputs)])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+    assert calls
+
+
+def test_what_the_kernel_cannot_take_goes_through_sdpa() -> None:
+    """Off CUDA, in float32 and with heads beyond 256 the same function gives SDPA's numbers, bit for bit."""
+    inputs = random_qkv(23)
+    one, other = (
+        f(torch.nn.Identity(), *inputs, None, segments=TREE)[0] for f in (varlen_attention, segment_attention)
+    )
+    assert torch.equal(one, other)
+    narrow, wide = (torch.empty(1, 1, 4, d, dtype=torch.bfloat16) for d in (256, 257))
+    with patch.object(partial_attention, "FLASH_DEVICES", {"cpu"}):
+        assert flash_takes(narrow, narrow)
+        assert not flash_takes(narrow.float(), narrow.float()) and not flash_takes(wide, narrow)
+    assert not flash_takes(narrow, narrow), "no such kernel on a CPU"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_part_of_a_ring_equals_its_tiles(calls: list[Call], causal: bool) -> None:
+    """Two attentions of one shape, four queries to six keys and grouped heads, given the log-sum-exp over more keys."""
     torch.manual_seed(0)
-    inputs = [torch.randn(1, heads, 23, 12, dtype=torch.float64) for heads in (4, 2, 2)]
-    one, other = (f(torch.nn.Identity(), *inputs, None, segments=TREE)[0] for f in (varlen_attention, dense_attention))
-    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    assert kernels.calls == []
+    q, k, v = (torch.randn(2, heads, rows, 16, dtype=torch.float64) for heads, rows in ((4, 4), (2, 6), (2, 6)))
+    visible, grad = Visibility(causal), torch.randn_like(q)
+    out, lse = attend(q, k, v, 0.3, visible)
+    torch.testing.assert_close((out, lse), attend_in_tiles(q, k, v, 0.3, visible), rtol=1e-12, atol=1e-12)
+    whole = (out * 0.7, lse + 0.2)
+    one = attend_backward(grad, (q, k, v), *whole, 0.3, visible)
+    other = attend_in_tiles_backward(grad, (q, k, v), *whole, 0.3, visible)
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert calls == [("forward", causal, 8, 12), ("backward", causal, 8, 12)]
 
 
-def test_the_real_operators_take_what_they_are_given():
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_real_operators_take_what_they_are_given(window: int | None) -> None:
     """Tensors without data: PyTorch's own rules for the operators' arguments, shapes and types. Nothing is computed."""
     meta = torch.device("meta")
     inputs = [torch.empty(23, h, 64, dtype=torch.bfloat16, device=meta, requires_grad=True) for h in (4, 2, 2)]
-    out = attend_to_prefixes(*inputs, TREE, 0.125)
+    out = attend_to_prefixes(*inputs, TREE, 0.125, window)
     assert (out.shape, out.dtype, out.device) == ((23, 4, 64), torch.bfloat16, meta)
     out.backward(torch.empty_like(out))
     assert [(x.grad.shape, x.grad.dtype) for x in inputs] == [(x.shape, x.dtype) for x in inputs]

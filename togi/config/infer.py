@@ -85,7 +85,7 @@ class InferModelSettings(Settings):
     eval_task: EvalTask | None = flag(None, "generate_vllm, generate (Transformers) or rm (reward model). Required.")
     pretrain: PathText = flag("", "Model folder or hub name. Required.")
     bf16: bool = flag(False, "Run in bfloat16.")
-    flash_attn: bool = flag(False, "Use FlashAttention where the device has it (CUDA); vLLM and SDPA need no flag.")
+    flash_attn: bool = flag(True, "Of reward models: PyTorch's FlashAttention where it computes (CUDA in bfloat16).")
     micro_batch_size: Count = flag(16, "Outputs in progress in Transformers; rows of one forward in scoring.")
     tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model folder.")
@@ -142,7 +142,9 @@ class TalkSettings(Settings):
     enable_csft: bool = flag(False, "Put the reward text of --csft_prompt before each answer.")
     tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")
     trust_remote_code: bool = flag(False, "Run code that comes with a model folder.")
-    flash_attn: bool = flag(False, "Use FlashAttention where the device has it (CUDA); elsewhere attention is SDPA.")
+    flash_attn: bool = flag(
+        True, "Accepted for established commands; changes nothing: SDPA takes PyTorch's FlashAttention on CUDA."
+    )
     load_in_4bit: bool = flag(False, "Hold the weights in NF4.")
     disable_fast_tokenizer: bool = DISABLE_FAST_TOKENIZER
     use_ms: bool = flag(False, "Take names of models and data sets from ModelScope instead of the Hugging Face hub.")

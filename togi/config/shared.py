@@ -70,7 +70,9 @@ class ModelSettings(Settings):
 
     pretrain: PathText = flag("", "Model to train: a Hugging Face folder or hub name. Required.")
     bf16: bool = flag(False, "Compute in bfloat16; the master weights stay float32.")
-    flash_attn: bool = flag(False, "Use FlashAttention where the device has it (CUDA); elsewhere attention is SDPA.")
+    flash_attn: bool = flag(
+        True, "PyTorch's FlashAttention where it computes (CUDA in bfloat16); --no_flash_attn takes SDPA there too."
+    )
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
     gradient_checkpointing_use_reentrant: bool = flag(False, "Use the re-entrant variant of gradient checkpointing.")
     gradient_checkpointing_above: Int = flag(

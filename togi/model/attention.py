@@ -7,9 +7,9 @@ The functions receive the ``Segments`` table as the keyword ``segments`` of the 
 of prefixes of its segment, and its own segment up to itself, and nothing else.
 
 * ``togi_segments``: one SDPA call for each run of equal segments, any device (on a CPU by ``togi.cpu``).
-* ``togi_varlen``: FlashAttention's variable-length kernels, CUDA only: one call, and one more for each level of shared prefixes
-  (below). The name avoids the word "flash", which makes Transformers look for a kernel of that name and lets
-  models replace it by another.
+* ``togi_varlen``: FlashAttention's variable-length kernels where they compute it (CUDA, half precision): one call, and one more
+  for each level of shared prefixes (below); elsewhere as ``togi_segments``. The name avoids the word "flash", which makes
+  Transformers look for a kernel of that name and lets models replace it by another.
 
 The layers compute a shared prefix once. Where a back end gathers the prefix's keys again for every continuation, attention costs
 as much as in the plain layout, less the prompt's own part: each response must read the prompt's keys anyway.
@@ -23,8 +23,10 @@ more call for each deeper level of a tree of turns. The partial results are join
 output and log-sum-exp, the kernel's backward of a part is that part of the whole gradient (``partial_attention``). So the
 backward keeps only the layer's own tensors. Gathered keys would be kept once for every continuation.
 
-The kernels come with PyTorch, for CUDA and half precision only. (``torch.nn.attention.varlen`` calls the same operators, but its
-gradient takes no joined output.) They were tested on tensors without data and with a stand-in, as there was no GPU.
+A window that cuts hides other keys from each continuation, so there each one gets its own copy of the keys within the window, for
+the time of the call; it is one call for the whole pack.
+
+The kernels come with PyTorch, for CUDA and half precision only. Scores that a model caps need the flash-attn package.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -41,91 +44,78 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from togi.algo.partial_attention import Run, join, visible_keys, window_of
+from togi.algo.partial_attention import Pieces, Run, flash_takes, join, visible_keys, window_of
 from togi.algo.precision import Context, full_precision
 from togi.batch import Segments
 from togi.cpu import host_attention
 from togi.errors import ModelError
 
-_FLASH = torch.ops.aten._flash_attention_forward
-_FLASH_BACKWARD = torch.ops.aten._flash_attention_backward
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Level:
-    """One kernel call: pieces of queries, each of which attends to the piece of keys at the same place.
+    """One kernel call. ``queries_R`` and ``keys_U``: packed indices of the tokens; None for all tokens in their order."""
 
-    ``queries_R`` and ``keys_U``: packed indices of the tokens. ``starts_q`` and ``starts_k``: bounds of the pieces (int32).
-    ``longest``: upper bounds on the tokens in a piece of queries and in a piece of keys.
-    """
+    queries_R: Tensor | None
+    keys_U: Tensor | None
+    pieces: Pieces
 
-    queries_R: Tensor
-    keys_U: Tensor
-    starts_q: Tensor
-    starts_k: Tensor
-    longest: tuple[int, int]
-    causal: bool
 
-    def attend(self, q_RHD: Tensor, k_UGD: Tensor, v_UGD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention of this level alone. Returns the output [R, H, D] and the log-sum-exp [H, R]."""
-        bounds = (self.starts_q, self.starts_k, *self.longest)
-        out_RHD, lse_HR, *_ = _FLASH(q_RHD, k_UGD, v_UGD, *bounds, 0.0, self.causal, False, scale=scale)
-        assert lse_HR.shape == (q_RHD.shape[1], q_RHD.shape[0])
-        return out_RHD, lse_HR
-
-    def backward(
-        self, grad_RHD: Tensor, inputs: tuple[Tensor, Tensor, Tensor], out_RHD: Tensor, lse_HR: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of ``inputs`` (q, k, v). ``out_RHD`` and ``lse_HR`` are those over the keys of all levels."""
-        bounds = (self.starts_q, self.starts_k, *self.longest)
-        random = torch.zeros(2, dtype=torch.uint64, device=grad_RHD.device)  # no dropout: the seed is not used
-        unused = torch.empty(0, device=grad_RHD.device)
-        grads: tuple[Tensor, Tensor, Tensor] = _FLASH_BACKWARD(
-            grad_RHD, *inputs, out_RHD, lse_HR, *bounds, 0.0, self.causal, random, unused, scale=scale
-        )
-        return grads
+def _rows(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x[index]
 
 
 @lru_cache(maxsize=8)
-def levels_of(segments: Segments, device: torch.device) -> tuple[Level, ...]:
-    """The calls for a pack: first every segment on itself, then on its prefixes, outermost first."""
+def levels_of(segments: Segments, window: int | None, device: torch.device) -> tuple[Level, ...]:
+    """The calls for a pack: first every segment on itself, then on its prefixes, outermost first.
+
+    With a ``window`` that cuts: one call, of every segment on itself and what its first token sees of its prefixes.
+    """
     everyone = range(len(segments))
-    levels = [_level(segments, [(s, [s]) for s in everyone], causal=True, device=device)]
+    tokens = [segments.tokens(s) for s in everyone]
     chains = [segments.chain(s)[:-1] for s in everyone]
+    contexts = [torch.cat([torch.arange(0), *(tokens[link] for link in chain)]) for chain in chains]
+    cut = window_of(window, max(len(context) + len(own) for context, own in zip(contexts, tokens, strict=True)))
+    if cut is not None:
+        near = [context[max(0, len(context) - cut + 1) :] for context in contexts]
+        keys = [torch.cat(pair) for pair in zip(near, tokens, strict=True)]
+        pieces = _pieces(tokens, keys, causal=True, window=cut, device=device)
+        return (Level(None, None if segments.is_plain else torch.cat(keys).to(device), pieces),)
+    levels = [Level(None, None, _pieces(tokens, tokens, causal=True, window=None, device=device))]
     for depth in range(max(map(len, chains))):
         # one piece for each prefix at this depth: all segments below it are its queries
-        asking: dict[int, list[int]] = {}
-        for s, chain in enumerate(chains):
+        asking: dict[int, list[Tensor]] = {}
+        for own, chain in zip(tokens, chains, strict=True):
             if depth < len(chain):
-                asking.setdefault(chain[depth], []).append(s)
-        levels.append(_level(segments, list(asking.items()), causal=False, device=device))
+                asking.setdefault(chain[depth], []).append(own)
+        queries, keys = [torch.cat(below) for below in asking.values()], [tokens[prefix] for prefix in asking]
+        pieces = _pieces(queries, keys, causal=False, window=None, device=device)
+        levels.append(Level(torch.cat(queries).to(device), torch.cat(keys).to(device), pieces))
     return tuple(levels)
 
 
-def _level(segments: Segments, pieces: list[tuple[int, list[int]]], *, causal: bool, device: torch.device) -> Level:
-    """``pieces``: the segment of the keys, and the segments of the queries."""
+def _pieces(
+    queries: list[Tensor], keys: list[Tensor], *, causal: bool, window: int | None, device: torch.device
+) -> Pieces:
+    """``queries`` and ``keys``: the tokens of each piece."""
 
-    def side(pieces: list[list[int]]) -> tuple[Tensor, Tensor, int]:
-        lengths = [sum(segments.lengths_S[s] for s in piece) for piece in pieces]
-        starts = torch.tensor([0, *lengths]).cumsum(0)
-        index = torch.cat([segments.tokens(s) for piece in pieces for s in piece])
-        return index.to(device), starts.to(device, torch.int32), max(lengths)
+    def bounds(pieces: list[Tensor]) -> Tensor:
+        return torch.tensor([0, *accumulate(map(len, pieces))], dtype=torch.int32).to(device)
 
-    queries_R, starts_q, longest_q = side([asking for _, asking in pieces])
-    keys_U, starts_k, longest_k = side([[asked] for asked, _ in pieces])
-    # at least 2: with one query a piece the kernel takes its path for decoding, which orders heads differently
-    return Level(queries_R, keys_U, starts_q, starts_k, (max(2, longest_q), longest_k), causal)
+    longest = max(map(len, queries)), max(map(len, keys))
+    return Pieces(bounds(queries), bounds(keys), longest, causal, window)
 
 
-def attend_to_prefixes(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, scale: float) -> Tensor:
+def attend_to_prefixes(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, scale: float, window: int | None = None
+) -> Tensor:
     """Attention of every token to its segment up to itself and to all prefixes of that segment. Returns [T, H, D]."""
-    levels = levels_of(segments, q_THD.device)
+    levels = levels_of(segments, window, q_THD.device)
     out_THD: Tensor = _FlashPrefixes.apply(q_THD, k_TGD, v_TGD, levels, scale)  # type: ignore[no-untyped-call]
     return out_THD
 
 
 class _FlashPrefixes(torch.autograd.Function):
-    """The first of ``levels`` holds all tokens in their order; the others hold some of them."""
+    """All tokens are the queries of the first of ``levels``, in their order; some of them are those of the others."""
 
     @staticmethod
     def forward(
@@ -138,32 +128,39 @@ class _FlashPrefixes(torch.autograd.Function):
     ) -> Tensor:
         own, *others = levels
         # each token on its own segment, then the result of each level of prefixes joined in
-        part_THD, lse_HT = own.attend(q_THD, k_TGD, v_TGD, scale)
-        out_THD, lse_TH = full_precision(part_THD), lse_HT.t().contiguous()
-        for level in others:
-            rows, keys = level.queries_R, level.keys_U
-            part_RHD, part_HR = level.attend(q_THD[rows], k_TGD[keys], v_TGD[keys], scale)
-            out_THD[rows], lse_TH[rows] = join(out_THD[rows], lse_TH[rows], full_precision(part_RHD), part_HR.t())
-        # joined in float32, rounded once
-        narrow_THD = out_THD.to(q_THD.dtype)
-        ctx.save_for_backward(q_THD, k_TGD, v_TGD, narrow_THD, lse_TH)
+        part_THD, lse_HT = own.pieces.attend(q_THD, _rows(k_TGD, own.keys_U), _rows(v_TGD, own.keys_U), scale)
+        narrow_THD = part_THD
+        if others:
+            out_THD, lse_TH = full_precision(part_THD), lse_HT.t().contiguous()
+            for level in others:
+                rows, keys = level.queries_R, level.keys_U
+                assert rows is not None and keys is not None
+                part_RHD, part_HR = level.pieces.attend(q_THD[rows], k_TGD[keys], v_TGD[keys], scale)
+                out_THD[rows], lse_TH[rows] = join(out_THD[rows], lse_TH[rows], full_precision(part_RHD), part_HR.t())
+            # joined in float32, rounded once
+            narrow_THD, lse_HT = out_THD.to(q_THD.dtype), lse_TH.t().contiguous()
+        ctx.save_for_backward(q_THD, k_TGD, v_TGD, narrow_THD, lse_HT)
         ctx.fixed = levels, scale
         return narrow_THD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context[tuple[tuple[Level, ...], float]], grad_THD: Tensor) -> tuple[Tensor | None, ...]:
-        q_THD, k_TGD, v_TGD, out_THD, lse_TH = ctx.saved_tensors
-        (own, *others), scale = ctx.fixed
-        whole = own.backward(grad_THD, (q_THD, k_TGD, v_TGD), out_THD, lse_TH.t().contiguous(), scale)
-        d_q, d_k, d_v = (full_precision(x) for x in whole)
+        q_THD, k_TGD, v_TGD, out_THD, lse_HT = ctx.saved_tensors
+        levels, scale = ctx.fixed
+        if len(levels) == 1 and levels[0].keys_U is None:
+            alone = levels[0].pieces.backward(grad_THD, (q_THD, k_TGD, v_TGD), out_THD, lse_HT, scale)
+            return *alone, None, None
         # sum over levels in float32: a token is a query and a key in several of them
-        for level in others:
+        d_q, d_k, d_v = (torch.zeros_like(full_precision(x)) for x in (q_THD, k_TGD, v_TGD))
+        for level in levels:
             rows, keys = level.queries_R, level.keys_U
-            inputs = (q_THD[rows], k_TGD[keys], v_TGD[keys])
-            grads = level.backward(grad_THD[rows], inputs, out_THD[rows], lse_TH[rows].t().contiguous(), scale)
+            inputs = (_rows(q_THD, rows), _rows(k_TGD, keys), _rows(v_TGD, keys))
+            lse_HR = lse_HT if rows is None else lse_HT[:, rows]
+            grads = level.pieces.backward(_rows(grad_THD, rows), inputs, _rows(out_THD, rows), lse_HR, scale)
             for total, index, grad in zip((d_q, d_k, d_v), (rows, keys, keys), grads, strict=True):
-                total.index_add_(0, index, full_precision(grad))
+                wide = full_precision(grad)
+                _ = total.add_(wide) if index is None else total.index_add_(0, index, wide)
         return d_q.to(q_THD.dtype), d_k.to(k_TGD.dtype), d_v.to(v_TGD.dtype), None, None
 
 
@@ -250,13 +247,12 @@ def plan_runs(segments: Segments) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-@packed_attention
-def segment_attention(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, table: Segments, asked: Asked) -> Tensor:
+def _segments(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, table: Segments, asked: Asked) -> Tensor:
     """SDPA run by run. Raises ModelError for capped attention scores, which SDPA does not support."""
     if asked.softcap is not None:
         raise ModelError(
             f"{asked.name} caps its attention scores (attn_logit_softcapping), which SDPA cannot do: "
-            "use --flash_attn on a CUDA device."
+            "it takes a CUDA device, --bf16 and the package flash-attn."
         )
     runs = plan_runs(table)
     sizes = [run.tokens for run in runs]
@@ -274,6 +270,9 @@ def segment_attention(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, table: Segmen
         v_nMGD = _with_context(own_v, [values[link] for link in run.chain], run)
         parts.append(_attend(q_nLHD, k_nMGD, v_nMGD, asked.scale, asked.window).flatten(0, 1))
     return torch.cat(parts)
+
+
+segment_attention = packed_attention(_segments)
 
 
 def _with_context(own: Tensor, context: list[Tensor], run: Run) -> Tensor:
@@ -307,22 +306,16 @@ def _attend(q_nLHD: Tensor, k_nMGD: Tensor, v_nMGD: Tensor, scale: float, window
 
 @packed_attention
 def varlen_attention(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, table: Segments, asked: Asked) -> Tensor:
-    """One call of ``flash_attn_varlen_func`` (flash-attn 2.1 or newer, whose causal mask is aligned bottom-right).
-
-    Shared prefixes go to ``flash_prefixes``, which gathers no keys. It takes no window that cuts, no capped scores, and only head
-    sizes that are multiples of eight. The code follows the documented signature and is tested on CPU with a stand-in of the
-    kernel, which itself needs CUDA.
-    """
+    """FlashAttention where it computes this, else SDPA. Capped scores take the flash-attn package (2.6 or newer)."""
+    if not flash_takes(q_HTD, v_GTD):
+        return _segments(q_HTD, k_GTD, v_GTD, table, asked)
     q_THD, k_TGD, v_TGD = (x.transpose(0, 1) for x in (q_HTD, k_GTD, v_GTD))
     assert len(q_THD) == sum(table.lengths_S), "query and segment table differ in length"
-    longest = max(table.context_length(s) + length for s, length in enumerate(table.lengths_S))
-    # PyTorch's kernel does not pad the head size to a multiple of eight: flash-attn does
-    as_it_is = q_THD.shape[-1] % 8 == 0 and asked.softcap is None and window_of(asked.window, longest) is None
-    if as_it_is and not table.is_plain:
-        return attend_to_prefixes(q_THD, k_TGD, v_TGD, table, asked.scale)
+    if asked.softcap is None:
+        return attend_to_prefixes(q_THD, k_TGD, v_TGD, table, asked.scale, asked.window)
     from flash_attn import flash_attn_varlen_func
 
-    # the fallback for prefixes: gather the keys of the whole chain again for every segment
+    # gather the keys of the whole chain again for every segment
     index, starts_q, starts_k = varlen_table(table, q_THD.device)
     if not table.is_plain:
         k_TGD, v_TGD = k_TGD.index_select(0, index), v_TGD.index_select(0, index)
@@ -333,11 +326,12 @@ def varlen_attention(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, table: Segment
         cu_seqlens_q=starts_q,
         cu_seqlens_k=starts_k,
         max_seqlen_q=max(table.lengths_S),
-        max_seqlen_k=longest,
+        max_seqlen_k=max(table.context_length(s) + length for s, length in enumerate(table.lengths_S)),
         softmax_scale=asked.scale,
         causal=True,
         window_size=(-1, -1) if asked.window is None else (asked.window - 1, 0),
-        softcap=0.0 if asked.softcap is None else asked.softcap,
+        softcap=asked.softcap,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out_THD
 

@@ -28,9 +28,7 @@ class Answering:
     repetition_penalty: float = 1.0
 
 
-def load_generator(
-    path: str, *, bf16: bool, trust_remote_code: bool, flash_attn: bool = False, in_4bit: bool = False
-) -> PreTrainedModel:
+def load_generator(path: str, *, bf16: bool, trust_remote_code: bool, in_4bit: bool = False) -> PreTrainedModel:
     """Load a causal language model for generation, on the accelerator if there is one. Raises ModelError if that fails."""
     hf_logging.disable_progress_bar()
     dtype = dtype_of(bf16)
@@ -41,7 +39,6 @@ def load_generator(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            attn_implementation="flash_attention_2" if flash_attn else None,
             quantization_config=nf4(dtype) if in_4bit else None,
         )
     except (OSError, ValueError, ImportError) as error:

@@ -23,6 +23,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
+from togi.algo.partial_attention import use_newest_flash
 from togi.config.architectures import ARCHITECTURES
 from togi.config.choices import Layers
 from togi.config.model_facts import check_length
@@ -245,7 +246,9 @@ def _load(
 
     ``renames`` maps patterns of checkpoint names to ours. ``optional`` names the weights that may be missing.
     """
-    attention = _attention(source.flash_attn)
+    attention = VARLEN if source.flash_attn else SEGMENTS
+    if source.flash_attn:
+        logger.info("attention: FlashAttention (%s)", use_newest_flash())
     # refuse an unsupported architecture before any weight is read
     empty = _refuse(kind, source, config)
     # only proven architectures: the packing check of the others runs the model at once
@@ -282,16 +285,6 @@ def check_complete(path: str, missing: Iterable[str], optional: Set[str] = froze
         advice = "give one with a head, or ask for a new head" if only_head else "use a complete checkpoint"
         names = ", ".join(lacks[:5])
         raise ModelError(f"the checkpoint {path!r} has no {names}, which would be random: {advice}.")
-
-
-def _attention(flash_attn: bool) -> str:
-    if not flash_attn:
-        return SEGMENTS
-    if not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:
-        raise ModelError(
-            "--flash_attn needs a CUDA device and the flash-attn package: install them or leave the flag out."
-        )
-    return VARLEN
 
 
 def nf4(compute: torch.dtype) -> BitsAndBytesConfig:

@@ -7,13 +7,15 @@ same results packed and through Transformers' own attention.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
 from togi.config.architectures import ARCHITECTURES
 from togi.errors import ModelError
-from togi.model.attention import SEGMENTS
+from togi.model.attention import VARLEN
 from togi.model.heads import LogitTransform
 from togi.model.policy import Needs, PolicyModel, ScalarModel, hidden_states
 from togi.model.ring_layout import Layout
@@ -59,9 +61,12 @@ def refuse_unsupported(model: PreTrainedModel, attention: str) -> None:
         )
     if not model._supports_attention_backend or config.is_encoder_decoder:
         raise ModelError(f"{kind} models cannot take Togi's packed attention: use a decoder with attention back ends.")
-    if getattr(config, "attn_logit_softcapping", None) is not None and attention == SEGMENTS:
+    # PyTorch's kernels, FlashAttention among them, cap no scores
+    package = attention == VARLEN and importlib.util.find_spec("flash_attn") is not None
+    if getattr(config, "attn_logit_softcapping", None) is not None and not package:
         raise ModelError(
-            f"This {kind} model caps its attention scores (attn_logit_softcapping): use --flash_attn on a CUDA device."
+            f"This {kind} model caps its attention scores (attn_logit_softcapping), which takes a CUDA device, --bf16 and "
+            "the package flash-attn: pip install flash-attn --no-build-isolation."
         )
 
 

@@ -341,7 +341,6 @@ class Chat:
             path,
             bf16=config.bf16,
             trust_remote_code=trust,
-            flash_attn=config.flash_attn and default_device().type == "cuda",
             in_4bit=config.load_in_4bit,
         )
 

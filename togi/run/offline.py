@@ -44,7 +44,6 @@ from togi.run.offline_setup import (
     load_data,
     load_models,
     offload_notice,
-    uses_flash,
 )
 from togi.run.plan import EpochPlan, offline_aim
 from togi.run.start import NO_CUDA_FOR_LIGER
@@ -113,10 +112,6 @@ def opening(
     Raises UserError.
     """
     # Notices about flags that this machine or these settings change.
-    if config.flash_attn and config.ring_attn_size > 1:
-        announce("--flash_attn: ring attention (--ring_attn_size) has kernels of its own, which are used instead")
-    elif config.flash_attn and not uses_flash(config, world):
-        announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
     if config.use_liger_kernel and world.device.type != "cuda":
         announce(NO_CUDA_FOR_LIGER)
     if notice := offload_notice(config, world):

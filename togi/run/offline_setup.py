@@ -147,8 +147,8 @@ def record_spec(config: Method, dataset: str, split: str, *, training: bool) -> 
 
 
 def uses_flash(config: Method, world: World) -> bool:
-    """Whether FlashAttention runs: on CUDA only (elsewhere SDPA), and not in a ring, which has its own attention."""
-    return config.flash_attn and world.device.type == "cuda" and world.ring_size == 1
+    """Whether FlashAttention runs: on CUDA and in bfloat16 (elsewhere SDPA), and not in a ring, which has its own attention."""
+    return config.flash_attn and config.bf16 and world.device.type == "cuda" and world.ring_size == 1
 
 
 FOLDER = "reference"

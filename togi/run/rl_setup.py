@@ -152,7 +152,8 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
     """Load tokenizer and prompts, then check labels and try reward functions and servers on each kind. Raises UserError."""
     with progress.phase("reading prompts", expected_seconds=8):
         # Stage 1: the model's config fits the settings; no weights are read.
-        check_start(config, flash_attn=config.flash_attn, asked=asked_context(config), longest=config.context_length)
+        flash = config.flash_attn and config.bf16
+        check_start(config, flash_attn=flash, asked=asked_context(config), longest=config.context_length)
         if config.generates and config.sends_adapter:
             check_base_files(config.pretrain, "bfloat16" if config.bf16 else "float32", config.trust_remote_code)
         # Stage 2: tokenizer and rows.

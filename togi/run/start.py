@@ -89,6 +89,8 @@ def _usable(parsed: Parsed[Config], announce: Announce) -> Parsed[Config]:
     ready, notice = usable_precision(parsed, this_machine())
     if notice:
         announce(notice)
+    if "flash_attn" in parsed.given and ready.config.flash_attn and this_machine().gpus == 0 and not joins_cluster():
+        announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
     say_ignored(ready.config, announce)
     return ready
 
