@@ -237,8 +237,8 @@ def attend_backward(
 
 def join(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Join two parts of the same queries over different keys. ``out`` and ``more`` are [..., D], their log-sum-exps [...]."""
-    whole = torch.logaddexp(lse, more_lse)
-    return out * (lse - whole).exp()[..., None] + more * (more_lse - whole).exp()[..., None], whole
+    share = torch.sigmoid(more_lse - lse)  # of all exponentials, those of the second part
+    return torch.lerp(out, more, share[..., None]), torch.logaddexp(lse, more_lse)
 
 
 def _in_rows(x_nHLD: Tensor) -> Tensor:
