@@ -33,7 +33,7 @@ ESTABLISHED = {
     "local_rank": -1,
     "zero_stage": 0,
     "bf16": False,
-    "flash_attn": False,
+    "flash_attn": True,
     "disable_fast_tokenizer": False,
     "dataset": "",
     "dataset_probs": None,

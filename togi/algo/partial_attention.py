@@ -179,9 +179,14 @@ def use_newest_flash() -> str:
     return "FA2"
 
 
+def has_flash(device: torch.device) -> bool:
+    """Whether FlashAttention's operators exist for this kind of device."""
+    return device.type in FLASH_DEVICES
+
+
 def flash_takes(q: Tensor, v: Tensor) -> bool:
     """Whether FlashAttention computes these queries [..., D] and values: on CUDA, in half precision, heads of up to 256."""
-    return q.device.type in FLASH_DEVICES and q.dtype in FLASH_TYPES and max(q.shape[-1], v.shape[-1]) <= LARGEST_HEAD
+    return has_flash(q.device) and q.dtype in FLASH_TYPES and max(q.shape[-1], v.shape[-1]) <= LARGEST_HEAD
 
 
 def _padded(*tensors: Tensor) -> list[Tensor]:

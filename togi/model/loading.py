@@ -23,7 +23,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
-from togi.algo.partial_attention import use_newest_flash
+from togi.algo.partial_attention import has_flash, use_newest_flash
 from togi.config.architectures import ARCHITECTURES
 from togi.config.choices import Layers
 from togi.config.model_facts import check_length
@@ -71,7 +71,7 @@ class ModelSource:
             path,
             # full training needs float32 masters; frozen weights under an adapter do not
             dtype_of(config.bf16 and (not trained or config.lora is not None)),
-            flash_attn=config.flash_attn and on_cuda and not in_ring,
+            flash_attn=config.flash_attn and has_flash(device) and not in_ring,
             trust_remote_code=config.trust_remote_code,
             layers=config.layers(on_cuda=on_cuda),
             lora=config.lora if trained else None,

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from togi.algo.partial_attention import has_flash
 from togi.config.fields import Settings
 from togi.config.infer import ChatConfig, InferConfig
 from togi.config.iterate import IterateConfig
@@ -86,7 +87,7 @@ class RewardModel:
         in_4bit: bool = False,
     ) -> None:
         world, trust = World.solo(device), config.trust_remote_code
-        flash_attn = config.flash_attn and world.device.type == "cuda"
+        flash_attn = config.flash_attn and has_flash(world.device)
         source = ModelSource(path, dtype_of(config.bf16), flash_attn, trust, in_4bit=in_4bit)
         model = load_scalar_model(source, value_head_prefix=config.value_head_prefix)
         statistics = (model.reward_mean, model.reward_std) if config.normalize_reward else ()

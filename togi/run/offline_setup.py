@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
+from togi.algo.partial_attention import has_flash
 from togi.config.choices import EngineName
 from togi.data.chat import Tokenizer, check_tokens, check_vocabulary, end_notice, enders, load_tokenizer, stop_token_ids
 from togi.data.precheck import RecordSpec
@@ -148,7 +149,7 @@ def record_spec(config: Method, dataset: str, split: str, *, training: bool) -> 
 
 def uses_flash(config: Method, world: World) -> bool:
     """Whether FlashAttention runs: on CUDA and in bfloat16 (elsewhere SDPA), and not in a ring, which has its own attention."""
-    return config.flash_attn and config.bf16 and world.device.type == "cuda" and world.ring_size == 1
+    return config.flash_attn and config.bf16 and has_flash(world.device) and world.ring_size == 1
 
 
 FOLDER = "reference"
