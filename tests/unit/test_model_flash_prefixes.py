@@ -151,3 +151,39 @@ def test_the_real_operators_take_what_they_are_given(window: int | None) -> None
     assert (out.shape, out.dtype, out.device) == ((23, 4, 64), torch.bfloat16, meta)
     out.backward(torch.empty_like(out))
     assert [(x.grad.shape, x.grad.dtype) for x in inputs] == [(x.shape, x.dtype) for x in inputs]
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "works", "runs"),
+    [
+        ((9, 0), {"flash_attn_interface", "flash_attn.cute"}, True, "FA3"),
+        ((9, 0), {"flash_attn.cute"}, True, "FA4"),
+        ((10, 0), {"flash_attn_interface", "flash_attn.cute"}, True, "FA4"),
+        ((8, 0), {"flash_attn_interface", "flash_attn.cute"}, True, "FA2"),
+        ((9, 0), set(), True, "FA2"),
+        ((9, 0), {"flash_attn_interface"}, False, "FA2"),
+    ],
+)
+def test_the_newest_kernels_that_the_gpu_and_the_packages_have(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: set[str], works: bool, runs: str
+) -> None:
+    activated: list[str] = []
+
+    def activate(name: str) -> None:
+        if not works:
+            raise RuntimeError("no such kernels")
+        activated.append(name)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(partial_attention, "_is_installed", installed.__contains__)
+    assert partial_attention.use_newest_flash.__wrapped__() == runs
+    assert activated == ([runs] if runs != "FA2" else [])
+
+
+def test_torch_knows_the_newer_kernels_by_these_names() -> None:
+    assert {name for name, _, _ in partial_attention.NEWER_FLASH} == set(
+        torch.nn.attention.list_flash_attention_impls()
+    )
+    assert partial_attention.use_newest_flash() == "FA2", "no GPU here"
