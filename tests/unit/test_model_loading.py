@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.packs import plain_pack, random_groups, shared_pack
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 from togi.errors import ModelError
+from togi.model import support
+from togi.model.attention import VARLEN
 from togi.model.checkpoint import expected_manifest, save_hf
-from togi.model.loading import ModelSource, load_causal_lm, load_scalar_model
+from togi.model.loading import ModelSource, check_causal_lm, load_causal_lm, load_scalar_model
 from togi.model.policy import Needs, PolicyModel, checkpoint_tensors, last_tokens
 from togi.model.support import logit_transform, verify_packing
 from togi.weights.buckets import TensorSpec, differences
@@ -121,10 +123,22 @@ def test_architectures_that_cannot_be_packed_are_refused_before_weights_are_read
         load(tmp_path)
 
 
-def test_flash_attention_without_a_device_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ModelError, match="--flash_attn needs a CUDA device"):
-        load_causal_lm(ModelSource(str(save_tiny_model(tmp_path)), torch.float32, flash_attn=True))
+@pytest.mark.parametrize("arch", ["llama", "olmo2"])
+def test_with_flash_attention_a_model_loads_in_float32_on_the_host(tmp_path, arch):
+    """Where every model is loaded, before it goes to its device: one outside the list is tested there."""
+    model = load_causal_lm(ModelSource(str(save_tiny_model(tmp_path, arch)), torch.float32, flash_attn=True))
+    assert model.hf.config._attn_implementation == VARLEN
+    verify_packing(model)
+
+
+def test_capped_scores_take_a_package(tmp_path, monkeypatch):
+    tiny_config("gemma2", attn_logit_softcapping=50.0).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="pip install flash-attn"):
+        check_causal_lm(str(tmp_path), flash_attn=True)
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: object())
+    check_causal_lm(str(tmp_path), flash_attn=True)
+    with pytest.raises(ModelError, match="pip install flash-attn"):
+        check_causal_lm(str(tmp_path), flash_attn=False)
 
 
 @pytest.mark.parametrize("arch", ["granite", "cohere", "olmo2", "phi3"])
