@@ -165,13 +165,12 @@ def use_newest_flash() -> str:
 
     PyTorch's own kernels are FlashAttention 2. Those of the packages are made for one generation of GPUs each.
     """
-    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
-    if activate is not None and torch.cuda.is_available():
+    if torch.cuda.is_available() and "activate_flash_attention_impl" in vars(torch.nn.attention):
         generation = torch.cuda.get_device_capability()[0]
         for name, package, generations in NEWER_FLASH:
             if generation in generations and _is_installed(package):
                 try:
-                    activate(name)
+                    torch.nn.attention.activate_flash_attention_impl(name)
                 except (ImportError, RuntimeError) as error:
                     logger.warning("%s cannot be used, FlashAttention 2 runs (%s)", package, error)
                 else:
@@ -201,7 +200,7 @@ def attend(q_nHLD: Tensor, k_nGMD: Tensor, v_nGMD: Tensor, scale: float, visible
     if visible.seen_LM is None and flash_takes(q_nHLD, v_nGMD):
         count, heads, queries, _ = q_nHLD.shape
         pieces = Pieces.equal(count, queries, k_nGMD.shape[2], visible.causal, q_nHLD.device)
-        out_RHD, lse_HR = pieces.attend(*map(_in_rows, (q_nHLD, k_nGMD, v_nGMD)), scale)
+        out_RHD, lse_HR = pieces.attend(_in_rows(q_nHLD), _in_rows(k_nGMD), _in_rows(v_nGMD), scale)
         return full_precision(_in_pieces(out_RHD, count)), lse_HR.view(heads, count, queries).transpose(0, 1)
     if q_nHLD.device.type == "cpu":
         q, k, v = _widened(q_nHLD, k_nGMD, v_nGMD)
