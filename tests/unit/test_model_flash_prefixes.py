@@ -127,6 +127,13 @@ def test_what_the_kernel_cannot_take_goes_through_sdpa() -> None:
     assert not flash_takes(narrow, narrow), "no such kernel on a CPU"
 
 
+@pytest.mark.parametrize(("generation", "runs"), [(7, False), (8, True), (12, True)])
+def test_older_gpus_have_no_flash_attention(monkeypatch: pytest.MonkeyPatch, generation: int, runs: bool) -> None:
+    monkeypatch.setattr(partial_attention, "_generation", lambda _: generation)
+    assert partial_attention.has_flash(torch.device("cuda", 1)) is runs
+    assert not partial_attention.has_flash(CPU)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_part_of_a_ring_equals_its_tiles(calls: list[Call], causal: bool) -> None:
     """Two attentions of one shape, four queries to six keys and grouped heads, given the log-sum-exp over more keys."""
@@ -175,7 +182,7 @@ def test_the_newest_kernels_that_the_gpu_and_the_packages_have(
         activated.append(name)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(partial_attention, "_generation", lambda _: capability[0])
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
     monkeypatch.setattr(partial_attention, "_is_installed", installed.__contains__)
     assert partial_attention.use_newest_flash.__wrapped__() == runs

@@ -166,7 +166,7 @@ def use_newest_flash() -> str:
     PyTorch's own kernels are FlashAttention 2. Those of the packages are made for one generation of GPUs each.
     """
     if torch.cuda.is_available() and "activate_flash_attention_impl" in vars(torch.nn.attention):
-        generation = torch.cuda.get_device_capability()[0]
+        generation = _generation(torch.device("cuda"))
         for name, package, generations in NEWER_FLASH:
             if generation in generations and _is_installed(package):
                 try:
@@ -179,8 +179,14 @@ def use_newest_flash() -> str:
 
 
 def has_flash(device: torch.device) -> bool:
-    """Whether FlashAttention's operators exist for this kind of device."""
-    return device.type in FLASH_DEVICES
+    """Whether FlashAttention's operators run on this device: a GPU of the Ampere generation or newer."""
+    return device.type in FLASH_DEVICES and (device.type != "cuda" or _generation(device) >= 8)
+
+
+@cache
+def _generation(device: torch.device) -> int:
+    """The compute capability of a GPU, before the dot."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def flash_takes(q: Tensor, v: Tensor) -> bool:
