@@ -62,7 +62,7 @@ def _batch(tokens: list[int], mask: list[bool], owners: list[int], segments: Seg
         positions_T=segment_positions(segments),
         sources_T=predecessors(segments),
         sequences_T=torch.tensor(owners),
-        loss_mask_T=torch.tensor(mask),
+        targets_K=torch.tensor(mask).nonzero().squeeze(-1),
         segments=segments,
         order_N=tuple(range(sequences)),
         streams={},

@@ -59,7 +59,9 @@ class Batch:
 
     ``sources_T[i]`` is the packed index of the token whose hidden state predicts token i (``NO_SOURCE`` for a first token).
     The shift by one between tokens and predictions is only here, see ``predecessors``.
-    ``sequences_T[i]`` is the sequence of token i (``NO_SEQUENCE`` for a shared prompt's tokens).
+    ``sequences_T[i]`` is the sequence of token i (``NO_SEQUENCE`` for a shared prompt's tokens). ``targets_K`` are the packed
+    indices of the tokens in the loss, ascending: indices and not a mask, because a device would have to be waited for to know
+    how many there are.
     ``order_N[n]`` is the place of sequence n in the list that the batch was packed from. ``streams`` are float tensors [T] by
     name, ``values`` tensors [N] by name.
     """
@@ -68,7 +70,7 @@ class Batch:
     positions_T: Tensor
     sources_T: Tensor
     sequences_T: Tensor
-    loss_mask_T: Tensor
+    targets_K: Tensor
     segments: Segments
     order_N: tuple[int, ...]
     streams: Mapping[str, Tensor]
@@ -83,11 +85,6 @@ class Batch:
         return len(self.order_N)
 
     @property
-    def targets_K(self) -> Tensor:
-        """Packed indices of the tokens in the loss, ascending."""
-        return self.loss_mask_T.nonzero().squeeze(-1)
-
-    @property
     def target_sequences_K(self) -> Tensor:
         """The sequence of each token in the loss."""
         return self.sequences_T[self.targets_K]
@@ -98,40 +95,42 @@ class Batch:
 
     def tokens_per_sequence_N(self) -> Tensor:
         """How many tokens of each sequence are in the loss (int64, [N])."""
-        return torch.bincount(self.target_sequences_K, minlength=self.num_sequences)
+        return tokens_per_sequence(self.target_sequences_K, self.num_sequences)
 
     def segments_T(self) -> Tensor:
         """The segment of each packed token (int64, [T])."""
         lengths_S = torch.tensor(self.segments.lengths_S)
-        return torch.repeat_interleave(torch.arange(len(self.segments)), lengths_S).to(self.tokens_T.device)
+        return moved(torch.repeat_interleave(torch.arange(len(self.segments)), lengths_S), self.tokens_T.device)
 
     def chains_NS(self) -> Tensor:
         """1 where a segment is part of a sequence, else 0 (float32, [N, S]). A shared prompt is part of several sequences."""
-        chains_NS = torch.zeros(self.num_sequences, len(self.segments))
-        owners_S = self.sequences_T[torch.tensor(self.segments.starts_S, device=self.sequences_T.device)].tolist()
-        for segment, sequence in enumerate(owners_S):
-            if sequence != NO_SEQUENCE:
-                chains_NS[sequence, list(self.segments.chain(segment))] = 1
-        return chains_NS.to(self.tokens_T.device)
+        device, table = self.sequences_T.device, self.segments
+        chains_SS = torch.zeros(len(table), len(table))
+        for segment in range(len(table)):
+            chains_SS[segment, list(table.chain(segment))] = 1
+        # the chain of each segment, added to its sequence; the first row is for NO_SEQUENCE, which is -1
+        owners_S = self.sequences_T[moved(torch.tensor(table.starts_S), device)] + 1
+        sums = torch.zeros(self.num_sequences + 1, len(table), device=device)
+        return sums.index_add_(0, owners_S, moved(chains_SS, device))[1:].clamp_(max=1)
 
     def to(self, device: torch.device) -> Batch:
-        """A copy with every tensor on ``device``."""
+        """A copy with every tensor on ``device``, which is not waited for."""
         return replace(
             self,
-            tokens_T=self.tokens_T.to(device),
-            positions_T=self.positions_T.to(device),
-            sources_T=self.sources_T.to(device),
-            sequences_T=self.sequences_T.to(device),
-            loss_mask_T=self.loss_mask_T.to(device),
-            streams={name: stream.to(device) for name, stream in self.streams.items()},
-            values={name: value.to(device) for name, value in self.values.items()},
+            tokens_T=moved(self.tokens_T, device),
+            positions_T=moved(self.positions_T, device),
+            sources_T=moved(self.sources_T, device),
+            sequences_T=moved(self.sequences_T, device),
+            targets_K=moved(self.targets_K, device),
+            streams={name: moved(stream, device) for name, stream in self.streams.items()},
+            values={name: moved(value, device) for name, value in self.values.items()},
         )
 
     def validate(self) -> Batch:
         """Check the invariants that packing must keep. Called where a batch is built; raises AssertionError."""
         total, table = self.num_tokens, self.segments
         # the shapes
-        for tensor in (self.positions_T, self.sources_T, self.sequences_T, self.loss_mask_T, *self.streams.values()):
+        for tensor in (self.positions_T, self.sources_T, self.sequences_T, *self.streams.values()):
             assert tensor.shape == (total,), "a token stream has the wrong length"
         for value in self.values.values():
             assert value.shape == (self.num_sequences,), "a per-sequence value has the wrong length"
@@ -147,11 +146,26 @@ class Batch:
             end = start + length
         # the loss: each of its tokens has a source and a sequence
         assert torch.equal(self.sources_T.cpu(), predecessors(table)), "sources do not follow the segment table"
-        assert bool((self.sources_T[self.loss_mask_T] != NO_SOURCE).all()), (
-            "a token without a prediction is in the loss"
-        )
-        assert bool((self.sequences_T[self.loss_mask_T] != NO_SEQUENCE).all()), "a token of no sequence is in the loss"
+        assert bool((self.targets_K.diff() > 0).all()), "the tokens in the loss are not in ascending order"
+        assert bool((self.sources_T[self.targets_K] != NO_SOURCE).all()), "a token without a prediction is in the loss"
+        assert bool((self.target_sequences_K != NO_SEQUENCE).all()), "a token of no sequence is in the loss"
         return self
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. From host memory to an accelerator without waiting for what that still computes.
+
+    A plain copy waits until the device has done all that it was given before. Only a copy from pinned memory does not.
+    """
+    if tensor.device.type == "cpu" and device.type != "cpu" and torch.accelerator.is_available():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def tokens_per_sequence(sequences_K: Tensor, num_sequences: int) -> Tensor:
+    """How often each sequence is in ``sequences_K`` (int64, [N]). Unlike ``torch.bincount`` it does not wait for the device."""
+    counts_N = torch.zeros(num_sequences, dtype=torch.int64, device=sequences_K.device)
+    return counts_N.index_add_(0, sequences_K, torch.ones_like(sequences_K))
 
 
 def predecessors(segments: Segments) -> Tensor:

@@ -235,7 +235,7 @@ def test_a_teacher_of_another_vocabulary_is_refused():
 
 def test_a_label_outside_the_reward_tokens_is_a_defect():
     batch = pack(steps(number=1), share_prefix=False)
-    outputs = Outputs(next_logits_KR=torch.zeros(int(batch.loss_mask_T.sum()), 2))
+    outputs = Outputs(next_logits_KR=torch.zeros(len(batch.targets_K), 2))
     with pytest.raises(AssertionError, match="reward tokens"):
         StepRewardObjective((1, 2)).loss(outputs, batch)
 

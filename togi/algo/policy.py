@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from togi.batch import tokens_per_sequence
 from togi.config.choices import Aggregation, CorrectionType
 
 
@@ -22,7 +23,7 @@ def token_weights(
     token_mean and constant: 1. sequence_mean: 1 / number of tokens in the loss of the token's own sequence.
     """
     if aggregation is Aggregation.SEQUENCE_MEAN:
-        return torch.bincount(sequences_K, minlength=num_sequences)[sequences_K].to(dtype).reciprocal()
+        return tokens_per_sequence(sequences_K, num_sequences)[sequences_K].to(dtype).reciprocal()
     return torch.ones(sequences_K.shape, dtype=dtype, device=sequences_K.device)
 
 
@@ -37,7 +38,7 @@ def count(aggregation: Aggregation, sequences_K: Tensor, num_sequences: int, con
         case Aggregation.TOKEN_MEAN:
             return float(sequences_K.numel())
         case Aggregation.SEQUENCE_MEAN:
-            return float((torch.bincount(sequences_K, minlength=num_sequences) > 0).sum())
+            return float((tokens_per_sequence(sequences_K, num_sequences) > 0).sum())
         case Aggregation.CONSTANT:
             assert constant > 0, "the constant divisor must be positive"
             return float(num_sequences * constant)
@@ -46,7 +47,7 @@ def count(aggregation: Aggregation, sequences_K: Tensor, num_sequences: int, con
 def mean_of_own_sequence(values_K: Tensor, sequences_K: Tensor, num_sequences: int) -> Tensor:
     """For each token the mean over the tokens in the loss of its own sequence. Shape [K], differentiable."""
     sums_N = values_K.new_zeros(num_sequences).index_add(0, sequences_K, values_K)
-    lengths_N = torch.bincount(sequences_K, minlength=num_sequences)
+    lengths_N = tokens_per_sequence(sequences_K, num_sequences)
     # gathered before the division: a sequence without tokens would divide by 0
     return sums_N[sequences_K] / lengths_N[sequences_K]
 

@@ -225,7 +225,7 @@ def pack(samples: Sequence[Sample], *, share_prefix: bool) -> Batch:
         positions_T=segment_positions(table),
         sources_T=predecessors(table),
         sequences_T=torch.from_numpy(sequences),
-        loss_mask_T=_joined(pieces, [sample.loss_mask for sample in samples], np.bool_),
+        targets_K=_joined(pieces, [sample.loss_mask for sample in samples], np.bool_).nonzero().squeeze(-1),
         segments=table,
         order_N=tuple(order),
         streams={name: _joined(pieces, [s.streams[name] for s in samples], np.float32) for name in first.streams},

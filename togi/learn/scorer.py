@@ -14,7 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
+from togi.batch import (
+    NO_PREFIX,
+    NO_SEQUENCE,
+    Batch,
+    Segments,
+    predecessors,
+    segment_positions,
+    tokens_per_sequence,
+)
 from togi.learn.objective import Objective
 from togi.model.policy import Needs, Outputs
 from togi.obs.metrics import Metric, merge, reduced
@@ -42,7 +50,7 @@ def dummy_batch() -> Batch:
     segments = Segments(starts_S=(0,), lengths_S=(DUMMY_TOKENS,), prefixes_S=(NO_PREFIX,))
     tokens_T, sequences_T = torch.zeros(DUMMY_TOKENS, dtype=torch.int64), torch.full((DUMMY_TOKENS,), NO_SEQUENCE)
     places = segment_positions(segments), predecessors(segments)
-    return Batch(tokens_T, *places, sequences_T, tokens_T.bool(), segments, (), {}, {}).validate()
+    return Batch(tokens_T, *places, sequences_T, tokens_T[:0], segments, (), {}, {}).validate()
 
 
 def nothing(outputs: Outputs) -> Tensor:
@@ -62,10 +70,11 @@ def nothing(outputs: Outputs) -> Tensor:
 
 def per_sequence(per_token_K: Tensor, batch: Batch) -> list[NDArray[np.float32]]:
     """Split values at the tokens in the loss by sequence, in the order of the list that the batch was packed from."""
+    # in host memory: the device has nothing to do here, and is waited for once
+    values_K, sequences_K = per_token_K.detach().float().cpu(), batch.target_sequences_K.cpu()
     # a pack may reorder its sequences: group the tokens by sequence, then undo the order
-    order_K = torch.argsort(batch.target_sequences_K, stable=True)
-    sorted_K = per_token_K.detach()[order_K].float().cpu()
-    parts = torch.split(sorted_K, batch.tokens_per_sequence_N().tolist())
+    sorted_K = values_K[torch.argsort(sequences_K, stable=True)]
+    parts = torch.split(sorted_K, tokens_per_sequence(sequences_K, batch.num_sequences).tolist())
     by_place = dict(zip(batch.order_N, parts, strict=True))
     assert len(by_place) == batch.num_sequences, "two sequences of a batch claim one place"
     return [by_place[place].numpy() for place in sorted(by_place)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from togi.algo import preference
-from togi.batch import Batch
+from togi.batch import Batch, moved
 from togi.config.choices import RewardLoss
 from togi.learn.objective import REF_LOGPROBS, Loss, Objective, sequence_means, token_metrics
 from togi.model.policy import Needs, Outputs
@@ -33,7 +33,8 @@ def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
     """
     assert batch.num_sequences % 2 == 0, "a pair is torn apart: pack with whole_groups"
     # `order_N` has the list's place of each sequence; argsort inverts it.
-    listed_N = torch.tensor(batch.order_N, dtype=torch.int64).argsort().to(batch.tokens_T.device)
+    listed_N = torch.tensor(batch.order_N, dtype=torch.int64).argsort()
+    listed_N = moved(listed_N, batch.tokens_T.device)
     chosen_P, rejected_P = listed_N[0::2], listed_N[1::2]
     marks_N = batch.values[CHOSEN]
     assert bool((marks_N[chosen_P] == 1).all() & (marks_N[rejected_P] == 0).all()), "pairs are not chosen, rejected"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from togi.batch import Batch
+from togi.batch import Batch, moved
 from togi.learn.objective import Loss, Objective, sequence_means, token_metrics
 from togi.model.policy import LABELS, Needs, Outputs
 from togi.obs import names
@@ -65,6 +65,6 @@ class StepRewardObjective(Objective):
         """The target distribution over the reward tokens, shape (K, R)."""
         if self.soft:
             return torch.stack([labels_K, 1 - labels_K], dim=1)
-        targets_KR = labels_K.long()[:, None] == torch.tensor(ids, device=labels_K.device)
+        targets_KR = labels_K.long()[:, None] == moved(torch.tensor(ids), labels_K.device)
         assert bool(targets_KR.any(1).all()), "a label is not one of the reward tokens"
         return targets_KR

@@ -42,7 +42,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from togi.algo.partial_attention import Pieces, Run, flash_takes, join, visible_keys, window_of
 from togi.algo.precision import Context, full_precision
@@ -348,14 +347,13 @@ def varlen_table(segments: Segments, device: torch.device) -> tuple[Tensor, Tens
     return torch.cat(keys).to(device), starts_q, starts_k
 
 
-def no_mask(*args: object, **kwargs: object) -> None:
-    """Make no mask: the segment table says what a token sees."""
-
-
 def register(name: str, function: Callable[..., tuple[Tensor, None]]) -> None:
-    """Let models choose ``function`` as their attention by this name. No mask is made: the segment table says what is seen."""
+    """Let models choose ``function`` as their attention by this name.
+
+    No mask is made, as there is none of this name: the segment table says what is seen. To make one, Transformers would also
+    look for packed sequences in every forward, which waits for the device.
+    """
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, no_mask)
 
 
 register(SEGMENTS, segment_attention)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from togi.algo.kl import divergence, divergence_gradient
 from togi.algo.precision import Context, Fixed, full_precision, wide_dtype
+from togi.batch import moved
 from togi.config.choices import Divergence
 from togi.cpu import HostKernels, kernels_for
 
@@ -304,7 +305,7 @@ def top_tokens(hidden_KH: Tensor, head: Head) -> Tensor:
 
 def some_logits(hidden_KH: Tensor, head: Head, tokens: tuple[int, ...]) -> Tensor:
     """The logits of a few tokens only: float32, shape [K, len(tokens)], differentiable."""
-    chosen_R = torch.tensor(tokens, device=hidden_KH.device)
+    chosen_R = moved(torch.tensor(tokens), hidden_KH.device)
     logits_KR = full_precision(hidden_KH @ head.weight_VH.index_select(0, chosen_R).T)
     if head.bias_V is not None:
         logits_KR = logits_KR + head.bias_V.index_select(0, chosen_R)

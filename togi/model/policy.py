@@ -35,7 +35,7 @@ from transformers.utils import ModelOutput
 from togi.algo.balance import balance_loss, routing_sums
 from togi.algo.policy import chosen_experts
 from togi.algo.precision import full_precision
-from togi.batch import NO_SEQUENCE, Batch
+from togi.batch import Batch
 from togi.config.architectures import MIXTURES
 from togi.config.choices import Divergence
 from togi.model import heads
@@ -124,10 +124,10 @@ def _body(hf: PreTrainedModel, layout: Layout, **more: object) -> ModelOutput:
 
 def last_tokens(batch: Batch) -> Tensor:
     """Packed index of the last token of each sequence (int64, [N])."""
-    owned = (batch.sequences_T != NO_SEQUENCE).nonzero().squeeze(-1)
-    last_N = torch.full((batch.num_sequences,), -1, device=owned.device)
-    last_N.scatter_reduce_(0, batch.sequences_T[owned], owned, "amax")
-    return last_N
+    owners_T = batch.sequences_T + 1  # the first place is for NO_SEQUENCE, which is -1
+    last = torch.full((batch.num_sequences + 1,), -1, device=owners_T.device)
+    last.scatter_reduce_(0, owners_T, torch.arange(batch.num_tokens, device=owners_T.device), "amax")
+    return last[1:]
 
 
 class _Model(nn.Module):

@@ -117,9 +117,8 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
 def _probe_batch(vocab: int) -> Batch:
     segments = Segments((0, 5, 9, 12), (5, 4, 3, 6), (NO_PREFIX, 0, 0, NO_PREFIX))
     sequences = torch.tensor([NO_SEQUENCE] * 5 + [0] * 4 + [1] * 3 + [2] * 6)
-    loss_mask = sequences != NO_SEQUENCE
     # the first token of the plain sequence has no token before it
-    loss_mask[12] = False
+    targets = torch.tensor([*range(5, 12), *range(13, 18)])
     tokens = (torch.arange(18) * 7919 + 13) % vocab
     positions, sources = segment_positions(segments), predecessors(segments)
-    return Batch(tokens, positions, sources, sequences, loss_mask, segments, (0, 1, 2), {}, {}).validate()
+    return Batch(tokens, positions, sources, sequences, targets, segments, (0, 1, 2), {}, {}).validate()

@@ -1,0 +1,102 @@
+"""How often the host waits for the device in training.
+
+The device is torch's "meta", whose tensors have no data: whatever asks for a number, or for a size that depends on one, raises.
+Only copies to host memory are let through, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.learn_tools import critic, objective, packs, policy, rollouts, scheduled
+from togi.batch import Batch
+from togi.config.choices import Aggregation, PolicyLossType, Scheduler
+from togi.learn.learner import Learner
+from togi.learn.objective import Objective, PolicyObjective, SFTObjective, ValueObjective
+from togi.learn.scorer import Scorer
+from togi.parallel.process import World
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The copies to host memory, by what asked for them. What arrives is zeros."""
+    made: list[str] = []
+    for name, arrive in (("cpu", lambda x: x), ("tolist", Tensor.tolist)):
+        original = getattr(Tensor, name)
+
+        def copy(self: Tensor, original=original, arrive=arrive, name=name) -> object:  # type: ignore[no-untyped-def]
+            if self.device != META:
+                return original(self)
+            made.append(name)
+            return arrive(torch.zeros(self.shape, dtype=self.dtype))
+
+        monkeypatch.setattr(Tensor, name, copy)
+    yield made
+
+
+def batches() -> list[Batch]:
+    return packs(rollouts(4), [3, 1])
+
+
+@pytest.mark.parametrize(
+    ("loss", "each"),
+    [
+        (SFTObjective(), ["tolist", "cpu", "cpu"]),
+        (objective(), ["tolist", "tolist", "cpu", "cpu"]),
+        (PolicyObjective(0.2, 0.3, Aggregation.TOKEN_MEAN, PolicyLossType.GSPO), ["tolist", "tolist", "cpu", "cpu"]),
+        (ValueObjective(0.2), ["tolist"]),
+    ],
+)
+def test_a_micro_batch_waits_for_its_metrics_and_log_probs_only(
+    copies: list[str], loss: Objective, each: list[str]
+) -> None:
+    """Between forward and backward, and never inside of them. The first of them waits; the others have nothing to wait for."""
+    model = (critic() if isinstance(loss, ValueObjective) else policy()).to(META)
+    forwards: list[int] = []
+    model.register_forward_hook(lambda *_: forwards.append(len(copies)))
+
+    def backward(total: Tensor, last: bool) -> None:
+        before = len(copies)
+        total.backward()
+        assert len(copies) == before
+
+    backend = SimpleNamespace(module=model, world=World.solo(META), backward=backward)
+    learner = Learner(backend, loss, scheduled(Scheduler.CONSTANT, 1.0, 1), 1.0)
+    learner._accumulate(loss, batches(), 1.0, last=True)
+    assert copies == each * 2
+    assert forwards == [0, len(each)]
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_scorer_waits_for_results_only(copies: list[str]) -> None:
+    arrays = Scorer(policy().to(META), World.solo(META)).logprobs(batches())
+    assert len(arrays) == 4
+    assert copies == ["cpu", "cpu"] * 2
+    Scorer(critic().to(META), World.solo(META)).scores(batches())
+    assert copies == ["cpu", "cpu"] * 2 + ["cpu"] * 2
+
+
+def test_a_batch_travels_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of it from pinned memory, and none of them at once."""
+    moves: list[bool] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self.clone())
+    original = Tensor.to
+
+    def to(self: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+        moves.append(non_blocking)
+        return original(self, device)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    batch = batches()[0]
+    moved = batch.to(META)
+    assert moves == [True] * (5 + len(batch.streams) + len(batch.values))
+    tensors = (moved.tokens_T, moved.targets_K, *moved.streams.values(), *moved.values.values())
+    assert {x.device for x in tensors} == {META}
