@@ -1,9 +1,11 @@
 """The fused head against a plain log-softmax, in float64, and its memory."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kept_memory import least_printed
 from tests.kernel_calls import counted_calls
@@ -189,3 +191,25 @@ def test_peak_memory_is_far_below_one_matrix_of_logits():
     In float32: with bfloat16 a CPU without instructions for it adds copies of its own.
     """
     assert 10e6 < least_printed(PEAK_SCRIPT, 300e6) < 300e6
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **kwargs or {})
+
+
+def test_an_accelerator_reads_the_weight_of_the_head_a_few_times() -> None:
+    """16,384 tokens and 152,064 words: tiles of 512 MB hold 882 tokens, so 19 of them are all; on a CPU of 32 MB 55."""
+    hidden, weight = (torch.empty(rows, 64, device="meta", requires_grad=True) for rows in (16_384, 152_064))
+    targets = torch.empty(16_384, dtype=torch.int64, device="meta")
+    with Products() as products:
+        logprobs, _ = token_logprobs(hidden, Head(weight), targets)
+        assert products.count == 19
+        logprobs.sum().backward()
+        assert products.count == 19 + 3 * 38  # all tokens at once for 4,096 words
+    assert heads.chunk_bytes_on(torch.device("cpu")) // (4 * 152_064) == 55

@@ -30,8 +30,14 @@ from togi.batch import moved
 from togi.config.choices import Divergence
 from togi.cpu import HostKernels, kernels_for
 
-CHUNK_BYTES = 32 * 2**20
 TILE_ROWS_V = 4096
+
+
+def chunk_bytes_on(device: torch.device) -> int:
+    """The largest float32 tile of logits. Every tile reads the whole weight of the head: on a CPU a tile should stay in the
+    cache, on an accelerator there should be few of them (tens for 16,384 tokens and 152,000 words).
+    """
+    return 32 * 2**20 if device.type == "cpu" else 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +88,14 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and, with ``entropy``, the entropy of its distribution; in nats, float32, shape [K].
 
     The distribution is softmax(logits / temperature). Both results are differentiable. Without ``entropy`` the second
-    is an empty tensor. ``chunk_bytes`` bounds one float32 tile of logits; peak memory is about three tiles.
+    is an empty tensor. ``chunk_bytes`` bounds one float32 tile of logits (default: by the device); peak memory is about three.
     """
-    settings = HeadSettings(temperature, head.transform, entropy, chunk_bytes)
+    settings = HeadSettings(temperature, head.transform, entropy, chunk_bytes or chunk_bytes_on(hidden_KH.device))
     inputs = _checked(hidden_KH, head, temperature)
     results: tuple[Tensor, Tensor] = _FusedHead.apply(*inputs, targets_K, settings)  # type: ignore[no-untyped-call]
     return results
@@ -293,7 +299,7 @@ def add_at_targets(grad_kv: Tensor, targets_k: Tensor, up_k: Tensor) -> None:
 
 def top_tokens(hidden_KH: Tensor, head: Head) -> Tensor:
     """The likeliest token of each distribution (int64, [K]; the first among equals), without gradients."""
-    settings = HeadSettings(1.0, head.transform, entropy=False, chunk_bytes=CHUNK_BYTES)
+    settings = HeadSettings(1.0, head.transform, entropy=False, chunk_bytes=chunk_bytes_on(hidden_KH.device))
     tops_K = torch.empty(hidden_KH.shape[0], dtype=torch.int64, device=hidden_KH.device)
     step = settings.tokens(head.weight_VH.shape[0])
     with torch.no_grad():
@@ -331,18 +337,19 @@ def distill_logprobs(
     teacher: TeacherLogits,
     *,
     temperature: float = 1.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The student's log-probability of each target and its divergence from the teacher, both in nats, float32, shape [K].
 
     Both are differentiable with respect to the student. ``temperature`` divides both models' logits. ``chunk_bytes``
-    bounds one tile of logits of both models together.
+    bounds one tile of logits of both models together (default: by the device).
     """
+    half = (chunk_bytes or chunk_bytes_on(hidden_KH.device)) // 2
     inputs = _checked(hidden_KH, head, temperature)
     assert len(head.weight_VH) == len(teacher.head.weight_VH), "teacher and student have different vocabularies"
     assert len(hidden_KH) == len(teacher.states_KJ), "teacher and student saw different tokens"
     own, others = (
-        HeadSettings(temperature, transform, entropy=False, chunk_bytes=chunk_bytes // 2)
+        HeadSettings(temperature, transform, entropy=False, chunk_bytes=half)
         for transform in (head.transform, teacher.head.transform)
     )
     results: tuple[Tensor, Tensor] = _DistillHead.apply(*inputs, targets_K, teacher, own, others)  # type: ignore[no-untyped-call]
