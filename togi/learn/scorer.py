@@ -26,6 +26,7 @@ from togi.batch import (
 from togi.learn.objective import Objective
 from togi.model.policy import Needs, Outputs
 from togi.obs.metrics import Metric, merge, reduced
+from togi.parallel.fsdp2 import reshard
 from togi.parallel.process import World
 
 # Keep ranks in step if they have different numbers of micro-batches, and return results in the caller's order.
@@ -129,6 +130,7 @@ class Scorer:
                 # the forward of a dummy only keeps this rank in the collectives
                 if real:
                     yield outputs, batch
+        reshard(self.module)
 
 
 # An objective on held-out batches: the same loss and metrics as in training, without gradients.
@@ -169,6 +171,7 @@ def measure(module: nn.Module, objective: Objective, world: World, batches: Sequ
                 judged_N = objective.judge(outputs, batch).float().cpu().numpy()
                 listed = tuple(judged_N[np.argsort(batch.order_N)].tolist()) if len(judged_N) > 0 else ()
                 parts.append(Measured(float(loss.sum), objective.count(batch), loss.metrics, listed))
+    reshard(module)
     return Measured.merged(parts)
 
 

@@ -69,6 +69,13 @@ def shard(
         module.set_gradient_divide_factor(float(world.tensor_size))
 
 
+def reshard(module: nn.Module) -> None:
+    """Free the gathered weights that a forward without a backward leaves under stages 1 and 2; the shards stay."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 class Sharded(Stepped):
     """The ``Backend`` of several processes, each of which holds a shard of every parameter."""
 
@@ -78,8 +85,8 @@ class Sharded(Stepped):
             cast((p for p in module.parameters() if p.requires_grad), torch.float32)
             cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
         splits = world.tensor_size > 1
-        reshard, on_host = options.zero_stage == 3, options.adam_offload
-        shard(module, world, options.bf16, reshard, on_host=on_host, splits=splits, read=read)
+        reshards, on_host = options.zero_stage == 3, options.adam_offload
+        shard(module, world, options.bf16, reshards, on_host=on_host, splits=splits, read=read)
         self.module, self.world = module, world
         self._zero_stage = options.zero_stage
         self._masters = {name: p for name, p in module.named_parameters() if p.requires_grad}
