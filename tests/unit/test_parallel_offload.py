@@ -6,6 +6,7 @@ The device is torch's "meta", on which tensors have no data: what is there canno
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from mmap import PAGESIZE
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from togi.learn.scorer import Scorer
 from togi.methods.kd_objective import DistillationObjective
 from togi.parallel import frozen
 from togi.parallel.backend import BackendOptions
-from togi.parallel.optimizer import HostWeights
+from togi.parallel.optimizer import HostWeights, Parking
 from togi.parallel.process import World
 
 META = torch.device("meta")
@@ -106,3 +107,67 @@ def test_one_process_moves_the_whole_model_under_every_stage() -> None:
     with around():
         assert {p.device for p in model.parameters()} == {META}
     assert {p.device for p in model.parameters()} == {CPU}
+
+
+class Registry:
+    """CUDA's registration of host memory: which pieces are pinned, by address."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        assert flags == 0
+        self.sizes[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.sizes[address]
+        return 0
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    registry = Registry()
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: registry)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda status: None)
+    return registry
+
+
+def test_beside_an_accelerator_weights_are_one_piece_of_pinned_memory(registry: Registry) -> None:
+    """Separate pinned tensors would each be rounded up to a power of two."""
+    module = nn.Sequential(Small(), nn.Linear(100, 3).bfloat16()).requires_grad_(False)
+    before = [parameter.clone() for parameter in module.parameters()]
+    weights = HostWeights(module, META)
+    assert list(registry.sizes.values()) == [PAGESIZE]
+    (start,) = registry.sizes
+    assert start % PAGESIZE == 0
+    places = [parameter.data_ptr() - start for parameter in module.parameters()]
+    assert places == [0, 256, 1024]  # 24, 600 and 6 bytes, each from a multiple of 256
+    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), before, strict=True))
+    with weights.on_device():
+        assert {parameter.device for parameter in module.parameters()} == {META}
+    del weights
+    assert registry.sizes == {}
+
+
+def test_what_sleeps_beside_an_accelerator_is_one_piece_of_pinned_memory(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept for the next sleep. A CPU's tensors stand in for the device's."""
+    tensors = [torch.randn(5), torch.randn(3, 3).bfloat16(), torch.arange(7)]
+    before = [tensor.clone() for tensor in tensors]
+    parking = Parking(lambda: [*tensors, tensors[0]], CPU)
+    parking._host, places = torch.empty(0, dtype=torch.uint8), dict[int, int]()
+    for _ in range(2):
+        assert parking.sleep().nbytes == 20 + 18 + 56
+        (place,) = registry.sizes
+        assert registry.sizes[place] == PAGESIZE and place == places.setdefault(0, place)
+        assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
+        parking.wake()
+        assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
+    tensors.append(torch.zeros(PAGESIZE, dtype=torch.uint8))
+    assert parking.sleep().nbytes == 20 + 18 + 56 + PAGESIZE
+    assert list(registry.sizes.values()) == [2 * PAGESIZE]
+    parking.wake()

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
+from mmap import PAGESIZE
 from typing import IO
 
 import torch
@@ -29,6 +32,8 @@ from togi.parallel.process import World
 from togi.plan.machine import Released, resident_bytes, return_freed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ALIGNMENT = 256
+"""Weights in one piece of memory begin at multiples of so many bytes, as separate allocations do."""
 
 
 def make_adamw(parameters: Mapping[str, Tensor], options: BackendOptions) -> torch.optim.AdamW:
@@ -167,25 +172,46 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
             setattr(part, name, buffer.to(device))
 
 
+def pinned(nbytes: int) -> Tensor:
+    """Host memory that an accelerator copies at full speed (uint8, uninitialised). Keep the tensor while its memory is used.
+
+    Torch rounds each of its own pinned allocations up to a power of two. So on CUDA pages of plain memory are pinned.
+    """
+    if not torch.cuda.is_available():
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.accelerator.is_available())
+    # whole pages, since a page cannot be pinned twice
+    pages = -(-nbytes // PAGESIZE) * PAGESIZE
+    room = torch.empty(pages + PAGESIZE, dtype=torch.uint8)
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    host = room[-room.data_ptr() % PAGESIZE :][:nbytes]
+    torch.cuda.check_error(cudart.cudaHostRegister(host.data_ptr(), pages, 0))
+    weakref.finalize(host, cudart.cudaHostUnregister, host.data_ptr())
+    return host
+
+
 class HostWeights:
     """The weights of a frozen ``module`` in host memory. Its buffers, which are small, stay on the device.
 
-    Weights are never copied back, because a frozen weight is the same in both places. Host memory is pinned, so that copies run at
-    full speed.
+    Weights are never copied back, because a frozen weight is the same in both places. Beside an accelerator they are in one piece
+    of pinned memory.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         move_buffers(module, device)
-        pin = torch.accelerator.is_available()
         self._device = device
         weights = list(module.parameters())
+        if torch.accelerator.is_available():
+            sizes = [-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in weights]
+            self._memory = pinned(sum(sizes))
+            for weight, part in zip(weights, torch.split(self._memory, sizes), strict=True):
+                weight.data = part[: weight.nbytes].view(weight.dtype).view(weight.shape).copy_(weight.data)
         numbers = {weight: number for number, weight in enumerate(weights)}  # a tied weight is one tensor in two places
         self._places = [
             (part, name, numbers[weight])
             for part in module.modules()
             for name, weight in part.named_parameters(recurse=False)
         ]
-        self._hosts = [_frozen(w.data.cpu().pin_memory() if pin else w.data.cpu()) for w in weights]
+        self._hosts = [_frozen(weight.data.cpu()) for weight in weights]
         self._put(self._hosts)
 
     @contextmanager
@@ -213,9 +239,10 @@ class Parking:
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], device: torch.device) -> None:
         self._tensors = tensors
         self._device = device
-        self._parked: list[tuple[torch.UntypedStorage, int]] = []
+        self._parked: list[tuple[torch.UntypedStorage, slice]] = []
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the parking
-        self._hosts: dict[int, Tensor] = {}
+        # kept from one sleep to the next, because pinned memory is slow to allocate; None: the file is used
+        self._host = None if device.type == "cpu" else torch.empty(0, dtype=torch.uint8)
         self.is_asleep = False
 
     def sleep(self) -> Released:
@@ -224,42 +251,42 @@ class Parking:
         if not self.is_asleep:
             self._file.seek(0)
             # by storage: tensors that share one are moved once
-            storages = {storage.data_ptr(): storage for storage in map(_storage, self._tensors())}
-            self._parked = [(s, s.nbytes()) for s in storages.values() if s.device.type == self._device.type]
-            for number, (storage, _) in enumerate(self._parked):
-                self._put_out(number, storage)
+            every = {storage.data_ptr(): storage for storage in map(_storage, self._tensors())}
+            storages = [storage for storage in every.values() if storage.device.type == self._device.type]
+            bounds = list(accumulate((storage.nbytes() for storage in storages), initial=0))
+            self._parked = list(zip(storages, (slice(*ends) for ends in pairwise(bounds)), strict=True))
+            if self._host is not None and len(self._host) != bounds[-1]:
+                self._host = pinned(bounds[-1])
+            for storage, place in self._parked:
+                self._put_out(storage, place)
                 # frees the memory; the tensor objects stay, which the optimizer and the modules refer to
                 storage.resize_(0)
             self._return_freed()
             self.is_asleep = True
-        return Released(sum(nbytes for _, nbytes in self._parked), before, self._used())
+        return Released(self._parked[-1][1].stop if self._parked else 0, before, self._used())
 
     def wake(self) -> None:
         """Allocate the tensors again and restore their content."""
         if self.is_asleep:
             self._file.seek(0)
-            for number, (storage, nbytes) in enumerate(self._parked):
-                storage.resize_(nbytes)
-                self._bring_back(number, storage)
+            for storage, place in self._parked:
+                storage.resize_(place.stop - place.start)
+                self._bring_back(storage, place)
             self.is_asleep = False
             self._parked = []
 
-    def _put_out(self, number: int, storage: torch.UntypedStorage) -> None:
-        if self._device.type == "cpu":
+    def _put_out(self, storage: torch.UntypedStorage, place: slice) -> None:
+        if self._host is None:
             self._file.write(_view(storage))
-            return
-        # pinned memory is slow to allocate: keep it for the next sleep
-        host = self._hosts.get(number)
-        if host is None or host.numel() != storage.nbytes():
-            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
-        self._hosts[number] = host.copy_(_bytes_of(storage))
+        else:
+            self._host[place].copy_(_bytes_of(storage))
 
-    def _bring_back(self, number: int, storage: torch.UntypedStorage) -> None:
-        if self._device.type == "cpu":
+    def _bring_back(self, storage: torch.UntypedStorage, place: slice) -> None:
+        if self._host is None:
             read = self._file.readinto(_view(storage))  # type: ignore[attr-defined]
             assert read == storage.nbytes()
         else:
-            _bytes_of(storage).copy_(self._hosts[number])
+            _bytes_of(storage).copy_(self._host[place])
 
     def _return_freed(self) -> None:
         """Return freed memory to the system. Torch and the C library would keep it, and other processes could not use it."""
