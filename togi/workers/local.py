@@ -21,7 +21,7 @@ import torch
 from togi.config.rl import RLConfig
 from togi.errors import WeightSyncError
 from togi.obs.names import Holder
-from togi.parallel.process import CUBLAS, default_device
+from togi.parallel.process import CUBLAS, be_deterministic, default_device
 from togi.plan.machine import Machine, PeakMemory
 from togi.plan.placement import IN_PROCESS, LEARNERS, Role, arithmetic, plan_groups, used_roles
 from togi.weights.carriers import Rendezvous
@@ -152,9 +152,13 @@ def threads(count: int) -> Iterator[None]:
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Deterministic algorithms inside the block, if wanted. Engines have operations that do not support them."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+    if not wanted:
+        yield
+        return
+    before, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    be_deterministic()
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.set_float32_matmul_precision(precision)
