@@ -1,4 +1,4 @@
-"""Where --bf16 helps: what the machine has instructions for, and what happens to the flag."""
+"""Where --bf16 helps: what the processor and the GPUs have, and what becomes of the flag."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from togi.config.parse import Source, parse
+from togi.config.parse import Parsed, Source, parse
+from togi.config.rl import RLConfig
+from togi.errors import ConfigError
+from togi.methods import check_method
 from togi.methods.sft import SFT
 from togi.plan import machine
 from togi.plan.machine import Machine, cpu_has_bf16, this_machine, usable_precision
+from togi.run import start
+from togi.run.iterate_steps import _flags
 
 AVX2 = "flags\t\t: fpu avx avx2 fma\n"
 AVX512 = "flags\t\t: fpu avx2 avx512f avx512bw\n"
@@ -55,12 +60,106 @@ def test_only_a_gpu_that_is_there_computes_for_a_processor(
     assert this_machine().fast_bf16 is fast
 
 
-def test_the_flag_is_turned_off_and_it_is_said() -> None:
-    parsed = parse(SFT, ["--pretrain", "m", "--dataset", "d.jsonl", "--bf16"], "sft")
-    slow, fast = (Machine(cpus=2, memory_bytes=0, gpus=0, fast_bf16=is_fast) for is_fast in (False, True))
-    ready, notice = usable_precision(parsed, slow)
-    assert (ready.config.bf16, ready.sources["bf16"]) == (False, Source.AUTO)
-    assert "--bf16: this CPU has no bfloat16 instructions" in notice
-    assert usable_precision(parsed, fast) == (parsed, "")
-    plain = parse(SFT, ["--pretrain", "m", "--dataset", "d.jsonl"], "sft")
-    assert usable_precision(plain, slow) == (plain, "")
+SLOW, FAST = (Machine(cpus=2, memory_bytes=0, gpus=0, fast_bf16=is_fast) for is_fast in (False, True))
+GPU, OLD_GPU = (Machine(cpus=2, memory_bytes=0, gpus=1, bf16_gpus=has) for has in (True, False))
+
+
+def sft(*flags: str) -> Parsed[SFT]:
+    return parse(SFT, ["--pretrain", "m", "--dataset", "d.jsonl", *flags], "sft")
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "bf16", "said"),
+    [
+        (["--bf16"], SLOW, False, "--bf16: this CPU has no bfloat16 instructions"),
+        ([], GPU, True, "--bf16 is on: all GPUs of this machine have bfloat16; --no_bf16 computes in float32"),
+        (["--bf16"], FAST, True, ""),
+        (["--bf16"], GPU, True, ""),
+        (["--bf16"], OLD_GPU, True, ""),
+        (["--no_bf16"], GPU, False, ""),
+        ([], SLOW, False, ""),
+        ([], FAST, False, ""),
+        ([], OLD_GPU, False, ""),
+    ],
+)
+def test_the_flag_is_turned_on_or_off_and_it_is_said(flags: list[str], machine: Machine, bf16: bool, said: str) -> None:
+    parsed = sft(*flags)
+    ready, notices = usable_precision(parsed, machine)
+    assert ready.config.bf16 is bf16
+    if said:
+        assert notices[0].startswith(said) and len(notices) == 1
+        assert ready.sources["bf16"] is Source.AUTO
+    else:
+        assert (ready, notices) == (parsed, ())
+    assert usable_precision(ready, machine) == (ready, ())
+
+
+@pytest.mark.parametrize(
+    ("script", "have"),
+    [
+        ('[ "$*" = "--query-gpu=compute_cap --format=csv,noheader" ] && printf "9.0\\n8.0\\n"', True),
+        ("echo 10.0", True),
+        ("echo 8.9; echo 7.5", False),
+        ("echo 9.0; exit 9", False),
+        ("echo No devices were found", False),
+        ("true", False),
+        (None, True),
+    ],
+)
+def test_the_driver_says_whether_gpus_have_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None, have: bool
+) -> None:
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(machine, "_has_gpu_devices", lambda: True)
+    machine.gpus_have_bf16.cache_clear()
+    for visible, expected in (("0", have), ("", False)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert this_machine().bf16_gpus is expected
+    machine.gpus_have_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(("flags", "fits"), [([], True), (["--bf16"], True), (["--no_bf16"], False)])
+def test_what_needs_bfloat16_is_checked_when_it_is_known(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], fits: bool
+) -> None:
+    def check(parsed: Parsed[SFT], *, launched: bool) -> Parsed[SFT]:
+        check_method(parsed)
+        return parsed
+
+    monkeypatch.setattr(start, "this_machine", lambda: GPU)
+    monkeypatch.setattr(start.preflight, "check_offline", check)
+    parsed, said = sft("--output_key", "o", "--backend", "deepspeed", "--grad_accum_dtype", "bf16", *flags), list[str]()
+    if fits:
+        assert start.offline_door(parsed, announce=said.append).config.bf16
+        assert len(said) == (0 if flags else 1)
+    else:
+        with pytest.raises(ConfigError, match="needs gradients in bfloat16, but --bf16 is off"):
+            start.offline_door(parsed, announce=said.append)
+
+
+def test_nothing_is_assumed_of_the_gpus_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine that submits a job may have none."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(start.preflight, "check", lambda parsed, machine, *, reward_given: parsed)
+    needed = ["--pretrain", "m", "--prompt_data", "d", "--reward_func", "f.py"]
+    for flags, gpus, bf16, word in (
+        ([], FAST, False, "--bf16 is off: the GPUs of the cluster in RAY_ADDRESS are not known here; add"),
+        (["--bf16"], FAST, True, ""),
+        (["--no_bf16"], FAST, False, ""),
+        ([], GPU, True, "--bf16 is on: all GPUs of this machine"),
+    ):
+        said = list[str]()
+        monkeypatch.setattr(start, "this_machine", lambda gpus=gpus: gpus)
+        ready = start.rl_door(parse(RLConfig, [*needed, *flags], "rl"), reward_given=False, announce=said.append)
+        assert ready.config.bf16 is bf16
+        assert len(said) == bool(word) and all(line.startswith(word) for line in said)
+
+
+def test_a_round_of_iterate_hands_the_decision_on() -> None:
+    """The command of a step would decide for itself otherwise."""
+    assert _flags({"bf16": False}) == ["--no_bf16"]
+    assert _flags({"bf16": True}) == ["--bf16"]

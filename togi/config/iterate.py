@@ -36,7 +36,7 @@ class LoopModelSettings(Settings):
     """Model"""
 
     pretrain: PathText = flag("", "Model to start from: a Hugging Face folder or hub name. Required.")
-    bf16: bool = flag(False, "Compute in bfloat16; the master weights stay float32.")
+    bf16: bool = flag(False, "Compute in bfloat16; the master weights stay float32. Default: on GPUs that have it.")
     flash_attn: bool = flag(True, "PyTorch's FlashAttention where it computes (CUDA in bfloat16).")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
     tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")

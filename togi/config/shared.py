@@ -69,7 +69,7 @@ class ModelSettings(Settings):
     """Model"""
 
     pretrain: PathText = flag("", "Model to train: a Hugging Face folder or hub name. Required.")
-    bf16: bool = flag(False, "Compute in bfloat16; the master weights stay float32.")
+    bf16: bool = flag(False, "Compute in bfloat16; the master weights stay float32. Default: on GPUs that have it.")
     flash_attn: bool = flag(
         True, "PyTorch's FlashAttention where it computes (CUDA in bfloat16); --no_flash_attn takes SDPA there too."
     )
@@ -296,7 +296,7 @@ def train_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
         yield "--load_in_4bit with --zero_stage 3: quantised weights are not sharded, use --zero_stage 0, 1 or 2."
     yield from _backend(c, model)
     if c.grad_accum_dtype is GradAccumDtype.BF16 and not model.bf16:
-        yield "--grad_accum_dtype bf16 needs gradients in bfloat16: add --bf16, or leave the first out."
+        yield "--grad_accum_dtype bf16 needs gradients in bfloat16, but --bf16 is off: turn it on, or leave the first out."
     if c.ring_head_stride > 1 and c.ring_attn_size == 1:
         yield "{ring_head_stride} is about a ring of processes: add --ring_attn_size, or leave it out."
     if not c.packing_samples and c.micro_train_batch_size not in ("auto", 1):

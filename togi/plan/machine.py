@@ -1,4 +1,4 @@
-"""This machine: processors, GPUs, whether bfloat16 helps, and the memory of a process. Linux; no torch.
+"""This machine: processors, GPUs, where bfloat16 helps, and the memory of a process. Linux; no torch.
 
 Resident memory includes the processes that a process started, such as the parts of a tensor-parallel engine. Shared memory is
 counted in each of them.
@@ -12,9 +12,11 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sysconfig
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -124,26 +126,47 @@ def release_pages(address: int, nbytes: int) -> int:
 BF16_FLAGS = frozenset({"avx512bw", "avx512_bf16", "amx_bf16", "bf16"})
 
 GPU_DEVICES = ("nvidia", "dxg", "kfd")
+# The first GPUs with bfloat16 are those of the Ampere generation.
+BF16_CAPABILITY = 8.0
+NVIDIA_SMI_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Cores that this process may use, bytes of memory, visible GPUs, and whether bfloat16 is fast here.
 
-    A matrix product in bfloat16 was measured at 0.3 GFLOP/s on a CPU with AVX2 only, against 146 in float32.
+    A matrix product in bfloat16 was measured at 0.3 GFLOP/s on a CPU with AVX2 only, against 146 in float32. ``bf16_gpus``: there
+    are GPUs, and all of them have bfloat16.
     """
 
     cpus: int
     memory_bytes: int
     gpus: int
     fast_bf16: bool = True
+    bf16_gpus: bool = False
 
 
 def this_machine() -> Machine:
     """Read the resources. GPUs are counted from CUDA_VISIBLE_DEVICES, or else from the NVIDIA device files."""
     gpus = _visible_gpus()
-    fast_bf16 = (gpus > 0 and _has_gpu_devices()) or joins_cluster() or cpu_has_bf16(Path("/proc/cpuinfo"))
-    return Machine(len(os.sched_getaffinity(0)), psutil.virtual_memory().total, gpus, fast_bf16)
+    on_gpu = gpus > 0 and _has_gpu_devices()
+    fast_bf16 = on_gpu or joins_cluster() or cpu_has_bf16(Path("/proc/cpuinfo"))
+    bf16_gpus = on_gpu and gpus_have_bf16(shutil.which("nvidia-smi"))
+    return Machine(len(os.sched_getaffinity(0)), psutil.virtual_memory().total, gpus, fast_bf16, bf16_gpus)
+
+
+@cache
+def gpus_have_bf16(nvidia_smi: str | None) -> bool:
+    """Whether all GPUs have bfloat16, by the program of the driver at ``nvidia_smi``. True without it, False if it fails."""
+    if nvidia_smi is None:
+        return True
+    words = [nvidia_smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=NVIDIA_SMI_SECONDS)
+        capabilities = [float(line) for line in done.stdout.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return False
+    return min(capabilities, default=0.0) >= BF16_CAPABILITY
 
 
 def cpu_has_bf16(cpuinfo: Path) -> bool:
@@ -198,12 +221,18 @@ WITHOUT_BF16 = (
     "--bf16: this CPU has no bfloat16 instructions and would be hundreds of times slower with it, so everything is computed and "
     "saved in float32"
 )
+WITH_BF16 = "--bf16 is on: all GPUs of this machine have bfloat16; --no_bf16 computes in float32"
 
 
-def usable_precision(parsed: Parsed[Config], machine: Machine) -> tuple[Parsed[Config], str]:
-    """The settings with ``--bf16`` off if the machine cannot compute in it, and the sentence to print ("" if none)."""
-    if not parsed.config.bf16 or machine.fast_bf16:
-        return parsed, ""
+def usable_precision(parsed: Parsed[Config], machine: Machine) -> tuple[Parsed[Config], tuple[str, ...]]:
+    """The settings with ``--bf16`` on if it was left to this machine and its GPUs have it, and off if this CPU lacks it.
+
+    With the sentences to print.
+    """
+    asked = parsed.config.bf16
+    usable = asked and machine.fast_bf16 if "bf16" in parsed.given else machine.bf16_gpus
+    if usable is asked:
+        return parsed, ()
     sources = dict(parsed.sources) | {"bf16": Source.AUTO}
-    config = cast(Config, parsed.config.model_copy(update={"bf16": False}))
-    return Parsed(config, sources), WITHOUT_BF16
+    config = cast(Config, parsed.config.model_copy(update={"bf16": usable}))
+    return Parsed(config, sources), (WITH_BF16 if usable else WITHOUT_BF16,)

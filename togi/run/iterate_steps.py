@@ -56,7 +56,8 @@ GENERATION = (
 TRAINING = (*TrainSettings.model_fields, "gradient_checkpointing", "max_len", "save_steps")
 PAIRS = tuple(name for name in PreferenceSettings.model_fields if name != "ref_previous_round")
 REWARD_TEXT = tuple(RewardTextSettings.model_fields)
-ON_BY_DEFAULT = {name for name, field in IterateConfig.model_fields.items() if field.default is True}
+# On machines with GPUs --bf16 may be.
+ON_BY_DEFAULT = {"bf16"} | {name for name, field in IterateConfig.model_fields.items() if field.default is True}
 PR_SET_PDEATHSIG = 1
 
 

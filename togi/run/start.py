@@ -32,7 +32,7 @@ from togi.data.items import Kind, parse_items, split_files
 from togi.data.precheck import asked_reward
 from togi.errors import ConfigError
 from togi.methods.method import Method
-from togi.plan.machine import joins_cluster, this_machine, usable_precision
+from togi.plan.machine import Machine, joins_cluster, this_machine, usable_precision
 from togi.run import preflight
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 ONE_TOKENIZER = "--disable_fast_tokenizer: Transformers has one tokenizer for each model, which is used"
 NO_CUDA_FOR_LIGER = "--use_liger_kernel: there is no CUDA device here, Transformers' own layers compute instead"
+BF16_OF_CLUSTER = (
+    "--bf16 is off: the GPUs of the cluster in RAY_ADDRESS are not known here; add --bf16 if they have bfloat16"
+)
 logger = logging.getLogger(__name__)
 Announce = Callable[[str], None]
 Config = TypeVar("Config", bound=RLConfig | Method | InferConfig)
@@ -62,12 +65,14 @@ def start_rl(
 
 def rl_door(parsed: Parsed[RLConfig], *, reward_given: bool, announce: Announce) -> Parsed[RLConfig]:
     """The settings as ``togi rl`` runs them. Announces those that this machine changes. Raises UserError."""
-    # The preset of --algo, then the checks, then what this machine changes.
+    # The preset of --algo, then what this machine changes, then the checks.
     if parsed.config.algo is not None:
         bringer, _ = parsed.config.preset({})
         announce(describe(parsed.config.algo, parsed.values_from(bringer)))
     machine = this_machine()
-    ready = _usable(preflight.check(parsed, machine, reward_given=reward_given), announce)
+    ready = preflight.check(_usable(parsed, machine, announce), machine, reward_given=reward_given)
+    if joins_cluster() and "bf16" not in ready.given:
+        announce(BF16_OF_CLUSTER)
     on_cpu = machine.gpus == 0 and not joins_cluster()
     if ready.config.ref_reward_offload and on_cpu:
         announce("--ref_reward_offload: there is no GPU, reference and reward models are in host memory already")
@@ -81,13 +86,13 @@ def offline_door(parsed: Parsed[Method], *, announce: Announce, launched: bool =
 
     ``launched``: this is one of the processes that train.
     """
-    return _usable(preflight.check_offline(parsed, launched=launched), announce)
+    return preflight.check_offline(_usable(parsed, this_machine(), announce), launched=launched)
 
 
-def _usable(parsed: Parsed[Config], announce: Announce) -> Parsed[Config]:
-    """The settings with a precision that this machine has. Announces what it changes, and flags without effect."""
-    ready, notice = usable_precision(parsed, this_machine())
-    if notice:
+def _usable(parsed: Parsed[Config], machine: Machine, announce: Announce) -> Parsed[Config]:
+    """The settings with the precision of this machine. Announces what it changes, and flags without effect."""
+    ready, notices = usable_precision(parsed, machine)
+    for notice in notices:
         announce(notice)
     if "flash_attn" in parsed.given and ready.config.flash_attn and this_machine().gpus == 0 and not joins_cluster():
         announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
@@ -103,7 +108,7 @@ def say_ignored(config: ModelSettings | InferConfig | ChatConfig | ServeRMConfig
 
 def start_infer(parsed: Parsed[InferConfig], *, announce: Announce = logger.info) -> Written:
     """Check the settings, then generate or score. Raises UserError."""
-    ready = _usable(infer_door(parsed), announce)
+    ready = _usable(infer_door(parsed), this_machine(), announce)
     if ready.config.zero_stage > 0:
         announce(f"--zero_stage {ready.config.zero_stage}: one process has nothing to shard, and holds the whole model")
     from togi.run.infer import generate, score
