@@ -75,6 +75,7 @@ def config(flags: str) -> IterateConfig:
         ("csft --reward_template {input}", "--reward_template must contain"),
         ("rs --eval_dataset e --eval_temperature 0", "--eval_n_samples_per_prompt 4 with --eval_temperature 0"),
         ("rs --ds_tensor_parallel_size 2", "--ds_tensor_parallel_size needs several processes"),
+        ("rs --fsdp_shard_size 2", "--fsdp_shard_size needs several processes"),
         ("rs --ring_attn_size 2", "--ring_attn_size and --ring_head_stride need several processes"),
         ("rs --apply_chat_template --input_template {}", "exclude each other"),
     ],

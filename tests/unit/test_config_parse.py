@@ -183,6 +183,12 @@ CONTRADICTIONS = [
     (["--kl_target", "1", "--init_kl_coef", "0"], ["--kl_target", "--init_kl_coef"]),
     (["--deepcompile"], ["--deepcompile", "--backend is fsdp2"]),
     (["--deepcompile", "--backend", "deepspeed"], ["--deepcompile", "packed batches"]),
+    (["--fsdp_shard_size", "2", "--zero_stage", "0"], ["--fsdp_shard_size 2", "--zero_stage 0"]),
+    (["--fsdp_shard_size", "2", "--backend", "deepspeed"], ["--fsdp_shard_size 2", "not deepspeed"]),
+    (
+        ["--fsdp_shard_size", "2", "--ds_tensor_parallel_size", "2"],
+        ["--ds_tensor_parallel_size 2", "--fsdp_shard_size 2"],
+    ),
     (["--zpg", "2", "--zero_stage", "3"], ["--zpg 2", "--backend deepspeed", "fsdp2 and 3"]),
     (["--zpg", "2", "--backend", "deepspeed"], ["--zpg 2", "--zero_stage 3", "deepspeed and 2"]),
     (["--grad_accum_dtype", "bf16", "--bf16"], ["--grad_accum_dtype bf16", "--backend deepspeed"]),

@@ -61,6 +61,24 @@ def test_auto_placement_with_rings() -> None:
         groups(LAPTOP, "--ring_attn_size", "2", "--ref_num_gpus_per_node", "3")
 
 
+def test_auto_placement_with_groups_of_shards() -> None:
+    """The reference is sharded under stage 3 only."""
+    shards = ("--fsdp_shard_size", "2")
+    assert [group.slots for group in groups(LAPTOP, *shards)] == [1, 2, 2]
+    assert [group.slots for group in groups(BOX, *shards, "--ring_attn_size", "3", "--init_kl_coef", "0")] == [4, 6]
+    assert what_needs_ray(resolve(rl(*NEEDED, *GRPO, *shards, "--workers", "ray"), LAPTOP).config, LAPTOP)
+    uneven = (*shards, "--actor_num_gpus_per_node", "2", "--ref_num_gpus_per_node", "1")
+    assert [group.slots for group in groups(LAPTOP, *uneven)] == [1, 2, 1]
+    for flags, role in (
+        ((*uneven, "--zero_stage", "3"), "ref"),
+        ((*shards, "--actor_num_gpus_per_node", "3"), "actor"),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"--fsdp_shard_size 2 does not divide the . workers of --{role}_num_nodes"
+        ):
+            groups(LAPTOP, *flags)
+
+
 @pytest.mark.parametrize(
     ("machine", "flags", "line"),
     [

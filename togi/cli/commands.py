@@ -6,6 +6,7 @@ checked.
 
 import asyncio
 import gc
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -238,7 +239,9 @@ def check(argv: Sequence[str]) -> None:
     else:
         parsed, launched = parse(METHODS[command], flags, f"check {command}"), "WORLD_SIZE" in os.environ
         ready = offline_door(parsed, announce=say, launched=launched)
-        if not launched and (team := ready.config.ring_attn_size * ready.config.ds_tensor_parallel_size) > 1:
+        config = ready.config
+        team = math.lcm(config.ring_attn_size * config.ds_tensor_parallel_size, config.fsdp_shard_size or 1)
+        if not launched and team > 1:
             say(f"processes: the run needs a multiple of {team}, started with torchrun --nproc_per_node {team}")
         from togi.run.check import look_at_offline
 

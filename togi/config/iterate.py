@@ -108,6 +108,8 @@ def _problems(c: IterateConfig, given: set[str]) -> Iterator[str]:
     yield from infer.engine_problems(c, c.rollout_engine, "{rollout_engine}")
     if c.ds_tensor_parallel_size > 1:
         yield "--ds_tensor_parallel_size needs several processes, but togi iterate trains in one: leave it out."
+    if c.fsdp_shard_size is not None:
+        yield "--fsdp_shard_size needs several processes, but togi iterate trains in one: leave it out."
     if c.ring_attn_size > 1 or c.ring_head_stride > 1:
         yield "--ring_attn_size and --ring_head_stride need several processes, but togi iterate trains in one: leave them out."
     if c.eval_dataset is not None and c.eval_temperature == 0 and c.eval_n_samples_per_prompt > 1:

@@ -150,6 +150,11 @@ class TrainSettings(Settings):
     backend: BackendName = flag(BackendName.FSDP2, "Training backend.")
     zero_stage: Int = flag(2, "0 replicates; 1, 2 shard gradients and optimizer; 3 shards weights too.", ge=0, le=3)
     adam_offload: bool = flag(False, "Keep master weights and Adam's moments in host memory, and run AdamW there.")
+    fsdp_shard_size: Int | None = flag(
+        None,
+        "FSDP2: shard within groups of this many workers, each with a copy of the model (HSDP); default: over all.",
+        ge=2,
+    )
     zpg: Count = flag(1, "ZeRO++: ranks that hold one more copy of the weights for the backward (DeepSpeed, stage 3).")
     grad_accum_dtype: GradAccumDtype = flag(
         GradAccumDtype.FP32,
@@ -316,6 +321,8 @@ def _backend(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
         yield f"--deepcompile is DeepSpeed's compiler but --backend is {c.backend}: leave it out."
     if c.deepcompile:
         yield "--deepcompile needs one graph for all steps, but packed batches differ in their segment tables: leave it out."
+    if c.fsdp_shard_size is not None and (on_deepspeed or c.zero_stage == 0):
+        yield f"{{fsdp_shard_size}} is for FSDP2's shards, not {c.backend} with --zero_stage {c.zero_stage}: leave it out."
     if c.zpg > 1 and not (on_deepspeed and c.zero_stage == 3):
         yield f"{{zpg}} needs --backend deepspeed and --zero_stage 3, not {c.backend} and {c.zero_stage}: leave --zpg out."
     if c.grad_accum_dtype is GradAccumDtype.BF16 and (not on_deepspeed or c.zero_stage == 0 or model.load_in_4bit):
@@ -376,6 +383,7 @@ def parallel_problems(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
         (model.aux_loss_coef > 0, "{aux_loss_coef}: experts are not split"),
         (model.use_liger_kernel, "--use_liger_kernel: Liger's kernels take whole weights"),
         (c.adam_offload, "--adam_offload: that is not supported yet"),
+        (c.fsdp_shard_size is not None, "{fsdp_shard_size}: split weights are sharded over all groups"),
     )
     tensor = "{ds_tensor_parallel_size}"
     for name, is_on, others in (("--torch_compile", model.torch_compile, compiled), (tensor, is_split, split)):

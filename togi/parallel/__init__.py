@@ -58,7 +58,8 @@ def frozen(
     if options.bf16:
         cast(module.parameters(), torch.bfloat16)
     if reads_parts(world, options, trained=False):
-        shard(module, world, bf16=False, reshard_after_forward=True, on_host=on_host, read=read)
+        size = options.fsdp_shard_size
+        shard(module, world, bf16=False, reshard_after_forward=True, shard_size=size, on_host=on_host, read=read)
         return nullcontext
     read(module)
     if on_host:

@@ -27,9 +27,10 @@ class BackendOptions:
     bf16: compute in bfloat16 from float32 masters; otherwise everything is in the dtype of the parameters.
     zero_stage: 0 replicates; 1 shards masters and moments; 2 shards gradients too (reduced at every micro-batch); 3 also
     frees the gathered weights between forward and backward.
+    fsdp_shard_size: FSDP2 shards over so many consecutive ranks, and each such group has a copy; None: over all ranks.
     adam_offload: masters and moments are in host memory, and AdamW runs there.
     overlap_comm, zpg (the number of ranks that share a second copy of the weights, ZeRO++) and grad_accum_dtype (in which
-    gradients of micro-batches are summed) are DeepSpeed's. FSDP2 always overlaps, gathers over all ranks and sums in float32.
+    gradients of micro-batches are summed) are DeepSpeed's. FSDP2 always overlaps and sums in float32.
     """
 
     bf16: bool = True
@@ -40,6 +41,7 @@ class BackendOptions:
     backend: BackendName = BackendName.FSDP2
     adam_offload: bool = False
     overlap_comm: bool = False
+    fsdp_shard_size: int | None = None
     zpg: int = 1
     grad_accum_dtype: GradAccumDtype = GradAccumDtype.FP32
 

@@ -2,8 +2,10 @@
 
 The sharded parameters are the float32 masters, and each block gathers a bfloat16 copy when it runs. Gradients are reduced in
 float32 (a bfloat16 reduction measurably distorts the norm) and summed, not averaged. With ``adam_offload`` the shards and AdamW's
-moments are in host memory; gathered weights and gradients pass through the device. With tensor parallelism (``tensor``) a block
-is sharded over the groups, each of which has its own share of the data, and the parameters outside of blocks over all ranks.
+moments are in host memory; gathered weights and gradients pass through the device. With ``fsdp_shard_size`` (HSDP) each group
+of so many ranks shards a copy of its own: weights are gathered within a group only, and gradients are summed within groups, then
+over them. With tensor parallelism (``groups``) a block is sharded over the groups, each of which has its own share of the data,
+and the parameters outside of blocks over all ranks.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ def shard(
     bf16: bool,
     reshard_after_forward: bool,
     *,
+    shard_size: int | None = None,
     on_host: bool = False,
     splits: bool = False,
     read: Reader = nothing_left,
 ) -> None:
     """Shard each block and the root in place, on the rank's device. ``on_host``: the shards stay in host memory until gathered.
+    ``shard_size``: over so many consecutive ranks, not over all.
 
     Blocks are loaded (``read``) and sharded one after the other, so only one is whole at a time. ``splits``: tensor parallelism in
     groups of ``world.tensor_size``. Inputs are not cast, because a batch has a segment table and float32 streams.
@@ -39,7 +43,7 @@ def shard(
         reduce_dtype=torch.float32 if bf16 else None,
         cast_forward_inputs=False,
     )
-    blocks, rows = decoder_blocks(module), world.mesh()
+    blocks, rows = decoder_blocks(module), world.mesh(shard_size)
     both = grid(world) if splits else rows
     place = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if on_host else OffloadPolicy()
     # load, check, split and shard one part at a time; the root comes last and takes what is outside of blocks
@@ -85,8 +89,8 @@ class Sharded(Stepped):
             cast((p for p in module.parameters() if p.requires_grad), torch.float32)
             cast((p for p in module.parameters() if not p.requires_grad), torch.bfloat16)
         splits = world.tensor_size > 1
-        reshards, on_host = options.zero_stage == 3, options.adam_offload
-        shard(module, world, options.bf16, reshards, on_host=on_host, splits=splits, read=read)
+        reshards, size, on_host = options.zero_stage == 3, options.fsdp_shard_size, options.adam_offload
+        shard(module, world, options.bf16, reshards, shard_size=size, on_host=on_host, splits=splits, read=read)
         self.module, self.world = module, world
         self._zero_stage = options.zero_stage
         self._masters = {name: p for name, p in module.named_parameters() if p.requires_grad}

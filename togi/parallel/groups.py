@@ -80,6 +80,11 @@ def grid(world: World) -> DeviceMesh:
     return DeviceMesh(world.device.type, ranks, mesh_dim_names=(DATA, TENSOR))
 
 
+def _is_grid(mesh: DeviceMesh) -> bool:
+    """Whether it is one of ``grid``, and not only of sharding."""
+    return mesh.mesh_dim_names == (DATA, TENSOR)
+
+
 def split(block: nn.Module, mesh: DeviceMesh) -> None:
     """Split a decoder block of the Llama family in place, over a group of ranks that all have its full weights."""
     plan: dict[str, parallel.ParallelStyle] = {
@@ -108,7 +113,7 @@ def whole(part: Tensor) -> Tensor:
     if not isinstance(part, DTensor):
         return part
     mesh, placements = part.device_mesh, part.placements
-    if mesh.ndim == 1:
+    if not _is_grid(mesh):
         return part.full_tensor()
     # FSDP2 sharded the part that tensor parallelism left: gather over the groups first, then inside of the group
     rows, shape = mesh[DATA], list(part.shape)
@@ -129,10 +134,11 @@ def copy_part(target: Tensor, full: Tensor) -> None:
         return
     mesh, placements = target.device_mesh, target.placements
     # split as in ``split``, then shard as FSDP2 does
-    if mesh.ndim == 2 and isinstance(placements[1], Shard):
-        full = full.chunk(mesh.size(1), dim=placements[1].dim)[mesh.get_local_rank(TENSOR)]
-    rows = mesh if mesh.ndim == 1 else mesh[DATA]
-    own = distribute_tensor(full.to(target.to_local().device), rows, [Shard(0)], src_data_rank=None)
+    if _is_grid(mesh):
+        if isinstance(placements[1], Shard):
+            full = full.chunk(mesh.size(1), dim=placements[1].dim)[mesh.get_local_rank(TENSOR)]
+        mesh, placements = mesh[DATA], (Shard(0),)
+    own = distribute_tensor(full.to(target.to_local().device), mesh, placements, src_data_rank=None)
     target.to_local().copy_(own.to_local())
 
 

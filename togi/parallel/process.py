@@ -173,9 +173,12 @@ class World:
         """The number of shares into which data is split."""
         return self.size // self.team_size
 
-    def mesh(self) -> DeviceMesh:
-        """All ranks in one row, for sharding."""
-        return DeviceMesh(self.device.type, list(range(self.size)), mesh_dim_names=("data",))
+    def mesh(self, shard_size: int | None = None) -> DeviceMesh:
+        """The ranks for sharding: all in one row, or a row for every ``shard_size`` consecutive ones, which shard one copy."""
+        ranks = torch.arange(self.size)
+        if shard_size in (None, self.size):
+            return DeviceMesh(self.device.type, ranks, mesh_dim_names=("data",))
+        return DeviceMesh(self.device.type, ranks.view(-1, shard_size), mesh_dim_names=("copies", "data"))
 
     @contextmanager
     def collective(self, tag: str) -> Iterator[None]:

@@ -36,7 +36,8 @@ def what_needs_ray(config: RLConfig, machine: Machine) -> str:
         counts |= dict(zip(_flags_of(role), sizes[role], strict=True))
         if role is Role.ACTOR:
             ring, parts = config.ring_attn_size, config.ds_tensor_parallel_size
-            counts |= {"ring_attn_size": ring, "ds_tensor_parallel_size": parts}
+            shards = config.fsdp_shard_size or 1
+            counts |= {"ring_attn_size": ring, "ds_tensor_parallel_size": parts, "fsdp_shard_size": shards}
     needs = [f"--{name} {count}" for name, count in counts.items() if count != 1]
     if joins_cluster():
         needs.append(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}")
@@ -161,8 +162,8 @@ def team_size(config: RLConfig, role: Role) -> int:
 def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
     """Replace every ``auto`` of the placement, and of --workers, by its value; records it in the sources.
 
-    Without GPUs every role gets one worker, or as many as make a team (``team_size``) or a colocated engine. With GPUs, colocated
-    roles get all of them and separate groups get equal shares, of whole teams and engines.
+    Without GPUs every role gets one worker, or as many as make a team (``team_size``), share a copy (``--fsdp_shard_size``) or
+    make a colocated engine. With GPUs, colocated roles get all of them and separate groups equal shares, of all these.
     """
     config = parsed.config
     colocated, engine_size = config.colocate_all_models, config.vllm_tensor_parallel_size
@@ -173,7 +174,7 @@ def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
     if actor == "auto" and colocated and config.vllm_num_engines != "auto":
         actor_per_node = -(-config.vllm_num_engines * engine_size // config.actor_num_nodes)
     elif actor == "auto":
-        whole = math.lcm(team_size(config, Role.ACTOR), engine_size if colocated else 1)
+        whole = math.lcm(team_size(config, Role.ACTOR), config.fsdp_shard_size or 1, engine_size if colocated else 1)
         actor_per_node = max(1, share // whole) * whole
     else:
         actor_per_node = actor
@@ -246,15 +247,18 @@ def check_fits(groups: tuple[Group, ...], cluster_gpus: int) -> None:
 
 
 def _check_teams(config: RLConfig, sizes: Mapping[Role, tuple[int, int]]) -> None:
-    """Check that the workers of each model are whole teams. Raises ConfigError."""
+    """Check that the workers of each model are whole teams, and whole groups that share a copy. Raises ConfigError."""
     flag = "--ring_attn_size" if config.ring_attn_size > 1 else "--ds_tensor_parallel_size"
-    for role in used_roles(config):
+    for role in (role for role in used_roles(config) if role is not Role.ENGINE):
         nodes, per_node = sizes[role]
-        if role is not Role.ENGINE and nodes * per_node % team_size(config, role) != 0:
-            raise ConfigError(
-                f"{flag} {team_size(config, role)} does not divide the {nodes * per_node} workers of --{role}_num_nodes x "
-                f"--{role}_num_gpus_per_node: make it a divisor, or change those."
-            )
+        is_sharded = role in LEARNERS or config.zero_stage == 3
+        shards = (config.fsdp_shard_size or 1) if is_sharded else 1
+        for name, size in ((flag, team_size(config, role)), ("--fsdp_shard_size", shards)):
+            if nodes * per_node % size != 0:
+                raise ConfigError(
+                    f"{name} {size} does not divide the {nodes * per_node} workers of --{role}_num_nodes x "
+                    f"--{role}_num_gpus_per_node: make it a divisor, or change those."
+                )
 
 
 def check_nodes(groups: tuple[Group, ...], gpus_of_nodes: Sequence[int]) -> None:

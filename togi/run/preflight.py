@@ -386,10 +386,11 @@ def check_offline(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Me
 
 
 def check_teams(config: Method) -> None:
-    """Check that the launched processes divide into rings, or into tensor-parallel groups. Raises ConfigError."""
+    """Check that the launched processes divide into rings, tensor-parallel groups or groups of shards. Raises ConfigError."""
     for flag, size in (
         ("--ring_attn_size", config.ring_attn_size),
         ("--ds_tensor_parallel_size", config.ds_tensor_parallel_size),
+        ("--fsdp_shard_size", config.fsdp_shard_size or 1),
     ):
         processes = os.environ.get("WORLD_SIZE", "1")
         if size > 1 and processes == "1":

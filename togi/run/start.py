@@ -94,7 +94,7 @@ def _usable(parsed: Parsed[Config], machine: Machine, announce: Announce) -> Par
     ready, notices = usable_precision(parsed, machine)
     for notice in notices:
         announce(notice)
-    if "flash_attn" in parsed.given and ready.config.flash_attn and this_machine().gpus == 0 and not joins_cluster():
+    if "flash_attn" in parsed.given and ready.config.flash_attn and machine.gpus == 0 and not joins_cluster():
         announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
     say_ignored(ready.config, announce)
     return ready
