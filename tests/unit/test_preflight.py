@@ -70,6 +70,25 @@ def test_gpus_of_this_machine_count_only_without_a_cluster(flags: list[str], mon
     assert check(*asked, "--vllm_num_engines", "1", machine=two).config.actor_num_gpus_per_node == 4
 
 
+@pytest.mark.parametrize(
+    ("processes", "sentence"),
+    [("4", ""), (None, "start with torchrun --nproc_per_node 2"), ("3", "--fsdp_shard_size 2 does not divide the 3")],
+)
+def test_groups_of_shards_divide_the_processes(
+    monkeypatch: pytest.MonkeyPatch, processes: str | None, sentence: str
+) -> None:
+    if processes is None:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    config = parse(METHODS["sft"], ["--fsdp_shard_size", "2"], "sft").config
+    if not sentence:
+        preflight.check_teams(config)
+    else:
+        with pytest.raises(ConfigError, match=sentence):
+            preflight.check_teams(config)
+
+
 def test_an_engine_of_several_processes_divides_the_attention_heads(flags: list[str]) -> None:
     (Path(flags[1]) / "config.json").write_text(json.dumps({"num_attention_heads": 6}))
     vllm = [*flags[:-1], "vllm"]
