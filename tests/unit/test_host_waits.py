@@ -7,6 +7,7 @@ Only copies to host memory are let through, and counted.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from togi.config.choices import Aggregation, PolicyLossType, Scheduler
 from togi.learn.learner import Learner
 from togi.learn.objective import Objective, PolicyObjective, SFTObjective, ValueObjective
 from togi.learn.scorer import Scorer
+from togi.methods.preference import DPOObjective
 from togi.parallel.process import World
 
 META = torch.device("meta")
@@ -42,7 +44,9 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def batches() -> list[Batch]:
-    return packs(rollouts(4), [3, 1])
+    """Four samples, which are two pairs too."""
+    samples = [replace(sample, values={**sample.values, "chosen": 1.0 - n % 2}) for n, sample in enumerate(rollouts(4))]
+    return packs(samples, [2, 2])
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,7 @@ def batches() -> list[Batch]:
         (objective(), ["tolist", "tolist", "cpu", "cpu"]),
         (PolicyObjective(0.2, 0.3, Aggregation.TOKEN_MEAN, PolicyLossType.GSPO), ["tolist", "tolist", "cpu", "cpu"]),
         (ValueObjective(0.2), ["tolist"]),
+        (DPOObjective(), ["tolist", "cpu", "cpu"]),
     ],
 )
 def test_a_micro_batch_waits_for_its_metrics_and_log_probs_only(
@@ -73,6 +78,14 @@ def test_a_micro_batch_waits_for_its_metrics_and_log_probs_only(
     assert copies == each * 2
     assert forwards == [0, len(each)]
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_mixture_of_experts_waits_for_one_metric_more(copies: list[str]) -> None:
+    model = policy(dtype=torch.bfloat16, arch="mixtral").to(META)
+    backend = SimpleNamespace(module=model, world=World.solo(META), backward=lambda total, last: total.backward())
+    learner = Learner(backend, SFTObjective(), scheduled(Scheduler.CONSTANT, 1.0, 1), 1.0, aux_loss_coef=0.1)
+    learner._accumulate(learner.objective, batches(), 1.0, balanced_over=4.0, last=True)
+    assert copies == ["tolist", "cpu", "cpu", "tolist"] * 2
 
 
 def test_a_scorer_waits_for_results_only(copies: list[str]) -> None:

@@ -64,7 +64,7 @@ def test_a_torn_pair_is_a_defect():
     first, second = pair("a", 2, 1), pair("b", 1, 2)
     for samples in (first[:1], [first[0], second[0]], [first[1], first[0]]):
         with pytest.raises(AssertionError, match="pair"):
-            preference.pairs(pack(samples, share_prefix=False))
+            DPOObjective().count(pack(samples, share_prefix=False))
 
 
 def test_reward_model_by_hand():

@@ -29,16 +29,12 @@ def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
     """The sequence numbers of the chosen and of the rejected response of each pair (int64, P, on the batch's device).
 
     A pair is two neighbours, chosen first, in the list that the batch was packed from, however the layout reordered
-    them. Asserts that no pair is split.
+    them.
     """
-    assert batch.num_sequences % 2 == 0, "a pair is torn apart: pack with whole_groups"
     # `order_N` has the list's place of each sequence; argsort inverts it.
     listed_N = torch.tensor(batch.order_N, dtype=torch.int64).argsort()
     listed_N = moved(listed_N, batch.tokens_T.device)
-    chosen_P, rejected_P = listed_N[0::2], listed_N[1::2]
-    marks_N = batch.values[CHOSEN]
-    assert bool((marks_N[chosen_P] == 1).all() & (marks_N[rejected_P] == 0).all()), "pairs are not chosen, rejected"
-    return chosen_P, rejected_P
+    return listed_N[0::2], listed_N[1::2]
 
 
 def log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
@@ -60,6 +56,10 @@ class OverPairs(Objective):
         return Needs(logprobs=True)
 
     def count(self, batch: Batch) -> float:
+        """The number of pairs. Asserts that none is split: here, since a loss would wait for the device to know."""
+        assert batch.num_sequences % 2 == 0, "a pair is torn apart: pack with whole_groups"
+        marks_PC = torch.stack([batch.values[CHOSEN][numbers_P] for numbers_P in pairs(batch)], dim=1)
+        assert bool((marks_PC == marks_PC.new_tensor([1, 0])).all()), "pairs are not chosen, rejected"
         return batch.num_sequences / 2
 
     @abstractmethod
