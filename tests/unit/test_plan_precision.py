@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from togi.config.infer import ChatConfig, InferConfig
+from togi.config.iterate import IterateConfig
 from togi.config.parse import Parsed, Source, parse
 from togi.config.rl import RLConfig
+from togi.config.tools import ServeRMConfig
 from togi.errors import ConfigError
 from togi.methods import check_method
 from togi.methods.sft import SFT
@@ -92,6 +95,12 @@ def test_the_flag_is_turned_on_or_off_and_it_is_said(flags: list[str], machine: 
     else:
         assert (ready, notices) == (parsed, ())
     assert usable_precision(ready, machine) == (ready, ())
+
+
+@pytest.mark.parametrize("settings", [InferConfig, ChatConfig, IterateConfig, ServeRMConfig])
+def test_every_command_with_a_model_decides_alike(settings: type[ChatConfig]) -> None:
+    assert usable_precision(parse(settings, [], ""), GPU)[0].config.bf16
+    assert not usable_precision(parse(settings, ["--bf16"], ""), SLOW)[0].config.bf16
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ from togi.data.precheck import asked_reward
 from togi.errors import ConfigError, UserError
 from togi.methods import METHODS
 from togi.obs import names
+from togi.plan.machine import this_machine
 from togi.run.preflight import check_model, check_reward_file, with_local_names
-from togi.run.start import offline_door, rl_door, say_ignored, start_infer
+from togi.run.start import offline_door, rl_door, say_ignored, start_infer, usable
 
 CHECKED = ("rl", *METHODS)
 USAGE = f"""usage: togi check COMMAND [flags of the command]
@@ -153,8 +154,7 @@ def chat(argv: Sequence[str]) -> None:
     parsed = parse(ChatConfig, argv, "chat")
     # Everything that can be checked without the model.
     check_chat(parsed)
-    config = with_local_names(parsed).config
-    say_ignored(config, say)
+    config = usable(with_local_names(parsed), this_machine(), say).config
     check_model("pretrain", config.pretrain, adapters=True)
     asked_reward(config.csft_prompt, config.reward_template)
     from togi.run.infer import Chat
@@ -190,15 +190,16 @@ def serve_rm(argv: Sequence[str]) -> None:
     parsed = parse(tools.ServeRMConfig, argv, "serve-rm")
     token = _token(parsed.config)
     tools.check_serve_rm(parsed.config, has_token=bool(token))
-    config = with_local_names(parsed).config
-    say_ignored(config, say)
-    if config.reward_pretrain:
-        check_model("reward_pretrain", config.reward_pretrain)
+    ready = with_local_names(parsed)
+    if ready.config.reward_pretrain:
+        ready = usable(ready, this_machine(), say)
+        check_model("reward_pretrain", ready.config.reward_pretrain)
     else:
-        check_reward_file(Path(config.reward_func))
+        say_ignored(ready.config, say)
+        check_reward_file(Path(ready.config.reward_func))
     from togi.run.serve_rm import serve
 
-    serve(config, token, say)
+    serve(ready.config, token, say)
 
 
 def _token(config: tools.ServeRMConfig) -> str:

@@ -84,7 +84,7 @@ class InferModelSettings(Settings):
 
     eval_task: EvalTask | None = flag(None, "generate_vllm, generate (Transformers) or rm (reward model). Required.")
     pretrain: PathText = flag("", "Model folder or hub name. Required.")
-    bf16: bool = flag(False, "Run in bfloat16.")
+    bf16: bool = flag(False, "Run in bfloat16. Default: on GPUs that have it.")
     flash_attn: bool = flag(True, "Of reward models: PyTorch's FlashAttention where it computes (CUDA in bfloat16).")
     micro_batch_size: Count = flag(16, "Outputs in progress in Transformers; rows of one forward in scoring.")
     tokenizer_chat_template: str | None = flag(None, "Jinja text that replaces the tokenizer's chat template.")
@@ -129,7 +129,7 @@ class TalkSettings(Settings):
     """Chat"""
 
     pretrain: PathText = flag("", "Model folder or hub name. Required.")
-    bf16: bool = flag(False, "Run in bfloat16.")
+    bf16: bool = flag(False, "Run in bfloat16. Default: on GPUs that have it.")
     max_len: Count = flag(1024, "At most this many new tokens per answer.")
     temperature: FromZero = flag(0.2, "Sampling temperature; 0 is greedy.")
     top_p: float = flag(0.9, "Nucleus sampling.", gt=0, le=1)

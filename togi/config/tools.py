@@ -77,7 +77,7 @@ class ServeRMConfig(Settings):
     max_tokens_per_gpu: Count = flag(16384, "Token budget of one packed forward; queries of several requests share it.")
     normalize_reward: bool = flag(False, "Standardise scores with the mean and std of the model's config.")
     value_head_prefix: str = flag("score", "Attribute name of the scalar head; a model's own config wins.")
-    bf16: bool = flag(False, "Compute in bfloat16.")
+    bf16: bool = flag(False, "Compute in bfloat16. Default: on GPUs that have it.")
     flash_attn: bool = flag(True, "PyTorch's FlashAttention where it computes (CUDA in bfloat16).")
     trust_remote_code: bool = flag(False, "Run code that comes with a model folder.")
     reward_timeout: Positive = flag(60.0, "Seconds one call of the reward function may take before it is stopped.")

@@ -22,10 +22,11 @@ from typing import TypeVar, cast
 
 import psutil
 
-from togi.config.infer import InferConfig
+from togi.config.infer import ChatConfig, InferConfig
 from togi.config.iterate import IterateConfig
 from togi.config.parse import Parsed, Source
 from togi.config.shared import ModelSettings
+from togi.config.tools import ServeRMConfig
 from togi.errors import ConfigError, RunError
 
 RESET_PEAK = "5"
@@ -216,7 +217,7 @@ def _visible_gpus() -> int:
     return sum(1 for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
 
 
-Config = TypeVar("Config", bound=ModelSettings | InferConfig | IterateConfig)
+Config = TypeVar("Config", bound=ModelSettings | InferConfig | IterateConfig | ChatConfig | ServeRMConfig)
 WITHOUT_BF16 = (
     "--bf16: this CPU has no bfloat16 instructions and would be hundreds of times slower with it, so everything is computed and "
     "saved in float32"

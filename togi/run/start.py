@@ -47,7 +47,7 @@ BF16_OF_CLUSTER = (
 )
 logger = logging.getLogger(__name__)
 Announce = Callable[[str], None]
-Config = TypeVar("Config", bound=RLConfig | Method | InferConfig)
+Config = TypeVar("Config", bound=RLConfig | Method | InferConfig | ChatConfig | ServeRMConfig)
 
 
 def start_rl(
@@ -70,7 +70,7 @@ def rl_door(parsed: Parsed[RLConfig], *, reward_given: bool, announce: Announce)
         bringer, _ = parsed.config.preset({})
         announce(describe(parsed.config.algo, parsed.values_from(bringer)))
     machine = this_machine()
-    ready = preflight.check(_usable(parsed, machine, announce), machine, reward_given=reward_given)
+    ready = preflight.check(usable(parsed, machine, announce), machine, reward_given=reward_given)
     if joins_cluster() and "bf16" not in ready.given:
         announce(BF16_OF_CLUSTER)
     on_cpu = machine.gpus == 0 and not joins_cluster()
@@ -86,10 +86,10 @@ def offline_door(parsed: Parsed[Method], *, announce: Announce, launched: bool =
 
     ``launched``: this is one of the processes that train.
     """
-    return preflight.check_offline(_usable(parsed, this_machine(), announce), launched=launched)
+    return preflight.check_offline(usable(parsed, this_machine(), announce), launched=launched)
 
 
-def _usable(parsed: Parsed[Config], machine: Machine, announce: Announce) -> Parsed[Config]:
+def usable(parsed: Parsed[Config], machine: Machine, announce: Announce) -> Parsed[Config]:
     """The settings with the precision of this machine. Announces what it changes, and flags without effect."""
     ready, notices = usable_precision(parsed, machine)
     for notice in notices:
@@ -108,7 +108,7 @@ def say_ignored(config: ModelSettings | InferConfig | ChatConfig | ServeRMConfig
 
 def start_infer(parsed: Parsed[InferConfig], *, announce: Announce = logger.info) -> Written:
     """Check the settings, then generate or score. Raises UserError."""
-    ready = _usable(infer_door(parsed), this_machine(), announce)
+    ready = usable(infer_door(parsed), this_machine(), announce)
     if ready.config.zero_stage > 0:
         announce(f"--zero_stage {ready.config.zero_stage}: one process has nothing to shard, and holds the whole model")
     from togi.run.infer import generate, score
