@@ -18,6 +18,7 @@ from togi.config.rl import RLConfig
 from togi.errors import ConfigError, DataError, RewardError
 from togi.methods import METHODS
 from togi.obs.run_dir import Resolved, RunDirectory
+from togi.parallel.backend import BackendOptions
 from togi.plan.machine import Machine
 from togi.pump.experience import GroupFilter
 from togi.reward.scores import LengthPenalties
@@ -82,6 +83,7 @@ def test_groups_of_shards_divide_the_processes(
     else:
         monkeypatch.setenv("WORLD_SIZE", processes)
     config = parse(METHODS["sft"], ["--fsdp_shard_size", "2"], "sft").config
+    assert BackendOptions.of(config).fsdp_shard_size == 2
     if not sentence:
         preflight.check_teams(config)
     else:
