@@ -25,7 +25,17 @@ from togi.methods import check_method
 from togi.methods.dpo import DPO
 from togi.methods.sft import SFT
 from togi.run.iterate import IterateState
-from togi.run.iterate_steps import GENERATION, MODEL, PAIRS, REWARD_TEXT, TRAINING, Steps, subprocess_step
+from togi.run.iterate_steps import (
+    GENERATION,
+    MODEL,
+    ON_BY_DEFAULT,
+    PAIRS,
+    REWARD_TEXT,
+    TRAINING,
+    Steps,
+    _flags,
+    subprocess_step,
+)
 
 ROOT = Path(__file__).parents[2]
 NEEDED = "--pretrain m --prompt_data d.jsonl --run_dir r --reward_func f.py --method"
@@ -191,3 +201,19 @@ def running(pid: int) -> bool:
     """Whether a process exists and is no zombie that nobody has collected yet."""
     status = Path(f"/proc/{pid}/stat")
     return status.is_file() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_what_is_on_by_default_is_on_in_the_steps_too() -> None:
+    """So that it need not be handed on, and no step announces what nobody asked for."""
+    for names, command in (
+        ((*MODEL, *TRAINING), DPO),
+        ((*MODEL, *TRAINING), SFT),
+        ((*MODEL, *GENERATION), InferConfig),
+    ):
+        fields = command.model_fields
+        assert [name for name in names if name in ON_BY_DEFAULT and fields[name].default is not True] == []
+    assert "flash_attn" in ON_BY_DEFAULT
+    assert _flags({"flash_attn": True, "bf16": True, "packing_samples": False, "aux": None}) == [
+        "--bf16",
+        "--no_packing_samples",
+    ]

@@ -56,8 +56,9 @@ GENERATION = (
 TRAINING = (*TrainSettings.model_fields, "gradient_checkpointing", "max_len", "save_steps")
 PAIRS = tuple(name for name in PreferenceSettings.model_fields if name != "ref_previous_round")
 REWARD_TEXT = tuple(RewardTextSettings.model_fields)
-# On machines with GPUs --bf16 may be.
-ON_BY_DEFAULT = {"bf16"} | {name for name, field in IterateConfig.model_fields.items() if field.default is True}
+ON_BY_DEFAULT = {name for name, field in IterateConfig.model_fields.items() if field.default is True}
+ON_HERE = ON_BY_DEFAULT | {"bf16"}
+"""What may be on without a flag: on machines with GPUs --bf16 too."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -282,13 +283,13 @@ class Steps:
 
 
 def _flags(values: Mapping[str, object]) -> list[str]:
-    """Settings as command line flags. Skips None, and flags that are off and off by default."""
+    """Settings as command line flags. Skips None, and flags that are on or off by default."""
     words = []
     for name, value in values.items():
         if value is True:
-            words.append(f"--{name}")
+            words += [] if name in ON_BY_DEFAULT else [f"--{name}"]
         elif value is False:
-            words += [f"--no_{name}"] if name in ON_BY_DEFAULT else []
+            words += [f"--no_{name}"] if name in ON_HERE else []
         elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
