@@ -17,7 +17,7 @@ from typing import Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
 from togi.errors import ConfigError, UserError
@@ -70,7 +70,7 @@ def _from_environment(name: str) -> int:
 
 
 def _open_group(
-    device: torch.device, timeout: timedelta, store: TCPStore | None = None, rank: int = -1, size: int = -1
+    device: torch.device, timeout: timedelta, store: Store | None = None, rank: int = -1, size: int = -1
 ) -> None:
     """Open torch's process group. Without ``store`` torch finds the others, ``rank`` and ``size`` by the environment."""
     own = None if device.type == "cpu" else device
@@ -132,7 +132,7 @@ class World:
     def open_group(self) -> None:
         """Open a process group in a world of one too, for a library that needs one."""
         if not dist.is_initialized():
-            dist.init_process_group(_LIBRARIES[self.device.type], store=HashStore(), rank=0, world_size=1)
+            _open_group(self.device, timedelta(minutes=30), HashStore(), rank=0, size=1)
 
     def leave(self) -> None:
         """Close the group. The world must not be used afterwards."""
