@@ -12,7 +12,7 @@ rl() {  # rl flags...: everything but the reward and the placement
   "${TOGI:-togi}" rl \
     --pretrain "$MODEL" --prompt_data "$DATA" --input_key "${INPUT_KEY:-prompt}" --label_key "${LABEL_KEY:-answer}" \
     --apply_chat_template --run_dir "$OUT" --save_path "$OUT/model" --ckpt_path "$OUT/checkpoints" \
-    --bf16 --enforce_eager --vllm_gpu_memory_utilization 0.4 \
+    --bf16 --vllm_gpu_memory_utilization 0.4 \
     --rollout_batch_size 16 --train_batch_size 64 --prompt_max_len 256 --generate_max_len 64 --max_tokens_per_gpu 4096 "$@"
 }
 

@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import save_tiny_model
 from togi.config.choices import EngineName
+from togi.parallel.process import open_store
 from togi.rollout import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.sample import Generation, Sampling
 from togi.weights.buckets import Manifest, TensorSpec, pack_buckets
+from togi.weights.carriers import Announced, Channel, OverChannel, Rendezvous
 
 pytestmark = pytest.mark.busy
 
@@ -39,6 +41,26 @@ def ask(engine: RolloutEngine) -> tuple[list[Generation], list[list[float]]]:
 
 async def update(engine: RolloutEngine, folder: Path, version: int) -> None:
     await send(engine, load_file(folder / "model.safetensors"), version, None)
+
+
+async def update_in_parts(engine: RolloutEngine, folder: Path, version: int) -> None:
+    """Each worker process of vLLM joins the sender's channel, and takes the buckets from there itself."""
+    tensors = list(load_file(folder / "model.safetensors").items())
+    store = open_store("127.0.0.1", 60.0)
+    first, *others = (Rendezvous(rank, 3, "127.0.0.1", store.port, 60.0) for rank in range(3))
+    joining = asyncio.create_task(engine.join_parts(others, on_gpu=False))
+    exporter = OverChannel(await asyncio.to_thread(Channel.join, first, torch.device("cpu")))
+    await joining
+    exporter.begin(tensors, 20_000)
+    await engine.begin_update(Manifest(version, tuple(TensorSpec.of(name, tensor) for name, tensor in tensors)))
+    left = len(tensors)
+    while left > 0:
+        count, parcel = exporter.next()
+        assert isinstance(parcel, Announced)
+        await engine.load_in_parts([parcel])
+        left -= count
+    assert await engine.checksum_of_parts() == exporter.finish()
+    await engine.finish_update()
 
 
 async def send(engine: RolloutEngine, weights: dict[str, torch.Tensor], version: int, scale: float | None) -> None:
@@ -93,7 +115,7 @@ def test_two_processes_equal_one_and_the_trainer_also_after_an_update(tmp_path: 
     for size in (2, 1):
         engine = create_engine(EngineName.VLLM, replace(settings, tensor_parallel_size=size))
         said[size] = [ask(engine)]
-        asyncio.run(update(engine, new, 1))
+        asyncio.run((update_in_parts if size > 1 else update)(engine, new, 1))
         released = asyncio.run(engine.sleep())
         assert released.nbytes > size * 0.09 * 2**30  # the cache of each process has 0.1 GiB
         assert released.before - released.after > 0.9 * released.nbytes

@@ -31,7 +31,7 @@ def expected_checksum(folder: Path) -> str:
     """Of the weights in a model folder, read by safetensors alone."""
     checksum = Checksum()
     for bucket in pack_buckets(load_file(folder / "model.safetensors").items(), 10_000):
-        checksum.add(bucket)
+        checksum.add(bucket.contents())
     return checksum.digest()
 
 

@@ -25,10 +25,17 @@ HOST, GLOO, NCCL, IPC = Carrier.HOST, Carrier.GLOO, Carrier.NCCL, Carrier.IPC
     ("flags", "on_gpu", "one_host", "carrier", "reason"),
     [
         ("", False, True, HOST, ""),
-        ("", True, True, HOST, ""),
+        ("", True, True, NCCL, ""),
+        ("--vllm_tensor_parallel_size 4", True, True, NCCL, ""),
+        ("--vllm_tensor_parallel_size 4 --colocate_all_models", True, False, IPC, ""),
+        ("--vllm_tensor_parallel_size 2 --lora_rank 8", True, False, HOST, ""),
+        ("--vllm_tensor_parallel_size 2 --lora_rank 8 --vllm_sync_backend nccl", True, False, HOST, "merges adapters"),
+        ("--vllm_tensor_parallel_size 2 --lora_rank 8 --lora_sync merged", True, False, NCCL, ""),
         ("", False, False, GLOO, ""),
         ("", True, False, NCCL, ""),
-        ("--colocate_all_models", True, False, GLOO, ""),
+        ("--colocate_all_models", True, False, IPC, ""),
+        ("--colocate_all_models --lora_rank 8", True, True, IPC, ""),
+        ("--colocate_all_models", False, True, HOST, ""),
         ("--vllm_sync_backend gloo", True, True, GLOO, ""),
         ("--vllm_sync_backend nccl", True, True, NCCL, ""),
         ("--vllm_sync_backend nccl", False, True, GLOO, "needs GPUs"),
@@ -55,7 +62,7 @@ def tensors() -> list[tuple[str, torch.Tensor]]:
 def checksum(parts: list[Bucket]) -> str:
     result = Checksum()
     for bucket in parts:
-        result.add(bucket)
+        result.add(bucket.contents())
     return result.digest()
 
 
@@ -115,13 +122,13 @@ def test_buckets_over_a_channel_to_two_receivers() -> None:
         process.start()
     channel = Channel.join(Rendezvous(0, 3, "127.0.0.1", store.port, 60.0), torch.device("cpu"))
     exporter = OverChannel(channel)
-    exporter.begin(pack_buckets(tensors(), 50))
+    exporter.begin(tensors(), 50)
     sent = [exporter.next() for _ in parcels]
     assert [parcel for _, parcel in sent] == parcels
     assert len(parcels) > 2
     mine = exporter.finish()
     other = Exporter(sends=False)
-    other.begin(pack_buckets(tensors(), 10_000))
+    other.begin(tensors(), 10_000)
     assert other.next() == (4, None)
     assert other.finish() == mine
     for _ in processes:

@@ -96,7 +96,7 @@ class WorkersKind(StrEnum):
 
 
 class SyncBackend(StrEnum):
-    """The carrier of weights to the engines; auto: host memory on one host, a process group (nccl or gloo) across hosts."""
+    """The carrier of weights to the engines; auto: nccl on GPUs (CUDA IPC where they are shared), else host memory or gloo."""
 
     AUTO = "auto"
     NCCL = "nccl"

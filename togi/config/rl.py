@@ -4,7 +4,19 @@ from collections.abc import Mapping
 from typing import Literal
 
 from togi.config import choices
-from togi.config.fields import Count, CountOrAuto, FromZero, HookField, Int, PathText, Positive, Settings, Share, flag
+from togi.config.fields import (
+    Count,
+    CountOrAuto,
+    FromZero,
+    HookField,
+    Int,
+    OpenShare,
+    PathText,
+    Positive,
+    Settings,
+    Share,
+    flag,
+)
 from togi.config.presets import preset_values
 from togi.config.shared import MAX_BAD_ROWS, ModelSettings, OutputSettings, TrainSettings
 
@@ -170,14 +182,29 @@ class RolloutSettings(Settings):
     )
     vllm_num_engines: CountOrAuto = flag("auto", "Generation engines; auto: as many as the actor's GPUs hold, or 1.")
     vllm_tensor_parallel_size: Count = flag(1, "GPUs of one node per engine; without GPUs: processes per engine.")
-    vllm_gpu_memory_utilization: float = flag(0.95, "Share of a GPU's memory that vLLM may take.", gt=0, le=1)
+    vllm_gpu_memory_utilization: OpenShare | Literal["auto"] = flag(
+        "auto", "Share of a GPU's memory that vLLM may take; auto: 0.9, or 0.5 with --colocate_all_models."
+    )
+    max_num_seqs: Count | None = flag(
+        None, "At most this many responses in progress in an engine; default: what vLLM takes for the GPU."
+    )
+    vllm_quantization: Literal["fp8"] | None = flag(
+        None, "Round weights and activations of vLLM's linear layers to this type; needs --enable_vllm_is_correction."
+    )
+    vllm_kv_cache_dtype: Literal["auto", "fp8"] = flag(
+        "auto", "Type of vLLM's key-value cache; fp8 needs --enable_vllm_is_correction."
+    )
+    allow_uncorrected_rollouts: bool = flag(False, "Let fp8 in vLLM be trained on without --enable_vllm_is_correction.")
+    vllm_args: tuple[str, ...] | None = flag(
+        None, "More arguments of vLLM's engine, as name=value by vLLM's own names, such as max_num_batched_tokens=8192."
+    )
     vllm_cpu_kv_cache_gb: Positive = flag(1.0, "Size of vLLM's key-value cache on a CPU, in GB.")
     enable_prefix_caching: bool = flag(True, "vLLM prefix cache for common prompts; emptied at every weight update.")
     enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
     vllm_sync_backend: choices.SyncBackend = flag(
         choices.SyncBackend.AUTO,
         "What carries weights to the engines: a process group over nccl (between processes on one GPU: CUDA IPC) or gloo; "
-        "auto: host memory on one host, a group across hosts.",
+        "auto: nccl on GPUs, without them host memory on one host and gloo across hosts.",
     )
     vllm_sync_with_ray: bool = flag(False, "Let Ray's object store carry the weights, across hosts too.")
     lora_sync: choices.LoraSync = flag(
@@ -351,6 +378,11 @@ class RLConfig(
     def sends_adapter(self) -> bool:
         """Whether only the adapter is sent to the engines, not whole weights."""
         return self.lora is not None and not self.load_in_4bit and self.lora_sync is not choices.LoraSync.MERGED
+
+    @property
+    def rounds_rollouts(self) -> bool:
+        """Whether engines compute in fewer bits than the trainer."""
+        return self.vllm_quantization is not None or self.vllm_kv_cache_dtype != "auto"
 
     @property
     def trainer_sleeps(self) -> bool:

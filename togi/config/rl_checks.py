@@ -23,6 +23,8 @@ READERS = {
     "pretrain_data": tuple(name for name in PretrainMixSettings.model_fields if name != "pretrain_data"),
 }
 
+ROUNDING = ("vllm_quantization", "vllm_kv_cache_dtype")
+
 
 def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
     """Raise ConfigError with the first contradiction in the settings of ``togi rl``.
@@ -115,8 +117,17 @@ def _rollout(c: RLConfig) -> Iterator[str]:
     if c.top_p != 1.0:
         yield "{top_p} cannot be trained on: log-probs of a cut distribution differ from the model's; use --top_p 1."
     if c.rollout_engine is choices.EngineName.TRANSFORMERS:
-        for name in c.changed("enforce_eager", "vllm_tensor_parallel_size"):
+        for name in c.changed("enforce_eager", "vllm_tensor_parallel_size", *ROUNDING, "vllm_args"):
             yield f"{{{name}}} needs --rollout_engine vllm: change one of them."
+    # engine and trainer then differ by more than rounding in bf16, which pushes the policy away unseen
+    if c.rounds_rollouts and not (c.enable_vllm_is_correction or c.allow_uncorrected_rollouts):
+        for name in c.changed(*ROUNDING):
+            yield (
+                f"{{{name}}} samples from a rounded model: add --enable_vllm_is_correction, or --allow_uncorrected_rollouts to "
+                "train on it as it is."
+            )
+    if c.allow_uncorrected_rollouts and (c.enable_vllm_is_correction or not c.rounds_rollouts):
+        yield "--allow_uncorrected_rollouts has no effect here: leave it out."
 
 
 def _samples(c: RLConfig) -> Iterator[str]:

@@ -56,7 +56,8 @@ class Carrier(StrEnum):
     """The four carriers.
 
     host: Ray's object store, which processes of one host read without a copy. gloo, nccl: a process group of the actor's
-    rank 0 and the engines. ipc: each engine reads the memory of its own actor rank on the GPU that both use.
+    rank 0 and the engines, or every part of tensor-parallel ones. ipc: each engine, or part of one, reads the memory of its own
+    actor rank on the GPU that both use.
     """
 
     HOST = "host memory"
@@ -87,21 +88,18 @@ def choose(config: RLConfig, *, on_gpu: bool, one_host: bool) -> Route:
         ignored = asked is not SyncBackend.AUTO
         reason = f"with --vllm_sync_with_ray the object store takes the place of --vllm_sync_backend {asked}"
         return Route(Carrier.HOST, reason if ignored else "")
+    is_auto = asked is SyncBackend.AUTO
+    if config.sends_adapter and config.vllm_tensor_parallel_size > 1:
+        # Small, and merged in the engine's own process, which has no GPU.
+        return Route(Carrier.HOST, "" if is_auto else "a tensor-parallel engine merges adapters in host memory")
     if asked is SyncBackend.GLOO:
         return Route(Carrier.GLOO)
-    if asked is SyncBackend.AUTO and one_host:
-        return Route(Carrier.HOST)
-    # What remains needs NCCL, or has a fallback.
-    problem = "" if on_gpu else "GPUs, and the actor computes on the CPU"
-    if on_gpu and config.vllm_tensor_parallel_size > 1:
-        # A tensor-parallel engine receives its weights in a process without a GPU of its own.
-        problem = "--vllm_tensor_parallel_size 1"
-    if asked is SyncBackend.AUTO:
-        return Route(Carrier.GLOO if problem or config.colocate_all_models else Carrier.NCCL)
-    if problem:
-        return Route(Carrier.GLOO, f"--vllm_sync_backend nccl needs {problem}")
-    shared = Route(Carrier.IPC, "nccl cannot connect two processes on one GPU")
-    return shared if config.colocate_all_models else Route(Carrier.NCCL)
+    if not on_gpu:
+        problem = "--vllm_sync_backend nccl needs GPUs, and the actor computes on the CPU"
+        return Route(Carrier.HOST if one_host else Carrier.GLOO) if is_auto else Route(Carrier.GLOO, problem)
+    if config.colocate_all_models:
+        return Route(Carrier.IPC, "" if is_auto else "nccl cannot connect two processes on one GPU")
+    return Route(Carrier.NCCL)
 
 
 class Role(StrEnum):
@@ -113,6 +111,8 @@ class Role(StrEnum):
 
 
 LEARNERS = (Role.ACTOR, Role.CRITIC)
+ENGINE_ALONE, ENGINE_BESIDE_MODELS = 0.9, 0.5
+"""vLLM's shares of a GPU. Alone it leaves room for two buckets of weights and a layer that an update builds anew."""
 IN_PROCESS = "workers in this process"
 """The unit of slots under --workers local."""
 
@@ -189,6 +189,8 @@ def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
     if config.vllm_num_engines == "auto":
         slots = actor_per_node * config.actor_num_nodes if colocated else share
         values["vllm_num_engines"] = max(1, slots // engine_size)
+    if config.vllm_gpu_memory_utilization == "auto":
+        values["vllm_gpu_memory_utilization"] = ENGINE_BESIDE_MODELS if colocated else ENGINE_ALONE
     config = config.model_copy(update=values)
     # Last, since it depends on all counts.
     if config.workers is WorkersKind.AUTO:

@@ -13,9 +13,9 @@ import asyncio
 import json
 import queue
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from itertools import count
 from pathlib import Path
@@ -27,10 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from togi.errors import ConfigError, DataError, WeightSyncError
+from togi.plan.engine_args import Scalar
 from togi.plan.machine import Released
 from togi.sample import Generation, Sampling
 from togi.weights.adapters import base_files, with_adapter
 from togi.weights.buckets import Bucket, Manifest, TensorSpec, pack_buckets
+from togi.weights.carriers import Announced, Rendezvous
 from togi.weights.updates import UpdateLog
 
 T = TypeVar("T")
@@ -76,6 +78,8 @@ class EngineSettings:
     ``kv_cache_gb`` (GiB) is the size of the KV cache of vLLM on CPUs and of the Transformers engine.
     ``tensor_parallel_size``: the number of vLLM's worker processes that share the model, with one GPU each if there are GPUs.
     ``enforce_eager``: no compilation. CPUs never compile. ``gpu_memory_utilization`` is vLLM's share of a GPU's memory.
+    ``enable_sleep_mode``: ``sleep`` will be called; without it vLLM on a GPU cannot. ``max_num_seqs``: sequences in progress, by
+    default what vLLM takes for the GPU, or 128 in the Transformers engine. ``extra``: more arguments of vLLM, by its own names.
     ``threads`` 0 does not change the number of CPU threads.
     ``device_index``: the accelerator of the Transformers engine.
     """
@@ -89,10 +93,27 @@ class EngineSettings:
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
     kv_cache_gb: float = 1.0
-    max_num_seqs: int = 128
+    enable_sleep_mode: bool = False
+    quantization: Literal["fp8"] | None = None
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    max_num_seqs: int | None = None
     threads: int = 0
     trust_remote_code: bool = False
     device_index: int = 0
+    extra: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+class Parts(Protocol):
+    """The worker processes of a tensor-parallel engine, each of which can open a parcel of weights itself."""
+
+    def join(self, meetings: Sequence[Rendezvous], *, on_gpu: bool) -> None:
+        """Each joins a channel with its own of the ``meetings``."""
+
+    def load(self, parcels: Sequence[Announced]) -> None:
+        """Each loads its own of the ``parcels``, or the only one."""
+
+    def checksum(self) -> str:
+        """The checksum of what each has received in this update; all of them if they differ."""
 
 
 class Core(Protocol):
@@ -102,6 +123,7 @@ class Core(Protocol):
     """
 
     expected: tuple[TensorSpec, ...]
+    parts: Parts | None
 
     def add(self, key: int, prompt: tuple[int, ...], sampling: Sampling) -> None: ...
     def abort(self, key: int) -> None: ...
@@ -113,7 +135,7 @@ class Core(Protocol):
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None: ...
     def finish_update(self) -> None: ...
     def drop_weights(self) -> None: ...
-    def sleep(self) -> Released: ...
+    def sleep(self, *, keep_weights: bool) -> Released: ...
     def wake(self) -> None: ...
     def close(self) -> None: ...
 
@@ -233,6 +255,21 @@ class RolloutEngine:
             self._adapter |= dict(bucket.own().unpack())
 
     @on_thread
+    def join_parts(self, meetings: Sequence[Rendezvous], *, on_gpu: bool) -> None:
+        """Connect every part of a tensor-parallel engine with the sender of weights."""
+        self._parts.join(meetings, on_gpu=on_gpu)
+
+    @on_thread
+    def load_in_parts(self, parcels: Sequence[Announced]) -> None:
+        """``load_bucket`` for parcels that the parts of a tensor-parallel engine open themselves."""
+        self._log.arrive(parcels[0].tensors)
+        self._parts.load(parcels)
+
+    @on_thread
+    def checksum_of_parts(self) -> str:
+        return self._parts.checksum()
+
+    @on_thread
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """``load_bucket`` for tensors of this process. The engine may use them without a copy.
 
@@ -270,13 +307,16 @@ class RolloutEngine:
             admit()
 
     @on_thread
-    def sleep(self) -> Released:
+    def sleep(self, *, keep_weights: bool = True) -> Released:
         """Free the memory of the KV cache. Requests and updates are refused until ``wake``.
 
-        vLLM on a GPU also moves its weights to host memory. Returns the bytes freed, and the memory in use before and after.
+        vLLM on a GPU also moves its weights to host memory, or forgets them without ``keep_weights``: requests are then refused
+        until the next update. Returns the bytes freed, and the memory in use before and after.
         """
         self._check_idle("it sleeps")
-        released = Released(0, 0, 0) if self._asleep else self._core.sleep()
+        if not keep_weights:
+            self._log.expire()
+        released = Released(0, 0, 0) if self._asleep else self._core.sleep(keep_weights=keep_weights)
         self._asleep = True
         return released
 
@@ -292,7 +332,7 @@ class RolloutEngine:
 
     @on_thread
     def wake(self) -> None:
-        """Allocate again what ``sleep`` freed."""
+        """Allocate again what ``sleep`` freed; the KV cache of an engine without weights only when an update has finished."""
         if self._asleep:
             self._core.wake()
         self._asleep = False
@@ -376,6 +416,11 @@ class RolloutEngine:
     def _abort(self, key: int) -> None:
         if self._running.pop(key, None) is not None:
             self._core.abort(key)
+
+    @property
+    def _parts(self) -> Parts:
+        assert self._core.parts is not None
+        return self._core.parts
 
     def _check_alive(self) -> None:
         if self._failure is not None:

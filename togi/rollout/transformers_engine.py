@@ -33,7 +33,7 @@ from togi.errors import ConfigError, ModelError
 from togi.model.checkpoint import expected_manifest
 from togi.parallel.process import default_device
 from togi.plan.machine import Released, resident_bytes, return_freed
-from togi.rollout.engine import EngineSettings, end_token_ids
+from togi.rollout.engine import EngineSettings, Parts, end_token_ids
 from togi.rollout.sampler import Choice, choose
 from togi.sample import FinishReason, Generation, Sampling
 from togi.weights.buckets import Bucket
@@ -189,6 +189,7 @@ AttentionInterface.register(ATTENTION, _grouped_attention)
 
 
 PREFILL_TOKENS = 4096
+MOST_SEQUENCES = 128
 PREFILL_PROMPTS = 32
 SCORED_AT_ONCE = 1024
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -231,6 +232,8 @@ class TransformersCore:
     def __init__(self, settings: EngineSettings) -> None:
         self.expected = expected_manifest(settings.model, settings.dtype, settings.trust_remote_code)
         self._settings = settings
+        self.parts: Parts | None = None
+        self._most_sequences = settings.max_num_seqs or MOST_SEQUENCES
         self._device = default_device(settings.device_index)
         self._ends = end_token_ids(settings.model)
         disable_progress_bar()
@@ -326,7 +329,7 @@ class TransformersCore:
         if self._device.type == "cpu":  # the trainer uses the same memory, and the C library would keep freed pages
             return_freed()
 
-    def sleep(self) -> Released:
+    def sleep(self, *, keep_weights: bool) -> Released:
         before = resident_bytes()
         self._slots.clear()
         return_freed()
@@ -365,7 +368,7 @@ class TransformersCore:
         prompts: set[tuple[int, ...]] = set()
         longest = max((sequence.full_length for sequence in self._rows), default=0)
         width = 0
-        while self._waiting and len(self._rows) + len(admitted) < self._settings.max_num_seqs:
+        while self._waiting and len(self._rows) + len(admitted) < self._most_sequences:
             candidate = self._waiting[0]
             rows = len(self._rows) + len(admitted) + 1
             longest = max(longest, candidate.full_length)

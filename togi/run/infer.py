@@ -151,6 +151,7 @@ async def _generate(
         repetition_penalty=config.repetition_penalty,
     )
     environment = SingleTurn(partial(chat.visible if config.keep_special_tokens else chat.decode, tokenizer), sampling)
+    most = config.max_num_seqs if config.engine is EngineName.VLLM else config.micro_batch_size
     settings = replace(
         engine_settings(config, config.context_length),
         enforce_eager=config.enforce_eager or torch.accelerator.current_accelerator() is None,
@@ -158,7 +159,7 @@ async def _generate(
         tensor_parallel_size=config.tp_size,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         kv_cache_gb=config.vllm_cpu_kv_cache_gb,
-        max_num_seqs=config.max_num_seqs if config.engine is EngineName.VLLM else config.micro_batch_size,
+        max_num_seqs=most,
     )
     units = {prompt.id: unit for unit, prompt in left}
     with progress.phase("starting the engine", expected_seconds=15):
@@ -170,7 +171,7 @@ async def _generate(
             engine.generate,
             n_samples=config.best_of_n,
             # Twice the engine's capacity, so that it never waits for a request.
-            max_in_flight=2 * settings.max_num_seqs,
+            max_in_flight=2 * most,
             seed=config.seed,
         )
         async for group in groups:

@@ -255,6 +255,7 @@ def start_engines(config: Method, world: World) -> list[RolloutEngine]:
         seed=config.seed + world.rank,
         enforce_eager=how.enforce_eager or world.device.type == "cpu",
         gpu_memory_utilization=how.vllm_gpu_memory_utilization,
+        enable_sleep_mode=True,
         kv_cache_gb=how.vllm_cpu_kv_cache_gb,
         device_index=0 if world.device.index is None else world.device.index,
     )
@@ -352,7 +353,7 @@ class Student:
         ]
         responses = dict(zip(prompts, await asyncio.gather(*jobs), strict=True))
         seconds = time.perf_counter() - begun
-        await self._engine.sleep()
+        await self._engine.sleep(keep_weights=False)
         metrics = {names.MISMATCH_PROBE_MEAN_ABS: difference, names.WEIGHT_SYNC_SECONDS: synced - start}
         return responses, seconds, metrics
 

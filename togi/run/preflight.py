@@ -32,6 +32,7 @@ from togi.methods import check_method
 from togi.methods.method import Method
 from togi.obs.run_dir import RunDirectory
 from togi.obs.sinks import TrackerOptions, check_trackers
+from togi.plan.engine_args import check_extra_arguments
 from togi.plan.machine import Machine, check_compiler, joins_cluster
 from togi.plan.placement import check_fits, check_spread, check_workers, plan_groups, resolve
 from togi.run.plan import check_rl_metric, offline_aim
@@ -68,6 +69,9 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     # Packages and models.
     if config.replay is None:
         check_engine(config.rollout_engine)
+        check_extra_arguments(config.vllm_args)
+        if config.rounds_rollouts and machine.gpus == 0 and not joins_cluster():
+            raise ConfigError("--vllm_quantization and --vllm_kv_cache_dtype fp8 need GPUs: leave them out.")
     else:
         check_replayed(config, Path(config.replay))
     models = models_of(config)

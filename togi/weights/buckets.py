@@ -82,10 +82,14 @@ class Bucket:
 
     def unpack(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) as read-only views of ``data``. Clone a tensor that outlives the bucket."""
+        for spec, (name, raw) in zip(self.tensors, self.contents(), strict=True):
+            yield name, raw.view(getattr(torch, spec.dtype)).view(spec.shape)
+
+    def contents(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, bytes) of each tensor, as views of ``data``."""
         raw = self.as_tensor()
         for spec, offset in zip(self.tensors, self.offsets, strict=True):
-            view = raw[offset : offset + spec.nbytes].view(getattr(torch, spec.dtype))
-            yield spec.name, view.view(spec.shape)
+            yield spec.name, raw[offset : offset + spec.nbytes]
 
 
 class Checksum:
@@ -96,48 +100,65 @@ class Checksum:
     """
 
     def __init__(self) -> None:
-        self._marks: dict[str, int] = {}
+        self._marks: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(self, bucket: Bucket) -> None:
-        """Add the tensors of a bucket."""
-        raw = bucket.as_tensor()
-        for spec, offset in zip(bucket.tensors, bucket.offsets, strict=True):
-            self._marks[spec.name] = _mark(raw[offset : offset + spec.nbytes])
+    def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Add tensors, or their bytes, on whatever device they are: they stay there."""
+        for name, tensor in tensors:
+            self._marks[name] = _mark(_bytes_of(tensor))
 
     def digest(self) -> str:
         """A hex string that is the same in every process that added the same tensors."""
-        return hashlib.blake2b(repr(sorted(self._marks.items())).encode(), digest_size=16).hexdigest()
+        marks = {
+            name: int(words.item()) ^ int.from_bytes(bytes(rest.tolist()), "little")
+            for name, (words, rest) in self._marks.items()
+        }
+        return hashlib.blake2b(repr(sorted(marks.items())).encode(), digest_size=16).hexdigest()
 
 
-def _mark(raw: Tensor) -> int:
-    """The exclusive or of the 8-byte words of ``raw``, which begins at a multiple of 8; the last word is filled with zeros."""
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _mark(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """The exclusive or of the whole 8-byte words of ``raw``, and the bytes after them.
+
+    Both stay on the device: to read each at once would wait for the device at every tensor.
+    """
+    if raw.storage_offset() % 8 != 0:  # no view of 8-byte words
+        raw = raw.clone()
     whole = len(raw) // 8 * 8
-    words = int(torch.hash_tensor(raw[:whole].view(torch.int64)).item()) if whole > 0 else 0
-    return words ^ int.from_bytes(bytes(raw[whole:].tolist()), "little")
+    words = torch.hash_tensor(raw[:whole].view(torch.int64)) if whole > 0 else torch.zeros((), dtype=torch.uint64)
+    return words, raw[whole:].clone()
 
 
 def pack_buckets(
     tensors: Iterable[tuple[str, Tensor]], max_bytes: int, device: torch.device | None = None
 ) -> Iterator[Bucket]:
-    """Group tensors, in order, into buckets of at most ``max_bytes`` (a larger tensor gets a bucket of its own).
+    """Buckets of ``grouped`` tensors. ``device``: the memory of the buckets, by default the host's."""
+    return (fill(group, torch.device("cpu") if device is None else device) for group in grouped(tensors, max_bytes))
 
-    ``device``: the memory of the buckets, by default the host's.
-    """
-    place = torch.device("cpu") if device is None else device
-    group: list[tuple[TensorSpec, Tensor]] = []
+
+Group = list[tuple[TensorSpec, Tensor]]
+
+
+def grouped(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[Group]:
+    """Group tensors, in order, into groups of at most ``max_bytes`` (a larger tensor gets one of its own)."""
+    group: Group = []
     size = 0
     for name, tensor in tensors:
         spec = TensorSpec.of(name, tensor)
         if group and size + spec.nbytes > max_bytes:
-            yield _fill(group, place)
+            yield group
             group, size = [], 0
         group.append((spec, tensor))
         size += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
     if group:
-        yield _fill(group, place)
+        yield group
 
 
-def _fill(group: list[tuple[TensorSpec, Tensor]], device: torch.device) -> Bucket:
+def fill(group: Group, device: torch.device) -> Bucket:
+    """A bucket in the memory of ``device`` with copies of these tensors."""
     # each tensor starts at a multiple of ALIGNMENT, so that a view of any dtype is aligned
     offsets, end = [], 0
     for spec, _ in group:
@@ -145,7 +166,7 @@ def _fill(group: list[tuple[TensorSpec, Tensor]], device: torch.device) -> Bucke
         end += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
     raw = torch.empty(end, dtype=torch.uint8, device=device)
     for (spec, tensor), offset in zip(group, offsets, strict=True):
-        raw[offset : offset + spec.nbytes].copy_(tensor.detach().to(device).contiguous().view(-1).view(torch.uint8))
+        raw[offset : offset + spec.nbytes].copy_(_bytes_of(tensor.to(device)))
     return Bucket.of(tuple(spec for spec, _ in group), tuple(offsets), raw)
 
 

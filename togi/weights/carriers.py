@@ -7,10 +7,9 @@ follows torch's documentation and is not tested, as there was no GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -18,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from togi.weights.buckets import Bucket, Checksum, TensorSpec
+from togi.weights.buckets import Bucket, Checksum, TensorSpec, fill, grouped
 
 NAME = "weights"
 SENDER = 0
+DEVICE_ARGUMENT = 6  # of torch's rebuild_cuda_tensor: the number of the GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +90,27 @@ class Channel:
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """A bucket without its bytes. ``content``: their number, if they come over the channel, or a call that maps GPU memory."""
+    """A bucket without its bytes. ``content``: their number, if they come over the channel, or where they are on the GPU."""
 
     tensors: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
-    content: int | Callable[[], Tensor]
+    content: int | OnDevice
+
+
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """A buffer of another process on the same GPU. ``handle``: the arguments of torch's ``rebuild_cuda_tensor``."""
+
+    handle: tuple[object, ...]
+
+    def open(self) -> Tensor:
+        """The buffer, mapped into this process. The GPU's number here need not be the one that it has for the sender."""
+        from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+        here = torch.accelerator.current_device_index()
+        arguments = (*self.handle[:DEVICE_ARGUMENT], here, *self.handle[DEVICE_ARGUMENT + 1 :])
+        buffer: Tensor = rebuild_cuda_tensor(*arguments)  # type: ignore[no-untyped-call]
+        return buffer
 
 
 Parcel = Bucket | Announced
@@ -103,28 +119,30 @@ Parcel = Bucket | Announced
 class Exporter:
     """One rank's part of weight updates: its buckets, one after the other, and a checksum of each update.
 
-    Here rank 0, which ``sends``, returns the bucket itself.
+    A rank that does not send only takes part in the gather, and packs nothing. Here rank 0 returns the bucket itself.
+    ``device``: the memory of the buckets.
     """
 
-    def __init__(self, *, sends: bool = False) -> None:
-        self._sends = sends
+    def __init__(self, *, sends: bool, device: torch.device | None = None) -> None:
+        self._sends, self._device = sends, torch.device("cpu") if device is None else device
 
-    def begin(self, buckets: Iterator[Bucket]) -> None:
-        self._buckets, self._checksum = buckets, Checksum()
+    def begin(self, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
+        """Begin an update of ``tensors``, in buckets of at most ``max_bytes``."""
+        self._groups, self._checksum = grouped(tensors, max_bytes), Checksum()
 
     def next(self) -> tuple[int, Parcel | None]:
         """Gather the next bucket; all ranks call together. Returns (number of its tensors, parcel for the driver if any)."""
-        bucket = next(self._buckets)
-        self._checksum.add(bucket)
-        return len(bucket.tensors), self._carry(bucket)
+        group = next(self._groups)
+        self._checksum.add((spec.name, tensor) for spec, tensor in group)
+        return len(group), self._carry(fill(group, self._device)) if self._sends else None
 
     def finish(self) -> str:
         """Wait until the last bucket is sent. Returns the checksum of what this rank gathered."""
         self._flush()
         return self._checksum.digest()
 
-    def _carry(self, bucket: Bucket) -> Parcel | None:
-        return bucket if self._sends else None
+    def _carry(self, bucket: Bucket) -> Parcel:
+        return bucket
 
     def _flush(self) -> None:
         """Wait until what was carried is sent, or free it. Ray keeps what is in its store."""
@@ -134,10 +152,10 @@ class OverChannel(Exporter):
     """Rank 0 sends over the channel while all ranks gather the next bucket."""
 
     def __init__(self, channel: Channel) -> None:
-        super().__init__()
+        super().__init__(sends=True, device=channel.device)
         self._channel = channel
 
-    def _carry(self, bucket: Bucket) -> Parcel | None:
+    def _carry(self, bucket: Bucket) -> Parcel:
         buffer = bucket.as_tensor()
         self._channel.send(buffer)
         return Announced(bucket.tensors, bucket.offsets, buffer.nbytes)
@@ -151,15 +169,15 @@ class SameDevice(Exporter):
 
     _kept: tuple[Tensor, ...] = ()
 
-    def _carry(self, bucket: Bucket) -> Parcel | None:
+    def _carry(self, bucket: Bucket) -> Parcel:
         from torch.multiprocessing.reductions import reduce_tensor
 
         buffer = bucket.as_tensor()
         torch.accelerator.synchronize()  # the other process does not wait for the streams of this one
         # The engine may still read the last bucket, so two are alive.
         self._kept = (*self._kept[-1:], buffer)
-        rebuild, arguments = reduce_tensor(buffer)  # type: ignore[no-untyped-call]
-        return Announced(bucket.tensors, bucket.offsets, partial(rebuild, *arguments))
+        _, arguments = reduce_tensor(buffer)  # type: ignore[no-untyped-call]
+        return Announced(bucket.tensors, bucket.offsets, OnDevice(arguments))
 
     def _flush(self) -> None:
         self._kept = ()
@@ -176,9 +194,9 @@ class Inbox:
         """The bucket of a parcel. Blocks until it has arrived."""
         if isinstance(parcel, Announced):
             content = parcel.content
-            data = self._channels[0].receive(content) if isinstance(content, int) else content()
+            data = self._channels[0].receive(content) if isinstance(content, int) else content.open()
             parcel = Bucket.of(parcel.tensors, parcel.offsets, data)
-        self._checksum.add(parcel)
+        self._checksum.add(parcel.contents())
         return parcel
 
     def checksum(self) -> str:

@@ -19,7 +19,7 @@ from togi.rollout import create_engine
 from togi.rollout.engine import EngineSettings, RolloutEngine
 from togi.sample import Generation, Sampling
 from togi.weights.buckets import Manifest
-from togi.weights.carriers import Channel, Inbox, Parcel, Rendezvous
+from togi.weights.carriers import Announced, Channel, Inbox, Parcel, Rendezvous
 from togi.weights.files import local_folder
 from togi.workers.protocol import Workers
 
@@ -34,6 +34,7 @@ class EngineWorker:
 
     async def start(self, name: EngineName, settings: EngineSettings) -> None:
         # Resolved here, on the engine's node: each node has its own hub cache.
+        self._tensor_parallel = settings.tensor_parallel_size > 1
         self._engine = create_engine(name, replace(settings, model=local_folder(settings.model)))
 
     async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
@@ -53,29 +54,39 @@ class EngineWorker:
         await self._engine.finish_update()
         synchronize()
 
-    async def join_channel(self, meeting: Rendezvous, carrier: Carrier) -> None:
-        """Join the group of the actor's first rank and the other engines, to receive weights."""
+    async def join_channel(self, meetings: Sequence[Rendezvous], carrier: Carrier) -> None:
+        """Join the group of the actor's first rank and the other engines, to receive weights. ``meetings``: of its parts."""
+        if len(meetings) > 1:
+            await self._engine.join_parts(meetings, on_gpu=carrier is Carrier.NCCL)
+            return
         device = default_device() if carrier is Carrier.NCCL else torch.device("cpu")
-        self._channels = [await asyncio.to_thread(Channel.join, meeting, device)]
+        self._channels = [await asyncio.to_thread(Channel.join, meetings[0], device)]
 
     async def begin_update(self, manifest: Manifest) -> None:
-        self._inbox = Inbox(self._channels)
+        self._inbox, self._in_parts = Inbox(self._channels), False
         await self._engine.begin_update(manifest)
 
-    async def load_bucket(self, parcel: Parcel) -> None:
+    async def load_bucket(self, *parcels: Parcel) -> None:
+        """Load a bucket. ``parcels``: one, or that of each part of a tensor-parallel engine."""
+        announced = [parcel for parcel in parcels if isinstance(parcel, Announced)]
+        if self._tensor_parallel and announced:
+            self._in_parts = True
+            await self._engine.load_in_parts(announced)
+            return
         # The transfer blocks, so it runs on a thread: the engine keeps answering.
-        await self._engine.load_bucket(await asyncio.to_thread(self._inbox.open, parcel))
+        await self._engine.load_bucket(await asyncio.to_thread(self._inbox.open, parcels[0]))
 
     async def finish_update(self) -> str:
         """Finish the update and return the checksum of the received bytes."""
+        checksum = await self._engine.checksum_of_parts() if self._in_parts else self._inbox.checksum()
         await self._engine.finish_update()
-        return self._inbox.checksum()
+        return checksum
 
     async def drop_weights(self) -> None:
         await self._engine.drop_weights()
 
-    async def sleep(self) -> Released:
-        return await self._engine.sleep()
+    async def sleep(self, *, keep_weights: bool) -> Released:
+        return await self._engine.sleep(keep_weights=keep_weights)
 
     async def wake(self) -> None:
         await self._engine.wake()

@@ -110,7 +110,7 @@ async def start(
             undo.callback(engines[0].stop)
         pool, asleep = EnginePool(LocalWorkers(*engines)), sleepers(config) & {Holder.ENGINES}
         if asleep:  # frees the memory that the engine has reserved but does not use yet, for the models
-            await call_all(pool.workers, EngineWorker.sleep)
+            await call_all(pool.workers, EngineWorker.sleep, keep_weights=False)
 
         # Stage 3: models in training, then frozen models.
         scoring = ThreadPoolExecutor(1, "reward models")

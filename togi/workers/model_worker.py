@@ -38,7 +38,7 @@ from togi.plan.machine import PeakMemory, Released, return_freed
 from togi.plan.placement import LEARNERS, Carrier, Role
 from togi.sample import Sample
 from togi.weights import carriers
-from togi.weights.buckets import Manifest, pack_buckets
+from togi.weights.buckets import Manifest
 
 Arrays = list[NDArray[np.float32]]
 # Small enough that engines load one bucket while the next is gathered; over gloo two to four times as fast as 256 MB.
@@ -224,14 +224,13 @@ class LearnerWorker(ModelWorker):
     def prepare_export(self, carrier: Carrier, meeting: carriers.Rendezvous | None) -> None:
         """Choose how weights leave this rank. ``meeting``: with the engines, if rank 0 sends over a channel."""
         # A GPU carrier packs on the GPU; the others send host memory.
-        on_device = carrier in (Carrier.NCCL, Carrier.IPC)
-        self._bucket_device = self._world.device if on_device else torch.device("cpu")
+        device = self._world.device if carrier in (Carrier.NCCL, Carrier.IPC) else torch.device("cpu")
         if meeting is not None:
-            self._export = carriers.OverChannel(carriers.Channel.join(meeting, self._bucket_device))
+            self._export = carriers.OverChannel(carriers.Channel.join(meeting, device))
         elif carrier is Carrier.IPC:
-            self._export = carriers.SameDevice()
+            self._export = carriers.SameDevice(sends=True, device=device)
         else:
-            self._export = carriers.Exporter(sends=self._world.is_first)
+            self._export = carriers.Exporter(sends=self._world.is_first and carrier is Carrier.HOST)
 
     def weights(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:
         """The weights for the engines: all of them in the engine's dtype, or the adapter alone. All ranks gather together.
@@ -248,7 +247,7 @@ class LearnerWorker(ModelWorker):
     def begin_export(self, version: int) -> Manifest:
         """Start a weight update; ``next_bucket`` then returns it piece by piece. All ranks call together."""
         manifest, tensors = self.weights(version)
-        self._export.begin(pack_buckets(tensors, BUCKET_BYTES, self._bucket_device))
+        self._export.begin(tensors, BUCKET_BYTES)
         return manifest
 
     def _adapter(self, version: int) -> tuple[Manifest, Iterator[tuple[str, torch.Tensor]]]:

@@ -29,6 +29,7 @@ from togi.errors import RunError
 from togi.learn.learner import UpdateReport
 from togi.learn.objective import OLD_LOGPROBS, OLD_VALUES, REF_LOGPROBS
 from togi.obs import names
+from togi.plan.engine_args import extra_arguments
 from togi.plan.placement import Role
 from togi.rollout.engine import EngineSettings
 from togi.sample import Sample, with_streams
@@ -90,7 +91,7 @@ class Phases:
             may_hold |= {names.Holder.LEARNERS}
         # Release before taking: both may share one GPU.
         for holder in sorted((self._sleepers - may_hold) - self._asleep):
-            await self._sleep(holder)
+            await self._sleep(holder, keep_weights=phase is Phase.SAVE)
         if names.Holder.ENGINES in self._asleep & may_hold:
             await call_all(self._engines.workers, EngineWorker.wake)
         if names.Holder.LEARNERS in self._asleep & may_hold:
@@ -113,10 +114,11 @@ class Phases:
                 name = names.phase_memory(self.current, kind)
                 self._values[name] = max(self._values.get(name, 0.0), sum(peaks) / 1e9)
 
-    async def _sleep(self, holder: names.Holder) -> None:
+    async def _sleep(self, holder: names.Holder, *, keep_weights: bool) -> None:
+        # Engines forget their weights in every phase that leads to a sync. A checkpoint comes after it.
         self._asleep.add(holder)
         if holder is names.Holder.ENGINES:
-            slept = await call_all(self._engines.workers, EngineWorker.sleep)
+            slept = await call_all(self._engines.workers, EngineWorker.sleep, keep_weights=keep_weights)
             released = {f"engine {number}": each for number, each in enumerate(slept)}
         else:
             released = {
@@ -271,8 +273,13 @@ def engine_settings(config: RLConfig, index: int, threads: int) -> EngineSetting
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=config.enable_prefix_caching,
         tensor_parallel_size=config.vllm_tensor_parallel_size,
-        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        gpu_memory_utilization=float(config.vllm_gpu_memory_utilization),
+        enable_sleep_mode=config.vllm_enable_sleep,
+        quantization=config.vllm_quantization,
+        kv_cache_dtype=config.vllm_kv_cache_dtype,
         kv_cache_gb=config.vllm_cpu_kv_cache_gb,
+        max_num_seqs=config.max_num_seqs,
+        extra=extra_arguments(config.vllm_args),
         threads=threads,
         trust_remote_code=config.trust_remote_code,
     )

@@ -63,12 +63,13 @@ async def _start_all(
     for number, path in enumerate(config.scoring_models):
         frozen.append((Role.REWARD, path, cluster.start(ScorerActor, Role.REWARD, number=number)))
 
-    # Stage 2: load. Engines that will sleep go first, so that the models can use the memory that they release.
+    # Stage 2: load. Engines that share GPUs go first: vLLM measures the free memory, and no model may take or free any meanwhile.
     pool, actor, asleep = EnginePool(engines), trained[Role.ACTOR], sleepers(config) & {Holder.ENGINES}
     loading = [_load_engines(config, cluster, engines, actor)]
-    if asleep:
+    if asleep or (cluster.resources.gpus > 0 and config.colocate_all_models):
         await loading.pop()
-        await call_all(engines, EngineActor.sleep)
+    if asleep:  # the models can use the memory that they release
+        await call_all(engines, EngineActor.sleep, keep_weights=False)
     loading += [load(ranks, LearnerActor.start, config, role, updates[role]) for role, ranks in trained.items()]
     loading += [load(ranks, ScorerActor.start, config, role, path) for role, path, ranks in frozen]
     await asyncio.gather(*loading)

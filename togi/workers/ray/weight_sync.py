@@ -46,9 +46,16 @@ class WeightSync:
     """The transport from an actor to its engines. Create it with ``open``."""
 
     def __init__(
-        self, actor: RayWorkers[LearnerActor], engines: RayWorkers[EngineActor], route: Route, timeout: float
+        self,
+        actor: RayWorkers[LearnerActor],
+        engines: RayWorkers[EngineActor],
+        route: Route,
+        timeout: float,
+        parts: int = 1,
     ) -> None:
+        """``parts``: of a tensor-parallel engine."""
         self.route, self._actor, self._engines, self._timeout = route, actor, engines, timeout
+        self._parts = parts
 
     @classmethod
     async def open(
@@ -59,7 +66,8 @@ class WeightSync:
             return cls(actor, engines, Route(Carrier.HOST), config.weight_sync_timeout)
         nodes = {await actor.call(0, LearnerActor.node), *await call_all(engines, EngineActor.node)}
         on_gpu = await actor.call(0, LearnerWorker.device_type) == "cuda"
-        sync = cls(actor, engines, choose(config, on_gpu=on_gpu, one_host=len(nodes) == 1), config.weight_sync_timeout)
+        route = choose(config, on_gpu=on_gpu, one_host=len(nodes) == 1)
+        sync = cls(actor, engines, route, config.weight_sync_timeout, config.vllm_tensor_parallel_size)
         await sync.connect()
         return sync
 
@@ -68,14 +76,15 @@ class WeightSync:
         carrier = self.route.carrier
         first: Rendezvous | None = None
         joins: list[Coroutine[object, object, None]] = []
-        # Rank 0 of the actor is rank 0 of the group; the engines follow.
+        # Rank 0 of the actor is rank 0 of the group; the engines follow, or all parts of each engine.
         if carrier.is_group:
             address, port = await self._actor.call(0, LearnerActor.open_meeting)
-            first, *others = (
-                Rendezvous(rank, 1 + len(self._engines), address, port, self._timeout)
-                for rank in range(1 + len(self._engines))
-            )
-            joins += [self._engines.call(i, EngineActor.join_channel, other, carrier) for i, other in enumerate(others)]
+            size = 1 + len(self._engines) * self._parts
+            first, *others = (Rendezvous(rank, size, address, port, self._timeout) for rank in range(size))
+            joins += [
+                self._engines.call(i, EngineActor.join_channel, self._of_engine(others, i), carrier)
+                for i in range(len(self._engines))
+            ]
         for rank in range(len(self._actor)):
             joins.append(self._actor.call(rank, LearnerActor.prepare_export, carrier, None if rank > 0 else first))
         # Joining blocks until all are there, so both sides wait together.
@@ -101,7 +110,7 @@ class WeightSync:
         # Stage 1: every engine agrees to names, shapes and types.
         manifest = (await call_all(self._actor, LearnerActor.begin_export, version))[0]
         progress.total = len(manifest.tensors)
-        await self._confirmed(progress, 1, EngineActor.begin_update, [manifest] * len(self._engines))
+        await self._confirmed(progress, 1, EngineActor.begin_update, [[manifest]] * len(self._engines))
         # Stage 2: buckets. The next one is gathered while the engines load the last; more would only take memory.
         loading: list[asyncio.Future[None]] = []
         try:
@@ -112,10 +121,10 @@ class WeightSync:
                 if loading:
                     await loading.pop()
                 progress.sent += counts[0]
-                # Each engine gets the parcel of the rank on its GPU, or the one that rank 0 sends to all.
-                parcels = [ref[1] for ref in refs]
-                if self.route.carrier is not Carrier.IPC:
-                    parcels = parcels[:1] * len(self._engines)
+                # Each engine gets the parcels of the ranks on its GPUs, or the one that rank 0 sends to all.
+                own = [ref[1] for ref in refs]
+                each = range(len(self._engines))
+                parcels = [self._of_engine(own, i) if self.route.carrier is Carrier.IPC else own[:1] for i in each]
                 load = self._confirmed(progress, counts[0], EngineActor.load_bucket, parcels)
                 loading.append(asyncio.ensure_future(load))
             for last in loading:
@@ -129,15 +138,23 @@ class WeightSync:
         return manifest, agreed_checksum(sent, got)
 
     async def _confirmed(
-        self, progress: _Progress, tensors: int, method: Method[EngineActor, [T], None], arguments: Sequence[T]
+        self,
+        progress: _Progress,
+        tensors: int,
+        method: Method[EngineActor, ..., None],
+        arguments: Sequence[Sequence[T]],
     ) -> None:
-        """Call ``method`` on each engine with its argument. An engine that has answered has confirmed ``tensors`` more."""
+        """Call ``method`` on each engine with its arguments. An engine that has answered has confirmed ``tensors`` more."""
 
-        async def one(engine: int, argument: T) -> None:
-            await self._engines.call(engine, method, argument)
+        async def one(engine: int, own: Sequence[T]) -> None:
+            await self._engines.call(engine, method, *own)
             progress.engines[engine] += tensors
 
-        await all_or_none(one(engine, argument) for engine, argument in enumerate(arguments))
+        await all_or_none(one(engine, own) for engine, own in enumerate(arguments))
+
+    def _of_engine(self, of_parts: Sequence[T], engine: int) -> Sequence[T]:
+        """What belongs to the parts of an engine, from what belongs to the parts of all."""
+        return of_parts[engine * self._parts : (engine + 1) * self._parts]
 
 
 def agreed_checksum(sent: Sequence[str], got: Sequence[str]) -> str:
