@@ -81,6 +81,14 @@ class Route:
         return f"weights travel by {self.carrier}" + (f": {self.reason}" if self.reason else "")
 
 
+def engines_first(config: RLConfig, *, on_gpu: bool) -> bool:
+    """Whether the engines must be ready before any model loads: where both share GPUs, and where engines then sleep.
+
+    vLLM measures the free memory at its start, and what a model takes or frees meanwhile makes its cache too small or ends it.
+    """
+    return config.vllm_enable_sleep or (on_gpu and config.colocate_all_models)
+
+
 def choose(config: RLConfig, *, on_gpu: bool, one_host: bool) -> Route:
     """The carrier of weights. ``on_gpu``: the actor computes on a GPU; ``one_host``: it shares its host with all engines."""
     asked = config.vllm_sync_backend

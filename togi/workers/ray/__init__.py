@@ -12,7 +12,7 @@ from togi.config.rl import RLConfig
 from togi.obs.names import Holder
 from togi.obs.way_out import way_out
 from togi.plan.machine import Machine
-from togi.plan.placement import LEARNERS, Role, arithmetic, plan_groups, team_size, used_roles
+from togi.plan.placement import LEARNERS, Role, arithmetic, engines_first, plan_groups, team_size, used_roles
 from togi.rollout.collect import all_or_none
 from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EnginePool
@@ -63,10 +63,10 @@ async def _start_all(
     for number, path in enumerate(config.scoring_models):
         frozen.append((Role.REWARD, path, cluster.start(ScorerActor, Role.REWARD, number=number)))
 
-    # Stage 2: load. Engines that share GPUs go first: vLLM measures the free memory, and no model may take or free any meanwhile.
+    # Stage 2: load.
     pool, actor, asleep = EnginePool(engines), trained[Role.ACTOR], sleepers(config) & {Holder.ENGINES}
     loading = [_load_engines(config, cluster, engines, actor)]
-    if asleep or (cluster.resources.gpus > 0 and config.colocate_all_models):
+    if engines_first(config, on_gpu=cluster.resources.gpus > 0):
         await loading.pop()
     if asleep:  # the models can use the memory that they release
         await call_all(engines, EngineActor.sleep, keep_weights=False)
