@@ -59,6 +59,8 @@ def engine(expected: object, folders: list[Path]) -> Iterator[RolloutEngine]:
         core = running._core
         assert isinstance(core, VllmCore)
         assert core._engine.engine_core.engine_core.batch_queue is not None
+        assert running.facts["async_scheduling"] is True
+        assert running.facts["model_runner"] == "V1"  # without Triton
         yield running
         asyncio.run(running.shutdown())
 

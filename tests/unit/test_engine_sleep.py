@@ -42,7 +42,7 @@ class Told:
 
 def core_on_gpu() -> tuple[VllmCore, Told]:
     core, told = VllmCore.__new__(VllmCore), Told()
-    core._engine, core._on_cpu, core._forgot_weights, core.parts = told, False, False, None  # type: ignore[assignment]
+    core._engine, core._on_cpu, core._forgot_weights, core.parts = told, False, False, None
     return core, told
 
 

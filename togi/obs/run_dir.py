@@ -2,6 +2,7 @@
 
     run.json        what was run: command, versions, every value with its source (for the report and for tools)
     config.yaml     the same values, to read or to give to ``--config``; secrets are left out
+    engine.json     what computes in the generation engines of RL: versions, and vLLM's model runner and scheduling
     status.json     running | finished | failed, and since when
     metrics.jsonl   one line per step (``metrics``)
     rollouts/       one Parquet file per step (``rollout_store``)

@@ -124,6 +124,7 @@ class Core(Protocol):
 
     expected: tuple[TensorSpec, ...]
     parts: Parts | None
+    facts: Mapping[str, str | bool]
 
     def add(self, key: int, prompt: tuple[int, ...], sampling: Sampling) -> None: ...
     def abort(self, key: int) -> None: ...
@@ -187,6 +188,11 @@ class RolloutEngine:
     def version(self) -> int:
         """The policy version of the loaded weights: 0 at the start, then the version of the last finished update."""
         return self._log.version
+
+    @property
+    def facts(self) -> Mapping[str, str | bool]:
+        """What computes, by name: version, and with vLLM the model runner and the scheduling."""
+        return self._core.facts
 
     async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
         """Sample one continuation. Concurrent calls are batched. Cancelling the call aborts the request.

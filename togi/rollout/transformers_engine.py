@@ -14,7 +14,7 @@ layers plug into Transformers' ``Cache``. The caller makes masks and positions.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -23,7 +23,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    __version__,
+)
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils.logging import disable_progress_bar
 
@@ -233,6 +240,7 @@ class TransformersCore:
         self.expected = expected_manifest(settings.model, settings.dtype, settings.trust_remote_code)
         self._settings = settings
         self.parts: Parts | None = None
+        self.facts: Mapping[str, str | bool] = {"transformers": __version__}
         self._most_sequences = settings.max_num_seqs or MOST_SEQUENCES
         self._device = default_device(settings.device_index)
         self._ends = end_token_ids(settings.model)

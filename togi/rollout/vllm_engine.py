@@ -17,7 +17,7 @@ are silently wrong; ``tests/e2e/test_rollout_engines.py`` compares an updated en
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing.shared_memory import SharedMemory
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -53,6 +53,7 @@ class VllmCore:
 
     def __init__(self, settings: EngineSettings) -> None:
         _set_environment()
+        import vllm
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
@@ -70,6 +71,12 @@ class VllmCore:
         # as vLLM's own offline class: 4 to 8 times the batch that an engine without a context takes on a GPU
         self._engine = LLMEngine.from_engine_args(arguments, UsageContext.LLM_CLASS)
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a no-op
+        config = self._engine.vllm_config
+        self.facts: Mapping[str, str | bool] = {
+            "vllm": vllm.__version__,
+            "model_runner": "V2" if config.use_v2_model_runner else "V1",
+            "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        }
         self.parts: Parts | None = None
         if not self._in_process:
             self._ask_workers(_skip_token_ranks)

@@ -103,6 +103,7 @@ def as_seen(sample: Sample, tokenizer: Tokenizer) -> str:
 
 STALL_SECONDS = 1800.0
 REPORT_SECONDS = 60.0
+ENGINE_FILE = "engine.json"
 Config = TypeVar("Config", bound=OutputSettings)
 
 
@@ -163,6 +164,11 @@ class RunJournal(Journal):
 
     def write_rows(self, step: int, rows: Sequence[HeldOutRow]) -> None:
         write_held_out(self.root, step, rows)
+
+    def record_engine(self, facts: Mapping[str, str | bool]) -> None:
+        """Write what computes in the generation engines, which depends on the machine, into the folder."""
+        if facts:
+            (self.root / ENGINE_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     def sign(self, model: Path) -> None:
         (model / RUN_FILE).write_text(json.dumps({"run_id": self.run_id}) + "\n", encoding="utf-8")

@@ -92,6 +92,7 @@ async def workers(config: RLConfig, plan: StepPlan, journal: Journal) -> AsyncIt
         updates = {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
         session = await start(config, this_machine(), updates, journal.announce)
     try:
+        journal.record_engine(await session.engine_facts())
         yield session
         await session.close()
     except BaseException:

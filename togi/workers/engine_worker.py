@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +36,9 @@ class EngineWorker:
         # Resolved here, on the engine's node: each node has its own hub cache.
         self._tensor_parallel = settings.tensor_parallel_size > 1
         self._engine = create_engine(name, replace(settings, model=local_folder(settings.model)))
+
+    async def facts(self) -> Mapping[str, str | bool]:
+        return self._engine.facts
 
     async def generate(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generation:
         return await self._engine.generate(prompt_tokens, sampling)

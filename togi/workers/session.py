@@ -213,6 +213,10 @@ class Session:
         shares = [router_disagreement(torch.from_numpy(r), torch.from_numpy(trainer[0]).long()) for r in engines]
         return {names.MISMATCH_PROBE_ROUTER: float(np.mean(shares))} if shares else {}
 
+    async def engine_facts(self) -> Mapping[str, str | bool]:
+        """What computes in the engines (``RolloutEngine.facts``); empty in a replay."""
+        return next(iter(await call_all(self.engines.workers, EngineWorker.facts)), {})
+
     async def memory(self) -> dict[str, float]:
         """Peak resident memory in GB by metric name: per process so far, and per phase over all since the last call."""
         result = await self.phases.take_metrics()
