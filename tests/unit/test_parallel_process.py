@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from togi.parallel.process import be_deterministic, default_device
+from togi.device import default_device
+from togi.parallel.process import be_deterministic
 from togi.workers.local import deterministic
 
 

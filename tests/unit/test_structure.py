@@ -17,6 +17,7 @@ LINES, FUNCTION_LINES = 500, 60
 LEVELS = {
     "errors": 0,
     "version": 0,
+    "device": 0,
     "config": 1,
     "obs": 1,
     "sample": 2,

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from togi.config.shared import ModelSettings
+from togi.device import default_device
 from togi.errors import CheckpointError
 from togi.learn.checkpoint import Checkpoint
 from togi.learn.learner import Learner
@@ -189,10 +190,10 @@ def _generators() -> _Generators:
     assert isinstance(state, tuple)
     kind, keys, position, has_gauss, cached = state
     version, internal, gauss = random.getstate()
-    device = torch.accelerator.current_accelerator()
+    device = default_device()
     return {
         "torch": torch.get_rng_state().tolist(),
-        "device": [] if device is None else torch.get_device_module(device).get_rng_state().tolist(),
+        "device": [] if device.type == "cpu" else torch.get_device_module(device).get_rng_state().tolist(),
         "numpy": (kind, np.asarray(keys).tolist(), position, has_gauss, cached),
         "python": (version, list(internal), gauss),
     }
@@ -200,8 +201,8 @@ def _generators() -> _Generators:
 
 def _restore_generators(states: _Generators) -> None:
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-    device = torch.accelerator.current_accelerator()
-    if device is not None and states["device"]:
+    device = default_device()
+    if device.type != "cpu" and states["device"]:
         torch.get_device_module(device).set_rng_state(torch.tensor(states["device"], dtype=torch.uint8))
     kind, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging as hf_logging
 
 from togi.config.model_facts import position_limit
+from togi.device import default_device
 from togi.errors import ModelError
 from togi.model.loading import check_package, dtype_of, keep_layout, nf4
 
@@ -45,8 +46,7 @@ def load_generator(path: str, *, bf16: bool, trust_remote_code: bool, in_4bit: b
         raise ModelError(f"No language model can be loaded from {path}: {' '.join(str(error).split())}") from None
     if in_4bit:
         keep_layout(model)
-    accelerator = torch.accelerator.current_accelerator()
-    return model.eval() if accelerator is None else model.eval().to(accelerator)
+    return model.eval().to(default_device())
 
 
 def stream(

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from togi.device import default_device
 from togi.errors import ConfigError
 from togi.parallel.backend import BackendOptions, cast, check_same_weights, decoder_blocks
 from togi.parallel.optimizer import MOMENTS, adamw_without_state, add_state, moments, set_rate
@@ -38,7 +39,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed calls collectives by names that torch has deprecated.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 # Set before the import, when DeepSpeed detects the accelerator.
-if torch.accelerator.current_accelerator() is None:
+if default_device().type == "cpu":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402

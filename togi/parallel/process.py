@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
+from togi.device import default_device
 from togi.errors import ConfigError, UserError
 from togi.weights.carriers import Rendezvous
 
@@ -37,18 +38,6 @@ def be_deterministic() -> None:
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("highest")
-
-
-def default_device(local_rank: int = 0) -> torch.device:
-    """The accelerator of this process, or the CPU if there is none.
-
-    From then on CUDA multiplies float32 matrices in TF32 (10 bits of mantissa where bfloat16 has 7, several times the speed of
-    float32), unless algorithms are deterministic.
-    """
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and accelerator.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
-        torch.set_float32_matmul_precision("high")
-    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, local_rank)
 
 
 def open_store(address: str, timeout_s: float) -> TCPStore:

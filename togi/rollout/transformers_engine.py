@@ -36,9 +36,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from togi.algo.policy import chosen_experts
 from togi.cpu import pack_linears
+from togi.device import default_device
 from togi.errors import ConfigError, ModelError
 from togi.model.checkpoint import expected_manifest
-from togi.parallel.process import default_device
 from togi.plan.machine import Released, resident_bytes, return_freed
 from togi.rollout.engine import EngineSettings, Parts, end_token_ids
 from togi.rollout.sampler import Choice, choose

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from togi.algo.best_of_n import mean_with_error, standardized
 from togi.config.choices import EngineName, PostProcessor
 from togi.config.infer import ChatConfig, InferConfig
@@ -27,12 +25,13 @@ from togi.data.row_log import RowLog, digest
 from togi.data.rows import read_outputs
 from togi.data.source import DEFAULT_DATASOURCE, load_mixture
 from togi.data.turns import lost
+from togi.device import default_device
 from togi.errors import ConfigError, DataError, RewardError
 from togi.model.generate import Answering, load_generator, stream
 from togi.model.loading import known_tokens
 from togi.obs.progress import Progress
 from togi.obs.way_out import way_out
-from togi.parallel.process import be_deterministic, default_device
+from togi.parallel.process import be_deterministic
 from togi.rollout import create_engine
 from togi.rollout.collect import SingleTurn, collect_groups
 from togi.run.iterate_scores import Row
@@ -154,7 +153,7 @@ async def _generate(
     most = config.max_num_seqs if config.engine is EngineName.VLLM else config.micro_batch_size
     settings = replace(
         engine_settings(config, config.context_length),
-        enforce_eager=config.enforce_eager or torch.accelerator.current_accelerator() is None,
+        enforce_eager=config.enforce_eager or default_device().type == "cpu",
         enable_prefix_caching=config.enable_prefix_caching,
         tensor_parallel_size=config.tp_size,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,

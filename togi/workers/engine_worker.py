@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from togi.config.choices import EngineName
-from togi.parallel.process import default_device
+from togi.device import default_device
 from togi.plan.machine import PeakMemory, Released
 from togi.plan.placement import Carrier
 from togi.rollout import create_engine

@@ -19,9 +19,10 @@ from typing import Generic
 import torch
 
 from togi.config.rl import RLConfig
+from togi.device import default_device
 from togi.errors import WeightSyncError
 from togi.obs.names import Holder
-from togi.parallel.process import CUBLAS, be_deterministic, default_device
+from togi.parallel.process import CUBLAS, be_deterministic
 from togi.plan.machine import Machine, PeakMemory
 from togi.plan.placement import IN_PROCESS, LEARNERS, Role, arithmetic, plan_groups, used_roles
 from togi.weights.carriers import Rendezvous

@@ -19,6 +19,7 @@ from togi.config.choices import PolicyLossType
 from togi.config.rl import RLConfig
 from togi.data.chat import load_tokenizer, stop_token_ids
 from togi.data.packing import in_order, pack_all
+from togi.device import default_device
 from togi.learn.learner import Learner, Mixed, StepOutcome, UpdateReport
 from togi.learn.learner_state import Ema, expected_bytes, load_learner, save_learner
 from togi.learn.objective import EngineCorrection, Objective, PolicyObjective, SFTObjective, ValueObjective
@@ -33,7 +34,7 @@ from togi.parallel import frozen, reads_parts, trainable
 from togi.parallel.backend import BackendOptions
 from togi.parallel.groups import Ring
 from togi.parallel.optimizer import Parking
-from togi.parallel.process import World, default_device
+from togi.parallel.process import World
 from togi.plan.machine import PeakMemory, Released, return_freed
 from togi.plan.placement import LEARNERS, Carrier, Role
 from togi.sample import Sample
