@@ -1,8 +1,8 @@
 """Make the virtual environment: ``python scripts/setup.py .venv [--cpu | --gpu] [--pip]``. Standard library only.
 
-Without a GPU: the CPU build of torch and the tested versions of requirements/cpu.lock. With a GPU: the project with its vLLM
-extra from the package index. --cpu and --gpu say which, where it is made on another machine than it is for (an image). Does
-nothing when the environment is already made from the same files.
+Without a GPU: the CPU build of torch and the tested versions of requirements/cpu.lock. With a GPU: those of
+requirements/gpu.lock, which need NVIDIA's driver and no CUDA toolkit. --cpu and --gpu say which, where it is made on another
+machine than it is for (an image). Does nothing when the environment is already made from the same files.
 
 uv installs, which downloads and unpacks several packages at a time; it is told what pip is configured to ask. Where uv cannot
 be had, or with --pip, pip does the same.
@@ -22,9 +22,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCK = ROOT / "requirements" / "cpu.lock"
+CPU_LOCK = ROOT / "requirements" / "cpu.lock"
+GPU_LOCK = ROOT / "requirements" / "gpu.lock"
 TORCH = "2.13.0"
 DEEPSPEED = "0.19.8"
+# Its kernels are compiled when they are first used, not here; and its set-up does not look for a CUDA toolkit, which it would
+# stop without, once torch finds a GPU.
+DEEPSPEED_VARIABLES = {"DS_BUILD_OPS": "0", "DS_IGNORE_CUDA_DETECTION": "1"}
 # What uv calls the settings of pip: options, of which some take several values, and variables of the environment.
 OPTIONS = {
     "index-url": "--index-url",
@@ -53,10 +57,12 @@ def main() -> int:
         venv.create(target, with_pip=True)
     installer = Installer(target / "bin" / "python", use_uv="--pip" not in sys.argv)
     if gpu:
-        installer.install("-e", f"{ROOT}[vllm,cluster,lora,trackers,rewards,dev]")
-        install_deepspeed(installer)
+        say("installing the tested versions, several GB: CUDA 13, which needs NVIDIA's driver R580 or newer")
+        installer.install("--no-deps", "-r", str(GPU_LOCK))
     else:
         install_cpu(installer)
+    install_deepspeed(installer)
+    installer.install("--no-deps", "--no-build-isolation", "-e", str(ROOT))
     stamp.write_text(wanted)
     say(f"done in {time.monotonic() - start:.0f} s: {target.name}/bin/togi --help")
     return 0
@@ -117,7 +123,7 @@ def as_uv(settings: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
 
 
 def install_cpu(installer: Installer) -> None:
-    """torch's CPU build, then every other package at its tested version, then this project."""
+    """torch's CPU build, then every other package at its tested version."""
     say(f"installing torch {TORCH} (CPU build)")
     wanted = f"torch=={TORCH}"
     if not installer.install("--no-deps", f"{wanted}+cpu", check=False):
@@ -127,15 +133,14 @@ def install_cpu(installer: Installer) -> None:
             say("no CPU build of torch can be reached: taking the default build, which is several GB")
             installer.install(wanted)
     say("installing the tested versions of all other packages")
-    installer.install("--no-deps", "-r", str(LOCK))
-    install_deepspeed(installer, "--no-deps")
-    installer.install("--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    installer.install("--no-deps", "-r", str(CPU_LOCK))
 
 
-def install_deepspeed(installer: Installer, *arguments: str) -> None:
-    """DeepSpeed comes as source. Its kernels are compiled when they are first used, not here, and it asks the installed torch."""
-    os.environ["DS_BUILD_OPS"] = "0"
-    installer.install(*arguments, "--no-build-isolation", f"deepspeed=={DEEPSPEED}")
+def install_deepspeed(installer: Installer) -> None:
+    """DeepSpeed comes as source, and its set-up asks the installed torch. All else works without it."""
+    os.environ |= DEEPSPEED_VARIABLES
+    if not installer.install("--no-deps", "--no-build-isolation", f"deepspeed=={DEEPSPEED}", check=False):
+        say(f"DeepSpeed {DEEPSPEED} cannot be built: --backend deepspeed is not there; --backend fsdp2, the default, is")
 
 
 def run(words: list[str], *, check: bool = True) -> bool:
@@ -147,7 +152,7 @@ def run(words: list[str], *, check: bool = True) -> bool:
 
 def fingerprint() -> str:
     digest = hashlib.sha256()
-    for path in (LOCK, ROOT / "pyproject.toml", Path(__file__)):
+    for path in (CPU_LOCK, GPU_LOCK, ROOT / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

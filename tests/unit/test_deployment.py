@@ -34,7 +34,7 @@ def instructions(name: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_is_made_by_the_projects_own_set_up(name: str) -> None:
-    """So that its versions are those of requirements/cpu.lock and pyproject.toml, and are written down once."""
+    """So that its versions are those of requirements, and are written down once."""
     steps = instructions(name)
     runs = [words for step, words in steps if step == "RUN"]
     assert sum(f"python scripts/setup.py .venv {IMAGES[name]}" in words for words in runs) == 1
