@@ -43,6 +43,13 @@ class ReportConfig(Settings):
     run_dir: str = flag("", "the folder of a run, such as runs/rl-20260101-120000.")
 
 
+class DoctorConfig(Settings):
+    """What this machine and environment have, which fast paths a run takes here, and what to do about the others.
+
+    Loads no model and starts nothing. Exit status 0, or 2 if no run can start.
+    """
+
+
 def say(line: str) -> None:
     """Print a line at once, as a run may go on for hours."""
     print(line, flush=True)
@@ -130,6 +137,19 @@ def report(argv: Sequence[str]) -> None:
     from togi.obs.report import write_report
 
     say(str(write_report(Path(config.run_dir))))
+
+
+def doctor(argv: Sequence[str]) -> None:
+    """``togi doctor``: what is here, and whether a run can start."""
+    parse(DoctorConfig, argv, "doctor")
+    from togi.run.doctor import Mark, judge, look
+
+    findings = judge(look())
+    for finding in findings:
+        say(str(finding))
+    if stops := [finding.topic for finding in findings if finding.mark is Mark.STOP]:
+        raise UserError(f"no run can start here: mend what is marked {Mark.STOP} ({', '.join(stops)}).")
+    say("ok: a run can start")
 
 
 def merge_lora(argv: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ COMMANDS = {
     "infer": "outputs for a file of prompts, scores for a file of outputs",
     "iterate": "rounds of generate, score, select, train: best-of-n, iterative DPO, conditional SFT",
     "check": "everything a command does before its first step, in seconds; rl: would it learn?",
+    "doctor": "what this machine has, which fast paths run here, what to do; whether a run can start",
     "chat": "talk to a model in the terminal",
     "serve-rm": "serve a reward model or function over HTTP",
     "merge-lora": "merge a LoRA adapter into its base model",
