@@ -140,7 +140,20 @@ def test_the_container_runs_as_the_caller_and_sees_one_folder(tmp_path: Path, ki
     assert build == f"docker build --file {DOCKER}/{kind}.Dockerfile --tag togi:{kind} {ROOT}"
     assert f"--user {os.getuid()}:{os.getgid()}" in run and "--volume /some/data:/data" in run
     assert ("--gpus=all" in run) == (kind == "cuda")
+    assert ("--ulimit=memlock=-1" in run) == (kind == "cuda")
     assert run.endswith(f"togi:{kind} togi rl --help") and "--privileged" not in run
+    assert "--network bridge" in run and "--device" not in run
+
+
+@pytest.mark.parametrize("has_infiniband", [True, False])
+def test_containers_of_several_nodes_reach_each_other(tmp_path: Path, has_infiniband: bool) -> None:
+    card = tmp_path / "infiniband"
+    if has_infiniband:
+        card.mkdir()
+    environment = stand_ins(tmp_path / "bin", "docker") | {"NETWORK": "host", "INFINIBAND": str(card)}
+    subprocess.run([DOCKER / "run.sh", "togi", "--help"], env=environment, check=True)
+    run = (tmp_path / "bin" / "calls").read_text().splitlines()[1]
+    assert "--network host" in run and (f"--device={card}" in run) == has_infiniband
 
 
 def test_the_container_toolkit_is_installed_from_a_signed_source(tmp_path: Path) -> None:
