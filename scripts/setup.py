@@ -140,7 +140,9 @@ def install_deepspeed(installer: Installer) -> None:
     """DeepSpeed comes as source, and its set-up asks the installed torch. All else works without it."""
     os.environ |= DEEPSPEED_VARIABLES
     if not installer.install("--no-deps", "--no-build-isolation", f"deepspeed=={DEEPSPEED}", check=False):
-        say(f"DeepSpeed {DEEPSPEED} cannot be built: --backend deepspeed is not there; --backend fsdp2, the default, is")
+        say(
+            f"DeepSpeed {DEEPSPEED} cannot be built: --backend deepspeed is not there; --backend fsdp2, the default, is"
+        )
 
 
 def run(words: list[str], *, check: bool = True) -> bool:
