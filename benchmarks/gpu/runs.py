@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpu.tools import Bounds, Figures
+from gpu.tools import Bounds, Figures, need_package
 
 ROOT = Path(__file__).parents[2]
 BOUNDS = {"float32": 2e-3, "bfloat16": 0.25}
@@ -74,6 +74,8 @@ def _differences(folder: str, dtype: str, device: torch.device, prompts: int) ->
 
 def commands(device: torch.device, small: bool) -> Figures:
     """Two steps of ``togi rl`` on one device, in one process and, where Ray is, in processes of their own; ``togi sft``."""
+    for package in ("datasets", "plotly"):  # a command in its own process could only fail
+        need_package(package)
     from tests import offline_world, rl_world
 
     with tempfile.TemporaryDirectory() as folder:
