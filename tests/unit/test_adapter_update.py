@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +21,8 @@ from togi.model.adapters import adapter_scale, as_sent, sent_specs
 from togi.model.checkpoint import check_base_files, expected_manifest, whole_tensors
 from togi.model.loading import ModelSource, load_causal_lm
 from togi.model.policy import PolicyModel
-from togi.weights.adapters import base_files, merge, with_adapter
+from togi.weights import adapters
+from togi.weights.adapters import Base, merge
 from togi.weights.buckets import Manifest, TensorSpec
 from togi.weights.updates import UpdateLog
 
@@ -74,18 +76,56 @@ def test_what_an_engine_makes_is_what_the_trainer_would_send(
         yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
     expected = expected_manifest(str(folder), dtype)
-    base, adapter = base_files(str(folder), expected), sent(model)
+    base, adapter = Base(str(folder), expected), sent(model)
     assert adapter_scale(model) == 3.0
     log = UpdateLog(expected)
     log.begin(Manifest(1, tuple(TensorSpec.of(name, tensor) for name, tensor in adapter.items()), 3.0))
     other = {name: tensor + 1 for name, tensor in adapter.items()}
-    assert len(dict(with_adapter(base, expected, other, 3.0))) == len(expected)
-    made, merged = dict(with_adapter(base, expected, adapter, 3.0)), dict(whole_tensors(model, full, kind))
+    assert len(dict(base.with_adapter(other, 3.0))) == len(expected)
+    made, merged = dict(base.with_adapter(adapter, 3.0)), dict(whole_tensors(model, full, kind))
     assert made.keys() == merged.keys()
     changed = [name for name, tensor in load_file(folder / "model.safetensors").items() if not same(made, name, tensor)]
     assert len(changed) == len(adapter) // 2
     for name, tensor in merged.items():
         assert torch.equal(made[name], tensor), name
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_base_is_read_once_where_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
+    """Three updates of one engine: the tensors of the files are read once, or each time; the results are the same bits."""
+    folder = save_tiny_model(tmp_path)
+    expected = expected_manifest(str(folder), "bfloat16")
+    adapter = sent(adapted(folder, torch.bfloat16, ("all-linear",)))
+    reads: list[str] = []
+
+    class Counted:
+        def __init__(self, file: Path, framework: str) -> None:
+            self._file = safe_open(file, framework=framework)
+
+        def __enter__(self) -> Counted:
+            self._opened = self._file.__enter__()
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._file.__exit__(*error)
+
+        def keys(self) -> list[str]:
+            return list(self._opened.keys())
+
+        def get_tensor(self, name: str) -> Tensor:
+            reads.append(name)
+            return self._opened.get_tensor(name)
+
+    monkeypatch.setattr(adapters, "safe_open", Counted)
+    monkeypatch.setattr(adapters, "FREE_SHARE", 0.0 if room else 1.0)
+    base = Base(str(folder), expected)
+    for scale in (1.0, 2.0, 3.0):
+        made = {name: tensor.clone() for name, tensor in base.with_adapter(adapter, scale)}
+        fresh = dict(Base(str(folder), expected).with_adapter(adapter, scale))
+        assert all(torch.equal(made[name], fresh[name]) for name in fresh)
+        assert made.keys() == fresh.keys()
+    by_base = len(reads) - 3 * len(expected)  # less those of the fresh ones
+    assert by_base == (1 if room else 3) * len(expected)
 
 
 def same(made: dict[str, Tensor], name: str, tensor: Tensor) -> bool:

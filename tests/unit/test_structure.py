@@ -85,7 +85,7 @@ FOREIGN_ATTRIBUTES = Counter(
         "parallel/deepspeed.py: _partition": 1,
         "rollout/vllm_engine.py: _start_reload": 2,
         # torch's data types, C functions and Ray's remote methods by their names
-        "weights/adapters.py: with_adapter": 1,
+        "weights/adapters.py: Base._keep": 1,
         "model/checkpoint.py: expected_manifest": 1,
         "weights/buckets.py: Bucket.unpack": 1,
         "weights/buckets.py: TensorSpec.nbytes": 1,

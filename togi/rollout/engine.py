@@ -30,7 +30,7 @@ from togi.errors import ConfigError, DataError, WeightSyncError
 from togi.plan.engine_args import Scalar
 from togi.plan.machine import Released
 from togi.sample import Generation, Sampling
-from togi.weights.adapters import base_files, with_adapter
+from togi.weights.adapters import Base
 from togi.weights.buckets import Bucket, Manifest, TensorSpec, pack_buckets
 from togi.weights.carriers import Announced, Rendezvous
 from togi.weights.updates import UpdateLog
@@ -166,6 +166,7 @@ class RolloutEngine:
     def __init__(self, make_core: Callable[[EngineSettings], Core], settings: EngineSettings) -> None:
         self._model, self._max_model_len = settings.model, settings.max_model_len
         self._adapter: dict[str, Tensor] = {}
+        self._base: Base | None = None  # made by the first adapter
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._keys = count()
         # only the engine's thread uses these: other threads put a call into the queue
@@ -246,7 +247,7 @@ class RolloutEngine:
             raise WeightSyncError(f"{len(self._running)} requests are running: pause the engine before an update")
         # an adapter alone is merged into the weights of the engine's own files
         if manifest.adapter_scale is not None:
-            self._base = base_files(self._model, self._core.expected)
+            self._base = self._base or Base(self._model, self._core.expected)
         self._log.begin(manifest)
         self._adapter = {}
         self._core.begin_update()
@@ -461,7 +462,8 @@ class RolloutEngine:
 
     def _load_merged(self, scale: float) -> None:
         """Load full weights into the core: those of the engine's files, merged with the received adapter."""
-        whole = with_adapter(self._base, self._core.expected, self._adapter, scale)
+        assert self._base is not None
+        whole = self._base.with_adapter(self._adapter, scale)
         device = next(iter(self._adapter.values())).device
         for bucket in pack_buckets(whole, MERGED_BUCKET_BYTES, device):
             self._core.load(bucket)

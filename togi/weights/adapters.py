@@ -2,8 +2,8 @@
 
 An engine starts from the same files as the trainer's frozen base. So the trainer sends only A and B of each adapted layer, in
 float32 and by the layer's checkpoint name. The engine builds the full update itself: each tensor of the files in the engine's
-dtype, an adapted one as ``W + scale B A``, added in float32. W is read from the files for each update. So no update depends on the
-one before, no weight is rounded twice, and no second copy of the weights stays in memory.
+dtype, an adapted one as ``W + scale B A``, added in float32. W is always that of the files, so no update depends on the one before
+and no weight is rounded twice. It is read once and stays in host memory, in the engine's dtype, as far as there is room.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -23,6 +24,8 @@ from togi.weights.files import files_of
 
 A, B = "lora_A.weight", "lora_B.weight"
 WEIGHT = "weight"
+FREE_SHARE = 0.25
+"""The share of the host's memory that a kept base leaves free: the trainer and other engines grow too."""
 DTYPE = torch.float32
 """The dtype of A and B, in training and in a weight update."""
 
@@ -67,19 +70,36 @@ def base_files(model: str, expected: Iterable[TensorSpec]) -> dict[str, Path]:
     return found
 
 
-def with_adapter(
-    files: Mapping[str, Path], expected: Iterable[TensorSpec], adapter: Mapping[str, Tensor], scale: float
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the ``expected`` tensors of the ``base_files`` with the adapter merged in, computed on the device of A and B."""
-    device = next(iter(adapter.values())).device
-    with ExitStack() as stack:
-        # each file is opened once; only the current tensor is in memory
-        opened = cache(lambda file: stack.enter_context(safe_open(file, framework="pt")))
-        for spec in expected:
-            dtype: torch.dtype = getattr(torch, spec.dtype)
-            weight: Tensor = opened(files[spec.name]).get_tensor(spec.name).to(device, dtype)
-            stem = spec.name.removesuffix(WEIGHT)
-            # most tensors have no adapter: embeddings, norms, the head
-            if stem + A in adapter:
-                weight = merge(weight, adapter[stem + A], adapter[stem + B], scale).to(dtype)
-            yield spec.name, weight
+class Base:
+    """The weights of an engine's own model files. Raises ModelError if they lack one of the ``expected`` tensors."""
+
+    def __init__(self, model: str, expected: Iterable[TensorSpec]) -> None:
+        self._expected = tuple(expected)
+        self._files = base_files(model, self._expected)
+        self._kept: dict[str, Tensor] = {}
+
+    def with_adapter(self, adapter: Mapping[str, Tensor], scale: float) -> Iterator[tuple[str, Tensor]]:
+        """Yield the expected tensors with the adapter merged in, computed on the device of A and B. Do not write to them."""
+        device = next(iter(adapter.values())).device
+        with ExitStack() as stack:
+            # each file is opened once, if one of its tensors is not in memory
+            opened = cache(lambda file: stack.enter_context(safe_open(file, framework="pt")))
+            for spec in self._expected:
+                weight = self._kept.get(spec.name)
+                if weight is None:
+                    weight = self._keep(spec, opened(self._files[spec.name]).get_tensor(spec.name))
+                weight = weight.to(device)
+                stem = spec.name.removesuffix(WEIGHT)
+                # most tensors have no adapter: embeddings, norms, the head
+                if stem + A in adapter:
+                    weight = merge(weight, adapter[stem + A], adapter[stem + B], scale).to(weight.dtype)
+                yield spec.name, weight
+
+    def _keep(self, spec: TensorSpec, weight: Tensor) -> Tensor:
+        """The tensor in the engine's dtype; kept if there is room. What is read maps the file, so a kept one is a copy."""
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        memory = psutil.virtual_memory()
+        if memory.available - spec.nbytes < FREE_SHARE * memory.total:
+            return weight.to(dtype)
+        self._kept[spec.name] = weight.to(dtype, copy=True)
+        return self._kept[spec.name]
