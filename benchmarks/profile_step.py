@@ -32,6 +32,7 @@ from togi.data.packing import pack
 from togi.learn.learner import Learner
 from togi.learn.objective import SFTObjective
 from togi.learn.schedule import Schedule
+from togi.methods.sft import SFT
 from togi.model.loading import ModelSource, load_causal_lm
 from togi.parallel import trainable
 from togi.parallel.backend import BackendOptions
@@ -87,7 +88,7 @@ def make_learner(folder: Path, *, bf16: bool) -> Learner:
     """What ``togi sft`` trains with in one process, with or without ``--bf16``."""
     model = load_causal_lm(ModelSource(str(folder), torch.float32))
     backend = trainable(model, World.solo(torch.device("cpu")), BackendOptions(bf16=bf16))
-    return Learner(backend, SFTObjective(), Schedule(Scheduler.CONSTANT, 1e-6, 1), math.inf)
+    return Learner(backend, SFTObjective(), Schedule(SFT(lr_scheduler=Scheduler.CONSTANT, lr_warmup_ratio=0.0), 1e-6, 1), math.inf)
 
 
 def random_pack(lengths: Sequence[int], seed: int = 0) -> Batch:

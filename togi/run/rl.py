@@ -86,7 +86,7 @@ async def run(
 
 
 @asynccontextmanager
-async def workers(config: RLConfig, plan: StepPlan, journal: Journal) -> AsyncIterator[Session]:
+async def workers(config: RLConfig, plan: StepPlan, journal: RunJournal) -> AsyncIterator[Session]:
     """Start all engines and models of a run. They stop with the block: in order, or at once after an error."""
     with journal.progress.phase("starting engines and loading models", expected_seconds=25):
         updates = {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}

@@ -53,10 +53,15 @@ class Channel:
         # a prefix, since other groups may use the same store
         store = PrefixStore(NAME, TCPStore(meeting.address, meeting.port, is_master=False, timeout=limit))
         if device.type == "cpu":
-            return cls(dist.ProcessGroupGloo(store, meeting.rank, meeting.size, limit), device)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = limit
-        return cls(dist.ProcessGroupNCCL(store, meeting.rank, meeting.size, options), device)
+            channel = cls(dist.ProcessGroupGloo(store, meeting.rank, meeting.size, limit), device)
+        else:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = limit
+            channel = cls(dist.ProcessGroupNCCL(store, meeting.rank, meeting.size, options), device)
+        # nccl connects at its first collective, and blocks until all are there. The first bucket would be too late: engines learn
+        # of it only when the sender's call has returned.
+        channel._finish(channel._broadcast(torch.zeros(1, dtype=torch.uint8, device=device)))
+        return channel
 
     def send(self, buffer: Tensor) -> None:
         """Start to send ``buffer`` (bytes, on ``device``) when the one before is sent. It must not change until ``flush``."""
