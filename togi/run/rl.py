@@ -32,7 +32,7 @@ from togi.pump import experience
 from togi.pump.experience import GroupFilter, Place, ScoredGroup, to_sample, trainable, with_advantages
 from togi.pump.feed import Feed, ReplayFeed, RolloutFeed
 from togi.reward.scores import CombinedReward, LengthPenalties
-from togi.run.journal import Evaluation, Journal, RunJournal, open_journal
+from togi.run.journal import Evaluation, RunJournal, open_journal
 from togi.run.keep import DRIVER, Keep, every
 from togi.run.plan import StepPlan
 from togi.run.rewards import describe
