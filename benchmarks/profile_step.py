@@ -88,7 +88,9 @@ def make_learner(folder: Path, *, bf16: bool) -> Learner:
     """What ``togi sft`` trains with in one process, with or without ``--bf16``."""
     model = load_causal_lm(ModelSource(str(folder), torch.float32))
     backend = trainable(model, World.solo(torch.device("cpu")), BackendOptions(bf16=bf16))
-    return Learner(backend, SFTObjective(), Schedule(SFT(lr_scheduler=Scheduler.CONSTANT, lr_warmup_ratio=0.0), 1e-6, 1), math.inf)
+    return Learner(
+        backend, SFTObjective(), Schedule(SFT(lr_scheduler=Scheduler.CONSTANT, lr_warmup_ratio=0.0), 1e-6, 1), math.inf
+    )
 
 
 def random_pack(lengths: Sequence[int], seed: int = 0) -> Batch:

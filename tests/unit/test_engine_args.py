@@ -55,6 +55,15 @@ def test_they_reach_the_engine_and_win_over_what_togi_only_chooses() -> None:
         assert (arguments["max_num_batched_tokens"], arguments["async_scheduling"]) == (777, False)
 
 
+def test_weights_are_rounded_while_they_are_loaded() -> None:
+    """vLLM's "fp8" itself is for weights that are stored in it, and refuses others."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    asked = engine_arguments(EngineSettings("m", quantization="fp8"), on_cpu=False)["quantization"]
+    assert asked == "fp8_per_tensor" and asked in QUANTIZATION_METHODS
+    assert engine_arguments(EngineSettings("m"), on_cpu=False)["quantization"] is None
+
+
 @pytest.mark.parametrize("flag", ["--vllm_quantization fp8", "--vllm_kv_cache_dtype fp8"])
 def test_rounded_rollouts_ask_for_a_correction_or_a_waiver(flag: str) -> None:
     with pytest.raises(ConfigError, match="add --enable_vllm_is_correction, or --allow_uncorrected_rollouts"):

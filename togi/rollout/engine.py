@@ -1,10 +1,9 @@
 """The generation engine: its settings, and what runs it on a thread of its own, used from asyncio.
 
 Engines take tokens and return tokens, never text. ``RolloutEngine`` has admission, pausing, weight updates, cancellation and
-failure, once for all. Below it is a ``Core``: the few synchronous operations in which vLLM and Transformers differ. All calls of a
-core run on the engine's thread, because OpenMP threads belong to the thread that starts them. So cores need no locks.
-
-The token ids that end a sequence come from the files of a model folder. They are never guessed from token values or the pad token.
+failure, once for all. Below it is a ``Core``: the few synchronous operations in which vLLM and Transformers differ. All calls of
+a core run on the engine's thread, because OpenMP threads belong to the thread that starts them. So cores need no locks. The token
+ids that end a sequence come from the files of a model folder. They are never guessed from token values or the pad token.
 """
 
 from __future__ import annotations

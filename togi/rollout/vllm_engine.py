@@ -227,6 +227,8 @@ def engine_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, object
     }
     if not on_cpu:
         return shared | {
+            # vLLM's "fp8" is for weights that are stored in it
+            "quantization": "fp8_per_tensor" if settings.quantization == "fp8" else settings.quantization,
             "gpu_memory_utilization": settings.gpu_memory_utilization,
             "enable_sleep_mode": settings.enable_sleep_mode,
             **settings.extra,

@@ -197,7 +197,7 @@ def _fast_paths(facts: Facts) -> Iterator[Finding]:
     least = min((gpu.capability for gpu in facts.gpus), default=(0, 0))
     shown = ".".join(map(str, least))
     if on_gpu and least >= AMPERE:
-        yield Finding(Mark.OK, "bfloat16", "fast here, with --bf16")
+        yield Finding(Mark.OK, "bfloat16", "on by itself; --no_bf16 turns it off")
         yield _flash(facts, least[0])
     elif on_gpu:
         yield Finding(Mark.WARN, "bfloat16", f"no: compute capability {shown} is below 8.0", "leave --bf16 out")
