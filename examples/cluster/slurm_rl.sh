@@ -14,6 +14,8 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=togi-rl-%j.log
 set -euo pipefail
+ulimit -Sl "$(ulimit -Hl)"                           # InfiniBand locks memory; srun passes limits on
+ulimit -Sn 65536 || true                             # Ray opens many connections
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"                  # GPUs of each node; without any, how many workers it may hold
 CPUS_PER_NODE="${CPUS_PER_NODE:-${SLURM_CPUS_PER_TASK:-64}}"
 PORT="${PORT:-6379}"                                 # of Ray, on the first node

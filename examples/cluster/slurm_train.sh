@@ -13,6 +13,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=togi-%j.log
 set -euo pipefail
+ulimit -Sl "$(ulimit -Hl)"                           # InfiniBand locks memory; srun passes limits on
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"                  # processes on each node
 PORT="${PORT:-29500}"                                # where they meet, on the first node
 TORCHRUN="${TORCHRUN:-$PWD/.venv/bin/torchrun}"
