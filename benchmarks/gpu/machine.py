@@ -49,13 +49,13 @@ def versions(device: torch.device, small: bool) -> Figures:
 
 def devices(device: torch.device, small: bool) -> Figures:
     """The device that Togi chooses, with the GPU and without it, and the checksum of weights on both."""
-    from togi.parallel.process import default_device
+    from togi.device import default_device
     from togi.weights.buckets import Checksum, pack_buckets
 
     yield "default device", str(default_device())
     if device.type == "cuda":
         assert default_device() == torch.device("cuda", 0)
-    question = "from togi.parallel.process import default_device as d; print(d())"
+    question = "from togi.device import default_device as d; print(d())"
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", question], env=hidden, capture_output=True, text=True, timeout=60, check=True
@@ -68,7 +68,7 @@ def devices(device: torch.device, small: bool) -> Figures:
     for place in (torch.device("cpu"), device):
         checksum = Checksum()
         for bucket in pack_buckets(tensors, 4096, place):
-            checksum.add(bucket)
+            checksum.add(bucket.contents())
         digests.add(checksum.digest())
     assert len(digests) == 1, "the checksum of the same bytes differs between the CPU and the GPU"
     yield "checksums", "equal"

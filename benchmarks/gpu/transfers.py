@@ -18,7 +18,6 @@ PATIENCE = 40.0
 def ipc(device: torch.device, small: bool) -> Figures:
     """Buckets shared with a second process on the GPU; beside it the way through host memory."""
     need_cuda(device)
-    from togi.weights.buckets import pack_buckets
     from togi.weights.carriers import Exporter, Inbox, SameDevice
 
     size, count = (1, 4) if small else (64, 40)
@@ -30,10 +29,11 @@ def ipc(device: torch.device, small: bool) -> Figures:
             yield str(number), source + number % 256
 
     own, process = _second_process(_receive, device)
-    exporter, held, used = SameDevice(), list[int](), list[int]()
+    sender = SameDevice if device.type == "cuda" else Exporter  # on a CPU: the same exchange, by copies
+    exporter, held, used = sender(sends=True, device=device), list[int](), list[int]()
     try:
         for timed in (False, True):  # the first time opens the GPU in the child
-            exporter.begin(pack_buckets(tensors(), nbytes, device))
+            exporter.begin(tensors(), nbytes)
             start = time.perf_counter()
             for _ in range(count):
                 _, parcel = exporter.next()
@@ -56,7 +56,7 @@ def ipc(device: torch.device, small: bool) -> Figures:
     assert used[-1] <= used[2] + 8 * nbytes, "memory on the GPU grows with the number of buckets"
     # through host memory: what the driver's way costs both ends, without the transport between them
     through, inbox = Exporter(sends=True), Inbox([])
-    through.begin(pack_buckets(tensors(), nbytes))
+    through.begin(tensors(), nbytes)
     start = time.perf_counter()
     for _ in range(count):
         _, parcel = through.next()
