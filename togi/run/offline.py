@@ -46,7 +46,7 @@ from togi.run.offline_setup import (
     offload_notice,
 )
 from togi.run.plan import EpochPlan, offline_aim
-from togi.run.start import NO_CUDA_FOR_LIGER
+from togi.run.start import NO_CUDA_FOR_FLASH, NO_CUDA_FOR_LIGER, asks_for_flash
 from togi.sample import Sample
 from togi.weights.files import stamp
 
@@ -86,6 +86,8 @@ def run(
     world = world.in_teams(config.ring_attn_size, config.ds_tensor_parallel_size)
     with Progress(quiet=not first) as progress, ExitStack() as stack:
         journal = Journal(progress)
+        if first and asks_for_flash(parsed) and world.device.type != "cuda":
+            announce(NO_CUDA_FOR_FLASH)
         # Data, plan and checkpoint first: a user's mistake ends the run before a model is loaded.
         data, plan, found = opening(config, command, world, progress, announce if first else journal.announce)
         if first and (still := standing_still(config, config.learning_rate, plan.steps)):

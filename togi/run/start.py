@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 
 ONE_TOKENIZER = "--disable_fast_tokenizer: Transformers has one tokenizer for each model, which is used"
+NO_CUDA_FOR_FLASH = "--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead"
 NO_CUDA_FOR_LIGER = "--use_liger_kernel: there is no CUDA device here, Transformers' own layers compute instead"
 BF16_OF_CLUSTER = (
     "--bf16 is off: the GPUs of the cluster in RAY_ADDRESS are not known here; add --bf16 if they have bfloat16"
@@ -78,6 +79,8 @@ def rl_door(parsed: Parsed[RLConfig], *, reward_given: bool, announce: Announce)
         announce("--ref_reward_offload: there is no GPU, reference and reward models are in host memory already")
     if ready.config.use_liger_kernel and on_cpu:
         announce(NO_CUDA_FOR_LIGER)
+    if asks_for_flash(parsed) and on_cpu:
+        announce(NO_CUDA_FOR_FLASH)
     return ready
 
 
@@ -89,13 +92,16 @@ def offline_door(parsed: Parsed[Method], *, announce: Announce, launched: bool =
     return preflight.check_offline(usable(parsed, this_machine(), announce), launched=launched)
 
 
+def asks_for_flash(parsed: Parsed[RLConfig] | Parsed[Method]) -> bool:
+    """Whether the user asks for what is the default."""
+    return parsed.config.flash_attn and "flash_attn" in parsed.given
+
+
 def usable(parsed: Parsed[Config], machine: Machine, announce: Announce) -> Parsed[Config]:
     """The settings with the precision of this machine. Announces what it changes, and flags without effect."""
     ready, notices = usable_precision(parsed, machine)
     for notice in notices:
         announce(notice)
-    if "flash_attn" in parsed.given and ready.config.flash_attn and machine.gpus == 0 and not joins_cluster():
-        announce("--flash_attn: there is no CUDA device here, attention runs through SDPA segments instead")
     say_ignored(ready.config, announce)
     return ready
 
