@@ -12,7 +12,7 @@ rl() {  # rl flags...: everything but the reward and the placement
   "${TOGI:-togi}" rl \
     --pretrain "$MODEL" --prompt_data "$DATA" --input_key "${INPUT_KEY:-prompt}" --label_key "${LABEL_KEY:-answer}" \
     --apply_chat_template --run_dir "$OUT" --save_path "$OUT/model" --ckpt_path "$OUT/checkpoints" \
-    --bf16 --vllm_gpu_memory_utilization 0.4 \
+    --bf16 \
     --rollout_batch_size 16 --train_batch_size 64 --prompt_max_len 256 --generate_max_len 64 --max_tokens_per_gpu 4096 "$@"
 }
 
@@ -21,5 +21,5 @@ train() {  # train flags...: the reward function, and all models in one place
 }
 
 hybrid() {  # hybrid flags...: as train, and who does not work gives its memory back
-  train --vllm_enable_sleep --deepspeed_enable_sleep --vllm_gpu_memory_utilization 0.6 "$@"
+  train --vllm_enable_sleep --deepspeed_enable_sleep "$@"
 }

@@ -17,7 +17,7 @@ rl --reward_pretrain "$RM" --normalize_reward --colocate_actor_ref --colocate_cr
   --actor_num_nodes "$NODES" --actor_num_gpus_per_node "$GPUS" --ref_num_nodes "$NODES" --ref_num_gpus_per_node "$GPUS" \
   --critic_num_nodes "$NODES" --critic_num_gpus_per_node "$GPUS" --reward_num_nodes "$NODES" \
   --reward_num_gpus_per_node "$GPUS" --vllm_num_engines "$ENGINES" --vllm_tensor_parallel_size "$TP" \
-  --vllm_gpu_memory_utilization 0.9 --zero_stage 3 --adam_offload --ref_reward_offload --gradient_checkpointing --flash_attn \
+  --zero_stage 3 --adam_offload --ref_reward_offload --gradient_checkpointing --flash_attn \
   --rollout_batch_size 1024 --train_batch_size 128 --n_samples_per_prompt 1 --prompt_max_len 1024 --generate_max_len 1024 \
   --max_tokens_per_gpu 8192 --advantage_estimator gae --init_kl_coef 0.01 --lambd 0.95 --actor_learning_rate 5e-7 \
   --critic_learning_rate 9e-6 --save_steps 20 --load_checkpoint "$@"

@@ -71,7 +71,7 @@ ppo() {  # the server lives as long as this step; only who has the token may ask
     --input_key prompt --advantage_estimator gae --init_kl_coef 0.02 --lambd 1 --actor_learning_rate 3e-5 --critic_learning_rate 5e-5 \
     --rollout_batch_size "$PPO_PROMPTS" --n_samples_per_prompt "$PPO_SAMPLES" --train_batch_size $(((PPO_PROMPTS * PPO_SAMPLES + 1) / 2)) \
     --num_episodes 100 --max_steps "$PPO_STEPS" --prompt_max_len "$PROMPT_MAX_LEN" --generate_max_len "$NEW_TOKENS" \
-    --rollout_engine "$ENGINE" --colocate_all_models --vllm_gpu_memory_utilization 0.4
+    --rollout_engine "$ENGINE" --colocate_all_models
   kill $server
   wait $server
   trap - EXIT

@@ -85,6 +85,7 @@ def test_a_waiver_of_nothing_is_refused() -> None:
     [
         ("", 0.9, Source.AUTO),
         ("--colocate_all_models", 0.5, Source.AUTO),
+        ("--workers local", 0.5, Source.AUTO),
         ("--colocate_all_models --vllm_gpu_memory_utilization 0.7", 0.7, Source.COMMAND_LINE),
     ],
 )

@@ -183,7 +183,7 @@ class RolloutSettings(Settings):
     vllm_num_engines: CountOrAuto = flag("auto", "Generation engines; auto: as many as the actor's GPUs hold, or 1.")
     vllm_tensor_parallel_size: Count = flag(1, "GPUs of one node per engine; without GPUs: processes per engine.")
     vllm_gpu_memory_utilization: OpenShare | Literal["auto"] = flag(
-        "auto", "Share of a GPU's memory that vLLM may take; auto: 0.9, or 0.5 with --colocate_all_models."
+        "auto", "Share of a GPU's memory that vLLM may take; auto: 0.9, beside models 0.5."
     )
     max_num_seqs: Count | None = flag(
         None, "At most this many responses in progress in an engine; default: what vLLM takes for the GPU."

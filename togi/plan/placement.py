@@ -197,12 +197,14 @@ def resolve(parsed: Parsed[RLConfig], machine: Machine) -> Parsed[RLConfig]:
     if config.vllm_num_engines == "auto":
         slots = actor_per_node * config.actor_num_nodes if colocated else share
         values["vllm_num_engines"] = max(1, slots // engine_size)
-    if config.vllm_gpu_memory_utilization == "auto":
-        values["vllm_gpu_memory_utilization"] = ENGINE_BESIDE_MODELS if colocated else ENGINE_ALONE
     config = config.model_copy(update=values)
     # Last, since it depends on all counts.
     if config.workers is WorkersKind.AUTO:
         values["workers"] = WorkersKind.RAY if what_needs_ray(config, machine) else WorkersKind.LOCAL
+    # One process has the engine and all models on one GPU, colocated by name or not.
+    if config.vllm_gpu_memory_utilization == "auto":
+        beside = colocated or values.get("workers", config.workers) is WorkersKind.LOCAL
+        values["vllm_gpu_memory_utilization"] = ENGINE_BESIDE_MODELS if beside else ENGINE_ALONE
     sources = dict(parsed.sources) | dict.fromkeys(values, Source.AUTO)
     return Parsed(config.model_copy(update=values), sources)
 
