@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -75,8 +74,7 @@ async def result_of(ref: ObjectRef, who: str) -> Any:
 
 logger = logging.getLogger(__name__)
 
-SHARED_MEMORY = "/dev/shm"  # noqa: S108
-LEAST_STORE_BYTES = 1 << 30
+OBJECT_STORE_BYTES = 1 << 30
 # A slot is a GPU, or a process that computes only in its own phase. CPU is bookkeeping and must never block a placement.
 CPU_PER_SLOT = 0.01
 SHARES_OF_ONE = 10_000
@@ -128,14 +126,6 @@ def connect(machine: Machine) -> Resources:
     return Resources(machine.cpus, tuple(number for number in gpus if number > 0))
 
 
-def store_bytes(memory: int, shared_free: int) -> int:
-    """How large Ray's object store may grow, which spills to disk beyond that: a twentieth of the memory, 1 GiB at least.
-
-    ``shared_free``: free bytes of shared memory, of which half is left to others. Ray refuses a larger store than that has room.
-    """
-    return max(LEAST_STORE_BYTES, min(memory // 20, shared_free // 2))
-
-
 def _start(machine: Machine) -> None:
     """Start a private cluster. Retried once: Ray's limit of 30 s is too short on a very busy machine. Raises RunError."""
     for is_last in (False, True):
@@ -144,7 +134,7 @@ def _start(machine: Machine) -> None:
                 address="local",
                 num_cpus=machine.cpus,
                 num_gpus=machine.gpus,
-                object_store_memory=store_bytes(machine.memory_bytes, shutil.disk_usage(SHARED_MEMORY).free),
+                object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
