@@ -18,6 +18,7 @@ from togi.plan.placement import (
     check_whole,
     check_workers,
     node_order,
+    object_store_bytes,
     plan_groups,
     resolve,
     what_needs_ray,
@@ -25,6 +26,7 @@ from togi.plan.placement import (
 
 NEEDED = ["--pretrain", "model", "--prompt_data", "data.jsonl", "--reward_func", "reward.py"]
 GRPO = ["--advantage_estimator", "group_norm", "--n_samples_per_prompt", "4"]
+GIB = 1 << 30
 LAPTOP, BOX = Machine(cpus=2, memory_bytes=0, gpus=0), Machine(cpus=64, memory_bytes=0, gpus=8)
 HYBRID = (
     "--ref_num_nodes 1 --ref_num_gpus_per_node {0} --reward_num_nodes 1 --reward_num_gpus_per_node {0} --critic_num_nodes 1 "
@@ -196,3 +198,14 @@ def test_workers_are_local_where_one_process_is_enough(machine: Machine, flags: 
 def test_a_cluster_to_join_takes_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert what_needs_ray(resolve(rl(*NEEDED, *GRPO), LAPTOP).config, LAPTOP) == "RAY_ADDRESS 10.0.0.1:6379"
+
+
+def test_the_object_store_holds_a_rollout_twice_within_the_machine() -> None:
+    """1024 samples of 8192 tokens at 64 bytes are half a GiB."""
+    config = RLConfig(rollout_batch_size=128, n_samples_per_prompt=8, max_len=8192)
+    assert object_store_bytes(config, 512 * GIB, 64 * GIB) == 2 * GIB
+    long = config.model_copy(update={"max_len": 32 * 8192})
+    assert object_store_bytes(long, 512 * GIB, 64 * GIB) == 33 * GIB
+    assert object_store_bytes(long, 512 * GIB, 16 * GIB) == 16 * GIB, "no more than /dev/shm has room for"
+    assert object_store_bytes(long, 40 * GIB, 64 * GIB) == 12 * GIB, "nor 30 % of the memory"
+    assert object_store_bytes(long, 512 * GIB, 64 << 20) == GIB, "a container without shared memory: as little as works"

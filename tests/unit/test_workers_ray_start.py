@@ -21,6 +21,7 @@ def test_a_slow_start_is_tried_once_more(monkeypatch: pytest.MonkeyPatch, ends: 
     left, seen = list(ends), list[str]()
 
     def init(**settings: Any) -> None:
+        assert settings["object_store_memory"] == 5 << 30
         seen.append(settings["address"])
         if left:
             raise Exception(left.pop(0))
@@ -29,8 +30,8 @@ def test_a_slow_start_is_tried_once_more(monkeypatch: pytest.MonkeyPatch, ends: 
     monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
     machine = Machine(cpus=2, memory_bytes=0, gpus=0)
     if len(ends) < starts:
-        cluster._start(machine)
+        cluster._start(machine, 5 << 30)
     else:
         with pytest.raises(Exception, match=ends[-1]):
-            cluster._start(machine)
+            cluster._start(machine, 5 << 30)
     assert seen == ["local"] * starts

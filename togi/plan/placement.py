@@ -110,6 +110,22 @@ def choose(config: RLConfig, *, on_gpu: bool, one_host: bool) -> Route:
     return Route(Carrier.NCCL)
 
 
+# For one token of a sample: ids and mask (9 bytes), six float32 streams, and what pickles and the text add.
+SAMPLE_BYTES = 64
+SMALLEST_STORE = 1 << 30
+"""Two buckets of weights with the largest tensor of a model, and messages."""
+
+
+def object_store_bytes(config: RLConfig, memory_bytes: int, shared_bytes: int) -> int:
+    """The size of a private Ray's object store: a whole rollout twice, on its way to the workers and back.
+
+    At most 30 % of the machine's memory and what shared memory has room for, as a larger one would lie on a disk.
+    """
+    rollout = config.samples_per_rollout * config.context_length * SAMPLE_BYTES
+    room = min(3 * memory_bytes // 10, shared_bytes)
+    return max(SMALLEST_STORE, min(SMALLEST_STORE + 2 * rollout, room))
+
+
 class Role(StrEnum):
     ENGINE = "engine"
     ACTOR = "actor"

@@ -35,7 +35,7 @@ async def start(
 
     ``updates``: planned optimizer steps of each learner.
     """
-    groups, resources = plan_groups(config), connect(machine)
+    groups, resources = plan_groups(config), connect(config, machine)
     try:
         announce(f"placement: {arithmetic(groups, 'GPUs' if resources.gpus > 0 else 'worker processes')}")
         cluster = Cluster(groups, resources)

@@ -13,10 +13,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic
 
 import ray
@@ -74,7 +76,7 @@ async def result_of(ref: ObjectRef, who: str) -> Any:
 
 logger = logging.getLogger(__name__)
 
-OBJECT_STORE_BYTES = 1 << 30
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  where Linux has it
 # A slot is a GPU, or a process that computes only in its own phase. CPU is bookkeeping and must never block a placement.
 CPU_PER_SLOT = 0.01
 SHARES_OF_ONE = 10_000
@@ -101,7 +103,7 @@ class Resources:
         return sum(self.gpus_of_nodes)
 
 
-def connect(machine: Machine) -> Resources:
+def connect(config: RLConfig, machine: Machine) -> Resources:
     """Join the cluster of RAY_ADDRESS (set by ``ray job submit``), or start a private one on this machine.
 
     Raises ConfigError if the cluster does not answer.
@@ -112,7 +114,8 @@ def connect(machine: Machine) -> Resources:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # By default Ray starts an idle process per core; no role can use them, as each needs its own environment.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        _start(machine)
+        shared = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+        _start(machine, placement.object_store_bytes(config, machine.memory_bytes, shared))
     else:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
@@ -126,15 +129,18 @@ def connect(machine: Machine) -> Resources:
     return Resources(machine.cpus, tuple(number for number in gpus if number > 0))
 
 
-def _start(machine: Machine) -> None:
-    """Start a private cluster. Retried once: Ray's limit of 30 s is too short on a very busy machine. Raises RunError."""
+def _start(machine: Machine, store_bytes: int) -> None:
+    """Start a private cluster with an object store of ``store_bytes``. Raises RunError.
+
+    Retried once: Ray's limit of 30 s is too short on a very busy machine.
+    """
     for is_last in (False, True):
         try:
             ray.init(
                 address="local",
                 num_cpus=machine.cpus,
                 num_gpus=machine.gpus,
-                object_store_memory=OBJECT_STORE_BYTES,
+                object_store_memory=store_bytes,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
