@@ -1,9 +1,10 @@
-"""Where a process computes, as torch's CUDA build would answer."""
+"""Where a process computes, as torch's CUDA build would answer, and how it multiplies there."""
 
 from __future__ import annotations
 
 import ast
 import os
+from collections.abc import Iterator
 from unittest.mock import patch
 
 import pytest
@@ -11,6 +12,17 @@ import torch
 
 from tests.source import trees
 from togi.device import default_device
+from togi.parallel.process import be_deterministic
+from togi.workers.local import deterministic
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.set_float32_matmul_precision(before[1])
 
 
 @pytest.mark.parametrize(("usable", "device"), [(True, "cuda:3"), (False, "cpu")])
@@ -42,3 +54,24 @@ def test_torch_is_asked_in_one_place() -> None:
         if isinstance(node, ast.Attribute) and node.attr == "current_accelerator"
     ]
     assert asked == ["device.py"]
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("cuda", "high"), ("xpu", "highest")])
+def test_cuda_multiplies_float32_in_tf32(monkeypatch: pytest.MonkeyPatch, kind: str, precision: str) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device(kind))
+    assert default_device(1) == torch.device(kind, 1)
+    assert torch.get_float32_matmul_precision() == precision
+    with deterministic(False):
+        assert torch.get_float32_matmul_precision() == precision
+    with deterministic(True):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == precision
+    be_deterministic()
+    default_device()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_cpu_multiplies_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
+    assert default_device() == torch.device("cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
