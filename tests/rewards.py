@@ -15,7 +15,9 @@ def scored(flags: list[str], texts: list[str], label: object, tokens: int = 1) -
         rewards = EarlyRewards(parse(RLConfig, [*flags, "--reward_workers", "1"], "rl").config, None)
         prompt = Prompt("p", (1,), "How many? 99 ", label)
         group = [
-            Rollout(prompt, "g", (3,) * tokens, (True,) * tokens, (-1.0,) * tokens, text, FinishReason.STOP, 0)
+            Rollout(
+                prompt, "g", (3,) * tokens, (True,) * tokens, (-1.0,) * tokens, text, FinishReason.STOP, (0,) * tokens
+            )
             for text in texts
         ]
         scores = await next(iter(rewards.functions.values())).score(group)

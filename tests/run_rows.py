@@ -37,6 +37,7 @@ def row(index=0, text="Hello <|im_end|>", **others):
         "outcome": "score",
         "finish_reason": "stop",
         "policy_version": 4,
+        "versions": [3, 3, 4],
         "filtered": False,
         **others,
     }

@@ -68,13 +68,16 @@ class Generation:
     """An engine's response to one request.
 
     ``logprobs`` are those of the distribution that was sampled from (after temperature), one per token, in nats.
-    ``policy_version`` is the version of the weights that generated the tokens.
+    ``versions``: of the weights that sampled each token.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
-    policy_version: int
+    versions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.tokens) == len(self.logprobs) == len(self.versions), "streams of a generation differ in length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +95,16 @@ class Rollout:
     response_logprobs: tuple[float, ...]
     response_text: str
     finish_reason: FinishReason
-    policy_version: int
+    versions: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        n = len(self.response_tokens)
-        assert n == len(self.response_mask) == len(self.response_logprobs), "response streams differ in length"
+        n, streams = len(self.response_tokens), (self.response_mask, self.response_logprobs, self.versions)
+        assert all(len(stream) == n for stream in streams), "response streams differ in length"
+
+    @property
+    def policy_version(self) -> int:
+        """The newest version of the weights that sampled a token of it; 0 for no token."""
+        return max(self.versions, default=0)
 
 
 @dataclass(frozen=True, slots=True)

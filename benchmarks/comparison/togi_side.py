@@ -101,6 +101,7 @@ def store_rollouts(case: Case, model: Path, material: Material, folder: Path, se
                         "outcome": Outcome.SCORE,
                         "finish_reason": FinishReason.STOP,
                         "policy_version": step - 1,
+                        "versions": (step - 1,) * len(tokens),
                         "filtered": False,
                     }
                 )

@@ -321,7 +321,16 @@ def test_a_local_reward_model_gives_what_transformers_gives(files: Path, tmp_pat
     texts = [(1, 2, 3, 4), (1, 2, 5)]
     prompt = Prompt("p", (1, 2), "")
     group = [
-        Rollout(prompt, "g", text[2:], (True,) * len(text[2:]), (0.0,) * len(text[2:]), "", FinishReason.STOP, 0)
+        Rollout(
+            prompt,
+            "g",
+            text[2:],
+            (True,) * len(text[2:]),
+            (0.0,) * len(text[2:]),
+            "",
+            FinishReason.STOP,
+            (0,) * len(text[2:]),
+        )
         for text in texts
     ]
     scores = asyncio.run(local_reward(settings, 0).score(group))

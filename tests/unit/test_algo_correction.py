@@ -37,14 +37,14 @@ def test_each_kind_by_hand(kind, expected, kept, truncated):
     assert found.truncated_K.tolist() == [bool(t) for t in truncated]
 
 
-@pytest.mark.parametrize("kind", list(CorrectionType))
+@pytest.mark.parametrize("kind", [kind for kind in CorrectionType if kind is not CorrectionType.RATIO])
 def test_the_bounds_belong_to_the_range(kind):
     found = weights(kind, [1.0], low=1.0, high=3.0)
     assert found.weights_K.tolist() == [1.0]
     assert not bool(found.truncated_K.any())
 
 
-@pytest.mark.parametrize("kind", list(CorrectionType))
+@pytest.mark.parametrize("kind", [kind for kind in CorrectionType if kind is not CorrectionType.RATIO])
 def test_an_endless_ratio_is_bounded_or_masked_and_its_term_is_never_read(kind):
     """Infinite weight x 0 and 0 x infinite loss would both be NaN."""
     trainer, engine = torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -math.inf])

@@ -72,7 +72,7 @@ def losses(packed: Batch, advantages_K: Tensor, returns_K: Tensor) -> dict[str, 
         "cispo": lambda x: cispo_loss(x, packed.select("old"), advantages_K, **bounds)[0],
         "value": lambda x: value_loss(x, packed.select("old_values"), returns_K, 0.2),
     }
-    for kind in CorrectionType:
+    for kind in set(CorrectionType) - {CorrectionType.RATIO}:
         trust = correction(kind, packed.select("old"), packed.select("rollout"), *own, low=0.2, high=2.0)
         terms[kind] = lambda x, trust=trust: trust.select(x * advantages_K)
     for estimator in KLEstimator:

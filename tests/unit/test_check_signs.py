@@ -38,7 +38,7 @@ def group(*scores: Score, prompt: Sequence[int] = (65,), text: str = "A", answer
         (0.0,) * len(answers),
         "B",
         FinishReason.STOP,
-        0,
+        (0,) * len(answers),
     )
     return ScoredGroup((rollout,) * len(scores), scores)
 

@@ -346,7 +346,7 @@ def made_up_step() -> tuple[list[ScoredGroup], list[Place], list[Sample]]:
         prompt = Prompt(str(n // 2), (1, 2), "ab", None, "set")
         tokens = tuple(int(t) for t in rng.integers(0, 9, length))
         masks = (True,) * length
-        rollout = Rollout(prompt, str(n // 2), tokens, masks, (-1.0,) * length, "x", FinishReason.STOP, 0)
+        rollout = Rollout(prompt, str(n // 2), tokens, masks, (-1.0,) * length, "x", FinishReason.STOP, (0,) * length)
         rollouts.append(rollout)
         scores.append(Score(Outcome.SCORE, float(rng.normal())))
         streams = {"old_logprobs": [rng.normal(size=length)], "ref_logprobs": [rng.normal(size=length)]}

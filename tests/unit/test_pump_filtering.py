@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from togi.config.choices import OnRewardError
+from togi.config.choices import OnRewardError, OnStale
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.data.prompts import LoaderState, PromptLoader
 from togi.errors import ConfigError, RewardError
+from togi.obs.run_dir import RunDirectory
+from togi.plan.slots import Rules
 from togi.pump.experience import GroupFilter, ScoredGroup, filter_metrics, rollout_metrics, rows, trainable
 from togi.pump.feed import RolloutFeed
+from togi.pump.ledger import Ledger
+from togi.pump.pump import Pump
 from togi.reward.scores import LengthPenalties
 from togi.rollout.collect import SingleTurn
 from togi.sample import FinishReason, Generation, Outcome, Prompt, Rollout, Sampling, Score
@@ -65,7 +71,7 @@ class ByPrompt:
     async def generate(self, tokens: Sequence[int], sampling: Sampling) -> Generation:
         for _ in range((tokens[0] * 7) % 11):
             await asyncio.sleep(0)
-        return Generation((5,), (-1.0,), FinishReason.STOP, 0)
+        return Generation((5,), (-1.0,), FinishReason.STOP, (0,))
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
         number = int(group[0].prompt.id)
@@ -89,6 +95,21 @@ def feed(world: ByPrompt, filtering: GroupFilter | None = HALF) -> RolloutFeed:
     return RolloutFeed(environment, world.generate, world, None, 0.0, filtering=filtering)
 
 
+def taken(source: RolloutFeed, prompts: PromptLoader, count: int) -> list[ScoredGroup]:
+    """The next synchronous rollout of ``count`` prompts."""
+
+    async def take() -> list[ScoredGroup]:
+        with TemporaryDirectory() as folder:
+            ledger = Ledger(RunDirectory(Path(folder)), origin="", stores=False)
+            pump = Pump(source, prompts, Rules(count, 0, OnStale.MASK, 0), SAMPLES, 1, ledger)
+            try:
+                return await pump.take(1)
+            finally:
+                await pump.close()
+
+    return asyncio.run(take())
+
+
 def numbers(groups: Sequence[ScoredGroup]) -> list[int]:
     return [int(group.rollouts[0].prompt.id) for group in groups]
 
@@ -105,7 +126,7 @@ def test_a_rollout_is_filled_with_no_prompt_too_many() -> None:
     """By hand from the loader's order: prompts are taken until the third good one, and those are kept, in order."""
     world = ByPrompt(good={i for i in range(20) if i % 3 == 0})
     prompts = loader(20)
-    groups = asyncio.run(feed(world).take(prompts, 3, SAMPLES, 1))
+    groups = taken(feed(world), prompts, 3)
     good = [i for i in order(20) if i % 3 == 0][:3]
     last = order(20).index(good[-1])
     assert kept(groups) == good
@@ -121,7 +142,7 @@ def test_over_rollouts_every_good_prompt_is_trained_once() -> None:
     good = {i for i in range(11) if i % 4 != 0}  # 8 of 11
     prompts, seen, sizes = loader(11, episodes=2), [], []
     while prompts.remaining > 0:
-        groups = asyncio.run(feed(ByPrompt(good)).take(prompts, 3, SAMPLES, 1))
+        groups = taken(feed(ByPrompt(good)), prompts, 3)
         seen += kept(groups)
         sizes.append(len(kept(groups)))
         saved = json.loads(json.dumps(prompts.state().to_json()))
@@ -136,10 +157,10 @@ def test_a_rollout_that_fails_half_way_is_made_again_from_the_saved_position() -
     prompts = loader(20)
     state = prompts.state()
     with pytest.raises(RewardError, match="the server is gone"):
-        asyncio.run(feed(ByPrompt(set(range(20)), fail_at=order(20)[1])).take(prompts, 4, SAMPLES, 1))
+        taken(feed(ByPrompt(set(range(20)), fail_at=order(20)[1])), prompts, 4)
     again = loader(20)
     again.load_state(state)
-    groups = asyncio.run(feed(ByPrompt(set(range(20)))).take(again, 4, SAMPLES, 1))
+    groups = taken(feed(ByPrompt(set(range(20)))), again, 4)
     assert kept(groups) == order(20)[:4]
 
 
@@ -147,22 +168,22 @@ def test_nothing_to_keep_stops_with_one_sentence_or_ends_the_episode() -> None:
     strict = GroupFilter(0.0, 1.0, 2, OnRewardError.DROP_GROUP)
     prompts = loader(20)
     with pytest.raises(ConfigError) as error:
-        asyncio.run(feed(ByPrompt({order(20)[0]}), strict).take(prompts, 3, SAMPLES, 1))
+        taken(feed(ByPrompt({order(20)[0]}), strict), prompts, 3)
     assert "kept only 1 of 6 groups and the rollout needs 3" in str(error.value)
     assert "--dynamic_filtering_max_generations 2" in str(error.value)
     short = loader(5)
-    groups = asyncio.run(feed(ByPrompt(set()), strict).take(short, 3, SAMPLES, 1))
+    groups = taken(feed(ByPrompt(set()), strict), short, 3)
     assert (numbers(groups), kept(groups), short.remaining) == (order(5), [], 0)
 
 
 def test_without_filtering_every_group_is_kept() -> None:
-    groups = asyncio.run(feed(ByPrompt(set()), None).take(loader(9), 4, SAMPLES, 1))
+    groups = taken(feed(ByPrompt(set()), None), loader(9), 4)
     assert kept(groups) == order(9)[:4]
 
 
 def test_metrics_and_rows_count_groups() -> None:
     world = ByPrompt(good=set(order(20)[2:5]))
-    groups = asyncio.run(feed(world).take(loader(20), 3, SAMPLES, 1))
+    groups = taken(feed(world), loader(20), 3)
     values = filter_metrics(groups, 3)
     assert values["groups/dropped_share"] == pytest.approx(2 / 5)
     assert values["groups/generations"] == pytest.approx(5 / 3)
@@ -174,7 +195,7 @@ def test_metrics_and_rows_count_groups() -> None:
 def test_the_range_is_about_the_reward_before_length_penalties() -> None:
     """All right and one too long: nothing to learn about being right, so the group is left out all the same."""
     group = [
-        Rollout(Prompt("0", (1,), "q"), "g", (5,) * n, (True,) * n, (-1.0,) * n, "a", FinishReason.STOP, 0)
+        Rollout(Prompt("0", (1,), "q"), "g", (5,) * n, (True,) * n, (-1.0,) * n, "a", FinishReason.STOP, (0,) * n)
         for n in (1, 4)
     ]
 
@@ -182,7 +203,7 @@ def test_the_range_is_about_the_reward_before_length_penalties() -> None:
         async def generate(self, tokens: Sequence[int], sampling: Sampling) -> Generation:
             self.asked.append(0)
             length = len(group[len(self.asked) % 2].response_tokens)
-            return Generation((5,) * length, (-1.0,) * length, FinishReason.STOP, 0)
+            return Generation((5,) * length, (-1.0,) * length, FinishReason.STOP, (0,) * length)
 
         async def score(self, group: Sequence[Rollout]) -> list[Score]:
             return scored(*[1.0] * len(group))
@@ -191,7 +212,7 @@ def test_the_range_is_about_the_reward_before_length_penalties() -> None:
     environment = SingleTurn(lambda tokens: "answer", Sampling(max_tokens=4))
     world = AllRight(set())
     source = RolloutFeed(environment, world.generate, world, None, 0.0, penalties, HALF)
-    [made] = asyncio.run(source.take(loader(1), 1, SAMPLES, 1))
+    [made] = taken(source, loader(1), 1)
     assert made.filtered
     assert sorted(score.value for score in made.scores) == [0.5, 1.0]
 

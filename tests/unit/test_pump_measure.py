@@ -22,7 +22,7 @@ from togi.workers.session import update_metrics
 def group(name: str, rewards: list[float | None], source: str = "a") -> ScoredGroup:
     prompt = Prompt(name, (1, 2, 3), "text", datasource=source)
     reason = FinishReason.LENGTH if name == "long" else FinishReason.STOP
-    rollout = Rollout(prompt, name, (4, 5), (True, True), (-1.0, -2.0), "answer", reason, 0)
+    rollout = Rollout(prompt, name, (4, 5), (True, True), (-1.0, -2.0), "answer", reason, (0, 0))
     scores = [Score(Outcome.ABSTAIN) if r is None else Score(Outcome.SCORE, r, {"part": r / 2}) for r in rewards]
     return ScoredGroup((rollout,) * len(rewards), tuple(scores))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.config.rl_checks import check_rl
+from togi.data.prompts import PromptLoader
 from togi.errors import ConfigError, DataError
 from togi.obs.rollout_store import RolloutStore, Split
 from togi.obs.run_dir import Resolved, RunDirectory
@@ -25,7 +28,9 @@ PROMPTS = [Prompt("0:4", (1, 2), "ab", {"answer": [3]}, "sums"), Prompt("1:0", (
 def group(place: int, values: list[float | None]) -> ScoredGroup:
     prompt = PROMPTS[place]
     rollouts = tuple(
-        Rollout(prompt, f"step1/{place}", (7, 8 + i), (True, i > 0), (-0.5, -0.25 * i), f"t{i}", FinishReason.LENGTH, 3)
+        Rollout(
+            prompt, f"step1/{place}", (7, 8 + i), (True, i > 0), (-0.5, -0.25 * i), f"t{i}", FinishReason.LENGTH, (2, 3)
+        )
         for i in range(len(values))
     )
     scores = [Score(Outcome.ABSTAIN) if v is None else Score(Outcome.SCORE, v, {"part": v / 3}) for v in values]
@@ -39,39 +44,44 @@ def feed(tmp_path: Path) -> ReplayFeed:
     groups = [group(0, [0.1, None]), group(1, [1 / 3, -2.0])]
     store.write(1, Split.TRAIN, rows(groups))
     store.write(1, Split.EVAL, rows([group(1, [9.0])]))
-    return ReplayFeed(store)
+    return replay(store, 2)
+
+
+def replay(store: RolloutStore, samples: int, prompts: Sequence[Prompt] = PROMPTS, episodes: int = 1) -> ReplayFeed:
+    return ReplayFeed(store, PromptLoader(prompts, seed=0, episodes=episodes), samples)
 
 
 def test_groups_come_back_as_they_were(feed: ReplayFeed) -> None:
-    first, second = feed.groups(PROMPTS, 2, 1)
+    first, second = asyncio.run(feed.take(1))
     assert second.rollouts == group(1, [1 / 3, -2.0]).rollouts
+    assert [rollout.versions for rollout in second.rollouts] == [(2, 3)] * 2
     assert second.scores == group(1, [1 / 3, -2.0]).scores
     assert [rollout.prompt for rollout in first.rollouts] == [PROMPTS[0]] * 2
     assert first.scores[0].value == 0.1
     assert first.scores[1].outcome is Outcome.ABSTAIN
     assert math.isnan(first.scores[1].value)
+    assert (feed.is_empty, feed.episode) == (True, 1)
 
 
 def test_another_run_is_refused(feed: ReplayFeed) -> None:
-    with pytest.raises(DataError, match=r"step 1 of .* has 2 prompts, but this run takes 1: give the prompts"):
-        feed.groups(PROMPTS[:1], 2, 1)
-    with pytest.raises(DataError, match=r"trained on prompt 0:4 where this run takes 1:0"):
-        feed.groups(PROMPTS[::-1], 2, 1)
+    with pytest.raises(DataError, match=r"trained on prompt 1:0, which this run does not have: give the prompts"):
+        replay(feed.store, 2, PROMPTS[:1]).groups(1)
     other = [Prompt("0:4", (1, 3), "ab"), PROMPTS[1]]
-    with pytest.raises(DataError, match=r"other tokens of prompt 0:4 than this run: use the tokenizer"):
-        feed.groups(other, 2, 1)
+    with pytest.raises(DataError, match=r"other tokens of prompt 0:4 than this run: use the data, tokenizer"):
+        replay(feed.store, 2, other).groups(1)
     with pytest.raises(DataError, match=r"has 2 samples of prompt 0:4, not --n_samples_per_prompt 3"):
-        feed.groups(PROMPTS, 3, 1)
+        replay(feed.store, 3).groups(1)
 
 
 def test_a_filtered_run_takes_as_many_prompts_as_it_took(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path / "rollouts")
     for step, groups in ((1, [replace(group(0, [0.0]), filtered=True), group(1, [1.0])]), (2, [group(1, [2.0])])):
         store.write(step, Split.TRAIN, rows(groups))
-    feed = ReplayFeed(store, filtering=True)
-    assert [feed.prompts_of(step, 9) for step in (1, 2, 3)] == [2, 1, 0]
+    feed = replay(store, 1, episodes=2)
+    assert [feed.prompts_of(step) for step in (1, 2, 3)] == [2, 1, 0]
     assert [feed.steps_for(prompts) for prompts in (2, 3, 4)] == [1, 2, 3]
-    assert [made.filtered for made in feed.groups(PROMPTS, 1, 1)] == [True, False]
+    assert [made.filtered for made in asyncio.run(feed.take(1))] == [True, False]
+    assert (feed.is_empty, feed.episode) == (False, 1)
 
 
 def test_all_steps_must_be_stored(feed: ReplayFeed, tmp_path: Path) -> None:
@@ -79,7 +89,7 @@ def test_all_steps_must_be_stored(feed: ReplayFeed, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no rollouts of step 2, but this run takes 3 steps: set --max_steps to 1\.$"):
         feed.check(3)
     with pytest.raises(DataError, match="give the folder of a run of togi rl"):
-        ReplayFeed(RolloutStore(tmp_path / "nothing")).check(1)
+        replay(RolloutStore(tmp_path / "nothing"), 2).check(1)
 
 
 def config(*flags: str) -> RLConfig:

@@ -25,7 +25,7 @@ def score_in_worker(name, texts, labels, reason=FinishReason.STOP):
     async def run():
         reward = FunctionReward.from_file(FOLDER / f"{name}.py", CallLimits(workers=1))
         group = [
-            Rollout(Prompt("p", (1,), "How many? 99 ", label), "g", (3,), (True,), (-1.0,), text, reason, 0)
+            Rollout(Prompt("p", (1,), "How many? 99 ", label), "g", (3,), (True,), (-1.0,), text, reason, (0,))
             for text, label in zip(texts, labels, strict=True)
         ]
         scores = await reward.score(group)

@@ -26,7 +26,7 @@ ONE = CallLimits(workers=1)
 
 def rollout(text, label="", prompt_id="p-7"):
     prompt = Prompt(prompt_id, (1, 2), "Q: ", label, "quiz")
-    return Rollout(prompt, "g", (3,), (True,), (-1.0,), text, FinishReason.STOP, 0)
+    return Rollout(prompt, "g", (3,), (True,), (-1.0,), text, FinishReason.STOP, (0,))
 
 
 def write(folder, source, name="my_reward.py"):
@@ -402,7 +402,7 @@ PARENT = """\
 
     reward = FunctionReward.from_file(sys.argv[1], CallLimits(workers=1))
     prompt = Prompt("p", (1,), "Q", sys.argv[2])
-    asyncio.run(reward.score([Rollout(prompt, "g", (3,), (True,), (-1.0,), "a", FinishReason.STOP, 0)]))
+    asyncio.run(reward.score([Rollout(prompt, "g", (3,), (True,), (-1.0,), "a", FinishReason.STOP, (0,))]))
 """
 STUCK_IN_C = """\
     import os, re, subprocess

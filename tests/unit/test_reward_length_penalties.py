@@ -26,7 +26,9 @@ def test_stop_properly_by_hand() -> None:
 
 def rollout(length: int, reason: FinishReason) -> Rollout:
     ones = (True,) * length
-    return Rollout(Prompt("p", (1, 2), "text"), "g", (5,) * length, ones, (-1.0,) * length, "answer", reason, 0)
+    return Rollout(
+        Prompt("p", (1, 2), "text"), "g", (5,) * length, ones, (-1.0,) * length, "answer", reason, (0,) * length
+    )
 
 
 GROUP = [

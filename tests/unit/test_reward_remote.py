@@ -24,7 +24,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rollout(text: str, label: object = "") -> Rollout:
     prompt = Prompt("p-1", (1, 2), "Q: ", label)
-    return Rollout(prompt, "g", (3,), (True,), (-1.0,), text, FinishReason.STOP, 0)
+    return Rollout(prompt, "g", (3,), (True,), (-1.0,), text, FinishReason.STOP, (0,))
 
 
 GROUP = [rollout("a", {"answer": 4}), rollout("bcd", {"answer": 4})]

@@ -122,7 +122,7 @@ def test_a_token_is_needed_for_all_but_the_health() -> None:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
             assert (await session.get("/health")).status == 200
             assert (await session.get("/metrics")).status == 401
-        rollout = Rollout(Prompt("p", (1,), "Q: "), "g", (2,), (True,), (0.0,), "a", FinishReason.STOP, 0)
+        rollout = Rollout(Prompt("p", (1,), "Q: "), "g", (2,), (True,), (0.0,), "a", FinishReason.STOP, (0,))
         for token, outcome in (("sesame", Outcome.SCORE), ("wrong", Outcome.ERROR)):
             url = f"http://127.0.0.1:{port}/get_reward"
             client = RemoteReward([url], ConnectionLimits(token=token), lambda each: each.response_text)

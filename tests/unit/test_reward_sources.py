@@ -30,7 +30,7 @@ from togi.sample import FinishReason, Outcome, Prompt, Rollout, Score
 def rollout(tokens):
     prompt = Prompt("p-1", (10, 20), "Q: ")
     ones, reason = len(tokens) * (True,), FinishReason.STOP
-    return Rollout(prompt, "g", tokens, ones, len(tokens) * (-1.0,), "answer", reason, 0)
+    return Rollout(prompt, "g", tokens, ones, len(tokens) * (-1.0,), "answer", reason, len(tokens) * (0,))
 
 
 GROUP = [rollout((1,)), rollout((2, 3))]
@@ -185,7 +185,7 @@ class OneWord:
     """An environment without an engine."""
 
     async def run(self, prompt, group_id, generate):
-        return Rollout(prompt, group_id, (1,), (True,), (0.0,), "word", FinishReason.STOP, 0)
+        return Rollout(prompt, group_id, (1,), (True,), (0.0,), "word", FinishReason.STOP, (0,))
 
 
 class FailsOn:

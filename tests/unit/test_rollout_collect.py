@@ -26,7 +26,7 @@ def environment() -> SingleTurn:
 
 
 async def echo(tokens: Sequence[int], sampling: Sampling) -> Generation:
-    return Generation((*tokens, 9), (-0.5, -1.5), FinishReason.STOP, 3)
+    return Generation((*tokens, 9), (-0.5, -1.5), FinishReason.STOP, (3,) * (len(tokens) + 1))
 
 
 async def collected(
@@ -45,7 +45,7 @@ def test_single_turn_keeps_every_token_and_logprob() -> None:
         response_logprobs=(-0.5, -1.5),
         response_text="5/9",
         finish_reason=FinishReason.STOP,
-        policy_version=3,
+        versions=(3, 3),
     )
 
 

@@ -159,6 +159,8 @@ def correction(
         case CorrectionType.SEQ_MASK_TIS:
             geometric_K = mean_of_own_sequence(log_ratio_K, sequences_K, num_sequences).exp()
             kept_K = (geometric_K >= low) & (geometric_K <= high)
+        case CorrectionType.RATIO:
+            raise AssertionError("a coupled ratio has no weights")
     return TokenWeights(torch.where(kept_K, bounded_K, 0.0), kept_K, kept_K & (bounded_K != ratio_K))
 
 

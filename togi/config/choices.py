@@ -67,6 +67,16 @@ class CorrectionType(StrEnum):
     TIS = "tis"
     ICEPOP = "icepop"
     SEQ_MASK_TIS = "seq-mask-tis"
+    RATIO = "ratio"
+    """The ratio of the policy loss itself is to the engine: coupled PPO, whose clip bounds old policy and engine together."""
+
+
+class OnStale(StrEnum):
+    """What is done about tokens that were sampled more than ``--max_token_lag`` updates before they are trained."""
+
+    MASK = "mask"
+    WAIT = "wait"
+    DROP = "drop"
 
 
 class EngineName(StrEnum):

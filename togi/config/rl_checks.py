@@ -14,6 +14,7 @@ from togi.config.rl import PretrainMixSettings, RewardSettings, RLConfig
 
 # The settings that only another one reads, by that one.
 READERS = {
+    "max_staleness": ("on_stale", "max_token_lag", "recompute_kv"),
     "dynamic_filtering": ("dynamic_filtering_reward_range", "dynamic_filtering_max_generations"),
     "enable_ema": ("ema_beta",),
     "enable_vllm_is_correction": ("vllm_is_correction_type", "vllm_is_truncated_threshold"),
@@ -119,6 +120,7 @@ def _rollout(c: RLConfig) -> Iterator[str]:
     if c.rollout_engine is choices.EngineName.TRANSFORMERS:
         for name in c.changed("enforce_eager", "vllm_tensor_parallel_size", *ROUNDING, "vllm_args"):
             yield f"{{{name}}} needs --rollout_engine vllm: change one of them."
+    yield from _staleness(c)
     # engine and trainer then differ by more than rounding in bf16, which pushes the policy away unseen
     if c.rounds_rollouts and not (c.enable_vllm_is_correction or c.allow_uncorrected_rollouts):
         for name in c.changed(*ROUNDING):
@@ -126,8 +128,27 @@ def _rollout(c: RLConfig) -> Iterator[str]:
                 f"{{{name}}} samples from a rounded model: add --enable_vllm_is_correction, or --allow_uncorrected_rollouts to "
                 "train on it as it is."
             )
-    if c.allow_uncorrected_rollouts and (c.enable_vllm_is_correction or not c.rounds_rollouts):
+    needs_correction = c.rounds_rollouts or c.max_staleness > 0
+    if c.allow_uncorrected_rollouts and (c.enable_vllm_is_correction or not needs_correction):
         yield "--allow_uncorrected_rollouts has no effect here: leave it out."
+
+
+def _staleness(c: RLConfig) -> Iterator[str]:
+    """What asynchronous RL needs, and what does not go with it."""
+    if c.max_staleness == 0:
+        return
+    if c.token_lag < c.max_staleness:
+        yield "{max_token_lag} is less than {max_staleness}, the age that every rollout may have: raise the first."
+    if not (c.enable_vllm_is_correction or c.allow_uncorrected_rollouts):
+        yield (
+            "{max_staleness} trains on tokens of older weights: leave --enable_vllm_is_correction on, or add "
+            "--allow_uncorrected_rollouts to train on them as they are."
+        )
+    # who generates while the models train needs memory of its own
+    for name in c.changed("colocate_all_models", "vllm_enable_sleep", "trainer_enable_sleep", "deepspeed_enable_sleep"):
+        yield f"--{name} lets engines and models take turns, but with {{max_staleness}} they work at once: leave one out."
+    if c.workers is choices.WorkersKind.LOCAL and c.replay is None:
+        yield "{workers} keeps engine and models in one process, but with {max_staleness} they work at once: leave one out."
 
 
 def _samples(c: RLConfig) -> Iterator[str]:
@@ -198,6 +219,9 @@ def _policy_loss(c: RLConfig) -> Iterator[str]:
     low, high = c.vllm_is_truncated_threshold
     if not 0 <= low < high:
         yield "{vllm_is_truncated_threshold}: the first number must be at least 0 and below the second."
+    if c.vllm_is_correction_type is choices.CorrectionType.RATIO:
+        for name in c.changed("vllm_is_truncated_threshold"):
+            yield f"{{{name}}} is a range of weights, but {{vllm_is_correction_type}} has none, only its clip: leave it out."
     for name in c.changed(*READERS["enable_vllm_is_correction"]) if is_gspo else ():
         yield f"{{{name}}} is about weights of tokens, which {{policy_loss_type}} does not have: leave it out."
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from itertools import islice
 from typing import Self
 
@@ -54,6 +55,11 @@ class PromptLoader:
         self._episodes = episodes
         self._fingerprint = fingerprint(prompts)
         self._start(0)
+
+    @cached_property
+    def prompts(self) -> Mapping[str, Prompt]:
+        """All prompts by id."""
+        return {prompt.id: prompt for prompt in self._prompts}
 
     @property
     def episode(self) -> int:

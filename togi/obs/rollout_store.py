@@ -54,6 +54,7 @@ SCHEMA = pa.schema(
         "outcome": pa.string(),
         "finish_reason": pa.string(),
         "policy_version": pa.int64(),
+        "versions": pa.list_(pa.int32()),
         "split": pa.string(),
         "filtered": pa.bool_(),
     }
@@ -85,7 +86,7 @@ class RolloutStore:
         records = [{"step": step, "split": split, **row} for row in rows]
         assert all(record.keys() == set(SCHEMA.names) for record in records), "rows with other columns"
         table = pa.Table.from_pylist(records, schema=SCHEMA)
-        target = self.folder / f"{'eval' if split is Split.EVAL else 'step'}_{step:06d}.parquet"
+        target = self.path(step, split)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(target) as aside:
@@ -93,6 +94,10 @@ class RolloutStore:
         except OSError as error:
             raise DataError(f"rollouts of step {step} cannot be written to {self.folder}: {error}") from error
         return target.stat().st_size
+
+    def path(self, step: int, split: Split) -> Path:
+        """The file of a step."""
+        return self.folder / f"{'eval' if split is Split.EVAL else 'step'}_{step:06d}.parquet"
 
     def files(self) -> list[RolloutFile]:
         """The stored files, by step, training before evaluation."""

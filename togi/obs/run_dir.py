@@ -147,6 +147,8 @@ class RunDirectory:
         # where a stalled process writes its Python stacks (``progress.Watchdog``)
         self.stacks_path = root / "stacks.txt"
         self.rollouts = RolloutStore(root / "rollouts")
+        # what became of every prompt of online RL, and groups that no checkpoint has learnt from yet (``pump.ledger``)
+        self.ledger_path, self.ledger_groups = root / "ledger.jsonl", root / "ledger"
 
     def check_unused(self) -> None:
         """Raise ``ConfigError`` if the folder already holds a run."""

@@ -41,6 +41,8 @@ def what_needs_ray(config: RLConfig, machine: Machine) -> str:
     needs = [f"--{name} {count}" for name, count in counts.items() if count != 1]
     if joins_cluster():
         needs.append(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}")
+    if config.max_staleness > 0 and config.generates:  # engines generate while the models train
+        needs.append(f"--max_staleness {config.max_staleness}")
     if config.backend is BackendName.DEEPSPEED:  # the engine would take its process group for its own
         needs.append(f"--backend {config.backend}")
     if config.vllm_sync_with_ray:

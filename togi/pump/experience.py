@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from togi.learn.hooks import load_estimator
 from togi.obs import names
 from togi.obs.rollout_store import Row
 from togi.reward.scores import takes_group
-from togi.sample import FinishReason, Outcome, Rollout, Sample, Score, with_streams
+from togi.sample import FinishReason, Outcome, Prompt, Rollout, Sample, Score, with_streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +158,41 @@ def with_advantages(
     return with_streams(samples, per_sample)
 
 
+def without_stale(samples: Sequence[Sample], ages: Sequence[NDArray[np.int64]], most: int) -> list[Sample]:
+    """The samples with tokens older than ``most`` updates out of the loss; rewards and advantages stay as they are.
+
+    ``ages``: of each sample's response tokens (``ages``).
+    """
+    result = []
+    for sample, age in zip(samples, ages, strict=True):
+        mask = sample.loss_mask.copy()
+        mask[sample.prompt_length :] &= age <= most
+        result.append(replace(sample, loss_mask=mask))
+    return result
+
+
+def ages(groups: Sequence[ScoredGroup], places: Sequence[Place], version: int) -> list[NDArray[np.int64]]:
+    """The ages of the response tokens at these places in updates, if weights ``version`` are trained on them."""
+    return [version - np.asarray(groups[group].rollouts[index].versions, dtype=np.int64) for group, index in places]
+
+
+def staleness_metrics(places: Sequence[Place], ages: Sequence[NDArray[np.int64]], most: int) -> dict[str, float]:
+    """How old the tokens of a step are. ``most``: tokens that are older are not trained on."""
+    oldest = [int(age.max()) for age in ages]
+    of_group = dict[int, int]()
+    for (group, _), age in zip(places, oldest, strict=True):
+        of_group[group] = max(age, of_group.get(group, 0))
+    every = np.concatenate(ages)
+    return {
+        names.STALENESS_TOKEN: float(every.mean()),
+        names.STALENESS_TOKEN_MAX: float(every.max()),
+        names.STALENESS_RESPONSE: float(np.mean(oldest)),
+        names.STALENESS_GROUP: float(np.mean(list(of_group.values()))),
+        names.STALENESS_SPREAD: float(np.mean([age.max() - age.min() for age in ages])),
+        names.STALENESS_MASKED: float((every > most).mean()),
+    }
+
+
 def gather(samples: Sequence[Sample], name: str) -> Tensor:
     """Stream ``name`` at all trained tokens of all samples, flat: shape (K), float64."""
     return torch.from_numpy(
@@ -251,6 +286,22 @@ def rows(groups: Sequence[ScoredGroup], trained: Mapping[Place, Sample] | None =
     ]
 
 
+def group_of(rows: Sequence[Row]) -> ScoredGroup:
+    """The group whose rows these are (``rows``). Messages of failed rewards are not stored."""
+    first = rows[0]
+    label, tokens = json.loads(first["label"]), tuple(first["prompt_tokens"])
+    prompt = Prompt(first["prompt_id"], tokens, first["prompt_text"], label, first["datasource"])
+    rollouts = []
+    for row in rows:
+        tokens, mask, logprobs = (tuple(row[name]) for name in ("response_tokens", "response_mask", "rollout_logprobs"))
+        reason, versions = FinishReason(row["finish_reason"]), tuple(row["versions"])
+        rollouts.append(
+            Rollout(prompt, row["group_id"], tokens, mask, logprobs, row["response_text"], reason, versions)
+        )
+    scores = tuple(Score(Outcome(row["outcome"]), row["reward"], row["components"]) for row in rows)
+    return ScoredGroup(tuple(rollouts), scores, first["filtered"])
+
+
 def _row(group: ScoredGroup, index: int, sample: Sample | None) -> Row:
     rollout, score = group.rollouts[index], group.scores[index]
     prompt, count = rollout.prompt, len(rollout.response_tokens)
@@ -259,7 +310,7 @@ def _row(group: ScoredGroup, index: int, sample: Sample | None) -> Row:
         "ref_logprobs": streams.REF_LOGPROBS,
         "advantages": streams.ADVANTAGES,
     }
-    columns = {name: _at_trained_tokens(sample, stream) for name, stream in stored.items()}
+    columns = {name: _of_response(sample, stream) for name, stream in stored.items()}
     assert all(len(stream) in (0, count) for stream in columns.values()), "response streams differ in length"
     return {
         "group_id": rollout.group_id,
@@ -279,15 +330,16 @@ def _row(group: ScoredGroup, index: int, sample: Sample | None) -> Row:
         "outcome": score.outcome,
         "finish_reason": rollout.finish_reason,
         "policy_version": rollout.policy_version,
+        "versions": rollout.versions,
         "filtered": group.filtered,
     }
 
 
-def _at_trained_tokens(sample: Sample | None, name: str) -> tuple[float, ...]:
-    """The values of a stream. Empty for a rollout that is not trained on, and for a stream that was not computed."""
+def _of_response(sample: Sample | None, name: str) -> tuple[float, ...]:
+    """The values of a stream, NaN where a token is not trained on. Empty for a rollout that is not, or a stream not computed."""
     if sample is None or name not in sample.streams:
         return ()
-    return tuple(sample.streams[name][sample.loss_mask].tolist())
+    return tuple(sample.streams[name][sample.prompt_length :].tolist())
 
 
 def _values(scores: Iterable[Score]) -> NDArray[np.float64]:

@@ -59,7 +59,7 @@ class SingleTurn:
             response_logprobs=generation.logprobs,
             response_text=self.decode(generation.tokens),
             finish_reason=generation.finish_reason,
-            policy_version=generation.policy_version,
+            versions=generation.versions,
         )
 
 

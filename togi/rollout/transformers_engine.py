@@ -438,7 +438,9 @@ class TransformersCore:
         # from the end: removing a row moves the last one into its place
         for row, sequence in reversed(list(enumerate(self._rows))):
             if (reason := sequence.finish_reason) is not None:
-                done[sequence.key] = Generation(tuple(sequence.tokens), tuple(sequence.logprobs), reason, version)
+                done[sequence.key] = Generation(
+                    tuple(sequence.tokens), tuple(sequence.logprobs), reason, (version,) * len(sequence.tokens)
+                )
                 self._remove(row)
         return done
 

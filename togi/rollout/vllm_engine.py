@@ -273,7 +273,7 @@ def generation_of(output: RequestOutput, version: int) -> Generation:
     """A finished request of vLLM. ``version``: of the weights."""
     (completion,) = output.outputs
     tokens, logprobs = tuple(completion.token_ids), tuple(completion.logprobs.logprobs)
-    return Generation(tokens, logprobs, FinishReason(completion.finish_reason), version)
+    return Generation(tokens, logprobs, FinishReason(completion.finish_reason), (version,) * len(tokens))
 
 
 # The functions below run on vLLM's worker; their first argument is its Worker object.

@@ -133,7 +133,7 @@ def _rollout(row: Row) -> Rollout:
     prompt = Prompt(row["id"], (0,), plain_input(row), row.get("label", ""), row.get("datasource", "default"))
     tokens, reason = tuple(row["output_tokens"]), FinishReason(row["finish_reason"])
     count = len(tokens)
-    return Rollout(prompt, row["id"], tokens, (True,) * count, (0.0,) * count, row["output"], reason, 0)
+    return Rollout(prompt, row["id"], tokens, (True,) * count, (0.0,) * count, row["output"], reason, (0,) * count)
 
 
 def plain_input(row: Mapping[str, object]) -> str:

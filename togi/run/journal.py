@@ -142,7 +142,8 @@ class RunJournal(Journal):
         announce: Callable[[str], None],
     ) -> None:
         super().__init__(progress)
-        self.root, self.rollouts, self.run_id = directory.root, directory.rollouts, directory.read_info().run_id
+        self.directory, self.run_id = directory, directory.read_info().run_id
+        self.root, self.rollouts = directory.root, directory.rollouts
         self._recorder, self._watchdog, self._announce = recorder, watchdog, announce
         self._report_due = 0.0
 

@@ -171,4 +171,4 @@ def _kind(label: object) -> object:
 
 def example(prompt: Prompt) -> Rollout:
     """A made-up answer to a real prompt, to try the reward on."""
-    return Rollout(prompt, "trial", (0,), (True,), (0.0,), "A trial answer: 42", FinishReason.STOP, 0)
+    return Rollout(prompt, "trial", (0,), (True,), (0.0,), "A trial answer: 42", FinishReason.STOP, (0,))

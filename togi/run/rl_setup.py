@@ -281,15 +281,17 @@ def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPl
 
     Returns a line for the log. Raises DataError.
     """
-    feed = ReplayFeed.of(folder, filtering=config.dynamic_filtering)
-    rollouts = plan.rollouts
+    feed, rollouts = ReplayFeed.of(folder, material.loader, config.n_samples_per_prompt), plan.rollouts
     if config.dynamic_filtering:
         rollouts = min(rollouts, feed.steps_for(len(material.prompts) * config.num_episodes))
     feed.check(rollouts)
-    # A loader of its own: the run's loader must not move.
-    loader = PromptLoader(material.prompts, seed=config.seed, episodes=1)
-    first = loader.take(feed.prompts_of(1, config.rollout_batch_size))
-    feed.groups(first, config.n_samples_per_prompt, 1)
+    taken, wanted = feed.prompts_of(1), plan.prompts[0]
+    if taken != wanted and not config.dynamic_filtering:
+        raise DataError(
+            f"--replay: step 1 of {feed.store.folder} has {taken} prompts, but this run takes {wanted}: give the prompts and the "
+            "--rollout_batch_size of that run."
+        )
+    feed.groups(1)
     return f"replay of {folder}: no engine runs and no reward is called"
 
 

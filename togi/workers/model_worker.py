@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from togi.batch import Batch
-from togi.config.choices import PolicyLossType
+from togi.config.choices import CorrectionType, PolicyLossType
 from togi.config.rl import RLConfig
 from togi.data.chat import load_tokenizer, stop_token_ids
 from togi.data.packing import in_order, pack_all
@@ -315,7 +315,10 @@ class LearnerWorker(ModelWorker):
             return ValueObjective(config.value_clip)
         low, high = config.clip_range
         # GSPO's sequence ratio replaces both the old policy and the engine (Zheng et al., 2025, section 5.4).
-        against_engine = config.enable_vllm_is_correction and config.policy_loss_type is PolicyLossType.GSPO
+        is_coupled = (
+            config.policy_loss_type is PolicyLossType.GSPO or config.vllm_is_correction_type is CorrectionType.RATIO
+        )
+        against_engine = config.enable_vllm_is_correction and is_coupled
         weighted = config.enable_vllm_is_correction and not against_engine
         bounds = config.vllm_is_truncated_threshold
         return PolicyObjective(

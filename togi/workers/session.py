@@ -76,6 +76,7 @@ class Phases:
     ) -> None:
         self._engines, self._learners, self._meter = engines, learners, meter
         self._sleepers, self._adapted = sleepers(config), config.lora is not None
+        self._overlaps = config.max_staleness > 0
         self._asleep = set(asleep)
         self._values = dict[str, float]()
         self.current = Phase.START
@@ -98,7 +99,7 @@ class Phases:
             await asyncio.gather(*(group.call_all(LearnerWorker.wake) for group in self._learners))
         self._asleep -= may_hold
         # What the engines hold is out of date as soon as the policy trains; a sync follows every update.
-        if phase is Phase.TRAIN:
+        if phase is Phase.TRAIN and not self._overlaps:
             await call_all(self._engines.workers, EngineWorker.drop_weights)
         self.current = phase
 
@@ -202,7 +203,12 @@ class Session:
         return check_probe(float(np.mean([compare(logprobs, trainer) for logprobs in engines])))
 
     async def routing(self, tokens: Sequence[int]) -> dict[str, float]:
-        """The router disagreement of engines and trainer on the probe, by metric name; empty for a dense model."""
+        """The router disagreement of engines and trainer on the probe, by metric name.
+
+        Empty for a dense model, and where engines generate at the same time: they report routes only when they are idle.
+        """
+        if self.config.max_staleness > 0:
+            return {}
         sample = probe(tokens, self.config.context_length)
         trainer = (await self.actor.call_all(LearnerWorker.routes, [sample]))[0]
         if not trainer:
