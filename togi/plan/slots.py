@@ -1,27 +1,27 @@
 """The scheduling rules of asynchronous RL: which prompt may start when, and which groups make the next step.
 
-The pump and its simulator run the same rules; they know no clock and no process. A slot is the room of one prompt's group, from its
-admission until the weights that were trained on it are published, or until the group is filtered or abandoned.
+The pump and its simulator run the same rules; they know no clock and no process. A slot is the room of one prompt's group, from
+its admission until the weights trained on it are published, or until the group is filtered or abandoned.
 
-* Version: the number of published updates. The batch that is trained after n updates has the trained version n. The lag of a token is
-  the trained version of its batch minus the version that sampled it. No token of a slot is older than the slot.
-* Capacity: with n_e slots of episode e, the sum over episodes of ceil(n_e / P) stays at S + 1 or below, for P groups a step. One
-  episode has (S + 1) P slots, and the short last batch of an episode takes the room of a whole one. With S = 0 a step is generated,
-  trained and published before the next one starts: the synchronous loop.
-* Batch: the P oldest ready groups of the oldest episode that has any; all the rest of it when it is exhausted and has no group at work.
-* Wait: let batch v be the next one. A slot of version o must be in batch o + K or earlier. Call the slots in order *due in time* if for
-  each slot, of version o, it and all older ones fill at most o + K - v + 1 batches. ``take`` gives a batch only if the slots that
-  remain are due in time for batch v + 1; else it waits for older groups, as long as these take.
+* Version: the number of published updates. The batch that is trained after n updates has the trained version n. The lag of a
+  token is the trained version of its batch minus the version that sampled it. No token of a slot is older than the slot.
+* Capacity: with n_e slots of episode e, the sum over episodes of ceil(n_e / P) stays at S + 1 or below, for P groups a step.
+  One episode has (S + 1) P slots, and the short last batch of an episode takes the room of a whole one. With S = 0 a step is
+  generated, trained and published before the next one starts: the synchronous loop.
+* Batch: the P oldest ready groups of the oldest episode with slots; all the rest of it when it is exhausted and none is at work.
+* Wait: let batch v be the next one. A slot of version o must be in batch o + K or earlier. The slots are *due in time* if each
+  of them, of version o, and all older ones together fill at most o + K - v + 1 batches. ``take`` gives a batch only if the
+  slots that remain are due in time for batch v + 1; else it waits for older groups, as long as these take.
 
 Why waiting keeps every lag at K or below, and always ends, if K >= S:
 
-1. Due in time is kept by an admission. Let b batches be taken and not published, so the new slot has version v - b. These and the
-   slots that are not taken fill at most S + 1 batches, so all slots that are not taken fill at most S + 1 - b <= K - b + 1.
-2. It is kept by ``take``, which checks it. Publishing changes neither v nor a slot's version, and filtered groups only make room.
-3. So a slot of version v - K or older, were it left behind at batch v, would have no batch left: it is in batch v, or was in an earlier
-   one. No lag is above K.
-4. The wait ends. Each group ends. When all slots are ready, the batch holds the oldest slots of all: it takes one batch off whatever
-   set of oldest slots there is, and the next batch number takes one off their limits. So they stay due in time.
+1. An admission keeps slots due in time. Let b batches be taken and not published, so the new slot has version v - b. These
+   and the slots that are not taken fill at most S + 1 batches, so all that are not taken fill at most S + 1 - b <= K - b + 1.
+2. ``take`` keeps them so: it checks. Publishing changes neither v nor a slot's version; filtered groups only make room.
+3. So a slot of version v - K or older that batch v left behind would have no batch left: ``take`` does not leave it behind, and
+   no lag is above K.
+4. The wait ends, because every group ends. When all slots are ready the batch holds the oldest of all: it takes one batch off
+   every set of oldest slots, as the next number takes one off their limit. So those that remain are due in time.
 """
 
 from collections import Counter
@@ -53,9 +53,9 @@ class Rules:
 class Slot:
     """One prompt's group at work.
 
-    ``number``: of the prompt in the order of admission, from 0. ``round``: from 1, of one episode; ``place``: counts the admissions of
-    the round from 0, and passes P if groups of it were filtered. ``oldest``: the version at its admission, which stays when the group
-    is started again after a failure. ``trained``: the trained version of its batch, None before it is taken.
+    ``number``: of the prompt in the order of admission, from 0. ``round``: from 1, of one episode; ``place``: counts the
+    admissions of the round from 0, and passes P if groups of it were filtered. ``oldest``: the version at its admission, which
+    stays when the group is started again after a failure. ``trained``: the trained version of its batch, None before that.
     """
 
     number: int
@@ -78,10 +78,10 @@ class Round:
 
 
 class Slots:
-    """All slots. ``version``, ``outstanding``, ``next_number`` and ``rounds`` are what a checkpoint holds, and make the same again.
+    """All slots. A checkpoint keeps ``outstanding``, ``next_number`` and ``rounds``, which make the same slots again.
 
-    A checkpoint's ``version`` counts the updates of the weights in it. ``dropped``: the slots that the last ``take`` gave up because
-    they were too old (``drop``); they are released already.
+    Its ``version`` is the number of updates of the weights that it holds. ``dropped``: the slots that the last ``take`` gave up
+    because they were too old (``drop``); they are released already.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Slots:
     def admit(self, episode: int) -> Slot:
         """The slot of the next prompt, which is of ``episode``. Episodes come in order.
 
-        It takes the place of a group that was filtered or abandoned, in the oldest round that misses one; else the next round opens.
+        It replaces a group that was filtered or abandoned, in the oldest round that misses one; else the next round opens.
         """
         assert self.may_admit(episode), "no room"
         assert not self.rounds or self.rounds[-1].episode <= episode, "an earlier episode has ended"
@@ -160,7 +160,8 @@ class Slots:
     def take(self, *, exhausted: int) -> list[Slot] | None:
         """The groups of the next step, oldest first; None: wait.
 
-        ``exhausted``: no more prompts will come of the episodes before this one (the loader's ``episode``). Read ``dropped`` after it.
+        ``exhausted``: no more prompts will come of the episodes before this one (the loader's ``episode``). After each call,
+        whatever it returns, read ``dropped``.
         """
         self.dropped = self._too_old() if self.rules.on_stale is OnStale.DROP else []
         for slot in self.dropped:

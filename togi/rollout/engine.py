@@ -80,7 +80,8 @@ class EngineSettings:
     ``enable_sleep_mode``: ``sleep`` will be called; without it vLLM on a GPU cannot. ``max_num_seqs``: sequences in progress, by
     default what vLLM takes for the GPU, or 128 in the Transformers engine. ``extra``: more arguments of vLLM, by its own names.
     ``threads`` 0 does not change the number of CPU threads.
-    ``device_index``: the accelerator of the Transformers engine.
+    ``device_index``: the accelerator of the Transformers engine. ``recompute_kv``: after an update, running requests compute their
+    keys and values again, by the new weights.
     """
 
     model: str
@@ -99,6 +100,7 @@ class EngineSettings:
     threads: int = 0
     trust_remote_code: bool = False
     device_index: int = 0
+    recompute_kv: bool = False
     extra: Mapping[str, Scalar] = field(default_factory=dict)
 
 
@@ -118,7 +120,8 @@ class Parts(Protocol):
 class Core(Protocol):
     """A synchronous engine. The arguments of ``add`` are already checked: ``sampling.max_tokens`` fits the model's length.
 
-    ``step`` returns what has finished, by the key passed to ``add``. ``version``: of the weights, for the generations.
+    ``step`` returns what has finished, by the key passed to ``add``. ``hold`` makes sure that no step is in flight, and returns what
+    has finished in doing so: weights may then change, until ``finish_update`` gives them their ``version``.
     """
 
     expected: tuple[TensorSpec, ...]
@@ -127,13 +130,14 @@ class Core(Protocol):
 
     def add(self, key: int, prompt: tuple[int, ...], sampling: Sampling) -> None: ...
     def abort(self, key: int) -> None: ...
-    def step(self, version: int) -> dict[int, Generation]: ...
+    def step(self) -> dict[int, Generation]: ...
+    def hold(self) -> dict[int, Generation]: ...
     def score(self, tokens: tuple[int, ...]) -> list[float]: ...
     def routes(self, tokens: tuple[int, ...]) -> NDArray[np.int64]: ...
     def begin_update(self) -> None: ...
     def load(self, bucket: Bucket) -> None: ...
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None: ...
-    def finish_update(self) -> None: ...
+    def finish_update(self, version: int) -> None: ...
     def drop_weights(self) -> None: ...
     def sleep(self, *, keep_weights: bool) -> Released: ...
     def wake(self) -> None: ...
@@ -158,8 +162,8 @@ class RolloutEngine:
     """A generation engine: a core on its own thread. All methods may be called concurrently from any event loop.
 
     A weight update takes three calls: ``begin_update``, ``load_bucket`` (once or more), ``finish_update``. In between, and after a
-    failed update, requests raise ``WeightSyncError`` until a complete update has succeeded. An error of ``make_core`` is raised by
-    the constructor.
+    failed update, no request goes on until a complete update has succeeded: those that run keep their tokens and go on with the new
+    weights, new ones wait. An error of ``make_core`` is raised by the constructor.
     """
 
     def __init__(self, make_core: Callable[[EngineSettings], Core], settings: EngineSettings) -> None:
@@ -170,9 +174,10 @@ class RolloutEngine:
         self._keys = count()
         # only the engine's thread uses these: other threads put a call into the queue
         self._running: dict[int, Future[Generation]] = {}
-        self._waiting: dict[Future[Generation], Callable[[], None]] = {}  # each with the call that admits it
-        self._drained: list[Future[None]] = []
-        self._paused = self._asleep = self._stopped = False
+        self._waiting: dict[
+            Future[Generation], Callable[[], None]
+        ] = {}  # for an update, each with the call that admits it
+        self._asleep = self._stopped = False
         self._failure: Exception | None = None
         # guards _failure: no call may enter the queue after the engine has failed
         self._door = threading.Lock()
@@ -222,9 +227,10 @@ class RolloutEngine:
     def score(self, tokens: Sequence[int]) -> list[float]:
         """Log-probs (nats, temperature 1) of ``tokens[1:]``, each given the tokens before it, under the current weights.
 
-        The engine must be idle. Raises ``DataError`` if ``tokens`` are too few or too many.
+        Raises ``DataError`` if ``tokens`` are too few or too many.
         """
-        return self._idle_core(tokens).score(tuple(tokens))
+        self._check_scorable(tokens)
+        return self._core.score(tuple(tokens))
 
     @on_thread
     def routes(self, tokens: Sequence[int]) -> NDArray[np.int64]:
@@ -232,23 +238,24 @@ class RolloutEngine:
 
         Empty if the engine cannot observe the routing, as in compiled graphs of vLLM. The engine must be idle.
         """
-        return self._idle_core(tokens).routes(tuple(tokens))
+        self._check_scorable(tokens)
+        self._check_idle("its routes are read")
+        return self._core.routes(tuple(tokens))
 
     @on_thread
     def begin_update(self, manifest: Manifest) -> None:
-        """Begin an update. It may replace an unfinished one.
+        """Begin an update. It may replace an unfinished one. Requests that run stop where they are.
 
-        Raises ``WeightSyncError``, without any change, if requests are running or the manifest does not fit the model.
+        Raises ``WeightSyncError``, without any change, if the manifest does not fit the model.
         """
         if self._asleep:
             raise WeightSyncError("the weights of a sleeping engine cannot be updated: call wake first")
-        if self._running:
-            raise WeightSyncError(f"{len(self._running)} requests are running: pause the engine before an update")
         # an adapter alone is merged into the weights of the engine's own files
         if manifest.adapter_scale is not None:
             self._base = self._base or Base(self._model, self._core.expected)
         self._log.begin(manifest)
         self._adapter = {}
+        self._give(self._core.hold())
         self._core.begin_update()
 
     @on_thread
@@ -288,26 +295,15 @@ class RolloutEngine:
 
     @on_thread
     def finish_update(self) -> None:
-        """Finish the update: clear the caches of the old weights, and set ``version`` to the manifest's.
+        """Finish the update: no request will read what older weights have cached but those that ran, and those only their own.
 
-        Raises ``WeightSyncError`` with the names of missing tensors.
+        ``version`` becomes the manifest's. Raises ``WeightSyncError`` with the names of missing tensors.
         """
         self._log.check_complete()
         if self._log.adapter_scale is not None:
             self._load_merged(self._log.adapter_scale)
-        self._core.finish_update()
+        self._core.finish_update(self._log.arriving)
         self._log.finish()
-
-    async def pause(self) -> None:
-        """Hold back new requests, and return when the running ones have finished."""
-        drained: Future[None] = Future()
-        self.send(partial(self._pause, drained))
-        await asyncio.wrap_future(drained)
-
-    @on_thread
-    def resume(self) -> None:
-        """Admit requests again, the waiting ones first."""
-        self._paused = False
         waiting, self._waiting = self._waiting, {}
         for admit in waiting.values():
             admit()
@@ -393,20 +389,23 @@ class RolloutEngine:
             self._fail(error)
 
     def _turn(self) -> None:
-        """Run all queued calls, then one step of the core. Blocks only while no request is running."""
-        if not self._running:
+        """Run all queued calls, then one step of the core. Blocks only while no request can go on."""
+        if not self._running or self._log.open:
             self._calls.get()()
         while not self._calls.empty():
             self._calls.get()()
-        if self._running and not self._stopped:
-            for key, generation in self._core.step(self._log.version).items():
-                self._running.pop(key).set_result(generation)
-        if not self._running:
-            self._release_drained()
+        if self._running and not (self._log.open or self._stopped):
+            self._give(self._core.step())
+
+    def _give(self, done: Mapping[int, Generation]) -> None:
+        """Give finished generations to those who asked for them."""
+        for key, generation in done.items():
+            if (future := self._running.pop(key, None)) is not None:
+                future.set_result(generation)
 
     def _admit(self, key: int, prompt: tuple[int, ...], sampling: Sampling, future: Future[Generation]) -> None:
-        # paused: wait for resume; after a failure fall through, so that the request gets the error
-        if self._paused and self._failure is None:
+        # an update: wait for its end; after a failure fall through, so that the request gets the error
+        if self._log.open and self._failure is None:
             self._waiting[future] = partial(self._admit, key, prompt, sampling, future)
             return
         if not future.set_running_or_notify_cancel():
@@ -441,18 +440,14 @@ class RolloutEngine:
 
     def _check_idle(self, what: str) -> None:
         if self._running:
-            raise RuntimeError(f"{len(self._running)} requests are running: pause the engine before {what}")
+            raise RuntimeError(f"{len(self._running)} requests are running: wait for their end before {what}")
 
-    def _idle_core(self, tokens: Sequence[int]) -> Core:
-        """The core, to score ``tokens``."""
+    def _check_scorable(self, tokens: Sequence[int]) -> None:
         if not 1 < len(tokens) < self._max_model_len:
             raise DataError(
                 f"{len(tokens)} tokens cannot be scored: at least 2 and fewer than {self._max_model_len} can"
             )
         self._check_usable()
-        if self._running:
-            raise RuntimeError("scoring needs an idle engine: pause it first")
-        return self._core
 
     def _arriving(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
@@ -468,19 +463,6 @@ class RolloutEngine:
             self._core.load(bucket)
         self._adapter = {}
 
-    def _pause(self, drained: Future[None]) -> None:
-        if self._failure is not None:
-            drained.set_exception(self._failure)
-            return
-        self._paused = True
-        self._drained.append(drained)
-
-    def _release_drained(self) -> None:
-        for drained in self._drained:
-            if drained.set_running_or_notify_cancel():
-                drained.set_result(None)
-        self._drained.clear()
-
     def _stop(self) -> None:
         self._stopped = True
 
@@ -493,8 +475,6 @@ class RolloutEngine:
                 future.set_exception(error)
         self._running.clear()
         self._waiting.clear()
-        for drained in self._drained:
-            drained.set_exception(error)
         # calls that entered the queue before the failure was set: each finds it and fails
         while not self._calls.empty():
             self._calls.get()()

@@ -211,6 +211,12 @@ class _Sequence:
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """What is prefilled: the prompt, and after an update that computes keys and values again the tokens so far too."""
+        return (*self.prompt, *self.tokens)
 
     @property
     def full_length(self) -> int:
@@ -259,6 +265,7 @@ class TransformersCore:
         self._arriving: dict[str, Tensor] = {}
         self._waiting: deque[_Sequence] = deque()
         self._rows: list[_Sequence] = []
+        self._version = 0
 
     def add(self, key: int, prompt: tuple[int, ...], sampling: Sampling) -> None:
         ends = frozenset(sampling.stop_token_ids) if sampling.ignore_eos else self._ends.union(sampling.stop_token_ids)
@@ -276,13 +283,17 @@ class TransformersCore:
                 break
 
     @torch.inference_mode()
-    def step(self, version: int) -> dict[int, Generation]:
+    def step(self) -> dict[int, Generation]:
         done: dict[int, Generation] = {}
         if admitted := self._admissible():
-            done |= self._extend(admitted, self._prefill(admitted), version)
+            done |= self._extend(admitted, self._prefill(admitted))
         if self._rows:
-            done |= self._extend(self._rows, self._decode(), version)
+            done |= self._extend(self._rows, self._decode())
         return done
+
+    def hold(self) -> dict[int, Generation]:
+        """Nothing is in flight between two steps."""
+        return {}
 
     @torch.inference_mode()
     def score(self, tokens: tuple[int, ...]) -> list[float]:
@@ -320,15 +331,22 @@ class TransformersCore:
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         self._arriving.update(tensors)
 
-    def finish_update(self) -> None:
+    def finish_update(self, version: int) -> None:
         """Load the tensors like a checkpoint, because in memory they may have another form (all experts in one tensor)."""
-        self.drop_weights()  # old and new weights must not both be in memory; no request runs before this succeeds
+        if self._settings.recompute_kv or not self._rows:
+            self._slots.clear()
+            self._waiting.extendleft(reversed(self._rows))
+            self._rows = []
+        self._drop_model()  # old and new weights must not both be in memory; no request runs before this succeeds
         self._model = self._load(self._kind, None, config=self._config, state_dict=self._arriving)
-        self._arriving = {}
+        self._arriving, self._version = {}, version
         self._return_freed()
 
     def drop_weights(self) -> None:
         self._slots.clear()
+        self._drop_model()
+
+    def _drop_model(self) -> None:
         with suppress(AttributeError):  # dropped before
             del self._model
         self._return_freed()
@@ -383,22 +401,22 @@ class TransformersCore:
             # every row has the capacity of the longest; a single sequence always runs
             if rows > 1 and rows * longest * self._token_bytes > self._settings.kv_cache_gb * 2**30:
                 break
-            width = max(width, len(candidate.prompt))
+            width = max(width, len(candidate.read))
             # equal prompts are prefilled once
-            distinct = len(prompts | {candidate.prompt})
+            distinct = len(prompts | {candidate.read})
             if admitted and (distinct > PREFILL_PROMPTS or distinct * width > PREFILL_TOKENS):
                 break
-            prompts.add(candidate.prompt)
+            prompts.add(candidate.read)
             admitted.append(self._waiting.popleft())
         return admitted
 
     def _prefill(self, sequences: list[_Sequence]) -> Tensor:
         """Read the prompts into new rows of the cache. Returns the logits after each prompt, [N, V]."""
         # each distinct prompt once, padded on the right
-        prompts = list(dict.fromkeys(sequence.prompt for sequence in sequences))
+        prompts = list(dict.fromkeys(sequence.read for sequence in sequences))
         width = max(len(prompt) for prompt in prompts)
         ids_UP = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self._device)
-        sources = [prompts.index(sequence.prompt) for sequence in sequences]
+        sources = [prompts.index(sequence.read) for sequence in sequences]
         self._slots.prefill(len(self._rows), sources, width, self._device)
         self._rows.extend(sequences)
         positions_P = torch.arange(width, device=self._device)
@@ -411,7 +429,7 @@ class TransformersCore:
             past_key_values=self._slots.cache,
             logits_to_keep=torch.tensor(lasts, device=self._device),
         ).logits
-        after_NV: Tensor = logits_UKV[sources, [lasts.index(len(sequence.prompt) - 1) for sequence in sequences]]
+        after_NV: Tensor = logits_UKV[sources, [lasts.index(len(sequence.read) - 1) for sequence in sequences]]
         return after_NV
 
     def _decode(self) -> Tensor:
@@ -428,19 +446,19 @@ class TransformersCore:
         ).logits
         return logits_N1V[:, -1]
 
-    def _extend(self, sequences: list[_Sequence], logits_NV: Tensor, version: int) -> dict[int, Generation]:
+    def _extend(self, sequences: list[_Sequence], logits_NV: Tensor) -> dict[int, Generation]:
         """Sample the next token of each sequence. Removes and returns the sequences that have ended."""
         tokens_N, logprobs_N = choose(logits_NV, [sequence.choice() for sequence in sequences])
         for sequence, token, logprob in zip(sequences, tokens_N.tolist(), logprobs_N.tolist(), strict=True):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
+            sequence.versions.append(self._version)
         done: dict[int, Generation] = {}
         # from the end: removing a row moves the last one into its place
         for row, sequence in reversed(list(enumerate(self._rows))):
             if (reason := sequence.finish_reason) is not None:
-                done[sequence.key] = Generation(
-                    tuple(sequence.tokens), tuple(sequence.logprobs), reason, (version,) * len(sequence.tokens)
-                )
+                tokens, versions = tuple(sequence.tokens), tuple(sequence.versions)
+                done[sequence.key] = Generation(tokens, tuple(sequence.logprobs), reason, versions)
                 self._remove(row)
         return done
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from togi.algo.policy import chosen_experts
+from togi.errors import RunError
 from togi.model.checkpoint import expected_manifest
 from togi.plan.machine import Released, release_pages, resident_bytes, return_freed
 from togi.rollout.engine import EngineSettings, Parts, end_token_ids
@@ -38,11 +39,20 @@ from togi.weights.carriers import Announced, Channel, Inbox, Rendezvous
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.gpu_worker import Worker
 
 T = TypeVar("T")
 SCORE_REQUEST = "score"
-NOT_SHARED = ("gpu_memory_utilization", "enable_sleep_mode", "kv_cache_gb", "threads", "device_index", "extra")
+NOT_SHARED = (
+    "gpu_memory_utilization",
+    "enable_sleep_mode",
+    "kv_cache_gb",
+    "threads",
+    "device_index",
+    "recompute_kv",
+    "extra",
+)
 """The settings that vLLM does not have on every device; it has all others, by the same names."""
 MIN_BATCHED_TOKENS = 4096
 BLOCK_ON_CPU = 32  # tokens; the minimum of vLLM's attention on CPUs
@@ -57,6 +67,7 @@ class VllmCore:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.core.sched.interface import PauseState
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self.expected = expected_manifest(settings.model, settings.dtype, settings.trust_remote_code)
@@ -65,12 +76,16 @@ class VllmCore:
         self._ends = end_token_ids(settings.model)
         self._in_process = settings.tensor_parallel_size == 1
         self._forgot_weights = False
+        self._states = PauseState
+        self._recompute_kv = settings.recompute_kv
+        self._early: dict[int, Generation] = {}  # finished while a text was scored
         _skip_token_ranks()
         set_num_threads = torch.set_num_threads
         arguments = EngineArgs(**engine_arguments(settings, self._on_cpu))
         # as vLLM's own offline class: 4 to 8 times the batch that an engine without a context takes on a GPU
         self._engine = LLMEngine.from_engine_args(arguments, UsageContext.LLM_CLASS)
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a no-op
+        self._label(0)
         config = self._engine.vllm_config
         self.facts: Mapping[str, str | bool] = {
             "vllm": vllm.__version__,
@@ -95,22 +110,36 @@ class VllmCore:
             repetition_penalty=sampling.repetition_penalty,
             logprobs=0,
         )
-        self._engine.add_request(str(key), {"prompt_token_ids": list(prompt)}, params)
+        self._engine.add_request(str(key), self._prompt(prompt), params)
 
     def abort(self, key: int) -> None:
         self._engine.abort_request([str(key)])
 
-    def step(self, version: int) -> dict[int, Generation]:
-        done = (output for output in self._engine.step() if output.finished)
-        return {int(output.request_id): generation_of(output, version) for output in done}
+    def step(self) -> dict[int, Generation]:
+        early, self._early = self._early, {}
+        return early | {int(output.request_id): generation_of(output) for output in self._finished()}
+
+    def hold(self) -> dict[int, Generation]:
+        """With asynchronous scheduling vLLM computes the next step while it hands out the last: wait for it, and begin none."""
+        done: dict[int, Generation] = {}
+        self._scheduler.set_pause_state(self._states.PAUSED_ALL)
+        while self._engine.engine_core.engine_core.batch_queue:
+            done |= self.step()
+        return done
 
     def score(self, tokens: tuple[int, ...]) -> list[float]:
         params = _parameters(max_tokens=1, prompt_logprobs=0)
-        self._engine.add_request(SCORE_REQUEST, {"prompt_token_ids": list(tokens)}, params)
-        outputs: list[RequestOutput] = []
-        while not outputs:
-            outputs = self._engine.step()
-        return list(outputs[0].prompt_logprobs.logprobs)
+        self._engine.add_request(SCORE_REQUEST, self._prompt(tokens), params)
+        # ahead of all that wait: the caller and the next update wait for it
+        waiting = self._scheduler.waiting
+        *_, request = waiting
+        waiting.remove_request(request)
+        waiting.prepend_request(request)
+        while True:
+            for output in self._finished():
+                if output.request_id == SCORE_REQUEST:
+                    return list(output.prompt_logprobs.logprobs)
+                self._early[int(output.request_id)] = generation_of(output)
 
     def routes(self, tokens: tuple[int, ...]) -> NDArray[np.int64]:
         """Read the routers' outputs by hooks while the tokens are scored.
@@ -151,12 +180,16 @@ class VllmCore:
         assert self._in_process
         self._ask_workers(_load, tensors)
 
-    def finish_update(self) -> None:
+    def finish_update(self, version: int) -> None:
         self._ask_workers(_finish_reload)
         if self._forgot_weights:  # only now: an update needs room of its own
             self._engine.wake_up(["kv_cache"])
             self._forgot_weights = False
-        self._reset_prefix_cache()
+        # The label of the weights salts the cache, so that no later request finds a block of earlier ones. A request that runs
+        # keeps its own blocks, unless it is to compute them again.
+        self._label(version)
+        self._engine.reset_prefix_cache(reset_running_requests=self._recompute_kv)
+        self._scheduler.set_pause_state(self._states.UNPAUSED)
 
     def sleep(self, *, keep_weights: bool) -> Released:
         self._reset_prefix_cache()
@@ -178,6 +211,22 @@ class VllmCore:
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        return self._engine.engine_core.engine_core.scheduler
+
+    def _finished(self) -> list[RequestOutput]:
+        """What one step has finished."""
+        return [output for output in self._engine.step() if output.finished]
+
+    def _prompt(self, tokens: tuple[int, ...]) -> dict[str, object]:
+        """A prompt that shares cached blocks only with others under the same weights."""
+        return {"prompt_token_ids": list(tokens), "cache_salt": self._engine.get_weight_version()}
+
+    def _label(self, version: int) -> None:
+        """Tell vLLM the version of its weights, with which it marks tokens."""
+        self._engine.set_weight_version(str(version))
 
     def _ask_workers(self, function: Callable[..., T], *arguments: object) -> list[T]:
         """Call a function of this module on every worker. Returns the results by rank."""
@@ -269,11 +318,17 @@ def _no_ranks(logprobs_NV: Tensor, _: Tensor) -> Tensor:
     return torch.zeros(logprobs_NV.shape[0], dtype=torch.int64, device=logprobs_NV.device)
 
 
-def generation_of(output: RequestOutput, version: int) -> Generation:
-    """A finished request of vLLM. ``version``: of the weights."""
+def generation_of(output: RequestOutput) -> Generation:
+    """A finished request of vLLM. Raises RunError if vLLM does not say which weights sampled each token."""
     (completion,) = output.outputs
     tokens, logprobs = tuple(completion.token_ids), tuple(completion.logprobs.logprobs)
-    return Generation(tokens, logprobs, FinishReason(completion.finish_reason), (version,) * len(tokens))
+    versions: list[int] = []
+    for span in completion.weight_versions or ():
+        if span.start == len(versions):
+            versions += [int(span.version)] * (span.end - span.start)
+    if len(versions) != len(tokens):
+        raise RunError(f"vLLM says of {len(versions)} of {len(tokens)} tokens which weights sampled them: {completion}")
+    return Generation(tokens, logprobs, FinishReason(completion.finish_reason), tuple(versions))
 
 
 # The functions below run on vLLM's worker; their first argument is its Worker object.

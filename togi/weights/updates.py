@@ -34,6 +34,11 @@ class UpdateLog:
         self._missing: dict[str, TensorSpec] = {}
 
     @property
+    def arriving(self) -> int:
+        """The version of the newest update."""
+        return self._manifest.version
+
+    @property
     def adapter_scale(self) -> float | None:
         """alpha / rank of the newest update's adapter. None if it sends the whole model."""
         return self._manifest.adapter_scale

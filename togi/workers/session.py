@@ -290,6 +290,7 @@ def engine_settings(config: RLConfig, index: int, threads: int) -> EngineSetting
         kv_cache_gb=config.vllm_cpu_kv_cache_gb,
         max_num_seqs=config.max_num_seqs,
         extra=extra_arguments(config.vllm_args),
+        recompute_kv=config.recompute_kv,
         threads=threads,
         trust_remote_code=config.trust_remote_code,
     )
