@@ -47,6 +47,14 @@ class WorkerError(RunError):
     """A worker process that failed or died. The message names it and holds its traceback."""
 
 
+class WorkerDied(WorkerError):
+    """A worker process that ended, or does not answer. ``who``: its role and index; ``lines``: the last of its log."""
+
+    def __init__(self, who: str, why: str, lines: tuple[str, ...] = ()) -> None:
+        super().__init__(f"{who} {why}")
+        self.who, self.lines = who, lines
+
+
 class WeightSyncError(RunError):
     """A weight update that was refused or not finished: names, shapes, dtypes or the deadline differ."""
 

@@ -162,7 +162,7 @@ def test_two_reward_models_beside_a_function(world: Path, tmp_path: Path) -> Non
 
 def test_a_dead_engine_ends_the_run_with_its_name(world: Path, tmp_path: Path) -> None:
     """No hang and no pile of tracebacks: the first failure, in words, and nothing left running."""
-    flags = [*GRPO, *HF, "--workers", "ray", "--num_episodes", "1000", "--save_steps", "1"]
+    flags = [*GRPO, *HF, "--workers", "ray", "--num_episodes", "1000", "--save_steps", "1", "--max_restarts", "0"]
     run = tmp_path / "run"
     process = subprocess.Popen(
         command(world, run, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -22,6 +22,7 @@ from togi.plan.placement import Carrier, Role, Route, resolve
 from togi.weights.buckets import Checksum, pack_buckets
 from togi.workers import start
 from togi.workers.ray.cluster import RayWorkers
+from togi.workers.ray.healing import EngineCare
 from togi.workers.ray.weight_sync import WeightSync
 
 PROBE = list(range(20, 60))
@@ -55,13 +56,14 @@ async def scenario(config: RLConfig) -> None:
     session = await start(config, this_machine(), {Role.ACTOR: 10}, print)
     try:
         assert processes("EngineActor") and not processes("ray::IDLE")  # a process for each role, and none beside them
-        through_host, actor, engines = session.weights, session.actor.workers, session.engines.workers
-        assert isinstance(through_host, WeightSync) and through_host.route == Route(Carrier.HOST)
+        assert isinstance(session.weights, EngineCare)
+        through_host, actor, engines = session.weights.sync, session.actor.workers, session.engines.workers
+        assert through_host.route == Route(Carrier.HOST)
         assert isinstance(actor, RayWorkers) and isinstance(engines, RayWorkers)
         over_gloo = WeightSync(actor, engines, Route(Carrier.GLOO), 120.0)
         for version, way in enumerate((through_host, over_gloo)):
             if way is over_gloo:
-                await way.connect()
+                await way.connect((0, 1))
             report = await way.send(version)
             assert report.checksum == expected_checksum(Path(config.pretrain))
             assert await session.probe(PROBE) < 1e-4

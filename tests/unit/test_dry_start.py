@@ -45,6 +45,7 @@ from togi.rollout.engine import EngineSettings
 from togi.rollout.vllm_engine import engine_arguments
 from togi.run import offline_setup
 from togi.workers import ray as on_ray
+from togi.workers.protocol import Health
 from togi.workers.ray.cluster import EngineActor, Resources
 from togi.workers.session import engine_settings
 
@@ -216,6 +217,9 @@ class Noted:
     def __len__(self) -> int:
         return len(self.handles)
 
+    async def watch(self, index: int) -> None:
+        pass
+
     async def call(self, index: int, method: Any, *arguments: object, **named: object) -> object:
         name = method.__name__
         self._events.append(f"{self.role} {name} begins")
@@ -253,7 +257,7 @@ def test_engines_that_share_gpus_are_ready_before_any_model_starts(flags: str, c
     words = ["--pretrain", "m", "--advantage_estimator", "group_norm", *flags.split()]
     config, events = resolve(parse(RLConfig, words, "rl"), NODE).config, list[str]()
     cluster: Any = FakeCluster(plan_groups(config), events)
-    session = asyncio.run(on_ray._start_all(config, cluster, {Role.ACTOR: 1}, lambda _: None))
+    session = asyncio.run(on_ray._start_all(config, cluster, {Role.ACTOR: 1}, Health()))
     ready = max(i for i, event in enumerate(events) if event == f"{Role.ENGINE} {EngineActor.start_on.__name__} ends")
     models = [i for i, event in enumerate(events) if event in ("actor open_meeting begins", "ref open_meeting begins")]
     assert len(models) >= 2
@@ -262,6 +266,7 @@ def test_engines_that_share_gpus_are_ready_before_any_model_starts(flags: str, c
     assert bool(slept) is config.vllm_enable_sleep
     assert all(i < min(models) for i in slept)
     weights: Any = session.weights
+    weights = weights.sync
     assert weights.route == Route(carrier)
     parts = len(session.engines.workers) * config.vllm_tensor_parallel_size
     assert events.count("engine join_channel ends") == (len(session.engines.workers) if carrier.is_group else 0)

@@ -326,6 +326,22 @@ class PlacementSettings(Settings):
     )
 
 
+class HealingSettings(Settings):
+    """Healing"""
+
+    max_restarts: Int = flag(
+        3,
+        "At most this many restarts of what died, engines in their place and the run from its checkpoint together.",
+        ge=0,
+    )
+    engine_timeout: Positive = flag(
+        300.0, "Seconds one step of an engine may take; after them it counts as dead (Ray)."
+    )
+    stall_timeout: Positive = flag(
+        1800.0, "Seconds without any answer of a worker after which the run writes all stacks to its folder and ends."
+    )
+
+
 class EvaluationSettings(Settings):
     """Evaluation"""
 
@@ -350,6 +366,7 @@ class RLConfig(
     TrainSettings,
     EvaluationSettings,
     PlacementSettings,
+    HealingSettings,
     OutputSettings,
 ):
     """Online RL of a language model."""

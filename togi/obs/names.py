@@ -102,6 +102,8 @@ THROUGHPUT_TRAIN = "throughput/trained_tokens_per_second"
 COMPILE_SECONDS = "compile/seconds"
 WEIGHT_SYNC_SECONDS = "weights/sync_seconds"
 WEIGHT_SYNC_BYTES = "weights/sync_bytes"
+RESTARTS_ENGINES = "restarts/engines"
+RESTARTS_RUN = "restarts/run"
 WEIGHT_SYNC_RATE = "throughput/weight_sync_gb_per_second"
 
 # Sentences about names that are made at run time, the first that matches.

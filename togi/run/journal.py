@@ -222,10 +222,12 @@ def open_journal(
     announce: Callable[[str], None],
     reports: Mapping[str, DataReport],
     found: Checkpoint | None,
+    stall_seconds: float = STALL_SECONDS,
 ) -> Iterator[RunJournal]:
     """Make the folder of a run, or truncate it to the checkpoint ``found`` and resume in it. Records how the run ended.
 
-    ``reports``: of the data sets, by the name of the folder that each goes to.
+    ``reports``: of the data sets, by the name of the folder that each goes to. ``stall_seconds``: after these without a ``beat``
+    the stacks of this process are written.
     """
     config, files = parsed.config, ExitStack()
     root = Path(config.run_dir) if config.run_dir is not None else default_run_dir(command)
@@ -251,7 +253,7 @@ def open_journal(
             sinks = open_trackers(trackers(config), directory.read_info().run_id, root, settings, last_step + 1)
             recorder = Recorder(directory.metrics_path, sinks)
             files.callback(recorder.close)
-            watchdog = files.enter_context(Watchdog(STALL_SECONDS, directory.stacks_path))
+            watchdog = files.enter_context(Watchdog(stall_seconds, directory.stacks_path))
             yield RunJournal(directory, recorder, watchdog, progress, announce)
             files.close()
         except BaseException as error:

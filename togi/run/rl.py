@@ -43,6 +43,7 @@ from togi.run.rl_setup import COMMAND, Material, connect, frozen_weights, openin
 from togi.run.signs import Verdict, setting_signs
 from togi.sample import Sample, with_streams
 from togi.workers import start
+from togi.workers.protocol import Health
 from togi.workers.session import Phase, Session, update_metrics
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,11 @@ async def run(
             for sign in setting_signs(config, plan):
                 if sign.verdict is Verdict.STOPS:
                     announce(f"warning: {sign.sentence}")
-            with open_journal(parsed, COMMAND, argv, progress, announce, material.reports, found) as journal:
-                async with workers(config, plan, journal) as session:
+            health = Health(config.max_restarts, announce)
+            with open_journal(
+                parsed, COMMAND, argv, progress, announce, material.reports, found, config.stall_timeout
+            ) as journal:
+                async with workers(config, plan, journal, health) as session:
                     combined = await connect(config, material.rewards, session)
                     if line := describe(config, combined):
                         announce(f"reward: {line}")
@@ -93,11 +97,11 @@ async def run(
 
 
 @asynccontextmanager
-async def workers(config: RLConfig, plan: StepPlan, journal: RunJournal) -> AsyncIterator[Session]:
+async def workers(config: RLConfig, plan: StepPlan, journal: RunJournal, health: Health) -> AsyncIterator[Session]:
     """Start all engines and models of a run. They stop with the block: in order, or at once after an error."""
     with journal.progress.phase("starting engines and loading models", expected_seconds=25):
         updates = {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
-        session = await start(config, this_machine(), updates, journal.announce)
+        session = await start(config, this_machine(), updates, journal.announce, health)
     try:
         journal.record_engine(await session.engine_facts())
         yield session

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -28,7 +28,7 @@ from togi.plan.placement import IN_PROCESS, LEARNERS, Role, arithmetic, plan_gro
 from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EnginePool, EngineWorker
 from togi.workers.model_worker import LearnerWorker, ScorerWorker, take_peak
-from togi.workers.protocol import Method, P, SyncReport, T, W_co, call_all
+from togi.workers.protocol import Health, Method, P, Processes, SyncReport, T, W_co, call_all
 from togi.workers.session import Session, engine_settings, sleepers
 from togi.workers.worker_group import LearnerGroup, WorkerGroup
 
@@ -89,15 +89,13 @@ class LocalMeter:
         return {"local": self._memory.highest}
 
 
-async def start(
-    config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
-) -> Session:
+async def start(config: RLConfig, machine: Machine, updates: Mapping[Role, int], health: Health) -> Session:
     """Load the engine, then every model, one after the other, because they share the threads and random state of the process.
 
     ``updates``: planned optimizer steps of each learner.
     """
     roles = used_roles(config)
-    announce(f"placement: {arithmetic(plan_groups(config), IN_PROCESS)}")
+    health.announce(f"placement: {arithmetic(plan_groups(config), IN_PROCESS)}")
     with ExitStack() as undo:
         # Stage 1: the process. CuBLAS reads its workspace setting once, at its first use.
         for name, value in CUBLAS.items():
@@ -136,7 +134,7 @@ async def start(
             scorers.append(WorkerGroup(role, scorer, share_prompts=config.share_prompts))
         # Success: the session now owns the cleanup.
         end = undo.pop_all().close
-    return Session(config, pool, learners, scorers, weights, LocalMeter(), asleep, end)
+    return Session(config, pool, learners, scorers, weights, LocalMeter(), asleep, end, health, Processes())
 
 
 @contextmanager

@@ -6,11 +6,18 @@ process (``togi.workers.local``) or each in its own process (``togi.workers.ray`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Concatenate, ParamSpec, Protocol, TypeVar, overload
 
+from togi.errors import WorkerDied
+from togi.obs import names
 from togi.obs.names import Holder
+from togi.obs.progress import duration
 from togi.rollout.collect import all_or_none
 
 W = TypeVar("W")
@@ -78,3 +85,78 @@ class Meter(Protocol):
 
     async def highest(self) -> Mapping[str, int]:
         """The highest peak so far, by the name of the process."""
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Health:
+    """How the workers of a run are, over all its attempts: restarts, and calls that are not answered yet.
+
+    ``limit``: of all restarts together. ``stacks``: the folder where a worker writes its stacks when it is asked to.
+    """
+
+    limit: int = 0
+    announce: Callable[[str], None] = logger.info
+    stacks: Path | None = None
+    engines: int = 0
+    runs: int = 0
+    # who, method and start of each call, by a number; and when the last one was answered, in seconds of ``time.monotonic``
+    _calls: dict[int, tuple[str, str, float]] = field(default_factory=dict)
+    _number: int = 0
+    answered: float = field(default_factory=time.monotonic)
+
+    def allow(self, died: WorkerDied, what: str) -> None:
+        """Count the restart of ``what`` and say so. Raises ``died`` if there were enough."""
+        if self.engines + self.runs >= self.limit:
+            raise died
+        if what.startswith("engine"):
+            self.engines += 1
+        else:
+            self.runs += 1
+        number = self.engines + self.runs
+        self.announce(f"{died}; {what} is restarted ({number} of at most {self.limit} restarts)")
+
+    def metrics(self) -> dict[str, float]:
+        """The restarts so far, by metric name; empty if there were none."""
+        counts = {names.RESTARTS_ENGINES: self.engines, names.RESTARTS_RUN: self.runs}
+        return {name: float(count) for name, count in counts.items() if self.engines + self.runs > 0}
+
+    @contextmanager
+    def calling(self, who: str, method: str) -> Iterator[None]:
+        """One call to a worker."""
+        self._number += 1
+        key = self._number
+        self._calls[key] = (who, method, time.monotonic())
+        try:
+            yield
+            self.answered = time.monotonic()
+        finally:
+            del self._calls[key]
+
+    def waiting(self) -> list[str]:
+        """Whom the run waits for, longest first, one line for each worker and method."""
+        since: dict[tuple[str, str], list[float]] = {}
+        for who, method, start in self._calls.values():
+            since.setdefault((who, method), []).append(start)
+        now = time.monotonic()
+        return [
+            f"{who} has not answered {method} for {duration(now - min(starts))}"
+            + (f" ({len(starts)} calls)" if len(starts) > 1 else "")
+            for (who, method), starts in sorted(since.items(), key=lambda item: min(item[1]))
+        ]
+
+
+class Processes:
+    """The processes that the workers of a run have. In this class they have none of their own."""
+
+    async def find_dead(self) -> WorkerDied | None:
+        """A model worker that has died: this shows first as an error of those that computed with it."""
+        return None
+
+    def kill_engines(self) -> None:
+        """End the engines at once, whatever they do."""
+
+    async def write_stacks(self) -> None:
+        """Let each write the stacks of its threads into ``Health.stacks``."""

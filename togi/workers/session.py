@@ -36,7 +36,7 @@ from togi.sample import Sample, with_streams
 from togi.weights.updates import check_probe, compare, probe
 from togi.workers.engine_worker import EnginePool, EngineWorker
 from togi.workers.model_worker import LearnerWorker, ScorerWorker
-from togi.workers.protocol import Meter, Weights, call_all
+from togi.workers.protocol import Health, Meter, Processes, Weights, call_all
 from togi.workers.worker_group import LearnerGroup, WorkerGroup
 
 
@@ -83,6 +83,9 @@ class Phases:
 
     async def enter(self, phase: Phase) -> None:
         """End the current phase and enter ``phase``: measure, sleep, wake. Raises RunError if memory did not fall."""
+        await (
+            self._engines.settled()
+        )  # the actor sends its weights to an engine that is restarted, and does nothing else then
         if phase is self.current:
             return
         await self._measure()
@@ -94,13 +97,13 @@ class Phases:
         for holder in sorted((self._sleepers - may_hold) - self._asleep):
             await self._sleep(holder, keep_weights=phase is Phase.SAVE)
         if names.Holder.ENGINES in self._asleep & may_hold:
-            await call_all(self._engines.workers, EngineWorker.wake)
+            await self._engines.on_all(EngineWorker.wake)
         if names.Holder.LEARNERS in self._asleep & may_hold:
             await asyncio.gather(*(group.call_all(LearnerWorker.wake) for group in self._learners))
         self._asleep -= may_hold
         # What the engines hold is out of date as soon as the policy trains; a sync follows every update.
-        if phase is Phase.TRAIN and not self._overlaps:
-            await call_all(self._engines.workers, EngineWorker.drop_weights)
+        if phase is Phase.TRAIN:
+            await self._engines.expire(drop=not self._overlaps)
         self.current = phase
 
     async def take_metrics(self) -> dict[str, float]:
@@ -119,7 +122,7 @@ class Phases:
         # Engines forget their weights in every phase that leads to a sync. A checkpoint comes after it.
         self._asleep.add(holder)
         if holder is names.Holder.ENGINES:
-            slept = await call_all(self._engines.workers, EngineWorker.sleep, keep_weights=keep_weights)
+            slept = await self._engines.on_all(EngineWorker.sleep, keep_weights=keep_weights)
             released = {f"engine {number}": each for number, each in enumerate(slept)}
         else:
             released = {
@@ -151,9 +154,12 @@ class Session:
         meter: Meter,
         asleep: frozenset[names.Holder],
         end: Callable[[], None],
+        health: Health,
+        processes: Processes,
     ) -> None:
         """``scorers``: the reference and the reward models. ``asleep``: who sleeps already. ``end``: ends every worker at once."""
         self.config, self.engines, self.learners, self.weights = config, engines, learners, weights
+        self.health, self.processes = health, processes
         self.references = [group for group in scorers if group.role is Role.REF]  # one or none
         self.reward_models = [group for group in scorers if group.role is Role.REWARD]
         self._meter, self._end = meter, end
@@ -196,10 +202,10 @@ class Session:
 
         Raises WeightSyncError if it is so large that the engines cannot hold the trainer's weights.
         """
-        sample = probe(tokens, self.config.context_length)
+        sample = self.engines.probed = probe(tokens, self.config.context_length)
         # Engines score at temperature 1, so the trainer must too.
         trainer = (await self.actor.call_all(LearnerWorker.logprobs, [sample], 1.0))[0][0]
-        engines = await call_all(self.engines.workers, EngineWorker.score, sample.tokens.tolist())
+        engines = await self.engines.on_all(EngineWorker.score, sample.tokens.tolist())
         return check_probe(float(np.mean([compare(logprobs, trainer) for logprobs in engines])))
 
     async def routing(self, tokens: Sequence[int]) -> dict[str, float]:
@@ -213,7 +219,7 @@ class Session:
         trainer = (await self.actor.call_all(LearnerWorker.routes, [sample]))[0]
         if not trainer:
             return {}
-        every = await call_all(self.engines.workers, EngineWorker.routes, sample.tokens.tolist())
+        every = await self.engines.on_all(EngineWorker.routes, sample.tokens.tolist())
         # The first token is not scored, and an engine in compiled graphs reports no routes.
         engines = [routes[1:] for routes in every if routes.size > 0]
         shares = [router_disagreement(torch.from_numpy(r), torch.from_numpy(trainer[0]).long()) for r in engines]
@@ -221,11 +227,14 @@ class Session:
 
     async def engine_facts(self) -> Mapping[str, str | bool]:
         """What computes in the engines (``RolloutEngine.facts``); empty in a replay."""
-        return next(iter(await call_all(self.engines.workers, EngineWorker.facts)), {})
+        return next(iter(await self.engines.on_all(EngineWorker.facts)), {})
 
     async def memory(self) -> dict[str, float]:
-        """Peak resident memory in GB by metric name: per process so far, and per phase over all since the last call."""
-        result = await self.phases.take_metrics()
+        """Peak resident memory in GB by metric name: per process so far, and per phase over all since the last call.
+
+        With the number of restarts, if there were any.
+        """
+        result = await self.phases.take_metrics() | self.health.metrics()
         for process, nbytes in (await self._meter.highest()).items():
             result[names.process_memory(process)] = nbytes / 1e9
         return result
@@ -254,6 +263,7 @@ class Session:
 
     async def close(self) -> None:
         """Shut the engines down in order, then end every worker."""
+        self.engines.close()
         try:
             await asyncio.wait_for(call_all(self.engines.workers, EngineWorker.shutdown), SHUTDOWN_SECONDS)
         except (TimeoutError, RunError) as error:
@@ -264,6 +274,7 @@ class Session:
         """End every worker at once. A second call does nothing."""
         if not self._ended:
             self._ended = True
+            self.engines.close()
             self._end()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TypeVar
 
 import ray
@@ -17,8 +17,9 @@ from togi.rollout.collect import all_or_none
 from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EnginePool
 from togi.workers.model_worker import LearnerWorker, ModelWorker, ScorerWorker
-from togi.workers.protocol import call_all
+from togi.workers.protocol import Health, call_all
 from togi.workers.ray.cluster import Cluster, EngineActor, LearnerActor, ModelActor, RayWorkers, ScorerActor, connect
+from togi.workers.ray.healing import EngineCare, RayProcesses
 from togi.workers.ray.weight_sync import WeightSync
 from togi.workers.session import Session, engine_settings, sleepers
 from togi.workers.worker_group import LearnerGroup, WorkerGroup
@@ -28,24 +29,22 @@ S = TypeVar("S", int, str)
 MAX_CONCURRENT_CALLS = 4096
 
 
-async def start(
-    config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
-) -> Session:
+async def start(config: RLConfig, machine: Machine, updates: Mapping[Role, int], health: Health) -> Session:
     """Connect, place, and load all models concurrently: start-up is import and disk time, which overlaps.
 
     ``updates``: planned optimizer steps of each learner.
     """
     groups, resources = plan_groups(config), connect(config, machine)
     try:
-        announce(f"placement: {arithmetic(groups, 'GPUs' if resources.gpus > 0 else 'worker processes')}")
-        cluster = Cluster(groups, resources)
-        session = await _start_all(config, cluster, updates, announce)
+        health.announce(f"placement: {arithmetic(groups, 'GPUs' if resources.gpus > 0 else 'worker processes')}")
+        cluster = Cluster(groups, resources, health)
+        session = await _start_all(config, cluster, updates, health)
         if resources.gpus > 0 and (await session.actor.call_all(LearnerWorker.device_type))[0] == "cpu":
-            announce(
+            health.announce(
                 "placement: these GPUs are declared only, so each is a process that computes on the CPU, over gloo"
             )
         if line := cluster.describe_nodes():
-            announce(f"nodes: {line}")
+            health.announce(f"nodes: {line}")
         return session
     except BaseException:
         with way_out("leaving the cluster"):
@@ -53,9 +52,7 @@ async def start(
         raise
 
 
-async def _start_all(
-    config: RLConfig, cluster: Cluster, updates: Mapping[Role, int], announce: Callable[[str], None]
-) -> Session:
+async def _start_all(config: RLConfig, cluster: Cluster, updates: Mapping[Role, int], health: Health) -> Session:
     # Stage 1: start all processes at once.
     engines = cluster.start(EngineActor, Role.ENGINE, concurrency=MAX_CONCURRENT_CALLS)
     trained = {role: cluster.start(LearnerActor, role) for role in LEARNERS if role in used_roles(config)}
@@ -64,8 +61,9 @@ async def _start_all(
         frozen.append((Role.REWARD, path, cluster.start(ScorerActor, Role.REWARD, number=number)))
 
     # Stage 2: load.
-    pool, actor, asleep = EnginePool(engines), trained[Role.ACTOR], sleepers(config) & {Holder.ENGINES}
-    loading = [_load_engines(config, cluster, engines, actor)]
+    actor, asleep = trained[Role.ACTOR], sleepers(config) & {Holder.ENGINES}
+    start_engine = _engine_starter(config, cluster, engines, actor)
+    loading = [_load_engines(engines, start_engine)]
     if engines_first(config, on_gpu=cluster.resources.gpus > 0):
         await loading.pop()
     if asleep:  # the models can use the memory that they release
@@ -75,9 +73,9 @@ async def _start_all(
     await asyncio.gather(*loading)
 
     # Stage 3: connect actor and engines.
-    weights = await WeightSync.open(actor, engines, config)
+    sync = await WeightSync.open(actor, engines, config)
     if config.generates:
-        announce(weights.route.describe())
+        health.announce(sync.route.describe())
     # Stage 4: the groups that the session calls.
     share, teams = config.share_prompts, {role: team_size(config, role) for role in Role}
     learners = {
@@ -88,13 +86,18 @@ async def _start_all(
         WorkerGroup[ScorerWorker](role, ranks, share_prompts=share, ranks_per_share=teams[role])
         for role, _, ranks in frozen
     ]
-    meter = RayMeter(engines, list(learners.values()), scorers)
+    # Stage 5: who looks after them.
+    weights = EngineCare(engines, start_engine, sync, learners[Role.ACTOR], config, health)
+    meter = RayMeter(weights.pool, list(learners.values()), scorers)
+    processes = RayProcesses(engines, [*trained.values(), *(ranks for _, _, ranks in frozen)])
+    await processes.watch()
+    weights.pool.watch(config.engine_timeout)
 
     def end() -> None:
         cluster.close()
         ray.shutdown()
 
-    return Session(config, pool, learners, scorers, weights, meter, asleep, end)
+    return Session(config, weights.pool, learners, scorers, weights, meter, asleep, end, health, processes)
 
 
 class RayMeter:
@@ -102,20 +105,20 @@ class RayMeter:
 
     def __init__(
         self,
-        engines: RayWorkers[EngineActor],
+        engines: EnginePool,
         learners: Sequence[LearnerGroup],
         scorers: Sequence[WorkerGroup[ScorerWorker]],
     ) -> None:
         self._engines, self._learners, self._scorers = engines, tuple(learners), tuple(scorers)
 
     async def take_peaks(self) -> dict[Holder, list[int]]:
-        peaks = {Holder.ENGINES: await call_all(self._engines, EngineActor.take_peak)}
+        peaks = {Holder.ENGINES: await self._engines.on_all(EngineActor.take_peak)}
         for holder, groups in ((Holder.LEARNERS, self._learners), (Holder.SCORERS, self._scorers)):
             peaks[holder] = [peak for group in groups for peak in await group.call_all(ModelWorker.take_peak)]
         return peaks
 
     async def highest(self) -> dict[str, int]:
-        numbered = {Role.ENGINE: await call_all(self._engines, EngineActor.memory_bytes)}
+        numbered = {Role.ENGINE: await self._engines.on_all(EngineActor.memory_bytes)}
         for learner in self._learners:
             numbered[learner.role] = await learner.call_all(ModelWorker.memory_bytes)
         for scorer in self._scorers:
@@ -139,19 +142,29 @@ async def load(
     )
 
 
-async def _load_engines(
+async def _load_engines(engines: RayWorkers[EngineActor], start_engine: Callable[[int], Awaitable[None]]) -> None:
+    _: list[None] = await all_or_none(start_engine(index) for index in range(len(engines)))
+
+
+def _engine_starter(
     config: RLConfig, cluster: Cluster, engines: RayWorkers[EngineActor], actor: RayWorkers[LearnerActor]
-) -> None:
+) -> Callable[[int], Awaitable[None]]:
+    """What starts the engine of an index in its process, at first and after a restart."""
     count, size = len(engines), config.vllm_tensor_parallel_size
     threads = cluster.threads(max(1, count) * size)
-    # The GPUs of an engine that shares several with ranks of the actor; none are named where Ray gives each engine its own.
-    gpus: list[tuple[str, ...]] = [()] * count
-    if size > 1 and count > 0 and config.colocate_all_models:
-        slots = await call_all(actor, LearnerActor.gpus)
-        # Engine k runs on the GPUs of the k-th run of `size` actor ranks.
-        runs = (slots[first : first + size] for first in range(0, len(slots), size))
-        gpus = [tuple(gpu for slot in run for gpu in slot) for run in runs]
-    _: list[None] = await all_or_none(
-        engines.call(i, EngineActor.start_on, config.rollout_engine, engine_settings(config, i, threads), gpus[i])
-        for i in range(count)
-    )
+
+    async def start_engine(index: int) -> None:
+        # The GPUs of an engine that shares several with ranks of the actor; none are named where Ray gives each its own.
+        gpus: tuple[str, ...] = ()
+        if size > 1 and config.colocate_all_models:
+            # Engine k runs on the GPUs of the k-th run of `size` actor ranks.
+            run = range(index * size, (index + 1) * size)
+            slots = await all_or_none(actor.call(rank, LearnerActor.gpus) for rank in run)
+            gpus = tuple(gpu for slot in slots for gpu in slot)
+        settings = engine_settings(config, index, threads)
+        started: Coroutine[object, object, None] = engines.call(
+            index, EngineActor.start_on, config.rollout_engine, settings, gpus
+        )
+        await started
+
+    return start_engine

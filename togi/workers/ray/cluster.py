@@ -10,13 +10,17 @@ actors, with what an object needs when it runs in its own process.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import math
 import os
+import re
 import shutil
+import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -30,7 +34,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from togi.config.choices import EngineName
 from togi.config.rl import RLConfig
-from togi.errors import ConfigError, RunError, UserError, WorkerError
+from togi.errors import ConfigError, RunError, UserError, WorkerDied, WorkerError
 from togi.parallel.process import CUBLAS, be_deterministic, open_store
 from togi.plan import placement
 from togi.plan.machine import Machine, joins_cluster
@@ -39,23 +43,42 @@ from togi.rollout.engine import EngineSettings
 from togi.weights.carriers import Rendezvous
 from togi.workers.engine_worker import EngineWorker
 from togi.workers.model_worker import LearnerWorker, ModelWorker, ScorerWorker
-from togi.workers.protocol import Method, P, T, W, W_co
+from togi.workers.protocol import Health, Method, P, T, W, W_co
 
 
 class RayWorkers(Generic[W_co]):
-    """``Workers`` in their own processes. ``who``: their name in errors."""
+    """``Workers`` in their own processes. ``who``: their name in errors. ``spawn``: starts the process of an index."""
 
-    def __init__(self, who: str, handles: Sequence[ActorHandle]) -> None:
-        self.who, self.handles = who, tuple(handles)
+    def __init__(self, who: str, count: int, spawn: Callable[[int], ActorHandle], health: Health) -> None:
+        self.who, self._spawn, self._health = who, spawn, health
+        self.handles = [spawn(index) for index in range(count)]
+        self.processes: dict[int, tuple[str, int]] = {}
+        """Node and process id of each worker that ``watch`` was called for."""
 
     def __len__(self) -> int:
         return len(self.handles)
 
     async def call(self, index: int, method: Method[W_co, P, T], *arguments: P.args, **named: P.kwargs) -> T:
         # Ray looks remote methods up by name.
-        remote = getattr(self.handles[index], method.__name__).remote
-        result: T = await result_of(remote(*arguments, **named), f"{self.who} {index}")
+        remote, who = getattr(self.handles[index], method.__name__).remote, f"{self.who} {index}"
+        with self._health.calling(who, method.__name__):
+            result: T = await result_of(remote(*arguments, **named), who)
         return result
+
+    async def watch(self, index: int) -> None:
+        """Learn where a worker runs, and let it write its stacks when it is asked to."""
+        self.processes[index] = await result_of(
+            self.handles[index].watch.remote(self._health.stacks, f"{self.who}{index}"), f"{self.who} {index}"
+        )
+
+    def respawn(self, index: int) -> None:
+        """Start a worker's process anew, in the same slot. What is left of the old one is killed."""
+        ray.kill(self.handles[index])
+        node, process = self.processes.pop(index, ("", 0))
+        if node == this_node():  # Ray asks the process to end, and one that hangs does not hear it
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self.handles[index] = self._spawn(index)
 
 
 async def result_of(ref: ObjectRef, who: str) -> Any:
@@ -67,11 +90,34 @@ async def result_of(ref: ObjectRef, who: str) -> Any:
             raise error.cause from None
         raise WorkerError(f"{who} failed: {error.cause!r}\n{error}") from None
     except OutOfMemoryError:
-        raise WorkerError(
-            f"{who} was ended because the machine ran out of memory: lower --max_tokens_per_gpu, or add --gradient_checkpointing."
+        raise WorkerDied(
+            who,
+            "was ended because the machine ran out of memory: lower --max_tokens_per_gpu, or add --gradient_checkpointing.",
         ) from None
     except RayActorError as error:
-        raise WorkerError(f"{who} died: {' '.join(str(error).split())}") from None
+        raise died(who, str(error)) from None
+
+
+def died(who: str, text: str) -> WorkerDied:
+    """The death of a worker in a few words, with the last lines of its log. ``text``: Ray's, with the process and a reason."""
+    pid, detail = re.search(r"pid: (\d+)", text), re.search(r"exit detail: (.*)", text)
+    reason = " ".join((detail[1] if detail else text).split()).partition(". ")[0].rstrip(".")
+    if "connection error code 2" in reason:  # all that Ray knows of a process that is gone
+        reason = "its process was killed (by hand or by the system, for want of memory) or crashed"
+    name = f"died (process {pid[1]}): " if pid else "died: "
+    return WorkerDied(who, name + reason, last_lines(int(pid[1])) if pid else ())
+
+
+def last_lines(pid: int) -> tuple[str, ...]:
+    """The end of the log of a worker process on this node."""
+    context = ray.get_runtime_context()
+    logs = Path(context.get_temp_dir()) / context.get_session_name() / "logs"
+    found = list[str]()
+    for path in sorted(logs.glob(f"worker-*-{pid}.*")):
+        with suppress(OSError):
+            found += path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Ray's own lines for its reader begin with a colon.
+    return tuple(line for line in found if line.strip() and not line.startswith(":"))[-LOG_LINES:]
 
 
 logger = logging.getLogger(__name__)
@@ -87,8 +133,11 @@ RELEASE_TIMEOUT_S = 10.0
 """A job that has just ended may still be releasing its GPUs."""
 NODE_LABEL = "ray.io/node-id"
 MEETING_TIMEOUT_S = 300.0
-_STORES: list[object] = []
-"""The stores that this process has opened, which last as long as it does."""
+LOG_LINES = 20
+STACKS_SIGNAL = signal.SIGUSR2
+"""What lets a worker process write the stacks of its threads."""
+_KEPT: list[object] = []
+"""The stores and files that this process has opened, which last as long as it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +210,13 @@ def _start(machine: Machine, store_bytes: int) -> None:
 class Cluster:
     """The placement groups of a run."""
 
-    def __init__(self, groups: tuple[Group, ...], resources: Resources) -> None:
+    def __init__(self, groups: tuple[Group, ...], resources: Resources, health: Health) -> None:
         # The groups fit the cluster and what other jobs leave free.
         placement.check_fits(groups, resources.gpus)
         if resources.gpus > 0:
             placement.check_nodes(groups, resources.gpus_of_nodes)
             _check_free(sum(group.slots for group in groups), resources.gpus)
-        self.resources, self.groups = resources, groups
+        self.resources, self.groups, self._health = resources, groups, health
         # Which node each slot should be on.
         nodes = _gpus_by_node()
         placement.check_spread(groups, len(nodes))
@@ -184,27 +233,30 @@ class Cluster:
         Returns no workers if the run has no such role. ``number``: the index among several models of the role, which
         share one group or have one each.
         """
+        remote: ActorClass = ray.remote(actor_class)
         found = [i for i, group in enumerate(self.groups) if role in group.roles]
         if not found:
-            return RayWorkers(role, ())
+            return RayWorkers(role, 0, remote.remote, self._health)
         index = found[min(number, len(found) - 1)]
         group, placed, bundles = self.groups[index], self._placed[index], self._bundles[index]
-        remote: ActorClass = ray.remote(actor_class)
         threads = str(self.threads(group.slots))
         variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **CUBLAS}
         # An engine takes several slots: its process starts in the first of them.
         step = group.engine_size // group.slots_per_bundle if role is Role.ENGINE else 1
-        handles = [
-            remote.options(
+        places = bundles[::step]
+
+        def spawn(place: int) -> ActorHandle:
+            return remote.options(
                 num_cpus=_share(CPU_PER_SLOT, group),
                 num_gpus=_share(1.0, group) if self.resources.gpus > 0 else 0,
                 max_concurrency=concurrency,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placed, placement_group_bundle_index=bundle),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placed, placement_group_bundle_index=places[place]
+                ),
                 runtime_env={"env_vars": variables},
             ).remote()
-            for bundle in bundles[::step]
-        ]
-        return RayWorkers(role, handles)
+
+        return RayWorkers(role, len(places), spawn, self._health)
 
     def threads(self, slots: int) -> int:
         """CPU threads of one process of a role. Roles compute one after the other, so each may use all cores in turn."""
@@ -281,20 +333,33 @@ def _check_free(needed: int, total: int) -> None:
 
 def _gpus_by_node() -> dict[str, int]:
     """The number of GPUs of every node, this node first."""
-    here = _this_node()
+    here = this_node()
     alive = [node for node in ray.nodes() if node["Alive"]]
     alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeManagerAddress"], node["NodeID"]))
     return {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
 
 
-class ModelActor(ModelWorker):
+class Watched:
+    """A worker in its own process."""
+
+    def watch(self, stacks: Path | None, name: str) -> tuple[str, int]:
+        """Write stacks into a file in the folder ``stacks`` at each ``STACKS_SIGNAL``. Returns node and process id."""
+        if stacks is not None:
+            stacks.mkdir(parents=True, exist_ok=True)
+            file = (stacks / f"{name}.txt").open("a", encoding="utf-8")
+            _KEPT.append(file)
+            faulthandler.register(STACKS_SIGNAL, file=file)
+        return this_node(), os.getpid()
+
+
+class ModelActor(Watched, ModelWorker):
     """One rank of a model in its own process."""
 
     def open_meeting(self) -> tuple[str, int]:
         """Open a store where other processes meet this one, which is their rank 0. Returns its address and port."""
         address = ray.util.get_node_ip_address()
         store = open_store(address, MEETING_TIMEOUT_S)
-        _STORES.append(store)
+        _KEPT.append(store)
         return address, store.port
 
     def gpus(self) -> tuple[str, ...]:
@@ -303,7 +368,7 @@ class ModelActor(ModelWorker):
 
     def node(self) -> str:
         """The node of this process."""
-        return _this_node()
+        return this_node()
 
     def _join(self, meeting: Rendezvous, config: RLConfig, tensor_size: int = 1) -> None:
         # Before the first use of CUDA in this process.
@@ -321,7 +386,7 @@ class ScorerActor(ModelActor, ScorerWorker):
     """One rank of a frozen model."""
 
 
-class EngineActor(EngineWorker):
+class EngineActor(Watched, EngineWorker):
     """One engine in its own process."""
 
     async def start_on(self, name: EngineName, settings: EngineSettings, gpus: Sequence[str]) -> None:
@@ -331,10 +396,10 @@ class EngineActor(EngineWorker):
 
     async def node(self) -> str:
         """The node of this process."""
-        return _this_node()
+        return this_node()
 
 
-def _this_node() -> str:
+def this_node() -> str:
     """The id of the node of this process."""
     return str(ray.get_runtime_context().get_node_id())
 

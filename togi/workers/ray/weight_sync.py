@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 
 from togi.config.rl import RLConfig
@@ -27,7 +27,7 @@ from togi.workers.ray.cluster import EngineActor, LearnerActor, RayWorkers, resu
 class _Progress:
     """How many tensors the actor has sent and each engine has loaded; -1 before an engine has agreed to the update."""
 
-    engines: list[int]
+    engines: dict[int, int]
     total: int = 0
     sent: int = 0
 
@@ -35,10 +35,10 @@ class _Progress:
         """Who is behind, for the message of a timeout."""
         if self.total == 0:
             return "the actor has not begun"
-        behind = min(self.engines)
+        behind = min(self.engines.values())
         if behind == self.sent < self.total:
             return f"the actor has sent {self.sent} of {self.total} tensors"
-        names = ", ".join(f"engine {index}" for index, tensors in enumerate(self.engines) if tensors == behind)
+        names = ", ".join(f"engine {index}" for index, tensors in self.engines.items() if tensors == behind)
         return f"{names} confirmed {max(0, behind)} of {self.total} tensors"
 
 
@@ -56,6 +56,8 @@ class WeightSync:
         """``parts``: of a tensor-parallel engine."""
         self.route, self._actor, self._engines, self._timeout = route, actor, engines, timeout
         self._parts = parts
+        self.connected: tuple[int, ...] = ()
+        """The engines that are in the group of a carrier that is one."""
 
     @classmethod
     async def open(
@@ -68,36 +70,40 @@ class WeightSync:
         on_gpu = await actor.call(0, LearnerWorker.device_type) == "cuda"
         route = choose(config, on_gpu=on_gpu, one_host=len(nodes) == 1)
         sync = cls(actor, engines, route, config.weight_sync_timeout, config.vllm_tensor_parallel_size)
-        await sync.connect()
+        await sync.connect(range(len(engines)))
         return sync
 
-    async def connect(self) -> None:
-        """Join actor and engines in a group if the carrier needs one."""
+    async def connect(self, members: Sequence[int]) -> None:
+        """Join actor and engines ``members`` in a group if the carrier needs one, in the place of an earlier one."""
         carrier = self.route.carrier
         first: Rendezvous | None = None
         joins: list[Coroutine[object, object, None]] = []
         # Rank 0 of the actor is rank 0 of the group; the engines follow, or all parts of each engine.
         if carrier.is_group:
             address, port = await self._actor.call(0, LearnerActor.open_meeting)
-            size = 1 + len(self._engines) * self._parts
+            size = 1 + len(members) * self._parts
             first, *others = (Rendezvous(rank, size, address, port, self._timeout) for rank in range(size))
             joins += [
-                self._engines.call(i, EngineActor.join_channel, self._of_engine(others, i), carrier)
-                for i in range(len(self._engines))
+                self._engines.call(engine, EngineActor.join_channel, self._of_engine(others, place), carrier)
+                for place, engine in enumerate(members)
             ]
         for rank in range(len(self._actor)):
             joins.append(self._actor.call(rank, LearnerActor.prepare_export, carrier, None if rank > 0 else first))
         # Joining blocks until all are there, so both sides wait together.
         await all_or_none(joins)
+        self.connected = tuple(members)
 
-    async def send(self, version: int) -> SyncReport:
-        """Send the actor's current weights to every engine as ``version``.
+    async def send(self, version: int, only: int | None = None) -> SyncReport:
+        """Send the actor's current weights to every engine, or to one ``only``, as ``version``.
 
         Raises WeightSyncError if an engine refuses (the message names the tensors that differ), if an engine has
         received other bytes than were sent, or if the deadline passes (the message names who is behind).
         """
-        start, progress = time.perf_counter(), _Progress([-1] * len(self._engines))
+        engines = tuple(range(len(self._engines))) if only is None else (only,)
+        start, progress = time.perf_counter(), _Progress(dict.fromkeys(engines, -1))
         try:
+            if self.route.carrier.is_group and self.connected != engines:
+                await self.connect(engines)
             manifest, checksum = await asyncio.wait_for(self._send(version, progress), self._timeout)
         except TimeoutError:
             raise WeightSyncError(
@@ -110,7 +116,7 @@ class WeightSync:
         # Stage 1: every engine agrees to names, shapes and types.
         manifest = (await call_all(self._actor, LearnerActor.begin_export, version))[0]
         progress.total = len(manifest.tensors)
-        await self._confirmed(progress, 1, EngineActor.begin_update, [[manifest]] * len(self._engines))
+        await self._confirmed(progress, 1, EngineActor.begin_update, [[manifest]] * len(progress.engines))
         # Stage 2: buckets. The next one is gathered while the engines load the last; more would only take memory.
         loading: list[asyncio.Future[None]] = []
         try:
@@ -123,8 +129,8 @@ class WeightSync:
                 progress.sent += counts[0]
                 # Each engine gets the parcels of the ranks on its GPUs, or the one that rank 0 sends to all.
                 own = [ref[1] for ref in refs]
-                each = range(len(self._engines))
-                parcels = [self._of_engine(own, i) if self.route.carrier is Carrier.IPC else own[:1] for i in each]
+                by_rank = self.route.carrier is Carrier.IPC
+                parcels = [self._of_engine(own, i) if by_rank else own[:1] for i in progress.engines]
                 load = self._confirmed(progress, counts[0], EngineActor.load_bucket, parcels)
                 loading.append(asyncio.ensure_future(load))
             for last in loading:
@@ -134,8 +140,8 @@ class WeightSync:
                 unfinished.cancel()
         # Stage 3: everything arrived, and it is the same everywhere.
         sent = await call_all(self._actor, LearnerActor.end_export)
-        got = await call_all(self._engines, EngineActor.finish_update)
-        return manifest, agreed_checksum(sent, got)
+        got: list[str] = await all_or_none(self._engines.call(i, EngineActor.finish_update) for i in progress.engines)
+        return manifest, agreed_checksum(sent, dict(zip(progress.engines, got, strict=True)))
 
     async def _confirmed(
         self,
@@ -144,23 +150,23 @@ class WeightSync:
         method: Method[EngineActor, ..., None],
         arguments: Sequence[Sequence[T]],
     ) -> None:
-        """Call ``method`` on each engine with its arguments. An engine that has answered has confirmed ``tensors`` more."""
+        """Call ``method`` on each engine of an update with its arguments. One that has answered has confirmed ``tensors`` more."""
 
         async def one(engine: int, own: Sequence[T]) -> None:
             await self._engines.call(engine, method, *own)
             progress.engines[engine] += tensors
 
-        await all_or_none(one(engine, own) for engine, own in enumerate(arguments))
+        await all_or_none(one(engine, own) for engine, own in zip(progress.engines, arguments, strict=True))
 
-    def _of_engine(self, of_parts: Sequence[T], engine: int) -> Sequence[T]:
-        """What belongs to the parts of an engine, from what belongs to the parts of all."""
-        return of_parts[engine * self._parts : (engine + 1) * self._parts]
+    def _of_engine(self, of_parts: Sequence[T], place: int) -> Sequence[T]:
+        """What belongs to the parts of the engine at ``place``, from what belongs to the parts of all."""
+        return of_parts[place * self._parts : (place + 1) * self._parts]
 
 
-def agreed_checksum(sent: Sequence[str], got: Sequence[str]) -> str:
+def agreed_checksum(sent: Sequence[str], got: Mapping[int, str]) -> str:
     """The common checksum. Raises WeightSyncError naming the ranks and engines that differ from the actor's rank 0."""
     others = [f"actor {rank}" for rank, checksum in enumerate(sent) if checksum != sent[0]]
-    others += [f"engine {index}" for index, checksum in enumerate(got) if checksum != sent[0]]
+    others += [f"engine {index}" for index, checksum in got.items() if checksum != sent[0]]
     if others:
         raise WeightSyncError(
             f"After the weight update {', '.join(others)} and actor 0 have different weights: their checksums differ."
