@@ -62,7 +62,7 @@ class Pump:
     @property
     def is_empty(self) -> bool:
         """Whether no group is left to take."""
-        return not self._work and self._loader.remaining <= 0
+        return self._is_idle and not self._filtered
 
     async def take(self, step: int) -> list[ScoredGroup]:
         """The groups of the next rollout in the order of their admission, with those that were filtered out meanwhile.
@@ -149,7 +149,7 @@ class Pump:
         if self._failure is not None:
             raise self._failure
         self._admit(None if self._rules.staleness > 0 else episode)
-        if self.episode > episode and self._filtered:
+        if self._filtered and (self.episode > episode or self._is_idle):
             self._slots.skip()  # everything of it was filtered out: a rollout without a group to train on
             return []
         taken = self._slots.take(exhausted=self._loader.episode)
@@ -157,6 +157,11 @@ class Pump:
             self._left(slot, Event.ABANDONED)
         self._dropped += len(self._slots.dropped)
         return taken
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether every prompt has left its slot and none is to come."""
+        return not self._work and self._loader.remaining <= 0
 
     def _admit(self, only: int | None = None) -> None:
         """Take prompts into work while slots are free. ``only``: of this episode. Raises ConfigError of the filter."""
@@ -201,7 +206,7 @@ class Pump:
                 facts = {"generated": round(time.time(), 3)}
             group = await source.scored(rollouts, limit)
             # The group first, then the line that says so.
-            await asyncio.to_thread(self._ledger.keep, number, group)
+            self._ledger.keep(number, group)
         versions = [version for rollout in group.rollouts for version in rollout.versions]
         oldest, lengths = min(versions, default=slot.oldest), [len(rollout.versions) for rollout in group.rollouts]
         facts |= {"versions": [oldest, max(versions, default=slot.oldest)], "lengths": lengths}
