@@ -69,6 +69,18 @@ class CorrectionType(StrEnum):
     SEQ_MASK_TIS = "seq-mask-tis"
 
 
+class OnStale(StrEnum):
+    """What happens to tokens that are more than ``--max_token_lag`` versions older than the weights they train.
+
+    mask: such tokens are taken out of the loss; rewards, baselines and groups stay whole. wait: there are none, because a step
+    waits for the old groups. drop: their whole group is dropped, which favours short responses.
+    """
+
+    MASK = "mask"
+    WAIT = "wait"
+    DROP = "drop"
+
+
 class EngineName(StrEnum):
     VLLM = "vllm"
     TRANSFORMERS = "transformers"
