@@ -188,7 +188,8 @@ class Slots:
         return self._trained(batch)
 
     def skip(self) -> None:
-        """The next step has no group: everything that is left of its episode was filtered out."""
+        """The next step has no group: everything that was left of its episode was filtered out, and no group is at work."""
+        assert not self._slots
         self._next_trained += 1
 
     def published(self, version: int) -> None:

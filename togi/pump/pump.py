@@ -149,8 +149,9 @@ class Pump:
         if self._failure is not None:
             raise self._failure
         self._admit(None if self._rules.staleness > 0 else episode)
-        if self._filtered and (self.episode > episode or self._is_idle):
-            self._slots.skip()  # everything of it was filtered out: a rollout without a group to train on
+        is_over = self._is_idle or (self._rules.staleness == 0 and self.episode > episode)
+        if self._filtered and is_over:
+            self._slots.skip()  # everything that was left was filtered out: a rollout without a group to train on
             return []
         taken = self._slots.take(exhausted=self._loader.episode)
         for slot in self._slots.dropped:
