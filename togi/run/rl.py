@@ -485,6 +485,8 @@ class RLRun:
                 with written_aside(Path(target + "_critic")) as aside:
                     await self.session.save_model(Role.CRITIC, aside)
                     self.journal.sign(aside)
+        if self._pump is not None:
+            self._pump.end()
 
 
 def origin(config: RLConfig) -> str:
