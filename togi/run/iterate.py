@@ -54,8 +54,8 @@ def start_iterate(
 ) -> Result:
     """Check the settings, then run all rounds. ``launch`` runs the command of one step. Raises UserError."""
     check(parsed)
-    ready, notices = usable_precision(parsed, this_machine())
-    for notice in notices:
+    ready, notice = usable_precision(parsed, this_machine())
+    if notice is not None:
         announce(notice)
     return run(ready.config, announce, launch)
 

@@ -99,8 +99,8 @@ def asks_for_flash(parsed: Parsed[RLConfig] | Parsed[Method]) -> bool:
 
 def usable(parsed: Parsed[Config], machine: Machine, announce: Announce) -> Parsed[Config]:
     """The settings with the precision of this machine. Announces what it changes, and flags without effect."""
-    ready, notices = usable_precision(parsed, machine)
-    for notice in notices:
+    ready, notice = usable_precision(parsed, machine)
+    if notice is not None:
         announce(notice)
     say_ignored(ready.config, announce)
     return ready
