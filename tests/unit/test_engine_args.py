@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import pytest
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
 
+import pytest
+import torch
+
+from togi.config.choices import EngineName
+from togi.config.infer import InferConfig, check_infer
+from togi.config.iterate import IterateConfig
 from togi.config.parse import Source, parse
 from togi.config.rl import RLConfig
 from togi.config.rl_checks import check_rl
 from togi.errors import ConfigError
+from togi.methods.kd import KD
+from togi.obs.progress import Progress
+from togi.parallel.process import World
 from togi.plan.engine_args import check_extra_arguments, extra_arguments
 from togi.plan.machine import Machine
 from togi.plan.placement import resolve
 from togi.rollout.engine import EngineSettings
 from togi.rollout.vllm_engine import engine_arguments
+from togi.run import infer, offline_setup, preflight
+from togi.run.iterate_steps import Steps
+from togi.run.start import infer_door
 
 BASE = ["--pretrain", "m", "--prompt_data", "p.jsonl", "--reward_func", "builtin:math", "--advantage_estimator"]
 GROUP = [*BASE, "group_norm", "--n_samples_per_prompt", "2"]
@@ -70,7 +84,7 @@ def test_rounded_rollouts_ask_for_a_correction_or_a_waiver(flag: str) -> None:
         check_rl(parse(RLConfig, [*GROUP, *flag.split()], "rl").config)
     for way_out in ("--enable_vllm_is_correction", "--allow_uncorrected_rollouts"):
         check_rl(parse(RLConfig, [*GROUP, *flag.split(), way_out], "rl").config)
-    with pytest.raises(ConfigError, match="needs --rollout_engine vllm"):
+    with pytest.raises(ConfigError, match="fp8 is vLLM's but --rollout_engine transformers"):
         words = [*GROUP, *flag.split(), "--enable_vllm_is_correction", "--rollout_engine", "transformers"]
         check_rl(parse(RLConfig, words, "rl").config)
 
@@ -93,3 +107,86 @@ def test_the_share_of_a_gpu_depends_on_who_else_is_there(flags: str, share: floa
     resolved = resolve(parse(RLConfig, [*GROUP, *flags.split()], "rl"), Machine(8, 1 << 36, 8))
     assert resolved.config.vllm_gpu_memory_utilization == share
     assert resolved.sources["vllm_gpu_memory_utilization"] == source
+
+
+FP8 = ["--vllm_quantization", "fp8", "--vllm_kv_cache_dtype", "fp8"]
+EVERY = ["--bf16", "--enforce_eager", *FP8, "--vllm_args", "max_num_batched_tokens=777", "async_scheduling=false"]
+
+
+class Asked(Exception):
+    """An engine was asked for, with these settings."""
+
+    def __init__(self, name: EngineName, settings: EngineSettings) -> None:
+        self.name, self.settings = name, settings
+
+
+def by_infer(words: list[str], patch: pytest.MonkeyPatch) -> Asked:
+    def create(name: EngineName, settings: EngineSettings) -> None:
+        raise Asked(name, settings)
+
+    parsed = parse(InferConfig, words, "infer")
+    check_infer(parsed)
+    patch.setattr(infer, "create_engine", create)
+    patch.setattr("togi.run.loading.local_folder", str)
+    patch.setattr(infer.chat, "stop_token_ids", lambda *_, **__: frozenset({0}))
+    with pytest.raises(Asked) as asked:
+        asyncio.run(infer._generate(parsed.config, None, [], [], None, Progress()))  # type: ignore[arg-type]
+    return asked.value
+
+
+def by_iterate(words: list[str], patch: pytest.MonkeyPatch, folder: Path) -> Asked:
+    commands: list[Sequence[str]] = []
+    config = parse(IterateConfig, words, "iterate").config
+    Steps(config, folder, lambda _, argv: commands.append(argv))._ask(folder, [], "m", 1, 2, 1.0, told=False)
+    return by_infer(list(commands[0]), patch)
+
+
+def by_distillation(words: list[str], patch: pytest.MonkeyPatch) -> Asked:
+    made: list[Asked] = []
+    patch.setattr(offline_setup, "create_engine", lambda name, settings: made.append(Asked(name, settings)))
+    patch.setattr("togi.run.loading.local_folder", str)
+    config = parse(KD, words, "kd").config
+    assert not list(config.problems(template_given=False))
+    offline_setup.start_engines(config, World.solo(torch.device("cpu")))
+    return made[0]
+
+
+@pytest.mark.parametrize("command", ["infer", "iterate", "kd"])
+def test_every_command_with_an_engine_passes_them_on(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if command == "infer":
+        need = "--eval_task generate_vllm --pretrain m --dataset d.jsonl --output_path o.jsonl"
+        asked = by_infer([*need.split(), *EVERY], monkeypatch)
+    elif command == "iterate":
+        need = "--method rs --pretrain m --prompt_data d.jsonl --run_dir r --reward_func f.py"
+        asked = by_iterate([*need.split(), *EVERY], monkeypatch, tmp_path)
+    else:
+        need = "--pretrain m --teacher_model t --dataset d.jsonl --on_policy_share 1"
+        asked = by_distillation([*need.split(), *EVERY], monkeypatch)
+    assert asked.name is EngineName.VLLM
+    arguments = engine_arguments(asked.settings, on_cpu=False)
+    assert (arguments["quantization"], arguments["kv_cache_dtype"]) == ("fp8_per_tensor", "fp8")
+    assert (arguments["max_num_batched_tokens"], arguments["async_scheduling"]) == (777, False)
+    assert arguments["enforce_eager"] is True
+
+
+@pytest.mark.parametrize("flag", ["--vllm_quantization fp8", "--vllm_kv_cache_dtype fp8", "--vllm_args a=1"])
+def test_they_are_refused_where_vllm_does_not_generate(flag: str) -> None:
+    infer_words = "--eval_task generate --pretrain m --dataset d.jsonl --output_path o.jsonl"
+    with pytest.raises(ConfigError, match=f"{flag} is vLLM's but --eval_task generate"):
+        check_infer(parse(InferConfig, [*infer_words.split(), *flag.split()], "infer"))
+    kd_words = "--pretrain m --teacher_model t --dataset d.jsonl --on_policy_share 1 --rollout_engine transformers"
+    problems = parse(KD, [*kd_words.split(), *flag.split()], "kd").config.problems(template_given=False)
+    assert "is vLLM's but {rollout_engine} generates with Transformers" in next(problems)
+
+
+def test_an_engine_is_checked_before_it_starts() -> None:
+    pytest.importorskip("vllm")
+    infer_words = "--eval_task generate_vllm --pretrain m --dataset d.jsonl --output_path o.jsonl --vllm_args sed=1"
+    with pytest.raises(ConfigError, match="sed is not an argument of the installed vLLM's engine: did you mean seed"):
+        infer_door(parse(InferConfig, infer_words.split(), "infer"))
+    config = parse(InferConfig, ["--bf16", *FP8], "infer").config
+    preflight.check_engine(EngineName.VLLM, config, Machine(8, 1 << 36, 1))
+    with pytest.raises(ConfigError, match="--vllm_quantization fp8 needs GPUs"):
+        preflight.check_engine(EngineName.VLLM, config, Machine(8, 1 << 36, 0))
