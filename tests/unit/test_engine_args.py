@@ -24,9 +24,8 @@ from togi.plan.machine import Machine
 from togi.plan.placement import resolve
 from togi.rollout.engine import EngineSettings
 from togi.rollout.vllm_engine import engine_arguments
-from togi.run import infer, offline_setup, preflight
+from togi.run import infer, iterate, offline_setup, preflight, start
 from togi.run.iterate_steps import Steps
-from togi.run.start import infer_door
 
 BASE = ["--pretrain", "m", "--prompt_data", "p.jsonl", "--reward_func", "builtin:math", "--advantage_estimator"]
 GROUP = [*BASE, "group_norm", "--n_samples_per_prompt", "2"]
@@ -185,8 +184,41 @@ def test_an_engine_is_checked_before_it_starts() -> None:
     pytest.importorskip("vllm")
     infer_words = "--eval_task generate_vllm --pretrain m --dataset d.jsonl --output_path o.jsonl --vllm_args sed=1"
     with pytest.raises(ConfigError, match="sed is not an argument of the installed vLLM's engine: did you mean seed"):
-        infer_door(parse(InferConfig, infer_words.split(), "infer"))
+        start.infer_door(parse(InferConfig, infer_words.split(), "infer"))
     config = parse(InferConfig, ["--bf16", *FP8], "infer").config
-    preflight.check_engine(EngineName.VLLM, config, Machine(8, 1 << 36, 1))
+    preflight.check_engine(EngineName.VLLM, config, True, Machine(8, 1 << 36, 1))
     with pytest.raises(ConfigError, match="--vllm_quantization fp8 needs GPUs"):
-        preflight.check_engine(EngineName.VLLM, config, Machine(8, 1 << 36, 0))
+        preflight.check_engine(EngineName.VLLM, config, True, Machine(8, 1 << 36, 0))
+
+
+@pytest.mark.parametrize("flag", ["vllm_quantization", "vllm_kv_cache_dtype"])
+def test_fp8_without_bfloat16_is_refused_before_a_model_is_looked_for(
+    flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    said = f"--{flag} fp8 needs --bf16"
+    node = Machine(8, 1 << 36, 8, bf16_gpus=True)
+    monkeypatch.setattr(start, "this_machine", lambda: node)
+    monkeypatch.setattr(iterate, "this_machine", lambda: node)
+    monkeypatch.setattr(preflight, "this_machine", lambda: node)
+    # a model that is not there would be the next to be refused, and is, where bfloat16 is left to the GPUs
+    fp8 = [f"--{flag}", "fp8", "--pretrain", "./gone"]
+    doors = {
+        "infer": ("--eval_task generate_vllm --dataset d.jsonl --output_path o.jsonl", InferConfig, start.start_infer),
+        "iterate": (
+            "--method rs --prompt_data d.jsonl --run_dir r --reward_func f.py",
+            IterateConfig,
+            iterate.start_iterate,
+        ),
+        "kd": ("--teacher_model t --dataset d.jsonl --on_policy_share 1", KD, start.offline_door),
+        "rl": (
+            f"{' '.join(GROUP[2:])} --enable_vllm_is_correction",
+            RLConfig,
+            lambda parsed, announce: start.rl_door(parsed, reward_given=False, announce=announce),
+        ),
+    }
+    for command, (words, settings, door) in doors.items():
+        with pytest.raises(ConfigError, match=said):
+            door(parse(settings, [*words.split(), *fp8, "--no_bf16"], command), announce=print)
+        with pytest.raises(ConfigError, match=r"--pretrain \./gone"):
+            door(parse(settings, [*words.split(), *fp8], command), announce=print)

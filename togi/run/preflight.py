@@ -68,7 +68,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
         check_spread(groups, 1)
     # Packages and models.
     if config.replay is None:
-        check_engine(config.rollout_engine, config, machine)
+        check_engine(config.rollout_engine, config, config.bf16, machine)
     else:
         check_replayed(config, Path(config.replay))
     models = models_of(config)
@@ -218,7 +218,7 @@ def check_target(flag: str, output: str, sources: Sequence[tuple[str, str]]) -> 
 
 
 def check_engine(
-    name: EngineName, config: RLConfig | InferConfig | IterateConfig | OnPolicySettings, machine: Machine
+    name: EngineName, config: RLConfig | InferConfig | IterateConfig | OnPolicySettings, bf16: bool, machine: Machine
 ) -> None:
     """Check that the package of the engine is installed and takes the settings. Raises EngineUnavailableError, ConfigError."""
     if name is not EngineName.VLLM:
@@ -229,6 +229,8 @@ def check_engine(
     for flag in config.rounding:
         if machine.gpus == 0 and not joins_cluster():
             raise ConfigError(f"--{flag} fp8 needs GPUs: leave it out.")
+        if not bf16:
+            raise ConfigError(f"--{flag} fp8 needs --bf16, as vLLM has no fp8 beside float32: change one of them.")
 
 
 def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
@@ -379,7 +381,7 @@ def check_offline(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Me
     config = parsed.config
     # Packages and models.
     if config.on_policy is not None:
-        check_engine(config.on_policy.rollout_engine, config.on_policy, this_machine())
+        check_engine(config.on_policy.rollout_engine, config.on_policy, config.bf16, this_machine())
     models = [("pretrain", config.pretrain), *config.more_models.items()]
     check_models(config, models, f"--max_len {config.max_len}", config.max_len)
     if launched:
