@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from togi.parallel.process import World
 from togi.plan.engine_args import check_extra_arguments, extra_arguments
 from togi.plan.machine import Machine
 from togi.plan.placement import resolve
+from togi.rollout import vllm_engine
 from togi.rollout.engine import EngineSettings
 from togi.rollout.vllm_engine import engine_arguments
 from togi.run import infer, iterate, offline_setup, preflight, start
@@ -66,6 +68,22 @@ def test_they_reach_the_engine_and_win_over_what_togi_only_chooses() -> None:
     for on_cpu in (True, False):
         arguments = engine_arguments(settings, on_cpu)
         assert (arguments["max_num_batched_tokens"], arguments["async_scheduling"]) == (777, False)
+
+
+def test_no_kernel_is_built_for_a_sampler_that_gives_no_log_probs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would look for FlashInfer's sampler by default, and reads the variable when a model is loaded."""
+    monkeypatch.setattr(os, "environ", {})
+    vllm_engine._set_environment()
+    from vllm import envs
+    from vllm.v1.sample.ops.topk_topp_sampler import PROCESSED_LOGPROBS_MODES
+
+    assert envs.environment_variables["VLLM_USE_FLASHINFER_SAMPLER"]() is False
+    # the sampler is left out for these, so nothing is lost
+    assert engine_arguments(EngineSettings("m"), on_cpu=False)["logprobs_mode"] in PROCESSED_LOGPROBS_MODES
+    # the user's own word stays
+    monkeypatch.setattr(os, "environ", {"VLLM_USE_FLASHINFER_SAMPLER": "1"})
+    vllm_engine._set_environment()
+    assert envs.environment_variables["VLLM_USE_FLASHINFER_SAMPLER"]() is True
 
 
 def test_weights_are_rounded_while_they_are_loaded() -> None:
