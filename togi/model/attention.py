@@ -45,7 +45,7 @@ from transformers import AttentionInterface
 
 from togi.algo.partial_attention import Pieces, Run, flash_takes, join, visible_keys, window_of
 from togi.algo.precision import Context, full_precision
-from togi.batch import Segments
+from togi.batch import Segments, moved
 from togi.cpu import host_attention
 from togi.errors import ModelError
 
@@ -82,7 +82,7 @@ def levels_of(segments: Segments, window: int | None, device: torch.device) -> t
                 asking.setdefault(chain[depth], []).append(own)
         queries, keys = [torch.cat(below) for below in asking.values()], [tokens[prefix] for prefix in asking]
         pieces = _pieces(queries, keys, causal=False, window=None, device=device)
-        levels.append(Level(torch.cat(queries).to(device), torch.cat(keys).to(device), pieces))
+        levels.append(Level(moved(torch.cat(queries), device), moved(torch.cat(keys), device), pieces))
     return tuple(levels)
 
 
@@ -97,7 +97,7 @@ def gathered(segments: Segments, window: int | None, device: torch.device) -> Le
         near = context if cut is None else context[max(0, len(context) - cut + 1) :]
         keys.append(torch.cat([near, own]))
     pieces = _pieces(tokens, keys, causal=True, window=cut, device=device)
-    return Level(None, None if segments.is_plain else torch.cat(keys).to(device), pieces)
+    return Level(None, None if segments.is_plain else moved(torch.cat(keys), device), pieces)
 
 
 def _longest(segments: Segments) -> int:
@@ -111,7 +111,7 @@ def _pieces(
     """``queries`` and ``keys``: the tokens of each piece."""
 
     def bounds(pieces: list[Tensor]) -> Tensor:
-        return torch.tensor([0, *accumulate(map(len, pieces))], dtype=torch.int32).to(device)
+        return moved(torch.tensor([0, *accumulate(map(len, pieces))], dtype=torch.int32), device)
 
     longest = max(map(len, queries)), max(map(len, keys))
     return Pieces(bounds(queries), bounds(keys), longest, causal, window)
