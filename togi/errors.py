@@ -36,7 +36,12 @@ class CheckpointError(UserError):
 
 
 class RunError(RuntimeError):
-    """Something broke while a run was going on: the message says which process, doing what, and why."""
+    """Something broke while a run was going on: the message says which process, doing what, and why.
+
+    ``lines``: what else the page about the failure shows, such as the end of a log.
+    """
+
+    lines: tuple[str, ...] = ()
 
 
 class WriteError(RunError):
@@ -48,7 +53,7 @@ class WorkerError(RunError):
 
 
 class WorkerDied(WorkerError):
-    """A worker process that ended, or does not answer. ``who``: its role and index; ``lines``: the last of its log."""
+    """A worker process that ended, or does not answer. ``who``: its role and index."""
 
     def __init__(self, who: str, why: str, lines: tuple[str, ...] = ()) -> None:
         super().__init__(f"{who} {why}")

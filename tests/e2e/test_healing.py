@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.busy
 # Every sample has its own seed, so what an engine computes does not depend on which engine it is or how often it is asked.
 SEEDED = [*GRPO, *HF, "--full_determinism", "--num_episodes", "2", "--save_steps", "1", "--workers", "ray"]
 # Long answers, so that a run is nearly always generating.
-SEEDED += ["--generate_max_len", "160"]
+SEEDED += ["--generate_max_len", "64"]
 STEPS = 6
 
 
@@ -101,3 +102,100 @@ def test_an_engine_is_restarted_in_its_place_and_nothing_changes(
     assert "Traceback" not in errors and "raylet" not in output + errors
     is_like(run, calm)
     assert metrics(run)[-1]["values"]["restarts/engines"] == 1
+
+
+def learner(run: subprocess.Popen[str]) -> psutil.Process:
+    return processes(run, "LearnerActor")[0]
+
+
+def killing_after_a_checkpoint(run: Path) -> Callable[[subprocess.Popen[str]], None]:
+    def kill(started: subprocess.Popen[str]) -> None:
+        while not list((run / "checkpoints").glob("step_*")):
+            time.sleep(0.05)
+        learner(started).kill()
+
+    return kill
+
+
+def test_a_killed_learner_sends_the_run_back_to_its_checkpoint(world: Path, tmp_path: Path, calm: Path) -> None:
+    run = tmp_path / "run"
+    code, output, errors = disturbed(world, run, killing_after_a_checkpoint(run))
+    assert code == 0, errors[-3000:]
+    (said,) = re.findall(
+        r"actor 0 died \(process \d+\).*; (the run.*) is restarted \((\d of at most 3) restarts\)", output
+    )
+    assert re.fullmatch(r"the run(, from its checkpoint of step \d,)?", said[0]) and said[1] == "1 of at most 3"
+    assert "Traceback" not in errors and "raylet" not in output + errors
+    is_like(run, calm)
+    assert metrics(run)[-1]["values"]["restarts/run"] == 1
+    assert not (run / "failure.md").exists()
+
+
+def test_after_too_many_restarts_a_page_says_how_to_go_on(world: Path, tmp_path: Path, calm: Path) -> None:
+    """Who died, when, where, its last lines; the command in it goes on, and ends with the weights of a calm run."""
+    run = tmp_path / "run"
+    code, _, errors = disturbed(world, run, killing_after_a_checkpoint(run), "--max_restarts", "0")
+    assert code == 1
+    assert "togi: the run failed: actor 0 died (process" in errors and "Traceback" not in errors
+    assert len(errors.splitlines()) < 40, "no screen of Ray's own"
+    page = (run / "failure.md").read_text()
+    assert re.search(r"^actor 0 died \(process \d+\)", page, re.MULTILINE)
+    assert re.search(r"^When: 20\d\d-.* in step \d of 6", page, re.MULTILINE)
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed" and "actor 0 died" in status["message"]
+    assert "goes on from its checkpoint of step" in (run / "report.html").read_text()
+    (resume,) = re.findall(r"The run goes on from its checkpoint of step \d by: (.*)", page)
+    done = subprocess.run(
+        ["/bin/bash", "-c", f'togi() {{ "{sys.executable}" -m togi "$@"; }}; {resume}'],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    is_like(run, calm)
+    assert not (run / "failure.md").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_run_that_is_told_to_stop_leaves_its_last_step(
+    world: Path, tmp_path: Path, calm: Path, number: signal.Signals
+) -> None:
+    """Checkpoints are due only every 100 steps; the one of the last finished step is written, and the command goes on."""
+    run = tmp_path / "run"
+
+    def tell(started: subprocess.Popen[str]) -> None:
+        while not (run / "metrics.jsonl").read_text().count("\n"):
+            time.sleep(0.02)
+        time.sleep(0.3)
+        started.send_signal(number)
+
+    code, output, errors = disturbed(world, run, tell, "--save_steps", "100")
+    assert code == (143 if number is signal.SIGTERM else 130), errors[-3000:]
+    assert "Traceback" not in errors
+    (step,) = re.findall(r"a checkpoint of step (\d) is written", output)
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == [f"step_{int(step):08d}"]
+    assert f"The run goes on from its checkpoint of step {step} by: " in errors
+    train(world, run, *SEEDED, "--load_checkpoint")
+    is_like(run, calm)
+
+
+def test_a_stalled_run_shows_every_stack_and_ends(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopped = list[psutil.Process]()
+
+    def stop(started: subprocess.Popen[str]) -> None:
+        stopped.append(learner(started))
+        stopped[0].send_signal(signal.SIGSTOP)
+
+    code, _, errors = disturbed(world, run, stop, "--stall_timeout", "10")
+    assert code == 1, errors[-3000:]
+    assert re.search(r"togi: the run failed: The run has stalled: actor 0 has not answered \w+ for 1\d s", errors)
+    waiting = (run / "stacks" / "waiting.txt").read_text()
+    assert "actor 0 has not answered" in waiting
+    assert "engine" in (run / "stacks" / "engine0.txt").read_text()
+    assert (
+        "RLRun" in (run / "stacks" / "driver.txt").read_text()
+        or "train(" in (run / "stacks" / "driver.txt").read_text()
+    )
+    assert "actor 0 has not answered" in (run / "failure.md").read_text()

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,7 +22,8 @@ from togi.plan.machine import this_machine
 from togi.plan.placement import Carrier, Role, Route, resolve
 from togi.weights.buckets import Checksum, pack_buckets
 from togi.workers import start
-from togi.workers.ray.cluster import RayWorkers
+from togi.workers.protocol import Health
+from togi.workers.ray.cluster import EngineActor, RayWorkers
 from togi.workers.ray.healing import EngineCare
 from togi.workers.ray.weight_sync import WeightSync
 
@@ -84,3 +86,45 @@ def test_every_carrier_brings_the_same_bytes_to_all(tmp_path: Path) -> None:
     sizes = "--actor_num_gpus_per_node 2 --vllm_num_engines 2 --prompt_max_len 64 --generate_max_len 8"
     words = ["--pretrain", str(tmp_path / "model"), *flags.split(), *sizes.split()]
     asyncio.run(scenario(resolve(parse(RLConfig, words, "rl"), this_machine()).config))
+
+
+async def deadly(config: RLConfig, said: list[str]) -> None:
+    """The last engine is killed when both have agreed to an update, and nothing of it has arrived."""
+    session = await start(config, this_machine(), {Role.ACTOR: 10}, said.append, Health(1, said.append))
+    try:
+        weights = session.weights
+        assert isinstance(weights, EngineCare)
+        await weights.send(1)
+        await session.probe(PROBE)
+        confirmed = weights.sync._confirmed
+
+        async def killing(progress: Any, tensors: int, method: Any, arguments: Any) -> None:
+            await confirmed(progress, tensors, method, arguments)
+            if method is EngineActor.begin_update:
+                weights.sync._confirmed = confirmed  # type: ignore[method-assign]
+                processes("EngineActor")[-1].kill()
+
+        weights.sync._confirmed = killing  # type: ignore[method-assign]
+        report = await asyncio.wait_for(weights.send(2), 120)
+        assert (report.version, report.checksum) == (2, expected_checksum(Path(config.pretrain)))
+        assert await session.probe(PROBE) < 1e-4, "both engines are there and have the weights"
+        assert len([line for line in said if "is restarted" in line]) == 1
+        # Engine 1 alone gets the weights when nothing else is sent, in a group of two, and both again after it.
+        before = weights.pool._lives.copy()
+        session.health.limit = 2
+        processes("EngineActor")[-1].kill()
+        assert await session.probe(PROBE) < 1e-4
+        assert sum(weights.pool._lives) == sum(before) + 1
+        report = await weights.send(3)
+        assert report.checksum == expected_checksum(Path(config.pretrain))
+    finally:
+        session.abandon()
+
+
+@pytest.mark.parametrize("carrier", ["auto", "gloo"])
+def test_an_update_survives_the_death_of_an_engine(tmp_path: Path, carrier: str) -> None:
+    save_tiny_model(tmp_path / "model")
+    flags = "--rollout_engine transformers --advantage_estimator group_norm --init_kl_coef 0 --vllm_num_engines 2"
+    sizes = f"--prompt_max_len 64 --generate_max_len 8 --vllm_sync_backend {carrier}"
+    words = ["--pretrain", str(tmp_path / "model"), *flags.split(), *sizes.split()]
+    asyncio.run(deadly(resolve(parse(RLConfig, words, "rl"), this_machine()).config, []))

@@ -15,6 +15,8 @@ from comparison.machine import faster_precision
 from comparison.processes import run_watched
 from comparison.rows import Row, Spread, answer, lengths, make_rows, sorted_steps, text, words_of
 from comparison.summary import Size, Steps, Work, fastest, flops, summarise, table
+from pump import longest_responses, main
+from togi.obs.rollout_store import SCHEMA, RolloutStore, Split
 
 MACHINE = {"matmul_bf16_gflops": 200.0, "matmul_fp32_gflops": 100.0, "copy_gb_per_second": 10.0, "threads": 2}
 
@@ -121,6 +123,24 @@ def test_the_cases_have_the_lengths_that_they_are_named_after() -> None:
     assert {name: CASES[name].prompt.mean for name in ("grpo128", "grpo512")} == {"grpo128": 128, "grpo512": 512}
     assert CASES["dpo"].prompt.mean == 155 and CASES["dpo"].answer.mean == 170
     assert CASES["rm"].prompt == CASES["dpo"].prompt and CASES["grpo128"].kind is Kind.REPLAYED
+
+
+def test_the_pump_of_a_stored_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Groups take as long as their longest response: 3 and 4 tokens in step 1, 5 in step 2; evaluations are left out."""
+    store = RolloutStore(tmp_path / "rollouts")
+    empty = dict.fromkeys(set(SCHEMA.names) - {"step", "split"})
+
+    def rows(*groups: tuple[str, int]) -> list[dict[str, object]]:
+        return [empty | {"group_id": name, "response_tokens": [1] * tokens} for name, tokens in groups]
+
+    store.write(1, Split.TRAIN, rows(("a", 2), ("a", 3), ("b", 4), ("b", 1)))
+    store.write(2, Split.TRAIN, rows(("a", 5)))
+    store.write(2, Split.EVAL, rows(("a", 99)))
+    assert longest_responses(tmp_path) == [3, 4, 5]
+    main(["--run", str(tmp_path), "--seconds_per_token", "10", "--seeds", "1", "--steps", "20"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| capacity rule")]
+    # the longest of 32 takes 50 s: a synchronous step 50 + 63
+    assert float(lines[0][1]) == pytest.approx(113 / 63, rel=0.05)
 
 
 FORKS_AND_GROWS = """

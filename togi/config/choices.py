@@ -72,7 +72,11 @@ class CorrectionType(StrEnum):
 
 
 class OnStale(StrEnum):
-    """What is done about tokens that were sampled more than ``--max_token_lag`` updates before they are trained."""
+    """What happens to tokens that are more than ``--max_token_lag`` versions older than the weights they train.
+
+    mask: such tokens are taken out of the loss; rewards, baselines and groups stay whole. wait: there are none, because a step
+    waits for the old groups. drop: their whole group is dropped, which favours short responses.
+    """
 
     MASK = "mask"
     WAIT = "wait"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import statistics
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -95,6 +96,9 @@ class Progress:
         self._active: list[Activity] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._past: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_WINDOW))
+        # The innermost phase that the last error came out of.
+        self._broke: BaseException | None = None
+        self._broke_in = ""
         self._steps = _Steps(last_end=clock())
         # Plain lines come from a timer thread; a terminal has a live line instead.
         self._last_line = clock()
@@ -134,8 +138,10 @@ class Progress:
         try:
             yield
         finally:
-            seconds = self._clock() - activity.started
+            seconds, error = self._clock() - activity.started, sys.exception()
             with self._lock:
+                if error is not None and error is not self._broke:
+                    self._broke, self._broke_in = error, name
                 self._active.remove(activity)
                 self._seconds[name] += seconds
         # Only now: a failed phase says nothing about how long it takes.
@@ -148,6 +154,7 @@ class Progress:
         """Start counting steps; ``done`` of ``total`` were done before (a resumed run)."""
         with self._lock:
             self._steps = _Steps(done=done, first=done, total=total, last_end=self._clock())
+            self._broke_in = ""
 
     def step(self, done: int, note: str = "") -> None:
         """Step number ``done`` (from 1) is finished. ``note``: a headline such as "reward 0.41"."""
@@ -160,6 +167,17 @@ class Progress:
             due = now - self._last_line >= _STEP_LINE_SECONDS or done in (steps.first + 1, steps.total)
         if due:
             self._say(self.describe(), plain_only=True)
+
+    def place(self) -> str:
+        """The step and the phase that the last error came out of, in words."""
+        with self._lock:
+            steps = self._steps
+            step = (
+                f"in step {min(steps.done + 1, steps.total)} of {steps.total}"
+                if steps.total
+                else "before the first step"
+            )
+            return f"{step}, {self._broke_in}" if self._broke_in else step
 
     def remaining_seconds(self) -> float | None:
         """Seconds until the last step ends, less what the current step has used; None if nothing is known yet."""
@@ -191,6 +209,10 @@ class Progress:
                     parts.append(f"about {duration(left)} to go")
             parts += [activity.describe(now) for activity in self._active]
             return " | ".join(parts) or "waiting"
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._say(text, plain_only=False)
 
     def _say(self, text: str, plain_only: bool) -> None:
         """Print a line; on a terminal only one that should stay."""

@@ -83,6 +83,7 @@ def _page_data(run: RunDirectory, limits: Limits) -> dict[str, object]:
     return {
         "facts": _facts(run, info, status, records),
         "state": {"name": status.state, "message": status.message},
+        "failure": run.failure_path.read_text(encoding="utf-8") if run.failure_path.is_file() else "",
         "headlines": [{"name": name, **_ends(series[name])} for name in table["headlines"] if name in series],
         "steps": [record.step for record in shown],
         "series": series,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from togi.errors import DataError
-from togi.obs.way_out import replacing
+from togi.obs.way_out import advice, replacing
 
 
 class Split(StrEnum):
@@ -92,7 +92,9 @@ class RolloutStore:
             with replacing(target) as aside:
                 pq.write_table(table, aside, compression="zstd")
         except OSError as error:
-            raise DataError(f"rollouts of step {step} cannot be written to {self.folder}: {error}") from error
+            raise DataError(
+                f"The rollouts of step {step} cannot be written to {self.folder} ({error}): {advice(error)}."
+            ) from error
         return target.stat().st_size
 
     def path(self, step: int, split: Split) -> Path:

@@ -9,6 +9,8 @@
     held_out/       the worst and best held-out rows of each evaluation
     reference/      logprobs of the reference, with ``--precompute_ref``
     report.html     the page (``report``)
+    failure.md      of a failed run: what happened, where, and the command that goes on
+    stacks/         of a stalled run: what each process was doing, and whom the run waited for
     discarded/      what steps after a checkpoint had written before the run was resumed from it
 
 Checkpoints (``--ckpt_path``) and the final model (``--save_path``) are elsewhere.
@@ -19,6 +21,7 @@ Removes secrets from what a run writes: configuration files, reports, trackers a
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import time
@@ -40,6 +43,7 @@ from togi.version import __version__
 SECRET_FLAGS = frozenset({"use_wandb", "wandb_api_key", "hf_token", "api_key"})
 REDACTED = "<redacted>"
 _URL_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
+_SECRET_NAME = re.compile("TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
 _MIN_WANDB_KEY = 32
 
 
@@ -77,6 +81,12 @@ def scrub(text: str, secrets: Iterable[str]) -> str:
         if len(secret) >= 8:
             text = text.replace(secret, REDACTED)
     return text
+
+
+def without_secrets(text: str) -> str:
+    """``text`` without logins in URLs, and without the values of environment variables whose names speak of secrets."""
+    secrets = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
+    return _URL_LOGIN.sub(f"{REDACTED}@", scrub(text, secrets))
 
 
 def looks_like_wandb_key(word: str) -> bool:
@@ -144,6 +154,7 @@ class RunDirectory:
         self.status_path = root / "status.json"
         self.metrics_path = root / "metrics.jsonl"
         self.report_path = root / "report.html"
+        self.failure_path = root / "failure.md"
         # where a stalled process writes its Python stacks (``progress.Watchdog``)
         self.stacks_path = root / "stacks.txt"
         self.rollouts = RolloutStore(root / "rollouts")
@@ -181,6 +192,8 @@ class RunDirectory:
             for path in (run.info_path, run.config_path):
                 if path.exists():
                     (kept / path.name).write_bytes(path.read_bytes())
+            if run.failure_path.exists():
+                run.failure_path.replace(kept / run.failure_path.name)
         run._write_info(run_id, command, argv, values)
         return run
 

@@ -44,6 +44,11 @@ class Rules:
     def __post_init__(self) -> None:
         assert self.batch > 0 and 0 <= self.staleness <= self.max_lag
 
+    @property
+    def capacity(self) -> int:
+        """The number of slots, (S + 1) P."""
+        return (self.staleness + 1) * self.batch
+
     def batches(self, groups: Iterable[int]) -> int:
         """The batches that so many groups of each episode fill; no batch crosses an episode."""
         return sum(-(-count // self.batch) for count in groups)
@@ -101,6 +106,7 @@ class Slots:
         self.dropped: list[Slot] = []
         self._next_trained = version
         self._slots = {slot.number: slot for slot in sorted(slots, key=lambda slot: slot.number)}
+        self._groups = Counter(slot.episode for slot in self._slots.values())
         if rules.on_stale is OnStale.WAIT and not self._due_in_time(self.outstanding, version):
             raise ConfigError(
                 f"--max_token_lag {rules.max_lag}: the checkpoint has groups at work that cannot all be trained within this lag. "
@@ -118,8 +124,7 @@ class Slots:
 
     def may_admit(self, episode: int) -> bool:
         """Whether a prompt of ``episode`` may start now."""
-        groups = Counter(slot.episode for slot in self._slots.values())
-        groups[episode] += 1
+        groups = {**self._groups, episode: self._groups[episode] + 1}
         return self.rules.batches(groups.values()) <= self.rules.staleness + 1
 
     def admit(self, episode: int) -> Slot:
@@ -137,6 +142,7 @@ class Slots:
         now.kept += 1
         self.next_number += 1
         self._slots[slot.number] = slot
+        self._groups[episode] += 1
         return slot
 
     def round_of_next(self, episode: int) -> Round:
@@ -179,13 +185,11 @@ class Slots:
         left = [slot for slot in open_slots if slot.number not in chosen]
         if self.rules.on_stale is OnStale.WAIT and not self._due_in_time(left, self._next_trained + 1):
             return None
-        for slot in batch:
-            slot.trained = self._next_trained
-        self._next_trained += 1
-        return batch
+        return self._trained(batch)
 
     def skip(self) -> None:
-        """The next step has no group: everything that is left of its episode was filtered out."""
+        """The next step has no group: everything that was left of its episode was filtered out, and no group is at work."""
+        assert not self._slots
         self._next_trained += 1
 
     def published(self, version: int) -> None:
@@ -193,10 +197,18 @@ class Slots:
         assert self.version <= version <= self._next_trained
         self.version = version
         self._slots = {n: slot for n, slot in self._slots.items() if slot.trained is None or slot.trained >= version}
+        self._groups = Counter(slot.episode for slot in self._slots.values())
+
+    def _trained(self, batch: list[Slot]) -> list[Slot]:
+        for slot in batch:
+            slot.trained = self._next_trained
+        self._next_trained += 1
+        return batch
 
     def _give_up(self, slot: Slot) -> None:
         assert slot.trained is None, "its batch is taken"
         del self._slots[slot.number]
+        self._groups[slot.episode] -= 1
         for found in self.rounds:
             if found.number == slot.round:
                 found.kept -= 1

@@ -49,7 +49,9 @@ class Pump:
         self._failure: BaseException | None = None
         self._filtered: dict[int, ScoredGroup] = {}  # not reported to the loop yet
         self._dropped = 0
-        self._learnt: list[int] = []  # groups that no checkpoint has learnt from yet
+        # Groups that no checkpoint has learnt from yet: those before the last ``state``, and those since.
+        self._saving: list[int] = []
+        self._learnt: list[int] = []
         self._occupied, self._since = np.zeros(2), time.perf_counter()
         self.offered = [0, 0]
         """Tokens and responses that were ready to be trained on, since the start."""
@@ -62,7 +64,7 @@ class Pump:
     @property
     def is_empty(self) -> bool:
         """Whether no group is left to take."""
-        return not self._work and self._loader.remaining <= 0
+        return self._is_idle and not self._filtered
 
     async def take(self, step: int) -> list[ScoredGroup]:
         """The groups of the next rollout in the order of their admission, with those that were filtered out meanwhile.
@@ -100,6 +102,7 @@ class Pump:
     def state(self) -> dict[str, Any]:
         """The position, as JSON: it belongs to a checkpoint of the weights that learnt from all groups taken so far."""
         self._ledger.write(Event.CHECKPOINT, version=self._slots.version)
+        self._saving, self._learnt = self._saving + self._learnt, []
         prompts = {str(number): work.prompt.id for number, work in self._work.items()}
         filtered = {str(number): group.rollouts[0].prompt.id for number, group in self._filtered.items()}
         return {
@@ -111,9 +114,13 @@ class Pump:
         }
 
     def saved(self) -> None:
-        """A checkpoint has learnt from all groups taken so far."""
-        self._ledger.forget(self._learnt)
-        self._learnt = []
+        """A checkpoint with the last ``state`` is complete."""
+        self._ledger.forget(self._saving)
+        self._saving = []
+
+    def end(self) -> None:
+        """The run has trained on all that it was to: nothing is kept for a resume."""
+        self._ledger.clear()
 
     def resume(self, version: int, state: Mapping[str, Any] | None) -> None:
         """Go on from ``state`` of the checkpoint of ``version``; the loader is at its position already.
@@ -133,7 +140,7 @@ class Pump:
         filtered = {int(number): self._ledger.kept(int(number), prompt) for number, prompt in state["filtered"].items()}
         self._filtered = {number: group for number, group in filtered.items() if group is not None}
         # What a checkpoint has learnt from and a kill has left.
-        self._learnt = [n for n in self._ledger.stored() if n < state["next"] and n not in self._work | self._filtered]
+        self._saving = [n for n in self._ledger.stored() if n < state["next"] and n not in self._work | self._filtered]
         self.saved()
 
     async def close(self) -> None:
@@ -149,14 +156,20 @@ class Pump:
         if self._failure is not None:
             raise self._failure
         self._admit(None if self._rules.staleness > 0 else episode)
-        if self.episode > episode and self._filtered:
-            self._slots.skip()  # everything of it was filtered out: a rollout without a group to train on
+        is_over = self._is_idle or (self._rules.staleness == 0 and self.episode > episode)
+        if self._filtered and is_over:
+            self._slots.skip()  # everything that was left was filtered out: a rollout without a group to train on
             return []
         taken = self._slots.take(exhausted=self._loader.episode)
         for slot in self._slots.dropped:
             self._left(slot, Event.ABANDONED)
         self._dropped += len(self._slots.dropped)
         return taken
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether every prompt has left its slot and none is to come."""
+        return not self._work and self._loader.remaining <= 0
 
     def _admit(self, only: int | None = None) -> None:
         """Take prompts into work while slots are free. ``only``: of this episode. Raises ConfigError of the filter."""
@@ -201,7 +214,7 @@ class Pump:
                 facts = {"generated": round(time.time(), 3)}
             group = await source.scored(rollouts, limit)
             # The group first, then the line that says so.
-            await asyncio.to_thread(self._ledger.keep, number, group)
+            self._ledger.keep(number, group)
         versions = [version for rollout in group.rollouts for version in rollout.versions]
         oldest, lengths = min(versions, default=slot.oldest), [len(rollout.versions) for rollout in group.rollouts]
         facts |= {"versions": [oldest, max(versions, default=slot.oldest)], "lengths": lengths}

@@ -120,8 +120,8 @@ class Parts(Protocol):
 class Core(Protocol):
     """A synchronous engine. The arguments of ``add`` are already checked: ``sampling.max_tokens`` fits the model's length.
 
-    ``step`` returns what has finished, by the key passed to ``add``. ``hold`` makes sure that no step is in flight, and returns what
-    has finished in doing so: weights may then change, until ``finish_update`` gives them their ``version``.
+    ``step`` returns what has finished, by the key passed to ``add``. ``hold`` makes sure that no step is in flight, and returns
+    what has finished in doing so: weights may then change, until ``finish_update`` gives them their ``version``.
     """
 
     expected: tuple[TensorSpec, ...]
@@ -162,8 +162,8 @@ class RolloutEngine:
     """A generation engine: a core on its own thread. All methods may be called concurrently from any event loop.
 
     A weight update takes three calls: ``begin_update``, ``load_bucket`` (once or more), ``finish_update``. In between, and after a
-    failed update, no request goes on until a complete update has succeeded: those that run keep their tokens and go on with the new
-    weights, new ones wait. An error of ``make_core`` is raised by the constructor.
+    failed update, no request goes on until a complete update has succeeded: those that run keep their tokens and go on with the
+    new weights, new ones wait. An error of ``make_core`` is raised by the constructor.
     """
 
     def __init__(self, make_core: Callable[[EngineSettings], Core], settings: EngineSettings) -> None:

@@ -8,6 +8,7 @@ The held-out rows in the report: those with the worst and the best values of an 
 import fcntl
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -24,15 +25,25 @@ from togi.config.shared import OutputSettings
 from togi.data.chat import Tokenizer, visible
 from togi.data.records import Examples
 from togi.data.report import DataReport
-from togi.errors import ConfigError
-from togi.learn.checkpoint import Checkpoint
+from togi.errors import ConfigError, RunError, WorkerDied
+from togi.learn.checkpoint import PREFIX, Checkpoint, left_behind
 from togi.model.checkpoint import RUN_FILE
 from togi.obs.metrics import StepRecord
 from togi.obs.progress import Progress, Watchdog
 from togi.obs.report import cause, end_run, write_report
-from togi.obs.run_dir import SHOWN_ROWS, HeldOutRow, Resolved, RunDirectory, State, default_run_dir, write_held_out
+from togi.obs.run_dir import (
+    SHOWN_ROWS,
+    HeldOutRow,
+    Resolved,
+    RunDirectory,
+    State,
+    default_run_dir,
+    redact_argv,
+    without_secrets,
+    write_held_out,
+)
 from togi.obs.sinks import Recorder, open_trackers
-from togi.obs.way_out import tolerated
+from togi.obs.way_out import tolerated, way_out, write_atomically
 from togi.run.preflight import absolute, trackers
 from togi.sample import Sample
 
@@ -146,6 +157,8 @@ class RunJournal(Journal):
         self.root, self.rollouts = directory.root, directory.rollouts
         self._recorder, self._watchdog, self._announce = recorder, watchdog, announce
         self._report_due = 0.0
+        self.advice = ""
+        """How to go on after a failure, once there was one."""
 
     def announce(self, line: str) -> None:
         self._announce(line)
@@ -245,6 +258,7 @@ def open_journal(
         # The folder with its settings.
         directory = opened(root, command, argv, resolved)
         # Sinks and watchdog; a failure on the way closes those that are open.
+        journal: RunJournal | None = None
         try:
             for name, report in reports.items():
                 report.write(root / "data" / name)
@@ -254,9 +268,55 @@ def open_journal(
             recorder = Recorder(directory.metrics_path, sinks)
             files.callback(recorder.close)
             watchdog = files.enter_context(Watchdog(stall_seconds, directory.stacks_path))
-            yield RunJournal(directory, recorder, watchdog, progress, announce)
+            journal = RunJournal(directory, recorder, watchdog, progress, announce)
+            yield journal
             files.close()
         except BaseException as error:
+            with way_out("writing the page about the failure"):
+                advice = write_failure(directory, config, argv, error, progress.place())
+                if isinstance(error, WorkerDied) and journal is not None:
+                    journal.advice = advice  # for the case that the run does not start again by itself
+                else:
+                    progress.say(advice)
             end_run(directory, State.FAILED, cause(error), files.close)
             raise
         end_run(directory, State.FINISHED)
+
+
+def write_failure(
+    directory: RunDirectory, config: OutputSettings, argv: Sequence[str], error: BaseException, place: str
+) -> str:
+    """Write ``failure.md``: what ended a run, when and where, and how to go on. Returns the last in one line. No secrets."""
+    why, step = cause(error), newest_step(config)
+    lines = error.lines if isinstance(error, RunError) else ()
+    if step is None:
+        go_on = "No checkpoint was written, so the run can only start again"
+        go_on += ": set --save_steps, so that it could go on." if config.save_steps <= 0 else ", in another --run_dir."
+    else:
+        go_on = f"The run goes on from its checkpoint of step {step} by: {resume_command(directory, argv)}"
+    now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    parts = [f"# Run {directory.root.name} ended early", why, f"When: {now}, {place}.", go_on]
+    if lines:
+        parts.insert(3, "```\n" + "\n".join(lines) + "\n```")
+    write_atomically(directory.failure_path, without_secrets("\n\n".join(parts)) + "\n")
+    return without_secrets(f"{go_on}\nAll that is known: {directory.failure_path}")
+
+
+def newest_step(config: OutputSettings) -> int | None:
+    """The step of the newest checkpoint that this run could go on from. None if there is none, or none with that state."""
+    if config.disable_ds_ckpt or not (config.save_steps > 0 or config.load_checkpoint):
+        return None
+    names = [name for name in left_behind(Path(config.ckpt_path)) if name.startswith(PREFIX)]
+    return int(names[-1].removeprefix(PREFIX)) if names else None
+
+
+def resume_command(directory: RunDirectory, argv: Sequence[str]) -> str:
+    """The command of a run, with what makes it go on in its folder."""
+    root = directory.root.resolve()
+    if not argv:
+        return f"the same call with load_checkpoint=True and run_dir={str(root)!r}"
+    words, given = redact_argv(argv), {word.partition("=")[0] for word in argv}
+    more = ([] if "--load_checkpoint" in given else ["--load_checkpoint"]) + (
+        [] if "--run_dir" in given else ["--run_dir", str(root)]
+    )
+    return f"cd {shlex.quote(str(Path.cwd()))} && togi {directory.read_info().command} {shlex.join([*words, *more])}"

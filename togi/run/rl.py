@@ -18,6 +18,7 @@ import numpy as np
 from togi.algo.kl import KLController
 from togi.config.parse import Parsed
 from togi.config.rl import PromptSettings, RewardSettings, RLConfig, RolloutSettings, SampleSettings
+from togi.errors import WorkerDied, WorkerError
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
 from togi.learn.learner import Divergence, UpdateReport
 from togi.learn.objective import ADVANTAGES, KL_COEF, OLD_LOGPROBS
@@ -35,6 +36,7 @@ from togi.pump.feed import Feed, ReplayFeed, RolloutFeed
 from togi.pump.ledger import Ledger
 from togi.pump.pump import Pump
 from togi.reward.scores import CombinedReward, LengthPenalties
+from togi.run.healing import again, leaving_a_checkpoint, watched
 from togi.run.journal import Evaluation, RunJournal, open_journal
 from togi.run.keep import DRIVER, Keep, every
 from togi.run.plan import StepPlan
@@ -75,24 +77,32 @@ async def run(
     config = parsed.config
     with Progress() as progress:
         # Each block owns what it opens, and closes it also after an error: data and rewards, run folder, workers.
-        async with opening(config, reward, progress, announce) as (material, plan, found):
+        async with opening(config, reward, progress, announce) as (material, plan, begun):
             for sign in setting_signs(config, plan):
                 if sign.verdict is Verdict.STOPS:
                     announce(f"warning: {sign.sentence}")
-            health = Health(config.max_restarts, announce)
-            with open_journal(
-                parsed, COMMAND, argv, progress, announce, material.reports, found, config.stall_timeout
-            ) as journal:
-                async with workers(config, plan, journal, health) as session:
-                    combined = await connect(config, material.rewards, session)
-                    if line := describe(config, combined):
-                        announce(f"reward: {line}")
-                    state = RLRun(config, material, combined, plan, session, journal)
-                    try:
-                        evaluations = await train(state, found)
-                    finally:
-                        with way_out("ending the work on prompts"):
-                            await state.close()
+            health, begin, found = Health(config.max_restarts, announce), material.loader.state(), begun
+            evaluations: list[Evaluation] | None = None
+            while evaluations is None:
+                try:
+                    with open_journal(
+                        parsed, COMMAND, argv, progress, announce, material.reports, found, config.stall_timeout
+                    ) as journal:
+                        async with workers(config, plan, journal, health) as session:
+                            combined = await connect(config, material.rewards, session)
+                            if line := describe(config, combined):
+                                announce(f"reward: {line}")
+                            state = RLRun(config, material, combined, plan, session, journal)
+                            async with leaving_a_checkpoint(state.last_checkpoint):
+                                try:
+                                    evaluations = await train(state, found)
+                                finally:
+                                    with way_out("ending the work on prompts"):
+                                        await state.close()
+                except WorkerDied as died:
+                    # A model worker cannot be replaced alone: the run starts again from its last checkpoint.
+                    parsed, found = again(parsed, journal, material, (begun, begin), died, health)
+                    config = parsed.config
     return Result(journal.root, journal.root / "report.html", Path(config.save_path), state.step, tuple(evaluations))
 
 
@@ -101,14 +111,21 @@ async def workers(config: RLConfig, plan: StepPlan, journal: RunJournal, health:
     """Start all engines and models of a run. They stop with the block: in order, or at once after an error."""
     with journal.progress.phase("starting engines and loading models", expected_seconds=25):
         updates = {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
+        health.stacks = journal.root.resolve() / "stacks"
         session = await start(config, this_machine(), updates, journal.announce, health)
     try:
-        journal.record_engine(await session.engine_facts())
-        yield session
+        async with watched(session, journal.progress, config.stall_timeout):
+            journal.record_engine(await session.engine_facts())
+            yield session
         await session.close()
-    except BaseException:
+    except BaseException as error:
+        # Those that computed with a worker that died may have failed first.
+        is_consequence = isinstance(error, WorkerError) and not isinstance(error, WorkerDied)
+        died = await session.processes.find_dead() if is_consequence else None
         with way_out("ending the workers"):
             session.abandon()
+        if died is not None:
+            raise died from error
         raise
 
 
@@ -178,6 +195,8 @@ class RLRun:
         self._divergence = {role: Divergence(f"--{role}_learning_rate") for role in LEARNERS}
         self._pretrain_steps = 0
         self._keep = Keep(config, material.aim, DRIVER, journal)
+        # The state of the last finished step, while the models are as they were after it and no checkpoint has it.
+        self._resumable: dict[str, object] | None = None
         # Feeds: a live one generates and scores, a replay reads stored rollouts. Evaluation samples at its own
         # temperature.
         generate = session.engines.generate
@@ -298,6 +317,7 @@ class RLRun:
     async def update(self, role: Role, samples: Sequence[Sample]) -> tuple[list[UpdateReport], dict[str, float]]:
         """All optimizer steps of one model on this rollout. Returns their reports and metrics."""
         await self.session.phases.enter(Phase.TRAIN)
+        self._resumable = None
         start, batches = time.perf_counter(), mini_batches(samples, self.config, self.step)
         # The next rows of --pretrain_data are mixed into the actor's updates only.
         mixed, rows = list[list[Sample]](), self._material.pretraining
@@ -394,6 +414,7 @@ class RLRun:
         trained, offered = (tokens / max(1, responses) for tokens, responses in (self._trained, self._pump.offered))
         return {
             names.PUMP_OCCUPANCY: occupancy,
+            names.PUMP_ENGINES_IDLE: self.session.engines.take_idle_share(),
             names.PUMP_TRAINER_IDLE: waited / seconds,
             names.STALENESS_DROPPED: float(dropped),
             names.STALENESS_LENGTH: trained / offered if offered > 0 else 1.0,
@@ -401,10 +422,27 @@ class RLRun:
 
     async def checkpoint_if_due(self) -> None:
         """Write a resumable checkpoint and, with --save_hf_ckpt, a model folder inside it."""
-        config, rows = self.config, self._material.pretraining
-        if not self._keep.checkpoint_is_due(self.step, self._divergence.values()):
+        self._resumable = self._state()
+        if self._keep.checkpoint_is_due(self.step, self._divergence.values()):
+            await self.session.phases.enter(Phase.SAVE)
+            await self._write_checkpoint(self._resumable)
+
+    async def last_checkpoint(self) -> None:
+        """Write a checkpoint of the last finished step, if the run keeps any, and no update has begun since."""
+        config = self.config
+        diverged = any(model.in_a_row > 0 for model in self._divergence.values())
+        keeps = config.save_steps > 0 and not config.disable_ds_ckpt
+        if self._resumable is None or not keeps or diverged or self.session.health.has_stalled:
             return
-        state = {
+        self.session.processes.kill_engines()  # whatever they are doing, and their memory is free
+        await self.session.wake_learners()
+        await self._write_checkpoint(self._resumable)
+        self.journal.announce(f"a checkpoint of step {self.step} is written")
+
+    def _state(self) -> dict[str, object]:
+        """What a run resumes from after this step, but the models."""
+        config, rows = self.config, self._material.pretraining
+        return {
             "rollout_batch_size": config.rollout_batch_size,
             "loader": self._material.loader.state().to_json(),
             "pump": None if self._pump is None else self._pump.state(),
@@ -412,17 +450,19 @@ class RLRun:
             "tokens_seen": self._tokens_seen,
             "ema": config.enable_ema,
             "lora_alpha": config.lora_alpha,
-            "frozen": frozen_weights(config),
             "pretraining": rows.state(self._pretrain_steps) if rows is not None else None,
         }
-        await self.session.phases.enter(Phase.SAVE)
+
+    async def _write_checkpoint(self, state: dict[str, object]) -> None:
+        state["frozen"] = frozen_weights(self.config)
         with self._keep.checkpoint(self.step, state, await self.session.checkpoint_bytes()) as folder:
-            if not config.disable_ds_ckpt:
+            if not self.config.disable_ds_ckpt:
                 await self.session.save(folder)
-            if config.save_hf_ckpt:
+            if self.config.save_hf_ckpt:
                 await self.session.save_model(Role.ACTOR, folder / HF_FOLDER)
         if self._pump is not None:
             self._pump.saved()
+        self._resumable = None
 
     async def close(self) -> None:
         """End the work on prompts."""
@@ -445,6 +485,8 @@ class RLRun:
                 with written_aside(Path(target + "_critic")) as aside:
                     await self.session.save_model(Role.CRITIC, aside)
                     self.journal.sign(aside)
+        if self._pump is not None:
+            self._pump.end()
 
 
 def origin(config: RLConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -144,6 +145,9 @@ class EnginePool:
         self.probed: Sample | None = None
         """The text of the last comparison with the trainer."""
         self._unfinished = [0] * len(workers)
+        # Seconds in which each had an unfinished request, and when that was counted.
+        self._busy, self._counted = [0.0] * len(workers), [time.perf_counter()] * len(workers)
+        self._since = time.perf_counter()
         self._lives = [0] * len(workers)
         # Restarts that go on or have failed, engines that are back without weights, and the event of the next change of these.
         self._restarts = dict[int, asyncio.Task[None]]()
@@ -158,7 +162,7 @@ class EnginePool:
                 await self._change()
             index = min(serving, key=self._unfinished.__getitem__)
             life = self._lives[index]
-            self._unfinished[index] += 1
+            self._count(index, 1)
             try:
                 return await self.workers.call(index, EngineWorker.generate, prompt_tokens, sampling)
             except WorkerDied as died:
@@ -168,7 +172,20 @@ class EnginePool:
                 if await self._answers(index, life):
                     raise
             finally:
-                self._unfinished[index] -= 1
+                self._count(index, -1)
+
+    def take_idle_share(self) -> float:
+        """The share of the time since the last call in which an engine had nothing to generate, mean over the engines."""
+        for index in range(len(self._busy)):
+            self._count(index, 0)
+        seconds, busy = time.perf_counter() - self._since, self._busy
+        self._busy, self._since = [0.0] * len(busy), time.perf_counter()
+        return 1 - sum(busy) / max(seconds * len(busy), 1e-9)
+
+    def _count(self, index: int, more: int) -> None:
+        now = time.perf_counter()
+        self._busy[index] += (now - self._counted[index]) * (self._unfinished[index] > 0)
+        self._counted[index], self._unfinished[index] = now, self._unfinished[index] + more
 
     async def on_all(
         self,

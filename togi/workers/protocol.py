@@ -102,6 +102,7 @@ class Health:
     stacks: Path | None = None
     engines: int = 0
     runs: int = 0
+    has_stalled: bool = False
     # who, method and start of each call, by a number; and when the last one was answered, in seconds of ``time.monotonic``
     _calls: dict[int, tuple[str, str, float]] = field(default_factory=dict)
     _number: int = 0
@@ -125,7 +126,12 @@ class Health:
 
     @contextmanager
     def calling(self, who: str, method: str) -> Iterator[None]:
-        """One call to a worker."""
+        """One call to a worker. Looking after it is no progress."""
+        if method in ("beat", "device_type"):
+            yield
+            return
+        if not self._calls:
+            self.answered = time.monotonic()
         self._number += 1
         key = self._number
         self._calls[key] = (who, method, time.monotonic())
@@ -134,6 +140,10 @@ class Health:
             self.answered = time.monotonic()
         finally:
             del self._calls[key]
+
+    def stalled_for(self) -> float:
+        """Seconds since a worker has answered, while others are waited for."""
+        return time.monotonic() - self.answered if self._calls else 0.0
 
     def waiting(self) -> list[str]:
         """Whom the run waits for, longest first, one line for each worker and method."""

@@ -253,6 +253,11 @@ class Session:
         for group in self.learners.values():
             await group.call_all(LearnerWorker.load, folder)
 
+    async def wake_learners(self) -> None:
+        """Bring back what an optimizer step needs, whatever the phase is."""
+        for group in self.learners.values():
+            await group.call_all(LearnerWorker.wake)
+
     async def save_model(self, role: Role, folder: Path) -> None:
         """Write one model in plain Hugging Face format."""
         await self.learners[role].call_all(LearnerWorker.save_model, folder)

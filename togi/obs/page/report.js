@@ -19,6 +19,7 @@ const when = text => text.startsWith("@") ? new Date(1000 * Number(text.slice(1)
 $("title").textContent = document.title;
 $("state").textContent = data.state.name; $("state").classList.add(data.state.name);
 $("message").textContent = data.state.message;
+$("failure").textContent = data.failure; $("failure").hidden = !data.failure;
 for (const [label, text] of data.facts) { make("span", label + " ", "", $("facts")).append(make("b", when(text))); }
 for (const head of data.headlines) {
   const tile = make("div", undefined, "tile", $("tiles"));
