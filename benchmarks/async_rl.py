@@ -2,8 +2,8 @@
 
     python benchmarks/async_rl.py [--seeds 1 2 3] [--staleness 0 2] [--steps 12] [--mean_seconds 3] [--out FOLDER]
 
-Run examples/demo/prepare.py first. Each group's reward sleeps for a log-normal time (sigma 1; of 192 groups the longest takes about
-ten times the mean), the same for a prompt in every run. Runs of one seed follow each other, so that they share the machine's mood.
+Run examples/demo/prepare.py first. Each group's reward sleeps for a log-normal time (sigma 1; of 192 groups the longest takes
+about ten times the mean), the same for a prompt in every run. Runs of one seed follow each other: they share the machine's mood.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(folder: Path, cache: Path, seed: int, staleness: int, options: argparse.
     ]
     if staleness > 0:
         words += ["--max_staleness", staleness, "--no_colocate_all_models"]
-    done = subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
     events = [json.loads(line) for line in (folder / "run" / "ledger.jsonl").read_text().splitlines()]

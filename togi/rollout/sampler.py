@@ -64,8 +64,8 @@ def invert_cdf(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
     cdf_NB = blocks_NBW.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     if not bool(cdf_NB[:, -1].isfinite().all()):
         raise RunError(
-            "The model gives tokens probabilities that are not finite: its weights hold NaN or infinity. Look at the last gradient "
-            "norms, lower the learning rate, and go on from an earlier checkpoint."
+            "The model gives tokens probabilities that are not finite: its weights hold NaN or infinity. Look at the last "
+            "gradient norms, lower the learning rate, and go on from an earlier checkpoint."
         )
     wanted_N = uniform_N * cdf_NB[:, -1]
     block_N = _first_above(cdf_NB, wanted_N)
