@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +106,62 @@ def check(
     expected = torch.stack([each[version % 2][i] for i, version in enumerate(got.versions)])
     count = len(got.tokens) if all_tokens else got.versions.count(got.versions[0])
     assert np.allclose(got.logprobs[:count], expected[:count], atol=1e-3), got.versions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changes", [{"kv_cache_gb": 0.001}, {"enable_prefix_caching": False}], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_small_cache_and_none_for_prefixes(
+    kind: str, changes: dict[str, Any], recompute: bool, folders: tuple[Path, Path], models: list[torch.nn.Module]
+) -> None:
+    """With a small cache vLLM stops requests itself and begins them again: tokens, seeds and budget stay."""
+    running = engine_of(kind, folders[0], recompute_kv=recompute, **changes)
+    asked = [Sampling(max_tokens=200 + i, temperature=1.0, seed=i, ignore_eos=True) for i in range(10)]
+
+    async def scenario(updates: int) -> list[Generation]:
+        tasks = [asyncio.create_task(running.generate(PROMPT, sampling)) for sampling in asked]
+        for version in range(1, updates + 1):
+            await asyncio.sleep(0.1)
+            await update(running, folders[version % 2], version)
+        return await asyncio.gather(*tasks)
+
+    try:
+        alone, answers = asyncio.run(scenario(0)), asyncio.run(scenario(4))
+        if isinstance(running._core, VllmCore) and "kv_cache_gb" in changes:
+            assert running._core._scheduler.kv_cache_manager.block_pool.num_gpu_blocks < 10 * 8
+    finally:
+        asyncio.run(running.shutdown())
+    for sampling, before, got in zip(asked, alone, answers, strict=True):
+        assert len(before.tokens) == len(got.tokens) == sampling.max_tokens
+        own = got.versions.count(0)
+        assert got.tokens[:own] == before.tokens[:own]
+        if recompute:
+            check(got, PROMPT, models, 1.0, all_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["vllm", "transformers"])
+@pytest.mark.parametrize("arch", ["qwen3", "mixtral", "gemma2"])
+def test_other_architectures_compute_again(name: str, arch: str, tmp_path: Path) -> None:
+    if (name, arch) == ("vllm", "gemma2"):
+        pytest.skip("soft caps")
+    pair = tuple(save_tiny_model(tmp_path / str(seed), arch, seed=seed) for seed in (1, 2))
+    known = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in pair]
+    running = engine_of(name, pair[0], recompute_kv=True)
+
+    async def scenario() -> list[Generation]:
+        tasks = [asyncio.create_task(running.generate(prompt, LONG)) for prompt in (PROMPT, PROMPT[:30], [4])]
+        for version in (1, 2, 3):
+            await asyncio.sleep(0.1)
+            await update(running, pair[version % 2], version)
+        return await asyncio.gather(*tasks)
+
+    try:
+        answers = asyncio.run(scenario())
+    finally:
+        asyncio.run(running.shutdown())
+    for prompt, got in zip((PROMPT, PROMPT[:30], [4]), answers, strict=True):
+        assert len(set(got.versions)) > 1
+        check(got, prompt, known, 0.0, all_tokens=True)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -257,6 +314,55 @@ def test_what_ended_while_a_text_was_scored_does_not_wait_for_an_update(core: Vl
     core.step()
     core.score(tuple(PROMPT))  # all places are taken until the first answer is complete
     assert 0 in core.hold()
+
+
+def test_an_update_right_after_a_request_was_cancelled(
+    engine: tuple[RolloutEngine, bool], folders: tuple[Path, Path], models: list[torch.nn.Module]
+) -> None:
+    """Its last step may be in flight, and what was computed for it must neither arrive nor stay in use."""
+    running, recompute = engine
+
+    async def scenario() -> tuple[Generation, list[Generation]]:
+        kept = asyncio.create_task(running.generate(PROMPT, replace(LONG, max_tokens=330)))
+        late = []
+        for version in range(1, 7):
+            doomed = [asyncio.create_task(running.generate(PROMPT, LONG)) for _ in range(3)]
+            await asyncio.sleep(0.03)
+            scoring = asyncio.create_task(running.score(PROMPT))
+            for task in doomed:
+                task.cancel()
+            await asyncio.sleep(0)
+            await update(running, folders[version % 2], version)
+            late.append(asyncio.create_task(running.generate(PROMPT, GREEDY)))
+            await scoring
+        return await kept, await asyncio.gather(*late)
+
+    kept, late = asyncio.run(asyncio.wait_for(scenario(), 120))
+    asyncio.run(running.sleep())  # refused while a request runs, and if a block is still in use
+    assert len(kept.tokens) == 330
+    for got in late:
+        check(got, PROMPT, models, 0.0, all_tokens=recompute)
+    check(kept, PROMPT, models, 0.0, all_tokens=recompute)
+
+
+def test_a_call_that_is_given_up_leaves_the_engine_alone(folders: tuple[Path, Path]) -> None:
+    """Its caller was cancelled, as by a deadline or by the failure of another call."""
+    running = engine_of("transformers", folders[0])
+
+    async def scenario() -> Generation:
+        answer = asyncio.create_task(running.generate(PROMPT, LONG))
+        await asyncio.sleep(0.03)
+        for _ in range(5):
+            scoring = asyncio.create_task(running.score(PROMPT))
+            await asyncio.sleep(0)
+            scoring.cancel()
+            await asyncio.gather(scoring, return_exceptions=True)
+        return await answer
+
+    try:
+        assert len(asyncio.run(scenario()).tokens) == LONG.max_tokens
+    finally:
+        asyncio.run(running.shutdown())
 
 
 def test_a_refused_update_does_not_stop_what_runs(
