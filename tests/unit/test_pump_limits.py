@@ -110,3 +110,37 @@ def test_groups_that_are_filtered_after_the_last_step_are_reported(tmp_path: Pat
     world = World(set(), 0, {order(7)[-1]})
     steps = asyncio.run(trained(tmp_path, world, loader(7), rules, 100))
     assert sorted(int(group.rollouts[0].prompt.id) for groups in steps for group in groups) == list(range(7))
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_resumed_run_allows_as_many_failed_rewards_as_one_that_was_not_killed(
+    tmp_path: Path, *, is_resumed: bool
+) -> None:
+    """One of the eight samples of the first round fails, after the other three groups of the round are trained."""
+    late = order(8)[3]
+    rules = Rules(batch=4, staleness=1, on_stale=OnStale.MASK, max_lag=3)
+
+    class Failing(World):
+        async def score(self, group: Sequence[Rollout]) -> list[Score]:
+            good = Score(Outcome.SCORE, 1.0)
+            return [good, Score(Outcome.ERROR) if group[0].prompt.tokens[0] == late else good]
+
+    async def scenario() -> int:
+        world, prompts = Failing({late}, 1, set()), loader(8)
+        source = RolloutFeed(
+            SingleTurn(lambda tokens: "answer", Sampling(max_tokens=4)), world.generate, world, None, 0.2
+        )
+        pump = Pump(source, prompts, rules, SAMPLES, 2, Ledger(RunDirectory(tmp_path), origin="", stores=False))
+        first = await asyncio.wait_for(pump.take(1), 5)
+        world.version = 1
+        pump.published(1)
+        if is_resumed:
+            state = pump.state()
+            await pump.close()
+            pump = Pump(source, prompts, rules, SAMPLES, 2, Ledger(RunDirectory(tmp_path), origin="", stores=False))
+            pump.resume(1, state)
+        second = await asyncio.wait_for(pump.take(2), 5)
+        await pump.close()
+        return len(first) + len(second)
+
+    assert asyncio.run(scenario()) == 8
