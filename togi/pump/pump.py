@@ -136,6 +136,10 @@ class Pump:
         slots = [Slot(**each | {"is_ready": False}) for each in state["slots"]]
         known = [Round(**each) for each in state["rounds"]]
         self._slots = Slots(self._rules, version=version, slots=slots, next_number=state["next"], rounds=known)
+        # The rewards that may fail are a share of all of a round, of which a part is trained.
+        for each in known:
+            trained = each.admitted - sum(slot.round == each.number for slot in slots)
+            self._limits[each.number] = ErrorLimit(self._source.max_errors, trained * self._samples)
         self._work = {slot.number: _Work(slot, prompts[state["prompts"][str(slot.number)]]) for slot in slots}
         # What was filtered out and not yet reported is a row less if it is not stored any more.
         filtered = {int(number): self._ledger.kept(int(number), prompt) for number, prompt in state["filtered"].items()}

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from itertools import count
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -117,11 +117,16 @@ class Parts(Protocol):
         """The checksum of what each has received in this update; all of them if they differ."""
 
 
+Done = dict[int, Generation | list[float]]
+"""What has finished, by key: an answer, or the log-probs of a text."""
+
+
 class Core(Protocol):
     """A synchronous engine. The arguments of ``add`` are already checked: ``sampling.max_tokens`` fits the model's length.
 
-    ``step`` returns what has finished, by the key passed to ``add``. ``hold`` makes sure that no step is in flight, and returns
-    what has finished in doing so: weights may then change, until ``finish_update`` gives them their ``version``.
+    ``step`` returns what has finished, by the key passed to ``add``, or to ``score`` if that returned None. ``hold`` makes sure
+    that no step is in flight, and returns what has finished in doing so: weights may then change, until ``finish_update`` gives
+    them their ``version``.
     """
 
     expected: tuple[TensorSpec, ...]
@@ -130,9 +135,9 @@ class Core(Protocol):
 
     def add(self, key: int, prompt: tuple[int, ...], sampling: Sampling) -> None: ...
     def abort(self, key: int) -> None: ...
-    def step(self) -> dict[int, Generation]: ...
-    def hold(self) -> dict[int, Generation]: ...
-    def score(self, tokens: tuple[int, ...]) -> list[float]: ...
+    def step(self) -> Done: ...
+    def hold(self) -> Done: ...
+    def score(self, key: int, tokens: tuple[int, ...]) -> list[float] | None: ...
     def routes(self, tokens: tuple[int, ...]) -> NDArray[np.int64]: ...
     def begin_update(self) -> None: ...
     def load(self, bucket: Bucket) -> None: ...
@@ -173,7 +178,7 @@ class RolloutEngine:
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._keys = count()
         # only the engine's thread uses these: other threads put a call into the queue
-        self._running: dict[int, Future[Generation]] = {}
+        self._running: dict[int, Future[Any]] = {}
         self._waiting: dict[
             Future[Generation], Callable[[], None]
         ] = {}  # for an update, each with the call that admits it
@@ -223,14 +228,14 @@ class RolloutEngine:
             self.send(partial(self._abort, key))
             raise
 
-    @on_thread
-    def score(self, tokens: Sequence[int]) -> list[float]:
+    async def score(self, tokens: Sequence[int]) -> list[float]:
         """Log-probs (nats, temperature 1) of ``tokens[1:]``, each given the tokens before it, under the current weights.
 
         Raises ``DataError`` if ``tokens`` are too few or too many.
         """
-        self._check_scorable(tokens)
-        return self._core.score(tuple(tokens))
+        future: Future[list[float]] = Future()
+        self.send(partial(self._score, next(self._keys), tuple(tokens), future))
+        return await asyncio.wrap_future(future)
 
     @on_thread
     def routes(self, tokens: Sequence[int]) -> NDArray[np.int64]:
@@ -361,7 +366,9 @@ class RolloutEngine:
             self._calls.put(call)
 
     def answer(self, result: Future[T], function: Callable[[], T]) -> None:
-        """Call ``function`` and give ``result`` what it returns or raises."""
+        """Call ``function`` and give ``result`` what it returns or raises. Not if nobody waits for it any more."""
+        if not result.set_running_or_notify_cancel():
+            return
         try:
             self._check_alive()
             result.set_result(function())
@@ -397,11 +404,11 @@ class RolloutEngine:
         if self._running and not (self._log.open or self._stopped):
             self._give(self._core.step())
 
-    def _give(self, done: Mapping[int, Generation]) -> None:
-        """Give finished generations to those who asked for them."""
-        for key, generation in done.items():
+    def _give(self, done: Done) -> None:
+        """Give what has finished to those who asked for it."""
+        for key, result in done.items():
             if (future := self._running.pop(key, None)) is not None:
-                future.set_result(generation)
+                future.set_result(result)
 
     def _admit(self, key: int, prompt: tuple[int, ...], sampling: Sampling, future: Future[Generation]) -> None:
         # an update: wait for its end; after a failure fall through, so that the request gets the error
@@ -417,6 +424,18 @@ class RolloutEngine:
             future.set_exception(error)
             return
         self._running[key] = future
+
+    def _score(self, key: int, tokens: tuple[int, ...], future: Future[list[float]]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            self._check_scorable(tokens)
+            if (scores := self._core.score(key, tokens)) is None:
+                self._running[key] = future
+            else:
+                future.set_result(scores)
+        except Exception as error:  # noqa: BLE001 - passed to the caller, which waits on another thread
+            future.set_exception(error)
 
     def _abort(self, key: int) -> None:
         if self._running.pop(key, None) is not None:

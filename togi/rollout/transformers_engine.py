@@ -40,7 +40,7 @@ from togi.device import default_device
 from togi.errors import ConfigError, ModelError
 from togi.model.checkpoint import expected_manifest
 from togi.plan.machine import Released, resident_bytes, return_freed
-from togi.rollout.engine import EngineSettings, Parts, end_token_ids
+from togi.rollout.engine import Done, EngineSettings, Parts, end_token_ids
 from togi.rollout.sampler import Choice, choose
 from togi.sample import FinishReason, Generation, Sampling
 from togi.weights.buckets import Bucket
@@ -283,19 +283,19 @@ class TransformersCore:
                 break
 
     @torch.inference_mode()
-    def step(self) -> dict[int, Generation]:
-        done: dict[int, Generation] = {}
+    def step(self) -> Done:
+        done: Done = {}
         if admitted := self._admissible():
             done |= self._extend(admitted, self._prefill(admitted))
         if self._rows:
             done |= self._extend(self._rows, self._decode())
         return done
 
-    def hold(self) -> dict[int, Generation]:
+    def hold(self) -> Done:
         return {}  # nothing is in flight between two steps
 
     @torch.inference_mode()
-    def score(self, tokens: tuple[int, ...]) -> list[float]:
+    def score(self, key: int, tokens: tuple[int, ...]) -> list[float]:
         logits_TV = self._model(**self._whole(tokens)).logits[0, :-1]
         targets_T = torch.tensor(tokens[1:], device=self._device)
         scores: list[float] = []
@@ -445,14 +445,14 @@ class TransformersCore:
         ).logits
         return logits_N1V[:, -1]
 
-    def _extend(self, sequences: list[_Sequence], logits_NV: Tensor) -> dict[int, Generation]:
+    def _extend(self, sequences: list[_Sequence], logits_NV: Tensor) -> Done:
         """Sample the next token of each sequence. Removes and returns the sequences that have ended."""
         tokens_N, logprobs_N = choose(logits_NV, [sequence.choice() for sequence in sequences])
         for sequence, token, logprob in zip(sequences, tokens_N.tolist(), logprobs_N.tolist(), strict=True):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             sequence.versions.append(self._version)
-        done: dict[int, Generation] = {}
+        done: Done = {}
         # from the end: removing a row moves the last one into its place
         for row, sequence in reversed(list(enumerate(self._rows))):
             if (reason := sequence.finish_reason) is not None:

@@ -31,7 +31,7 @@ from togi.algo.policy import chosen_experts
 from togi.errors import RunError
 from togi.model.checkpoint import expected_manifest
 from togi.plan.machine import Released, release_pages, resident_bytes, return_freed
-from togi.rollout.engine import EngineSettings, Parts, end_token_ids
+from togi.rollout.engine import Done, EngineSettings, Parts, end_token_ids
 from togi.sample import FinishReason, Generation, Sampling
 from togi.weights.buckets import Bucket, TensorSpec
 from togi.weights.carriers import Announced, Channel, Inbox, Rendezvous
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
 
 T = TypeVar("T")
-SCORE_REQUEST = "score"
+SCORE_REQUEST = -1  # of an idle engine
 NOT_SHARED = (
     "gpu_memory_utilization",
     "enable_sleep_mode",
@@ -78,7 +78,7 @@ class VllmCore:
         self._forgot_weights = False
         self._states = PauseState
         self._recompute_kv = settings.recompute_kv
-        self._early: dict[int, Generation] = {}  # finished while a text was scored
+        self._updates = 0
         _skip_token_ranks()
         set_num_threads = torch.set_num_threads
         arguments = EngineArgs(**engine_arguments(settings, self._on_cpu))
@@ -115,31 +115,24 @@ class VllmCore:
     def abort(self, key: int) -> None:
         self._engine.abort_request([str(key)])
 
-    def step(self) -> dict[int, Generation]:
-        early, self._early = self._early, {}
-        return early | {int(output.request_id): generation_of(output) for output in self._finished()}
+    def step(self) -> Done:
+        return {int(output.request_id): _result(output) for output in self._engine.step() if output.finished}
 
-    def hold(self) -> dict[int, Generation]:
+    def hold(self) -> Done:
         """With asynchronous scheduling vLLM computes the next step while it hands out the last: wait for it, and begin none."""
-        done: dict[int, Generation] = {}
+        done: Done = {}
         self._scheduler.set_pause_state(self._states.PAUSED_ALL)
         while self._engine.engine_core.engine_core.batch_queue:
             done |= self.step()
         return done
 
-    def score(self, tokens: tuple[int, ...]) -> list[float]:
-        params = _parameters(max_tokens=1, prompt_logprobs=0)
-        self._engine.add_request(SCORE_REQUEST, self._prompt(tokens), params)
-        # ahead of all that wait: the caller and the next update wait for it
+    def score(self, key: int, tokens: tuple[int, ...]) -> None:
+        self._engine.add_request(str(key), self._prompt(tokens), _parameters(max_tokens=1, prompt_logprobs=0))
+        # ahead of all that wait: the caller waits for this one
         waiting = self._scheduler.waiting
         *_, request = waiting
         waiting.remove_request(request)
         waiting.prepend_request(request)
-        while True:
-            for output in self._finished():
-                if output.request_id == SCORE_REQUEST:
-                    return list(output.prompt_logprobs.logprobs)
-                self._early[int(output.request_id)] = generation_of(output)
 
     def routes(self, tokens: tuple[int, ...]) -> NDArray[np.int64]:
         """Read the routers' outputs by hooks while the tokens are scored.
@@ -150,7 +143,9 @@ class VllmCore:
             return np.empty((0, 0, 0), dtype=np.int64)
         self._ask_workers(_watch_routers)
         try:
-            self.score(tokens)
+            self.score(SCORE_REQUEST, tokens)
+            while SCORE_REQUEST not in self.step():
+                pass
         finally:
             seen = self._ask_workers(_routers_seen)
         routes_TMC = seen[0]  # tensor parallelism does not split routers: all workers have the same
@@ -185,10 +180,15 @@ class VllmCore:
         if self._forgot_weights:  # only now: an update needs room of its own
             self._engine.wake_up(["kv_cache"])
             self._forgot_weights = False
-        # The label of the weights salts the cache, so that no later request finds a block of earlier ones. A request that runs
-        # keeps its own blocks, unless it is to compute them again.
+        # A new salt for the cache, so that no later request finds a block of earlier weights. A request that runs keeps its own
+        # blocks, unless it is to compute them again.
+        self._updates += 1
         self._label(version)
         self._engine.reset_prefix_cache(reset_running_requests=self._recompute_kv)
+        # those that wait have no blocks, and shall find none of older weights
+        for request in self._scheduler.waiting:
+            request.cache_salt, request.block_hashes = str(self._updates), []
+            request.update_block_hashes()
         self._scheduler.set_pause_state(self._states.UNPAUSED)
 
     def sleep(self, *, keep_weights: bool) -> Released:
@@ -216,13 +216,9 @@ class VllmCore:
     def _scheduler(self) -> Scheduler:
         return self._engine.engine_core.engine_core.scheduler
 
-    def _finished(self) -> list[RequestOutput]:
-        """What one step has finished."""
-        return [output for output in self._engine.step() if output.finished]
-
     def _prompt(self, tokens: tuple[int, ...]) -> dict[str, object]:
         """A prompt that shares cached blocks only with others under the same weights."""
-        return {"prompt_token_ids": list(tokens), "cache_salt": self._engine.get_weight_version()}
+        return {"prompt_token_ids": list(tokens), "cache_salt": str(self._updates)}
 
     def _label(self, version: int) -> None:
         """Tell vLLM the version of its weights, with which it marks tokens."""
@@ -318,6 +314,12 @@ def _skip_token_ranks(_: object = None) -> None:
 
 def _no_ranks(logprobs_NV: Tensor, _: Tensor) -> Tensor:
     return torch.zeros(logprobs_NV.shape[0], dtype=torch.int64, device=logprobs_NV.device)
+
+
+def _result(output: RequestOutput) -> Generation | list[float]:
+    """What a request was for: the log-probs of its prompt, or an answer."""
+    scores = output.prompt_logprobs
+    return generation_of(output) if scores is None else list(scores.logprobs)
 
 
 def generation_of(output: RequestOutput) -> Generation:

@@ -42,7 +42,7 @@ from togi.run.plan import StepPlan
 from togi.run.rewards import describe
 from togi.run.rl_setup import COMMAND, Material, connect, frozen_weights, opening, origin
 from togi.run.signs import Verdict, setting_signs
-from togi.sample import Sample, with_streams
+from togi.sample import Prompt, Sample, with_streams
 from togi.workers import start
 from togi.workers.protocol import Health
 from togi.workers.session import Phase, Session, update_metrics
@@ -146,6 +146,8 @@ async def train(run: RLRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
         # Stage 1: answers and their rewards.
         groups, metrics = await run.generate()
         if not groups:  # with --on_stale drop: all that was left was too old
+            if len(run.held_out) > 0:
+                evaluations.append(await run.evaluate())
             break
         places, samples, scored = await run.score(groups)
         metrics |= scored
@@ -311,7 +313,7 @@ class RLRun:
         ages, most = experience.ages(groups, places, self.step), self.config.token_lag
         masked = experience.without_stale(samples, ages, most)
         left = [(place, sample) for place, sample in zip(places, masked, strict=True) if sample.loss_mask.any()]
-        self._trained[0] += sum(int(sample.loss_mask.sum()) for _, sample in left)
+        self._trained[0] += sum(len(age) for age in ages)
         self._trained[1] += len(samples)
         return [p for p, _ in left], [s for _, s in left], experience.staleness_metrics(places, ages, most)
 
@@ -346,13 +348,18 @@ class RLRun:
         return self.step >= self.plan.rollouts or self.feed.is_empty
 
     @property
+    def held_out(self) -> Sequence[Prompt]:
+        """The prompts of an evaluation."""
+        return self._material.held_out
+
+    @property
     def episode(self) -> int:
         """The number of the current pass over the prompts."""
         return self.feed.episode
 
     def evaluation_is_due(self, episode: int) -> bool:
         """Every ``--eval_steps`` rollouts, or without it when ``episode`` has ended; always at the end of the run."""
-        if len(self._material.held_out) == 0:
+        if len(self.held_out) == 0:
             return False
         steps = self.config.eval_steps
         return self.is_done or (every(steps, self.step) if steps > 0 else self.episode > episode)
@@ -362,7 +369,7 @@ class RLRun:
         count = self.config.eval_n_samples_per_prompt
         await self.session.phases.enter(Phase.EVALUATE)
         with self.journal.progress.phase("evaluating"):
-            groups = await self._eval_feed.run(self._material.held_out, count, f"eval{self.step}")
+            groups = await self._eval_feed.run(self.held_out, count, f"eval{self.step}")
         self.journal.rollouts.write(self.step, Split.EVAL, experience.rows(groups))
         metrics = experience.eval_metrics(groups, count)
         if self._keep.is_best(metrics):
