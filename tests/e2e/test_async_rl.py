@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -169,3 +170,40 @@ def test_sigterm_leaves_a_checkpoint_with_all_that_is_in_work(world: Path, tmp_p
     train(world, run, *ASYNC, "--load_checkpoint")
     check_every_prompt_once(run)
     assert (run / "report.html").exists()
+
+
+@pytest.mark.large
+def test_two_hundred_steps_need_no_more_than_fifty(world: Path, tmp_path: Path) -> None:
+    """Resident memory, open files and threads of every process of a run, over its last 150 of 200 steps."""
+    run = tmp_path / "run"
+    sizes = "--rollout_batch_size 2 --train_batch_size 8 --generate_max_len 8 --num_episodes 41 --max_steps 200"
+    flags = [*GRPO, *HF, *sizes.split(), "--max_staleness", "2", "--vllm_num_engines", "2"]
+    process = subprocess.Popen(
+        command(world, run, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    seen: dict[int, list[tuple[int, int, int, int]]] = {}
+    names: dict[int, str] = {}
+    while process.poll() is None:
+        time.sleep(0.5)
+        try:
+            step = len((run / "metrics.jsonl").read_text().splitlines())
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        except (OSError, psutil.Error):
+            continue
+        for one in family:
+            with suppress(psutil.Error):
+                facts = (step, one.memory_info().rss, one.num_fds(), one.num_threads())
+                seen.setdefault(one.pid, []).append(facts)
+                names[one.pid] = " ".join(one.cmdline())[:60]
+    assert process.returncode == 0
+    grown = []
+    for pid, facts in seen.items():
+        settled = [fact for fact in facts if fact[0] >= 50]
+        if len(settled) < 20:
+            continue
+        first, last = settled[: len(settled) // 4], settled[-len(settled) // 4 :]
+        for kind, name in enumerate(("resident bytes", "open files", "threads"), start=1):
+            before, after = (sorted(fact[kind] for fact in part)[len(part) // 2] for part in (first, last))
+            if after > before * (1.02 if kind == 1 else 1.0) + (0 if kind == 1 else 1):
+                grown.append(f"{names[pid]}: {name} {before} -> {after}")
+    assert not grown, grown

@@ -104,6 +104,16 @@ def test_an_engine_is_restarted_in_its_place_and_nothing_changes(
     assert metrics(run)[-1]["values"]["restarts/engines"] == 1
 
 
+@pytest.mark.large
+def test_an_engine_of_vllm_is_restarted(world: Path, tmp_path: Path) -> None:
+    run, flags = tmp_path / "run", "--rollout_engine vllm --vllm_num_engines 2 --vllm_cpu_kv_cache_gb 0.1"
+    code, output, errors = disturbed(world, run, kill_engine, *flags.split())
+    assert code == 0, errors[-3000:]
+    assert output.count("is restarted (1 of at most 3 restarts)") == 1
+    assert [record["step"] for record in metrics(run)] == list(range(1, STEPS + 1))
+    assert all(record["values"]["mismatch/probe_mean_abs"] < 1e-4 for record in metrics(run))
+
+
 def learner(run: subprocess.Popen[str]) -> psutil.Process:
     return processes(run, "LearnerActor")[0]
 

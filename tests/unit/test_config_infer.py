@@ -103,7 +103,7 @@ REFUSED = [
     ("--eval_task generate --rollout_batch_size 4", "--rollout_batch_size is the size of the slices of --iter"),
     ("--eval_task generate --csft_prompt 3", "--csft_prompt is only used with --enable_csft"),
     ("--eval_task generate --input_template {} --apply_chat_template", "--input_template and --apply_chat_template"),
-    ("--eval_task generate --tp_size 2", "--tp_size is vLLM's but --eval_task generate"),
+    ("--eval_task generate --tp_size 2", "--tp_size 2 is vLLM's but --eval_task generate"),
     ("--eval_task generate --output_path out.csv", "--output_path out.csv must end in .jsonl"),
     ("--eval_task rouge", "--eval_task rouge: must be generate_vllm, generate or rm"),
 ]

@@ -173,7 +173,7 @@ CONTRADICTIONS = [
     (["--normalize_reward"], ["--normalize_reward", "--reward_pretrain"]),
     (["--reward_clip_range", "5", "-5"], ["--reward_clip_range"]),
     (["--top_p", "0.9"], ["--top_p", "cut distribution"]),
-    (["--rollout_engine", "transformers", "--enforce_eager"], ["--enforce_eager", "--rollout_engine vllm"]),
+    (["--rollout_engine", "transformers", "--enforce_eager"], ["--enforce_eager", "--rollout_engine transformers"]),
     (["--advantage_estimator", "rloo"], ["rloo", "--n_samples_per_prompt"]),
     ([*GRPO, "--gamma", "0.9"], ["--gamma", "group_norm"]),
     ([*GRPO, "--critic_pretrain", "m"], ["--critic_pretrain", "group_norm"]),

@@ -6,7 +6,7 @@ Only copies to host memory are let through, and counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.attention_cases import TREE
 from tests.learn_tools import critic, objective, packs, policy, rollouts, scheduled
 from togi.batch import Batch
 from togi.config.choices import Aggregation, PolicyLossType, Scheduler
@@ -21,6 +22,7 @@ from togi.learn.learner import Learner
 from togi.learn.objective import Objective, PolicyObjective, SFTObjective, ValueObjective
 from togi.learn.scorer import Scorer
 from togi.methods.preference import DPOObjective
+from togi.model.attention import levels_of
 from togi.parallel.process import World
 
 META = torch.device("meta")
@@ -96,18 +98,60 @@ def test_a_scorer_waits_for_results_only(copies: list[str]) -> None:
     assert copies == ["cpu", "cpu"] * 2 + ["cpu"] * 2
 
 
-def test_a_batch_travels_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor of it from pinned memory, and none of them at once."""
-    moves: list[bool] = []
+class TwoRanks:
+    """A ring of two without the other rank: what arrives is zeros."""
+
+    rank, size = 0, 2
+
+    def pass_on(self, block: Tensor, rows: int, channel: int) -> Callable[[], Tensor]:
+        return lambda: block.new_zeros(rows, *block.shape[1:])
+
+    def add_up(self, tensor: Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize("loss", [SFTObjective(), ValueObjective(0.2)])
+def test_a_ring_waits_no_more(copies: list[str], moves: list[bool], loss: Objective) -> None:
+    """A rank counts its tokens on the host, where the batch came from; a window too is laid out there."""
+    is_value = isinstance(loss, ValueObjective)
+    model = critic() if is_value else policy(arch="mistral")
+    model.hf.config.sliding_window = 3
+    model.to(META).join_ring(TwoRanks(), 1)
+    moves.clear()
+    backend = SimpleNamespace(module=model, world=World.solo(META), backward=lambda total, last: total.backward())
+    learner = Learner(backend, loss, scheduled(Scheduler.CONSTANT, 1.0, 1), 1.0)
+    learner._accumulate(loss, batches(), 1.0, last=True)
+    assert copies == (["tolist"] if is_value else ["tolist", "cpu", "cpu"]) * 2
+    assert moves and all(moves)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_the_tables_of_attention_travel_without_a_wait(moves: list[bool], window: int | None) -> None:
+    levels = levels_of(TREE, window, META)
+    assert len(levels) == (3 if window is None else 1)
+    # bounds of queries and of keys, and the tokens of both, but all queries in their order, and all keys without a window
+    assert moves == [True] * (2 * len(levels) + (4 if window is None else 1))
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each copy to the device, whether it is from pinned memory, so that nothing waits for it."""
+    made: list[bool] = []
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self.clone())
     original = Tensor.to
 
-    def to(self: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
-        moves.append(non_blocking)
-        return original(self, device)
+    def to(self: Tensor, *given: object, non_blocking: bool = False, **named: object) -> Tensor:
+        if self.device != META and META in given:
+            made.append(non_blocking)
+        return original(self, *given, **named)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(Tensor, "to", to)
+    return made
+
+
+def test_a_batch_travels_without_a_wait(moves: list[bool]) -> None:
+    """Every tensor of it from pinned memory, and none of them at once."""
     batch = batches()[0]
     moved = batch.to(META)
     assert moves == [True] * (5 + len(batch.streams) + len(batch.values))

@@ -12,7 +12,7 @@ from tests.packs import make_segments
 from togi.algo.partial_attention import Run, visible_keys
 from togi.batch import NO_PREFIX
 from togi.errors import ModelError
-from togi.model.attention import plan_runs, segment_attention, varlen_attention, varlen_table
+from togi.model.attention import gathered, plan_runs, segment_attention, varlen_attention
 
 
 def test_neighbours_of_equal_length_and_prefix_share_a_call():
@@ -70,24 +70,43 @@ def test_short_bfloat16_segments_are_computed_in_float32():
 PLAIN = make_segments([4, 1, 3], [NO_PREFIX] * 3)
 
 
-@pytest.mark.parametrize("segments", [PLAIN, TREE])
-def test_capped_scores_take_the_package(monkeypatch, segments):
+# keys of TREE: its 23 tokens, and the two before each of the six segments that continue another
+@pytest.mark.parametrize(("segments", "keys"), [(PLAIN, 8), (TREE, 23 + 2 * 6)])
+def test_capped_scores_take_the_package_and_the_keys_within_the_window(monkeypatch, segments, keys):
     package = ModuleType("flash_attn")
-    package.flash_attn_varlen_func = varlen_stand_in
+    given: list[int] = []
+
+    def stand_in(q, k, v, **keywords):
+        given.append(len(k))
+        return varlen_stand_in(q, k, v, **keywords)
+
+    package.flash_attn_varlen_func = stand_in
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     keywords = {"softcap": 1.5, "scaling": 0.4, "sliding_window": 3}
     with flash_on_cpu() as calls:
         one, other = run(varlen_attention, segments, **keywords), run(dense_attention, segments, **keywords)
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     assert calls == []
+    assert given == [keys]
 
 
-def test_varlen_table_by_hand():
+@pytest.mark.parametrize(
+    ("window", "cut", "keys", "starts_k"),
+    [
+        (None, None, [0, 1, 0, 1, 2, 0, 1, 3, 4, 5], [0, 2, 5, 9, 10]),
+        (4, None, [0, 1, 0, 1, 2, 0, 1, 3, 4, 5], [0, 2, 5, 9, 10]),
+        # the first token of a segment sees one key before it
+        (2, 2, [0, 1, 1, 2, 1, 3, 4, 5], [0, 2, 4, 7, 8]),
+        (1, 1, [0, 1, 2, 3, 4, 5], [0, 2, 3, 5, 6]),
+    ],
+)
+def test_keys_are_gathered_within_the_window(window, cut, keys, starts_k):
     segments = make_segments([2, 1, 2, 1], [NO_PREFIX, 0, 0, NO_PREFIX])
-    index, starts_q, starts_k = varlen_table(segments, torch.device("cpu"))
-    assert index.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5]
-    assert starts_q.tolist() == [0, 2, 3, 5, 6]
-    assert starts_k.tolist() == [0, 2, 5, 9, 10]
+    level = gathered(segments, window, torch.device("cpu"))
+    assert level.keys_U.tolist() == keys
+    assert level.pieces.starts_q.tolist() == [0, 2, 3, 5, 6]
+    assert level.pieces.starts_k.tolist() == starts_k
+    assert (level.pieces.window, level.pieces.longest[0]) == (cut, 2)
 
 
 @pytest.mark.parametrize(

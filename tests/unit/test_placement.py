@@ -158,7 +158,7 @@ def test_colocated_models_must_have_one_size() -> None:
 
 def test_tensor_parallelism_is_of_vllm() -> None:
     config = rl(*NEEDED, *GRPO, "--vllm_tensor_parallel_size", "2", "--rollout_engine", "transformers").config
-    with pytest.raises(ConfigError, match="--vllm_tensor_parallel_size 2 needs --rollout_engine vllm"):
+    with pytest.raises(ConfigError, match="--vllm_tensor_parallel_size 2 is vLLM's but --rollout_engine transformers"):
         check_rl(config, reward_given=False)
 
 

@@ -87,14 +87,14 @@ def sft(*flags: str) -> Parsed[SFT]:
 )
 def test_the_flag_is_turned_on_or_off_and_it_is_said(flags: list[str], machine: Machine, bf16: bool, said: str) -> None:
     parsed = sft(*flags)
-    ready, notices = usable_precision(parsed, machine)
+    ready, notice = usable_precision(parsed, machine)
     assert ready.config.bf16 is bf16
     if said:
-        assert notices[0].startswith(said) and len(notices) == 1
+        assert notice is not None and notice.startswith(said)
         assert ready.sources["bf16"] is Source.AUTO
     else:
-        assert (ready, notices) == (parsed, ())
-    assert usable_precision(ready, machine) == (ready, ())
+        assert (ready, notice) == (parsed, None)
+    assert usable_precision(ready, machine) == (ready, None)
 
 
 @pytest.mark.parametrize("settings", [InferConfig, ChatConfig, IterateConfig, ServeRMConfig])

@@ -6,8 +6,8 @@ import numpy as np
 
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
+from togi.pump.experience import mini_batches
 from togi.run.plan import StepPlan
-from togi.run.rl import mini_batches
 from togi.sample import Sample
 
 # 10 prompts: rollouts of 4, 4 and 2 prompts, which are 16, 16 and 8 samples

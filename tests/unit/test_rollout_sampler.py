@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from togi.errors import ConfigError
+from togi.errors import ConfigError, RunError
 from togi.rollout.engine import end_token_ids
 from togi.rollout.sampler import BLOCK, Choice, choose, distribution, invert_cdf, nucleus
 
@@ -105,3 +105,11 @@ def test_a_folder_without_ends_or_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         end_token_ids(str(tmp_path))
     assert end_token_ids(write(tmp_path, config={"eos_token_id": None})) == frozenset()
+
+
+def test_probabilities_that_are_not_finite_are_an_error_in_words() -> None:
+    logits = torch.zeros(2, 300)
+    logits[1, 7] = torch.nan
+    choices = [Choice(1.0, 1.0, (), torch.Generator().manual_seed(i)) for i in range(2)]
+    with pytest.raises(RunError, match="not finite: its weights hold NaN"):
+        choose(logits, choices)

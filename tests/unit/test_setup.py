@@ -55,6 +55,21 @@ def test_gpus_run_what_is_tested_on_cpus() -> None:
     assert "deepspeed" not in GPU, "it is built after torch is there"
 
 
+def test_what_pip_allows_is_what_the_guide_promises() -> None:
+    """The oldest versions of torch and Transformers stand in pyproject.toml; docs/gpu.md repeats them in words."""
+    words = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    allowed = dict(re.fullmatch(r"([\w-]+)>=([\w.]+)(?:,<\d+)?", word).groups() for word in words)  # type: ignore[union-attr]
+    promise = r"It takes PyTorch ([\d.]+) to ([\d.]+) and Transformers ([\d.]+) to ([\d.]+)\."
+    (oldest, newest, oldest_hf, newest_hf) = re.search(promise, (ROOT / "docs" / "gpu.md").read_text()).groups()  # type: ignore[union-attr]
+    assert (allowed["torch"], allowed["transformers"]) == (oldest, oldest_hf)
+
+    def number(version: str) -> list[int]:
+        return [int(part) for part in version.split(".")[:2]]
+
+    assert number(oldest) <= number(GPU["torch"]) <= number(newest)
+    assert number(oldest_hf) <= number(GPU["transformers"]) <= number(newest_hf)
+
+
 def test_the_extra_for_pip_is_the_same_stack() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     pins = dict(re.fullmatch(r"([\w-]+)(?:\[\w+\])?==([\w.]+)", word).groups() for word in extras["gpu"])  # type: ignore[union-attr]

@@ -80,13 +80,13 @@ def test_a_checksum_depends_on_names_and_bytes_alone() -> None:
 
 
 def test_other_bytes_are_an_error_with_a_name() -> None:
-    assert agreed_checksum(["x", "x"], ["x"]) == "x"
+    assert agreed_checksum(["x", "x"], {0: "x"}) == "x"
     with pytest.raises(WeightSyncError, match="actor 1, engine 2 and actor 0 have different weights"):
-        agreed_checksum(["x", "y"], ["x", "x", "z"])
+        agreed_checksum(["x", "y"], {0: "x", 2: "z"})
 
 
 def test_a_deadline_says_who_is_behind() -> None:
-    progress = _Progress([-1, -1])
+    progress = _Progress({0: -1, 1: -1})
     assert progress.describe() == "the actor has not begun"
     progress.total = 9
     progress.engines[0] += 1
@@ -97,7 +97,7 @@ def test_a_deadline_says_who_is_behind() -> None:
     progress.engines[1] += 4
     assert progress.describe() == "engine 0 confirmed 0 of 9 tensors"
     progress.sent = 9
-    progress.engines = [9, 9]
+    progress.engines = {0: 9, 1: 9}
     assert progress.describe() == "engine 0, engine 1 confirmed 9 of 9 tensors"
 
 

@@ -10,7 +10,14 @@ from typing import Literal
 from togi.config.choices import EngineName, EvalTask, PostProcessor
 from togi.config.fields import Count, FromZero, Int, PathText, Positive, Seed, Settings, flag, missing, refuse
 from togi.config.parse import Parsed
-from togi.config.shared import DISABLE_FAST_TOKENIZER, PLAIN_TEMPLATE, ROWS, rendering_problems, template_problems
+from togi.config.shared import (
+    DISABLE_FAST_TOKENIZER,
+    PLAIN_TEMPLATE,
+    ROWS,
+    VLLMSettings,
+    rendering_problems,
+    template_problems,
+)
 
 REWARD_TEMPLATE = "{input} <rm_score>: {reward} "
 CSFT_PROMPT = "<rm_score>: 5.00"
@@ -23,7 +30,7 @@ class RewardTextSettings(Settings):
     csft_prompt: str = flag(CSFT_PROMPT, "The reward to ask for, in the words of --reward_template, or the number.")
 
 
-class GenerationSettings(Settings):
+class GenerationSettings(VLLMSettings):
     """Generation"""
 
     max_new_tokens: Count = flag(1024, "At most this many new tokens per output.")
@@ -34,9 +41,7 @@ class GenerationSettings(Settings):
     repetition_penalty: Positive = flag(1.0, "Divide positive logits of tokens already there, multiply negative ones.")
     max_num_seqs: Count = flag(256, "At most this many outputs in progress in vLLM.")
     enable_prefix_caching: bool = flag(True, "vLLM prefix cache, from which outputs take what their prompts share.")
-    enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
     vllm_gpu_memory_utilization: float = flag(0.9, "Share of a GPU's memory that vLLM may take.", gt=0, le=1)
-    vllm_cpu_kv_cache_gb: Positive = flag(1.0, "Size of the key-value cache on a CPU, in GB.")
     tp_size: Count = flag(1, "Processes that share the model in vLLM, one on each GPU (tensor parallelism).")
 
     @property
@@ -188,7 +193,7 @@ def _problems(c: InferConfig, given: set[str]) -> Iterator[str]:
 
 def _generation(c: InferConfig, given: set[str]) -> Iterator[str]:
     yield from sampling_problems(c, c.best_of_n, given)
-    yield from engine_problems(c, c.engine, "{eval_task}")
+    yield from c.engine_problems(c.engine, "eval_task", "tp_size")
     if c.iter is None and "rollout_batch_size" in given:
         yield "--rollout_batch_size is the size of the slices of --iter, which is not set: add it or leave the first out."
     yield from _csft_problems(c, given)
@@ -248,10 +253,3 @@ def sampling_problems(c: GenerationSettings, samples: int, given: set[str]) -> I
     if samples > 1 and c.sampling_temperature == 0:
         which = "--greedy_sampling" if c.greedy_sampling else "--temperature 0"
         yield f"{{best_of_n}} with {which} would give the same output {samples} times: leave one of them out."
-
-
-def engine_problems(c: GenerationSettings, engine: EngineName, flag: str) -> Iterator[str]:
-    """vLLM's own flags with another engine, which ``flag`` chose."""
-    if engine is EngineName.TRANSFORMERS:
-        for name in c.changed("enforce_eager", "tp_size"):
-            yield f"--{name} is vLLM's but {flag} generates with Transformers: change one of them."

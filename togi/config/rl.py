@@ -18,7 +18,7 @@ from togi.config.fields import (
     flag,
 )
 from togi.config.presets import preset_values
-from togi.config.shared import MAX_BAD_ROWS, ModelSettings, OutputSettings, TrainSettings
+from togi.config.shared import MAX_BAD_ROWS, ModelSettings, OutputSettings, TrainSettings, VLLMSettings
 
 
 class SampleSettings(Settings):
@@ -167,7 +167,7 @@ class PromptSettings(Settings):
     max_samples: Count = flag(100_000_000, "Use at most this many prompts of the mixture.")
 
 
-class RolloutSettings(Settings):
+class RolloutSettings(VLLMSettings):
     """Rollout"""
 
     rollout_engine: choices.EngineName = flag(choices.EngineName.VLLM, "What generates; Transformers needs no install.")
@@ -188,21 +188,10 @@ class RolloutSettings(Settings):
     max_num_seqs: Count | None = flag(
         None, "At most this many responses in progress in an engine; default: what vLLM takes for the GPU."
     )
-    vllm_quantization: Literal["fp8"] | None = flag(
-        None, "Round weights and activations of vLLM's linear layers to this type; needs --enable_vllm_is_correction."
-    )
-    vllm_kv_cache_dtype: Literal["auto", "fp8"] = flag(
-        "auto", "Type of vLLM's key-value cache; fp8 needs --enable_vllm_is_correction."
-    )
     allow_uncorrected_rollouts: bool = flag(
         False, "Let fp8 in vLLM, or tokens of older weights, be trained on without --enable_vllm_is_correction."
     )
-    vllm_args: tuple[str, ...] | None = flag(
-        None, "More arguments of vLLM's engine, as name=value by vLLM's own names, such as max_num_batched_tokens=8192."
-    )
-    vllm_cpu_kv_cache_gb: Positive = flag(1.0, "Size of vLLM's key-value cache on a CPU, in GB.")
     enable_prefix_caching: bool = flag(True, "vLLM prefix cache for common prompts; emptied at every weight update.")
-    enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
     vllm_sync_backend: choices.SyncBackend = flag(
         choices.SyncBackend.AUTO,
         "What carries weights to the engines: a process group over nccl (between processes on one GPU: CUDA IPC) or gloo; "
@@ -429,11 +418,6 @@ class RLConfig(
     def token_lag(self) -> int:
         """The age in rollouts up to which tokens are trained on."""
         return self.max_token_lag if self.max_token_lag is not None else 3 * self.max_staleness
-
-    @property
-    def rounds_rollouts(self) -> bool:
-        """Whether engines compute in fewer bits than the trainer."""
-        return self.vllm_quantization is not None or self.vllm_kv_cache_dtype != "auto"
 
     @property
     def trainer_sleeps(self) -> bool:

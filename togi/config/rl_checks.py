@@ -24,8 +24,6 @@ READERS = {
     "pretrain_data": tuple(name for name in PretrainMixSettings.model_fields if name != "pretrain_data"),
 }
 
-ROUNDING = ("vllm_quantization", "vllm_kv_cache_dtype")
-
 
 def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
     """Raise ConfigError with the first contradiction in the settings of ``togi rl``.
@@ -117,18 +115,16 @@ def combination_problems(c: RewardSettings, *, reward_given: bool = False) -> It
 def _rollout(c: RLConfig) -> Iterator[str]:
     if c.top_p != 1.0:
         yield "{top_p} cannot be trained on: log-probs of a cut distribution differ from the model's; use --top_p 1."
-    if c.rollout_engine is choices.EngineName.TRANSFORMERS:
-        for name in c.changed("enforce_eager", "vllm_tensor_parallel_size", *ROUNDING, "vllm_args"):
-            yield f"{{{name}}} needs --rollout_engine vllm: change one of them."
+    yield from c.engine_problems(c.rollout_engine, "rollout_engine", "vllm_tensor_parallel_size")
     yield from _staleness(c)
     # engine and trainer then differ by more than rounding in bf16, which pushes the policy away unseen
-    if c.rounds_rollouts and not (c.enable_vllm_is_correction or c.allow_uncorrected_rollouts):
-        for name in c.changed(*ROUNDING):
+    if not (c.enable_vllm_is_correction or c.allow_uncorrected_rollouts):
+        for name in c.rounding:
             yield (
                 f"{{{name}}} samples from a rounded model: add --enable_vllm_is_correction, or --allow_uncorrected_rollouts to "
                 "train on it as it is."
             )
-    needs_correction = c.rounds_rollouts or c.max_staleness > 0
+    needs_correction = bool(c.rounding) or c.max_staleness > 0
     if c.allow_uncorrected_rollouts and (c.enable_vllm_is_correction or not needs_correction):
         yield "--allow_uncorrected_rollouts has no effect here: leave it out."
 

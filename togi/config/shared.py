@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from togi.config.architectures import MIXTURES, SPLITTABLE
-from togi.config.choices import BackendName, GradAccumDtype, Layers, Scheduler
+from togi.config.choices import BackendName, EngineName, GradAccumDtype, Layers, Scheduler
 from togi.config.fields import Count, FromZero, Int, PathText, Positive, Seed, Settings, Share, flag, later, unread
 from togi.errors import ConfigError
 
@@ -110,6 +110,31 @@ class ModelSettings(Settings):
         if self.lora_rank == 0:
             return None
         return LoRA(self.lora_rank, self.lora_alpha, self.lora_dropout, self.target_modules, self.load_in_4bit)
+
+
+class VLLMSettings(Settings):
+    """vLLM"""
+
+    vllm_quantization: Literal["fp8"] | None = flag(
+        None, "Round weights and activations of vLLM's linear layers to this type."
+    )
+    vllm_kv_cache_dtype: Literal["auto", "fp8"] = flag("auto", "Type of vLLM's key-value cache.")
+    vllm_args: tuple[str, ...] | None = flag(
+        None, "More arguments of vLLM's engine, as name=value by vLLM's own names, such as max_num_batched_tokens=8192."
+    )
+    vllm_cpu_kv_cache_gb: Positive = flag(1.0, "Size of the key-value cache on a CPU, in GB.")
+    enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
+
+    @property
+    def rounding(self) -> tuple[str, ...]:
+        """The flags that let engines compute in fewer bits than the trainer."""
+        return tuple(self.changed("vllm_quantization", "vllm_kv_cache_dtype"))
+
+    def engine_problems(self, engine: EngineName, chosen_by: str, *more: str) -> Iterator[str]:
+        """vLLM's own flags, ``more`` among them, with another engine, which the flag ``chosen_by`` chose."""
+        if engine is EngineName.TRANSFORMERS:
+            for name in (*self.changed("enforce_eager", *more), *self.rounding, *self.changed("vllm_args")):
+                yield f"{{{name}}} is vLLM's but {{{chosen_by}}} generates with Transformers: change one of them."
 
 
 class TrainSettings(Settings):

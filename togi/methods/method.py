@@ -29,6 +29,7 @@ from togi.config.shared import (
     OutputSettings,
     PromptText,
     TrainSettings,
+    VLLMSettings,
     lora_dropout_problems,
 )
 from togi.obs import names
@@ -332,7 +333,7 @@ GENERATED = "generated"
 """The value of a sample for whether the model in training wrote its response (1 or 0)."""
 
 
-class OnPolicySettings(Settings):
+class OnPolicySettings(VLLMSettings):
     """On-policy distillation"""
 
     on_policy_share: Share = flag(0.0, "Share of the rows that the student answers; there only divergence is learned.")
@@ -340,11 +341,8 @@ class OnPolicySettings(Settings):
     temperature: Positive = flag(1.0, "Sampling temperature; the divergence is always that of the plain models.")
     rollout_engine: EngineName = flag(EngineName.VLLM, "What generates: vLLM, or Transformers (no extra install).")
     vllm_gpu_memory_utilization: float = flag(0.3, "Share of a GPU's memory for vLLM, beside the models.", gt=0, le=1)
-    vllm_cpu_kv_cache_gb: Positive = flag(1.0, "Size of the key-value cache on a CPU, in GB.")
-    enforce_eager: bool = flag(False, "No compilation and no CUDA graphs in vLLM.")
 
     def generation_problems(self) -> Iterator[str]:
         """Generation flags without ``--on_policy_share``, and what the engines exclude."""
         yield from unread(self, {"on_policy_share": OnPolicySettings.model_fields})
-        if self.enforce_eager and self.rollout_engine is EngineName.TRANSFORMERS:
-            yield "--enforce_eager needs --rollout_engine vllm: change one of them."
+        yield from self.engine_problems(self.rollout_engine, "rollout_engine")

@@ -45,7 +45,7 @@ from transformers import AttentionInterface
 
 from togi.algo.partial_attention import Pieces, Run, flash_takes, join, visible_keys, window_of
 from togi.algo.precision import Context, full_precision
-from togi.batch import Segments
+from togi.batch import Segments, moved
 from togi.cpu import host_attention
 from togi.errors import ModelError
 
@@ -69,16 +69,10 @@ def levels_of(segments: Segments, window: int | None, device: torch.device) -> t
 
     With a ``window`` that cuts: one call, of every segment on itself and what its first token sees of its prefixes.
     """
-    everyone = range(len(segments))
-    tokens = [segments.tokens(s) for s in everyone]
-    chains = [segments.chain(s)[:-1] for s in everyone]
-    contexts = [torch.cat([torch.arange(0), *(tokens[link] for link in chain)]) for chain in chains]
-    cut = window_of(window, max(len(context) + len(own) for context, own in zip(contexts, tokens, strict=True)))
-    if cut is not None:
-        near = [context[max(0, len(context) - cut + 1) :] for context in contexts]
-        keys = [torch.cat(pair) for pair in zip(near, tokens, strict=True)]
-        pieces = _pieces(tokens, keys, causal=True, window=cut, device=device)
-        return (Level(None, None if segments.is_plain else torch.cat(keys).to(device), pieces),)
+    if window_of(window, _longest(segments)) is not None:
+        return (gathered(segments, window, device),)
+    tokens = [segments.tokens(s) for s in range(len(segments))]
+    chains = [segments.chain(s)[:-1] for s in range(len(segments))]
     levels = [Level(None, None, _pieces(tokens, tokens, causal=True, window=None, device=device))]
     for depth in range(max(map(len, chains))):
         # one piece for each prefix at this depth: all segments below it are its queries
@@ -88,8 +82,27 @@ def levels_of(segments: Segments, window: int | None, device: torch.device) -> t
                 asking.setdefault(chain[depth], []).append(own)
         queries, keys = [torch.cat(below) for below in asking.values()], [tokens[prefix] for prefix in asking]
         pieces = _pieces(queries, keys, causal=False, window=None, device=device)
-        levels.append(Level(torch.cat(queries).to(device), torch.cat(keys).to(device), pieces))
+        levels.append(Level(moved(torch.cat(queries), device), moved(torch.cat(keys), device), pieces))
     return tuple(levels)
+
+
+@lru_cache(maxsize=8)
+def gathered(segments: Segments, window: int | None, device: torch.device) -> Level:
+    """One call for a pack: every segment on itself and on what its first token sees of its prefixes, gathered again for each."""
+    cut = window_of(window, _longest(segments))
+    tokens = [segments.tokens(s) for s in range(len(segments))]
+    keys: list[Tensor] = []
+    for s, own in enumerate(tokens):
+        context = torch.cat([own[:0], *(tokens[link] for link in segments.chain(s)[:-1])])
+        near = context if cut is None else context[max(0, len(context) - cut + 1) :]
+        keys.append(torch.cat([near, own]))
+    pieces = _pieces(tokens, keys, causal=True, window=cut, device=device)
+    return Level(None, None if segments.is_plain else moved(torch.cat(keys), device), pieces)
+
+
+def _longest(segments: Segments) -> int:
+    """Tokens of the longest segment with its prefixes."""
+    return max(segments.context_length(s) + length for s, length in enumerate(segments.lengths_S))
 
 
 def _pieces(
@@ -98,7 +111,7 @@ def _pieces(
     """``queries`` and ``keys``: the tokens of each piece."""
 
     def bounds(pieces: list[Tensor]) -> Tensor:
-        return torch.tensor([0, *accumulate(map(len, pieces))], dtype=torch.int32).to(device)
+        return moved(torch.tensor([0, *accumulate(map(len, pieces))], dtype=torch.int32), device)
 
     longest = max(map(len, queries)), max(map(len, keys))
     return Pieces(bounds(queries), bounds(keys), longest, causal, window)
@@ -314,37 +327,23 @@ def varlen_attention(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, table: Segment
         return attend_to_prefixes(q_THD, k_TGD, v_TGD, table, asked.scale, asked.window)
     from flash_attn import flash_attn_varlen_func
 
-    # gather the keys of the whole chain again for every segment
-    index, starts_q, starts_k = varlen_table(table, q_THD.device)
-    if not table.is_plain:
-        k_TGD, v_TGD = k_TGD.index_select(0, index), v_TGD.index_select(0, index)
+    level = gathered(table, asked.window, q_THD.device)
+    pieces = level.pieces
     out_THD: Tensor = flash_attn_varlen_func(
         q_THD,
-        k_TGD,
-        v_TGD,
-        cu_seqlens_q=starts_q,
-        cu_seqlens_k=starts_k,
-        max_seqlen_q=max(table.lengths_S),
-        max_seqlen_k=max(table.context_length(s) + length for s, length in enumerate(table.lengths_S)),
+        _rows(k_TGD, level.keys_U),
+        _rows(v_TGD, level.keys_U),
+        cu_seqlens_q=pieces.starts_q,
+        cu_seqlens_k=pieces.starts_k,
+        max_seqlen_q=pieces.longest[0],
+        max_seqlen_k=pieces.longest[1],
         softmax_scale=asked.scale,
         causal=True,
-        window_size=(-1, -1) if asked.window is None else (asked.window - 1, 0),
+        window_size=(-1, -1) if pieces.window is None else (pieces.window - 1, 0),
         softcap=asked.softcap,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out_THD
-
-
-@lru_cache(maxsize=8)
-def varlen_table(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed index of every key (segment by segment, each with its chain); int32 bounds of queries, and of keys."""
-    keys, bounds_q, bounds_k = [], [0], [0]
-    for s, length in enumerate(segments.lengths_S):
-        keys += [segments.tokens(link) for link in segments.chain(s)]
-        bounds_q.append(bounds_q[-1] + length)
-        bounds_k.append(bounds_k[-1] + segments.context_length(s) + length)
-    starts_q, starts_k = (torch.tensor(b, dtype=torch.int32, device=device) for b in (bounds_q, bounds_k))
-    return torch.cat(keys).to(device), starts_q, starts_k
 
 
 def register(name: str, function: Callable[..., tuple[Tensor, None]]) -> None:

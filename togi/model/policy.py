@@ -122,6 +122,16 @@ def _body(hf: PreTrainedModel, layout: Layout, **more: object) -> ModelOutput:
     )
 
 
+def targets(batch: Batch) -> Tensor:
+    """Packed index of each token in the loss (int64, [K])."""
+    return batch.targets_K
+
+
+def sources(batch: Batch) -> Tensor:
+    """Packed index of the token before each token in the loss (int64, [K])."""
+    return batch.sources_T[batch.targets_K]
+
+
 def last_tokens(batch: Batch) -> Tensor:
     """Packed index of the last token of each sequence (int64, [N])."""
     owners_T = batch.sequences_T + 1  # the first place is for NO_SEQUENCE, which is -1
@@ -172,7 +182,7 @@ class _Model(nn.Module):
             own_2SE = routing_sums(output.router_logits, top_k, layout.segments_of(batch), segments + 1)[:, :segments]
             routing["balance_N"] = balance_loss(layout.total(own_2SE), top_k, batch.chains_NS())
         if needs.routes:
-            places = layout.at(batch.targets_K)
+            places = layout.at(batch, targets)
             # the routing of a token is at the token itself, not at its source
             routing["routes_KMC"] = places.whole(places.states(chosen_experts(output.router_logits, top_k)))
         return states_tH, routing
@@ -214,11 +224,11 @@ class PolicyModel(_Model):
         # predictions about the token that follows: made at the tokens in the loss themselves
         if needs.label_logprobs or needs.next_logits:
             assert not (needs.logprobs or needs.entropy or needs.states), "ask for tokens or for what follows them"
-            return Outputs(**self._what_follows(states_tH, layout.at(targets_K), batch, needs), **routing)
+            return Outputs(**self._what_follows(states_tH, layout.at(batch, targets), batch, needs), **routing)
         if not (needs.logprobs or needs.entropy or needs.states):
             return Outputs(**routing)
         # predictions about the tokens in the loss: made at the token before, the source
-        places = layout.at(batch.sources_T[targets_K])
+        places = layout.at(batch, sources)
         states_kH = places.states(states_tH)
         if needs.states:
             return Outputs(states_kH=states_kH, **routing)
@@ -296,9 +306,9 @@ class ScalarModel(_Model):
         values_K = scores_N = states_tH.new_empty(0, dtype=torch.float32)
         if needs.values:
             # the value of a token is that of the state before it, its source
-            values_K = self._at(layout.at(batch.sources_T[batch.targets_K]), states_tH)
+            values_K = self._at(layout.at(batch, sources), states_tH)
         if needs.scores:
-            scores_N = self._at(layout.at(last_tokens(batch)), states_tH)
+            scores_N = self._at(layout.at(batch, last_tokens), states_tH)
         return Outputs(values_K=values_K, scores_N=scores_N, **routing)
 
     def _at(self, places: Places, states_tH: Tensor) -> Tensor:

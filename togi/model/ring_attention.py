@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 
 from togi.algo.partial_attention import Visibility, attend, attend_backward, join
 from togi.algo.precision import Context, full_precision
+from togi.batch import moved
 from togi.errors import ModelError
 from togi.model.attention import Asked, packed_attention, register
 from togi.model.ring_layout import Chunk, Ring, RingTable, Shards
@@ -49,6 +50,10 @@ class Call:
     causal: bool
     window: int | None
     positions: tuple[Tensor, Tensor]
+
+    def on(self, device: torch.device) -> Call:
+        rows_nL, rows_nM, at_L, at_M = (moved(x, device) for x in (self.queries_nL, self.keys_nM, *self.positions))
+        return Call(rows_nL, rows_nM, self.count, self.causal, self.window, (at_L, at_M))
 
     def visibility(self) -> Visibility:
         if self.window is None:
@@ -96,20 +101,20 @@ def travelling(shards: Shards, source: int) -> list[Chunk]:
 @lru_cache(maxsize=8)
 def plan(shards: Shards, rank: int, window: int | None, device: torch.device) -> Plan:
     """The plan of ``rank``, with index tensors on ``device``. ``window`` counts keys, the token itself included."""
+    # all on the host: sizes depend on the positions, and a device would have to be waited for
     size = len(shards.chunks)
     own = _rows(shards.chunks[rank])
     travels = [travelling(shards, (rank - step) % size) for step in range(size)]
     visits = []
-    with device:
-        for step in range(size):
-            # the own block is complete; a visiting block holds only the rows that its rank sends
-            block = own if step == 0 else _rows(travels[step])
-            calls = list(_diagonals(shards, rank, window)) if step == 0 else []
-            for keys, queries in seen_whole(shards, rank, (rank - step) % size).items():
-                calls += _call(shards, [(own[q], q) for q in queries], [(block[k], k) for k in keys], window)
-            visits.append(tuple(calls))
-        sent_b = torch.cat([torch.arange(0), *(torch.arange(own[c], own[c] + len(c)) for c in travels[0])])
-    return Plan(tuple(visits), sent_b, tuple(sum(map(len, chunks)) for chunks in travels))
+    for step in range(size):
+        # the own block is complete; a visiting block holds only the rows that its rank sends
+        block = own if step == 0 else _rows(travels[step])
+        calls = list(_diagonals(shards, rank, window)) if step == 0 else []
+        for keys, queries in seen_whole(shards, rank, (rank - step) % size).items():
+            calls += _call(shards, [(own[q], q) for q in queries], [(block[k], k) for k in keys], window)
+        visits.append(tuple(call.on(device) for call in calls))
+    sent_b = torch.cat([torch.arange(0), *(torch.arange(own[c], own[c] + len(c)) for c in travels[0])])
+    return Plan(tuple(visits), moved(sent_b, device), tuple(sum(map(len, chunks)) for chunks in travels))
 
 
 def _rows(chunks: Sequence[Chunk]) -> dict[Chunk, int]:

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from togi.batch import NO_PREFIX, Batch, Segments
+from togi.batch import NO_PREFIX, Batch, Segments, moved
 
 MAX_IMBALANCE = 1.05
 
@@ -185,9 +185,9 @@ class Layout:
     def whole(cls, batch: Batch) -> Layout:
         return Layout(batch.tokens_T, batch.positions_T, batch.segments)
 
-    def at(self, indices_K: Tensor) -> Places:
-        """The places of the tokens with these packed indices."""
-        return Places(indices_K)
+    def at(self, batch: Batch, tokens: Callable[[Batch], Tensor]) -> Places:
+        """The places of some tokens of the batch, ``tokens``: their packed indices, [K]."""
+        return Places(tokens(batch))
 
     def segments_of(self, batch: Batch) -> Tensor:
         """The segment of each token (int64, [t]). A filler token gets the number of segments."""
@@ -200,7 +200,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RingLayout(Layout):
-    """This rank's tokens. ``index_t``: their packed indices; ``rows_T``: the row of each packed token, -1 for the others'."""
+    """This rank's tokens. ``index_t``: their packed indices; ``rows_T``: the row of each packed token, -1 for the others'.
+
+    ``rows_T`` stays in host memory.
+    """
 
     ring: Ring
     index_t: Tensor
@@ -210,20 +213,23 @@ class RingLayout(Layout):
     def of(cls, batch: Batch, ring: Ring, head_stride: int) -> RingLayout:
         shards = deal(batch.segments, ring.size)
         fillers, device = sum(shards.segments.lengths_S) - batch.num_tokens, batch.tokens_T.device
-        index_t = packed_indices(shards.segments, shards.chunks[ring.rank]).to(device)
-        # the inverse of index_t: from a packed index to the row on this rank
-        rows_T = torch.full((batch.num_tokens + fillers,), -1, device=device)
-        rows_T[index_t] = torch.arange(len(index_t), device=device)
+        own_t = packed_indices(shards.segments, shards.chunks[ring.rank])
+        # its inverse: from a packed index to the row on this rank
+        rows_T = torch.full((batch.num_tokens + fillers,), -1)
+        rows_T[own_t] = torch.arange(len(own_t))
+        index_t = moved(own_t, device)
         # fillers come after the batch: token 0 at position 0
         tokens_t, positions_t = (
             torch.cat([stream, stream.new_zeros(fillers)])[index_t] for stream in (batch.tokens_T, batch.positions_T)
         )
         return cls(tokens_t, positions_t, RingTable(shards, ring, head_stride), ring, index_t, rows_T)
 
-    def at(self, indices_K: Tensor) -> Places:
-        rows_K = self.rows_T[indices_K]
+    def at(self, batch: Batch, tokens: Callable[[Batch], Tensor]) -> Places:
+        # on the host: a device would have to be waited for to know how many of them are this rank's
+        rows_K = self.rows_T[tokens(batch.host or batch).cpu()]
         own_k = (rows_K >= 0).nonzero().squeeze(-1)
-        return _Shared(rows_K[own_k], own_k, len(indices_K), self.ring)
+        device = self.index_t.device
+        return _Shared(moved(rows_K[own_k], device), moved(own_k, device), len(rows_K), self.ring)
 
     def segments_of(self, batch: Batch) -> Tensor:
         segments_T = batch.segments_T()

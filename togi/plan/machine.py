@@ -225,15 +225,15 @@ WITHOUT_BF16 = (
 WITH_BF16 = "--bf16 is on: all GPUs of this machine have bfloat16; --no_bf16 computes in float32"
 
 
-def usable_precision(parsed: Parsed[Config], machine: Machine) -> tuple[Parsed[Config], tuple[str, ...]]:
+def usable_precision(parsed: Parsed[Config], machine: Machine) -> tuple[Parsed[Config], str | None]:
     """The settings with ``--bf16`` on if it was left to this machine and its GPUs have it, and off if this CPU lacks it.
 
-    With the sentences to print.
+    With the sentence that says what changed, if anything did.
     """
     asked = parsed.config.bf16
     usable = asked and machine.fast_bf16 if "bf16" in parsed.given else machine.bf16_gpus
     if usable is asked:
-        return parsed, ()
+        return parsed, None
     sources = dict(parsed.sources) | {"bf16": Source.AUTO}
     config = cast(Config, parsed.config.model_copy(update={"bf16": usable}))
-    return Parsed(config, sources), (WITH_BF16 if usable else WITHOUT_BF16,)
+    return Parsed(config, sources), WITH_BF16 if usable else WITHOUT_BF16

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -191,6 +192,24 @@ def staleness_metrics(places: Sequence[Place], ages: Sequence[NDArray[np.int64]]
         names.STALENESS_SPREAD: float(np.mean([age.max() - age.min() for age in ages])),
         names.STALENESS_MASKED: float((every > most).mean()),
     }
+
+
+def mini_batches(samples: Sequence[Sample], config: RLConfig, step: int) -> list[list[Sample]]:
+    """Batches of ``--train_batch_size`` samples, one per optimizer step. Groups are shuffled anew in each epoch.
+
+    A single update on all samples is not shuffled: its order does not matter, and results can be read in the order of samples.
+    """
+    size, batches = config.train_batch_size, list[list[Sample]]()
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group_id, []).append(sample)
+    for epoch in range(config.max_epochs):
+        order = list(groups.values())
+        if len(samples) > size or config.max_epochs > 1:
+            random.Random(f"{config.seed}/{step}/{epoch}").shuffle(order)
+        flat = [sample for group in order for sample in group]
+        batches += [flat[i : i + size] for i in range(0, len(flat), size)]
+    return batches
 
 
 def gather(samples: Sequence[Sample], name: str) -> Tensor:

@@ -69,6 +69,7 @@ class Pump:
     async def take(self, step: int) -> list[ScoredGroup]:
         """The groups of the next rollout in the order of their admission, with those that were filtered out meanwhile.
 
+        None at all if everything that was left has been dropped as too old.
         Raises RewardError if more rewards fail than allowed, ConfigError if filtering keeps too few groups, and whatever else
         ended the work on a prompt.
         """
@@ -164,7 +165,7 @@ class Pump:
         for slot in self._slots.dropped:
             self._left(slot, Event.ABANDONED)
         self._dropped += len(self._slots.dropped)
-        return taken
+        return [] if taken is None and self._is_idle else taken
 
     @property
     def _is_idle(self) -> bool:

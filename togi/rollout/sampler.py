@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from togi.errors import RunError
+
 BLOCK = 256
 
 
@@ -56,10 +58,15 @@ def invert_cdf(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
     """Sample the first id whose cumulative probability exceeds a uniform number in [0, 1). Never an id of probability 0.
 
     It finds the block of ids first, then the id in the block. So there is one sum over the vocabulary, and float64, which keeps
-    the probability of a long tail, is needed for a small part only.
+    the probability of a long tail, is needed for a small part only. Raises RunError if probabilities are not finite.
     """
     blocks_NBW = pad(probs_NV, (0, -probs_NV.shape[1] % BLOCK)).view(len(probs_NV), -1, BLOCK)
     cdf_NB = blocks_NBW.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    if not bool(cdf_NB[:, -1].isfinite().all()):
+        raise RunError(
+            "The model gives tokens probabilities that are not finite: its weights hold NaN or infinity. Look at the last "
+            "gradient norms, lower the learning rate, and go on from an earlier checkpoint."
+        )
     wanted_N = uniform_N * cdf_NB[:, -1]
     block_N = _first_above(cdf_NB, wanted_N)
     before_N = pad(cdf_NB, (1, 0)).gather(1, block_N[:, None])[:, 0]

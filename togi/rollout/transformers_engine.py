@@ -292,8 +292,7 @@ class TransformersCore:
         return done
 
     def hold(self) -> dict[int, Generation]:
-        """Nothing is in flight between two steps."""
-        return {}
+        return {}  # nothing is in flight between two steps
 
     @torch.inference_mode()
     def score(self, tokens: tuple[int, ...]) -> list[float]:

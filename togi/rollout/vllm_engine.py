@@ -261,6 +261,8 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # it gives no processed log-probs, so no request can take it, and to build it takes nvcc
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     # this process has threads, of Ray and its own: a fork would copy locks that they hold
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 

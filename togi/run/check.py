@@ -151,7 +151,7 @@ async def sample(config: RLConfig, material: Material, groups: int, progress: Pr
 
 def _engine(config: RLConfig) -> RolloutEngine:
     try:
-        return create_engine(EngineName.TRANSFORMERS, engine_settings(config, config.context_length))
+        return create_engine(EngineName.TRANSFORMERS, engine_settings(config, config, config.context_length))
     except ConfigError as error:  # its advice is another engine, but sampling has only this one
         reason = str(error).partition(":")[0]
         raise ConfigError(f"--sample_groups samples with Transformers, but {reason}: leave it out.") from None

@@ -152,12 +152,10 @@ async def _generate(
     environment = SingleTurn(partial(chat.visible if config.keep_special_tokens else chat.decode, tokenizer), sampling)
     most = config.max_num_seqs if config.engine is EngineName.VLLM else config.micro_batch_size
     settings = replace(
-        engine_settings(config, config.context_length),
-        enforce_eager=config.enforce_eager or default_device().type == "cpu",
+        engine_settings(config, config, config.context_length),
         enable_prefix_caching=config.enable_prefix_caching,
         tensor_parallel_size=config.tp_size,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-        kv_cache_gb=config.vllm_cpu_kv_cache_gb,
         max_num_seqs=most,
     )
     units = {prompt.id: unit for unit, prompt in left}

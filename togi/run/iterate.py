@@ -53,9 +53,9 @@ def start_iterate(
     parsed: Parsed[IterateConfig], *, announce: Callable[[str], None] = logger.info, launch: Launch = subprocess_step
 ) -> Result:
     """Check the settings, then run all rounds. ``launch`` runs the command of one step. Raises UserError."""
-    check(parsed)
-    ready, notices = usable_precision(parsed, this_machine())
-    for notice in notices:
+    ready, notice = usable_precision(parsed, this_machine())
+    check(ready)
+    if notice is not None:
         announce(notice)
     return run(ready.config, announce, launch)
 
@@ -65,7 +65,7 @@ def check(parsed: Parsed[IterateConfig]) -> None:
     check_iterate(parsed)
     config = parsed.config
     # Models and lengths.
-    preflight.check_engine(config.rollout_engine)
+    preflight.check_engine(config.rollout_engine, config, config.bf16, this_machine())
     preflight.check_model("pretrain", config.pretrain)
     for path in config.reward_models:
         preflight.check_model("reward_pretrain", path)

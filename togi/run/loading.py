@@ -11,7 +11,7 @@ from togi.config.fields import Settings
 from togi.config.infer import ChatConfig, InferConfig
 from togi.config.iterate import IterateConfig
 from togi.config.rl import RLConfig
-from togi.config.shared import ModelSettings
+from togi.config.shared import ModelSettings, VLLMSettings
 from togi.config.tools import ServeRMConfig
 from togi.data import chat
 from togi.data.packing import in_order, pack_all
@@ -22,6 +22,7 @@ from togi.model.loading import ModelSource, check_causal_lm, dtype_of, load_scal
 from togi.parallel import frozen
 from togi.parallel.backend import BackendOptions
 from togi.parallel.process import World
+from togi.plan.engine_args import extra_arguments
 from togi.reward.scores import Standardization
 from togi.rollout.engine import EngineSettings
 from togi.weights.files import local_folder
@@ -61,13 +62,20 @@ def check_start(config: RLConfig | Method, *, flash_attn: bool, asked: str, long
     )
 
 
-def engine_settings(config: RLConfig | Method | InferConfig, max_model_len: int) -> EngineSettings:
+def engine_settings(
+    config: RLConfig | Method | InferConfig, engine: VLLMSettings, max_model_len: int
+) -> EngineSettings:
     """The settings of an engine in this process that every command has."""
     return EngineSettings(
         model=local_folder(config.pretrain),
         dtype="bfloat16" if config.bf16 else "float32",
         max_model_len=max_model_len,
         seed=config.seed,
+        enforce_eager=engine.enforce_eager,
+        quantization=engine.vllm_quantization,
+        kv_cache_dtype=engine.vllm_kv_cache_dtype,
+        kv_cache_gb=engine.vllm_cpu_kv_cache_gb,
+        extra=extra_arguments(engine.vllm_args),
         trust_remote_code=config.trust_remote_code,
     )
 

@@ -251,12 +251,10 @@ def start_engines(config: Method, world: World) -> list[RolloutEngine]:
     if how is None:
         return []
     settings = replace(
-        engine_settings(config, config.max_len),
+        engine_settings(config, how, config.max_len),
         seed=config.seed + world.rank,
-        enforce_eager=how.enforce_eager or world.device.type == "cpu",
         gpu_memory_utilization=how.vllm_gpu_memory_utilization,
         enable_sleep_mode=True,
-        kv_cache_gb=how.vllm_cpu_kv_cache_gb,
         device_index=0 if world.device.index is None else world.device.index,
     )
     return [create_engine(how.rollout_engine, settings)]

@@ -29,11 +29,11 @@ from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError, UserError
 from togi.learn.checkpoint import BEST_FOLDER, PREFIX, left_behind
 from togi.methods import check_method
-from togi.methods.method import Method
+from togi.methods.method import Method, OnPolicySettings
 from togi.obs.run_dir import RunDirectory
 from togi.obs.sinks import TrackerOptions, check_trackers
 from togi.plan.engine_args import check_extra_arguments
-from togi.plan.machine import Machine, check_compiler, joins_cluster
+from togi.plan.machine import Machine, check_compiler, joins_cluster, this_machine
 from togi.plan.placement import check_fits, check_spread, check_workers, plan_groups, resolve
 from togi.run.plan import check_rl_metric, offline_aim
 
@@ -68,10 +68,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
         check_spread(groups, 1)
     # Packages and models.
     if config.replay is None:
-        check_engine(config.rollout_engine)
-        check_extra_arguments(config.vllm_args)
-        if config.rounds_rollouts and machine.gpus == 0 and not joins_cluster():
-            raise ConfigError("--vllm_quantization and --vllm_kv_cache_dtype fp8 need GPUs: leave them out.")
+        check_engine(config.rollout_engine, config, config.bf16, machine)
     else:
         check_replayed(config, Path(config.replay))
     models = models_of(config)
@@ -220,10 +217,20 @@ def check_target(flag: str, output: str, sources: Sequence[tuple[str, str]]) -> 
             raise ConfigError(f"--{flag} {output} would replace --{name} {source}: give another folder.")
 
 
-def check_engine(name: EngineName) -> None:
-    """Raise EngineUnavailableError if the package of the engine is not installed."""
-    if name is EngineName.VLLM and importlib.util.find_spec("vllm") is None:
+def check_engine(
+    name: EngineName, config: RLConfig | InferConfig | IterateConfig | OnPolicySettings, bf16: bool, machine: Machine
+) -> None:
+    """Check that the package of the engine is installed and takes the settings. Raises EngineUnavailableError, ConfigError."""
+    if name is not EngineName.VLLM:
+        return
+    if importlib.util.find_spec("vllm") is None:
         raise EngineUnavailableError
+    check_extra_arguments(config.vllm_args)
+    for flag in config.rounding:
+        if machine.gpus == 0 and not joins_cluster():
+            raise ConfigError(f"--{flag} fp8 needs GPUs: leave it out.")
+        if not bf16:
+            raise ConfigError(f"--{flag} fp8 needs --bf16, as vLLM has no fp8 beside float32: change one of them.")
 
 
 def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
@@ -374,7 +381,7 @@ def check_offline(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Me
     config = parsed.config
     # Packages and models.
     if config.on_policy is not None:
-        check_engine(config.on_policy.rollout_engine)
+        check_engine(config.on_policy.rollout_engine, config.on_policy, config.bf16, this_machine())
     models = [("pretrain", config.pretrain), *config.more_models.items()]
     check_models(config, models, f"--max_len {config.max_len}", config.max_len)
     if launched:

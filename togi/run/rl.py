@@ -6,7 +6,6 @@ The phases of an RL run, and its state between them. ``togi.run.rl.train`` calls
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -17,7 +16,7 @@ import numpy as np
 
 from togi.algo.kl import KLController
 from togi.config.parse import Parsed
-from togi.config.rl import PromptSettings, RewardSettings, RLConfig, RolloutSettings, SampleSettings
+from togi.config.rl import RLConfig
 from togi.errors import WorkerDied, WorkerError
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
 from togi.learn.learner import Divergence, UpdateReport
@@ -31,7 +30,7 @@ from togi.plan.machine import this_machine
 from togi.plan.placement import LEARNERS, Role
 from togi.plan.slots import Rules
 from togi.pump import experience
-from togi.pump.experience import GroupFilter, Place, ScoredGroup, to_sample, trainable, with_advantages
+from togi.pump.experience import GroupFilter, Place, ScoredGroup, mini_batches, to_sample, trainable, with_advantages
 from togi.pump.feed import Feed, ReplayFeed, RolloutFeed
 from togi.pump.ledger import Ledger
 from togi.pump.pump import Pump
@@ -41,7 +40,7 @@ from togi.run.journal import Evaluation, RunJournal, open_journal
 from togi.run.keep import DRIVER, Keep, every
 from togi.run.plan import StepPlan
 from togi.run.rewards import describe
-from togi.run.rl_setup import COMMAND, Material, connect, frozen_weights, opening
+from togi.run.rl_setup import COMMAND, Material, connect, frozen_weights, opening, origin
 from togi.run.signs import Verdict, setting_signs
 from togi.sample import Sample, with_streams
 from togi.workers import start
@@ -146,6 +145,8 @@ async def train(run: RLRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
         episode = run.episode
         # Stage 1: answers and their rewards.
         groups, metrics = await run.generate()
+        if not groups:  # with --on_stale drop: all that was left was too old
+            break
         places, samples, scored = await run.score(groups)
         metrics |= scored
         # Stage 2: updates. No samples: every group was filtered out, and the step counts without an update.
@@ -487,30 +488,3 @@ class RLRun:
                     self.journal.sign(aside)
         if self._pump is not None:
             self._pump.end()
-
-
-def origin(config: RLConfig) -> str:
-    """All that a scored group depends on, beside weights and prompt: only where this is the same is it used again."""
-    sources = (PromptSettings, RewardSettings, RolloutSettings, SampleSettings)
-    values, named = dict(config), [name for source in sources for name in source.model_fields]
-    files = [Path(file) for file in config.reward_files]
-    code = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-    return repr([(name, values[name]) for name in (*named, "pretrain", "seed", "full_determinism")] + code)
-
-
-def mini_batches(samples: Sequence[Sample], config: RLConfig, step: int) -> list[list[Sample]]:
-    """Batches of ``--train_batch_size`` samples, one per optimizer step. Groups are shuffled anew in each epoch.
-
-    A single update on all samples is not shuffled: its order does not matter, and results can be read in the order of samples.
-    """
-    size, batches = config.train_batch_size, list[list[Sample]]()
-    groups: dict[str, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.group_id, []).append(sample)
-    for epoch in range(config.max_epochs):
-        order = list(groups.values())
-        if len(samples) > size or config.max_epochs > 1:
-            random.Random(f"{config.seed}/{step}/{epoch}").shuffle(order)
-        flat = [sample for group in order for sample in group]
-        batches += [flat[i : i + size] for i in range(0, len(flat), size)]
-    return batches

@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from togi.config.fields import Hook
-from togi.config.rl import RLConfig
+from togi.config.rl import PromptSettings, RewardSettings, RLConfig, RolloutSettings, SampleSettings
 from togi.data import chat
 from togi.data.precheck import RecordSpec
 from togi.data.prompts import LoaderState, PromptLoader, PromptSet, load_prompts
@@ -317,3 +318,12 @@ def load_pretraining(config: RLConfig, data: str, tokenizer: chat.Tokenizer) -> 
         raise DataError(f"--pretrain_data: {error}") from None
     # One epoch suffices: ``rows_of`` continues after the last epoch of a plan, in new permutations.
     return Pretraining(examples, EpochPlan(len(examples), config.pretrain_rows, epochs=1, seed=config.seed))
+
+
+def origin(config: RLConfig) -> str:
+    """All that a scored group depends on, beside weights and prompt: only where this is the same is it used again."""
+    sources = (PromptSettings, RewardSettings, RolloutSettings, SampleSettings)
+    values, named = dict(config), [name for source in sources for name in source.model_fields]
+    files = [Path(file) for file in config.reward_files]
+    code = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    return repr([(name, values[name]) for name in (*named, "pretrain", "seed", "full_determinism")] + code)

@@ -99,8 +99,8 @@ def asks_for_flash(parsed: Parsed[RLConfig] | Parsed[Method]) -> bool:
 
 def usable(parsed: Parsed[Config], machine: Machine, announce: Announce) -> Parsed[Config]:
     """The settings with the precision of this machine. Announces what it changes, and flags without effect."""
-    ready, notices = usable_precision(parsed, machine)
-    for notice in notices:
+    ready, notice = usable_precision(parsed, machine)
+    if notice is not None:
         announce(notice)
     say_ignored(ready.config, announce)
     return ready
@@ -114,7 +114,7 @@ def say_ignored(config: ModelSettings | InferConfig | ChatConfig | ServeRMConfig
 
 def start_infer(parsed: Parsed[InferConfig], *, announce: Announce = logger.info) -> Written:
     """Check the settings, then generate or score. Raises UserError."""
-    ready = usable(infer_door(parsed), this_machine(), announce)
+    ready = infer_door(usable(parsed, this_machine(), announce))
     if ready.config.zero_stage > 0:
         announce(f"--zero_stage {ready.config.zero_stage}: one process has nothing to shard, and holds the whole model")
     from togi.run.infer import generate, score
@@ -133,7 +133,7 @@ def infer_door(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
     # Engine, model and lengths.
     asked, longest = f"--max_len {config.max_len}", config.max_len
     if config.eval_task.generates:
-        preflight.check_engine(config.engine)
+        preflight.check_engine(config.engine, config, config.bf16, this_machine())
         asked_reward(config.csft_prompt, config.reward_template)
         preflight.check_engine_heads("tp_size", config.tp_size, config.pretrain)
         asked, longest = config.asked_context, config.context_length

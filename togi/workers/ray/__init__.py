@@ -37,7 +37,7 @@ async def start(config: RLConfig, machine: Machine, updates: Mapping[Role, int],
     groups, resources = plan_groups(config), connect(config, machine)
     try:
         health.announce(f"placement: {arithmetic(groups, 'GPUs' if resources.gpus > 0 else 'worker processes')}")
-        cluster = Cluster(groups, resources, health)
+        cluster = Cluster(groups, resources, health, overlaps=config.max_staleness > 0)
         session = await _start_all(config, cluster, updates, health)
         if resources.gpus > 0 and (await session.actor.call_all(LearnerWorker.device_type))[0] == "cpu":
             health.announce(

@@ -208,15 +208,17 @@ def _start(machine: Machine, store_bytes: int) -> None:
 
 
 class Cluster:
-    """The placement groups of a run."""
+    """The placement groups of a run. ``overlaps``: engines and models compute at the same time."""
 
-    def __init__(self, groups: tuple[Group, ...], resources: Resources, health: Health) -> None:
+    def __init__(
+        self, groups: tuple[Group, ...], resources: Resources, health: Health, *, overlaps: bool = False
+    ) -> None:
         # The groups fit the cluster and what other jobs leave free.
         placement.check_fits(groups, resources.gpus)
         if resources.gpus > 0:
             placement.check_nodes(groups, resources.gpus_of_nodes)
             _check_free(sum(group.slots for group in groups), resources.gpus)
-        self.resources, self.groups, self._health = resources, groups, health
+        self.resources, self.groups, self._health, self._overlaps = resources, groups, health, overlaps
         # Which node each slot should be on.
         nodes = _gpus_by_node()
         placement.check_spread(groups, len(nodes))
@@ -241,6 +243,8 @@ class Cluster:
         group, placed, bundles = self.groups[index], self._placed[index], self._bundles[index]
         threads = str(self.threads(group.slots))
         variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **CUBLAS}
+        if self._overlaps:  # threads that wait must not spin on the cores that other processes need
+            variables["OMP_WAIT_POLICY"] = "PASSIVE"
         # An engine takes several slots: its process starts in the first of them.
         step = group.engine_size // group.slots_per_bundle if role is Role.ENGINE else 1
         places = bundles[::step]

@@ -25,7 +25,9 @@ from togi.workers.ray.cluster import EngineActor, LearnerActor, RayWorkers, resu
 
 @dataclass(slots=True)
 class _Progress:
-    """How many tensors the actor has sent and each engine has loaded; -1 before an engine has agreed to the update."""
+    """How many tensors the actor has sent and each engine has loaded; -1 before an engine has agreed to the update, one more than
+    all when it has finished.
+    """
 
     engines: dict[int, int]
     total: int = 0
@@ -39,6 +41,8 @@ class _Progress:
         if behind == self.sent < self.total:
             return f"the actor has sent {self.sent} of {self.total} tensors"
         names = ", ".join(f"engine {index}" for index, tensors in self.engines.items() if tensors == behind)
+        if behind == self.total:
+            return f"{names} did not finish the update"
         return f"{names} confirmed {max(0, behind)} of {self.total} tensors"
 
 
@@ -140,8 +144,13 @@ class WeightSync:
                 unfinished.cancel()
         # Stage 3: everything arrived, and it is the same everywhere.
         sent = await call_all(self._actor, LearnerActor.end_export)
-        got: list[str] = await all_or_none(self._engines.call(i, EngineActor.finish_update) for i in progress.engines)
+        got = await all_or_none(self._finished(progress, engine) for engine in progress.engines)
         return manifest, agreed_checksum(sent, dict(zip(progress.engines, got, strict=True)))
+
+    async def _finished(self, progress: _Progress, engine: int) -> str:
+        checksum: str = await self._engines.call(engine, EngineActor.finish_update)
+        progress.engines[engine] += 1
+        return checksum
 
     async def _confirmed(
         self,
