@@ -15,12 +15,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from tests import warm
 from tests.example_scripts import SCRIPTS, run_script
 from tests.offline_world import ROOT, values, write
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
+from togi.pump.ledger import Event, balance, read
 
 TINY = "--no_bf16 --rollout_engine transformers --no_enforce_eager --max_steps 1 --rollout_batch_size 2 --train_batch_size 4 "
 TINY += "--n_samples_per_prompt 2 --prompt_max_len 64 --generate_max_len 8 --max_tokens_per_gpu 256"
@@ -43,9 +45,11 @@ EXAMPLES = {
     "rl_ppo_hybrid.sh": "engine, actor, critic, ref 1 = 1",
     "rl_grpo_hybrid.sh": "engine, actor, ref 1 = 1",
     "rl_reinforce_hybrid.sh": "engine, actor, ref 1 = 1",
+    "rl_async.sh": "engine 1 + actor 1 = 2",
+    "rl_async_lora.sh": "engine 1 + actor 1 = 2",
     "serve_rm.sh": "",
 }
-# Those that ask for more than one worker of a kind.
+# Those that ask for more than one worker of a kind, or for an engine that works beside the model.
 RAY = ("rl_workers.sh", "rl_ppo_ring.sh")
 MORE = {
     "rl_verifiers.sh": ["--format_regex", ".*e.*"],
@@ -198,3 +202,35 @@ def test_hybrid_engines(world: Path, tmp_path: Path, name: str) -> None:
         assert row["reward"] == pytest.approx(len(text(row)) / 10)
     (step,) = values(tmp_path / "run")
     assert step["mismatch/max_ratio"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("script", "engine"),
+    [("rl_async.sh", "transformers"), pytest.param("rl_async_lora.sh", "vllm", marks=pytest.mark.large)],
+)
+def test_asynchronous_rl(world: Path, tmp_path: Path, script: str, engine: str) -> None:
+    """Six passes over two prompts, a step each, with three of them at work: tokens are trained on that older weights sampled."""
+    run, flags = tmp_path / "run", ["--rollout_engine", engine, "--max_steps", "-1", "--num_episodes", "6"]
+    flags += ["--target_modules", "q_proj", "v_proj"] if "lora" in script else []
+    done = run_script(script, *TINY.split(), *flags, "--generate_max_len", "32", **places(world, run))
+    assert f"placement: {EXAMPLES[script]} worker processes\n" in done.stdout
+    steps = values(run)
+    assert len(steps) == 6
+    assert set(balance(read(run / "ledger.jsonl"))) == set(range(12))
+    assert set(balance(read(run / "ledger.jsonl")).values()) == {Event.TRAINED}
+    assert 0 < max(step["staleness/token_max"] for step in steps) <= 6
+    for step in steps:
+        # Corrected by itself, and engine and trainer agree on weights that came in the middle of responses.
+        assert 0.5 <= step["mismatch/mean_weight"] <= 5
+        assert step["mismatch/probe_mean_abs"] < 1e-3
+    if "lora" in script:
+        adapter = load_file(run / "model" / "adapter_model.safetensors").values()
+        assert {step["weights/sync_bytes"] for step in steps} == {sum(4 * each.numel() for each in adapter)}
+        assert steps[-1]["kl/reference"] != 0
+    # The page shows what the 3 x 2 slots and the trainer did.
+    found = re.search(r'id="togi-data">(.*?)</script>', (run / "report.html").read_text(), re.DOTALL)
+    picture = json.loads(found[1])["gantt"]
+    assert {row for _, row, *_ in picture["spans"]} == set(range(-1, 6))
+    assert [text for _, text in picture["lines"]] == [f"version {number}" for number in range(1, 7)]
+    trained = [text for kind, row, *_, text in picture["spans"] if (kind, row) == ("training", -1)]
+    assert trained == [f"step {number}" for number in range(1, 7)]

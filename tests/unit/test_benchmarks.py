@@ -141,6 +141,12 @@ def test_the_pump_of_a_stored_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| capacity rule")]
     # the longest of 32 takes 50 s: a synchronous step 50 + 63
     assert float(lines[0][1]) == pytest.approx(113 / 63, rel=0.05)
+    # No group is old here, so masking, waiting and dropping are one.
+    main(["--run", str(tmp_path), "--seconds_per_token", "10", "--seeds", "1", "--steps", "20", "--staleness", "2"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| S 2")]
+    assert [line[0] for line in lines] == ["| S 2, mask", "| S 2, wait", "| S 2, drop"]
+    assert all(float(line[1]) == pytest.approx(113 / 63, rel=0.05) for line in lines)
+    assert lines[0][5] == "6: 0.00%"
 
 
 FORKS_AND_GROWS = """

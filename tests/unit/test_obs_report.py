@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tomllib
 from html.parser import HTMLParser
 from itertools import islice
@@ -15,7 +16,7 @@ from togi.obs import names
 from togi.obs.metrics import StepRecord
 from togi.obs.report import Limits, chart_table, spread_order, write_report
 from togi.obs.rollout_store import Split
-from togi.obs.run_dir import HeldOutRow, RunDirectory, write_held_out
+from togi.obs.run_dir import HeldOutRow, Resolved, RunDirectory, write_held_out
 from togi.obs.sinks import Recorder
 
 PACKAGE = Path(__file__).parents[2] / "togi"
@@ -154,6 +155,119 @@ def test_what_is_left_out_is_said(run):
     assert f"Rollouts of {len(shown)} of 5 files" in notes
     assert "At most 4 rollouts" in notes and "1 texts are cut after 100 characters" in notes
     assert "3 of 4 steps" in notes
+
+
+# One prompt a step, two slots. Prompt 1 is filtered out; a kill at 114 ends the work on prompt 3, which then starts again.
+LEDGER = [
+    (100, "queued", [0, 1], {}),
+    (101, "running", [0], {}),
+    (102, "running", [1], {}),
+    (105, "done", [0], {"generated": 104, "versions": [0, 0], "lengths": [3, 5]}),
+    (105, "trained", [0], {"step": 1, "version": 0}),
+    (107, "published", [], {"version": 1}),
+    (107, "queued", [2], {}),
+    (108, "running", [2], {}),
+    (109, "filtered", [1], {"generated": 108.5, "versions": [0, 1], "lengths": [7, 7]}),
+    (109, "queued", [3], {}),
+    (110, "running", [3], {}),
+    (111, "done", [2], {"stored": True, "versions": [1, 1], "lengths": [4, 2]}),
+    (112, "trained", [2], {"step": 2, "version": 1}),
+    (114, "published", [], {"version": 2}),
+    (120, "resumed", [], {"version": 2}),
+    (121, "queued", [3], {}),
+    (123, "running", [3], {}),
+    (126, "checkpoint", [], {"version": 2}),
+]
+OF_0, OF_1, OF_2, OF_3 = "prompt 0", "prompt 1", "prompt 2", "prompt 3"
+DONE_0, DONE_1, DONE_2 = (
+    f"{OF_0}, versions 0 to 0, at most 5 tokens",
+    f"{OF_1}, versions 0 to 1, at most 7 tokens",
+    f"{OF_2}, versions 1 to 1, at most 4 tokens",
+)
+SPANS = [
+    ["queued", 0, 0, 1, OF_0],
+    ["queued", 1, 0, 2, OF_1],
+    ["generating", 0, 1, 4, DONE_0],
+    ["rewards", 0, 4, 5, DONE_0],
+    ["waiting", -1, 0.5, 5, "step 1"],  # 4.5 seconds, as measured
+    ["training", 0, 5, 7, DONE_0],
+    ["training", -1, 5, 7, "step 1"],
+    ["queued", 0, 7, 8, OF_2],  # in the slot of prompt 0
+    ["generating", 1, 2, 8.5, DONE_1],
+    ["rewards", 1, 8.5, 9, DONE_1],
+    ["queued", 1, 9, 10, OF_3],  # in the slot of prompt 1
+    ["generating", 0, 8, 11, DONE_2],
+    ["ready", 0, 11, 12, DONE_2],
+    ["waiting", -1, 7, 12, "step 2"],  # at most since the last version
+    ["training", 0, 12, 14, DONE_2],
+    ["training", -1, 12, 14, "step 2"],
+    ["generating", 1, 10, 14, OF_3],
+    ["queued", 0, 21, 23, OF_3],
+    ["generating", 0, 23, 26, OF_3],
+]
+
+
+def ledger_lines():
+    return [json.dumps({"time": at, "event": event, "prompts": n, **facts}) for at, event, n, facts in LEDGER]
+
+
+def asynchronous(folder, staleness=1):
+    run = RunDirectory.create(folder, "rl", ARGV, VALUES | {"max_staleness": Resolved(staleness, "command line")})
+    recorder = Recorder(run.metrics_path, [])
+    for step, waited in ((1, 4.5), (2, 60.0)):
+        recorder.write(StepRecord(step, {names.STALENESS_LENGTH: 0.5}, {"generating": waited, "syncing weights": 1.0}))
+    recorder.close()
+    return run
+
+
+def test_slots_and_trainer_of_an_asynchronous_run_are_drawn(tmp_path):
+    run = asynchronous(tmp_path / "run")
+    run.ledger_path.write_text("\n".join(ledger_lines()) + "\n")
+    _, page, data = page_of(run)
+    assert sorted(data["gantt"]["spans"]) == sorted(SPANS)
+    assert data["gantt"]["lines"] == [[7, "version 1"], [14, "version 2"], [20, "resumed at version 2"]]
+    assert data["gantt"]["left"] == [[9, 1, "prompt 1 filtered"]]
+    assert {kind for kind, *_ in SPANS} == set(re.findall(r'\["(\w+)", "#\w+"\]', page.scripts[2]))
+    assert [c["title"] for c in data["charts"] if "length" in c["title"]] == ["Trained length over offered length"]
+
+
+def test_only_the_last_steps_are_drawn(tmp_path):
+    """From the line before the last two; the times of what began earlier are cut."""
+    run = asynchronous(tmp_path / "run")
+    run.ledger_path.write_text("\n".join(ledger_lines()))
+    _, _, data = page_of(run, Limits(gantt_steps=2))
+    later = [[kind, row, max(since - 7, 0), end - 7, text] for kind, row, since, end, text in SPANS if end > 7]
+    assert sorted(data["gantt"]["spans"]) == sorted(later)
+    assert data["gantt"]["lines"] == [[7, "version 2"], [13, "resumed at version 2"]]
+    # Two spans: those after the last but two, which ended at 14.
+    _, _, data = page_of(run, Limits(gantt_spans=2))
+    assert data["gantt"]["spans"] == [["queued", 0, 7, 9, OF_3], ["generating", 0, 9, 12, OF_3]]
+    # From the middle of a line on: what was queued before is not known.
+    size = sum(len(line) + 1 for line in ledger_lines()[-4:])
+    _, _, data = page_of(run, Limits(ledger_bytes=size + 20))
+    assert data["gantt"]["spans"] == [["queued", 0, 0, 2, OF_3], ["generating", 0, 2, 5, OF_3]]
+
+
+def test_a_broken_ledger_breaks_no_page(tmp_path):
+    run = asynchronous(tmp_path / "run")
+    assert page_of(run)[2]["gantt"] is None
+    run.ledger_path.write_bytes(b"\xff\x00 no JSON\n")
+    assert page_of(run)[2]["gantt"] is None
+    strange = ['{"time": 106, "event": "don', "[]", "3", '{"time": "soon", "event": "done", "prompts": [0]}']
+    strange += ['{"time": 106, "event": "done", "prompts": [0], "generated": "x"}', '{"time": 106, "event": "done"}']
+    strange += ['{"time": 106, "event": "queued", "prompts": [[1]]}', '{"time": 1e999, "event": "no", "prompts": []}']
+    lines = ledger_lines()
+    run.ledger_path.write_text("\n".join([*lines[:5], *strange, *lines[5:]]) + '\n{"ti')
+    assert sorted(page_of(run)[2]["gantt"]["spans"]) == sorted(SPANS)
+    run.ledger_path.unlink()
+    run.ledger_path.mkdir()
+    assert page_of(run)[2]["gantt"] is None
+
+
+def test_a_synchronous_run_has_no_slots_to_draw(tmp_path):
+    run = asynchronous(tmp_path / "run", staleness=0)
+    run.ledger_path.write_text("\n".join(ledger_lines()))
+    assert page_of(run)[2]["gantt"] is None
 
 
 def test_the_order_of_steps_spreads_from_the_ends():

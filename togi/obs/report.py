@@ -10,8 +10,10 @@ import math
 import secrets
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from heapq import heappop, heappush
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
@@ -24,18 +26,25 @@ from togi.obs import names
 from togi.obs.metrics import StepRecord, all_values, read_records
 from togi.obs.rollout_store import RolloutStore, Row
 from togi.obs.run_dir import RunDirectory, RunInfo, State, Status, read_data_reports, read_held_out
-from togi.obs.way_out import tolerated, way_out, write_atomically
+from togi.obs.way_out import left_out, tolerated, way_out, write_atomically
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of a page. ``text_characters``: of one prompt or response; ``rollout_bytes``: of all rollouts."""
+    """The limits of a page. ``text_characters``: of one prompt or response; ``rollout_bytes``: of all rollouts.
+
+    The picture of an asynchronous run has the last ``gantt_steps`` in at most ``gantt_spans`` spans, from the last
+    ``ledger_bytes`` of the ledger.
+    """
 
     points: int = 2000
     rollouts_per_step: int = 64
     text_characters: int = 8000
     rollout_bytes: int = 8_000_000
     evaluations: int = 24
+    gantt_steps: int = 12
+    gantt_spans: int = 6000
+    ledger_bytes: int = 4_000_000
 
 
 _COLUMNS = (
@@ -88,6 +97,7 @@ def _page_data(run: RunDirectory, limits: Limits) -> dict[str, object]:
         "steps": [record.step for record in shown],
         "series": series,
         "charts": _charts(table["charts"], series),
+        "gantt": _gantt(run, info, records, limits),
         "explain": {name: names.explain(name) for name in series},
         "rollouts": rollouts,
         "examples": _examples(run.root, limits),
@@ -278,7 +288,126 @@ def _embedded(data: object) -> str:
     return htmlsafe_json_dumps(data, allow_nan=False, separators=(",", ":"))
 
 
-# Second part: the end of a run in its folder, with its status and the report page.
+# Second part: what slots and trainer of an asynchronous run did, drawn from its ledger (``togi.pump.ledger``).
+
+_TRAINER = -1
+"""The trainer's row."""
+_BEGINS = {"queued": "queued", "running": "generating", "done": "ready", "trained": "training"}
+"""The span of a prompt that begins with an event. With any other event the prompt leaves its slot."""
+
+
+def _gantt(run: RunDirectory, info: RunInfo, records: Sequence[StepRecord], limits: Limits) -> dict[str, object] | None:
+    """The last steps; None for a synchronous run, and without a ledger that can be read."""
+    if not info.values.get("max_staleness", {"value": 0})["value"] or not run.ledger_path.exists():
+        return None
+    # As long as the phase in which the loop asked for groups.
+    drawn = _Gantt({record.step: record.seconds.get("generating", 0.0) for record in records})
+    with left_out(run.ledger_path), run.ledger_path.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - limits.ledger_bytes))
+        for line in file.read().decode(errors="replace").split("\n"):
+            # The start of what is read and a kill cut a line.
+            with suppress(ValueError, KeyError, TypeError):
+                drawn.add(json.loads(line))
+    return drawn.last(limits)
+
+
+class _Gantt:
+    """Reads the lines of a ledger. ``waited``: for how many seconds each step waited for its groups.
+
+    A prompt has the lowest free row until it leaves its slot: the weights trained on it are published, or it is not trained on.
+    """
+
+    def __init__(self, waited: Mapping[int, float]) -> None:
+        self._waited = waited
+        self._spans: list[tuple[str, int, float, float, str]] = []  # kind, row, start, end, text
+        self._lines: list[tuple[float, str]] = []
+        self._left: list[tuple[float, int, str]] = []
+        self._rows: dict[int, int] = {}  # of the prompts at work
+        self._free: list[int] = []
+        self._now: dict[int, tuple[str, float]] = {}
+        self._about: dict[int, str] = {}
+        self._step: tuple[float, int] | None = None  # in training, since
+        self._at = 0.0
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """The next line. Raises KeyError, TypeError or ValueError if it is none of a ledger."""
+        event, at = line["event"], float(line["time"])
+        if event == "resumed":
+            self._end()
+            self._lines.append((at, f"resumed at version {line['version']}"))
+        elif event == "published":
+            for number in [number for number, (kind, _) in self._now.items() if kind == "training"]:
+                self._change(number, None, at)
+            self._end_step(at)
+            self._lines.append((at, f"version {line['version']}"))
+        elif event == "trained":
+            since = max([at - self._waited.get(line["step"], 0.0), *(at for at, _ in self._lines[-1:])])
+            self._spans.append(("waiting", _TRAINER, since, at, f"step {line['step']}"))
+            self._step = at, line["step"]
+        for number in line["prompts"]:
+            self._prompt(number, event, at, line)
+        self._at = at
+
+    def _prompt(self, number: int, event: str, at: float, line: Mapping[str, Any]) -> None:
+        if event == "queued":
+            self._rows[number] = heappop(self._free) if self._free else len(self._rows)
+        if number not in self._rows:
+            return  # was queued before the part of the ledger that is read
+        if "lengths" in line:
+            (old, new), longest = line["versions"], max(line["lengths"])
+            self._about[number] = f", versions {old} to {new}, at most {longest} tokens"
+        if "generated" in line:
+            self._change(number, "rewards", float(line["generated"]))
+        if event not in _BEGINS:
+            self._left.append((at, self._rows[number], f"prompt {number} {event}"))
+        self._change(number, _BEGINS.get(event), at)
+
+    def _change(self, number: int, kind: str | None, at: float) -> None:
+        """End the present span of a prompt and begin one of ``kind``; None: it leaves its row."""
+        if number in self._now:
+            before, since = self._now.pop(number)
+            text = f"prompt {number}{self._about.get(number, '')}"
+            self._spans.append((before, self._rows[number], since, at, text))
+        if kind is not None:
+            self._now[number] = kind, at
+        else:
+            heappush(self._free, self._rows.pop(number))
+            self._about.pop(number, None)
+
+    def _end_step(self, at: float) -> None:
+        if self._step is not None:
+            since, step = self._step
+            self._spans.append(("training", _TRAINER, since, at, f"step {step}"))
+            self._step = None
+
+    def _end(self) -> None:
+        """All work ends with the last line: the ledger's end, or what was killed before a resume."""
+        for number in list(self._now):
+            self._change(number, None, self._at)
+        self._end_step(self._at)
+        self._free = []
+
+    def last(self, limits: Limits) -> dict[str, object] | None:
+        """The last steps as JSON, in seconds from the first of them; None if there is nothing to draw."""
+        self._end()
+        spans = sorted((span for span in self._spans if span[3] > span[2]), key=lambda span: span[3])
+        if not spans:
+            return None
+        before = [at for at, _ in self._lines[: -limits.gantt_steps]] + [
+            span[3] for span in spans[: -limits.gantt_spans]
+        ]
+        start = max(before, default=min(span[2] for span in spans))
+        shown = [(kind, row, max(since, start), end, text) for kind, row, since, end, text in spans if end > start]
+        return {
+            "spans": [
+                [kind, row, _number(since - start), _number(end - start), text] for kind, row, since, end, text in shown
+            ],
+            "lines": [[_number(at - start), text] for at, text in self._lines if at > start],
+            "left": [[_number(at - start), row, text] for at, row, text in self._left if at > start],
+        }
+
+
+# Third part: the end of a run in its folder, with its status and the report page.
 
 
 def cause(error: BaseException) -> str:

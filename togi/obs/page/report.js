@@ -80,7 +80,41 @@ function anyCard() {
   pick.onchange = draw;
   return draw;
 }
+const kinds = [["queued", "#ced4da"], ["generating", "#4c6ef5"], ["rewards", "#f08c00"], ["ready", "#ffd43b"],
+  ["training", "#2f9e44"], ["waiting", "#e03131"]];
+function gantt(element) {
+  const {spans, lines, left} = data.gantt, rows = 1 + Math.max(0, ...spans.map(s => s[1]));
+  const bars = kinds.map(([name, color]) => {
+    const own = spans.filter(s => s[0] === name);
+    return {type: "bar", orientation: "h", name: name, marker: {color: color}, base: own.map(s => s[2]),
+      x: own.map(s => s[3] - s[2]), y: own.map(s => s[1]), text: own.map(s => s[4]), textposition: "none",
+      hovertemplate: "%{text}: %{x:.3g} s<extra>" + name + "</extra>"};
+  });
+  const marks = {type: "scatter", mode: "markers", name: "not trained on", x: left.map(l => l[0]), y: left.map(l => l[1]),
+    text: left.map(l => l[2]), hovertemplate: "%{text}<extra></extra>", marker: {symbol: "x", color: css("--text")}};
+  const axis = {gridcolor: css("--line"), zeroline: false, linecolor: css("--line"), automargin: true};
+  element.style.height = Math.min(900, 150 + 14 * rows) + "px";
+  Plotly.react(element, [...bars, marks].filter(trace => trace.x.length), {
+    margin: {l: 48, r: 8, t: 10, b: 32}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: {family: "system-ui,sans-serif", size: 12, color: css("--dim")}, barmode: "overlay", bargap: 0.1,
+    hoverlabel: {bgcolor: css("--card"), font: {color: css("--text")}},
+    legend: {orientation: "h", y: 1.02, yanchor: "bottom", x: 0},
+    shapes: lines.map(l => ({type: "line", x0: l[0], x1: l[0], yref: "paper", y0: 0, y1: 1, line: {color: css("--mark"),
+      width: 1, dash: l[1].startsWith("resumed") ? "solid" : "dot"}})),
+    xaxis: {...axis, title: {text: "seconds", standoff: 4}},
+    yaxis: {...axis, autorange: "reversed", tickvals: [-1], ticktext: ["trainer"]},
+  }, {displayModeBar: false, responsive: true});
+}
+function ganttCard() {
+  const box = card("The last steps", "one row a slot");
+  box.classList.add("wide");
+  make("p", "First row: the trainer, which trains or waits for groups. Others: what the group of a prompt does until the " +
+    "weights that learnt from it are published. Dotted lines: a version is published. Crosses: groups not trained on.", "", box);
+  const area = make("div", undefined, "", box);
+  return () => gantt(area);
+}
 const drawings = data.charts.map(chartCard);
+if (data.gantt) drawings.unshift(ganttCard());
 if (data.steps.length) drawings.push(anyCard()); else make("p", "No step has finished yet.", "dim", $("charts"));
 const drawAll = () => drawings.forEach(draw => draw());
 drawAll();
