@@ -55,7 +55,7 @@ def _differences(folder: str, dtype: str, device: torch.device, prompts: int) ->
         core.add(key, prompt, Sampling(max_tokens=16, ignore_eos=True, seed=key))
     start, done = time.perf_counter(), {}
     while len(done) < prompts:
-        done |= core.step(0)
+        done |= core.step()
     seconds = time.perf_counter() - start
     core.close()
     samples = []

@@ -133,7 +133,7 @@ def test_an_engine_that_comes_back_while_the_actor_trains_serves_only_after_the_
         s = Scene(2)
         s.engines.open.set()
         s.back.set()
-        await s.pool.expire()
+        await s.pool.expire(drop=True)
         s.engines.die(0)
         assert await s.pool.any_lost()
         await s.pool.settled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ class Told:
 
     def __init__(self) -> None:
         self.calls: list[object] = []
+        self.engine_core: object = None
         self._used = 30
 
     def sleep(self, level: int) -> None:
@@ -30,9 +32,12 @@ class Told:
     def wake_up(self, tags: list[str] | None = None) -> None:
         self.calls.append(("wake_up", tags))
 
-    def reset_prefix_cache(self) -> bool:
+    def reset_prefix_cache(self, **_: bool) -> bool:
         self.calls.append("reset_prefix_cache")
         return True
+
+    def set_weight_version(self, version: str) -> None:
+        self.calls.append(("version", version))
 
     def collective_rpc(self, function: Any, args: tuple[object, ...]) -> list[tuple[int, int]]:
         if function.__name__ != "_cache_and_memory":
@@ -43,6 +48,9 @@ class Told:
 def core_on_gpu() -> tuple[VllmCore, Told]:
     core, told = VllmCore.__new__(VllmCore), Told()
     core._engine, core._on_cpu, core._forgot_weights, core.parts = told, False, False, None
+    core._updates, core._recompute_kv, core._states = 0, False, SimpleNamespace(UNPAUSED=0)
+    scheduler = SimpleNamespace(waiting=[], set_pause_state=lambda _: None)
+    told.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
     return core, told
 
 
@@ -51,7 +59,7 @@ def test_forgotten_weights_come_back_by_an_update_and_the_cache_after_it() -> No
     assert core.sleep(keep_weights=False) == Released(10, 30, 20)
     core.wake()
     core.begin_update()
-    core.finish_update()
+    core.finish_update(1)
     assert told.calls == [
         "reset_prefix_cache",
         ("sleep", 2),
@@ -59,12 +67,13 @@ def test_forgotten_weights_come_back_by_an_update_and_the_cache_after_it() -> No
         "_start_reload",
         "_finish_reload",
         ("wake_up", ["kv_cache"]),
+        ("version", "1"),
         "reset_prefix_cache",
     ]
     told.calls.clear()
     core.begin_update()
-    core.finish_update()  # it has been awake: nothing is left to wake
-    assert told.calls == ["_start_reload", "_finish_reload", "reset_prefix_cache"]
+    core.finish_update(2)  # it has been awake: nothing is left to wake
+    assert told.calls == ["_start_reload", "_finish_reload", ("version", "2"), "reset_prefix_cache"]
 
 
 def test_kept_weights_wake_at_once() -> None:

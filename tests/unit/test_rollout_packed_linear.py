@@ -66,13 +66,13 @@ def test_other_types_and_processors_are_left_alone(monkeypatch: pytest.MonkeyPat
 def test_an_engine_in_bfloat16_scores_as_the_model_does_before_and_after_an_update(tmp_path: Path) -> None:
     folders = [save_tiny_model(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
     core = TransformersCore(EngineSettings(str(folders[0]), max_model_len=64))
-    found = [core.score(TOKENS)]
+    found = [core.score(0, TOKENS)]
     core.begin_update()
     state = {name: tensor.bfloat16() for name, tensor in load_file(folders[1] / "model.safetensors").items()}
     for bucket in pack_buckets(state.items(), 20_000):
         core.load(bucket)
-    core.finish_update()
-    found.append(core.score(TOKENS))
+    core.finish_update(1)
+    found.append(core.score(0, TOKENS))
     for folder, scores in zip(folders, found, strict=True):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         expected = logits(model)[0].log_softmax(-1)[:-1].gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]

@@ -25,9 +25,9 @@ def answers(core: TransformersCore, places: list[int], *, steps_between: int = 0
     for place in places:
         core.add(place, PROMPTS[place], Sampling(max_tokens=30, seed=place, ignore_eos=True))
         for _ in range(steps_between):
-            found |= core.step(version=0)
+            found |= core.step()
     while len(found) < len(places):
-        found |= core.step(version=0)
+        found |= core.step()
     return found
 
 

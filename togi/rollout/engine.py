@@ -234,8 +234,20 @@ class RolloutEngine:
         Raises ``DataError`` if ``tokens`` are too few or too many.
         """
         future: Future[list[float]] = Future()
-        self.send(partial(self._score, next(self._keys), tuple(tokens), future))
+        await self._begin_score(tuple(tokens), future)
         return await asyncio.wrap_future(future)
+
+    @on_thread
+    def _begin_score(self, tokens: tuple[int, ...], future: Future[list[float]]) -> None:
+        """Score a text, at once or as a request among the others."""
+        self._check_scorable(tokens)
+        key = next(self._keys)
+        scores = self._core.score(key, tokens)
+        future.set_running_or_notify_cancel()
+        if scores is None:
+            self._running[key] = future
+        else:
+            future.set_result(scores)
 
     @on_thread
     def routes(self, tokens: Sequence[int]) -> NDArray[np.int64]:
@@ -424,18 +436,6 @@ class RolloutEngine:
             future.set_exception(error)
             return
         self._running[key] = future
-
-    def _score(self, key: int, tokens: tuple[int, ...], future: Future[list[float]]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            self._check_scorable(tokens)
-            if (scores := self._core.score(key, tokens)) is None:
-                self._running[key] = future
-            else:
-                future.set_result(scores)
-        except Exception as error:  # noqa: BLE001 - passed to the caller, which waits on another thread
-            future.set_exception(error)
 
     def _abort(self, key: int) -> None:
         if self._running.pop(key, None) is not None:
