@@ -33,7 +33,7 @@ from togi.methods.method import Method, OnPolicySettings
 from togi.obs.run_dir import RunDirectory
 from togi.obs.sinks import TrackerOptions, check_trackers
 from togi.plan.engine_args import check_extra_arguments
-from togi.plan.machine import Machine, check_compiler, joins_cluster, this_machine
+from togi.plan.machine import Machine, check_compiler, joins_cluster, ray_place, this_machine
 from togi.plan.placement import check_fits, check_spread, check_workers, plan_groups, resolve
 from togi.run.plan import check_rl_metric, offline_aim
 
@@ -66,6 +66,8 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     if not joins_cluster():
         check_fits(groups, machine.gpus)
         check_spread(groups, 1)
+    else:
+        ray_place(os.environ["RAY_ADDRESS"])
     # Packages and models.
     if config.replay is None:
         check_engine(config.rollout_engine, config, config.bf16, machine)
