@@ -31,6 +31,7 @@ from togi.rollout.engine import EngineSettings
 from togi.rollout.vllm_engine import engine_arguments
 from togi.run import infer, iterate, offline_setup, preflight, start
 from togi.run.iterate_steps import Steps
+from togi.workers import session
 
 BASE = ["--pretrain", "m", "--prompt_data", "p.jsonl", "--reward_func", "builtin:math", "--advantage_estimator"]
 GROUP = [*BASE, "group_norm", "--n_samples_per_prompt", "2"]
@@ -133,6 +134,15 @@ def test_heads_that_vllm_cannot_take_on_a_cpu(facts: dict[str, object], refused:
     preflight.check_engine(EngineName.TRANSFORMERS, config, str(tmp_path), False, Machine(8, 1 << 36, 0))
     with pytest.raises(ConfigError, match="--rollout_engine transformers") if refused else nullcontext():
         preflight.check_engine(EngineName.VLLM, config, str(tmp_path), False, Machine(8, 1 << 36, 0))
+
+
+def test_a_resumed_run_draws_other_random_numbers() -> None:
+    """A new one keeps its seeds, and no two engines or steps have the same."""
+    config = resolve(parse(RLConfig, ["--pretrain", "m", "--seed", "7"], "rl"), Machine(8, 1 << 36, 8)).config
+    seeds = {(step, i): session.engine_settings(config, i, 1, step).seed for step in range(50) for i in range(64)}
+    assert [seeds[0, i] for i in range(3)] == [7, 8, 9] and len(set(seeds.values())) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds.values())
+    assert 0 <= session.engine_settings(config, 0, 1, 10**6).seed < 2**32
 
 
 def test_parts_of_a_list_are_added_up() -> None:

@@ -76,7 +76,7 @@ async def run(
                 if sign.verdict is Verdict.STOPS:
                     announce(f"warning: {sign.sentence}")
             with open_journal(parsed, COMMAND, argv, progress, announce, material.reports, found) as journal:
-                async with workers(config, plan, journal) as session:
+                async with workers(config, plan, journal, found.step if found else 0) as session:
                     combined = await connect(config, material.rewards, session)
                     if line := describe(config, combined):
                         announce(f"reward: {line}")
@@ -86,11 +86,13 @@ async def run(
 
 
 @asynccontextmanager
-async def workers(config: RLConfig, plan: StepPlan, journal: RunJournal) -> AsyncIterator[Session]:
-    """Start all engines and models of a run. They stop with the block: in order, or at once after an error."""
+async def workers(config: RLConfig, plan: StepPlan, journal: RunJournal, step: int) -> AsyncIterator[Session]:
+    """Start all engines and models of a run that has made ``step`` rollouts. They stop with the block: in order, or at once
+    after an error.
+    """
     with journal.progress.phase("starting engines and loading models", expected_seconds=25):
         updates = {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
-        session = await start(config, this_machine(), updates, journal.announce)
+        session = await start(config, this_machine(), updates, journal.announce, step)
     try:
         journal.record_engine(await session.engine_facts())
         yield session

@@ -12,13 +12,15 @@ from togi.workers.session import Session
 
 
 async def start(
-    config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
+    config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None], step: int = 0
 ) -> Session:
-    """Start and load every model and engine. ``config`` is resolved. ``updates``: planned optimizer steps of each learner."""
+    """Start and load every model and engine. ``config`` is resolved. ``updates``: planned optimizer steps of each learner.
+    ``step``: the rollouts that a resumed run has already.
+    """
     if config.workers is WorkersKind.LOCAL:
         from togi.workers import local
 
-        return await local.start(config, machine, updates, announce)
+        return await local.start(config, machine, updates, announce, step)
     from togi.workers.ray import start as start_under_ray
 
-    return await start_under_ray(config, machine, updates, announce)
+    return await start_under_ray(config, machine, updates, announce, step)

@@ -90,7 +90,7 @@ class LocalMeter:
 
 
 async def start(
-    config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
+    config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None], step: int = 0
 ) -> Session:
     """Load the engine, then every model, one after the other, because they share the threads and random state of the process.
 
@@ -107,7 +107,7 @@ async def start(
         engines = []
         if config.generates:
             engines.append(EngineWorker())
-            await engines[0].start(config.rollout_engine, engine_settings(config, 0, machine.cpus))
+            await engines[0].start(config.rollout_engine, engine_settings(config, 0, machine.cpus, step))
             undo.callback(engines[0].stop)
         pool, asleep = EnginePool(LocalWorkers(*engines)), sleepers(config) & {Holder.ENGINES}
         if asleep:  # frees the memory that the engine has reserved but does not use yet, for the models

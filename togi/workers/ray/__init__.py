@@ -29,7 +29,7 @@ MAX_CONCURRENT_CALLS = 4096
 
 
 async def start(
-    config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None]
+    config: RLConfig, machine: Machine, updates: Mapping[Role, int], announce: Callable[[str], None], step: int = 0
 ) -> Session:
     """Connect, place, and load all models concurrently: start-up is import and disk time, which overlaps.
 
@@ -39,7 +39,7 @@ async def start(
     try:
         announce(f"placement: {arithmetic(groups, 'GPUs' if resources.gpus > 0 else 'worker processes')}")
         cluster = Cluster(groups, resources)
-        session = await _start_all(config, cluster, updates, announce)
+        session = await _start_all(config, cluster, updates, announce, step)
         if resources.gpus > 0 and (await session.actor.call_all(LearnerWorker.device_type))[0] == "cpu":
             announce(
                 "placement: these GPUs are declared only, so each is a process that computes on the CPU, over gloo"
@@ -54,7 +54,7 @@ async def start(
 
 
 async def _start_all(
-    config: RLConfig, cluster: Cluster, updates: Mapping[Role, int], announce: Callable[[str], None]
+    config: RLConfig, cluster: Cluster, updates: Mapping[Role, int], announce: Callable[[str], None], step: int = 0
 ) -> Session:
     # Stage 1: start all processes at once.
     engines = cluster.start(EngineActor, Role.ENGINE, concurrency=MAX_CONCURRENT_CALLS)
@@ -65,7 +65,7 @@ async def _start_all(
 
     # Stage 2: load.
     pool, actor, asleep = EnginePool(engines), trained[Role.ACTOR], sleepers(config) & {Holder.ENGINES}
-    loading = [_load_engines(config, cluster, engines, actor)]
+    loading = [_load_engines(config, cluster, engines, actor, step)]
     if engines_first(config, on_gpu=cluster.resources.gpus > 0):
         await loading.pop()
     if asleep:  # the models can use the memory that they release
@@ -140,7 +140,7 @@ async def load(
 
 
 async def _load_engines(
-    config: RLConfig, cluster: Cluster, engines: RayWorkers[EngineActor], actor: RayWorkers[LearnerActor]
+    config: RLConfig, cluster: Cluster, engines: RayWorkers[EngineActor], actor: RayWorkers[LearnerActor], step: int
 ) -> None:
     count, size = len(engines), config.vllm_tensor_parallel_size
     threads = cluster.threads(max(1, count) * size)
@@ -152,6 +152,6 @@ async def _load_engines(
         runs = (slots[first : first + size] for first in range(0, len(slots), size))
         gpus = [tuple(gpu for slot in run for gpu in slot) for run in runs]
     _: list[None] = await all_or_none(
-        engines.call(i, EngineActor.start_on, config.rollout_engine, engine_settings(config, i, threads), gpus[i])
+        engines.call(i, EngineActor.start_on, config.rollout_engine, engine_settings(config, i, threads, step), gpus[i])
         for i in range(count)
     )
