@@ -92,6 +92,19 @@ def test_plain_text_is_learned_from_its_second_token_on(world: Path, tmp_path: P
     assert steps[0]["kl/teacher"] == pytest.approx(forward, rel=1e-5)
 
 
+def test_the_last_message_of_a_chat_is_its_response(world: Path, tmp_path: Path) -> None:
+    """Where --output_key names the field of --input_key: the same run as on prompts and responses of their own."""
+    rows = [json.loads(line) for line in (world / "sft.jsonl").read_text().splitlines()]
+    said = [[{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}] for row in rows]
+    write(tmp_path / "chats.jsonl", [{"messages": messages} for messages in said])
+    words = ("--apply_chat_template", "--on_policy_share", "0.5", *OWN)
+    parted = train(world, "kd", tmp_path / "parted", *words, evaluate=False)
+    chats = ("--dataset", str(tmp_path / "chats.jsonl"), "--input_key", "messages", "--output_key", "messages")
+    whole = train(world, "kd", tmp_path / "whole", *words, *chats, evaluate=False)
+    for name in ("loss", "cross_entropy", "kl/teacher_generated", "length/response"):
+        assert [step[name] for step in whole] == [step[name] for step in parted], name
+
+
 def test_an_adapter_as_the_student(world: Path, tmp_path: Path) -> None:
     """Merged by ``togi merge-lora``, it has the distance from the teacher that the last evaluation says."""
     steps = train(world, "kd", tmp_path / "run", *LORA, "--learning_rate", "1e-2", "--kd_coef", "1")

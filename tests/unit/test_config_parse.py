@@ -184,7 +184,7 @@ CONTRADICTIONS = [
     (["--deepcompile"], ["--deepcompile", "--backend is fsdp2"]),
     (["--deepcompile", "--backend", "deepspeed"], ["--deepcompile", "packed batches"]),
     (["--fsdp_shard_size", "2", "--zero_stage", "0"], ["--fsdp_shard_size 2", "--zero_stage 0"]),
-    (["--fsdp_shard_size", "2", "--backend", "deepspeed"], ["--fsdp_shard_size 2", "not deepspeed"]),
+    (["--fsdp_shard_size", "2", "--backend", "deepspeed"], ["--fsdp_shard_size 2", "not --backend deepspeed"]),
     (
         ["--fsdp_shard_size", "2", "--ds_tensor_parallel_size", "2"],
         ["--ds_tensor_parallel_size 2", "--fsdp_shard_size 2"],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.tiny import save_tiny_model
 from togi.config.choices import EngineName
 from togi.config.infer import InferConfig, check_infer
 from togi.config.iterate import IterateConfig
@@ -23,11 +26,12 @@ from togi.parallel.process import World
 from togi.plan.engine_args import check_extra_arguments, extra_arguments
 from togi.plan.machine import Machine
 from togi.plan.placement import resolve
-from togi.rollout import vllm_engine
+from togi.rollout import create_engine, vllm_engine
 from togi.rollout.engine import EngineSettings
 from togi.rollout.vllm_engine import engine_arguments
 from togi.run import infer, iterate, offline_setup, preflight, start
 from togi.run.iterate_steps import Steps
+from togi.workers import session
 
 BASE = ["--pretrain", "m", "--prompt_data", "p.jsonl", "--reward_func", "builtin:math", "--advantage_estimator"]
 GROUP = [*BASE, "group_norm", "--n_samples_per_prompt", "2"]
@@ -54,6 +58,34 @@ def test_values_are_yaml_scalars() -> None:
         (["max_num_batch_tokens=1"], "did you mean max_num_batched_tokens?"),
         (["gpu_memory_utilization=0.5"], "is set by Togi itself: use --vllm_gpu_memory_utilization."),
         (["logprobs_mode=raw_logprobs"], "is set by Togi itself: leave it out."),
+        (["block_size=banana"], "block_size=banana: must be a whole number or null."),
+        (["async_scheduling=1"], "async_scheduling=1: must be true or false or null."),
+        (["watermark=high"], "watermark=high: must be a number."),
+        (["revision=7"], "revision=7: must be text or null."),
+        (["jit_monitor_mode=loud"], "jit_monitor_mode=loud: must be warn or error."),
+        (["attention_backend=true"], "attention_backend=True: must be a word of vLLM's or null."),
+        (["compilation_config=3"], "takes more than a single value: leave it out."),
+        *(
+            ([f"{name}=2"], f"{name} changes processes, devices, tokens, outputs or adapters")
+            for name in (
+                *(
+                    "pipeline_parallel_size",
+                    "data_parallel_size",
+                    "data_parallel_backend",
+                    "decode_context_parallel_size",
+                ),
+                *(
+                    "runner",
+                    "tokenizer",
+                    "tokenizer_mode",
+                    "worker_cls",
+                    "scheduler_cls",
+                    "enable_lora",
+                    "max_lora_rank",
+                ),
+                *("nnodes", "device_ids"),
+            )
+        ),
     ],
 )
 def test_what_is_refused(words: list[str], said: str) -> None:
@@ -61,6 +93,62 @@ def test_what_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_extra_arguments(words)
     assert said in str(error.value)
+
+
+def test_values_of_the_right_type_pass() -> None:
+    pytest.importorskip("vllm")
+    words = ["max_num_batched_tokens=8192", "block_size=null", "watermark=1", "attention_backend=FLASH_ATTN"]
+    check_extra_arguments(
+        [*words, "async_scheduling=false", "load_format=auto", "jit_monitor_mode=warn", "revision=main"]
+    )
+
+
+def test_what_vllm_itself_refuses_is_one_sentence(tmp_path: Path) -> None:
+    """Its own configuration, which knows combinations: a batch below the longest sequence without chunked prefill."""
+    pytest.importorskip("vllm")
+    save_tiny_model(tmp_path)
+    settings = EngineSettings(str(tmp_path), "float32", 64, extra={"max_num_batched_tokens": 32})
+    with pytest.raises(ConfigError) as error:
+        create_engine(EngineName.VLLM, settings)
+    said = str(error.value)
+    assert said.startswith("--vllm_args max_num_batched_tokens=32: vLLM does not start with it (")
+    assert "max_num_batched_tokens (32)" in said and "max_model_len (64)" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("facts", "refused"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 4}, True),
+        ({"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32}, False),
+        ({"hidden_size": 256, "num_attention_heads": 4}, False),
+        ({"hidden_size": 256, "num_attention_heads": 4, "head_dim": None}, False),
+        ({"head_dim": 48}, True),
+        ({}, False),
+    ],
+)
+def test_heads_that_vllm_cannot_take_on_a_cpu(facts: dict[str, object], refused: bool, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    config = parse(InferConfig, [], "infer").config
+    preflight.check_engine(EngineName.VLLM, config, str(tmp_path), False, Machine(8, 1 << 36, 1))
+    preflight.check_engine(EngineName.TRANSFORMERS, config, str(tmp_path), False, Machine(8, 1 << 36, 0))
+    with pytest.raises(ConfigError, match="--rollout_engine transformers") if refused else nullcontext():
+        preflight.check_engine(EngineName.VLLM, config, str(tmp_path), False, Machine(8, 1 << 36, 0))
+
+
+def test_a_resumed_run_draws_other_random_numbers() -> None:
+    """A new one keeps its seeds, and no two engines or steps have the same."""
+    config = resolve(parse(RLConfig, ["--pretrain", "m", "--seed", "7"], "rl"), Machine(8, 1 << 36, 8)).config
+    seeds = {(step, i): session.engine_settings(config, i, 1, step).seed for step in range(50) for i in range(64)}
+    assert [seeds[0, i] for i in range(3)] == [7, 8, 9] and len(set(seeds.values())) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds.values())
+    assert 0 <= session.engine_settings(config, 0, 1, 10**6).seed < 2**32
+
+
+def test_parts_of_a_list_are_added_up() -> None:
+    words = ["--vllm_args", "a=1", "--vllm_args", "b=2", "c=3"]
+    assert parse(RLConfig, words, "rl").config.vllm_args == ("a=1", "b=2", "c=3")
+    assert parse(RLConfig, ["--target_modules", "q", "--target_modules", "k"], "rl").config.target_modules == ("q", "k")
 
 
 def test_they_reach_the_engine_and_win_over_what_togi_only_chooses() -> None:
@@ -188,7 +276,19 @@ def test_every_command_with_an_engine_passes_them_on(
     assert arguments["enforce_eager"] is True
 
 
-@pytest.mark.parametrize("flag", ["--vllm_quantization fp8", "--vllm_kv_cache_dtype fp8", "--vllm_args a=1"])
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_rounds_limit_the_outputs_in_progress_of_both_engines(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = "--method rs --pretrain m --prompt_data d.jsonl --run_dir r --reward_func f.py --max_num_seqs 3"
+    asked = by_iterate([*need.split(), "--rollout_engine", engine], monkeypatch, tmp_path)
+    assert (asked.name, asked.settings.max_num_seqs) == (engine, 3)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--vllm_quantization fp8", "--vllm_kv_cache_dtype fp8", "--vllm_args a=1", "--vllm_gpu_memory_utilization 0.5"],
+)
 def test_they_are_refused_where_vllm_does_not_generate(flag: str) -> None:
     infer_words = "--eval_task generate --pretrain m --dataset d.jsonl --output_path o.jsonl"
     with pytest.raises(ConfigError, match=f"{flag} is vLLM's but --eval_task generate"):
@@ -196,6 +296,11 @@ def test_they_are_refused_where_vllm_does_not_generate(flag: str) -> None:
     kd_words = "--pretrain m --teacher_model t --dataset d.jsonl --on_policy_share 1 --rollout_engine transformers"
     problems = parse(KD, [*kd_words.split(), *flag.split()], "kd").config.problems(template_given=False)
     assert "is vLLM's but {rollout_engine} generates with Transformers" in next(problems)
+    with pytest.raises(ConfigError, match=f"{flag} is vLLM's but --rollout_engine transformers"):
+        check_rl(parse(RLConfig, [*GROUP, "--rollout_engine", "transformers", *flag.split()], "rl").config)
+    with pytest.raises(ConfigError, match=f"{flag} is about engines, but --replay starts none"):
+        words = [*GROUP, "--enable_vllm_is_correction", "--replay", "r", *flag.split()]
+        check_rl(parse(RLConfig, words, "rl").config)
 
 
 def test_an_engine_is_checked_before_it_starts() -> None:
@@ -204,9 +309,13 @@ def test_an_engine_is_checked_before_it_starts() -> None:
     with pytest.raises(ConfigError, match="sed is not an argument of the installed vLLM's engine: did you mean seed"):
         start.infer_door(parse(InferConfig, infer_words.split(), "infer"))
     config = parse(InferConfig, ["--bf16", *FP8], "infer").config
-    preflight.check_engine(EngineName.VLLM, config, True, Machine(8, 1 << 36, 1))
+    preflight.check_engine(EngineName.VLLM, config, "m", True, Machine(8, 1 << 36, 1))
     with pytest.raises(ConfigError, match="--vllm_quantization fp8 needs GPUs"):
-        preflight.check_engine(EngineName.VLLM, config, True, Machine(8, 1 << 36, 0))
+        preflight.check_engine(EngineName.VLLM, config, "m", True, Machine(8, 1 << 36, 0))
+    # before what other flags would mend
+    with pytest.raises(ConfigError, match="--vllm_kv_cache_dtype fp8 needs GPUs"):
+        words = [*GROUP, "--vllm_kv_cache_dtype", "fp8"]
+        preflight.check(parse(RLConfig, words, "rl"), Machine(8, 1 << 36, 0), reward_given=False)
 
 
 @pytest.mark.parametrize("flag", ["vllm_quantization", "vllm_kv_cache_dtype"])

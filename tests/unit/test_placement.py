@@ -175,6 +175,8 @@ ONE = Machine(cpus=8, memory_bytes=0, gpus=1)
         (BOX, ["--actor_num_gpus_per_node", "1", "--vllm_num_engines", "1"], "a GPU for each model (without"),
         (LAPTOP, ["--ref_num_gpus_per_node", "2"], "--ref_num_gpus_per_node 2"),
         (LAPTOP, ["--vllm_num_engines", "2"], "--vllm_num_engines 2"),
+        (LAPTOP, ["--fsdp_shard_size", "2"], "--fsdp_shard_size 2"),
+        (LAPTOP, ["--ring_attn_size", "2"], "--ring_attn_size 2"),
         (LAPTOP, ["--backend", "deepspeed"], "--backend deepspeed"),
         (LAPTOP, ["--vllm_sync_backend", "gloo"], "--vllm_sync_backend gloo"),
         (LAPTOP, ["--vllm_sync_with_ray"], "--vllm_sync_with_ray"),

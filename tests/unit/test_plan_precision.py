@@ -124,11 +124,11 @@ def test_the_driver_says_whether_gpus_have_it(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(machine, "_has_gpu_devices", lambda: True)
-    machine.gpus_have_bf16.cache_clear()
+    machine._capabilities.cache_clear()
     for visible, expected in (("0", have), ("", False)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert this_machine().bf16_gpus is expected
-    machine.gpus_have_bf16.cache_clear()
+    machine._capabilities.cache_clear()
 
 
 @pytest.mark.parametrize(("flags", "fits"), [([], True), (["--bf16"], True), (["--no_bf16"], False)])

@@ -69,6 +69,9 @@ def test_gpus_of_this_machine_count_only_without_a_cluster(flags: list[str], mon
         check(*asked, "--vllm_num_engines", "1", machine=two)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert check(*asked, "--vllm_num_engines", "1", machine=two).config.actor_num_gpus_per_node == 4
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS nonsense must be host:port"):
+        check(*asked, machine=two)
 
 
 @pytest.mark.parametrize(

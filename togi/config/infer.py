@@ -159,6 +159,7 @@ class ChatConfig(TalkSettings, RewardTextSettings):
     """Talk to a model in the terminal. "clear" starts anew, "exit" ends."""
 
 
+OF_VLLM = ("vllm_gpu_memory_utilization", "max_num_seqs", "enable_prefix_caching")
 GENERATING = (*GenerationSettings.model_fields, *SliceSettings.model_fields)
 SCORING = tuple(ScoringSettings.model_fields)
 
@@ -193,7 +194,7 @@ def _problems(c: InferConfig, given: set[str]) -> Iterator[str]:
 
 def _generation(c: InferConfig, given: set[str]) -> Iterator[str]:
     yield from sampling_problems(c, c.best_of_n, given)
-    yield from c.engine_problems(c.engine, "eval_task", "tp_size")
+    yield from c.engine_problems(c.engine, "eval_task", "tp_size", *OF_VLLM)
     if c.iter is None and "rollout_batch_size" in given:
         yield "--rollout_batch_size is the size of the slices of --iter, which is not set: add it or leave the first out."
     yield from _csft_problems(c, given)

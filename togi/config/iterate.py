@@ -105,7 +105,9 @@ def _problems(c: IterateConfig, given: set[str]) -> Iterator[str]:
     yield from _reward(c)
     yield from _method(c, given)
     yield from infer.sampling_problems(c, c.best_of_n, given)
-    yield from c.engine_problems(c.rollout_engine, "rollout_engine", "tp_size")
+    yield from c.engine_problems(
+        c.rollout_engine, "rollout_engine", "tp_size", "vllm_gpu_memory_utilization", "enable_prefix_caching"
+    )
     if c.ds_tensor_parallel_size > 1:
         yield "--ds_tensor_parallel_size needs several processes, but togi iterate trains in one: leave it out."
     if c.fsdp_shard_size is not None:

@@ -204,7 +204,9 @@ def _add(group: argparse._ArgumentGroup, config_class: type[Settings], name: str
         group.add_argument(f"--no_{name}", dest=name, action="store_false", default=None, help=argparse.SUPPRESS)
         return
     arity, metavar = _arity(field.annotation), _metavar(field.annotation, name)
-    group.add_argument(f"--{name}", dest=name, help=text, nargs=arity, metavar=metavar)
+    # A list may be given in parts.
+    action = "extend" if arity == "+" else "store"
+    group.add_argument(f"--{name}", dest=name, help=text, nargs=arity, metavar=metavar, action=action)
 
 
 def _arity(annotation: object) -> int | str | None:

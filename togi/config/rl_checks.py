@@ -24,6 +24,18 @@ READERS = {
     "pretrain_data": tuple(name for name in PretrainMixSettings.model_fields if name != "pretrain_data"),
 }
 
+ENGINE_FLAGS = (
+    *shared.VLLMSettings.model_fields,
+    *(
+        "vllm_num_engines",
+        "vllm_tensor_parallel_size",
+        "vllm_gpu_memory_utilization",
+        "vllm_sync_backend",
+        "vllm_sync_with_ray",
+    ),
+    *("vllm_enable_sleep", "max_num_seqs", "enable_prefix_caching", "weight_sync_timeout"),
+)
+
 
 def check_rl(config: RLConfig, *, reward_given: bool = False) -> None:
     """Raise ConfigError with the first contradiction in the settings of ``togi rl``.
@@ -115,7 +127,8 @@ def combination_problems(c: RewardSettings, *, reward_given: bool = False) -> It
 def _rollout(c: RLConfig) -> Iterator[str]:
     if c.top_p != 1.0:
         yield "{top_p} cannot be trained on: log-probs of a cut distribution differ from the model's; use --top_p 1."
-    yield from c.engine_problems(c.rollout_engine, "rollout_engine", "vllm_tensor_parallel_size")
+    of_vllm = ("vllm_tensor_parallel_size", "vllm_gpu_memory_utilization", "enable_prefix_caching")
+    yield from c.engine_problems(c.rollout_engine, "rollout_engine", *of_vllm)
     yield from _staleness(c)
     # engine and trainer then differ by more than rounding in bf16, which pushes the policy away unseen
     if not (c.enable_vllm_is_correction or c.allow_uncorrected_rollouts):
@@ -272,5 +285,7 @@ def _output(c: RLConfig) -> Iterator[str]:
         return
     if c.eval_dataset is not None:
         yield "--replay starts no engine, so that nothing can be evaluated: leave --eval_dataset out."
+    for name in c.changed(*ENGINE_FLAGS):
+        yield f"{{{name}}} is about engines, but --replay starts none: leave it out."
     if c.run_dir is not None and os.path.realpath(c.run_dir) == os.path.realpath(c.replay):
         yield f"--replay and --run_dir are both {c.run_dir}: give the new run a folder of its own."

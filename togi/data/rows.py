@@ -64,7 +64,7 @@ class AnswerReader(RowReader):
             # All of a text is trained, and nothing ends it.
             text = fields.text(spec.input_key, chat=False) if not is_empty(value) else ""
             draft = Draft(text, ((0, len(text)),), complete=False) if text else Drop.EMPTY_PROMPT
-        elif spec.output_key is None:
+        elif spec.output_key is None or (spec.apply_chat_template and spec.output_key == spec.input_key):
             assert spec.apply_chat_template, "--output_key is not set"
             draft = Drop.EMPTY_PROMPT if is_empty(value) else self._conversation(fields)
         else:

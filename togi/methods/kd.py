@@ -26,7 +26,7 @@ class KD(PlainTextOrResponse, OnPolicySettings):
     measures = (Measure(names.CROSS_ENTROPY, Good.LOW), Measure(names.KL_TEACHER, Good.LOW))
     number = "loss a token"
 
-    output_key: str | None = flag("output", "Field with the response.")
+    output_key: str | None = flag("output", "Field with the response; as --input_key: its last message.")
     teacher_model: PathText = flag("", "Teacher: a Hugging Face folder or hub name. Required.")
     kd_coef: Share = flag(0.4, "Share of the distillation loss; the rest is cross-entropy on the data.")
     kd_divergence: Divergence = flag(

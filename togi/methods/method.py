@@ -345,4 +345,4 @@ class OnPolicySettings(VLLMSettings):
     def generation_problems(self) -> Iterator[str]:
         """Generation flags without ``--on_policy_share``, and what the engines exclude."""
         yield from unread(self, {"on_policy_share": OnPolicySettings.model_fields})
-        yield from self.engine_problems(self.rollout_engine, "rollout_engine")
+        yield from self.engine_problems(self.rollout_engine, "rollout_engine", "vllm_gpu_memory_utilization")

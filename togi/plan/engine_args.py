@@ -5,6 +5,7 @@ Its ``EngineArgs`` is read from the source, as an import takes seconds.
 
 import ast
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -37,6 +38,12 @@ OWN_ARGUMENTS: Mapping[str, str] = {
     "distributed_executor_backend": "",
 }
 """The arguments that Togi sets, with the flag of each; "" for those that its own code depends on."""
+STRUCTURE = re.compile(
+    r"_|(data|pipeline|prefill_context|decode_context)_parallel_|master_|nnodes|node_rank|device_ids|runner|convert|tokenizer"
+    r"|model_weights|hf_config_path|worker_|scheduler_cls|enable_elastic_ep|enable_dbo|.*lora"
+)
+"""The arguments for other processes, devices, tokens, outputs or adapters than those that Togi arranges."""
+KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "None": "null"}
 
 
 def extra_arguments(words: Sequence[str] | None) -> dict[str, Scalar]:
@@ -59,8 +66,10 @@ def extra_arguments(words: Sequence[str] | None) -> dict[str, Scalar]:
 
 
 def check_extra_arguments(words: Sequence[str] | None) -> None:
-    """Raise ConfigError for arguments that Togi sets itself, or that the installed vLLM does not have."""
-    for name in extra_arguments(words):
+    """Raise ConfigError for arguments that Togi sets or arranges itself, or that the installed vLLM does not have, and for
+    values of another type than its own.
+    """
+    for name, value in extra_arguments(words).items():
         if name in OWN_ARGUMENTS:
             flag = OWN_ARGUMENTS[name]
             way_out = f"use --{flag}" if flag else "leave it out"
@@ -69,19 +78,73 @@ def check_extra_arguments(words: Sequence[str] | None) -> None:
             near = difflib.get_close_matches(name, engine_fields(), n=1)
             hint = f"did you mean {near[0]}?" if near else "leave it out."
             raise ConfigError(f"--vllm_args {name} is not an argument of the installed vLLM's engine: {hint}")
+        if STRUCTURE.match(name):
+            raise ConfigError(
+                f"--vllm_args {name} changes processes, devices, tokens, outputs or adapters, which Togi arranges itself: leave "
+                "it out."
+            )
+        types = engine_fields()[name].split(" | ")
+        if not any(_takes(kind, value) for kind in types):
+            wanted = " or ".join(filter(None, map(_in_words, types)))
+            way_out = (
+                f"must be {wanted}." if wanted not in ("", "null") else "takes more than a single value: leave it out."
+            )
+            raise ConfigError(f"--vllm_args {name}={value}: {way_out}")
+
+
+def _takes(kind: str, value: Scalar) -> bool:
+    """Whether a value is of a type as vLLM writes it. Of vLLM's own words and enumerations it is left to vLLM which."""
+    if kind in KINDS:
+        return type(value).__name__.removesuffix("Type") == kind or (kind == "float" and type(value) is int)
+    if kind.startswith("Literal["):
+        return value in ast.literal_eval(kind.removeprefix("Literal"))
+    return _in_words(kind) != "" and type(value) in (str, int)
+
+
+def _in_words(kind: str) -> str:
+    """A type for the user; "" for lists, mappings and whole configurations."""
+    if kind.startswith("Literal["):
+        return " or ".join(map(str, ast.literal_eval(kind.removeprefix("Literal"))))
+    is_own = kind.isidentifier() and kind[0].isupper() and not kind.endswith(("Config", "Args"))
+    return KINDS.get(kind) or ("a word of vLLM's" if is_own else "")
 
 
 @cache
-def engine_fields() -> tuple[str, ...]:
-    """The names of vLLM's ``EngineArgs``. vLLM must be installed."""
+def engine_fields() -> Mapping[str, str]:
+    """The names of vLLM's ``EngineArgs`` with their types. vLLM must be installed."""
+    return {
+        node.target.id: ast.unparse(node.annotation)
+        for node in _class("engine/arg_utils.py", "EngineArgs").body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def check_head_size(path: str, facts: Mapping[str, object]) -> None:
+    """Raise ConfigError if vLLM's attention on CPUs does not take the heads of the model at ``path``, by its config.json."""
+    hidden, heads = facts.get("hidden_size"), facts.get("num_attention_heads")
+    size = facts.get("head_dim") or (hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None)
+    sizes = _head_sizes()
+    if size is not None and sizes and size not in sizes:
+        raise ConfigError(
+            f"--pretrain {path} has attention heads of size {size}, but on a CPU vLLM has only {', '.join(map(str, sizes))}: "
+            "generate with Transformers (--rollout_engine transformers; togi infer: --eval_task generate)."
+        )
+
+
+def _head_sizes() -> Sequence[int]:
+    for node in ast.walk(_class("v1/attention/backends/cpu_attn.py", "CPUAttentionBackend")):
+        if isinstance(node, ast.FunctionDef) and node.name == "get_supported_head_sizes":
+            return [
+                part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, int)
+            ]
+    return ()
+
+
+def _class(file: str, name: str) -> ast.ClassDef:
+    """A class of the installed vLLM."""
     spec = find_spec("vllm")
     assert spec is not None and spec.submodule_search_locations
-    source = Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py"
-    (made,) = (
-        node
-        for node in ast.parse(source.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
-    )
-    return tuple(
-        node.target.id for node in made.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    )
+    source = Path(spec.submodule_search_locations[0]) / file
+    body = ast.parse(source.read_text(encoding="utf-8")).body
+    (made,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
+    return made

@@ -20,8 +20,6 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast
 
-import psutil
-
 from togi.config.infer import ChatConfig, InferConfig
 from togi.config.iterate import IterateConfig
 from togi.config.parse import Parsed, Source
@@ -57,6 +55,8 @@ class Released:
 
 def resident_bytes() -> int:
     """The resident memory of this process alone, in bytes."""
+    import psutil  # not at the top: ``togi doctor`` must run without it
+
     return int(psutil.Process().memory_info().rss)
 
 
@@ -68,6 +68,8 @@ class PeakMemory:
 
     def take(self) -> int:
         """The peak in bytes since the last call; then resets it. If the system does not permit a reset: since the start."""
+        import psutil
+
         family = [psutil.Process(), *psutil.Process().children(recursive=True)]
         peak = sum(_take_peak(Path(f"/proc/{process.pid}")) for process in family)
         self.highest = max(self.highest, peak)
@@ -153,21 +155,24 @@ def this_machine() -> Machine:
     on_gpu = gpus > 0 and _has_gpu_devices()
     fast_bf16 = on_gpu or joins_cluster() or cpu_has_bf16(Path("/proc/cpuinfo"))
     bf16_gpus = on_gpu and gpus_have_bf16(shutil.which("nvidia-smi"))
-    return Machine(len(os.sched_getaffinity(0)), psutil.virtual_memory().total, gpus, fast_bf16, bf16_gpus)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(len(os.sched_getaffinity(0)), memory, gpus, fast_bf16, bf16_gpus)
+
+
+def gpus_have_bf16(nvidia_smi: str | None) -> bool:
+    """Whether all GPUs have bfloat16, by the program of the driver at ``nvidia_smi``. True without it, False if it fails."""
+    return nvidia_smi is None or min(_capabilities(nvidia_smi), default=0.0) >= BF16_CAPABILITY
 
 
 @cache
-def gpus_have_bf16(nvidia_smi: str | None) -> bool:
-    """Whether all GPUs have bfloat16, by the program of the driver at ``nvidia_smi``. True without it, False if it fails."""
-    if nvidia_smi is None:
-        return True
+def _capabilities(nvidia_smi: str) -> tuple[float, ...]:
+    """The compute capability of each GPU; none if the program fails."""
     words = [nvidia_smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=NVIDIA_SMI_SECONDS)
-        capabilities = [float(line) for line in done.stdout.split()]
+        return tuple(float(line) for line in done.stdout.split())
     except (OSError, ValueError, subprocess.SubprocessError):
-        return False
-    return min(capabilities, default=0.0) >= BF16_CAPABILITY
+        return ()
 
 
 def cpu_has_bf16(cpuinfo: Path) -> bool:
@@ -202,7 +207,19 @@ def check_compiler() -> None:
 
 def joins_cluster() -> bool:
     """Whether RAY_ADDRESS (set by ``ray job submit``) names a cluster; its GPUs are not those of this machine."""
-    return os.environ.get("RAY_ADDRESS", "local") != "local"
+    return os.environ.get("RAY_ADDRESS") not in (None, "", "local")
+
+
+def ray_place(address: str) -> tuple[str, int] | None:
+    """Host and port of a RAY_ADDRESS; None for ``auto``, which Ray looks up. Raises ConfigError for no known form."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/\s]+?)\]?:(\d+)", address)
+    if address == "auto":
+        return None
+    if found is None or not 0 < int(found[2]) < 1 << 16:
+        raise ConfigError(
+            f"RAY_ADDRESS {address} must be host:port, ray://host:port, auto or local: change it, or unset it."
+        )
+    return found[1], int(found[2])
 
 
 def _has_gpu_devices(folder: Path = Path("/dev")) -> bool:
@@ -210,11 +227,13 @@ def _has_gpu_devices(folder: Path = Path("/dev")) -> bool:
     return any(any(folder.glob(f"{name}*")) for name in GPU_DEVICES)
 
 
-def _visible_gpus() -> int:
+def _visible_gpus(folder: Path = Path("/dev")) -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
-    return sum(1 for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+    if (folder / "dxg").exists():  # WSL's one file for all GPUs
+        return len(_capabilities(shutil.which("nvidia-smi") or "nvidia-smi"))
+    return sum(1 for path in folder.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
 
 
 Config = TypeVar("Config", bound=ModelSettings | InferConfig | IterateConfig | ChatConfig | ServeRMConfig)

@@ -30,14 +30,16 @@ def what_needs_ray(config: RLConfig, machine: Machine) -> str:
     """The first setting that needs more than one process, as it is written; "" if none does."""
     # Counts first, then settings that work across processes only.
     sizes, roles = _sizes(config), dict.fromkeys(used_roles(config))
-    engines, size = config.vllm_num_engines, config.vllm_tensor_parallel_size
-    counts = {"vllm_num_engines": engines, "vllm_tensor_parallel_size": size}
+    # Sizes that are given come before the counts that follow from them.
+    counts: dict[str, object] = {
+        "ring_attn_size": config.ring_attn_size,
+        "ds_tensor_parallel_size": config.ds_tensor_parallel_size,
+        "fsdp_shard_size": config.fsdp_shard_size or 1,
+        "vllm_num_engines": config.vllm_num_engines,
+        "vllm_tensor_parallel_size": config.vllm_tensor_parallel_size,
+    }
     for role in (role for role in roles if role is not Role.ENGINE):
         counts |= dict(zip(_flags_of(role), sizes[role], strict=True))
-        if role is Role.ACTOR:
-            ring, parts = config.ring_attn_size, config.ds_tensor_parallel_size
-            shards = config.fsdp_shard_size or 1
-            counts |= {"ring_attn_size": ring, "ds_tensor_parallel_size": parts, "fsdp_shard_size": shards}
     needs = [f"--{name} {count}" for name, count in counts.items() if count != 1]
     if joins_cluster():
         needs.append(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}")

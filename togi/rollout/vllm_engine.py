@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor
 
 from togi.algo.policy import chosen_experts
-from togi.errors import RunError
+from togi.errors import ConfigError, RunError
 from togi.model.checkpoint import expected_manifest
 from togi.plan.machine import Released, release_pages, resident_bytes, return_freed
 from togi.rollout.engine import Done, EngineSettings, Parts, end_token_ids
@@ -81,9 +82,18 @@ class VllmCore:
         self._updates = 0
         _skip_token_ranks()
         set_num_threads = torch.set_num_threads
-        arguments = EngineArgs(**engine_arguments(settings, self._on_cpu))
-        # as vLLM's own offline class: 4 to 8 times the batch that an engine without a context takes on a GPU
-        self._engine = LLMEngine.from_engine_args(arguments, UsageContext.LLM_CLASS)
+        try:
+            arguments = EngineArgs(**engine_arguments(settings, self._on_cpu))
+            # as vLLM's own offline class: 4 to 8 times the batch that an engine without a context takes on a GPU
+            self._engine = LLMEngine.from_engine_args(arguments, UsageContext.LLM_CLASS)
+        except (AssertionError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            if not settings.extra:
+                raise
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            given = " ".join(f"{name}={value}" for name, value in settings.extra.items())
+            raise ConfigError(
+                f"--vllm_args {given}: vLLM does not start with it ({' '.join(reason.split())[:300]}): change it, or leave it out."
+            ) from error
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a no-op
         self._label(0)
         config = self._engine.vllm_config

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import resource
 import shutil
 import socket
@@ -18,16 +19,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import torch
-
-from togi.algo.partial_attention import NEWER_FLASH
-from togi.device import default_device
 from togi.errors import ConfigError
-from togi.plan.machine import check_compiler, joins_cluster, this_machine
+from togi.plan.machine import check_compiler, joins_cluster, ray_place, this_machine
 
 LOCK = Path(__file__).parents[2] / "requirements" / "gpu.lock"
 """The tested versions; on CPUs the same ones are tested. Only a checkout of the sources has the file."""
-REQUIRED = ("torch", "transformers", "ray")
+REQUIRED = ("torch", "transformers", "ray", "psutil")
 OPTIONAL = {
     "vllm": "--rollout_engine vllm",
     "deepspeed": "--backend deepspeed",
@@ -80,7 +77,9 @@ class Facts:
     tested: Mapping[str, str]
     gpus: Sequence[Gpu] = ()
     smi_error: str = ""
+    smi_other: Sequence[str] = ()  # lines of nvidia-smi that describe no GPU
     visible_gpus: int = 0
+    cuda_visible: str | None = None  # CUDA_VISIBLE_DEVICES
     torch_cuda: str | None = None
     # the device that a run would take, and why it cannot compute there ("" if it can)
     device: str = "cpu"
@@ -101,8 +100,8 @@ class Facts:
 
 def look() -> Facts:
     """The facts of this machine and this environment. Takes some seconds, most of them to import torch."""
-    gpus, smi_error = _gpus()
-    machine, device = this_machine(), default_device()
+    gpus, smi_other, smi_error = _gpus()
+    machine, (torch_cuda, device, device_error) = this_machine(), _torch()
     ray_address = os.environ["RAY_ADDRESS"] if joins_cluster() else ""
     return Facts(
         installed={
@@ -111,10 +110,12 @@ def look() -> Facts:
         tested=tested_versions(LOCK),
         gpus=gpus,
         smi_error=smi_error,
+        smi_other=smi_other,
         visible_gpus=machine.gpus,
-        torch_cuda=torch.version.cuda,
-        device=device.type,
-        device_error=_device_error(device),
+        cuda_visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        torch_cuda=torch_cuda,
+        device=device,
+        device_error=device_error,
         fast_bf16=machine.fast_bf16,
         flash_modules=frozenset(name for name in FLASH_MODULES if _is_importable(name)),
         compiler_error=_compiler_error(),
@@ -140,19 +141,27 @@ def _gpu(facts: Facts) -> Iterator[Finding]:
         capability = ".".join(map(str, gpu.capability))
         text = f"{facts.gpus.count(gpu)} x {gpu.name}, {gpu.memory_mib} MiB, compute capability {capability}"
         yield Finding(Mark.OK, "GPU", text)
+    for line in facts.smi_other:
+        yield Finding(Mark.WARN, "driver", f"nvidia-smi says: {line}", "look at nvidia-smi if a GPU is missing here")
     if facts.smi_error:
-        yield Finding(Mark.STOP, "driver", f"nvidia-smi fails: {facts.smi_error}", "mend NVIDIA's driver, or remove it")
-    elif not facts.gpus:
+        # a run without GPUs needs no driver
+        mark = Mark.STOP if facts.visible_gpus > 0 and facts.device == "cpu" else Mark.WARN
+        yield Finding(mark, "driver", f"nvidia-smi fails: {facts.smi_error}", "mend NVIDIA's driver, or remove it")
+    elif not facts.gpus and facts.device == "cpu":
         yield Finding(Mark.NOTE, "GPU", "none: everything is computed on the CPU")
-    elif facts.visible_gpus == 0:
-        yield Finding(
-            Mark.NOTE,
-            "GPU",
-            "CUDA_VISIBLE_DEVICES hides them: everything is computed on the CPU",
-            "unset it to use them",
+    elif facts.gpus and facts.visible_gpus == 0 and facts.cuda_visible is not None:
+        text = "CUDA_VISIBLE_DEVICES hides them: everything is computed on the CPU"
+        yield Finding(Mark.NOTE, "GPU", text, "unset it to use them")
+    elif facts.gpus and facts.visible_gpus == 0:
+        text = "nvidia-smi lists them, but there is no /dev/nvidia0: everything is computed on the CPU"
+        advice = (
+            "in a container: --gpus all; otherwise nvidia-modprobe -u -c 0, which makes the file, or mend the driver"
         )
+        yield Finding(Mark.WARN, "GPU", text, advice)
     if facts.gpus:
         yield _driver(facts)
+    if "torch" not in facts.installed:
+        return
     if facts.gpus and facts.visible_gpus > 0 and facts.torch_cuda is None:
         advice = "python scripts/setup.py .venv --gpu, or pip install '.[gpu]' into a new environment"
         yield Finding(Mark.STOP, "torch", "a build for CPUs, which cannot use the GPUs", advice)
@@ -216,6 +225,8 @@ def _fast_paths(facts: Facts) -> Iterator[Finding]:
 
 def _flash(facts: Facts, generation: int) -> Finding:
     """Which FlashAttention runs. As ``use_newest_flash`` chooses, from the facts."""
+    from togi.algo.partial_attention import NEWER_FLASH  # needs torch
+
     fitting = [(name, module) for name, module, generations in NEWER_FLASH if generation in generations]
     chosen = next((name for name, module in fitting if module in facts.flash_modules), "")
     capped = "" if "flash_attn" in facts.flash_modules else "; models that cap attention scores need flash-attn"
@@ -266,10 +277,10 @@ def _ray(facts: Facts) -> Iterator[Finding]:
     else:
         yield Finding(Mark.OK, "ports", "can be opened on 127.0.0.1")
     if facts.ray_error:
-        text = f"RAY_ADDRESS {facts.ray_address} does not answer: {facts.ray_error}"
-        yield Finding(Mark.STOP, "Ray", text, "start the cluster, or unset RAY_ADDRESS")
+        yield Finding(Mark.STOP, "Ray", facts.ray_error, "start the cluster, or unset RAY_ADDRESS")
     else:
         text = f"the cluster of RAY_ADDRESS {facts.ray_address}" if facts.ray_address else "a run starts its own"
+        text += ", not checked" if facts.ray_address == "auto" else ""
         yield Finding(Mark.OK, "Ray", text)
 
 
@@ -279,24 +290,29 @@ def tested_versions(lock: Path) -> dict[str, str]:
     return {name: version for name, _, version in (line.partition("==") for line in lines if not line.startswith("#"))}
 
 
-def _gpus() -> tuple[tuple[Gpu, ...], str]:
-    """The GPUs, and why they cannot be listed ("" without a driver too)."""
+def _gpus() -> tuple[tuple[Gpu, ...], tuple[str, ...], str]:
+    """The GPUs, other lines of ``nvidia-smi``, and why it fails ("" without a driver too)."""
     if shutil.which("nvidia-smi") is None:
-        return (), ""
+        return (), (), ""
     words = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return (), str(error)
+        return (), (), str(error)
     if done.returncode != 0:
-        return (), " ".join((done.stderr or done.stdout).split())[:200] or f"exit status {done.returncode}"
-    return tuple(map(parse_gpu, done.stdout.strip().splitlines())), ""
+        return (), (), " ".join((done.stderr or done.stdout).split())[:200] or f"exit status {done.returncode}"
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    found = [parse_gpu(line) for line in lines]
+    others = tuple(line for line, gpu in zip(lines, found, strict=True) if gpu is None)
+    return tuple(gpu for gpu in found if gpu is not None), others, ""
 
 
-def parse_gpu(line: str) -> Gpu:
-    """A line of ``nvidia-smi --query-gpu``. Memory that is not given (some systems share the host's) is 0."""
-    name, capability, memory, driver = (part.strip() for part in line.rsplit(",", 3))
-    major, _, minor = capability.partition(".")
+def parse_gpu(line: str) -> Gpu | None:
+    """A line of ``nvidia-smi --query-gpu``; None if it is another. Memory that is not given (it may be the host's) is 0."""
+    found = re.fullmatch(r"(.+), *(\d+)\.(\d+), *([^,]+), *([^,]+)", line.strip())
+    if found is None:
+        return None
+    name, major, minor, memory, driver = found.groups()
     return Gpu(name, (int(major), int(minor)), int(memory) if memory.isdigit() else 0, driver)
 
 
@@ -312,12 +328,19 @@ def _is_importable(module: str) -> bool:
     return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(module) is not None
 
 
-def _device_error(device: torch.device) -> str:
+def _torch() -> tuple[str | None, str, str]:
+    """The CUDA of torch, the device that a run would take, and why it cannot compute there."""
+    cuda, device = None, "cpu"
     try:
+        import torch
+
+        from togi.device import default_device
+
+        cuda, device = torch.version.cuda, default_device().type
         assert (torch.ones(1, device=device) + 1).item() == 2
-    except (RuntimeError, AssertionError) as error:
-        return (str(error).splitlines() or ["wrong numbers"])[0]
-    return ""
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        return cuda, device, (str(error).splitlines() or ["wrong numbers"])[0]
+    return cuda, device, ""
 
 
 def _compiler_error() -> str:
@@ -341,12 +364,12 @@ def _port_error() -> str:
 
 
 def _ray_error(address: str) -> str:
-    """Why nothing listens at ``host:port``. Other kinds of address (auto, ray://) are left to Ray."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "/" in host:
-        return ""
+    """Why no cluster can be at the address; "" for none and for ``auto``, which is left to Ray."""
     try:
-        socket.create_connection((host, int(port)), timeout=3).close()
-    except OSError as error:
+        if address and (place := ray_place(address)):
+            socket.create_connection(place, timeout=3).close()
+    except ConfigError as error:
         return str(error)
+    except OSError as error:
+        return f"RAY_ADDRESS {address} does not answer: {error}"
     return ""

@@ -65,7 +65,7 @@ def check(parsed: Parsed[IterateConfig]) -> None:
     check_iterate(parsed)
     config = parsed.config
     # Models and lengths.
-    preflight.check_engine(config.rollout_engine, config, config.bf16, this_machine())
+    preflight.check_engine(config.rollout_engine, config, config.pretrain, config.bf16, this_machine())
     preflight.check_model("pretrain", config.pretrain)
     for path in config.reward_models:
         preflight.check_model("reward_pretrain", path)

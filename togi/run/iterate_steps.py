@@ -49,7 +49,7 @@ PROCESSORS = {
 # The settings that are handed to the commands of the steps as they are: those that both have.
 MODEL = ("bf16", "flash_attn", "tokenizer_chat_template", "trust_remote_code")
 GENERATION = (
-    *(name for name in GenerationSettings.model_fields if name != "greedy_sampling"),
+    *(name for name in GenerationSettings.model_fields if name not in ("greedy_sampling", "max_num_seqs")),
     "input_key",
     "label_key",
 )
@@ -220,16 +220,17 @@ class Steps:
             kept = [{**row, c.input_key: _asked(row.get(c.input_key))} for row in kept]
         write_rows(folder / "prompts.jsonl", kept)
         # `togi infer` generates; samples, lengths and engine settings are passed through.
+        by_vllm = c.rollout_engine is EngineName.VLLM
         asked = {
             **self._settings(*MODEL, *GENERATION),
-            "eval_task": EvalTask.GENERATE_VLLM if c.rollout_engine is EngineName.VLLM else EvalTask.GENERATE,
+            "eval_task": EvalTask.GENERATE_VLLM if by_vllm else EvalTask.GENERATE,
             "pretrain": model,
             "dataset": folder / "prompts.jsonl",
             "output_path": folder / "generated.jsonl",
             "best_of_n": samples,
             "temperature": temperature,
             "seed": (c.seed + number) % SEEDS,
-            "micro_batch_size": c.max_num_seqs,
+            "max_num_seqs" if by_vllm else "micro_batch_size": c.max_num_seqs,
             "keep_tokens": True,
             **self._rendering(),
         }

@@ -22,18 +22,25 @@ from togi.config.model_facts import check_length
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig, SampleSettings, verifier_of
 from togi.config.rl_checks import check_rl
-from togi.config.shared import ADAPTER_CONFIG, ModelSettings, OutputSettings, check_mixture, check_splittable
+from togi.config.shared import (
+    ADAPTER_CONFIG,
+    ModelSettings,
+    OutputSettings,
+    VLLMSettings,
+    check_mixture,
+    check_splittable,
+)
 from togi.config.tools import ServeRMConfig
 from togi.data.items import Kind, listed, parse_item, parse_items, split_items
 from togi.data.precheck import check_sources, parse_probs
 from togi.errors import ConfigError, DataError, EngineUnavailableError, RewardError, UserError
 from togi.learn.checkpoint import BEST_FOLDER, PREFIX, left_behind
 from togi.methods import check_method
-from togi.methods.method import Method, OnPolicySettings
+from togi.methods.method import Method
 from togi.obs.run_dir import RunDirectory
 from togi.obs.sinks import TrackerOptions, check_trackers
-from togi.plan.engine_args import check_extra_arguments
-from togi.plan.machine import Machine, check_compiler, joins_cluster, this_machine
+from togi.plan.engine_args import check_extra_arguments, check_head_size
+from togi.plan.machine import Machine, check_compiler, joins_cluster, ray_place, this_machine
 from togi.plan.placement import check_fits, check_spread, check_workers, plan_groups, resolve
 from togi.run.plan import check_rl_metric, offline_aim
 
@@ -55,7 +62,8 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
 
     ``reward_given``: the reward is a Python function passed in code.
     """
-    # Flags against each other.
+    # What no change of other flags would mend, then flags against each other.
+    check_rounding(parsed.config, machine)
     check_rl(parsed.config, reward_given=reward_given)
     check_rl_metric(parsed.config)
     parsed = with_local_names(resolve(parsed, machine))
@@ -66,9 +74,11 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
     if not joins_cluster():
         check_fits(groups, machine.gpus)
         check_spread(groups, 1)
+    else:
+        ray_place(os.environ["RAY_ADDRESS"])
     # Packages and models.
     if config.replay is None:
-        check_engine(config.rollout_engine, config, config.bf16, machine)
+        check_engine(config.rollout_engine, config, config.pretrain, config.bf16, machine)
     else:
         check_replayed(config, Path(config.replay))
     models = models_of(config)
@@ -217,20 +227,25 @@ def check_target(flag: str, output: str, sources: Sequence[tuple[str, str]]) -> 
             raise ConfigError(f"--{flag} {output} would replace --{name} {source}: give another folder.")
 
 
-def check_engine(
-    name: EngineName, config: RLConfig | InferConfig | IterateConfig | OnPolicySettings, bf16: bool, machine: Machine
-) -> None:
-    """Check that the package of the engine is installed and takes the settings. Raises EngineUnavailableError, ConfigError."""
+def check_rounding(config: VLLMSettings, machine: Machine) -> None:
+    """Raise ConfigError for fp8 without GPUs."""
+    if config.rounding and machine.gpus == 0 and not joins_cluster():
+        raise ConfigError(f"--{config.rounding[0]} fp8 needs GPUs: leave it out.")
+
+
+def check_engine(name: EngineName, config: VLLMSettings, pretrain: str, bf16: bool, machine: Machine) -> None:
+    """Check that the engine is installed and takes settings and model. Raises EngineUnavailableError, ConfigError."""
     if name is not EngineName.VLLM:
         return
     if importlib.util.find_spec("vllm") is None:
         raise EngineUnavailableError
     check_extra_arguments(config.vllm_args)
-    for flag in config.rounding:
-        if machine.gpus == 0 and not joins_cluster():
-            raise ConfigError(f"--{flag} fp8 needs GPUs: leave it out.")
-        if not bf16:
-            raise ConfigError(f"--{flag} fp8 needs --bf16, as vLLM has no fp8 beside float32: change one of them.")
+    check_rounding(config, machine)
+    if config.rounding and not bf16:
+        flag = config.rounding[0]
+        raise ConfigError(f"--{flag} fp8 needs --bf16, as vLLM has no fp8 beside float32: change one of them.")
+    if machine.gpus == 0 and not joins_cluster():
+        check_head_size(pretrain, model_settings(pretrain))
 
 
 def check_model(flag: str, path: str, *, adapters: bool = False) -> None:
@@ -381,7 +396,7 @@ def check_offline(parsed: Parsed[Method], *, launched: bool = True) -> Parsed[Me
     config = parsed.config
     # Packages and models.
     if config.on_policy is not None:
-        check_engine(config.on_policy.rollout_engine, config.on_policy, config.bf16, this_machine())
+        check_engine(config.on_policy.rollout_engine, config.on_policy, config.pretrain, config.bf16, this_machine())
     models = [("pretrain", config.pretrain), *config.more_models.items()]
     check_models(config, models, f"--max_len {config.max_len}", config.max_len)
     if launched:

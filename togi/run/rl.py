@@ -83,6 +83,7 @@ async def run(
             health, begin, found = Health(config.max_restarts, announce), material.loader.state(), begun
             evaluations: list[Evaluation] | None = None
             while evaluations is None:
+                health.step = 0 if found is None else found.step
                 try:
                     with open_journal(
                         parsed, COMMAND, argv, progress, announce, material.reports, found, config.stall_timeout

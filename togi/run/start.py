@@ -133,7 +133,7 @@ def infer_door(parsed: Parsed[InferConfig]) -> Parsed[InferConfig]:
     # Engine, model and lengths.
     asked, longest = f"--max_len {config.max_len}", config.max_len
     if config.eval_task.generates:
-        preflight.check_engine(config.engine, config, config.bf16, this_machine())
+        preflight.check_engine(config.engine, config, config.pretrain, config.bf16, this_machine())
         asked_reward(config.csft_prompt, config.reward_template)
         preflight.check_engine_heads("tp_size", config.tp_size, config.pretrain)
         asked, longest = config.asked_context, config.context_length

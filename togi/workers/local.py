@@ -105,7 +105,7 @@ async def start(config: RLConfig, machine: Machine, updates: Mapping[Role, int],
         engines = []
         if config.generates:
             engines.append(EngineWorker())
-            await engines[0].start(config.rollout_engine, engine_settings(config, 0, machine.cpus))
+            await engines[0].start(config.rollout_engine, engine_settings(config, 0, machine.cpus, health.step))
             undo.callback(engines[0].stop)
         pool, asleep = EnginePool(LocalWorkers(*engines)), sleepers(config) & {Holder.ENGINES}
         if asleep:  # frees the memory that the engine has reserved but does not use yet, for the models

@@ -94,11 +94,12 @@ logger = logging.getLogger(__name__)
 class Health:
     """How the workers of a run are, over all its attempts: restarts, and calls that are not answered yet.
 
-    ``limit``: of all restarts together. ``stacks``: the folder where a worker writes its stacks when it is asked to.
+    ``limit``: of all restarts together. ``step``: the rollouts that the run had when it was started or resumed. ``stacks``: the folder where a worker writes its stacks when it is asked to.
     """
 
     limit: int = 0
     announce: Callable[[str], None] = logger.info
+    step: int = 0
     stacks: Path | None = None
     engines: int = 0
     runs: int = 0

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from togi.algo.policy import router_disagreement
+from togi.config.fields import SEEDS
 from togi.config.rl import RLConfig
 from togi.errors import RunError
 from togi.learn.learner import UpdateReport
@@ -139,6 +140,8 @@ class Phases:
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 60.0
+RESUMED = 1_000_003
+"""More than there are engines, and prime, so that no engine and step has the seed of another."""
 
 
 class Session:
@@ -289,13 +292,15 @@ def sleepers(config: RLConfig) -> frozenset[names.Holder]:
     return frozenset(holder for holder, sleeps in flags.items() if sleeps)
 
 
-def engine_settings(config: RLConfig, index: int, threads: int) -> EngineSettings:
-    """The settings of engine ``index``. Each engine has its own seed."""
+def engine_settings(config: RLConfig, index: int, threads: int, step: int = 0) -> EngineSettings:
+    """The settings of engine ``index``. Each engine has its own seed, and another when a run is resumed after ``step`` rollouts,
+    since its random numbers start anew and would repeat those of the start.
+    """
     return EngineSettings(
         model=config.pretrain,
         dtype="bfloat16" if config.bf16 else "float32",
         max_model_len=config.context_length,
-        seed=config.seed + index,
+        seed=(config.seed + index + RESUMED * step) % SEEDS,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=config.enable_prefix_caching,
         tensor_parallel_size=config.vllm_tensor_parallel_size,

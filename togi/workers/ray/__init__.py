@@ -62,7 +62,7 @@ async def _start_all(config: RLConfig, cluster: Cluster, updates: Mapping[Role, 
 
     # Stage 2: load.
     actor, asleep = trained[Role.ACTOR], sleepers(config) & {Holder.ENGINES}
-    start_engine = _engine_starter(config, cluster, engines, actor)
+    start_engine = _engine_starter(config, cluster, engines, actor, health)
     loading = [_load_engines(engines, start_engine)]
     if engines_first(config, on_gpu=cluster.resources.gpus > 0):
         await loading.pop()
@@ -147,7 +147,11 @@ async def _load_engines(engines: RayWorkers[EngineActor], start_engine: Callable
 
 
 def _engine_starter(
-    config: RLConfig, cluster: Cluster, engines: RayWorkers[EngineActor], actor: RayWorkers[LearnerActor]
+    config: RLConfig,
+    cluster: Cluster,
+    engines: RayWorkers[EngineActor],
+    actor: RayWorkers[LearnerActor],
+    health: Health,
 ) -> Callable[[int], Awaitable[None]]:
     """What starts the engine of an index in its process, at first and after a restart."""
     count, size = len(engines), config.vllm_tensor_parallel_size
@@ -161,7 +165,7 @@ def _engine_starter(
             run = range(index * size, (index + 1) * size)
             slots = await all_or_none(actor.call(rank, LearnerActor.gpus) for rank in run)
             gpus = tuple(gpu for slot in slots for gpu in slot)
-        settings = engine_settings(config, index, threads)
+        settings = engine_settings(config, index, threads, health.step)
         started: Coroutine[object, object, None] = engines.call(
             index, EngineActor.start_on, config.rollout_engine, settings, gpus
         )
