@@ -94,7 +94,8 @@ logger = logging.getLogger(__name__)
 class Health:
     """How the workers of a run are, over all its attempts: restarts, and calls that are not answered yet.
 
-    ``limit``: of all restarts together. ``step``: the rollouts that the run had when it was started or resumed. ``stacks``: the folder where a worker writes its stacks when it is asked to.
+    ``limit``: of all restarts together. ``step``: the rollouts that the run had when it was started or resumed. ``stacks``: the
+    folder where a worker writes its stacks when it is asked to.
     """
 
     limit: int = 0
