@@ -347,7 +347,8 @@ def _backend(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
     if c.deepcompile:
         yield "--deepcompile needs one graph for all steps, but packed batches differ in their segment tables: leave it out."
     if c.fsdp_shard_size is not None and (on_deepspeed or c.zero_stage == 0):
-        yield "{fsdp_shard_size} needs --backend fsdp2 and --zero_stage 1, 2 or 3, not {backend} and {zero_stage}: leave it out."
+        other = "{backend}" if on_deepspeed else "{zero_stage}"
+        yield f"{{fsdp_shard_size}} needs --backend fsdp2 with --zero_stage 1, 2 or 3, not {other}: leave it out."
     if c.zpg > 1 and not (on_deepspeed and c.zero_stage == 3):
         yield f"{{zpg}} needs --backend deepspeed and --zero_stage 3, not {c.backend} and {c.zero_stage}: leave --zpg out."
     if c.grad_accum_dtype is GradAccumDtype.BF16 and (not on_deepspeed or c.zero_stage == 0 or model.load_in_4bit):
