@@ -115,9 +115,7 @@ class ModelSettings(Settings):
 class VLLMSettings(Settings):
     """vLLM"""
 
-    vllm_quantization: Literal["fp8"] | None = flag(
-        None, "Round weights and activations of vLLM's linear layers to this type."
-    )
+    vllm_quantization: Literal["fp8"] | None = flag(None, "Type of weights and activations in vLLM's linear layers.")
     vllm_kv_cache_dtype: Literal["auto", "fp8"] = flag("auto", "Type of vLLM's key-value cache.")
     vllm_args: tuple[str, ...] | None = flag(
         None, "More arguments of vLLM's engine, as name=value by vLLM's own names, such as max_num_batched_tokens=8192."
