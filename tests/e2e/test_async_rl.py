@@ -153,6 +153,7 @@ def test_fifty_kills(world: Path, tmp_path: Path) -> None:
         assert not alive_under(run)
 
 
+@pytest.mark.large
 def test_sigterm_leaves_a_checkpoint_with_all_that_is_in_work(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = command(world, run, *ASYNC, "--save_steps", "1000")

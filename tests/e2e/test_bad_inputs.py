@@ -587,6 +587,6 @@ def test_more_gpus_than_there_are(world: Path, tmp_path: Path) -> None:
 
 
 def test_vllm_is_not_installed(world: Path, tmp_path: Path) -> None:
-    case = Case("", "--rollout_engine vllm", ("pip install 'togi[vllm]'", "--rollout_engine transformers"))
+    case = Case("", "--rollout_engine vllm", ("pip install '.[vllm]'", "--rollout_engine transformers"))
     stderr = check_alone(world, case, tmp_path, ["-c", WITHOUT_VLLM])
     assert stderr.count("\n") == 1

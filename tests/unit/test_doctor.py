@@ -127,9 +127,9 @@ def test_what_is_lost_without_optional_packages() -> None:
     facts = replace(ON_GPU, installed={name: STACK[name] for name in doctor.REQUIRED})
     notes = [finding for finding in judge(facts) if finding.mark is Mark.NOTE]
     assert [(note.topic, note.advice) for note in notes] == [
-        ("vllm", "pip install 'togi[gpu]'"),
-        ("deepspeed", "pip install 'togi[deepspeed]'"),
-        ("liger-kernel", "pip install 'togi[liger]'"),
+        ("vllm", "pip install '.[gpu]'"),
+        ("deepspeed", "pip install '.[deepspeed]'"),
+        ("liger-kernel", "pip install '.[liger]'"),
     ]
     assert "there is no --use_liger_kernel" in notes[2].text
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,11 +22,15 @@ from togi.config.choices import Aggregation, PolicyLossType, Scheduler
 from togi.learn.learner import Learner
 from togi.learn.objective import Objective, PolicyObjective, SFTObjective, ValueObjective
 from togi.learn.scorer import Scorer
+from togi.methods.kd_objective import DistillationObjective
+from togi.methods.kto_objective import KTOObjective
 from togi.methods.preference import DPOObjective
+from togi.methods.prm_objective import StepRewardObjective
 from togi.model.attention import levels_of
 from togi.parallel.process import World
 
 META = torch.device("meta")
+TEACHER = policy(seed=1).to(META)
 
 
 @pytest.fixture
@@ -46,8 +51,13 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def batches() -> list[Batch]:
-    """Four samples, which are two pairs too."""
-    samples = [replace(sample, values={**sample.values, "chosen": 1.0 - n % 2}) for n, sample in enumerate(rollouts(4))]
+    """Four samples, which are two pairs too, or rows of two kinds."""
+    samples = []
+    for n, sample in enumerate(rollouts(4)):
+        kinds = dict.fromkeys(("chosen", "desirable", "generated"), 1.0 - n % 2)
+        values = {**sample.values, **kinds, "mismatched": 0.0, "kl_estimate": 0.1}
+        labels = np.where(sample.loss_mask, 3.0 + n % 2, np.nan).astype(np.float32)
+        samples.append(replace(sample, values=values, streams={**sample.streams, "labels": labels}))
     return packs(samples, [2, 2])
 
 
@@ -59,6 +69,9 @@ def batches() -> list[Batch]:
         (PolicyObjective(0.2, 0.3, Aggregation.TOKEN_MEAN, PolicyLossType.GSPO), ["tolist", "tolist", "cpu", "cpu"]),
         (ValueObjective(0.2), ["tolist"]),
         (DPOObjective(), ["tolist", "cpu", "cpu"]),
+        (KTOObjective(), ["tolist"] * 3 + ["cpu", "cpu"]),
+        (StepRewardObjective((3, 4)), ["tolist"]),
+        (DistillationObjective(TEACHER, TEACHER.vocabulary), ["tolist"] * 3 + ["cpu", "cpu"]),
     ],
 )
 def test_a_micro_batch_waits_for_its_metrics_and_log_probs_only(

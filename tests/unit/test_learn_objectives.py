@@ -144,7 +144,7 @@ def test_kto_by_hand():
 def test_mismatched_rows_are_never_trained_on():
     batch = pack([row(2, "a", {"desirable": 0.0, "mismatched": 1.0, "kl_estimate": 0.0}, [-1.0])], share_prefix=False)
     with pytest.raises(AssertionError, match="KL estimate only"):
-        KTOObjective().loss(Outputs(double(-1.0)), batch)
+        KTOObjective().count(batch)
 
 
 def test_soft_labels_by_hand():
@@ -235,9 +235,8 @@ def test_a_teacher_of_another_vocabulary_is_refused():
 
 def test_a_label_outside_the_reward_tokens_is_a_defect():
     batch = pack(steps(number=1), share_prefix=False)
-    outputs = Outputs(next_logits_KR=torch.zeros(len(batch.targets_K), 2))
     with pytest.raises(AssertionError, match="reward tokens"):
-        StepRewardObjective((1, 2)).loss(outputs, batch)
+        StepRewardObjective((1, 2)).count(batch)
 
 
 # ---- a few steps go the right way

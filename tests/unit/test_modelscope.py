@@ -93,5 +93,5 @@ def test_what_cannot_be_had_is_one_sentence(asked: list[tuple[Any, ...]], flags:
 
 def test_the_package_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--use_ms needs the package modelscope: pip install 'togi\[modelscope\]'"):
+    with pytest.raises(ConfigError, match=r"--use_ms needs the package modelscope: pip install '.\[modelscope\]'"):
         local(DPO, "--use_ms --pretrain org/a --dataset org/b")

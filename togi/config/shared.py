@@ -115,9 +115,7 @@ class ModelSettings(Settings):
 class VLLMSettings(Settings):
     """vLLM"""
 
-    vllm_quantization: Literal["fp8"] | None = flag(
-        None, "Round weights and activations of vLLM's linear layers to this type."
-    )
+    vllm_quantization: Literal["fp8"] | None = flag(None, "Type of weights and activations in vLLM's linear layers.")
     vllm_kv_cache_dtype: Literal["auto", "fp8"] = flag("auto", "Type of vLLM's key-value cache.")
     vllm_args: tuple[str, ...] | None = flag(
         None, "More arguments of vLLM's engine, as name=value by vLLM's own names, such as max_num_batched_tokens=8192."
@@ -347,7 +345,8 @@ def _backend(c: TrainSettings, model: ModelSettings) -> Iterator[str]:
     if c.deepcompile:
         yield "--deepcompile needs one graph for all steps, but packed batches differ in their segment tables: leave it out."
     if c.fsdp_shard_size is not None and (on_deepspeed or c.zero_stage == 0):
-        yield "{fsdp_shard_size} needs --backend fsdp2 and --zero_stage 1, 2 or 3, not {backend} and {zero_stage}: leave it out."
+        other = "{backend}" if on_deepspeed else "{zero_stage}"
+        yield f"{{fsdp_shard_size}} needs --backend fsdp2 with --zero_stage 1, 2 or 3, not {other}: leave it out."
     if c.zpg > 1 and not (on_deepspeed and c.zero_stage == 3):
         yield f"{{zpg}} needs --backend deepspeed and --zero_stage 3, not {c.backend} and {c.zero_stage}: leave --zpg out."
     if c.grad_accum_dtype is GradAccumDtype.BF16 and (not on_deepspeed or c.zero_stage == 0 or model.load_in_4bit):

@@ -75,16 +75,17 @@ class DistillationObjective(Objective):
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         own_K = _generated(batch)
-        data_K = ~own_K
-        entropy, divergence = -outputs.logprobs_K[data_K].sum(), outputs.divergence_K[data_K].sum()
-        own = outputs.divergence_K[own_K].sum()
+        entropy = -outputs.logprobs_K.masked_fill(own_K, 0.0).sum()
+        divergence = outputs.divergence_K.masked_fill(own_K, 0.0).sum()
+        own = outputs.divergence_K.masked_fill(~own_K, 0.0).sum()
         total = (1 - self.kd_coef) * entropy + self.kd_coef * divergence + own
-        # Means per kind of token, since their shares vary from step to step.
-        metrics = token_metrics({names.LOSS: total}, outputs.logprobs_K.numel(), {})
+        # Means per kind of token, since their shares vary from step to step. They are counted on the host.
+        tokens, generated = outputs.logprobs_K.numel(), int(_generated(batch.host).sum())
+        metrics = token_metrics({names.LOSS: total}, tokens, {})
         on_data = {names.CROSS_ENTROPY: entropy, names.KL_TEACHER: divergence}
-        for sums, tokens in ((on_data, int(data_K.sum())), ({names.KL_TEACHER_GENERATED: own}, int(own_K.sum()))):
-            if tokens > 0:  # a step may have one kind only
-                metrics |= token_metrics(sums, tokens, {})
+        for sums, of_kind in ((on_data, tokens - generated), ({names.KL_TEACHER_GENERATED: own}, generated)):
+            if of_kind > 0:  # a step may have one kind only
+                metrics |= token_metrics(sums, of_kind, {})
         return Loss(total, metrics)
 
 

@@ -58,10 +58,10 @@ class KTOObjective(Objective):
         return self.beta * log_ratios(outputs, batch)
 
     def count(self, batch: Batch) -> float:
+        assert not bool(batch.host.values[MISMATCHED].any()), "mismatched rows are for the KL estimate only"
         return float(batch.num_sequences)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        assert not bool(batch.values[MISMATCHED].any()), "mismatched rows are for the KL estimate only"
         ratios_N, number = log_ratios(outputs, batch), batch.num_sequences
         desirable_N, kl_N = batch.values[DESIRABLE] == 1, batch.values[KL_ESTIMATE]
         total = kto_loss(
@@ -72,14 +72,16 @@ class KTOObjective(Objective):
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
         ).sum()
-        # Metrics, per kind of row.
+        # Metrics, per kind of row. How many there are of each is counted on the host.
         ratios_N = ratios_N.detach()
         right_N = torch.where(desirable_N, ratios_N > kl_N, ratios_N < kl_N)
         sums = {names.LOSS: total, names.ACCURACY: right_N.sum(), names.KL_ESTIMATE: kl_N.sum()}
         metrics = token_metrics(sums, number, {})
-        for name, rows_N in ((names.REWARD_CHOSEN, desirable_N), (names.REWARD_REJECTED, ~desirable_N)):
-            rewards = self.beta * ratios_N[rows_N]
-            metrics |= token_metrics({name: rewards.sum()}, len(rewards), {})
+        good = int((batch.host.values[DESIRABLE] == 1).sum())
+        kinds = ((names.REWARD_CHOSEN, desirable_N, good), (names.REWARD_REJECTED, ~desirable_N, number - good))
+        for name, rows_N, rows in kinds:
+            rewards_N = torch.where(rows_N, self.beta * ratios_N, 0.0)
+            metrics |= token_metrics({name: rewards_N.sum()}, rows, {})
         return Loss(total, metrics)
 
     def summary(self, values: Mapping[str, float]) -> dict[str, float]:

@@ -42,6 +42,9 @@ class StepRewardObjective(Objective):
         return Needs(next_logits=self.reward_token_ids)
 
     def count(self, batch: Batch) -> float:
+        if self.reward_token_ids is not None and not self.soft:
+            targets_KR = self._targets(batch.host.select(LABELS), self.reward_token_ids)
+            assert bool(targets_KR.any(1).all()), "a label is not one of the reward tokens"
         return float(batch.targets_K.numel())
 
     def judge(self, outputs: Outputs, batch: Batch) -> Tensor:
@@ -65,6 +68,4 @@ class StepRewardObjective(Objective):
         """The target distribution over the reward tokens, shape (K, R)."""
         if self.soft:
             return torch.stack([labels_K, 1 - labels_K], dim=1)
-        targets_KR = labels_K.long()[:, None] == moved(torch.tensor(ids), labels_K.device)
-        assert bool(targets_KR.any(1).all()), "a label is not one of the reward tokens"
-        return targets_KR
+        return labels_K.long()[:, None] == moved(torch.tensor(ids), labels_K.device)

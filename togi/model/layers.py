@@ -90,7 +90,7 @@ def check_liger(kind: str) -> None:
     The package supports more model types than were tested equal, and silently skips those that it does not support.
     """
     if importlib.util.find_spec("liger_kernel") is None:
-        raise ModelError("--use_liger_kernel needs the package liger-kernel: pip install 'togi[liger]'.")
+        raise ModelError("--use_liger_kernel needs the package liger-kernel: pip install '.[liger]'.")
     _check_tested("--use_liger_kernel", kind, WITH_LIGER)
 
 

@@ -198,7 +198,7 @@ def known_tokens(path: str, trust_remote_code: bool = False) -> int:
 def check_package(flag: str, package: str) -> None:
     """Raise ModelError if the package that ``--flag`` needs is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise ModelError(f"--{flag} needs the package {package}: pip install 'togi[lora]'.")
+        raise ModelError(f"--{flag} needs the package {package}: pip install '.[lora]'.")
 
 
 def auto_class(*, scalar: bool) -> type[_BaseAutoModelClass]:

@@ -122,11 +122,6 @@ def _body(hf: PreTrainedModel, layout: Layout, **more: object) -> ModelOutput:
     )
 
 
-def targets(batch: Batch) -> Tensor:
-    """Packed index of each token in the loss (int64, [K])."""
-    return batch.targets_K
-
-
 def sources(batch: Batch) -> Tensor:
     """Packed index of the token before each token in the loss (int64, [K])."""
     return batch.sources_T[batch.targets_K]
@@ -182,7 +177,7 @@ class _Model(nn.Module):
             own_2SE = routing_sums(output.router_logits, top_k, layout.segments_of(batch), segments + 1)[:, :segments]
             routing["balance_N"] = balance_loss(layout.total(own_2SE), top_k, batch.chains_NS())
         if needs.routes:
-            places = layout.at(batch, targets)
+            places = layout.at(batch, lambda own: own.targets_K)
             # the routing of a token is at the token itself, not at its source
             routing["routes_KMC"] = places.whole(places.states(chosen_experts(output.router_logits, top_k)))
         return states_tH, routing
@@ -224,7 +219,9 @@ class PolicyModel(_Model):
         # predictions about the token that follows: made at the tokens in the loss themselves
         if needs.label_logprobs or needs.next_logits:
             assert not (needs.logprobs or needs.entropy or needs.states), "ask for tokens or for what follows them"
-            return Outputs(**self._what_follows(states_tH, layout.at(batch, targets), batch, needs), **routing)
+            return Outputs(
+                **self._what_follows(states_tH, layout.at(batch, lambda own: own.targets_K), batch, needs), **routing
+            )
         if not (needs.logprobs or needs.entropy or needs.states):
             return Outputs(**routing)
         # predictions about the tokens in the loss: made at the token before, the source

@@ -226,7 +226,7 @@ class RingLayout(Layout):
 
     def at(self, batch: Batch, tokens: Callable[[Batch], Tensor]) -> Places:
         # on the host: a device would have to be waited for to know how many of them are this rank's
-        rows_K = self.rows_T[tokens(batch.host or batch).cpu()]
+        rows_K = self.rows_T[tokens(batch.host).cpu()]
         own_k = (rows_K >= 0).nonzero().squeeze(-1)
         device = self.index_t.device
         return _Shared(moved(rows_K[own_k], device), moved(own_k, device), len(rows_K), self.ring)

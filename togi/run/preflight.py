@@ -157,7 +157,7 @@ def check_backend(backend: BackendName) -> None:
     """Check that the package of the backend is installed. Raises ConfigError."""
     if backend is BackendName.DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            "--backend deepspeed needs the package deepspeed: pip install 'togi[deepspeed]', or use --backend fsdp2."
+            "--backend deepspeed needs the package deepspeed: pip install '.[deepspeed]', or use --backend fsdp2."
         )
 
 
@@ -314,7 +314,7 @@ def check_reward(item: str) -> None:
     if verifier is None:
         check_reward_file(Path(item))
     elif verifier.package and importlib.util.find_spec(verifier.package) is None:
-        raise RewardError(f"--reward_func {item} needs the package {verifier.package}: pip install 'togi[rewards]'.")
+        raise RewardError(f"--reward_func {item} needs the package {verifier.package}: pip install '.[rewards]'.")
 
 
 def check_reward_file(path: Path) -> None:
@@ -448,7 +448,7 @@ def with_local_names(parsed: Parsed[Named]) -> Parsed[Named]:
     if not parsed.config.use_ms:
         return parsed
     if importlib.util.find_spec("modelscope") is None:
-        raise ConfigError("--use_ms needs the package modelscope: pip install 'togi[modelscope]'.")
+        raise ConfigError("--use_ms needs the package modelscope: pip install '.[modelscope]'.")
     given = parsed.config.model_dump()
     found = {name: _model(name, given[name]) for name in MODELS if given.get(name)}
     if models := given.get("reward_pretrain"):

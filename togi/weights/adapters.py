@@ -3,7 +3,8 @@
 An engine starts from the same files as the trainer's frozen base. So the trainer sends only A and B of each adapted layer, in
 float32 and by the layer's checkpoint name. The engine builds the full update itself: each tensor of the files in the engine's
 dtype, an adapted one as ``W + scale B A``, added in float32. W is always that of the files, so no update depends on the one before
-and no weight is rounded twice. It is read once and stays in host memory, in the engine's dtype, as far as there is room.
+and no weight is rounded twice. Beside a GPU it is read once and stays in host memory, in the engine's dtype, as far as there is
+room. Without one the models are in that memory themselves, and the mapped files are read again, mostly from the system's cache.
 """
 
 from __future__ import annotations
@@ -96,10 +97,10 @@ class Base:
                 yield spec.name, weight
 
     def _keep(self, spec: TensorSpec, weight: Tensor) -> Tensor:
-        """The tensor in the engine's dtype; kept if there is room. What is read maps the file, so a kept one is a copy."""
+        """The tensor in the engine's dtype; kept beside a GPU if there is room. It maps the file, and a kept one is a copy."""
         dtype: torch.dtype = getattr(torch, spec.dtype)
         memory = psutil.virtual_memory()
-        if memory.available - spec.nbytes < FREE_SHARE * memory.total:
+        if not torch.accelerator.is_available() or memory.available - spec.nbytes < FREE_SHARE * memory.total:
             return weight.to(dtype)
         self._kept[spec.name] = weight.to(dtype, copy=True)
         return self._kept[spec.name]

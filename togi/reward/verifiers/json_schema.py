@@ -1,4 +1,4 @@
-"""builtin:json_schema: 1 if the response is JSON that fits the schema in the label, else 0 (``pip install 'togi[rewards]'``).
+"""builtin:json_schema: 1 if the response is JSON that fits the schema in the label, else 0 (``pip install '.[rewards]'``).
 
 The label is a JSON Schema, as an object or as text. The JSON is the whole response, or its last fenced code block.
 """

@@ -1,4 +1,4 @@
-"""builtin:math: is the response's answer mathematically equal to the label? By math-verify (``pip install 'togi[rewards]'``).
+"""builtin:math: is the response's answer mathematically equal to the label? By math-verify (``pip install '.[rewards]'``).
 
 The label is a number or LaTeX, alone or in a text with its answer in \\boxed{}; in a GSM8K solution the text after the last "####"
 counts. A full stop after it is left out, and 1e-05 is read as 0.00001. The answer is the response's last boxed expression, or

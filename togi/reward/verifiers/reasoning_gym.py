@@ -1,4 +1,4 @@
-"""builtin:reasoning_gym: the tasks of reasoning-gym, by the package's own verifiers (``pip install 'togi[rewards]'``).
+"""builtin:reasoning_gym: the tasks of reasoning-gym, by the package's own verifiers (``pip install '.[rewards]'``).
 
 The label is a JSON object {"task": name, "answer": answer, "metadata": {...}}, as in rows made like this:
 
