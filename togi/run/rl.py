@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,12 +93,8 @@ async def run(
                             if line := describe(config, combined):
                                 announce(f"reward: {line}")
                             state = RLRun(config, material, combined, plan, session, journal)
-                            async with leaving_a_checkpoint(state.last_checkpoint):
-                                try:
-                                    evaluations = await train(state, found)
-                                finally:
-                                    with way_out("ending the work on prompts"):
-                                        await state.close()
+                            async with leaving_a_checkpoint(state.last_checkpoint), aclosing(state):
+                                evaluations = await train(state, found)
                 except WorkerDied as died:
                     # A model worker cannot be replaced alone: the run starts again from its last checkpoint.
                     parsed, found = again(parsed, journal, material, (begun, begin), died, health)
@@ -473,10 +469,11 @@ class RLRun:
             self._pump.saved()
         self._resumable = None
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """End the work on prompts."""
         if self._pump is not None:
-            await self._pump.close()
+            with way_out("ending the work on prompts"):
+                await self._pump.close()
 
     async def save(self) -> None:
         """Write the final model (also moving average and critic, if set) in Hugging Face format, each aside and then renamed."""
