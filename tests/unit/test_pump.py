@@ -306,6 +306,8 @@ def test_a_ledger_that_does_not_add_up_is_found() -> None:
     line = {"prompts": [1], "time": 0.0}
     with pytest.raises(DataError, match="prompt 1 trained after it was queued"):
         balance([{**line, "event": "queued"}, {**line, "event": "trained"}])
+    with pytest.raises(DataError, match="does not have the checkpoint of version 3 that it goes on from"):
+        balance([{**line, "event": "resumed", "version": 3}])
     twice = [{**line, "event": event} for event in ("queued", "running", "done", "trained", "trained")]
     with pytest.raises(DataError, match="prompt 1 trained after it was trained"):
         balance(twice)

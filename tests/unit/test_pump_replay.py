@@ -84,6 +84,25 @@ def test_a_filtered_run_takes_as_many_prompts_as_it_took(tmp_path: Path) -> None
     assert (feed.is_empty, feed.episode) == (False, 1)
 
 
+def test_tokens_of_older_weights_are_found(tmp_path: Path) -> None:
+    """The rollouts of ``group`` are of versions 2 and 3: weights 3 train on them in step 4, where the first token is of age 1."""
+    store = RolloutStore(tmp_path / "rollouts")
+    store.write(3, Split.TRAIN, rows([group(0, [0.0])]))
+    assert replay(store, 1).first_stale_step() == 0
+    store.write(4, Split.TRAIN, rows([group(1, [1.0])]))
+    store.write(9, Split.EVAL, rows([group(1, [1.0])]))
+    assert replay(store, 1).first_stale_step() == 4
+    assert replay(store, 1).last_step == 4
+
+
+def test_a_replay_ends_where_the_run_did(feed: ReplayFeed) -> None:
+    """With ``drop`` a run may end before all its prompts are trained on."""
+    longer = replay(feed.store, 2, episodes=3)
+    assert not longer.is_empty
+    asyncio.run(longer.take(1))
+    assert longer.is_empty
+
+
 def test_all_steps_must_be_stored(feed: ReplayFeed, tmp_path: Path) -> None:
     feed.check(1)
     with pytest.raises(DataError, match=r"no rollouts of step 2, but this run takes 3 steps: set --max_steps to 1\.$"):

@@ -153,6 +153,8 @@ def _staleness(c: RLConfig) -> Iterator[str]:
             "{max_staleness} trains on tokens of older weights: leave --enable_vllm_is_correction on, or add "
             "--allow_uncorrected_rollouts to train on them as they are."
         )
+    if c.full_determinism and c.replay is None:
+        yield "{max_staleness} lets timing decide which weights sample a token, but --full_determinism rules that out: leave one out."
     # who generates while the models train needs memory of its own
     for name in c.changed("colocate_all_models", "vllm_enable_sleep", "trainer_enable_sleep", "deepspeed_enable_sleep"):
         yield f"--{name} lets engines and models take turns, but with {{max_staleness}} they work at once: leave one out."

@@ -13,6 +13,7 @@ not stored.
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol, Self
@@ -102,6 +103,7 @@ class ReplayFeed:
 
     def __init__(self, store: RolloutStore, loader: PromptLoader, samples: int) -> None:
         self.store, self._loader, self._samples = store, loader, samples
+        self._taken = 0
 
     @classmethod
     def of(cls, folder: str, loader: PromptLoader, samples: int) -> Self:
@@ -114,11 +116,24 @@ class ReplayFeed:
 
     @property
     def is_empty(self) -> bool:
-        return self._loader.remaining <= 0
+        return self._loader.remaining <= 0 or self._taken >= self.last_step
+
+    @cached_property
+    def last_step(self) -> int:
+        """The last step that is stored; 0 if there is none."""
+        return max((file.step for file in self.store.files() if file.split is Split.TRAIN), default=0)
+
+    def first_stale_step(self) -> int:
+        """The first step with a token that older weights sampled than those that it trained; 0 if there is none."""
+        for file in self.store.files():
+            rows = self.store.read_columns(file, ["versions"]) if file.split is Split.TRAIN else []
+            if any(version < file.step - 1 for row in rows for version in row["versions"]):
+                return file.step
+        return 0
 
     async def take(self, step: int) -> list[ScoredGroup]:
         """The groups of ``step``, in the order in which they were trained. Raises DataError if they are not of these prompts."""
-        groups = self.groups(step)
+        groups, self._taken = self.groups(step), step
         for _ in groups:
             self._loader.take(1)
         return groups

@@ -130,6 +130,10 @@ def balance(lines: Iterable[dict[str, Any]]) -> dict[int, Event]:
             # in work means queued again, if the run is resumed from here
             saved[line["version"]] = states.copy()
         elif event is Event.RESUMED:
+            if line["version"] not in saved:
+                raise DataError(
+                    f"The ledger does not have the checkpoint of version {line['version']} that it goes on from."
+                )
             in_work = {Event.QUEUED, Event.RUNNING, Event.DONE}
             states = {number: state for number, state in saved[line["version"]].items() if state not in in_work}
         for number in line["prompts"] if event in STATES else ():

@@ -107,6 +107,8 @@ class Pump:
         prompts = {str(number): work.prompt.id for number, work in self._work.items()}
         filtered = {str(number): group.rollouts[0].prompt.id for number, group in self._filtered.items()}
         return {
+            "staleness": self._rules.staleness,
+            "max_lag": self._rules.max_lag,
             "next": self._slots.next_number,
             "slots": [asdict(slot) for slot in self._slots.outstanding],
             "rounds": [asdict(each) for each in self._slots.rounds],

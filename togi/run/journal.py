@@ -298,8 +298,10 @@ def write_failure(
     parts = [f"# Run {directory.root.name} ended early", why, f"When: {now}, {place}.", go_on]
     if lines:
         parts.insert(3, "```\n" + "\n".join(lines) + "\n```")
-    write_atomically(directory.failure_path, without_secrets("\n\n".join(parts)) + "\n")
-    return without_secrets(f"{go_on}\nAll that is known: {directory.failure_path}")
+    with tolerated("writing the page about the end"):
+        write_atomically(directory.failure_path, without_secrets("\n\n".join(parts)) + "\n")
+        go_on += f"\nAll that is known: {directory.failure_path}"
+    return without_secrets(go_on)
 
 
 def newest_step(config: OutputSettings) -> int | None:

@@ -142,7 +142,8 @@ async def train(run: RLRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
         episode = run.episode
         # Stage 1: answers and their rewards.
         groups, metrics = await run.generate()
-        if not groups:  # with --on_stale drop: all that was left was too old
+        if not groups:
+            run.journal.announce("the last groups were dropped: tokens of all of them were older than --max_token_lag")
             if len(run.held_out) > 0:
                 evaluations.append(await run.evaluate())
             break

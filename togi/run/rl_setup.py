@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from togi.config.choices import OnStale
 from togi.config.fields import Hook
 from togi.config.rl import PromptSettings, RewardSettings, RLConfig, RolloutSettings, SampleSettings
 from togi.data import chat
@@ -254,6 +255,12 @@ def find_checkpoint(config: RLConfig, material: Material, progress: Progress) ->
             f"The checkpoint {found.path} counts rollouts of {saved} prompts: go on with --rollout_batch_size {saved}, or start "
             "anew with another --ckpt_path."
         )
+    work = found.state.get("pump") or {"slots": []}
+    if work["slots"] and (config.max_staleness < work["staleness"] or config.token_lag < work["max_lag"]):
+        raise CheckpointError(
+            f"The checkpoint {found.path} has prompts in work that may become as old as --max_staleness {work['staleness']} "
+            f"--max_token_lag {work['max_lag']} allow: go on with these, or larger ones, or start anew with another --ckpt_path."
+        )
     material.loader.load_state(LoaderState(**found.state["loader"]))
     if config.enable_ema and not found.state.get("ema", False):
         raise CheckpointError(
@@ -285,7 +292,14 @@ def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPl
     feed, rollouts = ReplayFeed.of(folder, material.loader, config.n_samples_per_prompt), plan.rollouts
     if config.dynamic_filtering:
         rollouts = min(rollouts, feed.steps_for(len(material.prompts) * config.num_episodes))
+    if config.on_stale is OnStale.DROP:  # the last groups may have been dropped, and their steps with them
+        rollouts = min(rollouts, feed.last_step)
     feed.check(rollouts)
+    if config.max_staleness == 0 and (step := feed.first_stale_step()) > 0:
+        raise DataError(
+            f"--replay: step {step} of {feed.store.folder} has tokens of older weights: give the --max_staleness and "
+            "--max_token_lag of that run."
+        )
     taken, wanted = feed.prompts_of(1), plan.prompts[0]
     if taken != wanted and not config.dynamic_filtering:
         raise DataError(

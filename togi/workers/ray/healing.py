@@ -78,7 +78,8 @@ class EngineCare:
         while True:
             self._health.allow(died, f"engine {index}" + (f", {lost} requests are repeated," if lost > 0 else ""))
             try:
-                # An update that the dead engine was part of ends by itself.
+                # The old process first: an update that it was part of ends with it, also if it only hung.
+                self._engines.respawn(index)
                 async with self._lock:
                     return await self._restart(index)
             except WorkerDied as again:
@@ -87,7 +88,6 @@ class EngineCare:
                 died = again
 
     async def _restart(self, index: int) -> bool:
-        self._engines.respawn(index)
         await self._start(index)
         await self._engines.watch(index)
         self.sync.connected = ()
