@@ -168,7 +168,7 @@ def test_sigterm_leaves_a_checkpoint_with_all_that_is_in_work(world: Path, tmp_p
     [checkpoint] = (run / "checkpoints").glob("step_*")
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["pump"]["slots"]
-    fewer = [word for word in command(world, run, *ASYNC, "--load_checkpoint", "--max_staleness", "1")]
+    fewer = command(world, run, *ASYNC, "--load_checkpoint", "--max_staleness", "1")
     refused = subprocess.run(fewer, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2
     assert "that may become as old as --max_staleness 2 --max_token_lag 6 allow: go on with these" in refused.stderr

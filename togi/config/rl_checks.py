@@ -154,7 +154,7 @@ def _staleness(c: RLConfig) -> Iterator[str]:
             "--allow_uncorrected_rollouts to train on them as they are."
         )
     if c.full_determinism and c.replay is None:
-        yield "{max_staleness} lets timing decide which weights sample a token, but --full_determinism rules that out: leave one out."
+        yield "{max_staleness} lets timing decide which weights sample a token, which --full_determinism rules out: leave one out."
     # who generates while the models train needs memory of its own
     for name in c.changed("colocate_all_models", "vllm_enable_sleep", "trainer_enable_sleep", "deepspeed_enable_sleep"):
         yield f"--{name} lets engines and models take turns, but with {{max_staleness}} they work at once: leave one out."
