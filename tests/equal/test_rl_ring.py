@@ -19,6 +19,7 @@ from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.learn.learner import UpdateReport
 from togi.plan.placement import Role
+from togi.workers.protocol import Health
 from togi.workers.ray import load
 from togi.workers.ray.cluster import RayWorkers
 from togi.workers.worker_group import LearnerGroup
@@ -52,7 +53,9 @@ def players(models: Path) -> Iterator[list[ray.actor.ActorHandle]]:
 
 
 def groups(players: list[ray.actor.ActorHandle], role: Role) -> list[LearnerGroup]:
-    alone, rings = RayWorkers[Player](role, players[:1]), RayWorkers[Player](role, players[1:])
+    alone, rings = (
+        RayWorkers[Player](role, len(some), some.__getitem__, Health()) for some in (players[:1], players[1:])
+    )
     return [
         LearnerGroup(role, alone, share_prompts=True),
         LearnerGroup(role, rings, share_prompts=True, ranks_per_share=RING),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,8 @@ from togi.obs.rollout_store import RolloutStore, Split
 from togi.obs.run_dir import RunDirectory
 from togi.obs.way_out import tolerated, writing
 from togi.pump.experience import ScoredGroup, group_of, rows
+
+logger = logging.getLogger(__name__)
 
 
 class Event(StrEnum):
@@ -80,9 +83,13 @@ class Ledger:
         self._newest = version
 
     def keep(self, number: int, group: ScoredGroup) -> None:
-        """Store a finished group until ``forget``."""
-        if self._stores:
-            self._store.write(number, Split.TRAIN, rows([group]))
+        """Store a finished group until ``forget``. A run goes on without: after a kill the group is generated again."""
+        try:
+            if self._stores:
+                self._store.write(number, Split.TRAIN, rows([group]))
+        except DataError as error:
+            logger.warning("finished responses are not kept for a resume: %s", error)
+            self._stores = False
 
     def kept(self, number: int, prompt_id: str) -> ScoredGroup | None:
         """The stored group of a prompt, if it was finished before a kill by weights that still count."""
