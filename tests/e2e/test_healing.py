@@ -83,9 +83,9 @@ def stop_engine(run: subprocess.Popen[str]) -> None:
     ("disturb", "flags"),
     [
         (kill_engine, ""),
-        (kill_engine, "--vllm_num_engines 2"),
+        pytest.param(kill_engine, "--vllm_num_engines 2", marks=pytest.mark.large),
         # the group of the carrier is made anew
-        (kill_engine, "--vllm_num_engines 2 --vllm_sync_backend gloo"),
+        pytest.param(kill_engine, "--vllm_num_engines 2 --vllm_sync_backend gloo", marks=pytest.mark.large),
         (stop_engine, "--engine_timeout 6"),
     ],
     ids=["killed", "killed of two", "killed of two over gloo", "hung"],
@@ -104,6 +104,7 @@ def test_an_engine_is_restarted_in_its_place_and_nothing_changes(
     assert metrics(run)[-1]["values"]["restarts/engines"] == 1
 
 
+@pytest.mark.large
 @pytest.mark.large
 def test_an_engine_of_vllm_is_restarted(world: Path, tmp_path: Path) -> None:
     run, flags = tmp_path / "run", "--rollout_engine vllm --vllm_num_engines 2 --vllm_cpu_kv_cache_gb 0.1"
@@ -127,6 +128,7 @@ def killing_after_a_checkpoint(run: Path) -> Callable[[subprocess.Popen[str]], N
     return kill
 
 
+@pytest.mark.large
 def test_a_killed_learner_sends_the_run_back_to_its_checkpoint(world: Path, tmp_path: Path, calm: Path) -> None:
     run = tmp_path / "run"
     code, output, errors = disturbed(world, run, killing_after_a_checkpoint(run))
@@ -141,6 +143,7 @@ def test_a_killed_learner_sends_the_run_back_to_its_checkpoint(world: Path, tmp_
     assert not (run / "failure.md").exists()
 
 
+@pytest.mark.large
 def test_after_too_many_restarts_a_page_says_how_to_go_on(world: Path, tmp_path: Path, calm: Path) -> None:
     """Who died, when, where, its last lines; the command in it goes on, and ends with the weights of a calm run."""
     run = tmp_path / "run"
@@ -167,7 +170,9 @@ def test_after_too_many_restarts_a_page_says_how_to_go_on(world: Path, tmp_path:
     assert not (run / "failure.md").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.large)], ids=["SIGTERM", "Ctrl-C"]
+)
 def test_a_run_that_is_told_to_stop_leaves_its_last_step(
     world: Path, tmp_path: Path, calm: Path, number: signal.Signals
 ) -> None:
@@ -190,6 +195,7 @@ def test_a_run_that_is_told_to_stop_leaves_its_last_step(
     is_like(run, calm)
 
 
+@pytest.mark.large
 def test_a_stalled_run_shows_every_stack_and_ends(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     stopped = list[psutil.Process]()
