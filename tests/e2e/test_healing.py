@@ -105,7 +105,6 @@ def test_an_engine_is_restarted_in_its_place_and_nothing_changes(
 
 
 @pytest.mark.large
-@pytest.mark.large
 def test_an_engine_of_vllm_is_restarted(world: Path, tmp_path: Path) -> None:
     run, flags = tmp_path / "run", "--rollout_engine vllm --vllm_num_engines 2 --vllm_cpu_kv_cache_gb 0.1"
     code, output, errors = disturbed(world, run, kill_engine, *flags.split())
