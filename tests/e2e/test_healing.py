@@ -86,7 +86,7 @@ def stop_engine(run: subprocess.Popen[str]) -> None:
         pytest.param(kill_engine, "--vllm_num_engines 2", marks=pytest.mark.large),
         # the group of the carrier is made anew
         pytest.param(kill_engine, "--vllm_num_engines 2 --vllm_sync_backend gloo", marks=pytest.mark.large),
-        (stop_engine, "--engine_timeout 6"),
+        pytest.param(stop_engine, "--engine_timeout 6", marks=pytest.mark.large),
     ],
     ids=["killed", "killed of two", "killed of two over gloo", "hung"],
 )
@@ -169,9 +169,8 @@ def test_after_too_many_restarts_a_page_says_how_to_go_on(world: Path, tmp_path:
     assert not (run / "failure.md").exists()
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.large)], ids=["SIGTERM", "Ctrl-C"]
-)
+@pytest.mark.large
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_run_that_is_told_to_stop_leaves_its_last_step(
     world: Path, tmp_path: Path, calm: Path, number: signal.Signals
 ) -> None:
