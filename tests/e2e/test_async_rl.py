@@ -179,7 +179,10 @@ def test_sigterm_leaves_a_checkpoint_with_all_that_is_in_work(world: Path, tmp_p
 
 @pytest.mark.large
 def test_two_hundred_steps_need_no_more_than_fifty(world: Path, tmp_path: Path) -> None:
-    """Resident memory, open files and threads of every process of a run, over its last 150 of 200 steps."""
+    """Resident memory, open files and threads of every process of a run but Ray's servers, over its last 150 of 200 steps.
+
+    A step of the C library's heaps is 16 MB, which for these tiny models is more than 2 %.
+    """
     run = tmp_path / "run"
     sizes = "--rollout_batch_size 2 --train_batch_size 8 --generate_max_len 8 --num_episodes 41 --max_steps 200"
     flags = [*GRPO, *HF, *sizes.split(), "--max_staleness", "2", "--vllm_num_engines", "2"]
@@ -197,6 +200,8 @@ def test_two_hundred_steps_need_no_more_than_fifty(world: Path, tmp_path: Path) 
             continue
         for one in family:
             with suppress(psutil.Error):
+                if one.pid != process.pid and not " ".join(one.cmdline()).startswith("ray::"):
+                    continue
                 facts = (step, one.memory_info().rss, one.num_fds(), one.num_threads())
                 seen.setdefault(one.pid, []).append(facts)
                 names[one.pid] = " ".join(one.cmdline())[:60]
@@ -209,6 +214,6 @@ def test_two_hundred_steps_need_no_more_than_fifty(world: Path, tmp_path: Path) 
         first, last = settled[: len(settled) // 4], settled[-len(settled) // 4 :]
         for kind, name in enumerate(("resident bytes", "open files", "threads"), start=1):
             before, after = (sorted(fact[kind] for fact in part)[len(part) // 2] for part in (first, last))
-            if after > before * (1.02 if kind == 1 else 1.0) + (0 if kind == 1 else 1):
+            if after > (before * 1.02 + (16 << 20) if kind == 1 else before + 1):
                 grown.append(f"{names[pid]}: {name} {before} -> {after}")
     assert not grown, grown
