@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from togi.config.choices import EngineName
@@ -26,6 +28,32 @@ def settings(folder: Path) -> EngineSettings:
 
 def start(name: EngineName, folder: Path) -> RolloutEngine:
     return create_engine(name, settings(folder))
+
+
+def start_with_queue(asked: EngineSettings) -> RolloutEngine:
+    """vLLM with asynchronous scheduling, as on GPUs: one step is in flight while the last one is handed out.
+
+    vLLM turns it off on CPUs at the end of its platform's defaults, so it is turned on after them.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    with pytest.MonkeyPatch.context() as patch:
+        defaults = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+        def with_queue(cls: type, vllm_config: object) -> None:
+            defaults(cls, vllm_config)
+            vllm_config.scheduler_config.async_scheduling = True  # type: ignore[attr-defined]
+
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(with_queue))
+        return create_engine(EngineName.VLLM, asked)
+
+
+def engine_of(kind: str, folder: Path, **changes: object) -> RolloutEngine:
+    """``kind``: transformers, vllm, or vllm with a queue. ``changes``: of the settings."""
+    asked = replace(settings(folder), **changes)  # type: ignore[arg-type]
+    if kind == "vllm with a queue":
+        return start_with_queue(asked)
+    return create_engine(EngineName(kind), asked)
 
 
 def generate(engine: RolloutEngine, prompts: list[list[int]], *sampling: Sampling) -> list[Generation]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import GREEDY, PROMPTS, generate, manifest_of, settings, weights
+from tests.engines import GREEDY, PROMPTS, generate, manifest_of, settings, start_with_queue, weights
 from tests.tiny import save_tiny_model
 from togi.config.choices import EngineName
 from togi.rollout import create_engine
@@ -22,7 +22,7 @@ from togi.rollout.vllm_engine import VllmCore
 from togi.sample import Generation
 from togi.weights.buckets import pack_buckets
 
-cpu = pytest.importorskip("vllm.platforms.cpu")
+pytest.importorskip("vllm.platforms.cpu")
 pytestmark = pytest.mark.busy
 LONG = replace(GREEDY, max_tokens=200, ignore_eos=True)
 
@@ -47,22 +47,14 @@ def expected(folders: list[Path]) -> list[list[tuple[int, ...]]]:
 
 @pytest.fixture(scope="module")
 def engine(expected: object, folders: list[Path]) -> Iterator[RolloutEngine]:
-    with pytest.MonkeyPatch.context() as patch:
-        defaults = cpu.CpuPlatform.check_and_update_config.__func__
-
-        def with_queue(cls: type, vllm_config: object) -> None:
-            defaults(cls, vllm_config)
-            vllm_config.scheduler_config.async_scheduling = True  # type: ignore[attr-defined]
-
-        patch.setattr(cpu.CpuPlatform, "check_and_update_config", classmethod(with_queue))
-        running = create_engine(EngineName.VLLM, settings(folders[0]))
-        core = running._core
-        assert isinstance(core, VllmCore)
-        assert core._engine.engine_core.engine_core.batch_queue is not None
-        assert running.facts["async_scheduling"] is True
-        assert running.facts["model_runner"] == "V1"  # without Triton
-        yield running
-        asyncio.run(running.shutdown())
+    running = start_with_queue(settings(folders[0]))
+    core = running._core
+    assert isinstance(core, VllmCore)
+    assert core._engine.engine_core.engine_core.batch_queue is not None
+    assert running.facts["async_scheduling"] is True
+    assert running.facts["model_runner"] == "V1"  # without Triton
+    yield running
+    asyncio.run(running.shutdown())
 
 
 def test_tokens_are_those_without_a_queue(engine: RolloutEngine, expected: list[list[tuple[int, ...]]]) -> None:

@@ -12,15 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engines import GREEDY, PROMPTS, generate, manifest_of, settings, weights
+from tests.engines import GREEDY, PROMPTS, engine_of, generate, manifest_of, weights
 from tests.tiny import save_tiny_model
-from togi.config.choices import EngineName
-from togi.rollout import create_engine
 from togi.rollout.engine import RolloutEngine
 from togi.sample import Generation, Sampling
 from togi.weights.buckets import pack_buckets
 
-cpu = pytest.importorskip("vllm.platforms.cpu")
+pytest.importorskip("vllm.platforms.cpu")
 pytestmark = pytest.mark.busy
 
 LONG = replace(GREEDY, max_tokens=300, ignore_eos=True)
@@ -35,28 +33,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return old, new
 
 
-def engine_of(kind: str, folder: Path, *, recompute: bool = False) -> RolloutEngine:
-    """``with a queue``: asynchronous scheduling, as vLLM has on GPUs: one step is in flight while the last one is handed out."""
-    name = EngineName.TRANSFORMERS if kind == "transformers" else EngineName.VLLM
-    asked = replace(settings(folder), recompute_kv=recompute)
-    if kind != "vllm with a queue":
-        return create_engine(name, asked)
-    with pytest.MonkeyPatch.context() as patch:
-        defaults = cpu.CpuPlatform.check_and_update_config.__func__
-
-        def with_queue(cls: type, vllm_config: object) -> None:
-            defaults(cls, vllm_config)
-            vllm_config.scheduler_config.async_scheduling = True  # type: ignore[attr-defined]
-
-        patch.setattr(cpu.CpuPlatform, "check_and_update_config", classmethod(with_queue))
-        return create_engine(name, asked)
-
-
 @pytest.fixture(params=[(kind, again) for kind in KINDS for again in (False, True)], ids=str)
 def engine(request: pytest.FixtureRequest, folders: tuple[Path, Path]) -> Iterator[tuple[RolloutEngine, bool]]:
     """An engine with the old weights, and whether it computes keys and values again."""
     kind, recompute = request.param
-    running = engine_of(kind, folders[0], recompute=recompute)
+    running = engine_of(kind, folders[0], recompute_kv=recompute)
     yield running, recompute
     asyncio.run(running.shutdown())
 
