@@ -44,31 +44,20 @@ def again(
     nothing yet. Raises ``died`` if it cannot go on or was restarted too often.
     """
     try:
-        return _again(parsed, journal, material, start, died, health)
+        changed = parsed.config.model_copy(update={"load_checkpoint": True, "run_dir": str(journal.root)})
+        found, position = start
+        if changed.save_steps > 0 and not changed.disable_ds_ckpt:
+            found = find_checkpoint(changed, material, journal.progress) or found
+        records = read_records(RunDirectory(journal.root).metrics_path)
+        if found is start[0]:
+            material.loader.load_state(position)
+            if records and records[-1].step > (found.step if found is not None else 0):
+                raise died
+        health.allow(died, "the run" if found is None else f"the run, from its checkpoint of step {found.step},")
+        return replace(parsed, config=changed), found
     except WorkerDied:
         journal.progress.say(journal.advice)
         raise
-
-
-def _again(
-    parsed: Parsed[RLConfig],
-    journal: RunJournal,
-    material: Material,
-    start: tuple[Checkpoint | None, LoaderState],
-    died: WorkerDied,
-    health: Health,
-) -> tuple[Parsed[RLConfig], Checkpoint | None]:
-    changed = parsed.config.model_copy(update={"load_checkpoint": True, "run_dir": str(journal.root)})
-    found, position = start
-    if changed.save_steps > 0 and not changed.disable_ds_ckpt:
-        found = find_checkpoint(changed, material, journal.progress) or found
-    records = read_records(RunDirectory(journal.root).metrics_path)
-    if found is start[0]:
-        material.loader.load_state(position)
-        if records and records[-1].step > (found.step if found is not None else 0):
-            raise died
-    health.allow(died, "the run" if found is None else f"the run, from its checkpoint of step {found.step},")
-    return replace(parsed, config=changed), found
 
 
 @asynccontextmanager
