@@ -259,6 +259,11 @@ def test_tokens_of_lost_weights_are_not_trained(tmp_path: Path) -> None:
     assert ledger.kept(5, "other prompt") is None
     ledger.forget([5])
     assert ledger.kept(5, "p") is None
+    # A file that cannot be read is as good as none.
+    ledger.keep(6, ScoredGroup((rollout,), (Score(Outcome.SCORE, 1.0),)))
+    [file] = (tmp_path / "ledger").rglob("*.parquet")
+    file.write_bytes(b"damaged")
+    assert ledger.kept(6, "p") is None
 
 
 def test_drop_gives_the_place_to_another_prompt() -> None:

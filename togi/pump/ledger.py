@@ -95,12 +95,14 @@ class Ledger:
         """The stored group of a prompt, if it was finished before a kill by weights that still count."""
         if self._newest < 0 or not self._store.path(number, Split.TRAIN).is_file():
             return None
-        with tolerated("reading a stored group"):
+        try:
             group = group_of(self._store.read_step(number))
-            newest = max(version for rollout in group.rollouts for version in rollout.versions)
-            if newest <= self._newest and group.rollouts[0].prompt.id == prompt_id:
-                return group
-        return None
+        except DataError as error:
+            logger.warning("a finished group is generated again: %s", error)
+            return None
+        is_of_prompt = group.rollouts[0].prompt.id == prompt_id
+        newest = max(rollout.policy_version for rollout in group.rollouts)
+        return group if is_of_prompt and newest <= self._newest else None
 
     def stored(self) -> list[int]:
         """The numbers of the prompts whose groups are stored."""
