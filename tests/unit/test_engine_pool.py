@@ -227,3 +227,23 @@ def test_who_is_waited_for_longest_comes_first() -> None:
         with health.calling("engine 1", "beat"):
             assert len(health.waiting()) == 2, "a look after an engine is no work"
     assert health.stalled_for() == 0
+
+
+def test_the_idle_share_is_between_none_and_all_whatever_the_clock_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock finds it a second later; an engine that is busy throughout is never idle."""
+    seconds = iter(range(1000))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+
+    async def scene() -> list[float]:
+        one = Scene(2)
+        one.pool.take_idle_share()
+        shares = [one.pool.take_idle_share()]
+        tasks = one.ask(2)
+        await turns()
+        one.pool.take_idle_share()
+        shares.append(one.pool.take_idle_share())
+        one.engines.open.set()
+        await asyncio.gather(*tasks)
+        return shares
+
+    assert asyncio.run(scene()) == [1.0, 0.0]

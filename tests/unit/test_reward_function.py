@@ -200,6 +200,21 @@ def test_a_hanging_function_is_killed_with_its_children_and_replaced(tmp_path):
         assert score(reward, "a")[0].value == 4.0
 
 
+def test_processes_that_died_between_calls_cost_no_try(tmp_path):
+    """Both are killed while they wait; without retries every sample is scored all the same."""
+    limits = CallLimits(workers=2, retries=0)
+    with closing(FunctionReward.from_file(write(tmp_path, MANNERS), limits)) as reward:
+        for _ in range(2):  # each of the two has answered a call
+            assert score(reward, "a")[0].value == 4.0
+        before = reward.worker_pids
+        for pid in before:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        for _ in range(4):
+            assert score(reward, "a")[0].value == 4.0
+        assert not set(before) & set(reward.worker_pids)
+
+
 @pytest.mark.parametrize("edited", ["def reward_func(queries, prompts, labels): return [9]", "no Python ("])
 def test_a_file_edited_during_a_run_changes_nothing(tmp_path, edited):
     """Every worker has the file as it was at the start, also one that replaces another, and errors show its lines."""

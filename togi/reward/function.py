@@ -79,6 +79,9 @@ class Worker:
 
     def call(self, frame: bytes) -> Answer:
         """Send a frame and wait for the reply within the limit. Blocks; one call at a time. Raises Complaint."""
+        # Who died between two calls did not fail in this one, which would cost it a try.
+        if self._process.poll() is not None and self._ready:
+            self._replace()
         # The first reply says whether the import worked; it has a limit of its own.
         if not self._ready:
             limit = self._limits.start_timeout

@@ -162,7 +162,7 @@ class EnginePool:
                 await self._change()
             index = min(serving, key=self._unfinished.__getitem__)
             life = self._lives[index]
-            self._count(index, 1)
+            self._count(index, 1, time.perf_counter())
             try:
                 return await self.workers.call(index, EngineWorker.generate, prompt_tokens, sampling)
             except WorkerDied as died:
@@ -172,18 +172,18 @@ class EnginePool:
                 if await self._answers(index, life):
                     raise
             finally:
-                self._count(index, -1)
+                self._count(index, -1, time.perf_counter())
 
     def take_idle_share(self) -> float:
         """The share of the time since the last call in which an engine had nothing to generate, mean over the engines."""
+        now = time.perf_counter()  # one moment for all: an engine cannot be busy for longer than there was time
         for index in range(len(self._busy)):
-            self._count(index, 0)
-        seconds, busy = time.perf_counter() - self._since, self._busy
-        self._busy, self._since = [0.0] * len(busy), time.perf_counter()
-        return 1 - sum(busy) / max(seconds * len(busy), 1e-9)
+            self._count(index, 0, now)
+        seconds, busy = now - self._since, self._busy
+        self._busy, self._since = [0.0] * len(busy), now
+        return max(0.0, 1 - sum(busy) / max(seconds * len(busy), 1e-9))
 
-    def _count(self, index: int, more: int) -> None:
-        now = time.perf_counter()
+    def _count(self, index: int, more: int, now: float) -> None:
         self._busy[index] += (now - self._counted[index]) * (self._unfinished[index] > 0)
         self._counted[index], self._unfinished[index] = now, self._unfinished[index] + more
 
