@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,31 +80,15 @@ class Generation:
         assert len(self.tokens) == len(self.logprobs) == len(self.versions), "streams of a generation differ in length"
 
 
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One finished trajectory. ``response_*`` have one entry per token after the prompt.
+class Fork(NamedTuple):
+    """From token ``start`` on, tokens follow token ``parent`` and not the one at ``start`` - 1. ``parent`` -1: they follow none.
 
-    ``response_mask`` is True where the policy chose the token (False for an environment's observation).
-    ``group_id`` is shared by the samples of one prompt in one step.
+    Both count the tokens of prompt and response together, and ``parent`` < ``start``. An episode forks where its next request
+    does not continue the tokens before it: what it has in common with them is there once, the rest is appended.
     """
 
-    prompt: Prompt
-    group_id: str
-    response_tokens: tuple[int, ...]
-    response_mask: tuple[bool, ...]
-    response_logprobs: tuple[float, ...]
-    response_text: str
-    finish_reason: FinishReason
-    versions: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        n, streams = len(self.response_tokens), (self.response_mask, self.response_logprobs, self.versions)
-        assert all(len(stream) == n for stream in streams), "response streams differ in length"
-
-    @property
-    def policy_version(self) -> int:
-        """The newest version of the weights that sampled a token of it; 0 for no token."""
-        return max(self.versions, default=0)
+    start: int
+    parent: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +101,43 @@ class Score:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One finished trajectory. ``response_*`` have one entry per token after the prompt.
+
+    ``response_mask`` is True where the policy chose the token (False for an environment's observation).
+    ``group_id`` is shared by the samples of one prompt in one step. ``forks``: ascending; without one the tokens are one row.
+    ``score``: what the environment itself says of the episode; None if it says nothing.
+    """
+
+    prompt: Prompt
+    group_id: str
+    response_tokens: tuple[int, ...]
+    response_mask: tuple[bool, ...]
+    response_logprobs: tuple[float, ...]
+    response_text: str
+    finish_reason: FinishReason
+    versions: tuple[int, ...]
+    forks: tuple[Fork, ...] = ()
+    score: Score | None = None
+
+    def __post_init__(self) -> None:
+        n, streams = len(self.response_tokens), (self.response_mask, self.response_logprobs, self.versions)
+        assert all(len(stream) == n for stream in streams), "response streams differ in length"
+
+    @property
+    def policy_version(self) -> int:
+        """The newest version of the weights that sampled a token of it; 0 for no token."""
+        return max(self.versions, default=0)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """One sequence ready for packing. All arrays have length L = ``len(tokens)``.
 
     Element i of every stream is about token i; entries where ``loss_mask`` is False are never read (they may be NaN).
     ``prompt_length`` is the number of leading tokens that may be shared with other samples of the same ``group_id``.
+    ``forks``: ascending, as in ``Rollout``; a sample is one sequence of the loss however often it forks.
     """
 
     tokens: NDArray[np.int64]
@@ -131,10 +146,12 @@ class Sample:
     group_id: str
     streams: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     values: Mapping[str, float] = field(default_factory=dict)
+    forks: tuple[Fork, ...] = ()
 
     def __post_init__(self) -> None:
         length = len(self.tokens)
         assert len(self.loss_mask) == length, "loss_mask and tokens differ in length"
+        assert all(-1 <= fork.parent < fork.start < length for fork in self.forks), "a fork follows no earlier token"
         assert 0 <= self.prompt_length <= length
         assert not self.loss_mask[:1].any(), "the first token has no prediction and cannot be in the loss"
         assert all(len(stream) == length for stream in self.streams.values()), "a stream and tokens differ in length"

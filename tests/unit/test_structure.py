@@ -32,6 +32,7 @@ LEVELS = {
     "learn": 6,
     "rollout": 6,
     "reward": 6,
+    "env": 6.5,
     "methods": 7,
     "pump": 7,
     "workers": 7,

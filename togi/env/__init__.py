@@ -1,0 +1,1 @@
+"""What a policy acts in: environments, agents, their tools, and the tokens of an episode."""
