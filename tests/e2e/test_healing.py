@@ -13,8 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from tests.rl_world import GRPO, HF, ROOT, command, metrics, model_bytes, train
+from tests.tiny import tiny_config, tiny_tokenizer
 
 pytestmark = pytest.mark.busy
 
@@ -140,6 +142,35 @@ def test_a_killed_learner_sends_the_run_back_to_its_checkpoint(world: Path, tmp_
     is_like(run, calm)
     assert metrics(run)[-1]["values"]["restarts/run"] == 1
     assert not (run / "failure.md").exists()
+
+
+@pytest.mark.large
+def test_whichever_model_worker_is_killed_the_run_goes_on_from_its_checkpoint(world: Path, tmp_path: Path) -> None:
+    """Actor, critic, reference and reward model in turn, in one run; the weights are those of a run that nothing disturbs."""
+    judge = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=1, initializer_range=0.1))
+    judge.save_pretrained(tmp_path / "rm")
+    tiny_tokenizer().save_pretrained(tmp_path / "rm")
+    flags = ["--advantage_estimator", "gae", "--init_kl_coef", "0.01", "--reward_pretrain", str(tmp_path / "rm")]
+    train(world, calm := tmp_path / "calm", *SEEDED, *flags)
+    run = tmp_path / "run"
+
+    def kill_each(started: subprocess.Popen[str]) -> None:
+        for number in range(4):
+            deadline = time.monotonic() + 120
+            # The workers of this life are there, and it has written a checkpoint that the one before had not.
+            while len(models := processes(started, "LearnerActor") + processes(started, "ScorerActor")) < 4 or not list(
+                (run / "checkpoints").glob(f"step_{number + 1:08d}")
+            ):
+                assert started.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            sorted(models, key=psutil.Process.create_time)[number].kill()
+            time.sleep(1)
+
+    code, output, errors = disturbed(world, run, kill_each, *flags, "--max_restarts", "4")
+    assert code == 0, errors[-3000:]
+    assert set(re.findall(r"(\w+ 0) died \(process", output)) == {"actor 0", "critic 0", "ref 0", "reward 0"}
+    is_like(run, calm)
+    assert metrics(run)[-1]["values"]["restarts/run"] == 4
 
 
 @pytest.mark.large

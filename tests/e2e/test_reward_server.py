@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.rl_world import GRPO, HF, ROOT, command, metrics
 from tests.scripted_server import free_port
 from tests.tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from togi.model.loading import keep_layout, nf4
+from togi.pump.ledger import Event, balance, read
 
 pytestmark = pytest.mark.busy
 
@@ -183,6 +185,44 @@ def test_a_run_waits_for_its_server_and_every_reward_is_true(world: Path, tmp_pa
         assert row["outcome"] == "score"
         assert parts == {"remote": pytest.approx(direct(model, text), abs=1e-4), "function": len(row["response_text"])}
         assert row["reward"] == pytest.approx(2 * parts["remote"] - 0.5 * parts["function"], abs=1e-5)
+
+
+@pytest.mark.large
+def test_an_engine_and_the_server_die_in_an_asynchronous_run_and_it_ends_by_itself(world: Path, tmp_path: Path) -> None:
+    """Every prompt is trained once; the page shows how long rewards were away, and that an engine was restarted."""
+    run, port, away = tmp_path / "run", free_port(), 6.0
+    serve = ["--reward_func", str(world / "reward.py"), "--port", str(port)]
+    flags = [*GRPO, *HF, "--num_episodes", "12", "--max_staleness", "2", "--vllm_num_engines", "2"]
+    words = command(world, run, *flags, "--remote_rm_url", f"http://127.0.0.1:{port}/get_reward")
+    at = words.index("--reward_func")
+    del words[at : at + 2]
+    log = tmp_path / "stderr"
+    with log.open("w") as stderr, server(*serve) as (first, _):
+        process = subprocess.Popen(words, cwd=ROOT, stdout=stderr, stderr=stderr)
+        try:
+            wait_for(lambda: len(steps(run)) >= 3, process, log)
+            first.kill()
+            family = psutil.Process(process.pid).children(recursive=True)
+            next(child for child in family if "EngineActor" in " ".join(child.cmdline())).kill()
+            time.sleep(away)
+            assert process.poll() is None
+            with server(*serve):
+                assert process.wait(timeout=200) == 0, log.read_text()[-3000:]
+        finally:
+            process.kill()
+            process.wait()
+    states = balance(read(run / "ledger.jsonl"))
+    assert set(states) == set(range(4 * 12)) and set(states.values()) == {Event.TRAINED}
+    records = metrics(run)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert all(record["values"]["reward/error_share"] == 0 for record in records)
+    assert records[-1]["values"]["restarts/engines"] == 1
+    # The page: the pause in the numbers, and in the picture groups that waited for their rewards.
+    assert sum(record["values"]["reward/paused_seconds"] for record in records) > away / 2
+    found = re.search(r'id="togi-data">(.*?)</script>', (run / "report.html").read_text(), re.DOTALL)
+    page = json.loads(found[1])
+    assert max(page["series"]["reward/paused_seconds"]) > away / 2 and max(page["series"]["restarts/engines"]) == 1
+    assert max(end - start for kind, _, start, end, _ in page["gantt"]["spans"] if kind == "rewards") > away / 2
 
 
 def steps(run: Path) -> Sequence[object]:

@@ -71,6 +71,27 @@ def test_the_rate_is_that_of_the_planned_updates(
     assert signs == [Sign(verdict, sentence)]
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentences"),
+    [
+        ({"max_staleness": 2, "workers": "ray"}, []),
+        ({"max_staleness": 3, "workers": "ray"}, ["lets the prompts of all 4 rollouts start with the first weights"]),
+        ({"max_restarts": 5, "workers": "ray"}, []),
+        (
+            {"max_restarts": 5, "engine_timeout": 9.0, "workers": "local"},
+            [
+                "--max_restarts does nothing, as engine and models",
+                "--engine_timeout does nothing, as engine and models",
+            ],
+        ),
+    ],
+)
+def test_settings_that_do_nothing_in_this_run_are_said(flags: dict[str, object], sentences: list[str]) -> None:
+    signs = [*setting_signs(config(**flags), StepPlan((4,), 4, 4, 4))]
+    for found, expected in zip(of(Verdict.WARNING, signs), sentences, strict=True):
+        assert expected in found
+
+
 def test_some_failures_are_a_warning_and_any_is_the_end_where_none_is_allowed() -> None:
     groups = [group(number(1), number(0), number(1), ERROR), group(*[number(1), number(0)] * 2)]
     (warning,) = of(Verdict.WARNING, [*reward_signs(config(max_reward_errors=0.2), groups)])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -76,9 +77,11 @@ class Ledger:
 
     def resume(self, version: int) -> None:
         """Go on from the checkpoint of ``version``, or from the start: what these and older weights sampled may be used again."""
-        if self._path.is_file() and not self._path.read_bytes().endswith(b"\n"):
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("\n")  # a kill in the middle of a line
+        if self._path.is_file():
+            with self._path.open("ab+") as file:
+                file.seek(-min(1, file.tell()), os.SEEK_CUR)
+                if file.read(1) not in (b"", b"\n"):
+                    file.write(b"\n")  # a kill in the middle of a line
         self.write(Event.RESUMED, version=version)
         self._newest = version
 

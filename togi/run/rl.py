@@ -78,7 +78,7 @@ async def run(
         # Each block owns what it opens, and closes it also after an error: data and rewards, run folder, workers.
         async with opening(config, reward, progress, announce) as (material, plan, begun):
             for sign in setting_signs(config, plan):
-                if sign.verdict is Verdict.STOPS:
+                if sign.verdict in (Verdict.STOPS, Verdict.WARNING):
                     announce(f"warning: {sign.sentence}")
             health, begin, found = Health(config.max_restarts, announce), material.loader.state(), begun
             evaluations: list[Evaluation] | None = None

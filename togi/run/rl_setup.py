@@ -23,6 +23,7 @@ from togi.model.checkpoint import check_base_files
 from togi.model.loading import known_tokens
 from togi.obs.names import reward_component
 from togi.obs.progress import Progress
+from togi.obs.run_dir import RunDirectory
 from togi.obs.way_out import way_out
 from togi.plan.placement import Role
 from togi.pump.feed import ReplayFeed
@@ -307,7 +308,16 @@ def check_replay(config: RLConfig, folder: str, material: Material, plan: StepPl
             "--rollout_batch_size of that run."
         )
     feed.groups(1)
-    return f"replay of {folder}: no engine runs and no reward is called"
+    line, values = (
+        f"replay of {folder}: no engine runs and no reward is called",
+        RunDirectory(Path(folder)).read_info().values,
+    )
+    names = ("max_staleness", "max_token_lag")
+    before = config.model_copy(update={str(name): values[name]["value"] for name in names if name in values})
+    then, now = before.token_lag, config.token_lag
+    if then != now and config.max_staleness > 0:
+        line += f"; tokens older than {now} updates are left out of the loss, in that run those older than {then}"
+    return line
 
 
 def load_pretraining(config: RLConfig, data: str, tokenizer: chat.Tokenizer) -> Pretraining:

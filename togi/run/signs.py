@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from togi.config.choices import BUILTIN, Verifier
+from togi.config.choices import BUILTIN, Verifier, WorkersKind
 from togi.config.rl import RLConfig
 from togi.data.chat import Tokenizer, encode, render_messages, visible
 from togi.data.messages import ASSISTANT, USER, Dialogue
@@ -55,7 +55,7 @@ def grave(sentence: str, *, certain: bool) -> Sign:
 
 
 def setting_signs(config: RLConfig, plan: StepPlan) -> Iterator[Sign]:
-    """Settings under which the actor never changes."""
+    """Settings under which the actor never changes, and those that do nothing in this run."""
     if config.actor_learning_rate == 0:
         yield stops("--actor_learning_rate 0 changes no weight: give a rate above 0, such as 1e-6.")
     elif plan.actor_updates == 0:
@@ -68,6 +68,15 @@ def setting_signs(config: RLConfig, plan: StepPlan) -> Iterator[Sign]:
     else:
         rate = highest(config, config.actor_learning_rate, plan.actor_updates)
         yield fine(f"{plan.actor_updates} updates of the actor at a learning rate of up to {rate:g}.")
+    if (staleness := config.max_staleness) > 0 and 1 < plan.rollouts <= staleness + 1:
+        yield warning(
+            f"--max_staleness {staleness} lets the prompts of all {plan.rollouts} rollouts start with the first weights: "
+            "lower it, or raise --num_episodes."
+        )
+    for name in config.changed("max_restarts", "engine_timeout") if config.workers is WorkersKind.LOCAL else ():
+        yield warning(
+            f"--{name} does nothing, as engine and models are in this process and end with it: --workers ray gives each its own."
+        )
 
 
 def prompt_signs(config: RLConfig, material: Material, tokenizer: Tokenizer) -> Iterator[Sign]:
