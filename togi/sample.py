@@ -35,7 +35,8 @@ class Prompt:
     """One row of a prompt set, rendered and tokenised.
 
     ``id`` is unique within the mixed prompt set and stable between runs; ``label`` is the value of
-    ``--label_key`` (any JSON value; "" when the flag is not set).
+    ``--label_key`` (any JSON value; "" when the flag is not set). For an environment, which begins the episode itself, there
+    are the columns of the ``row`` and the row's ``messages``; empty otherwise.
     """
 
     id: str
@@ -43,6 +44,8 @@ class Prompt:
     text: str
     label: Any = ""
     datasource: str = "default"
+    row: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +96,16 @@ class Fork(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The reward of one rollout: the sum and its named components, or the reason (``message``) why there is none."""
+    """The reward of one rollout: the sum and its named components, or the reason (``message``) why there is none.
+
+    ``turns``: the parts of the sum that were given during the episode: (place, reward) after the response token of this place.
+    """
 
     outcome: Outcome
     value: float = math.nan
     components: Mapping[str, float] = field(default_factory=dict)
     message: str = ""
+    turns: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,8 @@ class Rollout:
 
     ``response_mask`` is True where the policy chose the token (False for an environment's observation).
     ``group_id`` is shared by the samples of one prompt in one step. ``forks``: ascending; without one the tokens are one row.
-    ``score``: what the environment itself says of the episode; None if it says nothing.
+    ``score``: what the environment itself says of the episode; None if it says nothing. ``messages``: its conversation, to show.
+    ``counts``: what happened in it, by name, such as tool calls.
     """
 
     prompt: Prompt
@@ -120,6 +128,8 @@ class Rollout:
     versions: tuple[int, ...]
     forks: tuple[Fork, ...] = ()
     score: Score | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    counts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n, streams = len(self.response_tokens), (self.response_mask, self.response_logprobs, self.versions)

@@ -44,7 +44,8 @@ def test_turns_that_continue_are_one_row() -> None:
     assert rollout.response_mask == (True, True, False, False, True)
     assert rollout.response_logprobs == (-4.0, -5.0, 0.0, 0.0, -8.0)
     assert rollout.versions == (0, 0, 1, 1, 1)
-    assert (rollout.forks, trace.forks, trace.sampled) == ((), 0, 3)
+    assert (rollout.forks, trace.forks, trace.sampled, trace.last) == ((), 0, 3, 4)
+    assert rollout.prompt == PROMPT
 
 
 def test_a_history_that_was_written_anew_forks_where_it_differs() -> None:
@@ -71,6 +72,15 @@ def test_a_request_with_nothing_in_common_follows_no_token() -> None:
     assert rows(ended(trace)) == [(1, 2, 3, 4), (7, 8, 9)]
 
 
+def test_the_prompt_is_what_comes_before_the_first_sampled_token() -> None:
+    trace = Trace(PROMPT)
+    assert ended(trace) == Rollout(PROMPT, "g", (), (), (), "text", FinishReason.STOP, ())
+    trace.add([7, 8], answer())
+    trace.add([7, 8, 9], answer(4))
+    rollout = ended(trace)
+    assert (rollout.prompt.tokens, rollout.prompt.id, rollout.response_tokens) == ((7, 8, 9), "0:0", (4,))
+
+
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=8), st.lists(st.integers(0, 2), max_size=4)))
 )
@@ -79,7 +89,7 @@ def test_every_request_is_a_path_and_every_answer_is_trained_once(asked: list[tu
     for context, tokens in asked:
         trace.add(context, answer(*tokens))
     rollout = ended(trace)
-    found = [tuple(PROMPT.tokens), *rows(rollout)]
+    found = rows(rollout)
     for context, tokens in asked:
         whole = (*context, *tokens)
         assert any(row[: len(whole)] == whole for row in found)
