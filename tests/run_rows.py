@@ -38,6 +38,10 @@ def row(index=0, text="Hello <|im_end|>", **others):
         "finish_reason": "stop",
         "policy_version": 4,
         "versions": [3, 3, 4],
+        "forks": [[5, 3]],
+        "turn_rewards": [[0.0, 0.5]],
+        "messages": '[{"role": "user", "content": "日本"}]',
+        "counts": {"turns": 2.0},
         "filtered": False,
         **others,
     }

@@ -136,6 +136,20 @@ class Rollout:
         assert all(len(stream) == n for stream in streams), "response streams differ in length"
 
     @property
+    def row(self) -> tuple[int, ...]:
+        """The tokens that lead to the last one: all of prompt and response if the episode did not fork."""
+        tokens, end, parts = (
+            self.prompt.tokens + self.response_tokens,
+            len(self.response_mask) + len(self.prompt.tokens),
+            [],
+        )
+        for start, parent in reversed(self.forks):
+            if start < end:
+                parts.append(tokens[start:end])
+                end = parent + 1
+        return sum(reversed(parts), start=tokens[:end])
+
+    @property
     def policy_version(self) -> int:
         """The newest version of the weights that sampled a token of it; 0 for no token."""
         return max(self.versions, default=0)

@@ -246,6 +246,51 @@ def test_no_tokens_at_all(estimator):
     assert adv.shape == ret.shape == (0,)
 
 
+def test_rewards_of_turns_by_hand():
+    """Two turns of 2 and 1 tokens; 3 of the 5 came after the first. Values 0, so GAE with lambda 1 is the discounted sum."""
+    step = doubles(5), ids(0), ids(0, 0, 0)
+    turns = {"turn_rewards_K": doubles(0, 3, 0), "turns_K": ids(0, 0, 1)}
+    plain = {"values_K": doubles(0, 0, 0), **turns}
+    _, ret = run(Est.GAE, *step, **plain)
+    close(ret, [5, 5, 2])
+    # 0.5 from the first turn to the second, 0.9 from token to token: 2, 3 + 0.45 * 2, 0.9 * 3.9
+    _, ret = run(Est.GAE, *step, **plain, gamma=0.9, turn_discount=0.5)
+    close(ret, [3.51, 3.9, 2])
+    _, ret = run(Est.REINFORCE, *step, **turns, turn_discount=0.5)
+    close(ret, [4, 4, 2])
+    # lambda 0: r + d V' - V
+    adv, _ = run(
+        Est.GAE, *step, **(plain | {"values_K": doubles(1, 2, 4)}), lam=0.0, turn_discount=0.5, no_std_norm=True
+    )
+    close(adv - adv[0], [0, 3 + 0.5 * 4 - 2 - 1, 2 - 4 - 1])  # 0 + 2 - 1 = 1 is the first
+
+
+def test_groups_compare_the_discounted_sums_of_episodes():
+    """3 after the first turn and 2 after the second are 3 + 0.5 * 2 = 4; 6 at the end of the third of three are 0.25 * 6."""
+    step = doubles(5, 6), ids(0, 0), ids(0, 0, 0, 1, 1, 1)
+    turns = {"turn_rewards_K": doubles(0, 3, 0, 0, 0, 0), "turns_K": ids(0, 0, 1, 0, 1, 2)}
+    _, ret = run(Est.DR_GRPO, *step, **turns, turn_discount=0.5)
+    close(ret, [1.25, 1.25, 1.25, -1.25, -1.25, -1.25])
+    _, ret = run(Est.DR_GRPO, *step, **turns)
+    close(ret, [-0.5, -0.5, -0.5, 0.5, 0.5, 0.5])
+
+
+@FAST
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    dice=st.randoms(use_true_random=False),
+    gamma=st.sampled_from([0.5, 1.0]),
+)
+def test_discounts_of_tokens_equal_a_loop(lengths, dice, gamma):
+    rewards, discounts = ([dice.randint(-9, 9) / 7 for _ in range(sum(lengths))] for _ in range(2))
+    discounts = [gamma * abs(discount) / 9 for discount in discounts]
+    expected, ends = [], set(torch.tensor(lengths).cumsum(0).tolist())
+    for place in reversed(range(len(rewards))):
+        after = 0.0 if place + 1 in ends else expected[-1]
+        expected.append(rewards[place] + discounts[place] * after)
+    close(discounted_returns(doubles(*rewards), runs(lengths), doubles(*discounts)), expected[::-1])
+
+
 grid = st.integers(-60, 60).map(lambda i: i / 7)
 
 

@@ -62,6 +62,7 @@ def test_a_history_that_was_written_anew_forks_where_it_differs() -> None:
     trace.add([1, 2, 3, 4, 5, 6], answer(7))
     assert (ended(trace).forks, trace.forks) == ((Fork(5, 3), Fork(8, 4)), 1)
     assert rows(ended(trace)) == [(1, 2, 3, 4, 9, 9, 8), (1, 2, 3, 4, 5, 6, 7)]
+    assert rollout.row == (1, 2, 3, 4, 9, 9, 8) and ended(trace).row == (1, 2, 3, 4, 5, 6, 7)
 
 
 def test_a_request_with_nothing_in_common_follows_no_token() -> None:
@@ -90,6 +91,7 @@ def test_every_request_is_a_path_and_every_answer_is_trained_once(asked: list[tu
         trace.add(context, answer(*tokens))
     rollout = ended(trace)
     found = rows(rollout)
+    assert rollout.row in ([*found, PROMPT.tokens] if not asked else found)
     for context, tokens in asked:
         whole = (*context, *tokens)
         assert any(row[: len(whole)] == whole for row in found)

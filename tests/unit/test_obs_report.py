@@ -133,7 +133,7 @@ def test_the_page_holds_the_curves_and_the_rollouts(run):
     assert data["headlines"][0] == {"name": names.REWARD_MEAN, "first": 0.25, "last": 1.0}
     shown = data["rollouts"][3]["rows"][5]
     # advantages 1.5, 0.0, 1.5 with the middle token not the policy's: mean 1.5, not 1.0
-    assert (shown["index"], shown["reward"], shown["tokens"], shown["advantage"]) == (5, 0.1, 3, 1.5)
+    assert (shown["index"], shown["reward"], shown["tokens"], shown["advantage"]) == (5, 0.1, 2, 1.5)
     assert shown["components"] == {"format": 1.0, "correct": -0.1}
     assert data["notes"] == []
 

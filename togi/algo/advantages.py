@@ -60,6 +60,9 @@ def advantages(
     gamma: float,
     lam: float,
     no_std_norm: bool,
+    turn_rewards_K: Tensor | None = None,
+    turns_K: Tensor | None = None,
+    turn_discount: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Advantages for the policy loss and returns for the value loss, of all tokens of one step, both [K].
 
@@ -69,16 +72,32 @@ def advantages(
     token, GAE or discounted sums, normalisation. ``kl_K`` is None if the KL is not in the reward. ``values_K`` is
     for gae and only for gae. ``gamma`` must be 1 for the estimators with groups, whose scalar must not depend on the length.
     ``lam`` is used by gae only.
+
+    ``turn_rewards_K``: what of the rewards was given during an episode, at the token after which it came; None: all of it at the
+    end. ``turns_K``: the turn of each token, counted from 0 in its sequence; ``turn_discount`` comes in addition to ``gamma``
+    from the last token of a turn to the next. Estimators with groups compare the discounted sum of each episode and give it to
+    all its tokens.
     """
     assert (values_K is not None) == (estimator is AdvantageEstimator.GAE), "values are for gae, and gae needs them"
     assert gamma == 1.0 or not estimator.uses_groups, f"{estimator} has no discount"
     assert reward_clip[0] <= reward_clip[1], "an empty reward clip range"
+    discounts: float | Tensor = gamma
+    if estimator.uses_groups:
+        rewards_N = episode_returns(rewards_N, sequences_K, turn_rewards_K, turns_K, turn_discount)
+        turn_rewards_K = None
+    elif turn_discount != 1.0 and turns_K is not None:
+        discounts = turn_discounts(sequences_K, turns_K, gamma, turn_discount)
     shaped_N = baselined_rewards(estimator, rewards_N, groups_N).clamp(*reward_clip)
+    # What was given during the episode is not given at its end.
+    if turn_rewards_K is not None:
+        shaped_N = shaped_N.index_add(0, sequences_K, -turn_rewards_K)
     rewards_K = token_rewards(shaped_N, kl_K, kl_coef, sequences_K)
+    if turn_rewards_K is not None:
+        rewards_K = rewards_K + turn_rewards_K
     if values_K is not None:
-        advantages_K, returns_K = gae(rewards_K, values_K, sequences_K, gamma, lam)
+        advantages_K, returns_K = gae(rewards_K, values_K, sequences_K, discounts, lam)
     else:
-        advantages_K = returns_K = discounted_returns(rewards_K, sequences_K, gamma)
+        advantages_K = returns_K = discounted_returns(rewards_K, sequences_K, discounts)
     if normalizes(estimator):
         advantages_K = normalize(advantages_K, mean_only=no_std_norm)
     return advantages_K, returns_K
@@ -136,25 +155,62 @@ def token_rewards(rewards_N: Tensor, kl_K: Tensor | None, kl_coef: float, sequen
     return rewards_K
 
 
-def discounted_returns(rewards_K: Tensor, sequences_K: Tensor, gamma: float) -> Tensor:
+def episode_returns(
+    rewards_N: Tensor,
+    sequences_K: Tensor,
+    turn_rewards_K: Tensor | None,
+    turns_K: Tensor | None,
+    turn_discount: float,
+) -> Tensor:
+    """The discounted sum of each episode's rewards, ``sum_t d^t r_t`` over its turns t from 0. Shape [N].
+
+    What was not given during the episode is a reward of its last turn. A discount of 1 gives ``rewards_N``.
+    """
+    if turn_discount == 1.0 or turns_K is None or turns_K.numel() == 0:
+        return rewards_N
+    last_N = torch.zeros(len(rewards_N), dtype=turns_K.dtype).scatter_reduce_(0, sequences_K, turns_K, "amax")
+    given_K = torch.zeros(len(turns_K), dtype=rewards_N.dtype) if turn_rewards_K is None else turn_rewards_K
+    at_end_N = rewards_N.index_add(0, sequences_K, -given_K)
+    return (at_end_N * turn_discount**last_N).index_add(0, sequences_K, given_K * turn_discount**turns_K)
+
+
+def turn_discounts(sequences_K: Tensor, turns_K: Tensor, gamma: float, turn_discount: float) -> Tensor:
+    """The discount from each token to the next one of its sequence: ``gamma``, and across turns times the second. Shape [K]."""
+    discounts_K = torch.full((len(sequences_K),), gamma, dtype=torch.float64)
+    crosses_K = (sequences_K[:-1] == sequences_K[1:]) & (turns_K[:-1] != turns_K[1:])
+    discounts_K[:-1][crosses_K] *= turn_discount
+    return discounts_K
+
+
+def discounted_returns(rewards_K: Tensor, sequences_K: Tensor, gamma: float | Tensor) -> Tensor:
     """``G_t = r_t + gamma * G_{t+1}`` within each sequence, in log2(longest sequence) passes over all tokens. Shape [K].
 
     After the pass with stride s, ``G_t`` covers the 2s tokens from t on (Hillis & Steele 1986). It needs no padding,
     and powers of ``gamma`` stay at most 1. Rounding errors grow with log L; those of a loop over time grow with L.
+    ``gamma`` [K]: the discount from each token to the next.
     """
     assert rewards_K.shape == sequences_K.shape, "token streams differ in length"
-    assert 0 <= gamma <= 1, "a discount must lie in [0, 1]"
+    assert bool((torch.as_tensor(gamma) >= 0).all() and (torch.as_tensor(gamma) <= 1).all()), (
+        "a discount must lie in [0, 1]"
+    )
     sums_K, stride = rewards_K.clone(), 1
+    # Of each token: the discount to the one that is ``stride`` later.
+    products_K = gamma.clone() if isinstance(gamma, Tensor) else None
     while stride < len(sums_K):
         same = sequences_K[:-stride] == sequences_K[stride:]
         if not bool(same.any()):
             break
-        sums_K[:-stride] += gamma**stride * torch.where(same, sums_K[stride:], 0)
+        factor = gamma**stride if products_K is None else products_K[:-stride]
+        sums_K[:-stride] += factor * torch.where(same, sums_K[stride:], 0)
+        if products_K is not None:
+            products_K[:-stride] = products_K[:-stride] * products_K[stride:]
         stride *= 2
     return sums_K
 
 
-def gae(rewards_K: Tensor, values_K: Tensor, sequences_K: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards_K: Tensor, values_K: Tensor, sequences_K: Tensor, gamma: float | Tensor, lam: float
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438): advantages and returns, both [K].
 
     ``delta_t = r_t + gamma V_{t+1} - V_t`` with ``V = 0`` after a sequence's last token,

@@ -143,7 +143,7 @@ class Hook:
         return f"{self.path}:{self.name}"
 
 
-def _hook(value: object) -> Hook:
+def _hook(value: object, *, what: str = "function") -> Hook:
     if isinstance(value, Hook):
         return value
     if isinstance(value, str):
@@ -152,7 +152,33 @@ def _hook(value: object) -> Hook:
             return Hook(path, name)
     elif callable(value):
         return Hook(IN_PYTHON, str(getattr(value, "__name__", type(value).__name__)), value)
-    raise PydanticCustomError("hook", "FILE.py:name of a function")
+    raise PydanticCustomError("hook", "FILE.py:name of a {what}", {"what": what})
 
 
 HookField = Annotated[Hook, PlainValidator(_hook), PlainSerializer(str, return_type=str)]
+
+
+def _hooks(value: object) -> dict[str, Hook]:
+    if isinstance(value, Mapping):
+        return {str(name): _hook(hook, what="class") for name, hook in value.items()}
+    if not isinstance(value, str):
+        hook = _hook(value, what="class")
+        return {hook.name: hook}
+    found: dict[str, Hook] = {}
+    for item in filter(None, (part.strip() for part in value.split(","))):
+        before, _, place = item.rpartition("=")
+        hook = _hook(place, what="class")
+        if (name := before or hook.name) in found:
+            raise PydanticCustomError("hooks", f"a name for each, as name=FILE.py:Class, as two are named {name}")
+        found[name] = hook
+    return found
+
+
+def _listed_hooks(hooks: Mapping[str, Hook]) -> str:
+    return ",".join(str(hook) if name == hook.name else f"{name}={hook}" for name, hook in hooks.items())
+
+
+HooksField = Annotated[
+    Mapping[str, Hook], PlainValidator(_hooks), PlainSerializer(_listed_hooks, return_type=str, when_used="unless-none")
+]
+"""FILE.py:name by name; without a name by that of what it defines. From Python also what it defines itself, or a mapping."""

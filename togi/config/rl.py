@@ -9,6 +9,7 @@ from togi.config.fields import (
     CountOrAuto,
     FromZero,
     HookField,
+    HooksField,
     Int,
     OpenShare,
     PathText,
@@ -107,6 +108,11 @@ class RewardSettings(Settings):
     def generates(self) -> bool:
         """Whether rollouts are generated and scored."""
         return True
+
+    @property
+    def acts(self) -> bool:
+        """Whether the policy acts in an environment, and does not answer prompts alone."""
+        return False
 
     @property
     def reward_models(self) -> tuple[str, ...]:
@@ -210,6 +216,26 @@ class RolloutSettings(VLLMSettings):
     weight_sync_timeout: Positive = flag(600.0, "Seconds after which an unfinished weight update is an error.")
 
 
+class EnvironmentSettings(Settings):
+    """Environments and agents"""
+
+    environment: HooksField | None = flag(
+        None,
+        "FILE.py:Class with reset(**row), tools as public methods (or step(action)) and reward(); several as name=FILE.py:Class, "
+        "comma-separated, of which the column 'environment' of a row names its own.",
+    )
+    agent: PathText | None = flag(
+        None,
+        "FILE.py:run, an async def run(base_url, task) that returns the reward, or a command in quotes: any agent that speaks to "
+        "an OpenAI-compatible server.",
+    )
+    max_turns: Count = flag(16, "An episode ends after so many answers of the policy.")
+    max_tool_seconds: Positive = flag(60.0, "Seconds one call of a tool or environment may take.")
+    agent_timeout: Positive = flag(1800.0, "Seconds an agent may take for one episode.")
+    max_observation_chars: Count = flag(20_000, "Longer results of a tool are cut in the middle, which is counted.")
+    episode_processes: Count = flag(256, "At most so many episodes at once, each in a process of its own.")
+
+
 class AsyncSettings(Settings):
     """Asynchronous RL"""
 
@@ -244,6 +270,7 @@ class AlgorithmSettings(Settings):
     )
     gamma: float = flag(1.0, "Discount. Group estimators need 1.", gt=0, le=1)
     lambd: Share = flag(1.0, "GAE lambda.")
+    turn_discount: float = flag(1.0, "Discount from each turn of an episode to the next, beside --gamma.", gt=0, le=1)
     policy_loss_type: choices.PolicyLossType | HookField = flag(
         choices.PolicyLossType.PPO,
         "Policy objective: ppo clips each token's ratio, gspo one ratio a sequence (published with --eps_clip_low_high 3e-4 "
@@ -347,6 +374,7 @@ class RLConfig(
     PromptSettings,
     RewardSettings,
     RolloutSettings,
+    EnvironmentSettings,
     AsyncSettings,
     SampleSettings,
     PretrainMixSettings,
@@ -373,6 +401,11 @@ class RLConfig(
         if self.algo is None:
             return (f"--max_staleness {self.max_staleness}", values) if corrected else ("", {})
         return f"--algo {self.algo}", values | preset_values(self.algo, given, self.generate_max_len)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the policy acts in an environment or as an agent."""
+        return self.environment is not None or self.agent is not None
 
     @property
     def generates(self) -> bool:

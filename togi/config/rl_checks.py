@@ -53,7 +53,7 @@ def _problems(c: RLConfig, *, reward_given: bool) -> Iterator[str]:
     yield from shared.rendering_problems(c)
     if c.max_len is not None and c.max_len < c.prompt_max_len + c.generate_max_len:
         yield "{max_len} is less than {prompt_max_len} + {generate_max_len}: raise the first or lower one of the others."
-    for part in (_reward, _rollout, _samples, _algorithm, _policy_loss, _training, _placement, _output):
+    for part in (_reward, _rollout, _acting, _samples, _algorithm, _policy_loss, _training, _placement, _output):
         yield from part(c)
     yield from combination_problems(c, reward_given=reward_given)
 
@@ -105,10 +105,10 @@ def _verifier_settings(c: RewardSettings) -> Iterator[str]:
 
 def combination_problems(c: RewardSettings, *, reward_given: bool = False) -> Iterator[str]:
     """No reward at all, and faults in how several are combined."""
-    if c.generates and not (reward_given or c.reward_files or c.reward_urls or c.reward_models):
+    if c.generates and not (c.acts or reward_given or c.reward_files or c.reward_urls or c.reward_models):
         yield "There is no reward: give --reward_func FILE.py, --reward_pretrain MODEL, --remote_rm_url URL, or several."
     models, functions = len(c.reward_models), len(c.reward_files) + reward_given
-    count, is_mean = models + c.remote_sources + functions, c.reward_combine is choices.RewardCombination.MEAN
+    count, is_mean = models + c.remote_sources + functions + c.acts, c.reward_combine is choices.RewardCombination.MEAN
     if count < 2 and is_mean:
         yield "{reward_combine} needs several rewards: leave it out."
     if c.reward_weights is None:
@@ -116,7 +116,7 @@ def combination_problems(c: RewardSettings, *, reward_given: bool = False) -> It
     if len(c.reward_weights) != count:
         yield (
             f"--reward_weights has {len(c.reward_weights)} numbers for {count} rewards ({models} models, "
-            f"{c.remote_sources} servers, {functions} functions): give one for each, in this order."
+            f"{c.remote_sources} servers, {functions} functions{', 1 environment' * c.acts}): give one for each, in this order."
         )
     if not all(math.isfinite(weight) and weight != 0 for weight in c.reward_weights):
         yield "--reward_weights must be finite and not 0: leave out a reward that does not count."
@@ -140,6 +140,24 @@ def _rollout(c: RLConfig) -> Iterator[str]:
     needs_correction = bool(c.rounding) or c.max_staleness > 0
     if c.allow_uncorrected_rollouts and (c.enable_vllm_is_correction or not needs_correction):
         yield "--allow_uncorrected_rollouts has no effect here: leave it out."
+
+
+def _acting(c: RLConfig) -> Iterator[str]:
+    """What environments and agents need, and what does not go with them."""
+    if not c.acts:
+        for name in c.changed(
+            "max_turns", "max_tool_seconds", "max_observation_chars", "episode_processes", "agent_timeout"
+        ):
+            yield f"--{name} is about episodes: add --environment or --agent, or leave it out."
+        if c.turn_discount != 1.0:
+            yield "{turn_discount} needs several turns: add --environment or --agent, or leave it out."
+        return
+    if c.environment is not None and c.agent is not None:
+        yield "--environment and --agent both begin episodes: leave one of them out."
+    if not c.apply_chat_template:
+        yield "--environment and --agent speak through the chat template: add --apply_chat_template."
+    for name in c.changed("input_template", "overlong_buffer_len", "stop_properly_penalty_coef"):
+        yield f"--{name} is about single answers, not episodes: leave it out."
 
 
 def _staleness(c: RLConfig) -> Iterator[str]:
@@ -247,9 +265,11 @@ def _training(c: RLConfig) -> Iterator[str]:
     yield from shared.model_problems(c)
     yield from shared.parallel_problems(c, c)
     # The longest sequence must fit one micro-batch of a ring.
+    ring = " x {ring_attn_size}" if c.ring_attn_size > 1 else ""
     if c.max_tokens_per_gpu * c.ring_attn_size < c.prompt_max_len + c.generate_max_len:
-        ring = " x {ring_attn_size}" if c.ring_attn_size > 1 else ""
         yield f"{{max_tokens_per_gpu}}{ring} is less than {{prompt_max_len}} + {{generate_max_len}}: raise it or lower those."
+    elif c.acts and c.max_tokens_per_gpu * c.ring_attn_size < c.context_length:
+        yield f"{{max_tokens_per_gpu}}{ring} is less than {{max_len}}, which an episode may have: raise the first."
 
 
 def _placement(c: RLConfig) -> Iterator[str]:

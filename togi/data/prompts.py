@@ -23,7 +23,7 @@ from togi.data.faults import SHOWN_FAULTS, Note, RowError, check_whole, named, o
 from togi.data.faults import Drop as FaultKind
 from togi.data.fields import Fields, is_empty
 from togi.data.items import DEFAULT_SPLIT
-from togi.data.messages import without_answers
+from togi.data.messages import Message, without_answers
 from togi.data.source import DATASOURCE_COLUMNS, Mixture, Pick, load_mixture
 from togi.data.tables import readable
 from togi.data.turns import control_notes, is_held, lost
@@ -108,6 +108,8 @@ class PromptLoader:
 
 CHUNK = 4096
 EXAMPLES = 3
+ENVIRONMENT = "environment"
+"""The column of a row that names its environment, where there are several; it is the data source if no other column is."""
 
 
 class Drop(StrEnum):
@@ -122,7 +124,8 @@ class PromptSpec:
     """Which prompts to load and how to format them. Fields are named as their flags.
 
     ``prompt_max_len``: in tokens; longer prompts are dropped and counted, never truncated. ``max_bad_rows``: the share
-    of faulty rows up to which they are skipped; with 0 the first one is an error.
+    of faulty rows up to which they are skipped; with 0 the first one is an error. ``acts``: the prompts are for an environment,
+    which gets the rows; they need not have the field of ``input_key``.
     """
 
     prompt_data: str
@@ -136,6 +139,7 @@ class PromptSpec:
     max_samples: int = 100_000_000
     seed: int = 42
     max_bad_rows: float = 0.0
+    acts: bool = False
 
 
 class PromptSet(tuple[Prompt, ...]):
@@ -217,20 +221,23 @@ def _render_source(
             try:
                 with named(place):
                     fields = Fields(readable(row), tokenizer)
-                    rows.append((number, fields.row, *_text(fields, spec)))
+                    opening = _opening(fields, spec) if spec.acts else ({}, ())
+                    rows.append((number, fields.row, opening, *_text(fields, spec)))
             except RowError as error:
                 if spec.max_bad_rows == 0:
                     raise
                 seen.faults.append(reports.Fault(place, error.kind, str(error)))
                 yield number, error.kind
         try:
-            ids = encode([text for _, _, text, _ in rows], tokenizer, add_special_tokens=not spec.apply_chat_template)
+            ids = encode([text for *_, text, _ in rows], tokenizer, add_special_tokens=not spec.apply_chat_template)
         except DataError as error:
             raise DataError(f"In {source.text}: {error}") from None
-        for (number, row, text, notes), tokens in zip(rows, ids, strict=True):
+        for (number, row, opening, text, notes), tokens in zip(rows, ids, strict=True):
             if not text:
                 yield number, Drop.EMPTY
                 continue
+            if spec.acts and not opening[1]:
+                tokens = tokens[: spec.prompt_max_len]  # noqa: PLW2901  only what a reader sees of a row
             seen.lengths.append(len(tokens))
             if len(tokens) > spec.prompt_max_len:
                 yield number, Drop.TOO_LONG
@@ -239,14 +246,15 @@ def _render_source(
             # One int object per token id instead of one per token: this keeps large prompt sets small.
             kept = tuple(map(vocabulary.__getitem__, tokens))
             label = "" if spec.label_key is None else row[spec.label_key]
-            named_sources = (str(row[column]) for column in DATASOURCE_COLUMNS if row.get(column) is not None)
-            yield number, Prompt("", kept, text, label, next(named_sources, fallback))
+            columns = (*DATASOURCE_COLUMNS, ENVIRONMENT) if spec.acts else DATASOURCE_COLUMNS
+            named_sources = (str(row[column]) for column in columns if row.get(column) is not None)
+            yield number, Prompt("", kept, text, label, next(named_sources, fallback), *opening)
 
 
 def _text(fields: Fields, spec: PromptSpec) -> tuple[str, frozenset[Note]]:
     """The formatted prompt of a row, "" if it is empty, and notes on what was converted. Raises RowError."""
     row, key = fields.row, spec.input_key
-    value = fields.value("input_key", key)
+    value = json.dumps(row, default=str) if spec.acts and is_empty(row.get(key)) else fields.value("input_key", key)
     label = None if spec.label_key is None else fields.value("label_key", spec.label_key)
     if is_empty(value):
         return "", frozenset()
@@ -258,13 +266,27 @@ def _text(fields: Fields, spec: PromptSpec) -> tuple[str, frozenset[Note]]:
             f"the field {spec.label_key!r} is no JSON value ({error}): point --label_key at a field of texts, numbers, lists or "
             "objects."
         ) from None
-    if spec.apply_chat_template:
+    if spec.acts and is_empty(row.get(key)):
+        text, notes = str(value), frozenset[Note]()  # the environment says how the episode begins
+    elif spec.apply_chat_template:
         text, notes = _chat(fields, key)
     else:
         text, notes = plain_prompt(fields.text(key), spec.input_template), frozenset()
     for name, part in ((key, text), *((column, row.get(column)) for column in DATASOURCE_COLUMNS)):
         check_whole(part, f"the field {name!r} has")
     return text, notes
+
+
+def _opening(fields: Fields, spec: PromptSpec) -> tuple[dict[str, object], tuple[Message, ...]]:
+    """What an environment gets of a row: its columns as JSON values, and the messages of its prompt, if it has one."""
+    try:
+        row = json.loads(json.dumps(fields.row))
+    except (TypeError, ValueError) as error:
+        raise FaultKind.WRONG_TYPE.error(
+            f"has a field that is no JSON value ({error}): leave it out or make it text."
+        ) from None
+    is_there = not is_empty(fields.row.get(spec.input_key))
+    return row, tuple(without_answers(fields.prompt(spec.input_key)).messages) if is_there else ()
 
 
 def _chat(fields: Fields, key: str) -> tuple[str, frozenset[Note]]:

@@ -106,6 +106,17 @@ RESTARTS_ENGINES = "restarts/engines"
 RESTARTS_RUN = "restarts/run"
 WEIGHT_SYNC_RATE = "throughput/weight_sync_gb_per_second"
 
+_EPISODES = {
+    "turns": "turns of the policy",
+    "tool_calls": "calls of tools",
+    "tool_errors": "calls that were malformed, refused or raised",
+    "cut_observations": "observations that were cut, as they were too long",
+    "forks": "requests that did not continue the tokens before them",
+    "requests": "requests of an agent",
+    "retries": "requests that came again and got the same answer",
+    "tool_seconds": "seconds in tools and environment",
+    "failed": "episodes that failed, which are not trained on",
+}
 # Sentences about names that are made at run time, the first that matches.
 _PATTERNS = {
     r"reward/(.+)": "Mean of the reward component {0!r} over the step's rollouts.",
@@ -171,6 +182,11 @@ def process_memory(process: str) -> str:
     return f"memory/{process}"
 
 
+def episode(count: str, source: str = "") -> str:
+    """Metric name of what is counted in each episode with an environment, over all or one data source."""
+    return f"episode/{source}/{count}" if source else f"episode/{count}"
+
+
 def eval_of(source: str, key: str) -> str:
     """Metric name of ``key`` ("pass1", "pass1_stderr", "pass4", "length", ...) on one evaluation data source."""
     return f"eval/{source}/{key}"
@@ -183,6 +199,10 @@ def explain(name: str) -> str:
         return known[name]
     if name.startswith("eval/") and (trained := name.removeprefix("eval/")) in known:
         return f"On the evaluation data: {known[trained]}"
+    if name.startswith("episode/"):
+        _, *source, count = name.split("/")
+        where = f" of {'/'.join(source)!r}" if source else ""
+        return f"Mean number per episode{where}: {_EPISODES.get(count, count)}."
     for pattern, sentence in _PATTERNS.items():
         if found := re.fullmatch(pattern, name):
             return sentence.format(*found.groups())

@@ -49,7 +49,17 @@ class Limits:
 
 _COLUMNS = (
     *("group_id", "sample_index", "datasource", "prompt_text", "response_text", "label", "response_mask", "reward"),
-    *("components", "advantages", "outcome", "finish_reason", "policy_version", "filtered"),
+    *(
+        "components",
+        "advantages",
+        "outcome",
+        "finish_reason",
+        "policy_version",
+        "filtered",
+        "messages",
+        "counts",
+        "forks",
+    ),
 )
 
 
@@ -236,7 +246,9 @@ def _shown(row: Row, characters: int) -> dict[str, object]:
         "prompt": _cut(row["prompt_text"], characters),
         "response": _cut(row["response_text"], characters),
         "label": _cut(row["label"], characters),
-        "tokens": len(row["response_mask"]),
+        "turns": [_turn(message, characters) for message in json.loads(row["messages"])],
+        "counts": {name: _number(value) for name, value in row["counts"].items()},
+        "tokens": sum(row["response_mask"]),
         "reward": _number(row["reward"]),
         "components": {name: _number(value) for name, value in row["components"].items()},
         "advantage": _mean(list(compress(row["advantages"], row["response_mask"]))),
@@ -245,6 +257,15 @@ def _shown(row: Row, characters: int) -> dict[str, object]:
         "version": row["policy_version"],
         "filtered": row["filtered"],
     }
+
+
+def _turn(message: Mapping[str, Any], characters: int) -> tuple[str, str]:
+    """Who speaks in a conversation, and the text; calls of tools that are not in the text follow it."""
+    name = f" {message['name']}" if message.get("name") else ""
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    content = message.get("content") or ""
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return f"{message['role']}{name}", _cut("\n".join([text, *calls]).strip("\n"), characters)
 
 
 def spread_order(count: int) -> Iterator[int]:

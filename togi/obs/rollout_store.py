@@ -32,6 +32,7 @@ _FLOATS, _TOKENS = pa.list_(pa.float32()), pa.list_(pa.int32())
 # temperature: ``rollout_logprobs`` of the engine, ``trainer_logprobs`` of the trainer. All but the engine's are empty if not
 # computed. ``label`` is JSON text. ``reward`` is NaN unless ``outcome`` is "score". ``group_id`` is shared by the samples of one
 # prompt in one step; ``sample_index`` counts within it. ``filtered``: dynamic filtering dropped the group from training.
+# Of episodes with an environment: ``forks`` as (start, parent), ``turn_rewards`` as (place, reward), ``messages`` as JSON text.
 SCHEMA = pa.schema(
     {
         "step": pa.int64(),
@@ -55,6 +56,10 @@ SCHEMA = pa.schema(
         "finish_reason": pa.string(),
         "policy_version": pa.int64(),
         "versions": pa.list_(pa.int32()),
+        "forks": pa.list_(pa.list_(pa.int32())),
+        "turn_rewards": pa.list_(pa.list_(pa.float64())),
+        "messages": pa.string(),
+        "counts": pa.map_(pa.string(), pa.float64()),
         "split": pa.string(),
         "filtered": pa.bool_(),
     }

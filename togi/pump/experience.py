@@ -17,6 +17,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from togi.learn.hooks import load_estimator
 from togi.obs import names
 from togi.obs.rollout_store import Row
 from togi.reward.scores import takes_group
-from togi.sample import FinishReason, Outcome, Prompt, Rollout, Sample, Score, with_streams
+from togi.sample import FinishReason, Fork, Outcome, Prompt, Rollout, Sample, Score, with_streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def to_sample(rollout: Rollout) -> Sample:
     mask[prompt:] = rollout.response_mask
     logprobs = np.full(len(tokens), np.nan, dtype=np.float32)
     logprobs[prompt:] = rollout.response_logprobs
-    return Sample(tokens, mask, prompt, rollout.group_id, {streams.ROLLOUT_LOGPROBS: logprobs})
+    return Sample(tokens, mask, prompt, rollout.group_id, {streams.ROLLOUT_LOGPROBS: logprobs}, forks=rollout.forks)
 
 
 def with_advantages(
@@ -126,7 +127,8 @@ def with_advantages(
     sequences_K = torch.repeat_interleave(torch.arange(len(samples)), lengths)
     in_reward = config.uses_reference and not config.use_kl_loss
     # float64, since normalisation sums over a whole step.
-    rewards_N = torch.tensor([groups[group].scores[index].value for group, index in places], dtype=torch.float64)
+    scores = [groups[group].scores[index] for group, index in places]
+    rewards_N = torch.tensor([score.value for score in scores], dtype=torch.float64)
     groups_N = torch.tensor([group for group, _ in places])
     ends = np.cumsum(lengths.numpy())[:-1]
     # The user's own estimator computes advantages only.
@@ -150,6 +152,7 @@ def with_advantages(
         gamma=config.gamma,
         lam=config.lambd,
         no_std_norm=config.no_advantage_std_norm,
+        **_of_turns(scores, samples, config),
     )
     # Back to one array per sample.
     per_sample = {
@@ -157,6 +160,36 @@ def with_advantages(
         for name, each_K in zip((streams.ADVANTAGES, streams.RETURNS), flat_K, strict=True)
     }
     return with_streams(samples, per_sample)
+
+
+class _Turns(TypedDict, total=False):
+    turn_rewards_K: Tensor
+    turns_K: Tensor
+    turn_discount: float
+
+
+def _of_turns(scores: Sequence[Score], samples: Sequence[Sample], config: RLConfig) -> _Turns:
+    """The turn of each trained token, and the rewards that were given during episodes. Empty where there is one turn only.
+
+    A turn ends where the next trained token does not follow at once, or is a fork.
+    """
+    if config.turn_discount == 1.0 and not any(score.turns for score in scores):
+        return {}
+    turns, rewards = list[NDArray[np.int64]](), list[NDArray[np.float64]]()
+    for score, sample in zip(scores, samples, strict=True):
+        trained = np.flatnonzero(sample.loss_mask)
+        begins = np.isin(trained, [fork.start for fork in sample.forks])
+        turns.append(np.cumsum((np.diff(trained, prepend=trained[:1] - 1) > 1) | begins))
+        given = np.zeros(len(trained))
+        for place, reward in score.turns:
+            # after the newest token that is trained on
+            given[np.searchsorted(trained, sample.prompt_length + place, side="right") - 1] += reward
+        rewards.append(given)
+    return {
+        "turn_rewards_K": torch.from_numpy(np.concatenate(rewards)),
+        "turns_K": torch.from_numpy(np.concatenate(turns)),
+        "turn_discount": config.turn_discount,
+    }
 
 
 def without_stale(samples: Sequence[Sample], ages: Sequence[NDArray[np.int64]], most: int) -> list[Sample]:
@@ -177,8 +210,12 @@ def ages(groups: Sequence[ScoredGroup], places: Sequence[Place], version: int) -
     return [version - np.asarray(groups[group].rollouts[index].versions, dtype=np.int64) for group, index in places]
 
 
-def staleness_metrics(places: Sequence[Place], ages: Sequence[NDArray[np.int64]], most: int) -> dict[str, float]:
-    """How old the tokens of a step are. ``most``: tokens that are older are not trained on."""
+def staleness_metrics(
+    groups: Sequence[ScoredGroup], places: Sequence[Place], ages: Sequence[NDArray[np.int64]], most: int
+) -> dict[str, float]:
+    """How old the sampled tokens of a step are. ``most``: those that are older are not trained on."""
+    masks = (groups[group].rollouts[index].response_mask for group, index in places)
+    ages = [age[np.asarray(mask)] for age, mask in zip(ages, masks, strict=True)]
     oldest = [int(age.max()) for age in ages]
     of_group = dict[int, int]()
     for (group, _), age in zip(places, oldest, strict=True):
@@ -228,7 +265,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     pairs = [pair for group in groups for pair in zip(group.rollouts, group.scores, strict=True)]
     scores = [score for _, score in pairs]
     values = _values(scores)
-    lengths = np.array([len(rollout.response_tokens) for rollout, _ in pairs])
+    lengths = np.array([sum(rollout.response_mask) for rollout, _ in pairs])
     # Means over samples, then within groups: a group of equal rewards has no advantage.
     spreads = [float(np.std(each)) for group in groups if len(each := _values(group.scores)) > 1]
     metrics = {
@@ -243,10 +280,24 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     if spreads:
         metrics[names.REWARD_GROUP_STD] = float(np.mean(spreads))
         metrics[names.GROUPS_ZERO_VARIANCE] = float(np.mean([spread == 0 for spread in spreads]))
+    metrics |= _of_episodes([rollout for rollout, _ in pairs])
     # Named parts of the reward, each over the samples that have it.
     for name in dict.fromkeys(name for score in scores for name in score.components):
         parts = [score.components[name] for score in scores if name in score.components]
         metrics[names.reward_component(name)] = float(np.mean(parts))
+    return metrics
+
+
+def _of_episodes(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Means of what was counted in episodes, such as turns and tool calls; with several data sources, of each one too."""
+    counted = [rollout for rollout in rollouts if rollout.counts]
+    metrics = {}
+    for name in dict.fromkeys(name for rollout in counted for name in rollout.counts):
+        metrics[names.episode(name)] = float(np.mean([rollout.counts.get(name, 0.0) for rollout in counted]))
+        sources = sorted({rollout.prompt.datasource for rollout in counted})
+        for source in sources if len(sources) > 1 else ():
+            own = [rollout.counts.get(name, 0.0) for rollout in counted if rollout.prompt.datasource == source]
+            metrics[names.episode(name, source)] = float(np.mean(own))
     return metrics
 
 
@@ -308,17 +359,19 @@ def rows(groups: Sequence[ScoredGroup], trained: Mapping[Place, Sample] | None =
 def group_of(rows: Sequence[Row]) -> ScoredGroup:
     """The group whose rows these are (``rows``). Messages of failed rewards are not stored."""
     first = rows[0]
-    label, tokens = json.loads(first["label"]), tuple(first["prompt_tokens"])
-    prompt = Prompt(first["prompt_id"], tokens, first["prompt_text"], label, first["datasource"])
-    rollouts = []
+    label = json.loads(first["label"])
+    rollouts, scores = [], []
     for row in rows:
+        prompt = Prompt(row["prompt_id"], tuple(row["prompt_tokens"]), row["prompt_text"], label, row["datasource"])
         tokens, mask, logprobs = (tuple(row[name]) for name in ("response_tokens", "response_mask", "rollout_logprobs"))
         reason, versions = FinishReason(row["finish_reason"]), tuple(row["versions"])
-        rollouts.append(
-            Rollout(prompt, row["group_id"], tokens, mask, logprobs, row["response_text"], reason, versions)
-        )
-    scores = tuple(Score(Outcome(row["outcome"]), row["reward"], row["components"]) for row in rows)
-    return ScoredGroup(tuple(rollouts), scores, first["filtered"])
+        rollout = Rollout(prompt, row["group_id"], tokens, mask, logprobs, row["response_text"], reason, versions)
+        forks = tuple(Fork(*fork) for fork in row["forks"])
+        messages, counts = tuple(json.loads(row["messages"])), row["counts"]
+        rollouts.append(replace(rollout, forks=forks, messages=messages, counts=counts))
+        turns = tuple((int(place), reward) for place, reward in row["turn_rewards"])
+        scores.append(Score(Outcome(row["outcome"]), row["reward"], row["components"], turns=turns))
+    return ScoredGroup(tuple(rollouts), tuple(scores), first["filtered"])
 
 
 def _row(group: ScoredGroup, index: int, sample: Sample | None) -> Row:
@@ -350,6 +403,10 @@ def _row(group: ScoredGroup, index: int, sample: Sample | None) -> Row:
         "finish_reason": rollout.finish_reason,
         "policy_version": rollout.policy_version,
         "versions": rollout.versions,
+        "forks": [list(fork) for fork in rollout.forks],
+        "turn_rewards": [list(turn) for turn in score.turns],
+        "messages": json.dumps(rollout.messages, ensure_ascii=False),
+        "counts": dict(rollout.counts),
         "filtered": group.filtered,
     }
 

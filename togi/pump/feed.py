@@ -179,7 +179,7 @@ class ReplayFeed:
                     f"{where} trained on prompt {name}, which this run does not have: give the prompts of that run, with its "
                     "--max_samples and --prompt_max_len."
                 )
-            if tuple(group[0]["prompt_tokens"]) != prompt.tokens:
+            if not prompt.row and tuple(group[0]["prompt_tokens"]) != prompt.tokens:  # an environment begins otherwise
                 raise DataError(
                     f"{where} has other tokens of prompt {name} than this run: use the data, tokenizer and template of that run."
                 )

@@ -126,7 +126,7 @@ class LocalModelReward:
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
         """One score per rollout; an error where the model's output is not finite."""
-        sequences = [rollout.prompt.tokens + rollout.response_tokens for rollout in group]
+        sequences = [rollout.row for rollout in group]
         rewards = await self._score_tokens(sequences)
         assert len(rewards) == len(group), "score_tokens must return one float per sequence"
         return [self._as_score(float(reward), rollout) for reward, rollout in zip(rewards, group, strict=True)]
@@ -199,7 +199,10 @@ def combine(names: Sequence[str], factors: Sequence[float], parts: Sequence[Scor
         if any(part.outcome is outcome for part in parts):
             return Score(outcome, components=components, message=message)
     value = sum(factor * part.value for factor, part in zip(factors, parts, strict=True))
-    return Score(Outcome.SCORE, value=value, components=components)
+    turns = tuple(
+        (place, factor * reward) for factor, part in zip(factors, parts, strict=True) for place, reward in part.turns
+    )
+    return Score(Outcome.SCORE, value=value, components=components, turns=turns)
 
 
 def distinct_names(wanted: Sequence[str], reserved: Collection[str] = RESERVED_COMPONENTS) -> list[str]:

@@ -215,7 +215,8 @@ async def _look_at_rl(config: RLConfig, sample_groups: int, progress: Progress, 
             stops = tuple(sorted({*material.stop_token_ids, *end_token_ids(local_folder(config.pretrain))}))
             found += signs.reward_signs(config, groups)
             found += signs.answer_signs(config, groups, tokenizer, stops)
-            found += signs.template_signs(config, groups, tokenizer, stops)
+            if not config.acts:  # an episode is tokenised turn by turn
+                found += signs.template_signs(config, groups, tokenizer, stops)
     conclude(found, say)
 
 

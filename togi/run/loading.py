@@ -46,7 +46,7 @@ def spec_of(kind: type[Spec], config: Settings, **changed: object) -> Spec:
 def prompt_spec(config: RLConfig | IterateConfig, data: str, split: str, *, training: bool) -> PromptSpec:
     """How to read a prompt set. Probabilities and --max_samples apply to the training set only."""
     whole = {} if training else {"prompt_data_probs": None, "max_samples": UNLIMITED}
-    return spec_of(PromptSpec, config, prompt_data=data, split=split, **whole)
+    return spec_of(PromptSpec, config, prompt_data=data, split=split, acts=config.acts, **whole)
 
 
 def check_start(config: RLConfig | Method, *, flash_attn: bool, asked: str, longest: int) -> None:

@@ -95,7 +95,7 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
         check_sets("pretrain_data", config.pretrain_data, keys, split, probs, every_row=False)
     for file in config.reward_files:
         check_reward(file)
-    for name, value in config:
+    for name, value in [*config, *(("environment", hook) for hook in (config.environment or {}).values())]:
         if isinstance(value, Hook):
             check_hook_file(name, value)
     critic = [f"{config.save_path}_critic"] if config.save_value_network else []
@@ -163,7 +163,7 @@ def check_backend(backend: BackendName) -> None:
 
 def check_prompts(config: RLConfig | IterateConfig) -> None:
     """Check prompt sets, fields and probabilities. Raises UserError."""
-    keys = {"input_key": config.input_key, "label_key": config.label_key}
+    keys = {"input_key": None if config.acts else config.input_key, "label_key": config.label_key}
     check_sets("prompt_data", config.prompt_data, keys, config.prompt_split, config.prompt_data_probs)
     if config.eval_dataset is not None:
         check_sets("eval_dataset", config.eval_dataset, keys, config.eval_split)
@@ -352,7 +352,7 @@ def _defined(path: Path, shown: str, flag: str, kind: type[UserError]) -> set[st
         raise kind(f"{shown} is not Python text: {error}.") from None
     names = set[str]()
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)

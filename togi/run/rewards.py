@@ -38,7 +38,7 @@ class EarlyRewards:
         self.remotes = dict[str, RemoteReward]()
         self._readers: list[FunctionReward] = []  # the built-in functions that can check labels
         limits = CallLimits(config.reward_workers, config.reward_timeout, config.reward_retries)
-        own = self.names[len(config.reward_models) + config.remote_sources :]
+        own = self.names[len(config.reward_models) + config.remote_sources : len(self.names) - config.acts]
         for item, name in zip(config.reward_files, own, strict=False):
             if (verifier := verifier_of(item)) is None:
                 self.functions[name] = FunctionReward.from_file(item, limits, name)
@@ -109,9 +109,20 @@ class EarlyRewards:
                 stack.push_async_callback(source.close)
 
 
+class OwnReward:
+    """What environments and agents say of their own episodes."""
+
+    async def score(self, group: Sequence[Rollout]) -> list[Score]:
+        return [rollout.score or Score(Outcome.ABSTAIN, message="The environment has no reward.") for rollout in group]
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+
 def combined(config: RewardSettings, early: EarlyRewards, models: Sequence[Reward]) -> CombinedReward:
     """All rewards as one. ``models``: the local reward models."""
-    sources = [*models, *early.remotes.values(), *early.functions.values()]
+    acting = [OwnReward()] if config.acts else []
+    sources = [*models, *early.remotes.values(), *early.functions.values(), *acting]
     weights = config.reward_weights if config.reward_weights is not None else (1.0,) * len(sources)
     terms = [Term(name, source, weight) for name, source, weight in zip(early.names, sources, weights, strict=True)]
     return CombinedReward(terms, config.reward_combine)
@@ -137,9 +148,8 @@ def reward_names(config: RewardSettings, *, function_given: bool) -> list[str]:
     servers = [_host(urls[0]) for urls in shared_urls(config)]
     functions = [Path(path).stem.removeprefix(BUILTIN) for path in config.reward_files] + ["function"] * function_given
     kinds = ((models, "reward_model"), (servers, "remote"), (functions, "function"))
-    return distinct_names(
-        [name for names, kind in kinds for name in (names if len(names) > 1 else [kind] * len(names))]
-    )
+    named = [name for names, kind in kinds for name in (names if len(names) > 1 else [kind] * len(names))]
+    return distinct_names([*named, *["environment"] * config.acts])
 
 
 def shown_label(label: object) -> str:

@@ -164,8 +164,7 @@ async def train(run: RLRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
         run.step += 1
         # Stage 3: the engines get the new weights before the evaluation uses them.
         # The probe text is the first sequence of this rollout.
-        first = groups[0].rollouts[0]
-        metrics |= await run.sync(first.prompt.tokens + first.response_tokens)
+        metrics |= await run.sync(groups[0].rollouts[0].row)
         run.feed.published(run.step)
         if run.evaluation_is_due(episode):
             evaluations.append(await run.evaluate())
@@ -313,7 +312,7 @@ class RLRun:
         left = [(place, sample) for place, sample in zip(places, masked, strict=True) if sample.loss_mask.any()]
         self._trained[0] += sum(len(age) for age in ages)
         self._trained[1] += len(samples)
-        return [p for p, _ in left], [s for _, s in left], experience.staleness_metrics(places, ages, most)
+        return [p for p, _ in left], [s for _, s in left], experience.staleness_metrics(groups, places, ages, most)
 
     async def update(self, role: Role, samples: Sequence[Sample]) -> tuple[list[UpdateReport], dict[str, float]]:
         """All optimizer steps of one model on this rollout. Returns their reports and metrics."""

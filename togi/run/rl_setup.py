@@ -15,6 +15,7 @@ from togi.data.precheck import RecordSpec
 from togi.data.prompts import LoaderState, PromptLoader, PromptSet, load_prompts
 from togi.data.records import Examples, load_sft
 from togi.data.report import DataReport
+from togi.env.render import Renderer
 from togi.errors import CheckpointError, DataError
 from togi.learn.checkpoint import Aim, Checkpoint
 from togi.learn.hooks import check_estimator, check_policy_loss
@@ -35,12 +36,13 @@ from togi.reward.scores import (
     Standardization,
     combine,
 )
-from togi.rollout.collect import SingleTurn
+from togi.rollout.collect import Environment, SingleTurn
 from togi.run.keep import DRIVER, check_room, newest_checkpoint, rl_writing, size_of
 from togi.run.loading import check_start, prompt_spec, tokenizer_of
 from togi.run.plan import EpochPlan, StepPlan, rl_aim
 from togi.run.preflight import asked_context, models_of
 from togi.run.rewards import Decode, EarlyRewards, combined, example
+from togi.run.worlds import Worlds
 from togi.sample import Outcome, Prompt, Sample, Sampling, Score
 from togi.weights.files import stamp
 from togi.workers.model_worker import ScorerWorker
@@ -116,11 +118,12 @@ class Material:
     rewards: EarlyRewards
     trial: Mapping[str, Sequence[Score]] = field(default_factory=dict)
     aim: Aim | None = None
+    worlds: Worlds | None = None
 
-    def environment(self, config: RLConfig, temperature: float) -> SingleTurn:
-        """A single-turn environment at the given temperature."""
+    def environment(self, config: RLConfig, temperature: float) -> Environment:
+        """What the policy acts in at the given temperature: a single turn, or the run's environments."""
         sampling = Sampling(config.generate_max_len, temperature, config.top_p, stop_token_ids=self.stop_token_ids)
-        return SingleTurn(self.decode, sampling)
+        return SingleTurn(self.decode, sampling) if self.worlds is None else self.worlds.environment(sampling)
 
 
 @asynccontextmanager
@@ -137,9 +140,11 @@ async def opening(
     if isinstance(config.policy_loss_type, Hook):
         clips = bool(config.changed("eps_clip", "eps_clip_low_high"))
         check_policy_loss(config.policy_loss_type, *config.clip_range, clips=clips)
-    rewards = EarlyRewards(config, function)  # processes start now and import while the prompts are read
+    # Processes start now and import while the prompts are read.
+    rewards = EarlyRewards(config, function)
+    worlds = Worlds(config) if config.acts and config.generates else None
     try:
-        material = await prepare(config, rewards, progress)
+        material = await prepare(config, rewards, worlds, progress)
         plan = StepPlan.of(config, len(material.prompts))
         announce(plan.describe(config))
         check_room(config, rl_writing(config, plan.rollouts, size_of(config)))
@@ -149,9 +154,12 @@ async def opening(
     finally:
         with way_out("closing the rewards"):
             await rewards.close()
+        with way_out("closing the environments"):
+            if worlds is not None:
+                await worlds.close()
 
 
-async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -> Material:
+async def prepare(config: RLConfig, rewards: EarlyRewards, worlds: Worlds | None, progress: Progress) -> Material:
     """Load tokenizer and prompts, then check labels and try reward functions and servers on each kind. Raises UserError."""
     with progress.phase("reading prompts", expected_seconds=8):
         # Stage 1: the model's config fits the settings; no weights are read.
@@ -187,14 +195,20 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, progress: Progress) -
                     await rewards.check_labels(each, each.place)
             trial = await rewards.check((*prompts, *held_out), config.n_samples_per_prompt)
             check_parts(config, rewards.names, prompts[0], trial)
-    # Stage 4: where answers end.
+    # Stage 4: where answers end, and how episodes begin.
     stops = chat.stop_token_ids(tokenizer, config.pretrain, chat=config.apply_chat_template)
     if notice := chat.end_notice(tokenizer, config.pretrain, stops):
         logger.warning("%s", notice)
+    if worlds is not None:
+        with progress.phase("trying the environment", expected_seconds=2):
+            renderer = Renderer(tokenizer, ends=stops)
+            for each in (prompts, held_out):
+                if isinstance(each, PromptSet):
+                    await worlds.check(each, each.place, renderer)
     loader = PromptLoader(prompts, seed=config.seed, episodes=config.num_episodes)
     decode = partial(chat.decode, tokenizer)
     aim = rl_aim(config, sorted({prompt.datasource for prompt in held_out}))
-    return Material(prompts, loader, held_out, pretraining, reports, decode, stops, rewards, trial, aim)
+    return Material(prompts, loader, held_out, pretraining, reports, decode, stops, rewards, trial, aim, worlds)
 
 
 def check_rows(

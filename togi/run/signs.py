@@ -164,7 +164,7 @@ def _variance_signs(config: RLConfig, groups: Sequence[ScoredGroup], places: Seq
             "function on a right and on a wrong answer, and take prompts that the model solves sometimes.",
             certain=certain,
         )
-        if config.label_key is None:
+        if config.label_key is None and not config.acts:
             yield note("No --label_key is set, so that the reward is given empty labels: name their field.")
     elif not config.advantage_estimator.uses_groups:
         yield fine(f"Rewards differ: {low:g} to {high:g} over {len(values)} answers.")

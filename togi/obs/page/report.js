@@ -137,10 +137,19 @@ function opened(row, after) {
   facts.push("source " + row.source, "sample " + row.index, "outcome " + row.outcome);
   if (row.filtered) facts.push("left out by filtering");
   if (row.label !== "" && row.label !== '""') facts.push("label " + row.label);
+  for (const [name, value] of Object.entries(row.counts)) facts.push(name.replaceAll("_", " ") + " " + number(value));
   make("p", facts.join("  ·  "), "parts", cell);
-  const texts = make("div", undefined, "texts", cell);
-  for (const [name, text] of [["Prompt", row.prompt], ["Response", row.response]]) {
-    const half = make("div", undefined, "", texts); make("h4", name, "", half); marked(text, half);
+  if (row.turns.length) {
+    const turns = make("div", undefined, "turns", cell);
+    for (const [who, text] of row.turns) {
+      const turn = make("div", undefined, "turn" + (who.startsWith("assistant") ? " own" : ""), turns);
+      make("h4", who.startsWith("assistant") ? "policy (trained)" : who, "", turn); marked(text, turn);
+    }
+  } else {
+    const texts = make("div", undefined, "texts", cell);
+    for (const [name, text] of [["Prompt", row.prompt], ["Response", row.response]]) {
+      const half = make("div", undefined, "", texts); make("h4", name, "", half); marked(text, half);
+    }
   }
   after.after(line);
   return line;
