@@ -116,9 +116,9 @@ def parse(text: str, form: CallFormat, *, tools: Sequence[Tool] = (), thinking: 
     answer = _Answer(rest, form, _types(tools))
     _READERS[form](answer)
     # Equal answers get equal ids, so an answer is known by the ids of its calls.
-    digest = _digest(text)
+    digest = call_id(text)
     calls = tuple(
-        ToolCall(each.name, each.arguments, each.id or _digest(f"{number} {digest}"), each.source)
+        ToolCall(each.name, each.arguments, each.id or call_id(f"{number} {digest}"), each.source)
         for number, each in enumerate(answer.calls)
     )
     return Parsed("".join(answer.content).strip(), reasoning.strip(), calls, tuple(answer.problems))
@@ -146,7 +146,16 @@ def _is_bare(text: str) -> bool:
     return text.startswith(("{", "["), skip(text, 0))
 
 
-def _digest(text: str) -> str:
+def first_call(text: str, form: CallFormat) -> int:
+    """Where the first call of an answer begins; its length if there is none."""
+    if _begins_call(text, form) and _OPENINGS[form].search(text) is None:
+        return 0
+    found = _OPENINGS[form].search(text)
+    return len(text) if found is None else found.start()
+
+
+def call_id(text: str) -> str:
+    """An id that is made of a text."""
     return hashlib.blake2b(text.encode(errors="surrogatepass")).hexdigest()[:ID_LENGTH]
 
 
@@ -244,7 +253,7 @@ def _json_calls(answer: _Answer, _: str, place: int) -> int:
     """Objects one after the other, or lists of them; at least one."""
     place = skip(answer.text, place)
     known = len(answer.calls)
-    while len(answer.calls) == known or answer.text.startswith(("{", "["), place):
+    while len(answer.calls) == known or answer.text.startswith("{", place):
         found, end = json_value(answer.text, place)
         for each in _listed(found):
             answer.add(each)
