@@ -20,16 +20,43 @@ FOLDER = Path(__file__).parent / "templates"
 CHATML = (None, "<|im_end|>", ())
 LLAMA = ("<|begin_of_text|>", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>"))
 MISTRAL = ("<s>", "</s>", ("[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"))
+MISTRAL_13 = (
+    *MISTRAL[:2],
+    (*MISTRAL[2], "[ARGS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+)
 GEMMA = ("<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>"))
+GEMMA4_TOKENS = (
+    "<|turn>",
+    "<turn|>",
+    "<|tool>",
+    "<tool|>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "<|tool_response>",
+    "<tool_response|>",
+)
+GEMMA4 = ("<bos>", "<eos>", (*GEMMA4_TOKENS, '<|"|>', "<|channel>", "<channel|>", "<|think|>"))
+FUNCTIONS = (
+    "<start_function_call>",
+    "<end_function_call>",
+    "<start_function_response>",
+    "<end_function_response>",
+    "<escape>",
+)
+FUNCTION_GEMMA = (*GEMMA[:2], (*GEMMA[2], "<start_function_declaration>", "<end_function_declaration>", *FUNCTIONS))
 PHI = (None, "<|endoftext|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|tool|>", "<|/tool|>"))
 FAMILIES = {
     "qwen3": CHATML,
+    "qwen35": CHATML,
     "think_opened": CHATML,
     "llama3": LLAMA,
     "mistral_v3": MISTRAL,
     "mistral_v7": MISTRAL,
+    "mistral_v13": MISTRAL_13,
     "gemma2": GEMMA,
     "gemma3": GEMMA,
+    "gemma4": GEMMA4,
+    "function_gemma": FUNCTION_GEMMA,
     "phi3": PHI,
     "phi4_mini": PHI,
     "smollm2": CHATML,

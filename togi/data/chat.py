@@ -11,9 +11,10 @@ tokens that occur are checked: first those of the chat template and of text ends
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeAlias
 
 import tokenizers
@@ -67,17 +68,32 @@ def plain_prompt(value: object, input_template: str | None) -> str:
     return text if input_template is None else input_template.replace("{}", text)
 
 
-def render_messages(dialogue: Dialogue, tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> str:
-    """The formatted text of a conversation, with its tools. Raises RowError if the template refuses it."""
+def render_messages(
+    dialogue: Dialogue,
+    tokenizer: Tokenizer,
+    *,
+    add_generation_prompt: bool = False,
+    options: Mapping[str, object] = MappingProxyType({}),
+) -> str:
+    """The formatted text of a conversation, with its tools. Raises RowError if the template refuses it.
+
+    ``options``: further variables of the template, such as ``enable_thinking``.
+    """
     if not dialogue.messages:
         return ""
-    return _rendered(_as_asked(dialogue, tokenizer), dialogue.tools, tokenizer, add_generation_prompt)
+    return _rendered(_as_asked(dialogue, tokenizer), dialogue.tools, tokenizer, add_generation_prompt, options)
 
 
-def _rendered(messages: list[Message], tools: Sequence[Tool], tokenizer: Tokenizer, opened: bool) -> str:
+def _rendered(
+    messages: list[Message],
+    tools: Sequence[Tool],
+    tokenizer: Tokenizer,
+    opened: bool,
+    options: Mapping[str, object] = MappingProxyType({}),
+) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=opened
+            messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=opened, **options
         )
     except Exception as error:  # noqa: BLE001  a template is the user's code, and can fail in any way on a row
         raise _refused(error) from None
@@ -150,6 +166,17 @@ def _control_texts(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
     named = {str(text) for name, text in tokenizer.special_tokens_map.items() if re.search(rf"\b{name}\b", template)}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(sorted(text for text in special if text in named or text in template))
+
+
+def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The tokens that are no words, with their texts: special ones, and added ones that the chat template writes."""
+    template = template_text(tokenizer)
+    added = {token: (str(entry), entry.special) for token, entry in tokenizer.added_tokens_decoder.items()}
+    return {
+        token: text
+        for token, (text, special) in added.items()
+        if len(text) > 1 and (special or text.strip() in template)
+    }
 
 
 def holds_controls(texts: Iterable[str], tokenizer: Tokenizer) -> bool:
