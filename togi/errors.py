@@ -73,3 +73,7 @@ class EngineUnavailableError(UserError):
 
 class RolloutError(RunError):
     """An environment that failed on a prompt. The message names prompt, group and sample; the cause is chained."""
+
+
+class EpisodeFailed(RunError):
+    """An environment that broke, hung or died during an episode. The message names it and the row; there is no reward."""

@@ -101,7 +101,7 @@ FOREIGN_ATTRIBUTES = Counter(
         "plan/machine.py: return_freed": 1,
         # the user's module, and what its function returned
         "config/fields.py: _hook": 1,
-        "reward/wire.py: _plain": 1,
+        "reward/wire.py: plain_value": 1,
         "reward/worker.py: _find": 3,
     }
 )
@@ -119,8 +119,8 @@ RAISED_AGAIN = Counter(
         "model/generate.py: _generate": 1,
         "obs/way_out.py: writing": 1,
         "run/preflight.py: _downloaded": 1,
-        "reward/function.py: _load_callable": 1,
-        "reward/worker.py: load_function": 1,
+        "reward/function.py: load_by_value": 1,
+        "reward/worker.py: load_object": 1,
         "rollout/collect.py: _run_one": 1,
         "run/journal.py: open_journal": 1,
         "run/rl.py: workers": 1,

@@ -63,6 +63,61 @@ class CallLimits:
         assert self.workers >= 1 and self.timeout > 0 and self.retries >= 0 and self.start_timeout > 0
 
 
+class UserProcess:
+    """A Python process that runs a user's code, with a channel to it: ``python -m MODULE CHANNEL LIFELINE``.
+
+    It leads a session and so a process group, which is killed as a whole.
+    """
+
+    def __init__(self, module: str) -> None:
+        # The lifeline is a pipe: the process ends when the end here closes, however this process dies.
+        self.channel, theirs = socket.socketpair()
+        lifeline, ours = os.pipe()
+        self._lifeline = open(ours, "wb", buffering=0)  # noqa: PTH123, SIM115  a descriptor, held as long as the process
+        command = [sys.executable, "-u", "-P", "-m", module, str(theirs.fileno()), str(lifeline)]
+        # It can import what this process can. One busy core for each, unless the user sets it.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=STDERR_FD,
+            pass_fds=(theirs.fileno(), lifeline),
+            start_new_session=True,
+            env=environment,
+        )
+        # Their ends are open in the child only, so that a dead child shows as a closed socket.
+        theirs.close()
+        os.close(lifeline)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def interrupt(self) -> None:
+        """Kill the group. Nothing is reaped or closed, so another thread may be waiting for the process."""
+        # Only before the leader is reaped: until then no other group can have this id.
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def kill(self) -> int:
+        """Kill the group and reap the process. Returns its exit status."""
+        self.interrupt()
+        self.channel.close()
+        self._lifeline.close()
+        return self._process.wait()
+
+
+def ending(status: int) -> str:
+    """How a process ended, by its exit status."""
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+
+
 class Worker:
     """One process slot. Its process is replaced after every failure that kills it."""
 
@@ -80,7 +135,7 @@ class Worker:
     def call(self, frame: bytes) -> Answer:
         """Send a frame and wait for the reply within the limit. Blocks; one call at a time. Raises Complaint."""
         # Who died between two calls did not fail in this one, which would cost it a try.
-        if self._process.poll() is not None and self._ready:
+        if self._process.has_ended and self._ready:
             self._replace()
         # The first reply says whether the import worked; it has a limit of its own.
         if not self._ready:
@@ -96,49 +151,29 @@ class Worker:
     def interrupt(self) -> None:
         """End the call in flight from another thread: kill the process without replacing it."""
         self._closed = True
-        self._signal()
+        self._process.interrupt()
 
     def close(self) -> None:
         """Kill and reap the process for good. No call may be in flight."""
         self._closed = True
-        self._kill()
+        self._process.kill()
 
     def _start(self) -> None:
-        # The lifeline is a pipe: the worker ends when the end here closes, however this process dies.
-        self._channel, theirs = socket.socketpair()
-        lifeline, ours = os.pipe()
-        self._lifeline = open(ours, "wb", buffering=0)  # noqa: PTH123, SIM115  a descriptor, held as long as the worker
-        command = [sys.executable, "-u", "-P", "-m", "togi.reward.worker", str(theirs.fileno()), str(lifeline)]
-        # The worker can import what this process can. One busy core per worker, unless the user sets it.
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
-        # A session of its own makes the worker the leader of a process group, which is killed as a whole.
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=STDERR_FD,
-            pass_fds=(theirs.fileno(), lifeline),
-            start_new_session=True,
-            env=environment,
-        )
-        # Their ends are open in the child only, so that a dead child shows as a closed socket.
-        theirs.close()
-        os.close(lifeline)
+        self._process = UserProcess("togi.reward.worker")
         with contextlib.suppress(OSError):  # a dead worker is reported by its first call
-            send(self._channel, self._load, self._limits.start_timeout)
+            send(self._process.channel, self._load, self._limits.start_timeout)
 
     def _exchange(self, frame: bytes, timeout: float, late: Complaint) -> Answer:
         try:
             if frame:
-                send(self._channel, frame, timeout)
-            reply = receive(self._channel, timeout)
+                send(self._process.channel, frame, timeout)
+            reply = receive(self._process.channel, timeout)
         except TimeoutError:
             self._replace()
             raise late from None
         except OSError:
             status = self._replace()
-            ending = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
-            what = f"ended its process ({ending})"
+            what = f"ended its process ({ending(status)})"
             advice = "let it return its rewards, within the machine's memory"
             raise Complaint(what, advice, is_transient=True) from None
         if "complaint" in reply:
@@ -151,23 +186,11 @@ class Worker:
 
     def _replace(self) -> int:
         """Kill, reap and restart the process. Returns the exit status of the old one."""
-        status = self._kill()
+        status = self._process.kill()
         self._ready = False
         if not self._closed:
             self._start()
         return status
-
-    def _kill(self) -> int:
-        self._signal()
-        self._channel.close()
-        self._lifeline.close()
-        return self._process.wait()
-
-    def _signal(self) -> None:
-        # Only before the leader is reaped: until then no other group can have this id.
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
 
 
 FUNCTION_NAME = "reward_func"
@@ -201,16 +224,11 @@ class FunctionReward:
     @classmethod
     def from_file(cls, path: str | Path, limits: CallLimits = DEFAULT, component: str = "function") -> FunctionReward:
         """The ``reward_func`` of a Python file, which is read once, here. Raises RewardError if there is no such file."""
-        file = Path(path).expanduser().absolute()
-        if file.suffix != ".py" or not file.is_file():
-            raise RewardError(
-                f"The reward function file {path} is not an existing .py file; give --reward_func the path of one."
-            )
         try:
-            content = base64.b64encode(file.read_bytes()).decode()
-        except OSError as error:
-            raise RewardError(f"The reward function file {path} cannot be read ({error}).") from None
-        load = Load(LoadKind.FILE, str(file), FUNCTION_NAME, content=content)
+            load = load_of_file(path, FUNCTION_NAME)
+        except Complaint as complaint:
+            advice = "give --reward_func the path of one"
+            raise RewardError(f"The reward function file {path} {complaint}; {advice}.") from None
         return cls(load, f"{FUNCTION_NAME} in {path}", limits, component)
 
     @classmethod
@@ -227,8 +245,14 @@ class FunctionReward:
         cls, function: Callable[..., object], limits: CallLimits = DEFAULT, component: str = "function"
     ) -> FunctionReward:
         """A Python function. Raises RewardError if it cannot be sent to a worker process."""
-        shown_as = f"{_name(function)} in {_file(function)}"
-        return cls(_load_callable(function, shown_as), shown_as, limits, component)
+        name = function.__qualname__ if inspect.isroutine(function) else type(function).__qualname__
+        shown_as = f"{name} in {file_of(function if inspect.isroutine(function) else type(function))}"
+        try:
+            load = load_by_value(function, name)
+        except Complaint as complaint:
+            advice = "move it to the top level of a module or give its file to --reward_func"
+            raise RewardError(f"{shown_as} {complaint}; {advice}.") from complaint
+        return cls(load, shown_as, limits, component)
 
     async def score(self, group: Sequence[Rollout]) -> list[Score]:
         """One score per rollout, in order; all of them errors if the last try failed too.
@@ -322,24 +346,33 @@ class FunctionReward:
         return f"{self.shown_as} {complaint}{where}; {complaint.advice}."
 
 
-def _load_callable(function: Callable[..., object], shown_as: str) -> Load:
-    """Send the function by name if a worker can import it under that name, else by value: cloudpickle's own rule."""
+def load_of_file(path: str | Path, name: str) -> Load:
+    """``name`` of a Python file, which is read once, here. Raises Complaint if there is no such file."""
+    file = Path(path).expanduser().absolute()
+    if file.suffix != ".py" or not file.is_file():
+        raise Complaint("is not an existing .py file")
     try:
-        pickled = cloudpickle.dumps(function)
+        content = base64.b64encode(file.read_bytes()).decode()
+    except OSError as error:
+        raise Complaint(f"cannot be read ({error})") from None
+    return Load(LoadKind.FILE, str(file), name, content=content)
+
+
+def load_by_value(item: object, name: str) -> Load:
+    """Send a function or class by name if a process can import it under that name, else by value: cloudpickle's own rule.
+
+    Raises Complaint.
+    """
+    try:
+        pickled = cloudpickle.dumps(item)
     except Exception as error:  # pickling runs the user's own __reduce__ methods
-        raise RewardError(
-            f"{shown_as} cannot be sent to a worker process ({error}); "
-            "move it to the top level of a module or give its file to --reward_func."
-        ) from error
-    return Load(LoadKind.PICKLE, base64.b64encode(pickled).decode(), _name(function))
+        raise Complaint(f"cannot be sent to a worker process ({error})") from error
+    return Load(LoadKind.PICKLE, base64.b64encode(pickled).decode(), name)
 
 
-def _name(function: Callable[..., object]) -> str:
-    return function.__qualname__ if inspect.isroutine(function) else type(function).__qualname__
-
-
-def _file(function: Callable[..., object]) -> str:
+def file_of(item: Callable[..., object]) -> str:
+    """The file in which a function or class is written."""
     try:
-        return inspect.getfile(function if inspect.isroutine(function) else type(function))
+        return inspect.getfile(item)
     except (TypeError, OSError):  # written in C, or typed into an interactive session
         return "an unknown file"

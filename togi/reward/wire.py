@@ -143,7 +143,7 @@ def checked(returned: object, count: int) -> Answer:
 
 def per_query(values: object, count: int, what: str) -> list[float | None]:
     """One number or None per query from a sequence, tensor or array. Raises Complaint."""
-    plain = _plain(values)
+    plain = plain_value(values)
     if isinstance(plain, Real) and count == 1:
         plain = [plain]
     if isinstance(plain, Real):
@@ -152,19 +152,20 @@ def per_query(values: object, count: int, what: str) -> list[float | None]:
         raise Complaint(f"returned {_show(values)} as {what}", "return a list with one number per query")
     if len(plain) != count:
         raise Complaint(f"returned {len(plain)} {what} for {count} queries", "return one number per query")
-    return [_checked_number(value, what, index) for index, value in enumerate(plain)]
+    return [checked_number(value, what, index) for index, value in enumerate(plain)]
 
 
 def _log(value: object, count: int, name: str) -> list[float | None]:
     what = f'"extra_logs" {name!r}'
-    plain = _plain(value)
+    plain = plain_value(value)
     if isinstance(plain, Real):
-        return [_checked_number(plain, what, NO_INDEX)] * count
+        return [checked_number(plain, what, NO_INDEX)] * count
     return per_query(plain, count, what)
 
 
-def _checked_number(value: object, what: str, index: int) -> float | None:
-    plain = _plain(value)
+def checked_number(value: object, what: str, index: int) -> float | None:
+    """A finite number, or None. Raises Complaint."""
+    plain = plain_value(value)
     if plain is None:
         return None
     if not isinstance(plain, Real):
@@ -178,7 +179,7 @@ def _checked_number(value: object, what: str, index: int) -> float | None:
     return number
 
 
-def _plain(value: object) -> object:
+def plain_value(value: object) -> object:
     """Tensors, arrays and their scalars as Python lists and numbers; other values unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
