@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -29,8 +30,12 @@ STEPS = 6
 
 def processes(run: subprocess.Popen[str], kind: str) -> list[psutil.Process]:
     """Those of a run whose command has ``kind`` in it."""
-    children = psutil.Process(run.pid).children(recursive=True)
-    return [child for child in children if kind in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(run.pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if kind in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def disturbed(
