@@ -61,7 +61,7 @@ async def connect(config: RLConfig, early: EarlyRewards, session: Session) -> Co
     for name, group in zip(early.names, session.reward_models, strict=False):
         mean, std = (await group.call_all(ScorerWorker.reward_statistics))[0]
         standardization = Standardization(mean, std) if config.normalize_reward else None
-        models.append(LocalModelReward(ModelScores(group).score, standardization, name))
+        models.append(LocalModelReward(ModelScores(group, alone=config.full_determinism).score, standardization, name))
     return combined(config, early, models)
 
 

@@ -106,10 +106,13 @@ def _in_order(plan: Sequence[Sequence[int]], answers: Sequence[Sequence[NDArray[
 
 
 class ModelScores:
-    """Scores token sequences. Groups finish one by one; batching the waiting ones keeps the model's packs full."""
+    """Scores token sequences. Groups finish one by one; batching the waiting ones keeps the model's packs full.
 
-    def __init__(self, group: WorkerGroup[ScorerWorker]) -> None:
-        self._group = group
+    ``alone``: each call by itself, so that no rounding depends on which groups have finished together (``--full_determinism``).
+    """
+
+    def __init__(self, group: WorkerGroup[ScorerWorker], *, alone: bool) -> None:
+        self._group, self._most = group, 1 if alone else None
         self._waiting: list[tuple[Sequence[Sequence[int]], asyncio.Future[list[float]]]] = []
         self._busy = False
 
@@ -126,7 +129,8 @@ class ModelScores:
         try:
             while self._waiting:
                 # Requests that arrive during this call wait for the next round.
-                taken, self._waiting = self._waiting, []
+                count = self._most or len(self._waiting)
+                taken, self._waiting = self._waiting[:count], self._waiting[count:]
                 flat = [as_sample(tokens) for sequences, _ in taken for tokens in sequences]
                 try:
                     scores = np.concatenate(await self._group.per_sample(ScorerWorker.scores, flat)).tolist()
