@@ -101,6 +101,8 @@ FOREIGN_ATTRIBUTES = Counter(
         "plan/machine.py: return_freed": 1,
         # the user's module, and what its function returned
         "config/fields.py: _hook": 1,
+        "env/hosted.py: Instance._is_done": 1,
+        "env/hosted.py: Instance._result": 1,
         "reward/wire.py: plain_value": 1,
         "reward/worker.py: _find": 3,
     }
@@ -131,7 +133,9 @@ RAISED_AGAIN = Counter(
 # Where any exception ends: it becomes a value that somebody waits for, or a line that somebody reads.
 CAUGHT = Counter(
     {
-        # code that is not ours: a reward, a loss, a program under test, a tracker
+        # code that is not ours: an environment, a reward, a loss, a program under test, a tracker
+        "env/hosted.py: Instance.reply": 1,
+        "env/hosted.py: Instance._call": 1,
         "obs/sinks.py: Background._work": 1,
         "reward/sandbox/calls.py: _answer": 1,
         "reward/sandbox/calls.py: judge": 2,

@@ -173,6 +173,8 @@ class Forks:
                     for pid in [pid for pid in self._lifelines if os.waitid(os.P_PID, pid, ENDED_UNREAPED)]:
                         self._reap(pid)
                 elif key.fileobj is not self._channel:
+                    if key.data not in self._lifelines:
+                        continue  # reaped since the select, when it ended by itself
                     # The owner has closed a lifeline. It stays readable, so it is not asked again.
                     self._poll.unregister(key.fileobj)
                     _kill(key.data)
@@ -287,6 +289,8 @@ class Instance:
             raise Complaint(what, "name the argument as a column of the rows, or give it a default")
         self._object = self._environment.klass()
         first = self._result(RESET, **accepted(self._object.reset, row))
+        if first is None:
+            return []  # the row has the prompt
         if isinstance(first, str):
             checked, size = _valid(first), len(first)
         elif isinstance(first, list) and first and all(isinstance(one, dict) and "role" in one for one in first):
