@@ -111,7 +111,7 @@ def to_sample(rollout: Rollout) -> Sample:
     mask[prompt:] = rollout.response_mask
     logprobs = np.full(len(tokens), np.nan, dtype=np.float32)
     logprobs[prompt:] = rollout.response_logprobs
-    return Sample(tokens, mask, prompt, rollout.group_id, {streams.ROLLOUT_LOGPROBS: logprobs})
+    return Sample(tokens, mask, prompt, rollout.group_id, {streams.ROLLOUT_LOGPROBS: logprobs}, forks=rollout.forks)
 
 
 def with_advantages(
