@@ -326,6 +326,42 @@ def test_micro_batches_of_trees_keep_the_budget(samples, max_tokens, share, whol
         assert alone or pack([samples[i] for i in part], share_prefix=share).num_tokens <= max_tokens
 
 
+def test_groups_that_begin_alike_land_in_one_pack_and_on_one_rank():
+    """Two system prompts of 100 tokens, three groups of each in turn, two samples of 20 more tokens in each group."""
+    samples = [
+        sample([group % 2] * 100, [group + 5] * 10 + [side] * 10, f"g{group}") for group in range(6) for side in (3, 4)
+    ]
+    one, other = ([0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11])
+    # 100, and for each group 10 and twice 10
+    assert pack([samples[i] for i in one], share_prefix=True).num_tokens == 190
+    limits = {"max_sequences": None, "share_prefix": True}
+    assert micro_batches(samples, max_tokens=190, **limits) == [one, other]
+    assert micro_batches(samples, max_tokens=380, **limits) == [sorted([*one, *other])]
+    assert [len(part) for part in micro_batches(samples, max_tokens=189, **limits)] == [4, 4, 4]
+    assert split_ranks(samples, 2) == [one, other]
+    assert split_ranks(samples, 2, whole_groups=True) == [one, other]
+    assert sorted(map(len, split_ranks(samples, 3))) == [4, 4, 4]
+    # a single sample is all that may be longer than the budget
+    assert micro_batches(samples, max_tokens=20, **limits) == [[i] for i in range(12)]
+
+
+def test_ten_thousand_long_rows_are_planned_fast():
+    rng, system = np.random.default_rng(0), np.arange(100)
+    samples = []
+    for group in range(1250):
+        tokens = rng.integers(0, 50_000, (8, 1000))
+        tokens[:, :100], tokens[:, 100:200] = system, tokens[0, 100:200]
+        samples += [Sample(row, np.arange(1000) >= 200, 200, str(group)) for row in tokens]
+    start = time.perf_counter()
+    parts = micro_batches(samples, max_tokens=16384, max_sequences=None, share_prefix=True)
+    ranks = split_ranks(samples, 8)
+    seconds = time.perf_counter() - start
+    # two groups: 100 and twice 100 + 8 x 800 tokens; a third does not fit
+    assert len(parts) == 625 and all(len(part) == 16 for part in parts)
+    assert max(map(len, ranks)) <= 1.05 * 1250
+    assert seconds < 10, seconds  # about 0.6 s on an idle core
+
+
 def test_large_steps_are_split_fast_and_evenly():
     rng = np.random.default_rng(0)
     samples = []

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from itertools import chain
 from typing import TypeVar
 
@@ -26,16 +25,16 @@ from togi.sample import Sample
 MAX_IMBALANCE = 1.05
 WORTH = 16
 """Units are put together for what they share if that is at least this part of the smaller one's tokens."""
-PIECES = 8
-"""A rank's tokens are at least so many of what is put together, or ranks could not be dealt equal loads."""
+PIECES = (1, 2, 4, 8)
+"""What is put together for a rank is at most one of these parts of its tokens: the smaller, the more equal the loads."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Unit:
     """Samples that stay together, their rows by rank in the sorted order of all rows, and their tokens in one pack."""
 
-    indices: tuple[int, ...]
-    ranks: tuple[int, ...]
+    indices: list[int]
+    ranks: list[int]
     tokens: int
 
 
@@ -45,52 +44,54 @@ class _Costs:
     def __init__(self, samples: Sequence[Sample], *, share_prefix: bool) -> None:
         rows = SortedRows.of(samples, share_prefix=share_prefix)
         self._lengths, self._neighbours = list(map(len, rows.places)), Neighbours(rows)
-        ranks: list[list[int]] = [[] for _ in samples]
+        self._ranks: list[list[int]] = [[] for _ in samples]
         for rank, owner in enumerate(rows.owners):
-            ranks[owner].append(rank)
-        nothing = _Unit((), (), 0)
-        self.alone = [self.joined(nothing, _Unit((i,), tuple(own), 0)) for i, own in enumerate(ranks)]
-        """Each sample as a unit."""
+            self._ranks[owner].append(rank)
 
-    def joined(self, unit: _Unit, other: _Unit) -> _Unit:
-        """Two units as one. ``other.tokens`` is not read."""
-        ranks, tokens = list(unit.ranks), unit.tokens
-        for rank in other.ranks:
+    def added(self, unit: _Unit, ranks: Sequence[int]) -> int:
+        """Tokens that these rows add to a unit."""
+        tokens, last = 0, -1
+        for rank in ranks:
             # a row shares with the others what it shares with the nearer of its two neighbours
-            place = bisect.bisect(ranks, rank)
-            before = self._neighbours.shared(ranks[place - 1], rank) if place > 0 else 0
-            after = self._neighbours.shared(rank, ranks[place]) if place < len(ranks) else 0
+            place = bisect.bisect(unit.ranks, rank)
+            last = max(last, unit.ranks[place - 1]) if place > 0 else last
+            before = self._neighbours.shared(last, rank) if last >= 0 else 0
+            after = self._neighbours.shared(rank, unit.ranks[place]) if place < len(unit.ranks) else 0
             tokens += self._lengths[rank] - max(before, after)
-            ranks.insert(place, rank)
-        return _Unit((*unit.indices, *other.indices), tuple(ranks), tokens)
+            last = rank
+        return tokens
 
     def unit(self, indices: Sequence[int]) -> _Unit:
-        return reduce(self.joined, (self.alone[i] for i in indices))
+        ranks = sorted(rank for i in indices for rank in self._ranks[i])
+        return _Unit([*indices], ranks, self.added(_Unit([], [], 0), ranks))
 
     def divided(self, unit: _Unit, max_tokens: int, max_sequences: int) -> list[_Unit]:
         """A unit split into parts that fit, one if it fits itself; a sample that does not fit is a part.
 
         Samples with a common beginning come one after the other. A new part has to compute it again.
         """
-        parts = list[_Unit]()
-        for sample in sorted((self.alone[i] for i in unit.indices), key=lambda sample: sample.ranks):
-            both = self.joined(parts[-1], sample) if parts else sample
-            if parts and both.tokens <= max_tokens and len(both.indices) <= max_sequences:
-                parts[-1] = both
-            else:
-                parts.append(sample)
-        return parts
+        singles = (self.unit([i]) for i in sorted(unit.indices, key=self._ranks.__getitem__))
+        return self._merged(singles, max_tokens, max_sequences, worth=False)
 
     def gathered(self, units: Sequence[_Unit], max_tokens: int, max_sequences: int) -> list[_Unit]:
         """Units with long common beginnings put together as long as they fit."""
+        in_order = sorted(units, key=lambda unit: unit.ranks)
+        copies = (_Unit([*unit.indices], [*unit.ranks], unit.tokens) for unit in in_order)
+        return self._merged(copies, max_tokens, max_sequences, worth=True)
+
+    def _merged(self, units: Iterable[_Unit], max_tokens: int, max_sequences: int, *, worth: bool) -> list[_Unit]:
+        """Each unit put to the one before if both fit, and, if that is asked, if they share so much that it is worth it."""
         found = list[_Unit]()
-        for unit in sorted(units, key=lambda unit: unit.ranks):
-            if found and len(found[-1].indices) + len(unit.indices) <= max_sequences:
+        for unit in units:
+            if found:
                 last = found[-1]
-                both = self.joined(last, unit)
-                saved = last.tokens + unit.tokens - both.tokens
-                if both.tokens <= max_tokens and WORTH * saved >= min(last.tokens, unit.tokens):
-                    found[-1] = both
+                added = self.added(last, unit.ranks)
+                fits = last.tokens + added <= max_tokens and len(last.indices) + len(unit.indices) <= max_sequences
+                if fits and (not worth or WORTH * (unit.tokens - added) >= min(last.tokens, unit.tokens)):
+                    last.indices += unit.indices
+                    last.tokens += added
+                    for rank in unit.ranks:
+                        bisect.insort(last.ranks, rank)
                     continue
             found.append(unit)
         return found
@@ -130,9 +131,9 @@ def split_ranks(
     """Dispatch samples to ranks so that each gets about the same number of tokens.
 
     Groups with a long common beginning stay together, and groups stay whole, while no rank is idle and none has more than 5 %
-    above the mean. Else each group is split into 2, 4, 8, ... parts until the result is even enough, and the most even one is
-    used (``whole_groups``: never split). Each part goes to the least loaded rank, largest first (Graham's LPT rule). A list is
-    empty only if there are fewer samples than ranks, or fewer groups with ``whole_groups``.
+    above the mean. Else ever fewer stay together, then each group is split into 2, 4, 8, ... parts until the result is even
+    enough, and the most even one is used (``whole_groups``: never split). Each part goes to the least loaded rank, largest first
+    (Graham's LPT rule). A list is empty only if there are fewer samples than ranks, or fewer groups with ``whole_groups``.
     """
     assert ranks > 0
     costs = _Costs(samples, share_prefix=share_prefix)
@@ -152,10 +153,12 @@ def split_ranks(
 def _divisions(costs: _Costs, groups: Sequence[_Unit], ranks: int, *, whole_groups: bool) -> Iterator[Sequence[_Unit]]:
     """Samples in ever smaller units: several groups, groups, parts of groups, single samples."""
     tokens, samples = sum(unit.tokens for unit in groups), sum(len(unit.indices) for unit in groups)
-    units: Sequence[_Unit] = costs.gathered(groups, tokens // (PIECES * ranks), samples)
+    for pieces in PIECES:
+        gathered = costs.gathered(groups, tokens // (pieces * ranks), samples)
+        if len(gathered) < len(groups):
+            yield gathered
+    units = groups
     yield units
-    if len(units) < len(groups):
-        yield (units := groups)
     parts = 1
     while len(units) < samples and not whole_groups:
         parts *= 2
@@ -165,7 +168,7 @@ def _divisions(costs: _Costs, groups: Sequence[_Unit], ranks: int, *, whole_grou
 def _parts(unit: _Unit, parts: int, costs: _Costs) -> list[_Unit]:
     """A group in about ``parts`` parts of about equal tokens; every part but one computes the common beginning again."""
     if parts >= len(unit.indices):
-        return [costs.alone[i] for i in unit.indices]
+        return [costs.unit([i]) for i in unit.indices]
     limit = -(-(unit.tokens + (parts - 1) * costs.common(unit)) // parts)
     return costs.divided(unit, limit, len(unit.indices))
 
