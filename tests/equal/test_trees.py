@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -15,13 +16,18 @@ from tests.learn_tools import critic, policy, solo, weights
 from tests.objective_cases import CASES, Step, gradients, run
 from tests.tree_cases import alike, as_rows, by_hand, episodes
 from togi.batch import Batch
-from togi.config.choices import Aggregation, CorrectionType, KLEstimator, PolicyLossType
+from togi.config.choices import AdvantageEstimator, Aggregation, CorrectionType, KLEstimator, PolicyLossType
+from togi.config.parse import build
+from togi.config.rl import RLConfig
 from togi.data.packing import in_order, pack, pack_all, pack_stats
+from togi.env.trace import Trace
 from togi.learn.objective import EngineCorrection, Objective, PolicyObjective, ValueObjective
 from togi.learn.scorer import Scorer
 from togi.model.policy import Needs
 from togi.obs.metrics import merge, reduced
 from togi.parallel.process import World
+from togi.pump.experience import ScoredGroup, to_sample, with_advantages
+from togi.sample import FinishReason, Generation, Outcome, Prompt, Sample, Score, with_streams
 
 CPU = torch.device("cpu")
 # RMS norms and rotary tables compute in float32 inside the model, hence not to 1e-15.
@@ -174,3 +180,31 @@ def test_two_steps_of_training_with_and_without_the_tree() -> None:
     assert found[0][1].grad_norm == pytest.approx(found[1][1].grad_norm, rel=1e-5)
     for name, tensor in found[0][0].items():
         torch.testing.assert_close(tensor, found[1][0][name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", AdvantageEstimator)
+def test_no_estimator_knows_of_forks(estimator: AdvantageEstimator) -> None:
+    """Advantages of an episode are those of its tokens in their order; the sample keeps its forks, and packs share them."""
+    config = build(RLConfig, {"advantage_estimator": estimator.value, "n_samples_per_prompt": 2}, {}).config
+    groups, samples = list[ScoredGroup](), list[Sample]()
+    rng = np.random.default_rng(3)
+    for group in range(2):
+        prompt, rollouts = Prompt(str(group), (1, 2, group), ""), []
+        for _ in range(2):
+            trace, context = Trace(prompt), [1, 2, group]
+            for _ in range(3):
+                words = rng.integers(0, 9, 4).tolist()
+                trace.add(context, Generation(tuple(words), (-1.0,) * 4, FinishReason.STOP, (0,) * 4))
+                context += [*words[2:], 5]  # what the policy wrote first is left out, so the next request forks
+            rollouts.append(trace.rollout(str(group), "", FinishReason.STOP))
+            numbers = {name: [rng.normal(size=12)] for name in ("old_logprobs", "ref_logprobs", "old_values")}
+            samples += with_streams([to_sample(rollouts[-1])], numbers)
+        scores = tuple(Score(Outcome.SCORE, float(rng.normal())) for _ in rollouts)
+        groups.append(ScoredGroup(tuple(rollouts), scores))
+    places = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    flat = [replace(sample, forks=()) for sample in samples]
+    found, expected = (with_advantages(groups, places, given, config, 0.1) for given in (samples, flat))
+    assert all(len(sample.forks) == 2 for sample in found)
+    wanted = np.concatenate([sample.streams["advantages"][sample.loss_mask] for sample in expected])
+    for share in (True, False):
+        assert pack(found, share_prefix=share).streams["advantages"].tolist() == wanted.tolist()
