@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests import policy_cases
+from tests import policy_cases, tree_cases
 from tests.learn_tools import critic, policy
 from togi.batch import Batch
-from togi.config.choices import CorrectionType, Divergence, PolicyLossType, RewardLoss
+from togi.config.choices import Aggregation, CorrectionType, Divergence, PolicyLossType, RewardLoss
 from togi.data.packing import pack
-from togi.learn.objective import Objective, SFTObjective
+from togi.learn.objective import Objective, PolicyObjective, SFTObjective
 from togi.methods.kd_objective import DistillationObjective
 from togi.methods.kto_objective import KTOObjective
 from togi.methods.preference import DPOObjective, ORPOObjective, PairwiseRewardObjective, SimPOObjective
@@ -254,7 +254,23 @@ def scalar() -> nn.Module:
     return critic().double()
 
 
+def gspo_of_episodes() -> Objective:
+    return PolicyObjective(
+        0.2,
+        0.3,
+        Aggregation.SEQUENCE_MEAN,
+        PolicyLossType.GSPO,
+        policy_cases.DUAL,
+        temperature=policy_cases.TEMPERATURE,
+    )
+
+
 CASES: dict[str, Case] = {
+    "episodes": Case(
+        gspo_of_episodes,
+        lambda: tree_cases.episodes(6, 1),
+        lambda model, _: tree_cases.by_hand("gspo", "sequence_mean", model, tree_cases.episodes(6, 1)),
+    ),
     "sft": Case(SFTObjective, responses, naive_sft),
     "rm": Case(PairwiseRewardObjective, pairs, naive_rm(margin=False), scalar, unit=2),
     "rm_margin": Case(lambda: PairwiseRewardObjective(use_margin=True), pairs, naive_rm(margin=True), scalar, unit=2),

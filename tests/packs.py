@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
+from togi.batch import NO_PREFIX, Batch, Segments
 from togi.model.policy import Needs, PolicyModel
 
 Group = tuple[list[int], list[list[int]]]
@@ -39,7 +39,7 @@ def shared_pack(groups: Sequence[Group]) -> Batch:
             is_prompt = prefix == NO_PREFIX
             tokens += run
             mask += [not is_prompt] * len(run)
-            owners += [NO_SEQUENCE if is_prompt else sequences] * len(run)
+            owners += [-1 if is_prompt else sequences] * len(run)
             sequences += not is_prompt
             lengths.append(len(run))
             prefixes.append(prefix)
@@ -57,17 +57,12 @@ def random_groups(seed: int, shapes: Sequence[tuple[int, Sequence[int]]], vocab:
 
 
 def _batch(tokens: list[int], mask: list[bool], owners: list[int], segments: Segments, sequences: int) -> Batch:
-    return Batch(
-        tokens_T=torch.tensor(tokens),
-        positions_T=segment_positions(segments),
-        sources_T=predecessors(segments),
-        sequences_T=torch.tensor(owners),
-        targets_K=torch.tensor(mask).nonzero().squeeze(-1),
-        segments=segments,
-        order_N=tuple(range(sequences)),
-        streams={},
-        values={},
-    ).validate()
+    """``owners``: the sequence of each token, -1 for those of a shared prompt. Every sequence ends with a segment of its own."""
+    targets_K, owners_T = torch.tensor(mask).nonzero().squeeze(-1), torch.tensor(owners)
+    ends = {owners[start]: (segment,) for segment, start in enumerate(segments.starts_S)}
+    assert len(set(range(sequences)) - set(ends)) == 0
+    ends_N = [ends[sequence] for sequence in range(sequences)]
+    return Batch.of(torch.tensor(tokens), segments, ends_N, targets_K, owners_T[targets_K], {}, {})
 
 
 TEMPERATURE = 0.7

@@ -1,16 +1,18 @@
 """The one tensor container of the trainer: flat packed tokens and a table of segments.
 
-Shape letters: T packed tokens, K tokens in the loss, S segments, N sequences.
+Shape letters: T packed tokens, S segments, N sequences; K tokens in the loss, sequence by sequence; U the same tokens, each
+once.
 
-A *segment* is a run of consecutive packed tokens. A segment may continue another one (its *prefix*), as a response
-continues a prompt that several responses share. A token attends to the chain of prefixes of its segment, and to its own segment
-up to itself. A *sequence* has a loss and per-sequence values. In the plain layout every sequence is one segment without a prefix.
-In the shared-prefix layout a prompt is a segment of its own, and every response continues it.
+A *segment* is a run of consecutive packed tokens. A segment may continue another one (its *prefix*), as a response continues a
+prompt that several responses share. So segments form trees of any depth. A token attends to the chain of prefixes of its segment,
+and to its own segment up to itself. A *sequence* has a loss and per-sequence values. Its tokens are those of one chain, or of
+several if it forks. A packed token may be part of several sequences, and in the loss of each. In the plain layout every sequence
+is one segment without a prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +20,6 @@ from torch import Tensor
 
 NO_PREFIX = -1
 NO_SOURCE = -1
-NO_SEQUENCE = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +56,51 @@ class Segments:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """A pack of sequences. Element i of every ``_T`` tensor is about token i.
+    """A pack of sequences. Element i of every ``_T`` tensor is about packed token i, element k of every ``_K`` tensor about the
+    k-th token in the loss.
 
     ``sources_T[i]`` is the packed index of the token whose hidden state predicts token i (``NO_SOURCE`` for a first token).
     The shift by one between tokens and predictions is only here, see ``predecessors``.
-    ``sequences_T[i]`` is the sequence of token i (``NO_SEQUENCE`` for a shared prompt's tokens). ``targets_K`` are the packed
-    indices of the tokens in the loss, ascending: indices and not a mask, because a device would have to be waited for to know
-    how many there are.
-    ``order_N[n]`` is the place of sequence n in the list that the batch was packed from. ``streams`` are float tensors [T] by
-    name, ``values`` tensors [N] by name. ``original``: the batch that this is a copy of.
+    The tokens in the loss come sequence by sequence, each in the order of its own tokens. ``target_sequences_K`` is the sequence
+    of each. ``targets_U`` are their packed indices, ascending, each once, and ``picks_K`` is the place of each in ``targets_U``: a
+    token that several sequences share may be in the loss of each. Indices and not a mask, because a device would have to be waited
+    for to know how many there are.
+    ``ends_N[n]`` are the segments with which sequence n ends: several if it forks, that of its last token last. Its tokens are
+    those of their chains. ``order_N[n]`` is the place of sequence n in the list that the batch was packed from, ascending.
+    ``streams`` are float tensors [K] by name, ``values`` tensors [N] by name. ``original``: the batch that this is a copy of.
     """
 
     tokens_T: Tensor
     positions_T: Tensor
     sources_T: Tensor
-    sequences_T: Tensor
-    targets_K: Tensor
+    targets_U: Tensor
+    picks_K: Tensor
+    target_sequences_K: Tensor
     segments: Segments
+    ends_N: tuple[tuple[int, ...], ...]
     order_N: tuple[int, ...]
     streams: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
     original: Batch | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokens_T: Tensor,
+        segments: Segments,
+        ends_N: Sequence[tuple[int, ...]],
+        targets_K: Tensor,
+        target_sequences_K: Tensor,
+        streams: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+    ) -> Batch:
+        """A batch in host memory, validated, with all that follows from these. ``targets_K``: packed indices."""
+        targets_U, picks_K = torch.unique(targets_K, return_inverse=True)
+        places = segment_positions(segments), predecessors(segments)
+        targets = targets_U, picks_K, target_sequences_K
+        return cls(
+            tokens_T, *places, *targets, segments, tuple(ends_N), tuple(range(len(ends_N))), streams, values
+        ).validate()
 
     @property
     def host(self) -> Batch:
@@ -91,13 +116,19 @@ class Batch:
         return len(self.order_N)
 
     @property
-    def target_sequences_K(self) -> Tensor:
-        """The sequence of each token in the loss."""
-        return self.sequences_T[self.targets_K]
+    def targets_K(self) -> Tensor:
+        """The packed index of each token in the loss. A token that several sequences share comes for each of them."""
+        return self.targets_U[self.picks_K]
 
-    def select(self, name: str) -> Tensor:
-        """Stream ``name`` at the tokens in the loss, shape [K]. Masked entries are never read."""
-        return self.streams[name][self.targets_K]
+    def for_each(self, values_U: Tensor) -> Tensor:
+        """Entries of the tokens in the loss, each once [U, ...], as entries for every sequence that has them [K, ...]."""
+        return values_U.index_select(0, self.picks_K)
+
+    def last_tokens_N(self) -> Tensor:
+        """The packed index of the last token of each sequence (int64, [N])."""
+        starts, lengths = self.segments.starts_S, self.segments.lengths_S
+        last = [starts[ends[-1]] + lengths[ends[-1]] - 1 for ends in self.ends_N]
+        return moved(torch.tensor(last, dtype=torch.int64), self.tokens_T.device)
 
     def tokens_per_sequence_N(self) -> Tensor:
         """How many tokens of each sequence are in the loss (int64, [N])."""
@@ -109,15 +140,12 @@ class Batch:
         return moved(torch.repeat_interleave(torch.arange(len(self.segments)), lengths_S), self.tokens_T.device)
 
     def chains_NS(self) -> Tensor:
-        """1 where a segment is part of a sequence, else 0 (float32, [N, S]). A shared prompt is part of several sequences."""
-        device, table = self.sequences_T.device, self.segments
-        chains_SS = torch.zeros(len(table), len(table))
-        for segment in range(len(table)):
-            chains_SS[segment, list(table.chain(segment))] = 1
-        # the chain of each segment, added to its sequence; the first row is for NO_SEQUENCE, which is -1
-        owners_S = self.sequences_T[moved(torch.tensor(table.starts_S), device)] + 1
-        sums = torch.zeros(self.num_sequences + 1, len(table), device=device)
-        return sums.index_add_(0, owners_S, moved(chains_SS, device))[1:].clamp_(max=1)
+        """1 where a segment is part of a sequence, else 0 (float32, [N, S]). A shared prefix is part of several sequences."""
+        chains_NS = torch.zeros(self.num_sequences, len(self.segments))
+        for sequence, ends in enumerate(self.ends_N):
+            for end in ends:
+                chains_NS[sequence, list(self.segments.chain(end))] = 1
+        return moved(chains_NS, self.tokens_T.device)
 
     def to(self, device: torch.device) -> Batch:
         """A copy with every tensor on ``device``, which is not waited for."""
@@ -127,8 +155,9 @@ class Batch:
             tokens_T=moved(self.tokens_T, device),
             positions_T=moved(self.positions_T, device),
             sources_T=moved(self.sources_T, device),
-            sequences_T=moved(self.sequences_T, device),
-            targets_K=moved(self.targets_K, device),
+            targets_U=moved(self.targets_U, device),
+            picks_K=moved(self.picks_K, device),
+            target_sequences_K=moved(self.target_sequences_K, device),
             streams={name: moved(stream, device) for name, stream in self.streams.items()},
             values={name: moved(value, device) for name, value in self.values.items()},
         )
@@ -137,8 +166,10 @@ class Batch:
         """Check the invariants that packing must keep. Called where a batch is built; raises AssertionError."""
         total, table = self.num_tokens, self.segments
         # the shapes
-        for tensor in (self.positions_T, self.sources_T, self.sequences_T, *self.streams.values()):
+        for tensor in (self.positions_T, self.sources_T):
             assert tensor.shape == (total,), "a token stream has the wrong length"
+        for tensor in (self.picks_K, *self.streams.values()):
+            assert tensor.shape == self.target_sequences_K.shape, "a stream has the wrong length"
         for value in self.values.values():
             assert value.shape == (self.num_sequences,), "a per-sequence value has the wrong length"
         # the segment table
@@ -151,11 +182,18 @@ class Batch:
         for start, length in zip(table.starts_S, table.lengths_S, strict=True):
             assert start == end, "segments must be contiguous"
             end = start + length
+        # the sequences: each ends somewhere, and they are in the order of the list
+        assert all(self.ends_N), "a sequence without tokens"
+        assert len(self.ends_N) == self.num_sequences and list(self.order_N) == sorted(self.order_N), (
+            "sequences reordered"
+        )
         # the loss: each of its tokens has a source and a sequence
         assert torch.equal(self.sources_T.cpu(), predecessors(table)), "sources do not follow the segment table"
-        assert bool((self.targets_K.diff() > 0).all()), "the tokens in the loss are not in ascending order"
-        assert bool((self.sources_T[self.targets_K] != NO_SOURCE).all()), "a token without a prediction is in the loss"
-        assert bool((self.target_sequences_K != NO_SEQUENCE).all()), "a token of no sequence is in the loss"
+        assert bool((self.targets_U.diff() > 0).all()), "the tokens in the loss are not in ascending order"
+        assert bool((self.sources_T[self.targets_U] != NO_SOURCE).all()), "a token without a prediction is in the loss"
+        owners_K = self.target_sequences_K
+        assert bool((owners_K.diff() >= 0).all()), "the tokens in the loss do not come sequence by sequence"
+        assert bool(((owners_K >= 0) & (owners_K < self.num_sequences)).all()), "a token of no sequence is in the loss"
         return self
 
 
@@ -189,8 +227,9 @@ def predecessors(segments: Segments) -> Tensor:
 
 def segment_positions(segments: Segments) -> Tensor:
     """The position id of each packed token (int64, [T]), counted from the start of its sequence through its chain of prefixes."""
-    runs = []
-    for s, length in enumerate(segments.lengths_S):
-        first = segments.context_length(s)
+    ends, runs = list[int](), [torch.arange(0)]
+    for prefix, length in zip(segments.prefixes_S, segments.lengths_S, strict=True):
+        first = 0 if prefix == NO_PREFIX else ends[prefix]
+        ends.append(first + length)
         runs.append(torch.arange(first, first + length))
     return torch.cat(runs)

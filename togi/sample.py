@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,7 +161,7 @@ class Sample:
     """One sequence ready for packing. All arrays have length L = ``len(tokens)``.
 
     Element i of every stream is about token i; entries where ``loss_mask`` is False are never read (they may be NaN).
-    ``prompt_length`` is the number of leading tokens that may be shared with other samples of the same ``group_id``.
+    ``prompt_length`` is the number of leading tokens before the first that may be in the loss.
     ``forks``: ascending, as in ``Rollout``; a sample is one sequence of the loss however often it forks.
     """
 
@@ -176,8 +177,14 @@ class Sample:
         length = len(self.tokens)
         assert len(self.loss_mask) == length, "loss_mask and tokens differ in length"
         assert all(-1 <= fork.parent < fork.start < length for fork in self.forks), "a fork follows no earlier token"
+        starts = [0, *(fork.start for fork in self.forks)]
+        assert all(before < start for before, start in pairwise(starts)), "forks are not in ascending order"
         assert 0 <= self.prompt_length <= length
-        assert not self.loss_mask[:1].any(), "the first token has no prediction and cannot be in the loss"
+        assert not self.loss_mask[: self.prompt_length].any(), "a token of the prompt is in the loss"
+        firsts = [0, *(fork.start for fork in self.forks if fork.parent == -1)]
+        assert not any(self.loss_mask[first : first + 1].any() for first in firsts), (
+            "a first token has no prediction and cannot be in the loss"
+        )
         assert all(len(stream) == length for stream in self.streams.values()), "a stream and tokens differ in length"
 
 

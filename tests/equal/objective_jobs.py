@@ -19,6 +19,7 @@ from togi.parallel.backend import BackendOptions
 from togi.parallel.process import World
 
 NAMES = (
+    "episodes",
     "sft",
     "rm_margin",
     "dpo_nll",

@@ -15,6 +15,7 @@ from tests.learn_tools import critic, objective, policy, rollouts, scheduled, we
 from tests.objective_cases import CASES
 from tests.packs import Group, make_segments, random_groups, shared_pack
 from tests.tiny import tiny_model
+from tests.tree_cases import episodes
 from togi.batch import NO_PREFIX, Batch, Segments
 from togi.config.choices import Scheduler
 from togi.data.packing import pack
@@ -152,11 +153,15 @@ def samples_of(name: str) -> tuple[list, int, Any, Any]:
         return rollouts(6), 1, objective(), policy(dtype=torch.float64)
     if name == "value":
         return rollouts(6), 1, ValueObjective(0.2), critic().double()
+    if name == "tree":
+        return episodes(6, 5, turns=6), 2, objective(), policy(dtype=torch.float64)
+    if name == "tree_value":
+        return episodes(6, 5, turns=6), 2, ValueObjective(0.2), critic().double()
     case = CASES[name]
     return case.samples(), case.unit, case.make(), case.model()
 
 
-OBJECTIVES = (*NAMES, "policy", "value")
+OBJECTIVES = (*NAMES, "policy", "value", "tree", "tree_value")
 
 
 def trained(world: World, name: str, stage: int, ring: Ring | None) -> dict[str, Any]:

@@ -70,6 +70,28 @@ def test_windows_and_plain_packs_equal_dense(
     assert [way for way, *_ in calls] == ["forward", "backward"], "one call for the whole pack"
 
 
+def test_a_prefix_short_for_its_queries_is_copied(calls: list[Call]) -> None:
+    """A prefix of one key for two segments of 8, continued by 6 and 6; the other prefixes have less than 16 queries a copy."""
+    prefixes = [NO_PREFIX, 0, 0, 2, 2]
+    long = make_segments([1, 60, 8, 30, 31], prefixes)
+    # 129 queries for 4 copies of one key: copied; 61 for 16 copies of the prefix of 8: a call
+    own, shared = levels_of(long, None, CPU)
+    assert own.keys_U is not None and own.pieces.starts_k.tolist() == [0, 1, 62, 71, 102, 134]
+    assert (
+        own.keys_U[:3].tolist() == [0, 0, 1]
+        and own.keys_U[62:64].tolist() == [0, 61]
+        and own.pieces.longest == (60, 61)
+    )
+    assert shared.queries_R is not None and shared.queries_R.tolist() == list(range(69, 130))
+    one, other = run(varlen_attention, long), run(dense_attention, long)
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert calls == [(way, *level) for way in ("forward", "backward") for level in [(True, 130, 134), (False, 61, 8)]]
+    # three levels of one key each above long rows: no call but the first
+    deep = make_segments([1, 90, 1, 90, 1, 90, 90], [NO_PREFIX, 0, 0, 2, 2, 4, 4])
+    torch.testing.assert_close(run(varlen_attention, deep), run(dense_attention, deep), rtol=1e-10, atol=1e-12)
+    assert calls[4:] == [(way, True, 363, 363 + 6 + 4 + 2) for way in ("forward", "backward")]
+
+
 @pytest.mark.parametrize("keywords", [{}, {"scaling": 0.3}, {"sliding_window": 7}])
 def test_prefixes_equal_dense(calls: list[Call], keywords: dict[str, float]) -> None:
     """The tree has a prompt with three responses, a plain sequence, and turns two deep; no sequence is longer than 7."""

@@ -15,7 +15,7 @@ from togi.model import support
 from togi.model.attention import VARLEN
 from togi.model.checkpoint import expected_manifest, save_hf
 from togi.model.loading import ModelSource, check_causal_lm, load_causal_lm, load_scalar_model
-from togi.model.policy import Needs, PolicyModel, checkpoint_tensors, last_tokens
+from togi.model.policy import Needs, PolicyModel, checkpoint_tensors
 from togi.model.support import logit_transform, verify_packing
 from togi.weights.buckets import TensorSpec, differences
 
@@ -215,5 +215,5 @@ def test_values_are_of_the_state_in_which_a_token_is_chosen(tmp_path):
 
 def test_last_tokens_by_hand():
     # plain: 4+3 and 4+5 and 2+6; shared: 4, 3, 5, 2, 6
-    assert last_tokens(plain_pack(GROUPS)).tolist() == [6, 15, 23]
-    assert last_tokens(shared_pack(GROUPS)).tolist() == [6, 11, 19]
+    assert plain_pack(GROUPS).last_tokens_N().tolist() == [6, 15, 23]
+    assert shared_pack(GROUPS).last_tokens_N().tolist() == [6, 11, 19]

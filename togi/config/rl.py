@@ -298,7 +298,7 @@ class AlgorithmSettings(Settings):
     kl_horizon: Count = flag(10_000, "Horizon of the adaptive controller, in samples.")
     reward_clip_range: tuple[float, float] = flag((-10.0, 10.0), "Clip of the scalar reward after the baseline.")
     no_advantage_std_norm: bool = flag(False, "Advantage normalisation subtracts the mean only.")
-    share_prompts: bool = flag(True, "Compute a prompt once for all its responses in a pack (exact).")
+    share_prompts: bool = flag(True, "Compute what samples of a pack have in common at their start once (exact).")
     freezing_actor_steps: Int = flag(-1, "Warm-up: train only the critic on the first N rollouts; -1, 0: none.", ge=-1)
     enable_ema: bool = flag(False, "Save an exponential moving average of the actor's weights too: save_path + _ema.")
     ema_beta: float = flag(0.992, "Decay of the average in each optimizer step.", gt=0, lt=1)

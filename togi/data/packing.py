@@ -1,15 +1,15 @@
-"""Lay out samples as a ``Batch``: plain (one segment per sequence) or with shared prefixes (one segment per prompt).
+"""Lay out samples as a ``Batch``, in which what they have in common from their first token on is there once.
 
 Shape letters as in ``togi.batch``. Which samples go together, in which micro-batch and on which rank, is decided on index
 lists. Deterministic: equal samples in equal order give equal lists. A cost is the number of tokens that ``pack`` lays out, with a
-shared prompt counted once.
+shared prefix (``prefix_tree``) counted once. That of several units is at most the sum of theirs.
 """
 
 from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeVar
@@ -18,61 +18,87 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
+from togi.batch import Batch, Segments
+from togi.data.prefix_tree import Neighbours, SortedRows, grow
 from togi.sample import Sample
 
 MAX_IMBALANCE = 1.05
+WORTH = 16
+"""Units are put together for what they share if that is at least this part of the smaller one's tokens."""
+PIECES = (1, 2, 4, 8)
+"""What is put together for a rank is at most one of these parts of its tokens: the smaller, the more equal the loads."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Unit:
-    """Samples that stay together, and their tokens."""
+    """Samples that stay together, their rows by rank in the sorted order of all rows, and their tokens in one pack."""
 
-    indices: tuple[int, ...]
+    indices: list[int]
+    ranks: list[int]
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
 class _Costs:
-    """What samples cost in one pack. Those with the same number in ``prefixes`` share their prompt, which is counted once."""
+    """What samples cost in one pack."""
 
-    samples: Sequence[Sample]
-    prefixes: Sequence[int]
+    def __init__(self, samples: Sequence[Sample], *, share_prefix: bool) -> None:
+        rows = SortedRows.of(samples, share_prefix=share_prefix)
+        self._lengths, self._neighbours = list(map(len, rows.places)), Neighbours(rows)
+        self._ranks: list[list[int]] = [[] for _ in samples]
+        for rank, owner in enumerate(rows.owners):
+            self._ranks[owner].append(rank)
+
+    def added(self, unit: _Unit, ranks: Sequence[int]) -> int:
+        """Tokens that these rows add to a unit."""
+        tokens, last = 0, -1
+        for rank in ranks:
+            # a row shares with the others what it shares with the nearer of its two neighbours
+            place = bisect.bisect(unit.ranks, rank)
+            last = max(last, unit.ranks[place - 1]) if place > 0 else last
+            before = self._neighbours.shared(last, rank) if last >= 0 else 0
+            after = self._neighbours.shared(rank, unit.ranks[place]) if place < len(unit.ranks) else 0
+            tokens += self._lengths[rank] - max(before, after)
+            last = rank
+        return tokens
 
     def unit(self, indices: Sequence[int]) -> _Unit:
-        prompts = {self.prefixes[i]: self.samples[i].prompt_length for i in indices}
-        own = sum(len(self.samples[i].tokens) - self.samples[i].prompt_length for i in indices)
-        return _Unit(tuple(indices), sum(prompts.values()) + own)
+        ranks = sorted(rank for i in indices for rank in self._ranks[i])
+        return _Unit([*indices], ranks, self.added(_Unit([], [], 0), ranks))
 
-    def divided(self, group: Sequence[int], max_tokens: int, max_sequences: int) -> list[_Unit]:
-        """A group split in order into parts that fit, one if it fits itself; a sample that does not fit is a part."""
-        parts, tokens, seen = [list[int]()], 0, set[int]()
-        for i in group:
-            sample = self.samples[i]
-            tokens += len(sample.tokens) - (sample.prompt_length if self.prefixes[i] in seen else 0)
-            # A new part has to compute the prompt again.
-            if parts[-1] and (tokens > max_tokens or len(parts[-1]) == max_sequences):
-                parts.append([])
-                tokens, seen = len(sample.tokens), set()
-            parts[-1].append(i)
-            seen.add(self.prefixes[i])
-        return [self.unit(part) for part in parts]
+    def divided(self, unit: _Unit, max_tokens: int, max_sequences: int) -> list[_Unit]:
+        """A unit split into parts that fit, one if it fits itself; a sample that does not fit is a part.
 
+        Samples with a common beginning come one after the other. A new part has to compute it again.
+        """
+        singles = (self.unit([i]) for i in sorted(unit.indices, key=self._ranks.__getitem__))
+        return self._merged(singles, max_tokens, max_sequences, worth=False)
 
-def prefix_ids(samples: Sequence[Sample], *, share_prefix: bool) -> list[int]:
-    """A number for each sample; samples with the same number have the same group and the same prompt tokens.
+    def gathered(self, units: Sequence[_Unit], max_tokens: int, max_sequences: int) -> list[_Unit]:
+        """Units with long common beginnings put together as long as they fit."""
+        in_order = sorted(units, key=lambda unit: unit.ranks)
+        copies = (_Unit([*unit.indices], [*unit.ranks], unit.tokens) for unit in in_order)
+        return self._merged(copies, max_tokens, max_sequences, worth=True)
 
-    A sample that cannot share (no prompt, no response, or sharing is off) has a unique number.
-    """
-    numbers: dict[tuple[str, bytes], int] = {}
-    ids = []
-    for i, sample in enumerate(samples):
-        if share_prefix and 0 < sample.prompt_length < len(sample.tokens):
-            key = (sample.group_id, sample.tokens[: sample.prompt_length].tobytes())
-            ids.append(numbers.setdefault(key, i))
-        else:
-            ids.append(i)
-    return ids
+    def _merged(self, units: Iterable[_Unit], max_tokens: int, max_sequences: int, *, worth: bool) -> list[_Unit]:
+        """Each unit put to the one before if both fit, and, if that is asked, if they share so much that it is worth it."""
+        found = list[_Unit]()
+        for unit in units:
+            if found:
+                last = found[-1]
+                added = self.added(last, unit.ranks)
+                fits = last.tokens + added <= max_tokens and len(last.indices) + len(unit.indices) <= max_sequences
+                if fits and (not worth or WORTH * (unit.tokens - added) >= min(last.tokens, unit.tokens)):
+                    last.indices += unit.indices
+                    last.tokens += added
+                    for rank in unit.ranks:
+                        bisect.insort(last.ranks, rank)
+                    continue
+            found.append(unit)
+        return found
+
+    def common(self, unit: _Unit) -> int:
+        """Tokens with which all rows of a unit begin."""
+        return self._neighbours.shared(unit.ranks[0], unit.ranks[-1]) if len(unit.ranks) > 1 else 0
 
 
 def micro_batches(
@@ -85,17 +111,18 @@ def micro_batches(
 ) -> list[list[int]]:
     """Split samples into micro-batches of at most ``max_tokens`` tokens and ``max_sequences`` sequences.
 
-    The samples of a group stay together if they fit; a sequence of more than ``max_tokens`` is a batch of its own.
-    ``whole_groups`` never splits a group, for losses that compare its members: a group that is too large is then a batch
-    of its own. Best-fit decreasing: the fullest batches come first, so a lack of memory shows at once.
+    The samples of a group stay together if they fit, and groups with a long common beginning too; a sequence of more than
+    ``max_tokens`` is a batch of its own. ``whole_groups`` never splits a group, for losses that compare its members: a group
+    that is too large is then a batch of its own. Best-fit decreasing: the fullest batches come first, so a lack of memory shows
+    at once.
     """
     assert max_tokens > 0 and (max_sequences is None or max_sequences > 0)
     most = len(samples) if max_sequences is None else max_sequences
-    costs = _Costs(samples, prefix_ids(samples, share_prefix=share_prefix))
-    parts = [
-        [costs.unit(group)] if whole_groups else costs.divided(group, max_tokens, most) for group in _groups(samples)
-    ]
-    return [sorted(filled) for filled in _best_fit([*chain.from_iterable(parts)], max_tokens, most)]
+    costs = _Costs(samples, share_prefix=share_prefix)
+    groups = [costs.unit(group) for group in _groups(samples)]
+    parts = [[group] if whole_groups else costs.divided(group, max_tokens, most) for group in groups]
+    units = costs.gathered([*chain.from_iterable(parts)], max_tokens, most)
+    return [sorted(filled) for filled in _best_fit(units, max_tokens, most)]
 
 
 def split_ranks(
@@ -103,34 +130,47 @@ def split_ranks(
 ) -> list[list[int]]:
     """Dispatch samples to ranks so that each gets about the same number of tokens.
 
-    Groups stay whole while no rank is idle and none has more than 5 % above the mean. Else each is split into 2, 4, 8, ... parts
-    until the result is even enough, and the most even one is used (``whole_groups``: never split). Each part goes to the least
-    loaded rank, largest first (Graham's LPT rule). A list is empty only if there are fewer samples than ranks, or fewer
-    groups with ``whole_groups``.
+    Groups with a long common beginning stay together, and groups stay whole, while no rank is idle and none has more than 5 %
+    above the mean. Else ever fewer stay together, then each group is split into 2, 4, 8, ... parts until the result is even
+    enough, and the most even one is used (``whole_groups``: never split). Each part goes to the least loaded rank, largest first
+    (Graham's LPT rule). A list is empty only if there are fewer samples than ranks, or fewer groups with ``whole_groups``.
     """
     assert ranks > 0
-    costs = _Costs(samples, prefix_ids(samples, share_prefix=share_prefix))
-    whole = [costs.unit(group) for group in _groups(samples)]
-    mean = sum(unit.tokens for unit in whole) / ranks
-    units, parts = whole, 1
-    best, loads = _longest_first(units, ranks)
-    # Splitting costs tokens (each part computes the prompt again), so it stops as soon as the load is even.
-    while (max(loads) > MAX_IMBALANCE * mean or min(loads) == 0) and not whole_groups and len(units) < len(samples):
-        parts *= 2
-        units = [part for unit in whole for part in _parts(unit, parts, costs, share_prefix=share_prefix)]
-        dealt, loaded = _longest_first(units, ranks)
-        if (min(loaded) == 0, max(loaded)) < (min(loads) == 0, max(loads)):
-            best, loads = dealt, loaded
+    costs = _Costs(samples, share_prefix=share_prefix)
+    best, least, mean = list[list[int]](), (True, 0), 0.0
+    for units in _divisions(costs, [costs.unit(group) for group in _groups(samples)], ranks, whole_groups=whole_groups):
+        dealt, loads = _longest_first(units, ranks)
+        found = min(loads) == 0, max(loads)
+        if not best or found < least:
+            best, least = dealt, found
+        # Splitting costs tokens (each part computes its beginning again), so it stops as soon as the load is even.
+        mean = mean or sum(loads) / ranks
+        if not found[0] and found[1] <= MAX_IMBALANCE * mean:
+            break
     return [sorted(indices) for indices in best]
 
 
-def _parts(unit: _Unit, parts: int, costs: _Costs, *, share_prefix: bool) -> list[_Unit]:
-    """A group in about ``parts`` parts of about equal tokens; every part but one computes the prompt again."""
+def _divisions(costs: _Costs, groups: Sequence[_Unit], ranks: int, *, whole_groups: bool) -> Iterator[Sequence[_Unit]]:
+    """Samples in ever smaller units: several groups, groups, parts of groups, single samples."""
+    tokens, samples = sum(unit.tokens for unit in groups), sum(len(unit.indices) for unit in groups)
+    for pieces in PIECES:
+        gathered = costs.gathered(groups, tokens // (pieces * ranks), samples)
+        if len(gathered) < len(groups):
+            yield gathered
+    units = groups
+    yield units
+    parts = 1
+    while len(units) < samples and not whole_groups:
+        parts *= 2
+        yield (units := [part for unit in groups for part in _parts(unit, parts, costs)])
+
+
+def _parts(unit: _Unit, parts: int, costs: _Costs) -> list[_Unit]:
+    """A group in about ``parts`` parts of about equal tokens; every part but one computes the common beginning again."""
     if parts >= len(unit.indices):
         return [costs.unit([i]) for i in unit.indices]
-    prompt = max(costs.samples[i].prompt_length for i in unit.indices) if share_prefix else 0
-    limit = -(-(unit.tokens + (parts - 1) * prompt) // parts)
-    return costs.divided(unit.indices, limit, len(unit.indices))
+    limit = -(-(unit.tokens + (parts - 1) * costs.common(unit)) // parts)
+    return costs.divided(unit, limit, len(unit.indices))
 
 
 def _groups(samples: Sequence[Sample]) -> list[list[int]]:
@@ -141,11 +181,15 @@ def _groups(samples: Sequence[Sample]) -> list[list[int]]:
     return list(groups.values())
 
 
+def _largest_first(unit: _Unit) -> tuple[int, list[int]]:
+    return -unit.tokens, sorted(unit.indices)
+
+
 def _best_fit(units: Sequence[_Unit], max_tokens: int, max_sequences: int) -> list[list[int]]:
     """Put each unit, largest first, into the bin with the least free space that fits; else open a bin."""
     bins: list[list[int]] = []
     by_space: list[tuple[int, int]] = []  # (free tokens, bin), ascending; only bins that can still take a sequence
-    for unit in sorted(units, key=lambda u: (-u.tokens, u.indices)):
+    for unit in sorted(units, key=_largest_first):
         # The first bin with enough tokens is the tightest; skip those without room for the sequences.
         place = bisect.bisect_left(by_space, (unit.tokens, -1))
         while place < len(by_space) and len(bins[by_space[place][1]]) + len(unit.indices) > max_sequences:
@@ -165,7 +209,7 @@ def _longest_first(units: Sequence[_Unit], ranks: int) -> tuple[list[list[int]],
     """Assign each unit, largest first, to the least loaded rank. Returns the indices of each rank, and the loads (unordered)."""
     loads = [(0, rank) for rank in range(ranks)]
     dealt: list[list[int]] = [[] for _ in range(ranks)]
-    for unit in sorted(units, key=lambda u: (-u.tokens, u.indices)):
+    for unit in sorted(units, key=_largest_first):
         load, rank = loads[0]
         dealt[rank] += unit.indices
         heapq.heapreplace(loads, (load + unit.tokens, rank))
@@ -177,7 +221,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class PackStats:
-    """Tokens in packs, and how many there would be without shared prompts."""
+    """Tokens in packs, and how many there would be if every row of every sample were laid out alone."""
 
     tokens: int
     unshared_tokens: int
@@ -191,46 +235,46 @@ class PackStats:
         return 1 - self.tokens / self.unshared_tokens
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Piece:
-    """A planned segment: tokens ``start`` to ``end`` of a sample, by its number. ``sequence`` NO_SEQUENCE: a shared prompt."""
-
-    sample: int
-    start: int
-    end: int
-    prefix: int
-    sequence: int
-
-
 def pack(samples: Sequence[Sample], *, share_prefix: bool) -> Batch:
-    """Lay out samples as one Batch; all must have the same streams and values.
+    """Lay out samples as one Batch; all must have the same streams and values, which are float32.
 
-    With ``share_prefix`` the samples of one ``group_id`` with equal prompt tokens share one prompt segment, which each response
-    continues. A sample without a response is never shared: its prompt is its own segment, so that each sequence has
-    tokens (none of them in the loss). Streams and values are float32.
+    With ``share_prefix`` the tokens with which samples begin alike are there once, whoever they belong to. A sample with forks
+    is laid out without its repetitions in any case. A token that several samples have in their loss is in the loss of each.
     """
     assert samples, "nothing to pack"
-    # Plan the segments, then build every tensor in their order.
-    pieces, order = _pieces(samples, prefix_ids(samples, share_prefix=share_prefix))
-    lengths = [piece.end - piece.start for piece in pieces]
-    starts = np.cumsum([0, *lengths[:-1]]).tolist()
-    table = Segments(tuple(starts), tuple(lengths), tuple(piece.prefix for piece in pieces))
-    sequences = np.repeat(np.array([piece.sequence for piece in pieces], dtype=np.int64), lengths)
     first = samples[0]
     for sample in samples:
         alike = sample.streams.keys() == first.streams.keys() and sample.values.keys() == first.values.keys()
         assert alike, "samples carry different streams or values"
-    return Batch(
-        tokens_T=_joined(pieces, [sample.tokens for sample in samples], np.int64),
-        positions_T=segment_positions(table),
-        sources_T=predecessors(table),
-        sequences_T=torch.from_numpy(sequences),
-        targets_K=_joined(pieces, [sample.loss_mask for sample in samples], np.bool_).nonzero().squeeze(-1),
-        segments=table,
-        order_N=tuple(order),
-        streams={name: _joined(pieces, [s.streams[name] for s in samples], np.float32) for name in first.streams},
-        values={name: torch.tensor([samples[i].values[name] for i in order]) for name in first.values},
-    ).validate()
+    # The tree of segments, and with which of them each row ends.
+    rows = SortedRows.of(samples, share_prefix=share_prefix)
+    nodes, finals = grow(rows)
+    lengths = [node.end - node.start for node in nodes]
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    table = Segments(tuple(starts), tuple(lengths), tuple(node.parent for node in nodes))
+    runs = [samples[rows.owners[node.row]].tokens[rows.places[node.row][node.start : node.end]] for node in nodes]
+    # Where each token of each sample is in the pack.
+    packed = [np.empty(len(sample.tokens), dtype=np.int64) for sample in samples]
+    ends: list[list[int]] = [[] for _ in samples]
+    for row in np.argsort(rows.numbers).tolist():
+        links = table.chain(finals[row])
+        owner, spans = rows.owners[row], [np.arange(starts[s], starts[s] + lengths[s]) for s in links]
+        packed[owner][rows.places[row]] = np.concatenate(spans)
+        ends[owner].append(finals[row])
+    masks = [sample.loss_mask for sample in samples]
+    counts = [int(mask.sum()) for mask in masks]
+    return Batch.of(
+        _joined(runs, np.int64),
+        table,
+        [*map(tuple, ends)],
+        _joined([own[mask] for own, mask in zip(packed, masks, strict=True)], np.int64),
+        torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
+        {
+            name: _joined([sample.streams[name][sample.loss_mask] for sample in samples], np.float32)
+            for name in first.streams
+        },
+        {name: torch.tensor([sample.values[name] for sample in samples]) for name in first.values},
+    )
 
 
 def pack_all(
@@ -256,41 +300,17 @@ def pack_all(
 
 def in_order(batches: Sequence[Batch], results: Sequence[T]) -> list[T]:
     """Results of ``pack_all``'s batches (one per sample, as ``Scorer`` gives them) in the order of the list that was packed."""
-    places = [place for batch in batches for place in sorted(batch.order_N)]
+    places = [place for batch in batches for place in batch.order_N]
     by_place = dict(zip(places, results, strict=True))
     return [by_place[place] for place in range(len(places))]
 
 
 def pack_stats(batch: Batch) -> PackStats:
-    """Tokens of a batch, and how many the plain layout would have."""
+    """Tokens of a batch, and how many there would be if every row were laid out alone."""
     table = batch.segments
-    # In the plain layout every leaf segment would repeat its whole context.
-    prefixes = set(table.prefixes_S)
-    leaves = (s for s in range(len(table)) if s not in prefixes)
-    return PackStats(batch.num_tokens, sum(table.context_length(s) + table.lengths_S[s] for s in leaves))
+    rows = sum(table.context_length(end) + table.lengths_S[end] for ends in batch.ends_N for end in ends)
+    return PackStats(batch.num_tokens, rows)
 
 
-def _pieces(samples: Sequence[Sample], prefixes: Sequence[int]) -> tuple[list[_Piece], list[int]]:
-    """Segments in pack order, and the sample of each sequence. Samples that share a prompt are adjacent."""
-    members: dict[int, list[int]] = {}
-    for i, prefix in enumerate(prefixes):
-        members.setdefault(prefix, []).append(i)
-    pieces: list[_Piece] = []
-    order: list[int] = []
-    for indices in members.values():
-        shared, shared_segment = 0, NO_PREFIX
-        # A prompt of several samples is a segment of its own, which their responses name as prefix.
-        if len(indices) > 1:
-            shared, shared_segment = samples[indices[0]].prompt_length, len(pieces)
-            pieces.append(_Piece(indices[0], 0, shared, NO_PREFIX, NO_SEQUENCE))
-        for i in indices:
-            assert not samples[i].loss_mask[: samples[i].prompt_length].any(), "a token of the prompt is in the loss"
-            pieces.append(_Piece(i, shared, len(samples[i].tokens), shared_segment, len(order)))
-            order.append(i)
-    return pieces, order
-
-
-def _joined(pieces: Sequence[_Piece], arrays: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> torch.Tensor:
-    """The parts of the samples' arrays, one after the other."""
-    runs = [arrays[piece.sample][piece.start : piece.end] for piece in pieces]
-    return torch.from_numpy(np.concatenate(runs).astype(dtype, copy=False))
+def _joined(arrays: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(dtype, copy=False))

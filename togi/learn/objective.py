@@ -177,14 +177,14 @@ class PolicyObjective(Objective):
         logprobs_K, entropy_K = outputs.logprobs_K, outputs.entropy_K
         # the surrogate of each token
         old_K = (
-            batch.select(OLD_LOGPROBS).to(logprobs_K.dtype) if OLD_LOGPROBS in batch.streams else logprobs_K.detach()
+            batch.streams[OLD_LOGPROBS].to(logprobs_K.dtype) if OLD_LOGPROBS in batch.streams else logprobs_K.detach()
         )
         loss_K, log_ratio_K, clipped_K = self._surrogate(logprobs_K, old_K, batch)
         # the weights against the engine: the terms whose ratio is out of bounds are bounded or masked
         own = (batch.target_sequences_K, batch.num_sequences)
         sums = dict[str, Tensor]()
         if (by := self.correction) is not None:
-            engine_K = batch.select(ROLLOUT_LOGPROBS)
+            engine_K = batch.streams[ROLLOUT_LOGPROBS]
             trust = policy.correction(by.kind, old_K, engine_K, *own, low=by.low, high=by.high)
             masked_K = ~trust.kept_K
             loss_K = trust.select(loss_K)
@@ -206,7 +206,7 @@ class PolicyObjective(Objective):
         if self.entropy_coef > 0:
             total = total - self.entropy_coef * (weights_K * entropy_K).sum()
         if self.kl is not None:
-            kl_K = kl_estimate(logprobs_K, batch.select(REF_LOGPROBS), self.kl)
+            kl_K = kl_estimate(logprobs_K, batch.streams[REF_LOGPROBS], self.kl)
             coef = batch.values[KL_COEF][0]  # the same for all sequences: a controller changes it only between rollouts
             total = total + coef * (weights_K * kl_K).sum()
             sums[names.KL_REFERENCE] = kl_K.sum()
@@ -218,8 +218,8 @@ class PolicyObjective(Objective):
 
     def _surrogate(self, logprobs_K: Tensor, old_K: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the log ratio and whether the clip changes it, of each token (``togi.algo.policy``)."""
-        base_K = batch.select(ROLLOUT_LOGPROBS) if self.against_engine else old_K
-        streams = (logprobs_K, base_K, batch.select(ADVANTAGES))
+        base_K = batch.streams[ROLLOUT_LOGPROBS] if self.against_engine else old_K
+        streams = (logprobs_K, base_K, batch.streams[ADVANTAGES])
         low, high, dual = self.clip_low, self.clip_high, self.dual_clip
         match self.kind:
             case PolicyLossType.PPO:
@@ -264,7 +264,7 @@ class ValueObjective(Objective):
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         values_K = outputs.values_K
-        old_K, returns_K = (batch.select(name).to(values_K.dtype) for name in (OLD_VALUES, RETURNS))
+        old_K, returns_K = (batch.streams[name].to(values_K.dtype) for name in (OLD_VALUES, RETURNS))
         loss_K = policy.value_loss(values_K, old_K, returns_K, self.clip)
         errors_K = returns_K - values_K.detach()
         # first and second moments over tokens, from which ``summary`` derives the variances

@@ -14,15 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from togi.batch import (
-    NO_PREFIX,
-    NO_SEQUENCE,
-    Batch,
-    Segments,
-    predecessors,
-    segment_positions,
-    tokens_per_sequence,
-)
+from togi.batch import NO_PREFIX, Batch, Segments
 from togi.learn.objective import Objective
 from togi.model.policy import Needs, Outputs
 from togi.obs.metrics import Metric, merge, reduced
@@ -49,9 +41,8 @@ def even_rounds(world: World, batches: Sequence[Batch]) -> Iterator[tuple[Batch,
 def dummy_batch() -> Batch:
     """``DUMMY_TOKENS`` tokens of no sequence, none of them in the loss."""
     segments = Segments(starts_S=(0,), lengths_S=(DUMMY_TOKENS,), prefixes_S=(NO_PREFIX,))
-    tokens_T, sequences_T = torch.zeros(DUMMY_TOKENS, dtype=torch.int64), torch.full((DUMMY_TOKENS,), NO_SEQUENCE)
-    places = segment_positions(segments), predecessors(segments)
-    return Batch(tokens_T, *places, sequences_T, tokens_T[:0], segments, (), {}, {}).validate()
+    tokens_T = torch.zeros(DUMMY_TOKENS, dtype=torch.int64)
+    return Batch.of(tokens_T, segments, (), tokens_T[:0], tokens_T[:0], {}, {})
 
 
 def nothing(outputs: Outputs) -> Tensor:
@@ -70,15 +61,11 @@ def nothing(outputs: Outputs) -> Tensor:
 
 
 def per_sequence(per_token_K: Tensor, batch: Batch) -> list[NDArray[np.float32]]:
-    """Split values at the tokens in the loss by sequence, in the order of the list that the batch was packed from."""
+    """Split values at the tokens in the loss by sequence."""
     # in host memory: the device has nothing to do here, and is waited for once
-    values_K, sequences_K = per_token_K.detach().float().cpu(), batch.target_sequences_K.cpu()
-    # a pack may reorder its sequences: group the tokens by sequence, then undo the order
-    sorted_K = values_K[torch.argsort(sequences_K, stable=True)]
-    parts = torch.split(sorted_K, tokens_per_sequence(sequences_K, batch.num_sequences).tolist())
-    by_place = dict(zip(batch.order_N, parts, strict=True))
-    assert len(by_place) == batch.num_sequences, "two sequences of a batch claim one place"
-    return [by_place[place].numpy() for place in sorted(by_place)]
+    values_K = per_token_K.detach().float().cpu()
+    parts = torch.split(values_K, batch.host.tokens_per_sequence_N().tolist())
+    return [part.numpy() for part in parts]
 
 
 Arrays = tuple[NDArray[np.float32], ...]
@@ -88,8 +75,8 @@ Arrays = tuple[NDArray[np.float32], ...]
 class Scorer:
     """Runs ``module`` without gradients, in evaluation mode. All ranks call it together, each with its own number of batches.
 
-    Results come batch after batch, each in the order of the list that it was packed from. ``around`` makes the context for each
-    call, such as one without the adapter, or with the weights on the device.
+    Results come batch after batch, each in the order of its sequences. ``around`` makes the context for each call, such as one
+    without the adapter, or with the weights on the device.
     """
 
     module: nn.Module
@@ -111,8 +98,8 @@ class Scorer:
     def scores(self, batches: Sequence[Batch]) -> NDArray[np.float32]:
         """One score a sequence, in one array."""
         parts = [np.empty(0, dtype=np.float32)]
-        for outputs, batch in self._run(batches, Needs(scores=True)):
-            parts.append(outputs.scores_N.float().cpu().numpy()[np.argsort(batch.order_N)])
+        for outputs, _ in self._run(batches, Needs(scores=True)):
+            parts.append(outputs.scores_N.float().cpu().numpy())
         return np.concatenate(parts)
 
     def _per_token(
@@ -142,7 +129,7 @@ class Scorer:
 class Measured:
     """Part of an evaluation: the loss as sum and count, and partial metrics. The parts of one set add up (``merged``).
 
-    ``judged``: ``Objective.judge`` of each sequence, batch after batch, each in the order of the list it was packed from.
+    ``judged``: ``Objective.judge`` of each sequence, batch after batch.
     """
 
     total: float
@@ -168,9 +155,8 @@ def measure(module: nn.Module, objective: Objective, world: World, batches: Sequ
             outputs = objective.forward(module, batch)
             if real:
                 loss = objective.loss(outputs, batch)
-                judged_N = objective.judge(outputs, batch).float().cpu().numpy()
-                listed = tuple(judged_N[np.argsort(batch.order_N)].tolist()) if len(judged_N) > 0 else ()
-                parts.append(Measured(float(loss.sum), objective.count(batch), loss.metrics, listed))
+                judged = tuple(objective.judge(outputs, batch).float().tolist())
+                parts.append(Measured(float(loss.sum), objective.count(batch), loss.metrics, judged))
     reshard(module)
     return Measured.merged(parts)
 

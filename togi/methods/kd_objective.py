@@ -64,8 +64,8 @@ class DistillationObjective(Objective):
     def forward(self, model: nn.Module, batch: Batch, *, balance: bool = False) -> Outputs:
         # The teacher's states only: its logits are made chunk by chunk beside the student's.
         with torch.no_grad(), self.around():
-            states_kJ = self.teacher(batch, Needs(states=True)).states_kH
-            logits = self.teacher.logits_of(states_kJ, self.kind)
+            states_uJ = self.teacher(batch, Needs(states=True)).states_uH
+            logits = self.teacher.logits_of(states_uJ, self.kind)
         outputs: Outputs = model(batch, replace(self.needs, balance=balance), teacher=logits)
         return outputs
 

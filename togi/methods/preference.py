@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from togi.algo import preference
-from togi.batch import Batch, moved
+from togi.batch import Batch
 from togi.config.choices import RewardLoss
 from togi.learn.objective import REF_LOGPROBS, Loss, Objective, sequence_means, token_metrics
 from togi.model.policy import Needs, Outputs
@@ -28,19 +28,16 @@ PerPair = tuple[Tensor, dict[str, Tensor]]
 def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
     """The sequence numbers of the chosen and of the rejected response of each pair (int64, P, on the batch's device).
 
-    A pair is two neighbours, chosen first, in the list that the batch was packed from, however the layout reordered
-    them.
+    A pair is two neighbours, chosen first.
     """
-    # `order_N` has the list's place of each sequence; argsort inverts it.
-    listed_N = torch.tensor(batch.order_N, dtype=torch.int64).argsort()
-    listed_N = moved(listed_N, batch.tokens_T.device)
-    return listed_N[0::2], listed_N[1::2]
+    numbers_N = torch.arange(batch.num_sequences, device=batch.tokens_T.device)
+    return numbers_N[0::2], numbers_N[1::2]
 
 
 def log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
     """``S_policy - S_ref`` of each sequence, shape (N)."""
     # Subtract token by token first: the difference of two long sums would lose digits.
-    gains_K = outputs.logprobs_K - batch.select(REF_LOGPROBS)
+    gains_K = outputs.logprobs_K - batch.streams[REF_LOGPROBS]
     return preference.sequence_sums(gains_K, batch.target_sequences_K, batch.num_sequences)
 
 

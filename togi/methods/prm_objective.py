@@ -43,7 +43,7 @@ class StepRewardObjective(Objective):
 
     def count(self, batch: Batch) -> float:
         if self.reward_token_ids is not None and not self.soft:
-            targets_KR = self._targets(batch.host.select(LABELS), self.reward_token_ids)
+            targets_KR = self._targets(batch.host.streams[LABELS], self.reward_token_ids)
             assert bool(targets_KR.any(1).all()), "a label is not one of the reward tokens"
         return float(batch.targets_K.numel())
 
@@ -61,7 +61,7 @@ class StepRewardObjective(Objective):
         if self.reward_token_ids is None:
             return -outputs.label_logprobs_K, outputs.label_hits_K
         logprobs_KR = outputs.next_logits_KR.log_softmax(1)
-        targets_KR = self._targets(batch.select(LABELS), self.reward_token_ids).to(logprobs_KR.dtype)
+        targets_KR = self._targets(batch.streams[LABELS], self.reward_token_ids).to(logprobs_KR.dtype)
         return -(targets_KR * logprobs_KR).sum(1), logprobs_KR.argmax(1) == targets_KR.argmax(1)
 
     def _targets(self, labels_K: Tensor, ids: tuple[int, ...]) -> Tensor:

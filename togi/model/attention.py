@@ -21,7 +21,8 @@ are keys. Each token attends causally to its own segment: one variable-length ca
 of its prefixes: a second call for the outermost prefixes, where all continuations of a prompt are one long row of queries; one
 more call for each deeper level of a tree of turns. The partial results are joined by their log-sum-exps. Given the joined
 output and log-sum-exp, the kernel's backward of a part is that part of the whole gradient (``partial_attention``). So the
-backward keeps only the layer's own tensors. Gathered keys would be kept once for every continuation.
+backward keeps only the layer's own tensors. Gathered keys would be kept once for every continuation. A prefix of few tokens
+(``_short_prefixes``) has no call: its keys stand before those of each continuation in the first call, for the time of the call.
 
 A window that cuts hides other keys from each continuation, so there each one gets its own copy of the keys within the window, for
 the time of the call; it is one call for the whole pack.
@@ -45,9 +46,12 @@ from transformers import AttentionInterface
 
 from togi.algo.partial_attention import Pieces, Run, flash_takes, join, visible_keys, window_of
 from togi.algo.precision import Context, full_precision
-from togi.batch import Segments, moved
+from togi.batch import NO_PREFIX, Segments, moved
 from togi.cpu import host_attention
 from togi.errors import ModelError
+
+QUERIES_PER_COPY = 16
+"""A prefix is a call of its own if it has at most so many queries for each copy of a key that this saves."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,13 +71,20 @@ def _rows(x: Tensor, index: Tensor | None) -> Tensor:
 def levels_of(segments: Segments, window: int | None, device: torch.device) -> tuple[Level, ...]:
     """The calls for a pack: first every segment on itself, then on its prefixes, outermost first.
 
-    With a ``window`` that cuts: one call, of every segment on itself and what its first token sees of its prefixes.
+    A prefix that is short for what continues it is no call of its own: each continuation gets a copy of its keys in the first
+    call. With a ``window`` that cuts: one call, of every segment on itself and what its first token sees of its prefixes.
     """
     if window_of(window, _longest(segments)) is not None:
         return (gathered(segments, window, device),)
     tokens = [segments.tokens(s) for s in range(len(segments))]
-    chains = [segments.chain(s)[:-1] for s in range(len(segments))]
-    levels = [Level(None, None, _pieces(tokens, tokens, causal=True, window=None, device=device))]
+    short = _short_prefixes(segments)
+    chains = [[link for link in segments.chain(s)[:-1] if link not in short] for s in range(len(segments))]
+    near = [
+        torch.cat([*(tokens[link] for link in segments.chain(s) if link in short and link != s), own])
+        for s, own in enumerate(tokens)
+    ]
+    pieces = _pieces(tokens, near, causal=True, window=None, device=device)
+    levels = [Level(None, moved(torch.cat(near), device) if short else None, pieces)]
     for depth in range(max(map(len, chains))):
         # one piece for each prefix at this depth: all segments below it are its queries
         asking: dict[int, list[Tensor]] = {}
@@ -98,6 +109,22 @@ def gathered(segments: Segments, window: int | None, device: torch.device) -> Le
         keys.append(torch.cat([near, own]))
     pieces = _pieces(tokens, keys, causal=True, window=cut, device=device)
     return Level(None, None if segments.is_plain else moved(torch.cat(keys), device), pieces)
+
+
+def _short_prefixes(segments: Segments) -> set[int]:
+    """Prefixes whose keys are copied for every continuation.
+
+    A call of its own reads the queries of all that continues a prefix, and joins their results. Where rows begin alike for a few
+    tokens more than others, as answers to one prompt do, that would be many times the work of a few copied keys.
+    """
+    # of all that continues a segment, which comes after it: tokens and segments
+    tokens_S, segments_S = [0] * len(segments), [0] * len(segments)
+    for s in reversed(range(len(segments))):
+        if (prefix := segments.prefixes_S[s]) != NO_PREFIX:
+            tokens_S[prefix] += tokens_S[s] + segments.lengths_S[s]
+            segments_S[prefix] += segments_S[s] + 1
+    copies_S = [length * number for length, number in zip(segments.lengths_S, segments_S, strict=True)]
+    return {s for s, copies in enumerate(copies_S) if 0 < QUERIES_PER_COPY * copies < tokens_S[s]}
 
 
 def _longest(segments: Segments) -> int:

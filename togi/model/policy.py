@@ -9,8 +9,8 @@ shards each decoder layer, and the embedding and the heads belong to the root. N
 
 ``Needs``: what an objective requests from a forward. ``Outputs``: what the forward returns.
 
-Shape letters: K tokens in the loss (ascending packed index, ``Batch.targets_K``), N sequences, H hidden size, R the tokens
-of ``Needs.next_logits``, M layers with experts, C experts chosen for a token.
+Shape letters: K tokens in the loss, sequence by sequence (``Batch.targets_K``), U the same packed tokens, each once, N sequences,
+H hidden size, R the tokens of ``Needs.next_logits``, M layers with experts, C experts chosen for a token.
 
 Checkpoint names of tensors, which model folders and weight updates to generation engines use.
 
@@ -83,8 +83,8 @@ class Outputs:
     ``divergence_K[k]``: divergence of the distribution of token ``targets_K[k]`` from a teacher's, in nats.
     ``balance_N``: the load-balancing loss of each sequence (``togi.algo.balance``).
     ``routes_KMC`` (int64): the experts to which token ``targets_K[k]`` itself is routed, in each layer.
-    ``states_kH``: the hidden states from which ``logprobs_K`` is computed, in the model's own dtype; in a ring only those of this
-    rank (``ring_layout``).
+    ``states_uH``: the hidden states from which ``logprobs_K`` is computed, in the model's own dtype, each token once; in a ring
+    only those of this rank (``ring_layout``).
     A field that was not requested is an empty tensor.
     """
 
@@ -96,7 +96,7 @@ class Outputs:
     label_hits_K: Tensor = field(default_factory=_empty)
     next_logits_KR: Tensor = field(default_factory=_empty)
     divergence_K: Tensor = field(default_factory=_empty)
-    states_kH: Tensor = field(default_factory=_empty)
+    states_uH: Tensor = field(default_factory=_empty)
     balance_N: Tensor = field(default_factory=_empty)
     routes_KMC: Tensor = field(default_factory=_empty)
 
@@ -123,16 +123,8 @@ def _body(hf: PreTrainedModel, layout: Layout, **more: object) -> ModelOutput:
 
 
 def sources(batch: Batch) -> Tensor:
-    """Packed index of the token before each token in the loss (int64, [K])."""
-    return batch.sources_T[batch.targets_K]
-
-
-def last_tokens(batch: Batch) -> Tensor:
-    """Packed index of the last token of each sequence (int64, [N])."""
-    owners_T = batch.sequences_T + 1  # the first place is for NO_SEQUENCE, which is -1
-    last = torch.full((batch.num_sequences + 1,), -1, device=owners_T.device)
-    last.scatter_reduce_(0, owners_T, torch.arange(batch.num_tokens, device=owners_T.device), "amax")
-    return last[1:]
+    """Packed index of the token before each token in the loss, each once (int64, [U])."""
+    return batch.sources_T[batch.targets_U]
 
 
 class _Model(nn.Module):
@@ -177,9 +169,10 @@ class _Model(nn.Module):
             own_2SE = routing_sums(output.router_logits, top_k, layout.segments_of(batch), segments + 1)[:, :segments]
             routing["balance_N"] = balance_loss(layout.total(own_2SE), top_k, batch.chains_NS())
         if needs.routes:
-            places = layout.at(batch, lambda own: own.targets_K)
+            places = layout.at(batch, lambda own: own.targets_U)
             # the routing of a token is at the token itself, not at its source
-            routing["routes_KMC"] = places.whole(places.states(chosen_experts(output.router_logits, top_k)))
+            routes_uMC = places.states(chosen_experts(output.router_logits, top_k))
+            routing["routes_KMC"] = batch.for_each(places.whole(routes_uMC))
         return states_tH, routing
 
 
@@ -209,12 +202,12 @@ class PolicyModel(_Model):
     def forward(
         self, batch: Batch, needs: Needs, temperature: float = 1.0, teacher: TeacherLogits | None = None
     ) -> Outputs:
-        """Only tokens in the loss pass through the LM head. A batch without any gives empty results that still have a graph.
+        """Only tokens in the loss pass through the LM head, once each. A batch without any gives empty results with a graph.
 
         ``temperature`` divides the logits. With a ``teacher`` the outputs are log-probs and the divergence from the teacher.
         """
         assert not (needs.values or needs.scores), "a policy has no scalar head"
-        layout, targets_K = self.layout_of(batch), batch.targets_K
+        layout = self.layout_of(batch)
         states_tH, routing = self._states(layout, batch, needs)
         # predictions about the token that follows: made at the tokens in the loss themselves
         if needs.label_logprobs or needs.next_logits:
@@ -226,23 +219,24 @@ class PolicyModel(_Model):
             return Outputs(**routing)
         # predictions about the tokens in the loss: made at the token before, the source
         places = layout.at(batch, sources)
-        states_kH = places.states(states_tH)
+        states_uH = places.states(states_tH)
         if needs.states:
-            return Outputs(states_kH=states_kH, **routing)
-        tokens_k = places.own(batch.tokens_T[targets_K])
+            return Outputs(states_uH=states_uH, **routing)
+        tokens_u = places.own(batch.tokens_T[batch.targets_U])
         if teacher is not None:
             assert not needs.entropy, "there is no entropy beside a divergence"
-            pair = heads.distill_logprobs(states_kH, self._head, tokens_k, teacher, temperature=temperature)
-            return Outputs(logprobs_K=places.whole(pair[0]), divergence_K=places.whole(pair[1]), **routing)
-        logprobs_k, entropy_k = heads.token_logprobs(
-            states_kH, self._head, tokens_k, temperature=temperature, entropy=needs.entropy
+            pair = heads.distill_logprobs(states_uH, self._head, tokens_u, teacher, temperature=temperature)
+            logprobs_K, divergence_K = (batch.for_each(places.whole(part_u)) for part_u in pair)
+            return Outputs(logprobs_K=logprobs_K, divergence_K=divergence_K, **routing)
+        logprobs_u, entropy_u = heads.token_logprobs(
+            states_uH, self._head, tokens_u, temperature=temperature, entropy=needs.entropy
         )
-        found = {"entropy_K": places.whole(entropy_k) if needs.entropy else entropy_k}
+        found = {"entropy_K": batch.for_each(places.whole(entropy_u)) if needs.entropy else entropy_u}
         if needs.logprobs:
-            found["logprobs_K"] = places.whole(logprobs_k)
+            found["logprobs_K"] = batch.for_each(places.whole(logprobs_u))
         return Outputs(**found, **routing)
 
-    def logits_of(self, states_kH: Tensor, kind: Divergence) -> TeacherLogits:
+    def logits_of(self, states_uH: Tensor, kind: Divergence) -> TeacherLogits:
         """This model as a teacher, from hidden states that its forward returned for ``Needs(states=True)``.
 
         The head is read outside of a forward, so it must be whole on this rank: a teacher cannot be sharded.
@@ -250,15 +244,16 @@ class PolicyModel(_Model):
         weight_VH, bias_V = self._head.weight_VH.detach(), self._head.bias_V
         assert type(weight_VH) is Tensor, "the teacher's head is sharded"
         head = Head(weight_VH, None if bias_V is None else bias_V.detach(), self.transform)
-        return TeacherLogits(states_kH.detach(), head, kind)
+        return TeacherLogits(states_uH.detach(), head, kind)
 
     def _what_follows(self, states_tH: Tensor, places: Places, batch: Batch, needs: Needs) -> dict[str, Tensor]:
         """Predictions at the tokens in the loss about the token after each, by the names of ``Outputs``."""
         states_kH = places.states(states_tH)
         if needs.next_logits:
             return {"next_logits_KR": places.whole(heads.some_logits(states_kH, self._head, needs.next_logits))}
+        # sequences that share a token may differ in its label, so it is computed for each of them
         # streams are float32, which holds every id below 2^24 exactly; a dummy batch has no tokens and no streams
-        labels_K = batch.select(LABELS).long() if len(batch.targets_K) > 0 else batch.tokens_T[:0]
+        labels_K = batch.streams[LABELS].long() if len(batch.picks_K) > 0 else batch.tokens_T[:0]
         labels_k = places.own(labels_K)
         logprobs_k, _ = heads.token_logprobs(states_kH, self._head, labels_k)
         hits_k = heads.top_tokens(states_kH, self._head) == labels_k
@@ -303,9 +298,9 @@ class ScalarModel(_Model):
         values_K = scores_N = states_tH.new_empty(0, dtype=torch.float32)
         if needs.values:
             # the value of a token is that of the state before it, its source
-            values_K = self._at(layout.at(batch, sources), states_tH)
+            values_K = batch.for_each(self._at(layout.at(batch, sources), states_tH))
         if needs.scores:
-            scores_N = self._at(layout.at(batch, last_tokens), states_tH)
+            scores_N = self._at(layout.at(batch, Batch.last_tokens_N), states_tH)
         return Outputs(values_K=values_K, scores_N=scores_N, **routing)
 
     def _at(self, places: Places, states_tH: Tensor) -> Tensor:

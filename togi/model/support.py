@@ -12,7 +12,7 @@ import importlib.util
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from togi.batch import NO_PREFIX, NO_SEQUENCE, Batch, Segments, predecessors, segment_positions
+from togi.batch import NO_PREFIX, Batch, Segments
 from togi.config.architectures import ARCHITECTURES
 from togi.errors import ModelError
 from togi.model.attention import VARLEN
@@ -116,9 +116,8 @@ def verify_packing(model: PolicyModel | ScalarModel) -> None:
 
 def _probe_batch(vocab: int) -> Batch:
     segments = Segments((0, 5, 9, 12), (5, 4, 3, 6), (NO_PREFIX, 0, 0, NO_PREFIX))
-    sequences = torch.tensor([NO_SEQUENCE] * 5 + [0] * 4 + [1] * 3 + [2] * 6)
+    owners = torch.tensor([0] * 4 + [1] * 3 + [2] * 5)
     # the first token of the plain sequence has no token before it
     targets = torch.tensor([*range(5, 12), *range(13, 18)])
     tokens = (torch.arange(18) * 7919 + 13) % vocab
-    positions, sources = segment_positions(segments), predecessors(segments)
-    return Batch(tokens, positions, sources, sequences, targets, segments, (0, 1, 2), {}, {}).validate()
+    return Batch.of(tokens, segments, [(1,), (2,), (3,)], targets, owners, {}, {})

@@ -385,7 +385,8 @@ def load_models(config: Method, data: Data, plan: EpochPlan, world: World, journ
     # The flags of micro-batches count rows; a pair is two sequences. A ring has the token budget of all its ranks.
     rows = config.micro_train_batch_size if config.packing_samples else 1
     most = None if rows == "auto" else rows * config.width
-    dealer = Dealer(world, config.max_tokens_per_gpu * world.ring_size, most, share_prefix=config.width > 1)
+    # Dropout is another one for each row, also where rows begin alike.
+    dealer = Dealer(world, config.max_tokens_per_gpu * world.ring_size, most, share_prefix=config.lora_dropout == 0)
     load = Loading(config, world)
     # Stage 2: a reference of its own scores all rows and is freed before the policy is loaded.
     if config.scores_ahead and not base_is_reference(config):
