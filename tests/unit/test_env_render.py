@@ -28,7 +28,7 @@ MODES: dict[str, list[dict[str, bool]]] = {
 CASES = [(name, mode) for name in FAMILIES for mode in MODES.get(name, [{}])]
 
 
-def renderer_of(name: str, kind: str = "bytes", **options: bool) -> Renderer:
+def renderer_of(name: str, kind: str = "bytes", **options: Any) -> Renderer:
     tokenizer = agent_tokenizer(name, kind)
     stops = [token for token in ("<|tool_response>", "<start_function_response>") if token in tokenizer.get_vocab()]
     return Renderer(tokenizer, ends=tokenizer.convert_tokens_to_ids(stops), options=options)
@@ -132,12 +132,12 @@ def test_so_it_is_with_tokenizers_that_merge_and_change_text(kind: str, name: st
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("kind", ["bytes", "bpe", "spaces"])
+@pytest.mark.parametrize(("kind", "talks"), [("bytes", 200), ("bpe", 40), ("spaces", 40)])
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_two_hundred_conversations(
-    kind: str, name: str, mode: dict[str, bool], capsys: pytest.CaptureFixture[str]
+    kind: str, talks: int, name: str, mode: dict[str, bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    count, forks = check(name, kind, mode, range(200))
+    count, forks = check(name, kind, mode, range(talks))
     with capsys.disabled():
         print(f"\n{name} {mode or ''} {kind}: {count} requests, {sum(forks.values()) / count:.1%} forks {forks}")
 
@@ -149,7 +149,7 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
 
 
-def continued(renderer: Renderer, answer: str, *after: dict[str, Any]) -> tuple[tuple[int, ...], str]:
+def continued(renderer: Renderer, answer: str, *after: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
     """All tokens up to an answer, and the text that the next request adds to them; asserts that it is no fork."""
     ids = ids_of(renderer.tokenizer, answer)
     before = (*renderer.first(HELLO, TOOLS), *ids)
@@ -226,6 +226,16 @@ def test_text_of_a_tool_is_never_a_control_token(name: str) -> None:
     assert sum(token in controls for token in renderer.first(asked)) == sum(
         token in controls for token in renderer.first(HELLO)
     )
+
+
+def test_reasoning_in_the_content_of_a_clients_answer_is_reasoning() -> None:
+    renderer = renderer_of("qwen3")
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHi <|im_end|>"}
+    (opening,) = ids_of(renderer.tokenizer, "<think>")
+    assert renderer.first([*HELLO, thought, {"role": "tool", "content": "22"}]).count(opening) == 1
+    assert renderer.first([*HELLO, thought, BYE]).count(opening) == 0
+    assert renderer.text([*HELLO, thought, BYE]).count("<|im_end|>") == 4
+    assert renderer.first([*HELLO, thought, BYE]).count(ids_of(renderer.tokenizer, "<|im_end|>")[0]) == 3
 
 
 def test_a_sampled_look_alike_is_text_and_a_sampled_token_is_a_token() -> None:
