@@ -28,30 +28,26 @@ SEARCH = {
     },
 }
 TOOLS = (TOOL, SEARCH)
-WORDS = [
-    "the",
-    "weather",
-    "in",
-    "Oslo",
-    "is",
-    "22",
-    "degrees;",
-    "søk,",
-    "東京",
-    "🙂",
-    "naïve\n\n",
-    "",
-    "a=b",
-    "{x}",
-    "[y]",
-    '"q"',
-    "'r'",
-    "\t<b>",
-    "é",
-    "half_done",
-    "3.14",
-    "ok",
-]
+WORDS = (
+    *(
+        "the",
+        "weather",
+        "in",
+        "Oslo",
+        "is",
+        "22",
+        "degrees;",
+        "søk,",
+        "東京",
+        "🙂",
+        "naïve\n\n",
+        "",
+        "a=b",
+        "{x}",
+        "[y]",
+    ),
+    *('"q"', "'r'", "\t<b>", "e\u0301", "half_done", "3.14", "ok"),
+)
 
 
 @cache

@@ -10,6 +10,7 @@ template would trim.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from itertools import pairwise
@@ -46,6 +47,7 @@ class Template:
         self.tokenizer, self._options = tokenizer, options
         self.form = format_of(template_text(tokenizer))
         self.controls = control_tokens(tokenizer)
+        self._pattern = re.compile("|".join(map(re.escape, self.controls.values())) or "(?!)")
         asked, opened = self.render([QUESTION]), self.render([QUESTION], opened=True)
         self.prompt = opened.removeprefix(asked) if opened.startswith(asked) else opened
         self.knows_system = self._shows([{"role": SYSTEM, "content": PROBE}, QUESTION])
@@ -146,18 +148,18 @@ class Template:
     def outside(self, message: Message) -> Message:
         """A message of the assistant that was not sampled here, or whose tokens are not known."""
         form = {key: self.words(item) if key != "role" else item for key, item in message.items()}
-        calls = message.get("tool_calls") or ()
+        # Reasoning may stand in the content, where templates look for its tags.
+        tags = "|".join(re.escape(tag) for pair in reasoning_tags(self.form) for tag in pair)
+        parts = re.split(f"({tags})", message["content"])
+        form["content"] = "".join(part if number % 2 else self.words(part) for number, part in enumerate(parts))
+        calls = [self.call_form(call, call.arguments) for call in map(call_of, message.get("tool_calls") or ())]
         if not calls:
             return form
-        known = [call_of(call) for call in calls]
-        if not self.knows_calls:
-            del form["tool_calls"]
-            form["content"] = "\n".join(
-                [*filter(None, [form["content"]]), *(written(call, self.form) for call in known)]
-            )
-            return form
-        form["tool_calls"] = [self.call_form(call, call.arguments) for call in known]
-        return form
+        if self.knows_calls:
+            return {**form, "tool_calls": calls}
+        texts = [written(call_of(call), self.form) for call in calls]
+        del form["tool_calls"]
+        return {**form, "content": "\n".join([*filter(None, [form["content"]]), *texts])}
 
     def call_form(self, call: ToolCall, arguments: object) -> Message:
         """A call as the template reads it."""
@@ -179,14 +181,11 @@ class Template:
 
     def cut(self, text: str) -> str:
         """Text cut after the first character of each control token in it."""
-        places = set[int]()
-        for control in self.controls.values():
-            place = text.find(control)
-            while place >= 0:
-                places.add(place + 1)
-                place = text.find(control, place + 1)
-        bounds = [0, *sorted(places), len(text)]
-        return CUT.join(text[start:end] for start, end in pairwise(bounds))
+        places, match = [0], self._pattern.search(text)
+        while match is not None:
+            places.append(match.start() + 1)
+            match = self._pattern.search(text, places[-1])
+        return CUT.join(text[start:end] for start, end in pairwise([*places, len(text)]))
 
 
 def plain(text: str) -> str:
