@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from tests.learn_tools import critic, policy, solo, weights
 from tests.objective_cases import CASES, Step, gradients, run
+from tests.tiny import tiny_model
 from tests.tree_cases import alike, as_rows, by_hand, episodes
 from togi.batch import Batch
+from togi.config.architectures import MIXTURES
 from togi.config.choices import AdvantageEstimator, Aggregation, CorrectionType, KLEstimator, PolicyLossType
 from togi.config.parse import build
 from togi.config.rl import RLConfig
@@ -23,7 +25,8 @@ from togi.data.packing import in_order, pack, pack_all, pack_stats
 from togi.env.trace import Trace
 from togi.learn.objective import EngineCorrection, Objective, PolicyObjective, ValueObjective
 from togi.learn.scorer import Scorer
-from togi.model.policy import Needs
+from togi.model.attention import SEGMENTS
+from togi.model.policy import Needs, PolicyModel
 from togi.obs.metrics import merge, reduced
 from togi.parallel.process import World
 from togi.pump.experience import ScoredGroup, to_sample, with_advantages
@@ -148,10 +151,11 @@ def test_scores_come_back_by_the_tokens_of_each_sample() -> None:
 @pytest.mark.parametrize("arch", ["llama", "mistral", "mixtral"])
 def test_a_deep_tree_of_an_architecture(arch: str) -> None:
     """Windows shorter than the rows, and a router: each episode's balance loss is over its tokens, each once."""
-    from tests.equal.test_model_packing import policy as policy_of
-
-    overrides = {"sliding_window": 5} if arch == "mistral" else {}
-    samples, model = episodes(4, 11), policy_of(arch, **overrides)
+    hf = tiny_model(arch, dtype=torch.float64, **({"sliding_window": 5} if arch == "mistral" else {}))
+    hf.set_attn_implementation(SEGMENTS)
+    if arch in MIXTURES:
+        hf.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
+    samples, model = episodes(4, 11), PolicyModel(hf).train()
     needs = Needs(logprobs=True, entropy=True, balance=arch == "mixtral")
     results = []
     for batch in (pack(samples, share_prefix=True), pack(samples, share_prefix=False)):
