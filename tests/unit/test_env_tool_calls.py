@@ -73,7 +73,7 @@ def test_a_call_that_is_cut_off_is_a_problem(form: CallFormat, call: ToolCall, d
     parsed = parse(whole[: data.draw(st.integers(1, len(whole)))], form)
     # Either it is all there (but for its closing tag), or it is none: no argument is ever cut.
     assert all((each.name, each.arguments) == (call.name, call.arguments) for each in parsed.calls)
-    assert len(parsed.calls) + len(parsed.problems) <= 1
+    assert len(parsed.calls) <= 1  # arguments may hold the words of a format, which are then problems of their own
 
 
 HERMES, XML, LLAMA, MISTRAL = CallFormat.HERMES, CallFormat.XML, CallFormat.LLAMA, CallFormat.MISTRAL
