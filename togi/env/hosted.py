@@ -33,7 +33,7 @@ from togi.reward.worker import LONGEST_TEXT, accepted, describe, die_with_owner,
 # The methods that are no tools, as the user writes them.
 RESET, STEP, REWARD, CLOSE = "reset", "step", "reward", "close"
 SIGNATURES = {
-    RESET: "reset(self, ...) -> str or list of messages",
+    RESET: "reset(self, ...) -> str, list of messages or None",
     STEP: "step(self, action: str) -> (observation, reward, done)",
     REWARD: "reward(self) -> a number, numbers by name, or None",
     CLOSE: "close(self)",
@@ -300,7 +300,7 @@ class Instance:
                 raise Complaint(f"returned messages from reset() that are not JSON ({error})", "use texts") from None
             checked, size = json.loads(_valid(text)), len(text)
         else:
-            advice = "return the first observation as a string, or a list of messages with role and content"
+            advice = "return the first observation as a string or a list of messages with role and content, or None"
             raise Complaint(f"returned a value of type {type(first).__name__} from reset()", advice)
         if size > LONGEST_PROMPT:
             raise Complaint(f"returned {size:,} characters from reset(), more than {LONGEST_PROMPT:,}", "return less")
