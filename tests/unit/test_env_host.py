@@ -265,6 +265,13 @@ def test_what_is_long_is_cut_where_it_is_made_and_prints_cross_nothing(tmp_path)
             assert long == Observation("a" * 501 + note + "c" * 500, False, "", 50_000_099)
             assert (await episode.call("act", {"what": "print"})).text == ""
             assert (await episode.call("act", {"what": "half"})).text == "?!"
+            wrong = await episode.call("n" * 5_000_000, {})
+            assert (len(wrong.text), len(wrong.error)) == (
+                1001 + len("\n[... 4999070 characters left out ...]\n"),
+                1000,
+            )
+            wrong = await episode.call("add", {"number": 1, "n" * 5_000_000: 2})
+            assert (wrong.text[:33], len(wrong.error)) == ("Error: there is no argument 'nnnn", 1000)
 
     asyncio.run(talk())
 

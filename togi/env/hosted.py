@@ -46,6 +46,8 @@ TAKEN = {DONE: "the attribute that ends an episode", "get_reward": "the reward i
 WHOLE = "environment"
 # A first observation is a prompt, so it is never cut.
 LONGEST_PROMPT = 1_000_000
+# Names in it are the model's, of any length.
+LONGEST_ERROR = 1000
 # When memory is short the kernel kills an episode before the processes around it (-1000 to 1000, those have 0).
 OUT_OF_MEMORY_SCORE = "500"
 ENDED_UNREAPED = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -362,7 +364,7 @@ class Instance:
         if left_out:
             head, tail = text[: limit - limit // 2], text[len(text) - limit // 2 :]
             text = f"{head}\n[... {left_out} characters left out ...]\n{tail}"
-        return {"text": _valid(text), "done": done, "error": error, "left_out": left_out}
+        return {"text": _valid(text), "done": done, "error": _valid(error[:LONGEST_ERROR]), "left_out": left_out}
 
 
 async def _wait(awaitable: Awaitable[object]) -> object:
