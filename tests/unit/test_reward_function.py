@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import gone
 from togi.errors import RewardError
 from togi.reward.function import CallLimits, FunctionReward
 from togi.reward.wire import Complaint, Load, LoadKind
@@ -53,18 +54,6 @@ class _Closing:
 
     def __exit__(self, *_):
         asyncio.run(self.reward.close())
-
-
-def gone(pid):
-    """Whether a process has ended within 5 s (a zombie of another parent counts as ended)."""
-    for _ in range(500):
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        time.sleep(0.01)
-    return False
 
 
 # One file that does what the label says, so that one worker serves many tests.

@@ -22,7 +22,7 @@
             return float(self.done)
 
 * ``reset`` gets the columns of the row that it names (all, if it takes ``**row``), and returns the first observation: a string,
-  or a list of messages. An instance is one episode; the constructor has no arguments.
+  a list of messages, or None where the row has the prompt. An instance is one episode; the constructor has no arguments.
 * Every public method is a tool. The model sees its docstring (Google's style) and a schema made of its type hints. A tool ends
   the episode by setting the attribute ``done`` to True, which is read after each call.
 * A class with ``step(action) -> (observation, reward or None, done)`` is a game instead: the model's text is the action. Its other
@@ -260,7 +260,7 @@ class Episode:
         self._failure = ""
 
     async def reset(self, row: Mapping[str, Any]) -> list[Message] | str:
-        """The first observation, as the user's ``reset`` returns it. ``row``: columns of JSON values."""
+        """The first observation, as the user's ``reset`` returns it; no messages for None. ``row``: columns of JSON values."""
         first: list[Message] | str = await self._ask(RESET, "reset()", self._limits.start_seconds, dict(row))
         return first
 

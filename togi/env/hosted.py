@@ -33,7 +33,7 @@ from togi.reward.worker import LONGEST_TEXT, accepted, describe, die_with_owner,
 # The methods that are no tools, as the user writes them.
 RESET, STEP, REWARD, CLOSE = "reset", "step", "reward", "close"
 SIGNATURES = {
-    RESET: "reset(self, ...) -> str or list of messages",
+    RESET: "reset(self, ...) -> str, list of messages or None",
     STEP: "step(self, action: str) -> (observation, reward, done)",
     REWARD: "reward(self) -> a number, numbers by name, or None",
     CLOSE: "close(self)",
@@ -46,6 +46,8 @@ TAKEN = {DONE: "the attribute that ends an episode", "get_reward": "the reward i
 WHOLE = "environment"
 # A first observation is a prompt, so it is never cut.
 LONGEST_PROMPT = 1_000_000
+# Names in it are the model's, of any length.
+LONGEST_ERROR = 1000
 # When memory is short the kernel kills an episode before the processes around it (-1000 to 1000, those have 0).
 OUT_OF_MEMORY_SCORE = "500"
 ENDED_UNREAPED = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -300,7 +302,7 @@ class Instance:
                 raise Complaint(f"returned messages from reset() that are not JSON ({error})", "use texts") from None
             checked, size = json.loads(_valid(text)), len(text)
         else:
-            advice = "return the first observation as a string, or a list of messages with role and content"
+            advice = "return the first observation as a string or a list of messages with role and content, or None"
             raise Complaint(f"returned a value of type {type(first).__name__} from reset()", advice)
         if size > LONGEST_PROMPT:
             raise Complaint(f"returned {size:,} characters from reset(), more than {LONGEST_PROMPT:,}", "return less")
@@ -362,7 +364,7 @@ class Instance:
         if left_out:
             head, tail = text[: limit - limit // 2], text[len(text) - limit // 2 :]
             text = f"{head}\n[... {left_out} characters left out ...]\n{tail}"
-        return {"text": _valid(text), "done": done, "error": error, "left_out": left_out}
+        return {"text": _valid(text), "done": done, "error": _valid(error[:LONGEST_ERROR]), "left_out": left_out}
 
 
 async def _wait(awaitable: Awaitable[object]) -> object:
