@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,8 +72,8 @@ def _trained(kind: str) -> str:
         vocab_size=900, initial_alphabet=alphabet, special_tokens=fallback, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    data: str = backend.to_str()
-    return data
+    # The tokens of bytes are words of the vocabulary, and none that are added.
+    return json.dumps({**json.loads(backend.to_str()), "added_tokens": []})
 
 
 def agent_tokenizer(name: str, kind: str) -> PreTrainedTokenizerFast:
@@ -85,7 +86,10 @@ def agent_tokenizer(name: str, kind: str) -> PreTrainedTokenizerFast:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(_trained(kind)), clean_up_tokenization_spaces=False
         )
-        special = [AddedToken(text, special=True, normalized=False, rstrip=kind == "spaces") for text in (eos, *others)]
+        special = [
+            AddedToken(text, special=True, normalized=False, rstrip=kind == "spaces" and text != eos)
+            for text in (eos, *others)
+        ]
         if bos is not None:
             tokenizer.add_special_tokens({"bos_token": AddedToken(bos, special=True, normalized=False)})
         if bos is None:
@@ -199,7 +203,8 @@ class Talk:
     def tokens(self, text: str) -> tuple[int, ...]:
         """Not as the tokenizer would do it: the model may part words where it likes."""
         tokenizer, ids = self.renderer.tokenizer, list[int]()
-        lead = next(iter(self.renderer.template.controls))
+        # After a special token, as white space before the first word is otherwise lost.
+        lead = str(tokenizer.eos_token)
         while text:
             length = self.chance.randint(1, 30)
             # A control token is one token.
@@ -207,7 +212,7 @@ class Talk:
                 start = text.find(control)
                 if 0 <= start < length < start + len(control):
                     length = start + len(control)
-            piece = tokenizer(tokenizer.decode([lead]) + text[:length], add_special_tokens=False)["input_ids"]
+            piece = tokenizer(lead + text[:length], add_special_tokens=False)["input_ids"]
             ids += piece[1:]
             text = text[length:]
         return tuple(ids)
