@@ -45,7 +45,7 @@ from togi.parallel.process import World
 from togi.pump.experience import to_sample
 from togi.sample import FinishReason, Generation, Prompt, Sample
 
-VOCABULARY = 8192
+VOCABULARY = 2048
 SYSTEM, QUESTION, THOUGHTS, ANSWER, OBSERVATION = 96, 64, 48, 32, 32
 """Tokens of each part of a conversation."""
 
@@ -138,9 +138,9 @@ def make_learner() -> Learner:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=3,
         tie_word_embeddings=True,

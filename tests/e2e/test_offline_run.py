@@ -178,13 +178,13 @@ def test_the_saving_of_common_beginnings(world: Path, tmp_path: Path, command: s
     (step,) = train(world, command, tmp_path / "run", "--train_batch_size", "14", evaluate=False)
     pairs = [(row["q"], row[key]) for row in rows(world, "pairs") for key in ("chosen", "rejected")]
     if command == "sft":
-        pairs = [(row["q"], row["a"]) for row in rows(world, "sft")]
+        pairs = [(f"User: {row['q']}\nAssistant: ", row["a"]) for row in rows(world, "sft")]
     texts = [f"{prompt}{answer}$" for prompt, answer in pairs]  # and the end token
     every = sum(map(len, texts))
     beginnings = {text[: n + 1] for text in texts for n in range(len(text))}
     assert step["tokens/step"] == every
     assert step["tokens/shared_share"] == pytest.approx(1 - len(beginnings) / every, rel=1e-12)
-    assert step["tokens/shared_share"] > (0.15 if command == "sft" else 0.45)
+    assert step["tokens/shared_share"] > 0.25
 
 
 @pytest.mark.parametrize("command", ["sft", pytest.param("dpo", marks=pytest.mark.large)])
