@@ -27,7 +27,7 @@ from pathlib import Path
 
 from togi.reward.wire import OPTIONAL_ARGUMENTS, Call, Complaint, Load, LoadKind, checked, encode, receive, send
 
-MODULE_NAME = "togi_user_reward"
+MODULE_NAME = "togi_user_file"
 FORM = "(queries, prompts, labels, **kwargs)"
 LONGEST_TEXT = 300
 
@@ -68,14 +68,7 @@ def die_with_owner(lifeline_fd: int) -> None:
 def load_function(load: Load) -> Function:
     """The function. Raises Complaint if it cannot be used."""
     advice = f"define {load.name}{FORM}"
-    try:
-        found = _find(load)
-    except Complaint:
-        raise
-    except BaseException as error:
-        # the user's module may raise anything, SystemExit included
-        what = f"cannot be imported: {describe(error, load.source)}"
-        raise Complaint(what, "make the file importable by plain Python", during_call=False) from error
+    found = load_object(load, "function", inspect.isfunction, advice)
     if not callable(found):
         raise Complaint(f"is of type {type(found).__name__}, not a function", advice, during_call=False)
     try:
@@ -88,7 +81,19 @@ def load_function(load: Load) -> Function:
     return found
 
 
-def _find(load: Load) -> object:
+def load_object(load: Load, kind: str, is_kind: Callable[[object], bool], advice: str) -> object:
+    """What is loaded. Raises Complaint if it cannot be imported, or is not there: the things of its kind that are, are named."""
+    try:
+        return _find(load, kind, is_kind, advice)
+    except Complaint:
+        raise
+    except BaseException as error:
+        # the user's module may raise anything, SystemExit included
+        what = f"cannot be imported: {describe(error, load.source)}"
+        raise Complaint(what, "make the file importable by plain Python", during_call=False) from error
+
+
+def _find(load: Load, kind: str, is_kind: Callable[[object], bool], advice: str) -> object:
     if load.kind == LoadKind.PICKLE:
         # Bytes that the parent process has just made and sent over a private socket.
         return pickle.loads(base64.b64decode(load.source))  # noqa: S301
@@ -110,9 +115,9 @@ def _find(load: Load) -> object:
     linecache.cache[load.source] = (len(text), None, text.splitlines(keepends=True), load.source)
     exec(code, vars(module))  # noqa: S102  the file of the user, as an import runs it
     if not hasattr(module, load.name):
-        functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        what = f"does not exist: the file defines {', '.join(functions) or 'no function'}"
-        raise Complaint(what, f"define {load.name}{FORM}", during_call=False)
+        there = [name for name, value in vars(module).items() if is_kind(value)]
+        what = f"does not exist: the file defines {', '.join(there) or f'no {kind}'}"
+        raise Complaint(what, advice, during_call=False)
     return getattr(module, load.name)
 
 
