@@ -27,9 +27,9 @@ from togi.sample import FinishReason, Generation, Prompt, Rollout, Sampling
 TEMPLATE = """{% if tools %}<|im_start|>system
 Tools: {{ tools | tojson }}<|im_end|>
 {% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}
-{% if message.get('reasoning_content') %}<think>{{ message['reasoning_content'] }}</think>{% endif %}{{ message['content'] }}
-{%- for call in message.get('tool_calls', []) %}<tool_call>{"name": {{ call['function']['name'] | tojson }}, "arguments": {{
-call['function']['arguments'] | tojson }}}</tool_call>{% endfor %}<|im_end|>
+{% if message.raw %}{{ message.raw.removesuffix('<|im_end|>') }}{% else %}{{ message['content'] }}
+{%- for call in message.get('tool_calls', []) %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}
+{%- endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 SAMPLING = Sampling(max_tokens=64)
@@ -38,7 +38,7 @@ PROMPT = Prompt("0:7", (), "", "42", row={"question": "What is 6 * 7?"}, message
 
 
 class ChatML:
-    """ChatML with Hermes' calls and ``<think>``."""
+    """ChatML with Hermes' calls and ``<think>``. An answer that was sampled is rendered as its own text (``raw``)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -50,13 +50,13 @@ class ChatML:
         text, begun = self._text(messages, tools), visible(self.tokenizer, before)
         return (*before, *self._ids(text[len(begun) :])) if text.startswith(begun) else self._ids(text)
 
-    def said(self, ids: Sequence[int]) -> Message:
+    def said(self, ids: Sequence[int], tools: Sequence[Tool]) -> Message:
         text = visible(self.tokenizer, ids).removesuffix("<|im_end|>")
         thought = re.match(r"<think>(.*?)</think>", text, re.DOTALL)
         text = text[thought.end() :] if thought else text
         calls = [json.loads(call) for call in re.findall(r"<tool_call>(.*?)</tool_call>", text)]
         content = text.partition("<tool_call>")[0] if calls else text
-        message: dict[str, object] = {"role": "assistant", "content": content}
+        message: dict[str, object] = {"role": "assistant", "content": content, "raw": visible(self.tokenizer, ids)}
         if thought:
             message["reasoning_content"] = thought[1]
         if calls:

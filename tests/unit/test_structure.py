@@ -120,7 +120,7 @@ RAISED_AGAIN = Counter(
         "obs/way_out.py: writing": 1,
         "run/preflight.py: _downloaded": 1,
         "reward/function.py: _load_callable": 1,
-        "reward/worker.py: load_function": 1,
+        "reward/worker.py: load_object": 1,
         "rollout/collect.py: _run_one": 1,
         "run/journal.py: open_journal": 1,
         "run/rl.py: workers": 1,
@@ -131,13 +131,15 @@ RAISED_AGAIN = Counter(
 # Where any exception ends: it becomes a value that somebody waits for, or a line that somebody reads.
 CAUGHT = Counter(
     {
-        # code that is not ours: a reward, a loss, a program under test, a tracker
+        # code that is not ours: a reward, an agent, a loss, a program under test, a tracker
+        "env/agent_process.py: episode": 1,
         "obs/sinks.py: Background._work": 1,
         "reward/sandbox/calls.py: _answer": 1,
         "reward/sandbox/calls.py: judge": 2,
         "reward/verifiers/reasoning_gym.py: score": 1,
         "reward/worker.py: reply": 1,
         # the edge of a thread, a process or a request: the caller is on the other side
+        "env/proxy.py: Proxy._guard": 1,
         "obs/sinks.py: _wandb_main": 1,
         "reward/server.py: Batcher._drain": 1,
         "reward/server.py: RewardServer._guard": 1,

@@ -42,8 +42,8 @@ class Rendering(Protocol):
     def after(self, before: Sequence[int], messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[int, ...]:
         """The same, beginning with the tokens ``before`` if the conversation continues them. Raises RowError."""
 
-    def said(self, ids: Sequence[int]) -> Message:
-        """Sampled ids as an assistant message in OpenAI's form."""
+    def said(self, ids: Sequence[int], tools: Sequence[Tool]) -> Message:
+        """Sampled ids as an assistant message in OpenAI's form. It may have more fields, for ``after``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +88,46 @@ class Pending:
 
 
 @dataclass(slots=True, eq=False)
-class _Point:
-    """A place in the trace that a request may continue. ``entry``: of the transcript. ``text``: of a text prompt up to here."""
+class _Row:
+    """Tokens in a row, shared by all points in it."""
 
     ids: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Point:
+    """A place that a request may continue: the first ``length`` tokens of a row. ``entry``: of the transcript.
+
+    ``messages``: the conversation up to here, answers as ``Rendering.said`` gave them. ``text``: of a text prompt up to here.
+    """
+
+    row: _Row
+    length: int
     entry: int
+    messages: tuple[Message, ...] = ()
     text: str = ""
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens up to here."""
+        ids: list[int] = self.row.ids[: self.length].tolist()
+        return ids
+
+    def row_of(self, ids: NDArray[np.int32]) -> _Row:
+        """The row of longer tokens: this one, if they continue all of it."""
+        length = len(self.row.ids)
+        return self.row if np.array_equal(ids[:length], self.row.ids) else _Row(ids)
 
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """The tokens of a request, the point that it continues, and what is new in it."""
+    """The tokens of a request, the point that it continues, and what is new in it. The others are as in ``_Point``."""
 
     ids: list[int]
     point: _Point | None
     new: Json
     text: str = ""
+    messages: tuple[Message, ...] = ()
     key: bytes = b""
 
 
@@ -224,12 +248,13 @@ class Session:
         place = next((place for place in range(len(keys) - 1, 0, -1) if keys[place] in self._messages), 0)
         point = self._messages.get(keys[place]) if place else None
         if point is None:
-            ids = self._rendering.first(messages, tools)
+            own, ids = tuple(messages), self._rendering.first(messages, tools)
         else:
-            ids = self._rendering.after(point.ids.tolist(), messages, tools)
-        return _Context(
-            [*map(int, ids)], point, {"messages": [dict(message) for message in messages[place:]]}, key=keys[-1]
-        )
+            # What the client sends back of an answer, such as a call with its arguments in another order, stands for the answer.
+            own = (*point.messages, *messages[place:])
+            ids = self._rendering.after(point.ids, own, tools)
+        new: Json = {"messages": [dict(message) for message in messages[place:]]}
+        return _Context([*map(int, ids)], point, new, messages=own, key=keys[-1])
 
     def _text(self, prompt: str | tuple[int, ...]) -> _Context:
         if not isinstance(prompt, str):
@@ -241,7 +266,7 @@ class Session:
         point = max(begun, key=lambda each: len(each.text), default=None)
         rest = prompt if point is None else prompt[len(point.text) :]
         (ids,) = encode([rest], self._tokenizer, add_special_tokens=point is None)
-        return _Context([*([] if point is None else point.ids.tolist()), *ids], point, _as_prompt(rest), prompt)
+        return _Context([*([] if point is None else point.ids), *ids], point, _as_prompt(rest), prompt)
 
     # ---- limits ----
 
@@ -269,13 +294,14 @@ class Session:
             choices.append(choice)
             number = self._record(context, generation, choice, entries)
             ids = np.asarray([*context.ids, *generation.tokens], dtype=np.int32)
-            if context.point is not None and np.array_equal(ids[: len(context.point.ids)], context.point.ids):
-                # One copy of the tokens is kept, that of the longest row.
-                context.point.ids = ids[: len(context.point.ids)]
+            row = _Row(ids) if context.point is None else context.point.row_of(ids)
+            row.ids = ids
             if ask.prompts:
-                self._keep_texts(context, generation, choice, ids, number)
+                self._keep_texts(context, generation, choice, row, number)
             else:
-                self._messages[_digest(context.key, _essence(choice.message))] = _Point(ids, number)
+                said = self._rendering.said(generation.tokens, ask.tools)
+                point = _Point(row, len(ids), number, (*context.messages, said))
+                self._messages[_digest(context.key, _essence(choice.message))] = point
         answer = Answer(tuple(len(context.ids) for context in contexts), tuple(choices))
         if not ask.prompts:
             self._conversations[f"resp_{answer.id}"] = (*messages[len(ask.head) :], choices[0].message)
@@ -312,11 +338,11 @@ class Session:
         text = decode(self._tokenizer, generation.tokens)
         message: Json = {"role": ASSISTANT, "content": text}
         if not ask.prompts and ask.reads_calls:
-            said = self._rendering.said(generation.tokens)
+            said = self._rendering.said(generation.tokens, ask.tools)
             calls = [_call(call) for call in said.get("tool_calls") or ()]
-            message = {name: part for name, part in said.items() if name != "tool_calls"}
-            message |= {"content": said.get("content") or (None if calls else "")}
+            message["content"] = said.get("content") or (None if calls else "")
             message |= {"tool_calls": calls} if calls else {}
+            message |= {"reasoning_content": said["reasoning_content"]} if said.get("reasoning_content") else {}
         if stop:
             text = text[: text.index(stop)]
             message |= {name: _until(message[name], stop) for name in _WRITTEN if name in message}
@@ -334,7 +360,7 @@ class Session:
         self._written.append(choice.text)
         point, entry = context.point, entries.get(id(context))
         if entry is None:
-            redrawn = point is not None and context.ids[: len(point.ids)] != point.ids.tolist()
+            redrawn = point is not None and context.ids[: point.length] != point.ids
             self.redrawn += redrawn
             continues = None if point is None else point.entry
             entry = {
@@ -352,9 +378,7 @@ class Session:
         answers.append({**choice.message, "finish_reason": choice.finish, "tokens": len(generation.tokens)})
         return number
 
-    def _keep_texts(
-        self, context: _Context, generation: Generation, choice: Choice, ids: NDArray[np.int32], entry: int
-    ) -> None:
+    def _keep_texts(self, context: _Context, generation: Generation, choice: Choice, row: _Row, entry: int) -> None:
         """Where a later prompt may go on: after all tokens, and after those that the client has seen as text."""
         tokens = generation.tokens
         low, high = 0, len(tokens)
@@ -364,7 +388,7 @@ class Session:
             low, high = (middle, high) if seen else (low, middle - 1)
         for length in {low, len(tokens)}:
             text = context.text + visible(self._tokenizer, tokens[:length])
-            self._texts.append(_Point(ids[: len(context.ids) + length], entry, text))
+            self._texts.append(_Point(row, len(context.ids) + length, entry, text=text))
 
     def _note_failure(self, task: asyncio.Task[Answer]) -> None:
         error = None if task.cancelled() else task.exception()
