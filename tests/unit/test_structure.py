@@ -133,7 +133,8 @@ RAISED_AGAIN = Counter(
 # Where any exception ends: it becomes a value that somebody waits for, or a line that somebody reads.
 CAUGHT = Counter(
     {
-        # code that is not ours: an environment, a reward, a loss, a program under test, a tracker
+        # code that is not ours: an environment, an agent, a reward, a loss, a program under test, a tracker
+        "env/agent_process.py: episode": 1,
         "env/hosted.py: Instance.reply": 1,
         "env/hosted.py: Instance._call": 1,
         "obs/sinks.py: Background._work": 1,
@@ -142,6 +143,7 @@ CAUGHT = Counter(
         "reward/verifiers/reasoning_gym.py: score": 1,
         "reward/worker.py: reply": 1,
         # the edge of a thread, a process or a request: the caller is on the other side
+        "env/proxy.py: Proxy._guard": 1,
         "obs/sinks.py: _wandb_main": 1,
         "reward/server.py: Batcher._drain": 1,
         "reward/server.py: RewardServer._guard": 1,
