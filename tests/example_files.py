@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType
 from typing import Any
 
-from tests.offline_world import ROOT
+from tests.source import ROOT
 
 EXAMPLES = ROOT / "examples"
 
@@ -59,7 +59,7 @@ def serving(answer: Callable[[Asked], Any]) -> Iterator[tuple[str, list[Asked]]]
             """Quiet."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked
