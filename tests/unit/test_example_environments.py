@@ -169,8 +169,7 @@ def test_an_answer_may_be_corrected(reasoning_task: Any) -> None:
 def test_a_single_turn_and_the_last_try_are_over_whatever_is_said(reasoning_task: Any) -> None:
     answer = right_sum(reasoning_task.reset(**SUM))
     text, reward, is_over = reasoning_task.step(f"<answer>{answer + 1}</answer>")
-    # The package pays a hundredth for a number that is wrong.
-    assert (text, is_over) == ("Wrong.", True) and reward == 0.01
+    assert (text, reward, is_over) == ("Wrong.", 0.0, True)
     reasoning_task.reset(**SUM)
     assert reasoning_task.step("") == ("Wrong.", 0.0, True)
     reasoning_task.reset(**SUM)
