@@ -18,7 +18,7 @@ import pytest
 
 from tests.source import ROOT
 
-EXTRAS = ("gpu", "deepspeed", "cluster", "lora", "trackers", "rewards", "dev")
+EXTRAS = ("gpu", "deepspeed", "cluster", "lora", "trackers", "rewards", "environments", "dev")
 # vLLM and torch pin them, and the CPU's builds of both pin others.
 OWN_ON_GPUS = {"torch", "triton", "apache-tvm-ffi"}
 
