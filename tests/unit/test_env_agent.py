@@ -93,7 +93,7 @@ def gone(pid: int) -> bool:
 
 def test_an_agent_that_uses_the_official_client_needs_no_change(file: Path) -> None:
     policy = Policy(smol(), answers("42", "Yes"))
-    rollout = played(AgentHost.from_file(f"{file}:unchanged"), policy.generate, {})
+    rollout = played(AgentHost.from_file(f"{file}:unchanged", 8), policy.generate, {})
     assert rollout.score is not None and rollout.score.outcome is Outcome.SCORE, rollout.score
     assert (rollout.score.value, rollout.score.components) == (1.0, {"agent": 1.0, "turns": 2.0})
     assert whole(rollout) == policy.contexts[1] + policy.sampled[1] and not rollout.forks
@@ -116,7 +116,7 @@ def test_an_agent_that_uses_the_official_client_needs_no_change(file: Path) -> N
 )
 def test_whatever_is_no_number_is_no_reward(file: Path, name: str, outcome: Outcome, message: str) -> None:
     policy = Policy(smol(), lambda *_: "abc")
-    score = played(AgentHost.from_file(f"{file}:{name}"), policy.generate, {}).score
+    score = played(AgentHost.from_file(f"{file}:{name}", 8), policy.generate, {}).score
     assert score is not None and score.outcome is outcome and math.isnan(score.value)
     assert score.message.startswith(message.format(file=file)), score.message
 
@@ -124,7 +124,7 @@ def test_whatever_is_no_number_is_no_reward(file: Path, name: str, outcome: Outc
 def test_an_agent_that_hangs_is_killed_with_all_that_it_started(file: Path, tmp_path: Path) -> None:
     place = tmp_path / "pids"
     policy, start = Policy(smol(), answers()), time.monotonic()
-    score = played(AgentHost.from_file(f"{file}:hangs"), policy.generate, {"place": str(place)}, seconds=1.0).score
+    score = played(AgentHost.from_file(f"{file}:hangs", 8), policy.generate, {"place": str(place)}, seconds=1.0).score
     assert time.monotonic() - start < 20
     assert score is not None and score.outcome is Outcome.ERROR
     assert "ran longer than the limit of 1 s and was killed on prompt '0:7'; make it faster or raise" in score.message
@@ -137,7 +137,7 @@ def test_an_agent_that_hangs_is_killed_with_all_that_it_started(file: Path, tmp_
 
 def test_an_agent_that_wants_more_than_its_budget_is_told_and_so_is_the_user(file: Path) -> None:
     policy = Policy(smol(), lambda *_: "abc")
-    rollout = played(AgentHost.from_file(f"{file}:greedy"), policy.generate, {}, limits=Limits(7, 50, 100))
+    rollout = played(AgentHost.from_file(f"{file}:greedy", 8), policy.generate, {}, limits=Limits(7, 50, 100))
     assert rollout.score is not None and rollout.score.outcome is Outcome.ERROR
     assert "(The episode may sample 7 tokens, and 0 of them are left.)" in rollout.score.message
     assert len(sampled(rollout)) == 7 and rollout.finish_reason.value == "length"
@@ -148,25 +148,25 @@ def test_a_failure_of_generation_is_not_the_agents(file: Path) -> None:
         raise RuntimeError("engine 0 died")
 
     with pytest.raises(RuntimeError, match="engine 0 died"):
-        played(AgentHost.from_file(f"{file}:unchanged"), broken, {})
+        played(AgentHost.from_file(f"{file}:unchanged", 8), broken, {})
 
 
 def test_a_program_gets_its_task_and_prints_its_reward() -> None:
     line = 'test -n "$OPENAI_API_KEY" && python3 -c "import json, sys; print(1); print(len(json.load(sys.stdin)[\'question\']))"'
     policy = Policy(smol(), answers())
-    score = played(AgentHost.from_command(line), policy.generate, {}).score
+    score = played(AgentHost.from_command(line, 8), policy.generate, {}).score
     assert score is not None and (score.outcome, score.value) == (Outcome.SCORE, len("What is 6 * 7?")), score
     for line, message in (
         ("exit 4", "ended with exit code 4"),
         ("echo 1; echo well", "printed 'well' as its last line"),
     ):
-        score = played(AgentHost.from_command(line), policy.generate, {}).score
+        score = played(AgentHost.from_command(line, 8), policy.generate, {}).score
         assert score is not None and score.outcome is Outcome.ERROR and message in score.message
 
 
 def test_what_cannot_be_loaded_is_said_before_any_episode(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"names no existing \.py file"):
-        AgentHost.from_file(f"{tmp_path / 'none.py'}:run")
+        AgentHost.from_file(f"{tmp_path / 'none.py'}:run", 8)
     broken = tmp_path / "broken.py"
     broken.write_text("import not_there\n")
     for place, message in (
@@ -174,7 +174,7 @@ def test_what_cannot_be_loaded_is_said_before_any_episode(file: Path, tmp_path: 
         (f"{broken}:run", "cannot be imported: ModuleNotFoundError"),
     ):
         with pytest.raises(ConfigError, match=message):
-            asyncio.run(AgentHost.from_file(place).check())
+            asyncio.run(AgentHost.from_file(place, 8).check())
 
 
 def test_the_tokens_of_many_episodes_are_those_of_the_engine(file: Path, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_the_tokens_of_many_episodes_are_those_of_the_engine(file: Path, tmp_pat
             groups = collect_groups(prompts, environment, generate, n_samples=4, max_in_flight=12, seed=7)
             return [rollout async for group in groups for rollout in group]
 
-    host = AgentHost.from_file(f"{file}:unchanged")
+    host = AgentHost.from_file(f"{file}:unchanged", 8)
     try:
         rollouts = asyncio.run(asyncio.wait_for(play(), 100))
     finally:

@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,16 +38,27 @@ COMPONENT = "agent"
 
 
 class AgentHost:
-    """The user's agent in a process that forks one for each episode. ``shown_as``: how messages name it."""
+    """The user's agent in a process that forks one for each episode. ``shown_as``: how messages name it.
 
-    def __init__(self, start: Mapping[str, object], shown_as: str) -> None:
+    ``processes``: episodes at once.
+    """
+
+    def __init__(self, start: Mapping[str, object], shown_as: str, processes: int) -> None:
         self.shown_as = shown_as
+        self._free = asyncio.Semaphore(processes)
         self._start_frame = encode(start)
         self._turn = asyncio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def from_file(cls, place: str) -> Self:
+    def of(cls, agent: str, processes: int) -> Self:
+        """``FILE.py:function``, or a command line. Raises ConfigError."""
+        path, _, name = agent.rpartition(":")
+        is_file = path.endswith(".py") and name.isidentifier()
+        return cls.from_file(agent, processes) if is_file else cls.from_command(agent, processes)
+
+    @classmethod
+    def from_file(cls, place: str, processes: int) -> Self:
         """``FILE.py:function``. Raises ConfigError."""
         path, _, name = place.rpartition(":")
         file = Path(path).expanduser().absolute()
@@ -56,12 +67,12 @@ class AgentHost:
                 f"--agent {place} names no existing .py file: give FILE.py:function, or command and a program."
             )
         load = Load(LoadKind.FILE, str(file), name, content=base64.b64encode(file.read_bytes()).decode())
-        return cls({"load": asdict(load)}, f"{name} in {path}")
+        return cls({"load": asdict(load)}, f"{name} in {path}", processes)
 
     @classmethod
-    def from_command(cls, line: str) -> Self:
+    def from_command(cls, line: str, processes: int) -> Self:
         """A command line for the shell."""
-        return cls({"command": line}, f"the command {line!r}")
+        return cls({"command": line}, f"the command {line!r}", processes)
 
     async def check(self) -> None:
         """Import the agent. Raises ConfigError if that fails."""
@@ -72,7 +83,11 @@ class AgentHost:
 
     async def play(self, message: Mapping[str, object], seconds: float) -> Mapping[str, Any]:
         """Run one episode. It is killed at its time limit, and when this call is cancelled. Raises Complaint and ConfigError."""
-        await self.check()
+        async with self._free:
+            await self.check()
+            return await self._play(message, seconds)
+
+    async def _play(self, message: Mapping[str, object], seconds: float) -> Mapping[str, Any]:
         ours, theirs = socket.socketpair()
         reader_fd, writer_fd = os.pipe()
         # The reading end stays open here too: what the episode left behind is killed also when the episode has ended.
@@ -172,7 +187,8 @@ class AgentEnvironment:
             message = {"base_url": self._proxy.base_url, "api_key": session.key, "task": task_of(prompt)}
             playing = asyncio.create_task(self._host.play(message, self._seconds))
             try:
-                await asyncio.wait({playing, session.failed}, return_when=asyncio.FIRST_COMPLETED)
+                waits: set[asyncio.Future[Any]] = {playing, session.failed}
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 if session.failed.done():
                     session.failed.result()
                 score = self._score(playing, session, prompt)
@@ -180,7 +196,9 @@ class AgentEnvironment:
                 playing.cancel()
                 await asyncio.gather(playing, return_exceptions=True)
         self._ended(session)
-        return session.rollout(group_id, score)
+        rollout = session.rollout(group_id, score)
+        failed = float(score.outcome is Outcome.ERROR)
+        return replace(rollout, counts={**rollout.counts, "failed": failed})
 
     def _score(self, playing: asyncio.Task[Mapping[str, Any]], session: Session, prompt: Prompt) -> Score:
         try:

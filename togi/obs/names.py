@@ -113,6 +113,7 @@ _EPISODES = {
     "cut_observations": "observations that were cut, as they were too long",
     "forks": "requests that did not continue the tokens before them",
     "requests": "requests of an agent",
+    "redrawn": "requests that continue an answer whose tokens could not be continued",
     "retries": "requests that came again and got the same answer",
     "tool_seconds": "seconds in tools and environment",
     "failed": "episodes that failed, which are not trained on",

@@ -1,17 +1,21 @@
-"""The environments of a run: their processes, what is checked of them before anything heavy, and which row acts in which."""
+"""The environments and the agent of a run: their processes, what is checked of them before anything heavy, and which row acts in which."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from togi.config.fields import Hook
 from togi.config.rl import RLConfig
 from togi.data.prompts import ENVIRONMENT
+from togi.env.agent import AgentEnvironment, AgentHost
 from togi.env.episode import ClassEnvironment, EpisodeLimits
 from togi.env.host import EnvironmentHost, HostLimits
 from togi.env.hosted import Facts
+from togi.env.proxy import Proxy
 from togi.env.render import Renderer
+from togi.env.session import Limits
 from togi.errors import ConfigError, DataError
 from togi.rollout.collect import Environment, Generate
 from togi.sample import FinishReason, Generation, Outcome, Prompt, Rollout, Sampling
@@ -30,7 +34,7 @@ class ByRow:
 
 
 class Worlds:
-    """The environments of a run. Their processes start here; ``close`` ends them."""
+    """The environments or the agent of a run. Their processes start here; ``close`` ends them."""
 
     def __init__(self, config: RLConfig) -> None:
         limits = HostLimits(
@@ -41,12 +45,22 @@ class Worlds:
         self._limits = EpisodeLimits(config.max_turns, config.context_length)
         self._longest = config.prompt_max_len
         self._hosts = {name: _host(hook, limits) for name, hook in (config.environment or {}).items()}
+        self._agent = None if config.agent is None else AgentHost.of(config.agent, config.episode_processes)
+        self._budget = Limits(config.max_turns * config.generate_max_len, config.max_turns, config.context_length)
+        self._seconds = config.agent_timeout
         self._facts = dict[str, Facts]()
         self._renderer: Renderer | None = None
+        self._proxy: Proxy | None = None
+        self._open = AsyncExitStack()
 
     async def check(self, prompts: Sequence[Prompt], place: Callable[[Prompt], str], renderer: Renderer) -> None:
-        """Load every class, and begin an episode of its first row in each. Raises UserError."""
+        """Load every class, and begin an episode of its first row in each; load the agent. Raises UserError."""
         self._renderer = renderer
+        if self._agent is not None:
+            await self._agent.check()
+            if self._proxy is None:
+                self._proxy = await self._open.enter_async_context(Proxy(renderer, renderer.tokenizer))
+            return
         self._facts = {name: await host.facts() for name, host in self._hosts.items()}
         first = dict[str, Prompt]()
         for prompt in prompts:
@@ -68,7 +82,9 @@ class Worlds:
                 )
 
     def environment(self, sampling: Sampling) -> Environment:
-        """All environments as one; after ``check``."""
+        """All environments as one, or the agent; after ``check``."""
+        if self._agent is not None and self._proxy is not None:
+            return AgentEnvironment(self._proxy, self._agent, sampling, self._budget, self._seconds)
         return self._acting(sampling, self._limits)
 
     def _acting(self, sampling: Sampling, limits: EpisodeLimits) -> Environment:
@@ -77,6 +93,9 @@ class Worlds:
         return ByRow({name: ClassEnvironment(host, self._facts[name], *common) for name, host in self._hosts.items()})
 
     async def close(self) -> None:
+        await self._open.aclose()
+        if self._agent is not None:
+            self._agent.close()
         for host in self._hosts.values():
             await host.close()
 
