@@ -142,3 +142,42 @@ def test_an_asynchronous_run_that_is_killed_plays_every_row_once(world: Path, tm
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert model_bytes(replayed / "model") == model_bytes(run / "model")
+
+
+AGENT = """
+import openai
+
+def run(base_url, task):
+    # an agent with the official client: two questions, the second of which knows the first answer
+    client = openai.OpenAI(base_url=base_url)
+    messages = [{"role": "user", "content": f"say {task['letter']}"}]
+    for _ in range(2):
+        answer = client.chat.completions.create(model="policy", messages=messages).choices[0].message
+        messages += [{"role": "assistant", "content": answer.content}, {"role": "user", "content": "again"}]
+    return {"reward": len(set(answer.content or "")) / 8, "asked": 2}
+"""
+
+
+def test_an_agent_of_the_official_client_is_trained(world: Path, tmp_path: Path) -> None:
+    """The tokens of both answers are in one row with those of the trainer; a replay repeats the run."""
+    (tmp_path / "agent.py").write_text(AGENT)
+    run = tmp_path / "run"
+    words = [word if word != "--environment" else "--agent" for word in acting(world, run, "--max_steps", "2")]
+    words = [word if not word.endswith(":Chatter") else f"{tmp_path}/agent.py:run" for word in words]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = rows_of(run)
+    assert len(rows) == 2 * 16
+    for row in rows:
+        assert dict(row["counts"])["requests"] == 2 and dict(row["components"])["asked"] == 2
+        assert [message["role"] for message in json.loads(row["messages"])].count("assistant") == 2
+        assert sum(row["response_mask"]) <= 2 * 8
+    for record in metrics(run):
+        assert record["values"]["mismatch/mean_abs"] < 1e-4
+        assert record["values"]["episode/failed"] == 0
+    again = [*words, "--replay", str(run)]
+    for flag in ("--run_dir", "--save_path", "--ckpt_path"):
+        again[again.index(flag) + 1] = str(tmp_path / "replayed" / flag[2:])
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert model_bytes(tmp_path / "replayed" / "save_path") == model_bytes(run / "model")

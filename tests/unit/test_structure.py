@@ -125,7 +125,7 @@ RAISED_AGAIN = Counter(
         "reward/worker.py: load_object": 1,
         "rollout/collect.py: _run_one": 1,
         "run/journal.py: open_journal": 1,
-        "run/rl.py: workers": 1,
+        "run/healing.py: workers": 1,
         "workers/worker_group.py: ModelScores._drain": 1,
         "workers/ray/__init__.py: start": 1,
     }

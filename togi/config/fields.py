@@ -143,13 +143,18 @@ class Hook:
         return f"{self.path}:{self.name}"
 
 
+def hook_of(text: str) -> Hook | None:
+    """The place that a text names as FILE.py:name; None for any other text."""
+    path, colon, name = text.rpartition(":")
+    return Hook(path, name) if colon and path.endswith(".py") and name.isidentifier() else None
+
+
 def _hook(value: object, *, what: str = "function") -> Hook:
     if isinstance(value, Hook):
         return value
     if isinstance(value, str):
-        path, colon, name = value.rpartition(":")
-        if colon and path.endswith(".py") and name.isidentifier():
-            return Hook(path, name)
+        if (found := hook_of(value)) is not None:
+            return found
     elif callable(value):
         return Hook(IN_PYTHON, str(getattr(value, "__name__", type(value).__name__)), value)
     raise PydanticCustomError("hook", "FILE.py:name of a {what}", {"what": what})

@@ -24,6 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
+from togi.config.fields import hook_of
 from togi.env.proxy import Proxy
 from togi.env.session import Limits, Session
 from togi.errors import ConfigError
@@ -53,9 +54,7 @@ class AgentHost:
     @classmethod
     def of(cls, agent: str, processes: int) -> Self:
         """``FILE.py:function``, or a command line. Raises ConfigError."""
-        path, _, name = agent.rpartition(":")
-        is_file = path.endswith(".py") and name.isidentifier()
-        return cls.from_file(agent, processes) if is_file else cls.from_command(agent, processes)
+        return cls.from_command(agent, processes) if hook_of(agent) is None else cls.from_file(agent, processes)
 
     @classmethod
     def from_file(cls, place: str, processes: int) -> Self:

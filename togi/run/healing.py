@@ -1,4 +1,4 @@
-"""What happens to an RL run whose workers die or hang, or which is told to stop: a restart, stacks, a last checkpoint."""
+"""The workers of an RL run, and what happens if they die or hang, or it is told to stop: a restart, stacks, a last checkpoint."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ import faulthandler
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
 from togi.data.prompts import LoaderState
-from togi.errors import RunError, WorkerDied
+from togi.errors import RunError, UserError, WorkerDied, WorkerError
 from togi.learn.checkpoint import Checkpoint
 from togi.obs.metrics import read_records
 from togi.obs.progress import Progress
 from togi.obs.run_dir import RunDirectory
 from togi.obs.way_out import way_out
+from togi.plan.machine import this_machine
+from togi.plan.placement import Role
 from togi.run.journal import RunJournal
+from togi.run.plan import StepPlan
 from togi.run.rl_setup import Material, find_checkpoint
+from togi.workers import start
 from togi.workers.protocol import Health
 from togi.workers.session import Session
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 LOOKS = 20
 """How often a stall is looked for in the time that makes it one."""
 
@@ -61,9 +67,51 @@ def again(
 
 
 @asynccontextmanager
+async def workers(config: RLConfig, plan: StepPlan, journal: RunJournal, health: Health) -> AsyncIterator[Session]:
+    """Start all engines and models of a run. They stop with the block: in order, or at once after an error."""
+    with journal.progress.phase("starting engines and loading models", expected_seconds=25):
+        updates = {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
+        health.stacks = journal.root.resolve() / "stacks"
+        session = await start(config, this_machine(), updates, journal.announce, health)
+    try:
+        async with watched(session, journal.progress, config.stall_timeout):
+            journal.record_engine(await session.engine_facts())
+            yield session
+        await session.close()
+    except BaseException as error:
+        # Those that computed with a worker that died may have failed first.
+        is_consequence = isinstance(error, WorkerError) and not isinstance(error, WorkerDied)
+        died = await session.processes.find_dead() if is_consequence else None
+        with way_out("ending the workers"):
+            session.abandon()
+        if died is not None:
+            raise died from error
+        raise
+
+
+async def in_whole_steps(training: Coroutine[object, None, T], finishing: Callable[[], bool]) -> T:
+    """The result of the loop. A cancellation lets it end by itself if it is ``finishing`` its step, else it ends at once.
+
+    Between the beginning of an update and the end of its step there is no state to write a checkpoint of, and an asynchronous
+    run is nearly always there.
+    """
+    work = asyncio.create_task(training)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        if not work.done() and finishing():
+            await asyncio.wait({work})
+        raise
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+
+
+@asynccontextmanager
 async def leaving_a_checkpoint(write: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
-    """Let Ctrl-C and SIGTERM end the block after ``write``, which writes a checkpoint if one is possible. A second signal ends
-    it at once.
+    """Let Ctrl-C, SIGTERM and what the user can mend (a failed reward, a server that stays away) end the block after ``write``.
+
+    It writes a checkpoint if one is possible. A second signal ends the block at once.
     """
     task, loop, told = asyncio.current_task(), asyncio.get_running_loop(), list[int]()
     assert task is not None
@@ -83,7 +131,7 @@ async def leaving_a_checkpoint(write: Callable[[], Awaitable[None]]) -> AsyncIte
         loop.add_signal_handler(signal.SIGTERM, leave)
     try:
         yield
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, UserError):
         with way_out("writing a last checkpoint"):
             await write()
         if told:

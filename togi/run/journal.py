@@ -252,9 +252,11 @@ def open_journal(
     last_step = found.step if found is not None else -1
     with ExitStack() as held:
         held.enter_context(leaving_in_order())
-        held.enter_context(claimed("save_path", config.save_path))
+        written = {"run_dir": str(root), "save_path": config.save_path}
         if config.keeps_checkpoints:
-            held.enter_context(claimed("ckpt_path", config.ckpt_path))
+            written["ckpt_path"] = config.ckpt_path
+        for folder, flag in {os.path.realpath(folder): flag for flag, folder in written.items()}.items():
+            held.enter_context(claimed(flag, folder))
         # The folder with its settings.
         directory = opened(root, command, argv, resolved)
         # Sinks and watchdog; a failure on the way closes those that are open.

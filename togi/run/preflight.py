@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 
 from togi.config.architectures import COMPILABLE
 from togi.config.choices import BackendName, EngineName
-from togi.config.fields import Hook
+from togi.config.fields import Hook, hook_of
 from togi.config.infer import ChatConfig, InferConfig
 from togi.config.iterate import IterateConfig
 from togi.config.model_facts import check_length
@@ -95,7 +95,8 @@ def check(parsed: Parsed[RLConfig], machine: Machine, *, reward_given: bool) -> 
         check_sets("pretrain_data", config.pretrain_data, keys, split, probs, every_row=False)
     for file in config.reward_files:
         check_reward(file)
-    for name, value in [*config, *(("environment", hook) for hook in (config.environment or {}).values())]:
+    acting = [("environment", hook) for hook in (config.environment or {}).values()]
+    for name, value in [*config, *acting, ("agent", hook_of(config.agent or ""))]:
         if isinstance(value, Hook):
             check_hook_file(name, value)
     critic = [f"{config.save_path}_critic"] if config.save_value_network else []

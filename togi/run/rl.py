@@ -5,10 +5,11 @@ The phases of an RL run, and its state between them. ``togi.run.rl.train`` calls
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 from togi.algo.kl import KLController
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
-from togi.errors import WorkerDied, WorkerError
+from togi.errors import WorkerDied
 from togi.learn.checkpoint import HF_FOLDER, Checkpoint
 from togi.learn.learner import Divergence, UpdateReport
 from togi.learn.objective import ADVANTAGES, KL_COEF, OLD_LOGPROBS
@@ -26,7 +27,6 @@ from togi.obs import names
 from togi.obs.progress import Progress
 from togi.obs.rollout_store import Split
 from togi.obs.way_out import way_out
-from togi.plan.machine import this_machine
 from togi.plan.placement import LEARNERS, Role
 from togi.plan.slots import Rules
 from togi.pump import experience
@@ -35,7 +35,7 @@ from togi.pump.feed import Feed, ReplayFeed, RolloutFeed
 from togi.pump.ledger import Ledger
 from togi.pump.pump import Pump
 from togi.reward.scores import CombinedReward, LengthPenalties
-from togi.run.healing import again, leaving_a_checkpoint, watched
+from togi.run.healing import again, in_whole_steps, leaving_a_checkpoint, workers
 from togi.run.journal import Evaluation, RunJournal, open_journal
 from togi.run.keep import DRIVER, Keep, every
 from togi.run.plan import StepPlan
@@ -43,7 +43,6 @@ from togi.run.rewards import describe
 from togi.run.rl_setup import COMMAND, Material, connect, frozen_weights, opening, origin
 from togi.run.signs import Verdict, setting_signs
 from togi.sample import Prompt, Sample, with_streams
-from togi.workers import start
 from togi.workers.protocol import Health
 from togi.workers.session import Phase, Session, update_metrics
 
@@ -94,35 +93,12 @@ async def run(
                                 announce(f"reward: {line}")
                             state = RLRun(config, material, combined, plan, session, journal)
                             async with leaving_a_checkpoint(state.last_checkpoint), aclosing(state):
-                                evaluations = await train(state, found)
+                                evaluations = await in_whole_steps(train(state, found), state.finishing)
                 except WorkerDied as died:
                     # A model worker cannot be replaced alone: the run starts again from its last checkpoint.
                     parsed, found = again(parsed, journal, material, (begun, begin), died, health)
                     config = parsed.config
     return Result(journal.root, journal.root / "report.html", Path(config.save_path), state.step, tuple(evaluations))
-
-
-@asynccontextmanager
-async def workers(config: RLConfig, plan: StepPlan, journal: RunJournal, health: Health) -> AsyncIterator[Session]:
-    """Start all engines and models of a run. They stop with the block: in order, or at once after an error."""
-    with journal.progress.phase("starting engines and loading models", expected_seconds=25):
-        updates = {Role.ACTOR: plan.actor_updates, Role.CRITIC: plan.updates}
-        health.stacks = journal.root.resolve() / "stacks"
-        session = await start(config, this_machine(), updates, journal.announce, health)
-    try:
-        async with watched(session, journal.progress, config.stall_timeout):
-            journal.record_engine(await session.engine_facts())
-            yield session
-        await session.close()
-    except BaseException as error:
-        # Those that computed with a worker that died may have failed first.
-        is_consequence = isinstance(error, WorkerError) and not isinstance(error, WorkerDied)
-        died = await session.processes.find_dead() if is_consequence else None
-        with way_out("ending the workers"):
-            session.abandon()
-        if died is not None:
-            raise died from error
-        raise
 
 
 async def train(run: RLRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
@@ -146,6 +122,7 @@ async def train(run: RLRun, checkpoint: Checkpoint | None) -> list[Evaluation]:
             run.journal.announce("the last groups were dropped: tokens of all of them were older than --max_token_lag")
             if len(run.held_out) > 0:
                 evaluations.append(await run.evaluate())
+                run.journal.write(run.step, evaluations[-1].metrics)
             break
         places, samples, scored = await run.score(groups)
         metrics |= scored
@@ -197,6 +174,7 @@ class RLRun:
         self._keep = Keep(config, material.aim, DRIVER, journal)
         # The state of the last finished step, while the models are as they were after it and no checkpoint has it.
         self._resumable: dict[str, object] | None = None
+        self._in_update = self._is_told_to_stop = False
         # Feeds: a live one generates and scores, a replay reads stored rollouts. Evaluation samples at its own
         # temperature.
         generate = session.engines.generate
@@ -317,7 +295,7 @@ class RLRun:
     async def update(self, role: Role, samples: Sequence[Sample]) -> tuple[list[UpdateReport], dict[str, float]]:
         """All optimizer steps of one model on this rollout. Returns their reports and metrics."""
         await self.session.phases.enter(Phase.TRAIN)
-        self._resumable = None
+        self._resumable, self._in_update = None, True
         start, batches = time.perf_counter(), mini_batches(samples, self.config, self.step)
         # The next rows of --pretrain_data are mixed into the actor's updates only.
         mixed, rows = list[list[Sample]](), self._material.pretraining
@@ -338,6 +316,15 @@ class RLRun:
                 names.TOKENS_STEP: tokens,
             }
         return updates, metrics
+
+    def finishing(self) -> bool:
+        """The loop is to end: whether it does so after the present step, as there is no state to write before its end."""
+        self._is_told_to_stop = self._in_update and not self.session.health.has_stalled
+        if self._is_told_to_stop:
+            self.journal.announce(
+                "the step is finished before the last checkpoint; a second signal ends the run at once"
+            )
+        return self._is_told_to_stop
 
     @property
     def is_done(self) -> bool:
@@ -405,7 +392,9 @@ class RLRun:
         trained = dict(zip(places, samples, strict=True))
         self.journal.rollouts.write(self.step, Split.TRAIN, experience.rows(groups, trained))
         note = f"reward {values[names.REWARD_MEAN]:.3f}"
-        if not any(np.any(sample.streams[ADVANTAGES][sample.loss_mask]) for sample in samples):
+        if groups and not samples:
+            note += " (no token is trained on: all were too old, or no response has a reward)"
+        elif not any(np.any(sample.streams[ADVANTAGES][sample.loss_mask]) for sample in samples):
             note += " (all advantages are 0: no response was better than another, nothing was learnt)"
         self.journal.write(self.step, values, note)
 
@@ -427,7 +416,9 @@ class RLRun:
 
     async def checkpoint_if_due(self) -> None:
         """Write a resumable checkpoint and, with --save_hf_ckpt, a model folder inside it."""
-        self._resumable = self._state()
+        self._resumable, self._in_update = self._state(), False
+        if self._is_told_to_stop:
+            raise asyncio.CancelledError
         if self._keep.checkpoint_is_due(self.step, self._divergence.values()):
             await self.session.phases.enter(Phase.SAVE)
             await self._write_checkpoint(self._resumable)

@@ -1,4 +1,4 @@
-"""The environments and the agent of a run: their processes, what is checked of them before anything heavy, and which row acts in which."""
+"""The environments or the agent of a run: processes, checks before anything heavy, and which row acts in which environment."""
 
 from __future__ import annotations
 
