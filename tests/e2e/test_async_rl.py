@@ -178,6 +178,29 @@ def test_sigterm_leaves_a_checkpoint_with_all_that_is_in_work(world: Path, tmp_p
 
 
 @pytest.mark.large
+@pytest.mark.parametrize("seed", [1, 2])
+def test_sigterm_in_an_update_waits_for_the_end_of_the_step(world: Path, tmp_path: Path, seed: int) -> None:
+    """Training takes nearly all of the time, so the signal comes in an update; the step is finished and kept."""
+    run, sizes = (
+        tmp_path / "run",
+        "--max_staleness 2 --num_episodes 6 --save_steps 100 --max_epochs 30 --train_batch_size 4",
+    )
+    words = command(world, run, *GRPO, *HF, *sizes.split())
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    limit = time.monotonic() + 200
+    while len(metrics(run) if (run / "metrics.jsonl").exists() else []) < 3:
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    time.sleep(random.Random(seed).uniform(0.2, 1.0))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output[-3000:]
+    last = metrics(run)[-1]["step"]
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == [f"step_{last:08d}"], output[-3000:]
+    assert f"The run goes on from its checkpoint of step {last} by: " in output
+
+
+@pytest.mark.large
 def test_two_hundred_steps_need_no_more_than_fifty(world: Path, tmp_path: Path) -> None:
     """Resident memory, open files and threads of every process of a run but Ray's servers, over its last 150 of 200 steps.
 

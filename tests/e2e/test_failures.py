@@ -19,6 +19,7 @@ from tests.rl_world import GRPO, HF, command, metrics, model_bytes
 from togi.cli.main import main
 from togi.learn.checkpoint import CheckpointStore
 from togi.obs.rollout_store import RolloutStore, Split
+from togi.run.journal import claimed
 
 pytestmark = pytest.mark.busy
 
@@ -136,6 +137,40 @@ def test_a_reward_process_that_is_killed_in_a_run_changes_nothing(world: Path, t
         assert train(world, run) == 0
     assert killed
     is_like(run, calm)
+
+
+def test_a_reward_that_fails_too_often_leaves_a_checkpoint_of_the_last_step(
+    world: Path, tmp_path: Path, calm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints are due only every 100 steps; the models are whole when a reward fails, so the last step is kept."""
+    run, reward = tmp_path / "run", world / "reward.py"
+    source = reward.read_text()
+    try:
+        reward.write_text(
+            source + "\nimport itertools\nCALLS = itertools.count()\nright = reward_func\n"
+            "def reward_func(queries, prompts, labels):\n    assert next(CALLS) < 12, 'out of order'\n"
+            "    return right(queries, prompts, labels)\n"
+        )
+        assert train(world, run, "--save_steps", "100", "--reward_workers", "1") == 2
+    finally:
+        reward.write_text(source)
+    last = metrics(run)[-1]["step"]
+    errors = capsys.readouterr().err
+    assert "out of order" in errors and f"The run goes on from its checkpoint of step {last} by: " in errors
+    assert train(world, run, "--load_checkpoint") == 0
+    is_like(run, calm)
+
+
+def test_two_runs_cannot_share_a_run_folder(
+    world: Path, tmp_path: Path, calm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    apart = ["--save_path", str(tmp_path / "model"), "--ckpt_path", str(tmp_path / "checkpoints")]
+    with claimed("run_dir", str(run)):
+        assert train(world, run, *apart) == 2
+    assert f"Another run is writing into --run_dir {run}" in capsys.readouterr().err
+    assert train(world, run, *apart) == 0
 
 
 def test_secrets_are_not_on_the_page(world: Path, tmp_path: Path) -> None:

@@ -186,8 +186,8 @@ class AgentEnvironment:
             message = {"base_url": self._proxy.base_url, "api_key": session.key, "task": task_of(prompt)}
             playing = asyncio.create_task(self._host.play(message, self._seconds))
             try:
-                waits: set[asyncio.Future[Any]] = {playing, session.failed}
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                either: set[asyncio.Future[Any]] = {playing, session.failed}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if session.failed.done():
                     session.failed.result()
                 score = self._score(playing, session, prompt)
