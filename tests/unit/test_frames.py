@@ -71,7 +71,7 @@ def test_from_rl_to_its_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     async def aclose() -> None:
         """Nothing is in work."""
 
-    monkeypatch.setattr(rl, "RLRun", lambda *_: SimpleNamespace(last_checkpoint=None, aclose=aclose))
+    monkeypatch.setattr(rl, "RLRun", lambda *_: SimpleNamespace(last_checkpoint=None, finishing=None, aclose=aclose))
     words = [
         *("--pretrain", tmp_path / "model", "--prompt_data", tmp_path / "prompts.jsonl", "--input_key", "prompt"),
         *("--reward_func", tmp_path / "reward.py", "--rollout_engine", "transformers", "--n_samples_per_prompt", "2"),

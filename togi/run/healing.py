@@ -7,10 +7,9 @@ import faulthandler
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TypeVar
 
 from togi.config.parse import Parsed
 from togi.config.rl import RLConfig
@@ -31,7 +30,6 @@ from togi.workers.protocol import Health
 from togi.workers.session import Session
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 LOOKS = 20
 """How often a stall is looked for in the time that makes it one."""
 
@@ -89,53 +87,45 @@ async def workers(config: RLConfig, plan: StepPlan, journal: RunJournal, health:
         raise
 
 
-async def in_whole_steps(training: Coroutine[object, None, T], finishing: Callable[[], bool]) -> T:
-    """The result of the loop. A cancellation lets it end by itself if it is ``finishing`` its step, else it ends at once.
-
-    Between the beginning of an update and the end of its step there is no state to write a checkpoint of, and an asynchronous
-    run is nearly always there.
-    """
-    work = asyncio.create_task(training)
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        if not work.done() and finishing():
-            await asyncio.wait({work})
-        raise
-    finally:
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
-
-
 @asynccontextmanager
-async def leaving_a_checkpoint(write: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+async def leaving_a_checkpoint(
+    write: Callable[[], Awaitable[None]], finishing: Callable[[], bool]
+) -> AsyncIterator[None]:
     """Let Ctrl-C, SIGTERM and what the user can mend (a failed reward, a server that stays away) end the block after ``write``.
 
-    It writes a checkpoint if one is possible. A second signal ends the block at once.
+    It writes a checkpoint if one is possible. Between the beginning of an update and the end of its step none is, and an
+    asynchronous run is nearly always there: the block may be ``finishing`` its step, and then cancels itself. A second signal
+    ends it at once.
     """
-    task, loop, told = asyncio.current_task(), asyncio.get_running_loop(), list[int]()
+    task, loop, told = asyncio.current_task(), asyncio.get_running_loop(), list[signal.Signals]()
     assert task is not None
-    before = signal.getsignal(signal.SIGTERM)
-    ours = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    on_main = threading.current_thread() is threading.main_thread()
+    ours = [number for number, handler in before.items() if on_main and handler is not signal.SIG_IGN]
 
     def restore() -> None:
-        if ours and loop.remove_signal_handler(signal.SIGTERM):
-            signal.signal(signal.SIGTERM, before)
+        for number in ours:
+            if loop.remove_signal_handler(number):
+                signal.signal(number, before[number])
 
-    def leave() -> None:
-        restore()
-        told.append(signal.SIGTERM)
-        task.cancel()
+    def leave(number: signal.Signals) -> None:
+        is_first = not told
+        told.append(number)
+        if not (is_first and finishing()):
+            restore()
+            task.cancel()
 
-    if ours:
-        loop.add_signal_handler(signal.SIGTERM, leave)
+    for number in ours:
+        loop.add_signal_handler(number, leave, number)
     try:
         yield
     except (asyncio.CancelledError, UserError):
         with way_out("writing a last checkpoint"):
             await write()
-        if told:
+        if told and told[-1] == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM) from None
+        if told:
+            raise KeyboardInterrupt from None
         raise
     finally:
         restore()

@@ -35,7 +35,7 @@ from togi.pump.feed import Feed, ReplayFeed, RolloutFeed
 from togi.pump.ledger import Ledger
 from togi.pump.pump import Pump
 from togi.reward.scores import CombinedReward, LengthPenalties
-from togi.run.healing import again, in_whole_steps, leaving_a_checkpoint, workers
+from togi.run.healing import again, leaving_a_checkpoint, workers
 from togi.run.journal import Evaluation, RunJournal, open_journal
 from togi.run.keep import DRIVER, Keep, every
 from togi.run.plan import StepPlan
@@ -92,8 +92,8 @@ async def run(
                             if line := describe(config, combined):
                                 announce(f"reward: {line}")
                             state = RLRun(config, material, combined, plan, session, journal)
-                            async with leaving_a_checkpoint(state.last_checkpoint), aclosing(state):
-                                evaluations = await in_whole_steps(train(state, found), state.finishing)
+                            async with leaving_a_checkpoint(state.last_checkpoint, state.finishing), aclosing(state):
+                                evaluations = await train(state, found)
                 except WorkerDied as died:
                     # A model worker cannot be replaced alone: the run starts again from its last checkpoint.
                     parsed, found = again(parsed, journal, material, (begun, begin), died, health)
