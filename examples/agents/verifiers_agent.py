@@ -1,6 +1,6 @@
 """Environments of ``verifiers`` as they are: a row names a task, and the episode is a rollout of it (``pip install verifiers``).
 
-    togi rl --agent examples/agents/verifiers_agent.py:run --prompt_data rows.jsonl ...
+    togi rl --agent examples/agents/verifiers_agent.py:run --prompt_data rows.jsonl --apply_chat_template ...
 
 A row: {"environment": "verifiers_words", "index": 2}, and may name a ``harness``, the program that talks to the model; without, it
 is the environment's own, or verifiers' bash. Rows of all tasks of an environment:
