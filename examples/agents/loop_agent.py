@@ -46,7 +46,8 @@ async def run(base_url: str, task: Mapping[str, Any]) -> dict[str, float]:
     step = think
     while step is not None:
         step = await step(state)
-    return {"answer": float(state.found == task["answer"]), "read": 0.1 * bool(state.seen)}
+    parts = {"answer": float(state.found == task["answer"]), "read": 0.1 * bool(state.seen)}
+    return {"reward": sum(parts.values()), **parts}
 
 
 async def think(state: State) -> Any:

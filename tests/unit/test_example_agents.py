@@ -89,7 +89,7 @@ def test_notes_are_looked_up_until_the_answer_is_known() -> None:
         "Answer: Paris?\nAnswer: Rome",
     )
     with serving(in_turn(*map(completion, texts))) as (url, asked):
-        assert run("loop_agent", url, ROOMS) == {"answer": 1.0, "read": 0.1}
+        assert run("loop_agent", url, ROOMS) == {"reward": 1.1, "answer": 1.0, "read": 0.1}
     assert {(each.path, each.key) for each in asked} == {("/v1/chat/completions", "Bearer sk-episode")}
     said = [message["content"] for message in asked[-1].body["messages"] if message["role"] == "user"][1:]
     assert said == [
@@ -105,9 +105,9 @@ def test_notes_are_looked_up_until_the_answer_is_known() -> None:
 
 def test_a_loop_without_answer_or_with_a_wrong_one() -> None:
     with serving(in_turn(completion("Answer: Paris"))) as (url, _):
-        assert run("loop_agent", url, ROOMS) == {"answer": 0.0, "read": 0.0}
+        assert run("loop_agent", url, ROOMS) == {"reward": 0.0, "answer": 0.0, "read": 0.0}
     with serving(lambda _: completion("Look up: Ann")) as (url, asked):
-        assert run("loop_agent", url, ROOMS) == {"answer": 0.0, "read": 0.1}
+        assert run("loop_agent", url, ROOMS) == {"reward": 0.1, "answer": 0.0, "read": 0.1}
     assert len(asked) == example("agents", "loop_agent").TURNS
 
 

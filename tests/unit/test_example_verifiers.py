@@ -32,7 +32,7 @@ def run(url: str, task: dict[str, Any]) -> Any:
 def test_a_task_of_verifiers(answer: str, reward: float) -> None:
     task = {"environment": "verifiers_words", "index": 2}
     with serving(lambda _: completion(answer)) as (url, asked):
-        assert run(url, task) == {"backwards": reward}
+        assert run(url, task) == {"reward": reward, "backwards": reward}
     ((path, key, messages),) = [(each.path, each.key, each.body["messages"]) for each in asked]
     assert (path, key) == ("/v1/chat/completions", "Bearer sk-episode")
     assert messages == [{"role": "user", "content": "Spell 'cloud' backwards."}]
