@@ -1,6 +1,6 @@
 """An agent without any client: a loop of its own over HTTP, in which the model writes its actions as text.
 
-    togi rl --agent examples/agents/loop_agent.py:run --prompt_data rooms.jsonl ...
+    togi rl --agent examples/agents/loop_agent.py:run --prompt_data rooms.jsonl --apply_chat_template ...
 
 Agents of smolagents, LangGraph and their like come down to this: steps that pass a state on, of which one asks the model. A row
 has a ``question``, its ``answer``, and the ``notes`` that can be looked up: {"question": "Where does Ann's brother live?",
@@ -46,7 +46,8 @@ async def run(base_url: str, task: Mapping[str, Any]) -> dict[str, float]:
     step = think
     while step is not None:
         step = await step(state)
-    return {"answer": float(state.found == task["answer"]), "read": 0.1 * bool(state.seen)}
+    parts = {"answer": float(state.found == task["answer"]), "read": 0.1 * bool(state.seen)}
+    return {"reward": sum(parts.values()), **parts}
 
 
 async def think(state: State) -> Any:

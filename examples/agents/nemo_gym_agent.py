@@ -1,6 +1,6 @@
 """Tasks of NeMo Gym: a resources server has the tools and the reward, the policy is asked over the Responses interface.
 
-    togi rl --agent examples/agents/nemo_gym_agent.py:run --prompt_data rows.jsonl ...
+    togi rl --agent examples/agents/nemo_gym_agent.py:run --prompt_data rows.jsonl --apply_chat_template ...
 
 A row is one of NeMo Gym's own data files as it is, with ``responses_create_params`` (input and tools) and whatever else its server
 wants; the server's URL is in NEMO_GYM_URL, or in the row's ``resources_url``. An agent and no environment class, for two reasons:

@@ -1,6 +1,6 @@
 """An agent on the official client of OpenAI alone: it computes with a tool, over several turns (``pip install openai``).
 
-    togi rl --agent examples/agents/openai_agent.py:run --prompt_data sums.jsonl ...
+    togi rl --agent examples/agents/openai_agent.py:run --prompt_data sums.jsonl --apply_chat_template ...
 
 A row has a ``question`` and its ``answer``: {"question": "What is (17 + 4) * 12?", "answer": "252"}. Nothing here knows of
 training: ``run`` is given where the model is, and returns what the episode was worth. The client finds the key in OPENAI_API_KEY.

@@ -1,6 +1,6 @@
 """Environments of ``verifiers`` as they are: a row names a task, and the episode is a rollout of it (``pip install verifiers``).
 
-    togi rl --agent examples/agents/verifiers_agent.py:run --prompt_data rows.jsonl ...
+    togi rl --agent examples/agents/verifiers_agent.py:run --prompt_data rows.jsonl --apply_chat_template ...
 
 A row: {"environment": "verifiers_words", "index": 2}, and may name a ``harness``, the program that talks to the model; without, it
 is the environment's own, or verifiers' bash. Rows of all tasks of an environment:
@@ -30,7 +30,7 @@ except ModuleNotFoundError as missing:
 
 
 async def run(base_url: str, task: Mapping[str, Any]) -> dict[str, float]:
-    """One rollout: its rewards by name, weighted as the environment wants them. The key is in OPENAI_API_KEY."""
+    """One rollout: its rewards by name, weighted as the environment wants them, and their sum. The key is in OPENAI_API_KEY."""
     environment = loaded(task["environment"], task.get("harness", ""))
     chosen = tasks_of(environment)[task["index"]]
     client = vf.EvalClientConfig(base_url=base_url, api_key_var="OPENAI_API_KEY")
@@ -42,7 +42,8 @@ async def run(base_url: str, task: Mapping[str, Any]) -> dict[str, float]:
         why = errors[-1].message if errors else "no error was recorded"
         raise RuntimeError(f"The rollout of {task['environment']}, task {task['index']}, failed: {why}")
     (trace,) = episode.traces
-    return {name: reward.value for name, reward in trace.rewards.items() if reward is not None}
+    parts = {name: reward.value for name, reward in trace.rewards.items() if reward is not None}
+    return parts | {"reward": trace.reward}
 
 
 def loaded(name: str, harness: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from itertools import pairwise
 from typing import Any
@@ -90,7 +89,7 @@ def test_notes_are_looked_up_until_the_answer_is_known() -> None:
         "Answer: Paris?\nAnswer: Rome",
     )
     with serving(in_turn(*map(completion, texts))) as (url, asked):
-        assert run("loop_agent", url, ROOMS) == {"answer": 1.0, "read": 0.1}
+        assert run("loop_agent", url, ROOMS) == {"reward": 1.1, "answer": 1.0, "read": 0.1}
     assert {(each.path, each.key) for each in asked} == {("/v1/chat/completions", "Bearer sk-episode")}
     said = [message["content"] for message in asked[-1].body["messages"] if message["role"] == "user"][1:]
     assert said == [
@@ -106,9 +105,9 @@ def test_notes_are_looked_up_until_the_answer_is_known() -> None:
 
 def test_a_loop_without_answer_or_with_a_wrong_one() -> None:
     with serving(in_turn(completion("Answer: Paris"))) as (url, _):
-        assert run("loop_agent", url, ROOMS) == {"answer": 0.0, "read": 0.0}
+        assert run("loop_agent", url, ROOMS) == {"reward": 0.0, "answer": 0.0, "read": 0.0}
     with serving(lambda _: completion("Look up: Ann")) as (url, asked):
-        assert run("loop_agent", url, ROOMS) == {"answer": 0.0, "read": 0.1}
+        assert run("loop_agent", url, ROOMS) == {"reward": 0.1, "answer": 0.0, "read": 0.1}
     assert len(asked) == example("agents", "loop_agent").TURNS
 
 
@@ -204,36 +203,6 @@ def test_without_a_session_or_a_server_there_is_no_episode(monkeypatch: pytest.M
         pytest.raises(RuntimeError, match="seed_session answered with status 422"),
     ):
         run("nemo_gym_agent", "", {"responses_create_params": {}, "resources_url": gym_url})
-
-
-# ---- verifiers ----
-
-
-@pytest.mark.large
-@pytest.mark.parametrize(
-    ("answer", "reward"), [("duolc", 1.0), ("cloud", 0.5), ("rain", 0.0)], ids=["backwards", "letters", "other"]
-)
-def test_a_task_of_verifiers(answer: str, reward: float) -> None:
-    task = {"environment": "verifiers_words", "index": 2}
-    with serving(lambda _: completion(answer)) as (url, asked):
-        assert run("verifiers_agent", url, task) == {"backwards": reward}
-    ((path, key, messages),) = [(each.path, each.key, each.body["messages"]) for each in asked]
-    assert (path, key) == ("/v1/chat/completions", "Bearer sk-episode")
-    assert messages == [{"role": "user", "content": "Spell 'cloud' backwards."}]
-
-
-@pytest.mark.large
-def test_a_rollout_of_verifiers_that_fails_is_no_reward() -> None:
-    broken = (400, {"error": {"message": "no such model"}}, "")
-    with serving(lambda _: broken) as (url, _), pytest.raises(RuntimeError, match="verifiers_words, task 0, failed"):
-        run("verifiers_agent", url, {"environment": "verifiers_words", "index": 0})
-
-
-@pytest.mark.large
-def test_the_rows_of_an_environment_of_verifiers(capsys: pytest.CaptureFixture[str]) -> None:
-    example("agents", "verifiers_agent").main("verifiers_words")
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert rows == [{"environment": "verifiers_words", "index": index} for index in range(4)]
 
 
 # ---- packages that are not there ----
