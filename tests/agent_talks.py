@@ -209,7 +209,7 @@ class Talk:
             length = self.chance.randint(1, 30)
             # A control token is one token.
             for control in self.renderer.template.controls.values():
-                start = text.find(control)
+                start = text.rfind(control, 0, length + len(control) - 1)
                 if 0 <= start < length < start + len(control):
                     length = start + len(control)
             piece = tokenizer(lead + text[:length], add_special_tokens=False)["input_ids"]
