@@ -87,7 +87,8 @@ def agent_tokenizer(name: str, kind: str) -> PreTrainedTokenizerFast:
             tokenizer_object=Tokenizer.from_str(_trained(kind)), clean_up_tokenization_spaces=False
         )
         special = [
-            AddedToken(text, special=True, normalized=False, rstrip=kind == "spaces" and text != eos)
+            # As Phi's tokens do, and those of Mistral do not.
+            AddedToken(text, special=True, normalized=False, rstrip=kind == "spaces" and text != eos and text[0] == "<")
             for text in (eos, *others)
         ]
         if bos is not None:
