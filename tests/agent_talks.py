@@ -87,7 +87,8 @@ def agent_tokenizer(name: str, kind: str) -> PreTrainedTokenizerFast:
             tokenizer_object=Tokenizer.from_str(_trained(kind)), clean_up_tokenization_spaces=False
         )
         special = [
-            AddedToken(text, special=True, normalized=False, rstrip=kind == "spaces" and text != eos)
+            # As Phi's tokens do, and those of Mistral do not.
+            AddedToken(text, special=True, normalized=False, rstrip=kind == "spaces" and text != eos and text[0] == "<")
             for text in (eos, *others)
         ]
         if bos is not None:
@@ -209,7 +210,7 @@ class Talk:
             length = self.chance.randint(1, 30)
             # A control token is one token.
             for control in self.renderer.template.controls.values():
-                start = text.find(control)
+                start = text.rfind(control, 0, length + len(control) - 1)
                 if 0 <= start < length < start + len(control):
                     length = start + len(control)
             piece = tokenizer(lead + text[:length], add_special_tokens=False)["input_ids"]

@@ -50,6 +50,7 @@ class Reasons:
         self.name, self.talk = name, talk
         self.thought = False
         """Whether reasoning was written since the user said something."""
+        self.ended_with_user = True
 
     def of(self, request: Request) -> str:
         template = self.talk.renderer.template
@@ -69,14 +70,14 @@ class Reasons:
         elif self.name == "mistral_v3":
             reason = self.of_mistral(request, by_user=by_user)
         self.thought &= not by_user
+        self.ended_with_user = by_user
         return reason
 
     def of_mistral(self, request: Request, *, by_user: bool) -> str:
         """The oldest tool template of Mistral moves things, and writes calls in one list after nothing."""
-        is_first = sum(message["role"] == "assistant" for message in request.messages) == 1
         if by_user and self.talk.calls:
             return "tools stand before the last question"
-        if request.messages[0]["role"] == "system" and (by_user or is_first):
+        if request.messages[0]["role"] == "system" and (by_user or self.ended_with_user):
             return "the system prompt stands in a last question"
         if request.notes & {"text", "broken", "cut"}:
             return "text follows a space"
@@ -125,7 +126,7 @@ def test_a_request_continues_the_last_one_or_forks_for_a_reason(name: str, mode:
 
 @pytest.mark.parametrize("kind", ["bpe", "spaces"])
 @pytest.mark.parametrize(
-    ("name", "mode"), [case for case in CASES if case[0] in ("qwen3", "llama3", "phi3", "mistral_v13")]
+    ("name", "mode"), [case for case in CASES if case[0] in ("qwen3", "llama3", "phi3", "mistral_v13", "gemma4")]
 )
 def test_so_it_is_with_tokenizers_that_merge_and_change_text(kind: str, name: str, mode: dict[str, bool]) -> None:
     check(name, kind, mode, range(3))

@@ -216,7 +216,13 @@ BROKEN = [
     (LLAMA, "<|python_tag|>import os", "is not valid JSON (Expecting value at character 0)"),
     (MISTRAL, '[TOOL_CALLS] [{"name": "f", "arguments": {"a"', "is cut off before its end"),
     (MISTRAL, "[TOOL_CALLS]", "is cut off before its end"),
-    (MISTRAL, "[TOOL_CALLS]f[ARGS]a", "is not valid JSON (Expecting value at character 0)"),
+    (
+        MISTRAL,
+        "[TOOL_CALLS]f[ARGS]{a}",
+        "is not valid JSON (Expecting property name enclosed in double quotes at character 1)",
+    ),
+    (MISTRAL, '[TOOL_CALLS]f[ARGS]{"a": nu', "is cut off before its end"),
+    (MISTRAL, '[TOOL_CALLS]f[ARGS]{"a": "\\u12', "is cut off before its end"),
     (GEMMA, "```tool_code\nweather('Oslo')\n```", "has an argument without '='"),
     (GEMMA, "```tool_code\nweather(city=oslo)\n```", "has a value that is no literal ('oslo')"),
     (GEMMA, "```tool_code\nx = 5\n```", "is neither JSON nor a Python call with named arguments"),
@@ -247,6 +253,8 @@ def test_a_good_call_beside_a_bad_one_is_made() -> None:
 
 
 def test_what_follows_a_string_without_an_end_is_no_call() -> None:
+    text = """[TOOL_CALLS]f[ARGS]{"a": oops, "text": "[TOOL_CALLS]weather[ARGS]{}"}"""
+    assert (parse(text, MISTRAL).calls, parse(text, MISTRAL).content) == ((), text)
     text = """[TOOL_CALLS]say[ARGS]{"text": "[TOOL_CALLS]weather[ARGS]{}"""
     parsed = parse(text, MISTRAL)
     assert (parsed.calls, len(parsed.problems), parsed.content) == ((), 1, text)

@@ -54,7 +54,11 @@ def json_value(text: str, place: int) -> tuple[object, int]:
     try:
         value, end = _DECODER.raw_decode(text, place)
     except json.JSONDecodeError as error:
-        ends = error.msg.startswith("Unterminated") or skip(text, error.pos) >= len(text)
+        # The end of a text may part a string, a word such as null, a number or an escape.
+        ends = (
+            error.msg.startswith("Unterminated")
+            or re.compile(r"[\w.+\\-]{0,12}\s*").fullmatch(text, error.pos) is not None
+        )
         raise Malformed(f"is not valid JSON ({error.msg} at character {error.pos - place})", cut=ends) from None
     except Malformed:
         raise

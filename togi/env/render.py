@@ -200,12 +200,10 @@ class Renderer:
         if parsed.calls and self.template.knows_calls:
             for text, apart in ((raw, {}), (rest, reasoning))[: 2 if reasoning else 1]:
                 spoken = {"content": _kept(text[: _at(text, first_call(plain(text), self.form))]), **apart}
-                for written in (True, False):
-                    calls = [
-                        self.template.call_form(call, (written and call.source) or call.arguments)
-                        for call in parsed.calls
-                    ]
-                    structured.append({"role": ASSISTANT, **spoken, "tool_calls": calls})
+                words = [self.template.words(call.arguments) for call in parsed.calls]
+                for arguments in (_sources(raw, parsed), words):
+                    calls = map(self.template.call_form, parsed.calls, arguments)
+                    structured.append({"role": ASSISTANT, **spoken, "tool_calls": list(calls)})
         # A template that takes answers of tools after structured calls only is trained with them.
         if self.template.answers is Answers.AFTER_CALLS:
             yield from structured
@@ -296,6 +294,16 @@ def _at(text: str, length: int) -> int:
     while (seen := place - text.count(CUT, 0, place) - text.count(KEEP, 0, place)) < length:
         place += length - seen
     return place
+
+
+def _sources(raw: str, parsed: Parsed) -> list[object]:
+    """The arguments of calls as they were written, control tokens and all; as objects where that is not known."""
+    found, place, text = list[object](), 0, plain(raw)
+    for call in parsed.calls:
+        start = text.find(call.source, place) if call.source else -1
+        place = max(place, start + len(call.source))
+        found.append(call.arguments if start < 0 else raw[_at(raw, start) : _at(raw, place)])
+    return found
 
 
 def _kept(text: str) -> str:

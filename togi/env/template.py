@@ -152,7 +152,9 @@ class Template:
         tags = "|".join(re.escape(tag) for pair in reasoning_tags(self.form) for tag in pair)
         parts = re.split(f"({tags})", message["content"])
         form["content"] = "".join(part if number % 2 else self.words(part) for number, part in enumerate(parts))
-        calls = [self.call_form(call, call.arguments) for call in map(call_of, message.get("tool_calls") or ())]
+        calls = [
+            self.call_form(call, self.words(call.arguments)) for call in map(call_of, message.get("tool_calls") or ())
+        ]
         if not calls:
             return form
         if self.knows_calls:
@@ -162,9 +164,8 @@ class Template:
         return {**form, "content": "\n".join([*filter(None, [form["content"]]), *texts])}
 
     def call_form(self, call: ToolCall, arguments: object) -> Message:
-        """A call as the template reads it."""
-        marked = ToolCall(self.words(call.name), call.arguments, self.wanted_id(call.id))
-        return call_message(marked, self.words(arguments))
+        """A call as the template reads it, with these ``arguments``."""
+        return call_message(ToolCall(self.words(call.name), call.arguments, self.wanted_id(call.id)), arguments)
 
     def wanted_id(self, call: str) -> str:
         """The id of a call in the form that the template wants."""

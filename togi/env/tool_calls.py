@@ -189,9 +189,9 @@ class _Answer:
         why = "is cut off before its end" if cut else str(error)
         self.problems.append(f"Tool call {number} {why}. Write {_example(self.form)}.")
 
-    def read(self, closing: str, resume: str, body: Callable[[_Answer, str, int], int]) -> None:
+    def read(self, closing: str, resume: str | None, body: Callable[[_Answer, str, int], int]) -> None:
         """Read the calls that end with ``closing``. ``body`` reads from the opening on and returns where the call ends. After a
-        mistake reading goes on after the pattern ``resume``.
+        mistake reading goes on after the pattern ``resume``, or not at all: what looks like a call may be in a string.
         """
         place, failures = 0, 0
         while (match := _OPENINGS[self.form].search(self.text, place)) is not None:
@@ -209,7 +209,7 @@ class _Answer:
                 # A block is one whole: calls before the mistake would be made twice if the model writes it again.
                 del self.calls[known:]
                 failures += 1
-                end = re.compile(resume).search(self.text, match.end())
+                end = None if resume is None else re.compile(resume).search(self.text, match.end())
                 # What follows a string without an end may be part of it, and no call.
                 place = end.end() if end is not None and not error.cut else len(self.text)
                 self.problem(error, cut=end is None and (error.cut or bool(closing)))
@@ -314,7 +314,7 @@ _BEGUN = re.compile(r'\s*\[?\s*\{\s*"(name"|type"\s*:\s*"function")')
 
 def _read_llama(answer: _Answer) -> None:
     if "<|python_tag|>" in answer.text and not _is_bare(answer.text):
-        answer.read("", r"(?=<\|python_tag\|>)", _json_calls)
+        answer.read("", None, _json_calls)
     else:
         _read_bare(answer)
 
@@ -348,7 +348,7 @@ def _is_call(found: object) -> bool:
 
 
 def _read_mistral(answer: _Answer) -> None:
-    answer.read("", r"(?=\[TOOL_CALLS\])", _mistral_calls)
+    answer.read("", None, _mistral_calls)
 
 
 def _mistral_calls(answer: _Answer, opening: str, place: int) -> int:
