@@ -206,7 +206,9 @@ class Zygote:
         try:
             socket.send_fds(self._channel, [b"f"], [process.theirs.fileno(), process.reader.fileno()])
             self._starting.append(process)
-        except OSError as error:  # this process has ended
+        except OSError as error:
+            # A process that has just ended shows here first, before ``_read`` has had its turn.
+            self.has_ended |= isinstance(error, ConnectionError)
             process.has_ended(str(error))
         process.handed_over()
 
@@ -421,6 +423,7 @@ class EnvironmentHost:
                 logger.warning(
                     "The process that starts episodes of %s has ended; another one replaces it.", self.shown_as
                 )
+                await self._zygote.close()
                 self._zygote, self._facts = Zygote(self._frame, self._limits), None
             if self._facts is None:
                 try:
