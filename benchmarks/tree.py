@@ -68,9 +68,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     samples = episodes(arguments.prompts, arguments.episodes, arguments.turns)
-    results = [
-        measured(layout, samples, arguments.max_tokens, arguments.steps) for layout in ("rows", "episodes", "tree")
-    ]
+    results = measured(samples, arguments.max_tokens, arguments.steps)
     first = results[0]
     print("layout      packs    tokens   of rows  seconds a step  times rows   sum of log-probs")
     for result in results:
@@ -120,18 +118,33 @@ def rows_of(samples: Sequence[Sample]) -> list[Sample]:
     return found
 
 
-def measured(layout: str, samples: Sequence[Sample], max_tokens: int, steps: int) -> Result:
-    """The median over ``steps`` of one optimizer step. Packing is outside of it. Log-probs are those of the first forward."""
-    given = rows_of(samples) if layout == "rows" else samples
-    packs = pack_all(given, max_tokens=max_tokens, max_sequences=None, share_prefix=layout == "tree")
-    learner, taken = make_learner(), []
-    first = learner.update(packs)
-    for _ in range(steps):
+def measured(samples: Sequence[Sample], max_tokens: int, steps: int) -> list[Result]:
+    """The median over ``steps`` of one optimizer step in each layout, taken in turn, as other processes may disturb them.
+
+    Packing is outside of it. Log-probs are those of the first forward.
+    """
+    layouts = {"rows": rows_of(samples), "episodes": samples, "tree": samples}
+    packs = {
+        name: pack_all(given, max_tokens=max_tokens, max_sequences=None, share_prefix=name == "tree")
+        for name, given in layouts.items()
+    }
+    learners = {name: make_learner() for name in layouts}
+    first = {name: learners[name].update(packs[name]) for name in layouts}
+    taken: dict[str, list[float]] = {name: [] for name in layouts}
+    for name in [*layouts] * steps:
         start = time.perf_counter()
-        learner.update(packs)
-        taken.append(time.perf_counter() - start)
-    logprobs = float(sum(row.sum(dtype=np.float64) for row in first.logprobs))
-    return Result(layout, len(packs), sum(batch.num_tokens for batch in packs), median(taken), logprobs)
+        learners[name].update(packs[name])
+        taken[name].append(time.perf_counter() - start)
+    return [
+        Result(
+            name,
+            len(packs[name]),
+            sum(batch.num_tokens for batch in packs[name]),
+            median(taken[name]),
+            float(sum(row.sum(dtype=np.float64) for row in first[name].logprobs)),
+        )
+        for name in layouts
+    ]
 
 
 def make_learner() -> Learner:
