@@ -276,6 +276,32 @@ def blocks(page: Path) -> list[str]:
     return [textwrap.dedent(block) for block in found if "class " in block]
 
 
+QUIZ = '''
+class Quiz:
+    def reset(self, key: str) -> str:
+        self.key = key
+        return "Which?"
+
+    def look(self, page: int) -> str:
+        """Look.
+
+        Args:
+            page: A page.
+        """
+        return "nothing"
+
+    def reward(self, answer: str) -> float:
+        return float(self.key in answer)
+'''
+
+
+@pytest.mark.parametrize(("said", "value"), [("It is tea.", 1.0), ("It is milk.", 0.0)])
+def test_a_reward_may_judge_the_last_answer(tmp_path: Path, said: str, value: float) -> None:
+    (tmp_path / "quiz.py").write_text(QUIZ)
+    rollout = played(config(f"{tmp_path}/quiz.py:Quiz"), prompt(key="tea"), Policy(said))
+    assert rollout.score is not None and rollout.score.value == value
+
+
 def test_the_classes_of_the_page_do_what_it_says(tmp_path: Path) -> None:
     sums, game = blocks(ROOT / "docs" / "environments.md")
     (tmp_path / "sums.py").write_text(sums)

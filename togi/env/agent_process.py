@@ -63,6 +63,9 @@ def episode(agent: Agent, channel_fd: int, lifeline_fd: int) -> None:
     channel = socket.socket(fileno=channel_fd)
     asked = receive(channel, math.inf)
     os.environ |= {"OPENAI_BASE_URL": asked["base_url"], "OPENAI_API_KEY": asked["api_key"]}
+    # Requests to this machine do not leave it, whatever proxy it has for others.
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
     try:
         returned = agent(asked["base_url"], asked["task"], asked["api_key"])
         if inspect.iscoroutine(returned):

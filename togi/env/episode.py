@@ -97,7 +97,7 @@ class _Talk:
                 return Score(Outcome.ABSTAIN, message="The environment gave no reward.")
             return Score(Outcome.SCORE, given, {ENVIRONMENT: given}, turns=tuple(self.rewards))
         with self._timed():
-            score = await episode.reward()
+            score = await episode.reward(self.said[-1] if self.said else "")
         if score.outcome is not Outcome.SCORE:
             return score
         parts = {ENVIRONMENT: score.value + given, **score.components}

@@ -27,7 +27,8 @@
   the episode by setting the attribute ``done`` to True, which is read after each call.
 * A class with ``step(action) -> (observation, reward or None, done)`` is a game instead: the model's text is the action. Its other
   methods are its own.
-* ``reward``, if there is one, returns a number, numbers by name (the reward is their sum), or None to abstain.
+* ``reward``, if there is one, returns a number, numbers by name (the reward is their sum), or None to abstain. With a parameter
+  ``answer`` it gets the policy's last text.
 * ``close``, if there is one, is called at the end whatever happened, unless the process hung or died and so is dead already.
 * Any method may be async.
 
@@ -274,12 +275,12 @@ class Episode:
         """One turn of a game."""
         return Observation(**await self._ask(STEP, "step()", self._limits.tool_seconds, action))
 
-    async def reward(self) -> Score:
-        """The reward; whatever fails is the outcome error."""
+    async def reward(self, answer: str = "") -> Score:
+        """The reward; whatever fails is the outcome error. ``answer``: the policy's last text, for a ``reward`` that takes it."""
         if not self._facts.has_reward:
             return Score(Outcome.ABSTAIN, message=f"{self._shown_as} has no reward().")
         try:
-            answer = await self._ask(REWARD, "reward()", self._limits.tool_seconds)
+            answer = await self._ask(REWARD, "reward()", self._limits.tool_seconds, answer)
         except EpisodeFailed as failure:
             return Score(Outcome.ERROR, message=str(failure))
         if taken := answer["parts"].keys() & RESERVED_COMPONENTS:

@@ -35,11 +35,11 @@ RESET, STEP, REWARD, CLOSE = "reset", "step", "reward", "close"
 SIGNATURES = {
     RESET: "reset(self, ...) -> str, list of messages or None",
     STEP: "step(self, action: str) -> (observation, reward, done)",
-    REWARD: "reward(self) -> a number, numbers by name, or None",
+    REWARD: "reward(self) or reward(self, answer: str) -> a number, numbers by name, or None",
     CLOSE: "close(self)",
 }
 FORM = f"{SIGNATURES[RESET]}, and either public methods as tools or {SIGNATURES[STEP]}"
-CALL, DONE = "call", "done"
+CALL, DONE, ANSWER = "call", "done", "answer"
 # Names that a tool must not have: what they mean to a reader.
 TAKEN = {DONE: "the attribute that ends an episode", "get_reward": "the reward is named reward()"}
 # The name of a reward that is one number.
@@ -123,7 +123,8 @@ def environment_of(load: Load) -> Environment:
             f"has a constructor with arguments ({error})", "take what differs between rows in reset()"
         ) from None
     for name, arguments in ((STEP, ("",)), (REWARD, ()), (CLOSE, ())):
-        if name in methods and not methods[name].takes(*arguments):
+        judges = name == REWARD and name in methods and [one.name for one in methods[name].parameters] == [ANSWER]
+        if name in methods and not (judges or methods[name].takes(*arguments)):
             what = f"has a method {methods[name]} that cannot be called with {len(arguments)} arguments"
             raise refusal(what, f"define {SIGNATURES[name]}")
     if not (wanted := methods.keys() - SIGNATURES.keys()) and STEP not in methods:
@@ -335,8 +336,8 @@ class Instance:
         text = observation if isinstance(observation, str) else _json(observation)
         return self._observed(text, _bool(done, "done from step()"), "") | {"reward": number}
 
-    def _reward(self) -> dict[str, object]:
-        returned = self._result(REWARD)
+    def _reward(self, answer: str) -> dict[str, object]:
+        returned = self._result(REWARD, **accepted(self._object.reward, {ANSWER: answer}))
         if not isinstance(returned, Mapping):
             value = _number(returned, "reward()")
             return {"value": value, "parts": {} if value is None else {WHOLE: value}}
