@@ -2,8 +2,9 @@
 
     togi rl --agent examples/agents/openai_agent.py:run --prompt_data sums.jsonl --apply_chat_template ...
 
-A row has a ``question`` and its ``answer``: {"question": "What is (17 + 4) * 12?", "answer": "252"}. Nothing here knows of
-training: ``run`` is given where the model is, and returns what the episode was worth. The client finds the key in OPENAI_API_KEY.
+A row has a ``question`` (or ``prompt``) and its ``answer``: {"question": "What is (17 + 4) * 12?", "answer": "252"}. Nothing here
+knows of training: ``run`` is given where the model is, and returns what the episode was worth. The client finds the key in
+OPENAI_API_KEY.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 async def run(base_url: str, task: Mapping[str, Any]) -> float:
     """One episode: 1 if the last answer is the right number, else 0."""
-    messages: list[Any] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": task["question"]}]
+    question = task["question"] if "question" in task else task["prompt"]
+    messages: list[Any] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
     async with AsyncOpenAI(base_url=base_url) as client:
         for _ in range(TURNS):
             completion = await client.chat.completions.create(model=MODEL, messages=messages, tools=[COMPUTE])

@@ -1,11 +1,16 @@
 """Guess a number with a tool: each guess is answered with "higher" or "lower", until it is right or no guess is left.
 
+    python examples/environments/guess.py --part train > numbers.jsonl
     togi rl --environment examples/environments/guess.py:Guess --prompt_data numbers.jsonl --apply_chat_template ...
 
-A row has a ``number``, and may have ``low`` and ``high``: {"number": 7}.
+A row has a ``number``, and may have ``low`` and ``high``: {"number": 7}. Ranges of the part "test" are not in "train".
 """
 
 from __future__ import annotations
+
+import argparse
+import json
+import random
 
 
 def called(number: int, order: int) -> dict[str, object]:
@@ -65,3 +70,18 @@ class Guess:
         """1 for a number that was found, and a little for a guess near it and for guesses that are left."""
         found = self.done and self.closeness == 1
         return {"found": float(found), "near": 0.2 * self.closeness, "saved": 0.2 * found * self.left / self.guesses}
+
+
+def rows(part: str) -> list[dict[str, int]]:
+    """Every number of nine in forty ranges; one range in eight is held out."""
+    starts = [low for low in range(1, 41) if (low % 8 == 0) == (part == "test")]
+    made = [{"number": number, "low": low, "high": low + 8} for low in starts for number in range(low, low + 9)]
+    random.Random(0).shuffle(made)
+    return made
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["train", "test"], default="train")
+    for row in rows(parser.parse_args().part):
+        print(json.dumps(row))

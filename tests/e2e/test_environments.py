@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -14,8 +15,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from tests.example_scripts import run_script
 from tests.rl_world import GRPO, HF, ROOT, command, metrics, model_bytes
-from tests.tiny import STOP, tiny_tokenizer
+from tests.tiny import STOP, save_tiny_model, tiny_tokenizer
 from togi.pump.ledger import Event, balance, read
 
 CHATTER = '''
@@ -32,6 +34,7 @@ class Chatter:
     def reward(self):
         return {"turns": 0.1 * self.turn}
 '''
+EXAMPLES = ("rl_environment.sh", "rl_agent.sh")
 SIZES = ["--prompt_max_len", "64", "--generate_max_len", "8", "--max_len", "160", "--num_episodes", "2"]
 
 
@@ -181,3 +184,21 @@ def test_an_agent_of_the_official_client_is_trained(world: Path, tmp_path: Path)
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert model_bytes(tmp_path / "replayed" / "save_path") == model_bytes(run / "model")
+
+
+@pytest.mark.parametrize("script", EXAMPLES)
+def test_the_examples_run(tmp_path: Path, script: str) -> None:
+    """As users start them, but with a tiny model, whose calls are malformed or none at all."""
+    save_tiny_model(tmp_path / "model", arch="llama", seed=0, max_position_embeddings=2048)
+    rows = [{"prompt": f"{i} + 1?", "answer": str(i + 1)} for i in range(4)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    tiny = "--no_bf16 --rollout_engine transformers --no_enforce_eager --max_steps 1 --rollout_batch_size 2 --train_batch_size 4 "
+    tiny += (
+        "--n_samples_per_prompt 2 --prompt_max_len 1700 --generate_max_len 8 --max_len 1720 --max_tokens_per_gpu 1720"
+    )
+    quick = ["--no_eval_at_start", "--eval_n_samples_per_prompt", "1"] if "environment" in script else []
+    places = {"MODEL": tmp_path / "model", "DATA": tmp_path / "sums.jsonl", "OUT": run, "PYTHON": sys.executable}
+    run_script(script, *tiny.split(), *quick, **places)
+    assert len(rows_of(run)) == 4
+    assert all(row["outcome"] == "score" and len(json.loads(row["messages"])) >= 2 for row in rows_of(run))

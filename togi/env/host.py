@@ -280,15 +280,15 @@ class Episode:
         if not self._facts.has_reward:
             return Score(Outcome.ABSTAIN, message=f"{self._shown_as} has no reward().")
         try:
-            answer = await self._ask(REWARD, "reward()", self._limits.tool_seconds, answer)
+            judged = await self._ask(REWARD, "reward()", self._limits.tool_seconds, answer)
         except EpisodeFailed as failure:
             return Score(Outcome.ERROR, message=str(failure))
-        if taken := answer["parts"].keys() & RESERVED_COMPONENTS:
+        if taken := judged["parts"].keys() & RESERVED_COMPONENTS:
             what = f"returned a part of reward() named {min(taken)!r}, as a metric of Togi's own is"
             return Score(Outcome.ERROR, message=self._sentence(what, "use another name"))
-        if answer["value"] is None:
+        if judged["value"] is None:
             return Score(Outcome.ABSTAIN, message=f"{self._shown_as} abstained.")
-        return Score(Outcome.SCORE, value=answer["value"], components=answer["parts"])
+        return Score(Outcome.SCORE, value=judged["value"], components=judged["parts"])
 
     async def end(self) -> None:
         """Have the user's ``close`` called if the process can be asked, and kill it."""
