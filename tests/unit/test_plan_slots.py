@@ -126,10 +126,11 @@ class World:
 
     def can_take(self) -> bool:
         twin = restored(self.slots, self.trained)
+        dropped = twin.drop()
         batch = twin.take(exhausted=self.episode)
         if self.job.rules.on_stale is OnStale.WAIT:
             self.check_wait(batch)
-        return batch is not None or bool(twin.dropped)
+        return batch is not None or bool(dropped)
 
     def check_wait(self, batch: list[Slot] | None) -> None:
         """A batch that is held back would make some group late even if every other group were ready from now on."""
@@ -162,7 +163,9 @@ class World:
         slot = self.running.pop(place)
         match self.fate(slot):
             case "trained":
-                self.slots.ready(slot)
+                # its first token came at its admission, or later
+                oldest = slot.oldest + slot.number * 7 % 5 * (self.version - slot.oldest) // 4
+                self.slots.ready(slot, oldest)
                 self.ready.append(slot)
                 return
             case "filtered":
@@ -172,13 +175,13 @@ class World:
         self.ended[slot.number] += 1
 
     def take(self, _: int) -> None:
-        batch = self.slots.take(exhausted=self.episode)
         limit = self.job.rules.max_lag
-        for slot in self.slots.dropped:
+        for slot in self.slots.drop():
             assert self.job.rules.on_stale is OnStale.DROP and self.trained - slot.oldest > limit
             self.ready.remove(slot)
             self.dropped.add(slot.number)
             self.ended[slot.number] += 1
+        batch = self.slots.take(exhausted=self.episode)
         if batch is None:
             return
         self.check_batch(batch)
@@ -343,6 +346,7 @@ def admit(slots: Slots, episode: int = 0) -> list[Slot]:
 
 def step(slots: Slots) -> list[int] | None:
     """The numbers of the next batch, trained and published."""
+    slots.drop()
     batch = slots.take(exhausted=0)
     if batch is None:
         return None
@@ -355,7 +359,7 @@ def test_a_slot_is_released_when_its_weights_are_published_and_not_before() -> N
     first = admit(slots)
     assert [slot.number for slot in first] == [0, 1, 2, 3]
     for slot in (first[3], first[1]):
-        slots.ready(slot)
+        slots.ready(slot, slot.oldest)
     assert slots.take(exhausted=0) == [first[1], first[3]]
     assert not slots.may_admit(0)
     slots.published(1)
@@ -370,9 +374,9 @@ def test_a_short_last_batch_takes_the_room_of_a_whole_one() -> None:
     later = admit(slots, 1)
     assert [slot.number for slot in later] == [1, 2, 3, 4]
     for slot in later:
-        slots.ready(slot)
+        slots.ready(slot, slot.oldest)
     assert slots.take(exhausted=1) is None, "the older episode first"
-    slots.ready(last)
+    slots.ready(last, last.oldest)
     assert slots.take(exhausted=0) is None, "more of it may come"
     assert slots.take(exhausted=1) == [last]
 
@@ -384,7 +388,7 @@ def slow_first_group(mode: OnStale) -> tuple[Slots, list[list[int] | None]]:
     for _ in range(5):
         for slot in admit(slots):
             if slot.number:
-                slots.ready(slot)
+                slots.ready(slot, slot.oldest)
         steps.append(step(slots))
     return slots, steps
 
@@ -393,7 +397,7 @@ def test_waiting_holds_a_step_back_for_an_old_group() -> None:
     """Group 0 of version 0 may be in batch 2 at the latest. Batches 0 and 1 can go without it, batch 2 cannot."""
     slots, steps = slow_first_group(OnStale.WAIT)
     assert steps == [[1, 2], [3, 4], None, None, None]
-    slots.ready(slots.outstanding[0])
+    slots.ready(slots.outstanding[0], slots.outstanding[0].oldest)
     assert step(slots) == [0, 5]
 
 
@@ -401,14 +405,14 @@ def test_waiting_looks_ahead() -> None:
     """P 1, S 2, K 2: groups 0, 1 and 2 of version 0 must be batches 0, 1 and 2; group 2 can be first, group 3 not second."""
     slots = Slots(rules(1, 2, OnStale.WAIT, 2))
     old = admit(slots)
-    slots.ready(old[2])
+    slots.ready(old[2], old[2].oldest)
     assert step(slots) == [2]
-    slots.ready(*admit(slots))
+    slots.ready(slots.admit(0), 1)
     assert step(slots) is None, "groups 0 and 1 need both batches that are left to them"
-    slots.ready(old[1])
+    slots.ready(old[1], old[1].oldest)
     assert step(slots) == [1]
     assert step(slots) is None
-    slots.ready(old[0])
+    slots.ready(old[0], old[0].oldest)
     assert step(slots) == [0]
     assert step(slots) == [3]
 
@@ -416,7 +420,7 @@ def test_waiting_looks_ahead() -> None:
 def test_masking_waits_for_nobody() -> None:
     slots, steps = slow_first_group(OnStale.MASK)
     assert steps == [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]]
-    slots.ready(slots.outstanding[0])
+    slots.ready(slots.outstanding[0], slots.outstanding[0].oldest)
     assert step(slots) == [0, 11]
 
 
@@ -424,13 +428,43 @@ def test_dropping_gives_up_a_group_that_came_too_late() -> None:
     slots, steps = slow_first_group(OnStale.DROP)
     assert steps == [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]]
     late = slots.outstanding[0]
-    slots.ready(late)
+    slots.ready(late, late.oldest)
     room = len(slots)
+    assert slots.drop() == [late] and len(slots) == room - 1
     assert slots.take(exhausted=0) is None
-    assert slots.dropped == [late] and len(slots) == room - 1
     assert late.round == 1
     # another prompt comes in its place
     assert (slots.admit(0).round, slots.outstanding[0].number) == (1, 11)
+
+
+def test_dropping_goes_by_the_oldest_token() -> None:
+    """K 2, version 5: a group of admission 0 whose first token came at version 3 is young enough for batch 5, one of 2 is not."""
+    for oldest, is_kept in ((3, True), (2, False)):
+        slots, _ = slow_first_group(OnStale.DROP)
+        late = slots.outstanding[0]
+        assert (late.oldest, slots.version) == (0, 5)
+        slots.ready(late, oldest)
+        assert (slots.drop() == []) is is_kept
+        assert (late in slots.outstanding) is is_kept
+
+
+def test_no_group_has_a_token_that_is_older_than_its_slot() -> None:
+    """That is what the proof of the bound stands on."""
+    with pytest.raises(AssertionError, match="older than its slot"):
+        slots = Slots(rules(1, 1), version=1)
+        slots.ready(slots.admit(0), 0)
+
+
+def test_no_more_is_started_than_the_steps_that_are_left_can_train() -> None:
+    """P 2, S 2: with one step left two groups, of one episode; a filtered one makes room, for another episode too."""
+    slots = Slots(rules(2, 2), version=4)
+    first = [slots.admit(0) for _ in range(2) if slots.may_admit(0, steps=5)]
+    assert len(first) == 2
+    assert not slots.may_admit(0, steps=5) and not slots.may_admit(1, steps=5) and slots.may_admit(0, steps=6)
+    slots.filtered(first[0])
+    assert slots.may_admit(0, steps=5) and not slots.may_admit(1, steps=5)
+    slots.filtered(first[1])
+    assert slots.may_admit(1, steps=5)
 
 
 def test_a_replacement_belongs_to_the_round_that_misses_a_group() -> None:

@@ -4,7 +4,7 @@ An engine runs so many groups at once, each for a time drawn from a distribution
 Each of these conventions decides some figure:
 
 * A group is one sequence: its tokens come at a constant rate over its time, and its length is that time.
-* Groups that are admitted while the engine is full wait in its queue. The version of a group is that of its admission.
+* Groups that are admitted while the engine is full wait in its queue. The version of a group is that at its start.
 * A publish pauses the engine; what runs goes on afterwards (vLLM's ``pause_generation(mode="keep")``). The version changes at
   its end. A run starts with nothing at work and ends with its last publish.
 * Trained length: the mean of trained groups over the mean of all that were admitted, also those that are still at work.
@@ -54,16 +54,20 @@ def resampled(times: Sequence[float], rng: random.Random) -> Iterator[float]:
 
 @dataclass(slots=True)
 class Group:
-    """``seconds``: of generation. ``start``: on the engine's clock, which stands still during a publish; None while it queues."""
+    """``seconds``: of generation. ``start``: on the engine's clock, which stands still during a publish; None while it queues.
+
+    ``version``: that of the weights at the start.
+    """
 
     slot: Slot
     seconds: float
     is_filtered: bool
     start: float | None = None
+    version: int = 0
 
     @property
     def lag(self) -> int:
-        """Of its admission, in versions; of a trained group."""
+        """Of its oldest token, in versions; of a trained group."""
         assert self.slot.trained is not None
         return self.slot.trained - self.slot.oldest
 
@@ -115,15 +119,15 @@ class Simulation:
             self._waiting.append(group)
         while self._waiting and len(self._running) < self.machine.concurrency:
             group = self._waiting.popleft()
-            group.start = self._clock
+            group.start, group.version = self._clock, self.slots.version
             self._running[group.slot.number] = group
             heapq.heappush(self._ends, (group.start + group.seconds, group.slot.number))
 
     def _take(self) -> None:
-        batch = self.slots.take(exhausted=self._episode)
-        self.lost += len(self.slots.dropped)
-        for slot in self.slots.dropped:
+        for slot in self.slots.drop():
+            self.lost += 1
             self._running.pop(slot.number, None)
+        batch = self.slots.take(exhausted=self._episode)
         if batch is not None:
             self.trained += [self.admitted[slot.number] for slot in batch]
             self._trained_at = self.seconds + self.machine.train_seconds
@@ -146,7 +150,7 @@ class Simulation:
             if group.is_filtered:
                 self.slots.filtered(group.slot)
             else:
-                self.slots.ready(group.slot)
+                self.slots.ready(group.slot, group.version)
 
     def _advance(self, to: float) -> None:
         assert to < math.inf, "nothing is at work"
@@ -224,20 +228,23 @@ class Finished(Slots):
         self.concurrency, self.cancels = concurrency, cancels
         self.queue = list[Slot]()
 
-    def may_admit(self, episode: int) -> bool:
+    def may_admit(self, episode: int, steps: float = math.inf) -> bool:
         running = len(self) - len(self.queue) - self.rules.batch * (self._next_trained - self.version)
         return running < self.concurrency and len(self.queue) < 4 * self.rules.batch
 
-    def ready(self, slot: Slot) -> None:
-        super().ready(slot)
+    def ready(self, slot: Slot, oldest: int) -> None:
+        super().ready(slot, oldest)
         self.queue.append(slot)
 
-    def take(self, *, exhausted: int) -> list[Slot] | None:
+    def drop(self) -> list[Slot]:
         limit = self._next_trained - self.rules.max_lag
-        self.dropped = [slot for slot in self.outstanding if slot.oldest < limit and (slot.is_ready or self.cancels)]
-        for slot in self.dropped:
+        dropped = [slot for slot in self.outstanding if slot.oldest < limit and (slot.is_ready or self.cancels)]
+        for slot in dropped:
             self.filtered(slot)
         self.queue = [slot for slot in self.queue if slot.oldest >= limit]
+        return dropped
+
+    def take(self, *, exhausted: int) -> list[Slot] | None:
         if len(self.queue) < self.rules.batch:
             return None
         batch, self.queue = self.queue[: self.rules.batch], self.queue[self.rules.batch :]

@@ -4,11 +4,13 @@ The pump and its simulator run the same rules; they know no clock and no process
 its admission until the weights trained on it are published, or until the group is filtered or abandoned.
 
 * Version: the number of published updates. The batch that is trained after n updates has the trained version n. The lag of a
-  token is the trained version of its batch minus the version that sampled it. No token of a slot is older than the slot.
+  token is the trained version of its batch minus the version that sampled it. No token of a slot is older than the version of
+  the slot: that of its admission while the group is at work, and that of the oldest token once it is ready.
 * Capacity: with n_e slots of episode e, the sum over episodes of ceil(n_e / P) stays at S + 1 or below, for P groups a step.
   One episode has (S + 1) P slots, and the short last batch of an episode takes the room of a whole one. With S = 0 a step is
   generated, trained and published before the next one starts: the synchronous loop.
 * Batch: the P oldest ready groups of the oldest episode with slots; all the rest of it when it is exhausted and none is at work.
+* Drop: a ready group with a token that the next batch would train at a lag above K is given up before that batch is taken.
 * Wait: let batch v be the next one. A slot of version o must be in batch o + K or earlier. The slots are *due in time* if each
   of them, of version o, and all older ones together fill at most o + K - v + 1 batches. ``take`` gives a batch only if the
   slots that remain are due in time for batch v + 1; else it waits for older groups, as long as these take.
@@ -17,13 +19,15 @@ Why waiting keeps every lag at K or below, and always ends, if K >= S:
 
 1. An admission keeps slots due in time. Let b batches be taken and not published, so the new slot has version v - b. These
    and the slots that are not taken fill at most S + 1 batches, so all that are not taken fill at most S + 1 - b <= K - b + 1.
-2. ``take`` keeps them so: it checks. Publishing changes neither v nor a slot's version; filtered groups only make room.
+2. ``take`` keeps them so: it checks. Publishing changes neither v nor a slot's version; a group that gets ready may only make its
+   version newer, which gives it more time; filtered groups only make room.
 3. So a slot of version v - K or older that batch v left behind would have no batch left: ``take`` does not leave it behind, and
    no lag is above K.
 4. The wait ends, because every group ends. When all slots are ready the batch holds the oldest of all: it takes one batch off
    every set of oldest slots, as the next number takes one off their limit. So those that remain are due in time.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,8 +63,9 @@ class Slot:
     """One prompt's group at work.
 
     ``number``: of the prompt in the order of admission, from 0. ``round``: from 1, of one episode; ``place``: counts the
-    admissions of the round from 0, and passes P if groups of it were filtered. ``oldest``: the version at its admission, which
-    stays when the group is started again after a failure. ``trained``: the trained version of its batch, None before that.
+    admissions of the round from 0, and passes P if groups of it were filtered. ``oldest``: no token is of an older
+    version: that of its admission, also when the group is started again after a failure, and that of its oldest token once it is
+    ready. ``trained``: the trained version of its batch, None before that.
     """
 
     number: int
@@ -85,8 +90,7 @@ class Round:
 class Slots:
     """All slots. A checkpoint keeps ``outstanding``, ``next_number`` and ``rounds``, which make the same slots again.
 
-    Its ``version`` is the number of updates of the weights that it holds. ``dropped``: the slots that the last ``take`` gave up
-    because they were too old (``drop``); they are released already.
+    Its ``version`` is the number of updates of the weights that it holds.
     """
 
     def __init__(
@@ -103,7 +107,6 @@ class Slots:
         self.version = version
         self.next_number = next_number
         self.rounds = list(rounds)
-        self.dropped: list[Slot] = []
         self._next_trained = version
         self._slots = {slot.number: slot for slot in sorted(slots, key=lambda slot: slot.number)}
         self._groups = Counter(slot.episode for slot in self._slots.values())
@@ -122,10 +125,10 @@ class Slots:
         """The number of slots that are not released."""
         return len(self._slots)
 
-    def may_admit(self, episode: int) -> bool:
-        """Whether a prompt of ``episode`` may start now."""
+    def may_admit(self, episode: int, steps: float = math.inf) -> bool:
+        """Whether a prompt of ``episode`` may start now. ``steps``: of the whole run; no more than these will train is started."""
         groups = {**self._groups, episode: self._groups[episode] + 1}
-        return self.rules.batches(groups.values()) <= self.rules.staleness + 1
+        return self.rules.batches(groups.values()) <= min(self.rules.staleness + 1, steps - self.version)
 
     def admit(self, episode: int) -> Slot:
         """The slot of the next prompt, which is of ``episode``. Episodes come in order.
@@ -150,10 +153,11 @@ class Slots:
         missing = (r for r in self.rounds if r.episode == episode and r.kept < self.rules.batch)
         return next(missing, Round(self.rounds[-1].number + 1 if self.rounds else 1, episode))
 
-    def ready(self, slot: Slot) -> None:
-        """The group is generated and scored."""
+    def ready(self, slot: Slot, oldest: int) -> None:
+        """The group is generated and scored. ``oldest``: the version that sampled its oldest token."""
         assert slot.number in self._slots and not slot.is_ready
-        slot.is_ready = True
+        assert oldest >= slot.oldest, "older than its slot"
+        slot.is_ready, slot.oldest = True, oldest
 
     def filtered(self, slot: Slot) -> None:
         """The group is not trained: dynamic filtering. Another prompt may come in its place."""
@@ -163,15 +167,20 @@ class Slots:
         """The group is not trained: it failed for good. Another prompt may come in its place."""
         self._give_up(slot)
 
-    def take(self, *, exhausted: int) -> list[Slot] | None:
-        """The groups of the next step, oldest first; None: wait.
-
-        ``exhausted``: no more prompts will come of the episodes before this one (the loader's ``episode``). After each call,
-        whatever it returns, read ``dropped``.
-        """
-        self.dropped = self._too_old() if self.rules.on_stale is OnStale.DROP else []
-        for slot in self.dropped:
+    def drop(self) -> list[Slot]:
+        """Give up the ready groups that are too old for the next step. Other prompts may come in their place before ``take``."""
+        limit = self._next_trained - self.rules.max_lag
+        is_on = self.rules.on_stale is OnStale.DROP
+        dropped = [slot for slot in self.outstanding if is_on and slot.is_ready and slot.oldest < limit]
+        for slot in dropped:
             self._give_up(slot)
+        return dropped
+
+    def take(self, *, exhausted: int) -> list[Slot] | None:
+        """The groups of the next step, oldest first; None: wait. With ``drop`` call that first.
+
+        ``exhausted``: no more prompts will come of the episodes before this one (the loader's ``episode``).
+        """
         open_slots = self.outstanding
         if not open_slots:
             return None
@@ -188,7 +197,7 @@ class Slots:
         return self._trained(batch)
 
     def skip(self) -> None:
-        """The next step has no group: everything that was left of its episode was filtered out, and no group is at work."""
+        """The next step has no group: everything that was left was filtered out or dropped, and no group is at work."""
         assert not self._slots
         self._next_trained += 1
 
@@ -215,10 +224,6 @@ class Slots:
 
     def _is_at_work(self, found: Round) -> bool:
         return any(slot.round == found.number for slot in self._slots.values())
-
-    def _too_old(self) -> list[Slot]:
-        limit = self._next_trained - self.rules.max_lag
-        return [slot for slot in self.outstanding if slot.is_ready and slot.oldest < limit]
 
     def _due_in_time(self, slots: Iterable[Slot], batch: int) -> bool:
         """Whether each of ``slots``, oldest first, can be in a batch within the lag when the next one is number ``batch``."""

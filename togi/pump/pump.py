@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from togi.data.prompts import PromptLoader
+from togi.errors import RunError
 from togi.plan.slots import Round, Rules, Slot, Slots
 from togi.pump.experience import ScoredGroup
 from togi.pump.feed import MAX_IN_FLIGHT, RolloutFeed
@@ -34,13 +35,17 @@ class _Work:
 
 
 class Pump:
-    """A ``Feed`` that generates. ``samples``: of a group. ``rounds``: of the whole run, at most. Call ``close`` at the end."""
+    """A ``Feed`` that generates. ``samples``: of a group. ``steps``: of the whole run, at most. Call ``close`` at the end.
+
+    No wait is without end: ``take`` waits only while a group is at work, and each group that ends wakes it. When none is at work
+    and no prompt may be admitted, it returns what is left, even if that is nothing.
+    """
 
     def __init__(
-        self, source: RolloutFeed, loader: PromptLoader, rules: Rules, samples: int, rounds: int, ledger: Ledger
+        self, source: RolloutFeed, loader: PromptLoader, rules: Rules, samples: int, steps: int, ledger: Ledger
     ) -> None:
         self._source, self._loader, self._rules, self._ledger = source, loader, rules, ledger
-        self._samples, self._last_round = samples, rounds
+        self._samples, self._steps = samples, steps
         self._slots, self._work = Slots(rules), dict[int, _Work]()
         self._limits: dict[int, ErrorLimit] = {}  # of each round
         self._free = asyncio.Semaphore(max(1, MAX_IN_FLIGHT // samples))
@@ -144,7 +149,7 @@ class Pump:
             self._limits[each.number] = ErrorLimit(self._source.max_errors, trained * self._samples)
         self._work = {slot.number: _Work(slot, prompts[state["prompts"][str(slot.number)]]) for slot in slots}
         # What was filtered out and not yet reported is a row less if it is not stored any more.
-        filtered = {int(number): self._ledger.kept(int(number), prompt) for number, prompt in state["filtered"].items()}
+        filtered = {int(n): self._ledger.kept(int(n), prompts[prompt]) for n, prompt in state["filtered"].items()}
         self._filtered = {number: group for number, group in filtered.items() if group is not None}
         # What a checkpoint has learnt from and a kill has left.
         self._saving = [n for n in self._ledger.stored() if n < state["next"] and n not in self._work | self._filtered]
@@ -159,19 +164,22 @@ class Pump:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _next(self, episode: int) -> list[Slot] | None:
-        """The slots of the next rollout; None while it is not complete."""
+        """The slots of the next rollout; None while it is not complete, and then a group is at work."""
         if self._failure is not None:
             raise self._failure
-        self._admit(None if self._rules.staleness > 0 else episode)
-        is_over = self._is_idle or (self._rules.staleness == 0 and self.episode > episode)
-        if self._filtered and is_over:
-            self._slots.skip()  # everything that was left was filtered out: a rollout without a group to train on
-            return []
-        taken = self._slots.take(exhausted=self._loader.episode)
-        for slot in self._slots.dropped:
+        for slot in self._slots.drop():
             self._left(slot, Event.ABANDONED)
-        self._dropped += len(self._slots.dropped)
-        return [] if taken is None and self._is_idle else taken
+            self._learnt.append(slot.number)
+            self._dropped += 1
+        self._admit(None if self._rules.staleness > 0 else episode)
+        if not self._work:
+            self._slots.skip()  # a rollout without a group to train on
+            return []
+        # If all groups are ready, no prompt can come any more, not even of the loader's episode.
+        are_ready = all(work.slot.is_ready for work in self._work.values())
+        taken = self._slots.take(exhausted=self._loader.episode + are_ready)
+        assert taken is not None or not are_ready, "a wait without end"
+        return taken
 
     @property
     def _is_idle(self) -> bool:
@@ -183,9 +191,9 @@ class Pump:
         admitted, filtering = list[_Work](), self._source.filtering
         while self._is_open and self._loader.remaining > 0:
             episode = self._loader.episode
-            own = self._slots.round_of_next(episode)
-            if only not in (None, episode) or own.number > self._last_round or not self._slots.may_admit(episode):
+            if only not in (None, episode) or not self._slots.may_admit(episode, self._steps):
                 break
+            own = self._slots.round_of_next(episode)
             if filtering is not None:
                 kept = sum(work.slot.round == own.number and work.slot.is_ready for work in self._work.values())
                 filtering.check_budget(own.admitted, kept, self._rules.batch)
@@ -212,8 +220,9 @@ class Pump:
         """Generate and score a group, unless it is stored, and find it its place."""
         slot, number, source = work.slot, work.slot.number, self._source
         facts: dict[str, object] = {"stored": True}
-        group = self._ledger.kept(number, work.prompt.id)
-        if group is None:
+        group = self._ledger.kept(number, work.prompt)
+        # A prompt that comes later than before the kill has a slot that is younger than the stored group.
+        if group is None or _versions(group, slot.oldest)[0] < slot.oldest:
             async with self._free:
                 self._ledger.write(Event.RUNNING, [number])
                 name = f"step{slot.round}/{slot.place}/{work.prompt.id}"
@@ -221,10 +230,9 @@ class Pump:
                 facts = {"generated": round(time.time(), 3)}
             group = await source.scored(rollouts, limit)
             # The group first, then the line that says so.
-            self._ledger.keep(number, group)
-        versions = [version for rollout in group.rollouts for version in rollout.versions]
-        oldest, lengths = min(versions, default=slot.oldest), [len(rollout.versions) for rollout in group.rollouts]
-        facts |= {"versions": [oldest, max(versions, default=slot.oldest)], "lengths": lengths}
+            self._ledger.keep(number, work.prompt, group)
+        versions, lengths = _versions(group, slot.oldest), [len(rollout.versions) for rollout in group.rollouts]
+        facts |= {"versions": versions, "lengths": lengths}
         if group.filtered:
             self._slots.filtered(slot)
             self._left(slot, Event.FILTERED, **facts)
@@ -232,7 +240,7 @@ class Pump:
             self._admit(None if self._rules.staleness > 0 else slot.episode)
         else:
             self._ledger.write(Event.DONE, [number], **facts)
-            self._slots.ready(slot)
+            self._slots.ready(slot, versions[0])
             work.group = group
             self.offered[0] += sum(lengths)
             self.offered[1] += len(lengths)
@@ -244,7 +252,8 @@ class Pump:
         del self._work[slot.number]
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = RunError("The work on a prompt was cancelled.") if task.cancelled() else task.exception()
+        if error is not None:
             self._failure = self._failure or error
             self._changed.set()
 
@@ -254,3 +263,10 @@ class Pump:
         whole = (self._rules.staleness + 1) * self._rules.batch
         self._occupied += np.array([len(self._slots) / whole, 1.0]) * (now - self._since)
         self._since = now
+
+
+def _versions(group: ScoredGroup, default: int) -> list[int]:
+    """The oldest and the newest version that sampled a token of a group. ``default``: if there is no such token."""
+    pairs = (pair for each in group.rollouts for pair in zip(each.versions, each.response_mask, strict=True))
+    versions = [version for version, is_sampled in pairs if is_sampled] or [default]
+    return [min(versions), max(versions)]

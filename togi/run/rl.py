@@ -190,7 +190,9 @@ class RLRun:
             self.feed = ReplayFeed.of(config.replay, material.loader, samples)
         else:
             rules = Rules(config.rollout_batch_size, config.max_staleness, config.on_stale, config.token_lag)
-            ledger = Ledger(journal.directory, origin=origin(config), stores=config.keeps_checkpoints)
+            ledger = Ledger(
+                journal.directory, origin=origin(config), stores=config.save_steps > 0 and not config.disable_ds_ckpt
+            )
             self.feed = self._pump = Pump(live, material.loader, rules, samples, plan.rollouts, ledger)
         # Of the time since the last step: what the loop waited for groups. Tokens and responses that were trained on so far.
         self._stepped, self._waited = time.perf_counter(), 0.0
