@@ -223,7 +223,7 @@ def test_a_dropped_group_is_replaced_also_before_the_last_step(tmp_path: Path, *
 
 
 def test_a_run_of_fewer_episodes_than_its_checkpoint_takes_what_is_in_work(tmp_path: Path) -> None:
-    """One group of four is left of the second episode, and no prompt may come: it is a step of its own."""
+    """One group is at work of an episode that is not over, and no prompt may come any more: it is a step of its own."""
     world = World(Rules(4, 1, OnStale.MASK, 3), prompts=5, episodes=3, steps=99)
 
     async def scenario() -> list[int]:
