@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
 from togi.run import rl
+from togi.run.rl_setup import origin
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,15 @@ def test_groups_are_kept_only_for_a_run_that_can_go_on(
     )
     rl.RLRun(config, anything, anything, SimpleNamespace(rollouts=1), anything, anything)  # type: ignore[arg-type]
     assert made == [stores]
+
+
+def test_groups_of_an_edited_environment_or_agent_are_another_origin(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("class Own: pass\n")
+    words = ["--pretrain", "m", "--prompt_data", "p"]
+    for flag, value in (("--environment", f"{file}:Own"), ("--agent", f"{file}:run")):
+        config = parse(RLConfig, [*words, flag, value], "rl").config
+        before = origin(config)
+        assert origin(parse(RLConfig, [*words, flag, value, "--max_turns", "3"], "rl").config) != before
+        file.write_text(file.read_text() + "# edited\n")
+        assert origin(config) != before

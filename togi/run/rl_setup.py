@@ -8,8 +8,15 @@ from functools import partial
 from pathlib import Path
 
 from togi.config.choices import OnStale
-from togi.config.fields import Hook
-from togi.config.rl import PromptSettings, RewardSettings, RLConfig, RolloutSettings, SampleSettings
+from togi.config.fields import Hook, hook_of
+from togi.config.rl import (
+    EnvironmentSettings,
+    PromptSettings,
+    RewardSettings,
+    RLConfig,
+    RolloutSettings,
+    SampleSettings,
+)
 from togi.data import chat
 from togi.data.precheck import RecordSpec
 from togi.data.prompts import LoaderState, PromptLoader, PromptSet, load_prompts
@@ -360,8 +367,9 @@ def load_pretraining(config: RLConfig, data: str, tokenizer: chat.Tokenizer) -> 
 
 def origin(config: RLConfig) -> str:
     """All that a scored group depends on, beside weights and prompt: only where this is the same is it used again."""
-    sources = (PromptSettings, RewardSettings, RolloutSettings, SampleSettings)
+    sources = (PromptSettings, RewardSettings, RolloutSettings, EnvironmentSettings, SampleSettings)
     values, named = dict(config), [name for source in sources for name in source.model_fields]
-    files = [Path(file) for file in config.reward_files]
+    acting = [*(config.environment or {}).values(), *filter(None, [hook_of(config.agent or "")])]
+    files = [Path(file) for file in (*config.reward_files, *(hook.path for hook in acting))]
     code = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
     return repr([(name, values[name]) for name in (*named, "pretrain", "seed", "full_determinism")] + code)
