@@ -1,5 +1,6 @@
 #!/bin/sh
-# GRPO in an environment: the policy calls a tool until it has found a number, and learns from all its turns (docs/environments.md).
+# GRPO in an environment: the policy calls a tool until it has found a number, and learns from all its turns
+# (docs/environments.md).
 # Data: numbers to find, made by the environment's own file; ranges of the held-out part are not in the training part.
 # Needs: two cores and 10 GB of memory as it is.
 # Change: STALENESS, MODEL and OUT in the environment (common.sh), any flag of togi rl after the script's name.

@@ -194,8 +194,11 @@ def claimed(flag: str, folder: str) -> Iterator[None]:
 
     The lock is on the folder itself: no file is left behind, and the system gives it back however a process ends.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"--{flag} {folder} cannot be written ({error.strerror}): give a folder that can.") from None
     try:
         with suppress(OSError):  # a file system without locks
             try:
@@ -252,10 +255,12 @@ def open_journal(
     last_step = found.step if found is not None else -1
     with ExitStack() as held:
         held.enter_context(leaving_in_order())
-        written = {"run_dir": str(root), "save_path": config.save_path}
+        written = {"save_path": config.save_path}
         if config.keeps_checkpoints:
             written["ckpt_path"] = config.ckpt_path
-        for folder, flag in {os.path.realpath(folder): flag for flag, folder in written.items()}.items():
+        if os.path.realpath(root) not in map(os.path.realpath, written.values()):
+            written["run_dir"] = str(root)
+        for flag, folder in written.items():
             held.enter_context(claimed(flag, folder))
         # The folder with its settings.
         directory = opened(root, command, argv, resolved)
