@@ -77,7 +77,13 @@ def test_local_workers_equal_ray_bit_for_bit(world: Path, tmp_path: Path, scalar
         done = train(world, run, *flags, "--save_value_network", "--workers", kind)
         unit = "workers in this process" if kind == "local" else "worker processes"
         assert f"placement: engine 1 + actor 1 + critic 1 + ref 1 + reward 1 = 5 {unit}" in done.stdout
-    assert values(runs["local"]) == values(runs["ray"])
+    for ours, theirs in zip(values(runs["local"]), values(runs["ray"]), strict=True):
+        # The last bits of vLLM's log-probs depend on which requests share a step, and these metrics alone read them.
+        of_vllm = {name for name in ours if engine == "vllm" and name.startswith("mismatch/")}
+        assert {name: ours[name] for name in of_vllm} == pytest.approx(
+            {name: theirs[name] for name in of_vllm}, abs=1e-4
+        )
+        assert {**ours, **dict.fromkeys(of_vllm, 0)} == {**theirs, **dict.fromkeys(of_vllm, 0)}
     for model in ("model", "model_critic"):
         assert model_bytes(runs["local"] / model) == model_bytes(runs["ray"] / model)
 
