@@ -14,7 +14,6 @@ from tests.rl_world import ROOT
 from tests.tiny import STOP, tiny_tokenizer
 from togi.config.parse import parse
 from togi.config.rl import RLConfig
-from togi.env.render import Renderer
 from togi.errors import ConfigError, DataError, UserError
 from togi.run.worlds import Worlds
 from togi.sample import FinishReason, Generation, Outcome, Prompt, Rollout, Sampling
@@ -105,7 +104,7 @@ def played(settings: RLConfig, row: Prompt, policy: Policy) -> Rollout:
     async def play() -> Rollout:
         worlds = Worlds(settings)
         try:
-            await worlds.check([row], lambda prompt: f"Row {prompt.id}", Renderer(TOKENIZER, ends=[STOP]))
+            await worlds.check([row], lambda prompt: f"Row {prompt.id}", TOKENIZER, [STOP])
             return await worlds.environment(Sampling(settings.generate_max_len)).run(row, "g", policy)
         finally:
             await worlds.close()

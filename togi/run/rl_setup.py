@@ -1,11 +1,14 @@
 """What an RL run needs before any model is loaded: prompts, mixed-in rows, rewards, the checkpoint to resume from."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from togi.config.choices import OnStale
 from togi.config.fields import Hook, hook_of
@@ -22,7 +25,6 @@ from togi.data.precheck import RecordSpec
 from togi.data.prompts import LoaderState, PromptLoader, PromptSet, load_prompts
 from togi.data.records import Examples, load_sft
 from togi.data.report import DataReport
-from togi.env.render import Renderer
 from togi.errors import CheckpointError, DataError
 from togi.learn.checkpoint import Aim, Checkpoint
 from togi.learn.hooks import check_estimator, check_policy_loss
@@ -49,12 +51,14 @@ from togi.run.loading import check_start, prompt_spec, tokenizer_of
 from togi.run.plan import EpochPlan, StepPlan, rl_aim
 from togi.run.preflight import asked_context, models_of
 from togi.run.rewards import Decode, EarlyRewards, combined, example
-from togi.run.worlds import Worlds
 from togi.sample import Outcome, Prompt, Sample, Sampling, Score
 from togi.weights.files import stamp
 from togi.workers.model_worker import ScorerWorker
 from togi.workers.session import Session
 from togi.workers.worker_group import ModelScores
+
+if TYPE_CHECKING:
+    from togi.run.worlds import Worlds
 
 COMMAND = "rl"
 logger = logging.getLogger(__name__)
@@ -149,7 +153,12 @@ async def opening(
         check_policy_loss(config.policy_loss_type, *config.clip_range, clips=clips)
     # Processes start now and import while the prompts are read.
     rewards = EarlyRewards(config, function)
-    worlds = Worlds(config) if config.acts and config.generates else None
+    worlds: Worlds | None = None
+    if config.acts and config.generates:
+        # What environments and agents need is loaded for them alone.
+        from togi.run.worlds import Worlds
+
+        worlds = Worlds(config)
     try:
         material = await prepare(config, rewards, worlds, progress)
         plan = StepPlan.of(config, len(material.prompts))
@@ -208,10 +217,9 @@ async def prepare(config: RLConfig, rewards: EarlyRewards, worlds: Worlds | None
         logger.warning("%s", notice)
     if worlds is not None:
         with progress.phase("trying the environment", expected_seconds=2):
-            renderer = Renderer(tokenizer, ends=stops)
             for each in (prompts, held_out):
                 if isinstance(each, PromptSet):
-                    await worlds.check(each, each.place, renderer)
+                    await worlds.check(each, each.place, tokenizer, stops)
     loader = PromptLoader(prompts, seed=config.seed, episodes=config.num_episodes)
     decode = partial(chat.decode, tokenizer)
     aim = rl_aim(config, sorted({prompt.datasource for prompt in held_out}))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from togi.config.fields import Hook
 from togi.config.rl import RLConfig
+from togi.data.chat import Tokenizer
 from togi.data.prompts import ENVIRONMENT
 from togi.env.agent import AgentEnvironment, AgentHost
 from togi.env.episode import ClassEnvironment, EpisodeLimits
@@ -53,9 +54,11 @@ class Worlds:
         self._proxy: Proxy | None = None
         self._open = AsyncExitStack()
 
-    async def check(self, prompts: Sequence[Prompt], place: Callable[[Prompt], str], renderer: Renderer) -> None:
+    async def check(
+        self, prompts: Sequence[Prompt], place: Callable[[Prompt], str], tokenizer: Tokenizer, ends: Sequence[int]
+    ) -> None:
         """Load every class, and begin an episode of its first row in each; load the agent. Raises UserError."""
-        self._renderer = renderer
+        renderer = self._renderer = self._renderer or Renderer(tokenizer, ends=ends)
         if self._agent is not None:
             await self._agent.check()
             if self._proxy is None:
