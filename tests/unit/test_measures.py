@@ -104,7 +104,7 @@ MEASURES = {
     "import lines, percent": Measure(lambda: 100 * lines().imports / lines().all, 7.2, 6),
     "comment lines, percent": Measure(lambda: 100 * lines().comments / lines().all, 2, 2, at_least=True),
     "files": Measure(lambda: len(trees()), 212, 190),
-    "lines of code": Measure(lambda: lines().code, 25_810, 17_500),
+    "lines of code": Measure(lambda: lines().code, 25_789, 17_500),
 }
 
 

@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,12 +24,12 @@ from togi.config.fields import hook_of
 from togi.env.proxy import Proxy
 from togi.env.session import Limits, Session
 from togi.errors import ConfigError
+from togi.reward.function import UserProcess
 from togi.reward.wire import LENGTH, Complaint, Load, LoadKind, encode, receive, send
 from togi.rollout.collect import Generate
 from togi.sample import Outcome, Prompt, Rollout, Sampling, Score
 
 MODULE = "togi.env.agent_process"
-STDERR_FD = 2
 START_SECONDS = 120.0
 COMPONENT = "agent"
 
@@ -49,7 +45,7 @@ class AgentHost:
         self._free = asyncio.Semaphore(processes)
         self._start_frame = encode(start)
         self._turn = asyncio.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: UserProcess | None = None
 
     @classmethod
     def of(cls, agent: str, processes: int) -> Self:
@@ -75,24 +71,28 @@ class AgentHost:
 
     async def check(self) -> None:
         """Import the agent. Raises ConfigError if that fails."""
-        async with self._turn:
-            if self._process is None or self._process.poll() is not None:
-                self._discard()
-                await asyncio.to_thread(self._start)
+        await self._ready()
 
     async def play(self, message: Mapping[str, object], seconds: float) -> Mapping[str, Any]:
         """Run one episode. It is killed at its time limit, and when this call is cancelled. Raises Complaint and ConfigError."""
         async with self._free:
-            await self.check()
-            return await self._play(message, seconds)
+            return await self._play((await self._ready()).channel, message, seconds)
 
-    async def _play(self, message: Mapping[str, object], seconds: float) -> Mapping[str, Any]:
+    async def _ready(self) -> UserProcess:
+        """The process that has imported the agent, a new one if it has ended. Raises ConfigError."""
+        async with self._turn:
+            if self._process is None or self._process.has_ended:
+                self._discard()
+                self._process = await asyncio.to_thread(self._started)
+            return self._process
+
+    async def _play(self, channel: socket.socket, message: Mapping[str, object], seconds: float) -> Mapping[str, Any]:
         ours, theirs = socket.socketpair()
         reader_fd, writer_fd = os.pipe()
         # The reading end stays open here too: what the episode left behind is killed also when the episode has ended.
         with open(reader_fd, "rb") as lifeline, open(writer_fd, "wb"):  # noqa: PTH123
             try:
-                socket.send_fds(self._channel, [b"f"], [theirs.fileno(), lifeline.fileno()])
+                socket.send_fds(channel, [b"f"], [theirs.fileno(), lifeline.fileno()])
             finally:
                 theirs.close()
             reader, writer = await asyncio.open_unix_connection(sock=ours)
@@ -116,50 +116,32 @@ class AgentHost:
     def close(self) -> None:
         """End the process that forks. No episode may be running."""
         self._discard()
-        self._process = None
 
-    def _start(self) -> None:
-        self._channel, theirs = socket.socketpair()
-        reader, writer = os.pipe()
-        self._lifeline = open(writer, "wb", buffering=0)  # noqa: PTH123, SIM115  a descriptor, held as long as the process
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", "-P", "-m", MODULE, str(theirs.fileno()), str(reader)],
-            stdin=subprocess.DEVNULL,
-            stdout=STDERR_FD,
-            pass_fds=(theirs.fileno(), reader),
-            start_new_session=True,
-            env=environment,
-        )
-        theirs.close()
-        os.close(reader)
+    def _started(self) -> UserProcess:
+        process = UserProcess(MODULE)
+        channel = process.channel
         try:
-            send(self._channel, self._start_frame, START_SECONDS)
-            reply = receive(self._channel, START_SECONDS)
+            send(channel, self._start_frame, START_SECONDS)
+            reply = receive(channel, START_SECONDS)
         except TimeoutError:
-            self._discard()
+            process.kill()
             raise ConfigError(
                 f"{self.shown_as} took longer than {START_SECONDS:g} s to import: do less there."
             ) from None
         except OSError:
-            self._discard()
+            process.kill()
             raise ConfigError(f"{self.shown_as} ended its process at import: make the file importable.") from None
         if "complaint" in reply:
-            self._discard()
+            process.kill()
             complaint = Complaint(**reply["complaint"])
             raise ConfigError(f"{self.shown_as} {complaint}; {complaint.advice}.")
-        self._channel.setblocking(True)
+        channel.setblocking(True)
+        return process
 
     def _discard(self) -> None:
-        if self._process is None:
-            return
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        self._channel.close()
-        self._lifeline.close()
-        self._process.wait()
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
 
 
 class AgentEnvironment:
